@@ -1,0 +1,34 @@
+"""Helpers for objects that are plain data: a content hash for frozen dataclasses of tensors."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def fingerprint(value: Any) -> str:
+    """A SHA-256 hex digest of everything a dataclass holds: equal content gives equal digests, on any device."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()
+
+
+def _feed(digest: "hashlib._Hash", value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    elif dataclasses.is_dataclass(value):
+        digest.update(type(value).__name__.encode())
+        for field in dataclasses.fields(value):
+            digest.update(field.name.encode())
+            _feed(digest, getattr(value, field.name))
+    elif isinstance(value, tuple | list):
+        digest.update(f"sequence {len(value)}".encode())
+        for item in value:
+            _feed(digest, item)
+    elif value is None or isinstance(value, bool | int | float | str):
+        digest.update(f"{type(value).__name__} {value!r}".encode())
+    else:
+        raise TypeError(f"a fingerprint is for plain data, not for {type(value).__name__}")

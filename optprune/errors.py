@@ -1,0 +1,21 @@
+"""The errors a user can meet: each is one sentence that says what was wrong and what to do."""
+
+
+class OptpruneError(Exception):
+    """Base of every error that optprune raises on purpose; the command line prints it and exits with 2."""
+
+
+class InputError(OptpruneError):
+    """Something the user gave (a path, a number, a text, a model) cannot be used."""
+
+
+class NumericalError(OptpruneError):
+    """A matrix is not what the mathematics needs (NaN, indefinite); nothing was silently replaced."""
+
+
+class NoSolver(OptpruneError):
+    """No solver accepts the problem; the message lists each solver's reason."""
+
+
+class StrictError(OptpruneError):
+    """Strict mode met a fallback, a dead input or too few tokens."""

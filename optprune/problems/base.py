@@ -1,0 +1,48 @@
+"""What every pruning problem is: it measures any candidate, and it knows no solver."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from optprune.data import fingerprint
+from optprune.problems.loss import LayerLoss
+
+
+class Problem(ABC):
+    """minimise objective(V) over the V with violation(V) = 0, where V [out, in] is a layer's new weight.
+
+    Concrete problems are frozen dataclasses: they can be printed, hashed by content and solved.
+    """
+
+    kind: ClassVar[str]
+    """the name of this kind of problem in reports"""
+    loss: LayerLoss
+
+    @abstractmethod
+    def objective(self, weight: Tensor) -> float:
+        """The value to minimise, measured in float64."""
+
+    @abstractmethod
+    def violation(self, weight: Tensor) -> float:
+        """How far the weight is from feasible; 0 exactly when it is feasible."""
+
+    @abstractmethod
+    def start(self) -> Tensor:
+        """A feasible weight that costs nothing to find."""
+
+    def fingerprint(self) -> str:
+        """A hash of the problem's content: the same problem has the same hash in every process."""
+        return fingerprint(self)
+
+
+class SelectionProblem(Problem):
+    """A problem whose difficulty is which weights to keep: once the mask is fixed, restoration remains."""
+
+    @abstractmethod
+    def support(self, weight: Tensor) -> Tensor:
+        """The admissible choice that a weight stands for (its non-zeros, completed to the exact count)."""
+
+    @abstractmethod
+    def restrict(self, choice: Tensor) -> Problem:
+        """The restoration problem on a fixed choice, with the same loss."""

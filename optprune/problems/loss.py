@@ -1,0 +1,159 @@
+"""The one loss behind every problem: the mean squared change of a layer's output, as a quadratic of its weight."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optprune.errors import InputError
+from optprune.moments import InputMoments
+
+
+@dataclass(frozen=True, eq=False)
+class LayerLoss:
+    r"""Half the mean squared output error per token of a linear layer, plus a ridge towards its original weight.
+
+        f(V) = 1/2 E|V x* - W x|^2 + 1/2 tr((V - W) D (V - W)^T)
+             = 1/2 tr(V A V^T) - tr(V B^T) + c/2
+
+        A = E[x* x*^T] + D    B = W E[x x*^T] + W D    c = E|W x|^2 + tr(W D W^T)
+
+    W [out, in] is the original weight, x the dense input, x* the input the layer will really get, D the damping
+    (a nonnegative diagonal), and averages are over calibration tokens. The unit is (output activation)^2 per token.
+    With `fit_bias` the layer's bias is free too: moments are then centred, and `bias_change` gives the bias that
+    goes with a V. Convex in V, strictly where A is positive definite.
+
+    Reference: the layer-wise objective of Optimal Brain Surgeon (Hassibi and Stork, 1992) as used by SparseGPT.
+    """
+
+    weight: Float[Tensor, "out in"]
+    moments: InputMoments
+    damping: Float[Tensor, " in"]
+    """the diagonal of D"""
+    fit_bias: bool = False
+
+    def __post_init__(self) -> None:
+        width = self.weight.shape[1]
+        if self.moments.width != width or self.damping.shape != (width,):
+            raise InputError(
+                f"a weight with {width} inputs needs moments and a damping of that width, "
+                f"not {self.moments.width} and {tuple(self.damping.shape)}"
+            )
+        if not bool(torch.isfinite(self.weight).all()):
+            raise InputError("the weight holds NaN or infinity: the model is damaged, load it again from its source")
+        if bool((self.damping < 0).any()):
+            raise InputError(f"damping must not be negative, but its least entry is {self.damping.min().item():.3g}")
+        self.moments.check()
+
+    @classmethod
+    def of(
+        cls,
+        weight: Float[Tensor, "out in"],
+        moments: InputMoments,
+        damping: float = 0.0,
+        *,
+        fit_bias: bool = False,
+    ) -> "LayerLoss":
+        """The loss of a weight, in the moments' dtype and on their device, damped by `damping` x mean(diag Gram)."""
+        loss = cls(weight.detach().to(moments.gram), moments, torch.zeros_like(moments.mean), fit_bias)
+        return loss.damped(damping)
+
+    def damped(self, fraction: float) -> "LayerLoss":
+        """The same loss with D = fraction x mean(diag E[x* x*^T]) x I in place of its damping."""
+        if fraction < 0:
+            raise InputError(f"the damping fraction must not be negative, not {fraction}")
+        level = fraction * self._statistics.gram.diagonal().mean()
+        return replace(self, damping=torch.full_like(self.damping, float(level)))
+
+    @cached_property
+    def _statistics(self) -> InputMoments:
+        return self.moments.centred() if self.fit_bias else self.moments
+
+    # -- the quadratic, in the moments' dtype, for solvers
+
+    @cached_property
+    def gram(self) -> Float[Tensor, "in in"]:
+        """A = E[x* x*^T] + D (centred when the bias is fitted)."""
+        return self._statistics.gram + torch.diag(self.damping)
+
+    @cached_property
+    def pull(self) -> Float[Tensor, "out in"] | None:
+        """W A - B = W E[(x* - x) x*^T], the gradient at the original weight; None when it is zero (x* = x)."""
+        dense = self._statistics.dense
+        return None if dense is None else self.weight @ (self._statistics.gram - dense.cross)
+
+    @cached_property
+    def target(self) -> Float[Tensor, "out in"]:
+        """B = W E[x x*^T] + W D."""
+        plain = self.weight @ self.gram
+        return plain if self.pull is None else plain - self.pull
+
+    def gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """V A - B, formed from V - W so that nothing cancels near the original weight."""
+        gradient = (weight - self.weight) @ self.gram
+        return gradient if self.pull is None else gradient + self.pull
+
+    # -- measurements, in float64
+
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        """f(V), damping included."""
+        change = weight.double() - self._double.weight
+        return self._squared_error(change) / 2 + float((change.square() * self.damping.double()).sum()) / 2
+
+    def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
+        """E|V x* - W x|^2 / E|W x|^2, without damping (of the centred outputs when the bias is fitted)."""
+        scale = self.signal
+        error = self._squared_error(weight.double() - self._double.weight)
+        return error / scale if scale > 0 else float(error > 0)
+
+    @cached_property
+    def signal(self) -> float:
+        """E|W x|^2, what the relative error is relative to."""
+        exact = self._double
+        gram = exact.moments.gram if exact.moments.dense is None else exact.moments.dense.gram
+        return float(((exact.weight @ gram) * exact.weight).sum())
+
+    @cached_property
+    def constant(self) -> float:
+        """c = E|W x|^2 + tr(W D W^T)."""
+        weight = self._double.weight
+        return self.signal + float((weight.square() * self.damping.double()).sum())
+
+    def bias_change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """W E[x] - V E[x*]: what to add to the layer's bias so that the mean output is unchanged."""
+        mean = self.moments.mean
+        ideal = mean if self.moments.dense is None else self.moments.dense.mean
+        return self.weight @ ideal - weight @ mean
+
+    def _squared_error(self, change: Tensor) -> float:
+        """E|V x* - W x|^2 for V = W + change, in float64."""
+        statistics, weight = self._double.moments, self._double.weight
+        error = float(((change @ statistics.gram) * change).sum())
+        if statistics.dense is not None:
+            pull = weight @ (statistics.gram - statistics.dense.cross)
+            error += 2 * float((change * pull).sum()) + self._error_at_weight
+        return max(error, 0.0)
+
+    @cached_property
+    def _error_at_weight(self) -> float:
+        """E|W x* - W x|^2."""
+        statistics, weight = self._double.moments, self._double.weight
+        dense = statistics.dense
+        assert dense is not None
+        spread = statistics.gram - dense.cross - dense.cross.T + dense.gram
+        return float(((weight @ spread) * weight).sum())
+
+    @cached_property
+    def _double(self) -> "_Exact":
+        statistics = self._statistics.to(torch.float64)
+        return _Exact(self.weight.double(), statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class _Exact:
+    """The weight and the statistics in float64, for measuring."""
+
+    weight: Tensor
+    moments: InputMoments

@@ -1,0 +1,47 @@
+"""Restoration: the best weights on a fixed mask."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.errors import InputError
+from optprune.problems.base import Problem
+from optprune.problems.loss import LayerLoss
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class MaskedLeastSquares(Problem):
+    """minimise f(V) subject to V_ij = 0 wherever the mask is False.
+
+    V [out, in]; the mask is [out, in], or [1, in] when all rows share it (whole columns removed), in which case one
+    factorisation serves all rows. Convex; rows are independent. f is the LayerLoss, in (output)^2 per token.
+
+    Reference: FASP (arXiv 2501.09412), the restoration step; the ridge towards W is ours.
+    """
+
+    kind: ClassVar[str] = "masked least squares"
+
+    loss: LayerLoss
+    mask: Bool[Tensor, "rows in"]
+
+    def __post_init__(self) -> None:
+        rows, width = self.loss.weight.shape
+        if self.mask.shape not in ((rows, width), (1, width)):
+            raise InputError(
+                f"the mask of a [{rows}, {width}] weight must be [{rows}, {width}] or [1, {width}], "
+                f"not {list(self.mask.shape)}"
+            )
+
+    def objective(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.loss.value(weight)
+
+    def violation(self, weight: Float[Tensor, "out in"]) -> float:
+        """The number of non-zero entries outside the mask."""
+        return float(((weight != 0) & ~self.mask).sum())
+
+    def start(self) -> Float[Tensor, "out in"]:
+        return torch.where(self.mask, self.loss.weight, 0.0)

@@ -1,0 +1,21 @@
+"""The choice of a solver: the first of a short list, best first, that accepts the problem."""
+
+from optprune.errors import NoSolver
+from optprune.problems import Problem
+from optprune.solvers.base import Solver
+from optprune.solvers.chain import Chain
+from optprune.solvers.columns import FaspMetric
+from optprune.solvers.restore import Restore
+
+CANDIDATES: tuple[Solver, ...] = (Chain((FaspMetric(), Restore())), Restore())
+
+
+def choose(problem: Problem) -> Solver:
+    """The solver optprune recommends for a problem; NoSolver lists every candidate's reason for refusing."""
+    reasons = []
+    for solver in CANDIDATES:
+        reason = solver.why_not(problem)
+        if reason is None:
+            return solver
+        reasons.append(f"{solver.label}: {reason}")
+    raise NoSolver(f"no solver accepts a {type(problem).__name__}; " + "; ".join(reasons))

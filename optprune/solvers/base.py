@@ -1,0 +1,99 @@
+"""What every solver is. A solver proposes weights; it never scores itself, prints, seeds globally or moves devices."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from optprune.problems import Problem
+from optprune.solvers.solution import Certificate, Record, Status
+
+State = TypeVar("State")
+
+
+class Solver(ABC, Generic[State]):
+    """An algorithm as four functions of a problem and a state; concrete solvers are frozen dataclasses of options.
+
+    `solve` in run.py drives it: init once, then step until done says why to stop.
+    """
+
+    @abstractmethod
+    def why_not(self, problem: Problem) -> str | None:
+        """None when the solver accepts the problem, else one sentence that says why it does not."""
+
+    @abstractmethod
+    def init(self, problem: Problem, start: Tensor) -> State:
+        """The state before the first step, from a starting weight [out, in]."""
+
+    @abstractmethod
+    def step(self, problem: Problem, state: State) -> State:
+        """The state after one more step."""
+
+    @abstractmethod
+    def done(self, problem: Problem, state: State) -> Status | None:
+        """None to go on, else why to stop."""
+
+    @abstractmethod
+    def value(self, problem: Problem, state: State) -> Tensor:
+        """The weight [out, in] that the state stands for."""
+
+    def certify(self, problem: Problem, state: State) -> Certificate | None:
+        """A proved lower bound on the problem's optimum, or None."""
+        return None
+
+    def notes(self, state: State) -> tuple[str, ...]:
+        """Every fallback taken, in words; empty when the method ran as asked."""
+        return ()
+
+    def history(self, state: State) -> tuple[Record, ...]:
+        """What the solver remembers of the way."""
+        return ()
+
+    def exact(self, problem: Problem) -> bool:
+        """A promise that the answer is optimal for this problem; the tests hold the solver to it unconditionally."""
+        return False
+
+    def monotone(self, problem: Problem) -> bool:
+        """A promise that the answer is never worse than a feasible start; held to it unconditionally."""
+        return self.exact(problem)
+
+    @property
+    def label(self) -> str:
+        """The name in reports."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """All that a solver without iterations has to say."""
+
+    value: Tensor
+    certificate: Certificate | None = None
+    notes: tuple[str, ...] = ()
+
+
+class DirectSolver(Solver[Answer]):
+    """A solver that computes its answer in one go."""
+
+    @abstractmethod
+    def answer(self, problem: Problem, start: Tensor) -> Answer:
+        """The answer."""
+
+    def init(self, problem: Problem, start: Tensor) -> Answer:
+        return self.answer(problem, start)
+
+    def step(self, problem: Problem, state: Answer) -> Answer:
+        return state
+
+    def done(self, problem: Problem, state: Answer) -> Status | None:
+        return Status.CONVERGED
+
+    def value(self, problem: Problem, state: Answer) -> Tensor:
+        return state.value
+
+    def certify(self, problem: Problem, state: Answer) -> Certificate | None:
+        return state.certificate
+
+    def notes(self, state: Answer) -> tuple[str, ...]:
+        return state.notes

@@ -1,0 +1,74 @@
+"""Chain: several solvers in a row, each starting from the answer of the one before."""
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+from torch import Tensor
+
+from optprune.problems import Problem
+from optprune.solvers.base import Solver
+from optprune.solvers.solution import Certificate, Status
+
+
+@dataclass(frozen=True, eq=False)
+class ChainState:
+    """Which stage runs, its own state, and what the finished stages left behind."""
+
+    stage: int
+    inner: Any
+    notes: tuple[str, ...] = ()
+    bounds: tuple[Certificate, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Solver[ChainState]):
+    """Run the stages one after another on the same problem; going on to the next stage counts as a step.
+
+    Accepts what every stage accepts. The lower bound is the largest that any stage proved. Exact when the last
+    stage is exact; monotone when every stage is. Memory and cost are those of the stages.
+    """
+
+    stages: tuple[Solver, ...]
+
+    @property
+    def label(self) -> str:
+        return " > ".join(stage.label for stage in self.stages)
+
+    def why_not(self, problem: Problem) -> str | None:
+        if not self.stages:
+            return "it is an empty chain"
+        reasons = [(stage.label, stage.why_not(problem)) for stage in self.stages]
+        return next((f"its stage {label} refuses: {reason}" for label, reason in reasons if reason), None)
+
+    def exact(self, problem: Problem) -> bool:
+        return self.stages[-1].exact(problem)
+
+    def monotone(self, problem: Problem) -> bool:
+        return self.exact(problem) or all(stage.monotone(problem) for stage in self.stages)
+
+    def init(self, problem: Problem, start: Tensor) -> ChainState:
+        return ChainState(0, self.stages[0].init(problem, start))
+
+    def step(self, problem: Problem, state: ChainState) -> ChainState:
+        solver = self.stages[state.stage]
+        if solver.done(problem, state.inner) is None:
+            return replace(state, inner=solver.step(problem, state.inner))
+        following = self.stages[state.stage + 1].init(problem, solver.value(problem, state.inner))
+        return ChainState(state.stage + 1, following, self.notes(state), self._bounds(problem, state))
+
+    def done(self, problem: Problem, state: ChainState) -> Status | None:
+        return self.stages[-1].done(problem, state.inner) if state.stage + 1 == len(self.stages) else None
+
+    def value(self, problem: Problem, state: ChainState) -> Tensor:
+        return self.stages[state.stage].value(problem, state.inner)
+
+    def certify(self, problem: Problem, state: ChainState) -> Certificate | None:
+        return max(self._bounds(problem, state), key=lambda bound: bound.lower_bound, default=None)
+
+    def notes(self, state: ChainState) -> tuple[str, ...]:
+        return state.notes + self.stages[state.stage].notes(state.inner)
+
+    def _bounds(self, problem: Problem, state: ChainState) -> tuple[Certificate, ...]:
+        bound = self.stages[state.stage].certify(problem, state.inner)
+        return state.bounds if bound is None else (*state.bounds, bound)

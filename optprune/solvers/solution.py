@@ -1,0 +1,58 @@
+"""What solving returns: why it stopped, what is proved, and the measurements the problem made."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class Status(Enum):
+    """Why a solver stopped. The value is a sentence with advice."""
+
+    CONVERGED = "the solver met its own stopping rule"
+    STEP_LIMIT = "the step limit was reached: raise max_steps or accept the certificate's gap"
+    TIME_LIMIT = "the time limit was reached: raise max_seconds or accept the certificate's gap"
+    STALLED = "no further progress is possible in this precision: try float64 or more damping"
+    NONFINITE = "the answer holds NaN or infinity: check the moments and raise the damping"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A proved lower bound on the optimal objective of the problem, and how it is proved."""
+
+    lower_bound: float
+    proof: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a solver's history: what ran, its steps so far, its seconds so far, and the objective measured."""
+
+    label: str
+    steps: int
+    seconds: float
+    objective: float
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A weight and everything known about it; objective and violation were measured by the problem."""
+
+    value: Tensor
+    objective: float
+    violation: float
+    status: Status
+    steps: int
+    seconds: float
+    certificate: Certificate | None = None
+    history: tuple[Record, ...] = ()
+    notes: tuple[str, ...] = ()
+    """fallbacks taken and extra damping used: empty when everything went as asked"""
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - lower bound) / |objective|, or None without a certificate; 0 means proved optimal."""
+        if self.certificate is None:
+            return None
+        excess = max(self.objective - self.certificate.lower_bound, 0.0)
+        return 0.0 if excess == 0 else excess / abs(self.objective)
