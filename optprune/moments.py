@@ -126,7 +126,7 @@ class MomentSums:
         if len(products) != len(self._sums):
             raise InputError("every batch of moments must come with dense inputs, or none of them")
         for total, product in zip(self._sums, products, strict=True):
-            total += product
+            total.add_(product)
         self.tokens += actual.shape[0]
 
     def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:

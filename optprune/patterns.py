@@ -99,7 +99,7 @@ def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]
         raise InputError(f"cannot keep {keep} of {n} entries")
     if bool(torch.isnan(score).any()):
         raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
-    if keep == 0 or keep == n:
+    if keep in (0, n):
         return torch.full_like(score, keep > 0, dtype=torch.bool)
     threshold = torch.kthvalue(score, n - keep + 1, dim=1, keepdim=True).values
     above = score > threshold

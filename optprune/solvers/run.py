@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,8 +55,7 @@ def solve(
             state = solver.step(problem, state)
             steps += 1
             if callback is not None:
-                current = state
-                callback(steps, lambda: solver.value(problem, current))
+                callback(steps, partial(solver.value, problem, state))
         value = solver.value(problem, state)
         certificate = solver.certify(problem, state)
         seconds = time.perf_counter() - began
