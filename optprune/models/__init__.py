@@ -1,0 +1,27 @@
+"""Models: one architecture a file, mostly data; loading, saving, and the path of the calibration statistics."""
+
+from optprune.models.architecture import Architecture, Heads
+from optprune.models.calibrate import POLICIES, Propagation
+from optprune.models.decoder import ARCHITECTURES, Decoder, LinkedLayers, architecture_of, is_stock
+from optprune.models.load import LoadedModel, load, load_config, load_model, load_tokenizer
+from optprune.models.save import SavedModel, check_output, save_model
+
+__all__ = [
+    "ARCHITECTURES",
+    "POLICIES",
+    "Architecture",
+    "Decoder",
+    "Heads",
+    "LinkedLayers",
+    "LoadedModel",
+    "Propagation",
+    "SavedModel",
+    "architecture_of",
+    "check_output",
+    "is_stock",
+    "load",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]

@@ -1,0 +1,57 @@
+"""What optprune must know of an architecture: where its linear layers are and which of them go together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The head layout of an attention layer: query heads, key/value heads, and the dimension of a head."""
+
+    query: int
+    kv: int
+    dim: int
+
+    @property
+    def group(self) -> int:
+        """How many query heads read one KV head."""
+        return self.query // self.kv
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family of decoder models, as data; every path is relative to a decoder block unless it says otherwise."""
+
+    model_type: str
+    """config.model_type"""
+    blocks: str
+    """path from the model to the list of decoder blocks"""
+    stages: tuple[tuple[str, ...], ...]
+    """the linear layers in the order of the forward pass; those of one stage read the same input"""
+    mlp_producers: tuple[str, ...]
+    """the layers whose rows are MLP units"""
+    mlp_consumer: str
+    """the layer whose columns are MLP units"""
+    mlp_width: str
+    """the config field (and MLP module attribute) that holds the number of MLP units"""
+    attention: str
+    """the attention module"""
+    value: str
+    """the layer whose rows are value dimensions"""
+    output: str
+    """the layer that reads the value dimensions of all query heads, head by head"""
+    heads: Callable[[PretrainedConfig], Heads]
+    narrow_values: Callable[[nn.Module, int], None]
+    """teach a stock attention module to work with fewer value dimensions in each head"""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All linear layers of a block."""
+        return tuple(path for stage in self.stages for path in stage)
+
+    def stage_of(self, path: str) -> int:
+        """The position in the forward pass of a layer's input."""
+        return next(index for index, stage in enumerate(self.stages) if path in stage)

@@ -1,0 +1,197 @@
+"""Calibration: the path that statistics take through the model, one block at a time.
+
+Only the hidden states between two blocks are kept; inside a block, inputs are reduced to moments batch by batch.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optprune.errors import InputError, NumericalError
+from optprune.models.decoder import Decoder
+from optprune.moments import InputMoments, MomentSums
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """A propagation policy: which inputs a block's statistics are taken from, and which output is the target.
+
+    Any recipe can use any policy with any solver.
+    """
+
+    name: str
+    pruned_prefix: bool
+    """blocks get what the already pruned blocks before them produce, not what the dense model produces"""
+    sequential: bool
+    """inside a block, a layer's inputs are collected after the layers before it were pruned"""
+    dense_target: bool
+    """the target is the output of the dense model, not that of the original weight on the same inputs"""
+
+
+POLICIES = {
+    policy.name: policy
+    for policy in (
+        Propagation("dense", pruned_prefix=False, sequential=False, dense_target=False),
+        Propagation("pruned", pruned_prefix=True, sequential=False, dense_target=False),
+        Propagation("intra", pruned_prefix=False, sequential=True, dense_target=True),
+        Propagation("cross", pruned_prefix=True, sequential=True, dense_target=True),
+    )
+}
+
+
+@dataclass
+class Stream:
+    """The hidden states that enter the current block, one tensor a batch, with the block's other arguments."""
+
+    hidden: list[Tensor]
+    arguments: list[dict[str, Any]]
+
+    def copy(self) -> "Stream":
+        """A second stream from the same hidden states."""
+        return Stream(list(self.hidden), self.arguments)
+
+
+class _Reached(Exception):  # noqa: N818  # control flow, not an error
+    """Ends a forward pass early."""
+
+
+@contextmanager
+def calibrating(decoder: Decoder) -> Iterator[None]:
+    """Evaluation mode, no gradients, no TF32; everything is put back afterwards."""
+    training = decoder.model.training
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    decoder.model.eval()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        decoder.model.train(training)
+
+
+def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
+    """Run the embeddings on token batches [batch, length] and stop where the first block begins."""
+    stream = Stream([], [])
+    shared: dict[torch.Size, dict[str, Any]] = {}
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        stream.hidden.append(hidden)
+        # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
+        stream.arguments.append(shared.setdefault(hidden.shape, others))
+        raise _Reached
+
+    device = decoder.model.get_input_embeddings().weight.device
+    handle = decoder.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for batch in batches:
+            try:
+                decoder.model(input_ids=batch.to(device), use_cache=False)
+            except _Reached:
+                continue
+    finally:
+        handle.remove()
+    if not stream.hidden:
+        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
+    return stream
+
+
+def run_block(
+    block: nn.Module, hidden: Tensor, arguments: dict[str, Any], taps: Sequence[str] = (), *, to_end: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One forward pass of a block: the inputs of the tapped layers and the block's output (meaningless if not to_end).
+
+    With `to_end` False the pass stops at the last tap.
+    """
+    caught: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught[path] = args[0]
+            if not to_end and len(caught) == len(taps):
+                raise _Reached
+
+        return catch
+
+    handles = [block.get_submodule(path).register_forward_pre_hook(tap(path)) for path in taps]
+    output = hidden
+    try:
+        output = block(hidden, **arguments)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught, output[0] if isinstance(output, tuple) else output
+
+
+def advance(block: nn.Module, stream: Stream) -> None:
+    """Replace the stream's hidden states by the block's outputs."""
+    for index, (hidden, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
+        _, output = run_block(block, hidden, arguments)
+        if not bool(torch.isfinite(output).all()):
+            raise NumericalError(
+                "a block's output holds NaN or infinity: look for damaged weights, or use --dtype float32"
+            )
+        stream.hidden[index] = output
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one pass over a block gave, by layer path."""
+
+    moments: dict[str, InputMoments]
+    held_out: dict[str, InputMoments]
+    """the moments of the batches kept apart; empty when there were none"""
+    seconds: float
+    """of the whole pass"""
+    forward_seconds: float
+    """of the forward pass on the stream alone"""
+
+
+def collect(
+    block: nn.Module,
+    stream: Stream,
+    taps: Sequence[str],
+    *,
+    reference: tuple[nn.Module, Stream] | None = None,
+    held_out: int = 0,
+    output: Stream | None = None,
+) -> Collected:
+    """The moments of the inputs x* of the tapped layers of a block, over all batches of a stream.
+
+    `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
+    `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass.
+    """
+    calibration: dict[str, MomentSums] = {}
+    kept_apart: dict[str, MomentSums] = {}
+    count = len(stream.hidden)
+    began = time.perf_counter()
+    forward_seconds = 0.0
+    for index in range(count):
+        before = time.perf_counter()
+        actual, after = run_block(
+            block, stream.hidden[index], stream.arguments[index], taps, to_end=output is not None
+        )
+        forward_seconds += time.perf_counter() - before
+        ideal: dict[str, Tensor] = {}
+        if reference is not None:
+            dense_block, dense = reference
+            ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
+        sums = calibration if index < count - held_out else kept_apart
+        for path, inputs in actual.items():
+            if path not in sums:
+                sums[path] = MomentSums(inputs.shape[-1], inputs.device, with_dense=reference is not None)
+            sums[path].add(inputs, ideal.get(path))
+        if output is not None:
+            output.hidden[index] = after
+    moments = {path: total.moments() for path, total in calibration.items()}
+    held = {path: total.moments() for path, total in kept_apart.items()}
+    return Collected(moments, held, time.perf_counter() - began, forward_seconds)

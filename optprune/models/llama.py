@@ -1,0 +1,34 @@
+"""Llama 1 to 3.2 (and models of its class, such as SmolLM2): gated MLP, rotary embeddings, grouped-query attention."""
+
+from functools import partial
+
+from transformers import PretrainedConfig
+
+from optprune.models.architecture import Architecture, Heads
+from optprune.models.narrow_attention import NarrowLlamaAttention, narrow_to
+
+
+def heads(config: PretrainedConfig) -> Heads:
+    """The head layout; head_dim may differ from hidden_size / heads (Llama 3.2 and later configs name it)."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+
+
+LLAMA = Architecture(
+    model_type="llama",
+    blocks="model.layers",
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    mlp_producers=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_consumer="mlp.down_proj",
+    mlp_width="intermediate_size",
+    attention="self_attn",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    heads=heads,
+    narrow_values=partial(narrow_to, NarrowLlamaAttention),
+)

@@ -1,0 +1,141 @@
+"""Loading: a local folder, a hub name, a .gguf file, or the packaged demo model. No pickle, no remote code."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from optprune.errors import InputError
+from optprune.models.decoder import VALUE_DIM_FIELD, Decoder, architecture_of, is_stock
+from optprune.packaged import demo_model_file
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEMO = "demo"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to be pruned or evaluated, with its tokenizer where the source has one."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer | None
+    source: str
+
+
+def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load a model from a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
+
+    `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16; `device` is auto, cpu, cuda or
+    cuda:N. Raises InputError for a path that is not there, an unknown architecture, damaged or missing weights.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"the dtype {dtype!r} is not known: use auto, {', '.join(DTYPES)}")
+    where, options = _locate(source)
+    config = _config(source, where, options)
+    architecture_of(config)
+    if options:
+        options |= {"quantization_config": GgufConfig(dequantize=True)}
+    options["dtype"] = DTYPES.get(dtype, "auto")
+    model = _weights(source, where, config, options)
+    _check_finite(model, source)
+    Decoder(model)
+    model.to(_device(device))  # type: ignore[arg-type]  # transformers overloads .to
+    return LoadedModel(model.eval(), load_tokenizer(source), source)
+
+
+def load(folder: str | Path) -> PreTrainedModel:
+    """The model in a folder that optprune wrote, whatever its shapes; also any model `load_model` accepts."""
+    return load_model(str(folder), device="cpu").model
+
+
+def load_tokenizer(source: str) -> Tokenizer | None:
+    """The tokenizer of a model source, or None when it has none."""
+    where, options = _locate(source)
+    if not options and Path(where).is_dir() and not any(Path(where).glob("*token*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_config(source: str) -> PretrainedConfig:
+    """The config of a model source, without its weights."""
+    return _config(source, *_locate(source))
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """What to hand to from_pretrained, and the options a GGUF file needs."""
+    path = Path(demo_model_file() if source == DEMO else source)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"there is no GGUF file {source}: check the path")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"the folder {source} has no config.json: give a folder written by save_pretrained")
+        return str(path), {}
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
+    if looks_like_path or not source.strip():
+        raise InputError(f"there is no model folder {source!r}: give a folder, a .gguf file, a hub name or 'demo'")
+    return source, {}
+
+
+def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"the config of {source} cannot be read: {_first_line(error)}") from error
+
+
+def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    cls = AutoModelForCausalLM if is_stock(config) else narrow_class(config)
+    try:
+        model, report = cls.from_pretrained(where, output_loading_info=True, **options)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
+    absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if absent:
+        raise InputError(
+            f"the weights of {source} are incomplete: {len(absent)} tensors are missing or misshapen, "
+            f"the first is {absent[0]}; copy the folder again"
+        )
+    return model
+
+
+def narrow_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The stock class of a config, with every attention module made as narrow as the config says."""
+    stock = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        stock.__init__(self, config, *args, **kwargs)
+        Decoder(self).narrow_values(getattr(config, VALUE_DIM_FIELD))
+
+    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})
+
+
+def _check_finite(model: PreTrainedModel, source: str) -> None:
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(f"{name} of {source} holds NaN or infinity: the checkpoint is damaged, fetch it again")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"the device {name!r} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

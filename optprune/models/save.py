@@ -1,0 +1,133 @@
+"""Saving: a folder appears whole or not at all, and only after a fresh process has reloaded it and agreed."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from optprune.errors import InputError, OptpruneError
+from optprune.models import reload_check
+from optprune.models.decoder import is_stock
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""the largest difference of logits, relative to the largest logit, that threads and kernels may explain"""
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What was written, and how the reloaded model compared."""
+
+    folder: Path
+    bytes: int
+    """of the weights"""
+    stock: bool
+    """whether plain transformers loads the folder; otherwise optprune.load does"""
+    logits_difference: float | None
+    """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise InputError unless the output folder can be written: call it before the long work."""
+    if folder.exists() and not overwrite:
+        raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"the output folder {folder} cannot be created: {parent} is not writable")
+
+
+def save_model(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    files: Mapping[str, str] | None = None,
+    probe: Tensor | None = None,
+    overwrite: bool = False,
+) -> SavedModel:
+    """Write a model folder with safetensors weights, the tokenizer and extra text files, whole or not at all.
+
+    `probe` [batch, tokens] are token ids: a fresh Python process reloads the folder, with plain transformers where
+    the shapes are stock and with optprune.load otherwise, and its logits must agree with those in memory.
+    """
+    check_output(folder, overwrite)
+    created = _missing_parents(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        # A sibling, so that the rename at the end stays within one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            draft = Path(scratch) / "model"
+            _write(model, draft, tokenizer, files or {})
+            difference = None if probe is None else _compare(model, draft, probe, Path(scratch))
+            size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+            if folder.exists():
+                folder.rename(Path(scratch) / "replaced")
+            draft.rename(folder)
+    except BaseException as error:
+        for parent in created:
+            parent.rmdir()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
+        raise
+    return SavedModel(folder, size, is_stock(model.config), difference)
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """The parents that do not exist yet, innermost first."""
+    return [parent for parent in folder.absolute().parents if not parent.exists()]
+
+
+def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, files: Mapping[str, str]) -> None:
+    try:
+        model.save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        for name, text in files.items():
+            (draft / name).write_text(text, encoding="utf-8")
+    except Exception as error:
+        # The safetensors library reports a full disk in words of its own.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+
+
+def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) -> float:
+    """The largest difference of logits between memory and a fresh process; OptpruneError when it is too large."""
+    with torch.no_grad():
+        logits = model(input_ids=probe.to(model.device), use_cache=False).logits
+    record = scratch / "probe.safetensors"
+    save_file({"input_ids": probe.cpu(), "logits": logits.float().cpu().contiguous()}, record)
+    run = subprocess.run(
+        # Isolated (-I) and run as a script: a stock folder is loaded without importing optprune.
+        [sys.executable, "-I", reload_check.__file__, str(draft), str(record), str(torch.get_num_threads())],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if run.returncode:
+        reason = run.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise OptpruneError(f"the saved model cannot be reloaded in a fresh process, so it was discarded: {reason[0]}")
+    difference = float(json.loads(run.stdout.strip().splitlines()[-1])["difference"])
+    limit = TOLERANCE[model.dtype] * float(logits.abs().max())
+    if not difference <= limit:
+        raise OptpruneError(
+            f"the reloaded model's logits differ by {difference:.3g} from those in memory (at most {limit:.3g} is "
+            "rounding), so the folder was discarded: please report this"
+        )
+    return difference

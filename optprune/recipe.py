@@ -1,0 +1,163 @@
+"""Recipes: everything a pruning run decides, as one validated object, readable from and writable to YAML."""
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from optprune import solvers
+from optprune.errors import InputError
+from optprune.models import POLICIES, Propagation
+from optprune.objectives import OBJECTIVES, Objective
+from optprune.solvers import Chain, Solver
+
+SOLVERS: dict[str, type[Solver]] = {
+    "fasp_metric": solvers.FaspMetric,
+    "magnitude_columns": solvers.MagnitudeColumns,
+    "random_columns": solvers.RandomColumns,
+    "restore": solvers.Restore,
+}
+Units = Literal["mlp", "vo", "all", "weights"]
+
+
+def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
+    if name not in table:
+        raise ValueError(f"the {what} {name!r} is not known: use one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _read_objective(value: Any) -> Any:
+    return _known("objective", OBJECTIVES, value) if isinstance(value, str) else value
+
+
+def _write_objective(objective: Objective) -> str:
+    names = [name for name, known in OBJECTIVES.items() if known is objective]
+    return names[0] if names else f"{objective.__module__}:{objective.__qualname__}"  # type: ignore[attr-defined]
+
+
+def _read_propagation(value: Any) -> Any:
+    return _known("propagation policy", POLICIES, value) if isinstance(value, str) else value
+
+
+def _read_solver(value: Any) -> Any:
+    """A solver from its name, {name: options}, or a list of those (a chain)."""
+    if isinstance(value, str):
+        return _known("solver", SOLVERS, value)()
+    if isinstance(value, list):
+        return Chain(tuple(_read_solver(item) for item in value))
+    if isinstance(value, dict):
+        if len(value) != 1:
+            raise ValueError(f"a solver with options is written {{name: {{option: value}}}}, not {value}")
+        [(name, options)] = value.items()
+        cls = _known("solver", SOLVERS, name)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        for option in options or {}:
+            if option not in fields:
+                raise ValueError(f"the solver {name} has no option {option!r}: it has {sorted(fields) or 'none'}")
+        return cls(**(options or {}))
+    return value
+
+
+def _write_solver(solver: Solver | None) -> Any:
+    if solver is None:
+        return None
+    if isinstance(solver, Chain):
+        return [_write_solver(stage) for stage in solver.stages]
+    names = [name for name, cls in SOLVERS.items() if cls is type(solver)]
+    name = names[0] if names else type(solver).__name__
+    changed = {
+        field.name: getattr(solver, field.name)
+        for field in dataclasses.fields(solver)  # type: ignore[arg-type]  # solvers are dataclasses by contract
+        if getattr(solver, field.name) != field.default
+    }
+    return {name: {option: str(value) if not isinstance(value, int | float | str) else value
+                   for option, value in changed.items()}} if changed else name
+
+
+class Recipe(BaseModel):
+    """What to solve at each layer, with what, how much to remove, and on which path statistics travel."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: str = "custom"
+    summary: str = ""
+    source: str = ""
+    objective: Annotated[Objective, BeforeValidator(_read_objective), PlainSerializer(_write_objective)] = OBJECTIVES[
+        "linked"
+    ]
+    """a function LayerContext -> Problem"""
+    solver: Annotated[Solver | None, BeforeValidator(_read_solver), PlainSerializer(_write_solver)] = None
+    """None lets optprune choose by the problem"""
+    units: Units = "mlp"
+    """what is pruned: MLP units, value dimensions, both, or single weights of every linear layer"""
+    propagation: Annotated[
+        Propagation, BeforeValidator(_read_propagation), PlainSerializer(lambda policy: policy.name)
+    ] = POLICIES["pruned"]
+    sparsity: float = Field(default=0.2, gt=0, lt=1)
+    """the share of the decoder blocks' linear weights to remove"""
+    damping: float = Field(default=0.01, ge=0)
+    """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
+    width_multiple: int = Field(default=8, ge=1)
+    """the MLP width is a multiple of this"""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """the share of calibration batches kept apart to measure each layer's error on"""
+    strict: bool = False
+    """fallbacks, dead inputs and too few tokens are errors"""
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that `load_recipe` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with optprune."""
+    return sorted(file.name.removesuffix(".yaml") for file in _shipped().iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe by its name or from a YAML file, with some fields replaced."""
+    if name_or_path in recipe_names():
+        text = (_shipped() / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).suffix in (".yaml", ".yml"):
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the recipe file {name_or_path} cannot be read: {error}") from error
+    else:
+        raise InputError(
+            f"the recipe {name_or_path!r} is not known: use one of {', '.join(recipe_names())}, or a .yaml file"
+        )
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe file {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
+    return make_recipe({**data, **(overrides or {})})
+
+
+def make_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
+    try:
+        return Recipe.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(Recipe.model_fields)
+            raise InputError(f"a recipe has no field {key!r}: it has {known}") from error
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"the recipe field {key!r} cannot be {first['input']!r}: {reason}") from error
+
+
+def _shipped() -> Any:
+    return resources.files("optprune") / "recipes"

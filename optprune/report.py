@@ -1,0 +1,83 @@
+"""What a run reports: one record a layer, the totals, and the events on the way."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was solved at one layer, and how well."""
+
+    name: str
+    kind: str
+    """of problem"""
+    solver: str
+    """the chain of solvers"""
+    relative_error: float
+    """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, of the weights as written"""
+    held_out_error: float | None
+    """the same on held-out tokens, where the recipe holds some out"""
+    status: str
+    objective: float
+    lower_bound: float | None
+    gap: float | None
+    damping: float
+    """the ridge that was added to the diagonal of the Gram matrix, in (input activation)^2"""
+    tokens: int
+    seconds: float
+    kept: int
+    units: int
+    """how many there were to choose from"""
+    dead_inputs: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pruning run did; written as report.json beside the weights."""
+
+    model: str
+    recipe: dict[str, Any]
+    sparsity_requested: float
+    sparsity_reached: float
+    """over the decoder blocks' linear weights"""
+    seconds: float
+    floor_seconds: float
+    """the two calibration passes with their Gram products, without which no run can do"""
+    tokens: int
+    seed: int
+    versions: dict[str, str]
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """The whole report as indented JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class BlockStarted:
+    """A decoder block is about to be calibrated."""
+
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class LayerSolved:
+    """A layer's problem was solved and its answer written."""
+
+    layer: LayerReport
+
+
+@dataclass(frozen=True)
+class BlockFinished:
+    """A decoder block is pruned and its outputs are known."""
+
+    block: int
+    blocks: int
+    seconds: float
+
+
+Event = BlockStarted | LayerSolved | BlockFinished
