@@ -1,0 +1,209 @@
+"""Texts: read from files, data sets or the demo, tokenised once, and cut into windows for calibration or evaluation."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optprune.errors import InputError
+from optprune.packaged import demo_articles, raise_csv_limit
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, and a text that is not there needs neither
+    from torch import LongTensor, Tensor
+    from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+FORMS = "a .txt, .jsonl or .csv file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, or demo:PART"
+"""what a text may be, in words"""
+DEFAULT_COLUMN = "text"
+
+
+def read_documents(spec: str) -> list[str]:
+    """The documents of a text; empty ones are dropped.
+
+    `spec` is a .txt file (one document), a .jsonl or .csv file with the column named after a colon ("text" when none
+    is), a folder of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT with a column "text", or demo:calibration
+    or demo:evaluation. InputError, in one sentence, when it cannot be read or holds nothing.
+    """
+    documents = [text for text in _read(spec) if text.strip()]
+    if not documents:
+        raise InputError(f"the text {spec} is empty: give one that holds words")
+    return documents
+
+
+def tokenise(tokenizer: "Tokenizer", documents: Iterable[str]) -> "LongTensor":
+    """The token ids [tokens] of the documents joined by blank lines and tokenised once, as the papers do."""
+    import torch
+
+    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)  # type: ignore[return-value]  # LongTensor is only a name
+
+
+def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = None) -> "LongTensor":
+    """The first `windows` (None: all) consecutive windows [n, seq_length]; what is left at the end is dropped.
+
+    InputError when fewer fit than were asked for, or none.
+    """
+    _at_least("--seq-length", seq_length, 2)
+    if windows is not None:
+        _at_least("--windows", windows, 1)
+    fitting = len(tokens) // seq_length
+    wanted = fitting if windows is None else windows
+    if fitting < max(wanted, 1):
+        raise InputError(_too_short("evaluation", len(tokens), fitting, max(wanted, 1), seq_length, "--windows"))
+    return tokens[: wanted * seq_length].view(wanted, seq_length)  # type: ignore[return-value]
+
+
+def calibration_batches(
+    tokens: "Tensor", samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048
+) -> "list[LongTensor]":
+    """`samples` distinct windows that do not overlap, drawn by the seed, in batches of about `tokens_per_batch`.
+
+    InputError when the tokens are too few for so many windows.
+    """
+    import torch
+
+    _at_least("--samples", samples, 1)
+    _at_least("--seq-length", seq_length, 2)
+    fitting = len(tokens) // seq_length
+    if fitting < samples:
+        raise InputError(_too_short("calibration", len(tokens), fitting, samples, seq_length, "--samples"))
+    generator = torch.Generator().manual_seed(seed)
+    # Where the first window begins is drawn too, so that the tokens beyond the last whole window have their chance.
+    start = int(torch.randint(len(tokens) - fitting * seq_length + 1, (), generator=generator))
+    windows = tokens[start : start + fitting * seq_length].view(fitting, seq_length)
+    drawn = windows[torch.randperm(fitting, generator=generator)[:samples]]
+    return list(drawn.split(max(1, tokens_per_batch // seq_length)))  # type: ignore[arg-type]
+
+
+def check_seq_length(config: "PretrainedConfig", seq_length: int) -> None:
+    """Raise InputError when windows are longer than the positions a model knows."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seq_length > limit:
+        raise InputError(
+            f"windows of {seq_length} tokens are longer than the {limit} positions of the model: "
+            f"pass --seq-length {limit} or less"
+        )
+
+
+def check_vocabulary(config: "PretrainedConfig", tokens: "Tensor") -> None:
+    """Raise InputError when the tokenizer gave ids for which the model has no embedding."""
+    largest = int(tokens.max()) if len(tokens) else 0
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {largest}, but the model has only {config.vocab_size} embeddings: "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _too_short(use: str, tokens: int, fitting: int, wanted: int, seq_length: int, option: str) -> str:
+    return (
+        f"the {use} text has {tokens} tokens, in which {fitting} windows of {seq_length} fit, but {wanted} are needed: "
+        f"lower {option if fitting else '--seq-length'}, or give a longer text"
+    )
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{option} cannot be {value}: it is at least {least}")
+
+
+def _read(spec: str) -> Iterable[str]:
+    if spec.startswith("demo:"):
+        return demo_articles(spec.removeprefix("demo:"))  # type: ignore[arg-type]  # it checks the name
+    if spec.startswith("hf:"):
+        return _read_dataset(spec)
+    path, column = Path(spec), DEFAULT_COLUMN
+    if not path.exists() and ":" in spec:
+        name, _, column = spec.rpartition(":")
+        path = Path(name)
+    if not path.exists() or not spec.strip():
+        raise InputError(f"there is no text {str(path)!r}: give {FORMS}")
+    if path.is_dir():
+        return _read_folder(path)
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix.lower() not in readers:
+        raise InputError(f"the text {path} has an unknown ending {path.suffix!r}: give {FORMS}")
+    try:
+        return list(readers[path.suffix.lower()](path, column))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the text {path} is not UTF-8 (byte {error.start} cannot be decoded): convert it first"
+        ) from error
+    except OSError as error:
+        raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
+
+
+def _read_folder(folder: Path) -> list[str]:
+    files = sorted(folder.glob("*.txt"))
+    if not files:
+        raise InputError(f"the folder {folder} holds no .txt file: give another text")
+    return [text for file in files for text in _read(str(file))]
+
+
+def _read_txt(path: Path, _: str) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8-sig")
+
+
+def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {path}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{where} is not valid JSON ({error.msg}): repair or remove it") from error
+            if not isinstance(record, dict):
+                raise InputError(f"{where} is not a JSON object: write one such as {{{json.dumps(column)}: ...}}")
+            if column not in record:
+                raise InputError(_no_column(where, column, record))
+            yield _as_text(record[column], where, column)
+
+
+def _read_csv(path: Path, column: str) -> Iterator[str]:
+    raise_csv_limit()
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines)
+        if column not in (rows.fieldnames or ()):
+            raise InputError(_no_column(path, column, rows.fieldnames or ()))
+        try:
+            for row in rows:
+                yield row[column] or ""
+        except csv.Error as error:
+            raise InputError(f"line {rows.line_num} of {path} is not valid CSV: {error}") from error
+
+
+def _read_dataset(spec: str) -> list[str]:
+    """Without remote code: the data sets library has none since version 4."""
+    # A split may hold a slice with a colon of its own, as in train[:100].
+    parts = re.split(r":(?![^\[]*\])", spec)[1:]
+    if len(parts) not in (2, 3) or not all(parts):
+        raise InputError(f"the data set {spec!r} cannot be found: write hf:DATASET[:CONFIG]:SPLIT")
+    name, *config, split = parts
+    import datasets
+
+    try:
+        data: Any = datasets.load_dataset(name, *config, split=split)
+    except Exception as error:  # the library raises errors of many kinds for a name, a config or a connection
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the data set {spec} cannot be loaded: {reason[0]}") from error
+    if DEFAULT_COLUMN not in data.column_names:
+        raise InputError(_no_column(spec, DEFAULT_COLUMN, data.column_names))
+    return [_as_text(text, spec, DEFAULT_COLUMN) for text in data[DEFAULT_COLUMN]]
+
+
+def _as_text(value: Any, where: str, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InputError(f"the column {column!r} in {where} holds {value!r}, which is not a text: name another column")
+    return value
+
+
+def _no_column(where: Any, column: str, columns: Iterable[str]) -> str:
+    known = ", ".join(columns) or "none"
+    return f"{where} has no column {column!r} (it has {known}): name one after a colon, as in FILE.csv:COLUMN"
