@@ -1,0 +1,77 @@
+"""Perplexity, as the pruning papers measure it: consecutive windows, the mean over all next-token predictions."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optprune.errors import InputError, NumericalError
+
+TOKENS_AT_ONCE = 2048
+"""how many tokens go through the model together"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A perplexity, and on how much it was measured."""
+
+    perplexity: float
+    tokens: int
+    """next-token predictions: one fewer than its length for each window"""
+    windows: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields as plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, *, on_window: Callable[[int, int], None] | None = None
+) -> Evaluation:
+    """The perplexity of a model on windows of token ids [n, length].
+
+    It is the exponential of the mean negative log-likelihood of all length - 1 predictions of each window; windows do
+    not see each other. `on_window(done, n)` is called after each pass. NumericalError when the model gives NaN.
+    """
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise InputError(f"windows are token ids [n, length >= 2], not a tensor of shape {list(windows.shape)}")
+    began = time.perf_counter()
+    count, length = windows.shape
+    device = model.get_input_embeddings().weight.device
+    training = model.training
+    model.eval()
+    total = 0.0
+    done = 0
+    try:
+        for batch in windows.split(max(1, TOKENS_AT_ONCE // length)):
+            ids = batch.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            # One window at a time: the float32 logits of a large vocabulary are the largest tensors here.
+            for window, scores in zip(ids, logits, strict=True):
+                log_probabilities = scores[:-1].float().log_softmax(dim=-1)
+                total -= float(log_probabilities.gather(1, window[1:, None]).double().sum())
+            done += len(batch)
+            if math.isnan(total):
+                raise NumericalError(
+                    f"the model gives NaN within the first {done} windows: look for damaged weights, "
+                    "or load it with --dtype float32"
+                )
+            if on_window is not None:
+                on_window(done, count)
+    finally:
+        model.train(training)
+    tokens = count * (length - 1)
+    mean = total / tokens
+    return Evaluation(
+        # A hopeless model's perplexity may be beyond the largest float.
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        tokens=tokens,
+        windows=count,
+        seconds=time.perf_counter() - began,
+    )
