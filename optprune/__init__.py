@@ -12,3 +12,45 @@ Conventions, obeyed everywhere:
   E|V x* - W x|^2 / E|W x|^2 is reported without damping
 - products are accumulated in float32 or better with TF32 off; objectives are measured in float64
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optprune.models import load, load_model, save_model
+    from optprune.objectives import LayerContext
+    from optprune.pipeline import prune
+    from optprune.recipe import Recipe, load_recipe
+    from optprune.solvers import choose, solve
+
+_HOMES = {
+    "LayerContext": "optprune.objectives",
+    "Recipe": "optprune.recipe",
+    "choose": "optprune.solvers",
+    "load": "optprune.models",
+    "load_model": "optprune.models",
+    "load_recipe": "optprune.recipe",
+    "prune": "optprune.pipeline",
+    "save_model": "optprune.models",
+    "solve": "optprune.solvers",
+}
+
+__all__ = [
+    "LayerContext",
+    "Recipe",
+    "choose",
+    "load",
+    "load_model",
+    "load_recipe",
+    "prune",
+    "save_model",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `optprune --help` and the solvers do not wait for transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'optprune' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -148,7 +148,8 @@ class _Run:
         began = time.perf_counter()
         recipe, layer = self.recipe, self.decoder.layer(index, target.path)
         units = None if target.units is None else target.units(index)
-        loss = LayerLoss.of(layer.weight, collected.moments[target.tap], recipe.damping, fit_bias=layer.bias is not None)
+        moments = collected.moments[target.tap]
+        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None)
         name = self.decoder.name(index, target.path)
         context = LayerContext(name, index, loss, self._keep(layer, target), None if units is None else units.link)
         problem = recipe.objective(context)

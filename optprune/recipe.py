@@ -74,8 +74,16 @@ def _write_solver(solver: Solver | None) -> Any:
         for field in dataclasses.fields(solver)  # type: ignore[arg-type]  # solvers are dataclasses by contract
         if getattr(solver, field.name) != field.default
     }
-    return {name: {option: str(value) if not isinstance(value, int | float | str) else value
-                   for option, value in changed.items()}} if changed else name
+    return (
+        {
+            name: {
+                option: str(value) if not isinstance(value, int | float | str) else value
+                for option, value in changed.items()
+            }
+        }
+        if changed
+        else name
+    )
 
 
 class Recipe(BaseModel):

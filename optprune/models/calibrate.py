@@ -56,7 +56,7 @@ class Stream:
         return Stream(list(self.hidden), self.arguments)
 
 
-class _Reached(Exception):  # noqa: N818  # control flow, not an error
+class _Reached(Exception):  # control flow, not an error
     """Ends a forward pass early."""
 
 
@@ -88,7 +88,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
         stream.arguments.append(shared.setdefault(hidden.shape, others))
         raise _Reached
 
-    device = decoder.model.get_input_embeddings().weight.device
+    device = next(decoder.model.get_input_embeddings().parameters()).device
     handle = decoder.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for batch in batches:
@@ -177,9 +177,7 @@ def collect(
     forward_seconds = 0.0
     for index in range(count):
         before = time.perf_counter()
-        actual, after = run_block(
-            block, stream.hidden[index], stream.arguments[index], taps, to_end=output is not None
-        )
+        actual, after = run_block(block, stream.hidden[index], stream.arguments[index], taps, to_end=output is not None)
         forward_seconds += time.perf_counter() - before
         ideal: dict[str, Tensor] = {}
         if reference is not None:

@@ -94,7 +94,7 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
 
 
 def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    cls = AutoModelForCausalLM if is_stock(config) else narrow_class(config)
+    cls: Any = AutoModelForCausalLM if is_stock(config) else narrow_class(config)
     try:
         model, report = cls.from_pretrained(where, output_loading_info=True, **options)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
@@ -110,7 +110,7 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
 
 def narrow_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The stock class of a config, with every attention module made as narrow as the config says."""
-    stock = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
+    stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
 
     def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         stock.__init__(self, config, *args, **kwargs)

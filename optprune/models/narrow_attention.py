@@ -4,9 +4,11 @@ The stock classes read the number of value heads off head_dim, so they cannot ho
 keep everything else; the key/value cache becomes smaller because it stores the values as they are.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.opt import modeling_opt
@@ -16,6 +18,11 @@ from transformers.models.qwen2 import modeling_qwen2
 def split_heads(states: Tensor, dim: int) -> Tensor:
     """[batch, tokens, heads * dim] -> [batch, heads, tokens, dim]."""
     return states.view(*states.shape[:-1], -1, dim).transpose(1, 2)
+
+
+def kernel(config: PretrainedConfig, eager: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention function that the config asks for; all of them take values of another width than keys."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation or "eager", eager)
 
 
 class NarrowLlamaAttention(modeling_llama.LlamaAttention):
@@ -39,9 +46,7 @@ class NarrowLlamaAttention(modeling_llama.LlamaAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, modeling_llama.eager_attention_forward
-        )
+        attend = kernel(self.config, modeling_llama.eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **self.window(), **kwargs
@@ -79,9 +84,7 @@ class NarrowOPTAttention(modeling_opt.OPTAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, modeling_opt.eager_attention_forward
-        )
+        attend = kernel(self.config, modeling_opt.eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
         return self.out_proj(mixed.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights

@@ -57,7 +57,8 @@ class LayerLoss:
         fit_bias: bool = False,
     ) -> "LayerLoss":
         """The loss of a weight, in the moments' dtype and on their device, damped by `damping` x mean(diag Gram)."""
-        loss = cls(weight.detach().to(moments.gram), moments, torch.zeros_like(moments.mean), fit_bias)
+        # A copy: writing to the model later must not change the problem.
+        loss = cls(weight.detach().to(moments.gram, copy=True), moments, torch.zeros_like(moments.mean), fit_bias)
         return loss.damped(damping)
 
     def damped(self, fraction: float) -> "LayerLoss":

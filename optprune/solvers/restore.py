@@ -81,7 +81,8 @@ def _certificate(problem: MaskedLeastSquares, gram: Float[Tensor, "in in"], valu
     else:
         step, _ = _newton_step(gram, residual.to(gram), mask, _rounding(loss))
         excess = -float((residual * step).sum()) / 2
-    return Certificate(loss.value(value) - max(excess, 0.0), "residual of the normal equations")
+    # No loss is negative, so zero is a lower bound too.
+    return Certificate(max(loss.value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
 
 
 def _rounding(loss: LayerLoss) -> float:
@@ -117,7 +118,7 @@ def _shared_step(
 def _row_steps(
     gram: Float[Tensor, "in in"], gradient: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], rounding: float
 ) -> tuple[Float[Tensor, "out in"], bool]:
-    """A mask per row: systems in batches of rows, each padded to the largest count by rows of the identity."""
+    """A mask per row: systems in batches of rows, each padded to the largest count by a multiple of the identity."""
     step = torch.zeros_like(gradient)
     most = int(mask.sum(1).max())
     if most == 0:
@@ -129,7 +130,9 @@ def _row_steps(
         index = order[rows]
         real = mask[rows].gather(1, index)
         block = gram[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])
-        block = block + torch.diag_embed((~real).to(gram))
+        # In the size of the row's own block: an identity would make every block of small inputs look singular.
+        size = block.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        block = block + torch.diag_embed(torch.where(real, 0.0, torch.where(size > 0, size, 1.0)))
         right = gradient[rows].gather(1, index) * real
         factor, failed = torch.linalg.cholesky_ex(block)
         solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]

@@ -1,5 +1,6 @@
 """What solving returns: why it stopped, what is proved, and the measurements the problem made."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -55,4 +56,6 @@ class Solution:
         if self.certificate is None:
             return None
         excess = max(self.objective - self.certificate.lower_bound, 0.0)
-        return 0.0 if excess == 0 else excess / abs(self.objective)
+        if excess == 0:
+            return 0.0
+        return excess / abs(self.objective) if self.objective else math.inf

