@@ -129,7 +129,7 @@ def run_demo(
         overwrite=overwrite,
     )
     try:
-        again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype).to(loaded.model.device)
+        again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
         reloaded = _measure(again, measured_on, "evaluating the reloaded folder", reporter)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the pruned model is in {output}") from None
@@ -160,7 +160,7 @@ def run_demo(
         f"{saved.logits_difference:.2g} and its perplexity agrees",
         f"the whole demo took {duration(result.seconds)}",
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return result
 
 
