@@ -43,7 +43,7 @@ def perplexity(
         raise InputError(f"windows are token ids [n, length >= 2], not a tensor of shape {list(windows.shape)}")
     began = time.perf_counter()
     count, length = windows.shape
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     training = model.training
     model.eval()
     total = 0.0

@@ -18,18 +18,18 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 128,
 }
 VARIANTS = {
-    "llama, grouped-query attention": lambda: tiny_llama(),
+    "llama, grouped-query attention": tiny_llama,
     "llama, one KV head": lambda: tiny_llama(num_key_value_heads=1),
     "llama, as many KV heads as heads": lambda: tiny_llama(num_key_value_heads=4),
     "llama, head_dim of its own": lambda: tiny_llama(head_dim=24),
     "llama, biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
     "llama, tied embeddings": lambda: tiny_llama(tie_word_embeddings=True),
     "llama 3.1 rope": lambda: tiny_llama(rope_parameters=LLAMA3_ROPE),
-    "qwen2": lambda: tiny_qwen2(),
+    "qwen2": tiny_qwen2,
     "qwen2, sliding window": lambda: tiny_qwen2(
         use_sliding_window=True, sliding_window=8, max_window_layers=0, layer_types=["sliding_attention"] * 2
     ),
-    "opt": lambda: tiny_opt(),
+    "opt": tiny_opt,
     "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
     "opt, projected embeddings": lambda: tiny_opt(word_embed_proj_dim=32),
 }
@@ -55,7 +55,7 @@ def restored(decoder: Decoder, block: int, kind: str, generator: torch.Generator
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kinds", [("mlp",), ("vo",), ("vo", "mlp")], ids=lambda kinds: "+".join(kinds))
+@pytest.mark.parametrize("kinds", [("mlp",), ("vo",), ("vo", "mlp")], ids="+".join)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], attention: str) -> None:
     sliced, zeroed = VARIANTS[variant](), VARIANTS[variant]()
@@ -108,7 +108,7 @@ def test_a_narrow_model_trains(name: str) -> None:
 
 def test_an_unknown_architecture_lists_the_known_ones() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
-    with pytest.raises(InputError, match="'gpt2' is not known.*llama, opt, qwen2"):
+    with pytest.raises(InputError, match=r"'gpt2' is not known.*llama, opt, qwen2"):
         Decoder(model)
 
 

@@ -63,7 +63,7 @@ def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str,
     with torch.no_grad():
         assert torch.equal(again(PROBE).logits, model(PROBE).logits)
     # Stock transformers must refuse, not load something else.
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched|shape"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched|shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
