@@ -35,13 +35,12 @@ PROBE_TOKENS = 128
 P = ParamSpec("P")
 app = typer.Typer(
     help="Prune language models: each layer an optimisation problem.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="A model folder, a .gguf file, a hub name, or 'demo'.", show_default=False)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, a hub name, or 'demo'.")]
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
@@ -56,7 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     restore = _terminate_as_interrupt()
     try:
-        result = app(args=arguments, prog_name="optprune", standalone_mode=False)
+        # Without a command, the help is what one wants to see.
+        result = app(
+            args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+            prog_name="optprune",
+            standalone_mode=False,
+        )
         return result if isinstance(result, int) else 0
     except (Exception, KeyboardInterrupt) as error:
         return _tell(error)
@@ -77,7 +81,7 @@ def _reported(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-@app.command("prune")
+@app.command("prune", short_help="Prune a model and write it to a folder.")
 @_reported
 def prune_command(
     model: Model,
@@ -163,7 +167,7 @@ def prune_command(
     _summarise(report, saved)
 
 
-@app.command("evaluate")
+@app.command("evaluate", short_help="Measure a model's perplexity on a text.")
 @_reported
 def evaluate_command(
     model: Model,
@@ -213,7 +217,7 @@ def evaluate_command(
 @app.command("recipes")
 @_reported
 def recipes_command(
-    name: Annotated[str | None, typer.Argument(help="The recipe to print as YAML.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print as YAML.")] = None,
 ) -> None:
     """List the recipes, or print one as YAML."""
     from optprune.recipe import load_recipe, recipe_names
@@ -227,7 +231,7 @@ def recipes_command(
         _print(f"{each:<{width}}  {load_recipe(each).summary}")
 
 
-@app.command("demo")
+@app.command("demo", short_help="The whole story on packaged data, in minutes.")
 @_reported
 def demo_command(
     output: Annotated[
