@@ -1,0 +1,72 @@
+"""What the benchmarks share: the model, the text, the machine's name, and tables as Markdown and JSON."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optprune.models import LoadedModel, load_model
+from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with its calibration batches and evaluation windows."""
+
+    loaded: LoadedModel
+    batches: list[Tensor]
+    windows: Tensor
+
+
+def setting(samples: int, seq_length: int, windows: int, seed: int) -> Setting:
+    """The packaged model, calibrated on one half of the news articles and evaluated on the other."""
+    loaded = load_model("demo")
+    tokens = tokenise(loaded.tokenizer, read_documents("demo:calibration"))
+    held_out = tokenise(loaded.tokenizer, read_documents("demo:evaluation"))
+    return Setting(
+        loaded,
+        calibration_batches(tokens, samples, seq_length, seed),
+        evaluation_windows(held_out, seq_length, windows),
+    )
+
+
+def machine() -> str:
+    """The machine and the versions that a table was made with."""
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return (
+        f"{cpu}, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+        f"transformers {version('transformers')}, optprune {version('optprune')}, Python {platform.python_version()}"
+    )
+
+
+def write_table(name: str, title: str, rows: Sequence[dict[str, Any]], command: str) -> str:
+    """Write rows as results/NAME.json and results/NAME.md, and return the Markdown."""
+    columns = list(rows[0])
+    lines = [f"# {title}", "", f"`{command}`", "", machine(), ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    RESULTS.mkdir(exist_ok=True)
+    text = "\n".join(lines) + "\n"
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    data = {"title": title, "command": command, "machine": machine(), "rows": list(rows)}
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return text
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
