@@ -1,8 +1,11 @@
 """Pruning problems: one kind a file. A problem measures, prints and hashes; it knows no solver and no model."""
 
-from optprune.problems.base import Problem, SelectionProblem
+from optprune.problems.base import Problem
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares
+from optprune.problems.penalised import PenalisedLeastSquares
+from optprune.problems.selection import SelectionProblem
+from optprune.problems.sparse import SparseLeastSquares
 
-__all__ = ["LayerLoss", "Link", "LinkedLeastSquares", "MaskedLeastSquares", "Problem", "SelectionProblem"]
+__all__ = ["LayerLoss", "Link", "LinkedLeastSquares", "MaskedLeastSquares", "PenalisedLeastSquares", "Problem", "SelectionProblem", "SparseLeastSquares"]

@@ -34,15 +34,3 @@ class Problem(ABC):
     def fingerprint(self) -> str:
         """A hash of the problem's content: the same problem has the same hash in every process."""
         return fingerprint(self)
-
-
-class SelectionProblem(Problem):
-    """A problem whose difficulty is which weights to keep: once the mask is fixed, restoration remains."""
-
-    @abstractmethod
-    def support(self, weight: Tensor) -> Tensor:
-        """The admissible choice that a weight stands for (its non-zeros, completed to the exact count)."""
-
-    @abstractmethod
-    def restrict(self, choice: Tensor) -> Problem:
-        """The restoration problem on a fixed choice, with the same loss."""

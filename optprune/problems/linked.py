@@ -13,9 +13,8 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.patterns import SlotWise
-from optprune.problems.base import SelectionProblem
 from optprune.problems.loss import LayerLoss
-from optprune.problems.masked import MaskedLeastSquares
+from optprune.problems.selection import SelectionProblem
 
 
 @final
@@ -108,8 +107,11 @@ class LinkedLeastSquares(SelectionProblem):
         norms = self._norms(self.loss.weight)
         return self.pattern.project(norms / (1 + norms.max()) + self._used(weight).to(norms))
 
-    def restrict(self, choice: Bool[Tensor, " units"]) -> MaskedLeastSquares:
-        return MaskedLeastSquares(self.loss, self.link.column_mask(choice, self.loss.weight.shape[1]))
+    def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
+        return self.pattern.project(self.link.sum_columns(score.sum(0)))
+
+    def mask(self, choice: Bool[Tensor, " units"]) -> Bool[Tensor, "1 in"]:
+        return self.link.column_mask(choice, self.loss.weight.shape[1])
 
     def zero_outside(self, choice: Bool[Tensor, " units"]) -> Float[Tensor, "out in"]:
         """The original weight with the columns of all other units set to zero: pruning without restoration."""

@@ -55,9 +55,7 @@ class Restore(DirectSolver):
         if isinstance(problem, MaskedLeastSquares):
             return self._restore(problem)
         assert isinstance(problem, SelectionProblem)
-        masked = problem.restrict(problem.support(start))
-        assert isinstance(masked, MaskedLeastSquares)
-        refit = self._restore(masked)
+        refit = self._restore(problem.restrict(problem.support(start)))
         # The bound holds for this choice only, not for the best choice, so it is not passed on.
         return Answer(refit.value, None, refit.notes)
 

@@ -1,0 +1,166 @@
+"""Penalties: convex functions of a weight matrix whose proximal operator is cheap.
+
+A new norm is one frozen dataclass with three short methods: value, prox and dual_norm. FISTA solves with any penalty
+and certifies with any.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optprune.errors import InputError
+
+
+class Penalty(ABC):
+    """A convex function P of a weight [out, in], with P(0) = 0 its least value."""
+
+    @property
+    def separable(self) -> bool:
+        """Whether P is a sum over single entries, so that prox may take a step for each column."""
+        return False
+
+    @abstractmethod
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        """P(V), in float64."""
+
+    @abstractmethod
+    def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
+        """argmin_U P(U) + sum_ij (U_ij - V_ij)^2 / (2 step), the proximal operator.
+
+        `step` is a scalar tensor; a separable penalty also takes one step for each column, [in].
+        """
+
+    @abstractmethod
+    def conjugate(self, dual: Float[Tensor, "out in"]) -> float:
+        """P*(T) = sup_V <T, V> - P(V), in float64; infinite outside its domain."""
+
+
+class NormPenalty(Penalty):
+    """A penalty that is a norm: its conjugate is 0 where the dual norm is at most 1, and infinite elsewhere."""
+
+    @abstractmethod
+    def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
+        """The least t >= 0 with <T, V> <= t P(V) for all V; infinite if there is none."""
+
+    def conjugate(self, dual: Float[Tensor, "out in"]) -> float:
+        # A dual point scaled onto the unit ball may exceed it by a rounding.
+        return 0.0 if self.dual_norm(dual) <= 1 + 4 * torch.finfo(dual.dtype).eps else math.inf
+
+
+def _nonnegative(what: str, value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise InputError(f"{what} must be finite and not negative, not {value}")
+
+
+@final
+@dataclass(frozen=True)
+class L1(NormPenalty):
+    """strength * sum_ij |V_ij|, the penalty of FISTAPruner (arXiv 2408.03728)."""
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _nonnegative("the strength of an l1 penalty", self.strength)
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.strength * float(weight.double().abs().sum())
+
+    def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
+        return shrink(weight, self.strength * step)
+
+    def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
+        largest = float(dual.abs().max())
+        return largest / self.strength if self.strength else (math.inf if largest else 0.0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WeightedL1(NormPenalty):
+    """sum_ij weights_ij |V_ij|, with weights [out, in], [in] or [out, 1], none of them negative."""
+
+    weights: Float[Tensor, "*shape"]
+
+    def __post_init__(self) -> None:
+        _nonnegative("the least weight of an l1 penalty", float(self.weights.min()))
+        _nonnegative("the largest weight of an l1 penalty", float(self.weights.max()))
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        return float((self.weights.double() * weight.double().abs()).sum())
+
+    def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
+        return shrink(weight, self.weights * step)
+
+    def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
+        # 0/0 is an entry that costs nothing and moves nothing; x/0 is one that no scaling makes feasible.
+        return float(torch.nan_to_num(dual.abs() / self.weights, nan=0.0, posinf=math.inf).max())
+
+
+@final
+@dataclass(frozen=True)
+class ElasticNet(Penalty):
+    """strength * sum |V_ij| + ridge / 2 * sum V_ij^2 (Zou and Hastie, 2005), shrinking towards zero, unlike damping."""
+
+    strength: float
+    ridge: float
+
+    def __post_init__(self) -> None:
+        _nonnegative("the strength of an elastic net", self.strength)
+        _nonnegative("the ridge of an elastic net", self.ridge)
+
+    @property
+    def separable(self) -> bool:
+        return True
+
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        exact = weight.double()
+        return self.strength * float(exact.abs().sum()) + self.ridge / 2 * float(exact.square().sum())
+
+    def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
+        return shrink(weight, self.strength * step) / (1 + self.ridge * step)
+
+    def conjugate(self, dual: Float[Tensor, "out in"]) -> float:
+        excess = (dual.double().abs() - self.strength).clamp(min=0)
+        if self.ridge == 0:
+            return L1(self.strength).conjugate(dual)
+        return float(excess.square().sum()) / (2 * self.ridge)
+
+
+@final
+@dataclass(frozen=True)
+class ColumnGroups(NormPenalty):
+    """strength * sum_j |V_:,j|_2: a group lasso whose groups are the columns, so that whole inputs vanish."""
+
+    strength: float
+
+    def __post_init__(self) -> None:
+        _nonnegative("the strength of a group penalty", self.strength)
+
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.strength * float(weight.double().norm(dim=0).sum())
+
+    def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
+        norms = weight.norm(dim=0)
+        kept = (norms - self.strength * step).clamp(min=0)
+        return weight * (kept / torch.where(norms > 0, norms, 1.0))
+
+    def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
+        largest = float(dual.double().norm(dim=0).max())
+        return largest / self.strength if self.strength else (math.inf if largest else 0.0)
+
+
+def shrink(weight: Float[Tensor, "out in"], threshold: Float[Tensor, "*shape"]) -> Float[Tensor, "out in"]:
+    """Soft thresholding: sign(V) max(|V| - threshold, 0)."""
+    return weight - weight.clamp(-threshold, threshold)

@@ -1,0 +1,38 @@
+"""Penalised least squares: the convex problem of the layer loss plus a penalty on the weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optprune.penalties import Penalty
+from optprune.problems.base import Problem
+from optprune.problems.loss import LayerLoss
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class PenalisedLeastSquares(Problem):
+    """minimise f(V) + P(V) over all V [out, in].
+
+    Convex. Rows are independent where the penalty's are. f is the LayerLoss, in (output)^2 per token, and so is P.
+
+    Reference: FISTAPruner (arXiv 2408.03728), the convex model with the l1 norm of the rows.
+    """
+
+    kind: ClassVar[str] = "penalised least squares"
+
+    loss: LayerLoss
+    penalty: Penalty
+
+    def objective(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.loss.value(weight) + self.penalty.value(weight)
+
+    def violation(self, weight: Float[Tensor, "out in"]) -> float:
+        """Zero: every finite weight is feasible."""
+        return 0.0 if bool(torch.isfinite(weight).all()) else float("inf")
+
+    def start(self) -> Float[Tensor, "out in"]:
+        return self.loss.weight.clone()

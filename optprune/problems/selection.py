@@ -1,0 +1,28 @@
+"""What the mixed-integer problems share: a choice of what to keep, and restoration once it is made."""
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from optprune.problems.base import Problem
+from optprune.problems.masked import MaskedLeastSquares
+
+
+class SelectionProblem(Problem):
+    """A problem whose difficulty is which weights to keep: once the choice is fixed, restoration remains."""
+
+    @abstractmethod
+    def project(self, score: Tensor) -> Tensor:
+        """The admissible choice with the largest total score, exactly, for scores [out, in] of single weights."""
+
+    @abstractmethod
+    def mask(self, choice: Tensor) -> Tensor:
+        """The weights that a choice keeps: [out, in], or [1, in] when all rows agree."""
+
+    @abstractmethod
+    def support(self, weight: Tensor) -> Tensor:
+        """The admissible choice that a weight stands for (its non-zeros, completed to the exact count)."""
+
+    def restrict(self, choice: Tensor) -> MaskedLeastSquares:
+        """The restoration problem on a fixed choice, with the same loss."""
+        return MaskedLeastSquares(self.loss, self.mask(choice))

@@ -1,0 +1,53 @@
+"""Sparse least squares: which single weights to keep, under a pattern."""
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.patterns import Pattern
+from optprune.problems.loss import LayerLoss
+from optprune.problems.selection import SelectionProblem
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SparseLeastSquares(SelectionProblem):
+    """minimise f(V) over V and a mask M of the pattern subject to V_ij = 0 wherever M is False.
+
+    V [out, in]; the pattern may be unstructured, row-wise, N:M or any other with an exact projection. Mixed-integer:
+    convex in V once M is fixed (`restrict`). f is the LayerLoss, in (output)^2 per token.
+
+    Reference: the layer problem of SparseGPT (arXiv 2301.00774), ALPS (arXiv 2406.07831) and FISTAPruner (arXiv
+    2408.03728).
+    """
+
+    kind: ClassVar[str] = "sparse least squares"
+
+    loss: LayerLoss
+    pattern: Pattern
+
+    def objective(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.loss.value(weight)
+
+    def violation(self, weight: Float[Tensor, "out in"]) -> float:
+        """The number of non-zero entries beyond what the pattern can hold."""
+        used = weight != 0
+        return float((used & ~self.pattern.project(used.to(weight))).sum())
+
+    def start(self) -> Float[Tensor, "out in"]:
+        """The weights of largest magnitude, unchanged."""
+        return torch.where(self.pattern.project(self.loss.weight.abs()), self.loss.weight, 0.0)
+
+    def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        return self.pattern.project(score)
+
+    def mask(self, choice: Bool[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        return choice
+
+    def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
+        """The non-zero entries, completed to the exact count by the entries of largest original magnitude."""
+        size = self.loss.weight.abs()
+        return self.pattern.project((weight != 0).to(size) + size / (1 + size.max()) / weight.numel())

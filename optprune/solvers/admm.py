@@ -1,0 +1,113 @@
+"""ADMM for sparse weights in the form of ALPS: one eigendecomposition, then a penalty that grows by a schedule."""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.problems import Problem, SelectionProblem
+from optprune.solvers.base import Solver
+from optprune.solvers.solution import Status
+from optprune.solvers.spectrum import column_scale
+
+SCHEDULE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+"""(share of the kept weights that moved, factor for rho): the first share that was exceeded applies"""
+
+
+@dataclass(frozen=True, eq=False)
+class AdmmState:
+    """The split variables in column-scaled units, and the shared eigendecomposition."""
+
+    scale: Float[Tensor, " in"]
+    values: Float[Tensor, " in"]
+    vectors: Float[Tensor, "in in"]
+    target: Float[Tensor, "out in"]
+    """B / scale in the eigenbasis"""
+    sparse: Float[Tensor, "out in"]
+    dual: Float[Tensor, "out in"]
+    rho: float
+    mask: Bool[Tensor, "rows in"]
+    looked_at: Bool[Tensor, "rows in"]
+    """the mask when the schedule last looked"""
+    count: int
+    frozen: bool
+
+
+@final
+@dataclass(frozen=True)
+class Admm(Solver[AdmmState]):
+    r"""Alternating direction method of multipliers on the split V = Z, Z in the pattern, with scaled columns.
+
+    In the units of V' = V diag(s), s_j = sqrt(A_jj), A' = diag(1/s) A diag(1/s), B' = B diag(1/s):
+
+        V' = (B' - U + rho Z)(A' + rho I)^-1,   Z = H(V' + U / rho),   U <- U + rho (V' - Z)
+
+    H keeps the mask of the pattern with the largest total of squares. One eigendecomposition of A' serves every rho.
+    Every `every` steps rho grows by 1.3, 1.2 or 1.1 as more than 10, 0.5 or 0 percent of the kept weights moved,
+    and the method stops when none did. Accepts every selection problem. Not monotone: follow it with a refit.
+
+    A step is two products [out, in] x [in, in]; memory in^2 + 5 out in.
+    Reference: ALPS (arXiv 2406.07831), its schedule from the released code; the refit is a solver of its own here.
+    """
+
+    rho: float = 0.1
+    every: int = 3
+    most: int = 300
+
+    def why_not(self, problem: Problem) -> str | None:
+        if isinstance(problem, SelectionProblem):
+            return None
+        return f"it projects onto a choice of weights, and a {problem.kind} problem has none"
+
+    def init(self, problem: Problem, start: Tensor) -> AdmmState:
+        assert isinstance(problem, SelectionProblem)
+        loss = problem.loss
+        scale = column_scale(loss.gram)
+        values, vectors = torch.linalg.eigh(loss.gram / torch.outer(scale, scale))
+        dense = loss.weight * scale
+        # As in ALPS, the first Z is the dense weight: the start is not used.
+        mask = problem.mask(problem.project(dense.square()))
+        return AdmmState(
+            scale=scale,
+            values=values.clamp(min=0),
+            vectors=vectors,
+            target=(loss.target / scale) @ vectors,
+            sparse=dense,
+            dual=torch.zeros_like(dense),
+            rho=self.rho,
+            mask=mask,
+            looked_at=mask,
+            count=0,
+            frozen=False,
+        )
+
+    def step(self, problem: Problem, state: AdmmState) -> AdmmState:
+        assert isinstance(problem, SelectionProblem)
+        right = state.target + (state.rho * state.sparse - state.dual) @ state.vectors
+        dense = (right / (state.values + state.rho)) @ state.vectors.T
+        point = dense + state.dual / state.rho
+        mask = problem.mask(problem.project(point.square()))
+        sparse = torch.where(mask, point, 0.0)
+        count = state.count + 1
+        state = replace(
+            state,
+            sparse=sparse,
+            dual=state.dual + state.rho * (dense - sparse),
+            mask=mask,
+            count=count,
+        )
+        if count % self.every:
+            return state
+        moved = int((mask ^ state.looked_at).sum()) / max(1, int(mask.sum()))
+        factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
+        return replace(state, rho=state.rho * factor, looked_at=mask, frozen=moved == 0)
+
+    def done(self, problem: Problem, state: AdmmState) -> Status | None:
+        if state.frozen:
+            return Status.CONVERGED
+        return Status.STEP_LIMIT if state.count >= self.most else None
+
+    def value(self, problem: Problem, state: AdmmState) -> Tensor:
+        return torch.where(state.mask, state.sparse / state.scale, 0.0)

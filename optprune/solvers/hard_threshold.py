@@ -1,0 +1,67 @@
+"""Iterative hard thresholding: gradient steps projected onto the pattern."""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.problems import Problem, SelectionProblem
+from optprune.solvers.base import Solver
+from optprune.solvers.solution import Status
+from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdState:
+    """The iterate with its mask, and the step of every column."""
+
+    steps_by_column: Float[Tensor, " in"]
+    weight: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "rows in"]
+    still: int
+    """steps since the mask last changed"""
+
+
+@final
+@dataclass(frozen=True)
+class HardThreshold(Solver[ThresholdState]):
+    r"""V <- H(V - (V A - B) step), step_j = 1 / (L A_jj), L a bound of the largest eigenvalue of the scaled A.
+
+    H keeps the mask with the largest total of u_ij^2 / step_j, which minimises the quadratic upper bound of f over
+    the pattern, so the objective never rises. Accepts every selection problem. Stops when the mask has not changed
+    for `patience` steps. A step is one product [out, in] x [in, in].
+
+    Reference: Blumensath and Davies (2009); AWP (arXiv 2506.10205) for pruning.
+    """
+
+    patience: int = 20
+
+    def why_not(self, problem: Problem) -> str | None:
+        if isinstance(problem, SelectionProblem):
+            return None
+        return f"it projects onto a choice of weights, and a {problem.kind} problem has none"
+
+    def monotone(self, problem: Problem) -> bool:
+        return True
+
+    def init(self, problem: Problem, start: Tensor) -> ThresholdState:
+        assert isinstance(problem, SelectionProblem)
+        gram = problem.loss.gram
+        scale = column_scale(gram)
+        step = 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
+        return ThresholdState(step, start, problem.mask(problem.support(start)), 0)
+
+    def step(self, problem: Problem, state: ThresholdState) -> ThresholdState:
+        assert isinstance(problem, SelectionProblem)
+        point = state.weight - problem.loss.gradient(state.weight) * state.steps_by_column
+        mask = problem.mask(problem.project(point.square() / state.steps_by_column))
+        still = state.still + 1 if torch.equal(mask, state.mask) else 0
+        return replace(state, weight=torch.where(mask, point, 0.0), mask=mask, still=still)
+
+    def done(self, problem: Problem, state: ThresholdState) -> Status | None:
+        return Status.CONVERGED if state.still >= self.patience else None
+
+    def value(self, problem: Problem, state: ThresholdState) -> Tensor:
+        return state.weight

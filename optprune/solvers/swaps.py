@@ -1,0 +1,182 @@
+"""Best-swap local search: exchange a kept weight for a dropped one wherever that provably lowers the loss."""
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from optprune.patterns import NM, RowWise, Unstructured
+from optprune.problems import Problem, SparseLeastSquares
+from optprune.solvers.base import Solver
+from optprune.solvers.solution import Status
+
+REFRESH = 64
+"""rounds after which the gradient, which is updated by differences, is computed anew"""
+
+
+@dataclass(frozen=True, eq=False)
+class SwapsState:
+    """The weight with its gradient V A - B, and the rows that may still improve."""
+
+    weight: Float[Tensor, "out in"]
+    gradient: Float[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+    threshold: Float[Tensor, ""]
+    """the least gain that is not rounding"""
+    rounds: int
+    swapped: bool
+
+
+@final
+@dataclass(frozen=True)
+class Swaps(Solver[SwapsState]):
+    r"""In every round each row makes the best exchange of a kept weight p for a dropped one q, if it gains.
+
+    With g = V A - B, setting v_p to 0 costs r_p = -g_p v_p + A_pp v_p^2 / 2, and giving a dropped q its best value
+    then gains (g_q - v_p A_pq)^2 / (2 A_qq), so the exact change of the loss is
+
+        r_p - (g_q - v_p A_pq)^2 / (2 A_qq).
+
+    Row-wise and unstructured patterns look at the `candidates` cheapest p and the most gainful q of a row (all of
+    them where that is more than the row has); N:M patterns look at every pair of a group. An unstructured pattern
+    also moves weights between rows, from those with the cheapest p to those with the most gainful q. All other
+    weights stay, so the method is monotone; follow it with a refit and repeat.
+
+    A round costs a few passes over [out, in]. Stops when no row gains.
+    Reference: SparseSwaps (arXiv 2512.10922) for the exact gains with fixed weights; the entering value is ours.
+    """
+
+    candidates: int = 32
+
+    def why_not(self, problem: Problem) -> str | None:
+        if not isinstance(problem, SparseLeastSquares):
+            return f"it exchanges single weights under a pattern, and a {problem.kind} problem has none"
+        pattern = problem.pattern
+        if not isinstance(pattern, Unstructured | RowWise | NM):
+            return f"it does not know which exchanges the pattern {type(pattern).__name__} allows"
+        return None
+
+    def monotone(self, problem: Problem) -> bool:
+        return True
+
+    def init(self, problem: Problem, start: Tensor) -> SwapsState:
+        assert isinstance(problem, SparseLeastSquares)
+        loss = problem.loss
+        rounding = loss.constant * torch.finfo(start.dtype).eps / start.shape[0]
+        threshold = torch.as_tensor(rounding, dtype=start.dtype, device=start.device)
+        return SwapsState(start, loss.gradient(start), problem.support(start), threshold, 0, True)
+
+    def step(self, problem: Problem, state: SwapsState) -> SwapsState:
+        assert isinstance(problem, SparseLeastSquares)
+        gram, pattern = problem.loss.gram, problem.pattern
+        removal = torch.where(state.mask, _removal_cost(state, gram), torch.inf)
+        if isinstance(pattern, NM):
+            change, leaving, entering = _best_in_groups(state, gram, removal, pattern)
+        else:
+            change, leaving, entering = _best_in_rows(state, gram, removal, self.candidates)
+        rows = (change < -state.threshold).nonzero()[:, 0]
+        state = _drop(state, gram, rows, leaving[rows])
+        state = _enter(state, gram, rows, entering[rows])
+        swapped = rows.numel() > 0
+        if isinstance(pattern, Unstructured):
+            state, moved = _between_rows(state, gram)
+            swapped = swapped or moved
+        rounds = state.rounds + 1
+        gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
+        return replace(state, gradient=gradient, rounds=rounds, swapped=swapped)
+
+    def done(self, problem: Problem, state: SwapsState) -> Status | None:
+        return None if state.swapped else Status.CONVERGED
+
+    def value(self, problem: Problem, state: SwapsState) -> Tensor:
+        return state.weight
+
+
+def _removal_cost(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+    return state.weight * (state.weight * gram.diagonal() / 2 - state.gradient)
+
+
+def _entry_gain(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+    """The gain of giving each dropped weight its best value, others fixed; 0 where an input is dead."""
+    diagonal = gram.diagonal()
+    gain = state.gradient.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
+    return torch.where(state.mask, -torch.inf, gain)
+
+
+def _best_in_rows(
+    state: SwapsState, gram: Float[Tensor, "in in"], removal: Float[Tensor, "out in"], candidates: int
+) -> tuple[Float[Tensor, " out"], Int[Tensor, " out"], Int[Tensor, " out"]]:
+    """The best exchange of every row among its cheapest p and most gainful q: (change, p, q)."""
+    count = min(candidates, removal.shape[1])
+    cost, leaving = removal.topk(count, dim=1, largest=False)
+    gain, entering = _entry_gain(state, gram).topk(count, dim=1)
+    value = state.weight.gather(1, leaving)
+    coupling = gram[leaving[:, :, None], entering[:, None, :]]
+    slope = state.gradient.gather(1, entering)[:, None, :] - value[:, :, None] * coupling
+    diagonal = gram.diagonal()[entering][:, None, :]
+    change = cost[:, :, None] - slope.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
+    # A row that keeps all or none of its weights has nothing to exchange.
+    change = torch.where((cost < torch.inf)[:, :, None] & (gain > -torch.inf)[:, None, :], change, torch.inf)
+    best, index = change.flatten(1).min(1)
+    return best, leaving.gather(1, (index // count)[:, None])[:, 0], entering.gather(1, (index % count)[:, None])[:, 0]
+
+
+def _best_in_groups(
+    state: SwapsState, gram: Float[Tensor, "in in"], removal: Float[Tensor, "out in"], pattern: NM
+) -> tuple[Float[Tensor, " out"], Int[Tensor, " out"], Int[Tensor, " out"]]:
+    """The best exchange of every row over all pairs within a group: (change, p, q)."""
+    m, (rows, width) = pattern.m, removal.shape
+    groups = width // m
+    index = torch.arange(width, device=gram.device).reshape(groups, m)
+    blocks = gram[index[:, :, None], index[:, None, :]]
+    shape = (rows, groups, m)
+    slope = state.gradient.reshape(shape)[:, :, None, :] - state.weight.reshape(shape)[..., None] * blocks
+    diagonal = gram.diagonal().reshape(groups, 1, m)
+    change = removal.reshape(shape)[..., None] - slope.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
+    change = torch.where(state.mask.reshape(shape)[:, :, None, :], torch.inf, change)
+    best, flat = change.flatten(1).min(1)
+    group, leaving, entering = flat // (m * m), flat // m % m, flat % m
+    return best, group * m + leaving, group * m + entering
+
+
+def _drop(
+    state: SwapsState, gram: Float[Tensor, "in in"], rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]
+) -> SwapsState:
+    """Set one weight of each given row to zero."""
+    value = state.weight[rows, columns]
+    weight, gradient, mask = state.weight.clone(), state.gradient.clone(), state.mask.clone()
+    weight[rows, columns] = 0
+    mask[rows, columns] = False
+    gradient[rows] -= value[:, None] * gram[columns]
+    return replace(state, weight=weight, gradient=gradient, mask=mask)
+
+
+def _enter(
+    state: SwapsState, gram: Float[Tensor, "in in"], rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]
+) -> SwapsState:
+    """Give one dropped weight of each given row its best value."""
+    diagonal = gram[columns, columns]
+    value = -state.gradient[rows, columns] / torch.where(diagonal > 0, diagonal, torch.inf)
+    weight, gradient, mask = state.weight.clone(), state.gradient.clone(), state.mask.clone()
+    weight[rows, columns] = value
+    mask[rows, columns] = True
+    gradient[rows] += value[:, None] * gram[columns]
+    return replace(state, weight=weight, gradient=gradient, mask=mask)
+
+
+def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[SwapsState, bool]:
+    """Move weights from rows that lose little to rows that gain more; every row gives or takes at most one."""
+    cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
+    gain, entering = _entry_gain(state, gram).max(1)
+    givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
+    # The t cheapest and the t most gainful rows: every pairing of them gains.
+    count = int((cost[givers] + state.threshold < gain[takers]).long().cumprod(0).sum())
+    givers, takers = givers[:count], takers[:count]
+    takers = takers[~torch.isin(takers, givers)]
+    givers = givers[: takers.numel()]
+    if givers.numel() == 0:
+        return state, False
+    state = _drop(state, gram, givers, leaving[givers])
+    return _enter(state, gram, takers, entering[takers]), True
