@@ -105,7 +105,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"sparsity": 1.5}, (), "'sparsity' cannot be 1.5"),
         ({"sparsity": -0.2}, (), "'sparsity' cannot be -0.2"),
         ({"sparsity": math.nan}, (), "'sparsity' cannot be nan"),
-        ({"sparsity": "much"}, (), "'much' is not a valid float"),
+        ({"sparsity": "much"}, (), "Invalid value for '--sparsity'"),
         ({"sparsity": 0.9}, (), "a sparsity of 0.9 is out of reach with units 'mlp'"),
         ({"sparsity": 0.001}, (), "rounds to nothing"),
         ({"units": "heads"}, (), "'units' cannot be 'heads'"),

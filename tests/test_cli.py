@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,8 +100,9 @@ def test_value_dimensions_need_optprune_to_load(
     assert code == 0, err
     assert f"optprune.load('{output}')" in out
     assert load(output).config.optprune_value_dim < 16
-    code, _, err = run([*command[:5], str(tmp_path / "again"), *SMALL], capsys)
+    code, out, err = run(["evaluate", str(output), "--text", text, "--seq-length", "64", "--windows", "2"], capsys)
     assert code == 0, err
+    assert out.startswith("perplexity ")
 
 
 def test_the_same_command_gives_the_same_bytes(
@@ -189,22 +191,30 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_the_demo_tells_the_story(
-    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: dict[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    output = tmp_path / "out"
-    result = run_demo(
-        output, model=models["llama"], calibration=text, evaluation=text, samples=8, windows=4, seq_length=64
-    )
-    before, after, reloaded = result.parts
-    assert reloaded.perplexity == pytest.approx(after.perplexity, rel=1e-4)
-    assert before.perplexity != after.perplexity
-    assert before.parameters - after.parameters == before.linear_weights - after.linear_weights > 0
-    assert after.linear_weights == pytest.approx((1 - result.sparsity_reached) * before.linear_weights)
-    assert json.loads(json.dumps(result.to_dict()))["after"]["perplexity"] == after.perplexity
-    shown = capsys.readouterr().out
-    for part in result.parts:
-        assert f"{part.perplexity:.3f}" in shown
-    assert "reload check passed" in shown
+    small = {"calibration": text, "evaluation": text, "samples": 8, "windows": 4, "seq_length": 64}
+    monkeypatch.setattr("optprune.demo.run_demo", partial(run_demo, model=models["llama"], **small))
+    output, record = tmp_path / "out", tmp_path / "record.json"
+    code, out, err = run(["demo", "--output", str(output), "--json", str(record)], capsys)
+    assert code == 0, err
+    result = json.loads(record.read_text())
+    before, after, reloaded = result["before"], result["after"], result["reloaded"]
+    assert reloaded["perplexity"] == pytest.approx(after["perplexity"], rel=1e-4)
+    assert before["perplexity"] != after["perplexity"]
+    assert before["parameters"] - after["parameters"] == before["linear_weights"] - after["linear_weights"] > 0
+    assert after["linear_weights"] == pytest.approx((1 - result["sparsity_reached"]) * before["linear_weights"])
+    for part in (before, after, reloaded):
+        assert f"{part['perplexity']:.3f}" in out
+    assert "reload check passed" in out
+    assert AutoModelForCausalLM.from_pretrained(output).num_parameters() == after["parameters"]
+    code, _, err = run(["demo", "--output", str(output)], capsys)
+    assert code == 2
+    assert "exists already" in err
 
 
 # -- the program itself

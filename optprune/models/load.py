@@ -76,7 +76,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise InputError(f"there is no GGUF file {source}: check the path")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if path.is_dir() and source.strip():
         if not (path / "config.json").is_file():
             raise InputError(f"the folder {source} has no config.json: give a folder written by save_pretrained")
         return str(path), {}
