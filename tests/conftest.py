@@ -21,7 +21,8 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
 
-torch.set_num_threads(2)
+# Matrices here are tiny: on a shared machine a second thread makes each factorisation several times slower.
+torch.set_num_threads(1)
 
 
 def pytest_configure(config):

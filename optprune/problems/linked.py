@@ -106,7 +106,10 @@ class LinkedLeastSquares(SelectionProblem):
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
         """The units a weight uses, completed to `keep` by the units of largest original norm."""
         norms = self._norms(self.loss.weight)
-        return self.pattern.project(norms / (1 + norms.max()) + self._used(weight).to(norms))
+        # By rank, not by size: next to the 1 of a used unit a small norm would be rounded away.
+        ranks = torch.empty_like(norms, dtype=torch.float64)
+        ranks[torch.argsort(norms, descending=True, stable=True)] = -torch.arange(len(norms), device=norms.device).to(ranks)
+        return self.pattern.project(ranks + len(norms) * self._used(weight))
 
     def restrict(self, choice: Bool[Tensor, " units"]) -> MaskedLeastSquares:
         return MaskedLeastSquares(self.loss, self.link.column_mask(choice, self.loss.weight.shape[1]))

@@ -138,7 +138,8 @@ def _restored(quadratic: Quadratic, mask: Array) -> Array:
         right = np.vstack([quadratic.outputs[:, rows], ridge @ (quadratic.weight[rows] * pattern).T])
         largest = np.linalg.norm(data, 2)
         if largest > 0:
-            answer[np.ix_(rows, pattern)] = scipy.linalg.lstsq(data, right, cond=quadratic.negligible / largest)[0].T
+            found = scipy.linalg.lstsq(data, right, cond=quadratic.negligible / largest)
+            answer[np.ix_(rows, pattern)] = np.transpose(found[0])  # pyright: ignore[reportOptionalSubscript]
     return answer
 
 
