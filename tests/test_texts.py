@@ -86,6 +86,7 @@ def test_a_data_set_without_a_text_column(monkeypatch: pytest.MonkeyPatch) -> No
         ("a.jsonl", b'{"text": "one"}\n["two"]\n', "a.jsonl", "line 2 of .* is not a JSON object"),
         ("a.jsonl", b'{"body": "one"}\n', "a.jsonl", r"no column 'text' \(it has body\)"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl", "holds 3, which is not a text"),
+        ("a.jsonl", b'{"text": "half a \\ud83d"}\n', "a.jsonl", r"line 1 of .* holds '\\ud83d', half a character"),
         ("folder/a.md", b"words", "folder", r"holds no \.txt file"),
     ],
 )
@@ -100,6 +101,16 @@ def test_a_text_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, s
 @pytest.mark.parametrize("spec", ["", " ", "hf:", "hf:name", "hf:a:b:c:d", "hf::train", "demo:training"])
 def test_a_text_that_has_no_known_form(spec: str) -> None:
     with pytest.raises(InputError):
+        read_documents(spec)
+
+
+@pytest.mark.parametrize("spec", [":", ":text"])
+def test_a_column_without_a_file_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no text ''"):
         read_documents(spec)
 
 
