@@ -2,13 +2,14 @@
 
 import os
 
-from jaxtyping import install_import_hook
+import jaxtyping
 
 # Before anything imports optprune: every shape in an annotation becomes an assertion.
-install_import_hook(
+jaxtyping.install_import_hook(
     ["optprune.moments", "optprune.patterns", "optprune.problems", "optprune.solvers"], "beartype.beartype"
 )
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -23,6 +24,14 @@ settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
 
 # Matrices here are tiny: on a shared machine a second thread makes each factorisation several times slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def as_users_run():
+    """Without the run-time check of shapes, which would come before optprune's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_configure(config):
