@@ -260,10 +260,13 @@ def _start() -> "Reporter":
 
     # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # This one bar is not made by transformers' own tqdm, which can be switched off.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
     return Reporter()
 
 
