@@ -115,7 +115,7 @@ class Recipe(BaseModel):
     """the share of calibration batches kept apart to measure each layer's error on"""
     strict: bool = False
     """fallbacks, dead inputs and too few tokens are errors"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data."""
