@@ -1,134 +1,214 @@
-"""check_solver, as somebody outside optprune uses it: a good solver passes, a broken one is told what it breaks."""
+"""check_solver: a good solver of an outsider passes, each kind of broken one fails, and it says why."""
 
-from dataclasses import dataclass, field
-from typing import final
+from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
-from optprune.problems import LinkedLeastSquares, Problem
-from optprune.solvers import Answer, DirectSolver
+from optprune.problems import LinkedLeastSquares, MaskedLeastSquares
+from optprune.solvers import (
+    Answer,
+    Certificate,
+    Chain,
+    DirectSolver,
+    FaspMetric,
+    RandomColumns,
+    Restore,
+    Solver,
+    Status,
+)
 from optprune.testing import check_solver
 
 
-@final
 @dataclass(frozen=True)
-class Exhaustive(DirectSolver):
-    """An outsider's exact solver for linked problems: every choice, each restored with a pseudo-inverse."""
+class PseudoInverse(DirectSolver):
+    """An outsider's restoration, row by row by pseudo-inverses: right, and plain."""
 
-    def why_not(self, problem: Problem) -> str | None:
-        return None if isinstance(problem, LinkedLeastSquares) else "it lists choices of units, and there are none here"
+    def why_not(self, problem):
+        return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
 
-    def exact(self, problem: Problem) -> bool:
+    def exact(self, problem):
         return True
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, LinkedLeastSquares)
-        units = problem.link.units
-        masks = (torch.tensor([number >> unit & 1 for unit in range(units)]).bool() for number in range(2**units))
-        values = [self._restored(problem, mask) for mask in masks if problem.pattern.admits(mask)]
-        best = min(values, key=problem.objective)
-        # Keep the start where another choice ties with it: a warm start at the answer must stay there.
-        return Answer(start.clone() if problem.objective(start) <= problem.objective(best) else best)
-
-    def _restored(self, problem: LinkedLeastSquares, choice: Tensor) -> Tensor:
-        loss, weight = problem.loss, problem.zero_outside(choice)
-        kept = problem.link.column_mask(choice, weight.shape[1])[0]
-        # Eigenvalues below this are rounding of a Gram matrix of condition 1e8.
-        inverse = torch.linalg.pinv(loss.gram[kept][:, kept], rtol=1e-13, hermitian=True)
-        weight[:, kept] -= loss.gradient(weight)[:, kept] @ inverse
-        return weight
+    def answer(self, problem, start):
+        loss, value = problem.loss, problem.start()
+        gradient = loss.gradient(value)
+        for row, kept in enumerate(problem.mask.expand(value.shape)):
+            # The rounding of the Gram matrix is relative to its largest eigenvalue.
+            inverse = torch.linalg.pinv(loss.gram[kept][:, kept], rcond=1e-14, hermitian=True)
+            value[row, kept] -= gradient[row, kept] @ inverse
+        return Answer(value)
 
 
-@final
 @dataclass(frozen=True)
-class Lazy(DirectSolver):
-    """Returns the start and claims that it is optimal."""
+class Descent(Solver[torch.Tensor]):
+    """An outsider's iteration without promises: a few gradient steps of a safe length."""
 
-    def why_not(self, problem: Problem) -> str | None:
-        return None
+    def why_not(self, problem):
+        return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
 
-    def exact(self, problem: Problem) -> bool:
+    def monotone(self, problem):
         return True
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        return Answer(start.clone())
+    def init(self, problem, start):
+        return 0, start
+
+    def step(self, problem, state):
+        # The trace bounds the largest eigenvalue.
+        length = 1 / problem.loss.gram.trace().clamp(min=1e-300)
+        return state[0] + 1, state[1] - length * problem.loss.gradient(state[1]) * problem.mask
+
+    def done(self, problem, state):
+        return Status.STALLED if state[0] == 5 else None
+
+    def value(self, problem, state):
+        return state[1]
 
 
-@final
-@dataclass(frozen=True)
-class Modest(DirectSolver):
-    """Returns the start and claims nothing: a poor solver, but an honest one."""
-
-    def why_not(self, problem: Problem) -> str | None:
-        return None
-
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        return Answer(start.clone())
+@pytest.mark.parametrize(
+    "solver", [PseudoInverse(), Restore(), FaspMetric(), RandomColumns(), Chain((FaspMetric(), Restore()))], ids=str
+)
+def test_good_solvers_pass(solver):
+    check_solver(solver, examples=15)
 
 
-@final
-@dataclass(frozen=True)
-class Forgetful(DirectSolver):
-    """Remembers how often it was called, so it is not a function of its input."""
+def test_a_good_iteration_passes():
+    class Copying(Descent):
+        def value(self, problem, state):
+            return state[1].clone()
 
-    calls: list[int] = field(default_factory=list)
-
-    def why_not(self, problem: Problem) -> str | None:
-        return None
-
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        self.calls.append(1)
-        return Answer(start * (1 + 1e-9 * len(self.calls)))
+    check_solver(Copying(), examples=15)
 
 
-@final
-@dataclass(frozen=True)
-class Nobody(DirectSolver):
-    """Refuses everything."""
+class Broken(DirectSolver):
+    """Restore, spoiled by a subclass."""
 
-    def why_not(self, problem: Problem) -> str | None:
-        return f"it dislikes {problem.kind} problems"
+    def why_not(self, problem):
+        return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        raise NotImplementedError
+    def good(self, problem):
+        return Restore().answer(problem, problem.start())
 
-
-@pytest.mark.parametrize("solver", [Exhaustive(), Modest()], ids=lambda solver: solver.label)
-def test_a_good_solver_of_an_outsider_passes(solver):
-    check_solver(solver)
+    def answer(self, problem, start):
+        return self.good(problem)
 
 
-def test_a_solver_that_returns_its_start_and_claims_the_optimum_is_caught():
-    with pytest.raises(AssertionError, match="exact, but its objective is"):
-        check_solver(Lazy())
+class Infeasible(Broken):
+    def answer(self, problem, start):
+        return Answer(torch.ones_like(problem.loss.weight))
 
 
-def test_a_solver_that_remembers_is_caught():
-    with pytest.raises(AssertionError, match="it gives different answers"):
-        check_solver(Forgetful())
+class NotExact(Broken):
+    def exact(self, problem):
+        return True
+
+    def answer(self, problem, start):
+        return Answer(problem.start())
 
 
-def test_a_solver_that_accepts_nothing_is_told_so():
-    with pytest.raises(AssertionError, match="Nobody accepted no problem of any kind"):
-        check_solver(Nobody(), examples=5)
+class NotConverged(Broken):
+    def exact(self, problem):
+        return True
+
+    def done(self, problem, state):
+        return Status.STALLED
 
 
-def test_examples_are_the_same_every_time():
-    seen: list[list[str]] = []
+class WorseThanStart(Broken):
+    def monotone(self, problem):
+        return True
 
-    class Watching(DirectSolver):
-        def why_not(self, problem: Problem) -> str | None:
-            seen[-1].append(problem.fingerprint())
-            return "it only watches"
+    def answer(self, problem, start):
+        return Answer(3 * problem.start())
 
-        def answer(self, problem: Problem, start: Tensor) -> Answer:
-            raise NotImplementedError
 
-    for _ in range(2):
-        seen.append([])
-        with pytest.raises(AssertionError, match="accepted no problem"):
-            check_solver(Watching(), examples=10)
-    assert seen[0] == seen[1]
-    assert len(set(seen[0])) > 10
+class TooHighBound(Broken):
+    def answer(self, problem, start):
+        value = self.good(problem).value
+        return Answer(value, Certificate(1.001 * problem.objective(value) + 1e-3, "wishful thinking"))
+
+
+class ChangesTheProblem(Broken):
+    def answer(self, problem, start):
+        answer = self.good(problem)
+        problem.loss.weight.mul_(1.5)
+        return answer
+
+
+class ChangesTheStart(Broken):
+    def answer(self, problem, start):
+        start.add_(1)
+        return self.good(problem)
+
+
+class ReturnsTheWeight(Broken):
+    def why_not(self, problem):
+        return None if isinstance(problem, LinkedLeastSquares) and problem.keep == problem.link.units else "not all"
+
+    def answer(self, problem, start):
+        return Answer(problem.loss.weight)
+
+
+class OtherDtype(Broken):
+    def answer(self, problem, start):
+        return Answer(self.good(problem).value.float())
+
+
+class Seeds(Broken):
+    def answer(self, problem, start):
+        torch.manual_seed(0)
+        return self.good(problem)
+
+
+class GlobalRandomness(Broken):
+    def answer(self, problem, start):
+        return Answer(problem.start() * torch.rand(()))
+
+
+class NotANumber(Broken):
+    def answer(self, problem, start):
+        return Answer(problem.start() + torch.nan * problem.mask)
+
+
+class RefusesWithoutReason(Broken):
+    def why_not(self, problem):
+        return None if isinstance(problem, MaskedLeastSquares) else ""
+
+
+class RefusesEverything(Broken):
+    def why_not(self, problem):
+        return "it does not feel like it"
+
+
+class MixesRows(Broken):
+    def exact(self, problem):
+        return True
+
+    def answer(self, problem, start):
+        value = self.good(problem).value
+        return Answer(torch.where(problem.mask, value.mean(0, keepdim=True), 0.0))
+
+
+BROKEN = {
+    Infeasible: "violates",
+    NotExact: "exact, but its objective",
+    NotConverged: "exact, but it stopped",
+    WorseThanStart: "made its start worse",
+    TooHighBound: "lower bound",
+    ChangesTheProblem: "changed the problem",
+    ChangesTheStart: "changed its start",
+    ReturnsTheWeight: "original weight itself",
+    OtherDtype: "dtype",
+    Seeds: "random state",
+    GlobalRandomness: "random state",
+    NotANumber: "NaN",
+    RefusesWithoutReason: "without a reason",
+    RefusesEverything: "accepted no problem",
+    MixesRows: "made its start worse|exact, but its objective",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
+def test_broken_solvers_fail_with_the_reason(broken):
+    with pytest.raises(AssertionError, match=BROKEN[broken]):
+        check_solver(broken(), examples=40, shrink=False)

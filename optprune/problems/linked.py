@@ -107,9 +107,10 @@ class LinkedLeastSquares(SelectionProblem):
         """The units a weight uses, completed to `keep` by the units of largest original norm."""
         norms = self._norms(self.loss.weight)
         # By rank, not by size: next to the 1 of a used unit a small norm would be rounded away.
+        order = torch.argsort(norms, descending=True, stable=True)
         ranks = torch.empty_like(norms, dtype=torch.float64)
-        ranks[torch.argsort(norms, descending=True, stable=True)] = -torch.arange(len(norms), device=norms.device).to(ranks)
-        return self.pattern.project(ranks + len(norms) * self._used(weight))
+        ranks[order] = -torch.arange(len(order), device=order.device).to(ranks)
+        return self.pattern.project(ranks + len(order) * self._used(weight))
 
     def restrict(self, choice: Bool[Tensor, " units"]) -> MaskedLeastSquares:
         return MaskedLeastSquares(self.loss, self.link.column_mask(choice, self.loss.weight.shape[1]))
