@@ -143,6 +143,24 @@ def test_rows_that_keep_different_counts_are_not_singular_at_any_scale(scale):
     assert torch.allclose(solution.value, torch.tensor([[4.0, 0.0], [1.0, 1.0]], dtype=torch.float64), rtol=1e-12)
 
 
+@pytest.mark.parametrize("damping", [1e-10, 1e-8])
+def test_damping_below_the_rounding_of_the_gram_is_no_licence_to_invert_noise(damping):
+    # Half as many tokens as inputs, float32: the null space of the Gram matrix holds rounding of either sign.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        inputs = torch.randn(20, 40, generator=generator)
+        drifted = inputs + 0.3 * torch.randn(20, 40, generator=generator)
+        moments = InputMoments.from_samples(inputs, drifted)
+        loss = LayerLoss.of(torch.randn(4, 40, generator=generator), moments, damping)
+        problem = MaskedLeastSquares(loss, torch.rand(1, 40, generator=generator) < 0.75)
+        solution = solve(problem, Restore())
+        undamped = solve(replace(problem, loss=loss.damped(0.0)), Restore())
+        assert solution.notes == (SINGULAR,)
+        # Nearly the undamped answer, which takes the same fallback with a stricter cut; inverted noise is far
+        # larger.
+        assert float(solution.value.norm()) <= 10 * float(undamped.value.norm())
+
+
 def test_nothing_kept_and_everything_kept():
     gram, weight = [[1.0, 0.5], [0.5, 1.0]], [[3.0, 2.0]]
     nothing = solve(problem_of(gram, weight, [[False, False]]), Restore())
