@@ -153,7 +153,8 @@ def prune_command(
     reporter.say(f"loading {model}")
     loaded = load_model(model, dtype=dtype, device=device)
     with reporter.blocks() as on_event:
-        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model)
+        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
+        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_model(
         loaded.model,

@@ -120,7 +120,8 @@ def run_demo(
 
     before = _measure(loaded.model, measured_on, "evaluating the original", reporter)
     with reporter.blocks() as on_event:
-        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model)
+        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
+        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_model(

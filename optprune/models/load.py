@@ -100,6 +100,12 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
     absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    unknown = sorted(report.get("unexpected_keys", ()))
+    if unknown:
+        raise InputError(
+            f"the weights of {source} hold {len(unknown)} tensors that a {config.model_type} model has no place for, "
+            f"the first is {unknown[0]}; merge adapters into the weights before pruning"
+        )
     if absent:
         raise InputError(
             f"the weights of {source} are incomplete: {len(absent)} tensors are missing or misshapen, "

@@ -102,6 +102,12 @@ def _put_in_place(draft: Path, folder: Path) -> None:
         shutil.rmtree(old)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _missing_parents(folder: Path) -> list[Path]:
     """The parents that do not exist yet, innermost first."""
     return [parent for parent in folder.absolute().parents if not parent.exists()]
@@ -114,6 +120,9 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
             tokenizer.save_pretrained(draft)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
+        for file in draft.iterdir():
+            # safetensors makes its files private, which a folder that is shared should not have by surprise.
+            file.chmod(0o666 & ~_umask())
     except Exception as error:
         # The safetensors library reports a full disk in words of its own.
         if "No space left" in str(error) or "os error 28" in str(error):
