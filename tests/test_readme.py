@@ -15,5 +15,5 @@ def test_an_example_runs(number: int, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_an_objective_takes_less_than_twenty_lines() -> None:
-    objective = next(example for example in EXAMPLES if "def most_signal" in example)
+    objective = next(example for example in EXAMPLES if "def most_energy" in example)
     assert len([line for line in objective.splitlines() if line.strip()]) < 20
