@@ -24,9 +24,9 @@ CHOICES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--units", default="mlp")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.2, 0.3])

@@ -153,7 +153,8 @@ def prune_command(
     reporter.say(f"loading {model}")
     loaded = load_model(model, dtype=dtype, device=device)
     with reporter.blocks() as on_event:
-        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model)
+        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
+        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_model(
         loaded.model,
@@ -260,10 +261,13 @@ def _start() -> "Reporter":
 
     # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # This one bar is not made by transformers' own tqdm, which can be switched off.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
     return Reporter()
 
 

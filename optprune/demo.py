@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optprune.errors import InputError, OptpruneError
 from optprune.evaluate import perplexity
 from optprune.models import Decoder, check_output, load_model, save_model
+from optprune.models.load import DEMO
 from optprune.pipeline import prune
 from optprune.progress import Reporter, duration
 from optprune.recipe import load_recipe
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
 FOLDER = Path(".demo/smollm2-fasp")
+DEMO_NAME = "SmolLM2-135M-Instruct"
 RELOAD_TOLERANCE = 1e-4
 """the largest relative difference of perplexity between the model in memory and the folder"""
 
@@ -59,7 +61,8 @@ class DemoResult:
 
     def table(self) -> Table:
         """The comparison, for a console."""
-        table = Table(title=f"{self.model}, {self.recipe} at {self.sparsity_requested:.0%}", title_justify="left")
+        name = DEMO_NAME if self.model == DEMO else self.model
+        table = Table(title=f"{name}, {self.recipe} at {self.sparsity_requested:.0%}", title_justify="left")
         table.add_column("")
         for name in ("before", "after", "reloaded"):
             table.add_column(name, justify="right")
@@ -82,7 +85,7 @@ class DemoResult:
 def run_demo(
     output: Path = FOLDER,
     *,
-    model: str = "demo",
+    model: str = DEMO,
     recipe: str = "fasp",
     sparsity: float = 0.2,
     calibration: str = "demo:calibration",
@@ -117,7 +120,8 @@ def run_demo(
 
     before = _measure(loaded.model, measured_on, "evaluating the original", reporter)
     with reporter.blocks() as on_event:
-        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model)
+        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
+        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_model(

@@ -101,7 +101,7 @@ class InputMoments:
         """The moments of a matrix of inputs x*, one token a row, and of the dense inputs x if they differ."""
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
         sums.add(inputs, dense)
-        return sums.moments(inputs.dtype)
+        return sums.moments(_rows(inputs).dtype)
 
 
 class MomentSums:

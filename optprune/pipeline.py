@@ -42,12 +42,13 @@ def prune(
     *,
     on_event: Callable[[Event], None] | None = None,
     source: str = "",
+    calibration: str = "",
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
     All tokens count, so batches must hold no padding. Raises an OptpruneError that says why when the model, the
-    recipe or the batches do not fit; the model in memory may then be half pruned. `source` names the model in the
-    report.
+    recipe or the batches do not fit; the model in memory may then be half pruned. `source` and `calibration`
+    name the model and the text in the report.
     """
     began = time.perf_counter()
     decoder = Decoder(model)
@@ -77,6 +78,7 @@ def prune(
         },
         layers=tuple(run.layers),
         notes=_summary(run.layers),
+        calibration=calibration,
     )
 
 

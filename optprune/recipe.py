@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from optprune import solvers
 from optprune.errors import InputError
@@ -115,7 +115,13 @@ class Recipe(BaseModel):
     """the share of calibration batches kept apart to measure each layer's error on"""
     strict: bool = False
     """fallbacks, dead inputs and too few tokens are errors"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _units_for_linked(self) -> "Recipe":
+        if self.objective is OBJECTIVES["linked"] and self.units == "weights":
+            raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo or all")
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data."""
@@ -160,6 +166,8 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if not key:
+            raise InputError(f"the recipe contradicts itself: {first['msg'].removeprefix('Value error, ')}") from error
         if first["type"] == "extra_forbidden":
             known = ", ".join(Recipe.model_fields)
             raise InputError(f"a recipe has no field {key!r}: it has {known}") from error

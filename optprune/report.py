@@ -50,6 +50,8 @@ class Report:
     versions: dict[str, str]
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = field(default=())
+    calibration: str = ""
+    """where the calibration tokens came from, as far as the caller said"""
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""

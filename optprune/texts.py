@@ -116,11 +116,13 @@ def _read(spec: str) -> Iterable[str]:
     if spec.startswith("hf:"):
         return _read_dataset(spec)
     path, column = Path(spec), DEFAULT_COLUMN
+    name = spec
     if not path.exists() and ":" in spec:
         name, _, column = spec.rpartition(":")
         path = Path(name)
-    if not path.exists() or not spec.strip():
-        raise InputError(f"there is no text {str(path)!r}: give {FORMS}")
+    # An empty name would be the current folder.
+    if not name.strip() or not path.exists():
+        raise InputError(f"there is no text {name!r}: give {FORMS}")
     if path.is_dir():
         return _read_folder(path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
@@ -201,6 +203,13 @@ def _as_text(value: Any, where: str, column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise InputError(f"the column {column!r} in {where} holds {value!r}, which is not a text: name another column")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON can escape half a surrogate pair; tokenizers refuse it without saying where it was.
+        raise InputError(
+            f"the column {column!r} in {where} holds {value[error.start]!r}, half a character: repair or remove it"
+        ) from error
     return value
 
 

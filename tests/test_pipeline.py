@@ -192,8 +192,14 @@ def test_a_solver_that_refuses_the_problem_says_why() -> None:
 
 
 def test_a_linked_objective_needs_units() -> None:
+    with pytest.raises(InputError, match="'linked' keeps units"):
+        load_recipe("fasp", {"units": "weights"})
+
+    def wrapped(context: LayerContext) -> LinkedLeastSquares:
+        return linked(context)
+
     with pytest.raises(InputError, match="has no units"):
-        prune(tiny_llama(), batches(), Recipe(objective=linked, units="weights"))
+        prune(tiny_llama(), batches(), Recipe(objective=wrapped, units="weights"))
 
 
 def test_no_batches_is_an_error() -> None:

@@ -113,6 +113,24 @@ def test_a_failure_while_writing_leaves_nothing(
     assert {path: path.read_bytes() for path in sorted((tmp_path / "old").iterdir())} == before
 
 
+def test_the_old_folder_survives_an_interrupt_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tiny_llama(), tmp_path / "out", files={"old": ""})
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tiny_llama(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old").exists()
+
+
 def test_a_reloaded_model_that_differs_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     save = type(model).save_pretrained

@@ -76,7 +76,7 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise InputError(f"there is no GGUF file {source}: check the path")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if path.is_dir() and source.strip():
         if not (path / "config.json").is_file():
             raise InputError(f"the folder {source} has no config.json: give a folder written by save_pretrained")
         return str(path), {}
@@ -100,6 +100,12 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
     absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    unknown = sorted(report.get("unexpected_keys", ()))
+    if unknown:
+        raise InputError(
+            f"the weights of {source} hold {len(unknown)} tensors that a {config.model_type} model has no place for, "
+            f"the first is {unknown[0]}; merge adapters into the weights before pruning"
+        )
     if absent:
         raise InputError(
             f"the weights of {source} are incomplete: {len(absent)} tensors are missing or misshapen, "

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -74,16 +75,37 @@ def save_model(
             _write(model, draft, tokenizer, files or {})
             difference = None if probe is None else _compare(model, draft, probe, Path(scratch))
             size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
-            if folder.exists():
-                folder.rename(Path(scratch) / "replaced")
-            draft.rename(folder)
+            _put_in_place(draft, folder)
     except BaseException as error:
-        for parent in created:
-            parent.rmdir()
+        if not folder.exists():
+            for parent in created:
+                parent.rmdir()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
         raise
     return SavedModel(folder, size, is_stock(model.config), difference)
+
+
+def _put_in_place(draft: Path, folder: Path) -> None:
+    """Rename the draft to the folder; a folder that was there is deleted after that, and put back if it fails."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    replaced = folder.exists()
+    if replaced:
+        folder.rename(old)
+    try:
+        draft.rename(folder)
+    except BaseException:
+        if replaced and not folder.exists():
+            old.rename(folder)
+        raise
+    if replaced:
+        shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _missing_parents(folder: Path) -> list[Path]:
@@ -98,6 +120,9 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
             tokenizer.save_pretrained(draft)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
+        for file in draft.iterdir():
+            # safetensors makes its files private, which a folder that is shared should not have by surprise.
+            file.chmod(0o666 & ~_umask())
     except Exception as error:
         # The safetensors library reports a full disk in words of its own.
         if "No space left" in str(error) or "os error 28" in str(error):

@@ -8,4 +8,13 @@ from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.selection import SelectionProblem
 from optprune.problems.sparse import SparseLeastSquares
 
-__all__ = ["LayerLoss", "Link", "LinkedLeastSquares", "MaskedLeastSquares", "PenalisedLeastSquares", "Problem", "SelectionProblem", "SparseLeastSquares"]
+__all__ = [
+    "LayerLoss",
+    "Link",
+    "LinkedLeastSquares",
+    "MaskedLeastSquares",
+    "PenalisedLeastSquares",
+    "Problem",
+    "SelectionProblem",
+    "SparseLeastSquares",
+]

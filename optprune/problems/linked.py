@@ -105,7 +105,11 @@ class LinkedLeastSquares(SelectionProblem):
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
         """The units a weight uses, completed to `keep` by the units of largest original norm."""
         norms = self._norms(self.loss.weight)
-        return self.pattern.project(norms / (1 + norms.max()) + self._used(weight).to(norms))
+        # By rank, not by size: next to the 1 of a used unit a small norm would be rounded away.
+        order = torch.argsort(norms, descending=True, stable=True)
+        ranks = torch.empty_like(norms, dtype=torch.float64)
+        ranks[order] = -torch.arange(len(order), device=order.device).to(ranks)
+        return self.pattern.project(ranks + len(order) * self._used(weight))
 
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
         return self.pattern.project(self.link.sum_columns(score.sum(0)))

@@ -1,5 +1,6 @@
 """The one loss behind every problem: the mean squared change of a layer's output, as a quadratic of its weight."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -43,8 +44,11 @@ class LayerLoss:
             )
         if not bool(torch.isfinite(self.weight).all()):
             raise InputError("the weight holds NaN or infinity: the model is damaged, load it again from its source")
-        if bool((self.damping < 0).any()):
-            raise InputError(f"damping must not be negative, but its least entry is {self.damping.min().item():.3g}")
+        if not bool(((self.damping >= 0) & torch.isfinite(self.damping)).all()):
+            raise InputError(
+                f"damping must be finite and not negative, but its least entry is {self.damping.min().item():.3g} "
+                f"and its largest {self.damping.max().item():.3g}"
+            )
         self.moments.check()
 
     @classmethod
@@ -63,8 +67,8 @@ class LayerLoss:
 
     def damped(self, fraction: float) -> "LayerLoss":
         """The same loss with D = fraction x mean(diag E[x* x*^T]) x I in place of its damping."""
-        if fraction < 0:
-            raise InputError(f"the damping fraction must not be negative, not {fraction}")
+        if not 0 <= fraction < math.inf:
+            raise InputError(f"the damping fraction must be finite and not negative, not {fraction}")
         level = fraction * self._statistics.gram.diagonal().mean()
         return replace(self, damping=torch.full_like(self.damping, float(level)))
 

@@ -2,12 +2,22 @@
 
 from optprune.errors import NoSolver
 from optprune.problems import Problem
+from optprune.solvers.admm import Admm
 from optprune.solvers.base import Solver
 from optprune.solvers.chain import Chain
 from optprune.solvers.columns import FaspMetric
+from optprune.solvers.conjugate_gradients import ConjugateGradients
+from optprune.solvers.fista import Fista
 from optprune.solvers.restore import Restore
+from optprune.solvers.swaps import Swaps
 
-CANDIDATES: tuple[Solver, ...] = (Chain((FaspMetric(), Restore())), Restore())
+CANDIDATES: tuple[Solver, ...] = (
+    Chain((FaspMetric(), Restore())),
+    Fista(),
+    Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
+    Restore(),
+    Chain((Admm(haste=0.3), ConjugateGradients())),
+)
 
 
 def choose(problem: Problem) -> Solver:

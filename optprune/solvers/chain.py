@@ -55,7 +55,8 @@ class Chain(Solver[ChainState]):
         if solver.done(problem, state.inner) is None:
             return replace(state, inner=solver.step(problem, state.inner))
         following = self.stages[state.stage + 1].init(problem, solver.value(problem, state.inner))
-        return ChainState(state.stage + 1, following, self.notes(state), self._bounds(problem, state))
+        notes = self.notes(state) + self._unfinished(problem, state)
+        return ChainState(state.stage + 1, following, notes, self._bounds(problem, state))
 
     def done(self, problem: Problem, state: ChainState) -> Status | None:
         return self.stages[-1].done(problem, state.inner) if state.stage + 1 == len(self.stages) else None
@@ -68,6 +69,12 @@ class Chain(Solver[ChainState]):
 
     def notes(self, state: ChainState) -> tuple[str, ...]:
         return state.notes + self.stages[state.stage].notes(state.inner)
+
+    def _unfinished(self, problem: Problem, state: ChainState) -> tuple[str, ...]:
+        """A stage that stopped for another reason than its own rule must not be forgotten by the next."""
+        solver = self.stages[state.stage]
+        status = solver.done(problem, state.inner)
+        return () if status in (None, Status.CONVERGED) else (f"{solver.label}: {status.value}",)
 
     def _bounds(self, problem: Problem, state: ChainState) -> tuple[Certificate, ...]:
         bound = self.stages[state.stage].certify(problem, state.inner)

@@ -60,6 +60,8 @@ class RandomColumns(RankedUnits):
     seed: int = 0
 
     def scores(self, problem: LinkedLeastSquares) -> Float[Tensor, " units"]:
-        generator = torch.Generator().manual_seed(self.seed * 0x9E3779B1 ^ int(problem.fingerprint()[:12], 16))
+        # Cut to 63 bits, since torch takes no larger seed.
+        mixed = self.seed * 0x9E3779B1 ^ int(problem.fingerprint()[:12], 16)
+        generator = torch.Generator().manual_seed(mixed % 2**63)
         scores = torch.rand(problem.link.units, generator=generator, dtype=torch.float64)
         return scores.to(problem.loss.weight)

@@ -63,7 +63,7 @@ class Restore(DirectSolver):
         loss, mask = problem.loss, problem.mask
         value = problem.start()
         gram = loss.gram.to(self.factor_dtype)
-        change, singular = _newton_step(gram, loss.gradient(value).to(gram), mask, _rounding(loss))
+        change, singular = _newton_step(gram, loss.gradient(value).to(gram), mask, _rounding(loss), _noise(loss))
         value = value + change.to(value)
         return Answer(value, _certificate(problem, gram, value), (SINGULAR,) if singular else ())
 
@@ -77,7 +77,7 @@ def _certificate(problem: MaskedLeastSquares, gram: Float[Tensor, "in in"], valu
     if bool((loss.damping > 0).all()):
         excess = float((residual.square() / loss.damping.double()).sum()) / 2
     else:
-        step, _ = _newton_step(gram, residual.to(gram), mask, _rounding(loss))
+        step, _ = _newton_step(gram, residual.to(gram), mask, _rounding(loss), _noise(loss))
         excess = -float((residual * step).sum()) / 2
     # No loss is negative, so zero is a lower bound too.
     return Certificate(max(loss.value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
@@ -90,17 +90,34 @@ def _rounding(loss: LayerLoss) -> float:
     return loss.gram.shape[0] * torch.finfo(loss.gram.dtype).eps
 
 
+def _noise(loss: LayerLoss) -> float:
+    """The relative size below which an eigenvalue is noise once a block proved singular.
+
+    Damping that lets a block be singular is no larger than the rounding of the Gram matrix in its own dtype, so the
+    eigenvalues that it lifts are still noise, and inverting them would blow the weights up.
+    """
+    return max(_rounding(loss), 2 * torch.finfo(loss.gram.dtype).eps)
+
+
 def _newton_step(
-    gram: Float[Tensor, "in in"], gradient: Float[Tensor, "out in"], mask: Bool[Tensor, "rows in"], rounding: float
+    gram: Float[Tensor, "in in"],
+    gradient: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "rows in"],
+    rounding: float,
+    noise: float,
 ) -> tuple[Float[Tensor, "out in"], bool]:
     """-(G_M A_MM^-1) on the mask and zero elsewhere; and whether some A_MM was singular."""
     if mask.shape[0] == 1:
-        return _shared_step(gram, gradient, mask[0], rounding)
-    return _row_steps(gram, gradient, mask, rounding)
+        return _shared_step(gram, gradient, mask[0], rounding, noise)
+    return _row_steps(gram, gradient, mask, rounding, noise)
 
 
 def _shared_step(
-    gram: Float[Tensor, "in in"], gradient: Float[Tensor, "out in"], mask: Bool[Tensor, " in"], rounding: float
+    gram: Float[Tensor, "in in"],
+    gradient: Float[Tensor, "out in"],
+    mask: Bool[Tensor, " in"],
+    rounding: float,
+    noise: float,
 ) -> tuple[Float[Tensor, "out in"], bool]:
     step = torch.zeros_like(gradient)
     kept = mask.nonzero()[:, 0]
@@ -109,12 +126,16 @@ def _shared_step(
     block, right = gram[kept[:, None], kept], gradient[:, kept]
     factor, failed = torch.linalg.cholesky_ex(block)
     singular = bool(failed) or bool(_only_rounding(factor, block, rounding))
-    step[:, kept] = -(right @ pseudo_inverse(block, rounding) if singular else torch.cholesky_solve(right.T, factor).T)
+    step[:, kept] = -(right @ pseudo_inverse(block, noise) if singular else torch.cholesky_solve(right.T, factor).T)
     return step, singular
 
 
 def _row_steps(
-    gram: Float[Tensor, "in in"], gradient: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], rounding: float
+    gram: Float[Tensor, "in in"],
+    gradient: Float[Tensor, "out in"],
+    mask: Bool[Tensor, "out in"],
+    rounding: float,
+    noise: float,
 ) -> tuple[Float[Tensor, "out in"], bool]:
     """A mask per row: systems in batches of rows, each padded to the largest count by a multiple of the identity."""
     step = torch.zeros_like(gradient)
@@ -136,7 +157,7 @@ def _row_steps(
         solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
         singular = (failed > 0) | _only_rounding(factor, block, rounding)
         for row in singular.nonzero()[:, 0].tolist():
-            solved[row] = right[row] @ pseudo_inverse(block[row], rounding)
+            solved[row] = right[row] @ pseudo_inverse(block[row], noise)
         any_singular |= bool(singular.any())
         step[rows] = step[rows].scatter(1, index, -solved * real)
     return step, any_singular

@@ -47,7 +47,9 @@ class SparseGpt(DirectSolver):
         inverse, weight = inverse_gram(problem.loss)
         factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if bool(failed):
-            raise NumericalError("the inverse Gram matrix is not positive definite in this precision: raise the damping")
+            raise NumericalError(
+                "the inverse Gram matrix is not positive definite in this precision: raise the damping"
+            )
         width = weight.shape[1]
         saliency = factor.diagonal().square()
         size = self.block if not isinstance(pattern, NM) else max(1, self.block // pattern.m) * pattern.m

@@ -1,0 +1,21 @@
+"""What third parties need to check a solver: strategies, independent references, the laws, and check_solver.
+
+Needs the extra `optprune[testing]` (hypothesis, scipy, cvxpy); a missing one is an ImportError, never a skipped check.
+"""
+
+from optprune.testing.check import check_solver
+from optprune.testing.laws import SOLVER_LAWS, keep_laws
+from optprune.testing.references import REFERENCES, Reference, convex_optimum, reference, reference_optimum
+from optprune.testing.strategies import STRATEGIES
+
+__all__ = [
+    "REFERENCES",
+    "SOLVER_LAWS",
+    "STRATEGIES",
+    "Reference",
+    "check_solver",
+    "convex_optimum",
+    "keep_laws",
+    "reference",
+    "reference_optimum",
+]

@@ -1,0 +1,45 @@
+"""check_solver: an outsider's solver meets every kind of problem and every law."""
+
+from hypothesis import HealthCheck, Phase, given, settings
+
+from optprune.problems import Problem
+from optprune.solvers import Solver
+from optprune.testing import laws
+from optprune.testing.strategies import STRATEGIES
+
+
+def check_solver(solver: Solver, *, examples: int = 20, shrink: bool = True) -> None:
+    """Raise AssertionError unless the solver keeps every law on what it accepts and refuses the rest with a reason.
+
+    Draws `examples` problems of every known kind, the same ones every time. `shrink` looks for the smallest problem
+    that breaks the law before reporting it, which takes a while; without it the first one found is reported.
+    """
+    accepted = [kind.kind for kind in STRATEGIES if _check_kind(solver, kind, examples, shrink)]
+    assert accepted, f"{solver.label} accepted no problem of any kind: {', '.join(kind.kind for kind in STRATEGIES)}"
+
+
+def _check_kind(solver: Solver, kind: type[Problem], examples: int, shrink: bool) -> int:
+    """Check a solver on one kind of problem; how many of the drawn problems it accepted."""
+    accepted = 0
+
+    # A report of the first broken law is an AssertionError; several at once would be an exception group.
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
+    )
+    @given(STRATEGIES[kind]())
+    def check(problem: Problem) -> None:
+        nonlocal accepted
+        if solver.why_not(problem) is None:
+            accepted += 1
+            laws.keep_laws(problem, solver)
+        else:
+            laws.refuse(problem, solver)
+
+    check()
+    return accepted

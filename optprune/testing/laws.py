@@ -1,0 +1,414 @@
+"""The laws a solver keeps on a problem it accepts, each a plain function that raises AssertionError with the reason.
+
+No law asks the solver whether it succeeded. What a solver promises beforehand (`exact`, `monotone`) it is held to,
+whatever it says afterwards. Comparisons are written so that NaN fails them.
+
+Tolerances. A float64 answer must have the optimal objective to 1e-8 relative, a float32 answer to 1e-4. Next to that
+stands `rounding`, the size of one rounding of the sums that an objective is made of (references.py): it is about
+1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import singledispatch
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from optprune.errors import NoSolver
+from optprune.moments import DenseMoments, InputMoments
+from optprune.patterns import Pattern
+from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.solvers import Solver, solve
+from optprune.testing.references import reference, rounding
+
+RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""how close to the optimum an exact answer must be, by dtype: the promise, not what happens to hold"""
+
+
+def _tolerance(problem: Problem, objective: float) -> float:
+    return RELATIVE[problem.loss.weight.dtype] * abs(objective)
+
+
+def _name(problem: Problem, solver: Solver) -> str:
+    return f"{solver.label} on a {problem.kind} problem"
+
+
+# -- laws of every solver
+
+
+def feasible(problem: Problem, solver: Solver) -> None:
+    """The answer is feasible, as the problem measures it."""
+    solution = solve(problem, solver)
+    violation = problem.violation(solution.value)
+    assert torch.isfinite(solution.value).all(), f"{_name(problem, solver)}: the answer holds NaN or infinity"
+    assert violation == 0, f"{_name(problem, solver)}: the answer violates the constraints by {violation}"
+    assert solution.violation == violation, f"{_name(problem, solver)}: the solution reports another violation"
+
+
+def measured_by_the_problem(problem: Problem, solver: Solver) -> None:
+    """The objective of the solution is the one the problem measures, and it is finite."""
+    solution = solve(problem, solver)
+    objective = problem.objective(solution.value)
+    assert abs(objective) < torch.inf, f"{_name(problem, solver)}: the answer has objective {objective}"
+    assert solution.objective == objective, f"{_name(problem, solver)}: {solution.objective} was not measured"
+
+
+def no_worse_than_the_start(problem: Problem, solver: Solver) -> None:
+    """A monotone solver never makes a feasible start worse, be it the problem's own or any other."""
+    if not solver.monotone(problem):
+        return
+    for start in (problem.start(), random_feasible(problem, 0), random_feasible(problem, 1)):
+        before = problem.objective(start)
+        solution = solve(problem, solver, start=start)
+        slack = rounding(problem.loss, start) + rounding(problem.loss, solution.value)
+        assert solution.objective <= before + slack, (
+            f"{_name(problem, solver)}: it made its start worse, from {before} to {solution.objective}"
+        )
+
+
+def never_below_the_reference(problem: Problem, solver: Solver) -> None:
+    """No feasible answer is better than the optimum: else the problem or the reference measures wrongly."""
+    solution, best = solve(problem, solver), reference(problem)
+    slack = _tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
+    assert solution.objective >= best.optimum - slack, (
+        f"{_name(problem, solver)}: its objective {solution.objective} is below the optimum {best.optimum}"
+    )
+
+
+def bounds_hold(problem: Problem, solver: Solver) -> None:
+    """A certificate's lower bound is not above the optimum."""
+    solution, best = solve(problem, solver), reference(problem)
+    if solution.certificate is None:
+        return
+    bound = solution.certificate.lower_bound
+    slack = _tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
+    assert bound <= best.optimum + slack, (
+        f"{_name(problem, solver)}: it claims the lower bound {bound}, but the optimum is {best.optimum}"
+    )
+
+
+def exact_meets_the_reference(problem: Problem, solver: Solver) -> None:
+    """An exact solver stops by its own rule and attains the optimum."""
+    if not solver.exact(problem):
+        return
+    solution, best = solve(problem, solver), reference(problem)
+    assert solution.status.name == "CONVERGED", f"{_name(problem, solver)}: exact, but it stopped: {solution.status}"
+    slack = _tolerance(problem, best.optimum) + best.rounding
+    assert solution.objective <= best.optimum + slack, (
+        f"{_name(problem, solver)}: exact, but its objective is {solution.objective} and the optimum {best.optimum}"
+    )
+
+
+def warm_start_stops(problem: Problem, solver: Solver) -> None:
+    """An exact solver that starts from its own answer stops at once (at most one step) and returns the same."""
+    if not solver.exact(problem):
+        return
+    first = solve(problem, solver)
+    second = solve(problem, solver, start=first.value.clone())
+    assert second.steps <= 1, f"{_name(problem, solver)}: it took {second.steps} steps from its own answer"
+    # Two points within e of the least of a convex quadratic are within 8 e of each other in its own squared norm.
+    slack = _tolerance(problem, first.objective) + rounding(problem.loss, first.value)
+    apart = _output_change(problem.loss, first.value, second.value)
+    assert apart <= 8 * slack, f"{_name(problem, solver)}: it leaves its own answer, by {apart} in mean square output"
+
+
+def inputs_unchanged(problem: Problem, solver: Solver) -> None:
+    """Solving changes neither the problem, nor the start, nor the global random state, bit for bit."""
+    start = random_feasible(problem, 2)
+    copy, before, outside = start.clone(), problem.fingerprint(), torch.get_rng_state()
+    # A state that no solver would seed by itself: one that always seeds with 0 would be caught only once.
+    torch.manual_seed(0x0DD5EED)
+    state = torch.get_rng_state()
+    try:
+        solve(problem, solver, start=start)
+        random_state = torch.get_rng_state()
+    finally:
+        torch.set_rng_state(outside)
+    assert problem.fingerprint() == before, f"{_name(problem, solver)}: it changed the problem"
+    assert torch.equal(start, copy), f"{_name(problem, solver)}: it changed its start"
+    assert torch.equal(random_state, state), f"{_name(problem, solver)}: it touched the global random state"
+
+
+def like_the_weight(problem: Problem, solver: Solver) -> None:
+    """The answer has the shape, the dtype and the device of the weight, and shares no memory with it."""
+    value, weight = solve(problem, solver).value, problem.loss.weight
+    for what in ("shape", "dtype", "device"):
+        found, wanted = getattr(value, what), getattr(weight, what)
+        assert found == wanted, f"{_name(problem, solver)}: the answer's {what} is {found}, the weight's {wanted}"
+    assert value.data_ptr() != weight.data_ptr(), f"{_name(problem, solver)}: the answer is the original weight itself"
+    assert not value.requires_grad, f"{_name(problem, solver)}: the answer drags a gradient along"
+
+
+def repeatable(problem: Problem, solver: Solver) -> None:
+    """The same problem gives the same answer, bit for bit, whatever the global random state."""
+    first = solve(problem, solver)
+    state = torch.get_rng_state()
+    torch.manual_seed(int(state[0]) + 1)
+    try:
+        second = solve(problem, solver)
+    finally:
+        torch.set_rng_state(state)
+    assert torch.equal(first.value, second.value), f"{_name(problem, solver)}: it gives different answers"
+    assert first.notes == second.notes, f"{_name(problem, solver)}: it gives different notes"
+
+
+def rows_are_independent(problem: Problem, solver: Solver) -> None:
+    """Restoration of all rows together costs what restoring them one by one costs."""
+    if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)):
+        return
+    loss, together = problem.loss, solve(problem, solver)
+    apart = 0.0
+    slack = rounding(loss, together.value)
+    for row in range(loss.weight.shape[0]):
+        own = problem.mask if problem.mask.shape[0] == 1 else problem.mask[row : row + 1]
+        single = MaskedLeastSquares(replace(loss, weight=loss.weight[row : row + 1]), own)
+        solution = solve(single, solver)
+        apart += solution.objective
+        slack += rounding(single.loss, solution.value)
+    assert abs(apart - together.objective) <= _tolerance(problem, apart) + slack, (
+        f"{_name(problem, solver)}: {together.objective} for all rows together, but {apart} row by row"
+    )
+
+
+def permutation_is_harmless(problem: Problem, solver: Solver) -> None:
+    """An exact solver attains the same objective when inputs, outputs and units are named in another order."""
+    if solver.exact(problem):
+        _same_objective(problem, _renamed(problem)[0], 1.0, solver, "permuted")
+
+
+def scaling_is_harmless(problem: Problem, solver: Solver) -> None:
+    """An exact solver's objective scales, and nothing else, when weights and inputs come in other units."""
+    if solver.exact(problem):
+        for weight, inputs in UNITS:
+            other = scaled(problem, weight, inputs)
+            _same_objective(problem, other, (weight * inputs) ** 2, solver, f"scaled by {weight} and {inputs}")
+
+
+UNITS = ((2.0**5, 2.0**-30), (2.0**-20, 2.0**12))
+"""factors of weights and of inputs: powers of two, so that ties stay ties, and far from one"""
+
+
+def _renamed(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
+    outputs, width = problem.loss.weight.shape
+    inputs = torch.randperm(width, generator=torch.Generator().manual_seed(width))
+    flipped = torch.arange(outputs).flip(0)
+    return permuted(problem, inputs, flipped), inputs, flipped
+
+
+def _same_objective(problem: Problem, other: Problem, factor: float, solver: Solver, how: str) -> None:
+    first, second = solve(problem, solver), solve(other, solver)
+    back = second.objective / factor
+    slack = _tolerance(problem, first.objective)
+    slack += rounding(problem.loss, first.value) + rounding(other.loss, second.value) / factor
+    assert abs(back - first.objective) <= slack, (
+        f"{_name(problem, solver)}: the objective {first.objective} becomes {back} when the problem is {how}"
+    )
+
+
+SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
+    feasible,
+    measured_by_the_problem,
+    no_worse_than_the_start,
+    never_below_the_reference,
+    bounds_hold,
+    exact_meets_the_reference,
+    warm_start_stops,
+    inputs_unchanged,
+    like_the_weight,
+    repeatable,
+    rows_are_independent,
+    permutation_is_harmless,
+    scaling_is_harmless,
+)
+
+
+def keep_laws(problem: Problem, solver: Solver) -> None:
+    """Every law of a solver on a problem it accepts."""
+    for law in SOLVER_LAWS:
+        law(problem, solver)
+
+
+def permuting_permutes_the_answer(problem: Problem, solver: Solver) -> None:
+    """On a problem without ties the answer to the renamed problem is the renamed answer."""
+    other, inputs, outputs = _renamed(problem)
+    back = torch.empty_like(problem.loss.weight)
+    back[outputs[:, None], inputs] = solve(other, solver).value
+    _same_answer(problem, solver, back, "permuted")
+
+
+def scaling_scales_the_answer(problem: Problem, solver: Solver) -> None:
+    """On a problem without ties the answer scales with the weights, whatever the unit of the inputs."""
+    for weight, inputs in UNITS:
+        back = solve(scaled(problem, weight, inputs), solver).value / weight
+        _same_answer(problem, solver, back, f"scaled by {weight} and {inputs}")
+
+
+def _same_answer(problem: Problem, solver: Solver, back: Tensor, how: str) -> None:
+    answer = solve(problem, solver).value
+    error = float((answer - back).double().norm())
+    # Generic problems are well conditioned (a few hundred), which leaves most digits of the answer, not only of its
+    # objective; the square root of the promise about the objective is what optimality alone would give.
+    slack = RELATIVE[problem.loss.weight.dtype] ** 0.5 * float(answer.double().norm())
+    assert error <= slack, f"{_name(problem, solver)}: the answer moves by {error} when the problem is {how}"
+
+
+GENERIC_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
+    permuting_permutes_the_answer,
+    scaling_scales_the_answer,
+)
+"""for solvers that do not draw at random, on problems without ties (`generic` in strategies.py)"""
+
+
+def refuse(problem: Problem, solver: Solver) -> None:
+    """A refused problem raises NoSolver with the solver's reason, and the reason is a sentence."""
+    reason = solver.why_not(problem)
+    assert reason, f"{_name(problem, solver)}: it refuses without a reason"
+    try:
+        solve(problem, solver)
+    except NoSolver as error:
+        assert reason in str(error), f"{_name(problem, solver)}: NoSolver does not say why: {error}"
+    else:
+        raise AssertionError(f"{_name(problem, solver)}: it refuses ({reason}) and yet solves")
+
+
+def _output_change(loss: LayerLoss, first: Tensor, second: Tensor) -> float:
+    """E|(V1 - V2) x*|^2 plus the ridge's share."""
+    change = first.double() - second.double()
+    gram = loss.gram.double()
+    return float(((change @ gram) * change).sum())
+
+
+# -- laws of the things problems are made of
+
+
+def projection_is_best(pattern: Pattern, score: Tensor) -> None:
+    """The projection is admissible, and no admissible mask has a larger total score (at most 2^12 masks are tried)."""
+    mask = pattern.project(score)
+    assert pattern.admits(mask), f"{pattern} does not admit its own projection {mask.tolist()}"
+    # Infinities would make totals NaN; beyond every finite score they only mean first and last.
+    finite = score.nan_to_num(posinf=1e6, neginf=-1e6)
+    best = float(finite[mask].sum())
+    for bits in product((False, True), repeat=score.numel()):
+        other = torch.tensor(bits).reshape(score.shape)
+        if pattern.admits(other):
+            total = float(finite[other].sum())
+            # One rounding of a sum of at most 12 scores of at most 1e6.
+            assert total <= best + 1e-8, f"{pattern}: {bits} scores {total}, the projection only {best}"
+
+
+def merging_is_one_pass(inputs: Tensor, dense: Tensor | None, cut: int) -> None:
+    """Moments of two parts, merged, are the moments of the whole."""
+    parts = [(inputs[:cut], dense[:cut] if dense is not None else None)]
+    parts.append((inputs[cut:], dense[cut:] if dense is not None else None))
+    merged = InputMoments.from_samples(*parts[0]).merge(InputMoments.from_samples(*parts[1]))
+    whole = InputMoments.from_samples(inputs, dense)
+    assert merged.tokens == whole.tokens == inputs.shape[0], f"{merged.tokens} tokens of {inputs.shape[0]}"
+    largest = max(float(inputs.abs().max()), 0.0 if dense is None else float(dense.abs().max()))
+    # A few roundings of an average of numbers of this size.
+    slack = 8 * torch.finfo(inputs.dtype).eps * max(largest, largest**2)
+    for one, other in zip(merged.parts(), whole.parts(), strict=True):
+        error = float((one - other).abs().max())
+        assert error <= slack, f"merged moments differ from one pass by {error}"
+
+
+def value_is_the_mean_over_samples(loss: LayerLoss, weight: Tensor, inputs: Tensor, dense: Tensor | None) -> None:
+    """f(V) is half the mean squared output error over the samples, plus the ridge towards W."""
+    actual = inputs.double()
+    ideal = actual if dense is None else dense.double()
+    new, old = weight.double(), loss.weight.double()
+    error = actual @ new.T - ideal @ old.T
+    if loss.fit_bias:
+        error = error + loss.bias_change(weight).double()
+    literal = float(error.square().sum(1).mean()) / 2
+    literal += float(((new - old).square() * loss.damping.double()).sum()) / 2
+    found = loss.value(weight)
+    slack = 1e-12 * literal + rounding(loss, weight)
+    assert abs(found - literal) <= slack, f"the loss says {found}, the samples say {literal}"
+
+
+# -- the same problem in other words
+
+
+def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLoss:
+    actual, dense = loss.moments, loss.moments.dense
+
+    def square(matrix: Tensor) -> Tensor:
+        return matrix[inputs][:, inputs]
+
+    if dense is not None:
+        dense = DenseMoments(square(dense.cross), square(dense.gram), dense.mean[inputs])
+    moments = InputMoments(square(actual.gram), actual.mean[inputs], actual.tokens, dense)
+    return LayerLoss(loss.weight[outputs][:, inputs], moments, loss.damping[inputs], loss.fit_bias)
+
+
+def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
+    actual, dense, square = loss.moments, loss.moments.dense, inputs**2
+    if dense is not None:
+        dense = DenseMoments(dense.cross * square, dense.gram * square, dense.mean * inputs)
+    moments = InputMoments(actual.gram * square, actual.mean * inputs, actual.tokens, dense)
+    return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias)
+
+
+@singledispatch
+def permuted(problem: Problem, inputs: Tensor, outputs: Tensor) -> Problem:
+    """The problem with input inputs[k] and output outputs[k] called k."""
+    raise TypeError(f"a new kind of problem must say how it is permuted: {type(problem).__name__}")
+
+
+@permuted.register
+def _(problem: MaskedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    mask = problem.mask if problem.mask.shape[0] == 1 else problem.mask[outputs]
+    return MaskedLeastSquares(_permuted_loss(problem.loss, inputs, outputs), mask[:, inputs])
+
+
+@permuted.register
+def _(problem: LinkedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    link = problem.link
+    units = torch.arange(link.units).flip(0)
+    columns = torch.argsort(inputs)[link.columns][units]
+    rows = tuple(row[units] for row in link.rows)
+    return LinkedLeastSquares(
+        _permuted_loss(problem.loss, inputs, outputs), Link(columns, link.slots[units], rows), problem.keep
+    )
+
+
+@singledispatch
+def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
+    """The problem with weights and inputs multiplied by these factors; its objective by their product squared."""
+    raise TypeError(f"a new kind of problem must say how it is scaled: {type(problem).__name__}")
+
+
+@scaled.register(MaskedLeastSquares)
+@scaled.register(LinkedLeastSquares)
+def _(problem: MaskedLeastSquares | LinkedLeastSquares, weight: float, inputs: float) -> Problem:
+    return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
+
+
+@singledispatch
+def random_feasible(problem: Problem, seed: int) -> Tensor:
+    """A feasible weight [out, in] drawn at random, unrelated to the original."""
+    raise TypeError(f"a new kind of problem must say how to draw a feasible weight: {type(problem).__name__}")
+
+
+def _noise(problem: Problem, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(problem.loss.weight.shape, generator=generator, dtype=torch.float64)
+    return noise.to(problem.loss.weight)
+
+
+@random_feasible.register
+def _(problem: MaskedLeastSquares, seed: int) -> Tensor:
+    return _noise(problem, torch.Generator().manual_seed(seed)) * problem.mask
+
+
+@random_feasible.register
+def _(problem: LinkedLeastSquares, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    start, slots = _noise(problem, generator), problem.link.slots
+    each = problem.keep // int(slots.max() + 1)
+    for slot in slots.unique():
+        units = (slots == slot).nonzero()[:, 0]
+        gone = units[torch.randperm(units.numel(), generator=generator)[each:]]
+        start[:, problem.link.columns[gone].reshape(-1)] = 0
+    return start

@@ -1,0 +1,39 @@
+"""Set-up of the whole suite: shapes are checked at run time, random tests are the same on every run."""
+
+import os
+
+import jaxtyping
+
+# Before anything imports optprune: every shape in an annotation becomes an assertion.
+jaxtyping.install_import_hook(
+    ["optprune.moments", "optprune.patterns", "optprune.problems", "optprune.solvers"], "beartype.beartype"
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile(
+    "ci", derandomize=True, deadline=None, max_examples=40, print_blob=True, suppress_health_check=SLOW_IS_FINE
+)
+settings.register_profile(
+    "thorough", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=SLOW_IS_FINE
+)
+settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
+
+# Matrices here are tiny: on a shared machine a second thread makes each factorisation several times slower.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def as_users_run():
+    """Without the run-time check of shapes, which would come before optprune's own errors."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def pytest_configure(config):
+    # beartype checks a random item of a container, and hypothesis takes that for randomness of a strategy.
+    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")

@@ -1,0 +1,342 @@
+"""Bad input: one sentence on stderr, a non-zero exit, and nothing left behind."""
+
+import errno
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from optprune.cli import main
+from optprune.packaged import demo_articles
+from tests.tiny_models import save_tiny, tiny_llama
+
+SMALL = {"--samples": "8", "--seq-length": "64"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "articles.txt"
+    file.write_text("\n\n".join(demo_articles("calibration")[:5]), encoding="utf-8")
+    return file
+
+
+@dataclass
+class Attempt:
+    """A prune command that would work; a test spoils one thing and sees what is said."""
+
+    model: Path
+    text: Path
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "new" / "out"
+
+    def command(self, *more: str, **options: object) -> list[str]:
+        given = {"--calibration": self.text, "--output": self.output, **SMALL}
+        given |= {"--" + name.replace("_", "-"): value for name, value in options.items()}
+        words = [str(word) for pair in given.items() for word in pair]
+        return ["prune", str(self.model), *words, *more]
+
+    def fails(self, command: list[str], code: int = 2) -> str:
+        """The sentence; the test's folder must be as it was."""
+        before = snapshot(self.folder)
+        assert main(command) == code
+        captured = self.capsys.readouterr()
+        assert captured.out == ""
+        assert snapshot(self.folder) == before
+        progress = ("tokenising", "loading", "pruning", "saving", "reading", "evaluating")
+        sentences = [line for line in captured.err.splitlines() if not line.startswith(progress)]
+        assert len(sentences) == 1, captured.err
+        assert sentences[0].startswith("error: ")
+        return sentences[0]
+
+
+@pytest.fixture
+def attempt(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Attempt:
+    return Attempt(model, text, tmp_path, capsys)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights is a failure: what is tested must be found before."""
+
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("the weights were loaded before the cheap checks")
+
+    monkeypatch.setattr("optprune.models.load_model", load)
+
+
+# -- found before any weight is loaded
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "more", "reason"),
+    [
+        ({"recipe": "faspp"}, (), "the recipe 'faspp' is not known: use one of fasp, "),
+        ({"recipe": "none.yaml"}, (), "none.yaml cannot be read"),
+        ({}, ("--set", "dampening=1"), "no field 'dampening': it has name, "),
+        ({}, ("--set", "damping"), "'damping' is not of the form KEY=VALUE"),
+        ({}, ("--set", "damping=-1"), "the recipe field 'damping' cannot be -1"),
+        ({}, ("--set", "damping=[1"), "is not valid YAML"),
+        ({}, ("--set", "solver=guess"), "the solver 'guess' is not known: use one of "),
+        ({"sparsity": 0.2}, ("--set", "sparsity=0.3"), "'sparsity' is given twice"),
+        ({"sparsity": 0}, (), "'sparsity' cannot be 0.0"),
+        ({"sparsity": 1}, (), "'sparsity' cannot be 1.0"),
+        ({"sparsity": 1.5}, (), "'sparsity' cannot be 1.5"),
+        ({"sparsity": -0.2}, (), "'sparsity' cannot be -0.2"),
+        ({"sparsity": math.nan}, (), "'sparsity' cannot be nan"),
+        ({"sparsity": "much"}, (), "Invalid value for '--sparsity'"),
+        ({"sparsity": 0.9}, (), "a sparsity of 0.9 is out of reach with units 'mlp'"),
+        ({"sparsity": 0.001}, (), "rounds to nothing"),
+        ({"units": "heads"}, (), "'units' cannot be 'heads'"),
+        ({"propagation": "backwards"}, (), "'backwards' is not known: use one of cross, "),
+        ({"width_multiple": 0}, (), "'width_multiple' cannot be 0"),
+        ({"calibration": "missing.txt"}, (), "there is no text 'missing.txt': give a .txt"),
+        ({"calibration": "demo:training"}, (), "use demo:calibration or demo:evaluation"),
+        ({"seq_length": 513}, (), "longer than the 512 positions of the model"),
+        ({"seq_length": 1}, (), "--seq-length cannot be 1"),
+        ({"samples": 0}, (), "--samples cannot be 0"),
+        ({"samples": 100000}, (), "but 100000 are needed: lower --samples"),
+        ({"json": "missing/record.json"}, (), "there is no folder missing"),
+        ({}, ("--frobnicate",), "No such option: --frobnicate"),
+    ],
+)
+def test_options(attempt: Attempt, options: dict[str, object], more: tuple[str, ...], reason: str) -> None:
+    assert reason in attempt.fails(attempt.command(*more, **options))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_text_that_is_too_short(attempt: Attempt) -> None:
+    short = attempt.folder / "short.txt"
+    short.write_text("A few words.")
+    sentence = attempt.fails(attempt.command(calibration=short))
+    assert "in which 0 windows of 64 fit, but 8 are needed: lower --seq-length, or give a longer text" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_output_folder_that_exists(attempt: Attempt) -> None:
+    save_tiny(tiny_llama(), attempt.output)
+    assert "exists already: choose another, or pass --overwrite" in attempt.fails(attempt.command())
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_overwriting_something_that_is_no_model(attempt: Attempt) -> None:
+    attempt.output.mkdir(parents=True)
+    (attempt.output / "thesis.tex").write_text("years of work")
+    assert "not overwritten" in attempt.fails(attempt.command("--overwrite"))
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("./missing", "there is no model folder './missing'"),
+        ("missing.gguf", "there is no GGUF file missing.gguf"),
+        ("", "there is no model folder ''"),
+    ],
+)
+def test_a_model_that_is_not_there(attempt: Attempt, source: str, reason: str) -> None:
+    command = attempt.command()
+    command[1] = source
+    assert reason in attempt.fails(command)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_unknown_architecture(attempt: Attempt) -> None:
+    config = GPT2Config(vocab_size=512, n_positions=512, n_embd=32, n_layer=1, n_head=2)
+    attempt.model = save_tiny(GPT2LMHeadModel(config), attempt.folder / "gpt2")
+    sentence = attempt.fails(attempt.command())
+    assert "the architecture 'gpt2' is not known: optprune prunes llama, opt, qwen2" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_model_without_a_tokenizer(attempt: Attempt) -> None:
+    attempt.model = attempt.folder / "bare"
+    tiny_llama().save_pretrained(attempt.model)
+    assert "has no tokenizer, which is needed to read text" in attempt.fails(attempt.command())
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_config_that_is_not_json(attempt: Attempt) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    (attempt.model / "config.json").write_text("{")
+    assert "the config of " in attempt.fails(attempt.command())
+
+
+# -- found in the weights
+
+
+def test_a_truncated_safetensors_file(attempt: Attempt) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert f"the weights of {attempt.model} cannot be loaded" in attempt.fails(attempt.command())
+
+
+def test_nan_weights(attempt: Attempt) -> None:
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
+    attempt.model = save_tiny(broken, attempt.folder / "nan")
+    sentence = attempt.fails(attempt.command())
+    assert "model.layers.1.mlp.down_proj.weight of" in sentence
+    assert "holds NaN or infinity" in sentence
+
+
+# -- evaluate
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--text", "missing.txt"], "there is no text 'missing.txt'"),
+        (
+            ["--text", "TEXT", "--seq-length", "2048"],
+            "longer than the 512 positions of the model: pass --seq-length 512",
+        ),
+        (["--text", "TEXT", "--seq-length", "64", "--windows", "9999"], "but 9999 are needed: lower --windows"),
+        ([], "Missing option '--text'"),
+    ],
+)
+def test_evaluate(attempt: Attempt, options: list[str], reason: str) -> None:
+    words = [str(attempt.text) if word == "TEXT" else word for word in options]
+    record = attempt.folder / "record.json"
+    assert reason in attempt.fails(["evaluate", str(attempt.model), *words, "--json", str(record)])
+
+
+def test_unknown_words(attempt: Attempt) -> None:
+    assert "No such command 'trim'" in attempt.fails(["trim"])
+    assert "the recipe 'trim' is not known" in attempt.fails(["recipes", "trim"])
+
+
+# -- what can go wrong on the way
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_full_disk(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    attempt.output.parent.mkdir()  # so that there is something to leave as it was
+    if late:
+        written = Path.write_text
+
+        def full(path: Path, data: str, *args: str, **kwargs: str) -> int:
+            if path.name == "recipe.yaml":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return written(path, data, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+
+        def half(_: PreTrainedModel, folder: Path) -> None:
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(b"half of it")
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
+    assert f"the disk is full, so {attempt.output} was not written" in attempt.fails(attempt.command())
+
+
+def test_a_disk_that_is_full_for_the_json_file(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "replace", full)
+    record = attempt.folder / "record.json"
+    command = ["evaluate", str(attempt.model), "--text", str(attempt.text), "--seq-length", "64", "--windows", "2"]
+    sentence = attempt.fails([*command, "--json", str(record)])
+    assert "cannot be written (No space left on device), but the perplexity is" in sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "the memory is not enough"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the memory is not enough"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "the memory is not enough"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/some/file"),
+            "/some/file cannot be used: Permission denied",
+        ),
+        (ZeroDivisionError("division by zero\nmore"), "ZeroDivisionError: division by zero (unexpected: "),
+    ],
+)
+def test_what_the_machine_raises(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("optprune.pipeline.prune", fail)
+    assert reason in attempt.fails(attempt.command())
+
+
+def test_debugging_shows_the_traceback(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(attempt.command(recipe="none")) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setenv("OPTPRUNE_DEBUG", "1")
+    assert main(attempt.command(recipe="none")) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+# -- interruptions, for real
+
+DEEP = 60
+# A shell may start a test run with Ctrl-C switched off, and children inherit that.
+LAUNCHER = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from optprune.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "sent"),
+    [("pruning, block", signal.SIGINT), ("saving to", signal.SIGINT), ("pruning, block", signal.SIGTERM)],
+)
+def test_an_interrupted_run_leaves_nothing(attempt: Attempt, moment: str, sent: signal.Signals) -> None:
+    if moment.startswith("pruning"):
+        # Deep enough that the run is still in its first blocks when the signal comes.
+        attempt.model = save_tiny(tiny_llama(num_hidden_layers=DEEP), attempt.folder / "deep")
+    before = snapshot(attempt.folder)
+    command = attempt.command("--json", str(attempt.folder / "record.json"), samples=64)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if line.startswith(moment):
+                break
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert out == ""
+    assert err.splitlines()[-1] == "interrupted; nothing was written"
+    assert "Traceback" not in err
+    assert snapshot(attempt.folder) == before

@@ -1,0 +1,239 @@
+"""The commands, on tiny models in folders."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from optprune.cli import main
+from optprune.demo import run_demo
+from optprune.evaluate import perplexity
+from optprune.models import load, load_tokenizer
+from optprune.packaged import demo_articles
+from optprune.recipe import load_recipe, recipe_names
+from optprune.texts import evaluation_windows, read_documents, tokenise
+from tests.tiny_models import TINY_MODELS, save_tiny
+
+WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim", "qwen2": "intermediate_size"}
+SMALL = ["--samples", "8", "--seq-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    parent = tmp_path_factory.mktemp("models")
+    return {name: str(save_tiny(build(), parent / name)) for name, build in TINY_MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("text") / "articles.txt"
+    file.write_text("\n\n".join(demo_articles("calibration")[:5]), encoding="utf-8")
+    return str(file)
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+# -- prune
+
+
+@pytest.mark.parametrize("architecture", TINY_MODELS)
+def test_prune_writes_a_smaller_stock_model(
+    architecture: str, models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, record = tmp_path / "new" / "out", tmp_path / "record.json"
+    source = models[architecture]
+    command = ["prune", source, "--calibration", text, "--output", str(output), "--json", str(record), *SMALL]
+    code, out, err = run([*command, "--sparsity", "0.3"], capsys)
+    assert code == 0, err
+
+    config = json.loads((output / "config.json").read_text())
+    width = config[WIDTH_FIELD[architecture]]
+    assert width < 128
+    assert width % 8 == 0
+    pruned = AutoModelForCausalLM.from_pretrained(output)
+    original = AutoModelForCausalLM.from_pretrained(source)
+    removed = original.num_parameters() - pruned.num_parameters()
+    assert removed > 0
+    sizes = [(Path(folder) / "model.safetensors").stat().st_size for folder in (source, output)]
+    assert sizes[0] - sizes[1] == pytest.approx(4 * removed, rel=0.01)
+    assert load_tokenizer(str(output)) is not None
+
+    report = json.loads((output / "report.json").read_text())
+    assert json.loads(record.read_text()) == report
+    assert report["model"] == source
+    assert report["sparsity_requested"] == 0.3
+    assert report["sparsity_reached"] == pytest.approx(0.3, abs=0.03)
+    assert report["tokens"] == 8 * 64
+    assert {"seconds", "floor_seconds", "seed", "versions", "recipe"} < set(report)
+    assert len(report["layers"]) == 2
+    assert yaml.safe_load((output / "recipe.yaml").read_text()) == report["recipe"]
+
+    assert f"{report['sparsity_reached']:.2%}" in out
+    assert f"AutoModelForCausalLM.from_pretrained('{output}')" in out
+    assert "mean relative error" in out
+    assert "pruning, block 2 of 2" in err
+    assert "it/s" not in err
+
+
+def test_value_dimensions_need_optprune_to_load(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(output), "--units", "all", *SMALL]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert f"optprune.load('{output}')" in out
+    assert load(output).config.optprune_value_dim < 16
+    code, out, err = run(["evaluate", str(output), "--text", text, "--seq-length", "64", "--windows", "2"], capsys)
+    assert code == 0, err
+    assert out.startswith("perplexity ")
+
+
+def test_the_same_command_gives_the_same_bytes(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contents = []
+    for name in ("one", "two"):
+        command = ["prune", models["qwen2"], "--calibration", text, "--output", str(tmp_path / name), *SMALL]
+        code, _, err = run(command, capsys)
+        assert code == 0, err
+        contents.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = save_tiny(TINY_MODELS["llama"](seed=7), tmp_path / "out")
+    options = {"--seed": "3", "--propagation": "dense", "--width-multiple": "16", "--recipe": "random_columns"}
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(output), "--overwrite", *SMALL]
+    settings = ["--set", "damping=0.5", "--set", "solver=[{random_columns: {seed: 5}}, restore]"]
+    code, _, err = run([*command, *settings, *(word for pair in options.items() for word in pair)], capsys)
+    assert code == 0, err
+    recipe = json.loads((output / "report.json").read_text())["recipe"]
+    assert (recipe["name"], recipe["seed"], recipe["propagation"]) == ("random_columns", 3, "dense")
+    assert (recipe["width_multiple"], recipe["damping"], recipe["strict"]) == (16, 0.5, False)
+    assert recipe["solver"] == [{"random_columns": {"seed": 5}}, "restore"]
+    assert json.loads((output / "config.json").read_text())["intermediate_size"] % 16 == 0
+    # The recipe beside the weights makes the same model again.
+    again = tmp_path / "again"
+    command[command.index(str(output))] = str(again)
+    code, _, err = run([*command, "--recipe", str(output / "recipe.yaml")], capsys)
+    assert code == 0, err
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
+
+
+def test_strict_makes_notes_errors(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(output), "--samples", "1"]
+    code, _, err = run([*command, "--seq-length", "64", "--strict"], capsys)
+    assert code == 2
+    assert "fewer calibration tokens (64) than inputs (128)" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- evaluate
+
+
+def test_evaluate_measures_what_the_library_measures(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, source = tmp_path / "record.json", models["opt"]
+    command = ["evaluate", source, "--text", text, "--seq-length", "64", "--windows", "5", "--json", str(record)]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    result = json.loads(record.read_text())
+    assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds"}
+    tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
+    expected = perplexity(load(source), evaluation_windows(tokens, 64, 5))
+    assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    assert (result["tokens"], result["windows"], result["seq_length"]) == (5 * 63, 5, 64)
+    assert (result["model"], result["text"]) == (source, text)
+    assert f"perplexity {result['perplexity']:.4f} over 315 tokens" in out
+    assert record.stat().st_mode & 0o400
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+# -- recipes
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(["recipes"], capsys)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == recipe_names()
+    for name in recipe_names():
+        code, out, _ = run(["recipes", name], capsys)
+        assert code == 0
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(out)
+        assert load_recipe(str(file)) == load_recipe(name)
+
+
+# -- demo
+
+
+def test_the_demo_tells_the_story(
+    models: dict[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = {"calibration": text, "evaluation": text, "samples": 8, "windows": 4, "seq_length": 64}
+    monkeypatch.setattr("optprune.demo.run_demo", partial(run_demo, model=models["llama"], **small))
+    output, record = tmp_path / "out", tmp_path / "record.json"
+    code, out, err = run(["demo", "--output", str(output), "--json", str(record)], capsys)
+    assert code == 0, err
+    result = json.loads(record.read_text())
+    before, after, reloaded = result["before"], result["after"], result["reloaded"]
+    assert reloaded["perplexity"] == pytest.approx(after["perplexity"], rel=1e-4)
+    assert before["perplexity"] != after["perplexity"]
+    assert before["parameters"] - after["parameters"] == before["linear_weights"] - after["linear_weights"] > 0
+    assert after["linear_weights"] == pytest.approx((1 - result["sparsity_reached"]) * before["linear_weights"])
+    for part in (before, after, reloaded):
+        assert f"{part['perplexity']:.3f}" in out
+    assert "reload check passed" in out
+    assert AutoModelForCausalLM.from_pretrained(output).num_parameters() == after["parameters"]
+    code, _, err = run(["demo", "--output", str(output)], capsys)
+    assert code == 2
+    assert "exists already" in err
+
+
+# -- the program itself
+
+
+def test_help_does_not_import_torch() -> None:
+    code = "import sys; from optprune.cli import main; main(['--help']); print(sorted(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "prune" in run.stdout
+    assert not re.search(r"'(torch|transformers|datasets)'", run.stdout)
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run([], capsys)
+    assert code == 0
+    assert "evaluate" in out
+
+
+def test_the_reader_of_a_pipe_may_leave() -> None:
+    command = f"{sys.executable} -m optprune.cli recipes | true"
+    run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)
+    assert run.stderr == ""

@@ -1,0 +1,265 @@
+"""solve, choose and Chain: who measures, who may stop, and what is said."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from optprune.errors import InputError, NoSolver
+from optprune.moments import InputMoments
+from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.solvers import (
+    Certificate,
+    Chain,
+    FaspMetric,
+    MagnitudeColumns,
+    Record,
+    Restore,
+    Solver,
+    Status,
+    choose,
+    solve,
+)
+from optprune.solvers.auto import CANDIDATES
+from optprune.solvers.solution import Solution
+
+
+@pytest.fixture
+def masked():
+    moments = InputMoments(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), torch.zeros(2), 10)
+    loss = LayerLoss.of(torch.tensor([[3.0, 2.0]]), moments)
+    return MaskedLeastSquares(loss, torch.tensor([[True, False]]))
+
+
+@pytest.fixture
+def linked(masked):
+    link = Link(torch.tensor([[0], [1]]), torch.zeros(2, dtype=torch.long))
+    return LinkedLeastSquares(masked.loss, link, 1)
+
+
+@dataclass(frozen=True)
+class Foreign(Problem):
+    """A kind of problem that nobody knows."""
+
+    kind: ClassVar[str] = "foreign"
+    loss: LayerLoss
+
+    def objective(self, weight):
+        return 0.0
+
+    def violation(self, weight):
+        return 0.0
+
+    def start(self):
+        return self.loss.weight
+
+
+@dataclass(frozen=True)
+class Counter(Solver[int]):
+    """Counts to `until`; its weight is the start plus the count, its own opinion of itself is always good."""
+
+    until: float
+    ending: Status = Status.CONVERGED
+    note: str | None = None
+    bound: float | None = None
+    bad: float = 0.0
+
+    def why_not(self, problem):
+        return None
+
+    def init(self, problem, start):
+        return 0, start
+
+    def step(self, problem, state):
+        return state[0] + 1, state[1]
+
+    def done(self, problem, state):
+        return self.ending if state[0] >= self.until else None
+
+    def value(self, problem, state):
+        return state[1] + state[0] + self.bad
+
+    def certify(self, problem, state):
+        return None if self.bound is None else Certificate(self.bound, "said so")
+
+    def notes(self, state):
+        return () if self.note is None else (self.note,)
+
+    def history(self, state):
+        return (Record("count", state[0], 0.0, 0.0),)
+
+
+# -- solve
+
+
+def test_the_problem_measures_the_answer(masked):
+    solution = solve(masked, Counter(3))
+    assert solution.value.tolist() == [[6.0, 3.0]]
+    assert solution.objective == masked.objective(solution.value) > 0
+    assert solution.violation == masked.violation(solution.value) == 1
+    assert solution.status is Status.CONVERGED
+    assert solution.steps == 3
+    assert solution.seconds >= 0
+    assert solution.history == (Record("count", 3, 0.0, 0.0),)
+    assert solution.certificate is None
+    assert solution.gap is None
+
+
+def test_a_refusal_is_no_solver_with_the_reason(masked):
+    with pytest.raises(NoSolver) as caught:
+        solve(masked, FaspMetric())
+    assert FaspMetric().why_not(masked) in str(caught.value)
+    assert "FaspMetric" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 3), (1, 1, 2)])
+def test_a_start_of_another_shape_is_an_input_error(masked, shape):
+    with pytest.raises(InputError, match="start must be"):
+        solve(masked, Restore(), start=torch.zeros(shape))
+
+
+def test_the_start_is_a_warm_start(masked):
+    start = torch.tensor([[10.0, 0.0]])
+    assert solve(masked, Counter(0), start=start).value.tolist() == [[10.0, 0.0]]
+    assert solve(masked, Counter(0)).value.tolist() == masked.start().tolist()
+
+
+def test_the_step_limit(masked):
+    solution = solve(masked, Counter(math.inf), max_steps=7)
+    assert solution.status is Status.STEP_LIMIT
+    assert solution.steps == 7
+    assert solution.value.tolist() == [[10.0, 7.0]]
+    # Ready exactly at the limit is ready.
+    assert solve(masked, Counter(7), max_steps=7).status is Status.CONVERGED
+    assert solve(masked, Counter(1), max_steps=0).status is Status.STEP_LIMIT
+
+
+def test_the_time_limit(masked):
+    solution = solve(masked, Counter(math.inf), max_seconds=0.0)
+    assert solution.status is Status.TIME_LIMIT
+    assert solution.steps == 0
+    solution = solve(masked, Counter(math.inf), max_seconds=0.02, max_steps=10**9)
+    assert solution.status is Status.TIME_LIMIT
+    assert solution.steps > 0
+    assert solution.seconds >= 0.02
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_answer_that_is_not_finite_has_not_converged(masked, bad):
+    solution = solve(masked, Counter(2, bad=bad))
+    assert solution.status is Status.NONFINITE
+    assert not math.isfinite(solution.objective)
+
+
+@pytest.mark.parametrize("ending", [Status.STALLED, Status.CONVERGED])
+def test_the_status_is_the_solvers_own(masked, ending):
+    assert solve(masked, Counter(1, ending)).status is ending
+
+
+def test_the_callback_sees_every_step_and_its_weight(masked):
+    seen = []
+    solve(masked, Counter(3), callback=lambda steps, weight: seen.append((steps, weight().tolist())))
+    assert seen == [(1, [[4.0, 1.0]]), (2, [[5.0, 2.0]]), (3, [[6.0, 3.0]])]
+    solve(masked, Restore(), callback=lambda steps, weight: pytest.fail("a direct solver takes no steps"))
+
+
+def test_no_graph_is_built(masked):
+    start = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    assert not solve(masked, Counter(2), start=start).value.requires_grad
+
+
+def test_every_status_is_a_sentence():
+    assert all(len(status.value) > 20 for status in Status)
+
+
+def solution_of(objective, bound):
+    certificate = None if bound is None else Certificate(bound, "")
+    return Solution(torch.zeros(1, 1), objective, 0.0, Status.CONVERGED, 0, 0.0, certificate)
+
+
+def test_the_gap():
+    assert solution_of(2.0, None).gap is None
+    assert solution_of(2.0, 1.0).gap == 0.5
+    # Rounding may put a bound above an optimum.
+    assert solution_of(2.0, 3.0).gap == 0
+    assert solution_of(0.0, 0.0).gap == 0
+    assert solution_of(0.0, -1.0).gap == math.inf
+
+
+# -- choose
+
+
+def test_choose_takes_the_first_that_accepts(masked, linked):
+    assert choose(masked) == Restore()
+    assert choose(linked) == Chain((FaspMetric(), Restore()))
+    assert solve(linked).objective == solve(linked, choose(linked)).objective
+
+
+def test_choose_lists_every_reason(masked):
+    foreign = Foreign(masked.loss)
+    with pytest.raises(NoSolver) as caught:
+        choose(foreign)
+    message = str(caught.value)
+    assert "Foreign" in message
+    for solver in CANDIDATES:
+        assert f"{solver.label}: {solver.why_not(foreign)}" in message
+    with pytest.raises(NoSolver):
+        solve(foreign)
+
+
+# -- Chain
+
+
+def test_a_chain_passes_each_answer_on(masked):
+    chain = Chain((Counter(2), Counter(3)))
+    solution = solve(masked, chain)
+    assert solution.value.tolist() == [[8.0, 5.0]]
+    assert chain.label == "Counter > Counter"
+    # Two, the change of stage, and three.
+    assert solution.steps == 6
+
+
+def test_a_chain_gives_the_weight_it_has_when_the_limit_comes(masked):
+    solution = solve(masked, Chain((Counter(5), Counter(5))), max_steps=3)
+    assert solution.status is Status.STEP_LIMIT
+    assert solution.value.tolist() == [[6.0, 3.0]]
+
+
+def test_a_chain_is_its_stages(linked):
+    ranked = solve(linked, FaspMetric())
+    refit = solve(linked, Restore(), start=ranked.value)
+    assert torch.equal(solve(linked, Chain((FaspMetric(), Restore()))).value, refit.value)
+    assert torch.equal(solve(linked, Chain((FaspMetric(),))).value, ranked.value)
+    nested = Chain((Chain((FaspMetric(),)), Chain((Restore(),))))
+    assert torch.equal(solve(linked, nested).value, refit.value)
+
+
+def test_a_chain_collects_notes_and_keeps_the_best_bound(masked):
+    stages = (Counter(1, note="first", bound=0.5), Counter(1, bound=0.2), Counter(1, note="last"))
+    solution = solve(masked, Chain(stages))
+    assert solution.notes == ("first", "last")
+    assert solution.certificate == Certificate(0.5, "said so")
+    assert solve(masked, Chain((Counter(1), Counter(1)))).certificate is None
+
+
+def test_a_chain_ends_as_its_last_stage_does(masked):
+    assert solve(masked, Chain((Counter(1), Counter(1, Status.STALLED)))).status is Status.STALLED
+
+
+def test_a_chain_refuses_what_any_stage_refuses(masked, linked):
+    for chain in (Chain((FaspMetric(), Restore())), Chain((Restore(), MagnitudeColumns()))):
+        assert "refuses" in chain.why_not(masked)
+        assert chain.why_not(linked) is None
+    assert "empty" in Chain(()).why_not(masked)
+    with pytest.raises(NoSolver, match="empty"):
+        solve(masked, Chain(()))
+
+
+def test_frozen_objects_stay_as_they_are(masked):
+    with pytest.raises(AttributeError):
+        masked.mask = torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(AttributeError):
+        Restore().factor_dtype = torch.float32
+    assert replace(masked) is not masked

@@ -1,0 +1,145 @@
+"""Fingerprints: equal content, equal hash; anything else, another."""
+
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optprune.data import fingerprint
+from optprune.moments import InputMoments
+from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
+from optprune.testing.strategies import STRATEGIES, linked, masked
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Anything."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class OtherHolder:
+    """The same field under another name of the class."""
+
+    value: Any
+
+
+def copied(value):
+    """The same content in other objects."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(copied(item) for item in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{field.name: copied(getattr(value, field.name)) for field in fields(value)})
+    return value
+
+
+@pytest.mark.parametrize("kind", STRATEGIES, ids=lambda kind: kind.__name__)
+def test_equal_content_has_equal_fingerprints(kind):
+    @given(STRATEGIES[kind]())
+    def check(problem: Problem):
+        assert problem.fingerprint() == copied(problem).fingerprint() == fingerprint(problem)
+
+    check()
+
+
+def test_measuring_does_not_change_the_fingerprint():
+    @given(masked())
+    def check(problem):
+        before = problem.fingerprint()
+        problem.objective(problem.start())
+        _ = problem.loss.target, problem.loss.constant, problem.loss.relative_error(problem.start())
+        assert problem.fingerprint() == before
+
+    check()
+
+
+def tensors(value, path=()):
+    """Every tensor in a dataclass, with where it is."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from tensors(item, (*path, index))
+    elif hasattr(value, "__dataclass_fields__"):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name), (*path, field.name))
+
+
+@given(st.one_of(masked(), linked()), st.data())
+def test_one_changed_number_changes_the_fingerprint(problem, data):
+    problem = copied(problem)
+    before = problem.fingerprint()
+    _, tensor = data.draw(st.sampled_from([found for found in tensors(problem) if found[1].numel()]))
+    entry = tensor.view(-1)
+    place = data.draw(st.integers(0, tensor.numel() - 1))
+    entry[place] = ~entry[place] if tensor.dtype == torch.bool else entry[place] + 1
+    assert problem.fingerprint() != before
+
+
+DIFFERENT = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    1.0,
+    "1",
+    "",
+    (),
+    (1,),
+    (1, 1),
+    ((1,), 1),
+    (1, (1,)),
+    torch.zeros(2),
+    torch.zeros(1, 2),
+    torch.zeros(2, 1),
+    torch.zeros(2, dtype=torch.float64),
+    torch.zeros(2, dtype=torch.int32),
+    torch.zeros(0),
+    torch.tensor(0.0),
+    Holder(1),
+    OtherHolder(1),
+    Holder(Holder(1)),
+]
+
+
+def test_different_content_has_different_fingerprints():
+    digests = [fingerprint(Holder(value)) for value in DIFFERENT]
+    assert len(set(digests)) == len(digests)
+
+
+def test_layout_in_memory_does_not_matter():
+    matrix = torch.arange(6.0).reshape(2, 3)
+    assert fingerprint(Holder(matrix)) == fingerprint(Holder(matrix.T.contiguous().T))
+    assert fingerprint(Holder(matrix[:, :2])) == fingerprint(Holder(matrix[:, :2].contiguous()))
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, {1}, object(), 1j])
+def test_what_is_no_plain_data_is_refused(value):
+    with pytest.raises(TypeError, match="plain data"):
+        fingerprint(Holder(value))
+
+
+def test_the_fingerprint_is_the_same_in_another_process():
+    program = """
+import torch
+from optprune.moments import InputMoments
+from optprune.problems import LayerLoss, MaskedLeastSquares
+moments = InputMoments(torch.eye(2), torch.zeros(2), 10)
+loss = LayerLoss.of(torch.tensor([[3.0, 2.0]]), moments, 0.5)
+print(MaskedLeastSquares(loss, torch.tensor([[True, False]])).fingerprint())
+"""
+    run = [sys.executable, "-c", program]
+    there = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    moments = InputMoments(torch.eye(2), torch.zeros(2), 10)
+    loss = LayerLoss.of(torch.tensor([[3.0, 2.0]]), moments, 0.5)
+    assert there == MaskedLeastSquares(loss, torch.tensor([[True, False]])).fingerprint()
+    assert len(there) == 64

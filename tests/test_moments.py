@@ -1,0 +1,134 @@
+"""Moments: merging, centring, dtypes, and what is refused."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optprune.errors import InputError, NumericalError
+from optprune.moments import InputMoments, MomentSums
+from optprune.testing import laws
+from optprune.testing.strategies import samples
+
+NAN, INF = float("nan"), float("inf")
+
+
+def agree(one, other, slack):
+    assert one.tokens == other.tokens
+    for a, b in zip(one.parts(), other.parts(), strict=True):
+        assert torch.allclose(a, b, rtol=slack, atol=slack)
+
+
+@given(samples(), st.data())
+def test_merged_moments_are_those_of_one_pass(drawn, data):
+    tokens = drawn.inputs.shape[0]
+    if tokens > 1:
+        laws.merging_is_one_pass(drawn.inputs, drawn.dense, data.draw(st.integers(1, tokens - 1)))
+
+
+@given(samples(3), samples(3))
+def test_merging_does_not_depend_on_the_order(first, second):
+    if (first.dense is None) == (second.dense is None):
+        one, other = first.moments(), second.moments()
+        # A few roundings of averages that stay below about 100.
+        agree(one.merge(other), other.merge(one), 1e-12)
+
+
+@given(samples())
+def test_moments_are_the_averages_they_say(drawn):
+    inputs, found = drawn.inputs, drawn.moments()
+    tokens = inputs.shape[0]
+    ideal = inputs if drawn.dense is None else drawn.dense
+    # Sums of at most 40 products of numbers below about 10.
+    close = {"rtol": 1e-13, "atol": 1e-12}
+    assert torch.allclose(found.gram, torch.einsum("ti,tj->ij", inputs, inputs) / tokens, **close)
+    assert torch.allclose(found.mean, inputs.mean(0), **close)
+    assert torch.equal(found.gram, found.gram.T)
+    assert torch.equal(found.dead, (inputs == 0).all(0))
+    if drawn.dense is not None:
+        assert torch.allclose(found.dense.cross, torch.einsum("ti,tj->ij", ideal, inputs) / tokens, **close)
+        assert torch.allclose(found.dense.gram, torch.einsum("ti,tj->ij", ideal, ideal) / tokens, **close)
+        assert torch.allclose(found.dense.mean, ideal.mean(0), **close)
+
+
+@given(samples())
+def test_centred_moments_are_those_of_centred_samples(drawn):
+    dense = None if drawn.dense is None else drawn.dense - drawn.dense.mean(0)
+    expected = InputMoments.from_samples(drawn.inputs - drawn.inputs.mean(0), dense)
+    found = drawn.moments().centred()
+    # Centring subtracts squares of means below about 100 of each other.
+    agree(found, expected, 1e-12)
+    assert bool((found.gram.diagonal() >= 0).all())
+
+
+@given(samples(2), st.integers(1, 4))
+def test_batches_of_any_shape_add_up(drawn, size):
+    sums = MomentSums(2, drawn.inputs.device, with_dense=drawn.dense is not None)
+    for start in range(0, drawn.inputs.shape[0], size):
+        part = slice(start, start + size)
+        # With a batch dimension of one, as a model passes them.
+        sums.add(drawn.inputs[part][None], None if drawn.dense is None else drawn.dense[part][None])
+    agree(sums.moments(torch.float64), drawn.moments(), 1e-12)
+
+
+def test_constant_inputs_have_no_variance():
+    moments = InputMoments.from_samples(torch.full((7, 2), 0.1)).centred()
+    assert bool((moments.gram.diagonal() >= 0).all())
+    # float32 rounding of the square 0.01
+    assert float(moments.gram.abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_dtypes_are_averaged_in_float32(dtype):
+    inputs = torch.tensor([[1.0, 2.0], [3.0, 5.0], [4.0, -1.0]]).to(dtype)
+    moments = InputMoments.from_samples(inputs)
+    assert all(part.dtype == torch.float32 for part in moments.parts())
+    # These integers are exact in every dtype, so only the division rounds.
+    assert torch.allclose(moments.gram, inputs.double().T.matmul(inputs.double()).float() / 3, rtol=1e-6)
+
+
+def test_float64_sums_keep_what_float32_sums_lose():
+    # 2^24 + 1 is not a float32: a sum kept in float32 would stay at 2^24.
+    sums = MomentSums(1, torch.device("cpu"))
+    sums.add(torch.tensor([[4096.0]]))
+    for _ in range(8):
+        sums.add(torch.tensor([[1.0]]))
+    assert float(sums.moments(torch.float64).gram) * 9 == 2**24 + 8
+
+
+def test_to_changes_dtype_of_every_part():
+    samples64 = torch.eye(2, dtype=torch.float64)
+    moments = InputMoments.from_samples(samples64, samples64).to(torch.float32)
+    assert {part.dtype for part in moments.parts()} == {torch.float32}
+    assert moments.tokens == 2
+
+
+def test_moments_with_and_without_dense_inputs_do_not_mix():
+    plain = InputMoments.from_samples(torch.eye(2))
+    both = InputMoments.from_samples(torch.eye(2), torch.eye(2))
+    with pytest.raises(InputError, match="cannot be merged"):
+        plain.merge(both)
+    sums = MomentSums(2, torch.device("cpu"), with_dense=True)
+    with pytest.raises(InputError, match="every batch"):
+        sums.add(torch.eye(2))
+
+
+def test_no_tokens_is_an_error():
+    with pytest.raises(InputError, match="no calibration tokens"):
+        MomentSums(2, torch.device("cpu")).moments()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", range(5))
+def test_check_refuses_what_is_not_finite_in_any_part(bad, where):
+    moments = InputMoments.from_samples(torch.eye(2), torch.eye(2))
+    moments.check()
+    moments.parts()[where].view(-1)[0] = bad
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        moments.check()
+
+
+def test_check_refuses_a_negative_mean_square():
+    gram = torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+    with pytest.raises(NumericalError, match="negative diagonal"):
+        InputMoments(gram, torch.zeros(2), 5).check()

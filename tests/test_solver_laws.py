@@ -1,0 +1,164 @@
+"""Every concrete kind of problem with every concrete solver, found by inspection: it keeps the laws or refuses."""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optprune.problems
+import optprune.solvers
+from optprune.patterns import Pattern
+from optprune.problems import Problem
+from optprune.solvers import Chain, FaspMetric, RandomColumns, Restore, Solver
+from optprune.testing import laws
+from optprune.testing.references import REFERENCES
+from optprune.testing.strategies import PATTERNS, STRATEGIES
+
+
+def concrete(base):
+    """The concrete subclasses of a class that optprune itself defines, at any depth."""
+    found = []
+    for cls in base.__subclasses__():
+        if not inspect.isabstract(cls) and cls.__module__.startswith("optprune."):
+            found.append(cls)
+        found += concrete(cls)
+    return sorted(set(found), key=lambda cls: cls.__name__)
+
+
+# What cannot be made without arguments is made here; everything else by its defaults.
+MADE_BY_HAND = {
+    Chain: [
+        Chain((FaspMetric(), Restore())),
+        Chain((Restore(), FaspMetric())),
+        Chain(()),
+    ],
+}
+# Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.
+AT_RANDOM = (RandomColumns,)
+
+# Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
+FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
+
+KINDS = concrete(Problem)
+SOLVERS = [solver for cls in concrete(Solver) for solver in (MADE_BY_HAND[cls] if cls in MADE_BY_HAND else [cls()])]
+DTYPES = [torch.float64, torch.float32]
+
+by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.label or "empty chain")
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@by_dtype
+@by_solver
+@by_kind
+def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, solver, dtype):
+    @(settings() if dtype == torch.float64 else FEWER)
+    @given(STRATEGIES[kind](dtype=dtype))
+    def check(problem):
+        if solver.why_not(problem) is None:
+            laws.keep_laws(problem, solver)
+        else:
+            laws.refuse(problem, solver)
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
+    @FEWER
+    @given(STRATEGIES[kind](generic=True))
+    def check(problem):
+        if solver.why_not(problem) is not None:
+            laws.refuse(problem, solver)
+        elif not isinstance(solver, AT_RANDOM):
+            for law in laws.GENERIC_LAWS:
+                law(problem, solver)
+
+    check()
+
+
+# Which pairs are accepted, in full: a solver that starts to refuse what it solved would otherwise pass every test.
+ACCEPTED = {
+    ("MaskedLeastSquares", "Restore"),
+    ("LinkedLeastSquares", "Restore"),
+    ("LinkedLeastSquares", "FaspMetric"),
+    ("LinkedLeastSquares", "MagnitudeColumns"),
+    ("LinkedLeastSquares", "RandomColumns"),
+    ("LinkedLeastSquares", "FaspMetric > Restore"),
+    ("LinkedLeastSquares", "Restore > FaspMetric"),
+}
+
+
+@by_solver
+@by_kind
+def test_a_pair_is_accepted_for_every_problem_or_for_none(kind, solver):
+    expected = (kind.__name__, solver.label) in ACCEPTED
+
+    @FEWER
+    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
+    def check(problem):
+        assert (solver.why_not(problem) is None) == expected
+
+    check()
+
+
+# Which promises are made, in full: the laws hold a solver to its promises, so a withdrawn one must be seen.
+@by_kind
+def test_promises(kind):
+    @FEWER
+    @given(STRATEGIES[kind]())
+    def check(problem):
+        masked = kind.__name__ == "MaskedLeastSquares"
+        assert Restore().exact(problem) == masked
+        assert Restore().monotone(problem)
+        assert Chain((FaspMetric(), Restore())).exact(problem) == masked
+        assert not Chain((Restore(), FaspMetric())).exact(problem)
+        assert not Chain((Restore(), FaspMetric())).monotone(problem)
+        assert not FaspMetric().monotone(problem)
+
+    check()
+
+
+def test_every_kind_of_problem_has_a_strategy_a_reference_and_its_transformations():
+    assert KINDS, "no concrete problem found: the inspection is broken"
+    for kind in KINDS:
+        assert kind in STRATEGIES, f"{kind.__name__} has no strategy: add one to optprune/testing/strategies.py"
+        assert kind in REFERENCES, f"{kind.__name__} has no reference: add one to optprune/testing/references.py"
+        for function in (laws.permuted, laws.scaled, laws.random_feasible):
+            assert kind in function.registry, f"{function.__name__} in optprune/testing/laws.py lacks {kind.__name__}"
+
+
+def test_strategies_draw_the_kind_they_are_listed_under():
+    for kind, strategy in STRATEGIES.items():
+
+        @FEWER
+        @given(strategy())
+        def check(problem):
+            assert type(problem) is kind  # noqa: B023 - called within this turn of the loop
+
+        check()
+
+
+def test_every_solver_can_be_made_by_its_defaults_or_is_listed():
+    assert SOLVERS, "no concrete solver found: the inspection is broken"
+    for cls in concrete(Solver):
+        if cls in MADE_BY_HAND:
+            assert all(type(solver) is cls for solver in MADE_BY_HAND[cls])
+        else:
+            assert type(cls()) is cls, f"give {cls.__name__} defaults, or list it in MADE_BY_HAND"
+
+
+def test_every_pattern_has_a_strategy():
+    for pattern in concrete(Pattern):
+        assert pattern in PATTERNS, f"{pattern.__name__} has no strategy: add one to optprune/testing/strategies.py"
+
+
+@pytest.mark.parametrize("package", [optprune.problems, optprune.solvers])
+def test_exported_names_exist_and_concrete_classes_are_exported(package):
+    assert all(hasattr(package, name) for name in package.__all__)
+    for cls in KINDS + concrete(Solver):
+        if cls.__module__.startswith(package.__name__):
+            assert cls.__name__ in package.__all__, f"{cls.__name__} is not exported"
