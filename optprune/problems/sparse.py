@@ -49,5 +49,6 @@ class SparseLeastSquares(SelectionProblem):
 
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         """The non-zero entries, completed to the exact count by the entries of largest original magnitude."""
-        size = self.loss.weight.abs()
-        return self.pattern.project((weight != 0).to(size) + size / (1 + size.max()) / weight.numel())
+        # In float64: next to the 1 of a used entry a small magnitude would be rounded away.
+        size = self.loss.weight.abs().double()
+        return self.pattern.project((weight != 0).double() + size / (1 + size.max()))

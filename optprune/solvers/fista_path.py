@@ -1,4 +1,4 @@
-"""A support from the l1 path: scaled columns, geometric strengths, warm starts; the answer does not depend on a start."""
+"""A support from the l1 path: scaled columns, geometric strengths, warm starts; no start is used."""
 
 from dataclasses import dataclass, replace
 from typing import final

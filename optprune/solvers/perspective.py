@@ -112,5 +112,6 @@ def diagonal_split(loss: LayerLoss) -> Float[Tensor, " in"]:
     if bool(failed):
         return loss.damping.double()
     scale = torch.cholesky_inverse(factor).diagonal().sqrt()
-    least = float(torch.linalg.eigvalsh(gram * torch.outer(scale, scale))[0])
-    return max(least - 1e-9, 0.0) / scale.square()
+    values = torch.linalg.eigvalsh(gram * torch.outer(scale, scale))
+    rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
+    return max(float(values[0]) - rounding, 0.0) / scale.square()
