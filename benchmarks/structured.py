@@ -15,18 +15,19 @@ from optprune.evaluate import perplexity
 from optprune.pipeline import prune
 from optprune.recipe import make_recipe
 
-CHOICES = {
-    "FASP metric": "fasp_metric",
-    "magnitude": "magnitude_columns",
-    "random": "random_columns",
-}
+ROWS = (
+    ("FASP metric", "restored", ["fasp_metric", "restore"]),
+    ("FASP metric", "not restored", ["fasp_metric"]),
+    ("magnitude", "restored", ["magnitude_columns", "restore"]),
+    ("random", "restored", ["random_columns", "restore"]),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--units", default="mlp")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
@@ -36,19 +37,16 @@ def main() -> None:
     rows = [row("none (dense)", "", 0.0, 0.0, perplexity(dense, here.windows).perplexity, "", "", "")]
     print(rows[0], flush=True)
     for sparsity in options.sparsities:
-        for choice, solver in CHOICES.items():
-            for restored in (True, False):
-                fields = {"solver": [solver, "restore"] if restored else [solver], "sparsity": sparsity}
-                recipe = make_recipe({**fields, "units": options.units, "seed": options.seed})
-                model = copy.deepcopy(dense)
-                report = prune(model, here.batches, recipe)
-                score = perplexity(model, here.windows).perplexity
-                error = sum(layer.relative_error for layer in report.layers) / len(report.layers)
-                ratio = report.seconds / report.floor_seconds
-                restoration = "restored" if restored else "not restored"
-                reached = report.sparsity_reached
-                rows.append(row(choice, restoration, sparsity, reached, score, error, report.seconds, ratio))
-                print(rows[-1], flush=True)
+        for choice, restoration, solver in ROWS:
+            recipe = make_recipe({"solver": solver, "sparsity": sparsity, "units": options.units, "seed": options.seed})
+            model = copy.deepcopy(dense)
+            report = prune(model, here.batches, recipe)
+            score = perplexity(model, here.windows).perplexity
+            error = sum(layer.relative_error for layer in report.layers) / len(report.layers)
+            ratio = report.seconds / report.floor_seconds
+            reached = report.sparsity_reached
+            rows.append(row(choice, restoration, sparsity, reached, score, error, report.seconds, ratio))
+            print(rows[-1], flush=True)
     tokens = options.samples * options.seq_length
     title = (
         f"Structured pruning of SmolLM2-135M-Instruct, units {options.units}: {tokens} calibration tokens of news, "
