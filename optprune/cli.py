@@ -111,6 +111,10 @@ def prune_command(
     units: Annotated[
         str | None, typer.Option("--units", help="mlp, vo, all or weights. [default: the recipe's, or mlp]")
     ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", help="Of single weights: unstructured, rows or N:M. [default: the recipe's]"),
+    ] = None,
     width_multiple: Annotated[
         int | None, typer.Option("--width-multiple", help="What MLP widths are multiples of. [default: 8]")
     ] = None,
@@ -127,6 +131,7 @@ def prune_command(
         "seed": seed,
         "propagation": propagation,
         "units": units,
+        "pattern": pattern,
         "width_multiple": width_multiple,
         "strict": strict or None,
     }
@@ -166,6 +171,39 @@ def prune_command(
     )
     _write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(report, saved)
+
+
+@app.command("inspect", short_help="Measure what is zero in a model, whoever pruned it.")
+@_reported
+def inspect_command(
+    model: Model,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the sparsity and the pattern of every linear layer from the weights themselves."""
+    reporter = _start()
+    from dataclasses import asdict
+
+    from optprune.models import Decoder, load_model, model_patterns
+
+    _check_json(json_file)
+    reporter.say(f"loading {model}")
+    layers = model_patterns(Decoder(load_model(model, device="cpu").model))
+    weights, zeros = sum(layer.outputs * layer.inputs for layer in layers), sum(layer.zeros for layer in layers)
+    held = [name for name in layers[0].patterns if all(name in layer.patterns for layer in layers)]
+    result = {
+        "model": model,
+        "linear_weights": weights,
+        "zeros": zeros,
+        "sparsity": zeros / weights,
+        "patterns": held,
+        "same_in_rows": all(layer.same_in_rows for layer in layers),
+        "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in layers],
+    }
+    _write_json(json_file, json.dumps(result, indent=2) + "\n", f"{zeros} of {weights} weights are zero")
+    for layer in layers:
+        held_here = ", ".join(layer.patterns) or ("rows" if layer.same_in_rows and layer.zeros else "")
+        _print(f"{layer.name} [{layer.outputs}, {layer.inputs}] {layer.sparsity:.2%} zeros {held_here}".rstrip())
+    _print(f"{zeros / weights:.2%} of {weights} linear weights are zero; in every layer: {', '.join(held) or 'no N:M'}")
 
 
 @app.command("evaluate", short_help="Measure a model's perplexity on a text.")

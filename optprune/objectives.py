@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from optprune.errors import InputError
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, Problem
+from optprune.patterns import Pattern
+from optprune.problems import LayerLoss, Link, LinkedLeastSquares, Problem, SparseLeastSquares
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,8 @@ class LayerContext:
     """how many units (with a link) or weights (without) the budget leaves"""
     link: Link | None
     """the units that this layer shares with the layers before it, where the recipe prunes units"""
+    pattern: Pattern | None = None
+    """what a mask of the layer may look like, where the recipe prunes single weights"""
 
 
 Objective = Callable[[LayerContext], Problem]
@@ -32,4 +35,11 @@ def linked(context: LayerContext) -> LinkedLeastSquares:
     return LinkedLeastSquares(context.loss, context.link, context.keep)
 
 
-OBJECTIVES: dict[str, Objective] = {"linked": linked}
+def sparse(context: LayerContext) -> SparseLeastSquares:
+    """Keep the best weights under the recipe's pattern: unstructured, row-wise or N:M sparsity."""
+    if context.pattern is None:
+        raise InputError(f"{context.name} has no pattern of single weights: the objective 'sparse' needs units weights")
+    return SparseLeastSquares(context.loss, context.pattern)
+
+
+OBJECTIVES: dict[str, Objective] = {"linked": linked, "sparse": sparse}

@@ -18,8 +18,9 @@ from optprune.models.calibrate import Collected, Stream, advance, calibrating, c
 from optprune.models.decoder import write
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
+from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import LayerLoss, LinkedLeastSquares, Problem
-from optprune.recipe import Recipe
+from optprune.recipe import Recipe, n_of_m
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, Report
 from optprune.solvers import Solution, Status, solve
 
@@ -153,7 +154,14 @@ class _Run:
         moments = collected.moments[target.tap]
         loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None)
         name = self.decoder.name(index, target.path)
-        context = LayerContext(name, index, loss, self._keep(layer, target), None if units is None else units.link)
+        context = LayerContext(
+            name,
+            index,
+            loss,
+            self._keep(layer, target),
+            None if units is None else units.link,
+            self._pattern(layer) if units is None else None,
+        )
         problem = recipe.objective(context)
         solution = solve(problem, recipe.solver)
         _check(solution, name)
@@ -180,6 +188,14 @@ class _Run:
         if target.path == self.decoder.architecture.mlp_consumer:
             return self.allocation.mlp_units
         return self.allocation.value_dim * self.decoder.heads.kv
+
+    def _pattern(self, layer: nn.Linear) -> Pattern:
+        kept = n_of_m(self.recipe.pattern)
+        if kept is not None:
+            return NM(*kept)
+        if self.recipe.pattern == "rows":
+            return RowWise(round(self.allocation.weights * layer.in_features))
+        return Unstructured(round(self.allocation.weights * layer.weight.numel()))
 
 
 def _targets(decoder: Decoder, units: str) -> list[Target]:

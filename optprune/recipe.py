@@ -16,10 +16,20 @@ from optprune.objectives import OBJECTIVES, Objective
 from optprune.solvers import Chain, Solver
 
 SOLVERS: dict[str, type[Solver]] = {
+    "admm": solvers.Admm,
+    "conjugate_gradients": solvers.ConjugateGradients,
     "fasp_metric": solvers.FaspMetric,
+    "fista_path": solvers.FistaPath,
+    "fistapruner": solvers.FistaPruner,
+    "hard_threshold": solvers.HardThreshold,
+    "magnitude": solvers.Magnitude,
     "magnitude_columns": solvers.MagnitudeColumns,
     "random_columns": solvers.RandomColumns,
+    "perspective_bound": solvers.PerspectiveBound,
     "restore": solvers.Restore,
+    "sparsegpt": solvers.SparseGpt,
+    "swaps": solvers.Swaps,
+    "wanda": solvers.Wanda,
 }
 Units = Literal["mlp", "vo", "all", "weights"]
 
@@ -109,6 +119,8 @@ class Recipe(BaseModel):
     """the share of the decoder blocks' linear weights to remove"""
     damping: float = Field(default=0.01, ge=0)
     """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
+    pattern: str = Field(default="unstructured", pattern=r"^(unstructured|rows|[1-9]\d*:[1-9]\d*)$")
+    """of single weights: unstructured over each matrix, rows (the same count in every row), or N:M such as 2:4"""
     width_multiple: int = Field(default=8, ge=1)
     """the MLP width is a multiple of this"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
@@ -121,6 +133,15 @@ class Recipe(BaseModel):
     def _units_for_linked(self) -> "Recipe":
         if self.objective is OBJECTIVES["linked"] and self.units == "weights":
             raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo or all")
+        if self.objective is OBJECTIVES["sparse"] and self.units != "weights":
+            raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
+        kept = n_of_m(self.pattern)
+        if kept is not None and self.units == "weights":
+            n, m = kept
+            if not n < m:
+                raise ValueError(f"the pattern {self.pattern} keeps everything: N must be less than M")
+            if abs(self.sparsity - (1 - n / m)) > 1e-9:
+                raise ValueError(f"the pattern {self.pattern} has a sparsity of {1 - n / m:g}, not {self.sparsity:g}")
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +151,12 @@ class Recipe(BaseModel):
     def to_yaml(self) -> str:
         """The recipe as a YAML file that `load_recipe` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def n_of_m(pattern: str) -> tuple[int, int] | None:
+    """The numbers of an N:M pattern's name, or None for another pattern."""
+    n, colon, m = pattern.partition(":")
+    return (int(n), int(m)) if colon else None
 
 
 def recipe_names() -> list[str]:

@@ -3,6 +3,7 @@
 from optprune.models.architecture import Architecture, Heads
 from optprune.models.calibrate import POLICIES, Propagation
 from optprune.models.decoder import ARCHITECTURES, Decoder, LinkedLayers, architecture_of, is_stock
+from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
 from optprune.models.load import LoadedModel, load, load_config, load_model, load_tokenizer
 from optprune.models.save import SavedModel, check_output, save_model
 
@@ -12,6 +13,7 @@ __all__ = [
     "Architecture",
     "Decoder",
     "Heads",
+    "LayerPattern",
     "LinkedLayers",
     "LoadedModel",
     "Propagation",
@@ -19,9 +21,11 @@ __all__ = [
     "architecture_of",
     "check_output",
     "is_stock",
+    "layer_pattern",
     "load",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "model_patterns",
     "save_model",
 ]
