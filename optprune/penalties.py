@@ -101,7 +101,8 @@ class WeightedL1(NormPenalty):
         return float((self.weights.double() * weight.double().abs()).sum())
 
     def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
-        return shrink(weight, self.weights * step)
+        # A penalty need not know the dtype of the problem it goes with.
+        return shrink(weight, self.weights.to(weight) * step)
 
     def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
         # 0/0 is an entry that costs nothing and moves nothing; x/0 is one that no scaling makes feasible.

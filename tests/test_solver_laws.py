@@ -10,11 +10,25 @@ from hypothesis import strategies as st
 import optprune.problems
 import optprune.solvers
 from optprune.patterns import Pattern
-from optprune.problems import Problem
-from optprune.solvers import Chain, FaspMetric, RandomColumns, Restore, Solver
+from optprune.penalties import Penalty, WeightedL1
+from optprune.problems import PenalisedLeastSquares, Problem
+from optprune.solvers import (
+    Admm,
+    Chain,
+    ConjugateGradients,
+    FaspMetric,
+    Fista,
+    PerspectiveBound,
+    RandomColumns,
+    Restore,
+    Solver,
+    SparseGpt,
+    Swaps,
+    Wanda,
+)
 from optprune.testing import laws
 from optprune.testing.references import REFERENCES
-from optprune.testing.strategies import PATTERNS, STRATEGIES
+from optprune.testing.strategies import PATTERNS, PENALTIES, STRATEGIES
 
 
 def concrete(base):
@@ -33,10 +47,16 @@ MADE_BY_HAND = {
         Chain((FaspMetric(), Restore())),
         Chain((Restore(), FaspMetric())),
         Chain(()),
+        Chain((Wanda(), ConjugateGradients())),
+        Chain((Admm(), ConjugateGradients(), Swaps(), Restore())),
     ],
+    # Its bound is a bound after every step; a hundred of them are for larger matrices.
+    PerspectiveBound: [PerspectiveBound(most=20)],
 }
 # Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.
 AT_RANDOM = (RandomColumns,)
+# SparseGPT goes through the columns in the order of their names, so only its rows may be renamed.
+IN_ORDER = (SparseGpt,)
 
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
@@ -73,6 +93,8 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
     def check(problem):
         if solver.why_not(problem) is not None:
             laws.refuse(problem, solver)
+        elif isinstance(solver, IN_ORDER):
+            laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
             for law in laws.GENERIC_LAWS:
                 law(problem, solver)
@@ -89,6 +111,19 @@ ACCEPTED = {
     ("LinkedLeastSquares", "RandomColumns"),
     ("LinkedLeastSquares", "FaspMetric > Restore"),
     ("LinkedLeastSquares", "Restore > FaspMetric"),
+    ("PenalisedLeastSquares", "Fista"),
+    ("MaskedLeastSquares", "ConjugateGradients"),
+    *(
+        (kind, solver)
+        for kind in ("LinkedLeastSquares", "SparseLeastSquares")
+        for solver in ("Admm", "ConjugateGradients", "FistaPath", "HardThreshold", "PerspectiveBound")
+    ),
+    *(
+        ("SparseLeastSquares", solver)
+        for solver in ("FistaPruner", "Magnitude", "Restore", "SparseGpt", "Swaps", "Wanda")
+    ),
+    ("SparseLeastSquares", "Wanda > ConjugateGradients"),
+    ("SparseLeastSquares", "Admm > ConjugateGradients > Swaps > Restore"),
 }
 
 
@@ -118,8 +153,26 @@ def test_promises(kind):
         assert not Chain((Restore(), FaspMetric())).exact(problem)
         assert not Chain((Restore(), FaspMetric())).monotone(problem)
         assert not FaspMetric().monotone(problem)
+        for solver in SOLVERS:
+            if solver.why_not(problem) is None:
+                assert solver.exact(problem) == (solver.label == "Restore" and masked), solver.label
+                assert solver.monotone(problem) == (solver.label in MONOTONE), solver.label
+                assert solver.promised_gap(problem) is None or solver.label == "Fista", solver.label
 
     check()
+
+
+MONOTONE = {"ConjugateGradients", "Fista", "FistaPruner", "HardThreshold", "PerspectiveBound", "Restore", "Swaps"}
+
+
+@given(STRATEGIES[PenalisedLeastSquares]())
+def test_fista_promises_its_tolerance(problem):
+    free = isinstance(problem.penalty, WeightedL1) and bool((problem.penalty.weights == 0).any())
+    if free and not bool((problem.loss.damping > 0).all()):
+        # A may be singular where weights cost nothing; see optprune/solvers/duality.py.
+        assert Fista(1e-3).promised_gap(problem) is None
+    else:
+        assert Fista(1e-3).promised_gap(problem) == 1e-3
 
 
 def test_every_kind_of_problem_has_a_strategy_a_reference_and_its_transformations():
@@ -149,6 +202,11 @@ def test_every_solver_can_be_made_by_its_defaults_or_is_listed():
             assert all(type(solver) is cls for solver in MADE_BY_HAND[cls])
         else:
             assert type(cls()) is cls, f"give {cls.__name__} defaults, or list it in MADE_BY_HAND"
+
+
+def test_every_penalty_has_a_strategy():
+    for penalty in concrete(Penalty):
+        assert penalty in PENALTIES, f"{penalty.__name__} has no strategy: add one to optprune/testing/strategies.py"
 
 
 def test_every_pattern_has_a_strategy():

@@ -54,6 +54,10 @@ class Solver(ABC, Generic[State]):
         """A promise that the answer is optimal for this problem; the tests hold the solver to it unconditionally."""
         return False
 
+    def promised_gap(self, problem: Problem) -> float | None:
+        """A promise to be within this share of the optimum and to prove it; held to it unconditionally. None: none."""
+        return None
+
     def monotone(self, problem: Problem) -> bool:
         """A promise that the answer is never worse than a feasible start; held to it unconditionally."""
         return self.exact(problem)

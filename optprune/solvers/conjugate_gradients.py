@@ -26,6 +26,8 @@ class GradientsState:
     """<r, diag(A)^-1 r> of each row"""
     target: Float[Tensor, " out"]
     """the energy at which a row is done"""
+    stuck: Bool[Tensor, " out"]
+    """rows whose direction has no more curvature than rounding: A is singular on their mask"""
 
 
 @final
@@ -34,7 +36,8 @@ class ConjugateGradients(Solver[GradientsState]):
     r"""Solve (V A - B)_M = 0, V = 0 outside M, by conjugate gradients with the diagonal of A as preconditioner.
 
     Accepts restoration problems, and selection problems, where it refits on the support of the start. A row is done
-    when its preconditioned residual is `tolerance` of that of the masked original weights. A step is one product
+    when its preconditioned residual is `tolerance` of that of the masked original weights; a row whose direction has
+    no curvature but rounding (a singular A) stops where it is, and the status says so. A step is one product
     [out, in] x [in, in], whatever the masks: for masks that differ from row to row it is far cheaper than a
     factorisation a row. Never worse than its start; not exact, but certified where the loss is damped:
     f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j.
@@ -65,16 +68,24 @@ class ConjugateGradients(Solver[GradientsState]):
         residual = -torch.where(mask, loss.gradient(start), 0.0)
         direction = residual * inverse
         target = self.tolerance**2 * (scale.square() * inverse).sum(1)
-        return GradientsState(mask, inverse, start, residual, direction, (residual * direction).sum(1), target)
+        energy = (residual * direction).sum(1)
+        # Original weights that are optimal as they are would ask for a residual of exactly zero.
+        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + (loss.target.square() * inverse).sum(1))
+        stuck = torch.zeros_like(energy, dtype=torch.bool)
+        return GradientsState(mask, inverse, start, residual, direction, energy, target.maximum(rounding), stuck)
 
     def step(self, problem: Problem, state: GradientsState) -> GradientsState:
         product = torch.where(state.mask, state.direction @ problem.loss.gram, 0.0)
         curvature = (state.direction * product).sum(1)
-        active = (state.energy > state.target) & (curvature > 0)
+        diagonal = problem.loss.gram.diagonal()
+        # Of a matrix with unit diagonal the rounding alone has a curvature of this size.
+        least = len(diagonal) * torch.finfo(diagonal.dtype).eps * (state.direction.square() * diagonal).sum(1)
+        stuck = state.stuck | ((state.energy > state.target) & ~(curvature > least))
+        active = (state.energy > state.target) & ~stuck
         length = torch.where(active, state.energy / torch.where(active, curvature, 1.0), 0.0)[:, None]
         residual = state.residual - length * product
         preconditioned = residual * state.inverse_diagonal
-        energy = torch.where(active, (residual * preconditioned).sum(1), 0.0)
+        energy = torch.where(active, (residual * preconditioned).sum(1), state.energy)
         ratio = torch.where(active, energy / torch.where(active, state.energy, 1.0), 0.0)[:, None]
         return replace(
             state,
@@ -82,10 +93,14 @@ class ConjugateGradients(Solver[GradientsState]):
             residual=residual,
             direction=preconditioned + ratio * state.direction,
             energy=energy,
+            stuck=stuck,
         )
 
     def done(self, problem: Problem, state: GradientsState) -> Status | None:
-        return Status.CONVERGED if bool((state.energy <= state.target).all()) else None
+        met = state.energy <= state.target
+        if bool(met.all()):
+            return Status.CONVERGED
+        return Status.STALLED if bool((met | state.stuck).all()) else None
 
     def value(self, problem: Problem, state: GradientsState) -> Tensor:
         return state.weight

@@ -1,83 +1,111 @@
 """Fenchel duality for penalised least squares: a lower bound on the optimum from any weight, however it was found."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.penalties import NormPenalty
+from optprune.penalties import NormPenalty, Penalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares
+from optprune.solvers.restore import pseudo_inverse
+
+HALVINGS = 50
+"""of the interval in which the largest scale with a finite conjugate is looked for"""
 
 
 @dataclass(frozen=True, eq=False)
 class DualMap:
-    r"""What the bounds of one problem share: the unpenalised minimiser V0 and, where it exists, a Cholesky factor of A.
+    r"""What the bounds of one problem share: the unpenalised minimiser V0 and, where A is regular, its Cholesky factor.
 
     For every T:  min_V f(V) + P(V)  >=  -f*(-T) - P*(T)  =  min_X (f(X) + <T, X>) - P*(T).
+
+    Where A is singular, only a T in its range gives more than nothing. Multiples of B - V A are, so there is a bound
+    for every penalty that is positive away from zero; one that leaves a weight free may get no better one than zero.
     """
 
-    penalty: NormPenalty | object
+    penalty: Penalty
     loss: LayerLoss
     gram: Float[Tensor, "in in"]
     factor: Float[Tensor, "in in"] | None
-    minimiser: Float[Tensor, "out in"] | None
-    """V0 with V0 A = B; None where A is singular and B is not known to be in its range"""
+    minimiser: Float[Tensor, "out in"]
+    """V0 with V0 A = B"""
     least: float
     """f(V0)"""
 
     @classmethod
     def of(cls, problem: PenalisedLeastSquares) -> "DualMap":
-        """In float64, with one Cholesky factorisation."""
+        """In float64, with one Cholesky factorisation; NumericalError if A is clearly indefinite."""
         loss = problem.loss
         gram = loss.gram.double()
         factor, failed = torch.linalg.cholesky_ex(gram)
-        usable = None if bool(failed) else factor
-        minimiser: Tensor | None = loss.weight.double()
+        rounding = len(gram) * torch.finfo(loss.gram.dtype).eps
+        damped = bool((loss.damping > 0).all())
+        least_pivot = torch.finfo(gram.dtype).eps if damped else rounding
+        # A factor whose pivots are rounding would invert rounding, and claim a bound that is none.
+        regular = not bool(failed) and bool(
+            factor.diagonal().square().min() > least_pivot * len(gram) * gram.diagonal().max()
+        )
+        inverse = None if regular else pseudo_inverse(gram, rounding)
+        minimiser = loss.weight.double()
         if loss.pull is not None:
-            shift = None if usable is None else torch.cholesky_solve(loss.pull.double().T, usable).T
-            minimiser = None if shift is None else minimiser - shift
-        least = 0.0 if minimiser is None else loss.value(minimiser)
-        return cls(problem.penalty, loss, gram, usable, minimiser, least)
+            pull = loss.pull.double()
+            shift = torch.cholesky_solve(pull.T, factor).T if inverse is None else pull @ inverse
+            minimiser = minimiser - shift
+        return cls(problem.penalty, loss, gram, factor if regular else None, minimiser, loss.value(minimiser))
 
     def bound(self, weight: Float[Tensor, "out in"]) -> float:
         """The best lower bound that the gradient at a weight gives."""
         exact = weight.double()
-        loss, penalty = self.loss, self.penalty
-        gradient = (exact - loss.weight.double()) @ self.gram
-        dual = -(gradient if loss.pull is None else gradient + loss.pull.double())
+        gradient = (exact - self.loss.weight.double()) @ self.gram
+        dual = -(gradient if self.loss.pull is None else gradient + self.loss.pull.double())
         # The loss is nonnegative and so is every penalty.
-        bounds = [0.0]
-        if isinstance(penalty, NormPenalty):
-            if self.minimiser is not None:
-                bounds.append(self._scaled(exact, dual, penalty))
-            if self.factor is not None:
-                bounds.append(self._projected(exact, dual, penalty))
-        elif self.minimiser is not None or loss.pull is None:
-            bounds.append(loss.value(exact) + float((dual * exact).sum()) - penalty.conjugate(dual))
-        return max(bounds)
+        bounds = [0.0, self._scaled(exact, dual)]
+        if self.factor is not None:
+            bounds.append(self._projected(exact, dual))
+        # A comparison with NaN, from an infinite weight, is not a proof.
+        return max((bound for bound in bounds if bound < math.inf), default=0.0)
 
-    def _scaled(self, weight: Tensor, dual: Tensor, penalty: NormPenalty) -> float:
-        """T = s (B - V A), the gradient at X = V0 + s (V - V0), with the best s for which P*(T) = 0.
+    def _scaled(self, weight: Tensor, dual: Tensor) -> float:
+        """T = s (B - V A), the gradient at X = V0 + s (V - V0).
 
-        The bound is f(V0) + s <B - V A, V0> - s^2 (f(V) - f(V0)), a parabola in s.
+        The bound is f(V0) + s <B - V A, V0> - s^2 (f(V) - f(V0)) - P*(T); for a norm a parabola in s up to the scale
+        at which P* becomes infinite, for other penalties s = 1 or the largest s below with a finite conjugate.
         """
-        assert self.minimiser is not None
         slope = float((dual * self.minimiser).sum())
         curve = max(self.loss.value(weight) - self.least, 0.0)
-        norm = penalty.dual_norm(dual)
-        limit = 1 / norm if norm > 0 else float("inf")
-        scale = min(max(slope / (2 * curve), 0.0), limit) if curve > 0 else (limit if slope > 0 else 0.0)
-        if scale == float("inf"):
-            scale = 0.0
-        return self.least + scale * slope - scale * scale * curve
+        penalty = self.penalty
+        if isinstance(penalty, NormPenalty):
+            norm = penalty.dual_norm(dual)
+            limit = 1 / norm if norm > 0 else math.inf
+            scale = min(max(slope / (2 * curve), 0.0), limit) if curve > 0 else (limit if slope > 0 else 0.0)
+            scale, conjugate = (scale, 0.0) if scale < math.inf else (0.0, 0.0)
+        else:
+            scale = _largest_finite(penalty, dual)
+            conjugate = penalty.conjugate(scale * dual)
+        return self.least + scale * slope - scale * scale * curve - conjugate
 
-    def _projected(self, weight: Tensor, dual: Tensor, penalty: NormPenalty) -> float:
-        """T = the projection of B - V A onto the dual ball, by Moreau: what is cut off, E, is a proximal operator.
+    def _projected(self, weight: Tensor, dual: Tensor) -> float:
+        """T = the proximal point of P* at B - V A, by Moreau: what is cut off, E, is the proximal point of P.
 
         f(X) + <T, X> is least at X = V + E A^-1; being a minimum, its error is of second order in that of X.
         """
         assert self.factor is not None
-        cut = penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
+        cut = self.penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
         nearest = weight + torch.cholesky_solve(cut.T, self.factor).T
-        return self.loss.value(nearest) + float(((dual - cut) * nearest).sum())
+        inside = dual - cut
+        # A norm's conjugate is zero on its domain, where the proximal point lies up to rounding.
+        conjugate = 0.0 if isinstance(self.penalty, NormPenalty) else self.penalty.conjugate(inside)
+        return self.loss.value(nearest) + float((inside * nearest).sum()) - conjugate
+
+
+def _largest_finite(penalty: Penalty, dual: Tensor) -> float:
+    """The largest s <= 1 for which P*(s T) is finite: its domain is convex and holds 0."""
+    if penalty.conjugate(dual) < math.inf:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if penalty.conjugate(middle * dual) < math.inf else (low, middle)
+    return low

@@ -59,7 +59,10 @@ class FistaPath(Solver[PathState]):
         dense = torch.zeros_like(problem.loss.weight)
         # Above this strength zero is the answer.
         strength = float((problem.loss.target / scale).abs().max())
-        return PathState(scale, strength, dense, problem.mask(problem.project(dense)), 0, strength == 0)
+        mask = problem.mask(problem.project(dense))
+        if not bool(mask.any()):
+            strength = 0.0
+        return PathState(scale, strength, dense, mask, 0, strength == 0)
 
     def step(self, problem: Problem, state: PathState) -> PathState:
         assert isinstance(problem, SelectionProblem)

@@ -13,6 +13,8 @@ from optprune.solvers.base import Solver
 from optprune.solvers.fista import Fista
 from optprune.solvers.solution import Status
 
+NARROW = 1e-6
+"""the width of the bracket, in logarithms, at which the strength is found: a bisection halves it at every step"""
 LEAST = 1e-8
 """the least strength of the penalty tried, as a share of the strength at which zero is the answer"""
 
@@ -35,7 +37,8 @@ class FistaPruner(Solver[FistaPrunerState]):
 
         V_K = FISTA(lambda, K, from V_best),   V = H(V_K) by plain magnitude,
         E = |V X* - W X|,   E_round = E - |V_K X* - W X|;   keep V if its E is less, else count a failure
-        raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row
+        raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row, or when
+        the bisection has found lambda
 
     The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |B| at which zero
     is the answer, so that scaling the problem changes nothing. Errors include the damping of the loss, if any.
@@ -77,7 +80,9 @@ class FistaPruner(Solver[FistaPrunerState]):
         return replace(state, failures=state.failures + 1)
 
     def done(self, problem: Problem, state: FistaPrunerState) -> Status | None:
-        return Status.CONVERGED if state.failures >= self.patience else None
+        # Without the second rule a weight that improves for ever by less and less would keep the first from coming.
+        found = state.failures >= self.patience or state.high - state.low < NARROW
+        return Status.CONVERGED if found else None
 
     def value(self, problem: Problem, state: FistaPrunerState) -> Tensor:
         return state.best

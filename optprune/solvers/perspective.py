@@ -60,7 +60,8 @@ class PerspectiveBound(Solver[PerspectiveState]):
         assert isinstance(problem, SelectionProblem)
         split = diagonal_split(problem.loss)
         rest = problem.loss.gram.double() - torch.diag(split)
-        length = float(torch.linalg.matrix_norm(rest, 2))
+        # Where nothing is left of A (width 1, dead inputs) the bound depends on no X, and any step will do.
+        length = float(torch.linalg.matrix_norm(rest, 2)) or 1.0
         point = start.double()
         bound = _bound(problem, split, rest, point)
         return PerspectiveState(start, split, rest, length, point, point, bound, 0)

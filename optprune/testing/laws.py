@@ -10,18 +10,18 @@ stands `rounding`, the size of one rounding of the sums that an objective is mad
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import singledispatch
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from optprune.errors import NoSolver
-from optprune.moments import DenseMoments, InputMoments
+from optprune.errors import NoSolver, NumericalError
+from optprune.moments import InputMoments
 from optprune.patterns import Pattern
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
-from optprune.solvers import Solver, solve
-from optprune.testing.references import reference, rounding
+from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
+from optprune.solvers import Solution, Solver, solve
+from optprune.testing.references import clearly_regular, reference, rounding
+from optprune.testing.transformations import permuted, random_feasible, renaming, scaled
 
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """how close to the optimum an exact answer must be, by dtype: the promise, not what happens to hold"""
@@ -35,12 +35,24 @@ def _name(problem: Problem, solver: Solver) -> str:
     return f"{solver.label} on a {problem.kind} problem"
 
 
+_LAST: list[tuple[Problem, Solver, Solution]] = []
+
+
+def _answer(problem: Problem, solver: Solver) -> Solution:
+    """What the solver answers: solved once for all the laws that only look at the answer."""
+    if _LAST and _LAST[0][0] is problem and _LAST[0][1] is solver:
+        return _LAST[0][2]
+    solution = solve(problem, solver)
+    _LAST[:] = [(problem, solver, solution)]
+    return solution
+
+
 # -- laws of every solver
 
 
 def feasible(problem: Problem, solver: Solver) -> None:
     """The answer is feasible, as the problem measures it."""
-    solution = solve(problem, solver)
+    solution = _answer(problem, solver)
     violation = problem.violation(solution.value)
     assert torch.isfinite(solution.value).all(), f"{_name(problem, solver)}: the answer holds NaN or infinity"
     assert violation == 0, f"{_name(problem, solver)}: the answer violates the constraints by {violation}"
@@ -49,7 +61,7 @@ def feasible(problem: Problem, solver: Solver) -> None:
 
 def measured_by_the_problem(problem: Problem, solver: Solver) -> None:
     """The objective of the solution is the one the problem measures, and it is finite."""
-    solution = solve(problem, solver)
+    solution = _answer(problem, solver)
     objective = problem.objective(solution.value)
     assert abs(objective) < torch.inf, f"{_name(problem, solver)}: the answer has objective {objective}"
     assert solution.objective == objective, f"{_name(problem, solver)}: {solution.objective} was not measured"
@@ -70,7 +82,7 @@ def no_worse_than_the_start(problem: Problem, solver: Solver) -> None:
 
 def never_below_the_reference(problem: Problem, solver: Solver) -> None:
     """No feasible answer is better than the optimum: else the problem or the reference measures wrongly."""
-    solution, best = solve(problem, solver), reference(problem)
+    solution, best = _answer(problem, solver), reference(problem)
     slack = _tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
     assert solution.objective >= best.optimum - slack, (
         f"{_name(problem, solver)}: its objective {solution.objective} is below the optimum {best.optimum}"
@@ -79,7 +91,7 @@ def never_below_the_reference(problem: Problem, solver: Solver) -> None:
 
 def bounds_hold(problem: Problem, solver: Solver) -> None:
     """A certificate's lower bound is not above the optimum."""
-    solution, best = solve(problem, solver), reference(problem)
+    solution, best = _answer(problem, solver), reference(problem)
     if solution.certificate is None:
         return
     bound = solution.certificate.lower_bound
@@ -93,7 +105,7 @@ def exact_meets_the_reference(problem: Problem, solver: Solver) -> None:
     """An exact solver stops by its own rule and attains the optimum."""
     if not solver.exact(problem):
         return
-    solution, best = solve(problem, solver), reference(problem)
+    solution, best = _answer(problem, solver), reference(problem)
     assert solution.status.name == "CONVERGED", f"{_name(problem, solver)}: exact, but it stopped: {solution.status}"
     slack = _tolerance(problem, best.optimum) + best.rounding
     assert solution.objective <= best.optimum + slack, (
@@ -101,11 +113,30 @@ def exact_meets_the_reference(problem: Problem, solver: Solver) -> None:
     )
 
 
+def keeps_the_promised_gap(problem: Problem, solver: Solver) -> None:
+    """A solver that promises a relative gap is that close to the optimum, and its certificate proves it."""
+    promised = solver.promised_gap(problem)
+    if promised is None:
+        return
+    solution, best = _answer(problem, solver), reference(problem)
+    share = promised + RELATIVE[problem.loss.weight.dtype]
+    slack = best.rounding + rounding(problem.loss, solution.value)
+    assert solution.objective <= best.optimum + share * abs(best.optimum) + slack, (
+        f"{_name(problem, solver)}: it promises {promised}, but its objective is {solution.objective} "
+        f"and the optimum {best.optimum}"
+    )
+    assert solution.certificate is not None, f"{_name(problem, solver)}: it promises a gap and proves none"
+    gap = solution.objective - solution.certificate.lower_bound
+    assert gap <= share * abs(solution.objective) + slack, (
+        f"{_name(problem, solver)}: it promises {promised}, but proves a gap of {gap} at {solution.objective}"
+    )
+
+
 def warm_start_stops(problem: Problem, solver: Solver) -> None:
     """An exact solver that starts from its own answer stops at once (at most one step) and returns the same."""
     if not solver.exact(problem):
         return
-    first = solve(problem, solver)
+    first = _answer(problem, solver)
     second = solve(problem, solver, start=first.value.clone())
     assert second.steps <= 1, f"{_name(problem, solver)}: it took {second.steps} steps from its own answer"
     # Two points within e of the least of a convex quadratic are within 8 e of each other in its own squared norm.
@@ -133,7 +164,7 @@ def inputs_unchanged(problem: Problem, solver: Solver) -> None:
 
 def like_the_weight(problem: Problem, solver: Solver) -> None:
     """The answer has the shape, the dtype and the device of the weight, and shares no memory with it."""
-    value, weight = solve(problem, solver).value, problem.loss.weight
+    value, weight = _answer(problem, solver).value, problem.loss.weight
     for what in ("shape", "dtype", "device"):
         found, wanted = getattr(value, what), getattr(weight, what)
         assert found == wanted, f"{_name(problem, solver)}: the answer's {what} is {found}, the weight's {wanted}"
@@ -143,7 +174,7 @@ def like_the_weight(problem: Problem, solver: Solver) -> None:
 
 def repeatable(problem: Problem, solver: Solver) -> None:
     """The same problem gives the same answer, bit for bit, whatever the global random state."""
-    first = solve(problem, solver)
+    first = _answer(problem, solver)
     state = torch.get_rng_state()
     torch.manual_seed(int(state[0]) + 1)
     try:
@@ -158,7 +189,7 @@ def rows_are_independent(problem: Problem, solver: Solver) -> None:
     """Restoration of all rows together costs what restoring them one by one costs."""
     if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)):
         return
-    loss, together = problem.loss, solve(problem, solver)
+    loss, together = problem.loss, _answer(problem, solver)
     apart = 0.0
     slack = rounding(loss, together.value)
     for row in range(loss.weight.shape[0]):
@@ -191,14 +222,12 @@ UNITS = ((2.0**5, 2.0**-30), (2.0**-20, 2.0**12))
 
 
 def _renamed(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
-    outputs, width = problem.loss.weight.shape
-    inputs = torch.randperm(width, generator=torch.Generator().manual_seed(width))
-    flipped = torch.arange(outputs).flip(0)
-    return permuted(problem, inputs, flipped), inputs, flipped
+    inputs, outputs = renaming(problem)
+    return permuted(problem, inputs, outputs), inputs, outputs
 
 
 def _same_objective(problem: Problem, other: Problem, factor: float, solver: Solver, how: str) -> None:
-    first, second = solve(problem, solver), solve(other, solver)
+    first, second = _answer(problem, solver), solve(other, solver)
     back = second.objective / factor
     slack = _tolerance(problem, first.objective)
     slack += rounding(problem.loss, first.value) + rounding(other.loss, second.value) / factor
@@ -214,6 +243,7 @@ SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
     never_below_the_reference,
     bounds_hold,
     exact_meets_the_reference,
+    keeps_the_promised_gap,
     warm_start_stops,
     inputs_unchanged,
     like_the_weight,
@@ -225,9 +255,21 @@ SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
 
 
 def keep_laws(problem: Problem, solver: Solver) -> None:
-    """Every law of a solver on a problem it accepts."""
+    """Every law of a solver on a problem it accepts; NumericalError is an answer where A really is singular."""
+    if refused_as_singular(problem, solver):
+        return
     for law in SOLVER_LAWS:
         law(problem, solver)
+
+
+def refused_as_singular(problem: Problem, solver: Solver) -> bool:
+    """Whether the solver raises NumericalError, which it may only where A is no better than singular."""
+    try:
+        _answer(problem, solver)
+    except NumericalError as error:
+        assert not clearly_regular(problem.loss), f"{_name(problem, solver)}: A is regular, but it raised: {error}"
+        return True
+    return False
 
 
 def permuting_permutes_the_answer(problem: Problem, solver: Solver) -> None:
@@ -246,7 +288,7 @@ def scaling_scales_the_answer(problem: Problem, solver: Solver) -> None:
 
 
 def _same_answer(problem: Problem, solver: Solver, back: Tensor, how: str) -> None:
-    answer = solve(problem, solver).value
+    answer = _answer(problem, solver).value
     error = float((answer - back).double().norm())
     # Generic problems are well conditioned (a few hundred), which leaves most digits of the answer, not only of its
     # objective; the square root of the promise about the objective is what optimality alone would give.
@@ -326,89 +368,3 @@ def value_is_the_mean_over_samples(loss: LayerLoss, weight: Tensor, inputs: Tens
     found = loss.value(weight)
     slack = 1e-12 * literal + rounding(loss, weight)
     assert abs(found - literal) <= slack, f"the loss says {found}, the samples say {literal}"
-
-
-# -- the same problem in other words
-
-
-def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLoss:
-    actual, dense = loss.moments, loss.moments.dense
-
-    def square(matrix: Tensor) -> Tensor:
-        return matrix[inputs][:, inputs]
-
-    if dense is not None:
-        dense = DenseMoments(square(dense.cross), square(dense.gram), dense.mean[inputs])
-    moments = InputMoments(square(actual.gram), actual.mean[inputs], actual.tokens, dense)
-    return LayerLoss(loss.weight[outputs][:, inputs], moments, loss.damping[inputs], loss.fit_bias)
-
-
-def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
-    actual, dense, square = loss.moments, loss.moments.dense, inputs**2
-    if dense is not None:
-        dense = DenseMoments(dense.cross * square, dense.gram * square, dense.mean * inputs)
-    moments = InputMoments(actual.gram * square, actual.mean * inputs, actual.tokens, dense)
-    return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias)
-
-
-@singledispatch
-def permuted(problem: Problem, inputs: Tensor, outputs: Tensor) -> Problem:
-    """The problem with input inputs[k] and output outputs[k] called k."""
-    raise TypeError(f"a new kind of problem must say how it is permuted: {type(problem).__name__}")
-
-
-@permuted.register
-def _(problem: MaskedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
-    mask = problem.mask if problem.mask.shape[0] == 1 else problem.mask[outputs]
-    return MaskedLeastSquares(_permuted_loss(problem.loss, inputs, outputs), mask[:, inputs])
-
-
-@permuted.register
-def _(problem: LinkedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
-    link = problem.link
-    units = torch.arange(link.units).flip(0)
-    columns = torch.argsort(inputs)[link.columns][units]
-    rows = tuple(row[units] for row in link.rows)
-    return LinkedLeastSquares(
-        _permuted_loss(problem.loss, inputs, outputs), Link(columns, link.slots[units], rows), problem.keep
-    )
-
-
-@singledispatch
-def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
-    """The problem with weights and inputs multiplied by these factors; its objective by their product squared."""
-    raise TypeError(f"a new kind of problem must say how it is scaled: {type(problem).__name__}")
-
-
-@scaled.register(MaskedLeastSquares)
-@scaled.register(LinkedLeastSquares)
-def _(problem: MaskedLeastSquares | LinkedLeastSquares, weight: float, inputs: float) -> Problem:
-    return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
-
-
-@singledispatch
-def random_feasible(problem: Problem, seed: int) -> Tensor:
-    """A feasible weight [out, in] drawn at random, unrelated to the original."""
-    raise TypeError(f"a new kind of problem must say how to draw a feasible weight: {type(problem).__name__}")
-
-
-def _noise(problem: Problem, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(problem.loss.weight.shape, generator=generator, dtype=torch.float64)
-    return noise.to(problem.loss.weight)
-
-
-@random_feasible.register
-def _(problem: MaskedLeastSquares, seed: int) -> Tensor:
-    return _noise(problem, torch.Generator().manual_seed(seed)) * problem.mask
-
-
-@random_feasible.register
-def _(problem: LinkedLeastSquares, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    start, slots = _noise(problem, generator), problem.link.slots
-    each = problem.keep // int(slots.max() + 1)
-    for slot in slots.unique():
-        units = (slots == slot).nonzero()[:, 0]
-        gone = units[torch.randperm(units.numel(), generator=generator)[each:]]
-        start[:, problem.link.columns[gone].reshape(-1)] = 0
-    return start

@@ -15,7 +15,16 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.patterns import NM, RowWise, Unstructured
+from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
+from optprune.problems import (
+    LayerLoss,
+    LinkedLeastSquares,
+    MaskedLeastSquares,
+    PenalisedLeastSquares,
+    Problem,
+    SparseLeastSquares,
+)
 
 Array = np.ndarray
 MOST_CHOICES = 5000
@@ -81,6 +90,10 @@ class Quadratic:
         """1/2 tr(V A V^T) - tr(V B^T) + c/2, literally."""
         return float(np.sum((weight @ self.gram) * weight) / 2 - np.sum(weight * self.target) + self.constant / 2)
 
+    def row_values(self, weight: Array) -> Array:
+        """The loss of each row, [out], up to a constant of the row."""
+        return np.sum((weight @ self.gram) * weight, 1) / 2 - np.sum(weight * self.target, 1)
+
     def terms(self, weight: Array) -> float:
         """The total size of the terms of the loss at V, before they cancel: what its rounding is relative to."""
         size, old = np.abs(weight), np.abs(self.weight)
@@ -113,6 +126,15 @@ def rounding(loss: LayerLoss, weight: Tensor) -> float:
 def _rounding(quadratic: Quadratic, weight: Array) -> float:
     # One rounding for each term of a sum over the inputs, and a few for collecting, centring and damping.
     return (len(quadratic.damping) + 4) * quadratic.epsilon * quadratic.terms(weight)
+
+
+def clearly_regular(loss: LayerLoss) -> bool:
+    """Whether the least eigenvalue of A stands clear of the rounding of its dtype."""
+    quadratic = Quadratic.of(loss)
+    values = np.linalg.eigvalsh(quadratic.gram)
+    # The rounding of A is that of what it was before the means were taken out of it, for every entry of a row.
+    spread = float(np.abs(quadratic.uncentred).sum(1).max())
+    return bool(values[0] > 4 * len(values) * quadratic.epsilon * spread)
 
 
 def least_squares(problem: MaskedLeastSquares) -> Reference:
@@ -151,14 +173,114 @@ def convex_optimum(problem: MaskedLeastSquares) -> float:
     scale = quadratic.terms(quadratic.weight)
     unit = np.sqrt(scale) if scale > 0 else 1.0
     weight = cvxpy.Variable(quadratic.weight.shape)
-    kept = cvxpy.multiply(mask, weight)
-    error = (quadratic.inputs @ kept.T - quadratic.outputs) / unit
-    ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, kept - quadratic.weight)
-    program = cvxpy.Problem(cvxpy.Minimize((cvxpy.sum_squares(error) + cvxpy.sum_squares(ridge)) / 2))
+    program = cvxpy.Problem(cvxpy.Minimize(_program_loss(quadratic, cvxpy.multiply(mask, weight), unit)))
     program.solve(solver=cvxpy.CLARABEL)
     if program.status != cvxpy.OPTIMAL:
         raise ArithmeticError(f"Clarabel stopped with status {program.status}")
     return float(program.value) * unit**2  # pyright: ignore[reportArgumentType]
+
+
+def _program_loss(quadratic: Quadratic, weight: cvxpy.Expression, unit: float) -> cvxpy.Expression:
+    """The loss of a weight [out, in] in units of unit^2, for cvxpy."""
+    error = (quadratic.inputs @ weight.T - quadratic.outputs) / unit
+    ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, weight - quadratic.weight)
+    return (cvxpy.sum_squares(error) + cvxpy.sum_squares(ridge)) / 2
+
+
+PENALISED_ACCURACY = 1e-8
+"""relative accuracy of the reference for penalised problems: Clarabel is asked for ten times less"""
+
+
+def penalised(problem: PenalisedLeastSquares) -> Reference:
+    """Optimum of a penalised problem by an interior-point method (cvxpy with Clarabel), in units of its own size.
+
+    The returned optimum is the objective of the weight that Clarabel found, measured literally.
+    """
+    quadratic, penalty = Quadratic.of(problem.loss), problem.penalty
+    candidates = [quadratic.weight, np.zeros_like(quadratic.weight)]
+    size = min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates)
+    if size <= 0:
+        return Reference(0.0, max(_rounding(quadratic, weight) for weight in candidates))
+    # Sizes of weights vary too: the variable is the change from the original weight in units of the largest.
+    length = float(np.abs(quadratic.weight).max()) or 1.0
+    change = cvxpy.Variable(quadratic.weight.shape)
+    weight = quadratic.weight + length * change
+    objective = _program_loss(quadratic, weight, np.sqrt(size)) + penalty_expression(penalty, weight) / size
+    program = cvxpy.Problem(cvxpy.Minimize(objective))
+    tight = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), PENALISED_ACCURACY / 10)
+    program.solve(solver=cvxpy.CLARABEL, max_iter=500, **tight)
+    if program.status not in (cvxpy.OPTIMAL, cvxpy.OPTIMAL_INACCURATE):
+        raise ArithmeticError(f"Clarabel stopped with status {program.status}")
+    found = quadratic.weight + length * np.asarray(change.value)
+    optimum = quadratic.value(found) + penalty_value(penalty, found)
+    return Reference(optimum, _rounding(quadratic, found) + PENALISED_ACCURACY * optimum)
+
+
+def penalty_value(penalty: Penalty, weight: Array) -> float:
+    """P(V), literally."""
+    match penalty:
+        case L1(strength):
+            return float(strength * np.abs(weight).sum())
+        case WeightedL1(weights):
+            return float((_array(weights) * np.abs(weight)).sum())
+        case ElasticNet(strength, ridge):
+            return float(strength * np.abs(weight).sum() + ridge / 2 * np.square(weight).sum())
+        case ColumnGroups(strength):
+            return float(strength * np.linalg.norm(weight, axis=0).sum())
+    raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to optprune.testing.references")
+
+
+def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> cvxpy.Expression:
+    """P(V), for cvxpy."""
+    match penalty:
+        case L1(strength):
+            return strength * cvxpy.sum(cvxpy.abs(weight))
+        case WeightedL1(weights):
+            spread = np.broadcast_to(_array(weights), weight.shape)
+            return cvxpy.sum(cvxpy.multiply(spread, cvxpy.abs(weight)))
+        case ElasticNet(strength, ridge):
+            return strength * cvxpy.sum(cvxpy.abs(weight)) + ridge / 2 * cvxpy.sum_squares(weight)
+        case ColumnGroups(strength):
+            return strength * cvxpy.sum(cvxpy.norm(weight, 2, axis=0))
+    raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to optprune.testing.references")
+
+
+def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
+    """Optimum of a sparse problem: every mask of the pattern, each restored by least squares.
+
+    The rows of a weight only meet in the pattern, so every subset of a row is restored once for all rows.
+    """
+    quadratic, pattern = Quadratic.of(problem.loss), problem.pattern
+    rows, width = quadratic.weight.shape
+    if 2 ** (rows * width) > MOST_CHOICES:
+        raise ValueError(f"a [{rows}, {width}] weight has too many masks to list: the reference is for 12 entries")
+    subsets = [np.array(bits, dtype=bool) for bits in product((False, True), repeat=width)]
+    answers = [_restored(quadratic, np.broadcast_to(subset, (rows, width))) for subset in subsets]
+    losses = np.array([quadratic.row_values(answer) for answer in answers])
+    counts = np.array([subset.sum() for subset in subsets])
+    match pattern:
+        case RowWise(keep):
+            choice = [np.where(counts == keep, losses[:, row], np.inf).argmin() for row in range(rows)]
+        case NM(n, m):
+            fits = np.array([(subset.reshape(-1, m).sum(1) == n).all() for subset in subsets])
+            choice = [np.where(fits, losses[:, row], np.inf).argmin() for row in range(rows)]
+        case Unstructured(keep):
+            # The best subset of every count in every row, then every way to share the count out.
+            best = [
+                [np.where(counts == k, losses[:, row], np.inf).argmin() for k in range(width + 1)]
+                for row in range(rows)
+            ]
+            shares = (share for share in product(range(width + 1), repeat=rows) if sum(share) == keep)
+            choices = ([best[row][k] for row, k in enumerate(share)] for share in shares)
+            choice = min(choices, key=lambda picked: sum(losses[i, row] for row, i in enumerate(picked)))
+        case _:
+            admitted = (
+                picked
+                for picked in product(range(len(subsets)), repeat=rows)
+                if pattern.admits(torch.tensor(np.array([subsets[i] for i in picked])))
+            )
+            choice = min(admitted, key=lambda picked: sum(losses[i, row] for row, i in enumerate(picked)))
+    return _reference(quadratic, np.array([answers[i][row] for row, i in enumerate(choice)]))
 
 
 def exhaustive(problem: LinkedLeastSquares) -> Reference:
@@ -186,6 +308,8 @@ def _reference(quadratic: Quadratic, answer: Array) -> Reference:
 REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
     MaskedLeastSquares: least_squares,
     LinkedLeastSquares: exhaustive,
+    PenalisedLeastSquares: penalised,
+    SparseLeastSquares: exhaustive_entries,
 }
 """for each concrete kind of problem a function that finds its optimum"""
 

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, SlotWise, Unstructured
-from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
+from optprune.problems import (
+    LayerLoss,
+    Link,
+    LinkedLeastSquares,
+    MaskedLeastSquares,
+    PenalisedLeastSquares,
+    Problem,
+    SparseLeastSquares,
+)
 
 SHAPES = ("gaussian", "ties", "low rank", "few tokens", "ill-conditioned")
 DAMPINGS = (0.0, 1e-6, 1e-2, 1.0)
@@ -115,12 +124,17 @@ def weights(
 
 @st.composite
 def losses(
-    draw: st.DrawFn, width: int | None = None, *, dtype: torch.dtype = torch.float64, generic: bool = False
+    draw: st.DrawFn,
+    width: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    generic: bool = False,
+    rows: int | None = None,
 ) -> LayerLoss:
     """A layer loss with no, uniform or uneven damping, with or without a free bias."""
     width = draw(st.integers(1, 7), label="width") if width is None else width
     statistics = draw(moments(width, dtype=dtype, generic=generic))
-    weight = draw(weights(width, dtype=dtype, generic=generic))
+    weight = draw(weights(width, dtype=dtype, generic=generic, rows=rows))
     # A ridge of 1e-6 drowns in the rounding of a float32 Gram matrix.
     fractions = (0.0, 1e-2, 1.0) if dtype == torch.float32 else DAMPINGS
     fraction = draw(st.sampled_from(fractions), label="damping")
@@ -156,9 +170,98 @@ def linked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
     return LinkedLeastSquares(loss, link, slots * draw(st.integers(1, size), label="keep per slot"))
 
 
+STRENGTHS = (1e-4, 1e-2, 0.3, 1.5)
+"""of penalties, as shares of the strength at which zero is the answer"""
+
+
+@st.composite
+def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...] | None = None) -> Penalty:
+    """Every penalty, from tiny to so strong that zero is the answer; weights per entry, column or row, some zero."""
+    kind = draw(st.sampled_from(kinds or tuple(PENALTIES)), label="penalty")
+    return draw(PENALTIES[kind](loss, draw(st.sampled_from(STRENGTHS), label="strength")))
+
+
+def _largest(loss: LayerLoss) -> float:
+    return float(loss.target.abs().max()) or 1.0
+
+
+def _l1(loss: LayerLoss, share: float) -> st.SearchStrategy[Penalty]:
+    return st.just(L1(share * _largest(loss)))
+
+
+@st.composite
+def _weighted_l1(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
+    rows, width = loss.weight.shape
+    shape = draw(st.sampled_from(((rows, width), (width,), (rows, 1))), label="shape of the weights")
+    weights = torch.rand(shape, generator=_generator(draw), dtype=torch.float64) + 0.1
+    if draw(st.booleans(), label="zero weights"):
+        weights.view(-1)[::3] = 0
+    # In float64 also where the problem is not: a penalty need not know the dtype of the problem.
+    return WeightedL1(share * _largest(loss) * weights)
+
+
+@st.composite
+def _elastic_net(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
+    ridge = draw(st.sampled_from((0.0, 1e-3, 1.0)), label="ridge") * float(loss.gram.diagonal().mean())
+    return ElasticNet(share * _largest(loss), ridge)
+
+
+def _column_groups(loss: LayerLoss, share: float) -> st.SearchStrategy[Penalty]:
+    return st.just(ColumnGroups(share * (float(loss.target.norm(dim=0).max()) or 1.0)))
+
+
+PENALTIES: dict[type[Penalty], Callable[[LayerLoss, float], st.SearchStrategy[Penalty]]] = {
+    L1: _l1,
+    WeightedL1: _weighted_l1,
+    ElasticNet: _elastic_net,
+    ColumnGroups: _column_groups,
+}
+"""for each penalty a strategy that takes the loss it goes with and a strength relative to it"""
+
+
+@st.composite
+def penalised(
+    draw: st.DrawFn,
+    *,
+    dtype: torch.dtype = torch.float64,
+    generic: bool = False,
+    kinds: tuple[type[Penalty], ...] | None = None,
+) -> PenalisedLeastSquares:
+    """A layer loss with one of the penalties."""
+    loss = draw(losses(dtype=dtype, generic=generic))
+    return PenalisedLeastSquares(loss, draw(penalties(loss, kinds)))
+
+
+@st.composite
+def sparse(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> SparseLeastSquares:
+    """A choice among at most 12 single weights: anywhere, per row, or n of m; perhaps none of them, or all."""
+    kind = draw(st.sampled_from(ENTRY_PATTERNS), label="pattern")
+    if kind is NM:
+        m, rows, groups = draw(
+            st.sampled_from(((2, 1, 3), (2, 2, 2), (2, 3, 1), (4, 1, 2), (4, 3, 1), (3, 2, 2), (1, 2, 3)))
+        )
+        pattern, width = NM(draw(st.integers(0, m), label="n"), m), m * groups
+    else:
+        rows, width = draw(
+            st.sampled_from(((1, 1), (1, 2), (1, 5), (1, 7), (2, 1), (2, 3), (2, 6), (3, 4), (4, 3), (5, 2)))
+        )
+        most = width if kind is RowWise else rows * width
+        pattern = kind(draw(st.integers(0, most), label="keep"))
+    return SparseLeastSquares(draw(losses(width, dtype=dtype, generic=generic, rows=rows)), pattern)
+
+
+TINY_SHAPES = ((1, 1), (1, 2), (1, 5), (1, 7), (2, 1), (2, 3), (2, 6), (3, 4), (4, 3), (5, 2))
+GROUPED_SHAPES = ((2, 1, 3), (2, 2, 2), (2, 3, 1), (4, 1, 2), (4, 3, 1), (3, 2, 2), (1, 2, 3))
+"""(m, rows, groups) for n of m"""
+
+ENTRY_PATTERNS: tuple[type[Pattern], ...] = (Unstructured, RowWise, NM)
+"""the patterns of single weights"""
+
 STRATEGIES: dict[type[Problem], Callable[..., st.SearchStrategy]] = {
     MaskedLeastSquares: masked,
     LinkedLeastSquares: linked,
+    PenalisedLeastSquares: penalised,
+    SparseLeastSquares: sparse,
 }
 """for each concrete kind of problem a strategy that takes `dtype` and `generic`"""
 

@@ -1,0 +1,178 @@
+"""The same problem in other words, and feasible weights drawn at random: what the laws compare a solver's answers on.
+
+A new kind of problem registers how it is permuted, how it is scaled and how to draw a feasible weight.
+"""
+
+from dataclasses import replace
+from functools import singledispatch
+
+import torch
+from torch import Tensor
+
+from optprune.moments import DenseMoments, InputMoments
+from optprune.patterns import NM
+from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
+from optprune.problems import (
+    LayerLoss,
+    Link,
+    LinkedLeastSquares,
+    MaskedLeastSquares,
+    PenalisedLeastSquares,
+    Problem,
+    SparseLeastSquares,
+)
+
+
+def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLoss:
+    actual, dense = loss.moments, loss.moments.dense
+
+    def square(matrix: Tensor) -> Tensor:
+        return matrix[inputs][:, inputs]
+
+    if dense is not None:
+        dense = DenseMoments(square(dense.cross), square(dense.gram), dense.mean[inputs])
+    moments = InputMoments(square(actual.gram), actual.mean[inputs], actual.tokens, dense)
+    return LayerLoss(loss.weight[outputs][:, inputs], moments, loss.damping[inputs], loss.fit_bias)
+
+
+def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
+    actual, dense, square = loss.moments, loss.moments.dense, inputs**2
+    if dense is not None:
+        dense = DenseMoments(dense.cross * square, dense.gram * square, dense.mean * inputs)
+    moments = InputMoments(actual.gram * square, actual.mean * inputs, actual.tokens, dense)
+    return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias)
+
+
+@singledispatch
+def permuted(problem: Problem, inputs: Tensor, outputs: Tensor) -> Problem:
+    """The problem with input inputs[k] and output outputs[k] called k."""
+    raise TypeError(f"a new kind of problem must say how it is permuted: {type(problem).__name__}")
+
+
+@permuted.register
+def _(problem: MaskedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    mask = problem.mask if problem.mask.shape[0] == 1 else problem.mask[outputs]
+    return MaskedLeastSquares(_permuted_loss(problem.loss, inputs, outputs), mask[:, inputs])
+
+
+@permuted.register
+def _(problem: LinkedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    link = problem.link
+    units = torch.arange(link.units).flip(0)
+    columns = torch.argsort(inputs)[link.columns][units]
+    rows = tuple(row[units] for row in link.rows)
+    return LinkedLeastSquares(
+        _permuted_loss(problem.loss, inputs, outputs), Link(columns, link.slots[units], rows), problem.keep
+    )
+
+
+@singledispatch
+def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
+    """The problem with weights and inputs multiplied by these factors; its objective by their product squared."""
+    raise TypeError(f"a new kind of problem must say how it is scaled: {type(problem).__name__}")
+
+
+@scaled.register(MaskedLeastSquares)
+@scaled.register(LinkedLeastSquares)
+def _(problem: MaskedLeastSquares | LinkedLeastSquares, weight: float, inputs: float) -> Problem:
+    return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
+
+
+@singledispatch
+def random_feasible(problem: Problem, seed: int) -> Tensor:
+    """A feasible weight [out, in] drawn at random, unrelated to the original."""
+    raise TypeError(f"a new kind of problem must say how to draw a feasible weight: {type(problem).__name__}")
+
+
+def _noise(problem: Problem, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(problem.loss.weight.shape, generator=generator, dtype=torch.float64)
+    return noise.to(problem.loss.weight)
+
+
+@random_feasible.register
+def _(problem: MaskedLeastSquares, seed: int) -> Tensor:
+    return _noise(problem, torch.Generator().manual_seed(seed)) * problem.mask
+
+
+@random_feasible.register
+def _(problem: LinkedLeastSquares, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    start, slots = _noise(problem, generator), problem.link.slots
+    each = problem.keep // int(slots.max() + 1)
+    for slot in slots.unique():
+        units = (slots == slot).nonzero()[:, 0]
+        gone = units[torch.randperm(units.numel(), generator=generator)[each:]]
+        start[:, problem.link.columns[gone].reshape(-1)] = 0
+    return start
+
+
+@permuted.register
+def _(problem: PenalisedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    penalty = _permuted_penalty(problem.penalty, inputs, outputs)
+    return PenalisedLeastSquares(_permuted_loss(problem.loss, inputs, outputs), penalty)
+
+
+@scaled.register
+def _(problem: PenalisedLeastSquares, weight: float, inputs: float) -> Problem:
+    penalty = _scaled_penalty(problem.penalty, weight, inputs)
+    return PenalisedLeastSquares(_scaled_loss(problem.loss, weight, inputs), penalty)
+
+
+@random_feasible.register
+def _(problem: PenalisedLeastSquares, seed: int) -> Tensor:
+    return _noise(problem, torch.Generator().manual_seed(seed))
+
+
+def _permuted_penalty(penalty: Penalty, inputs: Tensor, outputs: Tensor) -> Penalty:
+    if not isinstance(penalty, WeightedL1):
+        return penalty
+    weights = penalty.weights
+    if weights.shape[-1] > 1:
+        weights = weights[..., inputs]
+    return WeightedL1(weights[outputs] if weights.ndim > 1 and weights.shape[0] > 1 else weights)
+
+
+def _scaled_penalty(penalty: Penalty, weight: float, inputs: float) -> Penalty:
+    """The penalty whose value at `weight` V is (weight inputs)^2 times that at V."""
+    per_size, per_square = weight * inputs**2, inputs**2
+    match penalty:
+        case L1(strength):
+            return L1(strength * per_size)
+        case WeightedL1(weights):
+            return WeightedL1(weights * per_size)
+        case ElasticNet(strength, ridge):
+            return ElasticNet(strength * per_size, ridge * per_square)
+        case ColumnGroups(strength):
+            return ColumnGroups(strength * per_size)
+    raise TypeError(f"a new penalty must say how it is scaled: {type(penalty).__name__}")
+
+
+@permuted.register
+def _(problem: SparseLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    return SparseLeastSquares(_permuted_loss(problem.loss, inputs, outputs), problem.pattern)
+
+
+@scaled.register
+def _(problem: SparseLeastSquares, weight: float, inputs: float) -> Problem:
+    return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
+
+
+@random_feasible.register
+def _(problem: SparseLeastSquares, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    start = _noise(problem, generator)
+    return start * problem.pattern.project(torch.rand(start.shape, generator=generator))
+
+
+def renaming(problem: Problem) -> tuple[Tensor, Tensor]:
+    """New names of the inputs and the outputs that leave the constraints what they are: (inputs, outputs)."""
+    rows, width = problem.loss.weight.shape
+    generator = torch.Generator().manual_seed(width)
+    outputs = torch.arange(rows).flip(0)
+    if isinstance(problem, SparseLeastSquares) and isinstance(problem.pattern, NM):
+        # Groups may change places, and the inputs of a group among themselves.
+        size = problem.pattern.m
+        groups = torch.randperm(width // size, generator=generator)
+        inside = torch.stack([torch.randperm(size, generator=generator) for _ in groups])
+        return (groups[:, None] * size + inside).reshape(-1), outputs
+    return torch.randperm(width, generator=generator), outputs
