@@ -42,7 +42,10 @@ def _answer(problem: Problem, solver: Solver) -> Solution:
     """What the solver answers: solved once for all the laws that only look at the answer."""
     if _LAST and _LAST[0][0] is problem and _LAST[0][1] is solver:
         return _LAST[0][2]
+    before = problem.fingerprint()
     solution = solve(problem, solver)
+    # Here and not only in its own law: on a problem that is no longer the same, other laws would speak first.
+    assert problem.fingerprint() == before, f"{_name(problem, solver)}: it changed the problem"
     _LAST[:] = [(problem, solver, solution)]
     return solution
 
