@@ -1,0 +1,398 @@
+"""Solvers of sparse problems against literal implementations, exhaustion and their own promises at every step."""
+
+from dataclasses import replace
+from itertools import pairwise
+from statistics import fmean
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optprune.errors import NumericalError
+from optprune.moments import InputMoments
+from optprune.patterns import NM, RowWise, Unstructured
+from optprune.problems import LayerLoss, MaskedLeastSquares, SparseLeastSquares
+from optprune.solvers import (
+    Admm,
+    Chain,
+    ConjugateGradients,
+    FistaPath,
+    FistaPruner,
+    HardThreshold,
+    Magnitude,
+    PerspectiveBound,
+    Restore,
+    SparseGpt,
+    Status,
+    Swaps,
+    Wanda,
+    solve,
+)
+from optprune.solvers.perspective import diagonal_split
+from optprune.solvers.swaps import _best_in_groups, _best_in_rows, _between_rows, _removal_cost
+from optprune.testing.laws import random_feasible
+from optprune.testing.references import reference, rounding
+from optprune.testing.strategies import linked, masked, sparse
+from tests.sparse_cases import PATTERN_NAMES, correlated
+
+FEWER = settings(max_examples=max(settings().max_examples // 2, 1))
+by_pattern = pytest.mark.parametrize("pattern", PATTERN_NAMES)
+
+
+# -- magnitude and Wanda
+
+
+def literal_choice(scores, pattern):
+    """The mask of the largest scores, by sorting lists."""
+    rows, width = scores.shape
+    if isinstance(pattern, Unstructured):
+        groups = [[(i, j) for i in range(rows) for j in range(width)]]
+        keep = pattern.keep
+    elif isinstance(pattern, RowWise):
+        groups, keep = [[(i, j) for j in range(width)] for i in range(rows)], pattern.keep
+    else:
+        first = range(0, width, pattern.m)
+        groups = [[(i, f + k) for k in range(pattern.m)] for i in range(rows) for f in first]
+        keep = pattern.n
+    mask = torch.zeros(rows, width, dtype=torch.bool)
+    for group in groups:
+        for i, j in sorted(group, key=lambda entry: -float(scores[entry]))[:keep]:
+            mask[i, j] = True
+    return mask
+
+
+@given(sparse())
+def test_magnitude_and_wanda_are_the_literal_loops(problem):
+    weight, gram = problem.loss.weight, problem.loss.moments.gram
+    literal = torch.zeros_like(weight)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            literal[i, j] = abs(weight[i, j]) * gram[j, j] ** 0.5
+    for solver, scores in ((Magnitude(), weight.abs()), (Wanda(), literal)):
+        # Ties go to the lower index on both sides: sorted is stable.
+        expected = torch.where(literal_choice(scores, problem.pattern), weight, 0.0)
+        assert torch.equal(solve(problem, solver).value, expected), solver.label
+
+
+# -- SparseGPT
+
+
+def literal_sparsegpt(problem, block):
+    """Column by column; each removal is one optimal-brain-surgeon update of the columns that are not frozen yet."""
+    loss, pattern = problem.loss, problem.pattern
+    gram, (rows, width) = loss.gram, loss.weight.shape
+    value = torch.linalg.solve(gram, loss.target.T).T
+    dropped = torch.zeros(rows, width, dtype=torch.bool)
+    size = block // pattern.m * pattern.m if isinstance(pattern, NM) else block
+    inverses = [torch.linalg.inv(gram[j:, j:]) for j in range(width)]
+    saliency = torch.stack([inverse[0, 0] for inverse in inverses])
+    for j in range(width):
+        first = j // size * size
+        last = min(first + size, width)
+        if isinstance(pattern, NM):
+            if j % pattern.m == 0:
+                group = slice(j, j + pattern.m)
+                dropped[:, group] = ~literal_choice(value[:, group] ** 2 / saliency[group], RowWise(pattern.n))
+        elif j == first:
+            keep = pattern.keep * last // width - pattern.keep * first // width
+            part = slice(first, last)
+            dropped[:, part] = ~literal_choice(value[:, part] ** 2 / saliency[part], type(pattern)(keep))
+        for i in range(rows):
+            if dropped[i, j]:
+                value[i, j:] -= value[i, j] / inverses[j][0, 0] * inverses[j][0]
+                value[i, j] = 0.0
+    return value
+
+
+@pytest.mark.parametrize("block", [4, 7, 128])
+@pytest.mark.parametrize("seed", range(4))
+@by_pattern
+def test_sparsegpt_is_the_literal_column_by_column_method(pattern, seed, block):
+    problem = correlated(seed, 5, 12, pattern)
+    value = solve(problem, SparseGpt(block)).value
+    # A condition of a few thousand leaves ten digits and more.
+    assert torch.allclose(value, literal_sparsegpt(problem, block), rtol=1e-8, atol=1e-9)
+
+
+@by_pattern
+def test_sparsegpt_compensation_pays(pattern):
+    """On a fixed set of 20 instances its answer is better than the same mask without any update of the weights."""
+    for seed in range(0, 20, 2):
+        problem = correlated(seed, 8, 16, pattern)
+        value = solve(problem, SparseGpt()).value
+        plain = torch.where(value != 0, problem.loss.weight, 0.0)
+        assert problem.objective(value) < problem.objective(plain)
+
+
+def test_sparsegpt_refuses_a_singular_gram_and_says_what_to_do():
+    inputs = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = LayerLoss.of(torch.ones(2, 6), InputMoments.from_samples(inputs))
+    with pytest.raises(NumericalError, match="damp the loss"):
+        solve(SparseLeastSquares(loss, RowWise(3)), SparseGpt())
+    assert solve(SparseLeastSquares(loss.damped(0.01), RowWise(3)), SparseGpt()).violation == 0
+
+
+# -- swaps
+
+
+def best_entry(problem, weight, i, q):
+    """The best value of one entry with all others fixed, from three measurements of the objective."""
+    values = []
+    for trial in (-1.0, 0.0, 1.0):
+        other = weight.clone()
+        other[i, q] = trial
+        values.append(problem.objective(other))
+    curve = values[0] - 2 * values[1] + values[2]
+    other = weight.clone()
+    other[i, q] = (values[0] - values[2]) / (2 * curve) if curve > 0 else 0.0
+    return other
+
+
+def literal_exchanges(problem, weight, mask, i):
+    """(change, p, q) of every exchange that the pattern allows within row i, measured."""
+    before, width = problem.objective(weight), weight.shape[1]
+    for p in range(width):
+        for q in range(width):
+            together = not isinstance(problem.pattern, NM) or p // problem.pattern.m == q // problem.pattern.m
+            if together and bool(mask[i, p]) and not bool(mask[i, q]):
+                without = weight.clone()
+                without[i, p] = 0.0
+                yield problem.objective(best_entry(problem, without, i, q)) - before, p, q
+
+
+@by_pattern
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_exchange_of_every_row_is_found_and_its_change_is_exact(pattern, seed):
+    problem = correlated(seed, 3, 8, pattern)
+    start = random_feasible(problem, seed)
+    state = Swaps().init(problem, start)
+    gram = problem.loss.gram
+    removal = torch.where(state.mask, _removal_cost(state, gram), torch.inf)
+    if isinstance(problem.pattern, NM):
+        change, leaving, entering = _best_in_groups(state, gram, removal, problem.pattern)
+    else:
+        change, leaving, entering = _best_in_rows(state, gram, removal, 32)
+    for i in range(3):
+        literal = min(literal_exchanges(problem, start, state.mask, i))
+        # Differences of objectives of about ten, in float64.
+        assert float(change[i]) == pytest.approx(literal[0], abs=1e-9)
+        assert (int(leaving[i]), int(entering[i])) == literal[1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@by_pattern
+@pytest.mark.parametrize("seed", range(5))
+def test_every_round_of_swaps_lowers_the_objective_by_what_it_predicts(pattern, seed, dtype):
+    problem = correlated(seed, 6, 16, pattern, dtype=dtype)
+    solver, gram = Swaps(), problem.loss.gram
+    state = solver.init(problem, random_feasible(problem, seed))
+    rounds = 0
+    while solver.done(problem, state) is None:
+        before = problem.objective(state.weight)
+        removal = torch.where(state.mask, _removal_cost(state, gram), torch.inf)
+        if isinstance(problem.pattern, NM):
+            change, _, _ = _best_in_groups(state, gram, removal, problem.pattern)
+        else:
+            change, _, _ = _best_in_rows(state, gram, removal, solver.candidates)
+        predicted = float(change[change < -state.threshold].sum())
+        following = solver.step(problem, state)
+        measured = problem.objective(following.weight) - before
+        slack = rounding(problem.loss, state.weight) + rounding(problem.loss, following.weight)
+        if isinstance(problem.pattern, Unstructured):
+            # The exchange between rows comes on top, and only ever lowers the objective further.
+            assert measured <= predicted + slack
+        else:
+            assert abs(measured - predicted) <= slack
+        assert problem.violation(following.weight) == 0
+        state, rounds = following, rounds + 1
+    assert rounds > 1
+    assert rounds <= 500
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_exchange_between_rows_is_the_cheapest_removal_and_the_most_gainful_entry(seed):
+    problem = correlated(seed, 5, 8, "unstructured")
+    start = random_feasible(problem, seed)
+    state = Swaps().init(problem, start)
+    after, moved = _between_rows(state, problem.loss.gram)
+    left, entered = state.mask & ~after.mask, after.mask & ~state.mask
+    assert int(left.sum()) == int(entered.sum())
+    assert moved == bool(left.any())
+    before, predicted = problem.objective(start), 0.0
+    for i in range(5):
+        removals, entries = [], []
+        for j in range(8):
+            without = start.clone()
+            without[i, j] = 0.0
+            if bool(state.mask[i, j]):
+                removals.append((problem.objective(without) - before, j))
+            else:
+                entries.append((problem.objective(best_entry(problem, start, i, j)) - before, j))
+        if bool(left[i].any()):
+            assert left[i].nonzero()[:, 0].tolist() == [min(removals)[1]]
+            predicted += min(removals)[0]
+        if bool(entered[i].any()):
+            assert entered[i].nonzero()[:, 0].tolist() == [min(entries)[1]]
+            predicted += min(entries)[0]
+    assert problem.objective(after.weight) - before == pytest.approx(predicted, abs=1e-9)
+    assert predicted <= 0
+
+
+@given(sparse())
+def test_no_exchange_is_left_that_gains_when_swaps_stop(problem):
+    solution = solve(problem, Swaps())
+    assert solution.status is Status.CONVERGED
+    mask = problem.support(solution.value)
+    slack = 4 * rounding(problem.loss, solution.value) + problem.loss.constant * 1e-12
+    for i in range(mask.shape[0]):
+        for change, p, q in literal_exchanges(problem, solution.value, mask, i):
+            assert change >= -slack, f"row {i}: {p} for {q} gains {-change}"
+
+
+# -- promises at every step
+
+
+def objectives(problem, solver, start):
+    found = [problem.objective(start)]
+    solve(problem, solver, start=start, callback=lambda _, weight: found.append(problem.objective(weight())))
+    return found
+
+
+@pytest.mark.parametrize("solver", [HardThreshold(), FistaPruner(), Swaps(), ConjugateGradients()], ids=str)
+@FEWER
+@given(problem=sparse(), seed=st.integers(0, 100))
+def test_the_objective_never_rises_from_one_step_to_the_next(solver, problem, seed):
+    start = random_feasible(problem, seed)
+    found = objectives(problem, solver, start)
+    # Of the largest weights on the way, which are the start's or the original's.
+    slack = rounding(problem.loss, start) + rounding(problem.loss, problem.loss.weight)
+    for before, after in pairwise(found):
+        assert after <= before + slack
+
+
+@pytest.mark.parametrize("solver", [FistaPath(), Admm(), SparseGpt(), Wanda()], ids=lambda solver: solver.label)
+@by_pattern
+def test_the_start_is_ignored_where_that_is_promised(solver, pattern):
+    problem = correlated(1, 6, 16, pattern)
+    answers = [solve(problem, solver, start=random_feasible(problem, seed)).value for seed in range(3)]
+    answers.append(solve(problem, solver).value)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+# -- conjugate gradients
+
+
+@given(masked(generic=True))
+def test_conjugate_gradients_agree_with_restoration(problem):
+    exact = solve(problem, Restore())
+    found = solve(problem, ConjugateGradients(1e-9))
+    assert found.status is Status.CONVERGED
+    slack = rounding(problem.loss, exact.value) + rounding(problem.loss, found.value)
+    assert abs(found.objective - exact.objective) <= 1e-9 * exact.objective + slack
+    # The default stops earlier: by less than a millionth of what restoration gains.
+    rough = solve(problem, ConjugateGradients())
+    gain = problem.objective(problem.start()) - exact.objective
+    assert rough.objective - exact.objective <= 1e-6 * max(gain, 0.0) + slack
+    # In exact arithmetic one step an input; a few more in this one, never hundreds.
+    assert rough.steps <= 4 * problem.loss.weight.shape[1]
+
+
+def test_conjugate_gradients_on_a_singular_mask_say_so():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 8, generator=generator)
+    moments = InputMoments.from_samples(inputs, inputs + 0.3 * torch.randn(3, 8, generator=generator))
+    loss = LayerLoss.of(torch.ones(2, 8), moments)
+    problem = MaskedLeastSquares(loss, torch.ones(1, 8, dtype=torch.bool))
+    for seed in range(5):
+        start = random_feasible(problem, seed)
+        solution = solve(problem, ConjugateGradients(1e-7), start=start)
+        assert solution.status in (Status.CONVERGED, Status.STALLED)
+        assert solution.objective <= problem.objective(start)
+        assert float(solution.value.abs().max()) < 1e3
+
+
+@by_pattern
+def test_a_refit_by_gradients_keeps_the_support_and_nearly_the_restored_objective(pattern):
+    for seed in range(5):
+        problem = correlated(seed, 6, 16, pattern)
+        chosen = solve(problem, Wanda()).value
+        found, exact = solve(problem, ConjugateGradients(), start=chosen), solve(problem, Restore(), start=chosen)
+        assert not bool(((found.value != 0) & (chosen == 0)).any())
+        assert found.objective == pytest.approx(exact.objective, rel=1e-6)
+
+
+# -- how good
+
+SEEDS = range(30)
+
+
+@by_pattern
+def test_admm_is_feasible_and_with_a_refit_better_than_wanda_with_a_refit(pattern):
+    """On the mean of 30 fixed instances [16, 32]; measured 5.0, 5.7, 11.0 against 11.7, 12.7, 20.8."""
+    ours, theirs = [], []
+    for seed in SEEDS:
+        problem = correlated(seed, 16, 32, pattern)
+        admm = solve(problem, Admm())
+        assert admm.violation == 0
+        ours.append(solve(problem, ConjugateGradients(), start=admm.value).objective)
+        theirs.append(solve(problem, Chain((Wanda(), ConjugateGradients()))).objective)
+    assert fmean(ours) < 0.8 * fmean(theirs)
+
+
+# Shares of 180 fixed tiny instances ([1, 8] and [3, 4], three patterns) whose exhaustive optimum is met. Measured:
+# 117 of 180 (65 percent) with ADMM in front, 105 (58 percent) with swaps from the plain magnitude start.
+STATED_SHARES = {
+    Chain((Admm(), ConjugateGradients(), Swaps(), Restore())): 0.60,
+    Chain((Swaps(), Restore())): 0.53,
+}
+
+
+@pytest.mark.parametrize("solver", STATED_SHARES, ids=lambda solver: solver.label)
+def test_the_exhaustive_optimum_is_met_on_the_stated_share(solver):
+    met = total = 0
+    for seed in SEEDS:
+        for shape in ((1, 8), (3, 4)):
+            for pattern in PATTERN_NAMES:
+                problem = correlated(seed, *shape, pattern, tokens=40)
+                best = reference(problem).optimum
+                objective = solve(problem, solver).objective
+                assert objective >= best * (1 - 1e-9)
+                # Exactly, up to the promise about restored answers.
+                met += objective <= best * (1 + 1e-8)
+                total += 1
+    assert total == 180
+    assert met >= STATED_SHARES[solver] * total, f"only {met} of {total}"
+
+
+# -- lower bounds
+
+
+@given(st.one_of(sparse(), linked()), st.integers(0, 100))
+def test_no_perspective_bound_exceeds_the_exhaustive_optimum(problem, seed):
+    best = reference(problem)
+    for start in (problem.start(), random_feasible(problem, seed), 10 * random_feasible(problem, seed + 1)):
+        solution = solve(problem, PerspectiveBound(), start=start)
+        slack = best.rounding + rounding(problem.loss, start)
+        assert 0 <= solution.certificate.lower_bound <= best.optimum * (1 + 1e-8) + slack
+        assert torch.equal(solution.value, start)
+
+
+@given(sparse())
+def test_the_diagonal_split_is_admissible(problem):
+    gram = problem.loss.gram
+    split = diagonal_split(problem.loss)
+    assert bool((split >= 0).all())
+    least = float(torch.linalg.eigvalsh(gram - torch.diag(split))[0])
+    # Rounding of the eigenvalues of matrices of at most 8 inputs.
+    assert least >= -1e-13 * float(gram.diagonal().max())
+
+
+@by_pattern
+def test_the_bound_says_something_where_the_damping_is_not_small(pattern):
+    for seed in range(5):
+        problem = correlated(seed, 6, 16, pattern)
+        problem = replace(problem, loss=problem.loss.damped(1.0))
+        answer = solve(problem, Chain((Admm(), ConjugateGradients(), Swaps(), Restore()))).objective
+        bound = solve(problem, PerspectiveBound()).certificate.lower_bound
+        assert 0.2 * answer < bound <= answer
