@@ -91,7 +91,7 @@ def run_demo(
     calibration: str = "demo:calibration",
     evaluation: str = "demo:evaluation",
     samples: int = 32,
-    windows: int = 24,
+    windows: int = 16,
     seq_length: int = 512,
     seed: int = 0,
     overwrite: bool = True,
