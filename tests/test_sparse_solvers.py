@@ -1,6 +1,7 @@
 """Solvers of sparse problems against literal implementations, exhaustion and their own promises at every step."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from statistics import fmean
 
@@ -329,7 +330,7 @@ SEEDS = range(30)
 
 @by_pattern
 def test_admm_is_feasible_and_with_a_refit_better_than_wanda_with_a_refit(pattern):
-    """On the mean of 30 fixed instances [16, 32]; measured 5.0, 5.7, 11.0 against 11.7, 12.7, 20.8."""
+    """On the mean of 30 fixed instances [16, 32]; measured 0.45, 0.48 and 0.53 of it. Stated: 0.6."""
     ours, theirs = [], []
     for seed in SEEDS:
         problem = correlated(seed, 16, 32, pattern)
@@ -337,7 +338,7 @@ def test_admm_is_feasible_and_with_a_refit_better_than_wanda_with_a_refit(patter
         assert admm.violation == 0
         ours.append(solve(problem, ConjugateGradients(), start=admm.value).objective)
         theirs.append(solve(problem, Chain((Wanda(), ConjugateGradients()))).objective)
-    assert fmean(ours) < 0.8 * fmean(theirs)
+    assert fmean(ours) < 0.6 * fmean(theirs)
 
 
 # Shares of 180 fixed tiny instances ([1, 8] and [3, 4], three patterns) whose exhaustive optimum is met. Measured:
@@ -348,21 +349,24 @@ STATED_SHARES = {
 }
 
 
+@cache
+def tiny():
+    """The 180 instances with their optima."""
+    shapes = [(seed, *shape) for seed in SEEDS for shape in ((1, 8), (3, 4))]
+    problems = [correlated(*shape, pattern, tokens=40) for shape in shapes for pattern in PATTERN_NAMES]
+    return [(problem, reference(problem).optimum) for problem in problems]
+
+
 @pytest.mark.parametrize("solver", STATED_SHARES, ids=lambda solver: solver.label)
 def test_the_exhaustive_optimum_is_met_on_the_stated_share(solver):
-    met = total = 0
-    for seed in SEEDS:
-        for shape in ((1, 8), (3, 4)):
-            for pattern in PATTERN_NAMES:
-                problem = correlated(seed, *shape, pattern, tokens=40)
-                best = reference(problem).optimum
-                objective = solve(problem, solver).objective
-                assert objective >= best * (1 - 1e-9)
-                # Exactly, up to the promise about restored answers.
-                met += objective <= best * (1 + 1e-8)
-                total += 1
-    assert total == 180
-    assert met >= STATED_SHARES[solver] * total, f"only {met} of {total}"
+    met = 0
+    for problem, best in tiny():
+        objective = solve(problem, solver).objective
+        assert objective >= best * (1 - 1e-9)
+        # Exactly, up to the promise about restored answers.
+        met += objective <= best * (1 + 1e-8)
+    assert len(tiny()) == 180
+    assert met >= STATED_SHARES[solver] * len(tiny()), f"only {met}"
 
 
 # -- lower bounds
