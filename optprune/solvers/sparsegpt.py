@@ -44,6 +44,7 @@ class SparseGpt(DirectSolver):
     def answer(self, problem: Problem, start: Tensor) -> Answer:
         assert isinstance(problem, SparseLeastSquares)
         pattern = problem.pattern
+        assert isinstance(pattern, Unstructured | RowWise | NM)
         inverse, weight = inverse_gram(problem.loss)
         factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if bool(failed):

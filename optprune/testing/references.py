@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, product
+from typing import Any
 
 import cvxpy
 import numpy as np
@@ -236,7 +237,7 @@ def penalty_value(penalty: Penalty, weight: Array) -> float:
     raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to optprune.testing.references")
 
 
-def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> cvxpy.Expression:
+def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> Any:
     """P(V), for cvxpy."""
     match penalty:
         case L1(strength):

@@ -246,7 +246,8 @@ def sparse(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
             st.sampled_from(((1, 1), (1, 2), (1, 5), (1, 7), (2, 1), (2, 3), (2, 6), (3, 4), (4, 3), (5, 2)))
         )
         most = width if kind is RowWise else rows * width
-        pattern = kind(draw(st.integers(0, most), label="keep"))
+        keep = draw(st.integers(0, most), label="keep")
+        pattern = RowWise(keep) if kind is RowWise else Unstructured(keep)
     return SparseLeastSquares(draw(losses(width, dtype=dtype, generic=generic, rows=rows)), pattern)
 
 
