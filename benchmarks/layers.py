@@ -7,6 +7,7 @@ Every solver gets the same damped loss (1 percent of the mean diagonal); errors 
 """
 
 import argparse
+import sys
 import time
 from collections import defaultdict
 
@@ -84,7 +85,7 @@ def main() -> None:
         f"every stage), means: {tokens} calibration tokens of news, {options.held_out * options.seq_length} held out, "
         f"damping {options.damping:g}, seed {options.seed}"
     )
-    print(write_table("layers", title, rows, "python -m benchmarks.layers"))
+    print(write_table("layers", title, rows, " ".join(["python -m benchmarks.layers", *sys.argv[1:]])))
 
 
 def measure(weight, moments: InputMoments, apart: InputMoments, name: str, solver: Solver, options) -> dict[str, float]:
