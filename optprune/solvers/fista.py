@@ -13,7 +13,7 @@ from optprune.problems import PenalisedLeastSquares, Problem
 from optprune.solvers.base import Solver
 from optprune.solvers.duality import DualMap
 from optprune.solvers.solution import Certificate, Status
-from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
+from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 
 FIRST_CHECK = 10
 GROWTH = 1.2
@@ -111,8 +111,7 @@ class Fista(Solver[FistaState]):
     def _begin(self, problem: PenalisedLeastSquares, start: Tensor) -> "Motion":
         gram = problem.loss.gram
         if self.scale_columns and problem.penalty.separable:
-            scale = column_scale(gram)
-            step = 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
+            step = column_steps(gram)
         else:
             step = torch.as_tensor(1 / (largest_eigenvalue_bound(gram) or 1.0), dtype=gram.dtype, device=gram.device)
         matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step

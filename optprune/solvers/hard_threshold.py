@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.problems import Problem, SelectionProblem
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Status
-from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
+from optprune.solvers.spectrum import column_steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,9 +48,7 @@ class HardThreshold(Solver[ThresholdState]):
 
     def init(self, problem: Problem, start: Tensor) -> ThresholdState:
         assert isinstance(problem, SelectionProblem)
-        gram = problem.loss.gram
-        scale = column_scale(gram)
-        step = 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
+        step = column_steps(problem.loss.gram)
         return ThresholdState(step, start, problem.mask(problem.support(start)), 0)
 
     def step(self, problem: Problem, state: ThresholdState) -> ThresholdState:

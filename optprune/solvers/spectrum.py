@@ -26,6 +26,12 @@ def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -
     return scale * math.exp(logarithm / 2**squarings) * (1 + 1e-5)
 
 
+def column_steps(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
+    """1 / (L A_jj), L a bound of the largest eigenvalue of A scaled to a unit diagonal: a safe step for each column."""
+    scale = column_scale(gram)
+    return 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
+
+
 def column_scale(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     """sqrt(A_jj), with 1 for dead inputs: dividing A on both sides by it makes the diagonal 1 and the problem even."""
     scale = gram.diagonal().clamp(min=0).sqrt()
