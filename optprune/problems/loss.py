@@ -107,6 +107,11 @@ class LayerLoss:
         change = weight.double() - self._double.weight
         return self._squared_error(change) / 2 + float((change.square() * self.damping.double()).sum()) / 2
 
+    def exact_gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """V A - B in float64, for certificates."""
+        gradient = (weight.double() - self.weight.double()) @ self.gram.double()
+        return gradient if self.pull is None else gradient + self.pull.double()
+
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """E|V x* - W x|^2 / E|W x|^2, without damping (of the centred outputs when the bias is fitted)."""
         scale = self.signal

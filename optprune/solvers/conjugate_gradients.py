@@ -109,9 +109,6 @@ class ConjugateGradients(Solver[GradientsState]):
         loss = problem.loss
         if not isinstance(problem, MaskedLeastSquares) or not bool((loss.damping > 0).all()):
             return None
-        change = state.weight.double() - loss.weight.double()
-        gradient = change @ loss.gram.double()
-        gradient = gradient if loss.pull is None else gradient + loss.pull.double()
-        residual = torch.where(state.mask, gradient, 0.0)
+        residual = torch.where(state.mask, loss.exact_gradient(state.weight), 0.0)
         excess = float((residual.square() / loss.damping.double()).sum()) / 2
         return Certificate(loss.value(state.weight) - excess, "residual of the normal equations and the damping")

@@ -71,9 +71,7 @@ class Restore(DirectSolver):
 def _certificate(problem: MaskedLeastSquares, gram: Float[Tensor, "in in"], value: Tensor) -> Certificate:
     """The lower bound f(V) - 1/2 tr(r A_MM^-1 r^T), or with D for A_MM where every input is damped."""
     loss, mask = problem.loss, problem.mask
-    change = value.double() - loss.weight.double()
-    residual = change @ loss.gram.double()
-    residual = torch.where(mask, residual if loss.pull is None else residual + loss.pull.double(), 0.0)
+    residual = torch.where(mask, loss.exact_gradient(value), 0.0)
     if bool((loss.damping > 0).all()):
         excess = float((residual.square() / loss.damping.double()).sum()) / 2
     else:
