@@ -27,7 +27,7 @@ begin, move, admm_step = Fista._begin, Fista._move, Admm.step
 best_in_rows, best_in_groups, between_rows = swaps._best_in_rows, swaps._best_in_groups, swaps._between_rows
 inverse_gram, gradients_init, path_step = sparsegpt.inverse_gram, ConjugateGradients.init, FistaPath.step
 diagonal_split, perspective_bound = perspective.diagonal_split, perspective._bound
-largest_eigenvalue_bound = fista.largest_eigenvalue_bound
+largest_eigenvalue_bound, column_steps = fista.largest_eigenvalue_bound, fista.column_steps
 
 
 # -- FISTA and its certificate
@@ -154,8 +154,8 @@ LAW_FAULTS = {
     "perspective term halved": (perspective, "_bound", term_halved, PerspectiveBound(20), "bound"),
     "hard thresholding with four times the step": (
         hard_threshold,
-        "largest_eigenvalue_bound",
-        lambda matrix: largest_eigenvalue_bound(matrix) / 4,
+        "column_steps",
+        lambda gram: 4 * column_steps(gram),
         HardThreshold(),
         "worse|NaN|objective",
     ),
