@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
+from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.demo import demo_command
 from optprune.cli.errors import reported, tell, terminate_as_interrupt
 from optprune.cli.evaluate import evaluate_command
@@ -21,6 +22,9 @@ app = typer.Typer(
 app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
 app.command("inspect", short_help="Measure what is zero in a model, whoever pruned it.")(reported(inspect_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
+app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
+    reported(benchmark_model_command)
+)
 app.command("recipes", short_help="List the recipes, or print one as YAML.")(reported(recipes_command))
 app.command("demo", short_help="The whole story on packaged data, in minutes.")(reported(demo_command))
 
