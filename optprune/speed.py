@@ -191,7 +191,8 @@ def file_bytes(source: str) -> int:
     if not path.is_dir():
         # A hub name: its files are in the cache once the model was loaded.
         path = Path(str(cached_file(source, "config.json", local_files_only=True))).parent
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    files = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)
 
 
 def device_name(device: torch.device) -> str:
@@ -221,7 +222,7 @@ def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, f
     token = output.logits[:, -1:].argmax(-1)
     read = _now(model.device)
     for _ in range(new_tokens):
-        output = model(input_ids=token, cache=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, cache=output.cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
     return read - began, _now(model.device) - read
 

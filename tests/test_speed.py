@@ -188,6 +188,8 @@ def test_the_size_of_the_weight_files(tmp_path: Path) -> None:
     shards = list((tmp_path / "shards").glob("*.safetensors"))
     assert len(shards) > 1
     assert file_bytes(str(tmp_path / "shards")) == sum(file.stat().st_size for file in shards)
+    torch.save(tiny_llama().state_dict(), tmp_path / "pytorch_model.bin")
+    assert file_bytes(str(tmp_path)) == (tmp_path / "pytorch_model.bin").stat().st_size
     (tmp_path / "model.gguf").write_bytes(b"12345")
     assert file_bytes(str(tmp_path / "model.gguf")) == 5
     assert file_bytes("demo") == demo_model_file().stat().st_size
