@@ -1,6 +1,6 @@
 """A transformers model seen as a row of decoder blocks with linear layers that can be read, written and narrowed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -173,16 +173,17 @@ class Decoder:
         self._take_classes(self.architecture.pruned, block)
 
     @contextmanager
-    def without(self, block: int, parts: Sequence[str]) -> Iterator[None]:
-        """The model without some sub-blocks of a block, for as long as the context lasts."""
-        modules = self.blocks[block]._modules
-        before = dict(modules)
+    def without(self, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
+        """The model without some sub-blocks (block, part), for as long as the context lasts."""
+        taken: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
         try:
-            for part in parts:
+            for block, part in parts:
+                taken.append((self.blocks[block], dict(self.blocks[block]._modules)))
                 self.remove(block, part)
             yield
         finally:
-            modules.update(before)
+            for module, before in reversed(taken):
+                module._modules.update(before)
 
     # -- what the classes and the config must say
 
@@ -203,7 +204,7 @@ class Decoder:
         if not stock:
             config.__class__, self.model.__class__ = classes.config, classes.model
             setattr(config, SHAPES_FIELD, [asdict(shape) for shape in shapes])
-            self.model.number_caches()
+            self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
             return
         if not is_stock(config):
             config.__class__, self.model.__class__ = classes.config, classes.model
@@ -215,7 +216,7 @@ class Decoder:
             config.num_attention_heads = shapes[0].kv_heads * self.heads.group
             self.heads = architecture.heads(config)
         for index, block in enumerate(self.blocks):
-            block.get_submodule(architecture.attention).layer_idx = index
+            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
             mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
             if architecture.mlp_width in vars(mlp):
                 setattr(mlp, architecture.mlp_width, shapes[0].mlp_width)

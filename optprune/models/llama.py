@@ -1,6 +1,6 @@
 """Llama 1 to 3.2 (and models of its class, such as SmolLM2): gated MLP, rotary embeddings, grouped-query attention."""
 
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 from transformers.models.llama import modeling_llama as stock
 
 from optprune.models.architecture import Architecture, Classes, Heads
@@ -34,7 +34,7 @@ LLAMA = Architecture(
     head_dim_is_free=True,
     attention_parts=("input_layernorm", "self_attn"),
     mlp_parts=("post_attention_layernorm", "mlp"),
-    stock=Classes(stock.LlamaConfig, stock.LlamaForCausalLM, stock.LlamaDecoderLayer, stock.LlamaAttention),
+    stock=Classes(LlamaConfig, stock.LlamaForCausalLM, stock.LlamaDecoderLayer, stock.LlamaAttention),
     pruned=Classes(
         pruned.PrunedLlamaConfig,
         pruned.PrunedLlamaForCausalLM,

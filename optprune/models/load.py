@@ -94,9 +94,10 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
 
 
 def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    cls: Any = AutoModelForCausalLM
     try:
         # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
-        model, report = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
+        model, report = cls.from_pretrained(where, output_loading_info=True, **options)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
     absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))

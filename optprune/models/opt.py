@@ -1,6 +1,6 @@
 """OPT: plain MLP (fc1, fc2), learned positions, biases everywhere, as many KV heads as query heads."""
 
-from transformers import PretrainedConfig
+from transformers import OPTConfig, PretrainedConfig
 from transformers.models.opt import modeling_opt as stock
 
 from optprune.models.architecture import Architecture, Classes, Heads
@@ -35,7 +35,7 @@ OPT = Architecture(
     head_dim_is_free=False,
     attention_parts=("self_attn_layer_norm", "self_attn"),
     mlp_parts=("final_layer_norm", "fc1", "fc2"),
-    stock=Classes(stock.OPTConfig, stock.OPTForCausalLM, stock.OPTDecoderLayer, stock.OPTAttention),
+    stock=Classes(OPTConfig, stock.OPTForCausalLM, stock.OPTDecoderLayer, stock.OPTAttention),
     pruned=Classes(
         pruned.PrunedOPTConfig, pruned.PrunedOPTForCausalLM, pruned.PrunedOPTDecoderLayer, pruned.PrunedOPTAttention
     ),

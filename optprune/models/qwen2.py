@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from transformers import Qwen2Config
 from transformers.models.qwen2 import modeling_qwen2 as stock
 
 from optprune.models.architecture import Classes
@@ -11,7 +12,7 @@ from optprune.models.pruned import modeling_pruned_qwen2 as pruned
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    stock=Classes(stock.Qwen2Config, stock.Qwen2ForCausalLM, stock.Qwen2DecoderLayer, stock.Qwen2Attention),
+    stock=Classes(Qwen2Config, stock.Qwen2ForCausalLM, stock.Qwen2DecoderLayer, stock.Qwen2Attention),
     pruned=Classes(
         pruned.PrunedQwen2Config,
         pruned.PrunedQwen2ForCausalLM,

@@ -1,7 +1,7 @@
 """Qwen2 with decoder blocks of different shapes, pruned by optprune; needs torch and transformers, nothing else.
 
-`config.optprune_shapes` says what each block holds: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block without
-kv_heads has no attention, one without mlp_width no MLP. The config's other fields are those of the stock class.
+`config.optprune_shapes` says what each block holds: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block with
+kv_heads 0 has no attention, one with mlp_width 0 no MLP. The config's other fields are those of the stock class.
 """
 
 from torch import nn
