@@ -55,7 +55,7 @@ def test_every_block_keeps_what_the_allocation_gives_it(name: str, policy: str) 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_statistics_of_a_block_know_what_was_removed_from_it(policy: str) -> None:
-    dense = tiny_llama()
+    dense = tiny_llama(num_hidden_layers=3)
     model = copy.deepcopy(dense)
     promise = POLICIES[policy]
     seen: dict[str, InputMoments] = {}
@@ -66,20 +66,24 @@ def test_the_statistics_of_a_block_know_what_was_removed_from_it(policy: str) ->
         snapshots.append(copy.deepcopy(model))
         return linked(context)
 
-    allocation = given(Decoder(model), BlockShape(64, 2, 16), BlockShape(64, 0, 0))
+    allocation = given(Decoder(model), BlockShape(64, 2, 16), BlockShape(64, 0, 0), BlockShape(64, 2, 16))
     prune(model, batches(), Recipe(objective=objective, propagation=policy), allocation=allocation)
-    at_the_time = copy.deepcopy(dense)
-    if promise.pruned_prefix:
-        at_the_time.model.layers[0] = Decoder(snapshots[-1]).blocks[0]
-    Decoder(at_the_time).remove(1, "attention")
-    name = "model.layers.1.mlp.down_proj"
-    actual, ideal = inputs_of(at_the_time, name), inputs_of(dense, name)
-    expected = InputMoments.from_samples(actual, ideal)
-    scale = expected.gram.abs().max()
-    assert (seen[name].gram - expected.gram).abs().max() <= 1e-5 * scale
-    assert (seen[name].dense is not None) == promise.dense_target
-    if seen[name].dense is not None:
-        assert (seen[name].dense.cross - expected.dense.cross).abs().max() <= 1e-5 * scale
+    for block in (1, 2):
+        # The model as it was when this block's statistics were taken.
+        at_the_time = copy.deepcopy(dense)
+        for before in range(block if promise.pruned_prefix else 0):
+            at_the_time.model.layers[before] = Decoder(snapshots[-1]).blocks[before]
+        if block == 1:
+            Decoder(at_the_time).remove(1, "attention")
+        name = f"model.layers.{block}.mlp.down_proj"
+        actual, ideal = inputs_of(at_the_time, name), inputs_of(dense, name)
+        expected = InputMoments.from_samples(actual, ideal)
+        scale = expected.gram.abs().max()
+        assert (seen[name].gram - expected.gram).abs().max() <= 1e-5 * scale
+        differs = block == 1 or promise.pruned_prefix
+        assert (seen[name].dense is not None) == (promise.dense_target and differs)
+        if seen[name].dense is not None:
+            assert (seen[name].dense.cross - expected.dense.cross).abs().max() <= 1e-5 * scale
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "rows", "2:4"])

@@ -114,9 +114,9 @@ class Decoder:
         return self.blocks[block]._modules[path.partition(".")[0]] is not None
 
     def _has_part(self, block: int, part: str) -> bool:
-        return all(self._has(block, module) for module in self._modules(part))
+        return all(self._has(block, module) for module in self._modules_of(part))
 
-    def _modules(self, part: str) -> tuple[str, ...]:
+    def _modules_of(self, part: str) -> tuple[str, ...]:
         return self.architecture.attention_parts if part == "attention" else self.architecture.mlp_parts
 
     # -- units
@@ -168,7 +168,7 @@ class Decoder:
 
     def remove(self, block: int, part: str) -> None:
         """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states pass it by."""
-        for name in self._modules(part):
+        for name in self._modules_of(part):
             self.blocks[block]._modules[name] = None
         self._take_classes(self.architecture.pruned, block)
 
