@@ -16,6 +16,7 @@ Conventions, obeyed everywhere:
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from optprune.allocation import Allocation
     from optprune.models import load, load_model, save_model
     from optprune.objectives import LayerContext
     from optprune.pipeline import prune
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from optprune.solvers import choose, solve
 
 _HOMES = {
+    "Allocation": "optprune.allocation",
     "LayerContext": "optprune.objectives",
     "Recipe": "optprune.recipe",
     "choose": "optprune.solvers",
@@ -35,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Allocation",
     "LayerContext",
     "Recipe",
     "choose",

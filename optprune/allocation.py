@@ -1,60 +1,171 @@
-"""How a budget over the whole model is divided: so far uniformly, the same share from every block."""
+"""How a budget over the whole model is divided over its blocks: each has its own numbers, whoever chose them."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from optprune.errors import InputError
-from optprune.models import Decoder
+from optprune.models import BlockShape, Decoder
+
+NARROWED = {
+    "mlp": ("mlp_width",),
+    "vo": ("value_dim",),
+    "kv-groups": ("kv_heads",),
+    "all": ("value_dim", "mlp_width"),
+}
+"""the fields of a shape that a recipe's units make smaller"""
+
+
+@dataclass(frozen=True)
+class BlockAllocation:
+    """What one block keeps."""
+
+    shape: BlockShape
+    """a zero for mlp_width or kv_heads removes the MLP or the attention whole"""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """the share of single weights kept in a layer, by its path in the block; a layer that is not named keeps all"""
+
+    def share(self, path: str) -> float:
+        """The share of single weights that a layer keeps."""
+        return self.shares.get(path, 1.0)
 
 
 @dataclass(frozen=True)
 class Allocation:
     """What every block keeps, and the sparsity that this comes to over the decoder blocks' linear weights."""
 
-    mlp_units: int
-    value_dim: int
-    weights: float
-    """the share of weights kept in each linear layer, where single weights are pruned"""
+    blocks: tuple[BlockAllocation, ...]
     sparsity: float
+
+    @classmethod
+    def of(cls, decoder: Decoder, blocks: Iterable[BlockAllocation]) -> "Allocation":
+        """The allocation of these numbers, with the sparsity that they come to in this model; InputError if unfit."""
+        allocation = cls(tuple(blocks), 0.0)
+        allocation.check(decoder)
+        total, kept = decoder.linear_weights(), 0.0
+        for index, block in enumerate(allocation.blocks):
+            whole = block.shape == decoder.shape(index)
+            kept += decoder.weights_of(block.shape)
+            if whole:  # single weights are counted in blocks that keep their shape
+                sizes = {path: decoder.layer(index, path).weight.numel() for path in decoder.paths(index)}
+                kept -= sum((1 - block.share(path)) * size for path, size in sizes.items())
+        return replace(allocation, sparsity=1 - kept / total)
+
+    def check(self, decoder: Decoder) -> None:
+        """Raise InputError unless every block of the model can keep what is asked."""
+        shapes = decoder.shapes()
+        if len(self.blocks) != len(shapes):
+            raise InputError(f"the allocation is for {len(self.blocks)} blocks, but the model has {len(shapes)}")
+        if not any(block.shape.kv_heads for block in self.blocks):
+            raise InputError("the allocation keeps no attention at all, so no token would see another: keep one")
+        for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):
+            for name, kept in asdict(block.shape).items():
+                there = asdict(shape)[name]
+                if not 0 <= kept <= there or (name == "value_dim" and block.shape.kv_heads and not kept):
+                    raise InputError(f"the allocation keeps {name} {kept} in block {index}, which has {there}")
+            if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
+                raise InputError(
+                    f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"
+                )
+            for path, share in block.shares.items():
+                if path not in decoder.paths(index):
+                    raise InputError(f"the allocation names {path} in block {index}, which has no such linear layer")
+                if not 0 < share <= 1:
+                    raise InputError(f"the allocation keeps a share {share:g} of {path} in block {index}: use (0, 1]")
+            if block.shares and block.shape != shape:
+                raise InputError(f"the allocation narrows block {index} and removes single weights: choose one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The allocation as plain data."""
+        blocks = [
+            asdict(block.shape) | ({"shares": dict(block.shares)} if block.shares else {}) for block in self.blocks
+        ]
+        return {"sparsity": self.sparsity, "blocks": blocks}
+
+    def to_json(self) -> str:
+        """The allocation as JSON that `from_json` reads."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Allocation":
+        """Read an allocation; InputError when it is not one."""
+        try:
+            data = json.loads(text)
+            blocks = []
+            for entry in data["blocks"]:
+                shares = {str(path): float(share) for path, share in entry.pop("shares", {}).items()}
+                shape = BlockShape(**entry)
+                if not all(isinstance(number, int) for number in asdict(shape).values()):
+                    raise TypeError(f"the shape {entry} must be whole numbers")
+                blocks.append(BlockAllocation(shape, shares))
+            return cls(tuple(blocks), float(data["sparsity"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, "
+                f"value_dim and perhaps shares: {error}"
+            ) from error
+
+
+def everything(decoder: Decoder) -> Allocation:
+    """The allocation that keeps all of every block."""
+    return Allocation(tuple(BlockAllocation(shape) for shape in decoder.shapes()), 0.0)
 
 
 def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) -> Allocation:
-    """The same number of units in every block, for a sparsity over all linear weights of the decoder blocks.
+    """The same share from every block, for a sparsity over all linear weights of the decoder blocks.
 
-    Q and K are never touched, so the units that are pruned take a larger share: with units 'all', the ratio of MLP
-    units and of value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions are rounded first,
-    then the MLP width is chosen to meet the budget as nearly as a multiple of `width_multiple` can.
+    What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
+    value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
+    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Units
+    'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
     """
-    architecture, heads = decoder.architecture, decoder.heads
-    consumer = decoder.layer(0, architecture.mlp_consumer)
-    width, hidden = consumer.in_features, consumer.out_features
-    dim = decoder.value_dim(0)
-    blocks = len(decoder.blocks)
-    total = decoder.linear_weights()
+    shapes, total = decoder.shapes(), decoder.linear_weights()
+    if units == "blocks":
+        return everything(decoder)
     if units == "weights":
-        return Allocation(width, dim, 1 - sparsity, sparsity)
-    # Weights per unit, over all blocks: a row of each producer and a column of the consumer.
-    per_mlp_unit = blocks * hidden * (len(architecture.mlp_producers) + 1)
-    per_value_dim = blocks * hidden * heads.kv * (1 + heads.group)
-    mlp = per_mlp_unit * width if units in ("mlp", "all") else 0
-    value = per_value_dim * dim if units in ("vo", "all") else 0
-    ratio = sparsity * total / (mlp + value)
-    if ratio >= 1:
+        return Allocation.of(
+            decoder,
+            (
+                BlockAllocation(shape, dict.fromkeys(decoder.paths(index), 1 - sparsity))
+                for index, shape in enumerate(shapes)
+            ),
+        )
+    fields = NARROWED[units]
+    hold = {name: sum(_weights_in(decoder, shape, name) for shape in shapes) for name in fields}
+    held, budget = sum(hold.values()), sparsity * total
+    if budget >= held:
         raise InputError(
             f"a sparsity of {sparsity:g} is out of reach with units {units!r}: they hold only "
-            f"{(mlp + value) / total:.1%} of the decoder's linear weights; ask for less, or use --units all"
+            f"{held / total:.1%} of the decoder's linear weights; ask for less, or use --units all"
         )
-    kept_dim = max(1, round(dim * (1 - ratio))) if value else dim
-    removed = per_value_dim * (dim - kept_dim)
-    kept_width = width
-    if mlp:
-        exact = width - (sparsity * total - removed) / per_mlp_unit
-        kept_width = min(width, max(1, round(exact / width_multiple)) * width_multiple)
-        if kept_width > width - width % width_multiple:
-            kept_width = width
-        removed += per_mlp_unit * (width - kept_width)
-    if removed == 0:
+    kept = list(shapes)
+    for name in fields:
+        if name == "mlp_width":
+            removed = total - sum(map(decoder.weights_of, kept))
+            kept = [_narrower(shape, name, (budget - removed) / hold[name], width_multiple) for shape in kept]
+        else:
+            kept = [_narrower(shape, name, budget / held, 1) for shape in kept]
+    if tuple(kept) == shapes:
+        counts = asdict(shapes[0])[fields[-1]]
         raise InputError(
-            f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {width_multiple}: "
-            f"the MLP has {width} units; ask for more, or lower --width-multiple"
+            f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {width_multiple}: a block has "
+            f"{fields[-1]} {counts}; ask for more, or lower --width-multiple"
         )
-    return Allocation(kept_width, kept_dim, 1.0, removed / total)
+    return Allocation.of(decoder, map(BlockAllocation, kept))
+
+
+def _weights_in(decoder: Decoder, shape: BlockShape, name: str) -> int:
+    """The linear weights that go when a field of the shape goes to zero."""
+    return decoder.weights_of(shape) - decoder.weights_of(_with(shape, name, 0))
+
+
+def _narrower(shape: BlockShape, name: str, ratio: float, multiple: int) -> BlockShape:
+    """The shape with a share `ratio` of a field removed, rounded to a multiple; at least one multiple stays."""
+    there = asdict(shape)[name]
+    kept = min(there, max(1, round(there * (1 - ratio) / multiple)) * multiple)
+    return _with(shape, name, there if kept > there - there % multiple else kept)
+
+
+def _with(shape: BlockShape, name: str, count: int) -> BlockShape:
+    return replace(shape, **{name: count})

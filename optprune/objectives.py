@@ -31,7 +31,7 @@ Objective = Callable[[LayerContext], Problem]
 def linked(context: LayerContext) -> LinkedLeastSquares:
     """Keep the best `keep` units of a link: structured pruning."""
     if context.link is None:
-        raise InputError(f"{context.name} has no units: the objective 'linked' needs units mlp, vo or all")
+        raise InputError(f"{context.name} has no units: the objective 'linked' needs units mlp, vo, kv-groups or all")
     return LinkedLeastSquares(context.loss, context.link, context.keep)
 
 

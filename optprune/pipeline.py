@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optprune.allocation import Allocation, uniform
+from optprune.allocation import NARROWED, Allocation, BlockAllocation, uniform
+from optprune.depth import shallower
 from optprune.errors import InputError, NumericalError, StrictError
-from optprune.models import Decoder, LinkedLayers
+from optprune.models import PARTS, BlockShape, Decoder, LinkedLayers
 from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs
 from optprune.models.decoder import write
 from optprune.moments import InputMoments
@@ -21,7 +22,7 @@ from optprune.objectives import LayerContext
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import LayerLoss, LinkedLeastSquares, Problem
 from optprune.recipe import Recipe, n_of_m
-from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, Report
+from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RemovedPart, Report
 from optprune.solvers import Solution, Status, solve
 
 
@@ -32,8 +33,10 @@ class Target:
     path: str
     tap: str
     """the first layer that reads the same input: layers of one stage share one set of moments"""
-    units: Callable[[int], LinkedLayers] | None
+    units: Callable[[int], LinkedLayers] | None = None
     """the linked layers of a block, where units are pruned"""
+    kept: Callable[[BlockShape], int] | None = None
+    """how many units a shape has"""
 
 
 def prune(
@@ -41,6 +44,7 @@ def prune(
     batches: Iterable[Tensor],
     recipe: Recipe,
     *,
+    allocation: Allocation | None = None,
     on_event: Callable[[Event], None] | None = None,
     source: str = "",
     calibration: str = "",
@@ -48,16 +52,24 @@ def prune(
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
     All tokens count, so batches must hold no padding. Raises an OptpruneError that says why when the model, the
-    recipe or the batches do not fit; the model in memory may then be half pruned. `source` and `calibration`
-    name the model and the text in the report.
+    recipe or the batches do not fit; the model in memory may then be half pruned. An `allocation` says what every
+    block keeps, in place of the recipe's sparsity. `source` and `calibration` name the model and the text in the
+    report.
     """
     began = time.perf_counter()
-    decoder = Decoder(model)
-    allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
-    run = _Run(decoder, recipe, allocation, on_event or (lambda event: None))
+    decoder, batches, on_event = Decoder(model), list(batches), on_event or (lambda event: None)
     weights_before = decoder.linear_weights()
+    requested = recipe.sparsity if allocation is None else allocation.sparsity
+    removed: tuple[RemovedPart, ...] = ()
     with calibrating(decoder):
-        stream = first_inputs(decoder, list(batches))
+        stream = first_inputs(decoder, batches)
+        if allocation is not None:
+            _check_allocation(decoder, recipe, allocation)
+        elif recipe.units == "blocks":
+            allocation, removed = shallower(decoder, batches, recipe, on_event)
+        else:
+            allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
+        run = _Run(decoder, recipe, allocation, on_event)
         run.start(stream)
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
@@ -65,7 +77,7 @@ def prune(
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
         recipe=recipe.to_dict(),
-        sparsity_requested=recipe.sparsity,
+        sparsity_requested=requested,
         sparsity_reached=1 - (decoder.linear_weights() - run.zeros) / weights_before,
         seconds=time.perf_counter() - began,
         floor_seconds=run.floor_seconds,
@@ -80,6 +92,8 @@ def prune(
         layers=tuple(run.layers),
         notes=_summary(run.layers),
         calibration=calibration,
+        allocation=allocation.to_dict(),
+        removed=removed,
     )
 
 
@@ -90,11 +104,13 @@ class _Run:
         self, decoder: Decoder, recipe: Recipe, allocation: Allocation, on_event: Callable[[Event], None]
     ) -> None:
         self.decoder, self.recipe, self.allocation, self.on_event = decoder, recipe, allocation, on_event
-        self.targets = _targets(decoder, recipe.units)
         self.layers: list[LayerReport] = []
         self.floor_seconds = 0.0
         self.zeros = 0
         """weights set to zero in layers that kept their shape"""
+        blocks = range(len(decoder.blocks))
+        self.last = max((index for index in blocks if self._targets(index)), default=-1)
+        """the last block with something to solve: nothing travels past it"""
 
     def start(self, stream: Stream) -> None:
         """Begin with the inputs of the first block."""
@@ -116,13 +132,28 @@ class _Run:
         policy, blocks = self.recipe.propagation, len(self.decoder.blocks)
         block = self.decoder.blocks[index]
         self.on_event(BlockStarted(index, blocks))
+        removed = _removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
+        if index > self.last:
+            for part in removed:
+                self.decoder.remove(index, part)
+            self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
+            return
         original = copy.deepcopy(block) if policy.dense_target else block
-        groups = _by_stage(self.decoder, self.targets) if policy.sequential else [self.targets]
         upcoming: Stream | None = None
+        if removed and not policy.pruned_prefix:
+            # The next block's inputs are those of the dense model; this block's statistics know what is gone.
+            upcoming = self.actual.copy()
+            advance(block, upcoming)
+        for part in removed:
+            self.decoder.remove(index, part)
+        targets = self._targets(index)
+        groups = _by_stage(self.decoder, targets) if policy.sequential else [targets] if targets else []
         for position, group in enumerate(groups):
             first = position == 0
-            reference = (original, self.dense) if policy.dense_target and (policy.pruned_prefix or not first) else None
-            if first and not policy.pruned_prefix:
+            differ = policy.pruned_prefix or not first or bool(removed)
+            reference = (original, self.dense) if policy.dense_target and differ else None
+            whole = first and not policy.pruned_prefix and not removed
+            if whole:
                 # The block is still dense, so this pass also gives the next block's inputs.
                 upcoming = self.actual.copy()
             collected = collect(
@@ -131,7 +162,7 @@ class _Run:
                 sorted({target.tap for target in group}, key=self.decoder.architecture.layers.index),
                 reference=reference,
                 held_out=self.held_out,
-                output=upcoming if first else None,
+                output=upcoming if whole else None,
             )
             if first:
                 self.floor_seconds += collected.seconds + (collected.forward_seconds if upcoming is not None else 0)
@@ -158,9 +189,9 @@ class _Run:
             name,
             index,
             loss,
-            self._keep(layer, target),
+            self._keep(index, target),
             None if units is None else units.link,
-            self._pattern(layer) if units is None else None,
+            _pattern(layer, recipe, self._share(index, target)) if units is None else None,
         )
         problem = recipe.objective(context)
         solution = solve(problem, recipe.solver)
@@ -182,34 +213,76 @@ class _Run:
         self.layers.append(report)
         self.on_event(LayerSolved(report))
 
-    def _keep(self, layer: nn.Linear, target: Target) -> int:
-        if target.units is None:
-            return round(self.allocation.weights * layer.weight.numel())
-        if target.path == self.decoder.architecture.mlp_consumer:
-            return self.allocation.mlp_units
-        return self.allocation.value_dim * self.decoder.heads.kv
+    def _targets(self, index: int) -> list[Target]:
+        return _targets(self.decoder, self.recipe, self.allocation.blocks[index], index)
 
-    def _pattern(self, layer: nn.Linear) -> Pattern:
-        kept = n_of_m(self.recipe.pattern)
-        if kept is not None:
-            return NM(*kept)
-        if self.recipe.pattern == "rows":
-            return RowWise(round(self.allocation.weights * layer.in_features))
-        return Unstructured(round(self.allocation.weights * layer.weight.numel()))
+    def _keep(self, index: int, target: Target) -> int:
+        if target.kept is None:
+            return round(self._share(index, target) * self.decoder.layer(index, target.path).weight.numel())
+        return target.kept(self.allocation.blocks[index].shape)
+
+    def _share(self, index: int, target: Target) -> float:
+        return self.allocation.blocks[index].share(target.path)
 
 
-def _targets(decoder: Decoder, units: str) -> list[Target]:
-    """The layers a recipe prunes in every block, in the order of the forward pass."""
-    architecture = decoder.architecture
-    stages = architecture.stages
-    if units == "weights":
-        return [Target(path, stage[0], None) for stage in stages for path in stage]
+def _pattern(layer: nn.Linear, recipe: Recipe, share: float) -> Pattern:
+    kept = n_of_m(recipe.pattern)
+    if kept is not None:
+        return NM(*kept)
+    if recipe.pattern == "rows":
+        return RowWise(round(share * layer.in_features))
+    return Unstructured(round(share * layer.weight.numel()))
+
+
+def _check_allocation(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> None:
+    """Raise InputError when an allocation fits neither the model nor what the recipe prunes."""
+    allocation.check(decoder)
+    single, n_m = recipe.units == "weights", n_of_m(recipe.pattern)
+    for index, block in enumerate(allocation.blocks):
+        if block.shares and not single:
+            raise InputError(
+                f"the allocation thins out layers of block {index}: that needs a recipe with units weights"
+            )
+        if single and (block.shape.mlp_width or block.shape.kv_heads) and block.shape != decoder.shape(index):
+            raise InputError(f"the allocation narrows block {index}, but the recipe's units are single weights")
+        if (
+            single
+            and n_m is not None
+            and any(min(abs(share - 1), abs(share - n_m[0] / n_m[1])) > 1e-6 for share in block.shares.values())
+        ):
+            raise InputError(f"with the pattern {recipe.pattern} a layer of block {index} keeps that share, or 1")
+
+
+def _removed(shape: BlockShape, wanted: BlockShape) -> tuple[str, ...]:
+    """The sub-blocks that an allocation removes whole."""
+    gone = {
+        "attention": shape.kv_heads and not wanted.kv_heads,
+        "mlp": shape.mlp_width and not wanted.mlp_width,
+    }
+    return tuple(part for part in PARTS if gone[part])
+
+
+def _targets(decoder: Decoder, recipe: Recipe, wanted: BlockAllocation, index: int) -> list[Target]:
+    """The layers to prune in a block: what the allocation makes smaller.
+
+    Where the inputs may have drifted from the dense model's, the recipe's layers are corrected even if they keep all.
+    """
+    architecture, shape, keep = decoder.architecture, decoder.shape(index), wanted.shape
+    if recipe.units == "weights":
+        tap = {path: stage[0] for stage in architecture.stages for path in stage}
+        return [Target(path, tap[path]) for path in decoder.paths(index) if wanted.share(path) < 1]
+    named = NARROWED.get(recipe.units, ()) if recipe.propagation.dense_target else ()
+    output, down = architecture.output, architecture.mlp_consumer
+    values = Target(output, output, decoder.value_units, lambda shape: shape.value_dim * shape.kv_heads)
+    groups = Target(output, output, decoder.kv_units, lambda shape: shape.kv_heads)
     targets = []
-    if units in ("vo", "all"):
-        targets.append(Target(architecture.output, architecture.output, decoder.value_units))
-    if units in ("mlp", "all"):
-        targets.append(Target(architecture.mlp_consumer, architecture.mlp_consumer, decoder.mlp_units))
-    return targets
+    if keep.kv_heads < shape.kv_heads or "kv_heads" in named:
+        targets.append(groups)
+    elif keep.value_dim < shape.value_dim or "value_dim" in named:
+        targets.append(values)
+    if keep.mlp_width < shape.mlp_width or "mlp_width" in named:
+        targets.append(Target(down, down, decoder.mlp_units, lambda shape: shape.mlp_width))
+    return [target for target in targets if target.kept and target.kept(keep)]
 
 
 def _by_stage(decoder: Decoder, targets: list[Target]) -> list[list[Target]]:

@@ -31,7 +31,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "swaps": solvers.Swaps,
     "wanda": solvers.Wanda,
 }
-Units = Literal["mlp", "vo", "all", "weights"]
+Units = Literal["mlp", "vo", "kv-groups", "all", "weights", "blocks"]
 
 
 def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
@@ -111,7 +111,8 @@ class Recipe(BaseModel):
     solver: Annotated[Solver | None, BeforeValidator(_read_solver), PlainSerializer(_write_solver)] = None
     """None lets optprune choose by the problem"""
     units: Units = "mlp"
-    """what is pruned: MLP units, value dimensions, both, or single weights of every linear layer"""
+    """what is pruned: MLP units, value dimensions, KV heads with their query heads, MLP units and value dimensions,
+    single weights of every linear layer, or whole sub-blocks"""
     propagation: Annotated[
         Propagation, BeforeValidator(_read_propagation), PlainSerializer(lambda policy: policy.name)
     ] = POLICIES["pruned"]
@@ -123,6 +124,12 @@ class Recipe(BaseModel):
     """of single weights: unstructured over each matrix, rows (the same count in every row), or N:M such as 2:4"""
     width_multiple: int = Field(default=8, ge=1)
     """the MLP width is a multiple of this"""
+    depth_parts: Literal["attention", "mlp", "both", "layers"] = "both"
+    """which sub-blocks units 'blocks' may remove: attention, MLPs, either, or the two of a layer together"""
+    depth_score: Literal["perplexity", "influence"] = "perplexity"
+    """by which sub-blocks are chosen: the perplexity without them, or 1 - cos of the hidden states around them"""
+    depth_tokens: int = Field(default=1024, ge=2)
+    """about how many calibration tokens the perplexity is measured on, again after every removal"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """the share of calibration batches kept apart to measure each layer's error on"""
     strict: bool = False
@@ -132,7 +139,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _units_for_linked(self) -> "Recipe":
         if self.objective is OBJECTIVES["linked"] and self.units == "weights":
-            raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo or all")
+            raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
         if self.objective is OBJECTIVES["sparse"] and self.units != "weights":
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
         kept = n_of_m(self.pattern)

@@ -34,6 +34,19 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class RemovedPart:
+    """A sub-block that was removed whole, and the score that chose it."""
+
+    block: int
+    """as numbered in the model before"""
+    part: str
+    """attention or mlp"""
+    weights: int
+    score: float
+    """what the recipe scores by, at the moment of removal; the lowest goes first"""
+
+
+@dataclass(frozen=True)
 class Report:
     """What a pruning run did; written as report.json beside the weights."""
 
@@ -52,6 +65,10 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     calibration: str = ""
     """where the calibration tokens came from, as far as the caller said"""
+    allocation: dict[str, Any] = field(default_factory=dict)
+    """what every block kept, as `Allocation.from_json` reads it"""
+    removed: tuple[RemovedPart, ...] = ()
+    """the sub-blocks that the recipe chose to remove whole, in that order"""
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""
@@ -82,4 +99,12 @@ class BlockFinished:
     seconds: float
 
 
-Event = BlockStarted | LayerSolved | BlockFinished
+@dataclass(frozen=True)
+class PartsScored:
+    """A round of scores of whole sub-blocks is done; what is removed so far, of what is to be removed."""
+
+    weights: int
+    budget: int
+
+
+Event = BlockStarted | LayerSolved | BlockFinished | PartsScored

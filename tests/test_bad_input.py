@@ -92,7 +92,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "more", "reason"),
     [
-        ({"recipe": "faspp"}, (), "the recipe 'faspp' is not known: use one of alps, alps_plus, fasp, "),
+        ({"recipe": "faspp"}, (), "the recipe 'faspp' is not known: use one of alps, alps_plus, depth, fasp, "),
         ({"recipe": "none.yaml"}, (), "none.yaml cannot be read"),
         ({}, ("--set", "dampening=1"), "no field 'dampening': it has name, "),
         ({}, ("--set", "damping"), "'damping' is not of the form KEY=VALUE"),

@@ -40,12 +40,12 @@ def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
 
 
 def restored(decoder: Decoder, block: int, kind: str, generator: torch.Generator):
-    """A random choice of units (half of each slot), and random new weights for the consumer on it."""
-    layers = decoder.mlp_units(block) if kind == "mlp" else decoder.value_units(block)
+    """A random choice of units (half of each slot, rounded up), and random new weights for the consumer on it."""
+    layers = {"mlp": decoder.mlp_units, "vo": decoder.value_units, "kv": decoder.kv_units}[kind](block)
     link = layers.link
     size = link.units // link.slot_count
     choice = torch.cat(
-        [torch.randperm(size, generator=generator) < size // 2 for _ in range(link.slot_count)]
+        [torch.randperm(size, generator=generator) < (size + 1) // 2 for _ in range(link.slot_count)]
     )  # slots are contiguous
     consumer = decoder.layer(block, layers.consumer)
     mask = link.column_mask(choice, consumer.in_features)
@@ -55,7 +55,7 @@ def restored(decoder: Decoder, block: int, kind: str, generator: torch.Generator
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kinds", [("mlp",), ("vo",), ("vo", "mlp")], ids="+".join)
+@pytest.mark.parametrize("kinds", [("mlp",), ("vo",), ("kv",), ("vo", "mlp"), ("kv", "mlp")], ids="+".join)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], attention: str) -> None:
     sliced, zeroed = VARIANTS[variant](), VARIANTS[variant]()
@@ -69,7 +69,8 @@ def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], att
                 write(decoder.layer(block, layers.consumer), weight, bias)
                 if model is sliced:
                     decoder.keep_units(block, layers, choice)
-    assert Decoder(sliced).linear_weights() < Decoder(zeroed).linear_weights()
+    smaller = Decoder(sliced).linear_weights() < Decoder(zeroed).linear_weights()
+    assert smaller or (variant == "llama, one KV head" and kinds == ("kv",))
     with torch.no_grad():
         small, full = sliced(tokens()).logits, zeroed(tokens()).logits
     # The sums skip exact zeros, so only their order differs: a few float32 roundings of the largest logit.
@@ -137,12 +138,3 @@ def test_the_data_of_an_architecture_agrees_with_the_model(name: str) -> None:
     assert sorted(seen, key=lambda entry: architecture.stage_of(entry[0])) == seen
     for stage in architecture.stages:
         assert len({pointer for path, pointer in seen if path in stage}) == 1
-
-
-def test_blocks_of_different_widths_are_refused_by_one_config() -> None:
-    model = tiny_llama()
-    decoder = Decoder(model)
-    layers = decoder.mlp_units(0)
-    decoder.keep_units(0, layers, torch.arange(layers.link.units) < 64)
-    with pytest.raises(InputError, match=r"different numbers of MLP units \(\[64, 128\]\)"):
-        decoder.record_shapes()

@@ -229,10 +229,13 @@ def test_uniform_allocation_meets_the_budget_as_nearly_as_rounding_can(
             uniform(decoder, sparsity, units, multiple)
         return
     allocation = uniform(decoder, sparsity, units, multiple)
-    assert abs(allocation.sparsity - sparsity) <= step / 2 + 1e-12 or allocation.mlp_units == multiple
-    assert allocation.mlp_units % multiple == 0
-    assert allocation.mlp_units == 128 if units == "vo" else allocation.mlp_units < 128 or sparsity < step
-    assert (allocation.value_dim == heads.dim) == (units == "mlp")
+    assert len({block.shape for block in allocation.blocks}) == 1
+    shape = allocation.blocks[0].shape
+    assert abs(allocation.sparsity - sparsity) <= step / 2 + 1e-12 or shape.mlp_width == multiple
+    assert shape.mlp_width % multiple == 0
+    assert shape.mlp_width == 128 if units == "vo" else shape.mlp_width < 128 or sparsity < step
+    assert (shape.value_dim == heads.dim) == (units == "mlp")
+    assert shape.kv_heads == heads.kv
 
 
 def test_a_linked_problem_reaches_the_objective_with_its_link() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import optprune
 from optprune.errors import InputError, OptpruneError
@@ -62,9 +61,6 @@ def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str,
     again = optprune.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(again(PROBE).logits, model(PROBE).logits)
-    # Stock transformers must refuse, not load something else.
-    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched|shape"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:

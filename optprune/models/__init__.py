@@ -1,16 +1,18 @@
 """Models: one architecture a file, mostly data; loading, saving, and the path of the calibration statistics."""
 
-from optprune.models.architecture import Architecture, Heads
+from optprune.models.architecture import Architecture, BlockShape, Heads
 from optprune.models.calibrate import POLICIES, Propagation
-from optprune.models.decoder import ARCHITECTURES, Decoder, LinkedLayers, architecture_of, is_stock
+from optprune.models.decoder import ARCHITECTURES, PARTS, Decoder, LinkedLayers, architecture_of, is_stock
 from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
 from optprune.models.load import LoadedModel, load, load_config, load_model, load_tokenizer
 from optprune.models.save import SavedModel, check_output, save_model
 
 __all__ = [
     "ARCHITECTURES",
+    "PARTS",
     "POLICIES",
     "Architecture",
+    "BlockShape",
     "Decoder",
     "Heads",
     "LayerPattern",

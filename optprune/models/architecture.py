@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,26 @@ class Heads:
     def group(self) -> int:
         """How many query heads read one KV head."""
         return self.query // self.kv
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What a decoder block holds; zeros say that it has no MLP, or no attention."""
+
+    mlp_width: int
+    kv_heads: int
+    value_dim: int
+    """the value dimensions of a head"""
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a family that matter here. Stock and pruned ones have the same state: only forward differs."""
+
+    config: type[PretrainedConfig]
+    model: type[PreTrainedModel]
+    block: type[nn.Module]
+    attention: type[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -39,13 +59,24 @@ class Architecture:
     """the config field (and MLP module attribute) that holds the number of MLP units"""
     attention: str
     """the attention module"""
+    query: str
+    """the layer whose rows are the query heads"""
+    key: str
+    """the layer whose rows are the keys of the KV heads"""
     value: str
     """the layer whose rows are value dimensions"""
     output: str
     """the layer that reads the value dimensions of all query heads, head by head"""
     heads: Callable[[PretrainedConfig], Heads]
-    narrow_values: Callable[[nn.Module, int], None]
-    """teach a stock attention module to work with fewer value dimensions in each head"""
+    head_dim_is_free: bool
+    """whether the stock class takes a head_dim from the config, so that it can have fewer heads"""
+    attention_parts: tuple[str, ...]
+    """the modules that make up the attention sub-block: they go when it goes"""
+    mlp_parts: tuple[str, ...]
+    """the modules that make up the MLP sub-block"""
+    stock: Classes
+    pruned: Classes
+    """the classes whose blocks may differ in shape"""
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -1,32 +1,46 @@
 """A transformers model seen as a row of decoder blocks with linear layers that can be read, written and narrowed."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models.architecture import Architecture
+from optprune.models.architecture import Architecture, BlockShape, Classes
 from optprune.models.llama import LLAMA
 from optprune.models.opt import OPT
 from optprune.models.qwen2 import QWEN2
 from optprune.problems import Link
 
 ARCHITECTURES = {architecture.model_type: architecture for architecture in (LLAMA, OPT, QWEN2)}
-VALUE_DIM_FIELD = "optprune_value_dim"
-"""the config field that records the value dimensions of a head where they are fewer than the stock class has"""
+SHAPES_FIELD = "optprune_shapes"
+"""the config field that lists the blocks' shapes where the stock class cannot have them"""
+PARTS = ("attention", "mlp")
+"""the sub-blocks of a block, which can be removed whole"""
+
+for _architecture in ARCHITECTURES.values():
+    # So that transformers' own Auto classes find them, wherever optprune is imported; exist_ok for a second import.
+    AutoConfig.register(_architecture.pruned.config.model_type, _architecture.pruned.config, exist_ok=True)
+    AutoModelForCausalLM.register(_architecture.pruned.config, _architecture.pruned.model, exist_ok=True)
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a config, or an InputError that lists those known."""
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise InputError(
-            f"the architecture {config.model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
-            "(an architecture is one file of data in optprune/models)"
-        )
-    return architecture
+    for architecture in ARCHITECTURES.values():
+        if config.model_type in (architecture.model_type, architecture.pruned.config.model_type):
+            return architecture
+    raise InputError(
+        f"the architecture {config.model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
+        "(an architecture is one file of data in optprune/models)"
+    )
+
+
+def is_stock(config: PretrainedConfig) -> bool:
+    """Whether plain transformers can hold a model of this config."""
+    return getattr(config, SHAPES_FIELD, None) is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +59,11 @@ class Decoder:
         self.model = model
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
+        """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
         self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
-        for block in self.blocks:
-            for path in self.architecture.layers:
-                layer = block.get_submodule(path)
+        for index in range(len(self.blocks)):
+            for path in self.paths(index):
+                layer = self.layer(index, path)
                 if type(layer) is not nn.Linear:
                     raise InputError(
                         f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without "
@@ -63,17 +78,46 @@ class Decoder:
         """One linear layer; its weight is [out, in]."""
         return self.blocks[block].get_submodule(path)  # type: ignore[return-value]
 
+    def paths(self, block: int) -> tuple[str, ...]:
+        """The linear layers that a block has, in the order of the forward pass."""
+        return tuple(path for path in self.architecture.layers if self._has(block, path))
+
     def linear_weights(self) -> int:
         """The number of weights in the decoder blocks' linear layers, which sparsity is counted over."""
         return sum(
-            self.layer(block, path).weight.numel()
-            for block in range(len(self.blocks))
-            for path in self.architecture.layers
+            self.layer(block, path).weight.numel() for block in range(len(self.blocks)) for path in self.paths(block)
         )
 
-    def value_dim(self, block: int) -> int:
-        """The value dimensions of a head."""
-        return self.layer(block, self.architecture.value).out_features // self.heads.kv
+    # -- shapes
+
+    def shape(self, block: int) -> BlockShape:
+        """What a block holds."""
+        architecture = self.architecture
+        width = self.layer(block, architecture.mlp_consumer).in_features if self._has_part(block, "mlp") else 0
+        if not self._has_part(block, "attention"):
+            return BlockShape(width, 0, 0)
+        kv_heads = self.layer(block, architecture.key).out_features // self.heads.dim
+        return BlockShape(width, kv_heads, self.layer(block, architecture.value).out_features // kv_heads)
+
+    def shapes(self) -> tuple[BlockShape, ...]:
+        """What every block holds."""
+        return tuple(self.shape(block) for block in range(len(self.blocks)))
+
+    def weights_of(self, shape: BlockShape) -> int:
+        """The linear weights of a block of this shape: rows of Q, K and V, columns of O; MLP rows and columns."""
+        heads = self.heads
+        attention = shape.kv_heads * (heads.group + 1) * (heads.dim + shape.value_dim)
+        mlp = shape.mlp_width * (len(self.architecture.mlp_producers) + 1)
+        return self.model.config.hidden_size * (attention + mlp)
+
+    def _has(self, block: int, path: str) -> bool:
+        return self.blocks[block]._modules[path.partition(".")[0]] is not None
+
+    def _has_part(self, block: int, part: str) -> bool:
+        return all(self._has(block, module) for module in self._modules_of(part))
+
+    def _modules_of(self, part: str) -> tuple[str, ...]:
+        return self.architecture.attention_parts if part == "attention" else self.architecture.mlp_parts
 
     # -- units
 
@@ -88,13 +132,27 @@ class Decoder:
 
     def value_units(self, block: int) -> LinkedLayers:
         """The value dimensions of a block's attention: a slot for each KV head, tied over its query heads."""
-        heads, dim = self.heads, self.value_dim(block)
+        group, shape = self.heads.group, self.shape(block)
+        dim = shape.value_dim
         device = self.layer(block, self.architecture.output).weight.device
-        unit = torch.arange(heads.kv * dim, device=device)
+        unit = torch.arange(shape.kv_heads * dim, device=device)
         slot = unit // dim
-        query_head = slot[:, None] * heads.group + torch.arange(heads.group, device=device)
+        query_head = slot[:, None] * group + torch.arange(group, device=device)
         link = Link(query_head * dim + (unit % dim)[:, None], slot, (unit[:, None],))
         return LinkedLayers(self.architecture.output, (self.architecture.value,), link)
+
+    def kv_units(self, block: int) -> LinkedLayers:
+        """The KV heads of a block's attention, each with its query heads: one slot."""
+        architecture, heads, shape = self.architecture, self.heads, self.shape(block)
+        device = self.layer(block, architecture.output).weight.device
+        unit = torch.arange(shape.kv_heads, device=device)
+
+        def lanes(width: int) -> Tensor:  # unit j owns width consecutive rows or columns
+            return unit[:, None] * width + torch.arange(width, device=device)
+
+        rows = (lanes(heads.group * heads.dim), lanes(heads.dim), lanes(shape.value_dim))
+        link = Link(lanes(heads.group * shape.value_dim), torch.zeros_like(unit), rows)
+        return LinkedLayers(architecture.output, (architecture.query, architecture.key, architecture.value), link)
 
     def keep_units(self, block: int, layers: LinkedLayers, choice: Tensor) -> None:
         """Delete the columns and rows of all other units; `choice` is a bool mask over the link's units."""
@@ -106,48 +164,88 @@ class Decoder:
             mask = torch.ones(producer.out_features, dtype=torch.bool, device=rows.device)
             mask[rows[~choice].reshape(-1)] = False
             keep_outputs(producer, mask)
-        if layers.consumer == self.architecture.output and self.value_dim(block) < self.heads.dim:
-            self._narrow_attention(block, self.value_dim(block))
+        self._take_classes(self.architecture.pruned, block)
 
-    def narrow_values(self, value_dim: int) -> None:
-        """Make every attention module of a freshly built model hold `value_dim` value dimensions a head.
+    def remove(self, block: int, part: str) -> None:
+        """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states pass it by."""
+        for name in self._modules_of(part):
+            self.blocks[block]._modules[name] = None
+        self._take_classes(self.architecture.pruned, block)
 
-        Only shapes change: the weights are still to be loaded (the model may be on the meta device).
-        """
-        for block in range(len(self.blocks)):
-            value = self.layer(block, self.architecture.value)
-            output = self.layer(block, self.architecture.output)
-            reshape(value, self.heads.kv * value_dim, value.in_features)
-            reshape(output, output.out_features, self.heads.query * value_dim)
-            self._narrow_attention(block, value_dim)
+    @contextmanager
+    def without(self, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
+        """The model without some sub-blocks (block, part), for as long as the context lasts."""
+        taken: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+        try:
+            for block, part in parts:
+                taken.append((self.blocks[block], dict(self.blocks[block]._modules)))
+                self.remove(block, part)
+            yield
+        finally:
+            for module, before in reversed(taken):
+                module._modules.update(before)
 
-    def _narrow_attention(self, block: int, value_dim: int) -> None:
-        attention = self.blocks[block].get_submodule(self.architecture.attention)
-        self.architecture.narrow_values(attention, value_dim)
-
-    # -- what the config must say
+    # -- what the classes and the config must say
 
     def record_shapes(self) -> None:
-        """Write the widths into the config, so that a saved folder says what it holds.
+        """Make the model's classes and config say what the blocks hold, so that a saved folder says it too.
 
-        Raises InputError when blocks differ: one config field cannot say so.
+        Blocks that hold nothing are dropped. The model is of its stock class where that can hold the shapes.
         """
-        architecture, blocks = self.architecture, range(len(self.blocks))
-        width = _same((self.layer(block, architecture.mlp_consumer).in_features for block in blocks), "MLP units")
-        setattr(self.model.config, architecture.mlp_width, width)
-        parent = architecture.mlp_consumer.rpartition(".")[0]
-        for block in self.blocks:
-            mlp = block.get_submodule(parent)
+        self._drop_empty_blocks()
+        architecture, config, shapes = self.architecture, self.model.config, self.shapes()
+        if not any(shape.kv_heads for shape in shapes):
+            raise InputError("no block has attention left, so no token would see another: remove less")
+        setattr(config, architecture.mlp_width, max(shape.mlp_width for shape in shapes) or 1)
+        stock = self._stock_can_hold(shapes)
+        classes = architecture.stock if stock else architecture.pruned
+        for block in range(len(self.blocks)):
+            self._take_classes(classes, block)
+        if not stock:
+            config.__class__, self.model.__class__ = classes.config, classes.model
+            setattr(config, SHAPES_FIELD, [asdict(shape) for shape in shapes])
+            self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
+            return
+        if not is_stock(config):
+            config.__class__, self.model.__class__ = classes.config, classes.model
+            for field in (SHAPES_FIELD, "auto_map"):
+                vars(config).pop(field, None)
+        if shapes[0].kv_heads < self.heads.kv:
+            config.head_dim = self.heads.dim
+            config.num_key_value_heads = shapes[0].kv_heads
+            config.num_attention_heads = shapes[0].kv_heads * self.heads.group
+            self.heads = architecture.heads(config)
+        for index, block in enumerate(self.blocks):
+            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
+            mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
             if architecture.mlp_width in vars(mlp):
-                setattr(mlp, architecture.mlp_width, width)
-        value_dim = _same((self.value_dim(block) for block in blocks), "value dimensions")
-        if value_dim < self.heads.dim:
-            setattr(self.model.config, VALUE_DIM_FIELD, value_dim)
+                setattr(mlp, architecture.mlp_width, shapes[0].mlp_width)
 
+    def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
+        heads, first = self.heads, shapes[0]
+        if any(shape != first for shape in shapes) or not first.mlp_width or first.value_dim != heads.dim:
+            return False
+        # The stock configs insist that the heads divide the hidden size, though head_dim says how wide they are.
+        divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0
+        return first.kv_heads == heads.kv or (self.architecture.head_dim_is_free and divides)
 
-def is_stock(config: PretrainedConfig) -> bool:
-    """Whether plain transformers can hold a model of this config."""
-    return getattr(config, VALUE_DIM_FIELD, None) is None
+    def _take_classes(self, classes: Classes, block: int) -> None:
+        """Let a block be of these classes: their state is the same, only forward differs."""
+        module = self.blocks[block]
+        module.__class__ = classes.block
+        if self._has_part(block, "attention"):
+            module.get_submodule(self.architecture.attention).__class__ = classes.attention
+
+    def _drop_empty_blocks(self) -> None:
+        kept = [index for index, shape in enumerate(self.shapes()) if shape.kv_heads or shape.mlp_width]
+        if len(kept) == len(self.blocks):
+            return
+        config, (parent, _, name) = self.model.config, self.architecture.blocks.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
+        self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        config.num_hidden_layers = len(kept)
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[index] for index in kept]
 
 
 def keep_inputs(layer: nn.Linear, mask: Tensor) -> None:
@@ -164,24 +262,9 @@ def keep_outputs(layer: nn.Linear, mask: Tensor) -> None:
     layer.out_features = layer.weight.shape[0]
 
 
-def reshape(layer: nn.Linear, outputs: int, inputs: int) -> None:
-    """Give a linear layer another shape, with weights that are still to be filled in."""
-    layer.weight = nn.Parameter(layer.weight.new_empty(outputs, inputs))
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.new_empty(outputs))
-    layer.out_features, layer.in_features = outputs, inputs
-
-
 def write(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
     """Replace the values of a linear layer, in its own dtype."""
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:
             layer.bias.copy_(bias)
-
-
-def _same(widths, what: str) -> int:
-    different = sorted(set(widths))
-    if len(different) > 1:
-        raise InputError(f"the blocks have different numbers of {what} ({different}), which one config cannot say")
-    return different[0]

@@ -58,5 +58,5 @@ def model_patterns(decoder: Decoder) -> list[LayerPattern]:
         return [
             layer_pattern(decoder.name(block, path), decoder.layer(block, path).weight)
             for block in range(len(decoder.blocks))
-            for path in decoder.architecture.layers
+            for path in decoder.paths(block)
         ]

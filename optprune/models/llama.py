@@ -1,11 +1,10 @@
 """Llama 1 to 3.2 (and models of its class, such as SmolLM2): gated MLP, rotary embeddings, grouped-query attention."""
 
-from functools import partial
+from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama import modeling_llama as stock
 
-from transformers import PretrainedConfig
-
-from optprune.models.architecture import Architecture, Heads
-from optprune.models.narrow_attention import NarrowLlamaAttention, narrow_to
+from optprune.models.architecture import Architecture, Classes, Heads
+from optprune.models.pruned import modeling_pruned_llama as pruned
 
 
 def heads(config: PretrainedConfig) -> Heads:
@@ -27,8 +26,19 @@ LLAMA = Architecture(
     mlp_consumer="mlp.down_proj",
     mlp_width="intermediate_size",
     attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
     value="self_attn.v_proj",
     output="self_attn.o_proj",
     heads=heads,
-    narrow_values=partial(narrow_to, NarrowLlamaAttention),
+    head_dim_is_free=True,
+    attention_parts=("input_layernorm", "self_attn"),
+    mlp_parts=("post_attention_layernorm", "mlp"),
+    stock=Classes(LlamaConfig, stock.LlamaForCausalLM, stock.LlamaDecoderLayer, stock.LlamaAttention),
+    pruned=Classes(
+        pruned.PrunedLlamaConfig,
+        pruned.PrunedLlamaForCausalLM,
+        pruned.PrunedLlamaDecoderLayer,
+        pruned.PrunedLlamaAttention,
+    ),
 )

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
-from optprune.models.decoder import VALUE_DIM_FIELD, Decoder, architecture_of, is_stock
+from optprune.models.decoder import Decoder, architecture_of
 from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -94,8 +94,9 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
 
 
 def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
-    cls: Any = AutoModelForCausalLM if is_stock(config) else narrow_class(config)
+    cls: Any = AutoModelForCausalLM
     try:
+        # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
         model, report = cls.from_pretrained(where, output_loading_info=True, **options)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
@@ -112,17 +113,6 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
             f"the first is {absent[0]}; copy the folder again"
         )
     return model
-
-
-def narrow_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The stock class of a config, with every attention module made as narrow as the config says."""
-    stock: Any = AutoModelForCausalLM._model_mapping[type(config)]
-
-    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        stock.__init__(self, config, *args, **kwargs)
-        Decoder(self).narrow_values(getattr(config, VALUE_DIM_FIELD))
-
-    return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:

@@ -1,11 +1,10 @@
 """OPT: plain MLP (fc1, fc2), learned positions, biases everywhere, as many KV heads as query heads."""
 
-from functools import partial
+from transformers import OPTConfig, PretrainedConfig
+from transformers.models.opt import modeling_opt as stock
 
-from transformers import PretrainedConfig
-
-from optprune.models.architecture import Architecture, Heads
-from optprune.models.narrow_attention import NarrowOPTAttention, narrow_to
+from optprune.models.architecture import Architecture, Classes, Heads
+from optprune.models.pruned import modeling_pruned_opt as pruned
 
 
 def heads(config: PretrainedConfig) -> Heads:
@@ -28,8 +27,16 @@ OPT = Architecture(
     mlp_consumer="fc2",
     mlp_width="ffn_dim",
     attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
     value="self_attn.v_proj",
     output="self_attn.out_proj",
     heads=heads,
-    narrow_values=partial(narrow_to, NarrowOPTAttention),
+    head_dim_is_free=False,
+    attention_parts=("self_attn_layer_norm", "self_attn"),
+    mlp_parts=("final_layer_norm", "fc1", "fc2"),
+    stock=Classes(OPTConfig, stock.OPTForCausalLM, stock.OPTDecoderLayer, stock.OPTAttention),
+    pruned=Classes(
+        pruned.PrunedOPTConfig, pruned.PrunedOPTForCausalLM, pruned.PrunedOPTDecoderLayer, pruned.PrunedOPTAttention
+    ),
 )

@@ -2,7 +2,8 @@
 
 usage: python reload_check.py FOLDER PROBE THREADS
 
-It imports optprune only when the folder's shapes are not those of the stock class.
+It stands for a user without optprune: importing optprune is an error, and code in the folder, which optprune wrote a
+moment ago, is trusted.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 
 def main(folder: str, probe: str, threads: str) -> None:
     """Print one line of JSON with the largest difference of logits."""
+    sys.modules["optprune"] = None  # type: ignore[assignment]  # so that an import of it fails
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -19,12 +21,7 @@ def main(folder: str, probe: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
     recorded = load_file(probe)
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    if "optprune_value_dim" in config:
-        from optprune.models.load import load
-
-        model = load(folder)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="optprune_shapes" in config)
     with torch.no_grad():
         logits = model(input_ids=recorded["input_ids"], use_cache=False).logits
     print(json.dumps({"difference": float((logits.float() - recorded["logits"]).abs().max())}))

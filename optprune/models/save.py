@@ -33,7 +33,7 @@ class SavedModel:
     bytes: int
     """of the weights"""
     stock: bool
-    """whether plain transformers loads the folder; otherwise optprune.load does"""
+    """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load"""
     logits_difference: float | None
     """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
 
@@ -62,8 +62,8 @@ def save_model(
 ) -> SavedModel:
     """Write a model folder with safetensors weights, the tokenizer and extra text files, whole or not at all.
 
-    `probe` [batch, tokens] are token ids: a fresh Python process reloads the folder, with plain transformers where
-    the shapes are stock and with optprune.load otherwise, and its logits must agree with those in memory.
+    `probe` [batch, tokens] are token ids: a fresh Python process reloads the folder without optprune, with the
+    modelling file in the folder where the shapes are not stock, and its logits must agree with those in memory.
     """
     check_output(folder, overwrite)
     created = _missing_parents(folder)
@@ -137,12 +137,13 @@ def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) 
     record = scratch / "probe.safetensors"
     save_file({"input_ids": probe.cpu(), "logits": logits.float().cpu().contiguous()}, record)
     run = subprocess.run(
-        # Isolated (-I) and run as a script: a stock folder is loaded without importing optprune.
+        # Isolated (-I) and run as a script: the folder is loaded without importing optprune.
         [sys.executable, "-I", reload_check.__file__, str(draft), str(record), str(torch.get_num_threads())],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        # transformers copies a folder's code into its modules cache, where ours has no business to stay.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
     )
     if run.returncode:
         reason = run.stderr.strip().splitlines()[-1:] or ["no message"]

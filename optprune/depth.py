@@ -1,0 +1,140 @@
+"""Depth: whole attention and MLP sub-blocks removed, chosen by a score; the weights that stay are not changed.
+
+Not a layer problem: removing a sub-block leaves nothing to solve. What is chosen is an `Allocation` with zeros.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from optprune.allocation import Allocation, everything
+from optprune.errors import InputError
+from optprune.evaluate import perplexity
+from optprune.models import PARTS, BlockShape, Decoder
+from optprune.models.calibrate import first_inputs, run_block
+from optprune.recipe import Recipe
+from optprune.report import Event, PartsScored, RemovedPart
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Sub-blocks of one block that are removed together."""
+
+    block: int
+    parts: tuple[str, ...]
+    weights: int
+
+
+def shallower(
+    decoder: Decoder, batches: Sequence[Tensor], recipe: Recipe, on_event: Callable[[Event], None]
+) -> tuple[Allocation, tuple[RemovedPart, ...]]:
+    """Choose sub-blocks to remove, the lowest score first, until the budget is met as nearly as sub-blocks can.
+
+    `perplexity` (2SSP): that of the model without the sub-block, measured anew after every removal, so that the cost
+    is about removals x candidates forward passes on `depth_tokens` tokens. `influence` (ShortGPT): the mean over
+    tokens of 1 - cos(h, h') with h, h' the hidden states before and after it, from one pass over all batches.
+    The model is left as it was. Both are reconstructions: 2SSP removes attention only, ShortGPT whole layers.
+    """
+    candidates = _candidates(decoder, recipe.depth_parts)
+    budget = recipe.sparsity * decoder.linear_weights()
+    influences = _influences(decoder, batches, candidates) if recipe.depth_score == "influence" else None
+    windows = _windows(batches, recipe.depth_tokens)
+    shapes = list(decoder.shapes())
+    removed: list[tuple[Candidate, float]] = []
+    gone = 0
+    while True:
+        # Whatever brings the sum nearer to the budget may go; the last attention stays.
+        able = [
+            candidate
+            for candidate in candidates
+            if abs(gone + candidate.weights - budget) < abs(gone - budget)
+            and any(shape.kv_heads for shape in _without(shapes, candidate))
+        ]
+        if not able:
+            break
+        scores = influences or _perplexities(decoder, able, windows, [candidate for candidate, _ in removed])
+        chosen = min(able, key=lambda candidate: scores[candidate])
+        removed.append((chosen, scores[chosen]))
+        candidates.remove(chosen)
+        shapes = _without(shapes, chosen)
+        gone += chosen.weights
+        on_event(PartsScored(gone, round(budget)))
+    if not removed:
+        raise InputError(
+            f"a sparsity of {recipe.sparsity:g} is less than half of the smallest sub-block to remove "
+            f"({min((c.weights for c in candidates), default=0)} of {decoder.linear_weights()} weights): ask for more"
+        )
+    whole = everything(decoder)
+    blocks = (replace(block, shape=shape) for block, shape in zip(whole.blocks, shapes, strict=True))
+    return Allocation.of(decoder, blocks), tuple(
+        RemovedPart(candidate.block, part, _weights(decoder, candidate.block, part), score)
+        for candidate, score in removed
+        for part in candidate.parts
+    )
+
+
+def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
+    candidates = []
+    for index, shape in enumerate(decoder.shapes()):
+        there = tuple(part for part, size in zip(PARTS, (shape.kv_heads, shape.mlp_width), strict=True) if size)
+        groups = [there] if which == "layers" else [(part,) for part in there if which in (part, "both")]
+        for parts in groups:
+            candidates.append(Candidate(index, parts, sum(_weights(decoder, index, part) for part in parts)))
+    return candidates
+
+
+def _weights(decoder: Decoder, block: int, part: str) -> int:
+    shape = decoder.shape(block)
+    return decoder.weights_of(shape) - decoder.weights_of(_minus(shape, part))
+
+
+def _minus(shape: BlockShape, part: str) -> BlockShape:
+    return replace(shape, kv_heads=0, value_dim=0) if part == "attention" else replace(shape, mlp_width=0)
+
+
+def _without(shapes: Sequence[BlockShape], candidate: Candidate) -> list[BlockShape]:
+    result = list(shapes)
+    for part in candidate.parts:
+        result[candidate.block] = _minus(result[candidate.block], part)
+    return result
+
+
+def _windows(batches: Sequence[Tensor], tokens: int) -> Tensor:
+    """The first windows of the first batch, up to a number of tokens; at least one."""
+    length = batches[0].shape[1]
+    rows = torch.cat([batch for batch in batches if batch.shape[1] == length])
+    return rows[: max(1, tokens // length), :tokens]
+
+
+def _perplexities(
+    decoder: Decoder, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
+) -> dict[Candidate, float]:
+    """The perplexity without each candidate, and without all that were removed before."""
+    scores = {}
+    with decoder.without((candidate.block, part) for candidate in removed for part in candidate.parts):
+        for candidate in candidates:
+            with decoder.without((candidate.block, part) for part in candidate.parts):
+                scores[candidate] = perplexity(decoder.model, windows).perplexity
+    return scores
+
+
+def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequence[Candidate]) -> dict[Candidate, float]:
+    """1 - cos between the hidden states before and after each candidate, the mean over tokens, in one pass."""
+    stream = first_inputs(decoder, batches)
+    sums = dict.fromkeys(candidates, 0.0)
+    tokens = sum(hidden.shape[:-1].numel() for hidden in stream.hidden)
+    for index, block in enumerate(decoder.blocks):
+        here = [candidate for candidate in candidates if candidate.block == index]
+        for batch, (before, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
+            with decoder.without([(index, "mlp")]):
+                _, between = run_block(block, before, arguments)
+            _, after = run_block(block, before, arguments)
+            for candidate in here:
+                first = before if "attention" in candidate.parts else between
+                last = after if "mlp" in candidate.parts else between
+                cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
+                sums[candidate] += float((1 - cosine).sum())
+            stream.hidden[batch] = after
+    return {candidate: total / tokens for candidate, total in sums.items()}
