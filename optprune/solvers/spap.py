@@ -24,6 +24,8 @@ class SpapState:
     """omega"""
     weight: Float[Tensor, "out in"]
     """the minimiser in V for the choice before the last z-step"""
+    diagonal: Float[Tensor, " in"]
+    """of the inverse of the penalised A that goes with it"""
     choice: Bool[Tensor, " units"]
     keep: int
     """how many units the current stage keeps"""
@@ -52,9 +54,10 @@ class Spap(Solver[SpapState]):
     The scale decides what the first choice looks like, and the alternation rarely leaves it: `inverse` omega =
     1 / diag(A^-1), the score of Optimal Brain Surgeon, `gram` omega = diag(A), `unit` omega = 1 (in units of the mean
     of diag(A)). With `stages` > 1 the number of dropped units grows in as many stages to its final one, at the penalty
-    `last`. Accepts structured and linked problems; the start is not used. Follow it with a refit.
+    `last`, and the scale `inverse` follows: at the beginning of a stage omega_c = 1 / H_cc for the kept columns, H the
+    inverse of the penalised A. Accepts structured and linked problems; the start is not used. Follow it with a refit.
 
-    A step costs |P|^3 / 3 + out |P|^2 + out |P| in; memory in^2 + 3 out in, all in float64.
+    A step costs |P|^3 / 3 + |P|^2 in + out |P| in; memory 2 in^2 + 3 out in, all in float64.
     Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; scales and continuation are ours.
     """
 
@@ -62,7 +65,7 @@ class Spap(Solver[SpapState]):
     first: float = 0.1
     growth: float = 10.0
     last: float = 1000.0
-    stages: int = 1
+    stages: int = 8
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, StructuredProblem):
@@ -72,28 +75,27 @@ class Spap(Solver[SpapState]):
     def init(self, problem: Problem, start: Tensor) -> SpapState:
         assert isinstance(problem, StructuredProblem)
         form = InverseForm.of(problem.loss)
-        scale = column_penalty(self.scale, problem, form)
+        scale = self._column_scale(problem, form.inverse.diagonal())
         keep = self._keep(problem, 1)
         choice = _cheapest_penalty(problem, keep, scale, form.minimiser)
         rho = self.first if self.stages == 1 else self.last
-        return SpapState(form, scale, form.minimiser, choice, keep, 1, rho, False)
+        return SpapState(form, scale, form.minimiser, form.inverse.diagonal(), choice, keep, 1, rho, False)
 
     def step(self, problem: Problem, state: SpapState) -> SpapState:
         assert isinstance(problem, StructuredProblem)
         if state.settled:
             # Nothing but the schedule moves, so that every step either lowers F or is one of the schedule's.
             if state.stage < self.stages:
-                keep = self._keep(problem, state.stage + 1)
-                choice = _cheapest_penalty(problem, keep, state.scale, state.weight)
-                state = replace(state, keep=keep, stage=state.stage + 1, choice=choice)
+                state = self._next_stage(problem, state)
             else:
                 state = replace(state, rho=state.rho * self.growth)
-        weight = penalised_minimiser(problem, state.form, state.rho * state.scale, state.choice)
+        weight, diagonal = penalised_minimiser(problem, state.form, state.rho * state.scale, state.choice)
         choice = _cheapest_penalty(problem, state.keep, state.scale, weight)
         before, after = (_penalty(problem, state.scale, weight, mask) for mask in (state.choice, choice))
         # Among equals the choice stays as it is: that is what makes the number of steps finite.
         settled = not after < before
-        return replace(state, weight=weight, choice=state.choice if settled else choice, settled=settled)
+        choice = state.choice if settled else choice
+        return replace(state, weight=weight, diagonal=diagonal, choice=choice, settled=settled)
 
     def done(self, problem: Problem, state: SpapState) -> Status | None:
         finished = state.settled and state.stage == self.stages and state.rho * self.growth > self.last
@@ -109,6 +111,27 @@ class Spap(Solver[SpapState]):
     def notes(self, state: SpapState) -> tuple[str, ...]:
         return state.form.notes
 
+    def _next_stage(self, problem: StructuredProblem, state: SpapState) -> SpapState:
+        """Drop more units, by the scale that goes with those dropped so far."""
+        kept = replace(problem, keep=state.keep).mask(state.choice)[0]
+        scale = torch.where(kept, self._column_scale(problem, state.diagonal), state.scale)
+        keep = self._keep(problem, state.stage + 1)
+        choice = _cheapest_penalty(problem, keep, scale, state.weight)
+        return replace(state, scale=scale, keep=keep, stage=state.stage + 1, choice=choice)
+
+    def _column_scale(self, problem: StructuredProblem, inverse: Float[Tensor, " in"]) -> Float[Tensor, " in"]:
+        """omega, positive and in the unit of A, so that rho has none; from the diagonal of the inverse."""
+        gram = problem.loss.gram.double().diagonal()
+        # A dead input would else have an infinite 1 / omega, which is never multiplied by anything but zero.
+        mean = gram.mean() if bool(gram.mean() > 0) else torch.ones_like(gram[0])
+        match self.scale:
+            case "inverse":
+                return 1 / inverse
+            case "gram":
+                return gram.clamp(min=mean * torch.finfo(gram.dtype).eps)
+            case "unit":
+                return mean.expand_as(gram)
+
     def _keep(self, problem: StructuredProblem, stage: int) -> int:
         """How many units a stage keeps: the drop is spread evenly over the stages, the last one drops all."""
         slots = problem.channels.slot_count
@@ -116,30 +139,16 @@ class Spap(Solver[SpapState]):
         return slots * (most - -(-(most - least) * stage // self.stages))
 
 
-def column_penalty(scale: Scale, problem: StructuredProblem, form: InverseForm) -> Float[Tensor, " in"]:
-    """omega, positive, in the unit of A, so that rho has none."""
-    gram = problem.loss.gram.double().diagonal()
-    # Never zero: a dead input would else have an infinite 1 / omega.
-    floor = gram.mean() * torch.finfo(gram.dtype).eps if bool(gram.mean() > 0) else torch.ones_like(gram[0])
-    match scale:
-        case "inverse":
-            return 1 / form.inverse.diagonal()
-        case "gram":
-            return gram.clamp(min=floor)
-        case "unit":
-            return gram.mean().clamp(min=floor).expand_as(gram)
-
-
 def penalised_minimiser(
     problem: StructuredProblem, form: InverseForm, strength: Float[Tensor, " in"], choice: Bool[Tensor, " units"]
-) -> Float[Tensor, "out in"]:
-    """argmin_V f(V) + 1/2 sum over the dropped columns c of strength_c |V_c|^2."""
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " in"]]:
+    """argmin_V f(V) + 1/2 sum over the dropped columns c of strength_c |V_c|^2, and diag((A + penalty)^-1)."""
     dropped = problem.channels.columns[~choice].reshape(-1)
-    if dropped.numel() == 0:
-        return form.minimiser
-    block = form.inverse[dropped[:, None], dropped] + torch.diag(1 / strength[dropped])
-    multiplier = torch.cholesky_solve(form.minimiser[:, dropped].T, torch.linalg.cholesky(block)).T
-    return form.minimiser - multiplier @ form.inverse[dropped]
+    part = form.inverse[dropped]
+    factor = torch.linalg.cholesky(part[:, dropped] + torch.diag(1 / strength[dropped]))
+    lower = torch.linalg.solve_triangular(factor, part, upper=False)
+    right = torch.linalg.solve_triangular(factor, form.minimiser[:, dropped].T, upper=False)
+    return form.minimiser - right.T @ lower, form.inverse.diagonal() - lower.square().sum(0)
 
 
 def _cheapest_penalty(
