@@ -1,5 +1,6 @@
 """SPAP: the choice of units by a penalty on the dropped columns and alternating minimisation, then a refit."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -7,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.patterns import SlotWise
 from optprune.problems import Problem, StructuredProblem
 from optprune.solvers.base import Solver
 from optprune.solvers.inverse import InverseForm
@@ -28,7 +30,7 @@ class SpapState:
     """of the inverse of the penalised A that goes with it"""
     choice: Bool[Tensor, " units"]
     keep: int
-    """how many units the current stage keeps"""
+    """how many units of each slot the current stage keeps"""
     stage: int
     rho: float
     settled: bool
@@ -103,9 +105,10 @@ class Spap(Solver[SpapState]):
 
     def value(self, problem: Problem, state: SpapState) -> Tensor:
         assert isinstance(problem, StructuredProblem)
-        mask = replace(problem, keep=state.keep).mask(state.choice)
-        if state.keep != problem.keep:
-            mask = problem.mask(_cheapest_penalty(problem, problem.keep, state.scale, state.weight * mask))
+        mask = problem.mask(state.choice)
+        if state.stage < self.stages:
+            keep = problem.pattern.keep
+            mask = problem.mask(_cheapest_penalty(problem, keep, state.scale, state.weight * mask))
         return torch.where(mask, state.weight, 0.0).to(problem.loss.weight)
 
     def notes(self, state: SpapState) -> tuple[str, ...]:
@@ -113,7 +116,7 @@ class Spap(Solver[SpapState]):
 
     def _next_stage(self, problem: StructuredProblem, state: SpapState) -> SpapState:
         """Drop more units, by the scale that goes with those dropped so far."""
-        kept = replace(problem, keep=state.keep).mask(state.choice)[0]
+        kept = problem.mask(state.choice)[0]
         scale = torch.where(kept, self._column_scale(problem, state.diagonal), state.scale)
         keep = self._keep(problem, state.stage + 1)
         choice = _cheapest_penalty(problem, keep, scale, state.weight)
@@ -133,10 +136,9 @@ class Spap(Solver[SpapState]):
                 return mean.expand_as(gram)
 
     def _keep(self, problem: StructuredProblem, stage: int) -> int:
-        """How many units a stage keeps: the drop is spread evenly over the stages, the last one drops all."""
-        slots = problem.channels.slot_count
-        most, least = problem.channels.units // slots, problem.pattern.keep
-        return slots * (most - -(-(most - least) * stage // self.stages))
+        """How many units of a slot a stage keeps: the drop is spread evenly over the stages, the last one drops all."""
+        most, least = problem.channels.units // problem.channels.slot_count, problem.pattern.keep
+        return most - math.ceil((most - least) * stage / self.stages)
 
 
 def penalised_minimiser(
@@ -154,7 +156,9 @@ def penalised_minimiser(
 def _cheapest_penalty(
     problem: StructuredProblem, keep: int, scale: Float[Tensor, " in"], weight: Float[Tensor, "out in"]
 ) -> Bool[Tensor, " units"]:
-    return replace(problem, keep=keep).project(scale * weight.square())
+    """The choice of `keep` units of each slot with the least penalty on the rest, exactly."""
+    channels = problem.channels
+    return SlotWise(channels.slots, keep).project(channels.sum_columns((scale * weight.square()).sum(0)))
 
 
 def _penalty(

@@ -86,7 +86,9 @@ def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
 @scaled.register(MaskedLeastSquares)
 @scaled.register(LinkedLeastSquares)
 @scaled.register(StructuredLeastSquares)
-def _(problem: MaskedLeastSquares | StructuredProblem, weight: float, inputs: float) -> Problem:
+def _(
+    problem: MaskedLeastSquares | LinkedLeastSquares | StructuredLeastSquares, weight: float, inputs: float
+) -> Problem:
     return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
 
 
