@@ -18,8 +18,8 @@ from optprune.recipe import make_recipe
 ROWS = (
     ("FASP metric", "restored", ["fasp_metric", "restore"]),
     ("FASP metric", "not restored", ["fasp_metric"]),
-    ("magnitude", "restored", ["magnitude_columns", "restore"]),
-    ("random", "restored", ["random_columns", "restore"]),
+    ("magnitude", "restored", ["magnitude", "restore"]),
+    ("random", "restored", ["random", "restore"]),
 )
 
 

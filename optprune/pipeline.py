@@ -193,7 +193,7 @@ class _Run:
             None if units is None else units.link,
             _pattern(layer, recipe, self._share(index, target)) if units is None else None,
         )
-        problem = recipe.objective(context)
+        problem = recipe.state(context)
         solution = solve(problem, recipe.solver)
         _check(solution, name)
         value = solution.value.to(layer.weight.dtype)

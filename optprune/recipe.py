@@ -12,21 +12,25 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from optprune import solvers
 from optprune.errors import InputError
 from optprune.models import POLICIES, Propagation
-from optprune.objectives import OBJECTIVES, Objective
+from optprune.objectives import OBJECTIVES, LayerContext, Objective
+from optprune.problems import Problem
 from optprune.solvers import Chain, Solver
 
 SOLVERS: dict[str, type[Solver]] = {
     "admm": solvers.Admm,
+    "channel_swaps": solvers.ChannelSwaps,
     "conjugate_gradients": solvers.ConjugateGradients,
     "fasp_metric": solvers.FaspMetric,
     "fista_path": solvers.FistaPath,
     "fistapruner": solvers.FistaPruner,
+    "flap_metric": solvers.FlapMetric,
+    "greedy_obs": solvers.GreedyObs,
     "hard_threshold": solvers.HardThreshold,
     "magnitude": solvers.Magnitude,
-    "magnitude_columns": solvers.MagnitudeColumns,
-    "random_columns": solvers.RandomColumns,
     "perspective_bound": solvers.PerspectiveBound,
+    "random": solvers.Random,
     "restore": solvers.Restore,
+    "spap": solvers.Spap,
     "sparsegpt": solvers.SparseGpt,
     "swaps": solvers.Swaps,
     "wanda": solvers.Wanda,
@@ -44,7 +48,9 @@ def _read_objective(value: Any) -> Any:
     return _known("objective", OBJECTIVES, value) if isinstance(value, str) else value
 
 
-def _write_objective(objective: Objective) -> str:
+def _write_objective(objective: Objective | None) -> str | None:
+    if objective is None:
+        return None
     names = [name for name, known in OBJECTIVES.items() if known is objective]
     return names[0] if names else f"{objective.__module__}:{objective.__qualname__}"  # type: ignore[attr-defined]
 
@@ -104,10 +110,8 @@ class Recipe(BaseModel):
     name: str = "custom"
     summary: str = ""
     source: str = ""
-    objective: Annotated[Objective, BeforeValidator(_read_objective), PlainSerializer(_write_objective)] = OBJECTIVES[
-        "linked"
-    ]
-    """a function LayerContext -> Problem"""
+    objective: Annotated[Objective | None, BeforeValidator(_read_objective), PlainSerializer(_write_objective)] = None
+    """a function LayerContext -> Problem; None states the problem that goes with the units: sparse or linked"""
     solver: Annotated[Solver | None, BeforeValidator(_read_solver), PlainSerializer(_write_solver)] = None
     """None lets optprune choose by the problem"""
     units: Units = "mlp"
@@ -135,6 +139,11 @@ class Recipe(BaseModel):
     strict: bool = False
     """fallbacks, dead inputs and too few tokens are errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    def state(self, context: LayerContext) -> Problem:
+        """The problem to solve at a layer."""
+        objective = self.objective or OBJECTIVES["sparse" if self.units == "weights" else "linked"]
+        return objective(context)
 
     @model_validator(mode="after")
     def _units_for_linked(self) -> "Recipe":

@@ -12,7 +12,7 @@ from optprune.solvers import (
     Chain,
     DirectSolver,
     FaspMetric,
-    RandomColumns,
+    Random,
     Restore,
     Solver,
     Status,
@@ -66,7 +66,7 @@ class Descent(Solver[torch.Tensor]):
 
 
 @pytest.mark.parametrize(
-    "solver", [PseudoInverse(), Restore(), FaspMetric(), RandomColumns(), Chain((FaspMetric(), Restore()))], ids=str
+    "solver", [PseudoInverse(), Restore(), FaspMetric(), Random(), Chain((FaspMetric(), Restore()))], ids=str
 )
 def test_good_solvers_pass(solver):
     check_solver(solver, examples=15)

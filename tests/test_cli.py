@@ -121,15 +121,16 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = save_tiny(TINY_MODELS["llama"](seed=7), tmp_path / "out")
-    options = {"--seed": "3", "--propagation": "dense", "--width-multiple": "16", "--recipe": "random_columns"}
+    options = {"--seed": "3", "--propagation": "dense", "--width-multiple": "16", "--recipe": "random"}
+    options["--units"] = "mlp"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), "--overwrite", *SMALL]
-    settings = ["--set", "damping=0.5", "--set", "solver=[{random_columns: {seed: 5}}, restore]"]
+    settings = ["--set", "damping=0.5", "--set", "solver=[{random: {seed: 5}}, restore]"]
     code, _, err = run([*command, *settings, *(word for pair in options.items() for word in pair)], capsys)
     assert code == 0, err
     recipe = json.loads((output / "report.json").read_text())["recipe"]
-    assert (recipe["name"], recipe["seed"], recipe["propagation"]) == ("random_columns", 3, "dense")
+    assert (recipe["name"], recipe["seed"], recipe["propagation"]) == ("random", 3, "dense")
     assert (recipe["width_multiple"], recipe["damping"], recipe["strict"]) == (16, 0.5, False)
-    assert recipe["solver"] == [{"random_columns": {"seed": 5}}, "restore"]
+    assert recipe["solver"] == [{"random": {"seed": 5}}, "restore"]
     assert json.loads((output / "config.json").read_text())["intermediate_size"] % 16 == 0
     # The recipe beside the weights makes the same model again.
     again = tmp_path / "again"

@@ -14,7 +14,7 @@ from optprune.solvers import (
     Certificate,
     Chain,
     FaspMetric,
-    MagnitudeColumns,
+    Magnitude,
     Record,
     Restore,
     Solver,
@@ -249,7 +249,7 @@ def test_a_chain_ends_as_its_last_stage_does(masked):
 
 
 def test_a_chain_refuses_what_any_stage_refuses(masked, linked):
-    for chain in (Chain((FaspMetric(), Restore())), Chain((Restore(), MagnitudeColumns()))):
+    for chain in (Chain((FaspMetric(), Restore())), Chain((Restore(), Magnitude()))):
         assert "refuses" in chain.why_not(masked)
         assert chain.why_not(linked) is None
     assert "empty" in Chain(()).why_not(masked)

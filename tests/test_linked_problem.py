@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares
-from optprune.solvers import Chain, FaspMetric, MagnitudeColumns, RandomColumns, Restore, solve
+from optprune.solvers import Chain, FaspMetric, Magnitude, Random, Restore, solve
 from optprune.testing.laws import random_feasible
 from optprune.testing.references import REFERENCES, exhaustive, reference, rounding
 from optprune.testing.strategies import linked
@@ -107,11 +107,11 @@ def test_support_completes_a_weight_that_uses_too_little_by_the_largest_units():
 def test_rankings_by_hand():
     # One row: magnitude ranks by |w|, FASP by |w| times the root mean square of the input.
     problem = problem_of([[1.0, 2.0, 4.0]], 1, scales=[9.0, 4.0, 1.0])
-    assert solve(problem, MagnitudeColumns()).value.tolist() == [[0.0, 0.0, 4.0]]
+    assert solve(problem, Magnitude()).value.tolist() == [[0.0, 0.0, 4.0]]
     assert solve(problem, FaspMetric()).value.tolist() == [[1.0, 0.0, 0.0]]
     # Sums of magnitudes against a norm: (3, 0) and (2, 2).
     two_rows = problem_of([[3.0, 2.0], [0.0, 2.0]], 1)
-    assert solve(two_rows, MagnitudeColumns()).value.tolist() == [[3.0, 0.0], [0.0, 0.0]]
+    assert solve(two_rows, Magnitude()).value.tolist() == [[3.0, 0.0], [0.0, 0.0]]
     assert solve(two_rows, FaspMetric()).value.tolist() == [[0.0, 2.0], [0.0, 2.0]]
 
 
@@ -126,7 +126,7 @@ def test_random_columns_differ_by_seed_and_problem_and_stay_otherwise():
     problems = [problem_of([[float(row)] * 12], 6) for row in range(1, 5)]
 
     def choices(seed):
-        return [tuple((solve(problem, RandomColumns(seed)).value[0] != 0).tolist()) for problem in problems]
+        return [tuple((solve(problem, Random(seed)).value[0] != 0).tolist()) for problem in problems]
 
     assert choices(0) == choices(0)
     assert choices(0) != choices(1)
@@ -148,7 +148,7 @@ def fixed_set():
 def test_fasp_with_restoration_closes_most_of_the_way_to_the_optimum():
     shares = []
     for problem in fixed_set():
-        baseline = solve(problem, MagnitudeColumns()).objective
+        baseline = solve(problem, Magnitude()).objective
         best = reference(problem).optimum
         answer = solve(problem, Chain((FaspMetric(), Restore()))).objective
         shares.append((baseline - answer) / (baseline - best))
@@ -181,7 +181,7 @@ def test_slots_share_equally():
 def test_a_link_has_a_slot_and_rows_for_every_unit():
     columns, rows = torch.arange(4)[:, None], torch.arange(3)[:, None]
     for slots in (torch.zeros(3, dtype=torch.long), torch.zeros(5, dtype=torch.long)):
-        with pytest.raises(InputError, match=f"a link of 4 units has {len(slots)} slots"):
+        with pytest.raises(InputError, match=f"4 units have {len(slots)} slots"):
             Link(columns, slots)
     with pytest.raises(InputError, match="a link of 4 units has 3 rows"):
         Link(columns, torch.zeros(4, dtype=torch.long), (columns, rows))

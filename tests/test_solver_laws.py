@@ -15,11 +15,13 @@ from optprune.problems import PenalisedLeastSquares, Problem
 from optprune.solvers import (
     Admm,
     Chain,
+    ChannelSwaps,
     ConjugateGradients,
     FaspMetric,
     Fista,
+    GreedyObs,
     PerspectiveBound,
-    RandomColumns,
+    Random,
     Restore,
     Solver,
     SparseGpt,
@@ -49,12 +51,13 @@ MADE_BY_HAND = {
         Chain(()),
         Chain((Wanda(), ConjugateGradients())),
         Chain((Admm(), ConjugateGradients(), Swaps(), Restore())),
+        Chain((GreedyObs(), ChannelSwaps(), Restore())),
     ],
     # Its bound is a bound after every step; a hundred of them are for larger matrices.
     PerspectiveBound: [PerspectiveBound(most=20)],
 }
 # Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.
-AT_RANDOM = (RandomColumns,)
+AT_RANDOM = (Random,)
 # SparseGPT goes through the columns in the order of their names, so only its rows may be renamed.
 IN_ORDER = (SparseGpt,)
 
@@ -105,23 +108,36 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
 # Which pairs are accepted, in full: a solver that starts to refuse what it solved would otherwise pass every test.
 ACCEPTED = {
     ("MaskedLeastSquares", "Restore"),
-    ("LinkedLeastSquares", "Restore"),
-    ("LinkedLeastSquares", "FaspMetric"),
-    ("LinkedLeastSquares", "MagnitudeColumns"),
-    ("LinkedLeastSquares", "RandomColumns"),
-    ("LinkedLeastSquares", "FaspMetric > Restore"),
-    ("LinkedLeastSquares", "Restore > FaspMetric"),
+    *(
+        (kind, solver)
+        for kind in ("LinkedLeastSquares", "StructuredLeastSquares")
+        for solver in (
+            "ChannelSwaps",
+            "FaspMetric",
+            "FaspMetric > Restore",
+            "FlapMetric",
+            "GreedyObs",
+            "GreedyObs > ChannelSwaps > Restore",
+            "Restore > FaspMetric",
+            "Spap",
+        )
+    ),
     ("PenalisedLeastSquares", "Fista"),
     ("MaskedLeastSquares", "ConjugateGradients"),
     *(
         (kind, solver)
-        for kind in ("LinkedLeastSquares", "SparseLeastSquares")
-        for solver in ("Admm", "ConjugateGradients", "HardThreshold", "PerspectiveBound")
+        for kind in ("LinkedLeastSquares", "SparseLeastSquares", "StructuredLeastSquares")
+        for solver in (
+            "Admm",
+            "ConjugateGradients",
+            "HardThreshold",
+            "Magnitude",
+            "PerspectiveBound",
+            "Random",
+            "Restore",
+        )
     ),
-    *(
-        ("SparseLeastSquares", solver)
-        for solver in ("FistaPath", "FistaPruner", "Magnitude", "Restore", "SparseGpt", "Swaps", "Wanda")
-    ),
+    *(("SparseLeastSquares", solver) for solver in ("FistaPath", "FistaPruner", "SparseGpt", "Swaps", "Wanda")),
     ("SparseLeastSquares", "Wanda > ConjugateGradients"),
     ("SparseLeastSquares", "Admm > ConjugateGradients > Swaps > Restore"),
 }
@@ -162,7 +178,16 @@ def test_promises(kind):
     check()
 
 
-MONOTONE = {"ConjugateGradients", "Fista", "FistaPruner", "HardThreshold", "PerspectiveBound", "Restore", "Swaps"}
+MONOTONE = {
+    "ChannelSwaps",
+    "ConjugateGradients",
+    "Fista",
+    "FistaPruner",
+    "HardThreshold",
+    "PerspectiveBound",
+    "Restore",
+    "Swaps",
+}
 
 
 @given(STRATEGIES[PenalisedLeastSquares]())

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from optprune.errors import NoSolver
 from optprune.patterns import NM, Pattern, RowWise, Unstructured, largest
-from optprune.problems import LinkedLeastSquares, SelectionProblem, SparseLeastSquares
+from optprune.problems import (
+    LinkedLeastSquares,
+    SelectionProblem,
+    SparseLeastSquares,
+    StructuredLeastSquares,
+    StructuredProblem,
+)
 from optprune.solvers import (
     Admm,
     Chain,
@@ -176,4 +182,5 @@ def test_a_pattern_of_the_users_own():
 
 
 def test_a_selection_problem_of_every_kind_was_met():
-    assert set(SelectionProblem.__subclasses__()) == {SparseLeastSquares, LinkedLeastSquares}
+    assert set(SelectionProblem.__subclasses__()) == {SparseLeastSquares, StructuredProblem}
+    assert set(StructuredProblem.__subclasses__()) == {StructuredLeastSquares, LinkedLeastSquares}

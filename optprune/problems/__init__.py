@@ -7,8 +7,11 @@ from optprune.problems.masked import MaskedLeastSquares
 from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.selection import SelectionProblem
 from optprune.problems.sparse import SparseLeastSquares
+from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
 
 __all__ = [
+    "ChannelGroups",
+    "Channels",
     "LayerLoss",
     "Link",
     "LinkedLeastSquares",
@@ -17,4 +20,6 @@ __all__ = [
     "Problem",
     "SelectionProblem",
     "SparseLeastSquares",
+    "StructuredLeastSquares",
+    "StructuredProblem",
 ]

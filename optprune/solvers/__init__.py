@@ -4,17 +4,19 @@ from optprune.solvers.admm import Admm
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Answer, DirectSolver, Solver
 from optprune.solvers.chain import Chain
-from optprune.solvers.columns import FaspMetric, MagnitudeColumns, RandomColumns, RankedUnits
+from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
-from optprune.solvers.entries import Magnitude, RankedEntries, Wanda
 from optprune.solvers.fista import Fista
 from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
+from optprune.solvers.greedy_obs import GreedyObs, removal_curve
 from optprune.solvers.hard_threshold import HardThreshold
 from optprune.solvers.perspective import PerspectiveBound
+from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
 from optprune.solvers.restore import Restore
 from optprune.solvers.run import solve
 from optprune.solvers.solution import Certificate, Record, Solution, Status
+from optprune.solvers.spap import Spap
 from optprune.solvers.sparsegpt import SparseGpt
 from optprune.solvers.swaps import Swaps
 
@@ -23,27 +25,31 @@ __all__ = [
     "Answer",
     "Certificate",
     "Chain",
+    "ChannelSwaps",
     "ConjugateGradients",
     "DirectSolver",
     "FaspMetric",
     "Fista",
     "FistaPath",
     "FistaPruner",
+    "FlapMetric",
+    "GreedyObs",
     "HardThreshold",
     "Magnitude",
-    "MagnitudeColumns",
     "PerspectiveBound",
-    "RandomColumns",
-    "RankedEntries",
-    "RankedUnits",
+    "Random",
+    "Ranking",
     "Record",
     "Restore",
     "Solution",
     "Solver",
+    "Spap",
     "SparseGpt",
     "Status",
     "Swaps",
+    "UnitRanking",
     "Wanda",
     "choose",
+    "removal_curve",
     "solve",
 ]

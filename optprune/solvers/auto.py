@@ -5,9 +5,9 @@ from optprune.problems import Problem
 from optprune.solvers.admm import Admm
 from optprune.solvers.base import Solver
 from optprune.solvers.chain import Chain
-from optprune.solvers.columns import FaspMetric
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.fista import Fista
+from optprune.solvers.ranking import FaspMetric
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
 

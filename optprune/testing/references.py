@@ -26,6 +26,8 @@ from optprune.problems import (
     PenalisedLeastSquares,
     Problem,
     SparseLeastSquares,
+    StructuredLeastSquares,
+    StructuredProblem,
 )
 
 Array = np.ndarray
@@ -290,10 +292,10 @@ def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
     return _reference(quadratic, np.array([answers[i][row] for row, i in enumerate(choice)]))
 
 
-def exhaustive(problem: LinkedLeastSquares) -> Reference:
-    """Optimum of a linked problem: every admissible choice of units, each restored by least squares."""
+def exhaustive(problem: StructuredProblem) -> Reference:
+    """Optimum of a structured or linked problem: every admissible choice of units, each restored by least squares."""
     quadratic = Quadratic.of(problem.loss)
-    columns, slots = problem.link.columns.cpu().numpy(), problem.link.slots.cpu().numpy()
+    columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
     names = np.unique(slots)
     each = [list(combinations(np.flatnonzero(slots == slot), problem.keep // len(names))) for slot in names]
     count = int(np.prod([len(choices) for choices in each]))
@@ -317,6 +319,7 @@ REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
     LinkedLeastSquares: exhaustive,
     PenalisedLeastSquares: penalised,
     SparseLeastSquares: exhaustive_entries,
+    StructuredLeastSquares: exhaustive,
 }
 """for each concrete kind of problem a function that finds its optimum"""
 

@@ -17,6 +17,7 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
+    ChannelGroups,
     LayerLoss,
     Link,
     LinkedLeastSquares,
@@ -24,6 +25,7 @@ from optprune.problems import (
     PenalisedLeastSquares,
     Problem,
     SparseLeastSquares,
+    StructuredLeastSquares,
 )
 
 SHAPES = ("gaussian", "ties", "low rank", "few tokens", "ill-conditioned")
@@ -156,18 +158,35 @@ def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
 
 
 @st.composite
-def linked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> LinkedLeastSquares:
-    """A tiny choice of units: one or two slots, one or two columns a unit, scattered, some columns of no unit."""
+def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tuple[LayerLoss, Tensor, Tensor, int]:
+    """A loss, its units (one or two slots, one or two columns a unit, scattered, some columns of no unit), a count."""
     slots = draw(st.integers(1, 2), label="slots")
-    size = draw(st.integers(1, 4 // slots + 1), label="units per slot")
+    size = draw(st.integers(1, most // slots), label="units per slot")
     each = draw(st.integers(1, 2), label="columns per unit")
     units = slots * size
     width = units * each + draw(st.integers(0, 1), label="columns of no unit")
     loss = draw(losses(width, dtype=dtype, generic=generic))
     columns = torch.tensor(draw(st.permutations(range(width)), label="columns")[: units * each]).reshape(units, each)
     slot_of = torch.tensor(draw(st.permutations([slot for slot in range(slots) for _ in range(size)]), label="slot of"))
-    link = Link(columns, slot_of, (torch.arange(units)[:, None],))
-    return LinkedLeastSquares(loss, link, slots * draw(st.integers(1, size), label="keep per slot"))
+    return loss, columns, slot_of, slots * draw(st.integers(1, size), label="keep per slot")
+
+
+@st.composite
+def linked(
+    draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
+) -> LinkedLeastSquares:
+    """A choice among at most `most` units, each with a row of a layer before it."""
+    loss, columns, slots, keep = draw(_units(most, dtype, generic))
+    return LinkedLeastSquares(loss, Link(columns, slots, (torch.arange(len(slots))[:, None],)), keep)
+
+
+@st.composite
+def structured(
+    draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
+) -> StructuredLeastSquares:
+    """A choice among at most `most` groups of columns."""
+    loss, columns, slots, keep = draw(_units(most, dtype, generic))
+    return StructuredLeastSquares(loss, ChannelGroups(columns, slots), keep)
 
 
 STRENGTHS = (1e-4, 1e-2, 0.3, 1.5)
@@ -263,6 +282,7 @@ STRATEGIES: dict[type[Problem], Callable[..., st.SearchStrategy]] = {
     LinkedLeastSquares: linked,
     PenalisedLeastSquares: penalised,
     SparseLeastSquares: sparse,
+    StructuredLeastSquares: structured,
 }
 """for each concrete kind of problem a strategy that takes `dtype` and `generic`"""
 

@@ -13,6 +13,7 @@ from optprune.moments import DenseMoments, InputMoments
 from optprune.patterns import NM
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
+    ChannelGroups,
     LayerLoss,
     Link,
     LinkedLeastSquares,
@@ -20,6 +21,8 @@ from optprune.problems import (
     PenalisedLeastSquares,
     Problem,
     SparseLeastSquares,
+    StructuredLeastSquares,
+    StructuredProblem,
 )
 
 
@@ -57,13 +60,21 @@ def _(problem: MaskedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
 
 @permuted.register
 def _(problem: LinkedLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
-    link = problem.link
-    units = torch.arange(link.units).flip(0)
-    columns = torch.argsort(inputs)[link.columns][units]
+    link, units = problem.link, _other_order(problem)
     rows = tuple(row[units] for row in link.rows)
-    return LinkedLeastSquares(
-        _permuted_loss(problem.loss, inputs, outputs), Link(columns, link.slots[units], rows), problem.keep
-    )
+    renamed = Link(torch.argsort(inputs)[link.columns][units], link.slots[units], rows)
+    return LinkedLeastSquares(_permuted_loss(problem.loss, inputs, outputs), renamed, problem.keep)
+
+
+@permuted.register
+def _(problem: StructuredLeastSquares, inputs: Tensor, outputs: Tensor) -> Problem:
+    groups, units = problem.groups, _other_order(problem)
+    renamed = ChannelGroups(torch.argsort(inputs)[groups.columns][units], groups.slots[units])
+    return StructuredLeastSquares(_permuted_loss(problem.loss, inputs, outputs), renamed, problem.keep)
+
+
+def _other_order(problem: StructuredProblem) -> Tensor:
+    return torch.arange(problem.channels.units).flip(0)
 
 
 @singledispatch
@@ -74,7 +85,10 @@ def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
 
 @scaled.register(MaskedLeastSquares)
 @scaled.register(LinkedLeastSquares)
-def _(problem: MaskedLeastSquares | LinkedLeastSquares, weight: float, inputs: float) -> Problem:
+@scaled.register(StructuredLeastSquares)
+def _(
+    problem: MaskedLeastSquares | LinkedLeastSquares | StructuredLeastSquares, weight: float, inputs: float
+) -> Problem:
     return replace(problem, loss=_scaled_loss(problem.loss, weight, inputs))
 
 
@@ -94,15 +108,16 @@ def _(problem: MaskedLeastSquares, seed: int) -> Tensor:
     return _noise(problem, torch.Generator().manual_seed(seed)) * problem.mask
 
 
-@random_feasible.register
-def _(problem: LinkedLeastSquares, seed: int) -> Tensor:
+@random_feasible.register(LinkedLeastSquares)
+@random_feasible.register(StructuredLeastSquares)
+def _(problem: StructuredProblem, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    start, slots = _noise(problem, generator), problem.link.slots
+    start, slots = _noise(problem, generator), problem.channels.slots
     each = problem.keep // int(slots.max() + 1)
     for slot in slots.unique():
         units = (slots == slot).nonzero()[:, 0]
         gone = units[torch.randperm(units.numel(), generator=generator)[each:]]
-        start[:, problem.link.columns[gone].reshape(-1)] = 0
+        start[:, problem.channels.columns[gone].reshape(-1)] = 0
     return start
 
 

@@ -1,0 +1,155 @@
+"""Structured least squares: which groups of input channels to keep. What is dropped is whole columns of the weight."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from optprune.errors import InputError
+from optprune.patterns import SlotWise
+from optprune.problems.loss import LayerLoss
+from optprune.problems.selection import SelectionProblem
+
+
+@dataclass(frozen=True, eq=False)
+class Channels(ABC):
+    """Units of input channels: unit j stands for columns[j] of the weight, and every slot keeps equally many units."""
+
+    columns: Int[Tensor, "units columns"]
+    """of each unit, all units with equally many; a column may belong to no unit, and then it stays"""
+    slots: Int[Tensor, " units"]
+    """the slot of each unit, e.g. its KV head; all slots have equally many units"""
+
+    def __post_init__(self) -> None:
+        if len(self.slots) != self.units:
+            raise InputError(f"{self.units} units have {len(self.slots)} slots: give one for each unit")
+        flat = self.columns.reshape(-1)
+        if flat.unique().numel() != flat.numel():
+            raise InputError("two units claim the same column of the weight")
+        counts = torch.bincount(self.slots)
+        if bool((counts != counts[0]).any()):
+            raise InputError(f"all slots must have the same number of units, not {counts.tolist()}")
+
+    @property
+    def units(self) -> int:
+        return self.columns.shape[0]
+
+    @property
+    def slot_count(self) -> int:
+        return int(self.slots.max()) + 1
+
+    def column_mask(self, units: Bool[Tensor, " units"], width: int) -> Bool[Tensor, "1 in"]:
+        """The columns that stay when the units of the mask stay; columns of no unit always stay."""
+        mask = torch.ones(width, dtype=torch.bool, device=units.device)
+        mask[self.columns[~units].reshape(-1)] = False
+        return mask[None]
+
+    def sum_columns(self, per_column: Float[Tensor, " in"]) -> Float[Tensor, " units"]:
+        """Add up a score per column over the columns of each unit."""
+        return per_column[self.columns].sum(1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ChannelGroups(Channels):
+    """Groups of the input channels of a single weight: single channels, dimensions tied over heads, or whole heads."""
+
+    @classmethod
+    def of(cls, width: int, size: int = 1) -> "ChannelGroups":
+        """Groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions."""
+        if size < 1 or width % size:
+            raise InputError(f"{width} channels cannot be cut into groups of {size}")
+        return cls(torch.arange(width).reshape(-1, size), torch.zeros(width // size, dtype=torch.long))
+
+
+class StructuredProblem(SelectionProblem):
+    """What every choice of whole columns is: a loss, units of columns, and how many of them stay."""
+
+    loss: LayerLoss
+    keep: int
+
+    @property
+    @abstractmethod
+    def channels(self) -> Channels:
+        """The units of columns to choose from."""
+
+    def __post_init__(self) -> None:
+        channels, width = self.channels, self.loss.weight.shape[1]
+        first, last = int(channels.columns.min()), int(channels.columns.max())
+        if first < 0 or last >= width:
+            raise InputError(f"the units name columns {first} to {last}, but the layer has {width}: count from 0")
+        if not 0 < self.keep <= channels.units:
+            raise InputError(f"cannot keep {self.keep} of {channels.units} units: keep at least 1 and at most all")
+        if self.keep % channels.slot_count:
+            raise InputError(
+                f"{self.keep} units cannot be shared equally by {channels.slot_count} slots: keep a multiple"
+            )
+
+    @property
+    def pattern(self) -> SlotWise:
+        """The admissible choices: equally many units of every slot."""
+        return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)
+
+    def objective(self, weight: Float[Tensor, "out in"]) -> float:
+        return self.loss.value(weight)
+
+    def violation(self, weight: Float[Tensor, "out in"]) -> float:
+        """The number of units used beyond what each slot may keep."""
+        used = torch.zeros(self.channels.slot_count, dtype=torch.long, device=weight.device)
+        used.scatter_add_(0, self.channels.slots, self._used(weight).long())
+        return float((used - self.pattern.keep).clamp(min=0).sum())
+
+    def start(self) -> Float[Tensor, "out in"]:
+        """W with the columns of the units of largest norm kept and the rest set to zero."""
+        return self.zero_outside(self.pattern.project(self._norms(self.loss.weight)))
+
+    def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
+        """The units a weight uses, completed to `keep` by the units of largest original norm."""
+        norms = self._norms(self.loss.weight)
+        # By rank, not by size: next to the 1 of a used unit a small norm would be rounded away.
+        order = torch.argsort(norms, descending=True, stable=True)
+        ranks = torch.empty_like(norms, dtype=torch.float64)
+        ranks[order] = -torch.arange(len(order), device=order.device).to(ranks)
+        return self.pattern.project(ranks + len(order) * self._used(weight))
+
+    def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
+        return self.pattern.project(self.channels.sum_columns(score.sum(0)))
+
+    def mask(self, choice: Bool[Tensor, " units"]) -> Bool[Tensor, "1 in"]:
+        return self.channels.column_mask(choice, self.loss.weight.shape[1])
+
+    def zero_outside(self, choice: Bool[Tensor, " units"]) -> Float[Tensor, "out in"]:
+        """The original weight with the columns of all other units set to zero: pruning without restoration."""
+        return self.restrict(choice).start()
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        return self.channels.sum_columns(weight.square().sum(0)).sqrt()
+
+    def _used(self, weight: Tensor) -> Tensor:
+        return (weight != 0).any(0)[self.channels.columns].any(1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class StructuredLeastSquares(StructuredProblem):
+    """minimise f(V) over V and z subject to z_j = 1 or V_c = 0 for every column c of group j (bilinear: (1 - z_j) V_c
+    = 0), z in {0, 1}^groups, sum over each slot of z_j = keep / slots.
+
+    V [out, in]; `keep` is the number of groups to keep. Mixed-integer: not convex in z, convex in V once z is fixed
+    (`restrict`). f is the LayerLoss, in (output)^2 per token.
+
+    Reference: SPAP (arXiv 2505.03373), the mixed-integer model, reconstructed from its abstract.
+    """
+
+    kind: ClassVar[str] = "structured least squares"
+
+    loss: LayerLoss
+    groups: ChannelGroups
+    keep: int
+
+    @property
+    def channels(self) -> ChannelGroups:
+        return self.groups

@@ -1,0 +1,79 @@
+"""The layer loss seen from its unconstrained minimum: what the methods around Optimal Brain Surgeon work with."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from optprune.errors import NumericalError
+from optprune.problems import LayerLoss
+
+SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
+
+
+@dataclass(frozen=True, eq=False)
+class InverseForm:
+    r"""f(V) = f(V0) + 1/2 tr((V - V0) A (V - V0)^T) with V0 = B A^-1, by A^-1 and V0 in float64.
+
+    Removing the columns P and refitting the others gives V = V0 - V0_P (A^-1_PP)^-1 A^-1_P and costs
+    1/2 tr(V0_P (A^-1_PP)^-1 V0_P^T). Where A is singular, or could be within its own rounding, a ridge towards the
+    original weights of the size of that rounding is added to it, and `notes` says so.
+
+    Reference: Optimal Brain Surgeon (Hassibi and Stork, 1992).
+    """
+
+    inverse: Float[Tensor, "in in"]
+    minimiser: Float[Tensor, "out in"]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, loss: LayerLoss) -> "InverseForm":
+        gram = loss.gram.double()
+        size = gram.diagonal().mean()
+        # An eigenvalue of A is known to about this share of its size in the dtype that A was given in.
+        unit = torch.finfo(torch.float64 if bool((loss.damping > 0).all()) else loss.gram.dtype).eps
+        ridge = 4 * len(gram) * unit
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        notes = ()
+        if bool(failed) or not bool(factor.diagonal().square().min() > ridge * size):
+            # Nothing but zeros is as good as the identity.
+            extra = ridge * size if bool(size > 0) else torch.ones_like(size)
+            gram = gram + extra * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            factor, failed = torch.linalg.cholesky_ex(gram)
+            notes = (SINGULAR.format(ridge),)
+        if bool(failed):
+            raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
+        inverse = torch.cholesky_inverse(factor)
+        weight = loss.weight.double()
+        # The ridge pulls to the original weights, like damping, so V0 = W - (W A - B) A^-1 holds with it too.
+        return cls(inverse, weight if loss.pull is None else weight - loss.pull.double() @ inverse, notes)
+
+    def without(self, columns: Int[Tensor, " removed"]) -> Float[Tensor, "out in"]:
+        """The best weight whose given columns are zero."""
+        factor = torch.linalg.cholesky(self.inverse[columns[:, None], columns])
+        multiplier = torch.cholesky_solve(self.minimiser[:, columns].T, factor).T
+        weight = self.minimiser - multiplier @ self.inverse[columns]
+        # The update has left rounding where there is to be nothing.
+        weight[:, columns] = 0
+        return weight
+
+
+def unit_blocks(
+    matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], each: int
+) -> tuple[Float[Tensor, "units each each"], Float[Tensor, "units each each"]]:
+    """The diagonal blocks M_gg of a matrix and V_g^T V_g of some rows V, for units of `each` consecutive columns."""
+    index = torch.arange(len(matrix), device=matrix.device).reshape(-1, each)
+    if each == 1:
+        return matrix.diagonal()[:, None, None].clone(), rows.square().sum(0)[:, None, None]
+    parts = rows.T.reshape(-1, each, len(rows))
+    return matrix[index[:, :, None], index[:, None, :]], parts @ parts.transpose(1, 2)
+
+
+def half_trace(blocks: Float[Tensor, "*b k k"], grams: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b"]:
+    """1/2 tr(H^-1 G) for positive definite blocks H."""
+    if blocks.shape[-1] == 1:
+        return grams[..., 0, 0] / blocks[..., 0, 0] / 2
+    # Rounding may have left a block that is not positive definite: its cost is as good as any.
+    factor, _ = torch.linalg.cholesky_ex(blocks)
+    return torch.cholesky_solve(grams, factor).diagonal(dim1=-2, dim2=-1).sum(-1) / 2

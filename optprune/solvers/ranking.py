@@ -1,0 +1,114 @@
+"""A choice by a score: magnitude, chance, Wanda, FASP and FLAP. No weight that stays is changed."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optprune.problems import Problem, SelectionProblem, SparseLeastSquares, StructuredProblem
+from optprune.solvers.base import Answer, DirectSolver
+
+
+class Ranking(DirectSolver):
+    """Score every weight, keep the admissible choice with the largest total, set the rest to zero.
+
+    In a structured problem the score of a unit is the sum over its columns. The start is not used.
+    """
+
+    @abstractmethod
+    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+        """The importance of each weight: larger is kept."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        if isinstance(problem, SelectionProblem):
+            return None
+        return f"it ranks what there is to choose from, and a {problem.kind} problem offers no choice"
+
+    def answer(self, problem: Problem, start: Tensor) -> Answer:
+        assert isinstance(problem, SelectionProblem)
+        choice = problem.project(self.scores(problem))
+        return Answer(torch.where(problem.mask(choice), problem.loss.weight, 0.0))
+
+
+@final
+@dataclass(frozen=True)
+class Magnitude(Ranking):
+    """score_ij = W_ij^2: the largest weights, or the units of largest norm. Cost: one pass over W. The plainest one."""
+
+    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+        # In float64, where squares of small weights do not vanish.
+        return problem.loss.weight.double().square()
+
+
+@final
+@dataclass(frozen=True)
+class Random(Ranking):
+    """Weights or units drawn at random, differently for every problem, always the same for one problem and seed."""
+
+    seed: int = 0
+
+    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+        # Cut to 63 bits, since torch takes no larger seed.
+        mixed = self.seed * 0x9E3779B1 ^ int(problem.fingerprint()[:12], 16)
+        generator = torch.Generator().manual_seed(mixed % 2**63)
+        scores = torch.rand(problem.loss.weight.shape, generator=generator, dtype=torch.float64)
+        return scores.to(problem.loss.weight.device)
+
+
+@final
+@dataclass(frozen=True)
+class Wanda(Ranking):
+    """score_ij = |W_ij| (E x*_j^2)^(1/2). Cost: one pass over W. Reference: Wanda (arXiv 2306.11695).
+
+    The paper compares weights within each output row: that is the pattern RowWise. Its sum over units is FaspMetric.
+    """
+
+    def why_not(self, problem: Problem) -> str | None:
+        if isinstance(problem, SparseLeastSquares):
+            return None
+        return f"it ranks single weights under a pattern, and a {problem.kind} problem has none"
+
+    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+        return problem.loss.weight.abs() * problem.loss.moments.gram.diagonal().sqrt()
+
+
+class UnitRanking(Ranking):
+    """A ranking that is meant for whole units."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        if isinstance(problem, StructuredProblem):
+            return None
+        return f"it ranks units of columns, and a {problem.kind} problem has none"
+
+
+@final
+@dataclass(frozen=True)
+class FaspMetric(UnitRanking):
+    r"""score_j = sum over the columns c of unit j of (sum_i |W_ic|) (E x*_c^2)^(1/2).
+
+    Cost: one pass over W. Reference: FASP (arXiv 2501.09412), the Wanda score summed over a column; the sum over
+    the query heads of a KV group is ours.
+    """
+
+    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+        return problem.loss.weight.abs() * problem.loss.moments.gram.diagonal().sqrt()
+
+
+@final
+@dataclass(frozen=True)
+class FlapMetric(UnitRanking):
+    r"""score_j = sum over the columns c of unit j of |W_c|^2 Var(x*_c): what a removed unit's mean cannot replace.
+
+    FLAP then puts the mean W_c E[x*_c] of what was removed into a bias. Where the layer has a bias (`fit_bias`),
+    `bias_change` of the loss is that compensation. Where it has none, none is added, since stock classes could not
+    load it: the means are lost, and the loss counts that. FLAP standardises its scores to compare layers, which
+    changes nothing within one. Cost: one pass over W.
+
+    Reference: FLAP (its released code); no weight is restored there either.
+    """
+
+    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+        return problem.loss.weight.square() * problem.loss.moments.centred().gram.diagonal()
