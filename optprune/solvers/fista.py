@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.penalties import NormPenalty
-from optprune.problems import PenalisedLeastSquares, Problem
+from optprune.problems import LayerLoss, PenalisedLeastSquares, Problem
 from optprune.solvers.base import Solver
 from optprune.solvers.duality import DualMap
 from optprune.solvers.solution import Certificate, Status
@@ -29,14 +29,14 @@ class Motion:
     """The last two iterates with their gradient points."""
 
     step: Tensor
-    """the step of every column [in], or of all, []"""
+    """the step of every column [in], of every weight [out, in], or of all, []"""
     matrix: Float[Tensor, "in in"]
-    """I - A diag(step): a gradient step is V -> V matrix + shift"""
+    """I - A diag(step): a gradient step is V -> V matrix + shift; A where there is an output metric"""
     shift: Float[Tensor, "out in"]
-    """B diag(step)"""
+    """S B diag(step)"""
     weight: Float[Tensor, "out in"]
     point: Float[Tensor, "out in"]
-    """V matrix + shift, the gradient step from `weight`"""
+    """the gradient step from `weight`"""
     last_weight: Float[Tensor, "out in"]
     last_point: Float[Tensor, "out in"]
     momentum: float
@@ -62,11 +62,12 @@ class FistaState:
 class Fista(Solver[FistaState]):
     r"""Minimise f(V) + P(V) by accelerated proximal gradient steps with adaptive restart.
 
-        Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)),   V_(k+1) = prox_(step P)(Y - (Y A - B) step),
+        Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)),   V_(k+1) = prox_(step P)(Y - S (Y A - B) step),
         t_(k+1) = (1 + sqrt(1 + 4 t_k^2)) / 2,   t = 1 again when <Y - V_(k+1), V_(k+1) - V_k> > 0
 
     The step is 1 / L with L an upper bound of the largest eigenvalue of A, or, with `scale_columns` and a separable
-    penalty, 1 / (L A_jj) with L that of A scaled to a unit diagonal. Accepts penalised least squares with any
+    penalty, 1 / (L A_jj) with L that of A scaled to a unit diagonal; an output metric S divides it by the like of S,
+    in place, for here rows are not scaled beforehand. Accepts penalised least squares with any
     penalty. Stops when the relative duality gap is at most `tolerance`, measured in float64 at steps that lie
     further and further apart; returns the best iterate seen at a check, so it is never worse than its start.
 
@@ -88,7 +89,8 @@ class Fista(Solver[FistaState]):
         assert isinstance(problem, PenalisedLeastSquares)
         loss, penalty = problem.loss, problem.penalty
         free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
-        if loss.weight.dtype != torch.float64 or (free and not bool((loss.damping > 0).all())):
+        damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
+        if loss.weight.dtype != torch.float64 or (free and not damped):
             return None
         return self.tolerance
 
@@ -109,14 +111,21 @@ class Fista(Solver[FistaState]):
         return motion.weight
 
     def _begin(self, problem: PenalisedLeastSquares, start: Tensor) -> "Motion":
-        gram = problem.loss.gram
+        loss, gram, metric = problem.loss, problem.loss.gram, problem.loss.metric
         if self.scale_columns and problem.penalty.separable:
             step = column_steps(gram)
+            if metric is not None:
+                step = torch.outer(column_steps(metric.matrix), step)
         else:
-            step = torch.as_tensor(1 / (largest_eigenvalue_bound(gram) or 1.0), dtype=gram.dtype, device=gram.device)
-        matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
-        shift = problem.loss.target * step
-        point = torch.addmm(shift, start, matrix)
+            largest = largest_eigenvalue_bound(gram) or 1.0
+            if metric is not None:
+                largest *= largest_eigenvalue_bound(metric.matrix) or 1.0
+            step = torch.as_tensor(1 / largest, dtype=gram.dtype, device=gram.device)
+        matrix = gram
+        if metric is None:
+            matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
+        shift = loss.linear * step
+        point = _gradient_step(loss, step, matrix, shift, start)
         return Motion(step, matrix, shift, start, point, start, point, 1.0, 0)
 
     def _move(self, problem: PenalisedLeastSquares, state: "Motion") -> "Motion":
@@ -133,7 +142,7 @@ class Fista(Solver[FistaState]):
         return replace(
             state,
             weight=weight,
-            point=torch.addmm(state.shift, weight, state.matrix),
+            point=_gradient_step(problem.loss, state.step, state.matrix, state.shift, weight),
             last_weight=state.weight,
             last_point=state.point,
             momentum=momentum,
@@ -172,6 +181,15 @@ class Fista(Solver[FistaState]):
 
     def certify(self, problem: Problem, state: FistaState) -> Certificate | None:
         return Certificate(state.bound, "Fenchel duality")
+
+
+def _gradient_step(
+    loss: LayerLoss, step: Tensor, matrix: Float[Tensor, "in in"], shift: Float[Tensor, "out in"], weight: Tensor
+) -> Float[Tensor, "out in"]:
+    """V - S (V A - B) step, in one product where there is no metric."""
+    if loss.metric is None:
+        return torch.addmm(shift, weight, matrix)
+    return weight + shift - step * loss.weigh(weight @ matrix)
 
 
 def _gap(objective: float, bound: float) -> float:

@@ -58,7 +58,7 @@ class FistaPath(Solver[PathState]):
         scale = column_scale(problem.loss.gram)
         dense = torch.zeros_like(problem.loss.weight)
         # Above this strength zero is the answer.
-        strength = float((problem.loss.target / scale).abs().max())
+        strength = float((problem.loss.linear / scale).abs().max())
         mask = problem.mask(problem.project(dense))
         if not bool(mask.any()):
             strength = 0.0
@@ -79,7 +79,7 @@ class FistaPath(Solver[PathState]):
         mask = problem.mask(problem.project((dense * state.scale).square()))
         kept = int(mask.expand_as(dense).sum())
         # An answer may never fill the mask where inputs are dead or rows are zero: stop at a vanishing strength.
-        vanishing = strength < 1e-7 * float((problem.loss.target / state.scale).abs().max())
+        vanishing = strength < 1e-7 * float((problem.loss.linear / state.scale).abs().max())
         reached = state.reached or int((dense != 0).sum()) >= kept or vanishing
         return replace(
             state, strength=strength, dense=dense, mask=mask, rounds=state.rounds + state.reached, reached=reached

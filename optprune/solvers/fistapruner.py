@@ -40,7 +40,7 @@ class FistaPruner(Solver[FistaPrunerState]):
         raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row, or when
         the bisection has found lambda
 
-    The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |B| at which zero
+    The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |S B| at which zero
     is the answer, so that scaling the problem changes nothing. Errors include the damping of the loss, if any.
     Zeros are not frozen, so the mask may change. Monotone; as published, it depends on its start. A step is K
     products [out, in] x [in, in] and two measurements.
@@ -66,7 +66,7 @@ class FistaPruner(Solver[FistaPrunerState]):
     def step(self, problem: Problem, state: FistaPrunerState) -> FistaPrunerState:
         assert isinstance(problem, SparseLeastSquares)
         middle = (state.low + state.high) / 2
-        strength = math.exp(middle) * float(problem.loss.target.abs().max())
+        strength = math.exp(middle) * float(problem.loss.linear.abs().max())
         dense = l1_steps(problem, strength, state.best, self.inner_steps)
         rounded = torch.where(problem.pattern.project(dense.abs()), dense, 0.0)
         total = _error(problem, rounded)
