@@ -115,7 +115,8 @@ class Quadratic:
 
     def terms(self, weight: Array) -> float:
         """The total size of the terms of the loss at V, before they cancel: what its rounding is relative to."""
-        size, old = np.abs(weight), np.abs(self.weight)
+        # A broken solver may return one row for all: it is the laws that must say so.
+        size, old = np.abs(np.broadcast_to(weight, self.weight.shape)), np.abs(self.weight)
         spread, metric = np.abs(self.uncentred), np.abs(self.metric)
         total = np.sum((size @ spread) * (metric @ size)) + np.sum((old @ spread) * (metric @ old))
         return float(total) + abs(self.constant)
