@@ -6,6 +6,7 @@ Costs must be in one unit, which the plain layer loss is not: weigh it by an out
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -21,9 +22,7 @@ def global_threshold(costs: Mapping[str, Tensor], keep: int, low: float = 0.0, h
     exactly, and no other counts within these limits keep a larger total of costs. Ties go to the layer named first.
     """
     if not 0 <= low <= high <= 1:
-        raise InputError(
-            f"a layer must keep between {low:g} and {high:g} of its entries, which is no range within [0, 1]"
-        )
+        raise InputError(f"layers must keep a share between {low:g} and {high:g}, which is no range within [0, 1]")
     if any(bool((~(cost >= 0)).any()) for cost in costs.values()):
         raise InputError("a cost is negative or NaN, so entries cannot be ranked: look for NaN in weights or moments")
     least = {name: math.ceil(low * cost.numel()) for name, cost in costs.items()}
@@ -82,14 +81,14 @@ class Curve:
             raise InputError("an error of a curve is NaN or infinite")
 
     def hull(self) -> list[int]:
-        """The choices on the lower convex hull that are worth their price: errors fall, by less and less a price."""
+        """The choices on the lower convex hull that are worth their price: errors fall, never by more for it."""
         prices, errors = self.prices.tolist(), self.errors.tolist()
         corners: list[int] = []
         for choice, (price, error) in enumerate(zip(prices, errors, strict=True)):
             while len(corners) > 1:
                 first, last = corners[-2], corners[-1]
                 before = (errors[first] - errors[last]) * (price - prices[last])
-                if before > (errors[last] - error) * (prices[last] - prices[first]):
+                if before >= (errors[last] - error) * (prices[last] - prices[first]):
                     break
                 corners.pop()
             if not corners or error < errors[corners[-1]]:
@@ -111,7 +110,7 @@ def share_budget(curves: Mapping[str, Curve], budget: float) -> dict[str, int]:
     steps = []
     for order, (name, hull) in enumerate(hulls.items()):
         curve = curves[name]
-        for last, choice in zip(hull, hull[1:], strict=False):
+        for last, choice in pairwise(hull):
             price = float(curve.prices[choice] - curve.prices[last])
             gain = float(curve.errors[last] - curve.errors[choice])
             steps.append((-gain / price, order, price, name, choice))

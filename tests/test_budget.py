@@ -1,6 +1,6 @@
 """One budget for all layers: exact counts, limits, and the best choices by exhaustion and by dynamic programming."""
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -139,11 +139,7 @@ def test_no_other_choices_of_the_same_price_are_better(curves, budget):
 def test_less_than_one_step_of_the_hull_is_lost(curves, budget):
     assume(sum(int(curve.prices[0]) for curve in curves.values()) <= budget)
     _, error = totals(curves, share_budget(curves, budget))
-    steps = [
-        float(curve.errors[a] - curve.errors[b])
-        for curve in curves.values()
-        for a, b in zip(curve.hull(), curve.hull()[1:], strict=False)
-    ]
+    steps = [float(curve.errors[a] - curve.errors[b]) for curve in curves.values() for a, b in pairwise(curve.hull())]
     assert error - knapsack(curves, budget) <= max(steps, default=0.0)
 
 

@@ -23,7 +23,7 @@ def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
 
 
 def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:
-    r"""1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: what f rises by when the columns C of a unit go, all else refitted.
+    r"""1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: the rise of f when a unit's columns C go, all else refitted.
 
     Exact for every metric, since all rows lose the same columns. Cost: in^3.
     """
