@@ -117,10 +117,10 @@ class Fista(Solver[FistaState]):
             if metric is not None:
                 step = torch.outer(column_steps(metric.matrix), step)
         else:
-            largest = largest_eigenvalue_bound(gram) or 1.0
+            largest = largest_eigenvalue_bound(gram)
             if metric is not None:
-                largest *= largest_eigenvalue_bound(metric.matrix) or 1.0
-            step = torch.as_tensor(1 / largest, dtype=gram.dtype, device=gram.device)
+                largest *= largest_eigenvalue_bound(metric.matrix)
+            step = torch.as_tensor(1 / (largest or 1.0), dtype=gram.dtype, device=gram.device)
         matrix = gram
         if metric is None:
             matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step

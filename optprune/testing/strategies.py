@@ -163,7 +163,7 @@ def metrics(
     tokens = draw(st.integers(1, width), label="gradients") if few else 4 * width + 4
     generator = _generator(draw)
     # Outputs of very different importance, and gradients as small as those of a mean over many predictions.
-    spread = torch.logspace(-1, 1, width, dtype=torch.float64)[torch.randperm(width, generator=generator)]
+    spread = torch.logspace(-0.5, 0.5, width, dtype=torch.float64)[torch.randperm(width, generator=generator)]
     gradients = _normal(generator, tokens, width) * spread * draw(st.sampled_from((1e-3, 1.0)), label="size")
     if not generic and draw(st.booleans(), label="an output that costs nothing"):
         gradients[:, 0] = 0
@@ -190,7 +190,11 @@ def weighted(
     if metric == "full" and isinstance(problem, SparseLeastSquares):
         assume(loss.weight.numel() <= MOST_COUPLED)
     found = draw(metrics(loss.weight.shape[0], metric, dtype=dtype, generic=generic))
-    return replace(problem, loss=replace(loss, metric=found))
+    loss = replace(loss, metric=found)
+    if isinstance(problem, PenalisedLeastSquares):
+        # Strengths are relative to the loss, so to the weighed one.
+        return replace(problem, loss=loss, penalty=draw(penalties(loss)))
+    return replace(problem, loss=loss)
 
 
 @st.composite
@@ -230,7 +234,7 @@ def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...]
 
 
 def _largest(loss: LayerLoss) -> float:
-    return float(loss.target.abs().max()) or 1.0
+    return float(loss.linear.abs().max()) or 1.0
 
 
 def _l1(loss: LayerLoss, share: float) -> st.SearchStrategy[Penalty]:
@@ -251,11 +255,13 @@ def _weighted_l1(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
 @st.composite
 def _elastic_net(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
     ridge = draw(st.sampled_from((0.0, 1e-3, 1.0)), label="ridge") * float(loss.gram.diagonal().mean())
+    if loss.metric is not None:
+        ridge *= float(loss.metric.diagonal.mean())
     return ElasticNet(share * _largest(loss), ridge)
 
 
 def _column_groups(loss: LayerLoss, share: float) -> st.SearchStrategy[Penalty]:
-    return st.just(ColumnGroups(share * (float(loss.target.norm(dim=0).max()) or 1.0)))
+    return st.just(ColumnGroups(share * (float(loss.linear.norm(dim=0).max()) or 1.0)))
 
 
 PENALTIES: dict[type[Penalty], Callable[[LayerLoss, float], st.SearchStrategy[Penalty]]] = {
