@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.metric import OutputMetric
 from optprune.penalties import NormPenalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares, Problem
 from optprune.solvers.base import Solver
@@ -25,15 +26,53 @@ RESTART_EVERY = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Motion:
-    """The last two iterates with their gradient points."""
+class GradientStep:
+    """V -> V - S (V A - B) step, which depends on the loss alone: compute it once for a loss.
+
+    Without an output metric it is V matrix + shift, in one product.
+    """
 
     step: Tensor
     """the step of every column [in], of every weight [out, in], or of all, []"""
     matrix: Float[Tensor, "in in"]
-    """I - A diag(step): a gradient step is V -> V matrix + shift; A where there is an output metric"""
+    """I - A diag(step); A where there is a metric"""
     shift: Float[Tensor, "out in"]
-    """S B diag(step)"""
+    """S B step"""
+    metric: OutputMetric | None
+
+    @classmethod
+    def of(cls, loss: LayerLoss, *, scale_columns: bool) -> "GradientStep":
+        """The longest safe step: 1 / L for all columns, or 1 / (L A_jj) with L that of A scaled to a unit diagonal.
+
+        A metric S divides either by the like of S.
+        """
+        gram, metric = loss.gram, loss.metric
+        if scale_columns:
+            step = column_steps(gram)
+            if metric is not None:
+                step = torch.outer(column_steps(metric.matrix), step)
+        else:
+            largest = largest_eigenvalue_bound(gram)
+            if metric is not None:
+                largest *= largest_eigenvalue_bound(metric.matrix)
+            step = torch.as_tensor(1 / (largest or 1.0), dtype=gram.dtype, device=gram.device)
+        matrix = gram
+        if metric is None:
+            matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
+        return cls(step, matrix, loss.linear * step, metric)
+
+    def at(self, weight: Float[Tensor, "out in"], out: Tensor | None = None) -> Float[Tensor, "out in"]:
+        """The gradient step from a weight, written into `out` if that is given."""
+        if self.metric is None:
+            return torch.addmm(self.shift, weight, self.matrix, out=out)
+        return weight + self.shift - self.step * self.metric.apply(weight @ self.matrix)
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """The last two iterates with their gradient points."""
+
+    descent: GradientStep
     weight: Float[Tensor, "out in"]
     point: Float[Tensor, "out in"]
     """the gradient step from `weight`"""
@@ -103,46 +142,41 @@ class Fista(Solver[FistaState]):
         dual = DualMap.of(problem)
         return FistaState(motion, dual, FIRST_CHECK, start, problem.objective(start), dual.bound(start), 0)
 
-    def iterate(self, problem: PenalisedLeastSquares, start: Tensor, steps: int) -> Tensor:
-        """The iterate after exactly so many steps, without measuring: for methods that use a few steps as a part."""
-        motion = self._begin(problem, start)
+    def iterate(
+        self, problem: PenalisedLeastSquares, start: Tensor, steps: int, descent: GradientStep | None = None
+    ) -> Tensor:
+        """The iterate after exactly so many steps, without measuring: for methods that use a few steps as a part.
+
+        They solve many problems with one loss, whose `descent` they may compute once.
+        """
+        motion = self._begin(problem, start, descent)
         for _ in range(steps):
             motion = self._move(problem, motion)
         return motion.weight
 
-    def _begin(self, problem: PenalisedLeastSquares, start: Tensor) -> "Motion":
-        loss, gram, metric = problem.loss, problem.loss.gram, problem.loss.metric
-        if self.scale_columns and problem.penalty.separable:
-            step = column_steps(gram)
-            if metric is not None:
-                step = torch.outer(column_steps(metric.matrix), step)
-        else:
-            largest = largest_eigenvalue_bound(gram)
-            if metric is not None:
-                largest *= largest_eigenvalue_bound(metric.matrix)
-            step = torch.as_tensor(1 / (largest or 1.0), dtype=gram.dtype, device=gram.device)
-        matrix = gram
-        if metric is None:
-            matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
-        shift = loss.linear * step
-        point = _gradient_step(loss, step, matrix, shift, start)
-        return Motion(step, matrix, shift, start, point, start, point, 1.0, 0)
+    def _begin(self, problem: PenalisedLeastSquares, start: Tensor, descent: GradientStep | None = None) -> "Motion":
+        if descent is None:
+            scaled = self.scale_columns and problem.penalty.separable
+            descent = GradientStep.of(problem.loss, scale_columns=scaled)
+        point = descent.at(start)
+        return Motion(descent, start, point, start, point.clone(), 1.0, 0)
 
     def _move(self, problem: PenalisedLeastSquares, state: "Motion") -> "Motion":
+        """One step. It writes over the points of the state it is given: fresh pages cost as much as the arithmetic."""
         momentum = (1 + math.sqrt(1 + 4 * state.momentum**2)) / 2
         beta = (state.momentum - 1) / momentum
         # The gradient step is affine, so its value at the extrapolated point is the extrapolation of its values.
-        point = torch.lerp(state.last_point, state.point, 1 + beta)
-        weight = problem.penalty.prox(point, state.step)
+        point = torch.lerp(state.last_point, state.point, 1 + beta, out=state.last_point)
+        weight = problem.penalty.prox(point, state.descent.step)
         count = state.count + 1
-        if self.restart and count % RESTART_EVERY == 0:
-            ahead = torch.lerp(state.last_weight, state.weight, 1 + beta)
-            if float(torch.sum((ahead - weight) * (weight - state.weight) / state.step)) > 0:
-                momentum = 1.0
+        if self.restart and count % RESTART_EVERY == 0 and _overshot(state, weight, beta):
+            momentum = 1.0
+        # A penalty may hand back the very array it was given, which must not be written while it is read.
+        room = torch.empty_like(point) if weight.data_ptr() == point.data_ptr() else point
         return replace(
             state,
             weight=weight,
-            point=_gradient_step(problem.loss, state.step, state.matrix, state.shift, weight),
+            point=state.descent.at(weight, room),
             last_weight=state.weight,
             last_point=state.point,
             momentum=momentum,
@@ -183,14 +217,12 @@ class Fista(Solver[FistaState]):
         return Certificate(state.bound, "Fenchel duality")
 
 
-def _gradient_step(
-    loss: LayerLoss, step: Tensor, matrix: Float[Tensor, "in in"], shift: Float[Tensor, "out in"], weight: Tensor
-) -> Float[Tensor, "out in"]:
-    """V - S (V A - B) step, in one product where there is no metric."""
-    if loss.metric is None:
-        return torch.addmm(shift, weight, matrix)
-    return weight + shift - step * loss.weigh(weight @ matrix)
-
-
 def _gap(objective: float, bound: float) -> float:
     return 0.0 if objective <= bound else (objective - bound) / abs(objective)
+
+
+def _overshot(state: "Motion", weight: Tensor, beta: float) -> bool:
+    """Whether <Y - V_(k+1), V_(k+1) - V_k> > 0 in the metric of the step: the momentum points uphill."""
+    back = torch.lerp(state.last_weight, state.weight, 1 + beta).sub_(weight)
+    step, product = state.descent.step, back.mul_(weight - state.weight)
+    return float((product / step if step.ndim == 2 else product.sum(0) / step).sum()) > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Solver
-from optprune.solvers.fista import Fista
+from optprune.solvers.fista import Fista, GradientStep
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
 
@@ -19,6 +19,7 @@ from optprune.solvers.spectrum import column_scale
 class PathState:
     """Where the path is: the strength, the l1 answer there, and what the pattern makes of it."""
 
+    descent: GradientStep
     scale: Float[Tensor, " in"]
     strength: float
     dense: Float[Tensor, "out in"]
@@ -62,7 +63,8 @@ class FistaPath(Solver[PathState]):
         mask = problem.mask(problem.project(dense))
         if not bool(mask.any()):
             strength = 0.0
-        return PathState(scale, strength, dense, mask, 0, strength == 0)
+        descent = GradientStep.of(problem.loss, scale_columns=True)
+        return PathState(descent, scale, strength, dense, mask, 0, strength == 0)
 
     def step(self, problem: Problem, state: PathState) -> PathState:
         assert isinstance(problem, SelectionProblem)
@@ -75,7 +77,7 @@ class FistaPath(Solver[PathState]):
             strength = strength * self.ratio
             weights = weights * self.ratio
         penalised = PenalisedLeastSquares(problem.loss, WeightedL1(weights))
-        dense = Fista().iterate(penalised, state.dense, self.inner_steps)
+        dense = Fista().iterate(penalised, state.dense, self.inner_steps, state.descent)
         mask = problem.mask(problem.project((dense * state.scale).square()))
         kept = int(mask.expand_as(dense).sum())
         # An answer may never fill the mask where inputs are dead or rows are zero: stop at a vanishing strength.
