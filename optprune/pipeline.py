@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation, uniform
 from optprune.errors import InputError, NumericalError, StrictError
+from optprune.metric import OutputMetric
 from optprune.models import Decoder, LinkedLayers
 from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs
 from optprune.models.decoder import write
+from optprune.models.fisher import collect_metrics, sampled
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
@@ -56,8 +58,10 @@ def prune(
     allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
     run = _Run(decoder, recipe, allocation, on_event or (lambda event: None))
     weights_before = decoder.linear_weights()
+    batches = list(batches)
+    run.metrics = _metrics(decoder, batches, recipe)
     with calibrating(decoder):
-        stream = first_inputs(decoder, list(batches))
+        stream = first_inputs(decoder, batches)
         run.start(stream)
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
@@ -95,6 +99,8 @@ class _Run:
         self.floor_seconds = 0.0
         self.zeros = 0
         """weights set to zero in layers that kept their shape"""
+        self.metrics: dict[str, OutputMetric] = {}
+        """of the dense model, by the layer's full name; empty where outputs count alike"""
 
     def start(self, stream: Stream) -> None:
         """Begin with the inputs of the first block."""
@@ -152,8 +158,9 @@ class _Run:
         recipe, layer = self.recipe, self.decoder.layer(index, target.path)
         units = None if target.units is None else target.units(index)
         moments = collected.moments[target.tap]
-        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None)
         name = self.decoder.name(index, target.path)
+        metric = self.metrics.get(name)
+        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None, metric=metric)
         context = LayerContext(
             name,
             index,
@@ -210,6 +217,20 @@ def _targets(decoder: Decoder, units: str) -> list[Target]:
     if units in ("mlp", "all"):
         targets.append(Target(architecture.mlp_consumer, architecture.mlp_consumer, decoder.mlp_units))
     return targets
+
+
+def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[str, OutputMetric]:
+    """The output metrics that a recipe asks for, damped."""
+    if recipe.output_metric == "none":
+        return {}
+    tokens, used = 0, []
+    for batch in batches:
+        if tokens < recipe.metric_tokens:
+            used.append(batch)
+            tokens += batch.numel()
+    full = decoder.architecture.layers if recipe.output_metric == "full" else ()
+    found = collect_metrics(decoder, used, sampled(recipe.seed), full=full)
+    return {name: metric.damped(recipe.metric_damping) for name, metric in found.items()}
 
 
 def _by_stage(decoder: Decoder, targets: list[Target]) -> list[list[Target]]:
