@@ -32,7 +32,7 @@ class Penalty(ABC):
     def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
         """argmin_U P(U) + sum_ij (U_ij - V_ij)^2 / (2 step), the proximal operator.
 
-        `step` is a scalar tensor; a separable penalty also takes one step for each column, [in].
+        `step` is a scalar tensor; a separable penalty also takes one step for each column, [in], or weight, [out, in].
         """
 
     @abstractmethod

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from optprune.allocation import NARROWED, Allocation, BlockAllocation, uniform
 from optprune.depth import shallower
 from optprune.errors import InputError, NumericalError, StrictError
+from optprune.metric import OutputMetric
 from optprune.models import PARTS, BlockShape, Decoder, LinkedLayers
 from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs
 from optprune.models.decoder import write
+from optprune.models.fisher import collect_metrics, sampled
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
@@ -61,6 +63,7 @@ def prune(
     weights_before = decoder.linear_weights()
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
+    metrics = _metrics(decoder, batches, recipe)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
         if allocation is not None:
@@ -70,6 +73,7 @@ def prune(
         else:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)
+        run.metrics = metrics
         run.start(stream)
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
@@ -108,6 +112,8 @@ class _Run:
         self.floor_seconds = 0.0
         self.zeros = 0
         """weights set to zero in layers that kept their shape"""
+        self.metrics: dict[str, OutputMetric] = {}
+        """of the dense model, by the layer's full name; empty where outputs count alike"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self._targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
@@ -183,8 +189,9 @@ class _Run:
         recipe, layer = self.recipe, self.decoder.layer(index, target.path)
         units = None if target.units is None else target.units(index)
         moments = collected.moments[target.tap]
-        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None)
         name = self.decoder.name(index, target.path)
+        metric = self.metrics.get(name)
+        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None, metric=metric)
         context = LayerContext(
             name,
             index,
@@ -283,6 +290,20 @@ def _targets(decoder: Decoder, recipe: Recipe, wanted: BlockAllocation, index: i
     if keep.mlp_width < shape.mlp_width or "mlp_width" in named:
         targets.append(Target(down, down, decoder.mlp_units, lambda shape: shape.mlp_width))
     return [target for target in targets if target.kept and target.kept(keep)]
+
+
+def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[str, OutputMetric]:
+    """The output metrics that a recipe asks for, damped."""
+    if recipe.output_metric == "none":
+        return {}
+    tokens, used = 0, []
+    for batch in batches:
+        if tokens < recipe.metric_tokens:
+            used.append(batch)
+            tokens += batch.numel()
+    full = decoder.architecture.layers if recipe.output_metric == "full" else ()
+    found = collect_metrics(decoder, used, sampled(recipe.seed), full=full)
+    return {name: metric.damped(recipe.metric_damping) for name, metric in found.items()}
 
 
 def _by_stage(decoder: Decoder, targets: list[Target]) -> list[list[Target]]:

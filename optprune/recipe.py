@@ -126,6 +126,12 @@ class Recipe(BaseModel):
     """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
     pattern: str = Field(default="unstructured", pattern=r"^(unstructured|rows|[1-9]\d*:[1-9]\d*)$")
     """of single weights: unstructured over each matrix, rows (the same count in every row), or N:M such as 2:4"""
+    output_metric: Literal["none", "diagonal", "full"] = "none"
+    """what weighs output errors: nothing, or the Fisher information of the outputs, its diagonal or all of it"""
+    metric_tokens: int = Field(default=16384, ge=1)
+    """about how many calibration tokens the metric is the average of: whole batches, from the first"""
+    metric_damping: float = Field(default=0.01, ge=0)
+    """what is added to the metric's diagonal, as a share of its mean"""
     width_multiple: int = Field(default=8, ge=1)
     """the MLP width is a multiple of this"""
     depth_parts: Literal["attention", "mlp", "both", "layers"] = "both"

@@ -6,7 +6,8 @@ import jaxtyping
 
 # Before anything imports optprune: every shape in an annotation becomes an assertion.
 jaxtyping.install_import_hook(
-    ["optprune.moments", "optprune.patterns", "optprune.problems", "optprune.solvers"], "beartype.beartype"
+    ["optprune.metric", "optprune.moments", "optprune.patterns", "optprune.problems", "optprune.solvers"],
+    "beartype.beartype",
 )
 
 import pytest  # noqa: E402

@@ -109,7 +109,7 @@ FAULTS = {
     "step a thousandth too short": (RESTORE, scaled_step(0.999), "exact, but its objective"),
     "step dropped": (RESTORE, scaled_step(0), "exact, but its objective"),
     "start returned unchanged": (RESTORE, start_unchanged, "exact, but its objective"),
-    "damping dropped": (RESTORE, undamped, "exact, but its objective"),
+    "damping dropped": (RESTORE, undamped, "exact, but its objective|worse"),
     "bias not fitted": (RESTORE, bias_forgotten, "exact, but its objective|worse"),
     "dense inputs forgotten": (RESTORE, dense_forgotten, "exact, but its objective|worse"),
     "mask inverted": (RESTORE, inverted, "violates"),
@@ -168,7 +168,7 @@ value = LayerLoss.value
 
 CORE_FAULTS = {
     "the Gram matrix without damping": (LayerLoss, "gram", property(gram_without_damping), Restore()),
-    "the gradient without the drift of the inputs": (LayerLoss, "gradient", gradient_without_pull, Restore()),
+    "the gradient without the drift of the inputs": (LayerLoss, "residual", gradient_without_pull, Restore()),
     "the loss halved": (LayerLoss, "value", half_value, Restore()),
     "the loss without damping": (LayerLoss, "value", value_without_damping, Restore()),
     "the chosen units removed in place of the others": (LinkedLeastSquares, "restrict", complement, FaspMetric()),

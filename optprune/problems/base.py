@@ -1,6 +1,7 @@
 """What every pruning problem is: it measures any candidate, and it knows no solver."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from optprune.data import fingerprint
 from optprune.problems.loss import LayerLoss
 
 
+@dataclass(frozen=True, eq=False)
 class Problem(ABC):
     """minimise objective(V) over the V with violation(V) = 0, where V [out, in] is a layer's new weight.
 
@@ -30,6 +32,13 @@ class Problem(ABC):
     @abstractmethod
     def start(self) -> Tensor:
         """A feasible weight that costs nothing to find."""
+
+    def even(self) -> "Problem":
+        """The problem for diag(sqrt(S_ii)) V: a feasible set of zeros is the same, and so is every objective.
+
+        A kind that measures weights in another way than by the loss returns itself; its solvers then meet any S.
+        """
+        return self if self.loss.metric is None else replace(self, loss=self.loss.even())
 
     def fingerprint(self) -> str:
         """A hash of the problem's content: the same problem has the same hash in every process."""

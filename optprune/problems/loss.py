@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 
 
@@ -21,12 +22,19 @@ class LayerLoss:
 
         A = E[x* x*^T] + D    B = W E[x x*^T] + W D    c = E|W x|^2 + tr(W D W^T)
 
+    With an output metric S [out, out] every square of outputs is e^T S e in place of |e|^2, which makes it
+
+        f(V) = 1/2 tr(S V A V^T) - tr(S V B^T) + c/2,   gradient S (V A - B),   Hessian S (x) A.
+
     W [out, in] is the original weight, x the dense input, x* the input the layer will really get, D the damping
     (a nonnegative diagonal), and averages are over calibration tokens. The unit is (output activation)^2 per token.
     With `fit_bias` the layer's bias is free too: moments are then centred, and `bias_change` gives the bias that
-    goes with a V. Convex in V, strictly where A is positive definite.
+    goes with a V. Convex in V, strictly where A (and S) is positive definite. With the metric of `metric.py` the unit
+    is nats per token, so costs compare between layers. A diagonal S only scales rows, and `solve` undoes that, so
+    solvers meet at most an S with a unit diagonal (`even`).
 
-    Reference: the layer-wise objective of Optimal Brain Surgeon (Hassibi and Stork, 1992) as used by SparseGPT.
+    Reference: the layer-wise objective of Optimal Brain Surgeon (Hassibi and Stork, 1992) as used by SparseGPT; the
+    Kronecker-factored Fisher information of K-FAC (Martens and Grosse, 2015).
     """
 
     weight: Float[Tensor, "out in"]
@@ -34,6 +42,8 @@ class LayerLoss:
     damping: Float[Tensor, " in"]
     """the diagonal of D"""
     fit_bias: bool = False
+    metric: OutputMetric | None = None
+    """S; None is the identity"""
 
     def __post_init__(self) -> None:
         width = self.weight.shape[1]
@@ -50,6 +60,13 @@ class LayerLoss:
                 f"and its largest {self.damping.max().item():.3g}"
             )
         self.moments.check()
+        if self.metric is not None:
+            if self.metric.width != self.weight.shape[0]:
+                raise InputError(
+                    f"a weight with {self.weight.shape[0]} outputs needs a metric of that width, "
+                    f"not {self.metric.width}"
+                )
+            self.metric.check()
 
     @classmethod
     def of(
@@ -59,11 +76,14 @@ class LayerLoss:
         damping: float = 0.0,
         *,
         fit_bias: bool = False,
+        metric: OutputMetric | None = None,
     ) -> "LayerLoss":
         """The loss of a weight, in the moments' dtype and on their device, damped by `damping` x mean(diag Gram)."""
         # A copy: writing to the model later must not change the problem.
-        loss = cls(weight.detach().to(moments.gram, copy=True), moments, torch.zeros_like(moments.mean), fit_bias)
-        return loss.damped(damping)
+        own = weight.detach().to(moments.gram, copy=True)
+        if metric is not None:
+            metric = metric.to(own.dtype).to(own.device)
+        return cls(own, moments, torch.zeros_like(moments.mean), fit_bias, metric).damped(damping)
 
     def damped(self, fraction: float) -> "LayerLoss":
         """The same loss with D = fraction x mean(diag E[x* x*^T]) x I in place of its damping."""
@@ -75,6 +95,29 @@ class LayerLoss:
     @cached_property
     def _statistics(self) -> InputMoments:
         return self.moments.centred() if self.fit_bias else self.moments
+
+    # -- the output metric
+
+    @property
+    def coupled(self) -> bool:
+        """Whether rows depend on each other: the metric is a matrix, not only a diagonal."""
+        return self.metric is not None and self.metric.full
+
+    def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """S V, in the dtype of V."""
+        return change if self.metric is None else self.metric.to(change.dtype).apply(change)
+
+    def even(self) -> "LayerLoss":
+        """The loss of diag(sqrt(S_ii)) V, the same values: S without its diagonal, or no metric if that was all."""
+        metric = self.metric
+        if metric is None:
+            return self
+        return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.even())
+
+    @cached_property
+    def plain(self) -> "LayerLoss":
+        """The loss without its metric: all outputs alike."""
+        return self if self.metric is None else replace(self, metric=None)
 
     # -- the quadratic, in the moments' dtype, for solvers
 
@@ -95,41 +138,57 @@ class LayerLoss:
         plain = self.weight @ self.gram
         return plain if self.pull is None else plain - self.pull
 
-    def gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+    @cached_property
+    def linear(self) -> Float[Tensor, "out in"]:
+        """S B, the linear term of the loss: minus its gradient at zero."""
+        return self.weigh(self.target)
+
+    def residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B, formed from V - W so that nothing cancels near the original weight."""
-        gradient = (weight - self.weight) @ self.gram
-        return gradient if self.pull is None else gradient + self.pull
+        residual = (weight - self.weight) @ self.gram
+        return residual if self.pull is None else residual + self.pull
+
+    def gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """S (V A - B)."""
+        return self.weigh(self.residual(weight))
 
     # -- measurements, in float64
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
         """f(V), damping included."""
         change = weight.double() - self._double.weight
-        return self._squared_error(change) / 2 + float((change.square() * self.damping.double()).sum()) / 2
+        ridge = float((change * self._double.weigh(change) * self.damping.double()).sum())
+        return self._squared_error(change) / 2 + max(ridge, 0.0) / 2
+
+    def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """V A - B in float64, for certificates."""
+        residual = (weight.double() - self.weight.double()) @ self.gram.double()
+        return residual if self.pull is None else residual + self.pull.double()
 
     def exact_gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """V A - B in float64, for certificates."""
-        gradient = (weight.double() - self.weight.double()) @ self.gram.double()
-        return gradient if self.pull is None else gradient + self.pull.double()
+        """S (V A - B) in float64, for certificates."""
+        return self._double.weigh(self.exact_residual(weight))
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
-        """E|V x* - W x|^2 / E|W x|^2, without damping (of the centred outputs when the bias is fitted)."""
+        """E|V x* - W x|^2 / E|W x|^2, without damping or metric (of the centred outputs when the bias is fitted)."""
+        if self.metric is not None:
+            return self.plain.relative_error(weight)
         scale = self.signal
         error = self._squared_error(weight.double() - self._double.weight)
         return error / scale if scale > 0 else float(error > 0)
 
     @cached_property
     def signal(self) -> float:
-        """E|W x|^2, what the relative error is relative to."""
+        """E|W x|^2, what the relative error is relative to (in the metric, where there is one)."""
         exact = self._double
         gram = exact.moments.gram if exact.moments.dense is None else exact.moments.dense.gram
-        return float(((exact.weight @ gram) * exact.weight).sum())
+        return float(((exact.weight @ gram) * exact.weighed).sum())
 
     @cached_property
     def constant(self) -> float:
         """c = E|W x|^2 + tr(W D W^T)."""
-        weight = self._double.weight
-        return self.signal + float((weight.square() * self.damping.double()).sum())
+        exact = self._double
+        return self.signal + float((exact.weight * exact.weighed * self.damping.double()).sum())
 
     def bias_change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """W E[x] - V E[x*]: what to add to the layer's bias so that the mean output is unchanged."""
@@ -138,32 +197,42 @@ class LayerLoss:
         return self.weight @ ideal - weight @ mean
 
     def _squared_error(self, change: Tensor) -> float:
-        """E|V x* - W x|^2 for V = W + change, in float64."""
+        """E|V x* - W x|^2 (in the metric) for V = W + change, in float64."""
         statistics, weight = self._double.moments, self._double.weight
-        error = float(((change @ statistics.gram) * change).sum())
+        weighed = self._double.weigh(change)
+        error = float(((change @ statistics.gram) * weighed).sum())
         if statistics.dense is not None:
             pull = weight @ (statistics.gram - statistics.dense.cross)
-            error += 2 * float((change * pull).sum()) + self._error_at_weight
+            error += 2 * float((weighed * pull).sum()) + self._error_at_weight
         return max(error, 0.0)
 
     @cached_property
     def _error_at_weight(self) -> float:
-        """E|W x* - W x|^2."""
-        statistics, weight = self._double.moments, self._double.weight
-        dense = statistics.dense
+        """E|W x* - W x|^2 (in the metric)."""
+        exact = self._double
+        dense = exact.moments.dense
         assert dense is not None
-        spread = statistics.gram - dense.cross - dense.cross.T + dense.gram
-        return float(((weight @ spread) * weight).sum())
+        spread = exact.moments.gram - dense.cross - dense.cross.T + dense.gram
+        return float(((exact.weight @ spread) * exact.weighed).sum())
 
     @cached_property
     def _double(self) -> "_Exact":
-        statistics = self._statistics.to(torch.float64)
-        return _Exact(self.weight.double(), statistics)
+        metric = None if self.metric is None else self.metric.to(torch.float64)
+        return _Exact(self.weight.double(), self._statistics.to(torch.float64), metric)
 
 
 @dataclass(frozen=True, eq=False)
 class _Exact:
-    """The weight and the statistics in float64, for measuring."""
+    """The weight, the statistics and the metric in float64, for measuring."""
 
     weight: Tensor
     moments: InputMoments
+    metric: OutputMetric | None
+
+    def weigh(self, change: Tensor) -> Tensor:
+        return change if self.metric is None else self.metric.apply(change)
+
+    @cached_property
+    def weighed(self) -> Tensor:
+        """S W."""
+        return self.weigh(self.weight)

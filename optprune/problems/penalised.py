@@ -27,6 +27,10 @@ class PenalisedLeastSquares(Problem):
     loss: LayerLoss
     penalty: Penalty
 
+    def even(self) -> "PenalisedLeastSquares":
+        """Itself: the penalty is of the weights as they are, not of scaled rows."""
+        return self
+
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.value(weight) + self.penalty.value(weight)
 

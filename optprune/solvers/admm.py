@@ -21,10 +21,13 @@ class AdmmState:
     """The split variables in column-scaled units, and the shared eigendecomposition."""
 
     scale: Float[Tensor, " in"]
-    values: Float[Tensor, " in"]
+    values: Float[Tensor, "*out in"]
+    """eigenvalues of A', or the products of those of S and of A'"""
     vectors: Float[Tensor, "in in"]
+    row_vectors: Float[Tensor, "out out"] | None
+    """the eigenvectors of S, where rows are coupled"""
     target: Float[Tensor, "out in"]
-    """B / scale in the eigenbasis"""
+    """S B / scale in the eigenbasis"""
     sparse: Float[Tensor, "out in"]
     dual: Float[Tensor, "out in"]
     rho: float
@@ -45,11 +48,14 @@ class Admm(Solver[AdmmState]):
         V' = (B' - U + rho Z)(A' + rho I)^-1,   Z = H(V' + U / rho),   U <- U + rho (V' - Z)
 
     H keeps the mask of the pattern with the largest total of squares. One eigendecomposition of A' serves every rho.
+    Under a full output metric S the first step solves S V' A' + rho V' = S B' - U + rho Z, which is as exact in the
+    eigenbases of S and A'.
     Every `every` steps rho grows by 1.3, 1.2 or 1.1 as more than 10, 0.5 or 0 percent of the kept weights moved,
     and the method stops when none did. `haste` is an exponent on these factors: 1 is ALPS; a third of it takes about
     twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
 
-    A step is two products [out, in] x [in, in]; memory in^2 + 5 out in.
+    A step is two products [out, in] x [in, in], and two [out, out] x [out, in] where rows are coupled; memory
+    in^2 + 5 out in.
     Reference: ALPS (arXiv 2406.07831), its schedule from the released code; the refit is a solver of its own here.
     """
 
@@ -68,14 +74,22 @@ class Admm(Solver[AdmmState]):
         loss = problem.loss
         scale = column_scale(loss.gram)
         values, vectors = torch.linalg.eigh(loss.gram / torch.outer(scale, scale))
+        values, row_vectors = values.clamp(min=0), None
+        target = loss.linear / scale
+        if loss.coupled:
+            assert loss.metric is not None
+            row_values, row_vectors = torch.linalg.eigh(loss.metric.matrix)
+            values = torch.outer(row_values.clamp(min=0), values)
+            target = row_vectors.T @ target
         dense = loss.weight * scale
         # As in ALPS, the first Z is the dense weight: the start is not used.
         mask = problem.mask(problem.project(dense.square()))
         return AdmmState(
             scale=scale,
-            values=values.clamp(min=0),
+            values=values,
             vectors=vectors,
-            target=(loss.target / scale) @ vectors,
+            row_vectors=row_vectors,
+            target=target @ vectors,
             sparse=dense,
             dual=torch.zeros_like(dense),
             rho=self.rho,
@@ -87,8 +101,10 @@ class Admm(Solver[AdmmState]):
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
         assert isinstance(problem, SelectionProblem)
-        right = state.target + (state.rho * state.sparse - state.dual) @ state.vectors
+        right, rows = state.rho * state.sparse - state.dual, state.row_vectors
+        right = state.target + (right if rows is None else rows.T @ right) @ state.vectors
         dense = (right / (state.values + state.rho)) @ state.vectors.T
+        dense = dense if rows is None else rows @ dense
         point = dense + state.dual / state.rho
         mask = problem.mask(problem.project(point.square()))
         sparse = torch.where(mask, point, 0.0)

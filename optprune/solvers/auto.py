@@ -17,6 +17,7 @@ CANDIDATES: tuple[Solver, ...] = (
     Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
     Restore(),
     Chain((Admm(haste=0.3), ConjugateGradients())),
+    ConjugateGradients(),
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.patterns import SlotWise
 from optprune.problems import Problem, StructuredProblem
 from optprune.solvers.base import Solver
-from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
+from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
 from optprune.solvers.solution import Status
 
 REFRESH = 64
@@ -68,9 +68,7 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
     tolerance: float = 1e-6
 
     def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, StructuredProblem):
-            return None
-        return f"it exchanges units of columns, and a {problem.kind} problem has none"
+        return refusal(problem, "exchanges")
 
     def monotone(self, problem: Problem) -> bool:
         return True

@@ -7,23 +7,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
+from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Certificate, Status
 
 
 @dataclass(frozen=True, eq=False)
 class GradientsState:
-    """The usual vectors of conjugate gradients, one system a row."""
+    """The usual vectors of conjugate gradients, one system a row, or one for all rows where they are coupled."""
 
     mask: Bool[Tensor, "rows in"]
-    inverse_diagonal: Float[Tensor, " in"]
+    diagonal: Float[Tensor, "*out in"]
+    """of A, or of S (x) A"""
+    inverse_diagonal: Float[Tensor, "*out in"]
     weight: Float[Tensor, "out in"]
     residual: Float[Tensor, "out in"]
-    """-(V A - B) on the mask"""
+    """-S (V A - B) on the mask"""
     direction: Float[Tensor, "out in"]
     energy: Float[Tensor, " out"]
-    """<r, diag(A)^-1 r> of each row"""
+    """<r, diag(A)^-1 r> of each row's system"""
     target: Float[Tensor, " out"]
     """the energy at which a row is done"""
     stuck: Bool[Tensor, " out"]
@@ -40,7 +42,8 @@ class ConjugateGradients(Solver[GradientsState]):
     no curvature but rounding (a singular A) stops where it is, and the status says so. A step is one product
     [out, in] x [in, in], whatever the masks: for masks that differ from row to row it is far cheaper than a
     factorisation a row. Never worse than its start; not exact, but certified where the loss is damped:
-    f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j.
+    f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j. A full output metric couples the rows into one system, with S_ii A_jj as
+    preconditioner, one more product [out, out] x [out, in] a step, and S_ii's share of damping in the certificate.
 
     Reference: Hestenes and Stiefel (1952); ALPS (arXiv 2406.07831) for masks.
     """
@@ -63,29 +66,34 @@ class ConjugateGradients(Solver[GradientsState]):
             mask = problem.mask(problem.support(start))
         loss = problem.loss
         diagonal = loss.gram.diagonal()
+        if loss.coupled:
+            assert loss.metric is not None
+            diagonal = torch.outer(loss.metric.diagonal, diagonal)
         inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
         scale = torch.where(mask, loss.gradient(torch.where(mask, loss.weight, 0.0)), 0.0)
         residual = -torch.where(mask, loss.gradient(start), 0.0)
         direction = residual * inverse
-        target = self.tolerance**2 * (scale.square() * inverse).sum(1)
-        energy = (residual * direction).sum(1)
+        target = self.tolerance**2 * _by_system(loss, scale.square() * inverse)
+        energy = _by_system(loss, residual * direction)
         # Original weights that are optimal as they are would ask for a residual of exactly zero.
-        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + (loss.target.square() * inverse).sum(1))
+        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + _by_system(loss, loss.linear.square() * inverse))
         stuck = torch.zeros_like(energy, dtype=torch.bool)
-        return GradientsState(mask, inverse, start, residual, direction, energy, target.maximum(rounding), stuck)
+        target = target.maximum(rounding)
+        return GradientsState(mask, diagonal, inverse, start, residual, direction, energy, target, stuck)
 
     def step(self, problem: Problem, state: GradientsState) -> GradientsState:
-        product = torch.where(state.mask, state.direction @ problem.loss.gram, 0.0)
-        curvature = (state.direction * product).sum(1)
-        diagonal = problem.loss.gram.diagonal()
+        loss = problem.loss
+        product = torch.where(state.mask, loss.weigh(state.direction @ loss.gram), 0.0)
+        curvature = _by_system(loss, state.direction * product)
         # Of a matrix with unit diagonal the rounding alone has a curvature of this size.
-        least = len(diagonal) * torch.finfo(diagonal.dtype).eps * (state.direction.square() * diagonal).sum(1)
+        unit = state.direction.shape[1] * torch.finfo(product.dtype).eps
+        least = unit * _by_system(loss, state.direction.square() * state.diagonal)
         stuck = state.stuck | ((state.energy > state.target) & ~(curvature > least))
         active = (state.energy > state.target) & ~stuck
         length = torch.where(active, state.energy / torch.where(active, curvature, 1.0), 0.0)[:, None]
         residual = state.residual - length * product
         preconditioned = residual * state.inverse_diagonal
-        energy = torch.where(active, (residual * preconditioned).sum(1), state.energy)
+        energy = torch.where(active, _by_system(loss, residual * preconditioned), state.energy)
         ratio = torch.where(active, energy / torch.where(active, state.energy, 1.0), 0.0)[:, None]
         return replace(
             state,
@@ -110,5 +118,18 @@ class ConjugateGradients(Solver[GradientsState]):
         if not isinstance(problem, MaskedLeastSquares) or not bool((loss.damping > 0).all()):
             return None
         residual = torch.where(state.mask, loss.exact_gradient(state.weight), 0.0)
-        excess = float((residual.square() / loss.damping.double()).sum()) / 2
+        damping = loss.damping.double()
+        if loss.coupled:
+            assert loss.metric is not None
+            # S (x) A is at least the product of the two dampings.
+            damping = torch.outer(loss.metric.damping.double(), damping)
+            if not bool((damping > 0).all()):
+                return None
+        excess = float((residual.square() / damping).sum()) / 2
         return Certificate(loss.value(state.weight) - excess, "residual of the normal equations and the damping")
+
+
+def _by_system(loss: LayerLoss, terms: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+    """The sum of the terms of each row's system: its own, or the one of all rows."""
+    rows = terms.sum(1)
+    return rows.sum().expand(rows.shape) if loss.coupled else rows

@@ -17,18 +17,21 @@ HALVINGS = 50
 
 @dataclass(frozen=True, eq=False)
 class DualMap:
-    r"""What the bounds of one problem share: the unpenalised minimiser V0 and, where A is regular, its Cholesky factor.
+    r"""What the bounds of one problem share: the unpenalised minimiser V0, and Cholesky factors of a regular A and S.
 
     For every T:  min_V f(V) + P(V)  >=  -f*(-T) - P*(T)  =  min_X (f(X) + <T, X>) - P*(T).
 
-    Where A is singular, only a T in its range gives more than nothing. Multiples of B - V A are, so there is a bound
-    for every penalty that is positive away from zero; one that leaves a weight free may get no better one than zero.
+    Where A or S is singular, only a T in its range gives more than nothing. Multiples of S (B - V A) are, so there is
+    a bound for every penalty that is positive away from zero; one that leaves a weight free may get no better one than
+    zero.
     """
 
     penalty: Penalty
     loss: LayerLoss
     gram: Float[Tensor, "in in"]
     factor: Float[Tensor, "in in"] | None
+    row_factor: Float[Tensor, "out out"] | None
+    """the Cholesky factor of S, where there is a metric and it is regular"""
     minimiser: Float[Tensor, "out in"]
     """V0 with V0 A = B"""
     least: float
@@ -39,39 +42,37 @@ class DualMap:
         """In float64, with one Cholesky factorisation; NumericalError if A is clearly indefinite."""
         loss = problem.loss
         gram = loss.gram.double()
-        factor, failed = torch.linalg.cholesky_ex(gram)
         rounding = len(gram) * torch.finfo(loss.gram.dtype).eps
-        damped = bool((loss.damping > 0).all())
-        least_pivot = torch.finfo(gram.dtype).eps if damped else rounding
-        # A factor whose pivots are rounding would invert rounding, and claim a bound that is none.
-        regular = not bool(failed) and bool(
-            factor.diagonal().square().min() > least_pivot * len(gram) * gram.diagonal().max()
-        )
-        inverse = None if regular else pseudo_inverse(gram, rounding)
+        factor = _regular_factor(gram, loss.damping, rounding)
+        # Looked at even where it is not needed: a clearly indefinite A is an error.
+        inverse = pseudo_inverse(gram, rounding) if factor is None else gram
+        row_factor = None
+        if loss.metric is not None:
+            matrix = loss.metric.matrix.double()
+            row_factor = _regular_factor(matrix, loss.metric.damping, len(matrix) * torch.finfo(loss.gram.dtype).eps)
         minimiser = loss.weight.double()
         if loss.pull is not None:
             pull = loss.pull.double()
-            shift = torch.cholesky_solve(pull.T, factor).T if inverse is None else pull @ inverse
+            shift = pull @ inverse if factor is None else torch.cholesky_solve(pull.T, factor).T
             minimiser = minimiser - shift
-        return cls(problem.penalty, loss, gram, factor if regular else None, minimiser, loss.value(minimiser))
+        return cls(problem.penalty, loss, gram, factor, row_factor, minimiser, loss.value(minimiser))
 
     def bound(self, weight: Float[Tensor, "out in"]) -> float:
         """The best lower bound that the gradient at a weight gives."""
         exact = weight.double()
-        gradient = (exact - self.loss.weight.double()) @ self.gram
-        dual = -(gradient if self.loss.pull is None else gradient + self.loss.pull.double())
+        dual = -self.loss.exact_gradient(exact)
         # The loss is nonnegative and so is every penalty.
         bounds = [0.0, self._scaled(exact, dual)]
-        if self.factor is not None:
+        if self.factor is not None and (self.loss.metric is None or self.row_factor is not None):
             bounds.append(self._projected(exact, dual))
         # A comparison with NaN, from an infinite weight, is not a proof.
         return max((bound for bound in bounds if bound < math.inf), default=0.0)
 
     def _scaled(self, weight: Tensor, dual: Tensor) -> float:
-        """T = s (B - V A), the gradient at X = V0 + s (V - V0).
+        """T = s S (B - V A), the gradient at X = V0 + s (V - V0).
 
-        The bound is f(V0) + s <B - V A, V0> - s^2 (f(V) - f(V0)) - P*(T); for a norm a parabola in s up to the scale
-        at which P* becomes infinite, for other penalties s = 1 or the largest s below with a finite conjugate.
+        The bound is f(V0) + s <S (B - V A), V0> - s^2 (f(V) - f(V0)) - P*(T); for a norm a parabola in s up to the
+        scale at which P* becomes infinite, for other penalties s = 1 or the largest s below with a finite conjugate.
         """
         slope = float((dual * self.minimiser).sum())
         curve = max(self.loss.value(weight) - self.least, 0.0)
@@ -87,17 +88,29 @@ class DualMap:
         return self.least + scale * slope - scale * scale * curve - conjugate
 
     def _projected(self, weight: Tensor, dual: Tensor) -> float:
-        """T = the proximal point of P* at B - V A, by Moreau: what is cut off, E, is the proximal point of P.
+        """T = the proximal point of P* at S (B - V A), by Moreau: what is cut off, E, is the proximal point of P.
 
-        f(X) + <T, X> is least at X = V + E A^-1; being a minimum, its error is of second order in that of X.
+        f(X) + <T, X> is least at X = V + S^-1 E A^-1; being a minimum, its error is of second order in that of X.
         """
         assert self.factor is not None
         cut = self.penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
-        nearest = weight + torch.cholesky_solve(cut.T, self.factor).T
+        step = torch.cholesky_solve(cut.T, self.factor).T
+        nearest = weight + (step if self.row_factor is None else torch.cholesky_solve(step, self.row_factor))
         inside = dual - cut
         # A norm's conjugate is zero on its domain, where the proximal point lies up to rounding.
         conjugate = 0.0 if isinstance(self.penalty, NormPenalty) else self.penalty.conjugate(inside)
         return self.loss.value(nearest) + float((inside * nearest).sum()) - conjugate
+
+
+def _regular_factor(
+    matrix: Float[Tensor, "n n"], damping: Float[Tensor, " n"], rounding: float
+) -> Float[Tensor, "n n"] | None:
+    """The Cholesky factor, or None where the matrix is no better than singular."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    least_pivot = torch.finfo(matrix.dtype).eps if bool((damping > 0).all()) else rounding
+    # A factor whose pivots are rounding would invert rounding, and claim a bound that is none.
+    regular = factor.diagonal().square().min() > least_pivot * len(matrix) * matrix.diagonal().max()
+    return factor if not bool(failed) and bool(regular) else None
 
 
 def _largest_finite(penalty: Penalty, dual: Tensor) -> float:

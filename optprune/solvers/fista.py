@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.metric import OutputMetric
 from optprune.penalties import NormPenalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares, Problem
 from optprune.solvers.base import Solver
@@ -26,25 +27,45 @@ RESTART_EVERY = 4
 
 @dataclass(frozen=True, eq=False)
 class GradientStep:
-    """V -> V - (V A - B) diag(step) = V matrix + shift, which depends on the loss alone: compute it once for a loss."""
+    """V -> V - S (V A - B) step, which depends on the loss alone: compute it once for a loss.
+
+    Without an output metric it is V matrix + shift, in one product.
+    """
 
     step: Tensor
-    """the step of every column [in], or of all, []"""
+    """the step of every column [in], of every weight [out, in], or of all, []"""
     matrix: Float[Tensor, "in in"]
-    """I - A diag(step)"""
+    """I - A diag(step); A where there is a metric"""
     shift: Float[Tensor, "out in"]
-    """B diag(step)"""
+    """S B step"""
+    metric: OutputMetric | None
 
     @classmethod
     def of(cls, loss: LayerLoss, *, scale_columns: bool) -> "GradientStep":
-        """The longest safe step: 1 / L for all columns, or 1 / (L A_jj) with L that of A scaled to a unit diagonal."""
-        gram = loss.gram
+        """The longest safe step: 1 / L for all columns, or 1 / (L A_jj) with L that of A scaled to a unit diagonal.
+
+        A metric S divides either by the like of S.
+        """
+        gram, metric = loss.gram, loss.metric
         if scale_columns:
             step = column_steps(gram)
+            if metric is not None:
+                step = torch.outer(column_steps(metric.matrix), step)
         else:
-            step = torch.as_tensor(1 / (largest_eigenvalue_bound(gram) or 1.0), dtype=gram.dtype, device=gram.device)
-        matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
-        return cls(step, matrix, loss.target * step)
+            largest = largest_eigenvalue_bound(gram)
+            if metric is not None:
+                largest *= largest_eigenvalue_bound(metric.matrix)
+            step = torch.as_tensor(1 / (largest or 1.0), dtype=gram.dtype, device=gram.device)
+        matrix = gram
+        if metric is None:
+            matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
+        return cls(step, matrix, loss.linear * step, metric)
+
+    def at(self, weight: Float[Tensor, "out in"], out: Tensor | None = None) -> Float[Tensor, "out in"]:
+        """The gradient step from a weight, written into `out` if that is given."""
+        if self.metric is None:
+            return torch.addmm(self.shift, weight, self.matrix, out=out)
+        return weight + self.shift - self.step * self.metric.apply(weight @ self.matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +101,12 @@ class FistaState:
 class Fista(Solver[FistaState]):
     r"""Minimise f(V) + P(V) by accelerated proximal gradient steps with adaptive restart.
 
-        Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)),   V_(k+1) = prox_(step P)(Y - (Y A - B) step),
+        Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)),   V_(k+1) = prox_(step P)(Y - S (Y A - B) step),
         t_(k+1) = (1 + sqrt(1 + 4 t_k^2)) / 2,   t = 1 again when <Y - V_(k+1), V_(k+1) - V_k> > 0
 
     The step is 1 / L with L an upper bound of the largest eigenvalue of A, or, with `scale_columns` and a separable
-    penalty, 1 / (L A_jj) with L that of A scaled to a unit diagonal. Accepts penalised least squares with any
+    penalty, 1 / (L A_jj) with L that of A scaled to a unit diagonal; an output metric S divides it by the like of S,
+    in place, for here rows are not scaled beforehand. Accepts penalised least squares with any
     penalty. Stops when the relative duality gap is at most `tolerance`, measured in float64 at steps that lie
     further and further apart; returns the best iterate seen at a check, so it is never worse than its start.
 
@@ -106,7 +128,8 @@ class Fista(Solver[FistaState]):
         assert isinstance(problem, PenalisedLeastSquares)
         loss, penalty = problem.loss, problem.penalty
         free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
-        if loss.weight.dtype != torch.float64 or (free and not bool((loss.damping > 0).all())):
+        damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
+        if loss.weight.dtype != torch.float64 or (free and not damped):
             return None
         return self.tolerance
 
@@ -135,7 +158,7 @@ class Fista(Solver[FistaState]):
         if descent is None:
             scaled = self.scale_columns and problem.penalty.separable
             descent = GradientStep.of(problem.loss, scale_columns=scaled)
-        point = torch.addmm(descent.shift, start, descent.matrix)
+        point = descent.at(start)
         return Motion(descent, start, point, start, point.clone(), 1.0, 0)
 
     def _move(self, problem: PenalisedLeastSquares, state: "Motion") -> "Motion":
@@ -153,7 +176,7 @@ class Fista(Solver[FistaState]):
         return replace(
             state,
             weight=weight,
-            point=torch.addmm(state.descent.shift, weight, state.descent.matrix, out=room),
+            point=state.descent.at(weight, room),
             last_weight=state.weight,
             last_point=state.point,
             momentum=momentum,
@@ -201,4 +224,5 @@ def _gap(objective: float, bound: float) -> float:
 def _overshot(state: "Motion", weight: Tensor, beta: float) -> bool:
     """Whether <Y - V_(k+1), V_(k+1) - V_k> > 0 in the metric of the step: the momentum points uphill."""
     back = torch.lerp(state.last_weight, state.weight, 1 + beta).sub_(weight)
-    return float((back.mul_(weight - state.weight).sum(0) / state.descent.step).sum()) > 0
+    step, product = state.descent.step, back.mul_(weight - state.weight)
+    return float((product / step if step.ndim == 2 else product.sum(0) / step).sum()) > 0

@@ -65,7 +65,7 @@ class FistaPath(Solver[PathState]):
         assert isinstance(problem, SparseLeastSquares)
         loss = problem.loss
         scale = column_scale(loss.gram)
-        strength = FIRST * float((loss.target / scale).abs().max())
+        strength = FIRST * float((loss.linear / scale).abs().max())
         mask = problem.project((loss.weight * scale).square())
         return PathState(GradientStep.of(loss, scale_columns=True), scale, strength, loss.weight, mask, 0)
 

@@ -41,7 +41,7 @@ class FistaPruner(Solver[FistaPrunerState]):
         raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row, or when
         the bisection has found lambda to within `narrow`, a relative width
 
-    The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |B| at which zero
+    The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |S B| at which zero
     is the answer, so that scaling the problem changes nothing. Errors include the damping of the loss, if any.
     Zeros are not frozen, so the mask may change. Monotone; as published, it depends on its start. A step is K
     products [out, in] x [in, in] and two more to measure.
@@ -70,7 +70,7 @@ class FistaPruner(Solver[FistaPrunerState]):
     def step(self, problem: Problem, state: FistaPrunerState) -> FistaPrunerState:
         assert isinstance(problem, SparseLeastSquares)
         middle = (state.low + state.high) / 2
-        penalty = L1(math.exp(middle) * float(problem.loss.target.abs().max()))
+        penalty = L1(math.exp(middle) * float(problem.loss.linear.abs().max()))
         fista = Fista(scale_columns=False, restart=False)
         dense = fista.iterate(PenalisedLeastSquares(problem.loss, penalty), state.best, self.inner_steps, state.descent)
         rounded = torch.where(problem.pattern.project(dense.abs()), dense, 0.0)
@@ -99,6 +99,6 @@ def _error(problem: Problem, floor: float, weight: Tensor) -> float:
     loss = problem.loss
     gradient = loss.gradient(weight)
     if loss.pull is not None:
-        gradient = gradient + loss.pull
+        gradient = gradient + loss.weigh(loss.pull)
     rise = float(((weight - loss.weight) * gradient).sum(dtype=torch.float64)) / 2
     return math.sqrt(2 * max(floor + rise, 0.0))

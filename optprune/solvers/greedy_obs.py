@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.problems import Channels, Problem, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
-from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
+from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
 
 PENDING = 64
 """columns removed before their updates are carried out on the whole matrices, in one product"""
@@ -38,9 +38,7 @@ class GreedyObs(DirectSolver):
     batch: int = 1
 
     def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, StructuredProblem):
-            return None
-        return f"it removes units of columns, and a {problem.kind} problem has none"
+        return refusal(problem, "removes")
 
     def answer(self, problem: Problem, start: Tensor) -> Answer:
         assert isinstance(problem, StructuredProblem)

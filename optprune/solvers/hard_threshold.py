@@ -15,9 +15,9 @@ from optprune.solvers.spectrum import column_steps
 
 @dataclass(frozen=True, eq=False)
 class ThresholdState:
-    """The iterate with its mask, and the step of every column."""
+    """The iterate with its mask, and the step of every column, or of every weight where rows are coupled."""
 
-    steps_by_column: Float[Tensor, " in"]
+    steps: Float[Tensor, "*out in"]
     weight: Float[Tensor, "out in"]
     mask: Bool[Tensor, "rows in"]
     still: int
@@ -27,11 +27,12 @@ class ThresholdState:
 @final
 @dataclass(frozen=True)
 class HardThreshold(Solver[ThresholdState]):
-    r"""V <- H(V - (V A - B) step), step_j = 1 / (L A_jj), L a bound of the largest eigenvalue of the scaled A.
+    r"""V <- H(V - S (V A - B) step), step_j = 1 / (L A_jj), L a bound of the largest eigenvalue of the scaled A.
 
-    H keeps the mask with the largest total of u_ij^2 / step_j, which minimises the quadratic upper bound of f over
-    the pattern, so the objective never rises. Accepts every selection problem. Stops when the mask has not changed
-    for `patience` steps. A step is one product [out, in] x [in, in].
+    H keeps the mask with the largest total of u_ij^2 / step_j, which minimises the quadratic upper bound of f over the
+    pattern, so the objective never rises. A full output metric S divides the steps by the like of its rows. Accepts
+    every selection problem. Stops when the mask has not changed for `patience` steps. A step is one product [out, in] x
+    [in, in].
 
     Reference: Blumensath and Davies (2009); AWP (arXiv 2506.10205) for pruning.
     """
@@ -48,13 +49,16 @@ class HardThreshold(Solver[ThresholdState]):
 
     def init(self, problem: Problem, start: Tensor) -> ThresholdState:
         assert isinstance(problem, SelectionProblem)
-        step = column_steps(problem.loss.gram)
+        loss = problem.loss
+        step = column_steps(loss.gram)
+        if loss.metric is not None:
+            step = torch.outer(column_steps(loss.metric.matrix), step)
         return ThresholdState(step, start, problem.mask(problem.support(start)), 0)
 
     def step(self, problem: Problem, state: ThresholdState) -> ThresholdState:
         assert isinstance(problem, SelectionProblem)
-        point = state.weight - problem.loss.gradient(state.weight) * state.steps_by_column
-        mask = problem.mask(problem.project(point.square() / state.steps_by_column))
+        point = state.weight - problem.loss.gradient(state.weight) * state.steps
+        mask = problem.mask(problem.project(point.square() / state.steps))
         still = state.still + 1 if torch.equal(mask, state.mask) else 0
         return replace(state, weight=torch.where(mask, point, 0.0), mask=mask, still=still)
 

@@ -17,10 +17,10 @@ class PerspectiveState:
     """The dual ascent: a point that gives a bound, and the best bound so far."""
 
     start: Tensor
-    split: Float[Tensor, " in"]
-    """the diagonal d that was split off A"""
+    split: Float[Tensor, "*out in"]
+    """the diagonal d that was split off A, or off S (x) A"""
     rest: Float[Tensor, "in in"]
-    """A - diag(d), positive semidefinite"""
+    """A - diag(d), positive semidefinite; A itself where rows are coupled"""
     length: float
     point: Float[Tensor, "out in"]
     previous: Float[Tensor, "out in"]
@@ -39,9 +39,11 @@ class PerspectiveBound(Solver[PerspectiveState]):
         c/2 - 1/2 tr(X R X^T) - 1/2 max_M sum_{ij in M} T_ij^2 / d_j,   T = B - X R,
 
     where M runs over the masks of the problem, so its exact projection gives the inner maximum: the bound holds for
-    every pattern and every X. X is improved by `most` steps of proximal ascent on the relaxation. The split takes
-    d_j = t / (A^-1)_jj with the largest t that keeps R positive semidefinite. Accepts every selection problem; where
-    A is singular it takes d from the damping alone, or refuses nothing and proves 0.
+    every pattern and every X. Under a full output metric X R becomes S X A - d * X and B becomes S B, with d_ij = s_i
+    d_j: where S - diag(s) and A - diag(d) are positive semidefinite, so is S (x) A - diag(s) (x) diag(d). X is improved
+    by `most` steps of proximal ascent on the relaxation. The split takes d_j = t / (A^-1)_jj with the largest t that
+    keeps R positive semidefinite. Accepts every selection problem; where A is singular it takes d from the damping
+    alone, or refuses nothing and proves 0.
 
     A step is two products [out, in] x [in, in] in float64.
     """
@@ -58,10 +60,16 @@ class PerspectiveBound(Solver[PerspectiveState]):
 
     def init(self, problem: Problem, start: Tensor) -> PerspectiveState:
         assert isinstance(problem, SelectionProblem)
-        split = diagonal_split(problem.loss)
-        rest = problem.loss.gram.double() - torch.diag(split)
+        loss = problem.loss
+        split, rest = diagonal_split(loss), loss.gram.double()
+        if loss.metric is None:
+            rest = rest - torch.diag(split)
         # Where nothing is left of A (width 1, dead inputs) the bound depends on no X, and any step will do.
         length = float(torch.linalg.matrix_norm(rest, 2)) or 1.0
+        if loss.metric is not None:
+            rows = loss.metric.matrix.double()
+            split = torch.outer(_split(rows, loss.metric.damping.double()), split)
+            length *= float(torch.linalg.matrix_norm(rows, 2)) or 1.0
         point = start.double()
         bound = _bound(problem, split, rest, point)
         return PerspectiveState(start, split, rest, length, point, point, bound, 0)
@@ -72,7 +80,7 @@ class PerspectiveBound(Solver[PerspectiveState]):
         ahead = state.point + momentum * (state.point - state.previous)
         # Gradient step on the smooth part 1/2 tr(X R X^T) - tr(X B^T), then the prox of the perspective term,
         # approximated by its value on the best mask of the point: weights inside shrink by 1 / (1 + d / L).
-        gradient = ahead @ state.rest - problem.loss.target.double()
+        gradient = _product(problem.loss, state.split, state.rest, ahead) - problem.loss.linear.double()
         trial = ahead - gradient / state.length
         mask = problem.mask(problem.project(trial.square() * state.split))
         point = torch.where(mask, trial / (1 + state.split / state.length), 0.0)
@@ -90,10 +98,13 @@ class PerspectiveBound(Solver[PerspectiveState]):
 
 
 def _bound(
-    problem: SelectionProblem, split: Float[Tensor, " in"], rest: Float[Tensor, "in in"], point: Float[Tensor, "out in"]
+    problem: SelectionProblem,
+    split: Float[Tensor, "*out in"],
+    rest: Float[Tensor, "in in"],
+    point: Float[Tensor, "out in"],
 ) -> float:
-    product = point @ rest
-    dual = problem.loss.target.double() - product
+    product = _product(problem.loss, split, rest, point)
+    dual = problem.loss.linear.double() - product
     usable = split > 0
     if bool(((dual.abs() > 0) & ~usable).any()):
         return 0.0
@@ -103,16 +114,26 @@ def _bound(
     return max(value, 0.0)
 
 
+def _product(
+    loss: LayerLoss, split: Float[Tensor, "*out in"], rest: Float[Tensor, "in in"], point: Float[Tensor, "out in"]
+) -> Float[Tensor, "out in"]:
+    """X R."""
+    return point @ rest if loss.metric is None else loss.weigh(point @ rest) - split * point
+
+
 def diagonal_split(loss: LayerLoss) -> Float[Tensor, " in"]:
     """d >= 0 with A - diag(d) positive semidefinite: t / (A^-1)_jj with the largest such t, a hair less for rounding.
 
-    Zero where A is singular.
+    The damping alone where A is singular.
     """
-    gram = loss.gram.double()
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    return _split(loss.gram.double(), loss.damping.double())
+
+
+def _split(matrix: Float[Tensor, "n n"], damping: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed):
-        return loss.damping.double()
+        return damping
     scale = torch.cholesky_inverse(factor).diagonal().sqrt()
-    values = torch.linalg.eigvalsh(gram * torch.outer(scale, scale))
+    values = torch.linalg.eigvalsh(matrix * torch.outer(scale, scale))
     rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
     return max(float(values[0]) - rounding, 0.0) / scale.square()

@@ -15,6 +15,10 @@ from optprune.solvers.solution import Certificate
 SINGULAR = (
     "singular Gram matrix on the kept inputs: the solution nearest the original weights was taken (pseudo-inverse)"
 )
+COUPLED = (
+    "it solves row by row, and the full output metric couples rows whose masks differ: take ConjugateGradients, or the "
+    "diagonal of the metric"
+)
 BATCH_BYTES = 1 << 28
 """how much memory one batch of rows may take when every row has a mask of its own"""
 INDEFINITE = 1e-5
@@ -32,6 +36,9 @@ class Restore(DirectSolver):
     factor serves all rows that share a mask; other rows are factorised in batches. Where A_MM is singular (fewer
     tokens than inputs and no damping) the minimiser nearest U is taken by an eigendecomposition, and that is noted.
 
+    A full output metric changes nothing where all rows share the mask, S being a factor of the normal equations, and
+    couples the rows otherwise; such problems are refused.
+
     Promises the optimum of a restoration problem, and a certificate: with r the residual of the normal equations at
     the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1 r^T) <= 1/2 sum_ij r_ij^2 / D_j.
     Cost: in^3 / 3 + 2 out in^2; memory in^2 in `factor_dtype`, whatever the dtype of the problem.
@@ -42,7 +49,7 @@ class Restore(DirectSolver):
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, MaskedLeastSquares | SelectionProblem):
-            return None
+            return COUPLED if problem.loss.coupled and _mask(problem, problem.loss.weight).shape[0] > 1 else None
         return f"it needs a fixed mask or a support, and a {problem.kind} problem has neither"
 
     def exact(self, problem: Problem) -> bool:
@@ -63,20 +70,28 @@ class Restore(DirectSolver):
         loss, mask = problem.loss, problem.mask
         value = problem.start()
         gram = loss.gram.to(self.factor_dtype)
-        change, singular = _newton_step(gram, loss.gradient(value).to(gram), mask, _rounding(loss), _noise(loss))
+        change, singular = _newton_step(gram, loss.residual(value).to(gram), mask, _rounding(loss), _noise(loss))
         value = value + change.to(value)
         return Answer(value, _certificate(problem, gram, value), (SINGULAR,) if singular else ())
+
+
+def _mask(problem: MaskedLeastSquares | SelectionProblem, start: Tensor) -> Bool[Tensor, "rows in"]:
+    if isinstance(problem, MaskedLeastSquares):
+        return problem.mask
+    return problem.mask(problem.support(start))
 
 
 def _certificate(problem: MaskedLeastSquares, gram: Float[Tensor, "in in"], value: Tensor) -> Certificate:
     """The lower bound f(V) - 1/2 tr(r A_MM^-1 r^T), or with D for A_MM where every input is damped."""
     loss, mask = problem.loss, problem.mask
-    residual = torch.where(mask, loss.exact_gradient(value), 0.0)
+    residual = torch.where(mask, loss.exact_residual(value), 0.0)
+    # Where a metric couples the rows they share the mask, so S is a factor here too.
+    weighed = loss.weigh(residual)
     if bool((loss.damping > 0).all()):
-        excess = float((residual.square() / loss.damping.double()).sum()) / 2
+        excess = float((residual * weighed / loss.damping.double()).sum()) / 2
     else:
         step, _ = _newton_step(gram, residual.to(gram), mask, _rounding(loss), _noise(loss))
-        excess = -float((residual * step).sum()) / 2
+        excess = -float((weighed * step).sum()) / 2
     # No loss is negative, so zero is a lower bound too.
     return Certificate(max(loss.value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
 

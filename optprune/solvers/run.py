@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,33 +32,37 @@ def solve(
 
     `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
     of the Solution are measured by the problem after the solver has returned. Raises NoSolver when the solver
-    refuses the problem.
+    refuses the problem. Under an output metric the solver works on rows in units of 1 / sqrt(S_ii), where the objective
+    is the same number, so certificates need no change.
     """
     solver = choose(problem) if solver is None else solver
-    reason = solver.why_not(problem)
+    even = problem.even()
+    reason = solver.why_not(even)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
     if start is None:
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
+    metric = problem.loss.metric
+    scale = None if metric is None or even is problem else metric.row_scale[:, None]
     began = time.perf_counter()
     with torch.no_grad():
-        state = solver.init(problem, start)
+        state = solver.init(even, start if scale is None else scale * start)
         steps = 0
-        while (status := solver.done(problem, state)) is None:
+        while (status := solver.done(even, state)) is None:
             if steps >= max_steps:
                 status = Status.STEP_LIMIT
                 break
             if time.perf_counter() - began >= max_seconds:
                 status = Status.TIME_LIMIT
                 break
-            state = solver.step(problem, state)
+            state = solver.step(even, state)
             steps += 1
             if callback is not None:
-                callback(steps, partial(solver.value, problem, state))
-        value = solver.value(problem, state)
-        certificate = solver.certify(problem, state)
+                callback(steps, partial(_value, solver, even, state, scale))
+        value = _value(solver, even, state, scale)
+        certificate = solver.certify(even, state)
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
         if not math.isfinite(objective):
@@ -66,3 +71,9 @@ def solve(
     return Solution(
         value, objective, violation, status, steps, seconds, certificate, solver.history(state), solver.notes(state)
     )
+
+
+def _value(solver: Solver, problem: Problem, state: Any, scale: Tensor | None) -> Tensor:
+    """The weight that a state stands for, its rows back in their own units; a row that costs nothing has none."""
+    value = solver.value(problem, state)
+    return value if scale is None else value / torch.where(scale > 0, scale, 1.0)

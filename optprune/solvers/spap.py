@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.patterns import SlotWise
 from optprune.problems import Problem, StructuredProblem
 from optprune.solvers.base import Solver
-from optprune.solvers.inverse import InverseForm
+from optprune.solvers.inverse import InverseForm, refusal
 from optprune.solvers.solution import Status
 
 Scale = Literal["inverse", "gram", "unit"]
@@ -70,9 +70,7 @@ class Spap(Solver[SpapState]):
     stages: int = 8
 
     def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, StructuredProblem):
-            return None
-        return f"it drops units of columns, and a {problem.kind} problem has none"
+        return refusal(problem, "drops")
 
     def init(self, problem: Problem, start: Tensor) -> SpapState:
         assert isinstance(problem, StructuredProblem)

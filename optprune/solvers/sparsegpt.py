@@ -39,6 +39,8 @@ class SparseGpt(DirectSolver):
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it chooses masks block by block, which it cannot for the pattern {type(pattern).__name__}"
+        if problem.loss.coupled:
+            return "it compensates errors row by row, and the full output metric couples the rows: take its diagonal"
         return None
 
     def answer(self, problem: Problem, start: Tensor) -> Answer:

@@ -27,9 +27,14 @@ def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -
 
 
 def column_steps(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-    """1 / (L A_jj), L a bound of the largest eigenvalue of A scaled to a unit diagonal: a safe step for each column."""
+    """1 / (L A_jj), L a bound of the largest eigenvalue of A scaled to a unit diagonal: a safe step for each column.
+
+    A dead input has no curvature, so that any step is safe: it gets the longest, for a penalty still has to move it.
+    """
     scale = column_scale(gram)
-    return 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
+    steps = 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
+    alive = gram.diagonal() > 0
+    return torch.where(alive, steps, steps[alive].max()) if bool(alive.any()) else steps
 
 
 def column_scale(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:

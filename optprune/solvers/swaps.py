@@ -56,6 +56,8 @@ class Swaps(Solver[SwapsState]):
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it does not know which exchanges the pattern {type(pattern).__name__} allows"
+        if problem.loss.coupled:
+            return "it exchanges weights row by row, and the full output metric couples the rows: take its diagonal"
         return None
 
     def monotone(self, problem: Problem) -> bool:

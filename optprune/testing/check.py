@@ -5,22 +5,29 @@ from hypothesis import HealthCheck, Phase, given, settings
 from optprune.problems import Problem
 from optprune.solvers import Solver
 from optprune.testing import laws
-from optprune.testing.strategies import STRATEGIES
+from optprune.testing.strategies import METRIC_KINDS, STRATEGIES, MetricKind, weighted
 
 
 def check_solver(solver: Solver, *, examples: int = 20, shrink: bool = True) -> None:
     """Raise AssertionError unless the solver keeps every law on what it accepts and refuses the rest with a reason.
 
-    Draws `examples` problems of every known kind, the same ones every time. `shrink` looks for the smallest problem
+    Draws `examples` problems of every known kind, the same ones every time, and a quarter as many of them with an
+    output metric, diagonal and full. `shrink` looks for the smallest problem
     that breaks the law before reporting it, which takes a while; without it the first one found is reported.
     """
-    accepted = [kind.kind for kind in STRATEGIES if _check_kind(solver, kind, examples, shrink)]
+    accepted = [
+        kind.kind
+        for metric in METRIC_KINDS
+        for kind in STRATEGIES
+        if _check_kind(solver, kind, metric, examples if metric == "none" else max(examples // 4, 1), shrink)
+    ]
     assert accepted, f"{solver.label} accepted no problem of any kind: {', '.join(kind.kind for kind in STRATEGIES)}"
 
 
-def _check_kind(solver: Solver, kind: type[Problem], examples: int, shrink: bool) -> int:
+def _check_kind(solver: Solver, kind: type[Problem], metric: MetricKind, examples: int, shrink: bool) -> int:
     """Check a solver on one kind of problem; how many of the drawn problems it accepted."""
     accepted = 0
+    problems = STRATEGIES[kind]() if metric == "none" else weighted(kind, metric)
 
     # A report of the first broken law is an AssertionError; several at once would be an exception group.
     @settings(
@@ -32,7 +39,7 @@ def _check_kind(solver: Solver, kind: type[Problem], examples: int, shrink: bool
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
     )
-    @given(STRATEGIES[kind]())
+    @given(problems)
     def check(problem: Problem) -> None:
         nonlocal accepted
         if solver.why_not(problem) is None:

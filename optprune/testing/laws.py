@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optprune.errors import NoSolver, NumericalError
+from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import Pattern
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
@@ -190,20 +191,28 @@ def repeatable(problem: Problem, solver: Solver) -> None:
 
 def rows_are_independent(problem: Problem, solver: Solver) -> None:
     """Restoration of all rows together costs what restoring them one by one costs."""
-    if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)):
+    if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)) or problem.loss.coupled:
         return
     loss, together = problem.loss, _answer(problem, solver)
     apart = 0.0
     slack = rounding(loss, together.value)
     for row in range(loss.weight.shape[0]):
         own = problem.mask if problem.mask.shape[0] == 1 else problem.mask[row : row + 1]
-        single = MaskedLeastSquares(replace(loss, weight=loss.weight[row : row + 1]), own)
+        single = MaskedLeastSquares(_row(loss, row), own)
         solution = solve(single, solver)
         apart += solution.objective
         slack += rounding(single.loss, solution.value)
     assert abs(apart - together.objective) <= _tolerance(problem, apart) + slack, (
         f"{_name(problem, solver)}: {together.objective} for all rows together, but {apart} row by row"
     )
+
+
+def _row(loss: LayerLoss, row: int) -> LayerLoss:
+    """The loss of one row alone, where rows are not coupled."""
+    metric = loss.metric
+    if metric is not None:
+        metric = OutputMetric(metric.average[row : row + 1], metric.damping[row : row + 1], metric.tokens)
+    return replace(loss, weight=loss.weight[row : row + 1], metric=metric)
 
 
 def permutation_is_harmless(problem: Problem, solver: Solver) -> None:
@@ -322,7 +331,7 @@ def _output_change(loss: LayerLoss, first: Tensor, second: Tensor) -> float:
     """E|(V1 - V2) x*|^2 plus the ridge's share."""
     change = first.double() - second.double()
     gram = loss.gram.double()
-    return float(((change @ gram) * change).sum())
+    return float(((change @ gram) * loss.weigh(change)).sum())
 
 
 # -- laws of the things problems are made of

@@ -54,6 +54,8 @@ class Quadratic:
     """A before means were taken out of it: its rounding stays in A"""
     epsilon: float
     """the unit of rounding of the dtype of the problem"""
+    metric: Array
+    """[out, out]: S, the identity where there is none"""
 
     @classmethod
     def of(cls, loss: LayerLoss) -> "Quadratic":
@@ -61,6 +63,7 @@ class Quadratic:
         weight, damping = _array(loss.weight), _array(loss.damping)
         gram, mean = _array(loss.moments.gram), _array(loss.moments.mean)
         width, unit, uncentred = len(mean), epsilon(loss), gram
+        metric = _metric(loss)
         if loss.moments.dense is None:
             cross, ideal, ideal_mean = gram, gram, mean
             pair = lift = np.eye(width)
@@ -81,28 +84,44 @@ class Quadratic:
             weight,
             gram + np.diag(damping),
             weight @ cross + weight * damping,
-            float(np.sum((weight @ ideal) * weight) + np.sum(weight**2 * damping)),
+            float(np.sum((weight @ ideal) * (metric @ weight)) + np.sum(weight * (metric @ weight) * damping)),
             damping,
             tokens @ pair,
             tokens @ lift @ weight.T,
             float(np.sqrt(noise)),
             uncentred + np.diag(damping),
             unit,
+            metric,
         )
 
     def value(self, weight: Array) -> float:
-        """1/2 tr(V A V^T) - tr(V B^T) + c/2, literally."""
-        return float(np.sum((weight @ self.gram) * weight) / 2 - np.sum(weight * self.target) + self.constant / 2)
+        """1/2 tr(S V A V^T) - tr(S V B^T) + c/2, literally."""
+        quadratic = self.metric @ (weight @ self.gram / 2 - self.target)
+        return float(np.sum(quadratic * weight) + self.constant / 2)
 
     def row_values(self, weight: Array) -> Array:
-        """The loss of each row, [out], up to a constant of the row."""
-        return np.sum((weight @ self.gram) * weight, 1) / 2 - np.sum(weight * self.target, 1)
+        """The loss of each row, [out], up to a constant of the row, for an S without couplings."""
+        rows = np.sum((weight @ self.gram) * weight, 1) / 2 - np.sum(weight * self.target, 1)
+        return np.diagonal(self.metric) * rows
+
+    @property
+    def coupled(self) -> bool:
+        """Whether S is not diagonal."""
+        return bool((self.metric != np.diag(np.diagonal(self.metric))).any())
+
+    @property
+    def root(self) -> Array:
+        """[out, out]: R with R^T R = S."""
+        values, vectors = np.linalg.eigh(self.metric)
+        return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
     def terms(self, weight: Array) -> float:
         """The total size of the terms of the loss at V, before they cancel: what its rounding is relative to."""
-        size, old = np.abs(weight), np.abs(self.weight)
-        spread = np.abs(self.uncentred)
-        return float(np.sum((size @ spread) * size) + np.sum((old @ spread) * old)) + abs(self.constant)
+        # A broken solver may return one row for all: it is the laws that must say so.
+        size, old = np.abs(np.broadcast_to(weight, self.weight.shape)), np.abs(self.weight)
+        spread, metric = np.abs(self.uncentred), np.abs(self.metric)
+        total = np.sum((size @ spread) * (metric @ size)) + np.sum((old @ spread) * (metric @ old))
+        return float(total) + abs(self.constant)
 
 
 @dataclass(frozen=True)
@@ -122,14 +141,23 @@ def epsilon(loss: LayerLoss) -> float:
     return torch.finfo(loss.moments.gram.dtype).eps
 
 
+def _metric(loss: LayerLoss) -> Array:
+    if loss.metric is None:
+        return np.eye(loss.weight.shape[0])
+    average = _array(loss.metric.average)
+    return (average if average.ndim == 2 else np.diag(average)) + np.diag(_array(loss.metric.damping))
+
+
 def rounding(loss: LayerLoss, weight: Tensor) -> float:
     """How much of the loss of a weight [out, in] may be rounding of the moments and of the sums over them."""
     return _rounding(Quadratic.of(loss), _array(weight))
 
 
 def _rounding(quadratic: Quadratic, weight: Array) -> float:
-    # One rounding for each term of a sum over the inputs, and a few for collecting, centring and damping.
-    return (len(quadratic.damping) + 4) * quadratic.epsilon * quadratic.terms(weight)
+    # One rounding for each term of a sum over the inputs, and a few for collecting, centring and damping; the same for
+    # the sums over outputs of a metric.
+    outputs = len(quadratic.metric) + 4 if quadratic.coupled else 0
+    return (len(quadratic.damping) + 4 + outputs) * quadratic.epsilon * quadratic.terms(weight)
 
 
 def clearly_regular(loss: LayerLoss) -> bool:
@@ -154,6 +182,9 @@ def least_squares(problem: MaskedLeastSquares) -> Reference:
 
 def _restored(quadratic: Quadratic, mask: Array) -> Array:
     """The best weight [out, in] on a mask [out, in]."""
+    if quadratic.coupled and not (mask == mask[:1]).all():
+        return _restored_jointly(quadratic, mask)
+    # A diagonal S only weighs the rows, and with one mask for all of them any S is a factor of the normal equations.
     answer = np.zeros_like(quadratic.weight)
     ridge = np.diag(np.sqrt(quadratic.damping))
     for pattern in np.unique(mask, axis=0):
@@ -166,6 +197,29 @@ def _restored(quadratic: Quadratic, mask: Array) -> Array:
         if largest > 0:
             found = scipy.linalg.lstsq(data, right, cond=quadratic.negligible / largest)
             answer[np.ix_(rows, pattern)] = np.transpose(found[0])  # pyright: ignore[reportOptionalSubscript]
+    return answer
+
+
+def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
+    """The best weight on a mask whose rows S couples: one least-squares problem in all entries, by Kronecker products.
+
+    |R (V X*^T - W X^T)|^2 + |R (V - W) D^(1/2)|^2 with R^T R = S, row after row of V.
+    """
+    answer = np.zeros_like(quadratic.weight)
+    if not mask.any():
+        return answer
+    ridge, root = np.diag(np.sqrt(quadratic.damping)), quadratic.root
+    tokens = np.vstack([quadratic.inputs, ridge])
+    wanted = np.vstack([quadratic.outputs, ridge @ quadratic.weight.T])
+    data = np.kron(root, tokens)[:, mask.reshape(-1)]
+    right = (root @ wanted.T).reshape(-1)
+    # Singular values of a Kronecker product are products: rounding in one factor is weighed by the other.
+    noise = quadratic.negligible * np.linalg.norm(root, 2)
+    noise += np.sqrt(len(root) * quadratic.epsilon) * np.linalg.norm(root, 2) * np.linalg.norm(tokens, 2)
+    largest = np.linalg.norm(data, 2)
+    if largest > 0:
+        found = scipy.linalg.lstsq(data, right, cond=min(noise / largest, 1.0))
+        answer[mask] = found[0]  # pyright: ignore[reportOptionalSubscript]
     return answer
 
 
@@ -186,8 +240,9 @@ def convex_optimum(problem: MaskedLeastSquares) -> float:
 
 def _program_loss(quadratic: Quadratic, weight: cvxpy.Expression, unit: float) -> cvxpy.Expression:
     """The loss of a weight [out, in] in units of unit^2, for cvxpy."""
-    error = (quadratic.inputs @ weight.T - quadratic.outputs) / unit
-    ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, weight - quadratic.weight)
+    root = quadratic.root
+    error = (quadratic.inputs @ weight.T - quadratic.outputs) @ root.T / unit
+    ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, root @ (weight - quadratic.weight))
     return (cvxpy.sum_squares(error) + cvxpy.sum_squares(ridge)) / 2
 
 
@@ -263,6 +318,10 @@ def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
     rows, width = quadratic.weight.shape
     if 2 ** (rows * width) > MOST_CHOICES:
         raise ValueError(f"a [{rows}, {width}] weight has too many masks to list: the reference is for 12 entries")
+    if quadratic.coupled:
+        bits = (np.array(b, dtype=bool).reshape(rows, width) for b in product((False, True), repeat=rows * width))
+        masks = [mask for mask in bits if pattern.admits(torch.tensor(mask))]
+        return _reference(quadratic, min((_restored(quadratic, mask) for mask in masks), key=quadratic.value))
     subsets = [np.array(bits, dtype=bool) for bits in product((False, True), repeat=width)]
     answers = [_restored(quadratic, np.broadcast_to(subset, (rows, width))) for subset in subsets]
     losses = np.array([quadratic.row_values(answer) for answer in answers])

@@ -7,12 +7,15 @@ a method that ranks has one answer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
+from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
@@ -147,6 +150,55 @@ def losses(
     return loss
 
 
+MetricKind = Literal["none", "diagonal", "full"]
+METRIC_KINDS: tuple[MetricKind, ...] = ("none", "diagonal", "full")
+
+
+@st.composite
+def metrics(
+    draw: st.DrawFn, width: int, kind: MetricKind, *, dtype: torch.dtype = torch.float64, generic: bool = False
+) -> OutputMetric | None:
+    """An output metric: full rank, or fewer gradients than outputs; outputs that cost nothing; sizes far from one."""
+    if kind == "none":
+        return None
+    few = not generic and draw(st.booleans(), label="few gradients")
+    tokens = draw(st.integers(1, width), label="gradients") if few else 4 * width + 4
+    generator = _generator(draw)
+    # Outputs of very different importance, and gradients as small as those of a mean over many predictions.
+    spread = torch.logspace(-0.5, 0.5, width, dtype=torch.float64)[torch.randperm(width, generator=generator)]
+    gradients = _normal(generator, tokens, width) * spread * draw(st.sampled_from((1e-3, 1.0)), label="size")
+    if not generic and draw(st.booleans(), label="an output that costs nothing"):
+        gradients[:, 0] = 0
+    metric = OutputMetric.from_samples(gradients, full=kind == "full").to(dtype)
+    return metric.damped(draw(st.sampled_from((0.0, 1e-2, 1.0)), label="metric damping"))
+
+
+MOST_COUPLED = 8
+"""weights of a sparse problem whose rows are coupled: its reference solves each of its 2^8 masks jointly"""
+
+
+@st.composite
+def weighted(
+    draw: st.DrawFn,
+    kind: type[Problem],
+    metric: MetricKind,
+    *,
+    dtype: torch.dtype = torch.float64,
+    generic: bool = False,
+) -> Problem:
+    """A problem of a kind with an output metric in its loss."""
+    problem = draw(STRATEGIES[kind](dtype=dtype, generic=generic))
+    loss = problem.loss
+    if metric == "full" and isinstance(problem, SparseLeastSquares):
+        assume(loss.weight.numel() <= MOST_COUPLED)
+    found = draw(metrics(loss.weight.shape[0], metric, dtype=dtype, generic=generic))
+    loss = replace(loss, metric=found)
+    if isinstance(problem, PenalisedLeastSquares):
+        # Strengths are relative to the loss, so to the weighed one.
+        return replace(problem, loss=loss, penalty=draw(penalties(loss)))
+    return replace(problem, loss=loss)
+
+
 @st.composite
 def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> MaskedLeastSquares:
     """A restoration problem with one mask for all rows or one for each; rows may keep nothing, or everything."""
@@ -201,7 +253,7 @@ def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...]
 
 
 def _largest(loss: LayerLoss) -> float:
-    return float(loss.target.abs().max()) or 1.0
+    return float(loss.linear.abs().max()) or 1.0
 
 
 def _l1(loss: LayerLoss, share: float) -> st.SearchStrategy[Penalty]:
@@ -222,11 +274,13 @@ def _weighted_l1(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
 @st.composite
 def _elastic_net(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
     ridge = draw(st.sampled_from((0.0, 1e-3, 1.0)), label="ridge") * float(loss.gram.diagonal().mean())
+    if loss.metric is not None:
+        ridge *= float(loss.metric.diagonal.mean())
     return ElasticNet(share * _largest(loss), ridge)
 
 
 def _column_groups(loss: LayerLoss, share: float) -> st.SearchStrategy[Penalty]:
-    return st.just(ColumnGroups(share * (float(loss.target.norm(dim=0).max()) or 1.0)))
+    return st.just(ColumnGroups(share * (float(loss.linear.norm(dim=0).max()) or 1.0)))
 
 
 PENALTIES: dict[type[Penalty], Callable[[LayerLoss, float], st.SearchStrategy[Penalty]]] = {

@@ -9,6 +9,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from optprune.metric import OutputMetric
 from optprune.moments import DenseMoments, InputMoments
 from optprune.patterns import NM
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
@@ -35,7 +36,11 @@ def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLos
     if dense is not None:
         dense = DenseMoments(square(dense.cross), square(dense.gram), dense.mean[inputs])
     moments = InputMoments(square(actual.gram), actual.mean[inputs], actual.tokens, dense)
-    return LayerLoss(loss.weight[outputs][:, inputs], moments, loss.damping[inputs], loss.fit_bias)
+    metric = loss.metric
+    if metric is not None:
+        average = metric.average[outputs][:, outputs] if metric.full else metric.average[outputs]
+        metric = OutputMetric(average, metric.damping[outputs], metric.tokens)
+    return LayerLoss(loss.weight[outputs][:, inputs], moments, loss.damping[inputs], loss.fit_bias, metric)
 
 
 def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
@@ -43,7 +48,7 @@ def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
     if dense is not None:
         dense = DenseMoments(dense.cross * square, dense.gram * square, dense.mean * inputs)
     moments = InputMoments(actual.gram * square, actual.mean * inputs, actual.tokens, dense)
-    return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias)
+    return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias, loss.metric)
 
 
 @singledispatch

@@ -1,0 +1,135 @@
+"""The output metric: how much the model's own loss minds an error in each output of a layer.
+
+For one linear layer let g [out] be the gradient of a sequence's negative log-likelihood, summed over its predictions,
+at the layer's output on one token. With labels drawn from the model, not taken from the text, S = E[g g^T] over the
+tokens is the layer's factor of the Fisher information: 1/2 e^T S e is the second-order estimate of what an output error
+e on every token costs, in nats a token.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optprune.errors import InputError, NumericalError
+
+
+@dataclass(frozen=True, eq=False)
+class OutputMetric:
+    """S = E[g g^T] + diag(damping) of a layer's outputs, or only the diagonal of it; an average over tokens."""
+
+    average: Float[Tensor, "out out"] | Float[Tensor, "out"]
+    """E[g g^T], symmetric positive semidefinite, or its diagonal E[g^2]"""
+    damping: Float[Tensor, "out"]
+    """what is added to the diagonal"""
+    tokens: int
+
+    @property
+    def width(self) -> int:
+        return self.damping.shape[0]
+
+    @property
+    def full(self) -> bool:
+        """Whether outputs are coupled: S is a matrix and not only its diagonal."""
+        return self.average.ndim == 2
+
+    @property
+    def diagonal(self) -> Float[Tensor, "out"]:
+        """The diagonal of S."""
+        return (self.average.diagonal() if self.full else self.average) + self.damping
+
+    @property
+    def matrix(self) -> Float[Tensor, "out out"]:
+        """S as a matrix."""
+        return self.average + torch.diag(self.damping) if self.full else torch.diag(self.diagonal)
+
+    def apply(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """S V."""
+        if not self.full:
+            return self.diagonal[:, None] * change
+        return torch.addcmul(self.average @ change, self.damping[:, None], change)
+
+    @property
+    def row_scale(self) -> Float[Tensor, "out"]:
+        """sqrt(S_ii)."""
+        return self.diagonal.sqrt()
+
+    def even(self) -> "OutputMetric | None":
+        """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""
+        if not self.full:
+            return None
+        # An output that costs nothing has a row of zeros, which any unit leaves as it is.
+        unit = torch.where(self.row_scale > 0, self.row_scale, 1.0)
+        return replace(self, average=self.average / torch.outer(unit, unit), damping=self.damping / unit.square())
+
+    def damped(self, fraction: float) -> "OutputMetric":
+        """The same metric with fraction x mean(diag E[g g^T]) on the diagonal in place of its damping."""
+        if not 0 <= fraction < math.inf:
+            raise InputError(f"the damping fraction of a metric must be finite and not negative, not {fraction}")
+        mean = (self.average.diagonal() if self.full else self.average).mean()
+        return replace(self, damping=torch.full_like(self.damping, float(fraction * mean)))
+
+    def only_diagonal(self) -> "OutputMetric":
+        """The metric without the couplings between outputs."""
+        return replace(self, average=self.average.diagonal().clone()) if self.full else self
+
+    def check(self) -> None:
+        """Raise NumericalError unless S is finite, symmetric and has a nonnegative diagonal."""
+        if not all(bool(torch.isfinite(part).all()) for part in (self.average, self.damping)):
+            raise NumericalError(
+                "the output metric holds NaN or infinity: look for damaged weights, or use --dtype float32"
+            )
+        if bool((self.diagonal < 0).any()) or bool((self.damping < 0).any()):
+            raise NumericalError("the output metric has a negative diagonal entry, so it is not one of real gradients")
+        if self.full:
+            uneven = float((self.average - self.average.T).abs().max())
+            if uneven > 1e-5 * float(self.average.abs().max()):
+                raise NumericalError(f"the output metric is not symmetric: two entries differ by {uneven:.3g}")
+
+    def merge(self, other: "OutputMetric") -> "OutputMetric":
+        """The metric of both sets of tokens together; damp it anew afterwards."""
+        if self.average.shape != other.average.shape:
+            raise InputError(
+                f"metrics of shapes {list(self.average.shape)} and {list(other.average.shape)} cannot be merged"
+            )
+        tokens = self.tokens + other.tokens
+        average = torch.lerp(self.average, other.average.to(self.average), other.tokens / tokens)
+        return OutputMetric(average, torch.zeros_like(self.damping), tokens)
+
+    def to(self, target: torch.dtype | torch.device) -> "OutputMetric":
+        """The same metric in another dtype or on another device."""
+        return replace(self, average=self.average.to(target), damping=self.damping.to(target))
+
+    @classmethod
+    def from_samples(cls, gradients: Float[Tensor, "tokens out"], *, full: bool = True) -> "OutputMetric":
+        """The metric of a matrix of gradients g, one token a row."""
+        sums = MetricSums(gradients.shape[1], gradients.device, full=full)
+        sums.add(gradients)
+        return sums.metric(gradients.dtype)
+
+
+class MetricSums:
+    """Accumulates an OutputMetric over batches: products in the gradients' float dtype, sums in float64."""
+
+    def __init__(self, width: int, device: torch.device, *, full: bool) -> None:
+        self.full = full
+        self._sum = torch.zeros((width, width) if full else (width,), dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, gradients: Float[Tensor, "... out"]) -> None:
+        """Add a batch of gradients g, one for each token."""
+        rows = gradients.reshape(-1, gradients.shape[-1])
+        self._sum.add_(rows.T @ rows if self.full else rows.square().sum(0))
+        self.tokens += rows.shape[0]
+
+    def metric(self, dtype: torch.dtype = torch.float32) -> OutputMetric:
+        """The average so far, not damped."""
+        if self.tokens == 0:
+            raise InputError("no tokens reached this layer, so it has no output metric")
+        average = self._sum / self.tokens
+        if self.full:
+            average = (average + average.T) / 2
+        average = average.to(dtype)
+        return OutputMetric(average, torch.zeros(average.shape[0]).to(average), self.tokens)

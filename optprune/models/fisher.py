@@ -1,0 +1,154 @@
+"""The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
+
+At no time is more kept than the inputs of the blocks for one group of sequences, and the activations of one block.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optprune.errors import InputError, NumericalError
+from optprune.metric import MetricSums, OutputMetric
+from optprune.models.calibrate import calibrating
+from optprune.models.decoder import Decoder
+
+TOKENS_AT_ONCE = 1024
+"""how many tokens go through the model together: the logits of a large vocabulary are the largest tensors here"""
+POSITIONS_AT_ONCE = 256
+"""how many distributions over the vocabulary are cumulated together"""
+NO_LABEL = -100
+"""marks a position whose prediction does not count"""
+
+Labels = Callable[[Tensor, Tensor], Tensor]
+"""from logits [batch, length, vocabulary] and token ids [batch, length] to the labels of every position, or NO_LABEL"""
+
+
+def sampled(seed: int) -> Labels:
+    """Labels drawn from the model's own predictions, at every position: the true Fisher information."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits: Tensor, _: Tensor) -> Tensor:
+        # By inversion with one number a position, so that a seed means the same on every device and in any grouping.
+        chances = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64).to(logits.device)
+        parts = logits.flatten(0, 1).split(POSITIONS_AT_ONCE), chances.flatten().split(POSITIONS_AT_ONCE)
+        return torch.cat(list(map(_invert, *parts))).reshape(chances.shape)
+
+    return draw
+
+
+def _invert(logits: Tensor, chance: Tensor) -> Tensor:
+    """The label at which the cumulated probability of a position passes its number in [0, 1)."""
+    total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    drawn = torch.searchsorted(total, (chance * total[:, -1])[:, None], right=True)[:, 0]
+    return drawn.clamp(max=logits.shape[-1] - 1)
+
+
+def from_text(_: Tensor, ids: Tensor) -> Tensor:
+    """The text's own next tokens: the empirical Fisher information, for comparison."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_LABEL)], dim=1)
+
+
+def collect_metrics(
+    decoder: Decoder, batches: Iterable[Tensor], labels: Labels, *, full: Collection[str] = ()
+) -> dict[str, OutputMetric]:
+    """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
+
+    `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
+    over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
+    is in `full` get a matrix, all others its diagonal. The model is left as it was.
+    """
+    unknown = set(full) - set(decoder.architecture.layers)
+    if unknown:
+        raise InputError(f"no linear layer of a block is called {sorted(unknown)}: {list(decoder.architecture.layers)}")
+    if decoder.model.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"gradients in {decoder.model.dtype} lose too many digits for a Fisher information: load the model with "
+            "--dtype float32"
+        )
+    sums: dict[str, MetricSums] = {}
+    with calibrating(decoder):
+        for ids in _groups(batches):
+            inputs, gradient = _forward(decoder, ids.to(decoder.model.device), labels)
+            for index in reversed(range(len(decoder.blocks))):
+                # Popped, so that the inputs of the blocks that are done are free.
+                by_path, gradient = _backward(decoder, index, *inputs.pop(), gradient)
+                for path, found in by_path.items():
+                    name = decoder.name(index, path)
+                    if name not in sums:
+                        sums[name] = MetricSums(found.shape[-1], found.device, full=path in full)
+                    sums[name].add(found)
+    if not sums:
+        raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
+    names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.architecture.layers]
+    return {name: sums[name].metric(decoder.model.dtype) for name in names}
+
+
+def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield from batch.split(max(1, TOKENS_AT_ONCE // batch.shape[1]))
+
+
+def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[Tensor, dict[str, Any]]], Tensor]:
+    """What enters every block, with its other arguments, and the gradient of the loss at the last block's output."""
+    inputs: list[tuple[Tensor, dict[str, Any]]] = []
+    last: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        inputs.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    def cut(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        """Begin the graph behind the last block: what follows is the model's head."""
+        last.append(_hidden(output).detach().requires_grad_())
+        torch.set_grad_enabled(True)
+        return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+
+    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
+    handles.append(decoder.blocks[-1].register_forward_hook(cut))
+    try:
+        with torch.no_grad():
+            logits = decoder.model(input_ids=ids, use_cache=False).logits
+            wanted = labels(logits.detach(), ids)
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1), wanted.flatten(), ignore_index=NO_LABEL, reduction="sum"
+            )
+            (gradient,) = torch.autograd.grad(loss, last)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not bool(torch.isfinite(gradient).all()):
+        raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
+    return inputs, gradient
+
+
+def _backward(
+    decoder: Decoder, index: int, hidden: Tensor, arguments: dict[str, Any], gradient: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients at the outputs of a block's linear layers, by path, and at the block's input."""
+    paths: Sequence[str] = decoder.architecture.layers
+    outputs: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def catch(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            outputs[path] = output
+
+        return catch
+
+    block = decoder.blocks[index]
+    handles = [block.get_submodule(path).register_forward_hook(tap(path)) for path in paths]
+    try:
+        with torch.enable_grad():
+            entry = hidden.detach().requires_grad_()
+            after = _hidden(block(entry, **arguments))
+        # Of these tensors only: no parameter gets a gradient, whether it asks for one or not.
+        found = torch.autograd.grad(after, [entry, *(outputs[path] for path in paths)], gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(zip(paths, found[1:], strict=True)), found[0]
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

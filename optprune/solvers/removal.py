@@ -1,0 +1,34 @@
+"""What it costs to remove a weight, or the columns of a unit, when all other weights of its rows make up for it.
+
+These are costs of single removals from the unpruned layer, for a budget that is shared between layers (`budget.py`).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from optprune.problems import LayerLoss, Link
+from optprune.solvers.sparsegpt import inverse_gram
+
+
+def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
+    r"""S_ii v_ij^2 / (2 (A^-1)_jj), v = B A^-1: what f rises by when weight ij goes and its row is refitted.
+
+    Exact for a diagonal metric; under a full one other rows stay as they are, so it is an upper bound of the rise.
+    NumericalError where A is singular. Cost: in^3. Reference: Hassibi and Stork (1992).
+    """
+    inverse, weight = inverse_gram(loss)
+    costs = weight.square() / (2 * inverse.diagonal())
+    return (costs if loss.metric is None else loss.metric.diagonal.double()[:, None] * costs).to(loss.weight)
+
+
+def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:
+    r"""1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: the rise of f when a unit's columns C go, all else refitted.
+
+    Exact for every metric, since all rows lose the same columns. Cost: in^3.
+    """
+    inverse, weight = inverse_gram(loss)
+    block = inverse[link.columns[:, :, None], link.columns[:, None, :]]
+    # [units, columns, out], for the unit's own little system.
+    removed, weighed = (v.T[link.columns] for v in (weight, loss.weigh(weight)))
+    return ((torch.linalg.solve(block, removed) * weighed).sum((1, 2)) / 2).to(loss.weight)

@@ -1,0 +1,71 @@
+"""An output metric in a run: the recipe asks for it, every layer's problem has it, and the loss of the model gains."""
+
+import pytest
+import torch
+
+from optprune.errors import InputError, NoSolver
+from optprune.models import Decoder
+from optprune.models.fisher import collect_metrics, sampled
+from optprune.pipeline import prune
+from optprune.problems import SparseLeastSquares
+from optprune.recipe import load_recipe, make_recipe
+from tests.tiny_models import TINY_MODELS, tiny_llama
+
+SPARSE = {"units": "weights", "sparsity": 0.5, "damping": 0.01}
+
+
+def batches(count=4):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(count)]
+
+
+def problems_of(recipe, model):
+    """Prune, and return every layer's problem."""
+    seen = {}
+
+    def objective(context):
+        seen[context.name] = SparseLeastSquares(context.loss, context.pattern)
+        return seen[context.name]
+
+    report = prune(model, batches(), recipe.model_copy(update={"objective": objective}))
+    return seen, report
+
+
+@pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
+@pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
+def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
+    solver = ["admm", "conjugate_gradients"]
+    recipe = make_recipe(
+        {**SPARSE, "objective": "sparse", "solver": solver, "output_metric": kind, "metric_tokens": 100, "seed": 7}
+    )
+    decoder = Decoder(make())
+    expected = collect_metrics(decoder, batches()[:2], sampled(7), full=decoder.architecture.layers)
+    problems, report = problems_of(recipe, make())
+    assert set(problems) == set(expected)
+    assert report.sparsity_reached == pytest.approx(0.5, abs=1e-3)
+    for name, problem in problems.items():
+        if kind == "none":
+            assert problem.loss.metric is None
+            continue
+        metric = expected[name] if kind == "full" else expected[name].only_diagonal()
+        assert torch.allclose(problem.loss.metric.matrix, metric.damped(0.01).matrix, rtol=1e-5, atol=1e-12)
+        assert problem.loss.metric.tokens == 192
+
+
+def test_a_solver_that_cannot_couple_rows_says_so():
+    recipe = load_recipe("alps_plus", {"output_metric": "full"})
+    with pytest.raises(NoSolver, match="take its diagonal"):
+        prune(tiny_llama(), batches(), recipe)
+
+
+def test_units_are_pruned_under_a_metric_too():
+    for kind in ("diagonal", "full"):
+        report = prune(tiny_llama(), batches(), load_recipe("fasp", {"output_metric": kind}))
+        assert all(layer.gap < 1e-4 for layer in report.layers if layer.gap is not None)
+
+
+def test_bad_fields_are_refused():
+    with pytest.raises(InputError, match="output_metric"):
+        make_recipe({"output_metric": "fisher"})
+    with pytest.raises(InputError, match="metric_damping"):
+        make_recipe({"metric_damping": -1})
