@@ -118,6 +118,7 @@ ACCEPTED = {
             "FlapMetric",
             "GreedyObs",
             "GreedyObs > ChannelSwaps > Restore",
+            "RemovalBound",
             "Restore > FaspMetric",
             "Spap",
         )
@@ -186,6 +187,7 @@ MONOTONE = {
     "FistaPruner",
     "HardThreshold",
     "PerspectiveBound",
+    "RemovalBound",
     "Restore",
     "Swaps",
 }
