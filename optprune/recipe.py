@@ -29,6 +29,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "magnitude": solvers.Magnitude,
     "perspective_bound": solvers.PerspectiveBound,
     "random": solvers.Random,
+    "removal_bound": solvers.RemovalBound,
     "restore": solvers.Restore,
     "spap": solvers.Spap,
     "sparsegpt": solvers.SparseGpt,

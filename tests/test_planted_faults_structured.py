@@ -21,10 +21,12 @@ greedy_obs = importlib.import_module("optprune.solvers.greedy_obs")
 swaps = importlib.import_module("optprune.solvers.channel_swaps")
 spap = importlib.import_module("optprune.solvers.spap")
 
+removal_bound = importlib.import_module("optprune.solvers.removal_bound")
+
 remove, cheapest = greedy_obs._Left.remove, greedy_obs._cheapest
 sweep, best = swaps._sweep, swaps._best
 penalised_minimiser, choose = spap.penalised_minimiser, spap._cheapest_penalty
-without, of = InverseForm.without, InverseForm.of
+without, eigvalsh = InverseForm.without, torch.linalg.eigvalsh
 
 
 def blocks_not_updated(self, units):
@@ -103,6 +105,10 @@ def first_column_only(self, per_column):
     return per_column[self.columns][:, 0]
 
 
+def half_as_large(matrix):
+    return eigvalsh(matrix) / 2
+
+
 def literal_greedy():
     for seed in (0, 1):
         tests.test_greedy_removes_what_costs_least_after_a_refit_every_time(channels, "mixed", seed)
@@ -147,6 +153,12 @@ FAULTS = {
         "penalised_minimiser",
         fixed_diagonal,
         lambda: tests.test_answers_end_near_the_exhaustive_optimum("spap", "mixed"),
+    ),
+    "bound: half the eigenvalue": (
+        removal_bound.torch.linalg,
+        "eigvalsh",
+        half_as_large,
+        lambda: [tests.test_the_removal_bound_holds_and_says_something(kind) for kind in tests.KINDS],
     ),
     "FLAP: the mean square for the variance": (
         FlapMetric,

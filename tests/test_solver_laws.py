@@ -118,6 +118,7 @@ ACCEPTED = {
             "FlapMetric",
             "GreedyObs",
             "GreedyObs > ChannelSwaps > Restore",
+            "RemovalBound",
             "Restore > FaspMetric",
             "Spap",
         )
@@ -185,6 +186,7 @@ MONOTONE = {
     "FistaPruner",
     "HardThreshold",
     "PerspectiveBound",
+    "RemovalBound",
     "Restore",
     "Swaps",
 }

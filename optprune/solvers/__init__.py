@@ -13,6 +13,7 @@ from optprune.solvers.greedy_obs import GreedyObs, removal_curve
 from optprune.solvers.hard_threshold import HardThreshold
 from optprune.solvers.perspective import PerspectiveBound
 from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
+from optprune.solvers.removal_bound import RemovalBound
 from optprune.solvers.restore import Restore
 from optprune.solvers.run import solve
 from optprune.solvers.solution import Certificate, Record, Solution, Status
@@ -40,6 +41,7 @@ __all__ = [
     "Random",
     "Ranking",
     "Record",
+    "RemovalBound",
     "Restore",
     "Solution",
     "Solver",

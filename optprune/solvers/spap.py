@@ -123,7 +123,7 @@ class Spap(Solver[SpapState]):
     def _column_scale(self, problem: StructuredProblem, inverse: Float[Tensor, " in"]) -> Float[Tensor, " in"]:
         """omega, positive and in the unit of A, so that rho has none; from the diagonal of the inverse."""
         gram = problem.loss.gram.double().diagonal()
-        # A dead input would else have an infinite 1 / omega, which is never multiplied by anything but zero.
+        # Never zero: a dead input would have an infinite 1 / omega.
         mean = gram.mean() if bool(gram.mean() > 0) else torch.ones_like(gram[0])
         match self.scale:
             case "inverse":
@@ -148,7 +148,10 @@ def penalised_minimiser(
     factor = torch.linalg.cholesky(part[:, dropped] + torch.diag(1 / strength[dropped]))
     lower = torch.linalg.solve_triangular(factor, part, upper=False)
     right = torch.linalg.solve_triangular(factor, form.minimiser[:, dropped].T, upper=False)
-    return form.minimiser - right.T @ lower, form.inverse.diagonal() - lower.square().sum(0)
+    diagonal = form.inverse.diagonal()
+    # Positive in exact arithmetic; where A is nearly singular rounding may eat all of it.
+    left = (diagonal - lower.square().sum(0)).clamp(min=diagonal * torch.finfo(diagonal.dtype).eps)
+    return form.minimiser - right.T @ lower, left
 
 
 def _cheapest_penalty(
