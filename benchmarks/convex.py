@@ -11,7 +11,6 @@ but Clarabel start from the dense weights, in one thread; making the Gram matrix
 
 import argparse
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import write_table
+from benchmarks.common import with_earlier, write_table
 from benchmarks.layers import layers
 from optprune.penalties import L1
 from optprune.problems import LayerLoss, PenalisedLeastSquares
@@ -165,7 +164,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--block", type=int, default=14)
-    parser.add_argument("--layers", nargs="+", default=["q_proj", "gate_proj", "down_proj"])
+    parser.add_argument("--layers", nargs="+", default=["q_proj", "gate_proj", "down_proj"], help="rows of others stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = layers(options.samples, 1, options.seq_length, [options.block], 0)
@@ -202,7 +201,8 @@ def main() -> None:
         f"SmolLM2-135M-Instruct, {options.samples * options.seq_length} tokens, damping 0.01); sampled rows are "
         f"extrapolated to all; {versions}"
     )
-    print(write_table("convex", title, rows, " ".join(["python -m benchmarks.convex", *sys.argv[1:]])))
+    rows = with_earlier("convex", rows, ["layer", "solver"])
+    print(write_table("convex", title, rows, "python -m benchmarks.convex"))
 
 
 def add(rows: list, shape: str, solver: str, solved: str, reached: dict[float, float], factor: float) -> None:

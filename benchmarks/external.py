@@ -22,7 +22,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import setting, write_table
+from benchmarks.common import setting, with_earlier, write_table
 from benchmarks.layers import layers
 from optprune.evaluate import perplexity
 from optprune.objectives import sparse
@@ -171,31 +171,31 @@ def layer_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
 
 def model_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
     here = setting(options.samples, options.seq_length, options.windows, options.seed)
-    dense = perplexity(here.loaded.model, here.windows).perplexity
-    rows: list[dict] = []
+    rows = []
     for pair in pairs:
-        for name in (pair.pattern, "2:4"):
-            scores = []
-            for solver in (load_recipe(pair.recipe).solver, pair.theirs):
+        names = {"50%": [pair.pattern], "2:4": ["2:4"], None: [pair.pattern, "2:4"]}[options.setting]
+        for name in names:
+            for code, solver in (("optprune", load_recipe(pair.recipe).solver), (pair.distribution, pair.theirs)):
+                if options.code not in (None, code):
+                    continue
                 recipe = Recipe(
                     objective=sparse, solver=solver, units="weights", pattern=name, sparsity=0.5, damping=DAMPING
                 )
                 model = copy.deepcopy(here.loaded.model)
                 report = prune(model, here.batches, recipe)
-                scores.append(perplexity(model, here.windows).perplexity)
-                print(pair.recipe, name, recipe.solver, report.sparsity_reached, scores[-1], flush=True)
-            rows.append(
-                {
-                    "method": pair.recipe,
-                    "pattern": name,
-                    "dense": dense,
-                    "optprune": scores[0],
-                    "theirs": scores[1],
-                    "code": pair.distribution,
-                    "ours over theirs": scores[0] / scores[1],
-                }
-            )
-            print(rows[-1], flush=True)
+                score = perplexity(model, here.windows).perplexity
+                errors = [layer.relative_error for layer in report.layers]
+                rows.append(
+                    {
+                        "method": pair.recipe,
+                        "pattern": name,
+                        "code": code,
+                        "sparsity": report.sparsity_reached,
+                        "mean layer error": sum(errors) / len(errors),
+                        "perplexity": score,
+                    }
+                )
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -207,6 +207,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--blocks", type=int, nargs="+", default=[14])
     parser.add_argument("--methods", nargs="+", default=[pair.recipe for pair in PAIRS])
+    parser.add_argument(
+        "--setting", choices=["50%", "2:4"], help="only this one, in the model tier; rows of earlier runs stay"
+    )
+    parser.add_argument("--code", help="only optprune, or only this distribution, in the model tier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     pairs = [pair for pair in PAIRS if pair.recipe in options.methods and importlib.util.find_spec(pair.module)]
@@ -225,7 +229,8 @@ def main() -> None:
             "Perplexity of SmolLM2-135M-Instruct pruned by our baselines and by other code, policy pruned, "
             f"{options.windows * options.seq_length} held-out tokens"
         )
-    command = " ".join(["python -m benchmarks.external", *sys.argv[1:]])
+        rows = with_earlier("external_model", rows, ["method", "pattern", "code"])
+    command = f"python -m benchmarks.external {options.tier}"
     print(write_table(f"external_{options.tier}", f"{title}: {tokens}; {used}", rows, command))
 
 
