@@ -2,9 +2,9 @@
 
     python -m benchmarks.external      # in an environment that also holds llmcompressor and fmchisel
 
-Each of their functions is wrapped as a solver, so that moments, propagation policy, tokens and evaluator are ours and
-the same. Layer tier: relative errors on calibration and held-out tokens of the first layer of every stage of a block.
-Model tier: perplexity on held-out news under the policy `pruned`, which is llm-compressor's sequential pipeline.
+Layer tier: each of their functions is wrapped as a solver and gets our moments; relative errors on calibration and
+held-out tokens of the first layer of every stage of a block. Model tier: llm-compressor's own `oneshot` with its
+sequential pipeline (our policy `pruned`) on the same tokens; perplexity on held-out news by the same evaluator.
 Their Wanda compares weights within rows, so the pattern is `rows`; their unstructured SparseGPT may drop one weight
 more than asked in each of its blocks of 128 columns.
 """
@@ -13,6 +13,7 @@ import argparse
 import copy
 import importlib.util
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,10 +22,13 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.common import setting, with_earlier, write_table
+from benchmarks.common import Setting, setting, with_earlier, write_table
 from benchmarks.layers import layers
 from optprune.evaluate import perplexity
+from optprune.models import Decoder
 from optprune.objectives import sparse
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.pipeline import prune
@@ -169,30 +173,59 @@ def layer_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
     return rows
 
 
+def by_prune(here: Setting, method: str, name: str) -> PreTrainedModel:
+    solver = load_recipe(method).solver
+    recipe = Recipe(objective=sparse, solver=solver, units="weights", pattern=name, sparsity=0.5, damping=DAMPING)
+    model = copy.deepcopy(here.loaded.model)
+    prune(model, here.batches, recipe)
+    return model
+
+
+def by_oneshot(here: Setting, method: str, name: str) -> PreTrainedModel:
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
+    windows = [window[None] for batch in here.batches for window in batch]
+    samples = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
+    with tempfile.TemporaryDirectory() as folder:
+        # Their entry point reads the model's folder again.
+        here.loaded.model.save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        oneshot(
+            model=model,
+            processor=here.loaded.tokenizer,
+            dataset=DataLoader(samples, batch_size=None),  # type: ignore[arg-type]
+            recipe=modifier(sparsity=0.5, mask_structure="2:4" if name == "2:4" else "0:0", ignore=["re:.*lm_head"]),
+            pipeline="sequential",
+            num_calibration_samples=len(samples),
+        )
+    return model
+
+
 def model_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
     here = setting(options.samples, options.seq_length, options.windows, options.seed)
     rows = []
     for pair in pairs:
         names = {"50%": [pair.pattern], "2:4": ["2:4"], None: [pair.pattern, "2:4"]}[options.setting]
         for name in names:
-            for code, solver in (("optprune", load_recipe(pair.recipe).solver), (pair.distribution, pair.theirs)):
+            for code, run in (("optprune", by_prune), (pair.distribution, by_oneshot)):
                 if options.code not in (None, code):
                     continue
-                recipe = Recipe(
-                    objective=sparse, solver=solver, units="weights", pattern=name, sparsity=0.5, damping=DAMPING
-                )
-                model = copy.deepcopy(here.loaded.model)
-                report = prune(model, here.batches, recipe)
+                began = time.perf_counter()
+                model = run(here, pair.recipe, name)
+                seconds = time.perf_counter() - began
+                parts = [part for block in Decoder(model).blocks for part in block.modules()]
+                weights = torch.cat([layer.weight.flatten() for layer in parts if isinstance(layer, nn.Linear)])
                 score = perplexity(model, here.windows).perplexity
-                errors = [layer.relative_error for layer in report.layers]
                 rows.append(
                     {
                         "method": pair.recipe,
                         "pattern": name,
                         "code": code,
-                        "sparsity": report.sparsity_reached,
-                        "mean layer error": sum(errors) / len(errors),
+                        "zeros": float((weights == 0).double().mean()),
                         "perplexity": score,
+                        "seconds": seconds,
                     }
                 )
                 print(rows[-1], flush=True)
@@ -213,6 +246,8 @@ def main() -> None:
     parser.add_argument("--code", help="only optprune, or only this distribution, in the model tier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.tier == "model":
+        options.methods = [method for method in options.methods if method != "alps"]
     pairs = [pair for pair in PAIRS if pair.recipe in options.methods and importlib.util.find_spec(pair.module)]
     if not pairs:
         parser.error("neither llmcompressor nor fmchisel is installed here")
