@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optprune.errors import InputError, OptpruneError
 from optprune.evaluate import perplexity
-from optprune.models import Decoder, check_output, load_model, save_model
+from optprune.folder import save_pruned
+from optprune.models import Decoder, check_output, load_model
 from optprune.models.load import DEMO
 from optprune.pipeline import prune
 from optprune.progress import Reporter, duration
@@ -124,14 +125,7 @@ def run_demo(
         report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-    saved = save_model(
-        loaded.model,
-        output,
-        tokenizer=loaded.tokenizer,
-        files={"report.json": report.to_json(), "recipe.yaml": chosen.to_yaml()},
-        probe=measured_on[:1, :128],
-        overwrite=overwrite,
-    )
+    saved = save_pruned(loaded, output, report, chosen, window=measured_on[0], overwrite=overwrite)
     try:
         again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
         reloaded = _measure(again, measured_on, "evaluating the reloaded folder", reporter)

@@ -68,6 +68,8 @@ class InputMoments:
         """The moments of both sets of tokens together."""
         if (self.dense is None) != (other.dense is None):
             raise InputError("moments with and without dense inputs cannot be merged: collect both the same way")
+        if self.width != other.width:
+            raise InputError(f"moments of {self.width} and of {other.width} inputs cannot be merged: take one layer's")
         tokens = self.tokens + other.tokens
         share = other.tokens / tokens
         mixed = [torch.lerp(a, b.to(a), share) for a, b in zip(self.parts(), other.parts(), strict=True)]

@@ -164,4 +164,5 @@ class ColumnGroups(NormPenalty):
 
 def shrink(weight: Float[Tensor, "out in"], threshold: Float[Tensor, "*shape"]) -> Float[Tensor, "out in"]:
     """Soft thresholding: sign(V) max(|V| - threshold, 0)."""
-    return weight - weight.clamp(-threshold, threshold)
+    clipped = weight.clamp(-threshold, threshold)
+    return torch.sub(weight, clipped, out=clipped)

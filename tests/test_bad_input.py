@@ -225,6 +225,37 @@ def test_evaluate(attempt: Attempt, options: list[str], reason: str) -> None:
     assert reason in attempt.fails(["evaluate", str(attempt.model), *words, "--json", str(record)])
 
 
+# -- benchmark-model
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--prompt-tokens", "0"], "--prompt-tokens cannot be 0: give at least 1"),
+        (["--new-tokens", "-1"], "--new-tokens cannot be -1"),
+        (["--batch", "0"], "--batch cannot be 0"),
+        (["--repeats", "0"], "--repeats cannot be 0"),
+        (["--prompt-tokens", "500", "--new-tokens", "13"], "need 513 positions, but "),
+        (["--against", "./missing"], "there is no model folder './missing'"),
+        (["--against", "MODEL"], "itself: name the model to compare with"),
+    ],
+)
+def test_benchmark_model(attempt: Attempt, options: list[str], reason: str) -> None:
+    words = [str(attempt.model) if word == "MODEL" else word for word in options]
+    if "--prompt-tokens" not in words:
+        words += ["--prompt-tokens", "8"]
+    record = attempt.folder / "record.json"
+    assert reason in attempt.fails(["benchmark-model", str(attempt.model), *words, "--json", str(record)])
+
+
+def test_benchmark_model_in_two_dtypes(attempt: Attempt) -> None:
+    half = save_tiny(tiny_llama().to(torch.bfloat16), attempt.folder / "half")  # type: ignore[arg-type]
+    sentence = attempt.fails(["benchmark-model", str(attempt.model), "--against", str(half), "--prompt-tokens", "8"])
+    assert f"different dtypes (float32 of {attempt.model}, bfloat16 of {half})" in sentence
+    assert "choose one" in sentence
+
+
 def test_unknown_words(attempt: Attempt) -> None:
     assert "No such command 'trim'" in attempt.fails(["trim"])
     assert "the recipe 'trim' is not known" in attempt.fails(["recipes", "trim"])

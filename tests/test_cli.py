@@ -227,6 +227,13 @@ def test_help_does_not_import_torch() -> None:
     assert not re.search(r"'(torch|transformers|datasets)'", run.stdout)
 
 
+@pytest.mark.parametrize("module", ["optprune", "optprune.cli"])
+def test_the_package_runs_as_a_program(module: str) -> None:
+    run = subprocess.run([sys.executable, "-m", module, "trim"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: No such command 'trim'")
+
+
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run([], capsys)
     assert code == 0

@@ -258,3 +258,27 @@ def test_the_step_is_safe_and_not_much_too_short(problem, dtype):
         assert bound >= largest
         # n^(1/m) with m = 32 and n at most 7.
         assert bound <= 7 ** (1 / 32) * 1.001 * largest
+
+
+@dataclass(frozen=True)
+class Nothing(Penalty):
+    """No penalty at all, whose proximal point is its very argument."""
+
+    def value(self, weight):
+        return 0.0
+
+    def prox(self, weight, step):
+        return weight
+
+    def conjugate(self, dual):
+        return 0.0 if bool((dual == 0).all()) else float("inf")
+
+
+def test_a_penalty_may_hand_back_the_array_it_was_given():
+    loss = ill_conditioned(3, dense=True)
+    start = torch.zeros_like(loss.weight)
+    plain = Fista(scale_columns=False)
+    handed = plain.iterate(PenalisedLeastSquares(loss, Nothing()), start, 30)
+    copied = plain.iterate(PenalisedLeastSquares(loss, L1(0.0)), start, 30)
+    assert torch.equal(handed, copied)
+    assert torch.equal(start, torch.zeros_like(start))

@@ -177,6 +177,24 @@ def test_slots_share_equally():
         Link(torch.tensor([[0], [0]]), torch.tensor([0, 0]))
 
 
+@pytest.mark.usefixtures("as_users_run")
+def test_a_link_has_a_slot_and_rows_for_every_unit():
+    columns, rows = torch.arange(4)[:, None], torch.arange(3)[:, None]
+    for slots in (torch.zeros(3, dtype=torch.long), torch.zeros(5, dtype=torch.long)):
+        with pytest.raises(InputError, match=f"a link of 4 units has {len(slots)} slots"):
+            Link(columns, slots)
+    with pytest.raises(InputError, match="a link of 4 units has 3 rows"):
+        Link(columns, torch.zeros(4, dtype=torch.long), (columns, rows))
+
+
+@pytest.mark.parametrize(("columns", "reason"), [([0, 4], "columns 0 to 4, but the layer has 4"), ([-1, 2], "-1 to 2")])
+def test_the_columns_of_a_link_are_those_of_the_layer(columns, reason):
+    loss = LayerLoss.of(torch.ones(1, 4), InputMoments(torch.eye(4), torch.zeros(4), 10))
+    link = Link(torch.tensor(columns)[:, None], torch.zeros(2, dtype=torch.long))
+    with pytest.raises(InputError, match=reason):
+        LinkedLeastSquares(loss, link, 1)
+
+
 def test_the_exhaustive_reference_refuses_what_is_not_tiny():
     problem = problem_of([[1.0] * 20], 10)
     with pytest.raises(ValueError, match="too many"):

@@ -113,6 +113,13 @@ def test_moments_with_and_without_dense_inputs_do_not_mix():
         sums.add(torch.eye(2))
 
 
+# A width of one would be broadcast without a word.
+@pytest.mark.parametrize("width", [1, 3])
+def test_moments_of_different_widths_do_not_mix(width):
+    with pytest.raises(InputError, match=f"moments of 2 and of {width} inputs cannot be merged"):
+        InputMoments.from_samples(torch.eye(2)).merge(InputMoments.from_samples(torch.eye(width)))
+
+
 def test_no_tokens_is_an_error():
     with pytest.raises(InputError, match="no calibration tokens"):
         MomentSums(2, torch.device("cpu")).moments()

@@ -43,15 +43,17 @@ def halved_group_prox(self, weight, step):
     return weight * (kept / torch.where(norms > 0, norms, 1.0))
 
 
-def uphill(self, problem, start):
-    motion = begin(self, problem, start)
-    matrix = 2 * torch.eye(len(motion.matrix)).to(motion.matrix) - motion.matrix
-    return replace(motion, matrix=matrix, shift=-motion.shift, point=start @ matrix - motion.shift)
+def uphill(self, problem, start, descent=None):
+    motion = begin(self, problem, start, descent)
+    step = motion.descent
+    matrix = 2 * torch.eye(len(step.matrix)).to(step.matrix) - step.matrix
+    return replace(motion, descent=replace(step, matrix=matrix, shift=-step.shift), point=start @ matrix - step.shift)
 
 
-def target_forgotten(self, problem, start):
-    motion = begin(self, problem, start)
-    return replace(motion, shift=0 * motion.shift, point=start @ motion.matrix)
+def target_forgotten(self, problem, start, descent=None):
+    motion = begin(self, problem, start, descent)
+    step = motion.descent
+    return replace(motion, descent=replace(step, shift=0 * step.shift), point=start @ step.matrix)
 
 
 def twice_the_step(matrix, *arguments):

@@ -116,11 +116,11 @@ ACCEPTED = {
     *(
         (kind, solver)
         for kind in ("LinkedLeastSquares", "SparseLeastSquares")
-        for solver in ("Admm", "ConjugateGradients", "FistaPath", "HardThreshold", "PerspectiveBound")
+        for solver in ("Admm", "ConjugateGradients", "HardThreshold", "PerspectiveBound")
     ),
     *(
         ("SparseLeastSquares", solver)
-        for solver in ("FistaPruner", "Magnitude", "Restore", "SparseGpt", "Swaps", "Wanda")
+        for solver in ("FistaPath", "FistaPruner", "Magnitude", "Restore", "SparseGpt", "Swaps", "Wanda")
     ),
     ("SparseLeastSquares", "Wanda > ConjugateGradients"),
     ("SparseLeastSquares", "Admm > ConjugateGradients > Swaps > Restore"),

@@ -32,6 +32,9 @@ class Link:
     rows: tuple[Int[Tensor, "units _"], ...] = ()
 
     def __post_init__(self) -> None:
+        for what, part in (("slots", self.slots), *(("rows", rows) for rows in self.rows)):
+            if len(part) != self.units:
+                raise InputError(f"a link of {self.units} units has {len(part)} {what}: give one for each unit")
         flat = self.columns.reshape(-1)
         if flat.unique().numel() != flat.numel():
             raise InputError("two units of a link claim the same column of the consumer")
@@ -78,6 +81,10 @@ class LinkedLeastSquares(SelectionProblem):
     keep: int
 
     def __post_init__(self) -> None:
+        width = self.loss.weight.shape[1]
+        first, last = int(self.link.columns.min()), int(self.link.columns.max())
+        if first < 0 or last >= width:
+            raise InputError(f"the link names columns {first} to {last}, but the layer has {width}: count from 0")
         if not 0 < self.keep <= self.link.units:
             raise InputError(f"cannot keep {self.keep} of {self.link.units} units: keep at least 1 and at most all")
         if self.keep % self.link.slot_count:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.penalties import NormPenalty
-from optprune.problems import PenalisedLeastSquares, Problem
+from optprune.problems import LayerLoss, PenalisedLeastSquares, Problem
 from optprune.solvers.base import Solver
 from optprune.solvers.duality import DualMap
 from optprune.solvers.solution import Certificate, Status
@@ -25,18 +25,36 @@ RESTART_EVERY = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Motion:
-    """The last two iterates with their gradient points."""
+class GradientStep:
+    """V -> V - (V A - B) diag(step) = V matrix + shift, which depends on the loss alone: compute it once for a loss."""
 
     step: Tensor
     """the step of every column [in], or of all, []"""
     matrix: Float[Tensor, "in in"]
-    """I - A diag(step): a gradient step is V -> V matrix + shift"""
+    """I - A diag(step)"""
     shift: Float[Tensor, "out in"]
     """B diag(step)"""
+
+    @classmethod
+    def of(cls, loss: LayerLoss, *, scale_columns: bool) -> "GradientStep":
+        """The longest safe step: 1 / L for all columns, or 1 / (L A_jj) with L that of A scaled to a unit diagonal."""
+        gram = loss.gram
+        if scale_columns:
+            step = column_steps(gram)
+        else:
+            step = torch.as_tensor(1 / (largest_eigenvalue_bound(gram) or 1.0), dtype=gram.dtype, device=gram.device)
+        matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
+        return cls(step, matrix, loss.target * step)
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """The last two iterates with their gradient points."""
+
+    descent: GradientStep
     weight: Float[Tensor, "out in"]
     point: Float[Tensor, "out in"]
-    """V matrix + shift, the gradient step from `weight`"""
+    """the gradient step from `weight`"""
     last_weight: Float[Tensor, "out in"]
     last_point: Float[Tensor, "out in"]
     momentum: float
@@ -101,39 +119,41 @@ class Fista(Solver[FistaState]):
         dual = DualMap.of(problem)
         return FistaState(motion, dual, FIRST_CHECK, start, problem.objective(start), dual.bound(start), 0)
 
-    def iterate(self, problem: PenalisedLeastSquares, start: Tensor, steps: int) -> Tensor:
-        """The iterate after exactly so many steps, without measuring: for methods that use a few steps as a part."""
-        motion = self._begin(problem, start)
+    def iterate(
+        self, problem: PenalisedLeastSquares, start: Tensor, steps: int, descent: GradientStep | None = None
+    ) -> Tensor:
+        """The iterate after exactly so many steps, without measuring: for methods that use a few steps as a part.
+
+        They solve many problems with one loss, whose `descent` they may compute once.
+        """
+        motion = self._begin(problem, start, descent)
         for _ in range(steps):
             motion = self._move(problem, motion)
         return motion.weight
 
-    def _begin(self, problem: PenalisedLeastSquares, start: Tensor) -> "Motion":
-        gram = problem.loss.gram
-        if self.scale_columns and problem.penalty.separable:
-            step = column_steps(gram)
-        else:
-            step = torch.as_tensor(1 / (largest_eigenvalue_bound(gram) or 1.0), dtype=gram.dtype, device=gram.device)
-        matrix = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device) - gram * step
-        shift = problem.loss.target * step
-        point = torch.addmm(shift, start, matrix)
-        return Motion(step, matrix, shift, start, point, start, point, 1.0, 0)
+    def _begin(self, problem: PenalisedLeastSquares, start: Tensor, descent: GradientStep | None = None) -> "Motion":
+        if descent is None:
+            scaled = self.scale_columns and problem.penalty.separable
+            descent = GradientStep.of(problem.loss, scale_columns=scaled)
+        point = torch.addmm(descent.shift, start, descent.matrix)
+        return Motion(descent, start, point, start, point.clone(), 1.0, 0)
 
     def _move(self, problem: PenalisedLeastSquares, state: "Motion") -> "Motion":
+        """One step. It writes over the points of the state it is given: fresh pages cost as much as the arithmetic."""
         momentum = (1 + math.sqrt(1 + 4 * state.momentum**2)) / 2
         beta = (state.momentum - 1) / momentum
         # The gradient step is affine, so its value at the extrapolated point is the extrapolation of its values.
-        point = torch.lerp(state.last_point, state.point, 1 + beta)
-        weight = problem.penalty.prox(point, state.step)
+        point = torch.lerp(state.last_point, state.point, 1 + beta, out=state.last_point)
+        weight = problem.penalty.prox(point, state.descent.step)
         count = state.count + 1
-        if self.restart and count % RESTART_EVERY == 0:
-            ahead = torch.lerp(state.last_weight, state.weight, 1 + beta)
-            if float(torch.sum((ahead - weight) * (weight - state.weight) / state.step)) > 0:
-                momentum = 1.0
+        if self.restart and count % RESTART_EVERY == 0 and _overshot(state, weight, beta):
+            momentum = 1.0
+        # A penalty may hand back the very array it was given, which must not be written while it is read.
+        room = torch.empty_like(point) if weight.data_ptr() == point.data_ptr() else point
         return replace(
             state,
             weight=weight,
-            point=torch.addmm(state.shift, weight, state.matrix),
+            point=torch.addmm(state.descent.shift, weight, state.descent.matrix, out=room),
             last_weight=state.weight,
             last_point=state.point,
             momentum=momentum,
@@ -176,3 +196,9 @@ class Fista(Solver[FistaState]):
 
 def _gap(objective: float, bound: float) -> float:
     return 0.0 if objective <= bound else (objective - bound) / abs(objective)
+
+
+def _overshot(state: "Motion", weight: Tensor, beta: float) -> bool:
+    """Whether <Y - V_(k+1), V_(k+1) - V_k> > 0 in the metric of the step: the momentum points uphill."""
+    back = torch.lerp(state.last_weight, state.weight, 1 + beta).sub_(weight)
+    return float((back.mul_(weight - state.weight).sum(0) / state.descent.step).sum()) > 0

@@ -10,11 +10,9 @@ from torch import Tensor
 from optprune.penalties import L1
 from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
 from optprune.solvers.base import Solver
-from optprune.solvers.fista import Fista
+from optprune.solvers.fista import Fista, GradientStep
 from optprune.solvers.solution import Status
 
-NARROW = 1e-6
-"""the width of the bracket, in logarithms, at which the strength is found: a bisection halves it at every step"""
 LEAST = 1e-8
 """the least strength of the penalty tried, as a share of the strength at which zero is the answer"""
 
@@ -23,6 +21,9 @@ LEAST = 1e-8
 class FistaPrunerState:
     """The best feasible weight, and the bracket of the strength in logarithms."""
 
+    descent: GradientStep
+    floor: float
+    """the error of the original weights, so that errors can be measured from the change alone"""
     best: Tensor
     error: float
     low: float
@@ -38,12 +39,12 @@ class FistaPruner(Solver[FistaPrunerState]):
         V_K = FISTA(lambda, K, from V_best),   V = H(V_K) by plain magnitude,
         E = |V X* - W X|,   E_round = E - |V_K X* - W X|;   keep V if its E is less, else count a failure
         raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row, or when
-        the bisection has found lambda
+        the bisection has found lambda to within `narrow`, a relative width
 
     The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |B| at which zero
     is the answer, so that scaling the problem changes nothing. Errors include the damping of the loss, if any.
     Zeros are not frozen, so the mask may change. Monotone; as published, it depends on its start. A step is K
-    products [out, in] x [in, in] and two measurements.
+    products [out, in] x [in, in] and two more to measure.
 
     Reference: FISTAPruner (arXiv 2408.03728), Algorithm 1, reconstructed from public reviews: K = 20, T = 3, xi = 0.3.
     """
@@ -51,6 +52,7 @@ class FistaPruner(Solver[FistaPrunerState]):
     inner_steps: int = 20
     patience: int = 3
     share: float = 0.3
+    narrow: float = 0.1
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SparseLeastSquares):
@@ -61,38 +63,42 @@ class FistaPruner(Solver[FistaPrunerState]):
         return True
 
     def init(self, problem: Problem, start: Tensor) -> FistaPrunerState:
-        return FistaPrunerState(start, _error(problem, start), math.log(LEAST), 0.0, 0)
+        descent = GradientStep.of(problem.loss, scale_columns=False)
+        floor = problem.objective(problem.loss.weight)
+        return FistaPrunerState(descent, floor, start, _error(problem, floor, start), math.log(LEAST), 0.0, 0)
 
     def step(self, problem: Problem, state: FistaPrunerState) -> FistaPrunerState:
         assert isinstance(problem, SparseLeastSquares)
         middle = (state.low + state.high) / 2
-        strength = math.exp(middle) * float(problem.loss.target.abs().max())
-        dense = l1_steps(problem, strength, state.best, self.inner_steps)
+        penalty = L1(math.exp(middle) * float(problem.loss.target.abs().max()))
+        fista = Fista(scale_columns=False, restart=False)
+        dense = fista.iterate(PenalisedLeastSquares(problem.loss, penalty), state.best, self.inner_steps, state.descent)
         rounded = torch.where(problem.pattern.project(dense.abs()), dense, 0.0)
-        total = _error(problem, rounded)
-        from_rounding = total - _error(problem, dense)
+        total = _error(problem, state.floor, rounded)
+        from_rounding = total - _error(problem, state.floor, dense)
         if total > 0 and from_rounding / total > self.share:
             state = replace(state, low=middle)
         else:
             state = replace(state, high=middle)
-        if total < state.error:
+        # Errors are measured in the dtype of the problem: less than its rounding is no improvement.
+        if total < state.error * (1 - 10 * torch.finfo(dense.dtype).eps):
             return replace(state, best=rounded, error=total, failures=0)
         return replace(state, failures=state.failures + 1)
 
     def done(self, problem: Problem, state: FistaPrunerState) -> Status | None:
         # Without the second rule a weight that improves for ever by less and less would keep the first from coming.
-        found = state.failures >= self.patience or state.high - state.low < NARROW
+        found = state.failures >= self.patience or state.high - state.low < self.narrow
         return Status.CONVERGED if found else None
 
     def value(self, problem: Problem, state: FistaPrunerState) -> Tensor:
         return state.best
 
 
-def l1_steps(problem: SparseLeastSquares, strength: float, start: Tensor, steps: int) -> Tensor:
-    """The iterate of plain FISTA after some steps on f + strength |V|_1."""
-    penalised = PenalisedLeastSquares(problem.loss, L1(strength))
-    return Fista(scale_columns=False, restart=False).iterate(penalised, start, steps)
-
-
-def _error(problem: Problem, weight: Tensor) -> float:
-    return math.sqrt(2 * problem.objective(weight))
+def _error(problem: Problem, floor: float, weight: Tensor) -> float:
+    """sqrt(2 f(V)) from f(V) = f(W) + <V - W, gradient at V + gradient at W> / 2."""
+    loss = problem.loss
+    gradient = loss.gradient(weight)
+    if loss.pull is not None:
+        gradient = gradient + loss.pull
+    rise = float(((weight - loss.weight) * gradient).sum(dtype=torch.float64)) / 2
+    return math.sqrt(2 * max(floor + rise, 0.0))

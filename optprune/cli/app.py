@@ -1,0 +1,49 @@
+"""The program: its commands, and the entry point."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from optprune.cli.benchmark_model import benchmark_model_command
+from optprune.cli.demo import demo_command
+from optprune.cli.errors import reported, tell, terminate_as_interrupt
+from optprune.cli.evaluate import evaluate_command
+from optprune.cli.inspect import inspect_command
+from optprune.cli.prune import prune_command
+from optprune.cli.recipes import recipes_command
+
+app = typer.Typer(
+    help="Prune language models: each layer an optimisation problem.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
+app.command("inspect", short_help="Measure what is zero in a model, whoever pruned it.")(reported(inspect_command))
+app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
+app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
+    reported(benchmark_model_command)
+)
+app.command("recipes", short_help="List the recipes, or print one as YAML.")(reported(recipes_command))
+app.command("demo", short_help="The whole story on packaged data, in minutes.")(reported(demo_command))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status; errors are one sentence on stderr.
+
+    With OPTPRUNE_DEBUG=1 in the environment, a traceback comes before the sentence.
+    """
+    restore = terminate_as_interrupt()
+    try:
+        # Without a command, the help is what one wants to see.
+        result = app(
+            args=list(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+            prog_name="optprune",
+            standalone_mode=False,
+        )
+        return result if isinstance(result, int) else 0
+    except (Exception, KeyboardInterrupt) as error:
+        return tell(error)
+    finally:
+        restore()

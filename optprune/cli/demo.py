@@ -1,0 +1,29 @@
+"""optprune demo: the whole story on packaged data."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from optprune.cli.options import JsonFile, Overwrite
+from optprune.cli.outputs import check_json, start, write_json
+
+
+def demo_command(
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="The folder to write. [default: .demo/smollm2-fasp, replaced]"),
+    ] = None,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Prune SmolLM2-135M by 20 percent on packaged articles: the whole story, in minutes."""
+    reporter = start()
+    from optprune.demo import FOLDER, run_demo
+
+    folder = FOLDER if output is None else output
+    check_json(json_file, folder)
+    result = run_demo(folder, overwrite=overwrite or output is None, console=Console(), reporter=reporter)
+    write_json(json_file, json.dumps(result.to_dict(), indent=2) + "\n", f"the pruned model is in {folder}")

@@ -1,0 +1,93 @@
+"""Telling errors: one sentence on stderr and an exit status; a traceback only on request."""
+
+import errno
+import functools
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import typer
+
+from optprune.errors import OptpruneError
+
+INTERRUPTED = 130
+FAILED = 2
+
+P = ParamSpec("P")
+
+
+def reported(command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose errors are told in one sentence, also when typer runs it without `main`."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            raise typer.Exit(tell(error)) from error
+
+    return run
+
+
+def terminate_as_interrupt() -> Callable[[], None]:
+    """Let SIGTERM clean up as Ctrl-C does; returns what puts the old handler back."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, before)
+
+    return restore
+
+
+def tell(error: BaseException) -> int:
+    """Say in one sentence on stderr what went wrong; returns the exit status."""
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if os.environ.get("OPTPRUNE_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        typer.echo(f"interrupted; {error.args[0] if error.args else 'nothing was written'}", err=True)
+        return INTERRUPTED
+    typer.echo(f"error: {_sentence(error)}", err=True)
+    return FAILED
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OptpruneError):
+        text = str(error)
+    elif hasattr(error, "format_message"):  # a wrong option or argument, in typer's words
+        text = f"{error.format_message()} (see optprune --help)"  # type: ignore[attr-defined]
+    elif _is_out_of_memory(error):
+        text = (
+            "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (what the command "
+            "has), or use --dtype bfloat16"
+        )
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        text = "the disk is full, so nothing was written: free some space and run again"
+    elif isinstance(error, OSError):
+        text = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}"
+    else:
+        first = (str(error).strip().splitlines() or [""])[0]
+        text = f"{type(error).__name__}: {first} (unexpected: set OPTPRUNE_DEBUG=1 for the traceback, and report it)"
+    return " ".join(text.split())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+    )

@@ -1,0 +1,66 @@
+"""What a command says and writes: progress on stderr, lines on stdout, results as JSON."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optprune.errors import InputError, OptpruneError
+
+if TYPE_CHECKING:
+    from optprune.progress import Reporter
+
+
+def start() -> "Reporter":
+    """Import and quieten what is heavy; the command's own progress goes to stderr."""
+    from optprune.progress import Reporter
+
+    # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # This one bar is not made by transformers' own tqdm, which can be switched off.
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
+    return Reporter()
+
+
+def check_json(file: Path | None, output: Path | None = None) -> None:
+    """Raise InputError when the JSON file could not be written at the end."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError(f"the JSON file {file} is a folder: name a file")
+    parent = file.absolute().parent
+    if not parent.is_dir() and (output is None or parent != output.absolute()):
+        raise InputError(f"the JSON file {file} cannot be written: there is no folder {file.parent}")
+    if parent.is_dir() and not os.access(parent, os.W_OK):
+        raise InputError(f"the JSON file {file} cannot be written: the folder {file.parent} is not writable")
+
+
+def write_json(file: Path | None, text: str, already: str) -> None:
+    """Write the file whole or not at all; `already` says what is not lost when that fails."""
+    if file is None:
+        return
+    draft: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.absolute().parent, prefix=f".{file.name}.", delete=False
+        ) as stream:
+            draft = Path(stream.name)
+            stream.write(text)
+        # A temporary file is private; a result is as readable as any other file.
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o666 & ~umask)
+        draft.replace(file)
+    except BaseException as error:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(already) from None
+        if isinstance(error, OSError):
+            raise OptpruneError(f"the JSON file {file} cannot be written ({error.strerror}), but {already}") from error
+        raise

@@ -1,0 +1,161 @@
+"""optprune prune: from a model and a text to a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
+from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.tokens import tokens_for
+from optprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from optprune.models import SavedModel
+    from optprune.recipe import Recipe
+    from optprune.report import Report
+
+
+def prune_command(
+    model: Model,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            "--calibration",
+            metavar="TEXT",
+            help="FILE.txt, FILE.jsonl[:COLUMN], FILE.csv[:COLUMN], a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
+            "or demo:calibration.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's name, or a .yaml file.")] = "fasp",
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", help="The share of the decoder's linear weights to remove.")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="How many calibration windows to draw.")] = 128,
+    seq_length: SeqLength = 2048,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the draws. [default: the recipe's, or 0]")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    propagation: Annotated[
+        str | None,
+        typer.Option("--propagation", help="dense, pruned, intra or cross. [default: the recipe's, or pruned]"),
+    ] = None,
+    units: Annotated[
+        str | None, typer.Option("--units", help="mlp, vo, all or weights. [default: the recipe's, or mlp]")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", help="Of single weights: unstructured, rows or N:M. [default: the recipe's]"),
+    ] = None,
+    width_multiple: Annotated[
+        int | None, typer.Option("--width-multiple", help="What MLP widths are multiples of. [default: 8]")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fallbacks and too few tokens are errors.")] = False,
+    overwrite: Overwrite = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Prune a model and write it to a folder, with its report and recipe beside the weights."""
+    given = {
+        "sparsity": sparsity,
+        "seed": seed,
+        "propagation": propagation,
+        "units": units,
+        "pattern": pattern,
+        "width_multiple": width_multiple,
+        "strict": strict or None,
+    }
+    overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
+    reporter = start()
+    from optprune.folder import save_pruned
+    from optprune.models import check_output, load_config, load_model
+    from optprune.pipeline import prune
+    from optprune.recipe import load_recipe
+    from optprune.texts import calibration_batches, check_seq_length, read_documents
+
+    # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
+    chosen = load_recipe(recipe, overrides)
+    check_output(output, overwrite)
+    check_json(json_file, output)
+    documents = read_documents(calibration)
+    config = load_config(model)
+    check_seq_length(config, seq_length)
+    _check_budget(config, chosen)
+    reporter.say(f"tokenising {calibration}")
+    tokens = tokens_for(model, config, documents)
+    batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
+
+    reporter.say(f"loading {model}")
+    loaded = load_model(model, dtype=dtype, device=device)
+    with reporter.blocks() as on_event:
+        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
+        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
+    reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
+    saved = save_pruned(loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite)
+    write_json(json_file, report.to_json(), f"the pruned model is in {output}")
+    _summarise(report, saved)
+
+
+def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The recipe fields that the user gave, by option or as --set key=value."""
+    import yaml
+
+    fields = dict(options)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InputError(f"--set {setting!r} is not of the form KEY=VALUE, such as damping=0.05")
+        if key in fields:
+            raise InputError(f"the recipe field {key!r} is given twice, the second time by --set {setting}: give one")
+        try:
+            fields[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(
+                f"the value in --set {setting} is not valid YAML: {' '.join(str(error).split())}"
+            ) from error
+    return fields
+
+
+def _check_budget(config: "PretrainedConfig", recipe: "Recipe") -> None:
+    """Raise InputError when the sparsity cannot be reached: allocate it on a model without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from optprune.allocation import uniform
+    from optprune.models import Decoder, architecture_of, is_stock
+
+    architecture_of(config)
+    if not is_stock(config):
+        return
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config)
+    uniform(Decoder(shapes), recipe.sparsity, recipe.units, recipe.width_multiple)
+
+
+def _summarise(report: "Report", saved: "SavedModel") -> None:
+    from optprune.progress import duration
+
+    folder = saved.folder
+    errors = [layer.relative_error for layer in report.layers]
+    loads = (
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})" if saved.stock else f"optprune.load({str(folder)!r})"
+    )
+    typer.echo(
+        f"{report.sparsity_reached:.2%} of the decoder's linear weights removed ({report.sparsity_requested:.2%} asked)"
+    )
+    typer.echo(
+        f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "
+        f"{duration(report.floor_seconds)}"
+    )
+    typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+    for note in report.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")
+    typer.echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")
