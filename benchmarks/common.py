@@ -68,5 +68,13 @@ def write_table(name: str, title: str, rows: Sequence[dict[str, Any]], command: 
     return text
 
 
+def with_earlier(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier, partial run whose keys are not among the new rows, then the new ones."""
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    new = [[row[key] for key in keys] for row in rows]
+    return [row for row in earlier if [row[key] for key in keys] not in new] + rows
+
+
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

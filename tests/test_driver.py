@@ -9,6 +9,7 @@ import torch
 
 from optprune.errors import InputError, NoSolver
 from optprune.moments import InputMoments
+from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
 from optprune.solvers import (
     Certificate,
@@ -22,7 +23,7 @@ from optprune.solvers import (
     choose,
     solve,
 )
-from optprune.solvers.auto import CANDIDATES
+from optprune.solvers.auto import CANDIDATES, GRADIENTS
 from optprune.solvers.solution import Solution
 
 
@@ -195,6 +196,31 @@ def test_choose_takes_the_first_that_accepts(masked, linked):
     assert choose(masked) == Restore()
     assert choose(linked) == Chain((FaspMetric(), Restore()))
     assert solve(linked).objective == solve(linked, choose(linked)).objective
+
+
+@pytest.fixture
+def large():
+    """Every row of [64, 300] keeps another half: 64 factors of 150 inputs each."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(500, 300, generator=generator) @ torch.randn(300, 300, generator=generator)
+    loss = LayerLoss.of(torch.randn(64, 300, generator=generator), InputMoments.from_samples(inputs), 0.01)
+    return MaskedLeastSquares(loss, RowWise(150).project(torch.rand(64, 300, generator=generator)))
+
+
+def test_choose_takes_gradients_for_a_large_mask_of_every_row_and_loses_nothing(large):
+    assert choose(large) == GRADIENTS
+    chosen, exact = solve(large), solve(large, Restore())
+    # Both prove it: the two gaps are of lower bounds of one optimum.
+    assert chosen.gap is not None
+    assert chosen.gap < 1e-6
+    assert chosen.objective == pytest.approx(exact.objective, rel=1e-6)
+    assert chosen.violation == 0
+
+
+def test_choose_restores_where_factors_are_few_or_gradients_could_prove_nothing(large):
+    assert choose(replace(large, mask=large.mask[:1])) == Restore()
+    assert choose(replace(large, mask=large.mask & (torch.arange(300) < 100))) == Restore()
+    assert choose(replace(large, loss=large.loss.damped(0.0))) == Restore()
 
 
 def test_choose_lists_every_reason(masked):

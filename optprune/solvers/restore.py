@@ -41,7 +41,8 @@ class Restore(DirectSolver):
 
     Promises the optimum of a restoration problem, and a certificate: with r the residual of the normal equations at
     the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1 r^T) <= 1/2 sum_ij r_ij^2 / D_j.
-    Cost: in^3 / 3 + 2 out in^2; memory in^2 in `factor_dtype`, whatever the dtype of the problem.
+    Cost: in^3 / 3 + 2 out in^2, or out in^3 / 3 with a mask for every row (`choose` then prefers gradients); memory
+    in^2 in `factor_dtype`, whatever the dtype of the problem.
     Reference: FASP (arXiv 2501.09412), restoration; the ridge towards W instead of zero is ours.
     """
 
