@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optprune.allocation import NARROWED, Allocation, BlockAllocation, uniform
+from optprune.by_cost import by_cost
 from optprune.depth import shallower
 from optprune.errors import InputError, NumericalError, StrictError
 from optprune.metric import OutputMetric
@@ -70,6 +71,8 @@ def prune(
             _check_allocation(decoder, recipe, allocation)
         elif recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
+        elif recipe.allocation == "global":
+            allocation = by_cost(decoder, stream, recipe, metrics, on_event)
         else:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)

@@ -133,6 +133,12 @@ class Recipe(BaseModel):
     """about how many calibration tokens the metric is the average of: whole batches, from the first"""
     metric_damping: float = Field(default=0.01, ge=0)
     """what is added to the metric's diagonal, as a share of its mean"""
+    allocation: Literal["uniform", "global"] = "uniform"
+    """the same share from every block, or one budget for the model, divided by what the layers would lose"""
+    least_kept: float = Field(default=0.2, ge=0, lt=1)
+    """of each layer's weights or units, where the budget is global"""
+    most_kept: float = Field(default=0.8, gt=0, le=1)
+    """of each layer's weights, where the budget is global"""
     width_multiple: int = Field(default=8, ge=1)
     """the MLP width is a multiple of this"""
     depth_parts: Literal["attention", "mlp", "both", "layers"] = "both"
@@ -163,6 +169,8 @@ class Recipe(BaseModel):
             n, m = kept
             if not n < m:
                 raise ValueError(f"the pattern {self.pattern} keeps everything: N must be less than M")
+            if self.allocation == "global" and self.sparsity < 1 - n / m:
+                return self  # some layers stay dense
             if abs(self.sparsity - (1 - n / m)) > 1e-9:
                 raise ValueError(f"the pattern {self.pattern} has a sparsity of {1 - n / m:g}, not {self.sparsity:g}")
         return self

@@ -107,4 +107,12 @@ class PartsScored:
     budget: int
 
 
-Event = BlockStarted | LayerSolved | BlockFinished | PartsScored
+@dataclass(frozen=True)
+class BlockMeasured:
+    """It is known what the layers of a dense block would lose by pruning, for a budget over the whole model."""
+
+    block: int
+    blocks: int
+
+
+Event = BlockStarted | LayerSolved | BlockFinished | PartsScored | BlockMeasured

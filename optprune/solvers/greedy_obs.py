@@ -48,15 +48,17 @@ class GreedyObs(DirectSolver):
         return Answer(form.without(columns).to(problem.loss.weight), notes=form.notes)
 
 
-def removal_curve(problem: StructuredProblem) -> tuple[Int[Tensor, " units"], Float[Tensor, " units"]]:
-    """The order in which all units go, one at a time, and the loss of the refitted weight after each.
+def removal_curve(problem: StructuredProblem, batch: int = 1) -> tuple[Int[Tensor, " units"], Float[Tensor, " units"]]:
+    """The order in which all units go, and the loss of the refitted weight after each; entry i is that without i + 1.
 
     With several slots every one of them loses a unit before any loses the next, so that the choice is admissible
-    after every `slot_count` removals. `keep` is not used. Entry i is the loss with i + 1 units removed.
+    after every `slot_count` removals. `keep` is not used. With a `batch` the units of a batch are ranked as if they
+    were alone, and choices are admissible where each slot has a multiple of it left; the losses are exact all the same.
     """
     form, channels = InverseForm.of(problem.loss), problem.channels
     size = channels.units // channels.slot_count
-    steps = list(_eliminate(form, channels, range(size - 1, -1, -1), 1))
+    targets = [left for left in range(size - 1, -1, -1) if left % batch == 0]
+    steps = list(_eliminate(form, channels, targets, batch))
     rise = torch.cat([cost for _, cost in steps]).cumsum(0)
     return torch.cat([units for units, _ in steps]), problem.loss.value(form.minimiser) + rise
 

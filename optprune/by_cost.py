@@ -1,0 +1,172 @@
+"""One budget for the whole model, divided by what each block would lose: an `Allocation` from measured costs.
+
+The costs come from the dense model, in one pass of the calibration tokens, and are in one unit only under an output
+metric: without one a layer with large outputs seems important because they are large.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from optprune.allocation import NARROWED, Allocation, BlockAllocation
+from optprune.budget import Curve, global_threshold, share_budget
+from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.models import Decoder
+from optprune.models.calibrate import Stream, collect
+from optprune.patterns import NM
+from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.recipe import Recipe, n_of_m
+from optprune.report import BlockMeasured, Event
+from optprune.solvers.greedy_obs import removal_curve
+from optprune.solvers.removal import entry_costs
+
+MOST_COSTS = 1 << 24
+"""how many costs of single weights are held for the whole model: beyond that, every k-th in order of size"""
+
+
+@dataclass(frozen=True, eq=False)
+class WidthCurve:
+    """The loss of a block for each number of units that one field of its shape may keep."""
+
+    block: int
+    field: str
+    there: int
+    """how many there are"""
+    weights: int
+    """that a unit holds"""
+    losses: Mapping[int, float]
+    """by the number of units kept, at least one"""
+
+    def curve(self, least: float) -> tuple[list[int], Curve]:
+        """The numbers of units from a share `least` of all, and the curve of their losses by the weights they hold."""
+        counts = sorted(count for count in self.losses if count >= least * self.there)
+        losses = torch.tensor([self.losses[count] for count in counts], dtype=torch.float64)
+        return counts, Curve(torch.tensor(counts) * self.weights, losses)
+
+
+def by_cost(
+    decoder: Decoder,
+    stream: Stream,
+    recipe: Recipe,
+    metrics: Mapping[str, OutputMetric],
+    on_event: Callable[[Event], None],
+) -> Allocation:
+    """Divide the recipe's sparsity over the whole model so that the sum of the layers' losses is least.
+
+    Single weights: those with the lowest cost of removal S_ii w_ij^2 / (2 (A^-1)_jj) go, wherever they are, and a
+    layer keeps between `least_kept` and `most_kept` of its weights. N:M: which layers stay dense. Units: each layer's
+    whole error curve by greedy elimination, and the budget goes where it lowers the sum most, along the lower convex
+    hulls. `stream` holds the inputs of the first block and is left as it is. Costs one calibration pass with its
+    Gram products, and in^3 for each layer.
+    """
+    blocks = len(decoder.blocks)
+    stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
+    costs: dict[str, Tensor] = {}
+    patterned: dict[str, Curve] = {}
+    widths: list[WidthCurve] = []
+    tap = {path: stage[0] for stage in decoder.architecture.stages for path in stage}
+    for index in range(blocks):
+        following = stream.copy()
+        wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)
+        taps = sorted({tap[path] for path in wanted}, key=decoder.architecture.layers.index)
+        moments = collect(decoder.blocks[index], stream, taps, output=following).moments
+        stream = following
+        for path in wanted:
+            layer, name = decoder.layer(index, path), decoder.name(index, path)
+            fit_bias = layer.bias is not None
+            loss = LayerLoss.of(
+                layer.weight, moments[tap[path]], recipe.damping, fit_bias=fit_bias, metric=metrics.get(name)
+            )
+            if recipe.units != "weights":
+                widths.append(_width_curve(decoder, recipe, index, path, loss))
+            elif n_of_m(recipe.pattern) is not None:
+                patterned[name] = _pattern_curve(loss, recipe)
+            else:
+                ordered = entry_costs(loss).flatten().sort().values
+                costs[name] = ordered[stride // 2 :: stride].cpu()
+        on_event(BlockMeasured(index, blocks))
+    if recipe.units != "weights":
+        return _widths(decoder, recipe, widths)
+    return _shares(decoder, recipe, costs, patterned)
+
+
+def _consumers(decoder: Decoder, recipe: Recipe, index: int) -> list[str]:
+    """The layers whose columns the recipe's units are, in the order of the forward pass."""
+    architecture, shape = decoder.architecture, decoder.shape(index)
+    fields = NARROWED[recipe.units]
+    paths = [architecture.output] if shape.kv_heads and set(fields) & {"value_dim", "kv_heads"} else []
+    return paths + ([architecture.mlp_consumer] if shape.mlp_width and "mlp_width" in fields else [])
+
+
+def _width_curve(decoder: Decoder, recipe: Recipe, index: int, path: str, loss: LayerLoss) -> WidthCurve:
+    """The losses of one block by greedy elimination of its units, a multiple at a time."""
+    shape = decoder.shape(index)
+    if path == decoder.architecture.mlp_consumer:
+        field, layers, multiple = "mlp_width", decoder.mlp_units(index), recipe.width_multiple
+    elif "kv_heads" in NARROWED[recipe.units]:
+        field, layers, multiple = "kv_heads", decoder.kv_units(index), 1
+    else:
+        field, layers, multiple = "value_dim", decoder.value_units(index), 1
+    there, slots = asdict(shape)[field], layers.link.slot_count
+    problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()
+    assert isinstance(problem, LinkedLeastSquares)
+    _, losses = removal_curve(problem, batch=multiple)
+    # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
+    after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
+    allowed = {count: loss for count, loss in after.items() if count and count % multiple == 0}
+    weights = decoder.weights_of(shape) - decoder.weights_of(replace(shape, **{field: there - 1}))
+    return WidthCurve(index, field, there, weights, {there: 0.0, **allowed})
+
+
+def _pattern_curve(loss: LayerLoss, recipe: Recipe) -> Curve:
+    """Two choices: the N:M pattern, at the sum of what its weights cost one by one, or all weights."""
+    n_m = n_of_m(recipe.pattern)
+    assert n_m is not None
+    costs = entry_costs(loss)
+    lost = float(costs[~NM(*n_m).project(costs)].sum())
+    prices = torch.tensor([costs.numel() * n_m[0] // n_m[1], costs.numel()])
+    return Curve(prices, torch.tensor([lost, 0.0], dtype=torch.float64))
+
+
+def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> Allocation:
+    """The share that each layer keeps of its single weights."""
+    n_m = n_of_m(recipe.pattern)
+    if n_m is not None:
+        chosen = share_budget(curves, (1 - recipe.sparsity) * decoder.linear_weights())
+        share = {name: n_m[0] / n_m[1] if choice == 0 else 1.0 for name, choice in chosen.items()}
+    else:
+        keep = round((1 - recipe.sparsity) * sum(cost.numel() for cost in costs.values()))
+        kept = global_threshold(costs, keep, recipe.least_kept, recipe.most_kept)
+        share = {name: kept[name] / cost.numel() for name, cost in costs.items()}
+    return Allocation.of(
+        decoder,
+        (
+            BlockAllocation(shape, {path: share[decoder.name(index, path)] for path in decoder.paths(index)})
+            for index, shape in enumerate(decoder.shapes())
+        ),
+    )
+
+
+def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> Allocation:
+    """The number of units that each block keeps."""
+    shapes, total = list(decoder.shapes()), decoder.linear_weights()
+    counts, curves = {}, {}
+    for width in widths:
+        name = f"{width.block} {width.field}"
+        counts[name], curves[name] = width.curve(recipe.least_kept)
+    held = sum(width.there * width.weights for width in widths)
+    most = held - sum(int(curve.prices[0]) for curve in curves.values())
+    if recipe.sparsity * total > most:
+        raise InputError(
+            f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
+            f"{recipe.least_kept:g}: at most {most / total:.1%} of the decoder's linear weights can go"
+        )
+    chosen = share_budget(curves, held - recipe.sparsity * total)
+    for width, name in zip(widths, counts, strict=True):
+        kept = counts[name][chosen[name]]
+        shapes[width.block] = replace(shapes[width.block], **{width.field: kept})
+    return Allocation.of(decoder, map(BlockAllocation, shapes))
