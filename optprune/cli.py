@@ -372,7 +372,8 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "
         f"{duration(report.floor_seconds)}"
     )
-    _print(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+    if errors:
+        _print(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
     for note in report.notes:
         _print(f"note: {note}")
     _print(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")
