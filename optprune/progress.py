@@ -39,7 +39,7 @@ class Reporter:
     @contextmanager
     def blocks(self) -> "Iterator[Callable[[Event], None]]":
         """Follow a pruning run: yields the function to hand to `prune` as on_event."""
-        from optprune.report import BlockFinished, BlockStarted
+        from optprune.report import BlockFinished, BlockMeasured, BlockStarted
 
         with self.count("pruning", "block") as update:
 
@@ -48,6 +48,8 @@ class Reporter:
                     update(0, event.blocks)
                 elif isinstance(event, BlockFinished):
                     update(event.block + 1, event.blocks)
+                elif isinstance(event, BlockMeasured) and event.block + 1 == event.blocks:
+                    self.say("the budget is divided by what the layers would lose")
 
             yield on_event
 

@@ -1,21 +1,23 @@
 """Depth: whole sub-blocks removed by a score, against scores measured another way."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from optprune.cli import main
 from optprune.depth import shallower
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
-from optprune.models import Decoder, save_model
+from optprune.models import Decoder, load, save_model
 from optprune.pipeline import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.report import PartsScored, Report
 from tests.test_pipeline import batches
-from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt
+from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
 
 ONE_EACH = {"attention": 64 * 3 * 64, "mlp": 64 * 3 * 128}
 """linear weights of the sub-blocks of the tiny Llama"""
@@ -170,3 +172,14 @@ def test_a_choice_of_depth_can_be_narrowed_further() -> None:
     ]
     assert {shape.mlp_width for shape in shapes} == {64}
     assert report.sparsity_reached == pytest.approx(both.sparsity, abs=1e-12)
+
+
+def test_the_command_line_removes_sub_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, text, output = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("Prices rose again in March, the office said. " * 200)
+    options = ["--samples", "4", "--seq-length", "64", "--recipe", "depth", "--sparsity", "0.2"]
+    assert main(["prune", str(folder), "--calibration", str(text), "--output", str(output), *options]) == 0
+    assert "16.67% of the decoder's linear weights removed" in capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert [entry["part"] for entry in report["removed"]] == ["attention"]
+    assert [vars(shape) for shape in Decoder(load(output)).shapes()] == report["allocation"]["blocks"]

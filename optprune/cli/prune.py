@@ -45,11 +45,16 @@ def prune_command(
         typer.Option("--propagation", help="dense, pruned, intra or cross. [default: the recipe's, or pruned]"),
     ] = None,
     units: Annotated[
-        str | None, typer.Option("--units", help="mlp, vo, all or weights. [default: the recipe's, or mlp]")
+        str | None,
+        typer.Option("--units", help="mlp, vo, kv-groups, all, weights or blocks. [default: the recipe's, or mlp]"),
     ] = None,
     pattern: Annotated[
         str | None,
         typer.Option("--pattern", help="Of single weights: unstructured, rows or N:M. [default: the recipe's]"),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option("--allocation", help="uniform, or global: one budget for the model. [default: the recipe's]"),
     ] = None,
     width_multiple: Annotated[
         int | None, typer.Option("--width-multiple", help="What MLP widths are multiples of. [default: 8]")
@@ -68,6 +73,7 @@ def prune_command(
         "propagation": propagation,
         "units": units,
         "pattern": pattern,
+        "allocation": allocation,
         "width_multiple": width_multiple,
         "strict": strict or None,
     }
@@ -154,7 +160,8 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "
         f"{duration(report.floor_seconds)}"
     )
-    typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+    if errors:
+        typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")
