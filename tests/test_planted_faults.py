@@ -22,7 +22,7 @@ restore_module = importlib.import_module("optprune.solvers.restore")
 newton_step = restore_module._newton_step
 certificate = restore_module._certificate
 restore = Restore._restore
-restrict = LinkedLeastSquares.restrict
+mask = LinkedLeastSquares.mask
 project = SlotWise.project
 merge = InputMoments.merge
 
@@ -161,7 +161,7 @@ def gradient_without_pull(self, weight):
 
 
 def complement(self, choice):
-    return restrict(self, ~choice)
+    return mask(self, ~choice)
 
 
 value = LayerLoss.value
@@ -171,7 +171,7 @@ CORE_FAULTS = {
     "the gradient without the drift of the inputs": (LayerLoss, "residual", gradient_without_pull, Restore()),
     "the loss halved": (LayerLoss, "value", half_value, Restore()),
     "the loss without damping": (LayerLoss, "value", value_without_damping, Restore()),
-    "the chosen units removed in place of the others": (LinkedLeastSquares, "restrict", complement, FaspMetric()),
+    "the chosen units removed in place of the others": (LinkedLeastSquares, "mask", complement, FaspMetric()),
     "one unit too many": (
         SlotWise,
         "project",

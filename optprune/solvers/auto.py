@@ -8,14 +8,15 @@ from optprune.problems import MaskedLeastSquares, Problem
 from optprune.solvers.admm import Admm
 from optprune.solvers.base import Solver
 from optprune.solvers.chain import Chain
+from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.fista import Fista
-from optprune.solvers.ranking import FaspMetric
+from optprune.solvers.greedy_obs import GreedyObs
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
 
 CANDIDATES: tuple[Solver, ...] = (
-    Chain((FaspMetric(), Restore())),
+    Chain((GreedyObs(), ChannelSwaps(), Restore())),
     Fista(),
     Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
     Restore(),

@@ -1,7 +1,8 @@
 """References: the optimum of small problems from the mathematics, by numpy, scipy and cvxpy, using no solver of ours.
 
 A reference reads a problem's data and nothing else: the loss is rebuilt here from the moments. It needs scipy and
-cvxpy (`pip install optprune[testing]`); without them the import fails, because a check that skips proves nothing.
+cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a check
+that skips proves nothing.
 """
 
 import warnings
@@ -362,11 +363,60 @@ def exhaustive(problem: StructuredProblem) -> Reference:
         raise ValueError(f"{count} choices of units are too many to list: the reference is for at most {MOST_CHOICES}")
     answers = []
     for choice in product(*each):
-        mask = np.ones(quadratic.weight.shape, dtype=bool)
-        mask[:, columns.reshape(-1)] = False
-        mask[:, columns[[unit for part in choice for unit in part]].reshape(-1)] = True
-        answers.append(_restored(quadratic, mask))
+        kept = np.isin(np.arange(len(slots)), [unit for part in choice for unit in part])
+        answers.append(_restored(quadratic, _mask_of(quadratic, columns, kept)))
     return _reference(quadratic, min(answers, key=quadratic.value))
+
+
+SCIP_ACCURACY = 1e-5
+"""relative accuracy of the mixed-integer reference: SCIP holds constraints to 1e-6"""
+
+
+def mixed_integer(problem: StructuredProblem) -> Reference:
+    """Optimum of a structured problem as a mixed-integer second-order-cone program (cvxpy with SCIP).
+
+    |V_c - (V0)_c| <= sqrt(2 (f(start) - f(V0)) (A^-1)_cc) entry by entry for every V as good as some feasible start,
+    which gives valid big-M bounds |V_c| <= M_c z; A must be positive definite. About ten units take a second.
+    The returned optimum is the loss of the chosen units restored by least squares, so it is never too low.
+    """
+    quadratic = Quadratic.of(problem.loss)
+    columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
+    inverse = np.linalg.inv(quadratic.gram)
+    minimiser = quadratic.target @ inverse
+    first = _mask_of(quadratic, columns, np.isin(np.arange(len(slots)), _first_of_every_slot(problem, slots)))
+    spread = max(quadratic.value(_restored(quadratic, first)) - quadratic.value(minimiser), 0.0)
+    most = np.abs(minimiser) + np.sqrt(2 * spread * np.diag(inverse)) * (1 + 1e-9)
+    keep = cvxpy.Variable(len(columns), boolean=True)
+    weight = cvxpy.Variable(quadratic.weight.shape)
+    bounds = [
+        cvxpy.abs(weight[:, column]) <= most[:, column] * keep[unit]
+        for unit, group in enumerate(columns)
+        for column in group
+    ]
+    counts: list[Any] = [
+        cvxpy.sum(keep[slots == slot]) == problem.keep // len(np.unique(slots)) for slot in np.unique(slots)
+    ]
+    # In units of its own scale, where the absolute tolerances of SCIP mean something.
+    unit = np.sqrt(max(spread, 1e-300))
+    program = cvxpy.Problem(cvxpy.Minimize(_program_loss(quadratic, weight, unit)), [*bounds, *counts])
+    program.solve(solver=cvxpy.SCIP)
+    if program.status != cvxpy.OPTIMAL:
+        raise ArithmeticError(f"SCIP stopped with status {program.status}")
+    answer = _restored(quadratic, _mask_of(quadratic, columns, np.asarray(keep.value) > 0.5))
+    found = _reference(quadratic, answer)
+    return Reference(found.optimum, found.rounding + SCIP_ACCURACY * spread)
+
+
+def _first_of_every_slot(problem: StructuredProblem, slots: Array) -> Array:
+    each = problem.keep // len(np.unique(slots))
+    return np.concatenate([np.flatnonzero(slots == slot)[:each] for slot in np.unique(slots)])
+
+
+def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:
+    """The mask [out, in] of the kept units; columns of no unit stay."""
+    mask = np.ones(quadratic.weight.shape, dtype=bool)
+    mask[:, columns[~kept].reshape(-1)] = False
+    return mask
 
 
 def _reference(quadratic: Quadratic, answer: Array) -> Reference:
