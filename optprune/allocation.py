@@ -89,9 +89,10 @@ class Allocation:
 
     @classmethod
     def from_json(cls, text: str) -> "Allocation":
-        """Read an allocation; InputError when it is not one."""
+        """Read an allocation, or that of a report.json; InputError when it is neither."""
         try:
             data = json.loads(text)
+            data = data.get("allocation", data)
             blocks = []
             for entry in data["blocks"]:
                 shares = {str(path): float(share) for path, share in entry.pop("shares", {}).items()}

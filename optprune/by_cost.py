@@ -58,7 +58,8 @@ def by_cost(
     """Divide the recipe's sparsity over the whole model so that the sum of the layers' losses is least.
 
     Single weights: those with the lowest cost of removal S_ii w_ij^2 / (2 (A^-1)_jj) go, wherever they are, and a
-    layer keeps between `least_kept` and `most_kept` of its weights. N:M: which layers stay dense. Units: each layer's
+    layer keeps between `least_kept` and `most_kept` of its weights (or half of the average, and half way from the
+    average to all, where that is wider). N:M: which layers stay dense. Units: each layer's
     whole error curve by greedy elimination, and the budget goes where it lowers the sum most, along the lower convex
     hulls. `stream` holds the inputs of the first block and is left as it is. Costs one calibration pass with its
     Gram products, and in^3 for each layer.
@@ -140,7 +141,9 @@ def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curve
         share = {name: n_m[0] / n_m[1] if choice == 0 else 1.0 for name, choice in chosen.items()}
     else:
         keep = round((1 - recipe.sparsity) * sum(cost.numel() for cost in costs.values()))
-        kept = global_threshold(costs, keep, recipe.least_kept, recipe.most_kept)
+        # However little or much is to go, the limits leave room on both sides of the average.
+        least, most = min(recipe.least_kept, (1 - recipe.sparsity) / 2), max(recipe.most_kept, 1 - recipe.sparsity / 2)
+        kept = global_threshold(costs, keep, least, most)
         share = {name: kept[name] / cost.numel() for name, cost in costs.items()}
     return Allocation.of(
         decoder,

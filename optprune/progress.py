@@ -39,7 +39,7 @@ class Reporter:
     @contextmanager
     def blocks(self) -> "Iterator[Callable[[Event], None]]":
         """Follow a pruning run: yields the function to hand to `prune` as on_event."""
-        from optprune.report import BlockFinished, BlockMeasured, BlockStarted
+        from optprune.report import BlockFinished, BlockMeasured, BlockStarted, PartsScored
 
         with self.count("pruning", "block") as update:
 
@@ -50,6 +50,8 @@ class Reporter:
                     update(event.block + 1, event.blocks)
                 elif isinstance(event, BlockMeasured) and event.block + 1 == event.blocks:
                     self.say("the budget is divided by what the layers would lose")
+                elif isinstance(event, PartsScored):
+                    self.say(f"sub-blocks with {event.weights:,} of {event.budget:,} weights are chosen")
 
             yield on_event
 

@@ -14,6 +14,7 @@ from optprune.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from optprune.allocation import Allocation
     from optprune.models import SavedModel
     from optprune.recipe import Recipe
     from optprune.report import Report
@@ -54,7 +55,10 @@ def prune_command(
     ] = None,
     allocation: Annotated[
         str | None,
-        typer.Option("--allocation", help="uniform, or global: one budget for the model. [default: the recipe's]"),
+        typer.Option(
+            "--allocation",
+            help="uniform, global (one budget for the model), or a FILE.json such as a report. [default: the recipe's]",
+        ),
     ] = None,
     width_multiple: Annotated[
         int | None, typer.Option("--width-multiple", help="What MLP widths are multiples of. [default: 8]")
@@ -77,6 +81,9 @@ def prune_command(
         "width_multiple": width_multiple,
         "strict": strict or None,
     }
+    given_blocks = allocation if allocation is not None and allocation.endswith(".json") else None
+    if given_blocks is not None:
+        del given["allocation"]
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
     from optprune.folder import save_pruned
@@ -89,10 +96,12 @@ def prune_command(
     chosen = load_recipe(recipe, overrides)
     check_output(output, overwrite)
     check_json(json_file, output)
+    divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
     check_seq_length(config, seq_length)
-    _check_budget(config, chosen)
+    if divided is None:
+        _check_budget(config, chosen)
     reporter.say(f"tokenising {calibration}")
     tokens = tokens_for(model, config, documents)
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
@@ -101,7 +110,9 @@ def prune_command(
     loaded = load_model(model, dtype=dtype, device=device)
     with reporter.blocks() as on_event:
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
+        report = prune(
+            loaded.model, batches, chosen, allocation=divided, on_event=on_event, source=model, calibration=text
+        )
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_pruned(loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite)
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
@@ -129,17 +140,26 @@ def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
     return fields
 
 
+def _read_allocation(file: str) -> "Allocation":
+    """An allocation from its own file, or from the report of an earlier run."""
+    from optprune.allocation import Allocation
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the allocation file {file} cannot be read: {error}") from error
+    return Allocation.from_json(text)
+
+
 def _check_budget(config: "PretrainedConfig", recipe: "Recipe") -> None:
     """Raise InputError when the sparsity cannot be reached: allocate it on a model without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from optprune.allocation import uniform
-    from optprune.models import Decoder, architecture_of, is_stock
+    from optprune.models import Decoder, architecture_of
 
     architecture_of(config)
-    if not is_stock(config):
-        return
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config)
     uniform(Decoder(shapes), recipe.sparsity, recipe.units, recipe.width_multiple)
@@ -150,9 +170,9 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
 
     folder = saved.folder
     errors = [layer.relative_error for layer in report.layers]
-    loads = (
-        f"AutoModelForCausalLM.from_pretrained({str(folder)!r})" if saved.stock else f"optprune.load({str(folder)!r})"
-    )
+    trust = "" if saved.stock else ", trust_remote_code=True"
+    loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
+    loads += "" if saved.stock else f" or optprune.load({str(folder)!r})"
     typer.echo(
         f"{report.sparsity_reached:.2%} of the decoder's linear weights removed ({report.sparsity_requested:.2%} asked)"
     )
