@@ -27,7 +27,9 @@ class AdmmState:
     row_vectors: Float[Tensor, "out out"] | None
     """the eigenvectors of S, where rows are coupled"""
     target: Float[Tensor, "out in"]
-    """S B / scale in the eigenbasis"""
+    """S B / scale; in the eigenbases where rows are coupled"""
+    inverse: Float[Tensor, "in in"] | None
+    """(A' + rho I)^-1; None where rows are coupled"""
     sparse: Float[Tensor, "out in"]
     dual: Float[Tensor, "out in"]
     rho: float
@@ -54,8 +56,8 @@ class Admm(Solver[AdmmState]):
     and the method stops when none did. `haste` is an exponent on these factors: 1 is ALPS; a third of it takes about
     twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
 
-    A step is two products [out, in] x [in, in], and two [out, out] x [out, in] where rows are coupled; memory
-    in^2 + 5 out in.
+    A step is one product [out, in] x [in, in], and one [in, in] x [in, in] when rho grows; where rows are coupled it is
+    two, and two [out, out] x [out, in]. Memory 2 in^2 + 5 out in.
     Reference: ALPS (arXiv 2406.07831), its schedule from the released code; the refit is a solver of its own here.
     """
 
@@ -80,7 +82,7 @@ class Admm(Solver[AdmmState]):
             assert loss.metric is not None
             row_values, row_vectors = torch.linalg.eigh(loss.metric.matrix)
             values = torch.outer(row_values.clamp(min=0), values)
-            target = row_vectors.T @ target
+            target = row_vectors.T @ target @ vectors
         dense = loss.weight * scale
         # As in ALPS, the first Z is the dense weight: the start is not used.
         mask = problem.mask(problem.project(dense.square()))
@@ -89,7 +91,8 @@ class Admm(Solver[AdmmState]):
             values=values,
             vectors=vectors,
             row_vectors=row_vectors,
-            target=target @ vectors,
+            target=target,
+            inverse=None if loss.coupled else _inverse(values, vectors, self.rho),
             sparse=dense,
             dual=torch.zeros_like(dense),
             rho=self.rho,
@@ -101,10 +104,7 @@ class Admm(Solver[AdmmState]):
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
         assert isinstance(problem, SelectionProblem)
-        right, rows = state.rho * state.sparse - state.dual, state.row_vectors
-        right = state.target + (right if rows is None else rows.T @ right) @ state.vectors
-        dense = (right / (state.values + state.rho)) @ state.vectors.T
-        dense = dense if rows is None else rows @ dense
+        dense = _dense(state)
         point = dense + state.dual / state.rho
         mask = problem.mask(problem.project(point.square()))
         sparse = torch.where(mask, point, 0.0)
@@ -120,7 +120,10 @@ class Admm(Solver[AdmmState]):
             return state
         moved = int((mask ^ state.looked_at).sum()) / max(1, int(mask.sum()))
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
-        return replace(state, rho=state.rho * factor**self.haste, looked_at=mask, frozen=moved == 0)
+        rho = state.rho * factor**self.haste
+        if state.inverse is not None and rho != state.rho:
+            state = replace(state, inverse=_inverse(state.values, state.vectors, rho))
+        return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
 
     def done(self, problem: Problem, state: AdmmState) -> Status | None:
         if state.frozen:
@@ -129,3 +132,19 @@ class Admm(Solver[AdmmState]):
 
     def value(self, problem: Problem, state: AdmmState) -> Tensor:
         return torch.where(state.mask, state.sparse / state.scale, 0.0)
+
+
+def _inverse(values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float) -> Float[Tensor, "in in"]:
+    """(A' + rho I)^-1 from the eigendecomposition of A'."""
+    return (vectors / (values + rho)) @ vectors.T
+
+
+def _dense(state: AdmmState) -> Float[Tensor, "out in"]:
+    """The step in V': free of the pattern."""
+    right = state.rho * state.sparse - state.dual
+    if state.inverse is not None:
+        return (state.target + right) @ state.inverse
+    rows = state.row_vectors
+    assert rows is not None
+    inside = (state.target + rows.T @ right @ state.vectors) / (state.values + state.rho)
+    return rows @ inside @ state.vectors.T
