@@ -56,16 +56,20 @@ def machine() -> str:
 
 def write_table(name: str, title: str, rows: Sequence[dict[str, Any]], command: str) -> str:
     """Write rows as results/NAME.json and results/NAME.md, and return the Markdown."""
-    columns = list(rows[0])
-    lines = [f"# {title}", "", f"`{command}`", "", machine(), ""]
-    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
     RESULTS.mkdir(exist_ok=True)
-    text = "\n".join(lines) + "\n"
+    text = "\n".join([f"# {title}", "", f"`{command}`", "", machine(), "", markdown(rows)])
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
     data = {"title": title, "command": command, "machine": machine(), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return text
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same fields as a Markdown table."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def with_earlier(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:

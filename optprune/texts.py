@@ -24,8 +24,8 @@ def read_documents(spec: str) -> list[str]:
     """The documents of a text; empty ones are dropped.
 
     `spec` is a .txt file (one document), a .jsonl or .csv file with the column named after a colon ("text" when none
-    is), a folder of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT with a column "text", or demo:calibration
-    or demo:evaluation. InputError, in one sentence, when it cannot be read or holds nothing.
+    is), a folder of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT with a column "text", or demo:calibration,
+    demo:evaluation or demo:speeches. InputError, in one sentence, when it cannot be read or holds nothing.
     """
     documents = [text for text in _read(spec) if text.strip()]
     if not documents:

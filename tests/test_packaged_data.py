@@ -40,6 +40,13 @@ def test_halves_are_the_same_in_another_process() -> None:
     assert demo_articles("calibration")[0].startswith("Michigan billionaire education activist Betsy DeVos")
 
 
+def test_speeches_are_another_text() -> None:
+    speeches = demo_articles("speeches")
+    assert len(speeches) > 900
+    assert any("hon. Friend" in speech for speech in speeches)
+    assert not set(speeches) & set(demo_articles("calibration") + demo_articles("evaluation"))
+
+
 def test_a_caller_cannot_change_what_the_next_one_gets() -> None:
     first = demo_articles("evaluation")
     first.clear()

@@ -56,7 +56,11 @@ def target_forgotten(self, problem, start, descent=None):
     return replace(motion, descent=replace(step, shift=0 * step.shift), point=start @ step.matrix)
 
 
-def twice_the_step(matrix, *arguments):
+def twice_the_step(gram):
+    return 2 * column_steps(gram)
+
+
+def half_the_bound(matrix, *arguments):
     return largest_eigenvalue_bound(matrix, *arguments) / 2
 
 
@@ -86,7 +90,7 @@ FISTA_FAULTS = {
     "threshold of groups halved": (ColumnGroups, "prox", halved_group_prox),
     "sign of the gradient": (Fista, "_begin", uphill),
     "target forgotten": (Fista, "_begin", target_forgotten),
-    "step doubled": (fista, "largest_eigenvalue_bound", twice_the_step),
+    "step doubled": (fista, "column_steps", twice_the_step),
     "prox forgotten": (Fista, "_move", prox_forgotten),
     "certificate not clipped": (DualMap, "_projected", unclipped),
     "certificate scaled beyond the dual ball": (DualMap, "_scaled", unlimited),
@@ -99,6 +103,12 @@ def test_faults_in_fista_are_noticed_by_the_laws(fault, monkeypatch):
     monkeypatch.setattr(*FISTA_FAULTS[fault])
     with pytest.raises(AssertionError, match=r"promises|bound|worse|below|NaN"):
         check_solver(Fista(), examples=40, shrink=False)
+
+
+def test_a_doubled_step_for_all_columns_is_noticed_by_the_laws(monkeypatch):
+    monkeypatch.setattr(fista, "largest_eigenvalue_bound", half_the_bound)
+    with pytest.raises(AssertionError, match=r"promises|bound|worse|below|NaN"):
+        check_solver(Fista(scale_columns=False), examples=40, shrink=False)
 
 
 def test_a_fault_in_the_certificate_is_noticed_from_any_weight(monkeypatch):

@@ -1,0 +1,219 @@
+"""Whole models: perplexity on held-out news and on speeches after every recipe of a study, by policy and seed.
+
+    .venv/bin/python -m benchmarks.models sparse
+    .venv/bin/python -m benchmarks.models structured ablation --seeds 0 1 2
+    .venv/bin/python -m benchmarks.models sparse --model path/to/folder --samples 32
+    .venv/bin/python -m benchmarks.models --tables      # only write the tables of what has been run
+
+All recipes get the same calibration tokens (news), damping, policy and evaluator. Rows are added to
+results/models.json one by one; a row that is there already with the same settings is not run again, so a long table
+can be made in several goes, and each row names the machine. `run / floor` is the time of the whole run over that of its
+two calibration passes with their Gram products.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, machine, markdown
+from optprune import load_recipe, prune
+from optprune.evaluate import perplexity
+from optprune.models import load_model
+from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+
+Settings = dict[str, Any]
+TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}
+SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
+STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
+HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
+PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
+POLICIES = ("dense", "pruned", "intra", "cross")
+KEY = ("model", "recipe", "settings", "seed", "tokens", "evaluated")
+SAME = tuple(key for key in KEY if key != "seed")
+
+
+def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
+    return recipe, {"sparsity": sparsity, **({"units": "mlp"} if recipe in ("random", "magnitude") else {})}
+
+
+def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
+    """A loss-aware recipe and what it is without its parts."""
+    plain = {"output_metric": "none", "allocation": "uniform"}
+    return [
+        (recipe, {**settings, **plain}),
+        (recipe, {**settings, **plain, "output_metric": "diagonal"}),
+        (recipe, {**settings, **plain, "output_metric": "full"}),
+        (recipe, {**settings, **plain, "output_metric": "diagonal", "allocation": "global"}),
+        (recipe, {**settings, **plain, "output_metric": "full", "allocation": "global"}),
+    ]
+
+
+STUDIES: dict[str, list[tuple[str, Settings]]] = {
+    "sparse": [
+        *((recipe, HALF) for recipe in SPARSE),
+        *((recipe, PAIRS) for recipe in SPARSE if recipe != "sparse_best"),
+    ],
+    "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
+    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
+    "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
+    + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)],
+    "ablation": [case for sparsity in (0.2, 0.1, 0.3) for case in steps("structured_best", {"sparsity": sparsity})],
+    "ablation-sparse": [
+        *steps("sparse_best", HALF),
+        *steps("sparse_best", {"sparsity": 0.6}),
+        *(case for case in steps("sparse_best", PAIRS) if case[1]["allocation"] == "uniform"),
+    ],
+}
+NAMES = {
+    "sparse": "Sparse weights",
+    "policies": "Sparse weights at 50 percent under every propagation policy",
+    "policies-2:4": "2:4 under every propagation policy",
+    "structured": "MLP units",
+    "ablation": "What the output metric and the global budget do for MLP units",
+    "ablation-sparse": "What the output metric and the global budget do for sparse weights",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--only", nargs="+", help="recipes; all of the study otherwise")
+    parser.add_argument("--sparsities", type=float, nargs="+", help="those of the study with these only")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=16, help="of each text")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    unknown = set(options.studies) - set(STUDIES)
+    if unknown:
+        parser.error(f"no study is called {sorted(unknown)}: {', '.join(STUDIES)}")
+    if not options.tables:
+        cases = [case for study in options.studies or STUDIES for case in STUDIES[study]]
+        cases = [case for case in cases if not options.only or case[0] in options.only]
+        cases = [case for case in cases if not options.sparsities or case[1]["sparsity"] in options.sparsities]
+        run(cases, options)
+    for study in STUDIES:
+        text = table(study, read())
+        if text:
+            (RESULTS / f"models_{study.replace(':', '_')}.md").write_text(text, encoding="utf-8")
+
+
+def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> None:
+    loaded = load_model(options.model)
+    model, name = loaded.model, "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name
+    original = copy.deepcopy(model.state_dict())
+    windows = {
+        text: evaluation_windows(tokenise(loaded.tokenizer, read_documents(spec)), options.seq_length, options.windows)
+        for text, spec in TEXTS.items()
+    }
+    calibration = tokenise(loaded.tokenizer, read_documents("demo:calibration"))
+    tokens, evaluated = options.samples * options.seq_length, options.windows * options.seq_length
+
+    def add(row: dict[str, Any]) -> None:
+        # Read again: another run of this script may have added rows meanwhile.
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / "models.json"
+        file.write_text(json.dumps({"rows": [*read(), row]}, indent=1) + "\n", encoding="utf-8")
+        print(row, flush=True)
+
+    def score(pruned: torch.nn.Module) -> dict[str, float]:
+        return {text: perplexity(pruned, ids).perplexity for text, ids in windows.items()}  # type: ignore[arg-type]
+
+    def missing(key: tuple[Any, ...]) -> bool:
+        return not any(tuple(row[field] for field in KEY) == key for row in read())
+
+    key = (name, "dense", {}, 0, 0, evaluated)
+    if missing(key):
+        add({**dict(zip(KEY, key, strict=True)), **score(model), "machine": machine()})
+    for seed in options.seeds:
+        for recipe, settings in cases:
+            key = (name, recipe, settings, seed, tokens, evaluated)
+            if not missing(key):
+                continue
+            model.load_state_dict(original)
+            # Pruned units change the shapes, so the run gets a model of its own.
+            pruned = copy.deepcopy(model)
+            batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
+            report = prune(pruned, batches, load_recipe(recipe, {**settings, "seed": seed}))
+            add(
+                {
+                    **dict(zip(KEY, key, strict=True)),
+                    **score(pruned),
+                    "sparsity reached": report.sparsity_reached,
+                    "mean layer error": mean(layer.relative_error for layer in report.layers),
+                    "seconds": report.seconds,
+                    "run / floor": report.seconds / report.floor_seconds,
+                    "machine": machine(),
+                }
+            )
+
+
+def read() -> list[dict[str, Any]]:
+    file = RESULTS / "models.json"
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+def table(study: str, rows: list[dict[str, Any]]) -> str:
+    """The study's rows with the seeds drawn together, for every model it was run on; empty where it was not."""
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["model"] == model and (row["recipe"], row["settings"]) in STUDIES[study]:
+                groups.setdefault(json.dumps([row[key] for key in SAME]), []).append(row)
+        if not groups:
+            continue
+        lines = [_line(same) for same in sorted(groups.values(), key=_order)]
+        dense = [row for row in rows if row["model"] == model and row["recipe"] == "dense"]
+        told = "; ".join(
+            f"dense on {r['evaluated']} tokens: news {r['news']:.2f}, speeches {r['speeches']:.2f}" for r in dense
+        )
+        machines = sorted({row["machine"] for same in groups.values() for row in same})
+        parts.append("\n".join([f"## {model}", "", told, "", *machines, "", markdown(lines)]))
+    if not parts:
+        return ""
+    return "\n".join([f"# {NAMES[study]}", "", f"`python -m benchmarks.models {study}`", "", "\n".join(parts)])
+
+
+def _order(same: list[dict[str, Any]]) -> tuple[Any, ...]:
+    settings = same[0]["settings"]
+    return (
+        settings.get("pattern", ""),
+        settings["sparsity"],
+        settings.get("propagation", ""),
+        -same[0]["tokens"],
+        mean(row["news"] for row in same),
+    )
+
+
+def _line(same: list[dict[str, Any]]) -> dict[str, Any]:
+    first = same[0]
+    settings = {key: value for key, value in first["settings"].items() if key != "units"}
+    spread = {text: stdev(row[text] for row in same) if len(same) > 1 else None for text in TEXTS}
+    return {
+        "recipe": first["recipe"],
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        **{text: _with_spread(mean(row[text] for row in same), spread[text]) for text in TEXTS},
+        "seeds": len(same),
+        "reached": mean(row["sparsity reached"] for row in same),
+        "mean layer error": mean(row["mean layer error"] for row in same),
+        "seconds": mean(row["seconds"] for row in same),
+        "run / floor": mean(row["run / floor"] for row in same),
+        "calibration tokens": first["tokens"],
+    }
+
+
+def _with_spread(value: float, spread: float | None) -> str:
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
+
+
+if __name__ == "__main__":
+    main()
