@@ -113,7 +113,7 @@ def _width_curve(decoder: Decoder, recipe: Recipe, index: int, path: str, loss: 
     else:
         field, layers, multiple = "value_dim", decoder.value_units(index), 1
     there, slots = asdict(shape)[field], layers.link.slot_count
-    problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()
+    problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()[0]
     assert isinstance(problem, LinkedLeastSquares)
     _, losses = removal_curve(problem, batch=multiple)
     # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.

@@ -8,12 +8,36 @@ e on every token costs, in nats a token.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
+
+
+@dataclass(frozen=True, eq=False)
+class RowUnits:
+    """Other rows for a weight, R V in place of V, in which a metric is simpler; what costs nothing is lost."""
+
+    root: Float[Tensor, "out out"] | Float[Tensor, "out"]
+    """R, or its diagonal"""
+    inverse: Float[Tensor, "out out"] | Float[Tensor, "out"]
+    """the pseudo-inverse of R, or its diagonal"""
+
+    def into(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """R V."""
+        return _times(self.root, weight)
+
+    def back(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The V of an R V; columns of zeros stay exactly zero."""
+        return _times(self.inverse, weight)
+
+
+def _times(rows: Tensor, weight: Tensor) -> Tensor:
+    rows = rows.to(weight)
+    return rows @ weight if rows.ndim == 2 else rows[:, None] * weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +79,23 @@ class OutputMetric:
     def row_scale(self) -> Float[Tensor, "out"]:
         """sqrt(S_ii)."""
         return self.diagonal.sqrt()
+
+    @cached_property
+    def units(self) -> RowUnits:
+        """Every row i in units of 1 / sqrt(S_ii)."""
+        scale = self.row_scale
+        return RowUnits(scale, torch.where(scale > 0, 1 / scale, 0.0))
+
+    @cached_property
+    def white(self) -> RowUnits:
+        """The rows S^(1/2) V, in which the metric is the identity."""
+        if not self.full:
+            return self.units
+        values, vectors = torch.linalg.eigh(self.matrix.double())
+        least = values[-1].clamp(min=0) * len(values) * torch.finfo(self.average.dtype).eps
+        root = torch.where(values > least, values, 0.0).sqrt()
+        inverse = torch.where(root > 0, 1 / root, 0.0)
+        return RowUnits((vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T)
 
     def even(self) -> "OutputMetric | None":
         """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""

@@ -10,8 +10,8 @@ from hypothesis import Phase, given, settings
 from optprune import budget
 from optprune.metric import OutputMetric
 from optprune.models import fisher
-from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, PenalisedLeastSquares
-from optprune.solvers import Admm, Fista, PerspectiveBound, Restore, removal
+from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
+from optprune.solvers import Admm, ConjugateGradients, Fista, PerspectiveBound, Restore, removal
 from optprune.solvers.duality import DualMap
 from optprune.testing import laws
 from optprune.testing.strategies import weighted
@@ -61,7 +61,7 @@ def split_forgotten(loss, split, rest, point):
 
 
 LAW_FAULTS = {
-    "damping forgotten": (OutputMetric, "apply", damping_forgotten, Restore(), LinkedLeastSquares, "full"),
+    "damping forgotten": (OutputMetric, "apply", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
     "rows not scaled": (LayerLoss, "even", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
     "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
@@ -70,7 +70,7 @@ LAW_FAULTS = {
         "_product",
         split_forgotten,
         PerspectiveBound(20),
-        LinkedLeastSquares,
+        SparseLeastSquares,
         "full",
     ),
 }

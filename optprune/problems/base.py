@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from optprune.data import fingerprint
+from optprune.metric import RowUnits
 from optprune.problems.loss import LayerLoss
 
 
@@ -33,12 +34,14 @@ class Problem(ABC):
     def start(self) -> Tensor:
         """A feasible weight that costs nothing to find."""
 
-    def even(self) -> "Problem":
-        """The problem for diag(sqrt(S_ii)) V: a feasible set of zeros is the same, and so is every objective.
+    def even(self) -> "tuple[Problem, RowUnits | None]":
+        """The problem in rows for which S is simpler, and these rows; its objectives are the same numbers.
 
-        A kind that measures weights in another way than by the loss returns itself; its solvers then meet any S.
+        Here diag(sqrt(S_ii)) V, which has the zeros of V, so that S keeps a unit diagonal. A kind that measures weights
+        in another way than by the loss returns itself; its solvers then meet any S.
         """
-        return self if self.loss.metric is None else replace(self, loss=self.loss.even())
+        metric = self.loss.metric
+        return (self, None) if metric is None else (replace(self, loss=self.loss.even()), metric.units)
 
     def fingerprint(self) -> str:
         """A hash of the problem's content: the same problem has the same hash in every process."""

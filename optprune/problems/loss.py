@@ -31,7 +31,7 @@ class LayerLoss:
     With `fit_bias` the layer's bias is free too: moments are then centred, and `bias_change` gives the bias that
     goes with a V. Convex in V, strictly where A (and S) is positive definite. With the metric of `metric.py` the unit
     is nats per token, so costs compare between layers. A diagonal S only scales rows, and `solve` undoes that, so
-    solvers meet at most an S with a unit diagonal (`even`).
+    solvers meet at most an S with a unit diagonal (`even`), and none at all where whole columns go (`white`).
 
     Reference: the layer-wise objective of Optimal Brain Surgeon (Hassibi and Stork, 1992) as used by SparseGPT; the
     Kronecker-factored Fisher information of K-FAC (Martens and Grosse, 2015).
@@ -113,6 +113,13 @@ class LayerLoss:
         if metric is None:
             return self
         return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.even())
+
+    def white(self) -> "LayerLoss":
+        """The loss of S^(1/2) V, the same values: no metric is left. Only zeros of whole columns stay."""
+        metric = self.metric
+        if metric is None or not metric.full:
+            return self.even()
+        return replace(self, weight=metric.white.into(self.weight), metric=None)
 
     @cached_property
     def plain(self) -> "LayerLoss":

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.metric import RowUnits
 from optprune.penalties import Penalty
 from optprune.problems.base import Problem
 from optprune.problems.loss import LayerLoss
@@ -27,9 +28,9 @@ class PenalisedLeastSquares(Problem):
     loss: LayerLoss
     penalty: Penalty
 
-    def even(self) -> "PenalisedLeastSquares":
+    def even(self) -> "tuple[Problem, RowUnits | None]":
         """Itself: the penalty is of the weights as they are, not of scaled rows."""
-        return self
+        return self, None
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.value(weight) + self.penalty.value(weight)

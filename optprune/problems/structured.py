@@ -1,7 +1,7 @@
 """Structured least squares: which groups of input channels to keep. What is dropped is whole columns of the weight."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.metric import RowUnits
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
 from optprune.problems.selection import SelectionProblem
@@ -92,6 +93,11 @@ class StructuredProblem(SelectionProblem):
     def pattern(self) -> SlotWise:
         """The admissible choices: equally many units of every slot."""
         return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)
+
+    def even(self) -> "tuple[StructuredProblem, RowUnits | None]":
+        """The problem for S^(1/2) V, which has the zero columns of V, so that no metric is left."""
+        metric = self.loss.metric
+        return (self, None) if metric is None else (replace(self, loss=self.loss.white()), metric.white)
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.value(weight)

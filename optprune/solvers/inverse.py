@@ -83,6 +83,4 @@ def refusal(problem: Problem, what: str) -> str | None:
     """Why a solver that `what`s units, by the inverse form, does not accept a problem; None when it does."""
     if not isinstance(problem, StructuredProblem):
         return f"it {what} units of columns, and a {problem.kind} problem has none"
-    if problem.loss.coupled:
-        return f"it {what} units at a cost summed over the rows, which a full output metric couples: use its diagonal"
     return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optprune.errors import InputError, NoSolver
+from optprune.metric import RowUnits
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Solver
@@ -32,11 +33,11 @@ def solve(
 
     `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
     of the Solution are measured by the problem after the solver has returned. Raises NoSolver when the solver
-    refuses the problem. Under an output metric the solver works on rows in units of 1 / sqrt(S_ii), where the objective
-    is the same number, so certificates need no change.
+    refuses the problem. Under an output metric the solver works on other rows (`Problem.even`), where the objective is
+    the same number, so certificates need no change.
     """
     solver = choose(problem) if solver is None else solver
-    even = problem.even()
+    even, units = problem.even()
     reason = solver.why_not(even)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
@@ -44,11 +45,9 @@ def solve(
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
-    metric = problem.loss.metric
-    scale = None if metric is None or even is problem else metric.row_scale[:, None]
     began = time.perf_counter()
     with torch.no_grad():
-        state = solver.init(even, start if scale is None else scale * start)
+        state = solver.init(even, start if units is None else units.into(start))
         steps = 0
         while (status := solver.done(even, state)) is None:
             if steps >= max_steps:
@@ -60,8 +59,8 @@ def solve(
             state = solver.step(even, state)
             steps += 1
             if callback is not None:
-                callback(steps, partial(_value, solver, even, state, scale))
-        value = _value(solver, even, state, scale)
+                callback(steps, partial(_value, solver, even, state, units))
+        value = _value(solver, even, state, units)
         certificate = solver.certify(even, state)
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
@@ -73,7 +72,7 @@ def solve(
     )
 
 
-def _value(solver: Solver, problem: Problem, state: Any, scale: Tensor | None) -> Tensor:
-    """The weight that a state stands for, its rows back in their own units; a row that costs nothing has none."""
+def _value(solver: Solver, problem: Problem, state: Any, units: RowUnits | None) -> Tensor:
+    """The weight that a state stands for, back in its own rows."""
     value = solver.value(problem, state)
-    return value if scale is None else value / torch.where(scale > 0, scale, 1.0)
+    return value if units is None else units.back(value)
