@@ -1,0 +1,95 @@
+"""A small OPT or Qwen2 trained for a few minutes on the real text: a second real model where there is no model hub.
+
+    .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
+    .venv/bin/python -m benchmarks.models structured --model small-qwen2
+
+Six blocks of width 256, a byte-level BPE tokenizer of 4096 tokens trained on the same half of the news articles; the
+other half stays for evaluation. The number of steps is fixed, so a seed gives the same model on the same machine.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
+
+from optprune.evaluate import perplexity
+from optprune.texts import evaluation_windows, read_documents, tokenise
+
+VOCABULARY, LENGTH, BATCH = 4096, 256, 16
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def new_model(architecture: str) -> PreTrainedModel:
+    """A model with random weights."""
+    if architecture == "opt":
+        return OPTForCausalLM(OPTConfig(**SHAPE, ffn_dim=1024, word_embed_proj_dim=256, dropout=0.0))
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, intermediate_size=768))
+
+
+def new_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the documents."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    alphabet, special = ByteLevel.alphabet(), ["<s>", "</s>", "<pad>"]
+    trainer = BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architecture", choices=["opt", "qwen2"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    documents = read_documents("demo:calibration")
+    tokenizer = new_tokenizer(documents)
+    windows = evaluation_windows(tokenise(tokenizer, documents), LENGTH)
+    model = new_model(options.architecture).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = get_cosine_schedule_with_warmup(optimiser, options.steps // 20, options.steps)
+    began, order = time.perf_counter(), torch.randperm(len(windows))
+    for step in range(options.steps):
+        ids = windows[order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        if step % 50 == 0:
+            print(f"step {step}: loss {float(loss):.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    model.eval().save_pretrained(options.folder)
+    tokenizer.save_pretrained(options.folder)
+    apart = evaluation_windows(tokenise(tokenizer, read_documents("demo:evaluation")), LENGTH, 32)
+    print(f"perplexity on held-out news {perplexity(model, apart).perplexity:.2f}")
+
+
+if __name__ == "__main__":
+    main()
