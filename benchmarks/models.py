@@ -33,6 +33,7 @@ SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", 
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
+RECOVERY: Settings = {"recovery": 1, "held_out": 0.125}
 POLICIES = ("dense", "pruned", "intra", "cross")
 KEY = ("model", "recipe", "settings", "seed", "tokens", "evaluated")
 SAME = tuple(key for key in KEY if key != "seed")
@@ -51,6 +52,8 @@ def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
         (recipe, {**settings, **plain, "output_metric": "full"}),
         (recipe, {**settings, **plain, "output_metric": "diagonal", "allocation": "global"}),
         (recipe, {**settings, **plain, "output_metric": "full", "allocation": "global"}),
+        (recipe, {**settings, **plain, **RECOVERY}),
+        (recipe, {**settings, **plain, "output_metric": "diagonal", "allocation": "global", **RECOVERY}),
     ]
 
 

@@ -25,7 +25,17 @@ from optprune.objectives import LayerContext
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import LayerLoss, LinkedLeastSquares, Problem
 from optprune.recipe import Recipe, n_of_m
-from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RemovedPart, Report
+from optprune.recovery import Calls, calls_of, recover
+from optprune.report import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    LayerReport,
+    LayerSolved,
+    RecoveredPart,
+    RemovedPart,
+    Report,
+)
 from optprune.solvers import Solution, Status, solve
 
 
@@ -101,6 +111,7 @@ def prune(
         calibration=calibration,
         allocation=allocation.to_dict(),
         removed=removed,
+        recovered=tuple(run.recovered),
     )
 
 
@@ -112,6 +123,7 @@ class _Run:
     ) -> None:
         self.decoder, self.recipe, self.allocation, self.on_event = decoder, recipe, allocation, on_event
         self.layers: list[LayerReport] = []
+        self.recovered: list[RecoveredPart] = []
         self.floor_seconds = 0.0
         self.zeros = 0
         """weights set to zero in layers that kept their shape"""
@@ -134,6 +146,8 @@ class _Run:
                 f"held_out {self.recipe.held_out:g} of {len(stream.hidden)} calibration batches leaves none on one "
                 "side: give more samples"
             )
+        if self.recipe.recovery:
+            self._check_recovery()
 
     def prune_block(self, index: int) -> None:
         """Calibrate, solve and write one block, then move the streams past it."""
@@ -147,7 +161,7 @@ class _Run:
                 self.decoder.remove(index, part)
             self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
             return
-        original = copy.deepcopy(block) if policy.dense_target else block
+        original = copy.deepcopy(block) if policy.dense_target or self.recipe.recovery else block
         upcoming: Stream | None = None
         if removed and not policy.pruned_prefix:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
@@ -177,6 +191,9 @@ class _Run:
                 self.floor_seconds += collected.seconds + (collected.forward_seconds if upcoming is not None else 0)
             for target in group:
                 self._prune_layer(index, target, collected)
+            if self.recipe.recovery:
+                later = [target.path for following in groups[position + 1 :] for target in following]
+                self._recover(index, [target.path for target in group], later, original)
         if upcoming is not None:
             self.actual.hidden = upcoming.hidden
         else:
@@ -222,6 +239,44 @@ class _Run:
             raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")
         self.layers.append(report)
         self.on_event(LayerSolved(report))
+
+    def _check_recovery(self) -> None:
+        """Raise InputError where recovery has nothing to refit, or loses its digits."""
+        architecture, dtype = self.decoder.architecture, self.decoder.model.dtype
+        within = tuple(f"{path}." for path, _ in architecture.recoverable)
+        blocks = range(len(self.decoder.blocks))
+        if not any(target.path.startswith(within) for index in blocks for target in self._targets(index)):
+            raise InputError(
+                f"recovery has nothing to refit: of {architecture.model_type} it knows {', '.join(within)} where a "
+                f"layer is pruned, and units {self.recipe.units} prune none there"
+            )
+        if dtype not in (torch.float32, torch.float64):
+            raise InputError(f"recovery in {dtype} loses too many digits: load the model with --dtype float32")
+
+    def _recover(self, index: int, pruned: list[str], later: list[str], original: nn.Module) -> None:
+        """Refit the sub-modules of a block in which layers were just pruned and none follow."""
+        recipe, block, policy = self.recipe, self.decoder.blocks[index], self.recipe.propagation
+        for path, layers in self.decoder.architecture.recoverable:
+            within = f"{path}."
+            if not any(name.startswith(within) for name in pruned) or any(name.startswith(within) for name in later):
+                continue
+            # The same inputs and targets as the layers' own statistics.
+            calls = calls_of(original, path, self.dense if policy.dense_target else self.actual)
+            if policy.sequential:
+                calls = Calls(calls_of(block, path, self.actual).arguments, calls.targets)
+            fit, apart = calls.split(self.held_out)
+            part = recover(
+                block.get_submodule(path),
+                [name.removeprefix(within) for name in layers],
+                fit,
+                apart,
+                rounds=recipe.recovery,
+                steps=recipe.recovery_steps,
+                damping=recipe.recovery_damping,
+                metric=self.metrics.get(self.decoder.name(index, layers[-1])),
+                name=self.decoder.name(index, path),
+            )
+            self.recovered.append(part)
 
     def _targets(self, index: int) -> list[Target]:
         return _targets(self.decoder, self.recipe, self.allocation.blocks[index], index)

@@ -149,6 +149,12 @@ class Recipe(BaseModel):
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """the share of calibration batches kept apart to measure each layer's error on"""
+    recovery: int = Field(default=0, ge=0)
+    """rounds in which the kept weights of a pruned sub-module are refitted against its dense output; needs held_out"""
+    recovery_steps: int = Field(default=8, ge=1)
+    """conjugate gradient steps a layer and round, at most: the held-out batches decide where to stop"""
+    recovery_damping: float = Field(default=0.1, ge=0)
+    """the ridge of recovery towards the weights it begins with, as a share of the mean diagonal of its Hessian"""
     strict: bool = False
     """fallbacks, dead inputs and too few tokens are errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -164,6 +170,8 @@ class Recipe(BaseModel):
             raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
         if self.objective is OBJECTIVES["sparse"] and self.units != "weights":
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
+        if self.recovery and not self.held_out:
+            raise ValueError("recovery needs held-out batches to decide where to stop: set held_out, such as 0.125")
         kept = n_of_m(self.pattern)
         if kept is not None and self.units == "weights":
             n, m = kept

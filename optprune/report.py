@@ -47,6 +47,24 @@ class RemovedPart:
 
 
 @dataclass(frozen=True)
+class RecoveredPart:
+    """What the recovery of a sub-module did; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric."""
+
+    name: str
+    layers: tuple[str, ...]
+    """that were refitted, in turn"""
+    error_before: float
+    """on the batches that were fitted"""
+    error_after: float
+    held_out_before: float
+    """on the batches that decided where to stop"""
+    held_out_after: float
+    steps: int
+    """of conjugate gradients that were kept, over all layers and rounds"""
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What a pruning run did; written as report.json beside the weights."""
 
@@ -69,6 +87,8 @@ class Report:
     """what every block kept, as `Allocation.from_json` reads it"""
     removed: tuple[RemovedPart, ...] = ()
     """the sub-blocks that the recipe chose to remove whole, in that order"""
+    recovered: tuple[RecoveredPart, ...] = ()
+    """the sub-modules that were refitted against their dense output"""
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""

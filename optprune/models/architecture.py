@@ -74,6 +74,8 @@ class Architecture:
     """the modules that make up the attention sub-block: they go when it goes"""
     mlp_parts: tuple[str, ...]
     """the modules that make up the MLP sub-block"""
+    recoverable: tuple[tuple[str, tuple[str, ...]], ...]
+    """sub-modules, with the layers in which their output is affine, one at a time, in the order of the forward pass"""
     stock: Classes
     pruned: Classes
     """the classes whose blocks may differ in shape"""

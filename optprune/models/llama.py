@@ -34,6 +34,10 @@ LLAMA = Architecture(
     head_dim_is_free=True,
     attention_parts=("input_layernorm", "self_attn"),
     mlp_parts=("post_attention_layernorm", "mlp"),
+    recoverable=(
+        ("self_attn", ("self_attn.v_proj", "self_attn.o_proj")),
+        ("mlp", ("mlp.up_proj", "mlp.down_proj")),
+    ),
     stock=Classes(LlamaConfig, stock.LlamaForCausalLM, stock.LlamaDecoderLayer, stock.LlamaAttention),
     pruned=Classes(
         pruned.PrunedLlamaConfig,

@@ -35,6 +35,8 @@ OPT = Architecture(
     head_dim_is_free=False,
     attention_parts=("self_attn_layer_norm", "self_attn"),
     mlp_parts=("final_layer_norm", "fc1", "fc2"),
+    # In fc1 the MLP is not affine, and fc2 is what restoration refits.
+    recoverable=(("self_attn", ("self_attn.v_proj", "self_attn.out_proj")),),
     stock=Classes(OPTConfig, stock.OPTForCausalLM, stock.OPTDecoderLayer, stock.OPTAttention),
     pruned=Classes(
         pruned.PrunedOPTConfig, pruned.PrunedOPTForCausalLM, pruned.PrunedOPTDecoderLayer, pruned.PrunedOPTAttention

@@ -1,0 +1,207 @@
+"""Recovery of a sub-module: against dense least squares in float64, and what it promises in a pipeline."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from optprune import recovery
+from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.models import POLICIES, Decoder
+from optprune.models.calibrate import calibrating, first_inputs
+from optprune.models.decoder import write
+from optprune.pipeline import prune
+from optprune.recipe import load_recipe
+from optprune.recovery import Calls, calls_of, recover
+from tests.tiny_models import TINY_MODELS
+
+PARTS = [
+    ("llama", "mlp", ("up_proj", "down_proj")),
+    ("llama", "self_attn", ("v_proj", "o_proj")),
+    ("qwen2", "mlp", ("up_proj", "down_proj")),
+    ("qwen2", "self_attn", ("v_proj", "o_proj")),
+    ("opt", "self_attn", ("v_proj", "out_proj")),
+]
+
+
+def batches(count: int = 4, length: int = 24) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(5, 500, (2, length), generator=generator) for _ in range(count)]
+
+
+def damaged(name: str, path: str, layers: tuple[str, ...], dtype: torch.dtype) -> tuple[nn.Module, Calls]:
+    """A sub-module with a third of the weights of its layers at zero, and the calls of the whole one."""
+    small = {"hidden_size": 16, "max_position_embeddings": 64}
+    small |= {"ffn_dim": 24, "word_embed_proj_dim": 16} if name == "opt" else {"intermediate_size": 24}
+    model = TINY_MODELS[name](**small).to(dtype)
+    decoder = Decoder(model)
+    with calibrating(decoder):
+        calls = calls_of(decoder.blocks[0], path, first_inputs(decoder, batches()))
+    module = decoder.blocks[0].get_submodule(path)
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers:
+        weight = module.get_submodule(layer).weight
+        write(module.get_submodule(layer), weight * (torch.rand(weight.shape, generator=generator) > 1 / 3))
+    return module, calls
+
+
+def answers(module: nn.Module, calls: Calls) -> Tensor:
+    """All outputs in a row."""
+    found = []
+    for args, kwargs in calls.arguments:
+        output = module(*args, **kwargs)
+        found.append((output[0] if isinstance(output, tuple) else output).reshape(-1))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def least_squares(module: nn.Module, path: str, calls: Calls, root: Tensor | None = None) -> float:
+    """The least error over the nonzero weights of one layer: its Jacobian, column by column, and numpy's SVD."""
+    module = copy.deepcopy(module)
+    layer: nn.Linear = module.get_submodule(path)  # type: ignore[assignment]
+    start = layer.weight.detach().clone()
+    target = torch.cat([target.reshape(-1) for target in calls.targets])
+    base = answers(module, calls)
+    columns = []
+    for row, column in (start != 0).nonzero().tolist():
+        moved = start.clone()
+        moved[row, column] += 1
+        write(layer, moved)
+        columns.append(answers(module, calls) - base)
+    jacobian, change = torch.stack(columns, 1), target - base
+    if root is not None:
+        width = len(root)
+        jacobian = (root @ jacobian.reshape(-1, width, jacobian.shape[1])).reshape(jacobian.shape)
+        change = (change.reshape(-1, width) @ root.T).reshape(-1)
+    solved = np.linalg.lstsq(jacobian.numpy(), change.numpy(), rcond=1e-12)[0]
+    rest = change - jacobian @ torch.from_numpy(solved)
+    return float(rest.square().sum()) / calls.tokens
+
+
+def error_of(module: nn.Module, calls: Calls, root: Tensor | None = None) -> float:
+    with torch.no_grad():
+        change = answers(module, calls) - torch.cat([target.reshape(-1) for target in calls.targets])
+    rows = change.reshape(-1, calls.targets[0].shape[-1])
+    return float((rows if root is None else rows @ root.T).square().sum()) / calls.tokens
+
+
+def check_one_layer(name: str, path: str, layers: tuple[str, ...], turn: int) -> None:
+    """Many steps of one layer's turn end at the least squares error, on the batches fitted."""
+    module, calls = damaged(name, path, layers, torch.float64)
+    least, before = least_squares(module, layers[turn], calls), error_of(module, calls)
+    with torch.no_grad():
+        # The tokens that decide are those fitted, so nothing stops early.
+        steps, _ = recovery._Turn(module, calls, calls, None, 600, 0.0).take(layers[turn:], float("inf"))
+    assert steps > 0
+    assert -1e-9 * before <= error_of(module, calls) - least <= 1e-5 * before
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize(("name", "path", "layers"), PARTS)
+def test_a_turn_ends_at_the_least_squares_error(name: str, path: str, layers: tuple[str, ...], turn: int) -> None:
+    check_one_layer(name, path, layers, turn)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_metric_weighs_the_error(full: bool) -> None:
+    module, calls = damaged("llama", "mlp", ("up_proj",), torch.float64)
+    generator = torch.Generator().manual_seed(5)
+    gradients = torch.randn(100, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16).double()
+    metric = OutputMetric.from_samples(gradients, full=full)
+    root = torch.linalg.cholesky(metric.matrix).T
+    least, before = least_squares(module, "up_proj", calls, root), error_of(module, calls, root)
+    with torch.no_grad():
+        recovery._Turn(module, calls, calls, metric, 600, 0.0).take(("up_proj", "down_proj"), float("inf"))
+    assert -1e-9 * before <= error_of(module, calls, root) - least <= 1e-5 * before
+
+
+@pytest.mark.parametrize("fault", ["biases are counted", "the step is doubled", "the mask is forgotten"])
+def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "biases are counted":
+        monkeypatch.setattr(recovery, "_without_biases", lambda module, layers: torch.no_grad())
+    elif fault == "the step is doubled":
+        honest = recovery._Turn._curvature
+        monkeypatch.setattr(recovery._Turn, "_curvature", lambda *args: tuple(part / 2 for part in honest(*args)))
+    else:
+        monkeypatch.setattr(recovery.torch, "where", lambda mask, yes, no: yes)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_one_layer("qwen2", "self_attn", ("v_proj", "o_proj"), 0)
+        check_masks("qwen2", "self_attn", ("v_proj", "o_proj"))
+
+
+def check_masks(name: str, path: str, layers: tuple[str, ...]) -> None:
+    module, calls = damaged(name, path, layers, torch.float32)
+    before = copy.deepcopy(module)
+    fit, apart = calls.split(1)
+    with torch.no_grad():
+        part = recover(module, layers, fit, apart, rounds=3)
+    for layer, old in zip(layers, [before.get_submodule(layer) for layer in layers], strict=True):
+        now = module.get_submodule(layer)
+        assert ((now.weight != 0) == (old.weight != 0)).all()
+        assert now.bias is None or torch.equal(now.bias, old.bias)
+    assert part.error_after <= part.error_before * (1 + 1e-5)
+    assert part.held_out_after <= part.held_out_before
+    assert part.held_out_after == pytest.approx(error_of(module, apart) / error_of_nothing(apart), rel=1e-4)
+    assert part.steps > 0
+
+
+def error_of_nothing(calls: Calls) -> float:
+    return sum(float(target.square().sum()) for target in calls.targets) / calls.tokens
+
+
+@pytest.mark.parametrize(("name", "path", "layers"), PARTS)
+def test_no_error_rises_and_masks_stay(name: str, path: str, layers: tuple[str, ...]) -> None:
+    check_masks(name, path, layers)
+
+
+def test_nothing_moves_where_nothing_was_pruned() -> None:
+    model = TINY_MODELS["llama"]()
+    decoder = Decoder(model)
+    with calibrating(decoder):
+        calls = calls_of(decoder.blocks[0], "mlp", first_inputs(decoder, batches()))
+        weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+        part = recover(model.model.layers[0].mlp, ["up_proj", "down_proj"], *calls.split(1))
+    assert part.steps == 0
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("name", "recipe", "settings", "parts"),
+    [
+        ("llama", "fasp", {"units": "all"}, 4),
+        ("llama", "fasp", {"units": "mlp"}, 2),
+        ("qwen2", "sparsegpt", {"sparsity": 0.5}, 4),
+        ("opt", "wanda", {"sparsity": 0.5}, 2),
+    ],
+)
+def test_a_run_recovers_what_it_pruned(name: str, recipe: str, settings: dict, parts: int, policy: str) -> None:
+    plain, recovered = TINY_MODELS[name](), TINY_MODELS[name]()
+    settings = {**settings, "held_out": 0.25, "propagation": policy}
+    prune(plain, batches(8, 96), load_recipe(recipe, settings))
+    report = prune(recovered, batches(8, 96), load_recipe(recipe, {**settings, "recovery": 1}))
+    assert len(report.recovered) == parts
+    for part in report.recovered:
+        assert part.held_out_after <= part.held_out_before
+        assert part.error_after <= part.error_before * (1 + 1e-5)
+    assert json.loads(report.to_json())["recovered"][0]["name"] == report.recovered[0].name
+    assert any(part.steps for part in report.recovered)
+    states = zip(plain.state_dict().items(), recovered.state_dict().values(), strict=True)
+    for (key, before), after in states:
+        assert before.shape == after.shape
+        if "norm" in key or "embed" in key:
+            assert torch.equal(before, after)
+
+
+def test_recovery_asks_for_what_it_needs() -> None:
+    with pytest.raises(InputError, match="held_out"):
+        load_recipe("fasp", {"recovery": 1})
+    settings = {"recovery": 1, "held_out": 0.25}
+    with pytest.raises(InputError, match="nothing to refit"):
+        prune(TINY_MODELS["opt"](), batches(), load_recipe("fasp", settings))
+    with pytest.raises(InputError, match="float32"):
+        prune(TINY_MODELS["llama"]().to(torch.bfloat16), batches(), load_recipe("fasp", settings))
