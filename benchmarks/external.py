@@ -1,10 +1,14 @@
-"""The baselines against other people's code: llm-compressor's SparseGPT and Wanda, fmchisel's ALPS.
+"""Our methods beside other people's code: llm-compressor's SparseGPT and Wanda, fmchisel's ALPS, optipfair.
 
-    python -m benchmarks.external      # in an environment that also holds llmcompressor and fmchisel
+    python -m benchmarks.external layers     # in an environment that also holds llmcompressor and fmchisel
+    python -m benchmarks.external model
+    python -m benchmarks.external units      # optipfair
 
 Layer tier: each of their functions is wrapped as a solver and gets our moments; relative errors on calibration and
 held-out tokens of the first layer of every stage of a block. Model tier: llm-compressor's own `oneshot` with its
 sequential pipeline (our policy `pruned`) on the same tokens; perplexity on held-out news by the same evaluator.
+Units: optipfair's choice of MLP units, from the weights alone and with our calibration tokens, to the same widths;
+perplexity on held-out news and on speeches. It refits nothing.
 Their Wanda compares weights within rows, so the pattern is `rows`; their unstructured SparseGPT may drop one weight
 more than asked in each of its blocks of 128 columns.
 """
@@ -27,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import Setting, setting, with_earlier, write_table
 from benchmarks.layers import layers
+from optprune.allocation import uniform
 from optprune.evaluate import perplexity
 from optprune.models import Decoder
 from optprune.objectives import sparse
@@ -35,6 +40,7 @@ from optprune.pipeline import prune
 from optprune.problems import LayerLoss, Problem, SparseLeastSquares
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import Answer, DirectSolver, Solver, solve
+from optprune.texts import evaluation_windows, read_documents, tokenise
 
 DAMPING = 0.01
 
@@ -232,9 +238,49 @@ def model_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
     return rows
 
 
+def by_optipfair(here: Setting, kept: float, *, with_data: bool) -> PreTrainedModel:
+    from optipfair import prune_model
+
+    windows = torch.cat(list(here.batches))
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows.split(2)]
+    return prune_model(
+        copy.deepcopy(here.loaded.model),
+        neuron_selection_method="MAW",
+        pruning_percentage=100 * (1 - kept),
+        dataloader=batches if with_data else None,
+        show_progress=False,
+    )  # type: ignore[return-value]
+
+
+def unit_tier(options: argparse.Namespace) -> list[dict]:
+    here = setting(options.samples, options.seq_length, options.windows, options.seed)
+    speeches = tokenise(here.loaded.tokenizer, read_documents("demo:speeches"))
+    texts = {"news": here.windows, "speeches": evaluation_windows(speeches, options.seq_length, options.windows)}
+    whole = Decoder(here.loaded.model)
+    rows = []
+    for sparsity in (0.1, 0.2, 0.3):
+        kept = uniform(whole, sparsity, "mlp", 8).blocks[0].shape.mlp_width / whole.shape(0).mlp_width
+        for name, with_data in (("weights alone", False), ("weights and activations", True)):
+            began = time.perf_counter()
+            model = by_optipfair(here, kept, with_data=with_data)
+            seconds = time.perf_counter() - began
+            decoder = Decoder(model)
+            rows.append(
+                {
+                    "removed": 1 - decoder.linear_weights() / whole.linear_weights(),
+                    "optipfair": name,
+                    "MLP width": decoder.shape(0).mlp_width,
+                    **{text: perplexity(model, windows).perplexity for text, windows in texts.items()},
+                    "seconds": seconds,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tier", choices=["layers", "model"])
+    parser.add_argument("tier", choices=["layers", "model", "units"])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
@@ -246,15 +292,27 @@ def main() -> None:
     parser.add_argument("--code", help="only optprune, or only this distribution, in the model tier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    tokens = (
+        f"{options.samples * options.seq_length} calibration tokens of news, damping {DAMPING}, seed {options.seed}"
+    )
+    command = f"python -m benchmarks.external {options.tier}"
+    if options.tier == "units":
+        if not importlib.util.find_spec("optipfair"):
+            parser.error("optipfair is not installed here")
+        tokens = tokens.replace(f", damping {DAMPING}", "")
+        title = (
+            "Perplexity of SmolLM2-135M-Instruct with MLP units removed by optipfair, "
+            f"{options.windows * options.seq_length} tokens of each text"
+        )
+        title = f"{title}: {tokens}; optipfair {version('optipfair')}"
+        print(write_table("external_units", title, unit_tier(options), command))
+        return
     if options.tier == "model":
         options.methods = [method for method in options.methods if method != "alps"]
     pairs = [pair for pair in PAIRS if pair.recipe in options.methods and importlib.util.find_spec(pair.module)]
     if not pairs:
         parser.error("neither llmcompressor nor fmchisel is installed here")
     used = ", ".join(f"{name} {version(name)}" for name in sorted({pair.distribution for pair in pairs}))
-    tokens = (
-        f"{options.samples * options.seq_length} calibration tokens of news, damping {DAMPING}, seed {options.seed}"
-    )
     if options.tier == "layers":
         rows = layer_tier(options, pairs)
         title = f"Our baselines and other code on the layers of blocks {options.blocks} of SmolLM2-135M-Instruct, means"
@@ -265,7 +323,6 @@ def main() -> None:
             f"{options.windows * options.seq_length} held-out tokens"
         )
         rows = with_earlier("external_model", rows, ["method", "pattern", "code"])
-    command = f"python -m benchmarks.external {options.tier}"
     print(write_table(f"external_{options.tier}", f"{title}: {tokens}; {used}", rows, command))
 
 
