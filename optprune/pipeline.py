@@ -39,6 +39,13 @@ from optprune.report import (
 from optprune.solvers import Solution, Status, solve
 
 
+UNLIKE_UNITS = (
+    "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
+    "set output_metric to diagonal"
+)
+"""the note of a run with allocation global and output_metric none"""
+
+
 @dataclass(frozen=True)
 class Target:
     """A layer to prune in every block, and the place in the forward pass where its input is seen."""
@@ -77,16 +84,20 @@ def prune(
     metrics = _metrics(decoder, batches, recipe)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
+        divided = allocation is None and recipe.units != "blocks" and recipe.allocation == "global"
+        if divided and not metrics and recipe.strict:
+            raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
         if allocation is not None:
             _check_allocation(decoder, recipe, allocation)
         elif recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
-        elif recipe.allocation == "global":
+        elif divided:
             allocation = by_cost(decoder, stream, recipe, metrics, on_event)
         else:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)
         run.metrics = metrics
+        run.unlike_units = divided and not metrics
         run.start(stream)
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
@@ -107,7 +118,7 @@ def prune(
             "python": platform.python_version(),
         },
         layers=tuple(run.layers),
-        notes=_summary(run.layers),
+        notes=_summary(run.layers) + ((UNLIKE_UNITS,) if run.unlike_units else ()),
         calibration=calibration,
         allocation=allocation.to_dict(),
         removed=removed,
@@ -129,6 +140,8 @@ class _Run:
         """weights set to zero in layers that kept their shape"""
         self.metrics: dict[str, OutputMetric] = {}
         """of the dense model, by the layer's full name; empty where outputs count alike"""
+        self.unlike_units = False
+        """whether costs of different units were compared to divide the budget"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self._targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
-from optprune.errors import InputError
+from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import calibrating, collect, first_inputs
@@ -137,3 +137,13 @@ def test_a_budget_out_of_reach_is_an_input_error() -> None:
         divided(Decoder(tiny_llama()), load_recipe("structured_best", {"sparsity": 0.7}))
     with pytest.raises(InputError, match=r"2:4 has a sparsity of 0\.5"):
         make_recipe({"units": "weights", "pattern": "2:4", "sparsity": 0.6, "allocation": "global"})
+
+
+def test_a_budget_divided_without_a_metric_is_told() -> None:
+    settings = {"output_metric": "none", "sparsity": 0.2}
+    report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
+    assert any("not in one unit" in note for note in report.notes)
+    report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"sparsity": 0.2}))
+    assert not any("not in one unit" in note for note in report.notes)
+    with pytest.raises(StrictError, match="output_metric to diagonal"):
+        prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "strict": True}))

@@ -1,4 +1,7 @@
-"""A choice by a score: magnitude, chance, Wanda, FASP and FLAP. No weight that stays is changed."""
+"""A choice by a score: magnitude, chance, Wanda, FASP and FLAP.
+
+No weight that stays is changed, but by a rounding where a metric scales the rows on the way in and out.
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass
