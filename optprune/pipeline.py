@@ -38,7 +38,6 @@ from optprune.report import (
 )
 from optprune.solvers import Solution, Status, solve
 
-
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
     "set output_metric to diagonal"
