@@ -4,7 +4,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import torch
@@ -428,6 +428,7 @@ def _layer_report(
         units=total,
         dead_inputs=dead,
         notes=tuple(notes),
+        stages=tuple(asdict(record) for record in solution.history),
     )
 
 

@@ -31,6 +31,8 @@ class LayerReport:
     """how many there were to choose from"""
     dead_inputs: int
     notes: tuple[str, ...] = ()
+    stages: tuple[dict[str, Any], ...] = ()
+    """of a chain, those before the last: label, steps, seconds, and the objective after it"""
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,19 @@ def test_a_chain_collects_notes_and_keeps_the_best_bound(masked):
     assert solve(masked, Chain((Counter(1), Counter(1)))).certificate is None
 
 
+def test_a_chain_remembers_what_each_stage_left(masked, linked):
+    solution = solve(masked, Chain((Counter(2), Counter(3))))
+    record = next(record for record in solution.history if record.label == "Counter")
+    assert record.steps == 2
+    assert record.seconds >= 0
+    assert record.objective == masked.objective(solve(masked, Counter(2)).value)
+    ranked = solve(linked, FaspMetric())
+    for chain in (Chain((FaspMetric(), Restore())), Chain((Chain((FaspMetric(), Restore())), Restore()))):
+        [first, *_] = solve(linked, chain).history
+        assert (first.label, first.objective) == ("FaspMetric", ranked.objective)
+    assert [r.label for r in solve(linked, chain).history] == ["FaspMetric", "FaspMetric > Restore"]
+
+
 def test_a_chain_ends_as_its_last_stage_does(masked):
     assert solve(masked, Chain((Counter(1), Counter(1, Status.STALLED)))).status is Status.STALLED
 

@@ -1,5 +1,6 @@
 """Chain: several solvers in a row, each starting from the answer of the one before."""
 
+import time
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from optprune.problems import Problem
 from optprune.solvers.base import Solver
-from optprune.solvers.solution import Certificate, Status
+from optprune.solvers.solution import Certificate, Record, Status
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,6 +17,11 @@ class ChainState:
 
     stage: int
     inner: Any
+    began: float
+    """when the stage began"""
+    steps: int = 0
+    """of the stage"""
+    records: tuple[Record, ...] = ()
     notes: tuple[str, ...] = ()
     bounds: tuple[Certificate, ...] = ()
 
@@ -25,8 +31,9 @@ class ChainState:
 class Chain(Solver[ChainState]):
     """Run the stages one after another on the same problem; going on to the next stage counts as a step.
 
-    Accepts what every stage accepts. The lower bound is the largest that any stage proved. Exact when the last
-    stage is exact; monotone when every stage is. Memory and cost are those of the stages.
+    Accepts what every stage accepts. The history has a record of every finished stage: the last one's is the Solution.
+    The lower bound is the largest that any stage proved. Exact when the last stage is exact; monotone when every stage
+    is. Memory and cost are those of the stages.
     """
 
     stages: tuple[Solver, ...]
@@ -48,15 +55,24 @@ class Chain(Solver[ChainState]):
         return self.exact(problem) or all(stage.monotone(problem) for stage in self.stages)
 
     def init(self, problem: Problem, start: Tensor) -> ChainState:
-        return ChainState(0, self.stages[0].init(problem, start))
+        began = time.perf_counter()
+        return ChainState(0, self.stages[0].init(problem, start), began)
 
     def step(self, problem: Problem, state: ChainState) -> ChainState:
         solver = self.stages[state.stage]
         if solver.done(problem, state.inner) is None:
-            return replace(state, inner=solver.step(problem, state.inner))
-        following = self.stages[state.stage + 1].init(problem, solver.value(problem, state.inner))
-        notes = self.notes(state) + self._unfinished(problem, state)
-        return ChainState(state.stage + 1, following, notes, self._bounds(problem, state))
+            return replace(state, inner=solver.step(problem, state.inner), steps=state.steps + 1)
+        value = solver.value(problem, state.inner)
+        record = Record(solver.label, state.steps, time.perf_counter() - state.began, problem.objective(value))
+        began = time.perf_counter()
+        return ChainState(
+            state.stage + 1,
+            self.stages[state.stage + 1].init(problem, value),
+            began,
+            records=(*self.history(state), record),
+            notes=self.notes(state) + self._unfinished(problem, state),
+            bounds=self._bounds(problem, state),
+        )
 
     def done(self, problem: Problem, state: ChainState) -> Status | None:
         return self.stages[-1].done(problem, state.inner) if state.stage + 1 == len(self.stages) else None
@@ -69,6 +85,9 @@ class Chain(Solver[ChainState]):
 
     def notes(self, state: ChainState) -> tuple[str, ...]:
         return state.notes + self.stages[state.stage].notes(state.inner)
+
+    def history(self, state: ChainState) -> tuple[Record, ...]:
+        return state.records + self.stages[state.stage].history(state.inner)
 
     def _unfinished(self, problem: Problem, state: ChainState) -> tuple[str, ...]:
         """A stage that stopped for another reason than its own rule must not be forgotten by the next."""

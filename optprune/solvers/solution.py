@@ -27,7 +27,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of a solver's history: what ran, its steps so far, its seconds so far, and the objective measured."""
+    """One line of a solver's history: what ran, its steps, its seconds, and the objective that the problem measured."""
 
     label: str
     steps: int
@@ -47,6 +47,7 @@ class Solution:
     seconds: float
     certificate: Certificate | None = None
     history: tuple[Record, ...] = ()
+    """the stages of a chain before the last"""
     notes: tuple[str, ...] = ()
     """fallbacks taken and extra damping used: empty when everything went as asked"""
 
