@@ -33,7 +33,7 @@ SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", 
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
-RECOVERY: Settings = {"recovery": 1, "held_out": 0.125}
+RECOVERY: Settings = {"recovery": 1, "held_out": 0.25}
 POLICIES = ("dense", "pruned", "intra", "cross")
 KEY = ("model", "recipe", "settings", "seed", "tokens", "evaluated")
 SAME = tuple(key for key in KEY if key != "seed")

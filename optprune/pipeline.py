@@ -152,11 +152,12 @@ class _Run:
         two_paths = self.recipe.propagation.pruned_prefix and self.recipe.propagation.dense_target
         self.dense = stream.copy() if two_paths else stream
         """what the current block gets in the dense model; the same stream where the policy follows only one path"""
-        self.held_out = round(self.recipe.held_out * len(stream.hidden))
-        if self.recipe.held_out and not 0 < self.held_out < len(stream.hidden):
+        count = len(stream.hidden)
+        self.held_out = max(1, round(self.recipe.held_out * count)) if self.recipe.held_out else 0
+        if self.held_out == count:
             raise InputError(
-                f"held_out {self.recipe.held_out:g} of {len(stream.hidden)} calibration batches leaves none on one "
-                "side: give more samples"
+                f"held_out {self.recipe.held_out:g} of {count} calibration batches leaves none to calibrate on: "
+                "give more samples"
             )
         if self.recipe.recovery:
             self._check_recovery()

@@ -205,3 +205,10 @@ def test_recovery_asks_for_what_it_needs() -> None:
         prune(TINY_MODELS["opt"](), batches(), load_recipe("fasp", settings))
     with pytest.raises(InputError, match="float32"):
         prune(TINY_MODELS["llama"]().to(torch.bfloat16), batches(), load_recipe("fasp", settings))
+
+
+def test_one_batch_at_least_is_held_out_and_one_is_left() -> None:
+    report = prune(TINY_MODELS["llama"](), batches(), load_recipe("fasp", {"recovery": 1, "held_out": 0.01}))
+    assert report.recovered
+    with pytest.raises(InputError, match="leaves none to calibrate on"):
+        prune(TINY_MODELS["llama"](), batches(1), load_recipe("fasp", {"held_out": 0.01}))
