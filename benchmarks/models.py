@@ -33,6 +33,7 @@ SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", 
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
+NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.25}
 POLICIES = ("dense", "pruned", "intra", "cross")
 KEY = ("model", "recipe", "settings", "seed", "tokens", "evaluated")
@@ -65,7 +66,8 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
-    + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)],
+    + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
+    + [("fasp", {"sparsity": sparsity, **NOT_RESTORED}) for sparsity in (0.2, 0.1, 0.3)],
     "ablation": [case for sparsity in (0.2, 0.1, 0.3) for case in steps("structured_best", {"sparsity": sparsity})],
     "ablation-sparse": [
         *steps("sparse_best", HALF),
