@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from optprune.models import LoadedModel, load_model
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
@@ -36,6 +37,18 @@ def setting(samples: int, seq_length: int, windows: int, seed: int) -> Setting:
         calibration_batches(tokens, samples, seq_length, seed),
         evaluation_windows(held_out, seq_length, windows),
     )
+
+
+TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}
+"""what whole models are evaluated on"""
+
+
+def evaluation_texts(tokenizer: PreTrainedTokenizerBase, seq_length: int, windows: int) -> dict[str, Tensor]:
+    """The windows of every text."""
+    return {
+        text: evaluation_windows(tokenise(tokenizer, read_documents(spec)), seq_length, windows)
+        for text, spec in TEXTS.items()
+    }
 
 
 def machine() -> str:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.common import Setting, setting, with_earlier, write_table
+from benchmarks.common import Setting, evaluation_texts, setting, with_earlier, write_table
 from benchmarks.layers import layers
 from optprune.allocation import uniform
 from optprune.evaluate import perplexity
@@ -40,7 +40,6 @@ from optprune.pipeline import prune
 from optprune.problems import LayerLoss, Problem, SparseLeastSquares
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import Answer, DirectSolver, Solver, solve
-from optprune.texts import evaluation_windows, read_documents, tokenise
 
 DAMPING = 0.01
 
@@ -254,8 +253,7 @@ def by_optipfair(here: Setting, kept: float, *, with_data: bool) -> PreTrainedMo
 
 def unit_tier(options: argparse.Namespace) -> list[dict]:
     here = setting(options.samples, options.seq_length, options.windows, options.seed)
-    speeches = tokenise(here.loaded.tokenizer, read_documents("demo:speeches"))
-    texts = {"news": here.windows, "speeches": evaluation_windows(speeches, options.seq_length, options.windows)}
+    texts = evaluation_texts(here.loaded.tokenizer, options.seq_length, options.windows)
     whole = Decoder(here.loaded.model)
     rows = []
     for sparsity in (0.1, 0.2, 0.3):
@@ -292,14 +290,11 @@ def main() -> None:
     parser.add_argument("--code", help="only optprune, or only this distribution, in the model tier")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    tokens = (
-        f"{options.samples * options.seq_length} calibration tokens of news, damping {DAMPING}, seed {options.seed}"
-    )
+    tokens = f"{options.samples * options.seq_length} calibration tokens of news, seed {options.seed}"
     command = f"python -m benchmarks.external {options.tier}"
     if options.tier == "units":
         if not importlib.util.find_spec("optipfair"):
             parser.error("optipfair is not installed here")
-        tokens = tokens.replace(f", damping {DAMPING}", "")
         title = (
             "Perplexity of SmolLM2-135M-Instruct with MLP units removed by optipfair, "
             f"{options.windows * options.seq_length} tokens of each text"
@@ -323,7 +318,7 @@ def main() -> None:
             f"{options.windows * options.seq_length} held-out tokens"
         )
         rows = with_earlier("external_model", rows, ["method", "pattern", "code"])
-    print(write_table(f"external_{options.tier}", f"{title}: {tokens}; {used}", rows, command))
+    print(write_table(f"external_{options.tier}", f"{title}: {tokens}, damping {DAMPING}; {used}", rows, command))
 
 
 if __name__ == "__main__":

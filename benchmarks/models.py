@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, machine, markdown
+from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown
 from optprune import load_recipe, prune
 from optprune.evaluate import perplexity
 from optprune.models import load_model
-from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+from optprune.texts import calibration_batches, read_documents, tokenise
 
 Settings = dict[str, Any]
-TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}
 SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
@@ -115,10 +114,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
     loaded = load_model(options.model)
     model, name = loaded.model, "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name
     original = copy.deepcopy(model.state_dict())
-    windows = {
-        text: evaluation_windows(tokenise(loaded.tokenizer, read_documents(spec)), options.seq_length, options.windows)
-        for text, spec in TEXTS.items()
-    }
+    windows = evaluation_texts(loaded.tokenizer, options.seq_length, options.windows)
     calibration = tokenise(loaded.tokenizer, read_documents("demo:calibration"))
     tokens, evaluated = options.samples * options.seq_length, options.windows * options.seq_length
 

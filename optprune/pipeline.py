@@ -80,23 +80,24 @@ def prune(
     weights_before = decoder.linear_weights()
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
+    notes: tuple[str, ...] = ()
     metrics = _metrics(decoder, batches, recipe)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
-        divided = allocation is None and recipe.units != "blocks" and recipe.allocation == "global"
-        if divided and not metrics and recipe.strict:
-            raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
         if allocation is not None:
             _check_allocation(decoder, recipe, allocation)
         elif recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
-        elif divided:
+        elif recipe.allocation == "global":
+            if not metrics:
+                notes = (UNLIKE_UNITS,)
+                if recipe.strict:
+                    raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
             allocation = by_cost(decoder, stream, recipe, metrics, on_event)
         else:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)
         run.metrics = metrics
-        run.unlike_units = divided and not metrics
         run.start(stream)
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
@@ -117,7 +118,7 @@ def prune(
             "python": platform.python_version(),
         },
         layers=tuple(run.layers),
-        notes=_summary(run.layers) + ((UNLIKE_UNITS,) if run.unlike_units else ()),
+        notes=_summary(run.layers) + notes,
         calibration=calibration,
         allocation=allocation.to_dict(),
         removed=removed,
@@ -139,8 +140,6 @@ class _Run:
         """weights set to zero in layers that kept their shape"""
         self.metrics: dict[str, OutputMetric] = {}
         """of the dense model, by the layer's full name; empty where outputs count alike"""
-        self.unlike_units = False
-        """whether costs of different units were compared to divide the budget"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self._targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
@@ -256,11 +255,12 @@ class _Run:
     def _check_recovery(self) -> None:
         """Raise InputError where recovery has nothing to refit, or loses its digits."""
         architecture, dtype = self.decoder.architecture, self.decoder.model.dtype
-        within = tuple(f"{path}." for path, _ in architecture.recoverable)
+        paths = [path for path, _ in architecture.recoverable]
+        within = tuple(f"{path}." for path in paths)
         blocks = range(len(self.decoder.blocks))
         if not any(target.path.startswith(within) for index in blocks for target in self._targets(index)):
             raise InputError(
-                f"recovery has nothing to refit: of {architecture.model_type} it knows {', '.join(within)} where a "
+                f"recovery has nothing to refit: of {architecture.model_type} it knows {', '.join(paths)} where a "
                 f"layer is pruned, and units {self.recipe.units} prune none there"
             )
         if dtype not in (torch.float32, torch.float64):

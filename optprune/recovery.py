@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optprune.metric import OutputMetric
-from optprune.models.calibrate import Stream, run_block
+from optprune.models.calibrate import Stream, first_output, run_block
 from optprune.models.decoder import write
 from optprune.moments import MomentSums
 from optprune.report import RecoveredPart
@@ -49,7 +49,7 @@ def calls_of(block: nn.Module, path: str, stream: Stream) -> Calls:
 
     def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.arguments.append((args, kwargs))
-        calls.targets.append(_tensor(output))
+        calls.targets.append(first_output(output))
 
     handle = block.get_submodule(path).register_forward_hook(catch, with_kwargs=True)
     try:
@@ -159,7 +159,7 @@ class _Turn:
         """The mean over tokens of the squared change of the output, in the metric."""
         total = 0.0
         for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
-            total += float(self._energy(_tensor(self.module(*args, **kwargs)) - target))
+            total += float(self._energy(first_output(self.module(*args, **kwargs)) - target))
         return total / calls.tokens
 
     def signal(self, calls: Calls) -> float:
@@ -178,7 +178,7 @@ class _Turn:
         try:
             for (args, kwargs), target in zip(self.fit.arguments, self.fit.targets, strict=True):
                 with torch.enable_grad(), _weight(layer, layer.weight.detach().requires_grad_()) as weight:
-                    half = self._energy(_tensor(self.module(*args, **kwargs)) - target) / 2
+                    half = self._energy(first_output(self.module(*args, **kwargs)) - target) / 2
                     total += torch.autograd.grad(half, weight)[0]
         finally:
             handle.remove()
@@ -191,7 +191,7 @@ class _Turn:
         value, total = 0.0, torch.zeros_like(direction)
         for args, kwargs in self.fit.arguments:
             with torch.set_grad_enabled(slope), _weight(layer, direction.detach().requires_grad_(slope)) as weight:
-                energy = self._energy(_tensor(self.module(*args, **kwargs)))
+                energy = self._energy(first_output(self.module(*args, **kwargs)))
                 value += float(energy.detach())
                 if slope:
                     total += torch.autograd.grad(energy / 2, weight)[0]
@@ -230,7 +230,3 @@ def _without_biases(module: nn.Module, layers: Sequence[str]) -> Iterator[None]:
     finally:
         for layer, bias in kept:
             layer._parameters["bias"] = bias
-
-
-def _tensor(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

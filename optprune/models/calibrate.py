@@ -129,7 +129,12 @@ def run_block(
     finally:
         for handle in handles:
             handle.remove()
-    return caught, output[0] if isinstance(output, tuple) else output
+    return caught, first_output(output)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tensor of a module's output, which some versions of some modules wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def advance(block: nn.Module, stream: Stream) -> None:

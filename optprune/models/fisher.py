@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optprune.errors import InputError, NumericalError
 from optprune.metric import MetricSums, OutputMetric
-from optprune.models.calibrate import calibrating
+from optprune.models.calibrate import calibrating, first_output
 from optprune.models.decoder import Decoder
 
 TOKENS_AT_ONCE = 1024
@@ -101,7 +101,7 @@ def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[
 
     def cut(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         """Begin the graph behind the last block: what follows is the model's head."""
-        last.append(_hidden(output).detach().requires_grad_())
+        last.append(first_output(output).detach().requires_grad_())
         torch.set_grad_enabled(True)
         return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
 
@@ -141,14 +141,10 @@ def _backward(
     try:
         with torch.enable_grad():
             entry = hidden.detach().requires_grad_()
-            after = _hidden(block(entry, **arguments))
+            after = first_output(block(entry, **arguments))
         # Of these tensors only: no parameter gets a gradient, whether it asks for one or not.
         found = torch.autograd.grad(after, [entry, *(outputs[path] for path in paths)], gradient)
     finally:
         for handle in handles:
             handle.remove()
     return dict(zip(paths, found[1:], strict=True)), found[0]
-
-
-def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

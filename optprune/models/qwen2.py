@@ -12,10 +12,6 @@ from optprune.models.pruned import modeling_pruned_qwen2 as pruned
 QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
-    recoverable=(
-        ("self_attn", ("self_attn.v_proj", "self_attn.o_proj")),
-        ("mlp", ("mlp.up_proj", "mlp.down_proj")),
-    ),
     stock=Classes(Qwen2Config, stock.Qwen2ForCausalLM, stock.Qwen2DecoderLayer, stock.Qwen2Attention),
     pruned=Classes(
         pruned.PrunedQwen2Config,
