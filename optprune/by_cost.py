@@ -17,7 +17,7 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, collect
-from optprune.patterns import NM
+from optprune.patterns import NM, in_order
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe, n_of_m
 from optprune.report import BlockMeasured, Event
@@ -87,7 +87,7 @@ def by_cost(
             elif n_of_m(recipe.pattern) is not None:
                 patterned[name] = _pattern_curve(loss, recipe)
             else:
-                ordered = entry_costs(loss).flatten().sort().values
+                ordered = in_order(entry_costs(loss).flatten())
                 costs[name] = ordered[stride // 2 :: stride].cpu()
         on_event(BlockMeasured(index, blocks))
     if recipe.units != "weights":

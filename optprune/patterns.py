@@ -4,11 +4,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
+
+NETWORK = 16
+"""rows up to this long are sorted by comparing columns"""
 
 
 class Pattern(ABC):
@@ -94,15 +98,52 @@ class SlotWise(Pattern):
 
 def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]:
     """Mask of the `keep` largest scores of every row, exactly that many; ties go to the lower index."""
-    n = score.shape[1]
+    rows, n = score.shape
     if not 0 <= keep <= n:
         raise InputError(f"cannot keep {keep} of {n} entries")
-    if bool(torch.isnan(score).any()):
+    # The sum is one fast pass, and finite almost always.
+    if not bool(torch.isfinite(score.sum())) and bool(torch.isnan(score).any()):
         raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
     if keep in (0, n):
         return torch.full_like(score, keep > 0, dtype=torch.bool)
-    threshold = torch.kthvalue(score, n - keep + 1, dim=1, keepdim=True).values
+    threshold = _kth_largest(score, keep)
+    mask = score >= threshold
+    if int(torch.count_nonzero(mask)) == rows * keep:
+        return mask
     above = score > threshold
     missing = keep - above.sum(1, keepdim=True)
     tied = score == threshold
     return above | (tied & (tied.cumsum(1) <= missing))
+
+
+def within(mask: Bool[Tensor, "*rows n"], values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+    """The values where the mask is true and zeros, of either sign, elsewhere: for finite values and hot loops.
+
+    As torch.where(mask, values, 0), which on a CPU takes several times as long for a mask without order.
+    """
+    return values * mask.view(torch.uint8)
+
+
+def in_order(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The values from the least on; on a CPU by NumPy, whose sort is several times as fast as torch's."""
+    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+        return torch.from_numpy(np.sort(values.detach().numpy()))
+    return values.sort().values
+
+
+def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
+    """The k-th largest score of every row."""
+    n = score.shape[1]
+    if n <= NETWORK:
+        # Sorted column by column (odd-even transposition): the groups of an N:M pattern are many and short.
+        columns = list(score.T.contiguous())
+        for turn in range(n):
+            for j in range(turn % 2, n - 1, 2):
+                first, second = columns[j], columns[j + 1]
+                columns[j], columns[j + 1] = torch.minimum(first, second), torch.maximum(first, second)
+        return columns[n - k][:, None]
+    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+        # NumPy's partition is ten times as fast as torch's kthvalue.
+        place = n - k
+        return torch.from_numpy(np.partition(score.detach().numpy(), place, axis=1)[:, place : place + 1])
+    return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

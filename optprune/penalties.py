@@ -164,5 +164,8 @@ class ColumnGroups(NormPenalty):
 
 def shrink(weight: Float[Tensor, "out in"], threshold: Float[Tensor, "*shape"]) -> Float[Tensor, "out in"]:
     """Soft thresholding: sign(V) max(|V| - threshold, 0)."""
+    if threshold.ndim == 0 and threshold.device.type == "cpu":
+        # One pass; a bound that is a tensor costs several, even one of no dimensions.
+        return torch.nn.functional.softshrink(weight, float(threshold))
     clipped = weight.clamp(-threshold, threshold)
     return torch.sub(weight, clipped, out=clipped)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.patterns import NM, RowWise, SlotWise, Unstructured, largest
+from optprune.patterns import NETWORK, NM, RowWise, SlotWise, Unstructured, largest
 from optprune.testing import laws
 from optprune.testing.strategies import PATTERNS
 
@@ -48,7 +48,7 @@ def test_one_entry_more_or_less_is_not_admitted(kind):
     check()
 
 
-@given(st.lists(st.integers(-2, 2), min_size=1, max_size=8), st.data())
+@given(st.lists(st.integers(-2, 2), min_size=1, max_size=2 * NETWORK), st.data())
 def test_ties_go_to_the_lower_index(numbers, data):
     keep = data.draw(st.integers(0, len(numbers)))
     best = sorted(range(len(numbers)), key=lambda index: (-numbers[index], index))[:keep]

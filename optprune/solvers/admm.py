@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.patterns import within
 from optprune.problems import Problem, SelectionProblem
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Status
@@ -104,21 +105,15 @@ class Admm(Solver[AdmmState]):
 
     def step(self, problem: Problem, state: AdmmState) -> AdmmState:
         assert isinstance(problem, SelectionProblem)
-        dense = _dense(state)
-        point = dense + state.dual / state.rho
+        point = torch.add(_dense(state), state.dual, alpha=1 / state.rho)
         mask = problem.mask(problem.project(point.square()))
-        sparse = torch.where(mask, point, 0.0)
+        sparse = within(mask, point)
         count = state.count + 1
-        state = replace(
-            state,
-            sparse=sparse,
-            dual=state.dual + state.rho * (dense - sparse),
-            mask=mask,
-            count=count,
-        )
+        # U + rho (V' - Z) = rho (point - Z): the new dual is what the pattern dropped.
+        state = replace(state, sparse=sparse, dual=(point - sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
-        moved = int((mask ^ state.looked_at).sum()) / max(1, int(mask.sum()))
+        moved = int(torch.count_nonzero(mask ^ state.looked_at)) / max(1, int(torch.count_nonzero(mask)))
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:
@@ -141,10 +136,10 @@ def _inverse(values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho:
 
 def _dense(state: AdmmState) -> Float[Tensor, "out in"]:
     """The step in V': free of the pattern."""
-    right = state.rho * state.sparse - state.dual
     if state.inverse is not None:
-        return (state.target + right) @ state.inverse
+        return torch.add(state.target, state.sparse, alpha=state.rho).sub_(state.dual) @ state.inverse
     rows = state.row_vectors
     assert rows is not None
+    right = state.rho * state.sparse - state.dual
     inside = (state.target + rows.T @ right @ state.vectors) / (state.values + state.rho)
     return rows @ inside @ state.vectors.T

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Certificate, Status
@@ -83,23 +84,23 @@ class ConjugateGradients(Solver[GradientsState]):
 
     def step(self, problem: Problem, state: GradientsState) -> GradientsState:
         loss = problem.loss
-        product = torch.where(state.mask, loss.weigh(state.direction @ loss.gram), 0.0)
+        product = within(state.mask, loss.weigh(state.direction @ loss.gram))
         curvature = _by_system(loss, state.direction * product)
         # Of a matrix with unit diagonal the rounding alone has a curvature of this size.
         unit = state.direction.shape[1] * torch.finfo(product.dtype).eps
-        least = unit * _by_system(loss, state.direction.square() * state.diagonal)
+        least = unit * _by_system(loss, state.direction.square().mul_(state.diagonal))
         stuck = state.stuck | ((state.energy > state.target) & ~(curvature > least))
         active = (state.energy > state.target) & ~stuck
         length = torch.where(active, state.energy / torch.where(active, curvature, 1.0), 0.0)[:, None]
-        residual = state.residual - length * product
+        residual = torch.addcmul(state.residual, length, product, value=-1)
         preconditioned = residual * state.inverse_diagonal
         energy = torch.where(active, _by_system(loss, residual * preconditioned), state.energy)
         ratio = torch.where(active, energy / torch.where(active, state.energy, 1.0), 0.0)[:, None]
         return replace(
             state,
-            weight=state.weight + length * state.direction,
+            weight=torch.addcmul(state.weight, length, state.direction),
             residual=residual,
-            direction=preconditioned + ratio * state.direction,
+            direction=torch.addcmul(preconditioned, ratio, state.direction),
             energy=energy,
             stuck=stuck,
         )

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.patterns import within
 from optprune.problems import Problem, SelectionProblem
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Status
@@ -60,10 +61,10 @@ class HardThreshold(Solver[ThresholdState]):
         point = state.weight - problem.loss.gradient(state.weight) * state.steps
         mask = problem.mask(problem.project(point.square() / state.steps))
         still = state.still + 1 if torch.equal(mask, state.mask) else 0
-        return replace(state, weight=torch.where(mask, point, 0.0), mask=mask, still=still)
+        return replace(state, weight=within(mask, point), mask=mask, still=still)
 
     def done(self, problem: Problem, state: ThresholdState) -> Status | None:
         return Status.CONVERGED if state.still >= self.patience else None
 
     def value(self, problem: Problem, state: ThresholdState) -> Tensor:
-        return state.weight
+        return torch.where(state.mask, state.weight, 0.0)

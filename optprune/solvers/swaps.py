@@ -26,7 +26,8 @@ class SwapsState:
     threshold: Float[Tensor, ""]
     """the least gain that is not rounding"""
     rounds: int
-    swapped: bool
+    active: Int[Tensor, " k"]
+    """the rows that changed in the last round: the others have nothing to gain within themselves"""
 
 
 @final
@@ -44,7 +45,8 @@ class Swaps(Solver[SwapsState]):
     also moves weights between rows, from those with the cheapest p to those with the most gainful q. All other
     weights stay, so the method is monotone; follow it with a refit and repeat.
 
-    A round costs a few passes over [out, in]. Stops when no row gains.
+    A round costs a few passes over the rows that changed in the last one, and with an unstructured pattern over
+    [out, in]. Stops when no row gains.
     Reference: SparseSwaps (arXiv 2512.10922) for the exact gains with fixed weights; the entering value is ours.
     """
 
@@ -68,32 +70,41 @@ class Swaps(Solver[SwapsState]):
         loss = problem.loss
         rounding = loss.constant * torch.finfo(start.dtype).eps / start.shape[0]
         threshold = torch.as_tensor(rounding, dtype=start.dtype, device=start.device)
-        return SwapsState(start, loss.gradient(start), problem.support(start), threshold, 0, True)
+        every = torch.arange(start.shape[0], device=start.device)
+        return SwapsState(start, loss.gradient(start), problem.support(start), threshold, 0, every)
 
     def step(self, problem: Problem, state: SwapsState) -> SwapsState:
         assert isinstance(problem, SparseLeastSquares)
         gram, pattern = problem.loss.gram, problem.pattern
-        removal = torch.where(state.mask, _removal_cost(state, gram), torch.inf)
+        among = _rows_of(state, state.active)
+        removal = torch.where(among.mask, _removal_cost(among, gram), torch.inf)
         if isinstance(pattern, NM):
-            change, leaving, entering = _best_in_groups(state, gram, removal, pattern)
+            change, leaving, entering = _best_in_groups(among, gram, removal, pattern)
         else:
-            change, leaving, entering = _best_in_rows(state, gram, removal, self.candidates)
-        rows = (change < -state.threshold).nonzero()[:, 0]
-        state = _drop(state, gram, rows, leaving[rows])
-        state = _enter(state, gram, rows, entering[rows])
-        swapped = rows.numel() > 0
+            change, leaving, entering = _best_in_rows(among, gram, removal, self.candidates)
+        gains = (change < -state.threshold).nonzero()[:, 0]
+        active = state.active[gains]
+        state = _drop(state, gram, active, leaving[gains])
+        state = _enter(state, gram, active, entering[gains])
         if isinstance(pattern, Unstructured):
             state, moved = _between_rows(state, gram)
-            swapped = swapped or moved
+            active = torch.cat([active, moved]).unique()
         rounds = state.rounds + 1
         gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
-        return replace(state, gradient=gradient, rounds=rounds, swapped=swapped)
+        return replace(state, gradient=gradient, rounds=rounds, active=active)
 
     def done(self, problem: Problem, state: SwapsState) -> Status | None:
-        return None if state.swapped else Status.CONVERGED
+        return None if state.active.numel() else Status.CONVERGED
 
     def value(self, problem: Problem, state: SwapsState) -> Tensor:
         return state.weight
+
+
+def _rows_of(state: SwapsState, rows: Int[Tensor, " k"]) -> SwapsState:
+    """The state of some rows alone."""
+    if rows.numel() == state.weight.shape[0]:
+        return state
+    return replace(state, weight=state.weight[rows], gradient=state.gradient[rows], mask=state.mask[rows])
 
 
 def _removal_cost(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
@@ -168,8 +179,8 @@ def _enter(
     return replace(state, weight=weight, gradient=gradient, mask=mask)
 
 
-def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[SwapsState, bool]:
-    """Move weights from rows that lose little to rows that gain more; every row gives or takes at most one."""
+def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[SwapsState, Int[Tensor, " k"]]:
+    """Move weights from rows that lose little to rows that gain more, each one at most; and the rows that changed."""
     cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
     gain, entering = _entry_gain(state, gram).max(1)
     givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
@@ -178,7 +189,5 @@ def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[Swap
     givers, takers = givers[:count], takers[:count]
     takers = takers[~torch.isin(takers, givers)]
     givers = givers[: takers.numel()]
-    if givers.numel() == 0:
-        return state, False
     state = _drop(state, gram, givers, leaving[givers])
-    return _enter(state, gram, takers, entering[takers]), True
+    return _enter(state, gram, takers, entering[takers]), torch.cat([givers, takers])
