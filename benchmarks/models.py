@@ -6,15 +6,17 @@
     .venv/bin/python -m benchmarks.models --tables      # only write the tables of what has been run
 
 All recipes get the same calibration tokens (news), damping, policy and evaluator. Rows are added to
-results/models.json one by one; a row that is there already with the same settings is not run again, so a long table
-can be made in several goes, and each row names the machine. `run / floor` is the time of the whole run over that of its
-two calibration passes with their Gram products.
+results/models.json one by one, with a digest of the recipe as it was run: what is there already is not run again, so a
+long table can be made in several goes, and what a recipe gave before it was changed is in no table. Each row names the
+machine. `run / floor` is the time of the whole run over that of its two calibration passes with their Gram products.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,8 +37,7 @@ PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.25}
 POLICIES = ("dense", "pruned", "intra", "cross")
-KEY = ("model", "recipe", "settings", "seed", "tokens", "evaluated")
-SAME = tuple(key for key in KEY if key != "seed")
+KEY = ("model", "digest", "seed", "tokens", "evaluated")
 
 
 def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
@@ -131,12 +132,12 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
     def missing(key: tuple[Any, ...]) -> bool:
         return not any(tuple(row[field] for field in KEY) == key for row in read())
 
-    key = (name, "dense", {}, 0, 0, evaluated)
+    key = (name, "dense", 0, 0, evaluated)
     if missing(key):
-        add({**dict(zip(KEY, key, strict=True)), **score(model), "machine": machine()})
+        add({**dict(zip(KEY, key, strict=True)), "recipe": "dense", **score(model), "machine": machine()})
     for seed in options.seeds:
         for recipe, settings in cases:
-            key = (name, recipe, settings, seed, tokens, evaluated)
+            key = (name, digest(recipe, settings), seed, tokens, evaluated)
             if not missing(key):
                 continue
             model.load_state_dict(original)
@@ -147,6 +148,8 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             add(
                 {
                     **dict(zip(KEY, key, strict=True)),
+                    "recipe": recipe,
+                    "settings": settings,
                     **score(pruned),
                     "sparsity reached": report.sparsity_reached,
                     "mean layer error": mean(layer.relative_error for layer in report.layers),
@@ -162,14 +165,30 @@ def read() -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
+def digest(recipe: str, settings: Settings) -> str:
+    """Of what a recipe does, whatever it is called."""
+    return _digest(recipe, json.dumps(settings))
+
+
+@cache
+def _digest(recipe: str, settings: str) -> str:
+    fields = load_recipe(recipe, json.loads(settings)).to_dict()
+    told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def table(study: str, rows: list[dict[str, Any]]) -> str:
     """The study's rows with the seeds drawn together, for every model it was run on; empty where it was not."""
     parts = []
+    # The study's own words for a run, which another study may call by another name.
+    words = {digest(*case): case for case in reversed(STUDIES[study])}
     for model in dict.fromkeys(row["model"] for row in rows):
-        groups: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in rows:
-            if row["model"] == model and (row["recipe"], row["settings"]) in STUDIES[study]:
-                groups.setdefault(json.dumps([row[key] for key in SAME]), []).append(row)
+            if row["model"] == model and row["digest"] in words:
+                recipe, settings = words[row["digest"]]
+                key = (row["digest"], row["tokens"], row["evaluated"])
+                groups.setdefault(key, []).append({**row, "recipe": recipe, "settings": settings})
         if not groups:
             continue
         lines = [_line(same) for same in sorted(groups.values(), key=_order)]
