@@ -35,7 +35,8 @@ STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plu
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
-RECOVERY: Settings = {"recovery": 1, "held_out": 0.25}
+GLOBAL: Settings = {"allocation": "global"}
+RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross")
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
 
@@ -46,16 +47,11 @@ def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
 
 def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
     """A loss-aware recipe and what it is without its parts."""
-    plain = {"output_metric": "none", "allocation": "uniform"}
-    return [
-        (recipe, {**settings, **plain}),
-        (recipe, {**settings, **plain, "output_metric": "diagonal"}),
-        (recipe, {**settings, **plain, "output_metric": "full"}),
-        (recipe, {**settings, **plain, "output_metric": "diagonal", "allocation": "global"}),
-        (recipe, {**settings, **plain, "output_metric": "full", "allocation": "global"}),
-        (recipe, {**settings, **plain, **RECOVERY}),
-        (recipe, {**settings, **plain, "output_metric": "diagonal", "allocation": "global", **RECOVERY}),
-    ]
+    plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
+    rows = {"output_metric": "diagonal", "metric_damping": 0.01}
+    full = {"output_metric": "full", "metric_damping": 0.1}
+    parts = (plain, plain | rows, plain | full, plain | rows | GLOBAL, plain | full | GLOBAL)
+    return [(recipe, settings | part) for part in (*parts, plain | RECOVERY, RECOVERY)]
 
 
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
@@ -72,7 +68,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "ablation-sparse": [
         *steps("sparse_best", HALF),
         *steps("sparse_best", {"sparsity": 0.6}),
-        *(case for case in steps("sparse_best", PAIRS) if case[1]["allocation"] == "uniform"),
+        *(case for case in steps("sparse_best", PAIRS) if case[1].get("allocation") == "uniform"),
     ],
 }
 NAMES = {
