@@ -1,6 +1,7 @@
 """Sparse solvers on real layers: relative error on calibration and on held-out tokens, and seconds.
 
     .venv/bin/python -m benchmarks.layers
+    .venv/bin/python -m benchmarks.layers --starts --blocks 14     # FISTAPruner and ours from several starts
 
 Moments of SmolLM2 layers in the dense model: calibrated on one half of the news articles, held out from the other.
 Every solver gets the same damped loss (1 percent of the mean diagonal); errors are without damping.
@@ -11,6 +12,8 @@ import sys
 import time
 from collections import defaultdict
 
+import torch
+
 from benchmarks.common import setting, write_table
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, calibrating, collect, first_inputs
@@ -18,7 +21,17 @@ from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.recipe import load_recipe
-from optprune.solvers import Chain, ConjugateGradients, HardThreshold, PerspectiveBound, Solver, Wanda, solve
+from optprune.solvers import (
+    Chain,
+    ConjugateGradients,
+    FistaPruner,
+    HardThreshold,
+    PerspectiveBound,
+    Solver,
+    SparseGpt,
+    Wanda,
+    solve,
+)
 
 RECIPES = ("magnitude", "wanda", "sparsegpt", "alps", "alps_plus", "fistapruner", "fistapruner_plus")
 SETTINGS = ("50%", "60%", "70%", "2:4")
@@ -68,8 +81,12 @@ def main() -> None:
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--bound-steps", type=int, default=0, help="also bound the optimum (slow)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--starts", action="store_true", help="only FISTAPruner and fistapruner_plus, by their start")
     options = parser.parse_args()
     found = layers(options.samples, options.held_out, options.seq_length, options.blocks, options.seed)
+    if options.starts:
+        print(write_table("layers_starts", title(found, options), by_start(found, options), command()))
+        return
     rows = []
     for name in options.settings:
         for solver in options.solvers:
@@ -79,13 +96,44 @@ def main() -> None:
                     sums[key] += value / len(found)
             rows.append({"setting": name, "solver": solver, **sums})
             print(rows[-1], flush=True)
+    print(write_table("layers", title(found, options), rows, command()))
+
+
+def title(found, options) -> str:
     tokens = options.samples * options.seq_length
-    title = (
+    return (
         f"Sparse solvers on {len(found)} layers of SmolLM2-135M-Instruct (blocks {options.blocks}, the first layer of "
         f"every stage), means: {tokens} calibration tokens of news, {options.held_out * options.seq_length} held out, "
         f"damping {options.damping:g}, seed {options.seed}"
     )
-    print(write_table("layers", title, rows, " ".join(["python -m benchmarks.layers", *sys.argv[1:]])))
+
+
+def command() -> str:
+    return " ".join(["python -m benchmarks.layers", *sys.argv[1:]])
+
+
+def by_start(found, options) -> list[dict[str, float | str]]:
+    """The objective over the signal from a zero start, Wanda's answer and SparseGPT's, by setting and layer."""
+    rows: list[dict[str, float | str]] = []
+    plus = solvers()["fistapruner_plus"]
+    for name in options.settings:
+        for layer, weight, moments, _ in found:
+            loss = LayerLoss.of(weight, moments, options.damping)
+            problem = SparseLeastSquares(loss, pattern(name, weight.numel()))
+            starts = {
+                "zero": torch.zeros_like(loss.weight),
+                "wanda": solve(problem, Wanda()).value,
+                "sparsegpt": solve(problem, SparseGpt()).value,
+            }
+            for label, solver in (("fistapruner", FistaPruner()), ("fistapruner_plus", plus)):
+                ends = {
+                    key: 2 * solve(problem, solver, start=start).objective / loss.signal
+                    for key, start in starts.items()
+                }
+                spread = max(ends.values()) / min(ends.values()) - 1
+                rows.append({"setting": name, "layer": layer, "solver": label, **ends, "spread": spread})
+                print(rows[-1], flush=True)
+    return rows
 
 
 def measure(weight, moments: InputMoments, apart: InputMoments, name: str, solver: Solver, options) -> dict[str, float]:
