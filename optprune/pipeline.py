@@ -148,8 +148,7 @@ class _Run:
         """Begin with the inputs of the first block."""
         self.actual = stream
         """what the current block will really get"""
-        two_paths = self.recipe.propagation.pruned_prefix and self.recipe.propagation.dense_target
-        self.dense = stream.copy() if two_paths else stream
+        self.dense = stream.copy() if self.recipe.propagation.two_paths else stream
         """what the current block gets in the dense model; the same stream where the policy follows only one path"""
         count = len(stream.hidden)
         self.held_out = max(1, round(self.recipe.held_out * count)) if self.recipe.held_out else 0
@@ -185,7 +184,7 @@ class _Run:
         groups = _by_stage(self.decoder, targets) if policy.sequential else [targets] if targets else []
         for position, group in enumerate(groups):
             first = position == 0
-            differ = policy.pruned_prefix or not first or bool(removed)
+            differ = policy.two_paths or not first or bool(removed)
             reference = (original, self.dense) if policy.dense_target and differ else None
             whole = first and not policy.pruned_prefix and not removed
             if whole:

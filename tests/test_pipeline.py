@@ -57,13 +57,14 @@ def test_a_policy_sees_the_inputs_it_promises(name: str, policy: str) -> None:
     for layer, moments in seen.items():
         block = int(layer.removeprefix(decoder.architecture.blocks + ".").split(".")[0])
         # The model as it was when this layer's statistics were taken.
-        at_the_time = copy.deepcopy(dense)
-        blocks = Decoder(at_the_time).blocks
-        for index in range(len(blocks)):
+        at_the_time, target = copy.deepcopy(dense), copy.deepcopy(dense)
+        for index in range(block + 1):
             pruned = Decoder(snapshots[layer]).blocks[index]
-            if (promise.pruned_prefix and index < block) or (promise.sequential and index == block):
-                blocks[index] = pruned
-        actual, ideal = inputs_of(at_the_time, layer), inputs_of(dense, layer)
+            if promise.pruned_prefix if index < block else promise.sequential:
+                Decoder(at_the_time).blocks[index] = pruned
+            if promise.same_inputs and index < block:
+                Decoder(target).blocks[index] = pruned
+        actual, ideal = inputs_of(at_the_time, layer), inputs_of(target, layer)
         expected = InputMoments.from_samples(actual, ideal)
         scale = expected.gram.abs().max()
         # The model computes in float32: allow its rounding, relative to the largest entry.

@@ -43,7 +43,7 @@ def prune_command(
     dtype: Dtype = "auto",
     propagation: Annotated[
         str | None,
-        typer.Option("--propagation", help="dense, pruned, intra or cross. [default: the recipe's, or pruned]"),
+        typer.Option("--propagation", help="dense, pruned, intra, cross or local. [default: the recipe's, or pruned]"),
     ] = None,
     units: Annotated[
         str | None,

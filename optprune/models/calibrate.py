@@ -30,7 +30,14 @@ class Propagation:
     sequential: bool
     """inside a block, a layer's inputs are collected after the layers before it were pruned"""
     dense_target: bool
-    """the target is the output of the dense model, not that of the original weight on the same inputs"""
+    """the target is what the dense block gives, not what the original weight gives on the pruned block's inputs"""
+    same_inputs: bool = False
+    """the dense block of the target gets the inputs of the pruned one, not those of the dense model"""
+
+    @property
+    def two_paths(self) -> bool:
+        """Whether the dense model's hidden states travel beside those of the pruned one."""
+        return self.pruned_prefix and self.dense_target and not self.same_inputs
 
 
 POLICIES = {
@@ -40,6 +47,7 @@ POLICIES = {
         Propagation("pruned", pruned_prefix=True, sequential=False, dense_target=False),
         Propagation("intra", pruned_prefix=False, sequential=True, dense_target=True),
         Propagation("cross", pruned_prefix=True, sequential=True, dense_target=True),
+        Propagation("local", pruned_prefix=True, sequential=True, dense_target=True, same_inputs=True),
     )
 }
 
