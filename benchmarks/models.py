@@ -37,7 +37,7 @@ PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
-POLICIES = ("dense", "pruned", "intra", "cross")
+POLICIES = ("dense", "pruned", "intra", "cross", "local")
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
 
 
