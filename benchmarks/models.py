@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.models sparse
     .venv/bin/python -m benchmarks.models structured ablation --seeds 0 1 2
+    .venv/bin/python -m benchmarks.models recovery --samples 32
     .venv/bin/python -m benchmarks.models sparse --model path/to/folder --samples 32
     .venv/bin/python -m benchmarks.models --tables      # only write the tables of what has been run
 
@@ -64,6 +65,9 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
     + [("fasp", {"sparsity": sparsity, **NOT_RESTORED}) for sparsity in (0.2, 0.1, 0.3)],
+    "recovery": [
+        ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
+    ],
     "ablation": [case for sparsity in (0.2, 0.1, 0.3) for case in steps("structured_best", {"sparsity": sparsity})],
     "ablation-sparse": [
         *steps("sparse_best", HALF),
@@ -76,6 +80,7 @@ NAMES = {
     "policies": "Sparse weights at 50 percent under every propagation policy",
     "policies-2:4": "2:4 under every propagation policy",
     "structured": "MLP units",
+    "recovery": "Recovery of the pruned sub-modules",
     "ablation": "What the output metric and the global budget do for MLP units",
     "ablation-sparse": "What the output metric and the global budget do for sparse weights",
 }
