@@ -177,7 +177,9 @@ class _Run:
         if removed and not policy.pruned_prefix:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
             upcoming = self.actual.copy()
+            before = time.perf_counter()
             advance(block, upcoming)
+            self.floor_seconds += 2 * (time.perf_counter() - before)
         for part in removed:
             self.decoder.remove(index, part)
         targets = self._targets(index)
@@ -198,8 +200,11 @@ class _Run:
                 held_out=self.held_out,
                 output=upcoming if whole else None,
             )
-            if first:
-                self.floor_seconds += collected.seconds + (collected.forward_seconds if upcoming is not None else 0)
+            self.floor_seconds += collected.gram_seconds
+            if whole:
+                self.floor_seconds += 2 * collected.forward_seconds
+            elif first and not policy.sequential:
+                self.floor_seconds += collected.forward_seconds
             for target in group:
                 self._prune_layer(index, target, collected)
             if self.recipe.recovery:
@@ -210,7 +215,8 @@ class _Run:
         else:
             before = time.perf_counter()
             advance(block, self.actual)
-            self.floor_seconds += time.perf_counter() - before
+            # A stage at a time, no pass of the block was whole: this one stands for two.
+            self.floor_seconds += (2 if policy.sequential else 1) * (time.perf_counter() - before)
             if self.dense is not self.actual:
                 advance(original, self.dense)
         self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
