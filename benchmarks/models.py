@@ -26,6 +26,7 @@ import torch
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown
 from optprune import load_recipe, prune
+from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import load_model
 from optprune.texts import calibration_batches, read_documents, tokenise
@@ -145,7 +146,11 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             # Pruned units change the shapes, so the run gets a model of its own.
             pruned = copy.deepcopy(model)
             batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
-            report = prune(pruned, batches, load_recipe(recipe, {**settings, "seed": seed}))
+            try:
+                report = prune(pruned, batches, load_recipe(recipe, {**settings, "seed": seed}))
+            except InputError as error:
+                print(f"{recipe} {settings} is not for {name}: {error}", flush=True)
+                continue
             add(
                 {
                     **dict(zip(KEY, key, strict=True)),
