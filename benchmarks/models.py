@@ -59,7 +59,7 @@ def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "sparse": [
         *((recipe, HALF) for recipe in SPARSE),
-        *((recipe, PAIRS) for recipe in SPARSE if recipe != "sparse_best"),
+        *((recipe, PAIRS) for recipe in SPARSE),
     ],
     "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
