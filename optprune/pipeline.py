@@ -4,27 +4,25 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optprune.allocation import NARROWED, Allocation, BlockAllocation, uniform
+from optprune.allocation import Allocation, uniform
 from optprune.by_cost import by_cost
 from optprune.depth import shallower
-from optprune.errors import InputError, NumericalError, StrictError
+from optprune.errors import InputError, StrictError
+from optprune.layer_report import check, layer_report, summary
 from optprune.metric import OutputMetric
-from optprune.models import PARTS, BlockShape, Decoder, LinkedLayers
+from optprune.models import Decoder
 from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
-from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
-from optprune.patterns import NM, Pattern, RowWise, Unstructured
-from optprune.problems import LayerLoss, LinkedLeastSquares, Problem
-from optprune.recipe import Recipe, n_of_m
+from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, recover
 from optprune.report import (
     BlockFinished,
@@ -36,26 +34,14 @@ from optprune.report import (
     RemovedPart,
     Report,
 )
-from optprune.solvers import Solution, Status, solve
+from optprune.solvers import solve
+from optprune.targets import Target, by_stage, check_allocation, parts_removed, pattern_of, targets_of
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
     "set output_metric to diagonal"
 )
 """the note of a run with allocation global and output_metric none"""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A layer to prune in every block, and the place in the forward pass where its input is seen."""
-
-    path: str
-    tap: str
-    """the first layer that reads the same input: layers of one stage share one set of moments"""
-    units: Callable[[int], LinkedLayers] | None = None
-    """the linked layers of a block, where units are pruned"""
-    kept: Callable[[BlockShape], int] | None = None
-    """how many units a shape has"""
 
 
 def prune(
@@ -85,7 +71,7 @@ def prune(
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
         if allocation is not None:
-            _check_allocation(decoder, recipe, allocation)
+            check_allocation(decoder, recipe, allocation)
         elif recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
         elif recipe.allocation == "global":
@@ -118,7 +104,7 @@ def prune(
             "python": platform.python_version(),
         },
         layers=tuple(run.layers),
-        notes=_summary(run.layers) + notes,
+        notes=summary(run.layers) + notes,
         calibration=calibration,
         allocation=allocation.to_dict(),
         removed=removed,
@@ -166,7 +152,7 @@ class _Run:
         policy, blocks = self.recipe.propagation, len(self.decoder.blocks)
         block = self.decoder.blocks[index]
         self.on_event(BlockStarted(index, blocks))
-        removed = _removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
+        removed = parts_removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
         if index > self.last:
             for part in removed:
                 self.decoder.remove(index, part)
@@ -183,7 +169,7 @@ class _Run:
         for part in removed:
             self.decoder.remove(index, part)
         targets = self._targets(index)
-        groups = _by_stage(self.decoder, targets) if policy.sequential else [targets] if targets else []
+        groups = by_stage(self.decoder, targets) if policy.sequential else [targets] if targets else []
         for position, group in enumerate(groups):
             first = position == 0
             differ = policy.two_paths or not first or bool(removed)
@@ -235,11 +221,11 @@ class _Run:
             loss,
             self._keep(index, target),
             None if units is None else units.link,
-            _pattern(layer, recipe, self._share(index, target)) if units is None else None,
+            pattern_of(layer, recipe, self._share(index, target)) if units is None else None,
         )
         problem = recipe.state(context)
         solution = solve(problem, recipe.solver)
-        _check(solution, name)
+        check(solution, name)
         value = solution.value.to(layer.weight.dtype)
         bias = None if layer.bias is None else layer.bias + problem.loss.bias_change(value.to(loss.weight))
         write(layer, value, bias)
@@ -251,7 +237,7 @@ class _Run:
             kept, total = int((value != 0).sum()), value.numel()
             self.zeros += total - kept
         held_out = collected.held_out.get(target.tap)
-        report = _layer_report(name, problem, solution, value, held_out, recipe, kept, total, began)
+        report = layer_report(name, problem, solution, value, held_out, recipe, kept, total, began)
         if recipe.strict and report.notes:
             raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")
         self.layers.append(report)
@@ -297,7 +283,7 @@ class _Run:
             self.recovered.append(part)
 
     def _targets(self, index: int) -> list[Target]:
-        return _targets(self.decoder, self.recipe, self.allocation.blocks[index], index)
+        return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
 
     def _keep(self, index: int, target: Target) -> int:
         if target.kept is None:
@@ -306,66 +292,6 @@ class _Run:
 
     def _share(self, index: int, target: Target) -> float:
         return self.allocation.blocks[index].share(target.path)
-
-
-def _pattern(layer: nn.Linear, recipe: Recipe, share: float) -> Pattern:
-    kept = n_of_m(recipe.pattern)
-    if kept is not None:
-        return NM(*kept)
-    if recipe.pattern == "rows":
-        return RowWise(round(share * layer.in_features))
-    return Unstructured(round(share * layer.weight.numel()))
-
-
-def _check_allocation(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> None:
-    """Raise InputError when an allocation fits neither the model nor what the recipe prunes."""
-    allocation.check(decoder)
-    single, n_m = recipe.units == "weights", n_of_m(recipe.pattern)
-    for index, block in enumerate(allocation.blocks):
-        if block.shares and not single:
-            raise InputError(
-                f"the allocation thins out layers of block {index}: that needs a recipe with units weights"
-            )
-        if single and (block.shape.mlp_width or block.shape.kv_heads) and block.shape != decoder.shape(index):
-            raise InputError(f"the allocation narrows block {index}, but the recipe's units are single weights")
-        if (
-            single
-            and n_m is not None
-            and any(min(abs(share - 1), abs(share - n_m[0] / n_m[1])) > 1e-6 for share in block.shares.values())
-        ):
-            raise InputError(f"with the pattern {recipe.pattern} a layer of block {index} keeps that share, or 1")
-
-
-def _removed(shape: BlockShape, wanted: BlockShape) -> tuple[str, ...]:
-    """The sub-blocks that an allocation removes whole."""
-    gone = {
-        "attention": shape.kv_heads and not wanted.kv_heads,
-        "mlp": shape.mlp_width and not wanted.mlp_width,
-    }
-    return tuple(part for part in PARTS if gone[part])
-
-
-def _targets(decoder: Decoder, recipe: Recipe, wanted: BlockAllocation, index: int) -> list[Target]:
-    """The layers to prune in a block: what the allocation makes smaller.
-
-    Where the inputs may have drifted from the dense model's, the recipe's layers are corrected even if they keep all.
-    """
-    architecture, shape, keep = decoder.architecture, decoder.shape(index), wanted.shape
-    if recipe.units == "weights":
-        tap = {path: stage[0] for stage in architecture.stages for path in stage}
-        return [Target(path, tap[path]) for path in decoder.paths(index) if wanted.share(path) < 1]
-    named = NARROWED.get(recipe.units, ()) if recipe.propagation.dense_target else ()
-    output, down = architecture.output, architecture.mlp_consumer
-    values = Target(output, output, decoder.value_units, lambda shape: shape.value_dim * shape.kv_heads)
-    groups = Target(output, output, decoder.kv_units, lambda shape: shape.kv_heads)
-    targets = []
-    if keep.kv_heads < shape.kv_heads or "kv_heads" in named:
-        targets.append(groups)
-    elif keep.value_dim < shape.value_dim or "value_dim" in named:
-        targets.append(values)
-    if keep.mlp_width < shape.mlp_width or "mlp_width" in named:
-        targets.append(Target(down, down, decoder.mlp_units, lambda shape: shape.mlp_width))
-    return [target for target in targets if target.kept and target.kept(keep)]
 
 
 def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[str, OutputMetric]:
@@ -380,74 +306,3 @@ def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[st
     full = decoder.architecture.layers if recipe.output_metric == "full" else ()
     found = collect_metrics(decoder, used, sampled(recipe.seed), full=full)
     return {name: metric.damped(recipe.metric_damping) for name, metric in found.items()}
-
-
-def _by_stage(decoder: Decoder, targets: list[Target]) -> list[list[Target]]:
-    stages = range(len(decoder.architecture.stages))
-    groups = [[target for target in targets if decoder.architecture.stage_of(target.path) == stage] for stage in stages]
-    return [group for group in groups if group]
-
-
-def _check(solution: Solution, name: str) -> None:
-    if solution.status is Status.NONFINITE or not bool(torch.isfinite(solution.value).all()):
-        raise NumericalError(f"{name}: {Status.NONFINITE.value}")
-    if solution.violation > 0:
-        raise NumericalError(f"{name}: the solver's answer breaks the pattern by {solution.violation:g}")
-
-
-def _layer_report(
-    name: str,
-    problem: Problem,
-    solution: Solution,
-    written: Tensor,
-    held_out: InputMoments | None,
-    recipe: Recipe,
-    kept: int,
-    total: int,
-    began: float,
-) -> LayerReport:
-    loss = problem.loss
-    written = written.to(loss.weight)
-    dead = int(loss.moments.dead.sum())
-    notes = list(solution.notes)
-    if dead:
-        notes.append(f"{dead} inputs were zero on every calibration token")
-    if loss.moments.tokens < loss.moments.width:
-        notes.append(f"fewer calibration tokens ({loss.moments.tokens}) than inputs ({loss.moments.width})")
-    elsewhere = None
-    if held_out is not None:
-        elsewhere = LayerLoss.of(loss.weight, held_out, fit_bias=loss.fit_bias).relative_error(written)
-    return LayerReport(
-        name=name,
-        kind=problem.kind,
-        solver=recipe.solver.label if recipe.solver else "chosen by the problem",
-        relative_error=loss.relative_error(written),
-        held_out_error=elsewhere,
-        status=solution.status.name.lower(),
-        objective=solution.objective,
-        lower_bound=None if solution.certificate is None else solution.certificate.lower_bound,
-        gap=solution.gap,
-        damping=float(loss.damping.mean()),
-        tokens=loss.moments.tokens,
-        seconds=time.perf_counter() - began,
-        kept=kept,
-        units=total,
-        dead_inputs=dead,
-        notes=tuple(notes),
-        stages=tuple(asdict(record) for record in solution.history),
-    )
-
-
-def _summary(layers: list[LayerReport]) -> tuple[str, ...]:
-    """One sentence for each kind of note, with the number of layers it concerns."""
-    count: dict[str, int] = {}
-    for layer in layers:
-        for note in layer.notes:
-            kind = "".join("N" if character.isdigit() else character for character in note)
-            count[kind] = count.get(kind, 0) + 1
-    examples = {
-        "".join("N" if character.isdigit() else character for character in note): note
-        for layer in reversed(layers)
-        for note in layer.notes
-    }
-    return tuple(f"{number} layers: {examples[kind]}" for kind, number in count.items())
