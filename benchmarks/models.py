@@ -61,8 +61,8 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         *((recipe, HALF) for recipe in SPARSE),
         *((recipe, PAIRS) for recipe in SPARSE),
     ],
-    "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
-    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:-1]],
+    "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
+    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
     + [("fasp", {"sparsity": sparsity, **NOT_RESTORED}) for sparsity in (0.2, 0.1, 0.3)],
