@@ -69,7 +69,7 @@ def by_cost(
     costs: dict[str, Tensor] = {}
     patterned: dict[str, Curve] = {}
     widths: list[WidthCurve] = []
-    tap = {path: stage[0] for stage in decoder.architecture.stages for path in stage}
+    tap = decoder.architecture.taps
     for index in range(blocks):
         following = stream.copy()
         wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)

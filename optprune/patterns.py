@@ -126,9 +126,14 @@ def within(mask: Bool[Tensor, "*rows n"], values: Float[Tensor, "rows n"]) -> Fl
 
 def in_order(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The values from the least on; on a CPU by NumPy, whose sort is several times as fast as torch's."""
-    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+    if _for_numpy(values):
         return torch.from_numpy(np.sort(values.detach().numpy()))
     return values.sort().values
+
+
+def _for_numpy(values: Tensor) -> bool:
+    """Whether NumPy can read the values where they are."""
+    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
 def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
@@ -142,8 +147,7 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
                 first, second = columns[j], columns[j + 1]
                 columns[j], columns[j + 1] = torch.minimum(first, second), torch.maximum(first, second)
         return columns[n - k][:, None]
-    if score.device.type == "cpu" and score.dtype in (torch.float32, torch.float64):
+    if _for_numpy(score):
         # NumPy's partition is ten times as fast as torch's kthvalue.
-        place = n - k
-        return torch.from_numpy(np.partition(score.detach().numpy(), place, axis=1)[:, place : place + 1])
+        return torch.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None])
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

@@ -189,7 +189,7 @@ class _Run:
             self.floor_seconds += collected.gram_seconds
             if whole:
                 self.floor_seconds += 2 * collected.forward_seconds
-            elif first and not policy.sequential:
+            elif first and upcoming is None and not policy.sequential:
                 self.floor_seconds += collected.forward_seconds
             for target in group:
                 self._prune_layer(index, target, collected)
@@ -265,7 +265,7 @@ class _Run:
             if not any(name.startswith(within) for name in pruned) or any(name.startswith(within) for name in later):
                 continue
             # The same inputs and targets as the layers' own statistics.
-            calls = calls_of(original, path, self.dense if policy.dense_target else self.actual)
+            calls = calls_of(original, path, self.dense)
             if policy.sequential:
                 calls = Calls(calls_of(block, path, self.actual).arguments, calls.targets)
             fit, apart = calls.split(self.held_out)

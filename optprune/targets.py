@@ -32,7 +32,7 @@ def targets_of(decoder: Decoder, recipe: Recipe, wanted: BlockAllocation, index:
     """
     architecture, shape, keep = decoder.architecture, decoder.shape(index), wanted.shape
     if recipe.units == "weights":
-        tap = {path: stage[0] for stage in architecture.stages for path in stage}
+        tap = architecture.taps
         return [Target(path, tap[path]) for path in decoder.paths(index) if wanted.share(path) < 1]
     named = NARROWED.get(recipe.units, ()) if recipe.propagation.dense_target else ()
     output, down = architecture.output, architecture.mlp_consumer

@@ -85,6 +85,11 @@ class Architecture:
         """All linear layers of a block."""
         return tuple(path for stage in self.stages for path in stage)
 
+    @property
+    def taps(self) -> dict[str, str]:
+        """For every linear layer of a block the first one that reads the same input."""
+        return {path: stage[0] for stage in self.stages for path in stage}
+
     def stage_of(self, path: str) -> int:
         """The position in the forward pass of a layer's input."""
         return next(index for index, stage in enumerate(self.stages) if path in stage)

@@ -189,5 +189,7 @@ def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[Swap
     givers, takers = givers[:count], takers[:count]
     takers = takers[~torch.isin(takers, givers)]
     givers = givers[: takers.numel()]
+    if givers.numel() == 0:
+        return state, givers
     state = _drop(state, gram, givers, leaving[givers])
     return _enter(state, gram, takers, entering[takers]), torch.cat([givers, takers])
