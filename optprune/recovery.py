@@ -75,11 +75,12 @@ def recover(
     """Refit the nonzero weights of the layers of a sub-module in place, each in turn, so that it answers the targets.
 
     Its output must be affine in each layer alone; `layers` are in the order of the forward pass, down to the one that
-    gives the output. A turn minimises
-    half the mean squared change of the output (in the metric, where there is one) plus a ridge towards the weights at
-    its beginning, `damping` times the mean diagonal of the Hessian, by at most `steps` steps of conjugate gradients
-    with the damped Gram matrix of the layer's inputs as preconditioner. Of all iterates the one with the least error
-    on the batches kept apart is written: that error never rises, and neither does the one on the batches fitted.
+    gives the output. A turn minimises half the mean squared change of the output (in the metric, where there is one)
+    plus a ridge towards the weights at its beginning, `damping` times the mean diagonal of the Hessian, by at most
+    `steps` steps of conjugate gradients with the damped Gram matrix of the layer's inputs as preconditioner. Of all
+    iterates the one with the least error on the batches kept apart is written: that error never rises, and neither
+    does the one on the batches fitted. A step costs a forward and a backward pass of the module, but in the turn of
+    the last layer nothing: the moments of its inputs, from one pass, say all.
     """
     began = time.perf_counter()
     turn = _Turn(module, fit, apart, metric, steps, damping)
@@ -124,28 +125,25 @@ class _Turn:
         mask = start != 0
         if not bool(mask.any()):
             return 0, held_out
-        gradient, gram = self._gradient(layer)
-        with _without_biases(self.module, layers):
-            # Any vector of signs is an estimate of the trace: Hutchinson (1989).
-            signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)).to(start) * 2 - 1
-            ridge = self.damping * self._curvature(layer, torch.where(mask, signs, 0.0), False)[0] / int(mask.sum())
-            inverse = _damped_inverse(gram, self.damping)
-            at, residual = start, -torch.where(mask, gradient, 0.0)
-            direction = torch.where(mask, residual @ inverse, 0.0)
-            energy = float((residual * direction).sum())
+        problem = _Inside(self, layers) if len(layers) > 1 else _AtOutput(self, layer, held_out)
+        # Any vector of signs is an estimate of the trace: Hutchinson (1989).
+        signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)).to(start) * 2 - 1
+        ridge = self.damping * problem.curvature(torch.where(mask, signs, 0.0), False)[0] / int(mask.sum())
+        inverse = _damped_inverse(problem.gram, self.damping)
+        at, residual = start, -torch.where(mask, problem.gradient, 0.0)
+        direction = torch.where(mask, residual @ inverse, 0.0)
+        energy = float((residual * direction).sum())
         best, best_step = start, 0
         for step in range(1, self.steps + 1):
             if not energy > 0 or step > best_step + PATIENCE:
                 break
-            with _without_biases(self.module, layers):
-                curvature, product = self._curvature(layer, direction)
+            curvature, product = problem.curvature(direction)
             curvature += ridge * float(direction.square().sum())
             if not curvature > 0:
                 break
             length = energy / curvature
             at = at + length * direction
-            write(layer, at)
-            error = self.error(self.apart)
+            error = problem.held_out(at)
             if error < held_out:
                 best, best_step, held_out = at, step, error
             residual = residual - length * torch.where(mask, product + ridge * direction, 0.0)
@@ -159,43 +157,99 @@ class _Turn:
         """The mean over tokens of the squared change of the output, in the metric."""
         total = 0.0
         for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
-            total += float(self._energy(first_output(self.module(*args, **kwargs)) - target))
+            total += float(self.energy(first_output(self.module(*args, **kwargs)) - target))
         return total / calls.tokens
 
     def signal(self, calls: Calls) -> float:
         """The same of the targets themselves."""
-        return sum(float(self._energy(target)) for target in calls.targets) / calls.tokens
+        return sum(float(self.energy(target)) for target in calls.targets) / calls.tokens
 
-    def _energy(self, change: Float[Tensor, "... out"]) -> Tensor:
+    def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
+        """The sum over tokens of e^T S e."""
         rows = change.flatten(0, -2)
         return rows.square().sum() if self.metric is None else (rows.T * self.metric.apply(rows.T)).sum()
 
-    def _gradient(self, layer: nn.Linear) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]]:
-        """The gradient of half the error in the layer's weight, and the Gram matrix of the layer's inputs."""
-        sums = MomentSums(layer.in_features, layer.weight.device)
-        total = torch.zeros_like(layer.weight)
-        handle = layer.register_forward_pre_hook(lambda _, args: sums.add(args[0].detach()))
+    def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """S V."""
+        return change if self.metric is None else self.metric.apply(change)
+
+
+class _Inside:
+    """Half the error as a quadratic of the weight of a layer inside the module: every product takes a pass."""
+
+    def __init__(self, turn: _Turn, layers: Sequence[str]) -> None:
+        self.turn, self.layers = turn, layers
+        self.layer: nn.Linear = turn.module.get_submodule(layers[0])  # type: ignore[assignment]
+        sums = MomentSums(self.layer.in_features, self.layer.weight.device)
+        total = torch.zeros_like(self.layer.weight)
+        handle = self.layer.register_forward_pre_hook(lambda _, args: sums.add(args[0].detach()))
         try:
-            for (args, kwargs), target in zip(self.fit.arguments, self.fit.targets, strict=True):
-                with torch.enable_grad(), _weight(layer, layer.weight.detach().requires_grad_()) as weight:
-                    half = self._energy(first_output(self.module(*args, **kwargs)) - target) / 2
+            for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
+                with torch.enable_grad(), _weight(self.layer, self.layer.weight.detach().requires_grad_()) as weight:
+                    half = turn.energy(first_output(turn.module(*args, **kwargs)) - target) / 2
                     total += torch.autograd.grad(half, weight)[0]
         finally:
             handle.remove()
-        return total / self.fit.tokens, sums.moments(layer.weight.dtype).gram
+        self.gradient: Float[Tensor, "out in"] = total / turn.fit.tokens
+        self.gram: Float[Tensor, "in in"] = sums.moments(total.dtype).gram
+        """of the layer's inputs"""
 
-    def _curvature(
-        self, layer: nn.Linear, direction: Float[Tensor, "out in"], slope: bool = True
+    def curvature(
+        self, direction: Float[Tensor, "out in"], slope: bool = True
     ) -> tuple[float, Float[Tensor, "out in"]]:
         """<d, H d>, and H d if `slope`: without biases the output is linear in the weight, so d takes its place."""
-        value, total = 0.0, torch.zeros_like(direction)
-        for args, kwargs in self.fit.arguments:
-            with torch.set_grad_enabled(slope), _weight(layer, direction.detach().requires_grad_(slope)) as weight:
-                energy = self._energy(first_output(self.module(*args, **kwargs)))
-                value += float(energy.detach())
-                if slope:
-                    total += torch.autograd.grad(energy / 2, weight)[0]
-        return value / self.fit.tokens, total / self.fit.tokens
+        turn, value, total = self.turn, 0.0, torch.zeros_like(direction)
+        with _without_biases(turn.module, self.layers):
+            for args, kwargs in turn.fit.arguments:
+                weight = direction.detach().requires_grad_(slope)
+                with torch.set_grad_enabled(slope), _weight(self.layer, weight):
+                    energy = turn.energy(first_output(turn.module(*args, **kwargs)))
+                    value += float(energy.detach())
+                    if slope:
+                        total += torch.autograd.grad(energy / 2, weight)[0]
+        return value / turn.fit.tokens, total / turn.fit.tokens
+
+    def held_out(self, weight: Float[Tensor, "out in"]) -> float:
+        """The error on the batches kept apart with another weight, which the layer then has."""
+        write(self.layer, weight)
+        return self.turn.error(self.turn.apart)
+
+
+class _AtOutput:
+    """The same for the layer that gives the output: the moments of its inputs say all, from one pass."""
+
+    def __init__(self, turn: _Turn, layer: nn.Linear, held_out: float) -> None:
+        self.turn, self.start, self.error = turn, layer.weight.detach().clone(), held_out
+        self.gradient, self.gram = self._moments(layer, turn.fit)
+        self.apart = self._moments(layer, turn.apart)
+
+    def _moments(self, layer: nn.Linear, calls: Calls) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]]:
+        """S E[e x^T], which is the gradient, and E[x x^T], for the inputs x and the errors e of the output."""
+        sums, total = MomentSums(layer.in_features, layer.weight.device), torch.zeros_like(layer.weight)
+        inputs: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+        try:
+            for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
+                change = first_output(self.turn.module(*args, **kwargs)) - target
+                seen = inputs.pop()
+                sums.add(seen)
+                total += change.flatten(0, -2).T @ seen
+        finally:
+            handle.remove()
+        return self.turn.weigh(total / calls.tokens), sums.moments(total.dtype).gram
+
+    def curvature(
+        self, direction: Float[Tensor, "out in"], slope: bool = True
+    ) -> tuple[float, Float[Tensor, "out in"]]:
+        """<d, H d> and H d = S d E[x x^T]."""
+        product = self.turn.weigh(direction) @ self.gram
+        return float((direction * product).sum()), product
+
+    def held_out(self, weight: Float[Tensor, "out in"]) -> float:
+        """The error on the batches kept apart with another weight."""
+        gradient, gram = self.apart
+        change = weight - self.start
+        return self.error + float((change * (2 * gradient + self.turn.weigh(change) @ gram)).sum())
 
 
 def _damped_inverse(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:

@@ -95,7 +95,7 @@ def check_one_layer(name: str, path: str, layers: tuple[str, ...], turn: int) ->
     least, before = least_squares(module, layers[turn], calls), error_of(module, calls)
     with torch.no_grad():
         # The tokens that decide are those fitted, so nothing stops early.
-        steps, _ = recovery._Turn(module, calls, calls, None, 600, 0.0).take(layers[turn:], float("inf"))
+        steps, _ = recovery._Turn(module, calls, calls, None, 600, 0.0).take(layers[turn:], before)
     assert steps > 0
     assert -1e-9 * before <= error_of(module, calls) - least <= 1e-5 * before
 
@@ -106,30 +106,58 @@ def test_a_turn_ends_at_the_least_squares_error(name: str, path: str, layers: tu
     check_one_layer(name, path, layers, turn)
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_a_metric_weighs_the_error(full: bool) -> None:
-    module, calls = damaged("llama", "mlp", ("up_proj",), torch.float64)
+def some_metric(full: bool) -> OutputMetric:
     generator = torch.Generator().manual_seed(5)
     gradients = torch.randn(100, 16, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, 16).double()
-    metric = OutputMetric.from_samples(gradients, full=full)
+    return OutputMetric.from_samples(gradients, full=full)
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_metric_weighs_the_error(full: bool, turn: int) -> None:
+    layers, metric = ("up_proj", "down_proj"), some_metric(full)
+    module, calls = damaged("llama", "mlp", layers[turn : turn + 1], torch.float64)
     root = torch.linalg.cholesky(metric.matrix).T
-    least, before = least_squares(module, "up_proj", calls, root), error_of(module, calls, root)
+    least, before = least_squares(module, layers[turn], calls, root), error_of(module, calls, root)
     with torch.no_grad():
-        recovery._Turn(module, calls, calls, metric, 600, 0.0).take(("up_proj", "down_proj"), float("inf"))
+        recovery._Turn(module, calls, calls, metric, 600, 0.0).take(layers[turn:], before)
     assert -1e-9 * before <= error_of(module, calls, root) - least <= 1e-5 * before
 
 
-@pytest.mark.parametrize("fault", ["biases are counted", "the step is doubled", "the mask is forgotten"])
+@pytest.mark.parametrize("full", [None, False, True])
+@pytest.mark.parametrize(("name", "path", "layers"), PARTS)
+@torch.no_grad()
+def test_the_moments_say_what_passes_would(name: str, path: str, layers: tuple[str, ...], full: bool | None) -> None:
+    module, calls = damaged(name, path, layers, torch.float64)
+    fit, apart = calls.split(1)
+    turn = recovery._Turn(module, fit, apart, None if full is None else some_metric(full), 8, 0.1)
+    layer: nn.Linear = module.get_submodule(layers[-1])  # type: ignore[assignment]
+    short, long = recovery._AtOutput(turn, layer, turn.error(apart)), recovery._Inside(turn, layers[-1:])
+    step = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    exact = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(short.gradient, long.gradient, **exact)
+    torch.testing.assert_close(short.gram, long.gram, **exact)
+    torch.testing.assert_close(short.curvature(step), long.curvature(step), **exact)
+    moved = layer.weight.detach() + step
+    assert short.held_out(moved) == pytest.approx(long.held_out(moved), rel=1e-9)
+
+
+FAULTS = ["biases are counted", "the step is doubled", "the last step is doubled", "the mask is forgotten"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "biases are counted":
         monkeypatch.setattr(recovery, "_without_biases", lambda module, layers: torch.no_grad())
-    elif fault == "the step is doubled":
-        honest = recovery._Turn._curvature
-        monkeypatch.setattr(recovery._Turn, "_curvature", lambda *args: tuple(part / 2 for part in honest(*args)))
+    elif fault.endswith("is doubled"):
+        place = recovery._AtOutput if "last" in fault else recovery._Inside
+        honest = place.curvature
+        monkeypatch.setattr(place, "curvature", lambda *args: tuple(part / 2 for part in honest(*args)))
     else:
         monkeypatch.setattr(recovery.torch, "where", lambda mask, yes, no: yes)
     with pytest.raises((AssertionError, RuntimeError)):
-        check_one_layer("qwen2", "self_attn", ("v_proj", "o_proj"), 0)
+        for turn in (0, 1):
+            check_one_layer("qwen2", "self_attn", ("v_proj", "o_proj"), turn)
         check_masks("qwen2", "self_attn", ("v_proj", "o_proj"))
 
 
