@@ -303,6 +303,9 @@ def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[st
         if tokens < recipe.metric_tokens:
             used.append(batch)
             tokens += batch.numel()
-    full = decoder.architecture.layers if recipe.output_metric == "full" else ()
+    architecture = decoder.architecture
+    # Units are columns of two layers only, and a matrix for each layer costs more than the pass itself.
+    whole = architecture.layers if recipe.units == "weights" else (architecture.output, architecture.mlp_consumer)
+    full = whole if recipe.output_metric == "full" else ()
     found = collect_metrics(decoder, used, sampled(recipe.seed), full=full)
     return {name: metric.damped(recipe.metric_damping) for name, metric in found.items()}

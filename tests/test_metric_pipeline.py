@@ -6,6 +6,7 @@ import torch
 from optprune.errors import InputError, NoSolver
 from optprune.models import Decoder
 from optprune.models.fisher import collect_metrics, sampled
+from optprune.objectives import linked
 from optprune.pipeline import prune
 from optprune.problems import SparseLeastSquares
 from optprune.recipe import load_recipe, make_recipe
@@ -58,10 +59,24 @@ def test_a_solver_that_cannot_couple_rows_says_so():
         prune(tiny_llama(), batches(), recipe)
 
 
-def test_units_are_pruned_under_a_metric_too():
-    for kind in ("diagonal", "full"):
-        report = prune(tiny_llama(), batches(), load_recipe("fasp", {"output_metric": kind}))
-        assert all(layer.gap < 1e-4 for layer in report.layers if layer.gap is not None)
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_units_are_pruned_under_the_metric_of_the_dense_model(kind):
+    seen = {}
+
+    def objective(context):
+        seen[context.name] = context.loss.metric
+        return linked(context)
+
+    recipe = make_recipe({"units": "all", "output_metric": kind, "seed": 7})
+    decoder = Decoder(tiny_llama())
+    expected = collect_metrics(decoder, batches(), sampled(7), full=decoder.architecture.layers)
+    report = prune(tiny_llama(), batches(), recipe.model_copy(update={"objective": objective}))
+    assert {name.split(".")[-1] for name in seen} == {"o_proj", "down_proj"}
+    for name, metric in seen.items():
+        assert metric.full == (kind == "full")
+        whole = expected[name] if metric.full else expected[name].only_diagonal()
+        assert torch.allclose(metric.matrix, whole.damped(0.01).matrix, rtol=1e-5, atol=1e-12)
+    assert all(layer.gap < 1e-4 for layer in report.layers if layer.gap is not None)
 
 
 def test_bad_fields_are_refused():
