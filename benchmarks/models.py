@@ -9,7 +9,8 @@
 All recipes get the same calibration tokens (news), damping, policy and evaluator. Rows are added to
 results/models.json one by one, with a digest of the recipe as it was run: what is there already is not run again, so a
 long table can be made in several goes, and what a recipe gave before it was changed is in no table. Each row names the
-machine. `run / floor` is the time of the whole run over that of its two calibration passes with their Gram products.
+machine. `run / floor` is the time of the whole run over that of its two calibration passes with their Gram products;
+memory is the most that the run took on top of the model.
 """
 
 import argparse
@@ -23,12 +24,16 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown
-from optprune import load_recipe, prune
+from optprune import Recipe, load_recipe, prune
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import load_model
+from optprune.report import Report
+from optprune.speed import memory_increase
 from optprune.texts import calibration_batches, read_documents, tokenise
 
 Settings = dict[str, Any]
@@ -147,7 +152,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             pruned = copy.deepcopy(model)
             batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
             try:
-                report = prune(pruned, batches, load_recipe(recipe, {**settings, "seed": seed}))
+                report, taken = measured(pruned, batches, load_recipe(recipe, {**settings, "seed": seed}))
             except InputError as error:
                 print(f"{recipe} {settings} is not for {name}: {error}", flush=True)
                 continue
@@ -161,9 +166,17 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
                     "mean layer error": mean(layer.relative_error for layer in report.layers),
                     "seconds": report.seconds,
                     "run / floor": report.seconds / report.floor_seconds,
+                    "memory, MiB": None if taken is None else taken / 2**20,
                     "machine": machine(),
                 }
             )
+
+
+def measured(model: PreTrainedModel, batches: list[Tensor], recipe: Recipe) -> tuple[Report, int | None]:
+    """Prune: the report, and the bytes that the run took on top of the model."""
+    reports: list[Report] = []
+    taken = memory_increase(model.device, lambda: reports.append(prune(model, batches, recipe)))
+    return reports[0], taken
 
 
 def read() -> list[dict[str, Any]]:
@@ -234,6 +247,7 @@ def _line(same: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": mean(row["seconds"] for row in same),
         # Some rows under stage by stage policies are from before their floor was right.
         "run / floor": mean(ratios) if (ratios := [row["run / floor"] for row in same if row["run / floor"]]) else "",
+        "memory, MiB": mean(taken) if (taken := [row["memory, MiB"] for row in same if row.get("memory, MiB")]) else "",
         "calibration tokens": first["tokens"],
     }
 

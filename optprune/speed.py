@@ -155,7 +155,7 @@ def measure_speed(
             after_run()
         increase = {}
         for name, model in models.items():
-            increase[name] = _memory_increase(model.device, lambda model=model: _run(model, ids, work.new_tokens))
+            increase[name] = memory_increase(model.device, lambda model=model: _run(model, ids, work.new_tokens))
             after_run()
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
         for _ in range(work.repeats):
@@ -234,7 +234,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _memory_increase(device: torch.device, run: Callable[[], object]) -> int | None:
+def memory_increase(device: torch.device, run: Callable[[], object]) -> int | None:
     """The bytes that a run takes at most on top of what is held before it; None where the system does not tell."""
     gc.collect()
     if device.type == "cuda":
