@@ -192,7 +192,8 @@ def digest(recipe: str, settings: Settings) -> str:
 @cache
 def _digest(recipe: str, settings: str) -> str:
     fields = load_recipe(recipe, json.loads(settings)).to_dict()
-    told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}
+    # What is off is left out, so that a field that is added later, and off, changes no digest.
+    told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from optprune.errors import NumericalError
-from optprune.moments import InputMoments
-from optprune.problems import LayerLoss, Problem
+from optprune.problems import Problem
 from optprune.recipe import Recipe
 from optprune.report import LayerReport
 from optprune.solvers import Solution, Status
@@ -27,7 +26,7 @@ def layer_report(
     problem: Problem,
     solution: Solution,
     written: Tensor,
-    held_out: InputMoments | None,
+    held_out_error: float | None,
     recipe: Recipe,
     kept: int,
     total: int,
@@ -42,15 +41,12 @@ def layer_report(
         notes.append(f"{dead} inputs were zero on every calibration token")
     if loss.moments.tokens < loss.moments.width:
         notes.append(f"fewer calibration tokens ({loss.moments.tokens}) than inputs ({loss.moments.width})")
-    elsewhere = None
-    if held_out is not None:
-        elsewhere = LayerLoss.of(loss.weight, held_out, fit_bias=loss.fit_bias).relative_error(written)
     return LayerReport(
         name=name,
         kind=problem.kind,
         solver=recipe.solver.label if recipe.solver else "chosen by the problem",
         relative_error=loss.relative_error(written),
-        held_out_error=elsewhere,
+        held_out_error=held_out_error,
         status=solution.status.name.lower(),
         objective=solution.objective,
         lower_bound=None if solution.certificate is None else solution.certificate.lower_bound,

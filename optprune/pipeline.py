@@ -24,6 +24,7 @@ from optprune.objectives import LayerContext
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, recover
+from optprune.refit import held_out_loss, refit
 from optprune.report import (
     BlockFinished,
     BlockStarted,
@@ -226,6 +227,11 @@ class _Run:
         problem = recipe.state(context)
         solution = solve(problem, recipe.solver)
         check(solution, name)
+        held_out, held_out_error = collected.held_out.get(target.tap), None
+        if held_out is not None and recipe.refit_damping:
+            refitted = refit(problem, solution, held_out, recipe.refit_damping, recipe.solver, join=not recipe.recovery)
+            problem, solution, held_out_error = refitted.problem, refitted.solution, refitted.held_out_error
+            check(solution, name)
         value = solution.value.to(layer.weight.dtype)
         bias = None if layer.bias is None else layer.bias + problem.loss.bias_change(value.to(loss.weight))
         write(layer, value, bias)
@@ -236,8 +242,9 @@ class _Run:
         else:
             kept, total = int((value != 0).sum()), value.numel()
             self.zeros += total - kept
-        held_out = collected.held_out.get(target.tap)
-        report = layer_report(name, problem, solution, value, held_out, recipe, kept, total, began)
+        if held_out is not None and held_out_error is None:
+            held_out_error = held_out_loss(loss, held_out).relative_error(value.to(loss.weight))
+        report = layer_report(name, problem, solution, value, held_out_error, recipe, kept, total, began)
         if recipe.strict and report.notes:
             raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")
         self.layers.append(report)

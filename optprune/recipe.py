@@ -14,6 +14,7 @@ from optprune.errors import InputError
 from optprune.models import POLICIES, Propagation
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.problems import Problem
+from optprune.refit import refitting
 from optprune.solvers import Chain, Solver
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -149,6 +150,9 @@ class Recipe(BaseModel):
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """the share of calibration batches kept apart to measure each layer's error on"""
+    refit_damping: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """dampings of the last refit for each layer to choose from by its error on the held-out batches, which are then
+    fitted too (not where recovery needs them); needs held_out, and a solver that ends with a refit"""
     recovery: int = Field(default=0, ge=0)
     """rounds in which the kept weights of a pruned sub-module are refitted against its dense output; needs held_out"""
     recovery_steps: int = Field(default=8, ge=1)
@@ -172,6 +176,12 @@ class Recipe(BaseModel):
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
         if self.recovery and not self.held_out:
             raise ValueError("recovery needs held-out batches to decide where to stop: set held_out, such as 0.125")
+        if self.refit_damping and not self.held_out:
+            raise ValueError("refit_damping is chosen on held-out batches: set held_out, such as 0.125")
+        if self.refit_damping and self.solver is not None and refitting(self.solver) is None:
+            raise ValueError(
+                f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"
+            )
         kept = n_of_m(self.pattern)
         if kept is not None and self.units == "weights":
             n, m = kept

@@ -1,0 +1,70 @@
+"""The ridge of the last refit, chosen layer by layer on held-out tokens, which then join the tokens fitted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from optprune.moments import InputMoments
+from optprune.problems import LayerLoss, Problem
+from optprune.solvers import Chain, ConjugateGradients, Restore, Solution, Solver, choose, solve
+from optprune.solvers.solution import Record
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A layer's answer refitted under the ridge that the held-out tokens chose."""
+
+    problem: Problem
+    """with that ridge, over the tokens it was fitted on in the end"""
+    solution: Solution
+    held_out_error: float
+    """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, of the answer that knew nothing of them"""
+
+
+def refitting(solver: Solver) -> Solver | None:
+    """The refit that a solver ends with; None where it ends with anything else."""
+    last = solver.stages[-1] if isinstance(solver, Chain) and solver.stages else solver
+    return last if isinstance(last, Restore | ConjugateGradients) else None
+
+
+def held_out_loss(loss: LayerLoss, held_out: InputMoments) -> LayerLoss:
+    """The same loss over held-out tokens, without a ridge."""
+    return LayerLoss.of(loss.weight, held_out, fit_bias=loss.fit_bias, metric=loss.metric)
+
+
+def refit(
+    problem: Problem,
+    solution: Solution,
+    held_out: InputMoments,
+    dampings: Sequence[float],
+    solver: Solver | None = None,
+    *,
+    join: bool = True,
+) -> Refitted:
+    """Refit an answer on its support under each damping, and keep the one with the least loss on held-out tokens.
+
+    The loss is that of the problem, with its output metric, and without a ridge; a damping is a share of the mean
+    diagonal of the Gram matrix, as in a recipe. `solver` is what gave the answer: the refit is its last stage. With
+    `join` the held-out tokens are then fitted too, under the ridge they chose. Costs a refit for each damping and one
+    more. The lower bound of the answer, if it had one, does not survive.
+    """
+    loss, last = problem.loss, refitting(choose(problem) if solver is None else solver)
+    assert last is not None
+    apart = held_out_loss(loss, held_out)
+    # Problems are frozen dataclasses with a loss, by contract.
+    problems = [replace(problem, loss=loss.damped(damping)) for damping in dampings]  # type: ignore[type-var]
+    answers = [solve(damped, last, start=solution.value) for damped in problems]
+    losses = [apart.value(answer.value) for answer in answers]
+    best = losses.index(min(losses))
+    fitted, answer = problems[best], answers[best]
+    error = apart.relative_error(answer.value)
+    if join:
+        joined = replace(loss, moments=loss.moments.merge(held_out)).damped(dampings[best])
+        fitted = replace(problem, loss=joined)  # type: ignore[type-var]
+        answer = solve(fitted, last, start=solution.value)
+    return Refitted(fitted, _after(solution, answer, fitted.objective(solution.value)), error)
+
+
+def _after(before: Solution, answer: Solution, objective: float) -> Solution:
+    """The refitted answer with the history of what it was refitted from."""
+    record = Record("before the refit", before.steps, before.seconds, objective)
+    return replace(answer, certificate=None, history=(*before.history, record), notes=(*before.notes, *answer.notes))
