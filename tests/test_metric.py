@@ -12,7 +12,7 @@ from optprune.metric import MetricSums, OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
 from optprune.problems import LayerLoss, MaskedLeastSquares, SparseLeastSquares
-from optprune.solvers import Admm, Chain, ConjugateGradients, Restore, Wanda, choose, solve
+from optprune.solvers import Admm, ConjugateGradients, Restore, Wanda, choose, solve
 from optprune.testing.references import rounding
 from optprune.testing.strategies import losses, metrics, samples, weights
 
@@ -212,21 +212,6 @@ def test_a_diagonal_matrix_is_its_diagonal(kind):
     for solver in (Wanda(), Admm()):
         expected = solve(scaled, solver).value / diagonal.sqrt()[:, None]
         assert torch.allclose(solve(problem, solver).value, expected, rtol=1e-9, atol=1e-12)
-
-
-@given(st.integers(0, 2**32 - 1))
-def test_admm_can_take_a_matrix_for_its_diagonal(seed):
-    generator = torch.Generator().manual_seed(seed)
-    metric = OutputMetric.from_samples(torch.randn(9, 4, generator=generator, dtype=torch.float64)).damped(0.1)
-    problem = SparseLeastSquares(layer(metric), Unstructured(12))
-    diagonal = replace(problem, loss=layer(metric.only_diagonal()))
-    apart = solve(problem, Admm(couple=False))
-    assert torch.allclose(apart.value, solve(diagonal, Admm()).value, rtol=1e-9, atol=1e-12)
-    # The refit sees the couplings again, and keeps the mask.
-    refitted = solve(problem, Chain((Admm(couple=False), ConjugateGradients(1e-10))))
-    assert torch.equal(refitted.value != 0, apart.value != 0)
-    exact = solve(MaskedLeastSquares(problem.loss, apart.value != 0), ConjugateGradients(1e-12)).objective
-    assert refitted.objective == pytest.approx(exact, rel=1e-6)
 
 
 @given(st.integers(0, 2**32 - 1))

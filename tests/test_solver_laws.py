@@ -50,7 +50,6 @@ MADE_BY_HAND = {
         Chain((Restore(), FaspMetric())),
         Chain(()),
         Chain((Wanda(), ConjugateGradients())),
-        Chain((Admm(couple=False), ConjugateGradients())),
         Chain((Admm(), ConjugateGradients(), Swaps(), Restore())),
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
     ],

@@ -52,8 +52,7 @@ class Admm(Solver[AdmmState]):
 
     H keeps the mask of the pattern with the largest total of squares. One eigendecomposition of A' serves every rho.
     Under a full output metric S the first step solves S V' A' + rho V' = S B' - U + rho Z, which is as exact in the
-    eigenbases of S and A'. `couple` False takes S for its diagonal instead: a third of the cost or less, and a mask
-    that a refit under the whole of S makes good use of.
+    eigenbases of S and A'.
     Every `every` steps rho grows by 1.3, 1.2 or 1.1 as more than 10, 0.5 or 0 percent of the kept weights moved,
     and the method stops when none did. `haste` is an exponent on these factors: 1 is ALPS; a third of it takes about
     twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
@@ -67,7 +66,6 @@ class Admm(Solver[AdmmState]):
     haste: float = 1.0
     every: int = 3
     most: int = 300
-    couple: bool = True
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SelectionProblem):
@@ -80,9 +78,8 @@ class Admm(Solver[AdmmState]):
         scale = column_scale(loss.gram)
         values, vectors = torch.linalg.eigh(loss.gram / torch.outer(scale, scale))
         values, row_vectors = values.clamp(min=0), None
-        coupled = loss.coupled and self.couple
-        target = (loss.linear if coupled else loss.target) / scale
-        if coupled:
+        target = loss.linear / scale
+        if loss.coupled:
             assert loss.metric is not None
             row_values, row_vectors = torch.linalg.eigh(loss.metric.matrix)
             values = torch.outer(row_values.clamp(min=0), values)
@@ -96,7 +93,7 @@ class Admm(Solver[AdmmState]):
             vectors=vectors,
             row_vectors=row_vectors,
             target=target,
-            inverse=None if coupled else _inverse(values, vectors, self.rho),
+            inverse=None if loss.coupled else _inverse(values, vectors, self.rho),
             sparse=dense,
             dual=torch.zeros_like(dense),
             rho=self.rho,
