@@ -69,6 +69,7 @@ def prune(
     removed: tuple[RemovedPart, ...] = ()
     notes: tuple[str, ...] = ()
     metrics = _metrics(decoder, batches, recipe)
+    batches, held_out = _hold_out(batches, recipe.held_out)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
         if allocation is not None:
@@ -84,7 +85,7 @@ def prune(
         else:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)
-        run.metrics = metrics
+        run.metrics, run.held_out = metrics, held_out
         run.start(stream)
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
@@ -127,6 +128,8 @@ class _Run:
         """weights set to zero in layers that kept their shape"""
         self.metrics: dict[str, OutputMetric] = {}
         """of the dense model, by the layer's full name; empty where outputs count alike"""
+        self.held_out = 0
+        """how many batches, the last ones, are kept apart"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self._targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
@@ -137,13 +140,6 @@ class _Run:
         """what the current block will really get"""
         self.dense = stream.copy() if self.recipe.propagation.two_paths else stream
         """what the current block gets in the dense model; the same stream where the policy follows only one path"""
-        count = len(stream.hidden)
-        self.held_out = max(1, round(self.recipe.held_out * count)) if self.recipe.held_out else 0
-        if self.held_out == count:
-            raise InputError(
-                f"held_out {self.recipe.held_out:g} of {count} calibration batches leaves none to calibrate on: "
-                "give more samples"
-            )
         if self.recipe.recovery:
             self._check_recovery()
 
@@ -299,6 +295,27 @@ class _Run:
 
     def _share(self, index: int, target: Target) -> float:
         return self.allocation.blocks[index].share(target.path)
+
+
+def _hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
+    """The batches cut so that the last ones hold a share of the sequences, one at least, and how many those are."""
+    if not share:
+        return batches, 0
+    count = sum(len(batch) for batch in batches)
+    apart = max(1, round(share * count))
+    if apart >= count:
+        raise InputError(
+            f"held_out {share:g} of {count} calibration sequences leaves none to calibrate on: give more samples"
+        )
+    kept, held = list(batches), list[Tensor]()
+    while apart:
+        last = kept.pop()
+        taken = min(apart, len(last))
+        held.append(last[len(last) - taken :])
+        if taken < len(last):
+            kept.append(last[: len(last) - taken])
+        apart -= taken
+    return kept + held[::-1], len(held)
 
 
 def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[str, OutputMetric]:

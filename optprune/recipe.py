@@ -149,14 +149,14 @@ class Recipe(BaseModel):
     depth_tokens: int = Field(default=1024, ge=2)
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
-    """the share of calibration batches kept apart to measure each layer's error on"""
+    """the share of the calibration sequences, the last ones, kept apart to measure each layer's error on"""
     refit_damping: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """dampings of the last refit for each layer to choose from by its error on the held-out batches, which are then
+    """dampings of the last refit for each layer to choose from by its error on the held-out tokens, which are then
     fitted too (not where recovery needs them); needs held_out, and a solver that ends with a refit"""
     recovery: int = Field(default=0, ge=0)
     """rounds in which the kept weights of a pruned sub-module are refitted against its dense output; needs held_out"""
     recovery_steps: int = Field(default=8, ge=1)
-    """conjugate gradient steps a layer and round, at most: the held-out batches decide where to stop"""
+    """conjugate gradient steps a layer and round, at most: the held-out tokens decide where to stop"""
     recovery_damping: float = Field(default=0.1, ge=0)
     """the ridge of recovery towards the weights it begins with, as a share of the mean diagonal of its Hessian"""
     strict: bool = False
@@ -175,9 +175,9 @@ class Recipe(BaseModel):
         if self.objective is OBJECTIVES["sparse"] and self.units != "weights":
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
         if self.recovery and not self.held_out:
-            raise ValueError("recovery needs held-out batches to decide where to stop: set held_out, such as 0.125")
+            raise ValueError("recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125")
         if self.refit_damping and not self.held_out:
-            raise ValueError("refit_damping is chosen on held-out batches: set held_out, such as 0.125")
+            raise ValueError("refit_damping is chosen on held-out tokens: set held_out, such as 0.125")
         if self.refit_damping and self.solver is not None and refitting(self.solver) is None:
             raise ValueError(
                 f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"

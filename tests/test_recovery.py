@@ -14,7 +14,7 @@ from optprune.metric import OutputMetric
 from optprune.models import POLICIES, Decoder
 from optprune.models.calibrate import calibrating, first_inputs
 from optprune.models.decoder import write
-from optprune.pipeline import prune
+from optprune.pipeline import _hold_out, prune
 from optprune.recipe import load_recipe
 from optprune.recovery import Calls, calls_of, recover
 from tests.tiny_models import TINY_MODELS
@@ -235,8 +235,16 @@ def test_recovery_asks_for_what_it_needs() -> None:
         prune(TINY_MODELS["llama"]().to(torch.bfloat16), batches(), load_recipe("fasp", settings))
 
 
-def test_one_batch_at_least_is_held_out_and_one_is_left() -> None:
-    report = prune(TINY_MODELS["llama"](), batches(), load_recipe("fasp", {"recovery": 1, "held_out": 0.01}))
-    assert report.recovered
+@pytest.mark.parametrize(("share", "apart"), [(0.01, 1), (0.25, 2), (0.375, 3), (0.5, 4), (0.8, 6)])
+def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
+    given = batches(4)
+    cut, held = _hold_out(given, share)
+    assert torch.equal(torch.cat(cut), torch.cat(given))
+    assert torch.equal(torch.cat(cut[-held:]), torch.cat(given)[-apart:])
+    report = prune(TINY_MODELS["llama"](), given, load_recipe("fasp", {"held_out": share}))
+    assert all(layer.tokens == (8 - apart) * 24 for layer in report.layers)
+
+
+def test_one_sequence_at_least_is_left() -> None:
     with pytest.raises(InputError, match="leaves none to calibrate on"):
-        prune(TINY_MODELS["llama"](), batches(1), load_recipe("fasp", {"held_out": 0.01}))
+        prune(TINY_MODELS["llama"](), batches(1), load_recipe("fasp", {"held_out": 0.9}))
