@@ -52,7 +52,11 @@ def refit(
     apart = held_out_loss(loss, held_out)
     # Problems are frozen dataclasses with a loss, by contract.
     problems = [replace(problem, loss=loss.damped(damping)) for damping in dampings]  # type: ignore[type-var]
-    answers = [solve(damped, last, start=solution.value) for damped in problems]
+    answers, start = list[Solution](), solution.value
+    for damped in problems:
+        # A path: each answer is near the one before.
+        answers.append(solve(damped, last, start=start))
+        start = answers[-1].value
     losses = [apart.value(answer.value) for answer in answers]
     best = losses.index(min(losses))
     fitted, answer = problems[best], answers[best]
@@ -60,7 +64,7 @@ def refit(
     if join:
         joined = replace(loss, moments=loss.moments.merge(held_out)).damped(dampings[best])
         fitted = replace(problem, loss=joined)  # type: ignore[type-var]
-        answer = solve(fitted, last, start=solution.value)
+        answer = solve(fitted, last, start=answer.value)
     return Refitted(fitted, _after(solution, answer, fitted.objective(solution.value)), error)
 
 
