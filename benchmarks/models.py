@@ -43,6 +43,8 @@ HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
+CHOSEN_RIDGE: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]}
+GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
@@ -58,7 +60,7 @@ def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
     rows = {"output_metric": "diagonal", "metric_damping": 0.01}
     full = {"output_metric": "full", "metric_damping": 0.1}
     parts = (plain, plain | rows, plain | full, plain | rows | GLOBAL, plain | full | GLOBAL)
-    return [(recipe, settings | part) for part in (*parts, plain | RECOVERY, RECOVERY)]
+    return [(recipe, settings | part) for part in (*parts, GIVEN_RIDGE, plain | RECOVERY, RECOVERY)]
 
 
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
@@ -70,7 +72,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
-    + [("fasp", {"sparsity": sparsity, **NOT_RESTORED}) for sparsity in (0.2, 0.1, 0.3)],
+    + [
+        ("fasp", {"sparsity": sparsity, **more})
+        for sparsity in (0.2, 0.1, 0.3)
+        for more in (NOT_RESTORED, CHOSEN_RIDGE)
+    ],
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
