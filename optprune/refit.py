@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Problem
 from optprune.solvers import Chain, ConjugateGradients, Restore, Solution, Solver, choose, solve
+from optprune.solvers.run import answer
 from optprune.solvers.solution import Record
 
 
@@ -52,23 +55,26 @@ def refit(
     apart = held_out_loss(loss, held_out)
     # Problems are frozen dataclasses with a loss, by contract.
     problems = [replace(problem, loss=loss.damped(damping)) for damping in dampings]  # type: ignore[type-var]
-    answers, start = list[Solution](), solution.value
+    values, value = list[Tensor](), solution.value
     for damped in problems:
         # A path: each answer is near the one before.
-        answers.append(solve(damped, last, start=start))
-        start = answers[-1].value
-    losses = [apart.value(answer.value) for answer in answers]
+        value = answer(damped, last, value)
+        values.append(value)
+    losses = [apart.value(value) for value in values]
     best = losses.index(min(losses))
-    fitted, answer = problems[best], answers[best]
-    error = apart.relative_error(answer.value)
+    fitted = problems[best]
     if join:
         joined = replace(loss, moments=loss.moments.merge(held_out)).damped(dampings[best])
         fitted = replace(problem, loss=joined)  # type: ignore[type-var]
-        answer = solve(fitted, last, start=answer.value)
-    return Refitted(fitted, _after(solution, answer, fitted.objective(solution.value)), error)
-
-
-def _after(before: Solution, answer: Solution, objective: float) -> Solution:
-    """The refitted answer with the history of what it was refitted from."""
-    record = Record("before the refit", before.steps, before.seconds, objective)
-    return replace(answer, certificate=None, history=(*before.history, record), notes=(*before.notes, *answer.notes))
+    refitted = solve(fitted, last, start=values[best])
+    record = Record("before the refit", solution.steps, solution.seconds, fitted.objective(solution.value))
+    return Refitted(
+        fitted,
+        replace(
+            refitted,
+            certificate=None,
+            history=(*solution.history, record),
+            notes=(*solution.notes, *refitted.notes),
+        ),
+        apart.relative_error(values[best]),
+    )

@@ -30,7 +30,7 @@ merge = InputMoments.merge
 def scaled_step(factor):
     """Restoration whose step is multiplied by a factor; its certificate, which would say so too, is left out."""
 
-    def answer(self, problem):
+    def answer(self, problem, certify=True):
         start = problem.start()
         return replace(
             restore(self, problem), value=start + factor * (restore(self, problem).value - start), certificate=None
@@ -44,11 +44,11 @@ def newton_step_of_the_wrong_sign(*arguments):
     return -found, singular
 
 
-def start_unchanged(self, problem):
+def start_unchanged(self, problem, certify=True):
     return replace(restore(self, problem), value=problem.start(), certificate=None)
 
 
-def inverted(self, problem):
+def inverted(self, problem, certify=True):
     other = MaskedLeastSquares(problem.loss, ~problem.mask)
     return restore(self, other)
 
@@ -63,35 +63,35 @@ def raised(by):
     return certify
 
 
-def undamped(self, problem):
+def undamped(self, problem, certify=True):
     found = restore(self, replace(problem, loss=problem.loss.damped(0.0)))
     return replace(found, certificate=None)
 
 
-def bias_forgotten(self, problem):
+def bias_forgotten(self, problem, certify=True):
     found = restore(self, replace(problem, loss=replace(problem.loss, fit_bias=False)))
     return replace(found, certificate=None)
 
 
-def dense_forgotten(self, problem):
+def dense_forgotten(self, problem, certify=True):
     statistics = replace(problem.loss.moments, dense=None)
     found = restore(self, replace(problem, loss=replace(problem.loss, moments=statistics)))
     return replace(found, certificate=None)
 
 
-def last_row_skipped(self, problem):
+def last_row_skipped(self, problem, certify=True):
     found = restore(self, problem)
     found.value[-1] = problem.start()[-1]
     return found
 
 
-def first_row_for_all(self, problem):
+def first_row_for_all(self, problem, certify=True):
     """One factor for all rows, whatever their masks: right where the mask is shared."""
     shared = restore(self, replace(problem, mask=problem.mask[:1]))
     return replace(shared, value=torch.where(problem.mask, shared.value, 0.0))
 
 
-def in_place(self, problem):
+def in_place(self, problem, certify=True):
     found = restore(self, problem)
     problem.loss.weight.copy_(found.value)
     return found

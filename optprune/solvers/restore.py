@@ -63,17 +63,17 @@ class Restore(DirectSolver):
         if isinstance(problem, MaskedLeastSquares):
             return self._restore(problem)
         assert isinstance(problem, SelectionProblem)
-        refit = self._restore(problem.restrict(problem.support(start)))
-        # The bound holds for this choice only, not for the best choice, so it is not passed on.
-        return Answer(refit.value, None, refit.notes)
+        # A bound would hold for this choice only, not for the best choice.
+        return self._restore(problem.restrict(problem.support(start)), certify=False)
 
-    def _restore(self, problem: MaskedLeastSquares) -> Answer:
+    def _restore(self, problem: MaskedLeastSquares, certify: bool = True) -> Answer:
         loss, mask = problem.loss, problem.mask
         value = problem.start()
         gram = loss.gram.to(self.factor_dtype)
         change, singular = _newton_step(gram, loss.residual(value).to(gram), mask, _rounding(loss), _noise(loss))
         value = value + change.to(value)
-        return Answer(value, _certificate(problem, gram, value), (SINGULAR,) if singular else ())
+        certificate = _certificate(problem, gram, value) if certify else None
+        return Answer(value, certificate, (SINGULAR,) if singular else ())
 
 
 def _mask(problem: MaskedLeastSquares | SelectionProblem, start: Tensor) -> Bool[Tensor, "rows in"]:

@@ -16,6 +16,7 @@ from optprune.solvers.auto import choose
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Solution, Status
 
+MOST_STEPS = 10_000
 Callback = Callable[[int, Callable[[], Tensor]], None]
 """called after every step with the number of steps and a function that gives the current weight"""
 
@@ -25,7 +26,7 @@ def solve(
     solver: Solver | None = None,
     *,
     start: Tensor | None = None,
-    max_steps: int = 10_000,
+    max_steps: int = MOST_STEPS,
     max_seconds: float = math.inf,
     callback: Callback | None = None,
 ) -> Solution:
@@ -47,19 +48,12 @@ def solve(
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
     began = time.perf_counter()
     with torch.no_grad():
-        state = solver.init(even, start if units is None else units.into(start))
-        steps = 0
-        while (status := solver.done(even, state)) is None:
-            if steps >= max_steps:
-                status = Status.STEP_LIMIT
-                break
-            if time.perf_counter() - began >= max_seconds:
-                status = Status.TIME_LIMIT
-                break
-            state = solver.step(even, state)
-            steps += 1
+
+        def told(steps: int, state: Any) -> None:
             if callback is not None:
                 callback(steps, partial(_value, solver, even, state, units))
+
+        state, status, steps = _iterate(even, solver, _into(start, units), max_steps, began + max_seconds, told)
         value = _value(solver, even, state, units)
         certificate = solver.certify(even, state)
         seconds = time.perf_counter() - began
@@ -70,6 +64,34 @@ def solve(
     return Solution(
         value, objective, violation, status, steps, seconds, certificate, solver.history(state), solver.notes(state)
     )
+
+
+def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:
+    """What `solve` would return as the value, neither measured nor certified: for the inner steps of something else."""
+    even, units = problem.even()
+    with torch.no_grad():
+        state, _, _ = _iterate(even, solver, _into(start, units), MOST_STEPS, math.inf, lambda steps, state: None)
+        return _value(solver, even, state, units)
+
+
+def _iterate(
+    problem: Problem, solver: Solver, start: Tensor, most: int, until: float, told: Callable[[int, Any], None]
+) -> tuple[Any, Status, int]:
+    """The solver's last state, why it stopped, and after how many steps."""
+    state, steps = solver.init(problem, start), 0
+    while (status := solver.done(problem, state)) is None:
+        if steps >= most:
+            return state, Status.STEP_LIMIT, steps
+        if time.perf_counter() >= until:
+            return state, Status.TIME_LIMIT, steps
+        state = solver.step(problem, state)
+        steps += 1
+        told(steps, state)
+    return state, status, steps
+
+
+def _into(weight: Tensor, units: RowUnits | None) -> Tensor:
+    return weight if units is None else units.into(weight)
 
 
 def _value(solver: Solver, problem: Problem, state: Any, units: RowUnits | None) -> Tensor:
