@@ -60,7 +60,7 @@ def test_better_solvers_leave_smaller_errors() -> None:
     """On the same moments: the first layers of the first block, whose inputs are those of the dense model."""
 
     def error(recipe: str) -> float:
-        options = {"pattern": "rows", "propagation": "dense", "held_out": 0.0, "refit_damping": []}
+        options = {"pattern": "rows", "propagation": "dense"}
         report = prune(tiny_llama(), batches(), load_recipe(recipe, options))
         return sum(layer.relative_error for layer in report.layers) / len(report.layers)
 
