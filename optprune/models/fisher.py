@@ -14,7 +14,7 @@ from optprune.metric import MetricSums, OutputMetric
 from optprune.models.calibrate import calibrating, first_output
 from optprune.models.decoder import Decoder
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 """how many tokens go through the model together: the logits of a large vocabulary are the largest tensors here"""
 POSITIONS_AT_ONCE = 256
 """how many distributions over the vocabulary are cumulated together"""
