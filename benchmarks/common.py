@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -67,12 +68,18 @@ def machine() -> str:
     )
 
 
-def write_table(name: str, title: str, rows: Sequence[dict[str, Any]], command: str) -> str:
+def command() -> str:
+    """What the benchmark was called with."""
+    spec = sys.modules["__main__"].__spec__
+    return " ".join(["python -m", "?" if spec is None else spec.name, *sys.argv[1:]])
+
+
+def write_table(name: str, title: str, rows: Sequence[dict[str, Any]]) -> str:
     """Write rows as results/NAME.json and results/NAME.md, and return the Markdown."""
     RESULTS.mkdir(exist_ok=True)
-    text = "\n".join([f"# {title}", "", f"`{command}`", "", machine(), "", markdown(rows)])
+    text = "\n".join([f"# {title}", "", f"`{command()}`", "", machine(), "", markdown(rows)])
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    data = {"title": title, "command": command, "machine": machine(), "rows": list(rows)}
+    data = {"title": title, "command": command(), "machine": machine(), "rows": list(rows)}
     (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return text
 

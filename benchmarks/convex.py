@@ -197,7 +197,7 @@ def main() -> None:
         f"extrapolated to all; {versions}"
     )
     rows = with_earlier("convex", rows, ["layer", "solver"])
-    print(write_table("convex", title, rows, "python -m benchmarks.convex"))
+    print(write_table("convex", title, rows))
 
 
 def add(rows: list, shape: str, solver: str, solved: str, reached: dict[float, float], factor: float) -> None:

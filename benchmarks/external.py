@@ -291,7 +291,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     tokens = f"{options.samples * options.seq_length} calibration tokens of news, seed {options.seed}"
-    command = f"python -m benchmarks.external {options.tier}"
     if options.tier == "units":
         if not importlib.util.find_spec("optipfair"):
             parser.error("optipfair is not installed here")
@@ -300,7 +299,7 @@ def main() -> None:
             f"{options.windows * options.seq_length} tokens of each text"
         )
         title = f"{title}: {tokens}; optipfair {version('optipfair')}"
-        print(write_table("external_units", title, unit_tier(options), command))
+        print(write_table("external_units", title, unit_tier(options)))
         return
     if options.tier == "model":
         options.methods = [method for method in options.methods if method != "alps"]
@@ -318,7 +317,7 @@ def main() -> None:
             f"{options.windows * options.seq_length} held-out tokens"
         )
         rows = with_earlier("external_model", rows, ["method", "pattern", "code"])
-    print(write_table(f"external_{options.tier}", f"{title}: {tokens}, damping {DAMPING}; {used}", rows, command))
+    print(write_table(f"external_{options.tier}", f"{title}: {tokens}, damping {DAMPING}; {used}", rows))
 
 
 if __name__ == "__main__":

@@ -51,11 +51,7 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    print(
-        write_table(
-            "fista_cost", "A FISTA iteration over the bare matrix product", rows, "python -m benchmarks.fista_cost"
-        )
-    )
+    print(write_table("fista_cost", "A FISTA iteration over the bare matrix product", rows))
 
 
 if __name__ == "__main__":

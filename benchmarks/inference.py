@@ -12,7 +12,6 @@ weights and the most that a run takes on top; a safetensors file is as large as 
 
 import argparse
 import copy
-import sys
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -73,7 +72,7 @@ def main() -> None:
         f"{work.prompt_tokens} tokens, {work.new_tokens} new tokens, medians (quartiles) of {work.repeats} repeats"
     )
     name = f"inference_{options.model.replace('-', '_')}"
-    print(write_table(name, title, rows, "python -m benchmarks.inference " + " ".join(sys.argv[1:])))
+    print(write_table(name, title, rows))
 
 
 def llama3_8b(blocks: int, vocabulary: int, dtype: torch.dtype) -> PreTrainedModel:

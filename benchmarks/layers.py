@@ -8,7 +8,6 @@ Every solver gets the same damped loss (1 percent of the mean diagonal); errors 
 """
 
 import argparse
-import sys
 import time
 from collections import defaultdict
 
@@ -85,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     found = layers(options.samples, options.held_out, options.seq_length, options.blocks, options.seed)
     if options.starts:
-        print(write_table("layers_starts", title(found, options), by_start(found, options), command()))
+        print(write_table("layers_starts", title(found, options), by_start(found, options)))
         return
     rows = []
     for name in options.settings:
@@ -96,7 +95,7 @@ def main() -> None:
                     sums[key] += value / len(found)
             rows.append({"setting": name, "solver": solver, **sums})
             print(rows[-1], flush=True)
-    print(write_table("layers", title(found, options), rows, command()))
+    print(write_table("layers", title(found, options), rows))
 
 
 def title(found, options) -> str:
@@ -106,10 +105,6 @@ def title(found, options) -> str:
         f"every stage), means: {tokens} calibration tokens of news, {options.held_out * options.seq_length} held out, "
         f"damping {options.damping:g}, seed {options.seed}"
     )
-
-
-def command() -> str:
-    return " ".join(["python -m benchmarks.layers", *sys.argv[1:]])
 
 
 def by_start(found, options) -> list[dict[str, float | str]]:

@@ -8,7 +8,6 @@ objective is with it. Every choice is refitted, except where the name says other
 """
 
 import argparse
-import sys
 from collections import defaultdict
 
 from benchmarks.common import write_table
@@ -77,8 +76,7 @@ def main() -> None:
         f"SmolLM2-135M-Instruct, means: {tokens} calibration tokens of news, "
         f"{options.held_out * options.seq_length} held out, damping {options.damping:g}, seed {options.seed}"
     )
-    command = " ".join(["python -m benchmarks.structured_layers", *sys.argv[1:]])
-    print(write_table(options.name, title, rows, command))
+    print(write_table(options.name, title, rows))
 
 
 if __name__ == "__main__":
