@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from optprune.errors import InputError
 from optprune.models import LoadedModel, load_model
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
@@ -24,20 +25,28 @@ class Setting:
     """A model with its calibration batches and evaluation windows."""
 
     loaded: LoadedModel
-    batches: list[Tensor]
+    batches: Sequence[Tensor]
     windows: Tensor
 
 
 def setting(samples: int, seq_length: int, windows: int, seed: int) -> Setting:
     """The packaged model, calibrated on one half of the news articles and evaluated on the other."""
     loaded = load_model("demo")
-    tokens = tokenise(loaded.tokenizer, read_documents("demo:calibration"))
-    held_out = tokenise(loaded.tokenizer, read_documents("demo:evaluation"))
+    tokenizer = tokenizer_of(loaded)
+    tokens = tokenise(tokenizer, read_documents("demo:calibration"))
+    held_out = tokenise(tokenizer, read_documents("demo:evaluation"))
     return Setting(
         loaded,
         calibration_batches(tokens, samples, seq_length, seed),
         evaluation_windows(held_out, seq_length, windows),
     )
+
+
+def tokenizer_of(loaded: LoadedModel) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, without which there is nothing to measure on."""
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.source} has no tokenizer: save one beside the model")
+    return loaded.tokenizer
 
 
 TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}

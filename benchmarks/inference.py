@@ -91,7 +91,7 @@ def llama3_8b(blocks: int, vocabulary: int, dtype: torch.dtype) -> PreTrainedMod
 
 def narrowed(dense: PreTrainedModel, sparsity: float, multiple: int) -> PreTrainedModel:
     """A copy with as many MLP units fewer as the sparsity says."""
-    width = uniform(Decoder(dense), sparsity, "mlp", multiple).mlp_units
+    width = uniform(Decoder(dense), sparsity, "mlp", multiple).blocks[0].shape.mlp_width
     model = copy.deepcopy(dense)
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):

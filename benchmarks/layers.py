@@ -57,7 +57,7 @@ def layers(samples: int, held_out: int, seq_length: int, blocks: list[int], seed
     apart = [window[None] for window in here.windows]
     found = []
     with calibrating(decoder):
-        stream = first_inputs(decoder, here.batches + apart)
+        stream = first_inputs(decoder, [*here.batches, *apart])
         for index in range(max(blocks) + 1):
             following: Stream = stream.copy()
             taps = [stage[0] for stage in decoder.architecture.stages] if index in blocks else []

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown
+from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
 from optprune import Recipe, load_recipe, prune
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
@@ -128,8 +128,9 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
     loaded = load_model(options.model)
     model, name = loaded.model, "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name
     original = copy.deepcopy(model.state_dict())
-    windows = evaluation_texts(loaded.tokenizer, options.seq_length, options.windows)
-    calibration = tokenise(loaded.tokenizer, read_documents("demo:calibration"))
+    tokenizer = tokenizer_of(loaded)
+    windows = evaluation_texts(tokenizer, options.seq_length, options.windows)
+    calibration = tokenise(tokenizer, read_documents("demo:calibration"))
     tokens, evaluated = options.samples * options.seq_length, options.windows * options.seq_length
 
     def add(row: dict[str, Any]) -> None:
@@ -178,7 +179,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             )
 
 
-def measured(model: PreTrainedModel, batches: list[Tensor], recipe: Recipe) -> tuple[Report, int | None]:
+def measured(model: PreTrainedModel, batches: Iterable[Tensor], recipe: Recipe) -> tuple[Report, int | None]:
     """Prune: the report, and the bytes that the run took on top of the model."""
     reports: list[Report] = []
     taken = memory_increase(model.device, lambda: reports.append(prune(model, batches, recipe)))
