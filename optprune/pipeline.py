@@ -17,7 +17,7 @@ from optprune.errors import InputError, StrictError
 from optprune.layer_report import check, layer_report, summary
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
-from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs
+from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs, hold_out
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
@@ -69,7 +69,7 @@ def prune(
     removed: tuple[RemovedPart, ...] = ()
     notes: tuple[str, ...] = ()
     metrics = _metrics(decoder, batches, recipe)
-    batches, held_out = _hold_out(batches, recipe.held_out)
+    batches, held_out = hold_out(batches, recipe.held_out)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
         if allocation is not None:
@@ -239,7 +239,7 @@ class _Run:
             kept, total = int((value != 0).sum()), value.numel()
             self.zeros += total - kept
         if held_out is not None and held_out_error is None:
-            held_out_error = held_out_loss(loss, held_out).relative_error(value.to(loss.weight))
+            held_out_error = held_out_loss(problem.loss, held_out).relative_error(value.to(loss.weight))
         report = layer_report(name, problem, solution, value, held_out_error, recipe, kept, total, began)
         if recipe.strict and report.notes:
             raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")
@@ -295,27 +295,6 @@ class _Run:
 
     def _share(self, index: int, target: Target) -> float:
         return self.allocation.blocks[index].share(target.path)
-
-
-def _hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
-    """The batches cut so that the last ones hold a share of the sequences, one at least, and how many those are."""
-    if not share:
-        return batches, 0
-    count = sum(len(batch) for batch in batches)
-    apart = max(1, round(share * count))
-    if apart >= count:
-        raise InputError(
-            f"held_out {share:g} of {count} calibration sequences leaves none to calibrate on: give more samples"
-        )
-    kept, held = list(batches), list[Tensor]()
-    while apart:
-        last = kept.pop()
-        taken = min(apart, len(last))
-        held.append(last[len(last) - taken :])
-        if taken < len(last):
-            kept.append(last[: len(last) - taken])
-        apart -= taken
-    return kept + held[::-1], len(held)
 
 
 def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[str, OutputMetric]:

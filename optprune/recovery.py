@@ -166,8 +166,8 @@ class _Turn:
 
     def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
         """The sum over tokens of e^T S e."""
-        rows = change.flatten(0, -2)
-        return rows.square().sum() if self.metric is None else (rows.T * self.metric.apply(rows.T)).sum()
+        columns = change.flatten(0, -2).T
+        return (columns * self.weigh(columns)).sum()
 
     def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S V."""

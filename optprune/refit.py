@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Problem
 from optprune.solvers import Chain, ConjugateGradients, Restore, Solution, Solver, choose, solve
@@ -48,13 +49,17 @@ def refit(
     The loss is that of the problem, with its output metric, and without a ridge; a damping is a share of the mean
     diagonal of the Gram matrix, as in a recipe. `solver` is what gave the answer: the refit is its last stage. With
     `join` the held-out tokens are then fitted too, under the ridge they chose. Costs a refit for each damping and one
-    more. The lower bound of the answer, if it had one, does not survive.
+    more. The lower bound of the answer, if it had one, does not survive. Raises InputError where the solver that the
+    problem chooses ends without a refit.
     """
     loss, last = problem.loss, refitting(choose(problem) if solver is None else solver)
-    assert last is not None
+    if last is None:
+        raise InputError(
+            f"refit_damping needs a refit at the end, and a {problem.kind} problem is solved without one: "
+            "name a solver that ends with restore or conjugate_gradients"
+        )
     apart = held_out_loss(loss, held_out)
-    # Problems are frozen dataclasses with a loss, by contract.
-    problems = [replace(problem, loss=loss.damped(damping)) for damping in dampings]  # type: ignore[type-var]
+    problems = [replace(problem, loss=loss.damped(damping)) for damping in dampings]
     values, value = list[Tensor](), solution.value
     for damped in problems:
         # A path: each answer is near the one before.
@@ -65,7 +70,7 @@ def refit(
     fitted = problems[best]
     if join:
         joined = replace(loss, moments=loss.moments.merge(held_out)).damped(dampings[best])
-        fitted = replace(problem, loss=joined)  # type: ignore[type-var]
+        fitted = replace(problem, loss=joined)
     refitted = solve(fitted, last, start=values[best])
     record = Record("before the refit", solution.steps, solution.seconds, fitted.objective(solution.value))
     return Refitted(

@@ -12,9 +12,9 @@ from optprune import recovery
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import POLICIES, Decoder
-from optprune.models.calibrate import calibrating, first_inputs
+from optprune.models.calibrate import calibrating, first_inputs, hold_out
 from optprune.models.decoder import write
-from optprune.pipeline import _hold_out, prune
+from optprune.pipeline import prune
 from optprune.recipe import load_recipe
 from optprune.recovery import Calls, calls_of, recover
 from tests.tiny_models import TINY_MODELS
@@ -238,7 +238,7 @@ def test_recovery_asks_for_what_it_needs() -> None:
 @pytest.mark.parametrize(("share", "apart"), [(0.01, 1), (0.25, 2), (0.375, 3), (0.5, 4), (0.8, 6)])
 def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
     given = batches(4)
-    cut, held = _hold_out(given, share)
+    cut, held = hold_out(given, share)
     assert torch.equal(torch.cat(cut), torch.cat(given))
     assert torch.equal(torch.cat(cut[-held:]), torch.cat(given)[-apart:])
     report = prune(TINY_MODELS["llama"](), given, load_recipe("fasp", {"held_out": share}))

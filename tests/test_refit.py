@@ -15,8 +15,16 @@ from optprune.metric import OutputMetric
 from optprune.models import POLICIES
 from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
+from optprune.penalties import L1
 from optprune.pipeline import prune
-from optprune.problems import ChannelGroups, LayerLoss, Problem, SparseLeastSquares, StructuredLeastSquares
+from optprune.problems import (
+    ChannelGroups,
+    LayerLoss,
+    PenalisedLeastSquares,
+    Problem,
+    SparseLeastSquares,
+    StructuredLeastSquares,
+)
 from optprune.recipe import load_recipe
 from optprune.refit import Refitted, refit
 from optprune.solvers import Chain, ConjugateGradients, FaspMetric, Restore, Solver, Wanda, solve
@@ -167,3 +175,9 @@ def test_what_it_needs_is_asked_for() -> None:
         load_recipe("wanda", {"refit_damping": [0.1], "held_out": 0.25})
     with pytest.raises(InputError, match="greater than or equal to 0"):
         load_recipe("fasp", {"refit_damping": [-0.1], "held_out": 0.25})
+
+
+def test_a_problem_that_is_solved_without_a_refit_says_so() -> None:
+    penalised = PenalisedLeastSquares(case("weights", 0).problem.loss, L1(0.1))
+    with pytest.raises(InputError, match="needs a refit at the end"):
+        refit(penalised, solve(penalised), case("weights", 0).apart, DAMPINGS)

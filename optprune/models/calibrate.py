@@ -83,6 +83,27 @@ def calibrating(decoder: Decoder) -> Iterator[None]:
         decoder.model.train(training)
 
 
+def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
+    """The batches cut so that the last ones hold a share of the sequences, one at least, and how many those are."""
+    if not share:
+        return batches, 0
+    count = sum(len(batch) for batch in batches)
+    apart = max(1, round(share * count))
+    if apart >= count:
+        raise InputError(
+            f"held_out {share:g} of {count} calibration sequences leaves none to calibrate on: give more samples"
+        )
+    kept, held = list(batches), list[Tensor]()
+    while apart:
+        last = kept.pop()
+        taken = min(apart, len(last))
+        held.append(last[len(last) - taken :])
+        if taken < len(last):
+            kept.append(last[: len(last) - taken])
+        apart -= taken
+    return kept + held[::-1], len(held)
+
+
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
     """Run the embeddings on token batches [batch, length] and stop where the first block begins."""
     stream = Stream([], [])
