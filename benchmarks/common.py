@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from optprune.errors import InputError
-from optprune.models import LoadedModel, load_model
+from optprune.models import LoadedModel, load_model, need_tokenizer
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,9 +43,7 @@ def setting(samples: int, seq_length: int, windows: int, seed: int) -> Setting:
 
 def tokenizer_of(loaded: LoadedModel) -> PreTrainedTokenizerBase:
     """The model's tokenizer, without which there is nothing to measure on."""
-    if loaded.tokenizer is None:
-        raise InputError(f"{loaded.source} has no tokenizer: save one beside the model")
-    return loaded.tokenizer
+    return need_tokenizer(loaded.tokenizer, loaded.source)
 
 
 TEXTS = {"news": "demo:evaluation", "speeches": "demo:speeches"}

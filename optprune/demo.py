@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optprune.errors import InputError, OptpruneError
 from optprune.evaluate import perplexity
 from optprune.folder import save_pruned
-from optprune.models import Decoder, check_output, load_model
+from optprune.models import Decoder, check_output, load_model, need_tokenizer
 from optprune.models.load import DEMO
 from optprune.pipeline import prune
 from optprune.progress import Reporter, duration
@@ -113,9 +113,8 @@ def run_demo(
     reporter.say("reading the texts and loading the model")
     texts = [read_documents(calibration), read_documents(evaluation)]
     loaded = load_model(model)
-    if loaded.tokenizer is None:
-        raise InputError(f"the model {model} has no tokenizer, which the demo needs to read text")
-    tokens, held_out = (tokenise(loaded.tokenizer, documents) for documents in texts)
+    tokenizer = need_tokenizer(loaded.tokenizer, model)
+    tokens, held_out = (tokenise(tokenizer, documents) for documents in texts)
     batches = calibration_batches(tokens, samples, seq_length, seed)
     measured_on = evaluation_windows(held_out, seq_length, windows)
 

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError
-
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
@@ -12,12 +10,9 @@ if TYPE_CHECKING:
 
 def tokens_for(model: str, config: "PretrainedConfig", documents: Sequence[str]) -> "Tensor":
     """The tokens of a text by the tokenizer of a model, which must have an embedding for each of them."""
-    from optprune.models import load_tokenizer
+    from optprune.models import load_tokenizer, need_tokenizer
     from optprune.texts import check_vocabulary, tokenise
 
-    tokenizer = load_tokenizer(model)
-    if tokenizer is None:
-        raise InputError(f"the model {model} has no tokenizer, which is needed to read text: save one in its folder")
-    tokens = tokenise(tokenizer, documents)
+    tokens = tokenise(need_tokenizer(load_tokenizer(model), model), documents)
     check_vocabulary(config, tokens)
     return tokens

@@ -4,7 +4,7 @@ from optprune.models.architecture import Architecture, BlockShape, Heads
 from optprune.models.calibrate import POLICIES, Propagation
 from optprune.models.decoder import ARCHITECTURES, PARTS, Decoder, LinkedLayers, architecture_of, is_stock
 from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
-from optprune.models.load import LoadedModel, load, load_config, load_model, load_tokenizer
+from optprune.models.load import LoadedModel, load, load_config, load_model, load_tokenizer, need_tokenizer
 from optprune.models.save import SavedModel, check_output, save_model
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "model_patterns",
+    "need_tokenizer",
     "save_model",
 ]

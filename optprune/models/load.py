@@ -64,6 +64,13 @@ def load_tokenizer(source: str) -> Tokenizer | None:
         raise InputError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
 
 
+def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
+    """The tokenizer of a model source; InputError where it has none."""
+    if tokenizer is None:
+        raise InputError(f"the model {source} has no tokenizer, which is needed to read text: save one in its folder")
+    return tokenizer
+
+
 def load_config(source: str) -> PretrainedConfig:
     """The config of a model source, without its weights."""
     return _config(source, *_locate(source))
