@@ -137,4 +137,5 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
                 cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
                 sums[candidate] += float((1 - cosine).sum())
             stream.hidden[batch] = after
+        stream.past(stream.hidden)
     return {candidate: total / tokens for candidate, total in sums.items()}

@@ -37,6 +37,8 @@ def layer_report(
     written = written.to(loss.weight)
     dead = int(loss.moments.dead.sum())
     notes = list(solution.notes)
+    if solution.status is not Status.CONVERGED:
+        notes.append(solution.status.value)
     if dead:
         notes.append(f"{dead} inputs were zero on every calibration token")
     if loss.moments.tokens < loss.moments.width:

@@ -19,12 +19,14 @@ from optprune.errors import InputError, NumericalError
 
 @dataclass(frozen=True, eq=False)
 class RowUnits:
-    """Other rows for a weight, R V in place of V, in which a metric is simpler; what costs nothing is lost."""
+    """Other rows for a weight, R V in place of V, in which a metric is simpler."""
 
     root: Float[Tensor, "out out"] | Float[Tensor, "out"]
     """R, or its diagonal"""
     inverse: Float[Tensor, "out out"] | Float[Tensor, "out"]
-    """the pseudo-inverse of R, or its diagonal"""
+    """the inverse of R, or its diagonal"""
+    excess: float = 0.0
+    """the most by which R^T R is above S in any direction"""
 
     def into(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """R V."""
@@ -77,32 +79,35 @@ class OutputMetric:
 
     @property
     def row_scale(self) -> Float[Tensor, "out"]:
-        """sqrt(S_ii)."""
-        return self.diagonal.sqrt()
+        """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the dearest one."""
+        return _floored(self.diagonal, self.average.dtype).sqrt()
 
     @cached_property
     def units(self) -> RowUnits:
         """Every row i in units of 1 / sqrt(S_ii)."""
         scale = self.row_scale
-        return RowUnits(scale, torch.where(scale > 0, 1 / scale, 0.0))
+        # Where outputs are coupled, `even` keeps what the scale leaves of S, so nothing is in excess.
+        floored = _floored(self.diagonal, self.average.dtype)
+        return RowUnits(scale, 1 / scale, 0.0 if self.full else float((floored - self.diagonal).max()))
 
     @cached_property
     def white(self) -> RowUnits:
-        """The rows S^(1/2) V, in which the metric is the identity."""
+        """The rows S^(1/2) V, in which the metric is the identity.
+
+        A direction that costs (next to) nothing counts a rounding of the dearest one, so that R can be undone.
+        """
         if not self.full:
             return self.units
         values, vectors = torch.linalg.eigh(self.matrix.double())
-        least = values[-1].clamp(min=0) * len(values) * torch.finfo(self.average.dtype).eps
-        root = torch.where(values > least, values, 0.0).sqrt()
-        inverse = torch.where(root > 0, 1 / root, 0.0)
-        return RowUnits((vectors * root) @ vectors.T, (vectors * inverse) @ vectors.T)
+        floored = _floored(values, self.average.dtype)
+        root, excess = floored.sqrt(), float((floored - values).max())
+        return RowUnits((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
 
     def even(self) -> "OutputMetric | None":
         """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""
         if not self.full:
             return None
-        # An output that costs nothing has a row of zeros, which any unit leaves as it is.
-        unit = torch.where(self.row_scale > 0, self.row_scale, 1.0)
+        unit = self.row_scale
         return replace(self, average=self.average / torch.outer(unit, unit), damping=self.damping / unit.square())
 
     def damped(self, fraction: float) -> "OutputMetric":
@@ -146,31 +151,43 @@ class OutputMetric:
     @classmethod
     def from_samples(cls, gradients: Float[Tensor, "tokens out"], *, full: bool = True) -> "OutputMetric":
         """The metric of a matrix of gradients g, one token a row."""
-        sums = MetricSums(gradients.shape[1], gradients.device, full=full)
+        sums = MetricSums(gradients.shape[1], gradients, full=full)
         sums.add(gradients)
-        return sums.metric(gradients.dtype)
+        return sums.metric()
 
 
 class MetricSums:
-    """Accumulates an OutputMetric over batches: products in the gradients' float dtype, sums in float64."""
+    """Accumulates an OutputMetric over batches, in the gradients' float dtype: those of all layers are held at once."""
 
-    def __init__(self, width: int, device: torch.device, *, full: bool) -> None:
+    def __init__(self, width: int, like: Tensor, *, full: bool) -> None:
+        """Sums for gradients of a width, with the dtype and on the device of the tensor `like`."""
         self.full = full
-        self._sum = torch.zeros((width, width) if full else (width,), dtype=torch.float64, device=device)
+        self._sum = like.new_zeros((width, width) if full else (width,))
         self.tokens = 0
 
     def add(self, gradients: Float[Tensor, "... out"]) -> None:
         """Add a batch of gradients g, one for each token."""
         rows = gradients.reshape(-1, gradients.shape[-1])
-        self._sum.add_(rows.T @ rows if self.full else rows.square().sum(0))
+        if self.full:
+            self._sum.addmm_(rows.T, rows)
+        else:
+            self._sum.add_(rows.square().sum(0))
         self.tokens += rows.shape[0]
 
-    def metric(self, dtype: torch.dtype = torch.float32) -> OutputMetric:
+    def metric(self) -> OutputMetric:
         """The average so far, not damped."""
         if self.tokens == 0:
             raise InputError("no tokens reached this layer, so it has no output metric")
         average = self._sum / self.tokens
         if self.full:
-            average = (average + average.T) / 2
-        average = average.to(dtype)
-        return OutputMetric(average, torch.zeros(average.shape[0]).to(average), self.tokens)
+            average = (average + average.T).div_(2)
+        return OutputMetric(average, average.new_zeros(average.shape[0]), self.tokens)
+
+
+NOTHING = 1e-20
+"""next to any cost of an output, in nats, and yet its root can be divided by in float32"""
+
+
+def _floored(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
+    """Values no less than a rounding of the largest, which may itself be zero."""
+    return values.clamp(min=values.max() * torch.finfo(dtype).eps).clamp(min=NOTHING)

@@ -17,14 +17,14 @@ from optprune.errors import InputError, StrictError
 from optprune.layer_report import check, layer_report, summary
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
-from optprune.models.calibrate import Collected, Stream, advance, calibrating, collect, first_inputs, hold_out
+from optprune.models.calibrate import Collected, Stream, advance, calibrating, clock, collect, first_inputs, hold_out
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, recover
-from optprune.refit import held_out_loss, refit
+from optprune.refit import HeldOut, refit
 from optprune.report import (
     BlockFinished,
     BlockStarted,
@@ -127,7 +127,7 @@ class _Run:
         self.zeros = 0
         """weights set to zero in layers that kept their shape"""
         self.metrics: dict[str, OutputMetric] = {}
-        """of the dense model, by the layer's full name; empty where outputs count alike"""
+        """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
         self.held_out = 0
         """how many batches, the last ones, are kept apart"""
         blocks = range(len(decoder.blocks))
@@ -160,9 +160,9 @@ class _Run:
         if removed and not policy.pruned_prefix:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
             upcoming = self.actual.copy()
-            before = time.perf_counter()
+            before = clock(self.decoder.model.device)
             advance(block, upcoming)
-            self.floor_seconds += 2 * (time.perf_counter() - before)
+            self.floor_seconds += 2 * (clock(self.decoder.model.device) - before)
         for part in removed:
             self.decoder.remove(index, part)
         targets = self._targets(index)
@@ -194,14 +194,16 @@ class _Run:
                 later = [target.path for following in groups[position + 1 :] for target in following]
                 self._recover(index, [target.path for target in group], later, original)
         if upcoming is not None:
-            self.actual.hidden = upcoming.hidden
+            self.actual.past(upcoming.hidden)
         else:
-            before = time.perf_counter()
+            before = clock(self.decoder.model.device)
             advance(block, self.actual)
             # A stage at a time, no pass of the block was whole: this one stands for two.
-            self.floor_seconds += (2 if policy.sequential else 1) * (time.perf_counter() - before)
+            self.floor_seconds += (2 if policy.sequential else 1) * (clock(self.decoder.model.device) - before)
             if self.dense is not self.actual:
                 advance(original, self.dense)
+        for path in self.decoder.architecture.layers:
+            self.metrics.pop(self.decoder.name(index, path), None)
         self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
 
     def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:
@@ -239,7 +241,7 @@ class _Run:
             kept, total = int((value != 0).sum()), value.numel()
             self.zeros += total - kept
         if held_out is not None and held_out_error is None:
-            held_out_error = held_out_loss(problem.loss, held_out).relative_error(value.to(loss.weight))
+            held_out_error = HeldOut.of(problem.loss, held_out).relative_error(value.to(loss.weight))
         report = layer_report(name, problem, solution, value, held_out_error, recipe, kept, total, began)
         if recipe.strict and report.notes:
             raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")

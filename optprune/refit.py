@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError
@@ -21,7 +23,7 @@ class Refitted:
     """with that ridge, over the tokens it was fitted on in the end"""
     solution: Solution
     held_out_error: float
-    """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, of the answer that knew nothing of them"""
+    """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, of the answer that was not fitted to them"""
 
 
 def refitting(solver: Solver) -> Solver | None:
@@ -30,9 +32,36 @@ def refitting(solver: Solver) -> Solver | None:
     return last if isinstance(last, Restore | ConjugateGradients) else None
 
 
-def held_out_loss(loss: LayerLoss, held_out: InputMoments) -> LayerLoss:
-    """The same loss over held-out tokens, without a ridge."""
-    return LayerLoss.of(loss.weight, held_out, fit_bias=loss.fit_bias, metric=loss.metric)
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """What a layer's answer costs on tokens it was not fitted to, without a ridge; a bias is that of the tokens fitted.
+
+    Not fitted in this layer, that is: the metric, a global budget and the refits of the blocks before know all tokens.
+    """
+
+    fitted: LayerLoss
+    apart: LayerLoss
+
+    @classmethod
+    def of(cls, loss: LayerLoss, held_out: InputMoments) -> "HeldOut":
+        """A layer's loss carried over to held-out tokens."""
+        return cls(loss, LayerLoss.of(loss.weight, held_out, fit_bias=loss.fit_bias, metric=loss.metric))
+
+    def value(self, weight: Float[Tensor, "out in"]) -> float:
+        """The loss, in the metric where there is one."""
+        drift = self._drift(weight)[:, None]
+        return self.apart.value(weight) + float((drift * self.apart.weigh(drift)).sum()) / 2
+
+    def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
+        """E|V x* - W x|^2 / E|W x|^2, without the metric; of centred outputs W x where the bias is fitted."""
+        scale, drift = self.apart.plain.signal, float(self._drift(weight).square().sum())
+        return self.apart.relative_error(weight) + (drift / scale if scale > 0 else 0.0)
+
+    def _drift(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """How far the bias of the tokens fitted is from the best one for the held-out tokens."""
+        if not self.fitted.fit_bias:
+            return torch.zeros_like(self.fitted.weight[:, 0])
+        return self.fitted.bias_change(weight) - self.apart.bias_change(weight)
 
 
 def refit(
@@ -58,19 +87,16 @@ def refit(
             f"refit_damping needs a refit at the end, and a {problem.kind} problem is solved without one: "
             "name a solver that ends with restore or conjugate_gradients"
         )
-    apart = held_out_loss(loss, held_out)
-    problems = [replace(problem, loss=loss.damped(damping)) for damping in dampings]
+    apart = HeldOut.of(loss, held_out)
     values, value = list[Tensor](), solution.value
-    for damped in problems:
-        # A path: each answer is near the one before.
-        value = answer(damped, last, value)
+    for damping in dampings:
+        # A path: each answer is near the one before. Only one damped Gram matrix is there at a time.
+        value = answer(replace(problem, loss=loss.damped(damping)), last, value)
         values.append(value)
     losses = [apart.value(value) for value in values]
     best = losses.index(min(losses))
-    fitted = problems[best]
-    if join:
-        joined = replace(loss, moments=loss.moments.merge(held_out)).damped(dampings[best])
-        fitted = replace(problem, loss=joined)
+    tokens = replace(loss, moments=loss.moments.merge(held_out)) if join else loss
+    fitted = replace(problem, loss=tokens.damped(dampings[best]))
     refitted = solve(fitted, last, start=values[best])
     record = Record("before the refit", solution.steps, solution.seconds, fitted.objective(solution.value))
     return Refitted(

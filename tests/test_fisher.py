@@ -10,17 +10,12 @@ from torch import nn
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from optprune.models.fisher import NO_LABEL, collect_metrics, from_text, sampled
-from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2
+from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_sliding
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3, "pad_token_id": 0}
 MODELS = {
     **TINY_MODELS,
-    "qwen2, sliding window": lambda: tiny_qwen2(
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=1,
-        layer_types=["full_attention", "sliding_attention"],
-    ),
+    "qwen2, sliding window": tiny_sliding,
     "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
 }
 by_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

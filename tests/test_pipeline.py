@@ -1,10 +1,12 @@
 """The pipeline: what each propagation policy sees, what is written back, and what the report says."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from optprune.allocation import uniform
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
@@ -16,7 +18,7 @@ from optprune.problems import LinkedLeastSquares, MaskedLeastSquares, Problem
 from optprune.recipe import Recipe, load_recipe
 from optprune.report import BlockFinished, BlockStarted, LayerSolved
 from optprune.solvers import Chain, FaspMetric, Restore, Solver
-from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt
+from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
 
 STAGES = {"mlp": 1, "vo": 1, "all": 2, "weights": 7}
 
@@ -38,10 +40,10 @@ def inputs_of(model: torch.nn.Module, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_a_policy_sees_the_inputs_it_promises(name: str, policy: str) -> None:
+@pytest.mark.parametrize("make", [*TINY_MODELS.values(), tiny_sliding], ids=[*TINY_MODELS, "sliding window"])
+def test_a_policy_sees_the_inputs_it_promises(make: Callable[[], PreTrainedModel], policy: str) -> None:
     """Moments at every layer against those of whole models, run from the embeddings without our block runner."""
-    dense = TINY_MODELS[name]()
+    dense = make()
     model = copy.deepcopy(dense)
     promise = POLICIES[policy]
     seen: dict[str, InputMoments] = {}
@@ -253,3 +255,12 @@ def test_a_linked_problem_reaches_the_objective_with_its_link() -> None:
     assert output.link.columns[17].tolist() == [2 * 16 + 1, 3 * 16 + 1]
     assert output.link.rows[0][17].tolist() == [17]
     assert down.link is not None and down.link.columns.shape == (128, 1) and len(down.link.rows) == 2
+
+
+def test_a_last_stage_that_did_not_end_is_told_of() -> None:
+    settings = {"solver": [{"admm": {"most": 1}}]}
+    report = prune(tiny_llama(), batches(), load_recipe("alps", settings))
+    assert all(layer.status == "step_limit" and "step limit" in layer.notes[0] for layer in report.layers)
+    assert "step limit" in report.notes[0]
+    with pytest.raises(StrictError, match="step limit"):
+        prune(tiny_llama(), batches(), load_recipe("alps", {**settings, "strict": True}))

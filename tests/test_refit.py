@@ -26,7 +26,7 @@ from optprune.problems import (
     StructuredLeastSquares,
 )
 from optprune.recipe import load_recipe
-from optprune.refit import Refitted, refit
+from optprune.refit import HeldOut, Refitted, refit
 from optprune.solvers import Chain, ConjugateGradients, FaspMetric, Restore, Solver, Wanda, solve
 from tests.tiny_models import TINY_MODELS
 
@@ -122,6 +122,33 @@ def check_choice(kind: str, seed: int) -> None:
 @given(SEEDS)
 def test_the_ridge_with_the_least_loss_on_the_tokens_apart_is_taken(kind: str, seed: int) -> None:
     check_choice(kind, seed)
+
+
+@given(SEEDS, st.booleans(), st.sampled_from([None, "diagonal", "full"]))
+def test_held_out_tokens_are_measured_with_the_bias_that_was_fitted(
+    seed: int, fit_bias: bool, kind: str | None
+) -> None:
+    """Against the outputs themselves, for tokens whose means differ from those of the tokens fitted."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    dense, dense_apart = normal(30, IN) + normal(IN), normal(20, IN) + normal(IN)
+    actual, actual_apart = dense + normal(30, IN), dense_apart + normal(20, IN)
+    metric = None if kind is None else OutputMetric.from_samples(normal(20, OUT), full=kind == "full").damped(0.1)
+    moments = InputMoments.from_samples(actual, dense)
+    loss = LayerLoss.of(normal(OUT, IN), moments, 0.01, fit_bias=fit_bias, metric=metric)
+    value = normal(OUT, IN)
+    bias = (dense @ loss.weight.T - actual @ value.T).mean(0) if fit_bias else torch.zeros(OUT).double()
+    error = actual_apart @ value.T + bias - dense_apart @ loss.weight.T
+    signal = dense_apart @ loss.weight.T
+    if fit_bias:
+        signal = signal - signal.mean(0)
+    found = HeldOut.of(loss, InputMoments.from_samples(actual_apart, dense_apart))
+    weighed = error if metric is None else error @ metric.matrix
+    assert found.value(value) == pytest.approx(float((error * weighed).sum()) / 2 / 20, rel=1e-9)
+    assert found.relative_error(value) == pytest.approx(float(error.square().sum() / signal.square().sum()), rel=1e-9)
 
 
 @pytest.mark.parametrize("fault", ["the worst", "damping not undone", "not joined"])

@@ -157,6 +157,16 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
         assert torch.equal(optprune.load(tmp_path / "twice")(PROBE).logits, model(PROBE).logits)
 
 
+@pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_blocks_without_a_part_are_pruned_under_a_metric(name: str, recipe: str) -> None:
+    model = mixed(TINY_MODELS[name](num_hidden_layers=4))
+    batches = [torch.randint(5, 500, (2, 48), generator=torch.Generator().manual_seed(3)) for _ in range(4)]
+    settings = {"held_out": 0.25} if recipe == "structured_best" else {}
+    report = prune(model, batches, load_recipe(recipe, {"sparsity": 0.2, **settings}))
+    assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
+
+
 CACHED = {
     "llama": lambda: tiny_llama(num_hidden_layers=4),
     "opt": lambda: tiny_opt(num_hidden_layers=4),

@@ -30,6 +30,7 @@ from optprune.solvers import (
     SparseGpt,
     Swaps,
     Wanda,
+    choose,
     solve,
 )
 from optprune.testing.laws import random_feasible
@@ -179,6 +180,12 @@ def test_a_pattern_of_the_users_own():
         assert solution.objective >= best * (1 - 1e-9)
         if solution.certificate is not None:
             assert solution.certificate.lower_bound <= best * (1 + 1e-9)
+
+
+def test_a_pattern_of_the_users_own_gets_more_than_magnitude():
+    problem = SparseLeastSquares(correlated_loss(3, 16, 32), ColumnWise(8))
+    assert any(isinstance(stage, Admm) for stage in choose(problem).stages)
+    assert solve(problem).objective < solve(problem, Chain((Magnitude(), Restore()))).objective
 
 
 def test_a_selection_problem_of_every_kind_was_met():

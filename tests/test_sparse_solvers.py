@@ -1,5 +1,6 @@
 """Solvers of sparse problems against literal implementations, exhaustion and their own promises at every step."""
 
+import math
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optprune.errors import NumericalError
-from optprune.moments import InputMoments
+from optprune.moments import DenseMoments, InputMoments
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import LayerLoss, MaskedLeastSquares, SparseLeastSquares
 from optprune.solvers import (
@@ -20,6 +21,7 @@ from optprune.solvers import (
     ConjugateGradients,
     FistaPath,
     FistaPruner,
+    GreedyObs,
     HardThreshold,
     Magnitude,
     PerspectiveBound,
@@ -299,7 +301,7 @@ def test_conjugate_gradients_agree_with_restoration(problem):
     assert rough.steps <= 4 * problem.loss.weight.shape[1]
 
 
-def test_conjugate_gradients_on_a_singular_mask_say_so():
+def test_conjugate_gradients_on_a_singular_mask_stay_small():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 8, generator=generator)
     moments = InputMoments.from_samples(inputs, inputs + 0.3 * torch.randn(3, 8, generator=generator))
@@ -308,9 +310,32 @@ def test_conjugate_gradients_on_a_singular_mask_say_so():
     for seed in range(5):
         start = random_feasible(problem, seed)
         solution = solve(problem, ConjugateGradients(1e-7), start=start)
-        assert solution.status in (Status.CONVERGED, Status.STALLED)
+        # Three tokens and so three directions: what lies outside them is left alone.
+        assert solution.status is Status.CONVERGED
+        assert solution.steps <= 4
         assert solution.objective <= problem.objective(start)
         assert float(solution.value.abs().max()) < 1e3
+
+
+def test_conjugate_gradients_say_where_equations_contradict_each_other():
+    """A gradient that does not vanish in a direction without curvature, as no real tokens give it."""
+    gram = torch.ones(2, 2)
+    dense = DenseMoments(gram - torch.diag(torch.tensor([1.0, -1.0])), 9 * torch.eye(2), torch.zeros(2))
+    loss = LayerLoss.of(torch.ones(1, 2), InputMoments(gram, torch.zeros(2), 8, dense))
+    solution = solve(MaskedLeastSquares(loss, torch.ones(1, 2, dtype=torch.bool)), ConjugateGradients())
+    assert solution.status is Status.STALLED
+    assert bool(torch.isfinite(solution.value).all())
+
+
+@pytest.mark.parametrize("option", ["batch", "every", "most", "rho", "tolerance", "ratio", "inner_steps", "candidates"])
+def test_options_without_sense_are_refused(option):
+    owner = next(
+        cls for cls in (GreedyObs, Admm, FistaPath, ConjugateGradients, Swaps) if option in cls.__dataclass_fields__
+    )
+    kind = type(owner.__dataclass_fields__[option].default)
+    for value in (0, -1, *((math.nan, math.inf) if kind is float else ())):
+        with pytest.raises(ValueError, match=f"{option} of {owner.__name__} must be"):
+            owner(**{option: kind(value)})
 
 
 @by_pattern

@@ -52,6 +52,13 @@ def tiny_qwen2(seed: int = 0, **config: Any) -> Qwen2ForCausalLM:
     return randomise(Qwen2ForCausalLM(Qwen2Config(**shape)), seed)
 
 
+def tiny_sliding(seed: int = 0) -> Qwen2ForCausalLM:
+    """Qwen2 whose later blocks see four tokens back only, so that the blocks' masks differ."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return tiny_qwen2(seed, num_hidden_layers=3, layer_types=kinds, **window)
+
+
 TINY_MODELS = {"llama": tiny_llama, "opt": tiny_opt, "qwen2": tiny_qwen2}
 
 

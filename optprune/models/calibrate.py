@@ -5,7 +5,7 @@ Only the hidden states between two blocks are kept; inside a block, inputs are r
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +54,26 @@ POLICIES = {
 
 @dataclass
 class Stream:
-    """The hidden states that enter the current block, one tensor a batch, with the block's other arguments."""
+    """The hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks."""
 
     hidden: list[Tensor]
-    arguments: list[dict[str, Any]]
+    others: list[list[dict[str, Any]]]
+    """by batch and block: blocks with a sliding window get another mask than the rest"""
+    block: int = 0
+    """the current block's number"""
+
+    @property
+    def arguments(self) -> list[dict[str, Any]]:
+        """The current block's other arguments, by batch."""
+        return [blocks[self.block] for blocks in self.others]
 
     def copy(self) -> "Stream":
         """A second stream from the same hidden states."""
-        return Stream(list(self.hidden), self.arguments)
+        return Stream(list(self.hidden), self.others, self.block)
+
+    def past(self, hidden: list[Tensor]) -> None:
+        """Go to the next block, which gets these hidden states."""
+        self.hidden, self.block = hidden, self.block + 1
 
 
 class _Reached(Exception):  # control flow, not an error
@@ -105,30 +117,40 @@ def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
 
 
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
-    """Run the embeddings on token batches [batch, length] and stop where the first block begins."""
-    stream = Stream([], [])
-    shared: dict[torch.Size, dict[str, Any]] = {}
+    """Run the embeddings on token batches [batch, length] and stop where the first block begins.
+
+    Where the attention of some blocks is of another kind, the first batch of each shape goes on to the last block.
+    """
+    if not batches:
+        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
+    stream, count = Stream([], []), len(decoder.blocks)
+    kinds = decoder.model.config.to_dict().get("layer_types") or []
+    alike = len(set(kinds[:count])) < 2
+    shared: dict[torch.Size, list[dict[str, Any]]] = {}
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+    last = 1
 
     def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        stream.hidden.append(hidden)
-        # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
-        stream.arguments.append(shared.setdefault(hidden.shape, others))
-        raise _Reached
+        caught.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        if len(caught) == last:
+            raise _Reached
 
     device = next(decoder.model.get_input_embeddings().parameters()).device
-    handle = decoder.blocks[0].register_forward_pre_hook(catch, with_kwargs=True)
+    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
     try:
         for batch in batches:
-            try:
+            caught.clear()
+            # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
+            last = 1 if alike or batch.shape in shared else count
+            with suppress(_Reached):
                 decoder.model(input_ids=batch.to(device), use_cache=False)
-            except _Reached:
-                continue
+            stream.hidden.append(caught[0][0])
+            others = [arguments for _, arguments in caught]
+            stream.others.append(shared.setdefault(batch.shape, others * count if alike else others))
     finally:
-        handle.remove()
-    if not stream.hidden:
-        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
+        for handle in handles:
+            handle.remove()
     return stream
 
 
@@ -166,6 +188,13 @@ def first_output(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given: for times of work, not of launches."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def advance(block: nn.Module, stream: Stream) -> None:
     """Replace the stream's hidden states by the block's outputs."""
     for index, (hidden, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
@@ -175,6 +204,7 @@ def advance(block: nn.Module, stream: Stream) -> None:
                 "a block's output holds NaN or infinity: look for damaged weights, or use --dtype float32"
             )
         stream.hidden[index] = output
+    stream.past(stream.hidden)
 
 
 @dataclass(frozen=True)
@@ -206,26 +236,30 @@ def collect(
     """
     calibration: dict[str, MomentSums] = {}
     kept_apart: dict[str, MomentSums] = {}
-    count = len(stream.hidden)
+    count, device = len(stream.hidden), stream.hidden[0].device
     gram_seconds = forward_seconds = 0.0
+    arguments = stream.arguments
     for index in range(count):
-        before = time.perf_counter()
-        actual, after = run_block(block, stream.hidden[index], stream.arguments[index], taps, to_end=output is not None)
-        forward_seconds += time.perf_counter() - before
+        before = clock(device)
+        actual, after = run_block(block, stream.hidden[index], arguments[index], taps, to_end=output is not None)
+        forward_seconds += clock(device) - before
         ideal: dict[str, Tensor] = {}
         if reference is not None:
             dense_block, dense = reference
             ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
         sums = calibration if index < count - held_out else kept_apart
-        before = time.perf_counter()
+        before = clock(device)
         for path, inputs in actual.items():
             if path not in sums:
                 sums[path] = MomentSums(inputs.shape[-1], inputs.device, with_dense=reference is not None)
             sums[path].add(inputs, ideal.get(path))
         # With dense inputs two more products of the same size are made.
-        gram_seconds += (time.perf_counter() - before) / (1 if reference is None else 3)
+        gram_seconds += (clock(device) - before) / (1 if reference is None else 3)
         if output is not None:
             output.hidden[index] = after
-    moments = {path: total.moments() for path, total in calibration.items()}
-    held = {path: total.moments() for path, total in kept_apart.items()}
+    if output is not None:
+        output.past(output.hidden)
+    # Popped, so that no more than one layer's sums and its averages are there together.
+    moments = {path: calibration.pop(path).moments() for path in list(calibration)}
+    held = {path: kept_apart.pop(path).moments() for path in list(kept_apart)}
     return Collected(moments, held, gram_seconds, forward_seconds)

@@ -1,9 +1,11 @@
 """The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
 
-At no time is more kept than the inputs of the blocks for one group of sequences, and the activations of one block.
+Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences and what is inside
+one block. The metrics of all layers are there at the end, in the model's dtype and on its device: diagonals are small,
+whole matrices take 4 out^2 bytes a layer.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,12 +79,13 @@ def collect_metrics(
                 for path, found in by_path.items():
                     name = decoder.name(index, path)
                     if name not in sums:
-                        sums[name] = MetricSums(found.shape[-1], found.device, full=path in full)
+                        sums[name] = MetricSums(found.shape[-1], found, full=path in full)
                     sums[name].add(found)
     if not sums:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
-    names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.architecture.layers]
-    return {name: sums[name].metric(decoder.model.dtype) for name in names}
+    names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
+    # Popped, so that no more than one layer's sums and its average are there together.
+    return {name: sums.pop(name).metric() for name in names}
 
 
 def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -127,7 +130,7 @@ def _backward(
     decoder: Decoder, index: int, hidden: Tensor, arguments: dict[str, Any], gradient: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The gradients at the outputs of a block's linear layers, by path, and at the block's input."""
-    paths: Sequence[str] = decoder.architecture.layers
+    paths = decoder.paths(index)
     outputs: dict[str, Tensor] = {}
 
     def tap(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:

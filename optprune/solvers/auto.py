@@ -19,8 +19,8 @@ CANDIDATES: tuple[Solver, ...] = (
     Chain((GreedyObs(), ChannelSwaps(), Restore())),
     Fista(),
     Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
-    Restore(),
     Chain((Admm(haste=0.3), ConjugateGradients())),
+    Restore(),
     ConjugateGradients(),
 )
 

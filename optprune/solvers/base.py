@@ -1,7 +1,8 @@
 """What every solver is. A solver proposes weights; it never scores itself, prints, seeds globally or moves devices."""
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
 
 from torch import Tensor
@@ -66,6 +67,16 @@ class Solver(ABC, Generic[State]):
     def label(self) -> str:
         """The name in reports."""
         return type(self).__name__
+
+
+def check_options(solver: "Solver", may_be_zero: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless every number among a solver's options is finite and positive; for `__post_init__`."""
+    for option in fields(solver):  # type: ignore[arg-type]  # solvers are dataclasses by contract
+        value = getattr(solver, option.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            zero = value == 0 and option.name in may_be_zero
+            if not (zero or 0 < value < math.inf):
+                raise ValueError(f"{option.name} of {solver.label} must be a positive number, not {value}")
 
 
 @dataclass(frozen=True, eq=False)

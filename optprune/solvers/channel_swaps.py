@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import SlotWise
 from optprune.problems import Problem, StructuredProblem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
 from optprune.solvers.solution import Status
 
@@ -66,6 +66,9 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
     candidates: int = 32
     depth: int = 8
     tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_options(self, may_be_zero=("depth",))
 
     def why_not(self, problem: Problem) -> str | None:
         return refusal(problem, "exchanges")

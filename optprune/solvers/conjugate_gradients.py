@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Certificate, Status
 
 
@@ -50,6 +50,9 @@ class ConjugateGradients(Solver[GradientsState]):
     """
 
     tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, MaskedLeastSquares | SelectionProblem):

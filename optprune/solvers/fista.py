@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.metric import OutputMetric
 from optprune.penalties import NormPenalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares, Problem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.duality import DualMap
 from optprune.solvers.solution import Certificate, Status
 from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
@@ -117,6 +117,9 @@ class Fista(Solver[FistaState]):
     tolerance: float = 1e-6
     scale_columns: bool = True
     restart: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, PenalisedLeastSquares):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.fista import Fista, GradientStep
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
@@ -55,6 +55,11 @@ class FistaPath(Solver[PathState]):
     ratio: float = 1.5
     inner_steps: int = 10
     most: int = 60
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.ratio <= 1:
+            raise ValueError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SparseLeastSquares):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.penalties import L1
 from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.fista import Fista, GradientStep
 from optprune.solvers.solution import Status
 
@@ -53,6 +53,9 @@ class FistaPruner(Solver[FistaPrunerState]):
     patience: int = 3
     share: float = 0.3
     narrow: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SparseLeastSquares):

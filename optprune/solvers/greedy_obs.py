@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optprune.errors import NumericalError
 from optprune.problems import Channels, Problem, StructuredProblem
-from optprune.solvers.base import Answer, DirectSolver
+from optprune.solvers.base import Answer, DirectSolver, check_options
 from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
 
 PENDING = 64
@@ -36,6 +36,9 @@ class GreedyObs(DirectSolver):
     """
 
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         return refusal(problem, "removes")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import within
 from optprune.problems import Problem, SelectionProblem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_steps
 
@@ -39,6 +39,9 @@ class HardThreshold(Solver[ThresholdState]):
     """
 
     patience: int = 20
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SelectionProblem):

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.problems import LayerLoss, Problem, SelectionProblem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Certificate, Status
 
 
@@ -49,6 +49,9 @@ class PerspectiveBound(Solver[PerspectiveState]):
     """
 
     most: int = 100
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SelectionProblem):

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from optprune.metric import RowUnits
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Solver
-from optprune.solvers.solution import Solution, Status
+from optprune.solvers.solution import Certificate, Solution, Status
 
 MOST_STEPS = 10_000
 Callback = Callable[[int, Callable[[], Tensor]], None]
@@ -35,7 +36,7 @@ def solve(
     `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
     of the Solution are measured by the problem after the solver has returned. Raises NoSolver when the solver
     refuses the problem. Under an output metric the solver works on other rows (`Problem.even`), where the objective is
-    the same number, so certificates need no change.
+    the same number, or larger by what outputs that cost nothing are made to cost, which certificates do not claim.
     """
     solver = choose(problem) if solver is None else solver
     even, units = problem.even()
@@ -55,7 +56,7 @@ def solve(
 
         state, status, steps = _iterate(even, solver, _into(start, units), max_steps, began + max_seconds, told)
         value = _value(solver, even, state, units)
-        certificate = solver.certify(even, state)
+        certificate = _without_excess(solver.certify(even, state), problem, units)
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
         if not math.isfinite(objective):
@@ -88,6 +89,19 @@ def _iterate(
         steps += 1
         told(steps, state)
     return state, status, steps
+
+
+def _without_excess(certificate: Certificate | None, problem: Problem, units: RowUnits | None) -> Certificate | None:
+    """What a bound on the evened problem proves of the problem itself.
+
+    A row of an optimum may be taken to cost no more, metric aside, than a row of zeros; so with all rows it costs no
+    more than c/2, and evening the problem adds at most the excess times that.
+    """
+    if certificate is None or units is None or not units.excess:
+        return certificate
+    bound = certificate.lower_bound - units.excess * problem.loss.plain.constant / 2
+    # No loss is negative, so neither is what is left of a bound that was not.
+    return replace(certificate, lower_bound=max(bound, min(certificate.lower_bound, 0.0)))
 
 
 def _into(weight: Tensor, units: RowUnits | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optprune.patterns import SlotWise
 from optprune.problems import Problem, StructuredProblem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.inverse import InverseForm, refusal
 from optprune.solvers.solution import Status
 
@@ -68,6 +68,9 @@ class Spap(Solver[SpapState]):
     growth: float = 10.0
     last: float = 1000.0
     stages: int = 8
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         return refusal(problem, "drops")

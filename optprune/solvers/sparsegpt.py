@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.patterns import NM, RowWise, Unstructured, largest
 from optprune.problems import LayerLoss, Problem, SparseLeastSquares
-from optprune.solvers.base import Answer, DirectSolver
+from optprune.solvers.base import Answer, DirectSolver, check_options
 
 
 @final
@@ -32,6 +32,9 @@ class SparseGpt(DirectSolver):
     """
 
     block: int = 128
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if not isinstance(problem, SparseLeastSquares):

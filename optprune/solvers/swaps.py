@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import Problem, SparseLeastSquares
-from optprune.solvers.base import Solver
+from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 
 REFRESH = 64
@@ -51,6 +51,9 @@ class Swaps(Solver[SwapsState]):
     """
 
     candidates: int = 32
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def why_not(self, problem: Problem) -> str | None:
         if not isinstance(problem, SparseLeastSquares):
