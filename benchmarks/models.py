@@ -66,6 +66,8 @@ def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "sparse": [
         *((recipe, HALF) for recipe in SPARSE),
+        # As its paper has it: the same count in every row.
+        ("wanda", {"pattern": "rows", "sparsity": 0.5}),
         *((recipe, PAIRS) for recipe in SPARSE),
     ],
     "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
