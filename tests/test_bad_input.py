@@ -9,14 +9,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from optprune.allocation import everything
 from optprune.cli import main
+from optprune.models import Decoder
 from optprune.packaged import demo_articles
-from tests.tiny_models import save_tiny, tiny_llama
+from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
 
 SMALL = {"--samples": "8", "--seq-length": "64"}
 
@@ -118,6 +121,25 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"samples": 0}, (), "--samples cannot be 0"),
         ({"samples": 100000}, (), "but 100000 are needed: lower --samples"),
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
+        ({"dtype": "float99"}, (), "the dtype 'float99' is not known"),
+        ({"save_dtype": "float99"}, (), "the dtype 'float99' is not known"),
+        ({"device": "abacus"}, (), "the device 'abacus' cannot be used"),
+        (
+            {"recipe": "wanda", "sparsity": 0.6, "pattern": "2:5"},
+            (),
+            "a 2:5 pattern needs a multiple of 5 inputs, not 6",
+        ),
+        (
+            {"recipe": "sparse_best", "dtype": "bfloat16"},
+            (),
+            "an output metric in bfloat16 loses too many digits: load",
+        ),
+        (
+            {"recipe": "fasp", "dtype": "float16"},
+            ("--set", "recovery=1", "--set", "held_out=0.1"),
+            "recovery in float16",
+        ),
+        ({"units": "blocks"}, ("--set", "recovery=1", "--set", "held_out=0.1"), "recovery has nothing to refit"),
         ({}, ("--frobnicate",), "No such option: --frobnicate"),
     ],
 )
@@ -167,6 +189,34 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     attempt.model = save_tiny(GPT2LMHeadModel(config), attempt.folder / "gpt2")
     sentence = attempt.fails(attempt.command())
     assert "the architecture 'gpt2' is not known: optprune prunes llama, opt, qwen2" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(attempt: Attempt) -> None:
+    assert "the device 'cuda' cannot be used" in attempt.fails(attempt.command(device="cuda"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_checkpoint_whose_digits_are_too_few_for_the_recipe(attempt: Attempt) -> None:
+    half: Any = tiny_llama().to(torch.bfloat16)  # type: ignore[arg-type]
+    attempt.model = save_tiny(half, attempt.folder / "half")
+    sentence = attempt.fails(attempt.command(recipe="structured_best"))
+    assert "an output metric in bfloat16 loses too many digits: load the model with --dtype float32" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_recovery_that_the_architecture_does_not_know(attempt: Attempt) -> None:
+    attempt.model = save_tiny(tiny_opt(), attempt.folder / "opt")
+    sentence = attempt.fails(attempt.command("--set", "recovery=1", recipe="structured_best"))
+    assert "of opt it knows self_attn where a layer is pruned, and units mlp prune none there" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_allocation_for_another_model(attempt: Attempt) -> None:
+    file = attempt.folder / "allocation.json"
+    file.write_text(everything(Decoder(tiny_llama(num_hidden_layers=3))).to_json())
+    assert "the allocation is for 3 blocks, but the model has 2" in attempt.fails(attempt.command(allocation=file))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -339,7 +389,9 @@ DEEP = 60
 LAUNCHER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from optprune.allocation import everything
 from optprune.cli import main
+from optprune.models import Decoder
 sys.exit(main())
 """
 

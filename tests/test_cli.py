@@ -140,6 +140,26 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
 
 
+def test_a_model_is_pruned_in_one_dtype_and_saved_in_another(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny(TINY_MODELS["llama"]().to(torch.bfloat16), tmp_path / "half")
+    output = tmp_path / "out"
+    command = ["prune", str(source), "--calibration", text, "--output", str(output), *SMALL, "--recipe", "sparse_best"]
+    code, out, err = run([*command, "--dtype", "float32", "--save-dtype", "bfloat16"], capsys)
+    assert code == 0, err
+    saved = weights(output)
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    pruned = AutoModelForCausalLM.from_pretrained(output)
+    assert pruned.dtype == torch.bfloat16
+    layers = [value for name, value in saved.items() if "_proj" in name]
+    zeros = sum(int((value == 0).sum()) for value in layers)
+    assert zeros / sum(value.numel() for value in layers) == pytest.approx(0.5, abs=1e-3)
+    # Rounded before the check, so that it compares like with like: in the dtype computed in they would differ.
+    assert "logits differ by at most 0\n" in out
+
+
 def test_strict_makes_notes_errors(
     models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import optprune
 from optprune.errors import InputError, OptpruneError
-from optprune.models import check_output, load_model, save_model
+from optprune.models import cast, check_output, load_model, save_model
 from optprune.pipeline import prune
 from optprune.recipe import load_recipe
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
@@ -218,3 +218,15 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
 def test_a_model_in_float64(tmp_path: Path) -> None:
     model = tiny_llama().double()
     assert save_model(model, tmp_path / "out", probe=PROBE).logits_difference is not None
+
+
+def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e6
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(InputError, match=r"model.norm.weight holds values beyond torch.float16"):
+        cast(model, torch.float16)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    cast(model, torch.bfloat16)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}

@@ -30,11 +30,13 @@ def benchmark_model_command(
 ) -> None:
     """Measure prefill and decoding speed, peak memory and file size; medians and quartiles over the repeats."""
     reporter = start()
-    from optprune.models import load_config, load_model
+    from optprune.models import check_dtype, device_of, load_config, load_model
     from optprune.speed import PEAK_MEMORY, Work, device_name, file_bytes, measure_speed
 
     work = Work(prompt_tokens, new_tokens, batch, repeats)
     check_json(json_file)
+    check_dtype(dtype)
+    device_of(device)
     if against == model:
         raise InputError(f"--against names {model} itself: name the model to compare with")
     sources = [model] if against is None else [model, against]

@@ -30,11 +30,13 @@ def evaluate_command(
     """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows."""
     reporter = start()
     from optprune.evaluate import perplexity
-    from optprune.models import load_config, load_model
+    from optprune.models import check_dtype, device_of, load_config, load_model
     from optprune.progress import duration
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
     check_json(json_file)
+    check_dtype(dtype)
+    device_of(device)
     documents = read_documents(text)
     config = load_config(model)
     check_seq_length(config, seq_length)

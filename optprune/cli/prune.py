@@ -12,6 +12,7 @@ from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PretrainedConfig
 
     from optprune.allocation import Allocation
@@ -41,6 +42,10 @@ def prune_command(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the draws. [default: the recipe's, or 0]")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    save_dtype: Annotated[
+        str,
+        typer.Option("--save-dtype", help="auto (the dtype computed in), float32, bfloat16 or float16."),
+    ] = "auto",
     propagation: Annotated[
         str | None,
         typer.Option("--propagation", help="dense, pruned, intra, cross or local. [default: the recipe's, or pruned]"),
@@ -87,7 +92,7 @@ def prune_command(
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
     from optprune.folder import save_pruned
-    from optprune.models import check_output, load_config, load_model
+    from optprune.models import check_dtype, check_output, device_of, load_config, load_model, stored_dtype
     from optprune.pipeline import prune
     from optprune.recipe import load_recipe
     from optprune.texts import calibration_batches, check_seq_length, read_documents
@@ -96,12 +101,14 @@ def prune_command(
     chosen = load_recipe(recipe, overrides)
     check_output(output, overwrite)
     check_json(json_file, output)
+    for name in (dtype, save_dtype):
+        check_dtype(name)
+    device_of(device)
     divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
     check_seq_length(config, seq_length)
-    if divided is None:
-        _check_budget(config, chosen)
+    _check_shapes(config, chosen, divided, stored_dtype(model, dtype))
     reporter.say(f"tokenising {calibration}")
     tokens = tokens_for(model, config, documents)
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
@@ -114,7 +121,9 @@ def prune_command(
             loaded.model, batches, chosen, allocation=divided, on_event=on_event, source=model, calibration=text
         )
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-    saved = save_pruned(loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite)
+    saved = save_pruned(
+        loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite, dtype=save_dtype
+    )
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(report, saved)
 
@@ -151,18 +160,20 @@ def _read_allocation(file: str) -> "Allocation":
     return Allocation.from_json(text)
 
 
-def _check_budget(config: "PretrainedConfig", recipe: "Recipe") -> None:
-    """Raise InputError when the sparsity cannot be reached: allocate it on a model without weights."""
+def _check_shapes(
+    config: "PretrainedConfig", recipe: "Recipe", allocation: "Allocation | None", dtype: "torch.dtype | None"
+) -> None:
+    """Raise InputError when a model of this config cannot be pruned so: try it on one without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from optprune.allocation import uniform
     from optprune.models import Decoder, architecture_of
+    from optprune.preflight import check_run
 
     architecture_of(config)
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(config)
-    uniform(Decoder(shapes), recipe.sparsity, recipe.units, recipe.width_multiple)
+    check_run(Decoder(shapes), recipe, allocation, dtype)
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:

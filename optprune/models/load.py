@@ -27,14 +27,15 @@ class LoadedModel:
     source: str
 
 
-def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load a model from a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
 
     `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16; `device` is auto, cpu, cuda or
     cuda:N. Raises InputError for a path that is not there, an unknown architecture, damaged or missing weights.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"the dtype {dtype!r} is not known: use auto, {', '.join(DTYPES)}")
+    source = str(source)
+    check_dtype(dtype)
+    target = device_of(device)
     where, options = _locate(source)
     config = _config(source, where, options)
     architecture_of(config)
@@ -44,13 +45,13 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
     model = _weights(source, where, config, options)
     _check_finite(model, source)
     Decoder(model)
-    model.to(_device(device))  # type: ignore[arg-type]  # transformers overloads .to
+    model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source)
 
 
 def load(folder: str | Path) -> PreTrainedModel:
     """The model in a folder that optprune wrote, whatever its shapes; also any model `load_model` accepts."""
-    return load_model(str(folder), device="cpu").model
+    return load_model(folder, device="cpu").model
 
 
 def load_tokenizer(source: str) -> Tokenizer | None:
@@ -128,7 +129,22 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             raise InputError(f"{name} of {source} holds NaN or infinity: the checkpoint is damaged, fetch it again")
 
 
-def _device(name: str) -> torch.device:
+def check_dtype(name: str) -> None:
+    """Raise InputError when a dtype's name is not known."""
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"the dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")
+
+
+def stored_dtype(source: str, dtype: str = "auto") -> torch.dtype | None:
+    """What `load_model` will compute in; None where only the weights say it."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    where, options = _locate(source)
+    return torch.float32 if options else getattr(_config(source, where, options), "dtype", None)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a name stands for; InputError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -39,8 +39,9 @@ class SavedModel:
     """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: str | Path, overwrite: bool) -> None:
     """Raise InputError unless the output folder can be written: call it before the long work."""
+    folder = Path(folder)
     place = folder.resolve()
     if place.exists():
         if Path.cwd().is_relative_to(place):
@@ -64,7 +65,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 def save_model(
     model: PreTrainedModel,
-    folder: Path,
+    folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
     files: Mapping[str, str] | None = None,
@@ -76,6 +77,7 @@ def save_model(
     `probe` [batch, tokens] are token ids: a fresh Python process reloads the folder without optprune, with the
     modelling file in the folder where the shapes are not stock, and its logits must agree with those in memory.
     """
+    folder = Path(folder)
     check_output(folder, overwrite)
     place = folder.resolve()  # a link stays a link to the new folder
     created = _missing_parents(place)
@@ -96,6 +98,19 @@ def save_model(
             raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
         raise
     return SavedModel(folder, size, is_stock(model.config), difference)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's weights to another dtype, in place; InputError when it has not the range for them.
+
+    What is not stored (the angles of rotary embeddings) stays as it is, as when a folder in that dtype is loaded.
+    """
+    rounded = {parameter: parameter.detach().to(dtype) for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(rounded[parameter]).all()):
+            raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
+    for parameter, value in rounded.items():
+        parameter.data = value
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
