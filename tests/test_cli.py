@@ -1,9 +1,11 @@
 """The commands, on tiny models in folders."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from optprune.cli import main
 from optprune.demo import run_demo
+from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import load, load_tokenizer
 from optprune.packaged import demo_articles
-from optprune.recipe import load_recipe, recipe_names
+from optprune.recipe import SOLVERS, load_recipe, make_recipe, recipe_names
+from optprune.solvers import ConjugateGradients, Magnitude, Restore
 from optprune.texts import evaluation_windows, read_documents, tokenise
+from optprune.values import read_yaml
 from tests.tiny_models import TINY_MODELS, save_tiny
 
 WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim", "qwen2": "intermediate_size"}
@@ -206,6 +211,89 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
         file = tmp_path / f"{name}.yaml"
         file.write_text(out)
         assert load_recipe(str(file)) == load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2:4", "2:4"),
+        ("1:30:20", "1:30:20"),
+        ("190:20:30.15", "190:20:30.15"),
+        ("1e-3", 0.001),
+        ("-2E+3", -2000.0),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("0.1", 0.1),
+        ("12", 12),
+        ("-1_000", -1000),
+        ("0x1f", 31),
+        ("0", 0),
+        ("-.inf", -math.inf),
+        ("1-2", "1-2"),
+        ("e3", "e3"),
+        ("true", True),
+        ("[1e-2, 2:4]", [0.01, "2:4"]),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
+    found = read_yaml(text, "the value")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_pattern_may_be_set_without_quotes(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL, "--recipe", "wanda"]
+    code, _, err = run([*command, "--set", "pattern=2:4", "--set", "damping=1e-3"], capsys)
+    assert code == 0, err
+    recipe = json.loads((output / "report.json").read_text())["recipe"]
+    assert (recipe["pattern"], recipe["damping"]) == ("2:4", 0.001)
+    file = tmp_path / "by_hand.yaml"
+    file.write_text("units: weights\nsolver: wanda\nsparsity: 5e-1\npattern: 2:4\n")
+    assert load_recipe(str(file)).pattern == "2:4"
+
+
+def test_one_damping_is_a_list_of_one() -> None:
+    assert load_recipe("fasp", {"refit_damping": 0.1, "held_out": 0.1}).refit_damping == (0.1,)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"restore": {"factor_dtype": "float32"}},
+        [{"greedy_obs": {"batch": 4}}, {"restore": {"factor_dtype": "float32"}}],
+        {"spap": {"scale": "gram", "first": 1, "stages": 3}},
+        {"conjugate_gradients": {"tolerance": "1e-2"}},
+    ],
+)
+def test_options_of_solvers_survive_a_file(solver: object, tmp_path: Path) -> None:
+    recipe = make_recipe({"solver": solver})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(str(file)) == recipe
+    assert load_recipe(str(file)).to_dict() == recipe.to_dict()
+
+
+def test_options_get_the_types_that_solvers_declare() -> None:
+    assert make_recipe({"solver": {"restore": {"factor_dtype": "float32"}}}).solver == Restore(torch.float32)
+    assert make_recipe({"solver": {"restore": {"factor_dtype": "torch.float64"}}}).solver == Restore(torch.float64)
+    assert make_recipe({"solver": {"conjugate_gradients": {"tolerance": "1e-2"}}}).solver == ConjugateGradients(0.01)
+
+
+def test_what_a_solver_says_of_its_options_is_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Picky(Magnitude):
+        most: int = 1
+
+        def __post_init__(self) -> None:
+            if self.most < 1:
+                raise ValueError(f"most cannot be {self.most}: it is at least 1")
+
+    monkeypatch.setitem(SOLVERS, "picky", Picky)
+    with pytest.raises(InputError, match=r"'solver' cannot be .*: most cannot be 0: it is at least 1$"):
+        make_recipe({"solver": {"picky": {"most": 0}}})
 
 
 # -- demo

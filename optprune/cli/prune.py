@@ -130,7 +130,7 @@ def prune_command(
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The recipe fields that the user gave, by option or as --set key=value."""
-    import yaml
+    from optprune.values import read_yaml
 
     fields = dict(options)
     for setting in settings:
@@ -140,12 +140,7 @@ def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
             raise InputError(f"--set {setting!r} is not of the form KEY=VALUE, such as damping=0.05")
         if key in fields:
             raise InputError(f"the recipe field {key!r} is given twice, the second time by --set {setting}: give one")
-        try:
-            fields[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(
-                f"the value in --set {setting} is not valid YAML: {' '.join(str(error).split())}"
-            ) from error
+        fields[key] = read_yaml(text, f"the value in --set {setting}")
     return fields
 
 
