@@ -136,7 +136,11 @@ def _write_option(value: Any) -> int | float | str:
 
 
 class Recipe(BaseModel):
-    """What to solve at each layer, with what, how much to remove, and on which path statistics travel."""
+    """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
+
+    A field that is wrong is pydantic's ValidationError here; `load_recipe` and `make_recipe` make it an InputError of
+    one sentence.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 

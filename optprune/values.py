@@ -1,5 +1,7 @@
-"""Values that people write: YAML as its version 1.2 reads numbers."""
+"""Values in files: YAML as people write it, and JSON that every program reads."""
 
+import json
+import math
 import re
 from typing import Any
 
@@ -34,3 +36,16 @@ def read_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def json_text(value: Any) -> str:
+    """Plain data as indented JSON; NaN and infinity, which JSON does not know, are null."""
+    return json.dumps(_known_to_json(value), indent=2, allow_nan=False) + "\n"
+
+
+def _known_to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known_to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known_to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

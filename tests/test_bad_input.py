@@ -1,6 +1,7 @@
 """Bad input: one sentence on stderr, a non-zero exit, and nothing left behind."""
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -196,6 +197,10 @@ def test_overwriting_something_that_is_no_model(attempt: Attempt) -> None:
         ("./missing", "there is no model folder './missing'"),
         ("missing.gguf", "there is no GGUF file missing.gguf"),
         ("", "there is no model folder ''"),
+        ("modle", "there is no model folder 'modle': give a model folder, a .gguf file, a hub name (OWNER/NAME) or"),
+        ("models/", "there is no model folder 'models/'"),
+        ("a\\b", "there is no model folder"),
+        ("optprune/modle", "there is no model folder 'optprune/modle'"),
     ],
 )
 def test_a_model_that_is_not_there(attempt: Attempt, source: str, reason: str) -> None:
@@ -238,6 +243,35 @@ def test_an_allocation_for_another_model(attempt: Attempt) -> None:
     file = attempt.folder / "allocation.json"
     file.write_text(everything(Decoder(tiny_llama(num_hidden_layers=3))).to_json())
     assert "the allocation is for 3 blocks, but the model has 2" in attempt.fails(attempt.command(allocation=file))
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_a_quantised_checkpoint(attempt: Attempt, method: str) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "config.json"
+    config = {**json.loads(file.read_text()), "quantization_config": {"quant_method": method, "bits": 4}}
+    file.write_text(json.dumps(config))
+    sentence = attempt.fails(attempt.command())
+    assert f"is quantised ({method}), and pruning needs plain weights: load the unquantised original" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_weights_in_pickle(attempt: Attempt) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    (attempt.model / "model.safetensors").unlink()
+    torch.save(tiny_llama().state_dict(), attempt.model / "pytorch_model.bin")
+    sentence = attempt.fails(attempt.command())
+    assert "pickle (pytorch_model.bin)" in sentence
+    assert "from_pretrained(OLD).save_pretrained(NEW)" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_file_that_is_no_allocation(attempt: Attempt) -> None:
+    file = attempt.folder / "allocation.json"
+    file.write_text("{}")
+    sentence = attempt.fails(attempt.command(allocation=file))
+    assert f"the allocation file {file} cannot be used: this is not an allocation" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import optprune
 from optprune.cli import main
 from optprune.demo import run_demo
 from optprune.errors import InputError
@@ -198,6 +200,22 @@ def test_evaluate_measures_what_the_library_measures(
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_a_hopeless_model_gives_json_too(
+    models: dict[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = tmp_path / "record.json"
+    monkeypatch.setattr("optprune.evaluate.math.exp", lambda _: math.inf)
+    command = ["evaluate", models["opt"], "--text", text, "--seq-length", "64", "--windows", "2", "--json", str(record)]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert out.startswith("perplexity inf ")
+    assert json.loads(record.read_text(), parse_constant=pytest.fail)["perplexity"] is None
+
+
 # -- recipes
 
 
@@ -327,6 +345,19 @@ def test_the_demo_tells_the_story(
 
 
 # -- the program itself
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"], capsys) == (0, f"optprune {version('optprune')}\n", "")
+    assert optprune.__version__ == version("optprune")
+
+
+def test_the_package_lists_its_names_without_importing_torch() -> None:
+    code = "import sys, optprune; print(dir(optprune)); print('torch' in sys.modules)"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"__version__", "load_recipe", "prune", "save_pruned"} <= set(eval(lines[0]))
+    assert lines[1] == "False"
+    assert all(getattr(optprune, name) is not None for name in optprune.__all__)
 
 
 def test_help_does_not_import_torch() -> None:

@@ -230,3 +230,12 @@ def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     cast(model, torch.bfloat16)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+def test_paths_may_be_texts_or_paths(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_model(model, str(tmp_path / "out"))
+    for folder in (tmp_path / "out", str(tmp_path / "out")):
+        loaded = load_model(folder)
+        assert loaded.source == str(tmp_path / "out")
+        assert torch.equal(loaded.model(PROBE).logits, model(PROBE).logits)

@@ -10,6 +10,7 @@ from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqL
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
+from optprune.values import read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +131,6 @@ def prune_command(
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The recipe fields that the user gave, by option or as --set key=value."""
-    from optprune.values import read_yaml
-
     fields = dict(options)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -152,7 +151,10 @@ def _read_allocation(file: str) -> "Allocation":
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the allocation file {file} cannot be read: {error}") from error
-    return Allocation.from_json(text)
+    try:
+        return Allocation.from_json(text)
+    except InputError as error:
+        raise InputError(f"the allocation file {file} cannot be used: {error}") from error
 
 
 def _check_shapes(
