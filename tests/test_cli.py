@@ -167,6 +167,31 @@ def test_a_model_is_pruned_in_one_dtype_and_saved_in_another(
     assert "logits differ by at most 0\n" in out
 
 
+@pytest.mark.parametrize(
+    ("options", "pattern", "destroyed"),
+    [
+        (["--recipe", "sparsegpt", "--pattern", "2:4"], "2:4", False),
+        (["--recipe", "random", "--units", "weights", "--sparsity", "0.9"], "unstructured", True),
+        (["--recipe", "fasp", "--sparsity", "0.1"], None, False),
+    ],
+)
+def test_the_summary_says_what_zeros_do_not_bring_and_when_a_model_is_lost(
+    options: list[str],
+    pattern: str | None,
+    destroyed: bool,
+    models: dict[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(tmp_path / "out"), *SMALL, *options]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert ("neither smaller nor faster" in out) == (pattern is not None)
+    assert pattern is None or f"a kernel for the pattern {pattern}\n" in out
+    assert ("warning: the model is probably destroyed" in out) == destroyed
+
+
 def test_strict_makes_notes_errors(
     models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from optprune.recipe import Recipe
     from optprune.report import Report
 
+DESTROYED = 0.5
+"""the mean relative error of the layers above which the summary warns"""
+
 
 def prune_command(
     model: Model,
@@ -190,6 +193,13 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
     )
     if errors:
         typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+    if errors and sum(errors) / len(errors) > DESTROYED:
+        typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
+    if report.recipe["units"] == "weights":
+        typer.echo(
+            "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
+            f"pattern {report.recipe['pattern']}"
+        )
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")
