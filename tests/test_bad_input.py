@@ -242,7 +242,8 @@ def test_recovery_that_the_architecture_does_not_know(attempt: Attempt) -> None:
 def test_an_allocation_for_another_model(attempt: Attempt) -> None:
     file = attempt.folder / "allocation.json"
     file.write_text(everything(Decoder(tiny_llama(num_hidden_layers=3))).to_json())
-    assert "the allocation is for 3 blocks, but the model has 2" in attempt.fails(attempt.command(allocation=file))
+    sentence = attempt.fails(attempt.command(allocation=file))
+    assert f"the allocation file {file} does not fit: the allocation is for 3 blocks, but the model has 2" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -13,12 +13,10 @@ from optprune.errors import InputError
 from optprune.values import read_yaml
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig
 
     from optprune.allocation import Allocation
-    from optprune.models import SavedModel
-    from optprune.recipe import Recipe
+    from optprune.models import Decoder, SavedModel
     from optprune.report import Report
 
 DESTROYED = 0.5
@@ -98,7 +96,9 @@ def prune_command(
     from optprune.folder import save_pruned
     from optprune.models import check_dtype, check_output, device_of, load_config, load_model, stored_dtype
     from optprune.pipeline import prune
+    from optprune.preflight import check_run
     from optprune.recipe import load_recipe
+    from optprune.targets import check_allocation
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
@@ -112,7 +112,13 @@ def prune_command(
     documents = read_documents(calibration)
     config = load_config(model)
     check_seq_length(config, seq_length)
-    _check_shapes(config, chosen, divided, stored_dtype(model, dtype))
+    shapes = _without_weights(config)
+    if divided is not None:
+        try:
+            check_allocation(shapes, chosen, divided)
+        except InputError as error:
+            raise InputError(f"the allocation file {given_blocks} does not fit: {error}") from error
+    check_run(shapes, chosen, divided, stored_dtype(model, dtype))
     reporter.say(f"tokenising {calibration}")
     tokens = tokens_for(model, config, documents)
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
@@ -160,20 +166,16 @@ def _read_allocation(file: str) -> "Allocation":
         raise InputError(f"the allocation file {file} cannot be used: {error}") from error
 
 
-def _check_shapes(
-    config: "PretrainedConfig", recipe: "Recipe", allocation: "Allocation | None", dtype: "torch.dtype | None"
-) -> None:
-    """Raise InputError when a model of this config cannot be pruned so: try it on one without weights."""
+def _without_weights(config: "PretrainedConfig") -> "Decoder":
+    """A model of this config that holds shapes only."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from optprune.models import Decoder, architecture_of
-    from optprune.preflight import check_run
 
     architecture_of(config)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config)
-    check_run(Decoder(shapes), recipe, allocation, dtype)
+        return Decoder(AutoModelForCausalLM.from_config(config))
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:
