@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
+    from optprune.folder import save_pruned
     from optprune.models import load, load_model, save_model
     from optprune.objectives import LayerContext
     from optprune.pipeline import prune
@@ -33,6 +34,7 @@ _HOMES = {
     "load_recipe": "optprune.recipe",
     "prune": "optprune.pipeline",
     "save_model": "optprune.models",
+    "save_pruned": "optprune.folder",
     "solve": "optprune.solvers",
 }
 
@@ -46,14 +48,26 @@ __all__ = [
     "load_recipe",
     "prune",
     "save_model",
+    "save_pruned",
     "solve",
 ]
+__version__: str
+"""of the installed package"""
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `optprune --help` and the solvers do not wait for transformers."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("optprune")
     if name not in _HOMES:
         raise AttributeError(f"module 'optprune' has no attribute {name!r}")
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """With the names that are not imported yet."""
+    return sorted({*globals(), *__all__, "__version__"})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from optprune.models import LoadedModel, SavedModel, save_model
+from optprune.models import DTYPES, LoadedModel, SavedModel, cast, check_dtype, save_model
 from optprune.recipe import Recipe
 from optprune.report import Report
 
@@ -13,13 +13,23 @@ PROBE_TOKENS = 128
 
 
 def save_pruned(
-    loaded: LoadedModel, folder: Path, report: Report, recipe: Recipe, *, window: Tensor, overwrite: bool = False
+    loaded: LoadedModel,
+    folder: str | Path,
+    report: Report,
+    recipe: Recipe,
+    *,
+    window: Tensor,
+    overwrite: bool = False,
+    dtype: str = "auto",
 ) -> SavedModel:
     """Write a pruned model with its tokenizer, report.json and recipe.yaml, whole or not at all.
 
     A fresh process reloads the folder, and its logits on the first tokens of `window` [length] must agree with those
-    in memory.
+    in memory. A `dtype` other than auto (float32, bfloat16 or float16) rounds the model to it before, in place.
     """
+    check_dtype(dtype)
+    if dtype != "auto":
+        cast(loaded.model, DTYPES[dtype])
     return save_model(
         loaded.model,
         folder,

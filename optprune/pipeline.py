@@ -21,6 +21,7 @@ from optprune.models.calibrate import Collected, Stream, advance, calibrating, c
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
+from optprune.preflight import check_batches, check_run
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, recover
@@ -36,7 +37,7 @@ from optprune.report import (
     Report,
 )
 from optprune.solvers import solve
-from optprune.targets import Target, by_stage, check_allocation, parts_removed, pattern_of, targets_of
+from optprune.targets import Target, by_stage, parts_removed, pattern_of, targets_of
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
@@ -57,13 +58,15 @@ def prune(
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
-    All tokens count, so batches must hold no padding. Raises an OptpruneError that says why when the model, the
-    recipe or the batches do not fit; the model in memory may then be half pruned. An `allocation` says what every
-    block keeps, in place of the recipe's sparsity. `source` and `calibration` name the model and the text in the
-    report.
+    All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
+    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
+    `allocation` says what every block keeps, in place of the recipe's sparsity. `source` and `calibration` name the
+    model and the text in the report.
     """
     began = time.perf_counter()
-    decoder, batches, on_event = Decoder(model), list(batches), on_event or (lambda event: None)
+    decoder, on_event = Decoder(model), on_event or (lambda event: None)
+    batches = check_batches(model.config, batches)
+    check_run(decoder, recipe, allocation, model.dtype)
     weights_before = decoder.linear_weights()
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
@@ -72,17 +75,15 @@ def prune(
     batches, held_out = hold_out(batches, recipe.held_out)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches)
-        if allocation is not None:
-            check_allocation(decoder, recipe, allocation)
-        elif recipe.units == "blocks":
+        if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
-        elif recipe.allocation == "global":
+        elif allocation is None and recipe.allocation == "global":
             if not metrics:
                 notes = (UNLIKE_UNITS,)
                 if recipe.strict:
                     raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
             allocation = by_cost(decoder, stream, recipe, metrics, on_event)
-        else:
+        elif allocation is None:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)
         run.metrics, run.held_out = metrics, held_out

@@ -4,10 +4,20 @@ import dataclasses
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from optprune import solvers
 from optprune.errors import InputError
@@ -16,6 +26,7 @@ from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.problems import Problem
 from optprune.refit import refitting
 from optprune.solvers import Chain, Solver
+from optprune.values import read_yaml
 
 SOLVERS: dict[str, type[Solver]] = {
     "admm": solvers.Admm,
@@ -37,6 +48,8 @@ SOLVERS: dict[str, type[Solver]] = {
     "swaps": solvers.Swaps,
     "wanda": solvers.Wanda,
 }
+SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+"""those that an option of a solver may name"""
 Units = Literal["mlp", "vo", "kv-groups", "all", "weights", "blocks"]
 
 
@@ -61,23 +74,46 @@ def _read_propagation(value: Any) -> Any:
     return _known("propagation policy", POLICIES, value) if isinstance(value, str) else value
 
 
+def _read_dampings(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 def _read_solver(value: Any) -> Any:
     """A solver from its name, {name: options}, or a list of those (a chain)."""
     if isinstance(value, str):
         return _known("solver", SOLVERS, value)()
     if isinstance(value, list):
-        return Chain(tuple(_read_solver(item) for item in value))
+        stages = tuple(_read_solver(item) for item in value)
+        for stage in stages:
+            if not isinstance(stage, Solver):
+                raise ValueError(f"a chain holds solvers, not {stage!r}")
+        return Chain(stages)
     if isinstance(value, dict):
         if len(value) != 1:
             raise ValueError(f"a solver with options is written {{name: {{option: value}}}}, not {value}")
         [(name, options)] = value.items()
         cls = _known("solver", SOLVERS, name)
-        fields = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(options, dict | None):
+            raise ValueError(f"the options of {name} are written {{option: value}}, not {options!r}")
+        types = get_type_hints(cls)
+        fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
         for option in options or {}:
             if option not in fields:
                 raise ValueError(f"the solver {name} has no option {option!r}: it has {sorted(fields) or 'none'}")
-        return cls(**(options or {}))
+        return cls(
+            **{option: _read_option(name, option, fields[option], text) for option, text in (options or {}).items()}
+        )
     return value
+
+
+def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
+    """An option's value in the type that the solver declares."""
+    if kind is torch.dtype and isinstance(value, str):
+        value = _known("dtype", SOLVER_DTYPES, value.removeprefix("torch."))
+    try:
+        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"the option {option} of {solver} is {value!r}: {error.errors()[0]['msg']}") from error
 
 
 def _write_solver(solver: Solver | None) -> Any:
@@ -92,20 +128,19 @@ def _write_solver(solver: Solver | None) -> Any:
         for field in dataclasses.fields(solver)  # type: ignore[arg-type]  # solvers are dataclasses by contract
         if getattr(solver, field.name) != field.default
     }
-    return (
-        {
-            name: {
-                option: str(value) if not isinstance(value, int | float | str) else value
-                for option, value in changed.items()
-            }
-        }
-        if changed
-        else name
-    )
+    return {name: {option: _write_option(value) for option, value in changed.items()}} if changed else name
+
+
+def _write_option(value: Any) -> int | float | str:
+    return value if isinstance(value, int | float | str) else str(value).removeprefix("torch.")
 
 
 class Recipe(BaseModel):
-    """What to solve at each layer, with what, how much to remove, and on which path statistics travel."""
+    """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
+
+    A field that is wrong is pydantic's ValidationError here; `load_recipe` and `make_recipe` make it an InputError of
+    one sentence.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -150,9 +185,9 @@ class Recipe(BaseModel):
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """the share of the calibration sequences, the last ones, kept apart to measure each layer's error on"""
-    refit_damping: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """dampings of the last refit for each layer to choose from by its error on the held-out tokens, which are then
-    fitted too (not where recovery needs them); needs held_out, and a solver that ends with a refit"""
+    refit_damping: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_read_dampings)] = ()
+    """dampings (or one) of the last refit for each layer to choose from by its error on the held-out tokens, which are
+    then fitted too (not where recovery needs them); needs held_out, and a solver that ends with a refit"""
     recovery: int = Field(default=0, ge=0)
     """rounds in which the kept weights of a pruned sub-module are refitted against its dense output; needs held_out"""
     recovery_steps: int = Field(default=8, ge=1)
@@ -226,10 +261,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         raise InputError(
             f"the recipe {name_or_path!r} is not known: use one of {', '.join(recipe_names())}, or a .yaml file"
         )
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"the recipe file {name_or_path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = read_yaml(text, f"the recipe file {name_or_path}")
     if not isinstance(data, dict):
         raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
     return make_recipe({**data, **(overrides or {})})

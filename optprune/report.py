@@ -1,8 +1,9 @@
 """What a run reports: one record a layer, the totals, and the events on the way."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from optprune.values import json_text
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json_text(asdict(self))
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,10 @@ def _now(device: torch.device) -> float:
 
 
 def memory_increase(device: torch.device, run: Callable[[], object]) -> int | None:
-    """The bytes that a run takes at most on top of what is held before it; None where the system does not tell."""
+    """The bytes that a run takes at most on top of what is held before it; None where the system does not tell.
+
+    It runs once, also where nothing is told.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -243,6 +246,7 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
         run()
         return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not CLEAR.exists():
+        run()
         return None
     # What earlier runs freed goes back to the system, or this run would get it without an increase.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -251,6 +255,7 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     try:
         CLEAR.write_text(RESET_PEAK)
     except OSError:
+        run()
         return None
     before = _status("VmRSS")
     run()

@@ -194,7 +194,10 @@ def _read_dataset(spec: str) -> list[str]:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the data set {spec} cannot be loaded: {reason[0]}") from error
     if DEFAULT_COLUMN not in data.column_names:
-        raise InputError(_no_column(spec, DEFAULT_COLUMN, data.column_names))
+        raise InputError(
+            f"the data set {spec} has no column {DEFAULT_COLUMN!r} (it has {', '.join(data.column_names)}): write the "
+            "column you want to a file and give FILE.jsonl:COLUMN"
+        )
     return [_as_text(text, spec, DEFAULT_COLUMN) for text in data[DEFAULT_COLUMN]]
 
 

@@ -1,6 +1,7 @@
 """Bad input: one sentence on stderr, a non-zero exit, and nothing left behind."""
 
 import errno
+import json
 import math
 import os
 import shutil
@@ -9,14 +10,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from optprune.allocation import everything
 from optprune.cli import main
+from optprune.models import Decoder
 from optprune.packaged import demo_articles
-from tests.tiny_models import save_tiny, tiny_llama
+from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
 
 SMALL = {"--samples": "8", "--seq-length": "64"}
 
@@ -117,7 +121,47 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seq_length": 1}, (), "--seq-length cannot be 1"),
         ({"samples": 0}, (), "--samples cannot be 0"),
         ({"samples": 100000}, (), "but 100000 are needed: lower --samples"),
+        (
+            {},
+            ("--set", "solver={greedy_obs: {batch: many}}"),
+            "option batch of greedy_obs is 'many': Input should be a",
+        ),
+        ({}, ("--set", "solver={greedy_obs: {batch: 1.5}}"), "option batch of greedy_obs is 1.5: Input should be a"),
+        ({}, ("--set", "solver={greedy_obs: 8}"), "the options of greedy_obs are written {option: value}, not 8"),
+        (
+            {},
+            ("--set", "solver={greedy_obs: {size: 8}}"),
+            "the solver greedy_obs has no option 'size': it has ['batch']",
+        ),
+        ({}, ("--set", "solver=[greedy_obs, 8]"), "a chain holds solvers, not 8"),
+        (
+            {},
+            ("--set", "solver={restore: {factor_dtype: float8}}"),
+            "the dtype 'float8' is not known: use one of float32",
+        ),
+        ({}, ("--set", "solver={spap: {scale: large}}"), "option scale of spap is 'large'"),
+        ({}, ("--set", "damping=2001-99-99"), "the value in --set damping=2001-99-99 is not valid YAML"),
+        ({}, ("--set", "refit_damping=0.1"), "refit_damping is chosen on held-out tokens: set held_out"),
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
+        ({"dtype": "float99"}, (), "the dtype 'float99' is not known"),
+        ({"save_dtype": "float99"}, (), "the dtype 'float99' is not known"),
+        ({"device": "abacus"}, (), "the device 'abacus' cannot be used"),
+        (
+            {"recipe": "wanda", "sparsity": 0.6, "pattern": "2:5"},
+            (),
+            "a 2:5 pattern needs a multiple of 5 inputs, not 6",
+        ),
+        (
+            {"recipe": "sparse_best", "dtype": "bfloat16"},
+            (),
+            "an output metric in bfloat16 loses too many digits: load",
+        ),
+        (
+            {"recipe": "fasp", "dtype": "float16"},
+            ("--set", "recovery=1", "--set", "held_out=0.1"),
+            "recovery in float16",
+        ),
+        ({"units": "blocks"}, ("--set", "recovery=1", "--set", "held_out=0.1"), "recovery has nothing to refit"),
         ({}, ("--frobnicate",), "No such option: --frobnicate"),
     ],
 )
@@ -153,6 +197,10 @@ def test_overwriting_something_that_is_no_model(attempt: Attempt) -> None:
         ("./missing", "there is no model folder './missing'"),
         ("missing.gguf", "there is no GGUF file missing.gguf"),
         ("", "there is no model folder ''"),
+        ("modle", "there is no model folder 'modle': give a model folder, a .gguf file, a hub name (OWNER/NAME) or"),
+        ("models/", "there is no model folder 'models/'"),
+        ("a\\b", "there is no model folder"),
+        ("optprune/modle", "there is no model folder 'optprune/modle'"),
     ],
 )
 def test_a_model_that_is_not_there(attempt: Attempt, source: str, reason: str) -> None:
@@ -167,6 +215,64 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     attempt.model = save_tiny(GPT2LMHeadModel(config), attempt.folder / "gpt2")
     sentence = attempt.fails(attempt.command())
     assert "the architecture 'gpt2' is not known: optprune prunes llama, opt, qwen2" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(attempt: Attempt) -> None:
+    assert "the device 'cuda' cannot be used" in attempt.fails(attempt.command(device="cuda"))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_checkpoint_whose_digits_are_too_few_for_the_recipe(attempt: Attempt) -> None:
+    half: Any = tiny_llama().to(torch.bfloat16)  # type: ignore[arg-type]
+    attempt.model = save_tiny(half, attempt.folder / "half")
+    sentence = attempt.fails(attempt.command(recipe="structured_best"))
+    assert "an output metric in bfloat16 loses too many digits: load the model with --dtype float32" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_recovery_that_the_architecture_does_not_know(attempt: Attempt) -> None:
+    attempt.model = save_tiny(tiny_opt(), attempt.folder / "opt")
+    sentence = attempt.fails(attempt.command("--set", "recovery=1", recipe="structured_best"))
+    assert "of opt it knows self_attn where a layer is pruned, and units mlp prune none there" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_allocation_for_another_model(attempt: Attempt) -> None:
+    file = attempt.folder / "allocation.json"
+    file.write_text(everything(Decoder(tiny_llama(num_hidden_layers=3))).to_json())
+    sentence = attempt.fails(attempt.command(allocation=file))
+    assert f"the allocation file {file} does not fit: the allocation is for 3 blocks, but the model has 2" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_a_quantised_checkpoint(attempt: Attempt, method: str) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "config.json"
+    config = {**json.loads(file.read_text()), "quantization_config": {"quant_method": method, "bits": 4}}
+    file.write_text(json.dumps(config))
+    sentence = attempt.fails(attempt.command())
+    assert f"is quantised ({method}), and pruning needs plain weights: load the unquantised original" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_weights_in_pickle(attempt: Attempt) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    (attempt.model / "model.safetensors").unlink()
+    torch.save(tiny_llama().state_dict(), attempt.model / "pytorch_model.bin")
+    sentence = attempt.fails(attempt.command())
+    assert "pickle (pytorch_model.bin)" in sentence
+    assert "from_pretrained(OLD).save_pretrained(NEW)" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_file_that_is_no_allocation(attempt: Attempt) -> None:
+    file = attempt.folder / "allocation.json"
+    file.write_text("{}")
+    sentence = attempt.fails(attempt.command(allocation=file))
+    assert f"the allocation file {file} cannot be used: this is not an allocation" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -339,7 +445,9 @@ DEEP = 60
 LAUNCHER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from optprune.allocation import everything
 from optprune.cli import main
+from optprune.models import Decoder
 sys.exit(main())
 """
 

@@ -1,10 +1,13 @@
 """The commands, on tiny models in folders."""
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import optprune
 from optprune.cli import main
 from optprune.demo import run_demo
+from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import load, load_tokenizer
 from optprune.packaged import demo_articles
-from optprune.recipe import load_recipe, recipe_names
+from optprune.recipe import SOLVERS, load_recipe, make_recipe, recipe_names
+from optprune.solvers import ConjugateGradients, Magnitude, Restore
 from optprune.texts import evaluation_windows, read_documents, tokenise
+from optprune.values import read_yaml
 from tests.tiny_models import TINY_MODELS, save_tiny
 
 WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim", "qwen2": "intermediate_size"}
@@ -140,6 +147,51 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
 
 
+def test_a_model_is_pruned_in_one_dtype_and_saved_in_another(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_tiny(TINY_MODELS["llama"]().to(torch.bfloat16), tmp_path / "half")
+    output = tmp_path / "out"
+    command = ["prune", str(source), "--calibration", text, "--output", str(output), *SMALL, "--recipe", "sparse_best"]
+    code, out, err = run([*command, "--dtype", "float32", "--save-dtype", "bfloat16"], capsys)
+    assert code == 0, err
+    saved = weights(output)
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    pruned = AutoModelForCausalLM.from_pretrained(output)
+    assert pruned.dtype == torch.bfloat16
+    layers = [value for name, value in saved.items() if "_proj" in name]
+    zeros = sum(int((value == 0).sum()) for value in layers)
+    assert zeros / sum(value.numel() for value in layers) == pytest.approx(0.5, abs=1e-3)
+    # Rounded before the check, so that it compares like with like: in the dtype computed in they would differ.
+    assert "logits differ by at most 0\n" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern", "destroyed"),
+    [
+        (["--recipe", "sparsegpt", "--pattern", "2:4"], "2:4", False),
+        (["--recipe", "random", "--units", "weights", "--sparsity", "0.9"], "unstructured", True),
+        (["--recipe", "fasp", "--sparsity", "0.1"], None, False),
+    ],
+)
+def test_the_summary_says_what_zeros_do_not_bring_and_when_a_model_is_lost(
+    options: list[str],
+    pattern: str | None,
+    destroyed: bool,
+    models: dict[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(tmp_path / "out"), *SMALL, *options]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert ("neither smaller nor faster" in out) == (pattern is not None)
+    assert pattern is None or f"a kernel for the pattern {pattern}\n" in out
+    assert ("warning: the model is probably destroyed" in out) == destroyed
+
+
 def test_strict_makes_notes_errors(
     models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +225,22 @@ def test_evaluate_measures_what_the_library_measures(
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
+def test_a_hopeless_model_gives_json_too(
+    models: dict[str, str],
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = tmp_path / "record.json"
+    monkeypatch.setattr("optprune.evaluate.math.exp", lambda _: math.inf)
+    command = ["evaluate", models["opt"], "--text", text, "--seq-length", "64", "--windows", "2", "--json", str(record)]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    assert out.startswith("perplexity inf ")
+    assert json.loads(record.read_text(), parse_constant=pytest.fail)["perplexity"] is None
+
+
 # -- recipes
 
 
@@ -186,6 +254,89 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_
         file = tmp_path / f"{name}.yaml"
         file.write_text(out)
         assert load_recipe(str(file)) == load_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2:4", "2:4"),
+        ("1:30:20", "1:30:20"),
+        ("190:20:30.15", "190:20:30.15"),
+        ("1e-3", 0.001),
+        ("-2E+3", -2000.0),
+        ("1.5e3", 1500.0),
+        (".5", 0.5),
+        ("0.1", 0.1),
+        ("12", 12),
+        ("-1_000", -1000),
+        ("0x1f", 31),
+        ("0", 0),
+        ("-.inf", -math.inf),
+        ("1-2", "1-2"),
+        ("e3", "e3"),
+        ("true", True),
+        ("[1e-2, 2:4]", [0.01, "2:4"]),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
+    found = read_yaml(text, "the value")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_pattern_may_be_set_without_quotes(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL, "--recipe", "wanda"]
+    code, _, err = run([*command, "--set", "pattern=2:4", "--set", "damping=1e-3"], capsys)
+    assert code == 0, err
+    recipe = json.loads((output / "report.json").read_text())["recipe"]
+    assert (recipe["pattern"], recipe["damping"]) == ("2:4", 0.001)
+    file = tmp_path / "by_hand.yaml"
+    file.write_text("units: weights\nsolver: wanda\nsparsity: 5e-1\npattern: 2:4\n")
+    assert load_recipe(str(file)).pattern == "2:4"
+
+
+def test_one_damping_is_a_list_of_one() -> None:
+    assert load_recipe("fasp", {"refit_damping": 0.1, "held_out": 0.1}).refit_damping == (0.1,)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        {"restore": {"factor_dtype": "float32"}},
+        [{"greedy_obs": {"batch": 4}}, {"restore": {"factor_dtype": "float32"}}],
+        {"spap": {"scale": "gram", "first": 1, "stages": 3}},
+        {"conjugate_gradients": {"tolerance": "1e-2"}},
+    ],
+)
+def test_options_of_solvers_survive_a_file(solver: object, tmp_path: Path) -> None:
+    recipe = make_recipe({"solver": solver})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(str(file)) == recipe
+    assert load_recipe(str(file)).to_dict() == recipe.to_dict()
+
+
+def test_options_get_the_types_that_solvers_declare() -> None:
+    assert make_recipe({"solver": {"restore": {"factor_dtype": "float32"}}}).solver == Restore(torch.float32)
+    assert make_recipe({"solver": {"restore": {"factor_dtype": "torch.float64"}}}).solver == Restore(torch.float64)
+    assert make_recipe({"solver": {"conjugate_gradients": {"tolerance": "1e-2"}}}).solver == ConjugateGradients(0.01)
+
+
+def test_what_a_solver_says_of_its_options_is_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Picky(Magnitude):
+        most: int = 1
+
+        def __post_init__(self) -> None:
+            if self.most < 1:
+                raise ValueError(f"most cannot be {self.most}: it is at least 1")
+
+    monkeypatch.setitem(SOLVERS, "picky", Picky)
+    with pytest.raises(InputError, match=r"'solver' cannot be .*: most cannot be 0: it is at least 1$"):
+        make_recipe({"solver": {"picky": {"most": 0}}})
 
 
 # -- demo
@@ -219,6 +370,19 @@ def test_the_demo_tells_the_story(
 
 
 # -- the program itself
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"], capsys) == (0, f"optprune {version('optprune')}\n", "")
+    assert optprune.__version__ == version("optprune")
+
+
+def test_the_package_lists_its_names_without_importing_torch() -> None:
+    code = "import sys, optprune; print(dir(optprune)); print('torch' in sys.modules)"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"__version__", "load_recipe", "prune", "save_pruned"} <= set(eval(lines[0]))
+    assert lines[1] == "False"
+    assert all(getattr(optprune, name) is not None for name in optprune.__all__)
 
 
 def test_help_does_not_import_torch() -> None:

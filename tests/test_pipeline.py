@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -264,3 +265,45 @@ def test_a_last_stage_that_did_not_end_is_told_of() -> None:
     assert "step limit" in report.notes[0]
     with pytest.raises(StrictError, match="step limit"):
         prune(tiny_llama(), batches(), load_recipe("alps", {**settings, "strict": True}))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([torch.arange(10)], r"batch 0 is a torch.int64 of shape \[10\]: give tensors of token ids \[batch, length\]"),
+        (torch.arange(10), r"batch 0 is a torch.int64 of shape \[\]"),
+        ([torch.ones(2, 8, dtype=torch.long), [[1, 2]]], "batch 1 is list: give tensors"),
+        ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}], r"batch 0 is dict: .*, here batch\['input_ids'\]"),
+        ([torch.ones(2, 8)], r"batch 0 is a torch.float32 of shape \[2, 8\]"),
+        ([torch.ones(2, 0, dtype=torch.long)], "holds no token"),
+        ([torch.full((2, 8), 512)], "batch 0 holds the token 512, but the model has embeddings for 0 to 511 only"),
+        ([torch.full((2, 8), -100)], "batch 0 holds the token -100"),
+        ([torch.ones(1, 513, dtype=torch.long)], "sequences of 513 tokens, longer than the 512 positions"),
+    ],
+)
+def test_batches_that_the_model_cannot_read(given: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        prune(tiny_opt(), given, load_recipe("fasp"))
+
+
+def test_one_tensor_is_one_batch() -> None:
+    alone, listed = tiny_llama(), tiny_llama()
+    prune(alone, batches()[0], load_recipe("fasp"))
+    prune(listed, batches()[:1], load_recipe("fasp"))
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), listed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "settings", "reason"),
+    [
+        ("opt", "structured_best", {"recovery": 1}, "recovery has nothing to refit"),
+        ("llama", "sparse_best", {"pattern": "2:5", "sparsity": 0.6}, "a 2:5 pattern needs a multiple of 5 inputs"),
+        ("llama", "structured_best", {"sparsity": 0.9}, "out of reach"),
+    ],
+)
+def test_what_shapes_rule_out_is_refused_before_the_metric(
+    name: str, recipe: str, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optprune.pipeline.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
+    with pytest.raises(InputError, match=reason):
+        prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))

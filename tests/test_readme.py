@@ -1,16 +1,21 @@
 """The README's Python examples run as they stand, on the demo model."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+README = Path(__file__).parents[1] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_an_example_runs(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {"__name__": "readme"})
+def test_an_example_runs(number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # half a gigabyte is written there
+        monkeypatch.chdir(folder)
+        exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {"__name__": "readme"})
+        monkeypatch.undo()
     assert capsys.readouterr().out.strip()
 
 

@@ -11,7 +11,7 @@ import torch
 
 import optprune
 from optprune.errors import InputError, OptpruneError
-from optprune.models import load_model, save_model
+from optprune.models import cast, check_output, load_model, save_model
 from optprune.pipeline import prune
 from optprune.recipe import load_recipe
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
@@ -162,3 +162,80 @@ def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
     prune(loaded, [torch.randint(5, 500, (2, 48))], load_recipe("fasp"))
     save_model(loaded, tmp_path / "out", probe=PROBE)
     assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
+
+
+def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch in the user's site-packages or on PYTHONPATH: the interpreter itself does not know of it."""
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]  # knows no venv
+    assert save_model(tiny_llama(), tmp_path / "out", probe=PROBE).logits_difference is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("path", [], "cannot import what it needs .*torch.*, so the folder was discarded: "),
+        ("executable", "/no/python", "cannot be started .*, so the folder was discarded: "),
+        ("executable", None, "cannot be started .*, so the folder was discarded: "),
+    ],
+)
+def test_a_reload_check_that_cannot_run_says_so(
+    name: str, value: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    model(PROBE)  # so that nothing is imported on the way
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, name, value)
+        with pytest.raises(OptpruneError, match=reason) as caught:
+            save_model(model, tmp_path / "out", probe=PROBE)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.txt").write_text("words")
+    with pytest.raises(InputError, match=r"t\.txt is not a folder"):
+        check_output(tmp_path / "t.txt" / "out", False)
+    with pytest.raises(InputError, match=r"t\.txt is a file"):
+        check_output(tmp_path / "t.txt", True)
+    save_model(tiny_llama(), tmp_path / "out")
+    (tmp_path / "out" / "deeper").mkdir()
+    for here, folder in (("out", "."), ("out", "../out"), ("out/deeper", ".."), ("out/deeper", str(tmp_path / "out"))):
+        monkeypatch.chdir(tmp_path / here)
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="is the current folder or holds it"):
+                check_output(Path(folder), overwrite)
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    save_model(tiny_llama(), tmp_path / "link", overwrite=True, files={"second": ""})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out" / "second").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_model_in_float64(tmp_path: Path) -> None:
+    model = tiny_llama().double()
+    assert save_model(model, tmp_path / "out", probe=PROBE).logits_difference is not None
+
+
+def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e6
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(InputError, match=r"model.norm.weight holds values beyond torch.float16"):
+        cast(model, torch.float16)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    cast(model, torch.bfloat16)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+def test_paths_may_be_texts_or_paths(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_model(model, str(tmp_path / "out"))
+    for folder in (tmp_path / "out", str(tmp_path / "out")):
+        loaded = load_model(folder)
+        assert loaded.source == str(tmp_path / "out")
+        assert torch.equal(loaded.model(PROBE).logits, model(PROBE).logits)

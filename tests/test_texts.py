@@ -67,7 +67,7 @@ def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_data_set_without_a_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
     table = datasets.Dataset.from_dict({"question": ["why"], "answer": ["because"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
-    with pytest.raises(InputError, match=r"no column 'text' \(it has question, answer\)"):
+    with pytest.raises(InputError, match=r"no column 'text' \(it has question, answer\): write .* FILE.jsonl:COLUMN"):
         read_documents("hf:some/set:train")
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -14,11 +15,29 @@ from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 
 app = typer.Typer(
-    help="Prune language models: each layer an optimisation problem.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        import optprune
+
+        typer.echo(f"optprune {optprune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say the version and stop.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Prune language models: each layer an optimisation problem."""
+
+
 app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
 app.command("inspect", short_help="Measure what is zero in a model, whoever pruned it.")(reported(inspect_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))

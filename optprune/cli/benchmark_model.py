@@ -1,6 +1,5 @@
 """optprune benchmark-model: how fast and how large a model is, alone or against another."""
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from optprune.cli.options import Device, Dtype, JsonFile, Model
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.errors import InputError
+from optprune.values import json_text
 
 if TYPE_CHECKING:
     from optprune.speed import Measured, ModelSpeed
@@ -30,11 +30,13 @@ def benchmark_model_command(
 ) -> None:
     """Measure prefill and decoding speed, peak memory and file size; medians and quartiles over the repeats."""
     reporter = start()
-    from optprune.models import load_config, load_model
+    from optprune.models import check_dtype, device_of, load_config, load_model
     from optprune.speed import PEAK_MEMORY, Work, device_name, file_bytes, measure_speed
 
     work = Work(prompt_tokens, new_tokens, batch, repeats)
     check_json(json_file)
+    check_dtype(dtype)
+    device_of(device)
     if against == model:
         raise InputError(f"--against names {model} itself: name the model to compare with")
     sources = [model] if against is None else [model, against]
@@ -69,7 +71,7 @@ def benchmark_model_command(
             f"{model} over {against}: prefill {_told(ratios.prefill, 3)}, decoding {_told(ratios.decode, 3)}, "
             f"peak memory {peak}, weights {ratios.weights:.3f}, file {file_ratio:.3f}"
         )
-    write_json(json_file, json.dumps(result, indent=2) + "\n", lines[-1])
+    write_json(json_file, json_text(result), lines[-1])
     for line in (*lines, f"peak memory: {PEAK_MEMORY}"):
         typer.echo(line)
 

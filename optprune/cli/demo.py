@@ -1,6 +1,5 @@
 """optprune demo: the whole story on packaged data."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ from rich.console import Console
 
 from optprune.cli.options import JsonFile, Overwrite
 from optprune.cli.outputs import check_json, start, write_json
+from optprune.values import json_text
 
 
 def demo_command(
@@ -26,4 +26,4 @@ def demo_command(
     folder = FOLDER if output is None else output
     check_json(json_file, folder)
     result = run_demo(folder, overwrite=overwrite or output is None, console=Console(), reporter=reporter)
-    write_json(json_file, json.dumps(result.to_dict(), indent=2) + "\n", f"the pruned model is in {folder}")
+    write_json(json_file, json_text(result.to_dict()), f"the pruned model is in {folder}")

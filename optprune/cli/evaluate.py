@@ -1,6 +1,5 @@
 """optprune evaluate: a model's perplexity on a text."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -8,6 +7,7 @@ import typer
 from optprune.cli.options import Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
+from optprune.values import json_text
 
 
 def evaluate_command(
@@ -30,11 +30,13 @@ def evaluate_command(
     """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows."""
     reporter = start()
     from optprune.evaluate import perplexity
-    from optprune.models import load_config, load_model
+    from optprune.models import check_dtype, device_of, load_config, load_model
     from optprune.progress import duration
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
     check_json(json_file)
+    check_dtype(dtype)
+    device_of(device)
     documents = read_documents(text)
     config = load_config(model)
     check_seq_length(config, seq_length)
@@ -47,7 +49,7 @@ def evaluate_command(
     with reporter.count("evaluating", "window") as update:
         evaluation = perplexity(loaded.model, ids, on_window=update)
     result = {"model": model, "text": text, "seq_length": seq_length, **evaluation.to_dict()}
-    write_json(json_file, json.dumps(result, indent=2) + "\n", f"the perplexity is {evaluation.perplexity:.4f}")
+    write_json(json_file, json_text(result), f"the perplexity is {evaluation.perplexity:.4f}")
     typer.echo(
         f"perplexity {evaluation.perplexity:.4f} over {evaluation.tokens} tokens "
         f"({evaluation.windows} windows of {seq_length}) in {duration(evaluation.seconds)}"

@@ -1,11 +1,10 @@
 """optprune inspect: what is zero in a model."""
 
-import json
-
 import typer
 
 from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_json, start, write_json
+from optprune.values import json_text
 
 
 def inspect_command(
@@ -32,7 +31,7 @@ def inspect_command(
         "same_in_rows": all(layer.same_in_rows for layer in layers),
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in layers],
     }
-    write_json(json_file, json.dumps(result, indent=2) + "\n", f"{zeros} of {weights} weights are zero")
+    write_json(json_file, json_text(result), f"{zeros} of {weights} weights are zero")
     for layer in layers:
         held_here = ", ".join(layer.patterns) or ("rows" if layer.same_in_rows and layer.zeros else "")
         typer.echo(f"{layer.name} [{layer.outputs}, {layer.inputs}] {layer.sparsity:.2%} zeros {held_here}".rstrip())

@@ -10,14 +10,17 @@ from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqL
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
+from optprune.values import read_yaml
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from optprune.allocation import Allocation
-    from optprune.models import SavedModel
-    from optprune.recipe import Recipe
+    from optprune.models import Decoder, SavedModel
     from optprune.report import Report
+
+DESTROYED = 0.5
+"""the mean relative error of the layers above which the summary warns"""
 
 
 def prune_command(
@@ -41,6 +44,10 @@ def prune_command(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the draws. [default: the recipe's, or 0]")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    save_dtype: Annotated[
+        str,
+        typer.Option("--save-dtype", help="auto (the dtype computed in), float32, bfloat16 or float16."),
+    ] = "auto",
     propagation: Annotated[
         str | None,
         typer.Option("--propagation", help="dense, pruned, intra, cross or local. [default: the recipe's, or pruned]"),
@@ -87,21 +94,31 @@ def prune_command(
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
     from optprune.folder import save_pruned
-    from optprune.models import check_output, load_config, load_model
+    from optprune.models import check_dtype, check_output, device_of, load_config, load_model, stored_dtype
     from optprune.pipeline import prune
+    from optprune.preflight import check_run
     from optprune.recipe import load_recipe
+    from optprune.targets import check_allocation
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
     check_output(output, overwrite)
     check_json(json_file, output)
+    for name in (dtype, save_dtype):
+        check_dtype(name)
+    device_of(device)
     divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
     check_seq_length(config, seq_length)
-    if divided is None:
-        _check_budget(config, chosen)
+    shapes = _without_weights(config)
+    if divided is not None:
+        try:
+            check_allocation(shapes, chosen, divided)
+        except InputError as error:
+            raise InputError(f"the allocation file {given_blocks} does not fit: {error}") from error
+    check_run(shapes, chosen, divided, stored_dtype(model, dtype))
     reporter.say(f"tokenising {calibration}")
     tokens = tokens_for(model, config, documents)
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
@@ -114,15 +131,15 @@ def prune_command(
             loaded.model, batches, chosen, allocation=divided, on_event=on_event, source=model, calibration=text
         )
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-    saved = save_pruned(loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite)
+    saved = save_pruned(
+        loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite, dtype=save_dtype
+    )
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(report, saved)
 
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The recipe fields that the user gave, by option or as --set key=value."""
-    import yaml
-
     fields = dict(options)
     for setting in settings:
         key, equals, text = setting.partition("=")
@@ -131,12 +148,7 @@ def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
             raise InputError(f"--set {setting!r} is not of the form KEY=VALUE, such as damping=0.05")
         if key in fields:
             raise InputError(f"the recipe field {key!r} is given twice, the second time by --set {setting}: give one")
-        try:
-            fields[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(
-                f"the value in --set {setting} is not valid YAML: {' '.join(str(error).split())}"
-            ) from error
+        fields[key] = read_yaml(text, f"the value in --set {setting}")
     return fields
 
 
@@ -148,21 +160,22 @@ def _read_allocation(file: str) -> "Allocation":
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the allocation file {file} cannot be read: {error}") from error
-    return Allocation.from_json(text)
+    try:
+        return Allocation.from_json(text)
+    except InputError as error:
+        raise InputError(f"the allocation file {file} cannot be used: {error}") from error
 
 
-def _check_budget(config: "PretrainedConfig", recipe: "Recipe") -> None:
-    """Raise InputError when the sparsity cannot be reached: allocate it on a model without weights."""
+def _without_weights(config: "PretrainedConfig") -> "Decoder":
+    """A model of this config that holds shapes only."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from optprune.allocation import uniform
     from optprune.models import Decoder, architecture_of
 
     architecture_of(config)
     with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(config)
-    uniform(Decoder(shapes), recipe.sparsity, recipe.units, recipe.width_multiple)
+        return Decoder(AutoModelForCausalLM.from_config(config))
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:
@@ -182,6 +195,13 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
     )
     if errors:
         typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+    if errors and sum(errors) / len(errors) > DESTROYED:
+        typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
+    if report.recipe["units"] == "weights":
+        typer.echo(
+            "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
+            f"pattern {report.recipe['pattern']}"
+        )
     for note in report.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")

@@ -4,11 +4,23 @@ from optprune.models.architecture import Architecture, BlockShape, Heads
 from optprune.models.calibrate import POLICIES, Propagation
 from optprune.models.decoder import ARCHITECTURES, PARTS, Decoder, LinkedLayers, architecture_of, is_stock
 from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
-from optprune.models.load import LoadedModel, load, load_config, load_model, load_tokenizer, need_tokenizer
-from optprune.models.save import SavedModel, check_output, save_model
+from optprune.models.load import (
+    DTYPES,
+    LoadedModel,
+    check_dtype,
+    device_of,
+    load,
+    load_config,
+    load_model,
+    load_tokenizer,
+    need_tokenizer,
+    stored_dtype,
+)
+from optprune.models.save import SavedModel, cast, check_output, save_model
 
 __all__ = [
     "ARCHITECTURES",
+    "DTYPES",
     "PARTS",
     "POLICIES",
     "Architecture",
@@ -21,7 +33,10 @@ __all__ = [
     "Propagation",
     "SavedModel",
     "architecture_of",
+    "cast",
+    "check_dtype",
     "check_output",
+    "device_of",
     "is_stock",
     "layer_pattern",
     "load",
@@ -31,4 +46,5 @@ __all__ = [
     "model_patterns",
     "need_tokenizer",
     "save_model",
+    "stored_dtype",
 ]

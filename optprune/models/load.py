@@ -1,6 +1,7 @@
 """Loading: a local folder, a hub name, a .gguf file, or the packaged demo model. No pickle, no remote code."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = "demo"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+FORMS = "a model folder, a .gguf file, a hub name (OWNER/NAME) or 'demo'"
+"""what a model source may be, in words"""
+CONVERT = (
+    "that is pickle (pytorch_model.bin), which can run code when it is read: where you trust it, convert it with "
+    "transformers' AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), which writes safetensors"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +35,15 @@ class LoadedModel:
     source: str
 
 
-def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load a model from a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
 
     `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16; `device` is auto, cpu, cuda or
     cuda:N. Raises InputError for a path that is not there, an unknown architecture, damaged or missing weights.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"the dtype {dtype!r} is not known: use auto, {', '.join(DTYPES)}")
+    source = str(source)
+    check_dtype(dtype)
+    target = device_of(device)
     where, options = _locate(source)
     config = _config(source, where, options)
     architecture_of(config)
@@ -44,17 +53,18 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
     model = _weights(source, where, config, options)
     _check_finite(model, source)
     Decoder(model)
-    model.to(_device(device))  # type: ignore[arg-type]  # transformers overloads .to
+    model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source)
 
 
 def load(folder: str | Path) -> PreTrainedModel:
     """The model in a folder that optprune wrote, whatever its shapes; also any model `load_model` accepts."""
-    return load_model(str(folder), device="cpu").model
+    return load_model(folder, device="cpu").model
 
 
-def load_tokenizer(source: str) -> Tokenizer | None:
+def load_tokenizer(source: str | Path) -> Tokenizer | None:
     """The tokenizer of a model source, or None when it has none."""
+    source = str(source)
     where, options = _locate(source)
     if not options and Path(where).is_dir() and not any(Path(where).glob("*token*")):
         return None
@@ -71,8 +81,9 @@ def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     return tokenizer
 
 
-def load_config(source: str) -> PretrainedConfig:
+def load_config(source: str | Path) -> PretrainedConfig:
     """The config of a model source, without its weights."""
+    source = str(source)
     return _config(source, *_locate(source))
 
 
@@ -86,26 +97,41 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir() and source.strip():
         if not (path / "config.json").is_file():
             raise InputError(f"the folder {source} has no config.json: give a folder written by save_pretrained")
+        if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
+            raise InputError(f"the folder {source} holds weights in a format that is not loaded; {CONVERT}")
         return str(path), {}
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or path.exists()
-    if looks_like_path or not source.strip():
-        raise InputError(f"there is no model folder {source!r}: give a folder, a .gguf file, a hub name or 'demo'")
+    # A name is not looked up in the hub where there is a folder it could have been in.
+    here = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
+    if here or not HUB_NAME.fullmatch(source) or source.startswith("."):
+        raise InputError(f"there is no model folder {source!r}: give {FORMS}")
     return source, {}
 
 
 def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(where, **options)
+        config = AutoConfig.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"the config of {source} cannot be read: {_first_line(error)}") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None and not options:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
+        raise InputError(
+            f"the checkpoint {source} is quantised ({method or 'by an unnamed method'}), and pruning needs plain "
+            "weights: load the unquantised original"
+        )
+    return config
 
 
 def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
+    if "gguf_file" not in options:
+        options = {**options, "use_safetensors": True}
     try:
         # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
         model, report = cls.from_pretrained(where, output_loading_info=True, **options)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        if "use_safetensors" in str(error):
+            raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
         raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
     absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     unknown = sorted(report.get("unexpected_keys", ()))
@@ -128,7 +154,22 @@ def _check_finite(model: PreTrainedModel, source: str) -> None:
             raise InputError(f"{name} of {source} holds NaN or infinity: the checkpoint is damaged, fetch it again")
 
 
-def _device(name: str) -> torch.device:
+def check_dtype(name: str) -> None:
+    """Raise InputError when a dtype's name is not known."""
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"the dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")
+
+
+def stored_dtype(source: str, dtype: str = "auto") -> torch.dtype | None:
+    """What `load_model` will compute in; None where only the weights say it."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    where, options = _locate(source)
+    return torch.float32 if options else getattr(_config(source, where, options), "dtype", None)
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a name stands for; InputError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

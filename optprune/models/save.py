@@ -21,8 +21,9 @@ from optprune.errors import InputError, OptpruneError
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""the largest difference of logits, relative to the largest logit, that threads and kernels may explain"""
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
+rotations are in float32 in a float64 model too"""
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,33 @@ class SavedModel:
     """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: str | Path, overwrite: bool) -> None:
     """Raise InputError unless the output folder can be written: call it before the long work."""
-    if folder.exists() and not overwrite:
-        raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
-    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
-    parent = folder.absolute().parent
+    folder = Path(folder)
+    place = folder.resolve()
+    if place.exists():
+        if Path.cwd().is_relative_to(place):
+            raise InputError(
+                f"the output folder {folder} is the current folder or holds it, so it cannot be replaced: name another"
+            )
+        if not place.is_dir():
+            raise InputError(f"the output folder {folder} is a file: choose another name")
+        if not overwrite:
+            raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
+        if not (place / "config.json").is_file() and any(place.iterdir()):
+            raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
+    parent = place.parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"the output folder {folder} cannot be created: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise InputError(f"the output folder {folder} cannot be created: {parent} is not writable")
 
 
 def save_model(
     model: PreTrainedModel,
-    folder: Path,
+    folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
     files: Mapping[str, str] | None = None,
@@ -65,25 +77,40 @@ def save_model(
     `probe` [batch, tokens] are token ids: a fresh Python process reloads the folder without optprune, with the
     modelling file in the folder where the shapes are not stock, and its logits must agree with those in memory.
     """
+    folder = Path(folder)
     check_output(folder, overwrite)
-    created = _missing_parents(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()  # a link stays a link to the new folder
+    created = _missing_parents(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
         # A sibling, so that the rename at the end stays within one file system.
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
             draft = Path(scratch) / "model"
             _write(model, draft, tokenizer, files or {})
             difference = None if probe is None else _compare(model, draft, probe, Path(scratch))
             size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
-            _put_in_place(draft, folder)
+            _put_in_place(draft, place)
     except BaseException as error:
-        if not folder.exists():
+        if not place.exists():
             for parent in created:
                 parent.rmdir()
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
         raise
     return SavedModel(folder, size, is_stock(model.config), difference)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's weights to another dtype, in place; InputError when it has not the range for them.
+
+    What is not stored (the angles of rotary embeddings) stays as it is, as when a folder in that dtype is loaded.
+    """
+    rounded = {parameter: parameter.detach().to(dtype) for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(rounded[parameter]).all()):
+            raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
+    for parameter, value in rounded.items():
+        parameter.data = value
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
@@ -110,7 +137,7 @@ def _umask() -> int:
 
 def _missing_parents(folder: Path) -> list[Path]:
     """The parents that do not exist yet, innermost first."""
-    return [parent for parent in folder.absolute().parents if not parent.exists()]
+    return [parent for parent in folder.parents if not parent.exists()]
 
 
 def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, files: Mapping[str, str]) -> None:
@@ -136,18 +163,31 @@ def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) 
         logits = model(input_ids=probe.to(model.device), use_cache=False).logits
     record = scratch / "probe.safetensors"
     save_file({"input_ids": probe.cpu(), "logits": logits.float().cpu().contiguous()}, record)
-    run = subprocess.run(
-        # Isolated (-I) and run as a script: the folder is loaded without importing optprune.
-        [sys.executable, "-I", reload_check.__file__, str(draft), str(record), str(torch.get_num_threads())],
-        capture_output=True,
-        text=True,
-        check=False,
-        # transformers copies a folder's code into its modules cache, where ours has no business to stay.
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
-    )
+    # Without the script's folder (-P), but with everything that this process imports from, wherever it is.
+    paths = [path or str(Path.cwd()) for path in sys.path]
+    words = [str(draft), str(record), str(torch.get_num_threads()), json.dumps(paths)]
+    try:
+        run = subprocess.run(
+            [sys.executable or "", "-P", reload_check.__file__, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            # transformers copies a folder's code into its modules cache, where ours has no business to stay.
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
+        )
+    except OSError as error:
+        raise OptpruneError(
+            f"the process that reloads the saved model cannot be started ({error}), so the folder was discarded: run "
+            "optprune with an ordinary Python interpreter"
+        ) from error
+    reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+    if run.returncode == reload_check.CANNOT_IMPORT:
+        raise OptpruneError(
+            f"the process that reloads the saved model cannot import what it needs ({reason}), so the folder was "
+            f"discarded: see that {sys.executable} can import torch and transformers"
+        )
     if run.returncode:
-        reason = run.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise OptpruneError(f"the saved model cannot be reloaded in a fresh process, so it was discarded: {reason[0]}")
+        raise OptpruneError(f"the saved model cannot be reloaded in a fresh process, so it was discarded: {reason}")
     difference = float(json.loads(run.stdout.strip().splitlines()[-1])["difference"])
     limit = TOLERANCE[model.dtype] * float(logits.abs().max())
     if not difference <= limit:

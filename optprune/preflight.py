@@ -1,0 +1,98 @@
+"""What needs no weights and no pass over the text, so that it is refused before either: shapes are enough."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from optprune.allocation import NARROWED, Allocation, uniform
+from optprune.errors import InputError
+from optprune.models import Decoder
+from optprune.recipe import Recipe, n_of_m
+from optprune.targets import check_allocation, targets_of
+
+
+def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None) -> None:
+    """Raise InputError when a model of these shapes cannot be pruned so; it may be on the meta device.
+
+    `dtype` is what the run computes in, or None where that is not known yet.
+    """
+    if dtype not in (None, torch.float32, torch.float64):
+        for what, asked in (("an output metric", recipe.output_metric != "none"), ("recovery", recipe.recovery > 0)):
+            if asked:
+                raise InputError(
+                    f"{what} in {str(dtype).removeprefix('torch.')} loses too many digits: load the model with "
+                    f"--dtype float32 (--save-dtype writes the folder in another)"
+                )
+    if allocation is not None:
+        check_allocation(decoder, recipe, allocation)
+    else:
+        # How one budget is divided is not known yet, but what no division can reach is.
+        multiple = recipe.width_multiple if recipe.allocation == "uniform" else 1
+        uniform(decoder, recipe.sparsity, recipe.units, multiple)
+    pruned = _pruned(decoder, recipe, allocation)
+    n_m = n_of_m(recipe.pattern)
+    if recipe.units == "weights" and n_m is not None:
+        for index, path in pruned:
+            inputs = decoder.layer(index, path).in_features
+            if inputs % n_m[1]:
+                raise InputError(
+                    f"a {recipe.pattern} pattern needs a multiple of {n_m[1]} inputs, not {inputs} as in "
+                    f"{decoder.name(index, path)}: choose another pattern"
+                )
+    parts = [part for part, _ in decoder.architecture.recoverable]
+    if recipe.recovery and not any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+        raise InputError(
+            f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
+            f"layer is pruned, and units {recipe.units} prune none there"
+        )
+
+
+def _pruned(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> list[tuple[int, str]]:
+    """The layers that will be pruned, or may be where the allocation is not known yet, as (block, path)."""
+    blocks = range(len(decoder.blocks))
+    if allocation is not None:
+        named = ((index, targets_of(decoder, recipe, allocation.blocks[index], index)) for index in blocks)
+        return [(index, target.path) for index, targets in named for target in targets]
+    if recipe.units == "weights":
+        return [(index, path) for index in blocks for path in decoder.paths(index)]
+    architecture, fields = decoder.architecture, NARROWED.get(recipe.units, ())
+    consumers = [architecture.mlp_consumer] if "mlp_width" in fields else []
+    consumers += [architecture.output] if set(fields) & {"value_dim", "kv_heads"} else []
+    return [(index, path) for index in blocks for path in consumers if path in decoder.paths(index)]
+
+
+def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:
+    """The batches as a list of token ids [batch, length]; InputError when the model cannot read one of them.
+
+    One tensor [batch, length] is one batch.
+    """
+    checked: list[Tensor] = []
+    alone = isinstance(batches, Tensor) and batches.ndim == 2
+    for number, batch in enumerate([batches] if alone else batches):
+        what = f"a {batch.dtype} of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
+            hint = ", here batch['input_ids']" if isinstance(batch, Mapping) and "input_ids" in batch else ""
+            raise InputError(
+                f"batch {number} is {what}: give tensors of token ids [batch, length], of whole numbers{hint}"
+            )
+        if not batch.numel():
+            raise InputError(f"batch {number} is {what}, which holds no token: leave it out")
+        least, most = int(batch.min()), int(batch.max())
+        if least < 0 or most >= config.vocab_size:
+            raise InputError(
+                f"batch {number} holds the token {least if least < 0 else most}, but the model has embeddings for 0 to "
+                f"{config.vocab_size - 1} only: use the model's own tokenizer"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and batch.shape[1] > positions:
+            raise InputError(
+                f"batch {number} has sequences of {batch.shape[1]} tokens, longer than the {positions} positions of "
+                "the model: cut them"
+            )
+        checked.append(batch)
+    if not checked:
+        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
+    return checked
