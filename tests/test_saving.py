@@ -239,3 +239,18 @@ def test_paths_may_be_texts_or_paths(tmp_path: Path) -> None:
         loaded = load_model(folder)
         assert loaded.source == str(tmp_path / "out")
         assert torch.equal(loaded.model(PROBE).logits, model(PROBE).logits)
+
+
+def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def missing(where: str, **options: object) -> None:
+        asked.update(options)
+        raise OSError(f"{where} has no model.safetensors. Please do not set `use_safetensors=True`.")
+
+    module = sys.modules["optprune.models.load"]  # optprune.models.load is the function
+    monkeypatch.setattr(module, "_config", lambda *_: tiny_llama().config)
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(InputError, match=r"the weights of owner/name are not there as safetensors; that is pickle"):
+        load_model("owner/name")
+    assert asked["use_safetensors"] is True
