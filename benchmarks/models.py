@@ -54,6 +54,12 @@ def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
     return recipe, {"sparsity": sparsity, **({"units": "mlp"} if recipe in ("random", "magnitude") else {})}
 
 
+def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
+    """A recipe at 50 percent; Wanda, as its paper has it, with the same count in every row."""
+    settings = HALF | ({"pattern": "rows"} if recipe == "wanda" else {})
+    return recipe, settings | ({} if policy is None else {"propagation": policy})
+
+
 def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
     """A loss-aware recipe and what it is without its parts."""
     plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
@@ -65,12 +71,11 @@ def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
 
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "sparse": [
-        *((recipe, HALF) for recipe in SPARSE),
-        # As its paper has it: the same count in every row.
-        ("wanda", {"pattern": "rows", "sparsity": 0.5}),
+        *(half(recipe) for recipe in SPARSE),
+        ("wanda", HALF),
         *((recipe, PAIRS) for recipe in SPARSE),
     ],
-    "policies": [(name, {**HALF, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
+    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]],
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from optprune.allocation import Allocation, uniform
 from optprune.by_cost import by_cost
 from optprune.depth import shallower
-from optprune.errors import InputError, StrictError
+from optprune.errors import StrictError
 from optprune.layer_report import check, layer_report, summary
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
@@ -141,8 +141,6 @@ class _Run:
         """what the current block will really get"""
         self.dense = stream.copy() if self.recipe.propagation.two_paths else stream
         """what the current block gets in the dense model; the same stream where the policy follows only one path"""
-        if self.recipe.recovery:
-            self._check_recovery()
 
     def prune_block(self, index: int) -> None:
         """Calibrate, solve and write one block, then move the streams past it."""
@@ -248,20 +246,6 @@ class _Run:
             raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")
         self.layers.append(report)
         self.on_event(LayerSolved(report))
-
-    def _check_recovery(self) -> None:
-        """Raise InputError where recovery has nothing to refit, or loses its digits."""
-        architecture, dtype = self.decoder.architecture, self.decoder.model.dtype
-        paths = [path for path, _ in architecture.recoverable]
-        within = tuple(f"{path}." for path in paths)
-        blocks = range(len(self.decoder.blocks))
-        if not any(target.path.startswith(within) for index in blocks for target in self._targets(index)):
-            raise InputError(
-                f"recovery has nothing to refit: of {architecture.model_type} it knows {', '.join(paths)} where a "
-                f"layer is pruned, and units {self.recipe.units} prune none there"
-            )
-        if dtype not in (torch.float32, torch.float64):
-            raise InputError(f"recovery in {dtype} loses too many digits: load the model with --dtype float32")
 
     def _recover(self, index: int, pruned: list[str], later: list[str], original: nn.Module) -> None:
         """Refit the sub-modules of a block in which layers were just pruned and none follow."""
