@@ -18,7 +18,7 @@ from optprune.models.decoder import Decoder
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the model together: the logits of a large vocabulary are the largest tensors here"""
-POSITIONS_AT_ONCE = 256
+POSITIONS_AT_ONCE = 64
 """how many distributions over the vocabulary are cumulated together"""
 NO_LABEL = -100
 """marks a position whose prediction does not count"""
@@ -113,17 +113,22 @@ def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[
     try:
         with torch.no_grad():
             logits = decoder.model(input_ids=ids, use_cache=False).logits
-            wanted = labels(logits.detach(), ids)
-            loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1), wanted.flatten(), ignore_index=NO_LABEL, reduction="sum"
-            )
-            (gradient,) = torch.autograd.grad(loss, last)
+            slope = _slope(logits.detach(), labels(logits.detach(), ids))
+            (gradient,) = torch.autograd.grad(logits, last, slope)
     finally:
         for handle in handles:
             handle.remove()
     if not bool(torch.isfinite(gradient).all()):
         raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
     return inputs, gradient
+
+
+def _slope(logits: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood at the logits: p - e_label, in one array of their size."""
+    slope = logits.softmax(-1)
+    counts = labels != NO_LABEL
+    slope.scatter_add_(-1, labels.where(counts, 0)[..., None], slope.new_full((), -1.0).expand(*labels.shape, 1))
+    return slope.mul_(counts[..., None])
 
 
 def _backward(
