@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
+from optprune.models.calibrate import clock
 from optprune.models.load import DEMO
 from optprune.packaged import demo_model_file
 
@@ -217,21 +217,14 @@ def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
     """The seconds of reading the prompts and of decoding."""
     ids = ids.to(model.device)
-    began = _now(model.device)
+    began = clock(model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
-    read = _now(model.device)
+    read = clock(model.device)
     for _ in range(new_tokens):
         output = model(input_ids=token, cache=output.cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
-    return read - began, _now(model.device) - read
-
-
-def _now(device: torch.device) -> float:
-    """The time, once the device has done what it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return read - began, clock(model.device) - read
 
 
 def memory_increase(device: torch.device, run: Callable[[], object]) -> int | None:

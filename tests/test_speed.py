@@ -45,7 +45,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
             yield now
 
     clock = times()
-    monkeypatch.setattr(speed, "_now", lambda device: next(clock))
+    monkeypatch.setattr(speed, "clock", lambda device: next(clock))
 
 
 def seen_inputs(model: PreTrainedModel) -> list[torch.Tensor]:
