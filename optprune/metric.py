@@ -80,15 +80,16 @@ class OutputMetric:
     @property
     def row_scale(self) -> Float[Tensor, "out"]:
         """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the dearest one."""
-        return _floored(self.diagonal, self.average.dtype).sqrt()
+        return self.units.root
 
     @cached_property
     def units(self) -> RowUnits:
         """Every row i in units of 1 / sqrt(S_ii)."""
-        scale = self.row_scale
+        diagonal = self.diagonal
+        floored = _floored(diagonal, self.average.dtype)
+        scale = floored.sqrt()
         # Where outputs are coupled, `even` keeps what the scale leaves of S, so nothing is in excess.
-        floored = _floored(self.diagonal, self.average.dtype)
-        return RowUnits(scale, 1 / scale, 0.0 if self.full else float((floored - self.diagonal).max()))
+        return RowUnits(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
 
     @cached_property
     def white(self) -> RowUnits:
