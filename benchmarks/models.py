@@ -41,12 +41,15 @@ SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", 
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
+DIAGONAL: Settings = {"output_metric": "diagonal", "metric_damping": 0.01}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
 CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key in ("held_out", "refit_damping")}
 GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
+WIDEST = 4096
+"""no layer of the models here has as many outputs, so a limit of these changes nothing"""
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
 
 
@@ -63,9 +66,8 @@ def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
 def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
     """A loss-aware recipe and what it is without its parts."""
     plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
-    rows = {"output_metric": "diagonal", "metric_damping": 0.01}
     full = {"output_metric": "full", "metric_damping": 0.1}
-    parts = (plain, plain | rows, plain | full, plain | rows | GLOBAL, plain | full | GLOBAL)
+    parts = (plain, plain | DIAGONAL, plain | full, plain | DIAGONAL | GLOBAL, plain | full | GLOBAL)
     return [(recipe, settings | part) for part in (*parts, GIVEN_RIDGE, plain | RECOVERY, RECOVERY)]
 
 
@@ -73,10 +75,14 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "sparse": [
         *(half(recipe) for recipe in SPARSE),
         ("wanda", HALF),
+        ("sparse_best", HALF | DIAGONAL),
         *((recipe, PAIRS) for recipe in SPARSE),
+        ("sparse_best", PAIRS | DIAGONAL),
     ],
-    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]],
-    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]],
+    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]]
+    + [("sparse_best", {**HALF, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
+    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]]
+    + [("sparse_best", {**PAIRS, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
     + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
     + [
@@ -91,8 +97,9 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "ablation": [case for sparsity in (0.2, 0.1, 0.3) for case in steps("structured_best", {"sparsity": sparsity})],
     "ablation-sparse": [
         *steps("sparse_best", HALF),
-        ("sparse_best", {**HALF, "held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}),
+        ("sparse_best", {**HALF, **DIAGONAL, "held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}),
         *steps("sparse_best", {"sparsity": 0.6}),
+        *(("sparse_best", settings | DIAGONAL | RECOVERY) for settings in (HALF, {"sparsity": 0.6})),
         *(case for case in steps("sparse_best", PAIRS) if case[1].get("allocation") == "uniform"),
     ],
 }
@@ -210,6 +217,8 @@ def _digest(recipe: str, settings: str) -> str:
     fields = load_recipe(recipe, json.loads(settings)).to_dict()
     # What is off is left out, so that a field that is added later, and off, changes no digest.
     told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
+    if told.get("metric_width", 0) >= WIDEST:
+        del told["metric_width"]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -61,8 +61,8 @@ def by_cost(
     layer keeps between `least_kept` and `most_kept` of its weights (or half of the average, and half way from the
     average to all, where that is wider). N:M: which layers stay dense. Units: each layer's
     whole error curve by greedy elimination, and the budget goes where it lowers the sum most, along the lower convex
-    hulls. `stream` holds the inputs of the first block and is left as it is. Costs one calibration pass with its
-    Gram products, and in^3 for each layer.
+    hulls. `stream` holds the inputs of the first block and goes on to the end of the model. Costs one calibration pass
+    with its Gram products, and in^3 for each layer.
     """
     blocks = len(decoder.blocks)
     stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
@@ -71,11 +71,9 @@ def by_cost(
     widths: list[WidthCurve] = []
     tap = decoder.architecture.taps
     for index in range(blocks):
-        following = stream.copy()
         wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)
         taps = sorted({tap[path] for path in wanted}, key=decoder.architecture.layers.index)
-        moments = collect(decoder.blocks[index], stream, taps, output=following).moments
-        stream = following
+        moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
         for path in wanted:
             layer, name = decoder.layer(index, path), decoder.name(index, path)
             fit_bias = layer.bias is not None

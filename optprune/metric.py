@@ -7,6 +7,7 @@ e on every token costs, in nats a token.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -158,31 +159,81 @@ class OutputMetric:
 
 
 class MetricSums:
-    """Accumulates an OutputMetric over batches, in the gradients' float dtype: those of all layers are held at once."""
+    """Accumulates an OutputMetric over batches, in the gradients' float dtype: those of all layers are held at once.
+
+    A matrix is symmetric, so half of it is held, in the manner of LAPACK's rectangular full packed format: with its
+    outputs in two halves, the block between them, and the two triangles of the blocks on the diagonal in one square.
+    """
 
     def __init__(self, width: int, like: Tensor, *, full: bool) -> None:
         """Sums for gradients of a width, with the dtype and on the device of the tensor `like`."""
-        self.full = full
-        self._sum = like.new_zeros((width, width) if full else (width,))
+        self.full, self.width = full, width
         self.tokens = 0
+        first = (width + 1) // 2
+        self._diagonal = like.new_zeros(width)
+        if full:
+            self._between = like.new_zeros(width - first, first)
+            self._triangles = like.new_zeros(first, first)
+            """below the diagonal that of the first half of the outputs, above it that of the second"""
 
     def add(self, gradients: Float[Tensor, "... out"]) -> None:
         """Add a batch of gradients g, one for each token."""
         rows = gradients.reshape(-1, gradients.shape[-1])
+        self._diagonal.add_(rows.square().sum(0))
         if self.full:
-            self._sum.addmm_(rows.T, rows)
-        else:
-            self._sum.add_(rows.square().sum(0))
+            first, second = rows.split(self._between.shape[::-1], dim=1)
+            self._between.addmm_(second.T, first)
+            self._triangles.add_((first.T @ first).tril_(-1))
+            width = second.shape[1]
+            self._triangles[:width, :width].add_((second.T @ second).triu_(1))
         self.tokens += rows.shape[0]
 
     def metric(self) -> OutputMetric:
         """The average so far, not damped."""
         if self.tokens == 0:
             raise InputError("no tokens reached this layer, so it has no output metric")
-        average = self._sum / self.tokens
+        average = self._diagonal.clone()
         if self.full:
-            average = (average + average.T).div_(2)
-        return OutputMetric(average, average.new_zeros(average.shape[0]), self.tokens)
+            average = torch.diag(average)
+            second, first = self._between.shape
+            average[first:, :first] = self._between
+            average[:first, :first] += self._triangles.tril(-1)
+            average[first:, first:] += self._triangles[:second, :second].triu(1).T
+            average += average.tril(-1).T
+        average /= self.tokens
+        return OutputMetric(average, average.new_zeros(self.width), self.tokens)
+
+
+class Metrics(Mapping[str, OutputMetric]):
+    """The metrics of a model's layers by the layer's full name, each made from its sums whenever it is asked for.
+
+    Whole matrices of all layers together would take more memory than the model.
+    """
+
+    def __init__(self, sums: Mapping[str, MetricSums], damping: float = 0.0) -> None:
+        """`damping` is a share of each metric's mean diagonal, as in `OutputMetric.damped`."""
+        self._sums, self._damping = dict(sums), damping
+
+    def __getitem__(self, name: str) -> OutputMetric:
+        return self._sums[name].metric().damped(self._damping)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def damped(self, fraction: float) -> "Metrics":
+        """The same metrics with another damping; the sums are shared."""
+        return Metrics(self._sums, fraction)
+
+    def diagonal_only(self) -> list[str]:
+        """The layers of which only the diagonal is known."""
+        return [name for name, sums in self._sums.items() if not sums.full]
+
+    def forget(self, name: str) -> None:
+        """Free a layer's sums, if it has any."""
+        self._sums.pop(name, None)
 
 
 NOTHING = 1e-20

@@ -1,6 +1,7 @@
 """The pipeline: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
 import copy
+import math
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from optprune.by_cost import by_cost
 from optprune.depth import shallower
 from optprune.errors import StrictError
 from optprune.layer_report import check, layer_report, summary
-from optprune.metric import OutputMetric
+from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.models.calibrate import Collected, Stream, advance, calibrating, clock, collect, first_inputs, hold_out
 from optprune.models.decoder import write
@@ -70,24 +71,22 @@ def prune(
     weights_before = decoder.linear_weights()
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
-    notes: tuple[str, ...] = ()
-    metrics = _metrics(decoder, batches, recipe)
+    metrics, notes = _metrics(decoder, batches, recipe)
     batches, held_out = hold_out(batches, recipe.held_out)
     with calibrating(decoder):
-        stream = first_inputs(decoder, batches)
         if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
         elif allocation is None and recipe.allocation == "global":
             if not metrics:
-                notes = (UNLIKE_UNITS,)
+                notes += (UNLIKE_UNITS,)
                 if recipe.strict:
                     raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
-            allocation = by_cost(decoder, stream, recipe, metrics, on_event)
+            allocation = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event)
         elif allocation is None:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)
         run.metrics, run.held_out = metrics, held_out
-        run.start(stream)
+        run.start(first_inputs(decoder, batches))
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
     decoder.record_shapes()
@@ -127,7 +126,7 @@ class _Run:
         self.floor_seconds = 0.0
         self.zeros = 0
         """weights set to zero in layers that kept their shape"""
-        self.metrics: dict[str, OutputMetric] = {}
+        self.metrics = Metrics({})
         """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
         self.held_out = 0
         """how many batches, the last ones, are kept apart"""
@@ -202,7 +201,7 @@ class _Run:
             if self.dense is not self.actual:
                 advance(original, self.dense)
         for path in self.decoder.architecture.layers:
-            self.metrics.pop(self.decoder.name(index, path), None)
+            self.metrics.forget(self.decoder.name(index, path))
         self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
 
     def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:
@@ -284,10 +283,10 @@ class _Run:
         return self.allocation.blocks[index].share(target.path)
 
 
-def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[str, OutputMetric]:
-    """The output metrics that a recipe asks for, damped."""
+def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> tuple[Metrics, tuple[str, ...]]:
+    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     if recipe.output_metric == "none":
-        return {}
+        return Metrics({}), ()
     tokens, used = 0, []
     for batch in batches:
         if tokens < recipe.metric_tokens:
@@ -297,5 +296,8 @@ def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> dict[st
     # Units are columns of two layers only, and a matrix for each layer costs more than the pass itself.
     whole = architecture.layers if recipe.units == "weights" else (architecture.output, architecture.mlp_consumer)
     full = whole if recipe.output_metric == "full" else ()
-    found = collect_metrics(decoder, used, sampled(recipe.seed), full=full)
-    return {name: metric.damped(recipe.metric_damping) for name, metric in found.items()}
+    widest = recipe.metric_width or math.inf
+    metrics = collect_metrics(decoder, used, sampled(recipe.seed), full=full, widest=widest)
+    cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
+    note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
+    return metrics.damped(recipe.metric_damping), (note,) if cut else ()

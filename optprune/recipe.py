@@ -167,6 +167,8 @@ class Recipe(BaseModel):
     """what weighs output errors: nothing, or the Fisher information of the outputs, its diagonal or all of it"""
     metric_tokens: int = Field(default=16384, ge=1)
     """about how many calibration tokens the metric is the average of: whole batches, from the first"""
+    metric_width: int | None = Field(default=None, ge=1)
+    """the most outputs of a layer that gets its whole metric; wider ones get its diagonal"""
     metric_damping: float = Field(default=0.01, ge=0)
     """what is added to the metric's diagonal, as a share of its mean"""
     allocation: Literal["uniform", "global"] = "uniform"

@@ -9,7 +9,7 @@ from torch import nn
 
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
-from optprune.models.fisher import NO_LABEL, collect_metrics, from_text, sampled
+from optprune.models.fisher import NO_LABEL, collect_metrics, from_text, next_tokens, sampled
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_sliding
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3, "pad_token_id": 0}
@@ -38,7 +38,7 @@ def gradients_of_the_whole_model(decoder, ids, labels):
     logits = decoder.model(input_ids=ids).logits
     for handle in handles:
         handle.remove()
-    wanted = labels(logits.detach(), ids)
+    wanted = labels(logits.detach().flatten(0, 1), next_tokens(ids).flatten()).reshape(ids.shape)
     counts = wanted != NO_LABEL
     loss = -logits.log_softmax(-1).gather(2, wanted.clamp(min=0)[..., None])[..., 0][counts].sum()
     found = torch.autograd.grad(loss, list(outputs.values()))
@@ -73,7 +73,7 @@ def test_the_mean_over_labels_is_the_fisher_information(make):
     for choice in product(range(3), repeat=3):
         wanted = torch.tensor([choice])
         chance = float(probabilities.gather(1, wanted.T).prod())
-        for name, metric in collect_metrics(decoder, [ids], lambda _, __, y=wanted: y, full=layers).items():
+        for name, metric in collect_metrics(decoder, [ids], lambda _, __, y=wanted[0]: y, full=layers).items():
             mean[name] = mean.get(name, 0) + chance * metric.average
     for index, path in product(range(2), layers):
         layer = decoder.layer(index, path)
@@ -98,16 +98,17 @@ def test_the_mean_over_labels_is_the_fisher_information(make):
 def test_labels_follow_the_predictions():
     logits = torch.tensor([0.5, -1.0, 2.0, -torch.inf, 0.0])
     draws = 20000
-    drawn = sampled(0)(logits.expand(1, draws, 5), torch.zeros(1, draws))
+    drawn = sampled(0)(logits.expand(draws, 5), torch.zeros(draws))
     expected = logits.softmax(0) * draws
-    counts = torch.bincount(drawn.flatten(), minlength=5)
+    counts = torch.bincount(drawn, minlength=5)
     assert counts[3] == 0
     # Five standard deviations of a binomial count.
     assert bool(((counts - expected).abs() <= 5 * (expected * (1 - expected / draws)).sqrt()).all())
 
 
 def test_labels_of_the_text_are_the_next_tokens():
-    assert from_text(torch.zeros(1, 3, 7), torch.tensor([[4, 5, 6]])).tolist() == [[5, 6, NO_LABEL]]
+    following = next_tokens(torch.tensor([[4, 5, 6]]))
+    assert from_text(torch.zeros(1, 3, 7), following).tolist() == [[5, 6, NO_LABEL]]
 
 
 def test_a_seed_reproduces_and_another_does_not():
@@ -171,6 +172,20 @@ def peak_of_saved_activations(blocks: int) -> int:
 
 def test_the_activations_of_one_block_are_kept_however_many_there_are():
     assert 0 < peak_of_saved_activations(6) <= peak_of_saved_activations(1)
+
+
+def test_layers_that_are_too_wide_get_the_diagonal():
+    decoder = Decoder(tiny_llama())
+    layers = decoder.architecture.layers
+    width = decoder.layer(0, "self_attn.q_proj").out_features
+    whole = collect_metrics(decoder, [tokens()], sampled(0), full=layers)
+    cut = collect_metrics(decoder, [tokens()], sampled(0), full=layers, widest=width)
+    wider = [name for name, metric in whole.items() if metric.width > width]
+    assert cut.diagonal_only() == wider
+    assert {name.split(".")[-1] for name in wider} == {"gate_proj", "up_proj"}
+    for name, metric in cut.items():
+        expected = whole[name].only_diagonal() if name in wider else whole[name]
+        assert torch.equal(metric.average, expected.average)
 
 
 def test_what_is_refused():

@@ -79,8 +79,26 @@ def test_units_are_pruned_under_the_metric_of_the_dense_model(kind):
     assert all(layer.relative_error < 1 for layer in report.layers)
 
 
+def test_layers_wider_than_the_recipe_says_get_the_diagonal_and_a_note():
+    model = tiny_llama()
+    widths = {path: Decoder(model).layer(0, path).out_features for path in Decoder(model).architecture.layers}
+    limit = min(widths.values())
+    recipe = make_recipe({**SPARSE, "output_metric": "full", "metric_width": limit})
+    problems, report = problems_of(recipe, model)
+    for name, problem in problems.items():
+        path = name.split(".", 3)[-1]
+        assert problem.loss.metric.full == (widths[path] <= limit)
+    wider = [path for path, width in widths.items() if width > limit]
+    assert wider
+    assert any(", ".join(wider) in note and "metric_width" in note for note in report.notes)
+    _, whole = problems_of(recipe.model_copy(update={"metric_width": max(widths.values())}), tiny_llama())
+    assert not any("metric_width" in note for note in whole.notes)
+
+
 def test_bad_fields_are_refused():
     with pytest.raises(InputError, match="output_metric"):
         make_recipe({"output_metric": "fisher"})
     with pytest.raises(InputError, match="metric_damping"):
         make_recipe({"metric_damping": -1})
+    with pytest.raises(InputError, match="metric_width"):
+        make_recipe({"metric_width": 0})

@@ -232,7 +232,8 @@ def collect(
     """The moments of the inputs x* of the tapped layers of a block, over all batches of a stream.
 
     `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
-    `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass.
+    `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
+    may be the stream itself.
     """
     calibration: dict[str, MomentSums] = {}
     kept_apart: dict[str, MomentSums] = {}

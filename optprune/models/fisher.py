@@ -1,10 +1,11 @@
 """The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
 
-Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences and what is inside
-one block. The metrics of all layers are there at the end, in the model's dtype and on its device: diagonals are small,
-whole matrices take 4 out^2 bytes a layer.
+Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences, what is inside one
+block, and the logits of a few positions. The metrics of all layers are there at the end, in the model's dtype and on
+its device: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
@@ -12,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from optprune.errors import InputError, NumericalError
-from optprune.metric import MetricSums, OutputMetric
+from optprune.metric import Metrics, MetricSums
 from optprune.models.calibrate import calibrating, first_output
 from optprune.models.decoder import Decoder
 
 TOKENS_AT_ONCE = 512
-"""how many tokens go through the model together: the logits of a large vocabulary are the largest tensors here"""
+"""how many tokens go through the blocks together"""
 POSITIONS_AT_ONCE = 64
-"""how many distributions over the vocabulary are cumulated together"""
+"""how many go through the head together: the logits of a large vocabulary would be the largest tensors here"""
 NO_LABEL = -100
 """marks a position whose prediction does not count"""
 
 Labels = Callable[[Tensor, Tensor], Tensor]
-"""from logits [batch, length, vocabulary] and token ids [batch, length] to the labels of every position, or NO_LABEL"""
+"""from logits [positions, vocabulary] and the text's next tokens [positions] to the labels, or NO_LABEL"""
 
 
 def sampled(seed: int) -> Labels:
@@ -33,33 +34,39 @@ def sampled(seed: int) -> Labels:
 
     def draw(logits: Tensor, _: Tensor) -> Tensor:
         # By inversion with one number a position, so that a seed means the same on every device and in any grouping.
-        chances = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64).to(logits.device)
-        parts = logits.flatten(0, 1).split(POSITIONS_AT_ONCE), chances.flatten().split(POSITIONS_AT_ONCE)
-        return torch.cat(list(map(_invert, *parts))).reshape(chances.shape)
+        chance = torch.rand(len(logits), generator=generator, dtype=torch.float64).to(logits.device)
+        total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        # The label at which the cumulated probability passes the number in [0, 1).
+        drawn = torch.searchsorted(total, (chance * total[:, -1])[:, None], right=True)[:, 0]
+        return drawn.clamp(max=logits.shape[-1] - 1)
 
     return draw
 
 
-def _invert(logits: Tensor, chance: Tensor) -> Tensor:
-    """The label at which the cumulated probability of a position passes its number in [0, 1)."""
-    total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    drawn = torch.searchsorted(total, (chance * total[:, -1])[:, None], right=True)[:, 0]
-    return drawn.clamp(max=logits.shape[-1] - 1)
-
-
-def from_text(_: Tensor, ids: Tensor) -> Tensor:
+def from_text(_: Tensor, following: Tensor) -> Tensor:
     """The text's own next tokens: the empirical Fisher information, for comparison."""
+    return following
+
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """What follows each position of ids [batch, length]: [batch, length], NO_LABEL at the end of a sequence."""
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_LABEL)], dim=1)
 
 
 def collect_metrics(
-    decoder: Decoder, batches: Iterable[Tensor], labels: Labels, *, full: Collection[str] = ()
-) -> dict[str, OutputMetric]:
+    decoder: Decoder,
+    batches: Iterable[Tensor],
+    labels: Labels,
+    *,
+    full: Collection[str] = (),
+    widest: float = math.inf,
+) -> Metrics:
     """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
 
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
-    is in `full` get a matrix, all others its diagonal. The model is left as it was.
+    is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
+    it was.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
@@ -79,13 +86,13 @@ def collect_metrics(
                 for path, found in by_path.items():
                     name = decoder.name(index, path)
                     if name not in sums:
-                        sums[name] = MetricSums(found.shape[-1], found, full=path in full)
+                        width = found.shape[-1]
+                        sums[name] = MetricSums(width, found, full=path in full and width <= widest)
                     sums[name].add(found)
     if not sums:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
     names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
-    # Popped, so that no more than one layer's sums and its average are there together.
-    return {name: sums.pop(name).metric() for name in names}
+    return Metrics({name: sums[name] for name in names})
 
 
 def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -112,9 +119,11 @@ def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[
     handles.append(decoder.blocks[-1].register_forward_hook(cut))
     try:
         with torch.no_grad():
-            logits = decoder.model(input_ids=ids, use_cache=False).logits
-            slope = _slope(logits.detach(), labels(logits.detach(), ids))
-            (gradient,) = torch.autograd.grad(logits, last, slope)
+            hidden = decoder.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            head = decoder.model.get_output_embeddings()
+            assert head is not None
+            slope = _slope(head, hidden.detach(), labels, next_tokens(ids))
+            (gradient,) = torch.autograd.grad(hidden, last, slope)
     finally:
         for handle in handles:
             handle.remove()
@@ -123,12 +132,23 @@ def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[
     return inputs, gradient
 
 
-def _slope(logits: Tensor, labels: Tensor) -> Tensor:
-    """The gradient of the summed negative log-likelihood at the logits: p - e_label, in one array of their size."""
-    slope = logits.softmax(-1)
+def _slope(head: nn.Module, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood at what enters the head, a few positions at a time."""
+    slope = torch.empty_like(hidden)
+    parts = (tensor.flatten(0, 1).split(POSITIONS_AT_ONCE) for tensor in (hidden, slope, following))
+    for entry, found, text in zip(*parts, strict=True):
+        entry.requires_grad_()
+        logits = head(entry)
+        found.copy_(torch.autograd.grad(logits, entry, _error(logits.detach(), labels(logits.detach(), text)))[0])
+    return slope
+
+
+def _error(logits: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood at the logits [positions, vocabulary]: p - e_label."""
+    error = logits.softmax(-1)
     counts = labels != NO_LABEL
-    slope.scatter_add_(-1, labels.where(counts, 0)[..., None], slope.new_full((), -1.0).expand(*labels.shape, 1))
-    return slope.mul_(counts[..., None])
+    error.scatter_add_(-1, labels.where(counts, 0)[:, None], error.new_full((), -1.0).expand(len(labels), 1))
+    return error.mul_(counts[:, None])
 
 
 def _backward(
