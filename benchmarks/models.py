@@ -48,6 +48,8 @@ CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key i
 GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
+LATER: Settings = {"budget": "parameters", "budget_tokens": 512}
+"""the values that say what recipes did before they had these fields"""
 WIDEST = 4096
 """no layer of the models here has as many outputs, so a limit of these changes nothing"""
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
@@ -217,6 +219,7 @@ def _digest(recipe: str, settings: str) -> str:
     fields = load_recipe(recipe, json.loads(settings)).to_dict()
     # What is off is left out, so that a field that is added later, and off, changes no digest.
     told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
+    told = {key: value for key, value in told.items() if LATER.get(key) != value}
     if told.get("metric_width", 0) >= WIDEST:
         del told["metric_width"]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]

@@ -37,11 +37,13 @@ class Allocation:
 
     blocks: tuple[BlockAllocation, ...]
     sparsity: float
+    saves: str = ""
+    """what it saves of the budget that it was made for, in words, where that was not counted in weights"""
 
     @classmethod
-    def of(cls, decoder: Decoder, blocks: Iterable[BlockAllocation]) -> "Allocation":
+    def of(cls, decoder: Decoder, blocks: Iterable[BlockAllocation], saves: str = "") -> "Allocation":
         """The allocation of these numbers, with the sparsity that they come to in this model; InputError if unfit."""
-        allocation = cls(tuple(blocks), 0.0)
+        allocation = cls(tuple(blocks), 0.0, saves)
         allocation.check(decoder)
         total, kept = decoder.linear_weights(), 0.0
         for index, block in enumerate(allocation.blocks):
@@ -76,12 +78,20 @@ class Allocation:
             if block.shares and block.shape != shape:
                 raise InputError(f"the allocation narrows block {index} and removes single weights: choose one")
 
+    def lines(self) -> list[str]:
+        """What blocks keep, a line for each number that is not the same in all of them."""
+        counts = [asdict(block.shape) for block in self.blocks]
+        paths = dict.fromkeys(path for block in self.blocks for path in block.shares)
+        told = {f"{name} by block": [str(count[name]) for count in counts] for name in counts[0]}
+        told |= {f"kept of {path} by block": [f"{block.share(path):.0%}" for block in self.blocks] for path in paths}
+        return [f"{what}: {' '.join(numbers)}" for what, numbers in told.items() if len(set(numbers)) > 1]
+
     def to_dict(self) -> dict[str, Any]:
         """The allocation as plain data."""
         blocks = [
             asdict(block.shape) | ({"shares": dict(block.shares)} if block.shares else {}) for block in self.blocks
         ]
-        return {"sparsity": self.sparsity, "blocks": blocks}
+        return {"sparsity": self.sparsity, **({"saves": self.saves} if self.saves else {}), "blocks": blocks}
 
     def to_json(self) -> str:
         """The allocation as JSON that `from_json` reads."""
@@ -100,7 +110,7 @@ class Allocation:
                 if not all(isinstance(number, int) for number in asdict(shape).values()):
                     raise TypeError(f"the shape {entry} must be whole numbers")
                 blocks.append(BlockAllocation(shape, shares))
-            return cls(tuple(blocks), float(data["sparsity"]))
+            return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, "
@@ -133,13 +143,8 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
             ),
         )
     fields = NARROWED[units]
-    hold = {name: sum(_weights_in(decoder, shape, name) for shape in shapes) for name in fields}
+    hold = check_reach(decoder, sparsity, units)
     held, budget = sum(hold.values()), sparsity * total
-    if budget >= held:
-        raise InputError(
-            f"a sparsity of {sparsity:g} is out of reach with units {units!r}: they hold only "
-            f"{held / total:.1%} of the decoder's linear weights; ask for less, or use --units all"
-        )
     kept = list(shapes)
     for name in fields:
         if name == "mlp_width":
@@ -154,6 +159,18 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
             f"{fields[-1]} {counts}; ask for more, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))
+
+
+def check_reach(decoder: Decoder, sparsity: float, units: str) -> dict[str, int]:
+    """The linear weights that the units hold, by the field that counts them; InputError when those are too few."""
+    shapes, total = decoder.shapes(), decoder.linear_weights()
+    hold = {name: sum(_weights_in(decoder, shape, name) for shape in shapes) for name in NARROWED[units]}
+    if sparsity * total >= sum(hold.values()):
+        raise InputError(
+            f"a sparsity of {sparsity:g} is out of reach with units {units!r}: they hold only "
+            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights; ask for less, or use --units all"
+        )
+    return hold
 
 
 def _weights_in(decoder: Decoder, shape: BlockShape, name: str) -> int:

@@ -6,7 +6,7 @@ metric: without one a layer with large outputs seems important because they are 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, collect
 from optprune.patterns import NM, in_order
+from optprune.prices import Prices, prices_of, with_count
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe, n_of_m
 from optprune.report import BlockMeasured, Event
@@ -36,16 +37,15 @@ class WidthCurve:
     field: str
     there: int
     """how many there are"""
-    weights: int
-    """that a unit holds"""
     losses: Mapping[int, float]
-    """by the number of units kept, at least one"""
+    """by the number of units kept; zero is the block without that sub-block"""
 
-    def curve(self, least: float) -> tuple[list[int], Curve]:
-        """The numbers of units from a share `least` of all, and the curve of their losses by the weights they hold."""
+    def curve(self, least: float, prices: Prices) -> tuple[list[int], Curve]:
+        """The numbers of units from a share `least` of all, and the curve of their losses by what is saved, below 0."""
         counts = sorted(count for count in self.losses if count >= least * self.there)
+        saved = [prices.narrowed(self.block, self.field, count) - prices.whole[self.block] for count in counts]
         losses = torch.tensor([self.losses[count] for count in counts], dtype=torch.float64)
-        return counts, Curve(torch.tensor(counts) * self.weights, losses)
+        return counts, Curve(torch.tensor(saved, dtype=torch.float64), losses)
 
 
 def by_cost(
@@ -59,10 +59,10 @@ def by_cost(
 
     Single weights: those with the lowest cost of removal S_ii w_ij^2 / (2 (A^-1)_jj) go, wherever they are, and a
     layer keeps between `least_kept` and `most_kept` of its weights (or half of the average, and half way from the
-    average to all, where that is wider). N:M: which layers stay dense. Units: each layer's
-    whole error curve by greedy elimination, and the budget goes where it lowers the sum most, along the lower convex
-    hulls. `stream` holds the inputs of the first block and goes on to the end of the model. Costs one calibration pass
-    with its Gram products, and in^3 for each layer.
+    average to all, where that is wider). N:M: which layers stay dense. Units: each layer's whole error curve by greedy
+    elimination, down to nothing where `least_kept` is zero, and the budget, in weights, operations or time, goes where
+    it lowers the sum most, along the lower convex hulls. `stream` holds the inputs of the first block and goes on to
+    the end of the model. Costs one calibration pass with its Gram products, and in^3 for each layer.
     """
     blocks = len(decoder.blocks)
     stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
@@ -116,9 +116,8 @@ def _width_curve(decoder: Decoder, recipe: Recipe, index: int, path: str, loss: 
     _, losses = removal_curve(problem, batch=multiple)
     # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
     after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
-    allowed = {count: loss for count, loss in after.items() if count and count % multiple == 0}
-    weights = decoder.weights_of(shape) - decoder.weights_of(replace(shape, **{field: there - 1}))
-    return WidthCurve(index, field, there, weights, {there: 0.0, **allowed})
+    allowed = {count: loss for count, loss in after.items() if count % multiple == 0}
+    return WidthCurve(index, field, there, {there: 0.0, **allowed})
 
 
 def _pattern_curve(loss: LayerLoss, recipe: Recipe) -> Curve:
@@ -154,20 +153,24 @@ def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curve
 
 def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> Allocation:
     """The number of units that each block keeps."""
-    shapes, total = list(decoder.shapes()), decoder.linear_weights()
-    counts, curves = {}, {}
+    shapes, prices = (
+        list(decoder.shapes()),
+        prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units]),
+    )
+    total, counts, curves = sum(prices.whole), {}, {}
     for width in widths:
         name = f"{width.block} {width.field}"
-        counts[name], curves[name] = width.curve(recipe.least_kept)
-    held = sum(width.there * width.weights for width in widths)
-    most = held - sum(int(curve.prices[0]) for curve in curves.values())
+        # Whole sub-blocks go only where nothing at all need be kept.
+        counts[name], curves[name] = width.curve(recipe.least_kept, prices)
+    most = -sum(float(curve.prices[0]) for curve in curves.values())
     if recipe.sparsity * total > most:
         raise InputError(
             f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
-            f"{recipe.least_kept:g}: at most {most / total:.1%} of the decoder's linear weights can go"
+            f"{recipe.least_kept:g}: at most {most / total:.1%} of {prices.unit} can go"
         )
-    chosen = share_budget(curves, held - recipe.sparsity * total)
+    chosen = share_budget(curves, -recipe.sparsity * total)
     for width, name in zip(widths, counts, strict=True):
-        kept = counts[name][chosen[name]]
-        shapes[width.block] = replace(shapes[width.block], **{width.field: kept})
-    return Allocation.of(decoder, map(BlockAllocation, shapes))
+        shapes[width.block] = with_count(shapes[width.block], width.field, counts[name][chosen[name]])
+    saved = -sum(float(curve.prices[chosen[name]]) for name, curve in curves.items()) / total
+    saves = "" if recipe.budget == "parameters" else f"{saved:.2%} of {prices.unit}"
+    return Allocation.of(decoder, map(BlockAllocation, shapes), saves)

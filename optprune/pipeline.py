@@ -82,6 +82,8 @@ def prune(
                 if recipe.strict:
                     raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
             allocation = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event)
+            if allocation.saves:
+                notes += (f"the budget was counted in {recipe.budget}: the allocation saves {allocation.saves}",)
         elif allocation is None:
             allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
         run = _Run(decoder, recipe, allocation, on_event)

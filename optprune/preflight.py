@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from optprune.allocation import NARROWED, Allocation, uniform
+from optprune.allocation import NARROWED, Allocation, check_reach, uniform
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.recipe import Recipe, n_of_m
@@ -28,10 +28,11 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
                 )
     if allocation is not None:
         check_allocation(decoder, recipe, allocation)
-    else:
+    elif recipe.allocation == "uniform":
+        uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
+    elif recipe.units in NARROWED and recipe.budget == "parameters" and recipe.least_kept:
         # How one budget is divided is not known yet, but what no division can reach is.
-        multiple = recipe.width_multiple if recipe.allocation == "uniform" else 1
-        uniform(decoder, recipe.sparsity, recipe.units, multiple)
+        check_reach(decoder, recipe.sparsity, recipe.units)
     pruned = _pruned(decoder, recipe, allocation)
     n_m = n_of_m(recipe.pattern)
     if recipe.units == "weights" and n_m is not None:

@@ -173,8 +173,12 @@ class Recipe(BaseModel):
     """what is added to the metric's diagonal, as a share of its mean"""
     allocation: Literal["uniform", "global"] = "uniform"
     """the same share from every block, or one budget for the model, divided by what the layers would lose"""
+    budget: Literal["parameters", "flops", "time"] = "parameters"
+    """what a global budget is a share of: the blocks' linear weights, their operations, or their measured time"""
+    budget_tokens: int = Field(default=512, ge=1)
+    """the tokens of the forward pass that operations and time are of; a single one stands for decoding"""
     least_kept: float = Field(default=0.2, ge=0, lt=1)
-    """of each layer's weights or units, where the budget is global"""
+    """of each layer's weights or units, where the budget is global; with zero whole sub-blocks may go"""
     most_kept: float = Field(default=0.8, gt=0, le=1)
     """of each layer's weights, where the budget is global"""
     width_multiple: int = Field(default=8, ge=1)
@@ -218,6 +222,11 @@ class Recipe(BaseModel):
         if self.refit_damping and self.solver is not None and refitting(self.solver) is None:
             raise ValueError(
                 f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"
+            )
+        if self.budget != "parameters" and (self.allocation != "global" or self.units in ("weights", "blocks")):
+            raise ValueError(
+                f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
+                "kv-groups or all"
             )
         kept = n_of_m(self.pattern)
         if kept is not None and self.units == "weights":

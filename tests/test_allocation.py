@@ -155,6 +155,17 @@ def test_an_allocation_survives_json() -> None:
     decoder = Decoder(tiny_opt())
     for allocation in (uniform(decoder, 0.3, "all", 8), uniform(decoder, 0.5, "weights", 8), everything(decoder)):
         assert Allocation.from_json(allocation.to_json()) == allocation
+    saving = Allocation.of(decoder, everything(decoder).blocks, "20% of the time")
+    assert Allocation.from_json(saving.to_json()) == saving
+
+
+def test_it_is_told_by_what_differs_from_block_to_block() -> None:
+    assert everything(Decoder(tiny_opt())).lines() == []
+    shape = Decoder(tiny_opt()).shape(0)
+    widths = Allocation((BlockAllocation(replace(shape, mlp_width=40)), BlockAllocation(shape)), 0.1)
+    assert widths.lines() == [f"mlp_width by block: 40 {shape.mlp_width}"]
+    shares = Allocation((BlockAllocation(shape, {"fc1": 0.5}), BlockAllocation(shape, {"fc1": 0.25})), 0.1)
+    assert shares.lines() == ["kept of fc1 by block: 50% 25%"]
 
 
 @pytest.mark.parametrize(

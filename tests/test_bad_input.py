@@ -331,6 +331,24 @@ def test_evaluate(attempt: Attempt, options: list[str], reason: str) -> None:
     assert reason in attempt.fails(["evaluate", str(attempt.model), *words, "--json", str(record)])
 
 
+# -- inspect
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [("kept.jpg", "must end in .png, .pdf, .svg"), ("missing/kept.png", "there is no folder"), ("kept", "must end in")],
+)
+def test_inspect(attempt: Attempt, file: str, reason: str) -> None:
+    assert reason in attempt.fails(["inspect", str(attempt.model), "--plot", str(attempt.folder / file)])
+
+
+def test_a_plot_without_matplotlib(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sentence = attempt.fails(["inspect", str(attempt.model), "--plot", str(attempt.folder / "kept.png")])
+    assert "pip install 'optprune[plot]'" in sentence
+
+
 # -- benchmark-model
 
 

@@ -112,6 +112,20 @@ def test_value_dimensions_need_optprune_to_load(
     assert out.startswith("perplexity ")
 
 
+def test_a_budget_in_operations_is_told_with_the_widths(
+    models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL]
+    command += ["--recipe", "structured_best", "--set", "budget=flops", "--set", "budget_tokens=64"]
+    code, out, err = run(command, capsys)
+    assert code == 0, err
+    widths = [shape["mlp_width"] for shape in load(output).config.optprune_shapes]
+    assert f"mlp_width by block: {' '.join(map(str, widths))}\n" in out
+    assert "% of the operations asked)" in out
+    assert "note: the budget was counted in flops: the allocation saves " in out
+
+
 def test_the_same_command_gives_the_same_bytes(
     models: dict[str, str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

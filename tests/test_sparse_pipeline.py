@@ -82,6 +82,9 @@ def test_inspect_measures_a_folder_that_prune_wrote(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["sparsity"] == 0.5
     assert "2:4" in found["patterns"]
+    for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        assert main(["inspect", str(tmp_path / "out"), "--plot", str(tmp_path / f"kept.{kind}")]) == 0
+        assert (tmp_path / f"kept.{kind}").read_bytes().startswith(start)
 
 
 def test_inspect_tells_patterns_apart() -> None:

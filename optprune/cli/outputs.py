@@ -29,28 +29,38 @@ def start() -> "Reporter":
 
 def check_json(file: Path | None, output: Path | None = None) -> None:
     """Raise InputError when the JSON file could not be written at the end."""
+    check_file(file, "JSON file", output)
+
+
+def check_file(file: Path | None, what: str, output: Path | None = None) -> None:
+    """Raise InputError when a file could not be written at the end, be it into the folder `output` to come."""
     if file is None:
         return
     if file.is_dir():
-        raise InputError(f"the JSON file {file} is a folder: name a file")
+        raise InputError(f"the {what} {file} is a folder: name a file")
     parent = file.absolute().parent
     if not parent.is_dir() and (output is None or parent != output.absolute()):
-        raise InputError(f"the JSON file {file} cannot be written: there is no folder {file.parent}")
+        raise InputError(f"the {what} {file} cannot be written: there is no folder {file.parent}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
-        raise InputError(f"the JSON file {file} cannot be written: the folder {file.parent} is not writable")
+        raise InputError(f"the {what} {file} cannot be written: the folder {file.parent} is not writable")
 
 
 def write_json(file: Path | None, text: str, already: str) -> None:
-    """Write the file whole or not at all; `already` says what is not lost when that fails."""
+    """Write the JSON file whole or not at all; `already` says what is not lost when that fails."""
+    write_file(file, text.encode("utf-8"), "JSON file", already)
+
+
+def write_file(file: Path | None, data: bytes, what: str, already: str) -> None:
+    """Write a file whole or not at all; `already` says what is not lost when that fails."""
     if file is None:
         return
     draft: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.absolute().parent, prefix=f".{file.name}.", delete=False
+            "wb", dir=file.absolute().parent, prefix=f".{file.name}.", delete=False
         ) as stream:
             draft = Path(stream.name)
-            stream.write(text)
+            stream.write(data)
         # A temporary file is private; a result is as readable as any other file.
         umask = os.umask(0)
         os.umask(umask)
@@ -62,5 +72,5 @@ def write_json(file: Path | None, text: str, already: str) -> None:
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(already) from None
         if isinstance(error, OSError):
-            raise OptpruneError(f"the JSON file {file} cannot be written ({error.strerror}), but {already}") from error
+            raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error
         raise

@@ -179,6 +179,7 @@ def _without_weights(config: "PretrainedConfig") -> "Decoder":
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:
+    from optprune.allocation import Allocation
     from optprune.progress import duration
 
     folder = saved.folder
@@ -186,9 +187,13 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
     trust = "" if saved.stock else ", trust_remote_code=True"
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
     loads += "" if saved.stock else f" or optprune.load({str(folder)!r})"
+    of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[report.recipe["budget"]]
     typer.echo(
-        f"{report.sparsity_reached:.2%} of the decoder's linear weights removed ({report.sparsity_requested:.2%} asked)"
+        f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "
+        f"({report.sparsity_requested:.2%}{of_what} asked)"
     )
+    for line in Allocation.from_json(report.to_json()).lines():
+        typer.echo(line)
     typer.echo(
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "
         f"{duration(report.floor_seconds)}"

@@ -175,15 +175,32 @@ class Decoder:
     @contextmanager
     def without(self, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
         """The model without some sub-blocks (block, part), for as long as the context lasts."""
-        taken: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+        taken: list[tuple[nn.Module, dict[str, nn.Module | None], list[tuple[nn.Module, type]]]] = []
         try:
             for block, part in parts:
-                taken.append((self.blocks[block], dict(self.blocks[block]._modules)))
+                module = self.blocks[block]
+                taken.append((module, dict(module._modules), _classes(module)))
                 self.remove(block, part)
             yield
         finally:
-            for module, before in reversed(taken):
+            for module, before, classes in reversed(taken):
                 module._modules.update(before)
+                _set_classes(classes)
+
+    @contextmanager
+    def narrowed(self, block: int, layers: LinkedLayers, choice: Tensor) -> Iterator[None]:
+        """The model with only these units of a block, for as long as the context lasts."""
+        linear = [self.layer(block, path) for path in (layers.consumer, *layers.producers)]
+        before = [(layer, dict(layer._parameters), layer.in_features, layer.out_features) for layer in linear]
+        classes = _classes(self.blocks[block])
+        try:
+            self.keep_units(block, layers, choice)
+            yield
+        finally:
+            for layer, parameters, inputs, outputs in before:
+                layer._parameters.update(parameters)
+                layer.in_features, layer.out_features = inputs, outputs
+            _set_classes(classes)
 
     # -- what the classes and the config must say
 
@@ -246,6 +263,15 @@ class Decoder:
         config.num_hidden_layers = len(kept)
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index] for index in kept]
+
+
+def _classes(module: nn.Module) -> list[tuple[nn.Module, type]]:
+    return [(part, part.__class__) for part in module.modules()]
+
+
+def _set_classes(classes: list[tuple[nn.Module, type]]) -> None:
+    for part, cls in classes:
+        part.__class__ = cls
 
 
 def keep_inputs(layer: nn.Linear, mask: Tensor) -> None:

@@ -1,0 +1,127 @@
+"""What blocks cost, whole and narrower: in weights, in floating-point operations, or in seconds on this machine.
+
+A budget over the model is counted in one of these. Attention and MLP add up, so what a block costs with less of one is
+told for each alone.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from optprune.errors import InputError
+from optprune.models import BlockShape, Decoder
+from optprune.models.calibrate import Stream, clock, first_inputs, run_block
+
+REPEATS = 5
+"""of which the median is taken"""
+MOST_TIMED = 8
+"""how many counts of a field are timed, whatever it has: times between them are interpolated"""
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """The cost of every block of a model, and what it is with another count of one field of its shape."""
+
+    unit: str
+    """in words that follow a share, such as "the decoder's linear weights" """
+    whole: tuple[float, ...]
+    narrowed: Callable[[int, str, int], float]
+    """from a block, a field and its count; a count of zero is a block without that sub-block"""
+
+
+def with_count(shape: BlockShape, field: str, count: int) -> BlockShape:
+    """A shape with another count of one field; without any value dimensions there is no attention."""
+    if not count and field in ("value_dim", "kv_heads"):
+        return replace(shape, kv_heads=0, value_dim=0)
+    return replace(shape, **{field: count})
+
+
+def prices_of(decoder: Decoder, budget: str, tokens: int, fields: Iterable[str]) -> Prices:
+    """The prices of a recipe's budget: "parameters", "flops" or "time" of a forward pass over so many tokens.
+
+    Times are measured now, of the fields that are asked for; InputError when the model has not the positions.
+    """
+    if budget == "parameters":
+        return _by_formula(decoder, "the decoder's linear weights", decoder.weights_of)
+    positions = getattr(decoder.model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise InputError(f"budget_tokens is {tokens}, but the model has {positions} positions: lower it")
+    if budget == "flops":
+        return _by_formula(decoder, "the blocks' operations", lambda shape: operations(decoder, shape, tokens))
+    return _measured(decoder, tokens, list(fields))
+
+
+def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
+    """The floating-point operations of one block for one token of a causal forward pass over `tokens`, on average.
+
+    Two for each linear weight, and two for each query head, position seen and dimension of a head and of its values.
+    """
+    heads = decoder.heads
+    seen = (tokens + 1) / 2
+    attention = shape.kv_heads * heads.group * seen * (heads.dim + shape.value_dim)
+    return 2 * (decoder.weights_of(shape) + attention)
+
+
+def _by_formula(decoder: Decoder, unit: str, cost: Callable[[BlockShape], float]) -> Prices:
+    shapes = decoder.shapes()
+    whole = tuple(map(cost, shapes))
+    return Prices(unit, whole, lambda block, field, count: cost(with_count(shapes[block], field, count)))
+
+
+def _measured(decoder: Decoder, tokens: int, fields: list[str]) -> Prices:
+    """The seconds of a forward pass of a block: one table for each shape that blocks have."""
+    shapes = decoder.shapes()
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    stream = first_inputs(decoder, [ids])
+    whole: dict[BlockShape, float] = {}
+    tables: dict[tuple[BlockShape, str], tuple[list[int], list[float]]] = {}
+    for block, shape in enumerate(shapes):
+        stream.block = block
+        if shape in whole:
+            continue
+        whole[shape] = _seconds(decoder, block, stream)
+        for field in fields:
+            there = asdict(shape)[field]
+            if there:
+                counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
+                times = [_without(decoder, block, stream, field)]
+                times += [_narrower(decoder, block, stream, field, count) for count in counts]
+                # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
+                rising = np.minimum(np.maximum.accumulate(times), whole[shape])
+                tables[shape, field] = [0, *counts, there], [*rising.tolist(), whole[shape]]
+
+    def narrowed(block: int, field: str, count: int) -> float:
+        counts, times = tables[shapes[block], field]
+        least = 1e-6 * whole[shapes[block]] * (count / counts[-1] - 1)
+        return float(np.interp(count, counts, times)) + least
+
+    unit = f"the blocks' time on {tokens} tokens"
+    return Prices(unit, tuple(whole[shape] for shape in shapes), narrowed)
+
+
+def _seconds(decoder: Decoder, block: int, stream: Stream) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        before = clock(stream.hidden[0].device)
+        run_block(decoder.blocks[block], stream.hidden[0], stream.arguments[0])
+        times.append(clock(stream.hidden[0].device) - before)
+    # The first is to warm up.
+    return statistics.median(times[1:])
+
+
+def _without(decoder: Decoder, block: int, stream: Stream, field: str) -> float:
+    with decoder.without([(block, "mlp" if field == "mlp_width" else "attention")]):
+        return _seconds(decoder, block, stream)
+
+
+def _narrower(decoder: Decoder, block: int, stream: Stream, field: str, count: int) -> float:
+    units = {"mlp_width": decoder.mlp_units, "kv_heads": decoder.kv_units, "value_dim": decoder.value_units}[field]
+    layers = units(block)
+    slots = layers.link.slots
+    # As many of every slot.
+    place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)
+    with decoder.narrowed(block, layers, place < count):
+        return _seconds(decoder, block, stream)
