@@ -25,7 +25,7 @@ from optprune.report import BlockMeasured, Event
 from optprune.solvers.greedy_obs import removal_curve
 from optprune.solvers.removal import entry_costs
 
-MOST_COSTS = 1 << 24
+MOST_COSTS = 1 << 22
 """how many costs of single weights are held for the whole model: beyond that, every k-th in order of size"""
 
 
@@ -86,7 +86,8 @@ def by_cost(
                 patterned[name] = _pattern_curve(loss, recipe)
             else:
                 ordered = in_order(entry_costs(loss).flatten())
-                costs[name] = ordered[stride // 2 :: stride].cpu()
+                # A copy: a slice would keep all of them in memory.
+                costs[name] = ordered[stride // 2 :: stride].clone().cpu()
         on_event(BlockMeasured(index, blocks))
     if recipe.units != "weights":
         return _widths(decoder, recipe, widths)
