@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optprune.allocation import NARROWED, Allocation, BlockAllocation
 from optprune.budget import Curve, global_threshold, share_budget
@@ -17,16 +17,21 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, collect
+from optprune.models.decoder import write
 from optprune.patterns import NM, in_order
 from optprune.prices import Prices, prices_of, with_count
-from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.probe import Probe
+from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.recipe import Recipe, n_of_m
 from optprune.report import BlockMeasured, Event
+from optprune.solvers import Restore, solve
 from optprune.solvers.greedy_obs import removal_curve
 from optprune.solvers.removal import entry_costs
 
 MOST_COSTS = 1 << 22
 """how many costs of single weights are held for the whole model: beyond that, every k-th in order of size"""
+UNHEARD = 1e-5
+"""nats a token: a divergence in float32 arithmetic tells no less"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,7 @@ def by_cost(
     recipe: Recipe,
     metrics: Mapping[str, OutputMetric],
     on_event: Callable[[Event], None],
+    probe: Probe | None = None,
 ) -> Allocation:
     """Divide the recipe's sparsity over the whole model so that the sum of the layers' losses is least.
 
@@ -63,6 +69,9 @@ def by_cost(
     elimination, down to nothing where `least_kept` is zero, and the budget, in weights, operations or time, goes where
     it lowers the sum most, along the lower convex hulls. `stream` holds the inputs of the first block and goes on to
     the end of the model. Costs one calibration pass with its Gram products, and in^3 for each layer.
+
+    With a `probe` the units of each layer are also removed alone, down to about the share that all keep, and its curve
+    is scaled to the divergence that this brings: a pass over the probe's tokens from that block on, for each layer.
     """
     blocks = len(decoder.blocks)
     stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
@@ -81,13 +90,15 @@ def by_cost(
                 layer.weight, moments[tap[path]], recipe.damping, fit_bias=fit_bias, metric=metrics.get(name)
             )
             if recipe.units != "weights":
-                widths.append(_width_curve(decoder, recipe, index, path, loss))
+                widths.append(_width_curve(decoder, recipe, index, path, loss, probe))
             elif n_of_m(recipe.pattern) is not None:
                 patterned[name] = _pattern_curve(loss, recipe)
             else:
                 ordered = in_order(entry_costs(loss).flatten())
                 # A copy: a slice would keep all of them in memory.
                 costs[name] = ordered[stride // 2 :: stride].clone().cpu()
+        if probe is not None:
+            probe.advance()
         on_event(BlockMeasured(index, blocks))
     if recipe.units != "weights":
         return _widths(decoder, recipe, widths)
@@ -102,23 +113,47 @@ def _consumers(decoder: Decoder, recipe: Recipe, index: int) -> list[str]:
     return paths + ([architecture.mlp_consumer] if shape.mlp_width and "mlp_width" in fields else [])
 
 
-def _width_curve(decoder: Decoder, recipe: Recipe, index: int, path: str, loss: LayerLoss) -> WidthCurve:
+def _width_curve(
+    decoder: Decoder, recipe: Recipe, index: int, path: str, loss: LayerLoss, probe: Probe | None
+) -> WidthCurve:
     """The losses of one block by greedy elimination of its units, a multiple at a time."""
-    shape = decoder.shape(index)
+    shape, multiple = decoder.shape(index), recipe.width_multiple
     if path == decoder.architecture.mlp_consumer:
-        field, layers, multiple = "mlp_width", decoder.mlp_units(index), recipe.width_multiple
+        field, layers = "mlp_width", decoder.mlp_units(index)
     elif "kv_heads" in NARROWED[recipe.units]:
         field, layers, multiple = "kv_heads", decoder.kv_units(index), 1
     else:
-        field, layers, multiple = "value_dim", decoder.value_units(index), 1
+        field, layers = "value_dim", decoder.value_units(index)
+        multiple = multiple if shape.value_dim % multiple == 0 else 1
     there, slots = asdict(shape)[field], layers.link.slot_count
     problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()[0]
     assert isinstance(problem, LinkedLeastSquares)
-    _, losses = removal_curve(problem, batch=multiple)
+    order, losses = removal_curve(problem, batch=multiple)
     # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
     after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
     allowed = {count: loss for count, loss in after.items() if count % multiple == 0}
-    return WidthCurve(index, field, there, {there: 0.0, **allowed})
+    rate = 1.0
+    between = [count for count in allowed if count]
+    if probe is not None and between:
+        count = min(between, key=lambda count: abs(count - (1 - recipe.sparsity) * there))
+        kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
+        kept[order[: (there - count) * slots]] = False
+        mask = layers.link.column_mask(kept, loss.weight.shape[1])
+        measured = _measured(decoder.layer(index, path), MaskedLeastSquares(loss.plain, mask), probe)
+        rate = (measured + UNHEARD) / (allowed[count] + UNHEARD)
+    return WidthCurve(index, field, there, {there: 0.0, **{count: rate * loss for count, loss in allowed.items()}})
+
+
+def _measured(layer: nn.Linear, problem: MaskedLeastSquares, probe: Probe) -> float:
+    """The divergence that the refitted answer to a mask brings; the layer is left as it was."""
+    before = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+    value = solve(problem, Restore()).value
+    try:
+        bias = None if before[1] is None else before[1] + problem.loss.bias_change(value)
+        write(layer, value.to(layer.weight.dtype), bias)
+        return probe.divergence()
+    finally:
+        write(layer, *before)
 
 
 def _pattern_curve(loss: LayerLoss, recipe: Recipe) -> Curve:

@@ -23,6 +23,7 @@ from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
 from optprune.preflight import check_batches, check_run
+from optprune.probe import Probe, first_tokens
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, recover
@@ -81,7 +82,8 @@ def prune(
                 notes += (UNLIKE_UNITS,)
                 if recipe.strict:
                     raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
-            allocation = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event)
+            probe = Probe(decoder, first_tokens(batches, recipe.probe_tokens)) if recipe.probe_tokens else None
+            allocation = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event, probe)
             if allocation.saves:
                 notes += (f"the budget was counted in {recipe.budget}: the allocation saves {allocation.saves}",)
         elif allocation is None:

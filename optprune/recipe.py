@@ -177,12 +177,15 @@ class Recipe(BaseModel):
     """what a global budget is a share of: the blocks' linear weights, their operations, or their measured time"""
     budget_tokens: int = Field(default=512, ge=1)
     """the tokens of the forward pass that operations and time are of; a single one stands for decoding"""
+    probe_tokens: int = Field(default=0, ge=0)
+    """about how many calibration tokens a global budget of units is put right on: each block is pruned alone, and its
+    curve scaled to what that costs the model; with none, curves are believed"""
     least_kept: float = Field(default=0.2, ge=0, lt=1)
     """of each layer's weights or units, where the budget is global; with zero whole sub-blocks may go"""
     most_kept: float = Field(default=0.8, gt=0, le=1)
     """of each layer's weights, where the budget is global"""
     width_multiple: int = Field(default=8, ge=1)
-    """the MLP width is a multiple of this"""
+    """the MLP width is a multiple of this; under a global budget the value dimensions too, where all of them are"""
     depth_parts: Literal["attention", "mlp", "both", "layers"] = "both"
     """which sub-blocks units 'blocks' may remove: attention, MLPs, either, or the two of a layer together"""
     depth_score: Literal["perplexity", "influence"] = "perplexity"
@@ -227,6 +230,13 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
                 "kv-groups or all"
+            )
+        if self.probe_tokens and (
+            self.allocation != "global" or self.units in ("weights", "blocks") or self.output_metric == "none"
+        ):
+            raise ValueError(
+                "probe_tokens scale the curves of a global budget of units under an output metric: set allocation to "
+                "global, units to mlp, vo, kv-groups or all, and output_metric to diagonal or full"
             )
         kept = n_of_m(self.pattern)
         if kept is not None and self.units == "weights":

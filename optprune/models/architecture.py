@@ -49,6 +49,8 @@ class Architecture:
     """config.model_type"""
     blocks: str
     """path from the model to the list of decoder blocks"""
+    after_blocks: tuple[str, ...]
+    """paths from the model to what the hidden states pass between the last block and the head, where a model has it"""
     stages: tuple[tuple[str, ...], ...]
     """the linear layers in the order of the forward pass; those of one stage read the same input"""
     mlp_producers: tuple[str, ...]

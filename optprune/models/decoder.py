@@ -78,6 +78,16 @@ class Decoder:
         """One linear layer; its weight is [out, in]."""
         return self.blocks[block].get_submodule(path)  # type: ignore[return-value]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits [..., vocabulary] of what leaves the last block [..., hidden]."""
+        for path in self.architecture.after_blocks:
+            parent, _, name = path.rpartition(".")
+            module = getattr(self.model.get_submodule(parent), name)
+            hidden = hidden if module is None else module(hidden)
+        head = self.model.get_output_embeddings()
+        assert head is not None
+        return head(hidden)
+
     def paths(self, block: int) -> tuple[str, ...]:
         """The linear layers that a block has, in the order of the forward pass."""
         return tuple(path for path in self.architecture.layers if self._has(block, path))

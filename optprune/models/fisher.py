@@ -109,36 +109,31 @@ def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[
         hidden = args[0] if args else kwargs["hidden_states"]
         inputs.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
 
-    def cut(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        """Begin the graph behind the last block: what follows is the model's head."""
-        last.append(first_output(output).detach().requires_grad_())
-        torch.set_grad_enabled(True)
-        return (last[0], *output[1:]) if isinstance(output, tuple) else last[0]
+    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        last.append(first_output(output))
 
     handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
-    handles.append(decoder.blocks[-1].register_forward_hook(cut))
+    handles.append(decoder.blocks[-1].register_forward_hook(leave))
     try:
         with torch.no_grad():
-            hidden = decoder.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            head = decoder.model.get_output_embeddings()
-            assert head is not None
-            slope = _slope(head, hidden.detach(), labels, next_tokens(ids))
-            (gradient,) = torch.autograd.grad(hidden, last, slope)
+            decoder.model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+    gradient = _slope(decoder, last[0], labels, next_tokens(ids))
     if not bool(torch.isfinite(gradient).all()):
         raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
     return inputs, gradient
 
 
-def _slope(head: nn.Module, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
-    """The gradient of the summed negative log-likelihood at what enters the head, a few positions at a time."""
+def _slope(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood behind the last block, a few positions at a time."""
     slope = torch.empty_like(hidden)
     parts = (tensor.flatten(0, 1).split(POSITIONS_AT_ONCE) for tensor in (hidden, slope, following))
-    for entry, found, text in zip(*parts, strict=True):
-        entry.requires_grad_()
-        logits = head(entry)
+    for position, found, text in zip(*parts, strict=True):
+        entry = position.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = decoder.logits(entry)
         found.copy_(torch.autograd.grad(logits, entry, _error(logits.detach(), labels(logits.detach(), text)))[0])
     return slope
 

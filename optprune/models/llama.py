@@ -16,6 +16,7 @@ def heads(config: PretrainedConfig) -> Heads:
 LLAMA = Architecture(
     model_type="llama",
     blocks="model.layers",
+    after_blocks=("model.norm",),
     stages=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),

@@ -17,6 +17,7 @@ def heads(config: PretrainedConfig) -> Heads:
 OPT = Architecture(
     model_type="opt",
     blocks="model.decoder.layers",
+    after_blocks=("model.decoder.final_layer_norm", "model.decoder.project_out"),
     stages=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.out_proj",),

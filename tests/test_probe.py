@@ -1,0 +1,125 @@
+"""Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
+
+import copy
+
+import pytest
+import torch
+
+from optprune.allocation import Allocation
+from optprune.by_cost import by_cost
+from optprune.errors import InputError
+from optprune.models import Decoder
+from optprune.models.calibrate import calibrating, first_inputs
+from optprune.models.fisher import collect_metrics, sampled
+from optprune.pipeline import prune
+from optprune.probe import Probe, first_tokens
+from optprune.recipe import load_recipe
+from tests.test_sparse_pipeline import batches
+from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
+
+MODELS = {
+    **TINY_MODELS,
+    "qwen2, sliding window": tiny_sliding,
+    "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
+}
+by_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+@by_model
+def test_it_is_the_divergence_of_the_whole_model(make) -> None:
+    """Whatever was done to the current block; and what was done to a block before it is part of the model then."""
+    model = make()
+    decoder, dense, ids = Decoder(model), copy.deepcopy(model), torch.cat(batches())[:3, :20]
+
+    def expected() -> float:
+        log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, model))
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    with calibrating(decoder):
+        probe = Probe(decoder, [ids[:2], ids[2:]])
+        for index in range(len(decoder.blocks)):
+            before = expected()
+            assert probe.divergence() == pytest.approx(before, rel=1e-3, abs=1e-6)
+            layer = decoder.layer(index, decoder.architecture.mlp_consumer)
+            layer.weight.data[:, ::2] *= 1.5
+            assert expected() > before + 1e-5
+            assert probe.divergence() == pytest.approx(expected(), rel=1e-3)
+            probe.advance()
+
+
+def test_the_first_sequences_hold_the_tokens() -> None:
+    texts = [torch.arange(24).reshape(3, 8), torch.arange(10).reshape(2, 5)]
+    for tokens, shapes in ((1, [(1, 8)]), (9, [(2, 8)]), (25, [(3, 8), (1, 5)]), (999, [(3, 8), (2, 5)])):
+        assert [tuple(part.shape) for part in first_tokens(texts, tokens)] == shapes
+    assert torch.equal(first_tokens(texts, 9)[0], texts[0][:2])
+
+
+class Told(Probe):
+    """Divergences that the test gives, block by block."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values, self.block = values, 0
+
+    def divergence(self) -> float:
+        return self.values[self.block]
+
+    def advance(self) -> None:
+        self.block += 1
+
+
+def divided(probe: Probe | None, **settings) -> Allocation:
+    decoder = Decoder(tiny_llama())
+    recipe = load_recipe("structured_best", {"sparsity": 0.3, "least_kept": 0.1, **settings})
+    metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
+    before = copy.deepcopy(decoder.model.state_dict())
+    with calibrating(decoder):
+        allocation = by_cost(decoder, first_inputs(decoder, batches()), recipe, metrics, lambda event: None, probe)
+    assert all(torch.equal(before[name], value) for name, value in decoder.model.state_dict().items())
+    return allocation
+
+
+@pytest.mark.parametrize("units", ["mlp", "all", "kv-groups"])
+def test_a_block_that_costs_more_than_predicted_keeps_more(units: str) -> None:
+    settings = {"units": units, "sparsity": 0.06 if units == "kv-groups" else 0.3, "least_kept": 0.01}
+    first, second = (divided(Told(values), **settings) for values in ([10.0, 0.001], [0.001, 10.0]))
+    field = "kv_heads" if units == "kv-groups" else "mlp_width"
+    kept = [[getattr(block.shape, field) for block in found.blocks] for found in (first, second)]
+    assert kept[0][0] > kept[0][1]
+    assert kept[1][1] > kept[1][0]
+
+
+def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
+    seen = []
+
+    def look(layer, problem, probe):
+        seen.append(problem.mask.sum().item())
+        return 1.0
+
+    monkeypatch.setattr("optprune.by_cost._measured", look)
+    divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
+    assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
+
+
+def test_a_real_probe_goes_through_the_model_and_leaves_it() -> None:
+    decoder = Decoder(tiny_llama())
+    with calibrating(decoder):
+        probe = Probe(decoder, first_tokens(batches(), 60))
+    assert divided(probe).sparsity >= 0.3
+    assert probe.stream.block == len(decoder.blocks)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_it_is_part_of_a_run(name: str) -> None:
+    for units in ("mlp", "all"):
+        recipe = load_recipe("structured_best", {"units": units, "probe_tokens": 50})
+        report = prune(TINY_MODELS[name](), batches(), recipe)
+        # The hull of so small a model has few corners.
+        assert 0.2 <= report.sparsity_reached <= 0.25
+
+
+@pytest.mark.parametrize(
+    "settings", [{"allocation": "uniform"}, {"output_metric": "none"}, {"units": "weights", "refit_damping": []}]
+)
+def test_what_is_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="probe_tokens scale the curves"):
+        load_recipe("structured_best", {"probe_tokens": 100, **settings})
