@@ -6,7 +6,7 @@ metric: without one a layer with large outputs seems important because they are 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from optprune.patterns import NM, in_order
 from optprune.prices import Prices, prices_of, with_count
 from optprune.probe import Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
-from optprune.recipe import Recipe, n_of_m
+from optprune.recipe import Recipe, n_of_m, pattern_of
 from optprune.report import BlockMeasured, Event
-from optprune.solvers import Restore, solve
+from optprune.solvers import ConjugateGradients, Restore, solve
 from optprune.solvers.greedy_obs import removal_curve
 from optprune.solvers.removal import entry_costs
 
@@ -32,6 +32,8 @@ MOST_COSTS = 1 << 22
 """how many costs of single weights are held for the whole model: beyond that, every k-th in order of size"""
 UNHEARD = 1e-5
 """nats a token: a divergence in float32 arithmetic tells no less"""
+Change = tuple[nn.Linear, Tensor, Tensor | None]
+"""a layer, and another weight and bias for it"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,9 @@ def by_cost(
     it lowers the sum most, along the lower convex hulls. `stream` holds the inputs of the first block and goes on to
     the end of the model. Costs one calibration pass with its Gram products, and in^3 for each layer.
 
-    With a `probe` the units of each layer are also removed alone, down to about the share that all keep, and its curve
-    is scaled to the divergence that this brings: a pass over the probe's tokens from that block on, for each layer.
+    With a `probe` the units of each layer, or the single weights of each block, are also removed alone, down to about
+    the share that all keep, and the costs are scaled to the divergence that this brings: a pass over the probe's tokens
+    from that block on.
     """
     blocks = len(decoder.blocks)
     stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
@@ -79,7 +82,9 @@ def by_cost(
     patterned: dict[str, Curve] = {}
     widths: list[WidthCurve] = []
     tap = decoder.architecture.taps
+    n_m = n_of_m(recipe.pattern)
     for index in range(blocks):
+        trial = _Trial(recipe, probe)
         wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)
         taps = sorted({tap[path] for path in wanted}, key=decoder.architecture.layers.index)
         moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
@@ -91,13 +96,21 @@ def by_cost(
             )
             if recipe.units != "weights":
                 widths.append(_width_curve(decoder, recipe, index, path, loss, probe))
-            elif n_of_m(recipe.pattern) is not None:
-                patterned[name] = _pattern_curve(loss, recipe)
+                continue
+            entries = entry_costs(loss)
+            if n_m is not None:
+                patterned[name] = _pattern_curve(entries, n_m)
             else:
-                ordered = in_order(entry_costs(loss).flatten())
                 # A copy: a slice would keep all of them in memory.
-                costs[name] = ordered[stride // 2 :: stride].clone().cpu()
+                costs[name] = in_order(entries.flatten())[stride // 2 :: stride].clone().cpu()
+            trial.add(layer, loss, entries)
         if probe is not None:
+            rate = trial.rate() if recipe.units == "weights" else 1.0
+            for name in (decoder.name(index, path) for path in wanted):
+                if name in costs:
+                    costs[name] *= rate
+                if name in patterned:
+                    patterned[name] = replace(patterned[name], errors=rate * patterned[name].errors)
             probe.advance()
         on_event(BlockMeasured(index, blocks))
     if recipe.units != "weights":
@@ -139,28 +152,57 @@ def _width_curve(
         kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
         kept[order[: (there - count) * slots]] = False
         mask = layers.link.column_mask(kept, loss.weight.shape[1])
-        measured = _measured(decoder.layer(index, path), MaskedLeastSquares(loss.plain, mask), probe)
-        rate = (measured + UNHEARD) / (allowed[count] + UNHEARD)
+        value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
+        rate = (_measured([_change(decoder.layer(index, path), value, loss)], probe) + UNHEARD) / (
+            allowed[count] + UNHEARD
+        )
     return WidthCurve(index, field, there, {there: 0.0, **{count: rate * loss for count, loss in allowed.items()}})
 
 
-def _measured(layer: nn.Linear, problem: MaskedLeastSquares, probe: Probe) -> float:
-    """The divergence that the refitted answer to a mask brings; the layer is left as it was."""
-    before = layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
-    value = solve(problem, Restore()).value
+class _Trial:
+    """The single weights of a block that a uniform share would remove, for a probe."""
+
+    def __init__(self, recipe: Recipe, probe: Probe | None) -> None:
+        self.recipe, self.probe = recipe, probe
+        self.changes: list[Change] = []
+        self.predicted = 0.0
+
+    def add(self, layer: nn.Linear, loss: LayerLoss, entries: Tensor) -> None:
+        """Mask a layer where its weights cost least, and refit the others."""
+        if self.probe is None:
+            return
+        mask = pattern_of(layer, self.recipe, 1 - self.recipe.sparsity).project(entries)
+        value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
+        self.predicted += loss.value(value)
+        self.changes.append(_change(layer, value, loss))
+
+    def rate(self) -> float:
+        """The divergence over what the losses predict."""
+        assert self.probe is not None
+        return (_measured(self.changes, self.probe) + UNHEARD) / (self.predicted + UNHEARD)
+
+
+def _change(layer: nn.Linear, value: Tensor, loss: LayerLoss) -> Change:
+    return layer, value.to(layer.weight.dtype), None if layer.bias is None else layer.bias + loss.bias_change(value)
+
+
+def _measured(changes: Sequence[Change], probe: Probe) -> float:
+    """The divergence with some layers of the current block changed; they are left as they were."""
+    before = [
+        (layer, layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
+        for layer, _, _ in changes
+    ]
     try:
-        bias = None if before[1] is None else before[1] + problem.loss.bias_change(value)
-        write(layer, value.to(layer.weight.dtype), bias)
+        for change in changes:
+            write(*change)
         return probe.divergence()
     finally:
-        write(layer, *before)
+        for change in before:
+            write(*change)
 
 
-def _pattern_curve(loss: LayerLoss, recipe: Recipe) -> Curve:
+def _pattern_curve(costs: Tensor, n_m: tuple[int, int]) -> Curve:
     """Two choices: the N:M pattern, at the sum of what its weights cost one by one, or all weights."""
-    n_m = n_of_m(recipe.pattern)
-    assert n_m is not None
-    costs = entry_costs(loss)
     lost = float(costs[~NM(*n_m).project(costs)].sum())
     prices = torch.tensor([costs.numel() * n_m[0] // n_m[1], costs.numel()])
     return Curve(prices, torch.tensor([lost, 0.0], dtype=torch.float64))

@@ -25,7 +25,7 @@ from optprune.objectives import LayerContext
 from optprune.preflight import check_batches, check_run
 from optprune.probe import Probe, first_tokens
 from optprune.problems import LayerLoss, LinkedLeastSquares
-from optprune.recipe import Recipe
+from optprune.recipe import Recipe, pattern_of
 from optprune.recovery import Calls, calls_of, recover
 from optprune.refit import HeldOut, refit
 from optprune.report import (
@@ -39,7 +39,7 @@ from optprune.report import (
     Report,
 )
 from optprune.solvers import solve
-from optprune.targets import Target, by_stage, parts_removed, pattern_of, targets_of
+from optprune.targets import Target, by_stage, parts_removed, targets_of
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
@@ -77,7 +77,7 @@ def prune(
     with calibrating(decoder):
         if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
-        elif allocation is None and recipe.allocation == "global":
+        elif allocation is None and recipe.divides:
             if not metrics:
                 notes += (UNLIKE_UNITS,)
                 if recipe.strict:

@@ -18,11 +18,13 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from torch import nn
 
 from optprune import solvers
 from optprune.errors import InputError
 from optprune.models import POLICIES, Propagation
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
+from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import Problem
 from optprune.refit import refitting
 from optprune.solvers import Chain, Solver
@@ -178,8 +180,8 @@ class Recipe(BaseModel):
     budget_tokens: int = Field(default=512, ge=1)
     """the tokens of the forward pass that operations and time are of; a single one stands for decoding"""
     probe_tokens: int = Field(default=0, ge=0)
-    """about how many calibration tokens a global budget of units is put right on: each block is pruned alone, and its
-    curve scaled to what that costs the model; with none, curves are believed"""
+    """about how many calibration tokens a global budget is put right on: what is pruned alone, of units a layer and of
+    single weights a block, has its costs scaled to what that really costs the model; with none, costs are believed"""
     least_kept: float = Field(default=0.2, ge=0, lt=1)
     """of each layer's weights or units, where the budget is global; with zero whole sub-blocks may go"""
     most_kept: float = Field(default=0.8, gt=0, le=1)
@@ -232,11 +234,11 @@ class Recipe(BaseModel):
                 "kv-groups or all"
             )
         if self.probe_tokens and (
-            self.allocation != "global" or self.units in ("weights", "blocks") or self.output_metric == "none"
+            self.allocation != "global" or self.units == "blocks" or self.output_metric == "none"
         ):
             raise ValueError(
-                "probe_tokens scale the curves of a global budget of units under an output metric: set allocation to "
-                "global, units to mlp, vo, kv-groups or all, and output_metric to diagonal or full"
+                "probe_tokens scale the costs of a global budget under an output metric: set allocation to global, and "
+                "output_metric to diagonal or full"
             )
         kept = n_of_m(self.pattern)
         if kept is not None and self.units == "weights":
@@ -248,6 +250,12 @@ class Recipe(BaseModel):
             if abs(self.sparsity - (1 - n / m)) > 1e-9:
                 raise ValueError(f"the pattern {self.pattern} has a sparsity of {1 - n / m:g}, not {self.sparsity:g}")
         return self
+
+    @property
+    def divides(self) -> bool:
+        """Whether there is a budget to divide: not where N:M holds in every layer."""
+        kept = n_of_m(self.pattern) if self.units == "weights" else None
+        return self.allocation == "global" and (kept is None or self.sparsity < 1 - kept[0] / kept[1] - 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data."""
@@ -262,6 +270,16 @@ def n_of_m(pattern: str) -> tuple[int, int] | None:
     """The numbers of an N:M pattern's name, or None for another pattern."""
     n, colon, m = pattern.partition(":")
     return (int(n), int(m)) if colon else None
+
+
+def pattern_of(layer: nn.Linear, recipe: Recipe, share: float) -> Pattern:
+    """The recipe's pattern for a layer that keeps a share of its weights."""
+    kept = n_of_m(recipe.pattern)
+    if kept is not None:
+        return NM(*kept)
+    if recipe.pattern == "rows":
+        return RowWise(round(share * layer.in_features))
+    return Unstructured(round(share * layer.weight.numel()))
 
 
 def recipe_names() -> list[str]:

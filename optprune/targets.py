@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-
 from optprune.allocation import NARROWED, Allocation, BlockAllocation
 from optprune.errors import InputError
 from optprune.models import PARTS, BlockShape, Decoder, LinkedLayers
-from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.recipe import Recipe, n_of_m
 
 
@@ -62,16 +59,6 @@ def parts_removed(shape: BlockShape, wanted: BlockShape) -> tuple[str, ...]:
         "mlp": shape.mlp_width and not wanted.mlp_width,
     }
     return tuple(part for part in PARTS if gone[part])
-
-
-def pattern_of(layer: nn.Linear, recipe: Recipe, share: float) -> Pattern:
-    """The recipe's pattern for a layer that keeps a share of its weights."""
-    kept = n_of_m(recipe.pattern)
-    if kept is not None:
-        return NM(*kept)
-    if recipe.pattern == "rows":
-        return RowWise(round(share * layer.in_features))
-    return Unstructured(round(share * layer.weight.numel()))
 
 
 def check_allocation(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> None:

@@ -88,11 +88,54 @@ def test_a_block_that_costs_more_than_predicted_keeps_more(units: str) -> None:
     assert kept[1][1] > kept[1][0]
 
 
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("rows", 0.5), ("2:4", 0.3)])
+def test_weights_of_a_block_that_cost_more_than_predicted_stay(pattern: str, sparsity: float) -> None:
+    decoder = Decoder(tiny_llama())
+    metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
+    recipe = load_recipe("sparse_best", {"pattern": pattern, "sparsity": sparsity})
+    kept = []
+    for values in ([10.0, 0.001], [0.001, 10.0]):
+        with calibrating(decoder):
+            stream = first_inputs(decoder, batches())
+            found = by_cost(decoder, stream, recipe, metrics, lambda event: None, Told(values))
+        assert found.sparsity == pytest.approx(sparsity, abs=0.03)
+        kept.append([sum(block.shares.values()) for block in found.blocks])
+    assert kept[0][0] > kept[0][1] + 0.5
+    assert kept[1][1] > kept[1][0] + 0.5
+
+
+def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatch) -> None:
+    shares = []
+
+    def look(changes, probe):
+        shares.extend(float((value != 0).double().mean()) for _, value, _ in changes)
+        return 1.0
+
+    monkeypatch.setattr("optprune.by_cost._measured", look)
+    decoder = Decoder(tiny_llama())
+    metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
+    with calibrating(decoder):
+        stream = first_inputs(decoder, batches())
+        by_cost(decoder, stream, load_recipe("sparse_best"), metrics, lambda event: None, Told([1.0, 1.0]))
+    assert shares == pytest.approx([0.5] * 14, abs=1e-3)
+
+
+def test_a_pattern_that_holds_everywhere_leaves_nothing_to_divide() -> None:
+    for settings, divides in (
+        ({"pattern": "2:4"}, False),
+        ({"pattern": "2:4", "sparsity": 0.4}, True),
+        ({}, True),
+        ({"allocation": "uniform"}, False),
+    ):
+        assert load_recipe("sparse_best", settings).divides == divides
+
+
 def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
     seen = []
 
-    def look(layer, problem, probe):
-        seen.append(problem.mask.sum().item())
+    def look(changes, probe):
+        [(_, value, _)] = changes
+        seen.append(int((value != 0).any(0).sum()))
         return 1.0
 
     monkeypatch.setattr("optprune.by_cost._measured", look)
@@ -110,6 +153,8 @@ def test_a_real_probe_goes_through_the_model_and_leaves_it() -> None:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_it_is_part_of_a_run(name: str) -> None:
+    report = prune(TINY_MODELS[name](), batches(), load_recipe("sparse_best", {"probe_tokens": 50}))
+    assert report.sparsity_reached == pytest.approx(0.5, abs=1e-3)
     for units in ("mlp", "all"):
         recipe = load_recipe("structured_best", {"units": units, "probe_tokens": 50})
         report = prune(TINY_MODELS[name](), batches(), recipe)
@@ -118,8 +163,8 @@ def test_it_is_part_of_a_run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"allocation": "uniform"}, {"output_metric": "none"}, {"units": "weights", "refit_damping": []}]
+    "settings", [{"allocation": "uniform"}, {"output_metric": "none"}, {"units": "blocks", "refit_damping": []}]
 )
 def test_what_is_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="probe_tokens scale the curves"):
+    with pytest.raises(InputError, match="probe_tokens scale the costs"):
         load_recipe("structured_best", {"probe_tokens": 100, **settings})
