@@ -46,6 +46,8 @@ NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
 CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key in ("held_out", "refit_damping")}
 GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
+BELIEVED: Settings = {"probe_tokens": 0}
+MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
 LATER: Settings = {"budget": "parameters", "budget_tokens": 512}
@@ -66,11 +68,13 @@ def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
 
 
 def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
-    """A loss-aware recipe and what it is without its parts."""
+    """A loss-aware recipe without its parts, one after another; costs are believed, and units are those of MLPs."""
+    settings = settings | BELIEVED
     plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
     full = {"output_metric": "full", "metric_damping": 0.1}
     parts = (plain, plain | DIAGONAL, plain | full, plain | DIAGONAL | GLOBAL, plain | full | GLOBAL)
-    return [(recipe, settings | part) for part in (*parts, GIVEN_RIDGE, plain | RECOVERY, RECOVERY)]
+    both = full | GLOBAL
+    return [(recipe, settings | part) for part in (*parts, both | GIVEN_RIDGE, plain | RECOVERY, both | RECOVERY)]
 
 
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
@@ -96,13 +100,24 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
-    "ablation": [case for sparsity in (0.2, 0.1, 0.3) for case in steps("structured_best", {"sparsity": sparsity})],
+    "ablation": [
+        case
+        for sparsity in (0.2, 0.1, 0.3)
+        for case in (
+            *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
+            *(("structured_best", {"sparsity": sparsity, **more}) for more in ({"units": "mlp"}, BELIEVED, {})),
+        )
+    ],
     "ablation-sparse": [
         *steps("sparse_best", HALF),
-        ("sparse_best", {**HALF, **DIAGONAL, "held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}),
         *steps("sparse_best", {"sparsity": 0.6}),
-        *(("sparse_best", settings | DIAGONAL | RECOVERY) for settings in (HALF, {"sparsity": 0.6})),
         *(case for case in steps("sparse_best", PAIRS) if case[1].get("allocation") == "uniform"),
+        *(
+            ("sparse_best", settings | more)
+            for settings in (HALF, {"sparsity": 0.6})
+            for more in ({}, DIAGONAL, BELIEVED | DIAGONAL | RECOVERY)
+        ),
+        ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
     ],
 }
 NAMES = {
