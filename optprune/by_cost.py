@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.allocation import NARROWED, Allocation, BlockAllocation
-from optprune.budget import Curve, global_threshold, share_budget
+from optprune.budget import Curve, fill_budget, global_threshold, share_budget
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
@@ -69,8 +69,9 @@ def by_cost(
     layer keeps between `least_kept` and `most_kept` of its weights (or half of the average, and half way from the
     average to all, where that is wider). N:M: which layers stay dense. Units: each layer's whole error curve by greedy
     elimination, down to nothing where `least_kept` is zero, and the budget, in weights, operations or time, goes where
-    it lowers the sum most, along the lower convex hulls. `stream` holds the inputs of the first block and goes on to
-    the end of the model. Costs one calibration pass with its Gram products, and in^3 for each layer.
+    it lowers the sum most, along the lower convex hulls; what is left then goes to single steps. `stream` holds the
+    inputs of the first block and goes on to the end of the model. Costs one calibration pass with its Gram products,
+    and in^3 for each layer.
 
     With a `probe` the units of each layer, or the single weights of each block, are also removed alone, down to about
     the share that all keep, and the costs are scaled to the divergence that this brings: a pass over the probe's tokens
@@ -246,7 +247,7 @@ def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> A
             f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
             f"{recipe.least_kept:g}: at most {most / total:.1%} of {prices.unit} can go"
         )
-    chosen = share_budget(curves, -recipe.sparsity * total)
+    chosen = fill_budget(curves, share_budget(curves, -recipe.sparsity * total), -recipe.sparsity * total)
     for width, name in zip(widths, counts, strict=True):
         shapes[width.block] = with_count(shapes[width.block], width.field, counts[name][chosen[name]])
     saved = -sum(float(curve.prices[chosen[name]]) for name, curve in curves.items()) / total

@@ -43,9 +43,9 @@ from optprune.targets import Target, by_stage, parts_removed, targets_of
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
-    "set output_metric to diagonal"
+    "set output_metric to diagonal, or probe_tokens to 512"
 )
-"""the note of a run with allocation global and output_metric none"""
+"""the note of a run with allocation global, output_metric none and no probes"""
 
 
 def prune(
@@ -78,7 +78,7 @@ def prune(
         if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
         elif allocation is None and recipe.divides:
-            if not metrics:
+            if not metrics and not recipe.probe_tokens:
                 notes += (UNLIKE_UNITS,)
                 if recipe.strict:
                     raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")

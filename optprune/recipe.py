@@ -233,13 +233,6 @@ class Recipe(BaseModel):
                 f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
                 "kv-groups or all"
             )
-        if self.probe_tokens and (
-            self.allocation != "global" or self.units == "blocks" or self.output_metric == "none"
-        ):
-            raise ValueError(
-                "probe_tokens scale the costs of a global budget under an output metric: set allocation to global, and "
-                "output_metric to diagonal or full"
-            )
         kept = n_of_m(self.pattern)
         if kept is not None and self.units == "weights":
             n, m = kept

@@ -234,7 +234,7 @@ def test_a_checkpoint_whose_digits_are_too_few_for_the_recipe(attempt: Attempt) 
 @pytest.mark.usefixtures("no_weights")
 def test_recovery_that_the_architecture_does_not_know(attempt: Attempt) -> None:
     attempt.model = save_tiny(tiny_opt(), attempt.folder / "opt")
-    sentence = attempt.fails(attempt.command("--set", "recovery=1", recipe="structured_best"))
+    sentence = attempt.fails(attempt.command("--set", "recovery=1", units="mlp", recipe="structured_best"))
     assert "of opt it knows self_attn where a layer is pruned, and units mlp prune none there" in sentence
 
 

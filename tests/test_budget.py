@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from optprune.budget import Curve, global_threshold, share_budget
+from optprune.budget import Curve, fill_budget, global_threshold, share_budget
 from optprune.errors import InputError
 
 LIMITS = ((0.0, 1.0), (0.2, 0.8), (0.3, 0.3), (0.5, 1.0))
@@ -141,6 +141,20 @@ def test_less_than_one_step_of_the_hull_is_lost(curves, budget):
     _, error = totals(curves, share_budget(curves, budget))
     steps = [float(curve.errors[a] - curve.errors[b]) for curve in curves.values() for a, b in pairwise(curve.hull())]
     assert error - knapsack(curves, budget) <= max(steps, default=0.0)
+
+
+@given(some_curves(), st.integers(0, 40))
+def test_what_is_left_is_spent_until_no_change_of_one_layer_gains(curves, budget):
+    assume(sum(int(curve.prices[0]) for curve in curves.values()) <= budget)
+    chosen = share_budget(curves, budget)
+    filled = fill_budget(curves, chosen, budget)
+    price, error = totals(curves, filled)
+    assert price <= budget
+    assert error <= totals(curves, chosen)[1]
+    for name, curve in curves.items():
+        for choice in range(len(curve.prices)):
+            if price - curve.prices[filled[name]] + curve.prices[choice] <= budget:
+                assert curve.errors[choice] >= curve.errors[filled[name]]
 
 
 @given(some_curves(convex=True), st.integers(0, 20))

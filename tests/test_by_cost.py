@@ -81,7 +81,7 @@ def losses(decoder: Decoder, metrics: dict[str, OutputMetric], counts: list[int]
 def test_no_other_widths_lose_less() -> None:
     decoder = Decoder(tiny_llama())
     metrics = metrics_of(decoder)
-    settings = {"sparsity": 0.3, "width_multiple": 16, "least_kept": 0.1}
+    settings = {"units": "mlp", "sparsity": 0.3, "width_multiple": 16, "least_kept": 0.1}
     allocation = divided(decoder, load_recipe("structured_best", settings), metrics)
     widths = tuple(block.shape.mlp_width for block in allocation.blocks)
     counts = list(range(16, 129, 16))
@@ -132,13 +132,13 @@ def test_the_recommended_recipes_run_on_every_architecture(name: str, recipe: st
 
 def test_a_budget_out_of_reach_is_an_input_error() -> None:
     with pytest.raises(InputError, match=r"out of reach with units 'mlp' and least_kept 0\.45"):
-        divided(Decoder(tiny_llama()), load_recipe("structured_best", {"sparsity": 0.7}))
+        divided(Decoder(tiny_llama()), load_recipe("structured_best", {"units": "mlp", "sparsity": 0.7}))
     with pytest.raises(InputError, match=r"2:4 has a sparsity of 0\.5"):
         make_recipe({"units": "weights", "pattern": "2:4", "sparsity": 0.6, "allocation": "global"})
 
 
 def test_a_budget_divided_without_a_metric_is_told() -> None:
-    settings = {"output_metric": "none", "sparsity": 0.2}
+    settings = {"output_metric": "none", "sparsity": 0.2, "probe_tokens": 0}
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
     assert any("not in one unit" in note for note in report.notes)
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"sparsity": 0.2}))

@@ -117,7 +117,7 @@ def test_a_budget_in_operations_is_told_with_the_widths(
 ) -> None:
     output = tmp_path / "out"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL]
-    command += ["--recipe", "structured_best", "--set", "budget=flops", "--set", "budget_tokens=64"]
+    command += ["--recipe", "structured_best", "--units", "mlp", "--set", "budget=flops", "--set", "budget_tokens=64"]
     code, out, err = run(command, capsys)
     assert code == 0, err
     widths = [shape["mlp_width"] for shape in load(output).config.optprune_shapes]

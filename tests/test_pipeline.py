@@ -296,7 +296,7 @@ def test_one_tensor_is_one_batch() -> None:
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "reason"),
     [
-        ("opt", "structured_best", {"recovery": 1}, "recovery has nothing to refit"),
+        ("opt", "structured_best", {"units": "mlp", "recovery": 1}, "recovery has nothing to refit"),
         ("llama", "sparse_best", {"pattern": "2:5", "sparsity": 0.6}, "a 2:5 pattern needs a multiple of 5 inputs"),
         ("llama", "structured_best", {"sparsity": 0.9}, "out of reach"),
     ],

@@ -121,7 +121,11 @@ def test_half_of_a_wide_mlp_takes_about_half_of_its_time() -> None:
 
 def divided_by(prices: Prices, monkeypatch: pytest.MonkeyPatch, **settings) -> Allocation:
     monkeypatch.setattr("optprune.by_cost.prices_of", lambda *_: prices)
-    report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"width_multiple": 16, **settings}))
+    report = prune(
+        tiny_llama(),
+        batches(),
+        load_recipe("structured_best", {"units": "mlp", "width_multiple": 16, "probe_tokens": 0, **settings}),
+    )
     assert any(prices.unit in note for note in report.notes)
     return Allocation(
         tuple(BlockAllocation(BlockShape(**block)) for block in report.allocation["blocks"]), report.sparsity_reached
@@ -170,7 +174,7 @@ def test_whole_sub_blocks_go_where_nothing_need_be_kept() -> None:
 
     def shapes(**settings):
         model = useless_mlp()
-        recipe = load_recipe("structured_best", {"sparsity": 0.3, **settings})
+        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, **settings})
         report = prune(model, batches(), recipe)
         logits = model(input_ids=torch.arange(5, 25)[None]).logits
         assert bool(torch.isfinite(logits).all())
@@ -204,4 +208,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="positions"):
         prices_of(decoder, "time", 1 << 20, FIELDS)
     with pytest.raises(InputError, match="the blocks' operations can go"):
-        prune(tiny_llama(), batches(), load_recipe("structured_best", {"budget": "flops", "sparsity": 0.6}))
+        prune(
+            tiny_llama(),
+            batches(),
+            load_recipe("structured_best", {"units": "mlp", "budget": "flops", "sparsity": 0.6}),
+        )

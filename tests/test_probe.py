@@ -7,7 +7,6 @@ import torch
 
 from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
-from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.calibrate import calibrating, first_inputs
 from optprune.models.fisher import collect_metrics, sampled
@@ -69,7 +68,7 @@ class Told(Probe):
 
 def divided(probe: Probe | None, **settings) -> Allocation:
     decoder = Decoder(tiny_llama())
-    recipe = load_recipe("structured_best", {"sparsity": 0.3, "least_kept": 0.1, **settings})
+    recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "least_kept": 0.1, **settings})
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     before = copy.deepcopy(decoder.model.state_dict())
     with calibrating(decoder):
@@ -162,9 +161,14 @@ def test_it_is_part_of_a_run(name: str) -> None:
         assert 0.2 <= report.sparsity_reached <= 0.25
 
 
-@pytest.mark.parametrize(
-    "settings", [{"allocation": "uniform"}, {"output_metric": "none"}, {"units": "blocks", "refit_damping": []}]
-)
-def test_what_is_refused(settings: dict[str, object]) -> None:
-    with pytest.raises(InputError, match="probe_tokens scale the costs"):
-        load_recipe("structured_best", {"probe_tokens": 100, **settings})
+def test_probes_bring_squared_errors_to_one_unit() -> None:
+    settings = {"output_metric": "none", "units": "mlp"}
+    for tokens, told in ((0, True), (50, False)):
+        report = prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "probe_tokens": tokens}))
+        assert any("not in one unit" in note for note in report.notes) == told
+
+
+def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
+    monkeypatch.setattr("optprune.pipeline.Probe", lambda *_: pytest.fail("the model was probed"))
+    for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"pattern": "2:4"})):
+        prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "probe_tokens": 50}))
