@@ -47,6 +47,7 @@ GLOBAL: Settings = {"allocation": "global"}
 CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key in ("held_out", "refit_damping")}
 GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
 BELIEVED: Settings = {"probe_tokens": 0}
+PROBED: Settings = {"probe_tokens": 1024}
 MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
@@ -105,7 +106,10 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for sparsity in (0.2, 0.1, 0.3)
         for case in (
             *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
-            *(("structured_best", {"sparsity": sparsity, **more}) for more in ({"units": "mlp"}, BELIEVED, {})),
+            *(
+                ("structured_best", {"sparsity": sparsity, **more})
+                for more in ({"units": "mlp"}, BELIEVED, {}, {"units": "mlp"} | PROBED, PROBED)
+            ),
         )
     ],
     "ablation-sparse": [
@@ -115,7 +119,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         *(
             ("sparse_best", settings | more)
             for settings in (HALF, {"sparsity": 0.6})
-            for more in ({}, DIAGONAL, BELIEVED | DIAGONAL | RECOVERY)
+            for more in (BELIEVED | DIAGONAL | RECOVERY, DIAGONAL | PROBED)
         ),
         ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
     ],
@@ -126,8 +130,8 @@ NAMES = {
     "policies-2:4": "2:4 under every propagation policy",
     "structured": "MLP units",
     "recovery": "Recovery of the pruned sub-modules",
-    "ablation": "What the output metric and the global budget do for MLP units",
-    "ablation-sparse": "What the output metric and the global budget do for sparse weights",
+    "ablation": "What the output metric, the global budget and probes do for whole units",
+    "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
 }
 
 
@@ -279,7 +283,7 @@ def _order(same: list[dict[str, Any]]) -> tuple[Any, ...]:
 
 def _line(same: list[dict[str, Any]]) -> dict[str, Any]:
     first = same[0]
-    settings = {key: value for key, value in first["settings"].items() if key != "units"}
+    settings = first["settings"]
     spread = {text: stdev(row[text] for row in same) if len(same) > 1 else None for text in TEXTS}
     return {
         "recipe": first["recipe"],
