@@ -8,14 +8,15 @@ import torch
 from hypothesis import Phase, given, settings
 
 from optprune import budget
-from optprune.metric import OutputMetric
+from optprune.metric import MetricSums, OutputMetric
 from optprune.models import fisher
+from optprune.probe import Probe
 from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
 from optprune.solvers import Admm, ConjugateGradients, Fista, PerspectiveBound, Restore, removal
 from optprune.solvers.duality import DualMap
 from optprune.testing import laws
 from optprune.testing.strategies import weighted
-from tests import test_budget, test_fisher, test_metric, test_removal
+from tests import test_budget, test_fisher, test_metric, test_probe, test_removal
 
 run = importlib.import_module("optprune.solvers.run")
 gradients = importlib.import_module("optprune.solvers.conjugate_gradients")
@@ -108,6 +109,22 @@ def limits_forgotten(costs, keep, low=0.0, high=1.0):
     return budget_threshold(costs, keep)
 
 
+def one_triangle(self):
+    """The upper half of the matrix is not filled in."""
+    found = whole_metric(self)
+    return replace(found, average=found.average.tril()) if self.full else found
+
+
+def wrong_way_round(self):
+    """KL(as it is now || dense)."""
+    self._dense, self._to_the_end = self._to_the_end(self.stream), lambda stream, dense=self._dense: dense
+    found = divergence(self)
+    self._dense = self._to_the_end(self.stream)
+    del self._to_the_end
+    return found
+
+
+whole_metric, divergence = MetricSums.metric, Probe.divergence
 budget_threshold = budget.global_threshold
 TEST_FAULTS = {
     "ADMM in the wrong basis": (
@@ -137,6 +154,18 @@ TEST_FAULTS = {
         "entry_costs",
         no_refit,
         test_removal.test_the_cost_of_an_entry_is_the_rise_with_its_row_refitted,
+    ),
+    "half of a matrix": (
+        MetricSums,
+        "metric",
+        one_triangle,
+        test_metric.test_it_is_the_average_over_tokens_however_they_come,
+    ),
+    "divergence the wrong way round": (
+        Probe,
+        "divergence",
+        wrong_way_round,
+        lambda: test_probe.test_it_is_the_divergence_of_the_whole_model(test_probe.tiny_llama),
     ),
     "limits forgotten": (
         test_budget,
