@@ -17,10 +17,9 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, collect
-from optprune.models.decoder import write
 from optprune.patterns import NM, in_order
 from optprune.prices import Prices, prices_of, with_count
-from optprune.probe import Probe
+from optprune.probe import Change, Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.recipe import Recipe, n_of_m, pattern_of
 from optprune.report import BlockMeasured, Event
@@ -32,8 +31,6 @@ MOST_COSTS = 1 << 22
 """how many costs of single weights are held for the whole model: beyond that, every k-th in order of size"""
 UNHEARD = 1e-5
 """nats a token: a divergence in float32 arithmetic tells no less"""
-Change = tuple[nn.Linear, Tensor, Tensor | None]
-"""a layer, and another weight and bias for it"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +151,8 @@ def _width_curve(
         kept[order[: (there - count) * slots]] = False
         mask = layers.link.column_mask(kept, loss.weight.shape[1])
         value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
-        rate = (_measured([_change(decoder.layer(index, path), value, loss)], probe) + UNHEARD) / (
-            allowed[count] + UNHEARD
-        )
+        measured = probe.divergence_with([Change.of(decoder.layer(index, path), value, loss)])
+        rate = (measured + UNHEARD) / (allowed[count] + UNHEARD)
     return WidthCurve(index, field, there, {there: 0.0, **{count: rate * loss for count, loss in allowed.items()}})
 
 
@@ -175,31 +171,12 @@ class _Trial:
         mask = pattern_of(layer, self.recipe, 1 - self.recipe.sparsity).project(entries)
         value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
         self.predicted += loss.value(value)
-        self.changes.append(_change(layer, value, loss))
+        self.changes.append(Change.of(layer, value, loss))
 
     def rate(self) -> float:
         """The divergence over what the losses predict."""
         assert self.probe is not None
-        return (_measured(self.changes, self.probe) + UNHEARD) / (self.predicted + UNHEARD)
-
-
-def _change(layer: nn.Linear, value: Tensor, loss: LayerLoss) -> Change:
-    return layer, value.to(layer.weight.dtype), None if layer.bias is None else layer.bias + loss.bias_change(value)
-
-
-def _measured(changes: Sequence[Change], probe: Probe) -> float:
-    """The divergence with some layers of the current block changed; they are left as they were."""
-    before = [
-        (layer, layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone())
-        for layer, _, _ in changes
-    ]
-    try:
-        for change in changes:
-            write(*change)
-        return probe.divergence()
-    finally:
-        for change in before:
-            write(*change)
+        return (self.probe.divergence_with(self.changes) + UNHEARD) / (self.predicted + UNHEARD)
 
 
 def _pattern_curve(costs: Tensor, n_m: tuple[int, int]) -> Curve:
@@ -232,14 +209,11 @@ def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curve
 
 def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> Allocation:
     """The number of units that each block keeps."""
-    shapes, prices = (
-        list(decoder.shapes()),
-        prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units]),
-    )
+    shapes = list(decoder.shapes())
+    prices = prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units])
     total, counts, curves = sum(prices.whole), {}, {}
     for width in widths:
         name = f"{width.block} {width.field}"
-        # Whole sub-blocks go only where nothing at all need be kept.
         counts[name], curves[name] = width.curve(recipe.least_kept, prices)
     most = -sum(float(curve.prices[0]) for curve in curves.values())
     if recipe.sparsity * total > most:
@@ -247,7 +221,9 @@ def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> A
             f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
             f"{recipe.least_kept:g}: at most {most / total:.1%} of {prices.unit} can go"
         )
-    chosen = fill_budget(curves, share_budget(curves, -recipe.sparsity * total), -recipe.sparsity * total)
+    # Prices are below zero: what is saved.
+    budget = -recipe.sparsity * total
+    chosen = fill_budget(curves, share_budget(curves, budget), budget)
     for width, name in zip(widths, counts, strict=True):
         shapes[width.block] = with_count(shapes[width.block], width.field, counts[name][chosen[name]])
     saved = -sum(float(curve.prices[chosen[name]]) for name, curve in curves.items()) / total

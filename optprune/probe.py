@@ -1,12 +1,15 @@
 """What a change of one block really costs the model: the divergence of its predictions from the dense model's."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, advance, first_inputs, run_block
+from optprune.models.decoder import write
+from optprune.problems import LayerLoss
 
 POSITIONS_AT_ONCE = 64
 """how many positions' logits are there together, of each of the two models"""
@@ -20,6 +23,30 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
         if missing > 0:
             taken.append(batch[: -(-missing // batch.shape[1])])
     return taken
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A layer, and another weight and bias for it."""
+
+    layer: nn.Linear
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Linear, weight: Tensor, loss: LayerLoss) -> "Change":
+        """Another weight, with the bias that goes with it where the layer has one."""
+        bias = None if layer.bias is None else layer.bias.detach() + loss.bias_change(weight)
+        return cls(layer, weight.to(layer.weight.dtype), bias)
+
+    def undo(self) -> "Change":
+        """What makes the layer again what it is now."""
+        bias = self.layer.bias
+        return Change(self.layer, self.layer.weight.detach().clone(), None if bias is None else bias.detach().clone())
+
+    def write(self) -> None:
+        """Make it so."""
+        write(self.layer, self.weight, self.bias)
 
 
 class Probe:
@@ -44,6 +71,17 @@ class Probe:
                 total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 tokens += len(expected)
         return max(total / tokens, 0.0)
+
+    def divergence_with(self, changes: Sequence[Change]) -> float:
+        """The divergence with some layers of the current block changed; they are left as they were."""
+        before = [change.undo() for change in changes]
+        try:
+            for change in changes:
+                change.write()
+            return self.divergence()
+        finally:
+            for change in before:
+                change.write()
 
     def advance(self) -> None:
         """Go on to the next block, through the current one as it is now."""

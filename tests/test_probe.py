@@ -66,8 +66,8 @@ class Told(Probe):
         self.block += 1
 
 
-def divided(probe: Probe | None, **settings) -> Allocation:
-    decoder = Decoder(tiny_llama())
+def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocation:
+    decoder = decoder or Decoder(tiny_llama())
     recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "least_kept": 0.1, **settings})
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     before = copy.deepcopy(decoder.model.state_dict())
@@ -106,11 +106,11 @@ def test_weights_of_a_block_that_cost_more_than_predicted_stay(pattern: str, spa
 def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatch) -> None:
     shares = []
 
-    def look(changes, probe):
-        shares.extend(float((value != 0).double().mean()) for _, value, _ in changes)
+    def look(probe, changes):
+        shares.extend(float((change.weight != 0).double().mean()) for change in changes)
         return 1.0
 
-    monkeypatch.setattr("optprune.by_cost._measured", look)
+    monkeypatch.setattr(Probe, "divergence_with", look)
     decoder = Decoder(tiny_llama())
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     with calibrating(decoder):
@@ -132,21 +132,22 @@ def test_a_pattern_that_holds_everywhere_leaves_nothing_to_divide() -> None:
 def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
     seen = []
 
-    def look(changes, probe):
-        [(_, value, _)] = changes
-        seen.append(int((value != 0).any(0).sum()))
+    def look(probe, changes):
+        [change] = changes
+        seen.append(int((change.weight != 0).any(0).sum()))
         return 1.0
 
-    monkeypatch.setattr("optprune.by_cost._measured", look)
+    monkeypatch.setattr(Probe, "divergence_with", look)
     divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
     assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
 
 
-def test_a_real_probe_goes_through_the_model_and_leaves_it() -> None:
-    decoder = Decoder(tiny_llama())
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_real_probe_goes_through_the_model_and_leaves_it(name: str) -> None:
+    decoder = Decoder(TINY_MODELS[name]())
     with calibrating(decoder):
         probe = Probe(decoder, first_tokens(batches(), 60))
-    assert divided(probe).sparsity >= 0.3
+    assert divided(probe, decoder).sparsity >= 0.3
     assert probe.stream.block == len(decoder.blocks)
 
 
