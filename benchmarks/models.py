@@ -292,12 +292,16 @@ def _line(same: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": len(same),
         "reached": mean(row["sparsity reached"] for row in same),
         "mean layer error": mean(row["mean layer error"] for row in same),
-        "seconds": mean(row["seconds"] for row in same),
-        # Some rows under stage by stage policies are from before their floor was right.
-        "run / floor": mean(ratios) if (ratios := [row["run / floor"] for row in same if row["run / floor"]]) else "",
-        "memory, MiB": mean(taken) if (taken := [row["memory, MiB"] for row in same if row.get("memory, MiB")]) else "",
+        # Runs that were suspended for a while have no times; some rows under stage by stage policies are from before
+        # their floor was right.
+        **{key: _mean_of_known(row.get(key) for row in same) for key in ("seconds", "run / floor", "memory, MiB")},
         "calibration tokens": first["tokens"],
     }
+
+
+def _mean_of_known(values: Iterable[float | None]) -> float | str:
+    known = [value for value in values if value]
+    return mean(known) if known else ""
 
 
 def _with_spread(value: float, spread: float | None) -> str:
