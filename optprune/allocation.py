@@ -15,6 +15,10 @@ NARROWED = {
     "all": ("value_dim", "mlp_width"),
 }
 """the fields of a shape that a recipe's units make smaller"""
+NO_ALLOCATION = (
+    "this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, value_dim and "
+    "perhaps shares"
+)
 
 
 @dataclass(frozen=True)
@@ -102,20 +106,24 @@ class Allocation:
         """Read an allocation, or that of a report.json; InputError when it is neither."""
         try:
             data = json.loads(text)
-            data = data.get("allocation", data)
+            return cls.from_dict(data.get("allocation", data))
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{NO_ALLOCATION}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Allocation":
+        """The allocation that `to_dict` wrote; InputError when the data are something else."""
+        try:
             blocks = []
             for entry in data["blocks"]:
-                shares = {str(path): float(share) for path, share in entry.pop("shares", {}).items()}
-                shape = BlockShape(**entry)
+                shares = {str(path): float(share) for path, share in entry.get("shares", {}).items()}
+                shape = BlockShape(**{name: count for name, count in entry.items() if name != "shares"})
                 if not all(isinstance(number, int) for number in asdict(shape).values()):
                     raise TypeError(f"the shape {entry} must be whole numbers")
                 blocks.append(BlockAllocation(shape, shares))
             return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, "
-                f"value_dim and perhaps shares: {error}"
-            ) from error
+            raise InputError(f"{NO_ALLOCATION}: {error}") from error
 
 
 def everything(decoder: Decoder) -> Allocation:

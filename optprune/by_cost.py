@@ -103,12 +103,13 @@ def by_cost(
                 costs[name] = in_order(entries.flatten())[stride // 2 :: stride].clone().cpu()
             trial.add(layer, loss, entries)
         if probe is not None:
-            rate = trial.rate() if recipe.units == "weights" else 1.0
-            for name in (decoder.name(index, path) for path in wanted):
-                if name in costs:
-                    costs[name] *= rate
-                if name in patterned:
-                    patterned[name] = replace(patterned[name], errors=rate * patterned[name].errors)
+            if recipe.units == "weights":
+                rate = trial.rate()
+                for name in (decoder.name(index, path) for path in wanted):
+                    if n_m is not None:
+                        patterned[name] = replace(patterned[name], errors=rate * patterned[name].errors)
+                    else:
+                        costs[name] *= rate
             probe.advance()
         on_event(BlockMeasured(index, blocks))
     if recipe.units != "weights":

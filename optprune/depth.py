@@ -87,17 +87,13 @@ def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
 
 def _weights(decoder: Decoder, block: int, part: str) -> int:
     shape = decoder.shape(block)
-    return decoder.weights_of(shape) - decoder.weights_of(_minus(shape, part))
-
-
-def _minus(shape: BlockShape, part: str) -> BlockShape:
-    return replace(shape, kv_heads=0, value_dim=0) if part == "attention" else replace(shape, mlp_width=0)
+    return decoder.weights_of(shape) - decoder.weights_of(shape.without(part))
 
 
 def _without(shapes: Sequence[BlockShape], candidate: Candidate) -> list[BlockShape]:
     result = list(shapes)
     for part in candidate.parts:
-        result[candidate.block] = _minus(result[candidate.block], part)
+        result[candidate.block] = result[candidate.block].without(part)
     return result
 
 

@@ -10,17 +10,19 @@ from optprune.models import LayerPattern
 FORMATS = ("png", "pdf", "svg")
 
 
-def check_plot(file: Path) -> None:
-    """Raise InputError when no picture of that name could be drawn."""
-    if file.suffix.lower().removeprefix(".") not in FORMATS:
+def check_plot(file: Path) -> str:
+    """The kind of a picture of that name; InputError when none could be drawn."""
+    kind = file.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
         raise InputError(f"the plot {file} must end in {', '.join(f'.{name}' for name in FORMATS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError("a plot needs matplotlib, which is not installed: pip install 'optprune[plot]'") from error
+    return kind
 
 
-def plot_kept(layers: Sequence[LayerPattern], blocks: str, title: str, kind: str = "png") -> bytes:
+def plot_kept(layers: Sequence[LayerPattern], blocks: str, title: str, kind: str) -> bytes:
     """The weights of each kind of layer that are there and not zero, block by block, over the most in any block.
 
     `blocks` is the path of the decoder blocks, with which the layers' names begin. The bytes of a picture of that kind.

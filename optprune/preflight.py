@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from optprune.allocation import NARROWED, Allocation, check_reach, uniform
 from optprune.errors import InputError
 from optprune.models import Decoder
+from optprune.prices import check_tokens
 from optprune.recipe import Recipe, n_of_m
 from optprune.targets import check_allocation, targets_of
 
@@ -33,6 +34,8 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
     elif recipe.units in NARROWED and recipe.budget == "parameters" and recipe.least_kept:
         # How one budget is divided is not known yet, but what no division can reach is.
         check_reach(decoder, recipe.sparsity, recipe.units)
+    if allocation is None and recipe.budget != "parameters":
+        check_tokens(decoder, recipe.budget_tokens)
     pruned = _pruned(decoder, recipe, allocation)
     n_m = n_of_m(recipe.pattern)
     if recipe.units == "weights" and n_m is not None:

@@ -35,7 +35,7 @@ class Prices:
 def with_count(shape: BlockShape, field: str, count: int) -> BlockShape:
     """A shape with another count of one field; without any value dimensions there is no attention."""
     if not count and field in ("value_dim", "kv_heads"):
-        return replace(shape, kv_heads=0, value_dim=0)
+        return shape.without("attention")
     return replace(shape, **{field: count})
 
 
@@ -46,12 +46,17 @@ def prices_of(decoder: Decoder, budget: str, tokens: int, fields: Iterable[str])
     """
     if budget == "parameters":
         return _by_formula(decoder, "the decoder's linear weights", decoder.weights_of)
-    positions = getattr(decoder.model.config, "max_position_embeddings", None)
-    if positions is not None and tokens > positions:
-        raise InputError(f"budget_tokens is {tokens}, but the model has {positions} positions: lower it")
+    check_tokens(decoder, tokens)
     if budget == "flops":
         return _by_formula(decoder, "the blocks' operations", lambda shape: operations(decoder, shape, tokens))
     return _measured(decoder, tokens, list(fields))
+
+
+def check_tokens(decoder: Decoder, tokens: int) -> None:
+    """Raise InputError when a forward pass cannot have so many tokens."""
+    positions = getattr(decoder.model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise InputError(f"budget_tokens is {tokens}, but the model has {positions} positions: lower it")
 
 
 def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, advance, first_inputs, run_block
 from optprune.models.decoder import write
+from optprune.models.fisher import POSITIONS_AT_ONCE
 from optprune.problems import LayerLoss
-
-POSITIONS_AT_ONCE = 64
-"""how many positions' logits are there together, of each of the two models"""
 
 
 def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:

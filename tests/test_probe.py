@@ -13,15 +13,9 @@ from optprune.models.fisher import collect_metrics, sampled
 from optprune.pipeline import prune
 from optprune.probe import Probe, first_tokens
 from optprune.recipe import load_recipe
+from tests.test_fisher import by_model
 from tests.test_sparse_pipeline import batches
-from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
-
-MODELS = {
-    **TINY_MODELS,
-    "qwen2, sliding window": tiny_sliding,
-    "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
-}
-by_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+from tests.tiny_models import TINY_MODELS, tiny_llama
 
 
 @by_model

@@ -26,9 +26,8 @@ def inspect_command(
     from optprune.plots import check_plot, plot_kept
 
     check_json(json_file)
-    if plot is not None:
-        check_plot(plot)
-        check_file(plot, "plot")
+    kind = None if plot is None else check_plot(plot)
+    check_file(plot, "plot")
     reporter.say(f"loading {model}")
     decoder = Decoder(load_model(model, device="cpu").model)
     layers = model_patterns(decoder)
@@ -45,9 +44,8 @@ def inspect_command(
     }
     already = f"{zeros} of {weights} weights are zero"
     write_json(json_file, json_text(result), already)
-    if plot is not None:
+    if kind is not None:
         title = f"{Path(model).name}: {zeros / weights:.1%} zeros"
-        kind = plot.suffix.lower().removeprefix(".")
         write_file(plot, plot_kept(layers, decoder.architecture.blocks, title, kind), "plot", already)
     for layer in layers:
         held_here = ", ".join(layer.patterns) or ("rows" if layer.same_in_rows and layer.zeros else "")

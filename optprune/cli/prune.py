@@ -192,7 +192,7 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
         f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "
         f"({report.sparsity_requested:.2%}{of_what} asked)"
     )
-    for line in Allocation.from_json(report.to_json()).lines():
+    for line in Allocation.from_dict(report.allocation).lines():
         typer.echo(line)
     typer.echo(
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "

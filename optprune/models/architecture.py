@@ -1,7 +1,7 @@
 """What optprune must know of an architecture: where its linear layers are and which of them go together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -29,6 +29,10 @@ class BlockShape:
     kv_heads: int
     value_dim: int
     """the value dimensions of a head"""
+
+    def without(self, part: str) -> "BlockShape":
+        """The shape without a sub-block, "attention" or "mlp"."""
+        return replace(self, kv_heads=0, value_dim=0) if part == "attention" else replace(self, mlp_width=0)
 
 
 @dataclass(frozen=True)
