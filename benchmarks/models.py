@@ -31,9 +31,9 @@ from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdow
 from optprune import Recipe, load_recipe, prune
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
+from optprune.memory import memory_increase
 from optprune.models import load_model
 from optprune.report import Report
-from optprune.speed import memory_increase
 from optprune.texts import calibration_batches, read_documents, tokenise
 
 Settings = dict[str, Any]

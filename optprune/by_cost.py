@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optprune.allocation import NARROWED, Allocation, BlockAllocation
 from optprune.budget import Curve, fill_budget, global_threshold, share_budget
 from optprune.errors import InputError
+from optprune.memory import release
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import Stream, collect
@@ -111,6 +112,7 @@ def by_cost(
                     else:
                         costs[name] *= rate
             probe.advance()
+        release()
         on_event(BlockMeasured(index, blocks))
     if recipe.units != "weights":
         return _widths(decoder, recipe, widths)

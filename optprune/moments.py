@@ -135,16 +135,18 @@ class MomentSums:
         """The averages so far."""
         if self.tokens == 0:
             raise InputError("no calibration tokens reached this layer")
-        gram, mean, *dense = (total / self.tokens for total in self._sums)
-        gram = (gram + gram.T) / 2
-        if dense:
-            dense[1] = (dense[1] + dense[1].T) / 2
-        return InputMoments(
-            gram.to(dtype),
-            mean.to(dtype),
-            self.tokens,
-            DenseMoments(*(part.to(dtype) for part in dense)) if dense else None,
-        )
+        gram, mean, *others = self._sums
+        dense = None
+        if others:
+            cross, ideal, ideal_mean = others
+            dense = DenseMoments(
+                (cross / self.tokens).to(dtype), self._square(ideal, dtype), (ideal_mean / self.tokens).to(dtype)
+            )
+        return InputMoments(self._square(gram, dtype), (mean / self.tokens).to(dtype), self.tokens, dense)
+
+    def _square(self, total: Tensor, dtype: torch.dtype) -> Tensor:
+        """The average of a sum of squares, exactly symmetric; one copy in float64, no more."""
+        return (total + total.T).div_(2 * self.tokens).to(dtype)
 
 
 def _rows(inputs: Tensor) -> Tensor:

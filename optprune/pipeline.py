@@ -16,6 +16,7 @@ from optprune.by_cost import by_cost
 from optprune.depth import shallower
 from optprune.errors import StrictError
 from optprune.layer_report import check, layer_report, summary
+from optprune.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.models.calibrate import Collected, Stream, advance, calibrating, clock, collect, first_inputs, hold_out
@@ -73,6 +74,7 @@ def prune(
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
     metrics, notes = _metrics(decoder, batches, recipe)
+    release()
     batches, held_out = hold_out(batches, recipe.held_out)
     with calibrating(decoder):
         if allocation is None and recipe.units == "blocks":

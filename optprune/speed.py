@@ -1,7 +1,5 @@
 """Inference speed and memory of models that are compared: the same work, in turn, in one run."""
 
-import ctypes
-import gc
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,13 +12,11 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
+from optprune.memory import memory_increase
 from optprune.models.calibrate import clock
 from optprune.models.load import DEMO
 from optprune.packaged import demo_model_file
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"
-"""what Linux takes as the order to forget the peak of the resident size (proc(5))"""
 PEAK_MEMORY = (
     "the weights, and the most that a prefill with its decoding takes on top, of what torch allocates on CUDA, "
     "of the process's resident size on a CPU (known under Linux only)"
@@ -225,37 +221,3 @@ def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, f
         output = model(input_ids=token, cache=output.cache, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
     return read - began, clock(model.device) - read
-
-
-def memory_increase(device: torch.device, run: Callable[[], object]) -> int | None:
-    """The bytes that a run takes at most on top of what is held before it; None where the system does not tell.
-
-    It runs once, also where nothing is told.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    if device.type != "cpu" or not CLEAR.exists():
-        run()
-        return None
-    # What earlier runs freed goes back to the system, or this run would get it without an increase.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    try:
-        CLEAR.write_text(RESET_PEAK)
-    except OSError:
-        run()
-        return None
-    before = _status("VmRSS")
-    run()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    """A field of the process's status in bytes."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from optprune import speed
+from optprune import memory, speed
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.models import Decoder, load, save_model
 from optprune.packaged import demo_model_file
 from optprune.speed import Measured, Work, file_bytes, measure_speed, weight_bytes
+from tests.test_memory import MIB, told
 from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
 
 WORK = Work(prompt_tokens=7, new_tokens=4, batch=3, repeats=2)
-MIB = 2**20
 
 
 def narrow_values() -> PreTrainedModel:
@@ -120,37 +120,6 @@ def test_weights_are_counted_once() -> None:
 # -- memory
 
 
-def tells_nothing() -> bool:
-    """Whether the system does not say what a run takes at most: where /proc/self/clear_refs is not, as on macOS."""
-    return speed.memory_increase(torch.device("cpu"), lambda: None) is None
-
-
-told = pytest.mark.skipif(tells_nothing(), reason="the system does not tell a peak of memory")
-
-
-@told
-@pytest.mark.parametrize("size", [1, 64, 200])
-def test_the_increase_of_memory_is_what_is_allocated(size: int) -> None:
-    def run() -> None:
-        torch.ones(size * MIB // 4)
-
-    for _ in range(3):  # what an earlier run freed must not hide the next
-        found = speed.memory_increase(torch.device("cpu"), run)
-        assert found is not None
-        assert abs(found - size * MIB) < 2 * MIB  # Linux counts resident pages in batches
-
-
-@told
-def test_small_blocks_that_were_freed_count_again() -> None:
-    def run() -> None:
-        [torch.ones(4096) for _ in range(4000)]
-
-    for _ in range(2):
-        found = speed.memory_increase(torch.device("cpu"), run)
-        assert found is not None
-        assert found > 4000 * 4096 * 4 * 0.9
-
-
 @told
 def test_the_peak_of_a_model_counts_what_a_pass_takes() -> None:
     greedy, plain = tiny_llama(), tiny_llama()
@@ -168,7 +137,7 @@ def test_the_peak_of_a_model_counts_what_a_pass_takes() -> None:
 
 
 def test_a_system_that_does_not_tell_is_said_to_be_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(speed, "CLEAR", tmp_path / "missing")
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "missing")
     models = {"one": tiny_llama(), "other": narrow_values()}
     seen = seen_inputs(models["one"])
     one, other = measure_speed(models, WORK)
