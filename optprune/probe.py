@@ -13,16 +13,6 @@ from optprune.models.fisher import POSITIONS_AT_ONCE
 from optprune.problems import LayerLoss
 
 
-def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first sequences of the batches, as many as hold that many tokens, or all."""
-    taken: list[Tensor] = []
-    for batch in batches:
-        missing = tokens - sum(part.numel() for part in taken)
-        if missing > 0:
-            taken.append(batch[: -(-missing // batch.shape[1])])
-    return taken
-
-
 @dataclass(frozen=True, eq=False)
 class Change:
     """A layer, and another weight and bias for it."""

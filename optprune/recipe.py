@@ -1,12 +1,10 @@
 """Recipes: everything a pruning run decides, as one validated object, readable from and writable to YAML."""
 
-import dataclasses
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
-import torch
 import yaml
 from pydantic import (
     BaseModel,
@@ -14,127 +12,29 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
 from torch import nn
 
-from optprune import solvers
 from optprune.errors import InputError
 from optprune.models import POLICIES, Propagation
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import Problem
+from optprune.recipe_fields import (
+    read_dampings,
+    read_objective,
+    read_propagation,
+    read_solver,
+    write_objective,
+    write_solver,
+)
 from optprune.refit import refitting
-from optprune.solvers import Chain, Solver
+from optprune.solvers import Solver
 from optprune.values import read_yaml
 
-SOLVERS: dict[str, type[Solver]] = {
-    "admm": solvers.Admm,
-    "channel_swaps": solvers.ChannelSwaps,
-    "conjugate_gradients": solvers.ConjugateGradients,
-    "fasp_metric": solvers.FaspMetric,
-    "fista_path": solvers.FistaPath,
-    "fistapruner": solvers.FistaPruner,
-    "flap_metric": solvers.FlapMetric,
-    "greedy_obs": solvers.GreedyObs,
-    "hard_threshold": solvers.HardThreshold,
-    "magnitude": solvers.Magnitude,
-    "perspective_bound": solvers.PerspectiveBound,
-    "random": solvers.Random,
-    "removal_bound": solvers.RemovalBound,
-    "restore": solvers.Restore,
-    "spap": solvers.Spap,
-    "sparsegpt": solvers.SparseGpt,
-    "swaps": solvers.Swaps,
-    "wanda": solvers.Wanda,
-}
-SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-"""those that an option of a solver may name"""
 Units = Literal["mlp", "vo", "kv-groups", "all", "weights", "blocks"]
-
-
-def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
-    if name not in table:
-        raise ValueError(f"the {what} {name!r} is not known: use one of {', '.join(sorted(table))}")
-    return table[name]
-
-
-def _read_objective(value: Any) -> Any:
-    return _known("objective", OBJECTIVES, value) if isinstance(value, str) else value
-
-
-def _write_objective(objective: Objective | None) -> str | None:
-    if objective is None:
-        return None
-    names = [name for name, known in OBJECTIVES.items() if known is objective]
-    return names[0] if names else f"{objective.__module__}:{objective.__qualname__}"  # type: ignore[attr-defined]
-
-
-def _read_propagation(value: Any) -> Any:
-    return _known("propagation policy", POLICIES, value) if isinstance(value, str) else value
-
-
-def _read_dampings(value: Any) -> Any:
-    return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _read_solver(value: Any) -> Any:
-    """A solver from its name, {name: options}, or a list of those (a chain)."""
-    if isinstance(value, str):
-        return _known("solver", SOLVERS, value)()
-    if isinstance(value, list):
-        stages = tuple(_read_solver(item) for item in value)
-        for stage in stages:
-            if not isinstance(stage, Solver):
-                raise ValueError(f"a chain holds solvers, not {stage!r}")
-        return Chain(stages)
-    if isinstance(value, dict):
-        if len(value) != 1:
-            raise ValueError(f"a solver with options is written {{name: {{option: value}}}}, not {value}")
-        [(name, options)] = value.items()
-        cls = _known("solver", SOLVERS, name)
-        if not isinstance(options, dict | None):
-            raise ValueError(f"the options of {name} are written {{option: value}}, not {options!r}")
-        types = get_type_hints(cls)
-        fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
-        for option in options or {}:
-            if option not in fields:
-                raise ValueError(f"the solver {name} has no option {option!r}: it has {sorted(fields) or 'none'}")
-        return cls(
-            **{option: _read_option(name, option, fields[option], text) for option, text in (options or {}).items()}
-        )
-    return value
-
-
-def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
-    """An option's value in the type that the solver declares."""
-    if kind is torch.dtype and isinstance(value, str):
-        value = _known("dtype", SOLVER_DTYPES, value.removeprefix("torch."))
-    try:
-        return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"the option {option} of {solver} is {value!r}: {error.errors()[0]['msg']}") from error
-
-
-def _write_solver(solver: Solver | None) -> Any:
-    if solver is None:
-        return None
-    if isinstance(solver, Chain):
-        return [_write_solver(stage) for stage in solver.stages]
-    names = [name for name, cls in SOLVERS.items() if cls is type(solver)]
-    name = names[0] if names else type(solver).__name__
-    changed = {
-        field.name: getattr(solver, field.name)
-        for field in dataclasses.fields(solver)  # type: ignore[arg-type]  # solvers are dataclasses by contract
-        if getattr(solver, field.name) != field.default
-    }
-    return {name: {option: _write_option(value) for option, value in changed.items()}} if changed else name
-
-
-def _write_option(value: Any) -> int | float | str:
-    return value if isinstance(value, int | float | str) else str(value).removeprefix("torch.")
 
 
 class Recipe(BaseModel):
@@ -149,15 +49,15 @@ class Recipe(BaseModel):
     name: str = "custom"
     summary: str = ""
     source: str = ""
-    objective: Annotated[Objective | None, BeforeValidator(_read_objective), PlainSerializer(_write_objective)] = None
+    objective: Annotated[Objective | None, BeforeValidator(read_objective), PlainSerializer(write_objective)] = None
     """a function LayerContext -> Problem; None states the problem that goes with the units: sparse or linked"""
-    solver: Annotated[Solver | None, BeforeValidator(_read_solver), PlainSerializer(_write_solver)] = None
+    solver: Annotated[Solver | None, BeforeValidator(read_solver), PlainSerializer(write_solver)] = None
     """None lets optprune choose by the problem"""
     units: Units = "mlp"
     """what is pruned: MLP units, value dimensions, KV heads with their query heads, MLP units and value dimensions,
     single weights of every linear layer, or whole sub-blocks"""
     propagation: Annotated[
-        Propagation, BeforeValidator(_read_propagation), PlainSerializer(lambda policy: policy.name)
+        Propagation, BeforeValidator(read_propagation), PlainSerializer(lambda policy: policy.name)
     ] = POLICIES["pruned"]
     sparsity: float = Field(default=0.2, gt=0, lt=1)
     """the share of the decoder blocks' linear weights to remove"""
@@ -168,7 +68,7 @@ class Recipe(BaseModel):
     output_metric: Literal["none", "diagonal", "full"] = "none"
     """what weighs output errors: nothing, or the Fisher information of the outputs, its diagonal or all of it"""
     metric_tokens: int = Field(default=16384, ge=1)
-    """about how many calibration tokens the metric is the average of: whole batches, from the first"""
+    """about how many calibration tokens the metric is the average of: whole sequences, from the first"""
     metric_width: int | None = Field(default=None, ge=1)
     """the most outputs of a layer that gets its whole metric; wider ones get its diagonal"""
     metric_damping: float = Field(default=0.01, ge=0)
@@ -196,7 +96,7 @@ class Recipe(BaseModel):
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """the share of the calibration sequences, the last ones, kept apart to measure each layer's error on"""
-    refit_damping: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_read_dampings)] = ()
+    refit_damping: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(read_dampings)] = ()
     """dampings (or one) of the last refit for each layer to choose from by its error on the held-out tokens, which are
     then fitted too (not where recovery needs them); needs held_out, and a solver that ends with a refit"""
     recovery: int = Field(default=0, ge=0)

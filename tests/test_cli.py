@@ -23,7 +23,8 @@ from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import load, load_tokenizer
 from optprune.packaged import demo_articles
-from optprune.recipe import SOLVERS, load_recipe, make_recipe, recipe_names
+from optprune.recipe import load_recipe, make_recipe, recipe_names
+from optprune.recipe_fields import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
 from optprune.texts import evaluation_windows, read_documents, tokenise
 from optprune.values import read_yaml

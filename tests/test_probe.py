@@ -8,10 +8,10 @@ import torch
 from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
 from optprune.models import Decoder
-from optprune.models.calibrate import calibrating, first_inputs
+from optprune.models.calibrate import calibrating, first_inputs, first_tokens
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.pipeline import prune
-from optprune.probe import Probe, first_tokens
+from optprune.probe import Probe
 from optprune.recipe import load_recipe
 from tests.test_fisher import by_model
 from tests.test_sparse_pipeline import batches

@@ -116,6 +116,16 @@ def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
     return kept + held[::-1], len(held)
 
 
+def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first sequences of the batches, as many as hold that many tokens, or all."""
+    taken: list[Tensor] = []
+    for batch in batches:
+        missing = tokens - sum(part.numel() for part in taken)
+        if missing > 0:
+            taken.append(batch[: -(-missing // batch.shape[1])])
+    return taken
+
+
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
     """Run the embeddings on token batches [batch, length] and stop where the first block begins.
 
