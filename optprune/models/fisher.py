@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.errors import InputError, NumericalError
+from optprune.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models.calibrate import calibrating, first_output
 from optprune.models.decoder import Decoder
@@ -89,6 +90,7 @@ def collect_metrics(
                         width = found.shape[-1]
                         sums[name] = MetricSums(width, found, full=path in full and width <= widest)
                     sums[name].add(found)
+            release()
     if not sums:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
     names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
