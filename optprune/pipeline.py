@@ -218,6 +218,7 @@ class _Run:
                 advance(original, self.dense)
         for path in self.decoder.architecture.layers:
             self.metrics.forget(self.decoder.name(index, path))
+        release()
         self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
 
     def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:

@@ -1,6 +1,7 @@
 """The pipeline: what each propagation policy sees, what is written back, and what the report says."""
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,9 @@ from optprune.models import POLICIES, Decoder
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, linked
 from optprune.pipeline import prune
-from optprune.problems import LinkedLeastSquares, MaskedLeastSquares, Problem
-from optprune.recipe import Recipe, load_recipe
-from optprune.report import BlockFinished, BlockStarted, LayerSolved
+from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
 from optprune.solvers import Chain, FaspMetric, Restore, Solver
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
 
@@ -307,3 +308,21 @@ def test_what_shapes_rule_out_is_refused_before_the_metric(
     monkeypatch.setattr("optprune.pipeline.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
     with pytest.raises(InputError, match=reason):
         prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "depth"])
+def test_nothing_of_a_layer_outlives_its_answer(name: str) -> None:
+    """Reference counts alone free a problem with its moments: the garbage collector comes when it likes."""
+    alive: list[int] = []
+
+    def count(event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            alive.append(sum(type(each) is LayerLoss for each in gc.get_objects()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        prune(tiny_llama(), batches(), load_recipe(name), on_event=count)
+    finally:
+        gc.enable()
+    assert alive == [0, 0]

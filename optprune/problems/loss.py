@@ -121,10 +121,15 @@ class LayerLoss:
             return self.even()
         return replace(self, weight=metric.white.into(self.weight), metric=None)
 
-    @cached_property
+    @property
     def plain(self) -> "LayerLoss":
         """The loss without its metric: all outputs alike."""
-        return self if self.metric is None else replace(self, metric=None)
+        # A loss that held itself would stay, with its moments, until the garbage collector comes.
+        return self if self.metric is None else self._without_metric
+
+    @cached_property
+    def _without_metric(self) -> "LayerLoss":
+        return replace(self, metric=None)
 
     # -- the quadratic, in the moments' dtype, for solvers
 
