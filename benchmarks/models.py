@@ -54,7 +54,7 @@ POLICIES = ("dense", "pruned", "intra", "cross", "local")
 LATER: Settings = {"budget": "parameters", "budget_tokens": 512}
 """the values that say what recipes did before they had these fields"""
 WIDEST = 4096
-"""no layer of the models here has as many outputs, so a limit of these changes nothing"""
+"""no layer of the models here has as many outputs"""
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
 
 
@@ -188,7 +188,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
         add({**dict(zip(KEY, key, strict=True)), "recipe": "dense", **score(model), "machine": machine()})
     for seed in options.seeds:
         for recipe, settings in cases:
-            key = (name, digest(recipe, settings), seed, tokens, evaluated)
+            key = (name, digest(recipe, settings, tokens), seed, tokens, evaluated)
             if not missing(key):
                 continue
             model.load_state_dict(original)
@@ -228,19 +228,20 @@ def read() -> list[dict[str, Any]]:
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
 
 
-def digest(recipe: str, settings: Settings) -> str:
-    """Of what a recipe does, whatever it is called."""
-    return _digest(recipe, json.dumps(settings))
+def digest(recipe: str, settings: Settings, tokens: int) -> str:
+    """Of what a recipe does with so many calibration tokens, whatever it is called."""
+    return _digest(recipe, json.dumps(settings), tokens)
 
 
 @cache
-def _digest(recipe: str, settings: str) -> str:
+def _digest(recipe: str, settings: str, tokens: int) -> str:
     fields = load_recipe(recipe, json.loads(settings)).to_dict()
     # What is off is left out, so that a field that is added later, and off, changes no digest.
     told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
     told = {key: value for key, value in told.items() if LATER.get(key) != value}
-    if told.get("metric_width", 0) >= WIDEST:
-        del told["metric_width"]
+    # Neither do limits that nothing here comes up to.
+    limits = {"metric_width": WIDEST, "metric_tokens": tokens}
+    told = {key: value for key, value in told.items() if key not in limits or value < limits[key]}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -248,7 +249,8 @@ def table(study: str, rows: list[dict[str, Any]]) -> str:
     """The study's rows with the seeds drawn together, for every model it was run on; empty where it was not."""
     parts = []
     # The study's own words for a run, which another study may call by another name.
-    words = {digest(*case): case for case in reversed(STUDIES[study])}
+    sizes = {row["tokens"] for row in rows}
+    words = {digest(*case, tokens): case for case in reversed(STUDIES[study]) for tokens in sizes}
     for model in dict.fromkeys(row["model"] for row in rows):
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for row in rows:

@@ -53,9 +53,10 @@ class Probe:
         """KL(dense || as it is now), in nats a token: the mean over the tokens' predictions; current block onwards."""
         total, tokens = 0.0, 0
         for dense, now in zip(self._dense, self._to_the_end(self.stream), strict=True):
-            parts = (hidden.flatten(0, 1).split(POSITIONS_AT_ONCE) for hidden in (dense, now))
+            parts = (hidden.flatten(0, 1).split(POSITIONS_AT_ONCE // 2) for hidden in (dense, now))
             for expected, found in zip(*parts, strict=True):
-                log_p, log_q = (self.decoder.logits(part).log_softmax(-1) for part in (expected, found))
+                # Together: the product with the head is the longer, the fewer rows it has at a time.
+                log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
                 total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 tokens += len(expected)
         return max(total / tokens, 0.0)

@@ -20,7 +20,7 @@ from optprune.models.decoder import Decoder
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""
-POSITIONS_AT_ONCE = 64
+POSITIONS_AT_ONCE = 128
 """how many go through the head together: the logits of a large vocabulary would be the largest tensors here"""
 NO_LABEL = -100
 """marks a position whose prediction does not count"""
