@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def release() -> None:
 
     Between two phases that allocate tensors of different sizes, what it keeps fits nothing and adds to the peak.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    # Other systems have no such function, and Windows no such library; musl is Linux without it.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 

@@ -55,7 +55,7 @@ class Probe:
         for dense, now in zip(self._dense, self._to_the_end(self.stream), strict=True):
             parts = (hidden.flatten(0, 1).split(POSITIONS_AT_ONCE // 2) for hidden in (dense, now))
             for expected, found in zip(*parts, strict=True):
-                # Together: the product with the head is the longer, the fewer rows it has at a time.
+                # In one product with the head, which is slow for few rows at a time.
                 log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
                 total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 tokens += len(expected)

@@ -58,3 +58,18 @@ def test_what_is_released_does_not_add_to_what_comes_next() -> None:
     kept, released = run(lambda: None), run(release)
     assert abs(released - 125 * MIB) < 8 * MIB  # 2000 blocks of 1/16 MiB; half of them and 600 of 1/10 are less
     assert kept - released > 50 * MIB
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_other_systems_keep_what_they_keep(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: None) -> None:
+        raise TypeError("there is no such library")
+
+    monkeypatch.setattr("sys.platform", system)
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    release()
+
+
+def test_a_c_library_without_the_function_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+    release()
