@@ -115,7 +115,8 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "ablation-sparse": [
         *steps("sparse_best", HALF),
         *steps("sparse_best", {"sparsity": 0.6}),
-        *(case for case in steps("sparse_best", PAIRS) if case[1].get("allocation") == "uniform"),
+        # Where N:M holds in every layer there is no budget to divide.
+        *(case for case in steps("sparse_best", PAIRS) if case[1]["allocation"] == "uniform" or "recovery" in case[1]),
         *(
             ("sparse_best", settings | more)
             for settings in (HALF, {"sparsity": 0.6})
