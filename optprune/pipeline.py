@@ -84,7 +84,6 @@ def prune(
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
     metrics, notes = _metrics(decoder, batches, recipe)
-    release()
     batches, held_out = hold_out(batches, recipe.held_out)
     with calibrating(decoder):
         if allocation is None and recipe.units == "blocks":
