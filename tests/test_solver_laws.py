@@ -27,6 +27,7 @@ from optprune.solvers import (
     SparseGpt,
     Swaps,
     Wanda,
+    solve,
 )
 from optprune.testing import laws
 from optprune.testing.references import REFERENCES
@@ -84,6 +85,20 @@ def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, solver, 
             laws.keep_laws(problem, solver)
         else:
             laws.refuse(problem, solver)
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
+    @FEWER
+    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
+    def check(problem):
+        if solver.why_not(problem) is None and not laws.refused_as_singular(problem, solver):
+            for start in (problem.loss.weight, torch.ones_like(problem.loss.weight)):
+                assert solve(problem, solver, start=start).violation == 0
+                assert solve(problem, solver, start=start, max_steps=0).violation == 0
 
     check()
 

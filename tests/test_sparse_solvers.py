@@ -283,6 +283,25 @@ def test_the_start_is_ignored_where_that_is_promised(solver, pattern):
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
+@by_pattern
+def test_fistapruner_from_dense_weights_improves_on_magnitude(pattern):
+    """The paper's dense warm start: infeasible, so the first rounding replaces it."""
+    for seed in range(5):
+        problem = correlated(seed, 16, 32, pattern)
+        solution = solve(problem, FistaPruner(), start=problem.loss.weight)
+        assert solution.violation == 0
+        assert solution.objective < problem.objective(problem.start())
+
+
+@pytest.mark.parametrize("solver", [Swaps(), ConjugateGradients()], ids=lambda solver: solver.label)
+@by_pattern
+def test_swaps_and_conjugate_gradients_begin_at_the_support_of_an_infeasible_start(solver, pattern):
+    problem = correlated(1, 6, 16, pattern)
+    first = torch.where(problem.support(problem.loss.weight), problem.loss.weight, 0.0)
+    found, expected = (solve(problem, solver, start=start).value for start in (problem.loss.weight, first))
+    assert torch.equal(found, expected)
+
+
 # -- conjugate gradients
 
 

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from optprune.problems.base import Problem
@@ -22,6 +23,10 @@ class SelectionProblem(Problem):
     @abstractmethod
     def support(self, weight: Tensor) -> Tensor:
         """The admissible choice that a weight stands for (its non-zeros, completed to the exact count)."""
+
+    def within_support(self, weight: Tensor) -> Tensor:
+        """A copy of a weight, zero outside its support: the same numbers if it is feasible, feasible in any case."""
+        return torch.where(self.mask(self.support(weight)), weight, 0.0)
 
     def restrict(self, choice: Tensor) -> MaskedLeastSquares:
         """The restoration problem on a fixed choice, with the same loss."""

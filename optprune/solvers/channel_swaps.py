@@ -84,6 +84,7 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
         rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
         gain = max(self.tolerance * least, rounding)
         still = torch.zeros_like(choice)
+        start = problem.within_support(start)
         return ChannelSwapsState(form, start, tableau, rows, choice, least, choice, least, gain, still, 0, 0, False)
 
     def step(self, problem: Problem, state: ChannelSwapsState) -> ChannelSwapsState:

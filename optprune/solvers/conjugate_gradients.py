@@ -38,13 +38,14 @@ class GradientsState:
 class ConjugateGradients(Solver[GradientsState]):
     r"""Solve (V A - B)_M = 0, V = 0 outside M, by conjugate gradients with the diagonal of A as preconditioner.
 
-    Accepts restoration problems, and selection problems, where it refits on the support of the start. A row is done
-    when its preconditioned residual is `tolerance` of that of the masked original weights; a row whose direction has
-    no curvature but rounding (a singular A) stops where it is, and the status says so. A step is one product
-    [out, in] x [in, in], whatever the masks: for masks that differ from row to row it is far cheaper than a
-    factorisation a row. Never worse than its start; not exact, but certified where the loss is damped:
-    f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j. A full output metric couples the rows into one system, with S_ii A_jj as
-    preconditioner, one more product [out, out] x [out, in] a step, and S_ii's share of damping in the certificate.
+    Accepts restoration problems, and selection problems, where it refits on the support of the start; what a start has
+    outside the mask does not count. A row is done when its preconditioned residual is `tolerance` of that of the masked
+    original weights; a row whose direction has no curvature but rounding (a singular A) stops where it is, and the
+    status says so. A step is one product [out, in] x [in, in], whatever the masks: for masks that differ from row to
+    row it is far cheaper than a factorisation a row. Never worse than its start; not exact, but certified where the
+    loss is damped: f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j. A full output metric couples the rows into one system, with
+    S_ii A_jj as preconditioner, one more product [out, out] x [out, in] a step, and S_ii's share of damping in the
+    certificate.
 
     Reference: Hestenes and Stiefel (1952); ALPS (arXiv 2406.07831) for masks.
     """
@@ -68,6 +69,7 @@ class ConjugateGradients(Solver[GradientsState]):
         else:
             assert isinstance(problem, SelectionProblem)
             mask = problem.mask(problem.support(start))
+        start = torch.where(mask, start, 0.0)
         loss = problem.loss
         diagonal = loss.gram.diagonal()
         if loss.coupled:

@@ -26,6 +26,7 @@ class FistaPrunerState:
     """the error of the original weights, so that errors can be measured from the change alone"""
     best: Tensor
     error: float
+    """of `best`; infinite while that is an infeasible start"""
     low: float
     high: float
     failures: int
@@ -43,8 +44,9 @@ class FistaPruner(Solver[FistaPrunerState]):
 
     The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |S B| at which zero
     is the answer, so that scaling the problem changes nothing. Errors include the damping of the loss, if any.
-    Zeros are not frozen, so the mask may change. Monotone; as published, it depends on its start. A step is K
-    products [out, in] x [in, in] and two more to measure.
+    Zeros are not frozen, so the mask may change. Monotone; as published, it depends on its start. An infeasible start,
+    such as the dense weights, has an infinite error, so that the first rounding replaces it. A step is K products
+    [out, in] x [in, in] and two more to measure.
 
     Reference: FISTAPruner (arXiv 2408.03728), Algorithm 1, reconstructed from public reviews: K = 20, T = 3, xi = 0.3.
     """
@@ -68,7 +70,8 @@ class FistaPruner(Solver[FistaPrunerState]):
     def init(self, problem: Problem, start: Tensor) -> FistaPrunerState:
         descent = GradientStep.of(problem.loss, scale_columns=False)
         floor = problem.objective(problem.loss.weight)
-        return FistaPrunerState(descent, floor, start, _error(problem, floor, start), math.log(LEAST), 0.0, 0)
+        error = _error(problem, floor, start) if problem.violation(start) == 0 else math.inf
+        return FistaPrunerState(descent, floor, start, error, math.log(LEAST), 0.0, 0)
 
     def step(self, problem: Problem, state: FistaPrunerState) -> FistaPrunerState:
         assert isinstance(problem, SparseLeastSquares)
@@ -76,7 +79,7 @@ class FistaPruner(Solver[FistaPrunerState]):
         penalty = L1(math.exp(middle) * float(problem.loss.linear.abs().max()))
         fista = Fista(scale_columns=False, restart=False)
         dense = fista.iterate(PenalisedLeastSquares(problem.loss, penalty), state.best, self.inner_steps, state.descent)
-        rounded = torch.where(problem.pattern.project(dense.abs()), dense, 0.0)
+        rounded = _rounded(problem, dense)
         total = _error(problem, state.floor, rounded)
         from_rounding = total - _error(problem, state.floor, dense)
         if total > 0 and from_rounding / total > self.share:
@@ -94,7 +97,13 @@ class FistaPruner(Solver[FistaPrunerState]):
         return Status.CONVERGED if found else None
 
     def value(self, problem: Problem, state: FistaPrunerState) -> Tensor:
-        return state.best
+        assert isinstance(problem, SparseLeastSquares)
+        return state.best if math.isfinite(state.error) else _rounded(problem, state.best)
+
+
+def _rounded(problem: SparseLeastSquares, weight: Tensor) -> Tensor:
+    """H: the largest weights of the pattern."""
+    return torch.where(problem.pattern.project(weight.abs()), weight, 0.0)
 
 
 def _error(problem: Problem, floor: float, weight: Tensor) -> float:

@@ -31,7 +31,7 @@ class PerspectiveState:
 @final
 @dataclass(frozen=True)
 class PerspectiveBound(Solver[PerspectiveState]):
-    r"""A lower bound on min f over a pattern; the weight it starts from is returned as it came.
+    r"""A lower bound on min f over a pattern; a feasible weight it starts from is returned as it came.
 
     Split A = R + diag(d), R positive semidefinite. Writing the diagonal part as v^2 / z with z in [0, 1] relaxes the
     choice (Frangioni and Gentile, 2006; Xie and Deng, 2020), and the dual of that relaxation is, for any X [out, in],
@@ -75,7 +75,7 @@ class PerspectiveBound(Solver[PerspectiveState]):
             length *= float(torch.linalg.matrix_norm(rows, 2)) or 1.0
         point = start.double()
         bound = _bound(problem, split, rest, point)
-        return PerspectiveState(start, split, rest, length, point, point, bound, 0)
+        return PerspectiveState(problem.within_support(start), split, rest, length, point, point, bound, 0)
 
     def step(self, problem: Problem, state: PerspectiveState) -> PerspectiveState:
         assert isinstance(problem, SelectionProblem)

@@ -15,7 +15,7 @@ from optprune.solvers.solution import Certificate
 @final
 @dataclass(frozen=True)
 class RemovalBound(DirectSolver):
-    r"""A lower bound on min f over the choices, from a relaxation; the weight it starts from is returned as it came.
+    r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned as it came.
 
     Dropping the units P costs, by duality, the largest value over multipliers Y of
 
@@ -42,7 +42,8 @@ class RemovalBound(DirectSolver):
 
     def answer(self, problem: Problem, start: Tensor) -> Answer:
         assert isinstance(problem, StructuredProblem)
-        return Answer(start.clone(), Certificate(_bound(problem), "dual of the removal of units, one multiplier each"))
+        certificate = Certificate(_bound(problem), "dual of the removal of units, one multiplier each")
+        return Answer(problem.within_support(start), certificate)
 
 
 def _bound(problem: StructuredProblem) -> float:

@@ -74,6 +74,7 @@ class Swaps(Solver[SwapsState]):
         rounding = loss.constant * torch.finfo(start.dtype).eps / start.shape[0]
         threshold = torch.as_tensor(rounding, dtype=start.dtype, device=start.device)
         every = torch.arange(start.shape[0], device=start.device)
+        start = problem.within_support(start)
         return SwapsState(start, loss.gradient(start), problem.support(start), threshold, 0, every)
 
     def step(self, problem: Problem, state: SwapsState) -> SwapsState:
