@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from optprune.penalties import L1, ColumnGroups, shrink
-from optprune.solvers import Admm, Chain, ConjugateGradients, Fista, FistaPath, HardThreshold, PerspectiveBound, Swaps
+from optprune.solvers import (
+    Admm,
+    Chain,
+    ConjugateGradients,
+    Fista,
+    FistaPath,
+    FistaPruner,
+    HardThreshold,
+    PerspectiveBound,
+    Swaps,
+)
 from optprune.solvers.duality import DualMap
 from optprune.testing import check_solver
 from tests import test_fista, test_penalties, test_sparse_solvers
@@ -24,6 +34,7 @@ perspective = importlib.import_module("optprune.solvers.perspective")
 hard_threshold = importlib.import_module("optprune.solvers.hard_threshold")
 
 begin, move, admm_step = Fista._begin, Fista._move, Admm.step
+pruner_step, threshold_step = FistaPruner.step, HardThreshold.step
 best_in_rows, best_in_groups, between_rows = swaps._best_in_rows, swaps._best_in_groups, swaps._between_rows
 inverse_gram, gradients_init, path_step = sparsegpt.inverse_gram, ConjugateGradients.init, FistaPath.step
 diagonal_split, perspective_bound = perspective.diagonal_split, perspective._bound
@@ -205,6 +216,35 @@ def negative_preconditioner(self, problem, start):
     return replace(state, inverse_diagonal=-state.inverse_diagonal, direction=-state.direction, energy=-state.energy)
 
 
+def bisection_flipped(self, problem, state):
+    after, middle = pruner_step(self, problem, state), (state.low + state.high) / 2
+    raised = after.low != state.low
+    return replace(after, low=state.low if raised else middle, high=middle if raised else state.high)
+
+
+def penalty_never_raised(self, problem, state):
+    after = pruner_step(self, problem, state)
+    return replace(after, low=state.low, high=(state.low + state.high) / 2)
+
+
+def pruner_stands_still(self, problem, state):
+    return replace(state, failures=state.failures + 1)
+
+
+def path_not_moved(self, problem, state):
+    after = path_step(self, problem, state)
+    return replace(after, dense=state.dense, mask=state.mask)
+
+
+def path_never_rises(self, problem, state):
+    return replace(path_step(self, problem, state), strength=state.strength)
+
+
+def threshold_not_moved(self, problem, state):
+    after = threshold_step(self, problem, state)
+    return replace(after, weight=state.weight, mask=state.mask)
+
+
 def every_pattern(test, *arguments):
     def run():
         for pattern in PATTERN_NAMES:
@@ -243,6 +283,46 @@ TEST_FAULTS = {
         lambda: test_sparse_solvers.test_every_round_of_swaps_lowers_the_objective_by_what_it_predicts(
             "2:4", 0, torch.float64
         ),
+    ),
+    "FISTAPruner with its bisection flipped": (
+        FistaPruner,
+        "step",
+        bisection_flipped,
+        every_pattern(test_sparse_solvers.test_fistapruner_is_the_literal_loop, 0),
+    ),
+    "FISTAPruner that never raises its penalty": (
+        FistaPruner,
+        "step",
+        penalty_never_raised,
+        every_pattern(test_sparse_solvers.test_fistapruner_is_the_literal_loop, 0),
+    ),
+    "FISTAPruner that returns its start": (
+        FistaPruner,
+        "step",
+        pruner_stands_still,
+        lambda: test_sparse_solvers.test_fistapruner_improves_on_sparsegpt_by_the_stated_share("unstructured"),
+    ),
+    "a path that is not followed": (
+        FistaPath,
+        "step",
+        path_not_moved,
+        lambda: test_sparse_solvers.test_the_path_with_a_refit_is_better_than_wanda_with_a_refit_by_the_stated_share(
+            "rows"
+        ),
+    ),
+    "a path whose penalty never rises": (
+        FistaPath,
+        "step",
+        path_never_rises,
+        lambda: test_sparse_solvers.test_the_path_with_a_refit_is_better_than_wanda_with_a_refit_by_the_stated_share(
+            "rows"
+        ),
+    ),
+    "hard thresholding that returns its start": (
+        HardThreshold,
+        "step",
+        threshold_not_moved,
+        every_pattern(test_sparse_solvers.test_a_step_of_hard_thresholding_is_the_literal_formula, 0),
     ),
     "SparseGPT without compensation": (
         sparsegpt,

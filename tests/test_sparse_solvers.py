@@ -40,6 +40,7 @@ from optprune.testing.strategies import linked, masked, sparse
 from tests.sparse_cases import PATTERN_NAMES, correlated
 
 FEWER = settings(max_examples=max(settings().max_examples // 2, 1))
+SEEDS = range(30)
 by_pattern = pytest.mark.parametrize("pattern", PATTERN_NAMES)
 
 
@@ -283,6 +284,105 @@ def test_the_start_is_ignored_where_that_is_promised(solver, pattern):
     assert all(torch.equal(answer, answers[0]) for answer in answers)
 
 
+# -- FISTAPruner, the l1 path, hard thresholding
+
+
+def eigenvalue_bound(matrix):
+    """(tr A^32)^(1/32), from the eigenvalues, and a hair more: what the steps divide by."""
+    return float(torch.linalg.eigvalsh(matrix).clamp(min=0).pow(32).sum() ** (1 / 32)) * (1 + 1e-5)
+
+
+def literal_fista(loss, strength, steps, weight):
+    """Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)), V_(k+1) = soft(Y - (Y A - B) / L, strength / L), t_0 = 1."""
+    length = 1 / eigenvalue_bound(loss.gram)
+    last, momentum = weight, 1.0
+    for _ in range(steps):
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = weight + (momentum - 1) / following * (weight - last)
+        point = ahead - length * (ahead @ loss.gram - loss.target)
+        last, weight = weight, point.sign() * (point.abs() - length * strength).clamp(min=0)
+        momentum = following
+    return weight
+
+
+def literal_fistapruner(problem, start):
+    """(low, high, best) after every step of Algorithm 1 with K = 20, T = 3, xi = 0.3, from 1e-8 to 1 in logarithms."""
+    low, high, best, failures = math.log(1e-8), 0.0, start, 0
+
+    def error(weight):
+        return math.sqrt(2 * problem.objective(weight))
+
+    while failures < 3 and high - low >= 0.1:
+        middle = (low + high) / 2
+        strength = math.exp(middle) * float(problem.loss.target.abs().max())
+        dense = literal_fista(problem.loss, strength, 20, best)
+        rounded = torch.where(literal_choice(dense.abs(), problem.pattern), dense, 0.0)
+        if (error(rounded) - error(dense)) / error(rounded) > 0.3:
+            low = middle
+        else:
+            high = middle
+        better = error(rounded) < error(best)
+        best, failures = (rounded, 0) if better else (best, failures + 1)
+        yield low, high, best
+
+
+@pytest.mark.parametrize("seed", range(4))
+@by_pattern
+def test_fistapruner_is_the_literal_loop(pattern, seed):
+    problem, solver = correlated(seed, 8, 16, pattern), FistaPruner()
+    state = solver.init(problem, problem.start())
+    for low, high, best in literal_fistapruner(problem, problem.start()):
+        assert solver.done(problem, state) is None
+        state = solver.step(problem, state)
+        assert (state.low, state.high) == pytest.approx((low, high), abs=1e-12)
+        # Some twenty products of numbers of about ten, in float64.
+        assert torch.allclose(state.best, best, rtol=0, atol=1e-10)
+    assert solver.done(problem, state) is Status.CONVERGED
+
+
+# Shares of the mean objective of the SparseGPT start on 30 fixed instances [16, 32]; measured 0.55, 0.57 and 0.98.
+FISTAPRUNER_SHARES = {"unstructured": 0.7, "rows": 0.7, "2:4": 0.99}
+
+
+@pytest.mark.parametrize("pattern", FISTAPRUNER_SHARES)
+def test_fistapruner_improves_on_sparsegpt_by_the_stated_share(pattern):
+    ours, theirs = [], []
+    for seed in SEEDS:
+        problem = correlated(seed, 16, 32, pattern)
+        start = solve(problem, SparseGpt())
+        ours.append(solve(problem, FistaPruner(), start=start.value).objective)
+        theirs.append(start.objective)
+    assert fmean(ours) <= FISTAPRUNER_SHARES[pattern] * fmean(theirs)
+
+
+# Shares of Wanda with a refit, on the mean of the same instances; measured 0.59, 0.72 and 0.86.
+PATH_SHARES = {"unstructured": 0.65, "rows": 0.8, "2:4": 0.93}
+
+
+@pytest.mark.parametrize("pattern", PATH_SHARES)
+def test_the_path_with_a_refit_is_better_than_wanda_with_a_refit_by_the_stated_share(pattern):
+    ours, theirs = [], []
+    for seed in SEEDS:
+        problem = correlated(seed, 16, 32, pattern)
+        ours.append(solve(problem, Chain((FistaPath(), ConjugateGradients()))).objective)
+        theirs.append(solve(problem, Chain((Wanda(), ConjugateGradients()))).objective)
+    assert fmean(ours) <= PATH_SHARES[pattern] * fmean(theirs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@by_pattern
+def test_a_step_of_hard_thresholding_is_the_literal_formula(pattern, seed):
+    problem, solver = correlated(seed, 6, 16, pattern), HardThreshold()
+    gram, target = problem.loss.gram, problem.loss.target
+    scale = gram.diagonal().sqrt()
+    length = 1 / (eigenvalue_bound(gram / scale / scale[:, None]) * gram.diagonal())
+    start = random_feasible(problem, seed)
+    point = start - (start @ gram - target) * length
+    expected = torch.where(literal_choice(point**2 / length, problem.pattern), point, 0.0)
+    found = solver.value(problem, solver.step(problem, solver.init(problem, start)))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
 @by_pattern
 def test_fistapruner_from_dense_weights_improves_on_magnitude(pattern):
     """The paper's dense warm start: infeasible, so the first rounding replaces it."""
@@ -368,8 +468,6 @@ def test_a_refit_by_gradients_keeps_the_support_and_nearly_the_restored_objectiv
 
 
 # -- how good
-
-SEEDS = range(30)
 
 
 @by_pattern
