@@ -1,17 +1,22 @@
 """Sufficient statistics of a layer's inputs: everything a pruning problem needs to know about the calibration text.
 
-For one linear layer let x be its input in the dense model and x* the input it will really get. The averages
-E[x* x*^T], E[x x*^T], E[x x^T] and the means determine the loss of every candidate weight exactly, and their size
-does not grow with the number of tokens. See the package docstring for the conventions.
+For one linear layer let x be its input in the dense model, x* the input it will really get, and d = x* - x. The
+covariances of x* and d and their means determine the loss of every candidate weight exactly, and their size does not
+grow with the number of tokens. They are kept centred, and d apart, since in float32 a mean that is large next to the
+deviations, or an x that is large next to d, leaves nothing of what is wanted. See the package docstring for the
+conventions.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
+
+AT_ONCE = 2048
+"""tokens whose deviations are formed at a time: what that takes beside the sums is small"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,32 +32,98 @@ class DenseMoments:
 
 
 @dataclass(frozen=True, eq=False)
+class Drift:
+    """How far the inputs x* that the layer will really get are from the dense inputs x: d = x* - x."""
+
+    cross: Float[Tensor, "in in"]
+    """Cov(d, x*) = E[d x*^T] - E[d] E[x*]^T"""
+    covariance: Float[Tensor, "in in"]
+    """Cov(d)"""
+    mean: Float[Tensor, "in"]
+    """E[d]"""
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class InputMoments:
     """Averages over calibration tokens of a layer's input x* [in], and of its relation to the dense input x.
 
-    `dense` is None when x* = x, the plain case in which the target of the layer is W x*.
+    `drift` is None when x* = x, the plain case in which the target of the layer is W x*.
     """
 
-    gram: Float[Tensor, "in in"]
-    """E[x* x*^T], the Gram matrix divided by the number of tokens: symmetric positive semidefinite"""
+    covariance: Float[Tensor, "in in"]
+    """Cov(x*), averaged over the tokens: symmetric positive semidefinite"""
     mean: Float[Tensor, "in"]
     """E[x*]"""
     tokens: int
-    dense: DenseMoments | None = None
+    drift: Drift | None
+
+    def __init__(
+        self,
+        gram: Float[Tensor, "in in"],
+        mean: Float[Tensor, "in"],
+        tokens: int,
+        dense: DenseMoments | None = None,
+    ) -> None:
+        """From averages that are not centred, so with their rounding; `from_samples` and `of` are without it."""
+        drift = None
+        if dense is not None:
+            lag, apart = gram - dense.cross, mean - dense.mean
+            square = lag - dense.cross.T + dense.gram
+            drift = Drift(torch.addr(lag, apart, mean, alpha=-1), torch.addr(square, apart, apart, alpha=-1), apart)
+        covariance = torch.addr(gram, mean, mean, alpha=-1)
+        # A constant input has variance zero; what rounding leaves of it must not be negative.
+        diagonal = covariance.diagonal()
+        diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
+        self._fill(covariance, mean, tokens, drift)
+
+    @classmethod
+    def of(
+        cls, covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"], tokens: int, drift: Drift | None = None
+    ) -> "InputMoments":
+        """From centred averages, which are kept as they are."""
+        moments = cls.__new__(cls)
+        moments._fill(covariance, mean, tokens, drift)
+        return moments
+
+    def _fill(self, covariance: Tensor, mean: Tensor, tokens: int, drift: Drift | None) -> None:
+        # Frozen, so past its own guard.
+        for name, value in (("covariance", covariance), ("mean", mean), ("tokens", tokens), ("drift", drift)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def gram(self) -> Float[Tensor, "in in"]:
+        """E[x* x*^T], formed anew."""
+        return torch.addr(self.covariance, self.mean, self.mean)
+
+    @property
+    def mean_square(self) -> Float[Tensor, "in"]:
+        """E[x*_j^2], the diagonal of the Gram matrix."""
+        return self.covariance.diagonal() + self.mean.square()
+
+    @property
+    def dense(self) -> DenseMoments | None:
+        """The dense inputs' averages that are not centred, formed anew, with the rounding of their size."""
+        drift = self.drift
+        if drift is None:
+            return None
+        lag = torch.addr(drift.cross, drift.mean, self.mean)
+        square = torch.addr(drift.covariance, drift.mean, drift.mean)
+        cross = self.gram - lag
+        return DenseMoments(cross, cross - lag.T + square, self.mean - drift.mean)
 
     @property
     def width(self) -> int:
-        return self.gram.shape[0]
+        return self.covariance.shape[0]
 
     @property
     def dead(self) -> Tensor:
         """The inputs that were zero on every token: [in], bool."""
-        return self.gram.diagonal() == 0
+        return self.mean_square == 0
 
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors, in the order of the fields."""
-        dense = () if self.dense is None else (self.dense.cross, self.dense.gram, self.dense.mean)
-        return (self.gram, self.mean, *dense)
+        drift = () if self.drift is None else (self.drift.cross, self.drift.covariance, self.drift.mean)
+        return (self.covariance, self.mean, *drift)
 
     def check(self) -> None:
         """Raise NumericalError unless every average is finite and no input has a negative mean square."""
@@ -61,40 +132,40 @@ class InputMoments:
                 "the input moments hold NaN or infinity: look for NaN weights or an overflow of the activations "
                 "(a float16 model may need --dtype float32)"
             )
-        if bool((self.gram.diagonal() < 0).any()):
+        if bool((self.mean_square < 0).any()):
             raise NumericalError("the Gram matrix has a negative diagonal entry, so it is not one of real inputs")
 
     def merge(self, other: "InputMoments") -> "InputMoments":
         """The moments of both sets of tokens together."""
-        if (self.dense is None) != (other.dense is None):
+        if (self.drift is None) != (other.drift is None):
             raise InputError("moments with and without dense inputs cannot be merged: collect both the same way")
         if self.width != other.width:
             raise InputError(f"moments of {self.width} and of {other.width} inputs cannot be merged: take one layer's")
         tokens = self.tokens + other.tokens
         share = other.tokens / tokens
         mixed = [torch.lerp(a, b.to(a), share) for a, b in zip(self.parts(), other.parts(), strict=True)]
-        dense = None if self.dense is None else DenseMoments(*mixed[2:])
-        return InputMoments(mixed[0], mixed[1], tokens, dense)
+        # Two sets of tokens also vary between each other, by the distance of their means.
+        between, apart = share * (1 - share), other.mean.to(self.mean) - self.mean
+        mixed[0].addr_(apart, apart, alpha=between)
+        drift = None
+        if self.drift is not None and other.drift is not None:
+            drift_apart = other.drift.mean.to(self.mean) - self.drift.mean
+            mixed[2].addr_(drift_apart, apart, alpha=between)
+            mixed[3].addr_(drift_apart, drift_apart, alpha=between)
+            drift = Drift(*mixed[2:])
+        return InputMoments.of(mixed[0], mixed[1], tokens, drift)
 
     def centred(self) -> "InputMoments":
         """The moments of x* - E[x*] and x - E[x]: what is left of the loss once a bias is fitted freely."""
-        zero = torch.zeros_like(self.mean)
-        dense = self.dense
-        if dense is not None:
-            dense = DenseMoments(
-                dense.cross - torch.outer(dense.mean, self.mean),
-                dense.gram - torch.outer(dense.mean, dense.mean),
-                zero,
-            )
-        gram = self.gram - torch.outer(self.mean, self.mean)
-        # A constant input has variance zero; what rounding leaves of it must not be negative.
-        gram.diagonal().clamp_(min=0)
-        return InputMoments(gram, zero, self.tokens, dense)
+        drift, zero = self.drift, torch.zeros_like(self.mean)
+        if drift is not None:
+            drift = Drift(drift.cross, drift.covariance, zero)
+        return InputMoments.of(self.covariance, zero, self.tokens, drift)
 
     def to(self, target: torch.dtype | torch.device) -> "InputMoments":
         """The same moments in another dtype or on another device."""
-        dense = None if self.dense is None else DenseMoments(*(part.to(target) for part in self.parts()[2:]))
-        return replace(self, gram=self.gram.to(target), mean=self.mean.to(target), dense=dense)
+        covariance, mean, *others = (part.to(target) for part in self.parts())
+        return InputMoments.of(covariance, mean, self.tokens, Drift(*others) if others else None)
 
     @classmethod
     def from_samples(
@@ -107,7 +178,10 @@ class InputMoments:
 
 
 class MomentSums:
-    """Accumulates InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64."""
+    """Accumulates InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
+
+    What is multiplied are deviations from the mean of the first batch, so that no product is large because a mean is.
+    """
 
     def __init__(self, width: int, device: torch.device, *, with_dense: bool = False) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -116,37 +190,59 @@ class MomentSums:
         self._sums = [zeros(width, width), zeros(width)]
         if with_dense:
             self._sums += [zeros(width, width), zeros(width, width), zeros(width)]
+        self._origins: list[Tensor] = []
         self.tokens = 0
 
     def add(self, inputs: Float[Tensor, "... in"], dense: Float[Tensor, "... in"] | None = None) -> None:
         """Add a batch of inputs x*, and of the dense inputs x of the same tokens."""
-        actual = _rows(inputs)
-        products = [actual.T @ actual, actual.sum(0)]
-        if dense is not None:
-            ideal = _rows(dense)
-            products += [ideal.T @ actual, ideal.T @ ideal, ideal.sum(0)]
-        if len(products) != len(self._sums):
+        if (dense is not None) != (len(self._sums) > 2):
             raise InputError("every batch of moments must come with dense inputs, or none of them")
-        for total, product in zip(self._sums, products, strict=True):
-            total.add_(product)
-        self.tokens += actual.shape[0]
+        actual, ideal = _rows(inputs), None if dense is None else _rows(dense)
+        for first in range(0, len(actual), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            self._add(actual[part], None if ideal is None else ideal[part])
+
+    def _add(self, actual: Float[Tensor, "tokens in"], ideal: Float[Tensor, "tokens in"] | None) -> None:
+        drift = None if ideal is None else actual - ideal
+        if not self._origins:
+            self._origins = [sample.mean(0) for sample in (actual, drift) if sample is not None]
+        actual = actual - self._origins[0]
+        self._sums[1].add_(actual.sum(0))
+        if drift is not None:
+            drift -= self._origins[1]
+            self._sums[2].add_(drift.T @ actual)
+            self._sums[3].add_(drift.T @ drift)
+            self._sums[4].add_(drift.sum(0))
+        self.tokens += len(actual)
+        product = actual.T @ actual
+        # Adding to float64 copies the product into it: not beside the deviations.
+        del actual, drift
+        self._sums[0].add_(product)
 
     def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:
-        """The averages so far."""
+        """The averages so far, centred in float64."""
         if self.tokens == 0:
             raise InputError("no calibration tokens reached this layer")
-        gram, mean, *others = self._sums
-        dense = None
+        square, total, *others = self._sums
+        mean = total / self.tokens
+        drift = None
         if others:
-            cross, ideal, ideal_mean = others
-            dense = DenseMoments(
-                (cross / self.tokens).to(dtype), self._square(ideal, dtype), (ideal_mean / self.tokens).to(dtype)
+            cross, drift_square, drift_total = others
+            drift_mean = drift_total / self.tokens
+            drift = Drift(
+                (cross / self.tokens).addr_(drift_mean, mean, alpha=-1).to(dtype),
+                self._covariance(drift_square, drift_mean, dtype),
+                (self._origins[1] + drift_mean).to(dtype),
             )
-        return InputMoments(self._square(gram, dtype), (mean / self.tokens).to(dtype), self.tokens, dense)
+        covariance = self._covariance(square, mean, dtype)
+        return InputMoments.of(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift)
 
-    def _square(self, total: Tensor, dtype: torch.dtype) -> Tensor:
-        """The average of a sum of squares, exactly symmetric; one copy in float64, no more."""
-        return (total + total.T).div_(2 * self.tokens).to(dtype)
+    def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
+        """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
+        covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
+        # A constant input has variance zero; what rounding leaves of it must not be negative.
+        covariance.diagonal().clamp_(min=0)
+        return covariance.to(dtype)
 
 
 def _rows(inputs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from optprune.errors import InputError, NumericalError
 from optprune.moments import InputMoments, MomentSums
+from optprune.problems import LayerLoss
 from optprune.testing import laws
 from optprune.testing.strategies import samples
 
@@ -59,6 +60,58 @@ def test_centred_moments_are_those_of_centred_samples(drawn):
     # Centring subtracts squares of means below about 100 of each other.
     agree(found, expected, 1e-12)
     assert bool((found.gram.diagonal() >= 0).all())
+
+
+@given(samples())
+def test_averages_that_are_not_centred_make_the_same_moments(drawn):
+    whole = drawn.moments()
+    again = InputMoments(whole.gram, whole.mean, whole.tokens, whole.dense)
+    # Centring subtracts squares of means below about 100 of each other.
+    agree(again, whole, 1e-12)
+    assert bool((again.covariance.diagonal() >= 0).all())
+
+
+def far_from_zero(tokens=4000):
+    """Float32 inputs of mean 100 and deviations 0.05 to 0.1, and dense inputs 1e-5 from them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(tokens, 12, generator=generator) * torch.linspace(0.05, 0.1, 12) + 100
+    centre = torch.randn(tokens, 12, generator=generator)
+    return inputs, centre, centre - 1e-5 * torch.randn(tokens, 12, generator=generator)
+
+
+@pytest.mark.parametrize("how", ["one batch", "batches", "merged"])
+def test_means_that_are_large_next_to_deviations_leave_them_their_digits(how):
+    inputs, _, _ = far_from_zero()
+    exact = inputs.double() - inputs.double().mean(0)
+    if how == "merged":
+        found = InputMoments.from_samples(inputs[:1000]).merge(InputMoments.from_samples(inputs[1000:]))
+    else:
+        sums = MomentSums(12, inputs.device)
+        for batch in inputs.split(len(inputs) if how == "one batch" else 500):
+            sums.add(batch)
+        found = sums.moments()
+    assert found.covariance.dtype == torch.float32
+    # Four digits of the least variance, where averages of squares of 100 know none.
+    expected = exact.T @ exact / len(exact)
+    assert float((found.covariance.double() - expected).abs().max()) < 1e-4 * float(expected.diagonal().min())
+    assert float((found.mean.double() - inputs.double().mean(0)).abs().max()) < 1e-5
+    weight = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    loss = LayerLoss.of(weight, found, fit_bias=True)
+    literal = float((exact @ weight.double().T).square().sum(1).mean()) / 2
+    assert loss.value(torch.zeros_like(weight)) == pytest.approx(literal, rel=1e-4)
+
+
+def test_dense_inputs_close_to_the_others_leave_their_difference_its_digits():
+    _, inputs, dense = far_from_zero()
+    weight = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    for fit_bias in (False, True):
+        loss = LayerLoss.of(weight, InputMoments.from_samples(inputs, dense), fit_bias=fit_bias)
+        error = (inputs.double() - dense.double()) @ weight.double().T
+        error = error - error.mean(0) if fit_bias else error
+        assert loss.value(weight) == pytest.approx(float(error.square().sum(1).mean()) / 2, rel=1e-4)
+        outputs = inputs.double() - inputs.double().mean(0) if fit_bias else inputs.double()
+        pull = error.T @ outputs / len(inputs)
+        assert float((loss.pull.double() - pull).abs().max()) < 1e-4 * float(pull.abs().max())
 
 
 @given(samples(2), st.integers(1, 4))

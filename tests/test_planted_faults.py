@@ -74,7 +74,8 @@ def bias_forgotten(self, problem, certify=True):
 
 
 def dense_forgotten(self, problem, certify=True):
-    statistics = replace(problem.loss.moments, dense=None)
+    moments = problem.loss.moments
+    statistics = InputMoments.of(moments.covariance, moments.mean, moments.tokens)
     found = restore(self, replace(problem, loss=replace(problem.loss, moments=statistics)))
     return replace(found, certificate=None)
 
@@ -210,8 +211,8 @@ def test_a_projection_onto_the_worst_mask_is_noticed(kind, monkeypatch):
 
 def unweighted(self, other):
     one, two = self.parts(), other.parts()
-    gram_matrix, mean = [(a + b) / 2 for a, b in zip(one, two, strict=True)][:2]
-    return replace(merge(self, other), gram=gram_matrix, mean=mean)
+    covariance, mean = [(a + b) / 2 for a, b in zip(one, two, strict=True)][:2]
+    return InputMoments.of(covariance, mean, self.tokens + other.tokens, merge(self, other).drift)
 
 
 def test_a_merge_that_ignores_the_numbers_of_tokens_is_noticed(monkeypatch):

@@ -80,7 +80,7 @@ class LayerLoss:
     ) -> "LayerLoss":
         """The loss of a weight, in the moments' dtype and on their device, damped by `damping` x mean(diag Gram)."""
         # A copy: writing to the model later must not change the problem.
-        own = weight.detach().to(moments.gram, copy=True)
+        own = weight.detach().to(moments.mean, copy=True)
         if metric is not None:
             metric = metric.to(own.dtype).to(own.device)
         return cls(own, moments, torch.zeros_like(moments.mean), fit_bias, metric).damped(damping)
@@ -89,7 +89,7 @@ class LayerLoss:
         """The same loss with D = fraction x mean(diag E[x* x*^T]) x I in place of its damping."""
         if not 0 <= fraction < math.inf:
             raise InputError(f"the damping fraction must be finite and not negative, not {fraction}")
-        level = fraction * self._statistics.gram.diagonal().mean()
+        level = fraction * self._statistics.mean_square.mean()
         return replace(self, damping=torch.full_like(self.damping, float(level)))
 
     @cached_property
@@ -136,13 +136,14 @@ class LayerLoss:
     @cached_property
     def gram(self) -> Float[Tensor, "in in"]:
         """A = E[x* x*^T] + D (centred when the bias is fitted)."""
-        return self._statistics.gram + torch.diag(self.damping)
+        gram = self._statistics.gram
+        gram.diagonal().add_(self.damping)
+        return gram
 
     @cached_property
     def pull(self) -> Float[Tensor, "out in"] | None:
         """W A - B = W E[(x* - x) x*^T], the gradient at the original weight; None when it is zero (x* = x)."""
-        dense = self._statistics.dense
-        return None if dense is None else self.weight @ (self._statistics.gram - dense.cross)
+        return _pull(self.weight, self._statistics)
 
     @cached_property
     def target(self) -> Float[Tensor, "out in"]:
@@ -192,9 +193,7 @@ class LayerLoss:
     @cached_property
     def signal(self) -> float:
         """E|W x|^2, what the relative error is relative to (in the metric, where there is one)."""
-        exact = self._double
-        gram = exact.moments.gram if exact.moments.dense is None else exact.moments.dense.gram
-        return float(((exact.weight @ gram) * exact.weighed).sum())
+        return self._squared_error(-self._double.weight)
 
     @cached_property
     def constant(self) -> float:
@@ -204,28 +203,24 @@ class LayerLoss:
 
     def bias_change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """W E[x] - V E[x*]: what to add to the layer's bias so that the mean output is unchanged."""
-        mean = self.moments.mean
-        ideal = mean if self.moments.dense is None else self.moments.dense.mean
-        return self.weight @ ideal - weight @ mean
+        change = (self.weight - weight) @ self.moments.mean
+        return change if self.moments.drift is None else change - self.weight @ self.moments.drift.mean
 
     def _squared_error(self, change: Tensor) -> float:
-        """E|V x* - W x|^2 (in the metric) for V = W + change, in float64."""
-        statistics, weight = self._double.moments, self._double.weight
-        weighed = self._double.weigh(change)
-        error = float(((change @ statistics.gram) * weighed).sum())
-        if statistics.dense is not None:
-            pull = weight @ (statistics.gram - statistics.dense.cross)
-            error += 2 * float((weighed * pull).sum()) + self._error_at_weight
+        """E|V x* - W x|^2 (in the metric) for V = W + change, in float64: E|change x* + W d|^2."""
+        exact = self._double
+        error = exact.product(change, exact.moments.covariance, exact.moments.mean, change)
+        if exact.pull is not None:
+            error += 2 * float((exact.weigh(change) * exact.pull).sum()) + self._error_at_weight
         return max(error, 0.0)
 
     @cached_property
     def _error_at_weight(self) -> float:
         """E|W x* - W x|^2 (in the metric)."""
         exact = self._double
-        dense = exact.moments.dense
-        assert dense is not None
-        spread = exact.moments.gram - dense.cross - dense.cross.T + dense.gram
-        return float(((exact.weight @ spread) * exact.weighed).sum())
+        drift = exact.moments.drift
+        assert drift is not None
+        return exact.product(exact.weight, drift.covariance, drift.mean, exact.weight)
 
     @cached_property
     def _double(self) -> "_Exact":
@@ -244,7 +239,23 @@ class _Exact:
     def weigh(self, change: Tensor) -> Tensor:
         return change if self.metric is None else self.metric.apply(change)
 
+    def product(self, left: Tensor, covariance: Tensor, mean: Tensor, right: Tensor) -> float:
+        """tr(S right E[z z^T] left^T), for a z of that covariance and mean."""
+        weighed = self.weigh(right)
+        return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
+
+    @cached_property
+    def pull(self) -> Tensor | None:
+        """W E[(x* - x) x*^T]."""
+        return _pull(self.weight, self.moments)
+
     @cached_property
     def weighed(self) -> Tensor:
         """S W."""
         return self.weigh(self.weight)
+
+
+def _pull(weight: Tensor, moments: InputMoments) -> Tensor | None:
+    """W E[d x*^T]; None when x* = x."""
+    drift = moments.drift
+    return None if drift is None else torch.addr(weight @ drift.cross, weight @ drift.mean, moments.mean)

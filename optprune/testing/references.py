@@ -52,7 +52,7 @@ class Quadratic:
     negligible: float
     """singular values of `inputs` below this are rounding of the moments"""
     uncentred: Array
-    """A before means were taken out of it: its rounding stays in A"""
+    """A as its moments were rounded"""
     epsilon: float
     """the unit of rounding of the dtype of the problem"""
     metric: Array
@@ -62,20 +62,22 @@ class Quadratic:
     def of(cls, loss: LayerLoss) -> "Quadratic":
         """Rebuild the loss from its weight, moments and damping."""
         weight, damping = _array(loss.weight), _array(loss.damping)
-        gram, mean = _array(loss.moments.gram), _array(loss.moments.mean)
-        width, unit, uncentred = len(mean), epsilon(loss), gram
+        gram = _array(loss.moments.gram)
+        width, unit, uncentred = len(gram), epsilon(loss), gram
         metric = _metric(loss)
         if loss.moments.dense is None:
-            cross, ideal, ideal_mean = gram, gram, mean
+            cross, ideal = gram, gram
             pair = lift = np.eye(width)
         else:
             cross, ideal = _array(loss.moments.dense.cross), _array(loss.moments.dense.gram)
-            ideal_mean = _array(loss.moments.dense.mean)
             pair, lift = np.eye(2 * width)[:, :width], np.eye(2 * width)[:, width:]
         if loss.fit_bias:
-            gram = gram - np.outer(mean, mean)
-            cross = cross - np.outer(ideal_mean, mean)
-            ideal = ideal - np.outer(ideal_mean, ideal_mean)
+            # Kept centred, so centring adds no rounding of means that are large.
+            gram = cross = ideal = uncentred = _array(loss.moments.covariance)
+            if loss.moments.drift is not None:
+                lag, square = _array(loss.moments.drift.cross), _array(loss.moments.drift.covariance)
+                cross = gram - lag
+                ideal = cross - lag.T + square
         joint = gram if loss.moments.dense is None else np.block([[gram, cross.T], [cross, ideal]])
         values, vectors = np.linalg.eigh(joint)
         # What the dtype of the moments cannot tell from zero.
@@ -165,7 +167,7 @@ def clearly_regular(loss: LayerLoss) -> bool:
     """Whether the least eigenvalue of A stands clear of the rounding of its dtype."""
     quadratic = Quadratic.of(loss)
     values = np.linalg.eigvalsh(quadratic.gram)
-    # The rounding of A is that of what it was before the means were taken out of it, for every entry of a row.
+    # Of every entry of a row.
     spread = float(np.abs(quadratic.uncentred).sum(1).max())
     return bool(values[0] > 4 * len(values) * quadratic.epsilon * spread)
 

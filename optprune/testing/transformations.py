@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optprune.metric import OutputMetric
-from optprune.moments import DenseMoments, InputMoments
+from optprune.moments import Drift, InputMoments
 from optprune.patterns import NM
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
@@ -28,14 +28,14 @@ from optprune.problems import (
 
 
 def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLoss:
-    actual, dense = loss.moments, loss.moments.dense
+    actual, drift = loss.moments, loss.moments.drift
 
     def square(matrix: Tensor) -> Tensor:
         return matrix[inputs][:, inputs]
 
-    if dense is not None:
-        dense = DenseMoments(square(dense.cross), square(dense.gram), dense.mean[inputs])
-    moments = InputMoments(square(actual.gram), actual.mean[inputs], actual.tokens, dense)
+    if drift is not None:
+        drift = Drift(square(drift.cross), square(drift.covariance), drift.mean[inputs])
+    moments = InputMoments.of(square(actual.covariance), actual.mean[inputs], actual.tokens, drift)
     metric = loss.metric
     if metric is not None:
         average = metric.average[outputs][:, outputs] if metric.full else metric.average[outputs]
@@ -44,10 +44,10 @@ def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLos
 
 
 def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
-    actual, dense, square = loss.moments, loss.moments.dense, inputs**2
-    if dense is not None:
-        dense = DenseMoments(dense.cross * square, dense.gram * square, dense.mean * inputs)
-    moments = InputMoments(actual.gram * square, actual.mean * inputs, actual.tokens, dense)
+    actual, drift, square = loss.moments, loss.moments.drift, inputs**2
+    if drift is not None:
+        drift = Drift(drift.cross * square, drift.covariance * square, drift.mean * inputs)
+    moments = InputMoments.of(actual.covariance * square, actual.mean * inputs, actual.tokens, drift)
     return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias, loss.metric)
 
 
