@@ -267,8 +267,29 @@ def test_flap_adds_up_over_the_columns_of_a_unit():
     problem = grouped_query(0, "mixed")
     loss = problem.loss
     variance = loss.moments.gram.diagonal() - loss.moments.mean.square()
-    score = (loss.weight.square().sum(0) * variance)[problem.channels.columns].sum(1)
+    score = (loss.weight.square().sum(0) * variance).square()[problem.channels.columns].sum(1)
     assert torch.equal(problem.support(solve(problem, FlapMetric()).value), problem.pattern.project(score))
+
+
+def test_flap_squares_the_columns_of_a_head_before_it_adds_them_up():
+    # Two heads whose columns fluctuate by 3 and 3, and by 5 and 0: 6 > 5, but 9 + 9 < 25 + 0.
+    moments = InputMoments(torch.eye(4), torch.zeros(4), 50)
+    weight = torch.tensor([[3.0, 3.0, 5.0, 0.0]]).sqrt()
+    problem = StructuredLeastSquares(LayerLoss.of(weight, moments), ChannelGroups.of(4, 2), 1)
+    assert solve(problem, FlapMetric()).value.nonzero()[:, 1].tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_flap_ranks_by_variance_where_means_are_large(dtype):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4000, 12, generator=generator) * torch.linspace(0.05, 0.1, 12) + 100
+    weight = torch.randn(4, 12, generator=generator)
+    literal = weight.double().square().sum(0) * inputs.double().var(0)
+    loss = LayerLoss.of(weight, InputMoments.from_samples(inputs.to(dtype)), 0.01, fit_bias=True)
+    problem = StructuredLeastSquares(loss, ChannelGroups.of(12), 6)
+    found = problem.support(solve(problem, FlapMetric()).value)
+    assert found.nonzero()[:, 0].tolist() == literal.topk(6).indices.sort().values.tolist()
+    assert solve(problem, GreedyObs()).violation == 0
 
 
 # -- problems

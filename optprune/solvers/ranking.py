@@ -75,7 +75,7 @@ class Wanda(Ranking):
         return f"it ranks single weights under a pattern, and a {problem.kind} problem has none"
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        return problem.loss.weight.abs() * problem.loss.moments.gram.diagonal().sqrt()
+        return problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
 
 
 class UnitRanking(Ranking):
@@ -97,13 +97,16 @@ class FaspMetric(UnitRanking):
     """
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        return problem.loss.weight.abs() * problem.loss.moments.gram.diagonal().sqrt()
+        return problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
 
 
 @final
 @dataclass(frozen=True)
 class FlapMetric(UnitRanking):
-    r"""score_j = sum over the columns c of unit j of |W_c|^2 Var(x*_c): what a removed unit's mean cannot replace.
+    r"""score_j = sum over the columns c of unit j of m_c^2, m_c = |W_c|^2 Var(x*_c): what no mean can replace of them.
+
+    The squares are those of the released code, which sums them over a head; a unit of one column is ranked by m_c, in
+    the same order. That code takes all statistics from the dense model, here they come by the recipe's policy.
 
     FLAP then puts the mean W_c E[x*_c] of what was removed into a bias. Where the layer has a bias (`fit_bias`),
     `bias_change` of the loss is that compensation. Where it has none, none is added, since stock classes could not
@@ -114,4 +117,10 @@ class FlapMetric(UnitRanking):
     """
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        return problem.loss.weight.square() * problem.loss.moments.centred().gram.diagonal()
+        assert isinstance(problem, StructuredProblem)
+        fluctuation = problem.loss.weight.square() * problem.loss.moments.covariance.diagonal()
+        if problem.channels.columns.shape[1] == 1:
+            return fluctuation
+        # Every column adds up to its square; in float64, where squares of small numbers do not vanish.
+        fluctuation = fluctuation.double()
+        return fluctuation * fluctuation.sum(0)
