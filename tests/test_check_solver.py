@@ -35,7 +35,8 @@ class PseudoInverse(DirectSolver):
         gradient = loss.gradient(value)
         for row, kept in enumerate(problem.mask.expand(value.shape)):
             # The rounding of the Gram matrix is relative to its largest eigenvalue.
-            inverse = torch.linalg.pinv(loss.gram[kept][:, kept], rcond=1e-14, hermitian=True)
+            rounding = 4 * len(kept) * torch.finfo(value.dtype).eps
+            inverse = torch.linalg.pinv(loss.gram[kept][:, kept], rcond=rounding, hermitian=True)
             value[row, kept] -= gradient[row, kept] @ inverse
         return Answer(value)
 
@@ -154,6 +155,11 @@ class OtherDtype(Broken):
         return Answer(self.good(problem).value.float())
 
 
+class AlwaysDouble(Broken):
+    def answer(self, problem, start):
+        return Answer(self.good(problem).value.double())
+
+
 class Seeds(Broken):
     def answer(self, problem, start):
         torch.manual_seed(0)
@@ -199,6 +205,7 @@ BROKEN = {
     ChangesTheStart: "changed its start",
     ReturnsTheWeight: "original weight itself",
     OtherDtype: "dtype",
+    AlwaysDouble: "dtype",
     Seeds: "random state",
     GlobalRandomness: "random state",
     NotANumber: "NaN",

@@ -1,5 +1,6 @@
 """check_solver: an outsider's solver meets every kind of problem and every law."""
 
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from optprune.problems import Problem
@@ -11,23 +12,31 @@ from optprune.testing.strategies import METRIC_KINDS, STRATEGIES, MetricKind, we
 def check_solver(solver: Solver, *, examples: int = 20, shrink: bool = True) -> None:
     """Raise AssertionError unless the solver keeps every law on what it accepts and refuses the rest with a reason.
 
-    Draws `examples` problems of every known kind, the same ones every time, and a quarter as many of them with an
-    output metric, diagonal and full. `shrink` looks for the smallest problem
-    that breaks the law before reporting it, which takes a while; without it the first one found is reported.
+    Draws `examples` problems of every known kind in float64, the same ones every time, and a quarter as many of them in
+    float32, with a diagonal and with a full output metric. `shrink` looks for the smallest problem that breaks the law
+    before reporting it, which takes a while; without it the first one found is reported.
     """
+    fewer = max(examples // 4, 1)
+    draws: list[tuple[MetricKind, torch.dtype, int]] = [
+        ("none", torch.float64, examples),
+        ("none", torch.float32, fewer),
+        *((metric, torch.float64, fewer) for metric in METRIC_KINDS if metric != "none"),
+    ]
     accepted = [
         kind.kind
-        for metric in METRIC_KINDS
+        for metric, dtype, count in draws
         for kind in STRATEGIES
-        if _check_kind(solver, kind, metric, examples if metric == "none" else max(examples // 4, 1), shrink)
+        if _check_kind(solver, kind, metric, dtype, count, shrink)
     ]
     assert accepted, f"{solver.label} accepted no problem of any kind: {', '.join(kind.kind for kind in STRATEGIES)}"
 
 
-def _check_kind(solver: Solver, kind: type[Problem], metric: MetricKind, examples: int, shrink: bool) -> int:
+def _check_kind(
+    solver: Solver, kind: type[Problem], metric: MetricKind, dtype: torch.dtype, examples: int, shrink: bool
+) -> int:
     """Check a solver on one kind of problem; how many of the drawn problems it accepted."""
     accepted = 0
-    problems = STRATEGIES[kind]() if metric == "none" else weighted(kind, metric)
+    problems = STRATEGIES[kind](dtype=dtype) if metric == "none" else weighted(kind, metric, dtype=dtype)
 
     # A report of the first broken law is an AssertionError; several at once would be an exception group.
     @settings(
