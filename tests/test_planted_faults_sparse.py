@@ -148,8 +148,11 @@ def wrong_gain_in_groups(state, *arguments):
 
 def wrong_gain_between_rows(state, gram):
     """The removal cost r = v g + A v^2 / 2 in place of A v^2 / 2 - v g; the gradient itself is put back."""
-    after, moved = between_rows(replace(state, gradient=-state.gradient), gram)
-    return replace(after, gradient=after.gradient + 2 * state.gradient), moved
+    before = state.gradient.clone()
+    state.gradient.neg_()
+    moved = between_rows(state, gram)
+    state.gradient.add_(before, alpha=2)
+    return moved
 
 
 def whole_diagonal(loss):

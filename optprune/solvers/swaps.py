@@ -18,7 +18,7 @@ REFRESH = 64
 
 @dataclass(frozen=True, eq=False)
 class SwapsState:
-    """The weight with its gradient V A - B, and the rows that may still improve."""
+    """The weight with its gradient V A - B, and the rows that may still improve. A step writes over these arrays."""
 
     weight: Float[Tensor, "out in"]
     gradient: Float[Tensor, "out in"]
@@ -74,8 +74,10 @@ class Swaps(Solver[SwapsState]):
         rounding = loss.constant * torch.finfo(start.dtype).eps / start.shape[0]
         threshold = torch.as_tensor(rounding, dtype=start.dtype, device=start.device)
         every = torch.arange(start.shape[0], device=start.device)
-        start = problem.within_support(start)
-        return SwapsState(start, loss.gradient(start), problem.support(start), threshold, 0, every)
+        mask = problem.support(start)
+        # A copy: steps write into it.
+        weight = torch.where(mask, start, 0.0)
+        return SwapsState(weight, loss.gradient(weight), mask, threshold, 0, every)
 
     def step(self, problem: Problem, state: SwapsState) -> SwapsState:
         assert isinstance(problem, SparseLeastSquares)
@@ -88,11 +90,10 @@ class Swaps(Solver[SwapsState]):
             change, leaving, entering = _best_in_rows(among, gram, removal, self.candidates)
         gains = (change < -state.threshold).nonzero()[:, 0]
         active = state.active[gains]
-        state = _drop(state, gram, active, leaving[gains])
-        state = _enter(state, gram, active, entering[gains])
+        _drop(state, gram, active, leaving[gains])
+        _enter(state, gram, active, entering[gains])
         if isinstance(pattern, Unstructured):
-            state, moved = _between_rows(state, gram)
-            active = torch.cat([active, moved]).unique()
+            active = torch.cat([active, _between_rows(state, gram)]).unique()
         rounds = state.rounds + 1
         gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
         return replace(state, gradient=gradient, rounds=rounds, active=active)
@@ -101,7 +102,7 @@ class Swaps(Solver[SwapsState]):
         return None if state.active.numel() else Status.CONVERGED
 
     def value(self, problem: Problem, state: SwapsState) -> Tensor:
-        return state.weight
+        return state.weight.clone()
 
 
 def _rows_of(state: SwapsState, rows: Int[Tensor, " k"]) -> SwapsState:
@@ -158,33 +159,27 @@ def _best_in_groups(
     return best, group * m + leaving, group * m + entering
 
 
-def _drop(
-    state: SwapsState, gram: Float[Tensor, "in in"], rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]
-) -> SwapsState:
-    """Set one weight of each given row to zero."""
+def _drop(state: SwapsState, gram: Float[Tensor, "in in"], rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]) -> None:
+    """Set one weight of each given row to zero, in place."""
     value = state.weight[rows, columns]
-    weight, gradient, mask = state.weight.clone(), state.gradient.clone(), state.mask.clone()
-    weight[rows, columns] = 0
-    mask[rows, columns] = False
-    gradient[rows] -= value[:, None] * gram[columns]
-    return replace(state, weight=weight, gradient=gradient, mask=mask)
+    state.weight[rows, columns] = 0
+    state.mask[rows, columns] = False
+    state.gradient[rows] -= value[:, None] * gram[columns]
 
 
 def _enter(
     state: SwapsState, gram: Float[Tensor, "in in"], rows: Int[Tensor, " k"], columns: Int[Tensor, " k"]
-) -> SwapsState:
-    """Give one dropped weight of each given row its best value."""
+) -> None:
+    """Give one dropped weight of each given row its best value, in place."""
     diagonal = gram[columns, columns]
     value = -state.gradient[rows, columns] / torch.where(diagonal > 0, diagonal, torch.inf)
-    weight, gradient, mask = state.weight.clone(), state.gradient.clone(), state.mask.clone()
-    weight[rows, columns] = value
-    mask[rows, columns] = True
-    gradient[rows] += value[:, None] * gram[columns]
-    return replace(state, weight=weight, gradient=gradient, mask=mask)
+    state.weight[rows, columns] = value
+    state.mask[rows, columns] = True
+    state.gradient[rows] += value[:, None] * gram[columns]
 
 
-def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[SwapsState, Int[Tensor, " k"]]:
-    """Move weights from rows that lose little to rows that gain more, each one at most; and the rows that changed."""
+def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> Int[Tensor, " k"]:
+    """Move weights, in place, from rows that lose little to rows that gain more, each one at most; the rows changed."""
     cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
     gain, entering = _entry_gain(state, gram).max(1)
     givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
@@ -194,6 +189,7 @@ def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> tuple[Swap
     takers = takers[~torch.isin(takers, givers)]
     givers = givers[: takers.numel()]
     if givers.numel() == 0:
-        return state, givers
-    state = _drop(state, gram, givers, leaving[givers])
-    return _enter(state, gram, takers, entering[takers]), torch.cat([givers, takers])
+        return givers
+    _drop(state, gram, givers, leaving[givers])
+    _enter(state, gram, takers, entering[takers])
+    return torch.cat([givers, takers])
