@@ -51,7 +51,8 @@ def main() -> None:
         sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in options.solvers}
         for _, weight, moments, apart in found:
             loss, width = LayerLoss.of(weight, moments, options.damping), weight.shape[1]
-            problem = StructuredLeastSquares(loss, ChannelGroups.of(width), round(width * (1 - removed)))
+            groups = ChannelGroups.of(width, device=loss.weight.device)
+            problem = StructuredLeastSquares(loss, groups, round(width * (1 - removed)))
             bound = None
             if options.bound:
                 bound = solve(problem, RemovalBound()).certificate

@@ -1,6 +1,7 @@
 """Every concrete kind of problem with every concrete solver, found by inspection: it keeps the laws or refuses."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from optprune.solvers import (
 )
 from optprune.testing import laws
 from optprune.testing.references import REFERENCES
-from optprune.testing.strategies import PATTERNS, PENALTIES, STRATEGIES
+from optprune.testing.strategies import METRIC_KINDS, PATTERNS, PENALTIES, STRATEGIES, weighted
 
 
 def concrete(base):
@@ -99,6 +100,28 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
             for start in (problem.loss.weight, torch.ones_like(problem.loss.weight)):
                 assert solve(problem, solver, start=start).violation == 0
                 assert solve(problem, solver, start=start, max_steps=0).violation == 0
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_the_default_device_is_not_used(kind, solver):
+    """Under a default device that holds no numbers the answer is the same: everything made is where the problem is."""
+
+    @FEWER
+    @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
+    def check(problem):
+        if solver.why_not(problem.even()[0]) is not None or laws.refused_as_singular(problem, solver):
+            return
+        expected = solve(problem, solver)
+        # A new loss, which has not yet remembered anything.
+        anew = replace(problem, loss=replace(problem.loss))
+        with torch.device("meta"):
+            found = solve(anew, solver)
+        assert found.value.device == expected.value.device
+        assert torch.equal(found.value, expected.value)
+        assert found.objective == expected.objective
 
     check()
 

@@ -295,6 +295,12 @@ def test_flap_ranks_by_variance_where_means_are_large(dtype):
 # -- problems
 
 
+def test_groups_are_where_they_are_asked_for_whatever_the_default_device():
+    with torch.device("meta"):
+        groups = ChannelGroups.of(6, 3), ChannelGroups.of(6, 3, torch.device("cpu"))
+    assert all(part.device.type == "cpu" for group in groups for part in (group.columns, group.slots))
+
+
 def test_groups_are_cut_and_checked():
     assert ChannelGroups.of(6, 3).columns.tolist() == [[0, 1, 2], [3, 4, 5]]
     with pytest.raises(InputError, match="cannot be cut"):

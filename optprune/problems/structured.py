@@ -59,11 +59,16 @@ class ChannelGroups(Channels):
     """Groups of the input channels of a single weight: single channels, dimensions tied over heads, or whole heads."""
 
     @classmethod
-    def of(cls, width: int, size: int = 1) -> "ChannelGroups":
-        """Groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions."""
+    def of(cls, width: int, size: int = 1, device: torch.device | None = None) -> "ChannelGroups":
+        """Groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions.
+
+        They must be on the device of the weight they are of: on the CPU unless another one is given.
+        """
         if size < 1 or width % size:
             raise InputError(f"{width} channels cannot be cut into groups of {size}")
-        return cls(torch.arange(width).reshape(-1, size), torch.zeros(width // size, dtype=torch.long))
+        device = torch.device("cpu") if device is None else device
+        columns = torch.arange(width, device=device).reshape(-1, size)
+        return cls(columns, torch.zeros(width // size, dtype=torch.long, device=device))
 
 
 class StructuredProblem(SelectionProblem):

@@ -56,8 +56,9 @@ class Random(Ranking):
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
         # Cut to 63 bits, since torch takes no larger seed.
         mixed = self.seed * 0x9E3779B1 ^ int(problem.fingerprint()[:12], 16)
-        generator = torch.Generator().manual_seed(mixed % 2**63)
-        scores = torch.rand(problem.loss.weight.shape, generator=generator, dtype=torch.float64)
+        # On the CPU whatever the default device, so that all devices draw the same.
+        generator = torch.Generator("cpu").manual_seed(mixed % 2**63)
+        scores = torch.rand(problem.loss.weight.shape, generator=generator, dtype=torch.float64, device="cpu")
         return scores.to(problem.loss.weight.device)
 
 
