@@ -54,12 +54,18 @@ class Admm(Solver[AdmmState]):
     Under a full output metric S the first step solves S V' A' + rho V' = S B' - U + rho Z, which is as exact in the
     eigenbases of S and A'.
     Every `every` steps rho grows by 1.3, 1.2 or 1.1 as more than 10, 0.5 or 0 percent of the kept weights moved,
-    and the method stops when none did. `haste` is an exponent on these factors: 1 is ALPS; a third of it takes about
-    twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
+    and the method stops when none did. `haste` is an exponent on these factors: 1 is that of ALPS; a third of it takes
+    about twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
+
+    The released code of ALPS does otherwise in three places: its first Z is the dense weight cut to the pattern, here
+    it is the dense weight; until more than 0.5 percent moved for the first time, fewer divide rho by 5 (and unless it
+    was none, the method begins anew), here rho grows by 1.1, or the method stops; and after 30 steps it stops below
+    0.03 percent, here only at none.
 
     A step is one product [out, in] x [in, in], and one [in, in] x [in, in] when rho grows; where rows are coupled it is
     two, and two [out, out] x [out, in]. Memory 2 in^2 + 5 out in.
-    Reference: ALPS (arXiv 2406.07831), its schedule from the released code; the refit is a solver of its own here.
+    Reference: ALPS (arXiv 2406.07831), the factors of its schedule from the released code; the refit is a solver of its
+    own here.
     """
 
     rho: float = 0.1
@@ -88,7 +94,7 @@ class Admm(Solver[AdmmState]):
             values = torch.outer(row_values.clamp(min=0), values)
             target = row_vectors.T @ target @ vectors
         dense = loss.weight * scale
-        # As in ALPS, the first Z is the dense weight: the start is not used.
+        # The first Z is the dense weight: the start is not used.
         mask = problem.mask(problem.project(dense.square()))
         return AdmmState(
             scale=scale,
