@@ -43,7 +43,7 @@ class Drift:
     """E[d]"""
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False)
 class InputMoments:
     """Averages over calibration tokens of a layer's input x* [in], and of its relation to the dense input x.
 
@@ -55,16 +55,17 @@ class InputMoments:
     mean: Float[Tensor, "in"]
     """E[x*]"""
     tokens: int
-    drift: Drift | None
+    drift: Drift | None = None
 
-    def __init__(
-        self,
+    @classmethod
+    def from_averages(
+        cls,
         gram: Float[Tensor, "in in"],
         mean: Float[Tensor, "in"],
         tokens: int,
         dense: DenseMoments | None = None,
-    ) -> None:
-        """From averages that are not centred, so with their rounding; `from_samples` and `of` are without it."""
+    ) -> "InputMoments":
+        """From averages that are not centred: E[x* x*^T] and those of `dense`, with their rounding."""
         drift = None
         if dense is not None:
             lag, apart = gram - dense.cross, mean - dense.mean
@@ -74,21 +75,7 @@ class InputMoments:
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         diagonal = covariance.diagonal()
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
-        self._fill(covariance, mean, tokens, drift)
-
-    @classmethod
-    def of(
-        cls, covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"], tokens: int, drift: Drift | None = None
-    ) -> "InputMoments":
-        """From centred averages, which are kept as they are."""
-        moments = cls.__new__(cls)
-        moments._fill(covariance, mean, tokens, drift)
-        return moments
-
-    def _fill(self, covariance: Tensor, mean: Tensor, tokens: int, drift: Drift | None) -> None:
-        # Frozen, so past its own guard.
-        for name, value in (("covariance", covariance), ("mean", mean), ("tokens", tokens), ("drift", drift)):
-            object.__setattr__(self, name, value)
+        return cls(covariance, mean, tokens, drift)
 
     @property
     def gram(self) -> Float[Tensor, "in in"]:
@@ -153,19 +140,19 @@ class InputMoments:
             mixed[2].addr_(drift_apart, apart, alpha=between)
             mixed[3].addr_(drift_apart, drift_apart, alpha=between)
             drift = Drift(*mixed[2:])
-        return InputMoments.of(mixed[0], mixed[1], tokens, drift)
+        return InputMoments(mixed[0], mixed[1], tokens, drift)
 
     def centred(self) -> "InputMoments":
         """The moments of x* - E[x*] and x - E[x]: what is left of the loss once a bias is fitted freely."""
         drift, zero = self.drift, torch.zeros_like(self.mean)
         if drift is not None:
             drift = Drift(drift.cross, drift.covariance, zero)
-        return InputMoments.of(self.covariance, zero, self.tokens, drift)
+        return InputMoments(self.covariance, zero, self.tokens, drift)
 
     def to(self, target: torch.dtype | torch.device) -> "InputMoments":
         """The same moments in another dtype or on another device."""
         covariance, mean, *others = (part.to(target) for part in self.parts())
-        return InputMoments.of(covariance, mean, self.tokens, Drift(*others) if others else None)
+        return InputMoments(covariance, mean, self.tokens, Drift(*others) if others else None)
 
     @classmethod
     def from_samples(
@@ -235,7 +222,7 @@ class MomentSums:
                 (self._origins[1] + drift_mean).to(dtype),
             )
         covariance = self._covariance(square, mean, dtype)
-        return InputMoments.of(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift)
+        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift)
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""

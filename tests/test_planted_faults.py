@@ -74,8 +74,7 @@ def bias_forgotten(self, problem, certify=True):
 
 
 def dense_forgotten(self, problem, certify=True):
-    moments = problem.loss.moments
-    statistics = InputMoments.of(moments.covariance, moments.mean, moments.tokens)
+    statistics = replace(problem.loss.moments, drift=None)
     found = restore(self, replace(problem, loss=replace(problem.loss, moments=statistics)))
     return replace(found, certificate=None)
 
@@ -212,7 +211,7 @@ def test_a_projection_onto_the_worst_mask_is_noticed(kind, monkeypatch):
 def unweighted(self, other):
     one, two = self.parts(), other.parts()
     covariance, mean = [(a + b) / 2 for a, b in zip(one, two, strict=True)][:2]
-    return InputMoments.of(covariance, mean, self.tokens + other.tokens, merge(self, other).drift)
+    return replace(merge(self, other), covariance=covariance, mean=mean)
 
 
 def test_a_merge_that_ignores_the_numbers_of_tokens_is_noticed(monkeypatch):

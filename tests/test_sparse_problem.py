@@ -97,7 +97,7 @@ def test_never_more_than_the_count_on_dead_inputs_and_zero_rows(name, solver):
     weight, gram = loss.weight.clone(), loss.moments.gram.clone()
     weight[1] = 0
     gram[3] = gram[:, 3] = 0
-    moments = type(loss.moments)(gram, loss.moments.mean, loss.moments.tokens)
+    moments = type(loss.moments).from_averages(gram, loss.moments.mean, loss.moments.tokens)
     damped = type(loss)(weight, moments, loss.damping)
     problem = SparseLeastSquares(damped, problem.pattern)
     solution = solve(problem, solver)

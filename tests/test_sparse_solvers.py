@@ -459,7 +459,7 @@ def test_conjugate_gradients_say_where_equations_contradict_each_other():
     """A gradient that does not vanish in a direction without curvature, as no real tokens give it."""
     gram = torch.ones(2, 2)
     dense = DenseMoments(gram - torch.diag(torch.tensor([1.0, -1.0])), 9 * torch.eye(2), torch.zeros(2))
-    loss = LayerLoss.of(torch.ones(1, 2), InputMoments(gram, torch.zeros(2), 8, dense))
+    loss = LayerLoss.of(torch.ones(1, 2), InputMoments.from_averages(gram, torch.zeros(2), 8, dense))
     solution = solve(MaskedLeastSquares(loss, torch.ones(1, 2, dtype=torch.bool)), ConjugateGradients())
     assert solution.status is Status.STALLED
     assert bool(torch.isfinite(solution.value).all())

@@ -35,7 +35,7 @@ def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLos
 
     if drift is not None:
         drift = Drift(square(drift.cross), square(drift.covariance), drift.mean[inputs])
-    moments = InputMoments.of(square(actual.covariance), actual.mean[inputs], actual.tokens, drift)
+    moments = InputMoments(square(actual.covariance), actual.mean[inputs], actual.tokens, drift)
     metric = loss.metric
     if metric is not None:
         average = metric.average[outputs][:, outputs] if metric.full else metric.average[outputs]
@@ -47,7 +47,7 @@ def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
     actual, drift, square = loss.moments, loss.moments.drift, inputs**2
     if drift is not None:
         drift = Drift(drift.cross * square, drift.covariance * square, drift.mean * inputs)
-    moments = InputMoments.of(actual.covariance * square, actual.mean * inputs, actual.tokens, drift)
+    moments = InputMoments(actual.covariance * square, actual.mean * inputs, actual.tokens, drift)
     return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias, loss.metric)
 
 
