@@ -199,7 +199,8 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
         f"{duration(report.floor_seconds)}"
     )
     if errors:
-        typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+        when = " before recovery" if report.recovered else ""
+        typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
     if report.recipe["units"] == "weights":
