@@ -1,6 +1,7 @@
 """Bad input: one sentence on stderr, a non-zero exit, and nothing left behind."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -215,6 +216,45 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     attempt.model = save_tiny(GPT2LMHeadModel(config), attempt.folder / "gpt2")
     sentence = attempt.fails(attempt.command())
     assert "the architecture 'gpt2' is not known: optprune prunes llama, opt, qwen2" in sentence
+
+
+CODE = """
+from pathlib import Path
+Path("ran").touch()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+class FooConfig(PretrainedConfig):
+    model_type = "foo"
+class FooTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("file", "fields", "reason"),
+    [
+        (
+            "config.json",
+            {"model_type": "foo", "auto_map": {"AutoConfig": "foo.FooConfig"}},
+            "the architecture 'foo' is not known: optprune prunes llama, opt, qwen2",
+        ),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "FooTokenizer", "auto_map": {"AutoTokenizer": [None, "foo.FooTokenizer"]}},
+            "is code that comes with it, which is not run: save it as tokenizer.json",
+        ),
+    ],
+)
+def test_code_in_a_model_folder_is_not_run_whatever_is_answered(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, file: str, fields: dict[str, object], reason: str
+) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    (attempt.model / "foo.py").write_text(CODE)
+    known = json.loads((attempt.model / file).read_text())
+    (attempt.model / file).write_text(json.dumps(known | fields))
+    monkeypatch.chdir(attempt.folder)  # where the code would leave its mark
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    assert reason in attempt.fails(attempt.command())
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -175,7 +175,7 @@ def _without_weights(config: "PretrainedConfig") -> "Decoder":
 
     architecture_of(config)
     with torch.device("meta"):
-        return Decoder(AutoModelForCausalLM.from_config(config))
+        return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:

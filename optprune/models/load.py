@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
-from optprune.models.decoder import Decoder, architecture_of
+from optprune.models.decoder import Decoder, architecture_called, architecture_of
 from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,8 +69,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
     if not options and Path(where).is_dir() and not any(Path(where).glob("*token*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(where, **options)
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the tokenizer of {source} is code that comes with it, which is not run: save it as tokenizer.json"
+            ) from error
         raise InputError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
 
 
@@ -109,7 +113,11 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
 
 def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(where, **options)
+        if not options:
+            # Asked before AutoConfig is, for which an architecture it does not know is code to run.
+            fields: Any = PretrainedConfig.get_config_dict(where)[0]
+            architecture_called(fields.get("model_type") if isinstance(fields, dict) else None)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"the config of {source} cannot be read: {_first_line(error)}") from error
     quantised = getattr(config, "quantization_config", None)
@@ -128,7 +136,7 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
         options = {**options, "use_safetensors": True}
     try:
         # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
-        model, report = cls.from_pretrained(where, output_loading_info=True, **options)
+        model, report = cls.from_pretrained(where, output_loading_info=True, trust_remote_code=False, **options)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         if "use_safetensors" in str(error):
             raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
