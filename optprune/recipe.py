@@ -155,7 +155,10 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML file that `load_recipe` reads."""
+        """The recipe as a YAML file, which `load_recipe` reads unless the objective or a solver is one's own.
+
+        Those are told by name only; for such a file `load_recipe` wants the objective or the solver itself.
+        """
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
 
