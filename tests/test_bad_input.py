@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from optprune.allocation import everything
+from optprune.allocation import everything, uniform
 from optprune.cli import main
 from optprune.models import Decoder
 from optprune.packaged import demo_articles
@@ -162,6 +162,16 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
             ("--set", "recovery=1", "--set", "held_out=0.1"),
             "recovery in float16",
         ),
+        (
+            {"pattern": "2:4"},
+            (),
+            "the pattern 2:4 is one of single weights, but units are mlp: choose a recipe with units weights, such as",
+        ),
+        (
+            {"recipe": "sparse_best"},
+            ("--set", "least_kept=0.9", "--set", "most_kept=0.1"),
+            "no layer keeps at least 0.9 and at most 0.1 of its weights: lower least_kept, or raise most_kept",
+        ),
         ({"units": "blocks"}, ("--set", "recovery=1", "--set", "held_out=0.1"), "recovery has nothing to refit"),
         ({}, ("--frobnicate",), "No such option: --frobnicate"),
     ],
@@ -284,6 +294,15 @@ def test_an_allocation_for_another_model(attempt: Attempt) -> None:
     file.write_text(everything(Decoder(tiny_llama(num_hidden_layers=3))).to_json())
     sentence = attempt.fails(attempt.command(allocation=file))
     assert f"the allocation file {file} does not fit: the allocation is for 3 blocks, but the model has 2" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_sparsity_beside_an_allocation_that_comes_to_one(attempt: Attempt) -> None:
+    file = attempt.folder / "allocation.json"
+    file.write_text(uniform(Decoder(tiny_llama()), 0.2, "mlp", 8).to_json())
+    sentence = attempt.fails(attempt.command(allocation=file, sparsity=0.3))
+    assert f"the sparsity is what the allocation file {file} comes to: leave out --sparsity" in sentence
+    assert "leave out --sparsity" in attempt.fails(attempt.command("--set", "sparsity=0.3", allocation=file))
 
 
 @pytest.mark.usefixtures("no_weights")
