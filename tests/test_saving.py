@@ -192,6 +192,19 @@ def test_a_reload_check_that_cannot_run_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tokenizer_with_several_chat_templates_is_saved_in_folders_that_can_be_entered(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_model(tiny_llama(), tmp_path / "out", tokenizer=tokenizer)
+    [folder] = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert folder.stat().st_mode & 0o700 == 0o700
+    modes = {file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+    again = load_tokenizer(tmp_path / "out")
+    assert again is not None and again.chat_template == tokenizer.chat_template
+
+
 def test_a_tokenizer_that_is_only_a_sentencepiece_model(tmp_path: Path) -> None:
     import sentencepiece
 

@@ -147,9 +147,10 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
             tokenizer.save_pretrained(draft)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
-        for file in draft.iterdir():
+        for file in draft.rglob("*"):
             # safetensors makes its files private, which a folder that is shared should not have by surprise.
-            file.chmod(0o666 & ~_umask())
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
     except Exception as error:
         # The safetensors library reports a full disk in words of its own.
         if "No space left" in str(error) or "os error 28" in str(error):
