@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from optprune.allocation import everything, uniform
 from optprune.cli import main
 from optprune.models import Decoder
-from optprune.packaged import demo_articles
+from optprune.packaged import demo_articles, demo_model_file
 from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
 
 SMALL = {"--samples": "8", "--seq-length": "64"}
@@ -146,7 +146,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
         ({"dtype": "float99"}, (), "the dtype 'float99' is not known"),
         ({"save_dtype": "float99"}, (), "the dtype 'float99' is not known"),
-        ({"device": "abacus"}, (), "the device 'abacus' cannot be used"),
+        ({"device": "meta"}, (), "the device 'meta' is not known"),
+        ({"device": "hpu"}, (), "the device 'hpu' is not known"),
+        ({"device": "cpu:3"}, (), "the device 'cpu:3' is not known"),
+        ({"device": "abacus"}, (), "the device 'abacus' is not known: use auto, cpu, cuda or cuda:N"),
         (
             {"recipe": "wanda", "sparsity": 0.6, "pattern": "2:5"},
             (),
@@ -348,7 +351,44 @@ def test_a_config_that_is_not_json(attempt: Attempt) -> None:
     assert "the config of " in attempt.fails(attempt.command())
 
 
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("hidden_size", "abc", "TypeError: Field 'hidden_size' expected int, got str (value: 'abc')"),
+        ("num_attention_heads", 5, "The hidden size (64) is not a multiple of the number of attention heads (5)"),
+        ("dtype", "float99", "no attribute 'float99'"),
+    ],
+)
+def test_a_config_that_is_wrong(attempt: Attempt, field: str, value: object, reason: str) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    sentence = attempt.fails(attempt.command())
+    assert f"the config of {attempt.model} cannot be loaded: " in sentence
+    assert f"{reason}; correct config.json, or fetch it again" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("size", [0, 3, 8, 1000, 100_000, 2_000_000])
+def test_a_truncated_gguf_file(attempt: Attempt, size: int) -> None:
+    attempt.model = attempt.folder / "cut.gguf"
+    with demo_model_file().open("rb") as whole:
+        attempt.model.write_bytes(whole.read(size))
+    sentence = attempt.fails(attempt.command())
+    assert f"the config of {attempt.model} cannot be loaded: " in sentence
+    assert "; see that the file is whole" in sentence
+
+
 # -- found in the weights
+
+
+def test_weights_that_do_not_fit_into_memory(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    assert "the memory is not enough" in attempt.fails(attempt.command())
 
 
 def test_a_truncated_safetensors_file(attempt: Attempt) -> None:
