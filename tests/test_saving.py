@@ -192,6 +192,16 @@ def test_a_reload_check_that_cannot_run_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("optprune.models.reload_check.__file__", str(tmp_path / "killed.py"))
+    model = tiny_llama(hidden_size=256)
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    with pytest.raises(OptpruneError, match=rf"killed by signal 9, .* free the {size:.0f} MiB that a second copy"):
+        save_model(model, tmp_path / "out", probe=PROBE)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tokenizer_with_several_chat_templates_is_saved_in_folders_that_can_be_entered(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}

@@ -181,6 +181,13 @@ def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) 
             f"the process that reloads the saved model cannot be started ({error}), so the folder was discarded: run "
             "optprune with an ordinary Python interpreter"
         ) from error
+    if run.returncode < 0:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        raise OptpruneError(
+            f"the process that reloads the saved model was killed by signal {-run.returncode}, probably for want of "
+            f"memory, so the folder was discarded: free the {size / 2**20:.0f} MiB that a second copy of the model "
+            "needs"
+        )
     reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
     if run.returncode == reload_check.CANNOT_IMPORT:
         raise OptpruneError(
