@@ -60,6 +60,7 @@ class Attempt:
     def fails(self, command: list[str], code: int = 2) -> str:
         """The sentence; the test's folder must be as it was."""
         before = snapshot(self.folder)
+        self.capsys.readouterr()  # what making the test's files has said
         assert main(command) == code
         captured = self.capsys.readouterr()
         assert captured.out == ""
@@ -195,6 +196,17 @@ def test_a_text_that_is_too_short(attempt: Attempt) -> None:
 def test_an_output_folder_that_exists(attempt: Attempt) -> None:
     save_tiny(tiny_llama(), attempt.output)
     assert "exists already: choose another, or pass --overwrite" in attempt.fails(attempt.command())
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "report.json", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_json_file_in_place_of_the_models_own(attempt: Attempt, name: str, there: bool) -> None:
+    if there:
+        save_tiny(tiny_llama(), attempt.output)
+    file = attempt.folder / "new" / "out" / ".." / "out" / name if there else attempt.output / name
+    sentence = attempt.fails(attempt.command("--overwrite", json=file))
+    assert f"the JSON file {file} has a name that a file of the model in {attempt.output} may have: choose" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")
