@@ -181,9 +181,10 @@ def normal_equations(problem):
 
 
 FIRST_FOUR_GONE = (torch.arange(16) >= 4)[None]
+TEN_OF_EACH_ROW = RowWise(10).project(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("mask", [FIRST_FOUR_GONE, RowWise(10).project(torch.rand(3, 16))], ids=["shared", "own"])
+@pytest.mark.parametrize("mask", [FIRST_FOUR_GONE, TEN_OF_EACH_ROW], ids=["shared", "own"])
 def test_small_inputs_are_no_rounding_of_large_ones(mask):
     problem = small_copies(mask)
     solution, best = solve(problem, Restore()), problem.objective(normal_equations(problem))
