@@ -32,11 +32,13 @@ class PseudoInverse(DirectSolver):
 
     def answer(self, problem, start):
         loss, value = problem.loss, problem.start()
-        gradient = loss.gradient(value)
+        size = (loss.moments.gram.diagonal() + loss.damping).sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        gradient, gram = loss.gradient(value) / size, loss.gram / torch.outer(size, size)
         for row, kept in enumerate(problem.mask.expand(value.shape)):
-            # The rounding of the Gram matrix is relative to its largest eigenvalue.
-            inverse = torch.linalg.pinv(loss.gram[kept][:, kept], rcond=1e-14, hermitian=True)
-            value[row, kept] -= gradient[row, kept] @ inverse
+            # In units of the inputs' sizes the rounding of the Gram matrix is relative to its largest eigenvalue.
+            inverse = torch.linalg.pinv(gram[kept][:, kept], rcond=1e-14, hermitian=True)
+            value[row, kept] -= gradient[row, kept] @ inverse / size[kept]
         return Answer(value)
 
 

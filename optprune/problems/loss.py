@@ -164,6 +164,54 @@ class LayerLoss:
         """S (V A - B)."""
         return self.weigh(self.residual(weight))
 
+    # -- what A and f are known to
+
+    @cached_property
+    def input_scale(self) -> Float[Tensor, " in"]:
+        """s_j = sqrt(E[x*_j^2] + D_j) in float64, 1 for dead inputs: an entry A_ij is known to a share of s_i s_j."""
+        size = (self.moments.gram.diagonal().double() + self.damping.double()).sqrt()
+        return torch.where(size > 0, size, 1.0)
+
+    @property
+    def entry_rounding(self) -> float:
+        """The share of s_i s_j to which an entry of A is known, whatever the units of the inputs.
+
+        Half an eps for the Gram matrix and for adding the damping; to centre it, for two means, their product and the
+        difference as well.
+        """
+        return torch.finfo(self.moments.gram.dtype).eps * (3 if self.fit_bias else 1)
+
+    @property
+    def resolution(self) -> float:
+        """What an eigenvalue of A_ij / (s_i s_j) is known to: the rounding of an entry times their number in a row."""
+        return len(self.damping) * self.entry_rounding
+
+    def residual_rounding(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """How much of (V A - B)_j / s_j, for any j, may be rounding of the moments.
+
+        The rounding of an entry times sum_i |V_i| s_i + |W_i| (s_i + t_i), t_i = sqrt(E[x_i^2] + D_i): those of V A, of
+        W A and of W E[x x*^T].
+        """
+        dense, size = self.moments.dense, self.input_scale
+        ideal = size if dense is None else (dense.gram.diagonal().double() + self.damping.double()).sqrt()
+        return self.entry_rounding * (weight.double().abs() @ size + self.weight.double().abs() @ (size + ideal))
+
+    def rounding(self, weight: Float[Tensor, "out in"]) -> float:
+        """How much of f(V) may be rounding: (in + 4) eps of the sizes of its terms, before they cancel.
+
+        One rounding for each term of a sum over inputs, and a few for collecting, centring and damping; under a full
+        output metric the same for the outputs.
+        """
+        spread = self.moments.gram.double().abs() + torch.diag(self.damping.double())
+        metric = self._double.metric
+        metric = None if metric is None else replace(metric, average=metric.average.abs())
+        terms = 0.0
+        for size in (weight.double().abs(), self.weight.double().abs()):
+            weighed = size if metric is None else metric.apply(size)
+            terms += float(((size @ spread) * weighed).sum())
+        count = len(self.damping) + 4 + (len(self.weight) + 4 if self.coupled else 0)
+        return count * torch.finfo(self.moments.gram.dtype).eps * (terms + abs(self.constant))
+
     # -- measurements, in float64
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
@@ -174,8 +222,9 @@ class LayerLoss:
 
     def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B in float64, for certificates."""
+        pull = self._double.pull
         residual = (weight.double() - self.weight.double()) @ self.gram.double()
-        return residual if self.pull is None else residual + self.pull.double()
+        return residual if pull is None else residual + pull
 
     def exact_gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S (V A - B) in float64, for certificates."""
@@ -210,11 +259,10 @@ class LayerLoss:
 
     def _squared_error(self, change: Tensor) -> float:
         """E|V x* - W x|^2 (in the metric) for V = W + change, in float64."""
-        statistics, weight = self._double.moments, self._double.weight
+        statistics, pull = self._double.moments, self._double.pull
         weighed = self._double.weigh(change)
         error = float(((change @ statistics.gram) * weighed).sum())
-        if statistics.dense is not None:
-            pull = weight @ (statistics.gram - statistics.dense.cross)
+        if pull is not None:
             error += 2 * float((weighed * pull).sum()) + self._error_at_weight
         return max(error, 0.0)
 
@@ -243,6 +291,12 @@ class _Exact:
 
     def weigh(self, change: Tensor) -> Tensor:
         return change if self.metric is None else self.metric.apply(change)
+
+    @cached_property
+    def pull(self) -> Tensor | None:
+        """W A - B; None when it is zero."""
+        dense = self.moments.dense
+        return None if dense is None else self.weight @ (self.moments.gram - dense.cross)
 
     @cached_property
     def weighed(self) -> Tensor:

@@ -51,6 +51,16 @@ def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
     return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias, loss.metric)
 
 
+def in_units(loss: LayerLoss, units: Tensor) -> LayerLoss:
+    """The loss of the weights V_ij / d_j of inputs x_j d_j, for units d [in]: the same values."""
+    units = units.to(loss.weight)
+    actual, dense, square = loss.moments, loss.moments.dense, torch.outer(units, units)
+    if dense is not None:
+        dense = DenseMoments(dense.cross * square, dense.gram * square, dense.mean * units)
+    moments = InputMoments(actual.gram * square, actual.mean * units, actual.tokens, dense)
+    return LayerLoss(loss.weight / units, moments, loss.damping * units.square(), loss.fit_bias, loss.metric)
+
+
 @singledispatch
 def permuted(problem: Problem, inputs: Tensor, outputs: Tensor) -> Problem:
     """The problem with input inputs[k] and output outputs[k] called k."""
