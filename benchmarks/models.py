@@ -116,7 +116,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         *steps("sparse_best", HALF),
         *steps("sparse_best", {"sparsity": 0.6}),
         # Where N:M holds in every layer there is no budget to divide.
-        *(case for case in steps("sparse_best", PAIRS) if case[1]["allocation"] == "uniform" or "recovery" in case[1]),
+        *((recipe, {**settings, "allocation": "uniform"}) for recipe, settings in steps("sparse_best", PAIRS)),
         *(
             ("sparse_best", settings | more)
             for settings in (HALF, {"sparsity": 0.6})

@@ -151,7 +151,7 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
             ),
         )
     fields = NARROWED[units]
-    hold = check_reach(decoder, sparsity, units)
+    hold = _check_reach(decoder, sparsity, units)
     held, budget = sum(hold.values()), sparsity * total
     kept = list(shapes)
     for name in fields:
@@ -169,7 +169,7 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
     return Allocation.of(decoder, map(BlockAllocation, kept))
 
 
-def check_reach(decoder: Decoder, sparsity: float, units: str) -> dict[str, int]:
+def _check_reach(decoder: Decoder, sparsity: float, units: str) -> dict[str, int]:
     """The linear weights that the units hold, by the field that counts them; InputError when those are too few."""
     shapes, total = decoder.shapes(), decoder.linear_weights()
     hold = {name: sum(_weights_in(decoder, shape, name) for shape in shapes) for name in NARROWED[units]}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from optprune.allocation import NARROWED, Allocation, BlockAllocation
 from optprune.budget import Curve, fill_budget, global_threshold, share_budget
-from optprune.errors import InputError
+from optprune.errors import InputError, NumericalError
 from optprune.memory import release
 from optprune.metric import OutputMetric
-from optprune.models import Decoder
+from optprune.models import BlockShape, Decoder
 from optprune.models.calibrate import Stream, collect
 from optprune.patterns import NM, in_order
 from optprune.prices import Prices, prices_of, with_count
@@ -44,6 +44,7 @@ class WidthCurve:
     """how many there are"""
     losses: Mapping[int, float]
     """by the number of units kept; zero is the block without that sub-block"""
+    notes: tuple[str, ...] = ()
 
     def curve(self, least: float, prices: Prices) -> tuple[list[int], Curve]:
         """The numbers of units from a share `least` of all, and the curve of their losses by what is saved, below 0."""
@@ -60,8 +61,8 @@ def by_cost(
     metrics: Mapping[str, OutputMetric],
     on_event: Callable[[Event], None],
     probe: Probe | None = None,
-) -> Allocation:
-    """Divide the recipe's sparsity over the whole model so that the sum of the layers' losses is least.
+) -> tuple[Allocation, tuple[str, ...]]:
+    """Divide the recipe's sparsity over the whole model so that the sum of the layers' losses is least; and notes.
 
     Single weights: those with the lowest cost of removal S_ii w_ij^2 / (2 (A^-1)_jj) go, wherever they are, and a
     layer keeps between `least_kept` and `most_kept` of its weights (or half of the average, and half way from the
@@ -69,7 +70,7 @@ def by_cost(
     elimination, down to nothing where `least_kept` is zero, and the budget, in weights, operations or time, goes where
     it lowers the sum most, along the lower convex hulls; what is left then goes to single steps. `stream` holds the
     inputs of the first block and goes on to the end of the model. Costs one calibration pass with its Gram products,
-    and in^3 for each layer.
+    and in^3 for each layer. Notes tell of layers whose Gram matrix had to be damped further.
 
     With a `probe` the units of each layer, or the single weights of each block, are also removed alone, down to about
     the share that all keep, and the costs are scaled to the divergence that this brings: a pass over the probe's tokens
@@ -80,10 +81,11 @@ def by_cost(
     costs: dict[str, Tensor] = {}
     patterned: dict[str, Curve] = {}
     widths: list[WidthCurve] = []
+    noted: dict[str, list[str]] = {}
     tap = decoder.architecture.taps
     n_m = n_of_m(recipe.pattern)
     for index in range(blocks):
-        trial = _Trial(recipe, probe)
+        trial = _Trial(recipe, probe, bool(metrics))
         wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)
         taps = sorted({tap[path] for path in wanted}, key=decoder.architecture.layers.index)
         moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
@@ -93,10 +95,16 @@ def by_cost(
             loss = LayerLoss.of(
                 layer.weight, moments[tap[path]], recipe.damping, fit_bias=fit_bias, metric=metrics.get(name)
             )
-            if recipe.units != "weights":
-                widths.append(_width_curve(decoder, recipe, index, path, loss, probe))
-                continue
-            entries = entry_costs(loss)
+            try:
+                if recipe.units != "weights":
+                    width = _width_curve(decoder, recipe, index, path, loss, probe)
+                    for note in width.notes:
+                        noted.setdefault(note, []).append(name)
+                    widths.append(width)
+                    continue
+                entries = entry_costs(loss)
+            except NumericalError as error:
+                raise NumericalError(f"{name}: {error}") from error
             if n_m is not None:
                 patterned[name] = _pattern_curve(entries, n_m)
             else:
@@ -114,9 +122,11 @@ def by_cost(
             probe.advance()
         release()
         on_event(BlockMeasured(index, blocks))
+    more = {note: f" and {len(names) - 1} more" if len(names) > 1 else "" for note, names in noted.items()}
+    notes = tuple(f"{names[0]}{more[note]}: {note}" for note, names in noted.items())
     if recipe.units != "weights":
-        return _widths(decoder, recipe, widths)
-    return _shares(decoder, recipe, costs, patterned)
+        return _widths(decoder, recipe, widths), notes
+    return _shares(decoder, recipe, costs, patterned), notes
 
 
 def _consumers(decoder: Decoder, recipe: Recipe, index: int) -> list[str]:
@@ -131,18 +141,17 @@ def _width_curve(
     decoder: Decoder, recipe: Recipe, index: int, path: str, loss: LayerLoss, probe: Probe | None
 ) -> WidthCurve:
     """The losses of one block by greedy elimination of its units, a multiple at a time."""
-    shape, multiple = decoder.shape(index), recipe.width_multiple
+    shape = decoder.shape(index)
     if path == decoder.architecture.mlp_consumer:
         field, layers = "mlp_width", decoder.mlp_units(index)
     elif "kv_heads" in NARROWED[recipe.units]:
-        field, layers, multiple = "kv_heads", decoder.kv_units(index), 1
+        field, layers = "kv_heads", decoder.kv_units(index)
     else:
         field, layers = "value_dim", decoder.value_units(index)
-        multiple = multiple if shape.value_dim % multiple == 0 else 1
-    there, slots = asdict(shape)[field], layers.link.slot_count
+    there, slots, multiple = asdict(shape)[field], layers.link.slot_count, _multiple(shape, field, recipe)
     problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()[0]
     assert isinstance(problem, LinkedLeastSquares)
-    order, losses = removal_curve(problem, batch=multiple)
+    order, losses, notes = removal_curve(problem, batch=multiple)
     # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
     after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
     allowed = {count: loss for count, loss in after.items() if count % multiple == 0}
@@ -155,15 +164,30 @@ def _width_curve(
         mask = layers.link.column_mask(kept, loss.weight.shape[1])
         value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
         measured = probe.divergence_with([Change.of(decoder.layer(index, path), value, loss)])
-        rate = (measured + UNHEARD) / (allowed[count] + UNHEARD)
-    return WidthCurve(index, field, there, {there: 0.0, **{count: rate * loss for count, loss in allowed.items()}})
+        rate = _rate(measured, allowed[count], loss.metric is not None)
+    scaled = {there: 0.0, **{count: rate * lost for count, lost in allowed.items()}}
+    return WidthCurve(index, field, there, scaled, notes)
+
+
+def _multiple(shape: BlockShape, field: str, recipe: Recipe) -> int:
+    """What the counts of a field are multiples of, but for the whole count."""
+    if field == "kv_heads" or (field == "value_dim" and shape.value_dim % recipe.width_multiple):
+        return 1
+    return recipe.width_multiple
+
+
+def _rate(measured: float, predicted: float, in_nats: bool) -> float:
+    """A divergence over what the losses predict, which is in the same unit under an output metric only."""
+    if in_nats:
+        return (measured + UNHEARD) / (predicted + UNHEARD)
+    return (measured + UNHEARD) / predicted if predicted > 0 else 1.0
 
 
 class _Trial:
     """The single weights of a block that a uniform share would remove, for a probe."""
 
-    def __init__(self, recipe: Recipe, probe: Probe | None) -> None:
-        self.recipe, self.probe = recipe, probe
+    def __init__(self, recipe: Recipe, probe: Probe | None, in_nats: bool) -> None:
+        self.recipe, self.probe, self.in_nats = recipe, probe, in_nats
         self.changes: list[Change] = []
         self.predicted = 0.0
 
@@ -179,7 +203,7 @@ class _Trial:
     def rate(self) -> float:
         """The divergence over what the losses predict."""
         assert self.probe is not None
-        return (self.probe.divergence_with(self.changes) + UNHEARD) / (self.predicted + UNHEARD)
+        return _rate(self.probe.divergence_with(self.changes), self.predicted, self.in_nats)
 
 
 def _pattern_curve(costs: Tensor, n_m: tuple[int, int]) -> Curve:
@@ -193,12 +217,15 @@ def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curve
     """The share that each layer keeps of its single weights."""
     n_m = n_of_m(recipe.pattern)
     if n_m is not None:
-        chosen = share_budget(curves, (1 - recipe.sparsity) * decoder.linear_weights())
+        budget = (1 - recipe.sparsity) * decoder.linear_weights()
+        chosen = fill_budget(curves, share_budget(curves, budget), budget)
         share = {name: n_m[0] / n_m[1] if choice == 0 else 1.0 for name, choice in chosen.items()}
     else:
         keep = round((1 - recipe.sparsity) * sum(cost.numel() for cost in costs.values()))
         # However little or much is to go, the limits leave room on both sides of the average.
         least, most = min(recipe.least_kept, (1 - recipe.sparsity) / 2), max(recipe.most_kept, 1 - recipe.sparsity / 2)
+        # One weight of each layer stays in any case.
+        least = max(least, 1e-12)
         kept = global_threshold(costs, keep, least, most)
         share = {name: kept[name] / cost.numel() for name, cost in costs.items()}
     return Allocation.of(
@@ -210,6 +237,27 @@ def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curve
     )
 
 
+def check_least(decoder: Decoder, recipe: Recipe) -> None:
+    """Raise InputError when the least that widths may keep saves too little, as far as shapes tell (not in time)."""
+    if recipe.budget == "time":
+        return
+    prices, saved = prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units]), 0.0
+    for index, shape in enumerate(decoder.shapes()):
+        for field in NARROWED[recipe.units]:
+            there, multiple = asdict(shape)[field], _multiple(shape, field, recipe)
+            fewest = min(multiple * math.ceil(recipe.least_kept * there / multiple), there)
+            saved += prices.whole[index] - prices.narrowed(index, field, fewest)
+    _check_most(recipe, saved / sum(prices.whole), prices.unit)
+
+
+def _check_most(recipe: Recipe, most: float, unit: str) -> None:
+    if recipe.sparsity > most:
+        raise InputError(
+            f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
+            f"{recipe.least_kept:g}: at most {most:.1%} of {unit} can go"
+        )
+
+
 def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> Allocation:
     """The number of units that each block keeps."""
     shapes = list(decoder.shapes())
@@ -218,15 +266,21 @@ def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> A
     for width in widths:
         name = f"{width.block} {width.field}"
         counts[name], curves[name] = width.curve(recipe.least_kept, prices)
-    most = -sum(float(curve.prices[0]) for curve in curves.values())
-    if recipe.sparsity * total > most:
-        raise InputError(
-            f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
-            f"{recipe.least_kept:g}: at most {most / total:.1%} of {prices.unit} can go"
-        )
-    # Prices are below zero: what is saved.
-    budget = -recipe.sparsity * total
-    chosen = fill_budget(curves, share_budget(curves, budget), budget)
+
+    def choose() -> dict[str, int]:
+        _check_most(recipe, -sum(float(curve.prices[0]) for curve in curves.values()) / total, prices.unit)
+        # Prices are below zero: what is saved.
+        budget = -recipe.sparsity * total
+        return fill_budget(curves, share_budget(curves, budget), budget)
+
+    chosen = choose()
+    attention = [f"{width.block} {width.field}" for width in widths if width.field != "mlp_width"]
+    if attention and not any(counts[name][chosen[name]] for name in attention):
+        # Without any attention no token would see another: the dearest stays.
+        dearest = max(attention, key=lambda name: float(curves[name].errors[0]))
+        counts[dearest] = counts[dearest][1:]
+        curves[dearest] = Curve(curves[dearest].prices[1:], curves[dearest].errors[1:])
+        chosen = choose()
     for width, name in zip(widths, counts, strict=True):
         shapes[width.block] = with_count(shapes[width.block], width.field, counts[name][chosen[name]])
     saved = -sum(float(curve.prices[chosen[name]]) for name, curve in curves.items()) / total

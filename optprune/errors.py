@@ -19,3 +19,11 @@ class NoSolver(OptpruneError):
 
 class StrictError(OptpruneError):
     """Strict mode met a fallback, a dead input or too few tokens."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of Python's or of torch's, says that the memory is not enough."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
+    )

@@ -81,10 +81,14 @@ def prune(
     batches = check_batches(model.config, batches)
     check_run(decoder, recipe, allocation, model.dtype)
     weights_before = decoder.linear_weights()
+    if allocation is not None:
+        # What a file says of its sparsity is not believed: it may have been edited.
+        allocation = Allocation.of(decoder, allocation.blocks, allocation.saves)
     requested = recipe.sparsity if allocation is None else allocation.sparsity
     removed: tuple[RemovedPart, ...] = ()
-    metrics, notes = _metrics(decoder, batches, recipe)
-    batches, held_out = hold_out(batches, recipe.held_out)
+    every = batches
+    batches, held_out = hold_out(every, recipe.held_out)
+    metrics, notes = _metrics(decoder, every, recipe)
     with calibrating(decoder):
         if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
@@ -94,7 +98,10 @@ def prune(
                 if recipe.strict:
                     raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
             probe = Probe(decoder, first_tokens(batches, recipe.probe_tokens)) if recipe.probe_tokens else None
-            allocation = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event, probe)
+            allocation, told = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event, probe)
+            if told and recipe.strict:
+                raise StrictError(f"{told[0]} (strict mode makes this an error)")
+            notes += told
             if allocation.saves:
                 notes += (f"the budget was counted in {recipe.budget}: the allocation saves {allocation.saves}",)
         elif allocation is None:
@@ -168,7 +175,7 @@ class _Run:
                 self.decoder.remove(index, part)
             self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
             return
-        original = copy.deepcopy(block) if policy.dense_target or self.recipe.recovery else block
+        original = copy.deepcopy(block) if policy.dense_target else block
         upcoming: Stream | None = None
         if removed and not policy.pruned_prefix:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
@@ -178,6 +185,9 @@ class _Run:
             self.floor_seconds += 2 * (clock(self.decoder.model.device) - before)
         for part in removed:
             self.decoder.remove(index, part)
+        if self.recipe.recovery and not policy.dense_target:
+            # Of what is left: its sub-modules are called as they are where the statistics come from.
+            original = copy.deepcopy(block)
         targets = self._targets(index)
         groups = by_stage(self.decoder, targets) if policy.sequential else [targets] if targets else []
         for position, group in enumerate(groups):

@@ -1,27 +1,39 @@
 """What needs no weights and no pass over the text, so that it is refused before either: shapes are enough."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from optprune.allocation import NARROWED, Allocation, check_reach, uniform
-from optprune.errors import InputError
+from optprune.allocation import NARROWED, Allocation, uniform
+from optprune.by_cost import check_least
+from optprune.errors import InputError, NoSolver
+from optprune.metric import OutputMetric
 from optprune.models import Decoder
+from optprune.moments import InputMoments
+from optprune.objectives import OBJECTIVES, LayerContext
 from optprune.prices import check_tokens
-from optprune.recipe import Recipe, n_of_m
+from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
+from optprune.recipe import Recipe, n_of_m, pattern_of
 from optprune.targets import check_allocation, targets_of
 
 
 def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None) -> None:
     """Raise InputError when a model of these shapes cannot be pruned so; it may be on the meta device.
 
-    `dtype` is what the run computes in, or None where that is not known yet.
+    NoSolver when the recipe's solver does not solve what the recipe states. `dtype` is what the run computes in, or
+    None where that is not known yet.
     """
     if dtype not in (None, torch.float32, torch.float64):
-        for what, asked in (("an output metric", recipe.output_metric != "none"), ("recovery", recipe.recovery > 0)):
+        digits = {
+            "an output metric": recipe.output_metric != "none",
+            "a probe": allocation is None and recipe.divides and recipe.probe_tokens > 0,
+            "recovery": recipe.recovery > 0,
+        }
+        for what, asked in digits.items():
             if asked:
                 raise InputError(
                     f"{what} in {str(dtype).removeprefix('torch.')} loses too many digits: load the model with "
@@ -31,9 +43,9 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
         check_allocation(decoder, recipe, allocation)
     elif recipe.allocation == "uniform":
         uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
-    elif recipe.units in NARROWED and recipe.budget == "parameters" and recipe.least_kept:
+    elif recipe.units in NARROWED:
         # How one budget is divided is not known yet, but what no division can reach is.
-        check_reach(decoder, recipe.sparsity, recipe.units)
+        check_least(decoder, recipe)
     if allocation is None and recipe.budget != "parameters":
         check_tokens(decoder, recipe.budget_tokens)
     pruned = _pruned(decoder, recipe, allocation)
@@ -52,6 +64,27 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
             f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
             f"layer is pruned, and units {recipe.units} prune none there"
         )
+    if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
+        widest = math.inf if recipe.metric_width is None else recipe.metric_width
+        whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
+        small = _small_problem(recipe, full=recipe.output_metric == "full" and whole)
+        reason = recipe.solver.why_not(small.even()[0])
+        if reason is not None:
+            raise NoSolver(f"{recipe.solver.label} does not solve this problem: {reason}")
+
+
+def _small_problem(recipe: Recipe, full: bool) -> Problem:
+    """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
+    n_m = n_of_m(recipe.pattern)
+    inputs = 2 * (4 if n_m is None else n_m[1])
+    weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
+    metric = None if recipe.output_metric == "none" else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
+    loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
+    if recipe.units != "weights":
+        groups = ChannelGroups.of(inputs)
+        return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
+    pattern = pattern_of(nn.Linear(inputs, 4, device="meta"), recipe, 0.5)
+    return recipe.state(LayerContext("", 0, loss, weight.numel() // 2, None, pattern))
 
 
 def _pruned(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> list[tuple[int, str]]:

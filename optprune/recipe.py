@@ -133,8 +133,18 @@ class Recipe(BaseModel):
                 f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
                 "kv-groups or all"
             )
+        if self.pattern != "unstructured" and self.units != "weights":
+            raise ValueError(
+                f"the pattern {self.pattern} is one of single weights, but units are {self.units}: choose a recipe "
+                "with units weights, such as sparsegpt"
+            )
+        if self.units == "weights" and self.allocation == "global" and self.least_kept > self.most_kept:
+            raise ValueError(
+                f"no layer keeps at least {self.least_kept:g} and at most {self.most_kept:g} of its weights: lower "
+                "least_kept, or raise most_kept"
+            )
         kept = n_of_m(self.pattern)
-        if kept is not None and self.units == "weights":
+        if kept is not None:
             n, m = kept
             if not n < m:
                 raise ValueError(f"the pattern {self.pattern} keeps everything: N must be less than M")
@@ -147,7 +157,7 @@ class Recipe(BaseModel):
     @property
     def divides(self) -> bool:
         """Whether there is a budget to divide: not where N:M holds in every layer."""
-        kept = n_of_m(self.pattern) if self.units == "weights" else None
+        kept = n_of_m(self.pattern)
         return self.allocation == "global" and (kept is None or self.sparsity < 1 - kept[0] / kept[1] - 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,7 +165,10 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML file that `load_recipe` reads."""
+        """The recipe as a YAML file, which `load_recipe` reads unless the objective or a solver is one's own.
+
+        Those are told by name only; for such a file `load_recipe` wants the objective or the solver itself.
+        """
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
 

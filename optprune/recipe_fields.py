@@ -44,15 +44,22 @@ def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
 
 def read_objective(value: Any) -> Any:
     """An objective from its name; anything else as it is."""
+    if isinstance(value, str) and ":" in value:
+        raise ValueError(
+            "no code is imported for a file; give the function itself, as in load_recipe(FILE, {'objective': FUNCTION})"
+        )
     return _known("objective", OBJECTIVES, value) if isinstance(value, str) else value
 
 
 def write_objective(objective: Objective | None) -> str | None:
-    """The name of an objective, or where it is defined."""
+    """The name of an objective, or where it is defined: its type, where it has no name itself."""
     if objective is None:
         return None
     names = [name for name, known in OBJECTIVES.items() if known is objective]
-    return names[0] if names else f"{objective.__module__}:{objective.__qualname__}"  # type: ignore[attr-defined]
+    if names:
+        return names[0]
+    name = getattr(objective, "__qualname__", None)
+    return f"{objective.__module__}:{name or type(objective).__qualname__}"
 
 
 def read_propagation(value: Any) -> Any:

@@ -98,13 +98,18 @@ def recover(
     return RecoveredPart(
         name=name,
         layers=tuple(layers),
-        error_before=before / signal,
-        error_after=turn.error(fit) / signal,
-        held_out_before=held_out_before / held_out_signal,
-        held_out_after=held_out / held_out_signal,
+        error_before=_share(before, signal),
+        error_after=_share(turn.error(fit), signal),
+        held_out_before=_share(held_out_before, held_out_signal),
+        held_out_after=_share(held_out, held_out_signal),
         steps=kept,
         seconds=time.perf_counter() - began,
     )
+
+
+def _share(error: float, signal: float) -> float:
+    """The error as a share of the signal; of none, 1 stands for any error, as in a layer's relative error."""
+    return error / signal if signal > 0 else float(error > 0)
 
 
 @dataclass(frozen=True)

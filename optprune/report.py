@@ -16,7 +16,8 @@ class LayerReport:
     solver: str
     """the chain of solvers"""
     relative_error: float
-    """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, of the weights as written"""
+    """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, of the weights as they were written when
+    the layer was solved: what recovery makes of them later is in `Report.recovered`"""
     held_out_error: float | None
     """the same on held-out tokens, where the recipe holds some out"""
     status: str

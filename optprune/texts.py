@@ -115,7 +115,7 @@ def _read(spec: str) -> Iterable[str]:
         return demo_articles(spec.removeprefix("demo:"))  # type: ignore[arg-type]  # it checks the name
     if spec.startswith("hf:"):
         return _read_dataset(spec)
-    path, column = Path(spec), DEFAULT_COLUMN
+    path, column = Path(spec), None
     name = spec
     if not path.exists() and ":" in spec:
         name, _, column = spec.rpartition(":")
@@ -123,16 +123,18 @@ def _read(spec: str) -> Iterable[str]:
     # An empty name would be the current folder.
     if not name.strip() or not path.exists():
         raise InputError(f"there is no text {name!r}: give {FORMS}")
+    if column is not None and (path.is_dir() or path.suffix.lower() == ".txt"):
+        raise InputError(f"the text {name} has no columns: leave out ':{column}'")
     if path.is_dir():
         return _read_folder(path)
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix.lower() not in readers:
         raise InputError(f"the text {path} has an unknown ending {path.suffix!r}: give {FORMS}")
     try:
-        return list(readers[path.suffix.lower()](path, column))
+        return list(readers[path.suffix.lower()](path, DEFAULT_COLUMN if column is None else column))
     except UnicodeDecodeError as error:
         raise InputError(
-            f"the text {path} is not UTF-8 (byte {error.start} cannot be decoded): convert it first"
+            f"the text {path} is not UTF-8 (byte {_not_utf8(path)} cannot be decoded): convert it first"
         ) from error
     except OSError as error:
         raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
@@ -143,6 +145,15 @@ def _read_folder(folder: Path) -> list[str]:
     if not files:
         raise InputError(f"the folder {folder} holds no .txt file: give another text")
     return [text for file in files for text in _read(str(file))]
+
+
+def _not_utf8(path: Path) -> int | None:
+    """Where a file stops being UTF-8, which the error that reading raised knows only within a piece of the file."""
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
 def _read_txt(path: Path, _: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -234,3 +235,12 @@ def test_whole_blocks_can_go_from_a_sparse_model_too() -> None:
     assert report.sparsity_reached == pytest.approx(allocation.sparsity, abs=1e-9)
     weight: Tensor = model.model.layers[0].mlp.up_proj.weight
     assert float((weight == 0).float().mean()) == 0.5
+
+
+def test_what_a_file_says_of_its_sparsity_is_not_believed() -> None:
+    model = tiny_llama()
+    decoder = Decoder(model)
+    shape = decoder.shape(0)
+    narrow = given(decoder, replace(shape, mlp_width=64), shape)
+    report = prune(model, batches(), load_recipe("fasp"), allocation=replace(narrow, sparsity=math.nan))
+    assert report.sparsity_requested == narrow.sparsity

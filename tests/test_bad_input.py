@@ -1,6 +1,7 @@
 """Bad input: one sentence on stderr, a non-zero exit, and nothing left behind."""
 
 import errno
+import io
 import json
 import math
 import os
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from optprune.allocation import everything
+from optprune.allocation import everything, uniform
 from optprune.cli import main
 from optprune.models import Decoder
-from optprune.packaged import demo_articles
+from optprune.packaged import demo_articles, demo_model_file
 from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
 
 SMALL = {"--samples": "8", "--seq-length": "64"}
@@ -59,6 +60,7 @@ class Attempt:
     def fails(self, command: list[str], code: int = 2) -> str:
         """The sentence; the test's folder must be as it was."""
         before = snapshot(self.folder)
+        self.capsys.readouterr()  # what making the test's files has said
         assert main(command) == code
         captured = self.capsys.readouterr()
         assert captured.out == ""
@@ -145,7 +147,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
         ({"dtype": "float99"}, (), "the dtype 'float99' is not known"),
         ({"save_dtype": "float99"}, (), "the dtype 'float99' is not known"),
-        ({"device": "abacus"}, (), "the device 'abacus' cannot be used"),
+        ({"device": "meta"}, (), "the device 'meta' is not known"),
+        ({"device": "hpu"}, (), "the device 'hpu' is not known"),
+        ({"device": "cpu:3"}, (), "the device 'cpu:3' is not known"),
+        ({"device": "abacus"}, (), "the device 'abacus' is not known: use auto, cpu, cuda or cuda:N"),
         (
             {"recipe": "wanda", "sparsity": 0.6, "pattern": "2:5"},
             (),
@@ -160,6 +165,16 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
             {"recipe": "fasp", "dtype": "float16"},
             ("--set", "recovery=1", "--set", "held_out=0.1"),
             "recovery in float16",
+        ),
+        (
+            {"pattern": "2:4"},
+            (),
+            "the pattern 2:4 is one of single weights, but units are mlp: choose a recipe with units weights, such as",
+        ),
+        (
+            {"recipe": "sparse_best"},
+            ("--set", "least_kept=0.9", "--set", "most_kept=0.1"),
+            "no layer keeps at least 0.9 and at most 0.1 of its weights: lower least_kept, or raise most_kept",
         ),
         ({"units": "blocks"}, ("--set", "recovery=1", "--set", "held_out=0.1"), "recovery has nothing to refit"),
         ({}, ("--frobnicate",), "No such option: --frobnicate"),
@@ -181,6 +196,17 @@ def test_a_text_that_is_too_short(attempt: Attempt) -> None:
 def test_an_output_folder_that_exists(attempt: Attempt) -> None:
     save_tiny(tiny_llama(), attempt.output)
     assert "exists already: choose another, or pass --overwrite" in attempt.fails(attempt.command())
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "report.json", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_json_file_in_place_of_the_models_own(attempt: Attempt, name: str, there: bool) -> None:
+    if there:
+        save_tiny(tiny_llama(), attempt.output)
+    file = attempt.folder / "new" / "out" / ".." / "out" / name if there else attempt.output / name
+    sentence = attempt.fails(attempt.command("--overwrite", json=file))
+    assert f"the JSON file {file} has a name that a file of the model in {attempt.output} may have: choose" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -217,6 +243,45 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     assert "the architecture 'gpt2' is not known: optprune prunes llama, opt, qwen2" in sentence
 
 
+CODE = """
+from pathlib import Path
+Path("ran").touch()
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+class FooConfig(PretrainedConfig):
+    model_type = "foo"
+class FooTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("file", "fields", "reason"),
+    [
+        (
+            "config.json",
+            {"model_type": "foo", "auto_map": {"AutoConfig": "foo.FooConfig"}},
+            "the architecture 'foo' is not known: optprune prunes llama, opt, qwen2",
+        ),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "FooTokenizer", "auto_map": {"AutoTokenizer": [None, "foo.FooTokenizer"]}},
+            "is code that comes with it, which is not run: save it as tokenizer.json",
+        ),
+    ],
+)
+def test_code_in_a_model_folder_is_not_run_whatever_is_answered(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch, file: str, fields: dict[str, object], reason: str
+) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    (attempt.model / "foo.py").write_text(CODE)
+    known = json.loads((attempt.model / file).read_text())
+    (attempt.model / file).write_text(json.dumps(known | fields))
+    monkeypatch.chdir(attempt.folder)  # where the code would leave its mark
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    assert reason in attempt.fails(attempt.command())
+
+
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(attempt: Attempt) -> None:
@@ -244,6 +309,15 @@ def test_an_allocation_for_another_model(attempt: Attempt) -> None:
     file.write_text(everything(Decoder(tiny_llama(num_hidden_layers=3))).to_json())
     sentence = attempt.fails(attempt.command(allocation=file))
     assert f"the allocation file {file} does not fit: the allocation is for 3 blocks, but the model has 2" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_sparsity_beside_an_allocation_that_comes_to_one(attempt: Attempt) -> None:
+    file = attempt.folder / "allocation.json"
+    file.write_text(uniform(Decoder(tiny_llama()), 0.2, "mlp", 8).to_json())
+    sentence = attempt.fails(attempt.command(allocation=file, sparsity=0.3))
+    assert f"the sparsity is what the allocation file {file} comes to: leave out --sparsity" in sentence
+    assert "leave out --sparsity" in attempt.fails(attempt.command("--set", "sparsity=0.3", allocation=file))
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -289,7 +363,44 @@ def test_a_config_that_is_not_json(attempt: Attempt) -> None:
     assert "the config of " in attempt.fails(attempt.command())
 
 
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("hidden_size", "abc", "TypeError: Field 'hidden_size' expected int, got str (value: 'abc')"),
+        ("num_attention_heads", 5, "The hidden size (64) is not a multiple of the number of attention heads (5)"),
+        ("dtype", "float99", "no attribute 'float99'"),
+    ],
+)
+def test_a_config_that_is_wrong(attempt: Attempt, field: str, value: object, reason: str) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    sentence = attempt.fails(attempt.command())
+    assert f"the config of {attempt.model} cannot be loaded: " in sentence
+    assert f"{reason}; correct config.json, or fetch it again" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("size", [0, 3, 8, 1000, 100_000, 2_000_000])
+def test_a_truncated_gguf_file(attempt: Attempt, size: int) -> None:
+    attempt.model = attempt.folder / "cut.gguf"
+    with demo_model_file().open("rb") as whole:
+        attempt.model.write_bytes(whole.read(size))
+    sentence = attempt.fails(attempt.command())
+    assert f"the config of {attempt.model} cannot be loaded: " in sentence
+    assert "; see that the file is whole" in sentence
+
+
 # -- found in the weights
+
+
+def test_weights_that_do_not_fit_into_memory(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    assert "the memory is not enough" in attempt.fails(attempt.command())
 
 
 def test_a_truncated_safetensors_file(attempt: Attempt) -> None:

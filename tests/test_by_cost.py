@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
-from optprune.errors import InputError, StrictError
+from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import calibrating, collect, first_inputs
@@ -30,7 +30,7 @@ def divided(decoder: Decoder, recipe: Recipe, metrics: dict[str, OutputMetric] |
     with calibrating(decoder):
         stream = first_inputs(decoder, batches())
         events: list[object] = []
-        allocation = by_cost(decoder, stream, recipe, metrics or {}, events.append)
+        allocation, _ = by_cost(decoder, stream, recipe, metrics or {}, events.append)
     assert [event.block for event in events if isinstance(event, BlockMeasured)] == list(range(len(decoder.blocks)))
     return allocation
 
@@ -145,3 +145,66 @@ def test_a_budget_divided_without_a_metric_is_told() -> None:
     assert not any("not in one unit" in note for note in report.notes)
     with pytest.raises(StrictError, match="output_metric to diagonal"):
         prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "strict": True}))
+
+
+def test_the_budget_of_a_pattern_is_filled() -> None:
+    decoder = Decoder(tiny_llama())
+    recipe = load_recipe("sparse_best", {"pattern": "2:4", "sparsity": 0.3})
+    allocation = divided(decoder, recipe, metrics_of(decoder))
+    left = (allocation.sparsity - 0.3) * decoder.linear_weights()
+    thinned = [
+        decoder.layer(index, path).weight.numel() / 2
+        for index, block in enumerate(allocation.blocks)
+        for path, share in block.shares.items()
+        if share < 1
+    ]
+    assert 0 <= left < min(thinned)
+
+
+@pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
+def test_something_is_left_where_nothing_seems_to_matter(recipe: str) -> None:
+    """With least_kept 0: a layer that no output depends on, and attention that costs nothing anywhere."""
+    model = tiny_llama()
+    for block in model.model.layers:
+        if recipe == "sparse_best":
+            block.mlp.down_proj.weight.data.zero_()
+        else:
+            block.self_attn.o_proj.weight.data.zero_()
+    report = prune(model, batches(), load_recipe(recipe, {"least_kept": 0.0, "sparsity": 0.3}))
+    assert report.sparsity_reached >= 0.3 - 1e-3
+    assert any(block["kv_heads"] for block in report.allocation["blocks"])
+    assert all(share > 0 for block in report.allocation["blocks"] for share in block.get("shares", {}).values())
+
+
+def test_a_gram_matrix_that_must_be_damped_is_told() -> None:
+    few = batches()[0][:1, :20]
+    settings = {"damping": 0.0, "units": "mlp", "sparsity": 0.2, "held_out": 0.0, "refit_damping": []}
+    report = prune(tiny_llama(), few, load_recipe("structured_best", settings))
+    assert any("layers.0.mlp.down_proj" in note for note in report.notes)
+    with pytest.raises(StrictError, match=r"layers\.0\.mlp\.down_proj"):
+        prune(tiny_llama(), few, load_recipe("structured_best", {**settings, "strict": True}))
+    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj"):
+        prune(tiny_llama(), few, load_recipe("sparse_best", {"damping": 0.0}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "error", "reason"),
+    [
+        ("structured_best", {"units": "mlp", "sparsity": 0.55}, InputError, "least_kept 0.45: at most 33.3%"),
+        ("structured_best", {"units": "all", "sparsity": 0.6, "budget": "flops"}, InputError, "of the blocks' oper"),
+        ("structured_uniform_best", {"held_out": 0.9}, InputError, "none to calibrate on"),
+        ("sparsegpt", {"output_metric": "full"}, NoSolver, "take its diagonal"),
+        ("sparse_best", {"solver": ["admm", "restore"]}, NoSolver, "ConjugateGradients"),
+        ("fasp", {"solver": "sparsegpt", "output_metric": "diagonal"}, NoSolver, "prunes single weights"),
+    ],
+)
+def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(
+    recipe: str, settings: dict, error: type[Exception], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_pass(*_: object, **__: object) -> None:
+        raise AssertionError("a pass over the text")
+
+    monkeypatch.setattr("optprune.pipeline.collect_metrics", no_pass)
+    monkeypatch.setattr("optprune.pipeline.first_inputs", no_pass)
+    with pytest.raises(error, match=reason):
+        prune(tiny_llama(), batches()[0][:1], load_recipe(recipe, settings))

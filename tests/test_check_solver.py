@@ -32,12 +32,14 @@ class PseudoInverse(DirectSolver):
 
     def answer(self, problem, start):
         loss, value = problem.loss, problem.start()
-        gradient = loss.gradient(value)
+        size = (loss.moments.gram.diagonal() + loss.damping).sqrt()
+        size = torch.where(size > 0, size, 1.0)
+        gradient, gram = loss.gradient(value) / size, loss.gram / torch.outer(size, size)
         for row, kept in enumerate(problem.mask.expand(value.shape)):
-            # The rounding of the Gram matrix is relative to its largest eigenvalue.
+            # In units of the inputs' sizes the rounding of the Gram matrix is relative to its largest eigenvalue.
             rounding = 4 * len(kept) * torch.finfo(value.dtype).eps
-            inverse = torch.linalg.pinv(loss.gram[kept][:, kept], rcond=rounding, hermitian=True)
-            value[row, kept] -= gradient[row, kept] @ inverse
+            inverse = torch.linalg.pinv(gram[kept][:, kept], rcond=rounding, hermitian=True)
+            value[row, kept] -= gradient[row, kept] @ inverse / size[kept]
         return Answer(value)
 
 

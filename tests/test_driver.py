@@ -26,7 +26,9 @@ from optprune.solvers import (
     solve,
 )
 from optprune.solvers.auto import CANDIDATES, GRADIENTS
+from optprune.solvers.run import CONTRADICTED
 from optprune.solvers.solution import Solution
+from optprune.testing.references import rounding
 
 
 @pytest.fixture
@@ -185,10 +187,29 @@ def solution_of(objective, bound):
 def test_the_gap():
     assert solution_of(2.0, None).gap is None
     assert solution_of(2.0, 1.0).gap == 0.5
-    # Rounding may put a bound above an optimum.
+    # Rounding may put a bound above an optimum; what is above by more `solve` drops.
     assert solution_of(2.0, 3.0).gap == 0
     assert solution_of(0.0, 0.0).gap == 0
     assert solution_of(0.0, -1.0).gap == math.inf
+
+
+def test_a_certificate_that_the_answer_contradicts_is_dropped_with_a_note(masked):
+    objective, unit = masked.objective(masked.start()), rounding(masked.loss, masked.start())
+    assert objective > 0
+    for bound in (0.0, objective, objective + unit / 2):
+        solution = solve(masked, Counter(0, bound=bound))
+        assert solution.certificate == Certificate(bound, "said so")
+        assert solution.notes == ()
+    for bound in (objective + 2 * unit, 2 * objective, math.inf):
+        solution = solve(masked, Counter(0, bound=bound, note="a note"))
+        assert solution.certificate is None
+        assert solution.gap is None
+        assert solution.notes[0] == "a note"
+        assert solution.notes[1].startswith(CONTRADICTED)
+        assert f"{bound:.6g}" in solution.notes[1]
+    # An infeasible answer may well be below the optimum.
+    assert solve(masked, Counter(1, bound=math.inf)).violation > 0
+    assert solve(masked, Counter(1, bound=math.inf)).certificate is not None
 
 
 # -- choose

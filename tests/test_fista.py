@@ -14,9 +14,11 @@ from optprune.penalties import L1, ColumnGroups, ElasticNet, NormPenalty, Penalt
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers import Fista, Status, solve
 from optprune.solvers.duality import DualMap
+from optprune.solvers.run import CONTRADICTED
 from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
 from optprune.testing.references import PENALISED_ACCURACY, reference, rounding
 from optprune.testing.strategies import penalised
+from tests.test_restoration import barely_apart
 
 WIDTH, ROWS, TOKENS = 12, 3, 60
 MOST_STEPS = 200_000
@@ -97,6 +99,59 @@ def test_a_bound_from_any_float32_weight_is_a_bound(problem):
     for weight in arbitrary_weights(problem, 0):
         terms = rounding(problem.loss, weight) + rounding(problem.loss, dual.minimiser)
         assert 0 <= dual.bound(weight.float()) <= best.optimum + best.rounding + terms
+
+
+@pytest.mark.parametrize("width", [32, 300])
+def test_bounds_hold_where_inputs_come_in_different_units(width):
+    """float32, undamped, half of the inputs a thousand times smaller, dense inputs that differ; well conditioned."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    unit = torch.where(torch.arange(width) < width // 2, 1.0, 1e-3).double()
+    inputs = normal(4 * width, width) * unit
+    moments = InputMoments.from_samples(inputs, inputs + 0.3 * normal(4 * width, width)).to(torch.float32)
+    loss = LayerLoss.of(normal(4, width), moments)
+    # A penalty next to nothing, so that the loss at its own minimiser bounds the optimum from above.
+    problem = PenalisedLeastSquares(loss, L1(1e-9))
+    dual = DualMap.of(problem)
+    assert dual.factor is not None
+    least = torch.linalg.solve(loss.gram.double(), loss.target.double().T).T
+    best = problem.objective(least)
+    for weight in (loss.weight, torch.zeros_like(loss.weight), least):
+        assert dual.bound(weight) <= best + rounding(loss, least)
+    assert dual.bound(least) == pytest.approx(best, rel=1e-4)
+
+
+def test_a_diagonal_gram_of_condition_100_is_regular():
+    gram = torch.diag(torch.logspace(0, -2, 300))
+    loss = LayerLoss.of(torch.ones(1, 300), InputMoments(gram, torch.zeros(300), 1000))
+    assert DualMap.of(PenalisedLeastSquares(loss, L1(1e-3))).factor is not None
+
+
+def test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for():
+    loss = barely_apart()
+    problem = PenalisedLeastSquares(loss, L1(1e-9))
+    dual = DualMap.of(problem)
+    assert dual.factor is None
+    assert not dual.attained
+    assert dual.least == 0
+    better = torch.linalg.solve(loss.gram.double(), loss.target.double().T).T
+    for weight in (loss.weight, torch.zeros_like(loss.weight), dual.minimiser, better):
+        assert dual.bound(weight) <= problem.objective(better)
+
+
+def test_a_contradicted_bound_is_no_convergence(monkeypatch):
+    loss = ill_conditioned(1, dense=True)
+    problem = PenalisedLeastSquares(loss, penalty_of("l1", loss, 0.1))
+    best = solve(problem, Fista()).objective
+    monkeypatch.setattr(DualMap, "bound", lambda self, weight: 1.01 * best)
+    solution = solve(problem, Fista())
+    assert solution.status is not Status.CONVERGED
+    assert solution.certificate is None
+    assert solution.gap is None
+    assert solution.notes[0].startswith(CONTRADICTED)
 
 
 @FEWER

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError, NumericalError
+from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss
 from optprune.testing import laws
 from optprune.testing.references import Quadratic, rounding
-from optprune.testing.strategies import losses, samples, weights
+from optprune.testing.strategies import METRIC_KINDS, losses, samples, weights
+from optprune.testing.transformations import in_units
 
 
 @st.composite
@@ -30,6 +32,29 @@ def test_value_is_the_mean_over_the_samples(drawn):
     loss, data, other = drawn
     for weight in (loss.weight, torch.zeros_like(other), other):
         laws.value_is_the_mean_over_samples(loss, weight, data.inputs, data.dense)
+
+
+@given(losses_with_samples(), st.sampled_from(METRIC_KINDS), st.sampled_from((torch.float64, torch.float32)))
+def test_the_rounding_of_the_loss_is_that_of_the_references(drawn, kind, dtype):
+    loss, _, other = drawn
+    metric = None
+    if kind != "none":
+        metric = OutputMetric.from_samples(other.T.clone(), full=kind == "full").damped(0.1).to(dtype)
+    loss = LayerLoss(loss.weight.to(dtype), loss.moments.to(dtype), loss.damping.to(dtype), loss.fit_bias, metric)
+    for weight in (loss.weight, other.to(dtype)):
+        assert loss.rounding(weight) == pytest.approx(rounding(loss, weight), rel=1e-10)
+
+
+@given(losses(), st.integers(0, 100))
+def test_units_of_inputs_change_no_value(loss, seed):
+    width = loss.weight.shape[1]
+    units = 2.0 ** torch.randint(-30, 12, (width,), generator=torch.Generator().manual_seed(seed)).double()
+    other, weight = in_units(loss, units), torch.ones_like(loss.weight)
+    alive = loss.gram.diagonal() > 0
+    assert torch.equal(other.input_scale[alive], (loss.input_scale * units)[alive])
+    # Powers of two round nothing.
+    assert other.value(weight / units) == loss.value(weight)
+    assert other.rounding(weight / units) == loss.rounding(weight)
 
 
 @given(losses_with_samples())

@@ -3,6 +3,9 @@
 import copy
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from optprune.allocation import uniform
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.models import POLICIES, Decoder
 from optprune.moments import InputMoments
-from optprune.objectives import LayerContext, linked
+from optprune.objectives import LayerContext, Objective, linked
 from optprune.pipeline import prune
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
 from optprune.recipe import Recipe, load_recipe, recipe_names
@@ -161,6 +164,41 @@ def test_an_objective_of_the_user_runs_on_single_weights() -> None:
     assert len(report.layers) == 14
     assert all(layer.kind == "masked least squares" and layer.gap is not None for layer in report.layers)
     assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
+
+
+@dataclass(frozen=True)
+class MostEnergy:
+    """An objective with a parameter."""
+
+    power: float
+
+    def __call__(self, context: LayerContext) -> Problem:
+        return most_energy(context, self.power)
+
+
+def most_energy(context: LayerContext, power: float) -> Problem:
+    energy = context.loss.weight.abs().pow(power).sum(0)
+    return MaskedLeastSquares(context.loss, (energy > energy.kthvalue(energy.numel() - context.keep).values)[None])
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        (partial(most_energy, power=2), "functools:partial"),
+        (MostEnergy(2), "tests.test_pipeline:MostEnergy"),
+        (lambda context: most_energy(context, 2), "tests.test_pipeline:<lambda>"),
+    ],
+)
+def test_any_callable_is_an_objective_but_no_code_is_imported_for_a_file(
+    objective: Objective, name: str, tmp_path: Path
+) -> None:
+    recipe = Recipe(objective=objective, sparsity=0.1)
+    assert prune(tiny_llama(), batches(), recipe).recipe["objective"] == name
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    with pytest.raises(InputError, match=rf"'objective' cannot be '{name}': no code is imported for a file; give "):
+        load_recipe(str(file))
+    assert load_recipe(str(file), {"objective": objective}) == recipe
 
 
 def test_strict_mode_makes_a_dead_input_an_error() -> None:

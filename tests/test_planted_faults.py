@@ -12,8 +12,10 @@ from optprune.moments import InputMoments
 from optprune.patterns import SlotWise
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.solvers import Certificate, FaspMetric, Restore
+from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver, laws
-from optprune.testing.strategies import PATTERNS, samples
+from optprune.testing.strategies import PATTERNS, masked, samples
+from tests import test_fista, test_restoration
 
 UNSHRUNK = settings(phases=[Phase.generate])
 """a fault is planted, so nobody needs the smallest example of it"""
@@ -22,9 +24,12 @@ restore_module = importlib.import_module("optprune.solvers.restore")
 newton_step = restore_module._newton_step
 certificate = restore_module._certificate
 restore = Restore._restore
+input_scale = vars(LayerLoss)["input_scale"].func
 mask = LinkedLeastSquares.mask
 project = SlotWise.project
 merge = InputMoments.merge
+hidden_from_restoration = test_restoration.test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for
+hidden_from_fista = test_fista.test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for
 
 
 def scaled_step(factor):
@@ -56,8 +61,8 @@ def inverted(self, problem, certify=True):
 def raised(by):
     """Bounds raised by a share of the objective and a little more."""
 
-    def certify(problem, matrix, value):
-        bound = certificate(problem, matrix, value).lower_bound
+    def certify(problem, gram, value):
+        bound = certificate(problem, gram, value).lower_bound
         return Certificate(bound + by * (problem.objective(value) + 1e-6), "raised")
 
     return certify
@@ -133,11 +138,64 @@ def test_planted_faults_in_restoration_are_noticed(fault, monkeypatch):
         check_solver(Restore(), examples=40, shrink=False)
 
 
-def test_a_factor_of_the_identity_as_padding_is_noticed(monkeypatch):
-    """Padding of size one makes rows with small inputs look singular (a bug that these tests once found)."""
-    diag_embed = torch.diag_embed
-    monkeypatch.setattr(restore_module.torch, "diag_embed", lambda entries: diag_embed((entries != 0).to(entries)))
-    with pytest.raises(AssertionError, match=r"scaled|exact, but its objective"):
+def one_for_all(self):
+    size = input_scale(self)
+    return size.square().mean().sqrt().expand(size.shape)
+
+
+def test_one_scale_for_all_inputs_is_noticed(monkeypatch):
+    """Small inputs then look like the rounding of large ones."""
+    monkeypatch.setattr(LayerLoss, "input_scale", property(one_for_all))
+
+    @UNSHRUNK
+    @given(masked())
+    def check(problem):
+        laws.units_are_harmless(problem, Restore())
+
+    with pytest.raises(AssertionError, match="given in the units"):
+        check()
+    for mask in (test_restoration.FIRST_FOUR_GONE, test_restoration.FIRST_FOUR_GONE.expand(3, 16).clone()):
+        with pytest.raises(AssertionError):
+            test_restoration.test_small_inputs_are_no_rounding_of_large_ones(mask)
+
+
+def rounding_inverted(self, blocks, right):
+    return torch.linalg.solve(blocks + 1e-17 * torch.eye(blocks.shape[-1]), right, left=False)
+
+
+def nothing_solved(self, blocks, right):
+    return torch.zeros_like(right)
+
+
+@pytest.mark.parametrize("fault", [rounding_inverted, nothing_solved])
+def test_faults_where_a_block_is_singular_are_noticed(fault, monkeypatch):
+    monkeypatch.setattr(ScaledGram, "solve_singular", fault)
+    with pytest.raises((AssertionError, torch.linalg.LinAlgError)):
+        check_solver(Restore(), examples=40, shrink=False)
+
+
+def test_a_certificate_blind_to_dropped_directions_is_noticed(monkeypatch):
+    for name, test in (
+        ("optprune.solvers.restore.only_rounding", lambda: hidden_from_restoration(1)),
+        ("optprune.solvers.restore.only_rounding", lambda: hidden_from_restoration(2)),
+        ("optprune.solvers.duality.only_rounding", hidden_from_fista),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, lambda *arguments: True)
+            with pytest.raises(AssertionError):
+                test()
+
+
+def test_one_scale_for_all_inputs_in_the_dual_bound_is_noticed(monkeypatch):
+    monkeypatch.setattr(LayerLoss, "input_scale", property(one_for_all))
+    with pytest.raises(AssertionError):
+        test_fista.test_bounds_hold_where_inputs_come_in_different_units(32)
+
+
+def test_a_contradicted_certificate_kept_is_noticed(monkeypatch):
+    monkeypatch.setattr(LayerLoss, "rounding", lambda self, weight: float("inf"))
+    monkeypatch.setattr(CERTIFY, raised(0.5))
+    with pytest.raises(AssertionError, match="lower bound"):
         check_solver(Restore(), examples=40, shrink=False)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
+from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.calibrate import calibrating, first_inputs, first_tokens
 from optprune.models.fisher import collect_metrics, sampled
@@ -66,7 +67,7 @@ def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocat
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     before = copy.deepcopy(decoder.model.state_dict())
     with calibrating(decoder):
-        allocation = by_cost(decoder, first_inputs(decoder, batches()), recipe, metrics, lambda event: None, probe)
+        allocation, _ = by_cost(decoder, first_inputs(decoder, batches()), recipe, metrics, lambda event: None, probe)
     assert all(torch.equal(before[name], value) for name, value in decoder.model.state_dict().items())
     return allocation
 
@@ -90,7 +91,7 @@ def test_weights_of_a_block_that_cost_more_than_predicted_stay(pattern: str, spa
     for values in ([10.0, 0.001], [0.001, 10.0]):
         with calibrating(decoder):
             stream = first_inputs(decoder, batches())
-            found = by_cost(decoder, stream, recipe, metrics, lambda event: None, Told(values))
+            found, _ = by_cost(decoder, stream, recipe, metrics, lambda event: None, Told(values))
         assert found.sparsity == pytest.approx(sparsity, abs=0.03)
         kept.append([sum(block.shares.values()) for block in found.blocks])
     assert kept[0][0] > kept[0][1] + 0.5
@@ -167,3 +168,29 @@ def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
     monkeypatch.setattr("optprune.pipeline.Probe", lambda *_: pytest.fail("the model was probed"))
     for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"pattern": "2:4"})):
         prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "probe_tokens": 50}))
+
+
+def test_without_a_metric_the_size_of_the_hidden_states_changes_nothing() -> None:
+    """Root mean square norms undo a factor on all that is added up, so the function is the same."""
+    widths = []
+    for factor in (1.0, 2.0**-10):
+        model = tiny_llama()
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name or "o_proj" in name or "down_proj" in name:
+                parameter.data.mul_(factor)
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon *= factor**2
+        decoder = Decoder(model)
+        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "output_metric": "none"})
+        with calibrating(decoder):
+            stream, told = first_inputs(decoder, batches()), Told([1.0, 2.0])
+            allocation, _ = by_cost(decoder, stream, recipe, {}, lambda event: None, told)
+        widths.append([block.shape.mlp_width for block in allocation.blocks])
+    assert widths[0] == widths[1]
+
+
+def test_half_precision_tells_too_little_for_a_probe() -> None:
+    settings = {"output_metric": "none", "probe_tokens": 64}
+    with pytest.raises(InputError, match="a probe in bfloat16"):
+        prune(tiny_llama().to(torch.bfloat16), batches(), load_recipe("structured_best", settings))

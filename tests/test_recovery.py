@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune import recovery
+from optprune.allocation import Allocation, BlockAllocation
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import POLICIES, Decoder
@@ -248,3 +250,35 @@ def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
 def test_one_sequence_at_least_is_left() -> None:
     with pytest.raises(InputError, match="leaves none to calibrate on"):
         prune(TINY_MODELS["llama"](), batches(1), load_recipe("fasp", {"held_out": 0.9}))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_recovery_sees_what_a_block_without_its_attention_passes_on(policy: str) -> None:
+    dense = TINY_MODELS["llama"]()
+    model, bare = copy.deepcopy(dense), Decoder(copy.deepcopy(dense))
+    decoder = Decoder(model)
+    shape = decoder.shape(0)
+    narrow = BlockAllocation(replace(shape.without("attention"), mlp_width=96))
+    allocation = Allocation.of(decoder, [narrow, BlockAllocation(decoder.shape(1))])
+    settings = {"recovery": 1, "held_out": 0.25, "propagation": policy}
+    report = prune(model, batches(8, 96), load_recipe("fasp", settings), allocation=allocation)
+    bare.remove(0, "attention")
+    part = report.recovered[0]
+    assert part.name == decoder.name(0, "mlp")
+    used, count = hold_out(batches(8, 96), 0.25)
+    with calibrating(bare), torch.no_grad():
+        calls = calls_of(bare.blocks[0], "mlp", first_inputs(bare, used))
+        if POLICIES[policy].dense_target:
+            whole = Decoder(dense)
+            calls = Calls(calls.arguments, calls_of(whole.blocks[0], "mlp", first_inputs(whole, used)).targets)
+        for found, error in zip(calls.split(count), (part.error_after, part.held_out_after), strict=True):
+            expected = torch.cat([target.reshape(-1) for target in found.targets])
+            change = answers(model.model.layers[0].mlp, found) - expected
+            assert float(change.square().sum() / expected.square().sum()) == pytest.approx(error, rel=1e-4)
+
+
+def test_a_sub_module_that_answers_nothing_is_no_division_by_zero() -> None:
+    model = TINY_MODELS["llama"]()
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    report = prune(model, batches(), load_recipe("fasp", {"recovery": 1, "held_out": 0.25}))
+    assert [part.error_after for part in report.recovered[1:]] == [0.0]

@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 
 from optprune.errors import InputError, NumericalError
-from optprune.moments import InputMoments
+from optprune.moments import DenseMoments, InputMoments
+from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
+from optprune.testing import check_solver
 from optprune.testing.references import Quadratic, convex_optimum, reference, rounding
 from optprune.testing.strategies import masked
 
@@ -159,6 +161,121 @@ def test_damping_below_the_rounding_of_the_gram_is_no_licence_to_invert_noise(da
         # Nearly the undamped answer, which takes the same fallback with a stricter cut; inverted noise is far
         # larger.
         assert float(solution.value.norm()) <= 10 * float(undamped.value.norm())
+
+
+def small_copies(mask):
+    """float32, undamped: eight inputs, and a noisy copy of each that is a thousand times smaller; well conditioned."""
+    generator = torch.Generator().manual_seed(1)
+    large, noise = (torch.randn(64, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    moments = InputMoments.from_samples(torch.cat([large, 1e-3 * (large + 0.3 * noise)], 1)).to(torch.float32)
+    return MaskedLeastSquares(LayerLoss.of(torch.randn(3, 16, generator=generator), moments), mask)
+
+
+def normal_equations(problem):
+    """The float64 solution of the normal equations, row by row."""
+    gram, target = problem.loss.gram.double(), problem.loss.target.double()
+    value = torch.zeros_like(target)
+    for row, kept in enumerate(problem.mask.expand(target.shape)):
+        value[row, kept] = torch.linalg.solve(gram[kept][:, kept], target[row, kept])
+    return value
+
+
+FIRST_FOUR_GONE = (torch.arange(16) >= 4)[None]
+TEN_OF_EACH_ROW = RowWise(10).project(torch.rand(3, 16, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("mask", [FIRST_FOUR_GONE, TEN_OF_EACH_ROW], ids=["shared", "own"])
+def test_small_inputs_are_no_rounding_of_large_ones(mask):
+    problem = small_copies(mask)
+    solution, best = solve(problem, Restore()), problem.objective(normal_equations(problem))
+    assert solution.notes == ()
+    assert solution.objective == pytest.approx(best, rel=1e-4)
+    assert solution.certificate.lower_bound <= best * (1 + 1e-4)
+    assert solution.gap < 1e-4
+
+
+@pytest.mark.parametrize("mask", [[[True, True, False, True]], [[True, True, False, True], [True, True, True, True]]])
+def test_of_many_minimisers_the_one_taken_depends_on_no_unit_and_dead_inputs_stay(mask):
+    # The first two inputs are the same but for the unit, the third is half of the first and something else.
+    unit = torch.tensor([1.0, 2.0**-10, 2.0**5, 1.0], dtype=torch.float64)
+    gram = torch.tensor([[1.0, 1.0, 0.5, 0.0], [1.0, 1.0, 0.5, 0.0], [0.5, 0.5, 1.0, 0.0], [0.0] * 4]).double()
+    weight = torch.tensor([[1.0, 3.0, 2.0, 7.0], [0.0, 0.0, 2.0, 7.0]]).double()
+    problem = problem_of((gram * torch.outer(unit, unit)).tolist(), (weight / unit).tolist(), mask)
+    for dtype in (torch.float64, torch.float32):
+        loss = LayerLoss.of(problem.loss.weight, problem.loss.moments.to(dtype))
+        solution = solve(replace(problem, loss=loss), Restore())
+        assert solution.notes == (SINGULAR,)
+        # Both take half of what the third leaves, each in its unit.
+        assert torch.allclose(solution.value[0].double() * unit, torch.tensor([1.5, 3.5, 0.0, 7.0]).double(), rtol=1e-5)
+        assert float(solution.value[0, 3]) == 7
+
+
+def barely_apart():
+    """float32: two inputs whose difference has a variance below the rounding of A, and matters to the target.
+
+    E[(x_1 - x_2)^2] = 2^-23 and E[x (x_1 - x_2)] = 2^-13 + 2^-14, far above rounding: by the difference alone the
+    loss, about 1/2, falls by (2^-13 + 2^-14)^2 / 2^-22, about 1/7.
+    """
+    unit = torch.ones(2)
+    moments = InputMoments.from_averages(
+        torch.tensor([[1.0, 1 - 2.0**-24], [1 - 2.0**-24, 1.0]]),
+        0 * unit,
+        10,
+        DenseMoments(torch.tensor([[1.0, 1 - 2.0**-13 - 2.0**-14]] * 2), torch.full((2, 2), 2.0), 0 * unit),
+    )
+    return LayerLoss.of(torch.tensor([[1.0, 0.0]]), moments)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for(rows):
+    loss = barely_apart()
+    loss = replace(loss, weight=loss.weight.expand(rows, 2).contiguous())
+    problem = MaskedLeastSquares(loss, torch.ones(rows, 2, dtype=torch.bool))
+    solution, better = solve(problem, Restore()), problem.objective(normal_equations(problem))
+    assert solution.notes == (SINGULAR,)
+    # What a certificate that counts dropped directions as zero would claim to be impossible.
+    assert better < solution.objective - 100 * rounding(loss, solution.value)
+    assert solution.certificate.lower_bound == 0
+    # Nor is a start that knew better made worse.
+    start = normal_equations(problem).float()
+    again = solve(problem, Restore(), start=start)
+    assert torch.equal(again.value, start)
+    assert again.certificate.lower_bound == 0
+
+
+def test_rows_with_singular_blocks_share_one_decomposition(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    loss = LayerLoss.of(torch.randn(40, 12, generator=generator), InputMoments.from_samples(inputs))
+    mask = torch.rand(40, 12, generator=generator) < 0.6
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(len(matrix)) or eigh(matrix))
+    solution = solve(MaskedLeastSquares(loss, mask), Restore())
+    assert solution.notes == (SINGULAR,)
+    # Once for the step and once for the certificate.
+    assert len(calls) == 2
+    alone = [solve(MaskedLeastSquares(_one(loss, row), mask[row : row + 1]), Restore()).value for row in range(40)]
+    assert torch.allclose(solution.value, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+def _one(loss, row):
+    return replace(loss, weight=loss.weight[row : row + 1])
+
+
+def test_float32_factors_promise_nothing_and_do_not_invert_their_own_rounding():
+    solver = Restore(torch.float32)
+    # A float64 Gram matrix of rank one, whose float32 decomposition has eigenvalues of 1e-8 in place of zeros.
+    side = torch.tensor([0.12, -1.43, 0.7], dtype=torch.float64)
+    for scale in (1.0, 2.0**-30):
+        moments = InputMoments(scale**2 * torch.outer(side, side), 0 * side, 10)
+        loss = LayerLoss.of(torch.tensor([[1.5, -0.3, -2.2]]), moments)
+        problem = MaskedLeastSquares(loss, torch.tensor([[True, True, False]]))
+        assert not solver.exact(problem)
+        assert not solver.monotone(problem)
+        # The optimum is zero; a step in float32 leaves its rounding, squared.
+        solution = solve(problem, solver)
+        assert solution.objective <= 1e-12 * problem.objective(problem.start())
+    check_solver(solver, examples=20, shrink=False)
 
 
 def test_nothing_kept_and_everything_kept():

@@ -11,10 +11,11 @@ import torch
 
 import optprune
 from optprune.errors import InputError, OptpruneError
-from optprune.models import cast, check_output, load_model, save_model
+from optprune.models import cast, check_output, load_model, load_tokenizer, save_model
+from optprune.packaged import demo_articles
 from optprune.pipeline import prune
 from optprune.recipe import load_recipe
-from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
+from tests.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_tokenizer
 
 PROBE = torch.arange(10, 42)[None]
 
@@ -189,6 +190,52 @@ def test_a_reload_check_that_cannot_run_says_so(
             save_model(model, tmp_path / "out", probe=PROBE)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("optprune.models.reload_check.__file__", str(tmp_path / "killed.py"))
+    model = tiny_llama(hidden_size=256)
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    with pytest.raises(OptpruneError, match=rf"killed by signal 9, .* free the {size:.0f} MiB that a second copy"):
+        save_model(model, tmp_path / "out", probe=PROBE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_in_folders_that_can_be_entered(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_model(tiny_llama(), tmp_path / "out", tokenizer=tokenizer)
+    [folder] = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert folder.stat().st_mode & 0o700 == 0o700
+    modes = {file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+    again = load_tokenizer(tmp_path / "out")
+    assert again is not None and again.chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_that_is_only_a_sentencepiece_model(tmp_path: Path) -> None:
+    import sentencepiece
+
+    folder = save_model(tiny_llama(), tmp_path / "out").folder
+    (tmp_path / "news.txt").write_text("\n".join(demo_articles("calibration")[:20]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        input=str(tmp_path / "news.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    text = "The news of the day."
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    save_model(tiny_llama(), tmp_path / "again", tokenizer=tokenizer)
+    again = load_tokenizer(tmp_path / "again")
+    assert again is not None and again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

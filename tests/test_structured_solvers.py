@@ -85,7 +85,7 @@ def test_greedy_removes_what_costs_least_after_a_refit_every_time(make, kind, se
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_removal_curve_is_the_loss_refitted_after_every_removal(make, seed):
     problem = make(seed, "mixed")
-    order, cost = removal_curve(problem)
+    order, cost, _ = removal_curve(problem)
     assert sorted(order.tolist()) == list(range(problem.channels.units))
     choice, slots = torch.ones(len(order), dtype=torch.bool), problem.channels.slots
     for removed, unit in enumerate(order.tolist()):
@@ -100,7 +100,7 @@ def test_the_removal_curve_is_the_loss_refitted_after_every_removal(make, seed):
 def test_the_curve_stays_exact_when_pending_updates_are_carried_out(size):
     width = 180
     problem = StructuredLeastSquares(structured_loss(3, 5, width), ChannelGroups.of(width, size), 1)
-    order, cost = removal_curve(problem)
+    order, cost, _ = removal_curve(problem)
     for removed in (1, 20, width // size // 2, width // size - 2):
         choice = torch.ones(width // size, dtype=torch.bool)
         choice[order[:removed]] = False
@@ -109,7 +109,7 @@ def test_the_curve_stays_exact_when_pending_updates_are_carried_out(size):
 
 def test_one_slot_is_removed_in_the_order_of_its_curve():
     problem = channels(0, "mixed")
-    order, _ = removal_curve(problem)
+    order, _, _ = removal_curve(problem)
     kept = problem.support(solve(problem, GreedyObs()).value)
     assert sorted(order[:6].tolist()) == (~kept).nonzero()[:, 0].tolist()
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 
 import typer
 
-from optprune.errors import OptpruneError
+from optprune.errors import OptpruneError, is_out_of_memory
 
 INTERRUPTED = 130
 FAILED = 2
@@ -71,7 +71,7 @@ def _sentence(error: BaseException) -> str:
         text = str(error)
     elif hasattr(error, "format_message"):  # a wrong option or argument, in typer's words
         text = f"{error.format_message()} (see optprune --help)"  # type: ignore[attr-defined]
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         text = (
             "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (what the command "
             "has), or use --dtype bfloat16"
@@ -84,10 +84,3 @@ def _sentence(error: BaseException) -> str:
         first = (str(error).strip().splitlines() or [""])[0]
         text = f"{type(error).__name__}: {first} (unexpected: set OPTPRUNE_DEBUG=1 for the traceback, and report it)"
     return " ".join(text.split())
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
-    )

@@ -1,6 +1,7 @@
 """What a command says and writes: progress on stderr, lines on stdout, results as JSON."""
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,12 @@ from optprune.errors import InputError, OptpruneError
 
 if TYPE_CHECKING:
     from optprune.progress import Reporter
+
+OF_A_MODEL = re.compile(
+    r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
+    r"|recipe\.yaml|(vocab|merges)\.txt|.*\.(safetensors|model|jinja|py)"
+)
+"""the names that files of a saved folder may have"""
 
 
 def start() -> "Reporter":
@@ -38,8 +45,10 @@ def check_file(file: Path | None, what: str, output: Path | None = None) -> None
         return
     if file.is_dir():
         raise InputError(f"the {what} {file} is a folder: name a file")
-    parent = file.absolute().parent
-    if not parent.is_dir() and (output is None or parent != output.absolute()):
+    parent, within = file.absolute().parent, output is not None and file.parent.resolve() == output.resolve()
+    if within and OF_A_MODEL.fullmatch(file.name):
+        raise InputError(f"the {what} {file} has a name that a file of the model in {output} may have: choose another")
+    if not parent.is_dir() and not within:
         raise InputError(f"the {what} {file} cannot be written: there is no folder {file.parent}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
         raise InputError(f"the {what} {file} cannot be written: the folder {file.parent} is not writable")

@@ -97,12 +97,14 @@ def prune_command(
     from optprune.models import check_dtype, check_output, device_of, load_config, load_model, stored_dtype
     from optprune.pipeline import prune
     from optprune.preflight import check_run
-    from optprune.recipe import load_recipe
+    from optprune.recipe import load_recipe, n_of_m
     from optprune.targets import check_allocation
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
+    if given_blocks is not None and "sparsity" in overrides and n_of_m(chosen.pattern) is None:
+        raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     check_output(output, overwrite)
     check_json(json_file, output)
     for name in (dtype, save_dtype):
@@ -175,7 +177,7 @@ def _without_weights(config: "PretrainedConfig") -> "Decoder":
 
     architecture_of(config)
     with torch.device("meta"):
-        return Decoder(AutoModelForCausalLM.from_config(config))
+        return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:
@@ -199,7 +201,8 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
         f"{duration(report.floor_seconds)}"
     )
     if errors:
-        typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers")
+        when = " before recovery" if report.recovered else ""
+        typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
     if report.recipe["units"] == "weights":

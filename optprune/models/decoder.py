@@ -29,11 +29,16 @@ for _architecture in ARCHITECTURES.values():
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a config, or an InputError that lists those known."""
+    return architecture_called(config.model_type)
+
+
+def architecture_called(model_type: object) -> Architecture:
+    """The architecture that config.json calls so, pruned or not; or an InputError that lists those known."""
     for architecture in ARCHITECTURES.values():
-        if config.model_type in (architecture.model_type, architecture.pruned.config.model_type):
+        if model_type in (architecture.model_type, architecture.pruned.config.model_type):
             return architecture
     raise InputError(
-        f"the architecture {config.model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
+        f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
         "(an architecture is one file of data in optprune/models)"
     )
 

@@ -130,7 +130,7 @@ def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[
 
 def _slope(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
     """The gradient of the summed negative log-likelihood behind the last block, a few positions at a time."""
-    slope = torch.empty_like(hidden)
+    slope = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     parts = (tensor.flatten(0, 1).split(POSITIONS_AT_ONCE) for tensor in (hidden, slope, following))
     for position, found, text in zip(*parts, strict=True):
         entry = position.detach().requires_grad_()

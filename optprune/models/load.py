@@ -1,18 +1,18 @@
 """Loading: a local folder, a hub name, a .gguf file, or the packaged demo model. No pickle, no remote code."""
 
-import json
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.errors import InputError
-from optprune.models.decoder import Decoder, architecture_of
+from optprune.errors import InputError, is_out_of_memory
+from optprune.models.decoder import Decoder, architecture_called, architecture_of
 from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,6 +24,13 @@ CONVERT = (
     "that is pickle (pytorch_model.bin), which can run code when it is read: where you trust it, convert it with "
     "transformers' AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), which writes safetensors"
 )
+ADVICE = {
+    "config": "correct config.json, or fetch it again",
+    "tokenizer": "fetch its files again, or save it anew with transformers",
+    "weights": "see that they are whole and belong to config.json, or fetch both again",
+}
+WHOLE_GGUF = "see that the file is whole, and that its architecture is one that optprune prunes"
+DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +75,15 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
     where, options = _locate(source)
     if not options and Path(where).is_dir() and not any(Path(where).glob("*token*")):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer of {source} cannot be loaded: {_first_line(error)}") from error
+    with _reading("tokenizer", source, where, options):
+        try:
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"the tokenizer of {source} is code that comes with it, which is not run: save it as tokenizer.json"
+                ) from error
+            raise
 
 
 def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
@@ -108,10 +120,12 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"the config of {source} cannot be read: {_first_line(error)}") from error
+    with _reading("config", source, where, options):
+        if not options:
+            # Asked before AutoConfig is, for which an architecture it does not know is code to run.
+            fields: Any = PretrainedConfig.get_config_dict(where)[0]
+            architecture_called(fields.get("model_type") if isinstance(fields, dict) else None)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not options:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
@@ -126,13 +140,14 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
     cls: Any = AutoModelForCausalLM
     if "gguf_file" not in options:
         options = {**options, "use_safetensors": True}
-    try:
-        # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
-        model, report = cls.from_pretrained(where, output_loading_info=True, **options)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        if "use_safetensors" in str(error):
-            raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
-        raise InputError(f"the weights of {source} cannot be loaded: {_first_line(error)}") from error
+    with _reading("weights", source, where, options):
+        try:
+            # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
+            model, report = cls.from_pretrained(where, output_loading_info=True, trust_remote_code=False, **options)
+        except OSError as error:
+            if "use_safetensors" in str(error):
+                raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
+            raise
     absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     unknown = sorted(report.get("unexpected_keys", ()))
     if unknown:
@@ -172,14 +187,35 @@ def device_of(name: str) -> torch.device:
     """The device that a name stands for; InputError when it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not DEVICE.fullmatch(name):
+        raise InputError(f"the device {name!r} is not known: use auto, cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"the device {name!r} cannot be used: {_first_line(error)}") from error
+        raise InputError(f"the device {name!r} cannot be used: {_cause(error)}") from error
     return device
 
 
-def _first_line(error: BaseException) -> str:
+@contextmanager
+def _reading(what: str, source: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Errors of the libraries that read models, which are of many kinds, as a sentence that says what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        advice = f"; {WHOLE_GGUF if 'gguf_file' in options else ADVICE[what]}"
+        if isinstance(error, OSError) and not Path(where).exists():
+            advice = ""  # it is not in the hub, or the hub is out of reach
+        raise InputError(f"the {what} of {source} cannot be loaded: {_cause(error)}{advice}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what an error says; all of it where that line only announces it."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    first = text.splitlines()[0].strip() if text else type(error).__name__
+    told = " ".join(text.split()) if first.endswith(":") else first
+    return f"{type(error).__name__}: {told}" if isinstance(error, KeyError) else told.rstrip(".!")

@@ -147,9 +147,10 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
             tokenizer.save_pretrained(draft)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
-        for file in draft.iterdir():
+        for file in draft.rglob("*"):
             # safetensors makes its files private, which a folder that is shared should not have by surprise.
-            file.chmod(0o666 & ~_umask())
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
     except Exception as error:
         # The safetensors library reports a full disk in words of its own.
         if "No space left" in str(error) or "os error 28" in str(error):
@@ -180,6 +181,13 @@ def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) 
             f"the process that reloads the saved model cannot be started ({error}), so the folder was discarded: run "
             "optprune with an ordinary Python interpreter"
         ) from error
+    if run.returncode < 0:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        raise OptpruneError(
+            f"the process that reloads the saved model was killed by signal {-run.returncode}, probably for want of "
+            f"memory, so the folder was discarded: free the {size / 2**20:.0f} MiB that a second copy of the model "
+            "needs"
+        )
     reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
     if run.returncode == reload_check.CANNOT_IMPORT:
         raise OptpruneError(

@@ -165,6 +165,60 @@ class LayerLoss:
         """S (V A - B)."""
         return self.weigh(self.residual(weight))
 
+    # -- what A and f are known to
+
+    @cached_property
+    def input_scale(self) -> Float[Tensor, " in"]:
+        """s_j = sqrt(A_jj) in float64, 1 for dead inputs: an entry A_ij is known to a share of s_i s_j."""
+        size = (self._statistics.mean_square.double() + self.damping.double()).sqrt()
+        return torch.where(size > 0, size, 1.0)
+
+    @property
+    def entry_rounding(self) -> float:
+        """The share of s_i s_j to which an entry of A is known, whatever the units of the inputs.
+
+        Half an eps for the covariance and for adding the damping; unless the bias is fitted, for two means, their
+        product and the sum as well.
+        """
+        return torch.finfo(self.moments.mean.dtype).eps * (1 if self.fit_bias else 3)
+
+    @property
+    def resolution(self) -> float:
+        """What an eigenvalue of A_ij / (s_i s_j) is known to: the rounding of an entry times their number in a row."""
+        return len(self.damping) * self.entry_rounding
+
+    def residual_rounding(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
+        """How much of (V A - B)_j / s_j, for any j, may be rounding of the moments.
+
+        The rounding of an entry times sum_i |V_i| s_i + |W_i| (s_i + t_i), t_i = s_i + sqrt(E[(x* - x)_i^2]) at least
+        sqrt(E[x_i^2]): those of V A, of W A and of W E[x x*^T].
+        """
+        drift, size = self._statistics.drift, self.input_scale
+        ideal = size
+        if drift is not None:
+            ideal = size + (drift.covariance.diagonal().double() + drift.mean.double().square()).sqrt()
+        return self.entry_rounding * (weight.double().abs() @ size + self.weight.double().abs() @ (size + ideal))
+
+    def rounding(self, weight: Float[Tensor, "out in"]) -> float:
+        """How much of f(V) may be rounding: (in + 4) eps of the sizes of its terms, before they cancel.
+
+        One rounding for each term of a sum over inputs, and a few for collecting, means and damping; under a full
+        output metric the same for the outputs.
+        """
+        unit = torch.finfo(self.moments.mean.dtype).eps
+        spread = self._statistics.gram.double().abs() + torch.diag(self.damping.double())
+        if self.fit_bias:
+            # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
+            spread += unit * self.moments.gram.double().abs()
+        metric = self._double.metric
+        metric = None if metric is None else replace(metric, average=metric.average.abs())
+        terms = 0.0
+        for size in (weight.double().abs(), self.weight.double().abs()):
+            weighed = size if metric is None else metric.apply(size)
+            terms += float(((size @ spread) * weighed).sum())
+        count = len(self.damping) + 4 + (len(self.weight) + 4 if self.coupled else 0)
+        return count * unit * (terms + abs(self.constant))
+
     # -- measurements, in float64
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
@@ -175,8 +229,9 @@ class LayerLoss:
 
     def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B in float64, for certificates."""
+        pull = self._double.pull
         residual = (weight.double() - self.weight.double()) @ self.gram.double()
-        return residual if self.pull is None else residual + self.pull.double()
+        return residual if pull is None else residual + pull
 
     def exact_gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S (V A - B) in float64, for certificates."""
@@ -246,7 +301,7 @@ class _Exact:
 
     @cached_property
     def pull(self) -> Tensor | None:
-        """W E[(x* - x) x*^T]."""
+        """W A - B = W E[(x* - x) x*^T]; None when it is zero."""
         return _pull(self.weight, self.moments)
 
     @cached_property

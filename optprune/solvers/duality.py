@@ -9,7 +9,8 @@ from torch import Tensor
 
 from optprune.penalties import NormPenalty, Penalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares
-from optprune.solvers.restore import pseudo_inverse
+from optprune.solvers.restore import only_rounding
+from optprune.solvers.spectrum import ScaledGram, column_scale
 
 HALVINGS = 50
 """of the interval in which the largest scale with a finite conjugate is looked for"""
@@ -35,34 +36,41 @@ class DualMap:
     minimiser: Float[Tensor, "out in"]
     """V0 with V0 A = B"""
     least: float
-    """f(V0)"""
+    """f(V0), or 0 where V0 A is not B up to rounding: then f(V0) is no minimum"""
+    attained: bool
+    """whether V0 A = B up to rounding, without which V0 proves nothing"""
 
     @classmethod
     def of(cls, problem: PenalisedLeastSquares) -> "DualMap":
         """In float64, with one Cholesky factorisation; NumericalError if A is clearly indefinite."""
         loss = problem.loss
-        gram = loss.gram.double()
-        rounding = len(gram) * torch.finfo(loss.gram.dtype).eps
-        factor = _regular_factor(gram, loss.damping, rounding)
-        # Looked at even where it is not needed: a clearly indefinite A is an error.
-        inverse = pseudo_inverse(gram, rounding) if factor is None else gram
+        gram, scaled = loss.gram.double(), ScaledGram.of(loss)
+        factor, failed = torch.linalg.cholesky_ex(scaled.matrix)
+        # In the units of A again: those of a Cholesky factor are those of its rows.
+        factor = scaled.scale[:, None] * factor if bool(scaled.regular(factor, failed)) else None
         row_factor = None
         if loss.metric is not None:
-            matrix = loss.metric.matrix.double()
-            row_factor = _regular_factor(matrix, loss.metric.damping, len(matrix) * torch.finfo(loss.gram.dtype).eps)
+            rounding = len(loss.weight) * torch.finfo(loss.gram.dtype).eps
+            row_factor = _regular_factor(loss.metric.matrix.double(), loss.metric.damping, rounding)
         minimiser = loss.weight.double()
-        if loss.pull is not None:
-            pull = loss.pull.double()
-            shift = pull @ inverse if factor is None else torch.cholesky_solve(pull.T, factor).T
-            minimiser = minimiser - shift
-        return cls(problem.penalty, loss, gram, factor, row_factor, minimiser, loss.value(minimiser))
+        if factor is None:
+            # Looked at even where it is not needed: a clearly indefinite A is an error.
+            pull = loss.exact_residual(minimiser) / scaled.scale
+            minimiser = minimiser - scaled.solve_singular(scaled.matrix, pull) / scaled.scale
+        elif loss.pull is not None:
+            minimiser = minimiser - torch.cholesky_solve(loss.exact_residual(minimiser).T, factor).T
+        attained = factor is not None or only_rounding(loss, minimiser, loss.exact_residual(minimiser))
+        least = loss.value(minimiser) if attained else 0.0
+        return cls(problem.penalty, loss, gram, factor, row_factor, minimiser, least, attained)
 
     def bound(self, weight: Float[Tensor, "out in"]) -> float:
         """The best lower bound that the gradient at a weight gives."""
         exact = weight.double()
         dual = -self.loss.exact_gradient(exact)
         # The loss is nonnegative and so is every penalty.
-        bounds = [0.0, self._scaled(exact, dual)]
+        bounds = [0.0]
+        if self.attained:
+            bounds.append(self._scaled(exact, dual))
         if self.factor is not None and (self.loss.metric is None or self.row_factor is not None):
             bounds.append(self._projected(exact, dual))
         # A comparison with NaN, from an infinite weight, is not a proof.
@@ -106,11 +114,12 @@ def _regular_factor(
     matrix: Float[Tensor, "n n"], damping: Float[Tensor, " n"], rounding: float
 ) -> Float[Tensor, "n n"] | None:
     """The Cholesky factor, or None where the matrix is no better than singular."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    scale = column_scale(matrix)
+    factor, failed = torch.linalg.cholesky_ex(matrix / torch.outer(scale, scale))
     least_pivot = torch.finfo(matrix.dtype).eps if bool((damping > 0).all()) else rounding
     # A factor whose pivots are rounding would invert rounding, and claim a bound that is none.
-    regular = factor.diagonal().square().min() > least_pivot * len(matrix) * matrix.diagonal().max()
-    return factor if not bool(failed) and bool(regular) else None
+    regular = not bool(failed) and bool(factor.diagonal().square().min() > least_pivot)
+    return scale[:, None] * factor if regular else None
 
 
 def _largest_finite(penalty: Penalty, dual: Tensor) -> float:

@@ -92,6 +92,8 @@ class FistaState:
     best: Float[Tensor, "out in"]
     objective: float
     bound: float
+    gap: float
+    """of the two"""
     stale: int
     """checks since the gap last became smaller"""
 
@@ -143,7 +145,9 @@ class Fista(Solver[FistaState]):
         assert isinstance(problem, PenalisedLeastSquares)
         motion = self._begin(problem, start)
         dual = DualMap.of(problem)
-        return FistaState(motion, dual, FIRST_CHECK, start, problem.objective(start), dual.bound(start), 0)
+        objective, bound = problem.objective(start), dual.bound(start)
+        gap = _gap(problem, start, objective, bound)
+        return FistaState(motion, dual, FIRST_CHECK, start, objective, bound, gap, 0)
 
     def iterate(
         self, problem: PenalisedLeastSquares, start: Tensor, steps: int, descent: GradientStep | None = None
@@ -193,23 +197,25 @@ class Fista(Solver[FistaState]):
 
     def _check(self, problem: Problem, state: FistaState) -> FistaState:
         objective = problem.objective(state.motion.weight)
-        bound = state.dual.bound(state.motion.weight)
+        bound = max(state.dual.bound(state.motion.weight), state.bound)
         better = objective < state.objective
-        gap = _gap(min(objective, state.objective), max(bound, state.bound))
-        improved = gap < 0.99 * _gap(state.objective, state.bound)
+        best = state.motion.weight if better else state.best
+        gap = _gap(problem, best, min(objective, state.objective), bound)
+        improved = gap < 0.99 * state.gap
         # Where nothing can be proved (see DualMap) it is the objective that must still fall.
         improved |= state.objective - objective > self.tolerance * abs(objective)
         return replace(
             state,
-            best=state.motion.weight if better else state.best,
+            best=best,
             objective=objective if better else state.objective,
-            bound=max(bound, state.bound),
+            bound=bound,
+            gap=gap,
             stale=0 if improved else state.stale + 1,
             next_check=max(state.motion.count + FIRST_CHECK, math.ceil(GROWTH * state.motion.count)),
         )
 
     def done(self, problem: Problem, state: FistaState) -> Status | None:
-        if _gap(state.objective, state.bound) <= self.tolerance:
+        if state.gap <= self.tolerance:
             return Status.CONVERGED
         return Status.STALLED if state.stale >= PATIENCE else None
 
@@ -220,8 +226,11 @@ class Fista(Solver[FistaState]):
         return Certificate(state.bound, "Fenchel duality")
 
 
-def _gap(objective: float, bound: float) -> float:
-    return 0.0 if objective <= bound else (objective - bound) / abs(objective)
+def _gap(problem: Problem, weight: Tensor, objective: float, bound: float) -> float:
+    """(objective - bound) / |objective|; where the bound is above by more than rounding nothing is proved: infinity."""
+    if objective > bound:
+        return (objective - bound) / abs(objective)
+    return 0.0 if bound == objective or bound <= objective + problem.loss.rounding(weight) else math.inf
 
 
 def _overshot(state: "Motion", weight: Tensor, beta: float) -> bool:

@@ -51,8 +51,12 @@ class GreedyObs(DirectSolver):
         return Answer(form.without(columns).to(problem.loss.weight), notes=form.notes)
 
 
-def removal_curve(problem: StructuredProblem, batch: int = 1) -> tuple[Int[Tensor, " units"], Float[Tensor, " units"]]:
-    """The order in which all units go, and the loss of the refitted weight after each; entry i is that without i + 1.
+def removal_curve(
+    problem: StructuredProblem, batch: int = 1
+) -> tuple[Int[Tensor, " units"], Float[Tensor, " units"], tuple[str, ...]]:
+    """The order in which all units go, the loss of the refitted weight after each, and notes on what was added to A.
+
+    Entry i of the losses is that without i + 1 units.
 
     With several slots every one of them loses a unit before any loses the next, so that the choice is admissible
     after every `slot_count` removals. `keep` is not used. With a `batch` the units of a batch are ranked as if they
@@ -63,7 +67,7 @@ def removal_curve(problem: StructuredProblem, batch: int = 1) -> tuple[Int[Tenso
     targets = [left for left in range(size - 1, -1, -1) if left % batch == 0]
     steps = list(_eliminate(form, channels, targets, batch))
     rise = torch.cat([cost for _, cost in steps]).cumsum(0)
-    return torch.cat([units for units, _ in steps]), problem.loss.value(form.minimiser) + rise
+    return torch.cat([units for units, _ in steps]), problem.loss.value(form.minimiser) + rise, form.notes
 
 
 def _eliminate(
@@ -84,6 +88,8 @@ def _eliminate(
             if not bool((left > target).any()):
                 break
             gone = _cheapest(work.costs(), slots, left - target, batch)
+            if not len(gone):
+                raise NumericalError("the cost of removing a unit is not finite: raise the damping, e.g. to 0.01")
             yield names[gone], work.remove(gone)
             if work.pending >= PENDING:
                 names = names[work.alive]

@@ -18,6 +18,8 @@ from optprune.solvers.base import Solver
 from optprune.solvers.solution import Certificate, Solution, Status
 
 MOST_STEPS = 10_000
+CONTRADICTED = "the certificate was dropped"
+"""how the note begins where a lower bound cannot be one"""
 Callback = Callable[[int, Callable[[], Tensor]], None]
 """called after every step with the number of steps and a function that gives the current weight"""
 
@@ -34,9 +36,11 @@ def solve(
     """Solve a problem, by the given solver or by the one that `choose` picks.
 
     `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
-    of the Solution are measured by the problem after the solver has returned. Raises NoSolver when the solver
-    refuses the problem. Under an output metric the solver works on other rows (`Problem.even`), where the objective is
-    the same number, or larger by what outputs that cost nothing are made to cost, which certificates do not claim.
+    of the Solution are measured by the problem after the solver has returned. A certificate that the answer
+    contradicts, its bound above the objective by more than rounding, is dropped with a note. Raises NoSolver when the
+    solver refuses the problem. Under an output metric the solver works on other rows (`Problem.even`), where the
+    objective is the same number, or larger by what outputs that cost nothing are made to cost, which certificates do
+    not claim.
     """
     solver = choose(problem) if solver is None else solver
     even, units = problem.even()
@@ -62,9 +66,13 @@ def solve(
         if not math.isfinite(objective):
             status = Status.NONFINITE
         violation = problem.violation(value)
-    return Solution(
-        value, objective, violation, status, steps, seconds, certificate, solver.history(state), solver.notes(state)
-    )
+        notes = solver.notes(state)
+        if certificate is not None and violation == 0:
+            bound = certificate.lower_bound
+            if bound > objective and bound > objective + problem.loss.rounding(value):
+                notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
+                certificate = None
+    return Solution(value, objective, violation, status, steps, seconds, certificate, solver.history(state), notes)
 
 
 def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:

@@ -56,6 +56,7 @@ class Solution:
         """(objective - lower bound) / |objective|, or None without a certificate; 0 means proved optimal."""
         if self.certificate is None:
             return None
+        # A bound above the objective by more than rounding did not get through `solve`.
         excess = max(self.objective - self.certificate.lower_bound, 0.0)
         if excess == 0:
             return 0.0

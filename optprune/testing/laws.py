@@ -19,10 +19,11 @@ from optprune.errors import NoSolver, NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import Pattern
-from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
+from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers import Solution, Solver, solve
+from optprune.solvers.run import CONTRADICTED
 from optprune.testing.references import clearly_regular, reference, rounding
-from optprune.testing.transformations import permuted, random_feasible, renaming, scaled
+from optprune.testing.transformations import in_units, permuted, random_feasible, renaming, scaled
 
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
 """how close to the optimum an exact answer must be, by dtype: the promise, not what happens to hold"""
@@ -103,6 +104,18 @@ def bounds_hold(problem: Problem, solver: Solver) -> None:
     assert bound <= best.optimum + slack, (
         f"{_name(problem, solver)}: it claims the lower bound {bound}, but the optimum is {best.optimum}"
     )
+
+
+def bounds_are_not_contradicted(problem: Problem, solver: Solver) -> None:
+    """No lower bound is above the objective of the answer itself: at any size, without a reference."""
+    solution = _answer(problem, solver)
+    dropped = [note for note in solution.notes if note.startswith(CONTRADICTED)]
+    assert not dropped, f"{_name(problem, solver)}: it claims a lower bound that its answer contradicts: {dropped[0]}"
+    if solution.certificate is not None and solution.violation == 0:
+        bound, slack = solution.certificate.lower_bound, rounding(problem.loss, solution.value)
+        assert bound <= solution.objective + slack, (
+            f"{_name(problem, solver)}: it claims the lower bound {bound}, but attains {solution.objective}"
+        )
 
 
 def exact_meets_the_reference(problem: Problem, solver: Solver) -> None:
@@ -233,6 +246,19 @@ UNITS = ((2.0**5, 2.0**-30), (2.0**-20, 2.0**12))
 """factors of weights and of inputs: powers of two, so that ties stay ties, and far from one"""
 
 
+def units_are_harmless(problem: Problem, solver: Solver) -> None:
+    """An exact solver attains the same objective when every input comes in a unit of its own."""
+    # Where the constraint is on zeros, which have no unit.
+    if solver.exact(problem) and isinstance(problem, MaskedLeastSquares | SelectionProblem):
+        units = torch.tensor(INPUT_UNITS).repeat(problem.loss.weight.shape[1])[: problem.loss.weight.shape[1]]
+        other = replace(problem, loss=in_units(problem.loss, units))
+        _same_objective(problem, other, 1.0, solver, f"given in the units {list(INPUT_UNITS)} of its inputs")
+
+
+INPUT_UNITS = (1.0, 2.0**-30, 2.0**12, 2.0**-11)
+"""factors of inputs, in turn: powers of two, which round nothing"""
+
+
 def _renamed(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
     inputs, outputs = renaming(problem)
     return permuted(problem, inputs, outputs), inputs, outputs
@@ -254,6 +280,7 @@ SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
     no_worse_than_the_start,
     never_below_the_reference,
     bounds_hold,
+    bounds_are_not_contradicted,
     exact_meets_the_reference,
     keeps_the_promised_gap,
     warm_start_stops,
@@ -263,6 +290,7 @@ SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
     rows_are_independent,
     permutation_is_harmless,
     scaling_is_harmless,
+    units_are_harmless,
 )
 
 

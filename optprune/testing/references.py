@@ -49,10 +49,12 @@ class Quadratic:
     """[samples, in]: synthetic x* with inputs^T inputs = E[x* x*^T]"""
     outputs: Array
     """[samples, out]: W x for the x that go with them"""
+    scale: Array
+    """[in]: the root of the diagonal of A, 1 where it is 0; A_ij is rounded to a share of s_i s_j"""
     negligible: float
-    """singular values of `inputs` below this are rounding of the moments"""
+    """singular values of `inputs / scale` below this are rounding of the moments"""
     uncentred: Array
-    """A as its moments were rounded"""
+    """the sizes that the rounding of A is relative to: its entries, and an eps of those before means were taken out"""
     epsilon: float
     """the unit of rounding of the dtype of the problem"""
     metric: Array
@@ -63,7 +65,7 @@ class Quadratic:
         """Rebuild the loss from its weight, moments and damping."""
         weight, damping = _array(loss.weight), _array(loss.damping)
         gram = _array(loss.moments.gram)
-        width, unit, uncentred = len(gram), epsilon(loss), gram
+        width, unit, uncentred = len(gram), epsilon(loss), gram + np.diag(damping)
         metric = _metric(loss)
         if loss.moments.dense is None:
             cross, ideal = gram, gram
@@ -73,16 +75,22 @@ class Quadratic:
             pair, lift = np.eye(2 * width)[:, :width], np.eye(2 * width)[:, width:]
         if loss.fit_bias:
             # Kept centred, so centring adds no rounding of means that are large.
-            gram = cross = ideal = uncentred = _array(loss.moments.covariance)
+            gram = cross = ideal = _array(loss.moments.covariance)
+            # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
+            uncentred = np.abs(gram) + unit * np.abs(uncentred) + np.diag(damping)
             if loss.moments.drift is not None:
                 lag, square = _array(loss.moments.drift.cross), _array(loss.moments.drift.covariance)
                 cross = gram - lag
                 ideal = cross - lag.T + square
         joint = gram if loss.moments.dense is None else np.block([[gram, cross.T], [cross, ideal]])
-        values, vectors = np.linalg.eigh(joint)
-        # What the dtype of the moments cannot tell from zero.
-        noise = len(joint) * unit * max(float(values[-1]), 0.0)
-        tokens = np.sqrt(np.where(values > noise, values, 0))[:, None] * vectors.T
+        # Every entry is rounded to its own size, so inputs are compared in units of theirs.
+        sizes = _root(np.diag(joint))
+        values, vectors = np.linalg.eigh(joint / np.outer(sizes, sizes))
+        # What the dtype of the moments cannot tell from zero: up to an eps an entry, and three where the means, their
+        # product and the sum are rounded too; and what the decomposition cannot.
+        entry = unit * (1 if loss.fit_bias else 3)
+        noise = len(joint) * (entry + np.finfo(float).eps * max(float(values[-1]), 0.0))
+        tokens = np.sqrt(np.where(values > noise, values, 0))[:, None] * vectors.T * sizes
         return cls(
             weight,
             gram + np.diag(damping),
@@ -91,8 +99,9 @@ class Quadratic:
             damping,
             tokens @ pair,
             tokens @ lift @ weight.T,
+            _root(np.diag(gram) + damping),
             float(np.sqrt(noise)),
-            uncentred + np.diag(damping),
+            uncentred,
             unit,
             metric,
         )
@@ -135,6 +144,11 @@ class Reference:
     rounding: float
 
 
+def _root(sizes: Array) -> Array:
+    """Square roots, 1 where that is 0."""
+    return np.sqrt(np.where(sizes > 0, sizes, 1.0))
+
+
 def _array(tensor: Tensor) -> Array:
     return tensor.detach().cpu().to(torch.float64).numpy().copy()
 
@@ -164,11 +178,12 @@ def _rounding(quadratic: Quadratic, weight: Array) -> float:
 
 
 def clearly_regular(loss: LayerLoss) -> bool:
-    """Whether the least eigenvalue of A stands clear of the rounding of its dtype."""
+    """Whether the least eigenvalue of A, in units of its inputs, stands clear of the rounding of its dtype."""
     quadratic = Quadratic.of(loss)
-    values = np.linalg.eigvalsh(quadratic.gram)
-    # Of every entry of a row.
-    spread = float(np.abs(quadratic.uncentred).sum(1).max())
+    unit = np.outer(quadratic.scale, quadratic.scale)
+    values = np.linalg.eigvalsh(quadratic.gram / unit)
+    # The rounding of every entry of a row.
+    spread = float(np.abs(quadratic.uncentred / unit).sum(1).max())
     return bool(values[0] > 4 * len(values) * quadratic.epsilon * spread)
 
 
@@ -194,12 +209,12 @@ def _restored(quadratic: Quadratic, mask: Array) -> Array:
         rows = (mask == pattern).all(1)
         if not pattern.any():
             continue
-        data = np.vstack([quadratic.inputs[:, pattern], ridge[:, pattern]])
+        data = np.vstack([quadratic.inputs, ridge])[:, pattern] / quadratic.scale[pattern]
         right = np.vstack([quadratic.outputs[:, rows], ridge @ (quadratic.weight[rows] * pattern).T])
         largest = np.linalg.norm(data, 2)
         if largest > 0:
-            found = scipy.linalg.lstsq(data, right, cond=quadratic.negligible / largest)
-            answer[np.ix_(rows, pattern)] = np.transpose(found[0])  # pyright: ignore[reportOptionalSubscript]
+            found = np.asarray(scipy.linalg.lstsq(data, right, cond=quadratic.negligible / largest)[0])  # pyright: ignore
+            answer[np.ix_(rows, pattern)] = found.T / quadratic.scale[pattern]
     return answer
 
 
@@ -211,18 +226,18 @@ def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
     answer = np.zeros_like(quadratic.weight)
     if not mask.any():
         return answer
-    ridge, root = np.diag(np.sqrt(quadratic.damping)), quadratic.root
-    tokens = np.vstack([quadratic.inputs, ridge])
+    ridge, root, outputs = np.diag(np.sqrt(quadratic.damping)), quadratic.root, _root(np.diag(quadratic.metric))
     wanted = np.vstack([quadratic.outputs, ridge @ quadratic.weight.T])
-    data = np.kron(root, tokens)[:, mask.reshape(-1)]
     right = (root @ wanted.T).reshape(-1)
+    root, tokens = root / outputs, np.vstack([quadratic.inputs, ridge]) / quadratic.scale
+    data = np.kron(root, tokens)[:, mask.reshape(-1)]
     # Singular values of a Kronecker product are products: rounding in one factor is weighed by the other.
     noise = quadratic.negligible * np.linalg.norm(root, 2)
     noise += np.sqrt(len(root) * quadratic.epsilon) * np.linalg.norm(root, 2) * np.linalg.norm(tokens, 2)
     largest = np.linalg.norm(data, 2)
     if largest > 0:
-        found = scipy.linalg.lstsq(data, right, cond=min(noise / largest, 1.0))
-        answer[mask] = found[0]  # pyright: ignore[reportOptionalSubscript]
+        found = np.asarray(scipy.linalg.lstsq(data, right, cond=min(noise / largest, 1.0))[0])  # pyright: ignore
+        answer[mask] = found / np.outer(outputs, quadratic.scale)[mask]
     return answer
 
 
@@ -263,10 +278,13 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
     size = min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates)
     if size <= 0:
         return Reference(0.0, max(_rounding(quadratic, weight) for weight in candidates))
-    # Sizes of weights vary too: the variable is the change from the original weight in units of the largest.
-    length = float(np.abs(quadratic.weight).max()) or 1.0
+    # Sizes of weights vary too, and with the units of the inputs: the variable is the change from the original weight
+    # in units of what makes up for the largest; for a dead input, of the largest there.
+    alive, largest = np.diag(quadratic.gram) > 0, np.abs(quadratic.weight).max(0)
+    made_up = float((largest * quadratic.scale)[alive].max(initial=0.0)) / quadratic.scale
+    length = np.where(alive & (made_up > 0), made_up, np.where(largest > 0, largest, 1.0))
     change = cvxpy.Variable(quadratic.weight.shape)
-    weight = quadratic.weight + length * change
+    weight = quadratic.weight + cvxpy.multiply(np.broadcast_to(length, change.shape), change)
     objective = _program_loss(quadratic, weight, np.sqrt(size)) + penalty_expression(penalty, weight) / size
     program = cvxpy.Problem(cvxpy.Minimize(objective))
     tolerances = ("tol_gap_abs", "tol_gap_rel", "tol_feas")

@@ -31,7 +31,7 @@ from optprune.problems import (
     StructuredLeastSquares,
 )
 
-SHAPES = ("gaussian", "ties", "low rank", "few tokens", "ill-conditioned")
+SHAPES = ("gaussian", "ties", "low rank", "inputs in different units", "few tokens", "ill-conditioned")
 DAMPINGS = (0.0, 1e-6, 1e-2, 1.0)
 """fractions of the mean diagonal of the Gram matrix"""
 
@@ -66,16 +66,17 @@ def samples(
     generic: bool = False,
     dense: bool | None = None,
 ) -> Samples:
-    """Inputs of one layer: full rank, tied, rank-deficient, fewer tokens than inputs, condition 1e8, dead inputs.
+    """Inputs of one layer: full rank, tied, rank-deficient, sizes from 1 to 2^-12, few tokens, condition 1e8, dead.
 
     A float32 Gram matrix knows its eigenvalues to 1e-7 of the largest, so no method can be held to 1e-4 of the loss
     where the spectrum passes gradually through that level. Float32 instances are therefore either exactly singular
-    (repeated and dead inputs) or well conditioned.
+    (repeated and dead inputs) or well conditioned, once every input is measured by its own size: an entry is known to a
+    share of the sizes of its two inputs, so sizes themselves may differ.
     """
     width = draw(st.integers(1, 7), label="width") if width is None else width
     single = dtype == torch.float32
     generator = _generator(draw)
-    shape = "gaussian" if generic else draw(st.sampled_from(SHAPES[:3] if single else SHAPES), label="shape")
+    shape = "gaussian" if generic else draw(st.sampled_from(SHAPES[:4] if single else SHAPES), label="shape")
     if shape == "few tokens":
         tokens = draw(st.integers(1, width), label="tokens")
     else:
@@ -96,6 +97,9 @@ def samples(
     ideal = None
     if draw(st.booleans(), label="dense") if dense is None else dense:
         ideal = inputs + draw(st.sampled_from((1e-3, 0.3)), label="drift") * _normal(generator, tokens, width)
+    if shape == "inputs in different units":
+        units = 2.0 ** -torch.randint(0, 13, (width,), generator=generator)
+        inputs, ideal = inputs * units, None if ideal is None else ideal * units
     if not generic:
         dead = draw(st.sets(st.integers(0, width - 1), max_size=2), label="dead inputs")
         # Dead in the pruned model only: the dense inputs may well be alive.

@@ -51,6 +51,16 @@ def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
     return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias, loss.metric)
 
 
+def in_units(loss: LayerLoss, units: Tensor) -> LayerLoss:
+    """The loss of the weights V_ij / d_j of inputs x_j d_j, for units d [in]: the same values."""
+    units = units.to(loss.weight)
+    actual, drift, square = loss.moments, loss.moments.drift, torch.outer(units, units)
+    if drift is not None:
+        drift = Drift(drift.cross * square, drift.covariance * square, drift.mean * units)
+    moments = InputMoments(actual.covariance * square, actual.mean * units, actual.tokens, drift)
+    return LayerLoss(loss.weight / units, moments, loss.damping * units.square(), loss.fit_bias, loss.metric)
+
+
 @singledispatch
 def permuted(problem: Problem, inputs: Tensor, outputs: Tensor) -> Problem:
     """The problem with input inputs[k] and output outputs[k] called k."""
