@@ -93,7 +93,7 @@ class LlmCompressorWanda(Foreign):
 
         assert isinstance(problem, SparseLeastSquares)
         layer, (sparsity, n, m) = linear(problem), asked(problem)
-        return Answer(sparsify_weight(layer, {layer: problem.loss.moments.gram.diagonal().clone()}, sparsity, n, m))
+        return Answer(sparsify_weight(layer, {layer: problem.loss.moments.mean_square}, sparsity, n, m))
 
 
 @final
