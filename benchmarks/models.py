@@ -122,6 +122,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             for settings in (HALF, {"sparsity": 0.6})
             for more in (BELIEVED | DIAGONAL | RECOVERY, DIAGONAL | PROBED)
         ),
+        ("sparse_best", {**steps("sparse_best", {"sparsity": 0.6})[1][1], "metric_damping": 0.1}),
         ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
     ],
 }
