@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import NARROWED, Allocation, uniform
 from optprune.by_cost import check_least
-from optprune.errors import InputError, NoSolver
+from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.moments import InputMoments
@@ -18,6 +18,7 @@ from optprune.objectives import OBJECTIVES, LayerContext
 from optprune.prices import check_tokens
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.recipe import Recipe, n_of_m, pattern_of
+from optprune.solvers.run import check_accepted
 from optprune.targets import check_allocation, targets_of
 
 
@@ -68,9 +69,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
         widest = math.inf if recipe.metric_width is None else recipe.metric_width
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
         small = _small_problem(recipe, full=recipe.output_metric == "full" and whole)
-        reason = recipe.solver.why_not(small.even()[0])
-        if reason is not None:
-            raise NoSolver(f"{recipe.solver.label} does not solve this problem: {reason}")
+        check_accepted(small.even()[0], recipe.solver)
 
 
 def _small_problem(recipe: Recipe, full: bool) -> Problem:

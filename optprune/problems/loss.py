@@ -264,9 +264,10 @@ class LayerLoss:
     def _squared_error(self, change: Tensor) -> float:
         """E|V x* - W x|^2 (in the metric) for V = W + change, in float64: E|change x* + W d|^2."""
         exact = self._double
-        error = exact.product(change, exact.moments.covariance, exact.moments.mean, change)
+        weighed = exact.weigh(change)
+        error = _product(change, exact.moments.covariance, exact.moments.mean, weighed)
         if exact.pull is not None:
-            error += 2 * float((exact.weigh(change) * exact.pull).sum()) + self._error_at_weight
+            error += 2 * float((weighed * exact.pull).sum()) + self._error_at_weight
         return max(error, 0.0)
 
     @cached_property
@@ -275,7 +276,7 @@ class LayerLoss:
         exact = self._double
         drift = exact.moments.drift
         assert drift is not None
-        return exact.product(exact.weight, drift.covariance, drift.mean, exact.weight)
+        return _product(exact.weight, drift.covariance, drift.mean, exact.weighed)
 
     @cached_property
     def _double(self) -> "_Exact":
@@ -294,11 +295,6 @@ class _Exact:
     def weigh(self, change: Tensor) -> Tensor:
         return change if self.metric is None else self.metric.apply(change)
 
-    def product(self, left: Tensor, covariance: Tensor, mean: Tensor, right: Tensor) -> float:
-        """tr(S right E[z z^T] left^T), for a z of that covariance and mean."""
-        weighed = self.weigh(right)
-        return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
-
     @cached_property
     def pull(self) -> Tensor | None:
         """W A - B = W E[(x* - x) x*^T]; None when it is zero."""
@@ -308,6 +304,11 @@ class _Exact:
     def weighed(self) -> Tensor:
         """S W."""
         return self.weigh(self.weight)
+
+
+def _product(left: Tensor, covariance: Tensor, mean: Tensor, weighed: Tensor) -> float:
+    """tr(weighed E[z z^T] left^T), for a z of that covariance and mean."""
+    return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
 
 
 def _pull(weight: Tensor, moments: InputMoments) -> Tensor | None:

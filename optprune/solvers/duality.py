@@ -29,7 +29,6 @@ class DualMap:
 
     penalty: Penalty
     loss: LayerLoss
-    gram: Float[Tensor, "in in"]
     factor: Float[Tensor, "in in"] | None
     row_factor: Float[Tensor, "out out"] | None
     """the Cholesky factor of S, where there is a metric and it is regular"""
@@ -44,7 +43,7 @@ class DualMap:
     def of(cls, problem: PenalisedLeastSquares) -> "DualMap":
         """In float64, with one Cholesky factorisation; NumericalError if A is clearly indefinite."""
         loss = problem.loss
-        gram, scaled = loss.gram.double(), ScaledGram.of(loss)
+        scaled = ScaledGram.of(loss)
         factor, failed = torch.linalg.cholesky_ex(scaled.matrix)
         # In the units of A again: those of a Cholesky factor are those of its rows.
         factor = scaled.scale[:, None] * factor if bool(scaled.regular(factor, failed)) else None
@@ -61,7 +60,7 @@ class DualMap:
             minimiser = minimiser - torch.cholesky_solve(loss.exact_residual(minimiser).T, factor).T
         attained = factor is not None or only_rounding(loss, minimiser, loss.exact_residual(minimiser))
         least = loss.value(minimiser) if attained else 0.0
-        return cls(problem.penalty, loss, gram, factor, row_factor, minimiser, least, attained)
+        return cls(problem.penalty, loss, factor, row_factor, minimiser, least, attained)
 
     def bound(self, weight: Float[Tensor, "out in"]) -> float:
         """The best lower bound that the gradient at a weight gives."""

@@ -44,9 +44,7 @@ def solve(
     """
     solver = choose(problem) if solver is None else solver
     even, units = problem.even()
-    reason = solver.why_not(even)
-    if reason is not None:
-        raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
+    check_accepted(even, solver)
     if start is None:
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
@@ -73,6 +71,13 @@ def solve(
                 notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
                 certificate = None
     return Solution(value, objective, violation, status, steps, seconds, certificate, solver.history(state), notes)
+
+
+def check_accepted(even: Problem, solver: Solver) -> None:
+    """Raise NoSolver when a solver refuses a problem, which is evened as `solve` does it."""
+    reason = solver.why_not(even)
+    if reason is not None:
+        raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
 
 def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:

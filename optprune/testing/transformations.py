@@ -44,11 +44,7 @@ def _permuted_loss(loss: LayerLoss, inputs: Tensor, outputs: Tensor) -> LayerLos
 
 
 def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
-    actual, drift, square = loss.moments, loss.moments.drift, inputs**2
-    if drift is not None:
-        drift = Drift(drift.cross * square, drift.covariance * square, drift.mean * inputs)
-    moments = InputMoments(actual.covariance * square, actual.mean * inputs, actual.tokens, drift)
-    return LayerLoss(loss.weight * weight, moments, loss.damping * square, loss.fit_bias, loss.metric)
+    return replace(in_units(loss, torch.full_like(loss.damping, inputs)), weight=loss.weight * weight)
 
 
 def in_units(loss: LayerLoss, units: Tensor) -> LayerLoss:
