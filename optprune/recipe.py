@@ -18,6 +18,7 @@ from pydantic import (
 from torch import nn
 
 from optprune.errors import InputError
+from optprune.interrupts import interrupts_held
 from optprune.models import POLICIES, Propagation
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
@@ -162,7 +163,9 @@ class Recipe(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data."""
-        return self.model_dump(mode="json")
+        # pydantic would make an error of its own of an interrupt.
+        with interrupts_held():
+            return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file, which `load_recipe` reads unless the objective or a solver is one's own.

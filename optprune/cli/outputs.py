@@ -1,12 +1,14 @@
 """What a command says and writes: progress on stderr, lines on stdout, results as JSON."""
 
+import contextlib
 import os
 import re
-import tempfile
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError, OptpruneError
+from optprune.interrupts import interrupts_held, when_interrupted
 
 if TYPE_CHECKING:
     from optprune.progress import Reporter
@@ -63,23 +65,15 @@ def write_file(file: Path | None, data: bytes, what: str, already: str) -> None:
     """Write a file whole or not at all; `already` says what is not lost when that fails."""
     if file is None:
         return
-    draft: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "wb", dir=file.absolute().parent, prefix=f".{file.name}.", delete=False
-        ) as stream:
-            draft = Path(stream.name)
-            stream.write(data)
-        # A temporary file is private; a result is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o666 & ~umask)
-        draft.replace(file)
-    except BaseException as error:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(already) from None
-        if isinstance(error, OSError):
-            raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error
-        raise
+    draft = file.absolute().with_name(f".{file.name}.{secrets.token_hex(4)}")
+    with when_interrupted(already):
+        try:
+            with draft.open("xb") as stream:
+                stream.write(data)
+            draft.replace(file)
+        except BaseException as error:
+            with interrupts_held(), contextlib.suppress(OSError):
+                draft.unlink()
+            if isinstance(error, OSError):
+                raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error
+            raise

@@ -10,6 +10,7 @@ from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqL
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
+from optprune.interrupts import when_interrupted
 from optprune.values import read_yaml
 
 if TYPE_CHECKING:
@@ -136,8 +137,10 @@ def prune_command(
     saved = save_pruned(
         loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite, dtype=save_dtype
     )
-    write_json(json_file, report.to_json(), f"the pruned model is in {output}")
-    _summarise(report, saved)
+    already = f"the pruned model is in {output}"
+    with when_interrupted(already):
+        write_json(json_file, report.to_json(), already)
+        _summarise(report, saved)
 
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

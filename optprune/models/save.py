@@ -1,12 +1,13 @@
 """Saving: a folder appears whole or not at all, and only after a fresh process has reloaded it and agreed."""
 
+import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, OptpruneError
+from optprune.interrupts import interrupts_held
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
 
@@ -81,23 +83,33 @@ def save_model(
     check_output(folder, overwrite)
     place = folder.resolve()  # a link stays a link to the new folder
     created = _missing_parents(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the rename at the end stays within one file system; its name is known before it is made, so
+    # that an interrupt at any moment leaves nothing.
+    scratch = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    draft = scratch / "model"
+    saved: SavedModel | None = None
     try:
-        # A sibling, so that the rename at the end stays within one file system.
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
-            draft = Path(scratch) / "model"
-            _write(model, draft, tokenizer, files or {})
-            difference = None if probe is None else _compare(model, draft, probe, Path(scratch))
-            size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch.mkdir(mode=0o700)
+        _write(model, draft, tokenizer, files or {})
+        difference = None if probe is None else _compare(model, draft, probe, scratch)
+        size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        with interrupts_held():
             _put_in_place(draft, place)
+            saved = SavedModel(folder, size, is_stock(model.config), difference)
+            shutil.rmtree(scratch)
+            return saved
     except BaseException as error:
-        if not place.exists():
-            for parent in created:
-                parent.rmdir()
+        with interrupts_held():
+            shutil.rmtree(scratch, ignore_errors=True)
+            for parent in () if place.exists() else created:
+                with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
+                    parent.rmdir()
+        if saved is not None and isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"the pruned model is in {folder}") from None
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
         raise
-    return SavedModel(folder, size, is_stock(model.config), difference)
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -114,8 +126,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:
-    """Rename the draft to the folder; a folder that was there is deleted after that, and put back if it fails."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    """Rename the draft to the folder; one that was there takes the draft's place, and comes back if that fails."""
+    old = draft.with_name("old")
     replaced = folder.exists()
     if replaced:
         folder.rename(old)
@@ -125,8 +137,6 @@ def _put_in_place(draft: Path, folder: Path) -> None:
         if replaced and not folder.exists():
             old.rename(folder)
         raise
-    if replaced:
-        shutil.rmtree(old)
 
 
 def _umask() -> int:
