@@ -108,7 +108,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
             *(
                 ("structured_best", {"sparsity": sparsity, **more})
-                for more in ({"units": "mlp"}, BELIEVED, {}, {"units": "mlp"} | PROBED, PROBED)
+                for more in ({"units": "mlp"}, BELIEVED, {}, {"recovery": 1}, {"units": "mlp"} | PROBED, PROBED)
             ),
         )
     ],

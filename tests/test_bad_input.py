@@ -210,6 +210,16 @@ def test_a_json_file_in_place_of_the_models_own(attempt: Attempt, name: str, the
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["config.json", "report.json"])
+def test_a_json_file_in_place_of_one_of_the_model_that_is_read(attempt: Attempt, name: str) -> None:
+    model = save_tiny(tiny_llama(), attempt.folder / "mine")
+    expected = f"the JSON file {model / name} has a name that a file of the model in {model} may have: choose another"
+    command = ["evaluate", str(model), "--text", str(attempt.text), "--json", str(model / name)]
+    assert expected in attempt.fails(command)
+    assert expected in attempt.fails(["inspect", str(model), "--json", str(model / name)])
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_overwriting_something_that_is_no_model(attempt: Attempt) -> None:
     attempt.output.mkdir(parents=True)
     (attempt.output / "thesis.tex").write_text("years of work")

@@ -28,7 +28,7 @@ from optprune.solvers import (
 from optprune.solvers.auto import CANDIDATES, GRADIENTS
 from optprune.solvers.run import CONTRADICTED
 from optprune.solvers.solution import Solution
-from optprune.testing.references import rounding
+from optprune.testing.quadratic import rounding
 
 
 @pytest.fixture

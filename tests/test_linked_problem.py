@@ -12,9 +12,10 @@ from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares
 from optprune.solvers import Chain, FaspMetric, Magnitude, Random, Restore, solve
-from optprune.testing.laws import random_feasible
-from optprune.testing.references import REFERENCES, exhaustive, reference, rounding
+from optprune.testing.quadratic import rounding
+from optprune.testing.references import REFERENCES, exhaustive, reference
 from optprune.testing.strategies import linked
+from optprune.testing.transformations import random_feasible
 
 
 def plain_link(units):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from optprune.problems import MaskedLeastSquares, SparseLeastSquares
 from optprune.solvers import Chain, Restore, SparseGpt, Swaps
 from optprune.testing import laws
-from optprune.testing.strategies import METRIC_KINDS, weighted
+from optprune.testing.loss_strategies import METRIC_KINDS
+from optprune.testing.strategies import weighted
 from tests.test_solver_laws import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, SOLVERS
 
 EXAMPLES = max(settings().max_examples // 7, 1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from optprune.errors import InputError
 from optprune.patterns import NETWORK, NM, RowWise, SlotWise, Unstructured, largest
-from optprune.testing import laws
+from optprune.testing import part_laws
 from optprune.testing.strategies import PATTERNS
 
 by_kind = pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.__name__)
@@ -17,7 +17,7 @@ by_kind = pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.__name
 def test_projection_is_best_and_admissible(kind):
     @given(PATTERNS[kind])
     def check(drawn):
-        laws.projection_is_best(*drawn)
+        part_laws.projection_is_best(*drawn)
 
     check()
 

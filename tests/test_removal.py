@@ -13,7 +13,7 @@ from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Link, MaskedLeastSquares
 from optprune.solvers import Restore, solve
 from optprune.solvers.removal import entry_costs, unit_costs
-from optprune.testing.strategies import METRIC_KINDS, losses, metrics
+from optprune.testing.loss_strategies import METRIC_KINDS, losses, metrics
 
 
 @st.composite

@@ -14,7 +14,8 @@ from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
 from optprune.testing import check_solver
-from optprune.testing.references import Quadratic, convex_optimum, reference, rounding
+from optprune.testing.quadratic import Quadratic, rounding
+from optprune.testing.references import convex_optimum, reference
 from optprune.testing.strategies import masked
 
 

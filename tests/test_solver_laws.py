@@ -31,8 +31,9 @@ from optprune.solvers import (
     solve,
 )
 from optprune.testing import laws
+from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.references import REFERENCES
-from optprune.testing.strategies import METRIC_KINDS, PATTERNS, PENALTIES, STRATEGIES, weighted
+from optprune.testing.strategies import PATTERNS, PENALTIES, STRATEGIES, weighted
 
 
 def concrete(base):

@@ -34,9 +34,10 @@ from optprune.solvers import (
 )
 from optprune.solvers.perspective import diagonal_split
 from optprune.solvers.swaps import _best_in_groups, _best_in_rows, _between_rows, _removal_cost
-from optprune.testing.laws import random_feasible
-from optprune.testing.references import reference, rounding
+from optprune.testing.quadratic import rounding
+from optprune.testing.references import reference
 from optprune.testing.strategies import linked, masked, sparse
+from optprune.testing.transformations import random_feasible
 from tests.sparse_cases import PATTERN_NAMES, correlated
 
 FEWER = settings(max_examples=max(settings().max_examples // 2, 1))

@@ -26,9 +26,10 @@ from optprune.solvers import (
     removal_curve,
     solve,
 )
-from optprune.testing.laws import random_feasible
-from optprune.testing.references import reference, rounding
+from optprune.testing.quadratic import rounding
+from optprune.testing.references import reference
 from optprune.testing.strategies import linked, structured
+from optprune.testing.transformations import random_feasible
 from tests.structured_cases import KINDS, channels, grouped_query, structured_loss, tiny
 
 swaps = importlib.import_module("optprune.solvers.channel_swaps")

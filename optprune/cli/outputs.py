@@ -48,8 +48,9 @@ def check_file(file: Path | None, what: str, output: Path | None = None) -> None
     if file.is_dir():
         raise InputError(f"the {what} {file} is a folder: name a file")
     parent, within = file.absolute().parent, output is not None and file.parent.resolve() == output.resolve()
-    if within and OF_A_MODEL.fullmatch(file.name):
-        raise InputError(f"the {what} {file} has a name that a file of the model in {output} may have: choose another")
+    if OF_A_MODEL.fullmatch(file.name) and (within or (parent / "config.json").is_file()):
+        model = output if within else file.parent
+        raise InputError(f"the {what} {file} has a name that a file of the model in {model} may have: choose another")
     if not parent.is_dir() and not within:
         raise InputError(f"the {what} {file} cannot be written: there is no folder {file.parent}")
     if parent.is_dir() and not os.access(parent, os.W_OK):

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from optprune.problems import Problem
 from optprune.solvers import Solver
 from optprune.testing import laws
-from optprune.testing.strategies import METRIC_KINDS, STRATEGIES, MetricKind, weighted
+from optprune.testing.loss_strategies import METRIC_KINDS, MetricKind
+from optprune.testing.strategies import STRATEGIES, weighted
 
 
 def check_solver(solver: Solver, *, examples: int = 20, shrink: bool = True) -> None:

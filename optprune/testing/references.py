@@ -1,6 +1,6 @@
 """References: the optimum of small problems from the mathematics, by numpy, scipy and cvxpy, using no solver of ours.
 
-A reference reads a problem's data and nothing else: the loss is rebuilt here from the moments. It needs scipy and
+A reference reads a problem's data and nothing else: quadratic.py rebuilds the loss from the moments. It needs scipy and
 cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a check
 that skips proves nothing.
 """
@@ -16,12 +16,10 @@ import cvxpy
 import numpy as np
 import scipy.linalg
 import torch
-from torch import Tensor
 
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
-    LayerLoss,
     LinkedLeastSquares,
     MaskedLeastSquares,
     PenalisedLeastSquares,
@@ -30,110 +28,10 @@ from optprune.problems import (
     StructuredLeastSquares,
     StructuredProblem,
 )
+from optprune.testing.quadratic import Array, Quadratic, array, roots
 
-Array = np.ndarray
 MOST_CHOICES = 5000
 """enumerating more than this is no longer tiny"""
-
-
-@dataclass(frozen=True, eq=False)
-class Quadratic:
-    """The loss 1/2 tr(V A V^T) - tr(V B^T) + c/2 as arrays, and tokens x*, x that have the same moments."""
-
-    weight: Array
-    gram: Array
-    target: Array
-    constant: float
-    damping: Array
-    inputs: Array
-    """[samples, in]: synthetic x* with inputs^T inputs = E[x* x*^T]"""
-    outputs: Array
-    """[samples, out]: W x for the x that go with them"""
-    scale: Array
-    """[in]: the root of the diagonal of A, 1 where it is 0; A_ij is rounded to a share of s_i s_j"""
-    negligible: float
-    """singular values of `inputs / scale` below this are rounding of the moments"""
-    uncentred: Array
-    """the sizes that the rounding of A is relative to: its entries, and an eps of those before means were taken out"""
-    epsilon: float
-    """the unit of rounding of the dtype of the problem"""
-    metric: Array
-    """[out, out]: S, the identity where there is none"""
-
-    @classmethod
-    def of(cls, loss: LayerLoss) -> "Quadratic":
-        """Rebuild the loss from its weight, moments and damping."""
-        weight, damping = _array(loss.weight), _array(loss.damping)
-        gram = _array(loss.moments.gram)
-        width, unit, uncentred = len(gram), epsilon(loss), gram + np.diag(damping)
-        metric = _metric(loss)
-        if loss.moments.dense is None:
-            cross, ideal = gram, gram
-            pair = lift = np.eye(width)
-        else:
-            cross, ideal = _array(loss.moments.dense.cross), _array(loss.moments.dense.gram)
-            pair, lift = np.eye(2 * width)[:, :width], np.eye(2 * width)[:, width:]
-        if loss.fit_bias:
-            # Kept centred, so centring adds no rounding of means that are large.
-            gram = cross = ideal = _array(loss.moments.covariance)
-            # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
-            uncentred = np.abs(gram) + unit * np.abs(uncentred) + np.diag(damping)
-            if loss.moments.drift is not None:
-                lag, square = _array(loss.moments.drift.cross), _array(loss.moments.drift.covariance)
-                cross = gram - lag
-                ideal = cross - lag.T + square
-        joint = gram if loss.moments.dense is None else np.block([[gram, cross.T], [cross, ideal]])
-        # Every entry is rounded to its own size, so inputs are compared in units of theirs.
-        sizes = _root(np.diag(joint))
-        values, vectors = np.linalg.eigh(joint / np.outer(sizes, sizes))
-        # What the dtype of the moments cannot tell from zero: up to an eps an entry, and three where the means, their
-        # product and the sum are rounded too; and what the decomposition cannot.
-        entry = unit * (1 if loss.fit_bias else 3)
-        noise = len(joint) * (entry + np.finfo(float).eps * max(float(values[-1]), 0.0))
-        tokens = np.sqrt(np.where(values > noise, values, 0))[:, None] * vectors.T * sizes
-        return cls(
-            weight,
-            gram + np.diag(damping),
-            weight @ cross + weight * damping,
-            float(np.sum((weight @ ideal) * (metric @ weight)) + np.sum(weight * (metric @ weight) * damping)),
-            damping,
-            tokens @ pair,
-            tokens @ lift @ weight.T,
-            _root(np.diag(gram) + damping),
-            float(np.sqrt(noise)),
-            uncentred,
-            unit,
-            metric,
-        )
-
-    def value(self, weight: Array) -> float:
-        """1/2 tr(S V A V^T) - tr(S V B^T) + c/2, literally."""
-        quadratic = self.metric @ (weight @ self.gram / 2 - self.target)
-        return float(np.sum(quadratic * weight) + self.constant / 2)
-
-    def row_values(self, weight: Array) -> Array:
-        """The loss of each row, [out], up to a constant of the row, for an S without couplings."""
-        rows = np.sum((weight @ self.gram) * weight, 1) / 2 - np.sum(weight * self.target, 1)
-        return np.diagonal(self.metric) * rows
-
-    @property
-    def coupled(self) -> bool:
-        """Whether S is not diagonal."""
-        return bool((self.metric != np.diag(np.diagonal(self.metric))).any())
-
-    @property
-    def root(self) -> Array:
-        """[out, out]: R with R^T R = S."""
-        values, vectors = np.linalg.eigh(self.metric)
-        return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
-
-    def terms(self, weight: Array) -> float:
-        """The total size of the terms of the loss at V, before they cancel: what its rounding is relative to."""
-        # A broken solver may return one row for all: it is the laws that must say so.
-        size, old = np.abs(np.broadcast_to(weight, self.weight.shape)), np.abs(self.weight)
-        spread, metric = np.abs(self.uncentred), np.abs(self.metric)
-        total = np.sum((size @ spread) * (metric @ size)) + np.sum((old @ spread) * (metric @ old))
-        return float(total) + abs(self.constant)
 
 
 @dataclass(frozen=True)
@@ -142,49 +40,6 @@ class Reference:
 
     optimum: float
     rounding: float
-
-
-def _root(sizes: Array) -> Array:
-    """Square roots, 1 where that is 0."""
-    return np.sqrt(np.where(sizes > 0, sizes, 1.0))
-
-
-def _array(tensor: Tensor) -> Array:
-    return tensor.detach().cpu().to(torch.float64).numpy().copy()
-
-
-def epsilon(loss: LayerLoss) -> float:
-    """The unit of rounding of the dtype that a problem is given in."""
-    return torch.finfo(loss.moments.gram.dtype).eps
-
-
-def _metric(loss: LayerLoss) -> Array:
-    if loss.metric is None:
-        return np.eye(loss.weight.shape[0])
-    average = _array(loss.metric.average)
-    return (average if average.ndim == 2 else np.diag(average)) + np.diag(_array(loss.metric.damping))
-
-
-def rounding(loss: LayerLoss, weight: Tensor) -> float:
-    """How much of the loss of a weight [out, in] may be rounding of the moments and of the sums over them."""
-    return _rounding(Quadratic.of(loss), _array(weight))
-
-
-def _rounding(quadratic: Quadratic, weight: Array) -> float:
-    # One rounding for each term of a sum over the inputs, and a few for collecting, centring and damping; the same for
-    # the sums over outputs of a metric.
-    outputs = len(quadratic.metric) + 4 if quadratic.coupled else 0
-    return (len(quadratic.damping) + 4 + outputs) * quadratic.epsilon * quadratic.terms(weight)
-
-
-def clearly_regular(loss: LayerLoss) -> bool:
-    """Whether the least eigenvalue of A, in units of its inputs, stands clear of the rounding of its dtype."""
-    quadratic = Quadratic.of(loss)
-    unit = np.outer(quadratic.scale, quadratic.scale)
-    values = np.linalg.eigvalsh(quadratic.gram / unit)
-    # The rounding of every entry of a row.
-    spread = float(np.abs(quadratic.uncentred / unit).sum(1).max())
-    return bool(values[0] > 4 * len(values) * quadratic.epsilon * spread)
 
 
 def least_squares(problem: MaskedLeastSquares) -> Reference:
@@ -226,7 +81,7 @@ def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
     answer = np.zeros_like(quadratic.weight)
     if not mask.any():
         return answer
-    ridge, root, outputs = np.diag(np.sqrt(quadratic.damping)), quadratic.root, _root(np.diag(quadratic.metric))
+    ridge, root, outputs = np.diag(np.sqrt(quadratic.damping)), quadratic.root, roots(np.diag(quadratic.metric))
     wanted = np.vstack([quadratic.outputs, ridge @ quadratic.weight.T])
     right = (root @ wanted.T).reshape(-1)
     root, tokens = root / outputs, np.vstack([quadratic.inputs, ridge]) / quadratic.scale
@@ -277,7 +132,7 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
     candidates = [quadratic.weight, np.zeros_like(quadratic.weight)]
     size = min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates)
     if size <= 0:
-        return Reference(0.0, max(_rounding(quadratic, weight) for weight in candidates))
+        return Reference(0.0, max(quadratic.rounding(weight) for weight in candidates))
     # Sizes of weights vary too, and with the units of the inputs: the variable is the change from the original weight
     # in units of what makes up for the largest; for a dead input, of the largest there.
     alive, largest = np.diag(quadratic.gram) > 0, np.abs(quadratic.weight).max(0)
@@ -298,7 +153,7 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
         raise ArithmeticError(f"Clarabel stopped with status {program.status}")
     found = quadratic.weight + length * np.asarray(change.value)
     optimum = quadratic.value(found) + penalty_value(penalty, found)
-    return Reference(optimum, _rounding(quadratic, found) + PENALISED_ACCURACY * optimum)
+    return Reference(optimum, quadratic.rounding(found) + PENALISED_ACCURACY * optimum)
 
 
 def penalty_value(penalty: Penalty, weight: Array) -> float:
@@ -307,7 +162,7 @@ def penalty_value(penalty: Penalty, weight: Array) -> float:
         case L1(strength):
             return float(strength * np.abs(weight).sum())
         case WeightedL1(weights):
-            return float((_array(weights) * np.abs(weight)).sum())
+            return float((array(weights) * np.abs(weight)).sum())
         case ElasticNet(strength, ridge):
             return float(strength * np.abs(weight).sum() + ridge / 2 * np.square(weight).sum())
         case ColumnGroups(strength):
@@ -321,7 +176,7 @@ def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> Any:
         case L1(strength):
             return strength * cvxpy.sum(cvxpy.abs(weight))
         case WeightedL1(weights):
-            spread = np.broadcast_to(_array(weights), weight.shape)
+            spread = np.broadcast_to(array(weights), weight.shape)
             return cvxpy.sum(cvxpy.multiply(spread, cvxpy.abs(weight)))
         case ElasticNet(strength, ridge):
             return strength * cvxpy.sum(cvxpy.abs(weight)) + ridge / 2 * cvxpy.sum_squares(weight)
@@ -440,7 +295,7 @@ def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:
 
 
 def _reference(quadratic: Quadratic, answer: Array) -> Reference:
-    return Reference(quadratic.value(answer), _rounding(quadratic, answer))
+    return Reference(quadratic.value(answer), quadratic.rounding(answer))
 
 
 REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
