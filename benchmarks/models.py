@@ -4,6 +4,7 @@
     .venv/bin/python -m benchmarks.models structured ablation --seeds 0 1 2
     .venv/bin/python -m benchmarks.models recovery --samples 32
     .venv/bin/python -m benchmarks.models sparse --model path/to/folder --samples 32
+    .venv/bin/python -m benchmarks.models ablation ablation-sparse --seeds 0 1 2 --share
     .venv/bin/python -m benchmarks.models --tables      # only write the tables of what has been run
 
 All recipes get the same calibration tokens (news), policy, evaluator and damping, but where they choose their own. Rows
@@ -15,10 +16,9 @@ Gram products; memory is the most that the run took on top of the model.
 
 import argparse
 import copy
-import hashlib
 import json
 from collections.abc import Iterable
-from functools import cache
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,6 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
+from benchmarks.shared import Shared, shared
+from benchmarks.studies import NAMES, STUDIES, Settings, digest
 from optprune import Recipe, load_recipe, prune
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
@@ -36,105 +38,7 @@ from optprune.models import load_model
 from optprune.report import Report
 from optprune.texts import calibration_batches, read_documents, tokenise
 
-Settings = dict[str, Any]
-SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
-STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
-HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
-PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
-DIAGONAL: Settings = {"output_metric": "diagonal", "metric_damping": 0.01}
-NOT_RESTORED: Settings = {"solver": "fasp_metric"}
-GLOBAL: Settings = {"allocation": "global"}
-CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key in ("held_out", "refit_damping")}
-GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
-BELIEVED: Settings = {"probe_tokens": 0}
-PROBED: Settings = {"probe_tokens": 1024}
-MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
-RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
-POLICIES = ("dense", "pruned", "intra", "cross", "local")
-LATER: Settings = {"budget": "parameters", "budget_tokens": 512}
-"""the values that say what recipes did before they had these fields"""
-WIDEST = 4096
-"""no layer of the models here has as many outputs"""
 KEY = ("model", "digest", "seed", "tokens", "evaluated")
-
-
-def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
-    return recipe, {"sparsity": sparsity, **({"units": "mlp"} if recipe in ("random", "magnitude") else {})}
-
-
-def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
-    """A recipe at 50 percent; Wanda, as its paper has it, with the same count in every row."""
-    settings = HALF | ({"pattern": "rows"} if recipe == "wanda" else {})
-    return recipe, settings | ({} if policy is None else {"propagation": policy})
-
-
-def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
-    """A loss-aware recipe without its parts, one after another; costs are believed, and units are those of MLPs."""
-    settings = settings | BELIEVED
-    plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
-    full = {"output_metric": "full", "metric_damping": 0.1}
-    parts = (plain, plain | DIAGONAL, plain | full, plain | DIAGONAL | GLOBAL, plain | full | GLOBAL)
-    both = full | GLOBAL
-    return [(recipe, settings | part) for part in (*parts, both | GIVEN_RIDGE, plain | RECOVERY, both | RECOVERY)]
-
-
-STUDIES: dict[str, list[tuple[str, Settings]]] = {
-    "sparse": [
-        *(half(recipe) for recipe in SPARSE),
-        ("wanda", HALF),
-        ("sparse_best", HALF | DIAGONAL),
-        *((recipe, PAIRS) for recipe in SPARSE),
-        ("sparse_best", PAIRS | DIAGONAL),
-    ],
-    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]]
-    + [("sparse_best", {**HALF, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
-    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]]
-    + [("sparse_best", {**PAIRS, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
-    "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
-    + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
-    + [
-        ("fasp", {"sparsity": sparsity, **more})
-        for sparsity in (0.2, 0.1, 0.3)
-        for more in (NOT_RESTORED, CHOSEN_RIDGE)
-    ]
-    + [("spap_plus", {"sparsity": sparsity, **GIVEN_RIDGE}) for sparsity in (0.2, 0.1, 0.3)],
-    "recovery": [
-        ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
-    ],
-    "ablation": [
-        case
-        for sparsity in (0.2, 0.1, 0.3)
-        for case in (
-            *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
-            *(
-                ("structured_best", {"sparsity": sparsity, **more})
-                for more in ({"units": "mlp"}, BELIEVED, {}, {"recovery": 1}, {"units": "mlp"} | PROBED, PROBED)
-            ),
-        )
-    ],
-    "ablation-sparse": [
-        *steps("sparse_best", HALF),
-        *steps("sparse_best", {"sparsity": 0.6}),
-        # Where N:M holds in every layer there is no budget to divide.
-        *((recipe, {**settings, "allocation": "uniform"}) for recipe, settings in steps("sparse_best", PAIRS)),
-        *(
-            ("sparse_best", settings | more)
-            for settings in (HALF, {"sparsity": 0.6})
-            for more in (BELIEVED | DIAGONAL | RECOVERY, DIAGONAL | PROBED)
-        ),
-        ("sparse_best", {**steps("sparse_best", {"sparsity": 0.6})[1][1], "metric_damping": 0.1}),
-        ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
-    ],
-}
-NAMES = {
-    "sparse": "Sparse weights",
-    "policies": "Sparse weights at 50 percent under every propagation policy",
-    "policies-2:4": "2:4 under every propagation policy",
-    "structured": "MLP units",
-    "recovery": "Recovery of the pruned sub-modules",
-    "ablation": "What the output metric, the global budget and probes do for whole units",
-    "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
-}
 
 
 def main() -> None:
@@ -147,6 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16, help="of each text")
     parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--share", action="store_true", help="compute once what rows have in common (shared.py)")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
     unknown = set(options.studies) - set(STUDIES)
@@ -156,14 +61,15 @@ def main() -> None:
         cases = [case for study in options.studies or STUDIES for case in STUDIES[study]]
         cases = [case for case in cases if not options.only or case[0] in options.only]
         cases = [case for case in cases if not options.sparsities or case[1]["sparsity"] in options.sparsities]
-        run(cases, options)
+        with shared() if options.share else nullcontext(Shared()) as common:
+            run(cases, options, common)
     for study in STUDIES:
         text = table(study, read())
         if text:
             (RESULTS / f"models_{study.replace(':', '_')}.md").write_text(text, encoding="utf-8")
 
 
-def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> None:
+def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, common: Shared) -> None:
     loaded = load_model(options.model)
     model, name = loaded.model, "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name
     original = copy.deepcopy(model.state_dict())
@@ -198,10 +104,13 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             pruned = copy.deepcopy(model)
             batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
             try:
-                report, taken = measured(pruned, batches, load_recipe(recipe, {**settings, "seed": seed}))
+                chosen = load_recipe(recipe, {**settings, "seed": seed})
+                common.begin(chosen)
+                report, taken = measured(pruned, batches, chosen)
             except InputError as error:
                 print(f"{recipe} {settings} is not for {name}: {error}", flush=True)
                 continue
+            seconds = report.seconds + common.spared
             add(
                 {
                     **dict(zip(KEY, key, strict=True)),
@@ -210,9 +119,9 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
                     **score(pruned),
                     "sparsity reached": report.sparsity_reached,
                     "mean layer error": mean(layer.relative_error for layer in report.layers),
-                    "seconds": report.seconds,
-                    "run / floor": report.seconds / report.floor_seconds,
-                    "memory, MiB": None if taken is None else taken / 2**20,
+                    "seconds": seconds,
+                    "run / floor": seconds / report.floor_seconds,
+                    "memory, MiB": None if taken is None or options.share else taken / 2**20,
                     "machine": machine(),
                 }
             )
@@ -228,23 +137,6 @@ def measured(model: PreTrainedModel, batches: Iterable[Tensor], recipe: Recipe) 
 def read() -> list[dict[str, Any]]:
     file = RESULTS / "models.json"
     return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-
-
-def digest(recipe: str, settings: Settings, tokens: int) -> str:
-    """Of what a recipe does with so many calibration tokens, whatever it is called."""
-    return _digest(recipe, json.dumps(settings), tokens)
-
-
-@cache
-def _digest(recipe: str, settings: str, tokens: int) -> str:
-    fields = load_recipe(recipe, json.loads(settings)).to_dict()
-    # What is off is left out, so that a field that is added later, and off, changes no digest.
-    told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
-    told = {key: value for key, value in told.items() if LATER.get(key) != value}
-    # Neither do limits that nothing here comes up to.
-    limits = {"metric_width": WIDEST, "metric_tokens": tokens}
-    told = {key: value for key, value in told.items() if key not in limits or value < limits[key]}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def table(study: str, rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,250 @@
+"""The README's tables of whole models, made from the rows in results/: `tests/test_readme.py` holds the README to them.
+
+    .venv/bin/python -m benchmarks.readme      # put them into README.md
+
+A cell is the mean perplexity on held-out news, with the standard deviation of its seeds; the lowest of a column is in
+bold type. A table stands where the README has a table with the same first line.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from benchmarks.common import RESULTS
+from benchmarks.models import read
+from benchmarks.studies import (
+    BELIEVED,
+    CHOSEN_RIDGE,
+    DIAGONAL,
+    GIVEN_RIDGE,
+    HALF,
+    NOT_RESTORED,
+    PAIRS,
+    Settings,
+    digest,
+    paired,
+    steps,
+    structured,
+)
+
+README = Path(__file__).parents[1] / "README.md"
+SHARES = (0.1, 0.2, 0.3)
+Case = tuple[str, Settings] | None
+INTRA: Settings = {"propagation": "intra"}
+UNIFORM: Settings = {"allocation": "uniform"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cases by row and column, on one model; `seconds` are the columns whose times are told at the end."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Case, ...]], ...]
+    model: str
+    tokens: int
+    deviations: bool = True
+    count: int | None = None
+    """the number of seeds that a cell need not tell"""
+    seconds: tuple[int, ...] = ()
+
+    def markdown(self) -> str:
+        """The table, with rows that were made elsewhere in their place."""
+        found = [[self._values(case) for case in cases] for _, cases in self.rows]
+        best = [
+            min((mean(cells[column]) for cells in found if cells[column]), default=0.0)
+            for column in range(len(self.columns) - 1 - bool(self.seconds))
+        ]
+        lines = [
+            [label, *(self._cell(values, low) for values, low in zip(cells, best, strict=True))]
+            + ([self._seconds(cases)] if self.seconds else [])
+            for (label, cases), cells in zip(self.rows, found, strict=True)
+        ]
+        head = [self.columns, ["---"] * len(self.columns)]
+        return "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines]).replace("| --- ", "|---")
+
+    def _rows(self, case: Case) -> list[dict]:
+        if case is None:
+            return []
+        wanted = digest(*case, self.tokens)
+        return [r for r in read() if (r["model"], r["digest"], r["tokens"]) == (self.model, wanted, self.tokens)]
+
+    def _values(self, case: Case) -> list[float]:
+        if case is not None and case[0] == "optipfair":
+            record = json.loads((RESULTS / "external_units.json").read_text(encoding="utf-8"))
+            return [r["news"] for r in record["rows"] if _is(r, case[1])]
+        return [row["news"] for row in self._rows(case)]
+
+    def _cell(self, values: Sequence[float], best: float) -> str:
+        if not values:
+            return ""
+        middle = mean(values)
+        text = f"{middle:.1e}".replace("e+0", "e") if middle >= 1e5 else f"{middle:.{0 if middle >= 1000 else 1}f}"
+        if len(values) > 1 and self.deviations:
+            text += f" ± {stdev(values):.1f}"
+        text = f"**{text}**" if middle == best else text
+        return text if len(values) in (1, self.count) else f"{text} ({len(values)})"
+
+    def _seconds(self, cases: Sequence[Case]) -> str:
+        times = ([row["seconds"] for row in self._rows(cases[i]) if row["seconds"]] for i in self.seconds)
+        return ", ".join(f"{round(mean(known), -1):.0f}" for known in times if known)
+
+
+def _is(row: dict, settings: Settings) -> bool:
+    return row["optipfair"] == "weights and activations" and abs(row["removed"] - settings["sparsity"]) < 0.005
+
+
+def _units(label: str, recipe: str, more: Settings | None = None) -> tuple[str, tuple[Case, ...]]:
+    """A recipe for units at every share."""
+    cases = (structured(recipe, share) for share in SHARES)
+    return label, tuple((name, {**settings, **(more or {})}) for name, settings in cases)
+
+
+def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = None) -> tuple[str, tuple[Case, ...]]:
+    """A recipe for single weights at 50 percent and 2:4, under two policies."""
+    first, second = HALF | half, PAIRS | (half if pairs is None else pairs)
+    return label, ((recipe, first), (recipe, first | INTRA), (recipe, second), (recipe, second | INTRA))
+
+
+ON_MLPS = {"units": "mlp"} | BELIEVED
+SMOLLM2, SMALL = "SmolLM2-135M-Instruct", "small-qwen2"
+HALF_STEPS, SIXTY_STEPS = steps("sparse_best", HALF), steps("sparse_best", {"sparsity": 0.6})
+PAIR_STEPS = paired("sparse_best")
+RECOVERED = 7
+STEPS = (
+    ("exact elimination, or ADMM, and a refit", 0),
+    ("and rows weighed by the diagonal of S", 1),
+    ("and outputs weighed by the whole of S", 2),
+    ("rows weighed, one budget", 3),
+    ("the whole of S, one budget", 4),
+    ("and recovery", RECOVERED),
+)
+
+
+def _weights(label: str, step: int) -> tuple[str, tuple[Case, ...]]:
+    """A step of the ablation of single weights: at 50 and 60 percent and, where it is another, at 2:4."""
+    return label, (HALF_STEPS[step], SIXTY_STEPS[step], PAIR_STEPS[step] if step in (0, 1, 2, RECOVERED) else None)
+
+
+def _step(label: str, step: int) -> tuple[str, tuple[Case, ...]]:
+    """A step of the ablation: units at every share, then single weights."""
+    units = tuple(steps("structured_best", {"sparsity": share, "units": "mlp"})[step] for share in SHARES)
+    return label, (*units, *_weights(label, step)[1])
+
+
+TABLES = (
+    Table(
+        ("recipe", "10%", "20%", "30%"),
+        (
+            _units("`structured_best`, value dimensions too", "structured_best"),
+            _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
+            _units("`structured_uniform_best`", "structured_uniform_best"),
+            _units("`spap_plus`", "spap_plus"),
+            _units("`fasp`, with the chosen ridge", "fasp", CHOSEN_RIDGE),
+            _units("`spap_plus`, with one ridge", "spap_plus", GIVEN_RIDGE),
+            _units("`osscar`", "osscar"),
+            _units("`spap`", "spap"),
+            _units("`fasp`", "fasp"),
+            _units("`fasp`, the same columns not restored", "fasp", NOT_RESTORED),
+            _units("`flap`", "flap"),
+            _units("optipfair 0.4.2, with activations", "optipfair"),
+            _units("`magnitude`, not restored", "magnitude"),
+            _units("`random`, not restored", "random"),
+        ),
+        SMOLLM2,
+        8192,
+        count=3,
+    ),
+    Table(
+        ("recipe", "50%", "50%, `intra`", "2:4", "2:4, `intra`"),
+        (
+            _sparse("`sparse_best`", "sparse_best", {}, UNIFORM | BELIEVED),
+            ("`sparse_best` and recovery", (HALF_STEPS[RECOVERED], None, PAIR_STEPS[RECOVERED], None)),
+            (
+                "`sparse_best`, rows weighed by the diagonal",
+                tuple(
+                    ("sparse_best", settings | DIAGONAL | more)
+                    for settings, more in ((HALF, {}), (HALF, INTRA), (PAIRS, UNIFORM), (PAIRS, INTRA))
+                ),
+            ),
+            *(
+                _sparse(f"`{name}`", name, {"propagation": "pruned"})
+                for name in ("alps_plus", "alps", "fistapruner_plus", "fistapruner", "sparsegpt")
+            ),
+            _sparse("`wanda` (at 50 percent the same count in every row)", "wanda", {"pattern": "rows"}, {}),
+            ("`wanda` over the matrix", (("wanda", HALF), None, None, None)),
+            _sparse("`magnitude`", "magnitude", {}),
+        ),
+        SMOLLM2,
+        8192,
+    ),
+    Table(
+        ("step", "units 10%", "20%", "30%", "weights 50%", "60%", "2:4", "seconds"),
+        (
+            *(_step(label, step) for label, step in STEPS),
+            (
+                "value dimensions and probes, without recovery",
+                (*_units("", "structured_best")[1], None, None, None),
+            ),
+            (
+                "and recovery",
+                (*_units("", "structured_best", {"recovery": 1})[1], None, None, None),
+            ),
+        ),
+        SMOLLM2,
+        8192,
+        seconds=(1, 3),
+    ),
+    Table(
+        ("MLP units removed", *(f"{share:.0%}" for share in SHARES)),
+        (
+            _units("`structured_best`, value dimensions too", "structured_best"),
+            _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
+            *(
+                _units(f"`{name}`", name)
+                for name in ("structured_uniform_best", "spap_plus", "osscar", "spap", "fasp", "flap")
+            ),
+        ),
+        SMALL,
+        8192,
+        deviations=False,
+        count=3,
+    ),
+    Table(
+        ("sparse weights", "50%", "60%", "2:4"),
+        (
+            _weights("ADMM and a refit", 0),
+            *(_weights(label, step) for label, step in STEPS[1:4]),
+            _weights("the whole of S, one budget (`sparse_best`)", 4),
+            _weights("and recovery", RECOVERED),
+        ),
+        SMALL,
+        8192,
+        deviations=False,
+        count=3,
+    ),
+)
+
+
+def put(text: str, tables: Sequence[str]) -> str:
+    """A text with each table in place of the one with the same first line."""
+    for table in tables:
+        first = table.split("\n", 1)[0]
+        lines = text.split("\n")
+        if lines.count(first) != 1:
+            raise SystemExit(f"{README.name} has {lines.count(first)} tables that begin with {first}: it needs one")
+        begin = end = lines.index(first)
+        while lines[end].startswith("|"):
+            end += 1
+        text = "\n".join([*lines[:begin], table, *lines[end:]])
+    return text
+
+
+def main() -> None:
+    tables = [table.markdown() for table in TABLES]
+    README.write_text(put(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

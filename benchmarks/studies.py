@@ -1,0 +1,128 @@
+"""What is run on whole models: studies, each a list of recipes and settings; and the digest that names a run."""
+
+import hashlib
+import json
+from functools import cache
+from typing import Any
+
+from optprune import load_recipe
+
+Settings = dict[str, Any]
+SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
+STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
+HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
+PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
+DIAGONAL: Settings = {"output_metric": "diagonal", "metric_damping": 0.01}
+NOT_RESTORED: Settings = {"solver": "fasp_metric"}
+GLOBAL: Settings = {"allocation": "global"}
+CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key in ("held_out", "refit_damping")}
+GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
+BELIEVED: Settings = {"probe_tokens": 0}
+PROBED: Settings = {"probe_tokens": 1024}
+MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
+RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
+POLICIES = ("dense", "pruned", "intra", "cross", "local")
+LATER: Settings = {"budget": "parameters", "budget_tokens": 512}
+"""the values that say what recipes did before they had these fields"""
+WIDEST = 4096
+"""no layer of the models here has as many outputs"""
+
+
+def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
+    return recipe, {"sparsity": sparsity, **({"units": "mlp"} if recipe in ("random", "magnitude") else {})}
+
+
+def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
+    """A recipe at 50 percent; Wanda, as its paper has it, with the same count in every row."""
+    settings = HALF | ({"pattern": "rows"} if recipe == "wanda" else {})
+    return recipe, settings | ({} if policy is None else {"propagation": policy})
+
+
+def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
+    """A loss-aware recipe without its parts, one after another; costs are believed, and units are those of MLPs."""
+    settings = settings | BELIEVED
+    plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
+    full = {"output_metric": "full", "metric_damping": 0.1}
+    parts = (plain, plain | DIAGONAL, plain | full, plain | DIAGONAL | GLOBAL, plain | full | GLOBAL)
+    both = full | GLOBAL
+    return [(recipe, settings | part) for part in (*parts, both | GIVEN_RIDGE, plain | RECOVERY, both | RECOVERY)]
+
+
+def paired(recipe: str) -> list[tuple[str, Settings]]:
+    """The steps at 2:4: where it holds in every layer there is no budget to divide."""
+    return [(name, {**settings, "allocation": "uniform"}) for name, settings in steps(recipe, PAIRS)]
+
+
+STUDIES: dict[str, list[tuple[str, Settings]]] = {
+    "sparse": [
+        *(half(recipe) for recipe in SPARSE),
+        ("wanda", HALF),
+        ("sparse_best", HALF | DIAGONAL),
+        *((recipe, PAIRS) for recipe in SPARSE),
+        ("sparse_best", PAIRS | DIAGONAL),
+    ],
+    "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]]
+    + [("sparse_best", {**HALF, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
+    "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]]
+    + [("sparse_best", {**PAIRS, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
+    "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
+    + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
+    + [
+        ("fasp", {"sparsity": sparsity, **more})
+        for sparsity in (0.2, 0.1, 0.3)
+        for more in (NOT_RESTORED, CHOSEN_RIDGE)
+    ]
+    + [("spap_plus", {"sparsity": sparsity, **GIVEN_RIDGE}) for sparsity in (0.2, 0.1, 0.3)],
+    "recovery": [
+        ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
+    ],
+    "ablation": [
+        case
+        for sparsity in (0.2, 0.1, 0.3)
+        for case in (
+            *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
+            *(
+                ("structured_best", {"sparsity": sparsity, **more})
+                for more in ({"units": "mlp"}, BELIEVED, {}, {"recovery": 1}, {"units": "mlp"} | PROBED, PROBED)
+            ),
+        )
+    ],
+    "ablation-sparse": [
+        *steps("sparse_best", HALF),
+        *steps("sparse_best", {"sparsity": 0.6}),
+        *paired("sparse_best"),
+        *(
+            ("sparse_best", settings | more)
+            for settings in (HALF, {"sparsity": 0.6})
+            for more in (BELIEVED | DIAGONAL | RECOVERY, DIAGONAL | PROBED)
+        ),
+        ("sparse_best", {**steps("sparse_best", {"sparsity": 0.6})[1][1], "metric_damping": 0.1}),
+        ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
+    ],
+}
+NAMES = {
+    "sparse": "Sparse weights",
+    "policies": "Sparse weights at 50 percent under every propagation policy",
+    "policies-2:4": "2:4 under every propagation policy",
+    "structured": "MLP units",
+    "recovery": "Recovery of the pruned sub-modules",
+    "ablation": "What the output metric, the global budget and probes do for whole units",
+    "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
+}
+
+
+def digest(recipe: str, settings: Settings, tokens: int) -> str:
+    """Of what a recipe does with so many calibration tokens, whatever it is called."""
+    return _digest(recipe, json.dumps(settings), tokens)
+
+
+@cache
+def _digest(recipe: str, settings: str, tokens: int) -> str:
+    fields = load_recipe(recipe, json.loads(settings)).to_dict()
+    # What is off is left out, so that a field that is added later, and off, changes no digest.
+    told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
+    told = {key: value for key, value in told.items() if LATER.get(key) != value}
+    # Neither do limits that nothing here comes up to.
+    limits = {"metric_width": WIDEST, "metric_tokens": tokens}
+    told = {key: value for key, value in told.items() if key not in limits or value < limits[key]}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
