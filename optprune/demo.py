@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from optprune.errors import InputError, OptpruneError
 from optprune.evaluate import perplexity
 from optprune.folder import save_pruned
-from optprune.interrupts import when_interrupted
 from optprune.models import Decoder, check_output, load_model, need_tokenizer
 from optprune.models.load import DEMO
 from optprune.pipeline import prune
@@ -126,38 +125,37 @@ def run_demo(
     after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_pruned(loaded, output, report, chosen, window=measured_on[0], overwrite=overwrite)
-    with when_interrupted(f"the pruned model is in {output}"):
-        again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
-        reloaded = _measure(again, measured_on, "evaluating the reloaded folder", reporter)
-        if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
-            raise OptpruneError(
-                f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "
-                f"{after.perplexity:.4f}: please report this"
-            )
-        result = DemoResult(
-            model=model,
-            recipe=recipe,
-            sparsity_requested=sparsity,
-            sparsity_reached=report.sparsity_reached,
-            before=before,
-            after=after,
-            reloaded=reloaded,
-            logits_difference=saved.logits_difference,
-            pruning_seconds=report.seconds,
-            floor_seconds=report.floor_seconds,
-            seconds=time.perf_counter() - began,
-            output=str(output),
+    again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
+    reloaded = _measure(again, measured_on, "evaluating the reloaded folder", reporter)
+    if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
+        raise OptpruneError(
+            f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "
+            f"{after.perplexity:.4f}: please report this"
         )
-        console.print(result.table())
-        for line in (
-            f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
-            f"on {report.tokens} calibration tokens; perplexity on {measured_on.numel()} held-out tokens",
-            f"reload check passed: plain transformers loads {output}, its logits differ by at most "
-            f"{saved.logits_difference:.2g} and its perplexity agrees",
-            f"the whole demo took {duration(result.seconds)}",
-        ):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-        return result
+    result = DemoResult(
+        model=model,
+        recipe=recipe,
+        sparsity_requested=sparsity,
+        sparsity_reached=report.sparsity_reached,
+        before=before,
+        after=after,
+        reloaded=reloaded,
+        logits_difference=saved.logits_difference,
+        pruning_seconds=report.seconds,
+        floor_seconds=report.floor_seconds,
+        seconds=time.perf_counter() - began,
+        output=str(output),
+    )
+    console.print(result.table())
+    for line in (
+        f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
+        f"on {report.tokens} calibration tokens; perplexity on {measured_on.numel()} held-out tokens",
+        f"reload check passed: plain transformers loads {output}, its logits differ by at most "
+        f"{saved.logits_difference:.2g} and its perplexity agrees",
+        f"the whole demo took {duration(result.seconds)}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return result
 
 
 def _measure(model: PreTrainedModel, windows: Tensor, what: str, reporter: Reporter) -> Measured:

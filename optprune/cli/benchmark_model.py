@@ -34,12 +34,12 @@ def benchmark_model_command(
     from optprune.speed import PEAK_MEMORY, Work, device_name, file_bytes, measure_speed
 
     work = Work(prompt_tokens, new_tokens, batch, repeats)
-    check_json(json_file)
     check_dtype(dtype)
     device_of(device)
     if against == model:
         raise InputError(f"--against names {model} itself: name the model to compare with")
     sources = [model] if against is None else [model, against]
+    check_json(json_file, models=sources)
     for source in sources:
         work.check(source, load_config(source))
     models = {}

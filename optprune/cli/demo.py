@@ -24,6 +24,6 @@ def demo_command(
     from optprune.demo import FOLDER, run_demo
 
     folder = FOLDER if output is None else output
-    check_json(json_file, folder)
+    check_json(json_file, output=folder)
     result = run_demo(folder, overwrite=overwrite or output is None, console=Console(), reporter=reporter)
     write_json(json_file, json_text(result.to_dict()), f"the pruned model is in {folder}")

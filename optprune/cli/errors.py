@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 import typer
 
 from optprune.errors import OptpruneError, is_out_of_memory
+from optprune.interrupts import forget_done, what_is_done
 
 INTERRUPTED = 130
 FAILED = 2
@@ -25,6 +26,7 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        forget_done()
         try:
             command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
@@ -60,7 +62,7 @@ def tell(error: BaseException) -> int:
     if os.environ.get("OPTPRUNE_DEBUG") == "1":
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        typer.echo(f"interrupted; {error.args[0] if error.args else 'nothing was written'}", err=True)
+        typer.echo(f"interrupted; {what_is_done()}", err=True)
         return INTERRUPTED
     typer.echo(f"error: {_sentence(error)}", err=True)
     return FAILED

@@ -34,7 +34,7 @@ def evaluate_command(
     from optprune.progress import duration
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
-    check_json(json_file)
+    check_json(json_file, models=[model])
     check_dtype(dtype)
     device_of(device)
     documents = read_documents(text)

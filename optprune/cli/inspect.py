@@ -25,9 +25,9 @@ def inspect_command(
     from optprune.models import Decoder, load_model, model_patterns
     from optprune.plots import check_plot, plot_kept
 
-    check_json(json_file)
+    check_json(json_file, models=[model])
     kind = None if plot is None else check_plot(plot)
-    check_file(plot, "plot")
+    check_file(plot, "plot", models=[model])
     reporter.say(f"loading {model}")
     decoder = Decoder(load_model(model, device="cpu").model)
     layers = model_patterns(decoder)
@@ -42,11 +42,12 @@ def inspect_command(
         "same_in_rows": all(layer.same_in_rows for layer in layers),
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in layers],
     }
+    title = f"{Path(model).name}: {zeros / weights:.1%} zeros"
+    picture = None if kind is None else plot_kept(layers, decoder.architecture.blocks, title, kind)
     already = f"{zeros} of {weights} weights are zero"
     write_json(json_file, json_text(result), already)
-    if kind is not None:
-        title = f"{Path(model).name}: {zeros / weights:.1%} zeros"
-        write_file(plot, plot_kept(layers, decoder.architecture.blocks, title, kind), "plot", already)
+    if picture is not None:
+        write_file(plot, picture, "plot", already)
     for layer in layers:
         held_here = ", ".join(layer.patterns) or ("rows" if layer.same_in_rows and layer.zeros else "")
         typer.echo(f"{layer.name} [{layer.outputs}, {layer.inputs}] {layer.sparsity:.2%} zeros {held_here}".rstrip())

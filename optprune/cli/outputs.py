@@ -1,14 +1,14 @@
 """What a command says and writes: progress on stderr, lines on stdout, results as JSON."""
 
-import contextlib
 import os
 import re
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError, OptpruneError
-from optprune.interrupts import interrupts_held, when_interrupted
+from optprune.interrupts import interrupts_held, record_done
 
 if TYPE_CHECKING:
     from optprune.progress import Reporter
@@ -18,6 +18,8 @@ OF_A_MODEL = re.compile(
     r"|recipe\.yaml|(vocab|merges)\.txt|.*\.(safetensors|model|jinja|py)"
 )
 """the names that files of a saved folder may have"""
+LONGEST_NAME = 240
+"""bytes in a file's name: a draft has a few more beside it, and file systems allow 255"""
 
 
 def start() -> "Reporter":
@@ -36,21 +38,29 @@ def start() -> "Reporter":
     return Reporter()
 
 
-def check_json(file: Path | None, output: Path | None = None) -> None:
-    """Raise InputError when the JSON file could not be written at the end."""
-    check_file(file, "JSON file", output)
+def check_json(file: Path | None, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
+    """Raise InputError when the JSON file could not be written at the end, or would replace one of a model's."""
+    check_file(file, "JSON file", output=output, models=models)
 
 
-def check_file(file: Path | None, what: str, output: Path | None = None) -> None:
-    """Raise InputError when a file could not be written at the end, be it into the folder `output` to come."""
+def check_file(file: Path | None, what: str, *, output: Path | None = None, models: Sequence[str] = ()) -> None:
+    """Raise InputError when a file could not be written at the end, or would replace one of a model's.
+
+    `output` is the folder of the model to come, where it may be written; `models` are those that are read.
+    """
     if file is None:
         return
     if file.is_dir():
         raise InputError(f"the {what} {file} is a folder: name a file")
-    parent, within = file.absolute().parent, output is not None and file.parent.resolve() == output.resolve()
-    if OF_A_MODEL.fullmatch(file.name) and (within or (parent / "config.json").is_file()):
-        model = output if within else file.parent
+    if len(os.fsencode(file.name)) > LONGEST_NAME:
+        raise InputError(f"the name {file.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
+    place = file.resolve()
+    within = output is not None and place.parent == output.resolve()
+    read = [model for model in models if Path(model).resolve() in (place, place.parent)]
+    if (read and file.exists()) or ((read or within) and OF_A_MODEL.fullmatch(file.name)):
+        model = read[0] if read else output
         raise InputError(f"the {what} {file} has a name that a file of the model in {model} may have: choose another")
+    parent = file.absolute().parent
     if not parent.is_dir() and not within:
         raise InputError(f"the {what} {file} cannot be written: there is no folder {file.parent}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
@@ -58,23 +68,23 @@ def check_file(file: Path | None, what: str, output: Path | None = None) -> None
 
 
 def write_json(file: Path | None, text: str, already: str) -> None:
-    """Write the JSON file whole or not at all; `already` says what is not lost when that fails."""
+    """Write the JSON file whole or not at all; `already` says what is not lost when that fails or is interrupted."""
     write_file(file, text.encode("utf-8"), "JSON file", already)
 
 
 def write_file(file: Path | None, data: bytes, what: str, already: str) -> None:
-    """Write a file whole or not at all; `already` says what is not lost when that fails."""
+    """Write a file whole or not at all; `already` says what is not lost when that fails or is interrupted."""
+    record_done(already)
     if file is None:
         return
     draft = file.absolute().with_name(f".{file.name}.{secrets.token_hex(4)}")
-    with when_interrupted(already):
-        try:
-            with draft.open("xb") as stream:
-                stream.write(data)
-            draft.replace(file)
-        except BaseException as error:
-            with interrupts_held(), contextlib.suppress(OSError):
-                draft.unlink()
-            if isinstance(error, OSError):
-                raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error
-            raise
+    try:
+        with interrupts_held():
+            try:
+                with draft.open("xb") as stream:
+                    stream.write(data)
+                draft.replace(file)
+            finally:
+                draft.unlink(missing_ok=True)
+    except OSError as error:
+        raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error

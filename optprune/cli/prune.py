@@ -10,7 +10,6 @@ from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqL
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
-from optprune.interrupts import when_interrupted
 from optprune.values import read_yaml
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def prune_command(
     if given_blocks is not None and "sparsity" in overrides and n_of_m(chosen.pattern) is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     check_output(output, overwrite)
-    check_json(json_file, output)
+    check_json(json_file, output=output, models=[model])
     for name in (dtype, save_dtype):
         check_dtype(name)
     device_of(device)
@@ -137,10 +136,8 @@ def prune_command(
     saved = save_pruned(
         loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite, dtype=save_dtype
     )
-    already = f"the pruned model is in {output}"
-    with when_interrupted(already):
-        write_json(json_file, report.to_json(), already)
-        _summarise(report, saved)
+    write_json(json_file, report.to_json(), f"the pruned model is in {output}")
+    _summarise(report, saved)
 
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,17 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, OptpruneError
-from optprune.interrupts import interrupts_held
+from optprune.interrupts import interrupts_held, record_done
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
 rotations are in float32 in a float64 model too"""
+
+
+LONGEST_NAME = 240
+"""bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,18 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
             )
         if not place.is_dir():
             raise InputError(f"the output folder {folder} is a file: choose another name")
+        if place.is_mount():
+            raise InputError(
+                f"the output folder {folder} is a mount point, so it cannot be replaced: name a folder in it"
+            )
         if not overwrite:
             raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
         if not (place / "config.json").is_file() and any(place.iterdir()):
             raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
+        if not os.access(place, os.W_OK):
+            raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
+    if len(os.fsencode(place.name)) > LONGEST_NAME:
+        raise InputError(f"the name {place.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
     parent = place.parent
     while not parent.exists():
         parent = parent.parent
@@ -83,30 +95,30 @@ def save_model(
     check_output(folder, overwrite)
     place = folder.resolve()  # a link stays a link to the new folder
     created = _missing_parents(place)
-    # A sibling, so that the rename at the end stays within one file system; its name is known before it is made, so
-    # that an interrupt at any moment leaves nothing.
-    scratch = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-    draft = scratch / "model"
-    saved: SavedModel | None = None
+    scratch: tempfile.TemporaryDirectory[str] | None = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch.mkdir(mode=0o700)
+        with interrupts_held():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            # A sibling, so that the rename at the end stays within one file system.
+            scratch = tempfile.TemporaryDirectory(
+                prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
+            )
+        draft = Path(scratch.name) / "model"
         _write(model, draft, tokenizer, files or {})
-        difference = None if probe is None else _compare(model, draft, probe, scratch)
+        difference = None if probe is None else _compare(model, draft, probe, Path(scratch.name))
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         with interrupts_held():
-            _put_in_place(draft, place)
-            saved = SavedModel(folder, size, is_stock(model.config), difference)
-            shutil.rmtree(scratch)
-            return saved
+            _put_in_place(draft, place, overwrite)
+            record_done(f"the pruned model is in {folder}")
+            scratch.cleanup()
+            return SavedModel(folder, size, is_stock(model.config), difference)
     except BaseException as error:
         with interrupts_held():
-            shutil.rmtree(scratch, ignore_errors=True)
+            if scratch is not None:
+                scratch.cleanup()
             for parent in () if place.exists() else created:
                 with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
                     parent.rmdir()
-        if saved is not None and isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(f"the pruned model is in {folder}") from None
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
         raise
@@ -125,24 +137,27 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
         parameter.data = value
 
 
-def _put_in_place(draft: Path, folder: Path) -> None:
-    """Rename the draft to the folder; one that was there takes the draft's place, and comes back if that fails."""
-    old = draft.with_name("old")
+def _put_in_place(draft: Path, folder: Path, overwrite: bool) -> None:
+    """Rename the draft to the folder; a folder that was there is deleted after that, and put back if it fails."""
+    old = folder.with_name(f"{draft.parent.name}.old")
     replaced = folder.exists()
     if replaced:
+        check_output(folder, overwrite)  # somebody else may have made it meanwhile
         folder.rename(old)
     try:
         draft.rename(folder)
-    except BaseException:
-        if replaced and not folder.exists():
-            old.rename(folder)
+    except BaseException as error:
+        if replaced:
+            try:
+                old.rename(folder)
+            except OSError:
+                raise OptpruneError(
+                    f"{folder} could not be replaced ({error}): the model that was there is now in {old}"
+                ) from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    if replaced:
+        # Whatever cannot be deleted of the old folder, the new one is there.
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _missing_parents(folder: Path) -> list[Path]:
@@ -157,10 +172,11 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
             tokenizer.save_pretrained(draft)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
+        usual = draft.stat().st_mode & 0o666
         for file in draft.rglob("*"):
             # safetensors makes its files private, which a folder that is shared should not have by surprise.
             if file.is_file():
-                file.chmod(0o666 & ~_umask())
+                file.chmod(usual)
     except Exception as error:
         # The safetensors library reports a full disk in words of its own.
         if "No space left" in str(error) or "os error 28" in str(error):
