@@ -1,11 +1,11 @@
-"""A small OPT or Qwen2 trained for a quarter of an hour on the real text: a second real model where there is no model hub.
+"""A small OPT or Qwen2 trained on the real text in a quarter of an hour: a second real model where there is no hub.
 
     .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
     .venv/bin/python -m benchmarks.models structured --model small-qwen2
 
 Four blocks of width 128, a byte-level BPE tokenizer of 2048 tokens trained on the same half of the news articles; the
-other half stays for evaluation. Small, so that a quarter of an hour on one core fills it: a wide model that has hardly been
-trained loses nothing by pruning. The number of steps is fixed, so a seed gives the same model on the same machine.
+other half stays for evaluation. Small, so that a quarter of an hour on one core fills it: a wide model that has hardly
+been trained loses nothing by pruning. The number of steps is fixed, so a seed gives the same model on the same machine.
 """
 
 import argparse
