@@ -49,13 +49,13 @@ def new_model(architecture: str) -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, intermediate_size=384))
 
 
-def new_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the documents."""
+def new_tokenizer(documents: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of so many tokens, trained on the documents."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     alphabet, special = ByteLevel.alphabet(), ["<s>", "</s>", "<pad>"]
-    trainer = BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 

@@ -6,10 +6,6 @@ from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel as ByteLevelDecoder
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
-from tokenizers.trainers import BpeTrainer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from benchmarks.train_small import new_tokenizer
 from optprune.packaged import demo_articles
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -84,18 +81,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def _trained() -> str:
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
-    special = ["<s>", "</s>", "<pad>"]
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=special,
-        initial_alphabet=ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(demo_articles("calibration")[:20], trainer)
-    return tokenizer.to_str()
+    return new_tokenizer(demo_articles("calibration")[:20], VOCABULARY).backend_tokenizer.to_str()
 
 
 def save_tiny(model: PreTrainedModel, folder: Path) -> Path:
