@@ -91,6 +91,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         *steps("sparse_best", HALF),
         *steps("sparse_best", {"sparsity": 0.6}),
         *paired("sparse_best"),
+        (paired("sparse_best")[-1][0], paired("sparse_best")[-1][1] | {"propagation": "intra"}),
         *(
             ("sparse_best", settings | more)
             for settings in (HALF, {"sparsity": 0.6})
