@@ -9,10 +9,11 @@ bold type. A table stands where the README has a table with the same first line.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, markdown
 from benchmarks.models import read
 from benchmarks.studies import (
     BELIEVED,
@@ -27,12 +28,12 @@ from benchmarks.studies import (
     paired,
     steps,
     structured,
+    under_intra,
 )
 
 README = Path(__file__).parents[1] / "README.md"
 SHARES = (0.1, 0.2, 0.3)
 Case = tuple[str, Settings] | None
-INTRA: Settings = {"propagation": "intra"}
 UNIFORM: Settings = {"allocation": "uniform"}
 
 
@@ -61,14 +62,19 @@ class Table:
             + ([self._seconds(cases)] if self.seconds else [])
             for (label, cases), cells in zip(self.rows, found, strict=True)
         ]
-        head = [self.columns, ["---"] * len(self.columns)]
-        return "\n".join("| " + " | ".join(line) + " |" for line in [*head, *lines]).replace("| --- ", "|---")
+        return markdown([dict(zip(self.columns, line, strict=True)) for line in lines]).rstrip("\n")
+
+    @cached_property
+    def _found(self) -> dict[str, list[dict]]:
+        """The rows of the model by digest."""
+        found: dict[str, list[dict]] = {}
+        for row in read():
+            if (row["model"], row["tokens"]) == (self.model, self.tokens):
+                found.setdefault(row["digest"], []).append(row)
+        return found
 
     def _rows(self, case: Case) -> list[dict]:
-        if case is None:
-            return []
-        wanted = digest(*case, self.tokens)
-        return [r for r in read() if (r["model"], r["digest"], r["tokens"]) == (self.model, wanted, self.tokens)]
+        return [] if case is None else self._found.get(digest(*case, self.tokens), [])
 
     def _values(self, case: Case) -> list[float]:
         if case is not None and case[0] == "optipfair":
@@ -104,17 +110,14 @@ def _units(label: str, recipe: str, more: Settings | None = None) -> tuple[str, 
 def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = None) -> tuple[str, tuple[Case, ...]]:
     """A recipe for single weights at 50 percent and 2:4, under two policies."""
     first, second = HALF | half, PAIRS | (half if pairs is None else pairs)
-    return label, ((recipe, first), (recipe, first | INTRA), (recipe, second), (recipe, second | INTRA))
+    cases = ((recipe, first), (recipe, second))
+    return label, tuple(one for case in cases for one in (case, under_intra(case)))
 
 
 def _two(label: str, metric: Settings) -> tuple[str, tuple[Case, ...]]:
     """`sparse_best` with a metric; at 2:4 as the ablation, which has more seeds, has it: without a budget to divide."""
-    columns = ((HALF, {}), (HALF, INTRA), (PAIRS, UNIFORM), (PAIRS, INTRA))
-    return label, tuple(("sparse_best", settings | metric | more) for settings, more in columns)
-
-
-def _under_intra(case: tuple[str, Settings]) -> Case:
-    return case[0], case[1] | INTRA
+    half, half_intra, _, pairs_intra = _sparse(label, "sparse_best", metric)[1]
+    return label, (half, half_intra, ("sparse_best", PAIRS | UNIFORM | metric), pairs_intra)
 
 
 ON_MLPS = {"units": "mlp"} | BELIEVED
@@ -172,7 +175,7 @@ TABLES = (
             _two("`sparse_best`", {}),
             (
                 "`sparse_best` and recovery",
-                (HALF_STEPS[RECOVERED], None, PAIR_STEPS[RECOVERED], _under_intra(PAIR_STEPS[RECOVERED])),
+                (HALF_STEPS[RECOVERED], None, PAIR_STEPS[RECOVERED], under_intra(PAIR_STEPS[RECOVERED])),
             ),
             _two("`sparse_best`, rows weighed by the diagonal", DIAGONAL),
             *(

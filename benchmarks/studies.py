@@ -53,6 +53,11 @@ def paired(recipe: str) -> list[tuple[str, Settings]]:
     return [(name, {**settings, "allocation": "uniform"}) for name, settings in steps(recipe, PAIRS)]
 
 
+def under_intra(case: tuple[str, Settings]) -> tuple[str, Settings]:
+    """The same under the policy `intra`."""
+    return case[0], {**case[1], "propagation": "intra"}
+
+
 STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "sparse": [
         *(half(recipe) for recipe in SPARSE),
@@ -91,7 +96,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         *steps("sparse_best", HALF),
         *steps("sparse_best", {"sparsity": 0.6}),
         *paired("sparse_best"),
-        (paired("sparse_best")[-1][0], paired("sparse_best")[-1][1] | {"propagation": "intra"}),
+        under_intra(paired("sparse_best")[-1]),
         *(
             ("sparse_best", settings | more)
             for settings in (HALF, {"sparsity": 0.6})

@@ -1,13 +1,23 @@
-"""Values in files: YAML as people write it, and JSON that every program reads."""
+"""Values in files: YAML as people write it, and JSON that every program reads; and how long names of files may be."""
 
 import json
 import math
+import os
 import re
 from typing import Any
 
 import yaml
 
 from optprune.errors import InputError
+
+LONGEST_NAME = 240
+"""bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
+
+
+def check_name(name: str) -> None:
+    """Raise InputError when a file or folder of that name leaves no room for a draft beside it."""
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise InputError(f"the name {name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
 
 
 class _Loader(yaml.SafeLoader):

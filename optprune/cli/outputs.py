@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from optprune.errors import InputError, OptpruneError
 from optprune.interrupts import interrupts_held, record_done
+from optprune.values import check_name
 
 if TYPE_CHECKING:
     from optprune.progress import Reporter
@@ -18,8 +19,6 @@ OF_A_MODEL = re.compile(
     r"|recipe\.yaml|(vocab|merges)\.txt|.*\.(safetensors|model|jinja|py)"
 )
 """the names that files of a saved folder may have"""
-LONGEST_NAME = 240
-"""bytes in a file's name: a draft has a few more beside it, and file systems allow 255"""
 
 
 def start() -> "Reporter":
@@ -52,8 +51,7 @@ def check_file(file: Path | None, what: str, *, output: Path | None = None, mode
         return
     if file.is_dir():
         raise InputError(f"the {what} {file} is a folder: name a file")
-    if len(os.fsencode(file.name)) > LONGEST_NAME:
-        raise InputError(f"the name {file.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
+    check_name(file.name)
     place = file.resolve()
     within = output is not None and place.parent == output.resolve()
     read = [model for model in models if Path(model).resolve() in (place, place.parent)]

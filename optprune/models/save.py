@@ -22,14 +22,11 @@ from optprune.errors import InputError, OptpruneError
 from optprune.interrupts import interrupts_held, record_done
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
+from optprune.values import check_name
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
 rotations are in float32 in a float64 model too"""
-
-
-LONGEST_NAME = 240
-"""bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,7 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
             raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
         if not os.access(place, os.W_OK):
             raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
-    if len(os.fsencode(place.name)) > LONGEST_NAME:
-        raise InputError(f"the name {place.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
+    check_name(place.name)
     parent = place.parent
     while not parent.exists():
         parent = parent.parent
