@@ -322,7 +322,7 @@ def test_one_damping_is_a_list_of_one() -> None:
     [
         {"restore": {"factor_dtype": "float32"}},
         [{"greedy_obs": {"batch": 4}}, {"restore": {"factor_dtype": "float32"}}],
-        {"spap": {"scale": "gram", "first": 1, "stages": 3}},
+        {"spap": {"scale": "gram", "first": 2, "depth": 3}},
         {"conjugate_gradients": {"tolerance": "1e-2"}},
     ],
 )

@@ -14,18 +14,19 @@ from optprune.problems import Channels
 from optprune.solvers import ChannelSwaps, FlapMetric, GreedyObs, Spap
 from optprune.solvers.inverse import InverseForm
 from optprune.testing import check_solver
+from tests import test_spap
 from tests import test_structured_solvers as tests
 from tests.structured_cases import channels, grouped_query
 
 greedy_obs = importlib.import_module("optprune.solvers.greedy_obs")
-swaps = importlib.import_module("optprune.solvers.channel_swaps")
 spap = importlib.import_module("optprune.solvers.spap")
+tableau = importlib.import_module("optprune.solvers.tableau")
 
 removal_bound = importlib.import_module("optprune.solvers.removal_bound")
 
 remove, cheapest = greedy_obs._Left.remove, greedy_obs._cheapest
-sweep, best = swaps._sweep, swaps._best
-penalised_minimiser, choose = spap.penalised_minimiser, spap._cheapest_penalty
+sweep, best, worth = tableau._sweep, tableau.Tableau.best_exchange, tableau.Tableau.worth
+penalise = spap._penalised
 without, eigvalsh = InverseForm.without, torch.linalg.eigvalsh
 
 
@@ -62,39 +63,49 @@ def not_refitted(self, columns):
     return weight
 
 
-def rows_not_swept(tableau, rows, pivots, sign):
-    return sweep(tableau, rows, pivots, sign)[0], rows
+def rows_not_swept(matrix, rows, pivots, sign):
+    return sweep(matrix, rows, pivots, sign)[0], rows
 
 
-def worst_exchange(problem, state, candidates):
-    found = best(problem, state, candidates)
-    return None if found is None else replace(found, leaving=state.choice.nonzero()[0, 0])
+def worst_exchange(self, candidates, barred=None):
+    found = best(self, candidates, barred)
+    return None if found is None else replace(found, leaving=self.choice.nonzero()[0, 0])
 
 
-def any_slot(problem, state, candidates):
-    one = replace(problem.channels, slots=torch.zeros_like(problem.channels.slots))
-    blind = replace(problem, link=one) if hasattr(problem, "link") else replace(problem, groups=one)
-    return best(blind, state, candidates)
+def any_slot(self, candidates, barred=None):
+    one = replace(self.channels, slots=torch.zeros_like(self.channels.slots))
+    return best(replace(self, channels=one), candidates, barred)
 
 
 def last_in_place_of_best(self, problem, state):
-    return ChannelSwaps.original(self, problem, replace(state, best=state.choice))
+    return ChannelSwaps.original(self, problem, replace(state, best=state.tableau.choice))
 
 
 def halved_penalty(problem, form, strength, choice):
-    return penalised_minimiser(problem, form, strength / 2, choice)
+    return penalise(problem, form, strength / 2, choice)
 
 
-def fixed_diagonal(problem, form, strength, choice):
-    return penalised_minimiser(problem, form, strength, choice)[0], form.inverse.diagonal()
+def no_penalty(problem, form, strength, choice):
+    return penalise(problem, form, strength * 1e9, choice)
 
 
-def smallest_kept(problem, keep, scale, weight):
-    return choose(problem, keep, -scale, weight)
+def first_penalty_only(self, problem, state):
+    return spap.Status.CONVERGED if state.settled else None
 
 
-def unscaled(problem, keep, scale, weight):
-    return choose(problem, keep, torch.ones_like(scale), weight)
+def size_of_the_penalised_column(self):
+    """What a dropped unit is worth by its penalised weight: too little to return."""
+    weight = self.rows.square().sum(0).reshape(-1, self.each).sum(1)
+    return torch.where(self.choice, weight, 0.0)
+
+
+def no_pairs(state):
+    nothing = torch.zeros(0, dtype=torch.long)
+    return nothing, nothing
+
+
+def no_excursion(self, tableau, depth, *, drop_first):
+    return None
 
 
 def uncentred(self, problem):
@@ -117,7 +128,23 @@ def literal_greedy():
 
 def theory():
     for scale in ("inverse", "gram"):
-        tests.test_the_steps_of_spap_are_exact_and_at_one_penalty_it_never_rises(channels, "mixed", scale, 1)
+        test_spap.test_the_steps_are_exact_and_at_one_penalty_they_never_rise(channels, "mixed", scale)
+
+
+def worths():
+    test_spap.test_a_unit_is_worth_what_its_absence_costs_and_a_set_the_change_it_makes(channels, "mixed", 10.0)
+
+
+def settled():
+    test_spap.test_where_the_choice_settles_no_exchange_lowers_the_penalised_loss(channels, "mixed")
+
+
+def near():
+    test_spap.test_it_ends_near_the_exhaustive_optimum_and_below_greedy_elimination("low rank")
+
+
+def many():
+    test_spap.test_many_units_change_places_in_one_step()
 
 
 def laws(solver):
@@ -141,19 +168,17 @@ FAULTS = {
         lambda: tests.test_the_curve_stays_exact_when_pending_updates_are_carried_out(1),
     ),
     "greedy: not refitted": (InverseForm, "without", not_refitted, literal_greedy),
-    "swaps: the weights not swept": (swaps, "_sweep", rows_not_swept, predicted),
-    "swaps: another unit leaves": (swaps, "_best", worst_exchange, predicted),
-    "swaps: exchange between slots": (swaps, "_best", any_slot, laws(ChannelSwaps())),
+    "swaps: the weights not swept": (tableau, "_sweep", rows_not_swept, predicted),
+    "swaps: another unit leaves": (tableau.Tableau, "best_exchange", worst_exchange, predicted),
+    "swaps: exchange between slots": (tableau.Tableau, "best_exchange", any_slot, laws(ChannelSwaps())),
     "swaps: not refitted": (InverseForm, "without", not_refitted, laws(ChannelSwaps())),
-    "SPAP: penalty halved": (spap, "penalised_minimiser", halved_penalty, theory),
-    "SPAP: the smallest kept": (spap, "_cheapest_penalty", smallest_kept, theory),
-    "SPAP: choice without the scale": (spap, "_cheapest_penalty", unscaled, theory),
-    "SPAP: the scale does not follow": (
-        spap,
-        "penalised_minimiser",
-        fixed_diagonal,
-        lambda: tests.test_answers_end_near_the_exhaustive_optimum("spap", "mixed"),
-    ),
+    "SPAP: penalty halved": (spap, "_penalised", halved_penalty, theory),
+    "SPAP: dropped in place of penalised": (spap, "_penalised", no_penalty, theory),
+    "SPAP: the penalty does not grow": (spap.Spap, "done", first_penalty_only, theory),
+    "SPAP: a unit is worth its penalised size": (tableau.Tableau, "worth", size_of_the_penalised_column, worths),
+    "SPAP: no exchange of many units": (spap, "_pairs", no_pairs, many),
+    "SPAP: no exchange of two units": (tableau.Tableau, "best_exchange", lambda self, *_: None, settled),
+    "SPAP: no excursions": (spap.Spap, "_excursion", no_excursion, near),
     "bound: half the eigenvalue": (
         removal_bound.torch.linalg,
         "eigvalsh",

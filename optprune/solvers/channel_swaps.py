@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from optprune.patterns import SlotWise
 from optprune.problems import Problem, StructuredProblem
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
+from optprune.solvers.inverse import InverseForm, refusal
 from optprune.solvers.solution import Status
+from optprune.solvers.tableau import Tableau
 
 REFRESH = 64
 """exchanges after which the tableau, which is updated in place of being computed, is computed anew"""
@@ -19,15 +19,12 @@ REFRESH = 64
 
 @dataclass(frozen=True, eq=False)
 class ChannelSwapsState:
-    """A^-1 swept on the dropped columns P, for the columns of units only, unit by unit; and the best choice so far."""
+    """The tableau of the choice, and the best choice so far."""
 
     form: InverseForm
     start: Tensor
-    tableau: Float[Tensor, "n n"]
-    """-N = -(A^-1_PP)^-1 on P, X = N A^-1_PK between, and H = (A_KK)^-1 on what is kept"""
-    rows: Float[Tensor, "out n"]
-    """Y = V0_P N on P, and the refitted V on what is kept"""
-    choice: Bool[Tensor, " units"]
+    tableau: Tableau
+    """of A^-1"""
     cost: float
     """f at the refitted weight of the choice, minus f at V0"""
     best: Bool[Tensor, " units"]
@@ -79,34 +76,31 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
     def init(self, problem: Problem, start: Tensor) -> ChannelSwapsState:
         assert isinstance(problem, StructuredProblem)
         form, choice = InverseForm.of(problem.loss), problem.support(start)
-        tableau, rows = _swept(problem, form, choice)
-        least = _cost(problem, form, rows, choice)
+        tableau = Tableau.of(problem.channels, form.inverse, form.minimiser, choice)
+        least = tableau.cost
         rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
         gain = max(self.tolerance * least, rounding)
         still = torch.zeros_like(choice)
         start = problem.within_support(start)
-        return ChannelSwapsState(form, start, tableau, rows, choice, least, choice, least, gain, still, 0, 0, False)
+        return ChannelSwapsState(form, start, tableau, least, choice, least, gain, still, 0, 0, False)
 
     def step(self, problem: Problem, state: ChannelSwapsState) -> ChannelSwapsState:
         assert isinstance(problem, StructuredProblem)
-        found = _best(problem, state, self.candidates)
+        found = state.tableau.best_exchange(self.candidates, state.moved)
         if found is None:
             return replace(state, finished=True)
         lower = state.cost + found.change < state.least - state.gain
         if not lower and state.away >= self.depth:
             return replace(state, finished=True)
-        choice, moved = state.choice.clone(), state.moved.clone()
-        choice[found.leaving], choice[found.entering] = False, True
+        moved = state.moved.clone()
         moved[found.leaving] = moved[found.entering] = True
-        rounds = state.rounds + 1
+        tableau, rounds = state.tableau.exchanged(found.leaving, found.entering), state.rounds + 1
         if rounds % REFRESH == 0:
-            tableau, rows = _swept(problem, state.form, choice)
-        else:
-            tableau, rows = _exchange(problem, state, found)
-        cost = _cost(problem, state.form, rows, choice)
-        state = replace(state, tableau=tableau, rows=rows, choice=choice, cost=cost, rounds=rounds)
+            tableau = Tableau.of(problem.channels, state.form.inverse, state.form.minimiser, tableau.choice)
+        cost = tableau.cost
+        state = replace(state, tableau=tableau, cost=cost, rounds=rounds)
         if cost < state.least - state.gain:
-            return replace(state, best=choice, least=cost, moved=torch.zeros_like(moved), away=0)
+            return replace(state, best=tableau.choice, least=cost, moved=torch.zeros_like(moved), away=0)
         return replace(state, moved=moved, away=state.away + 1)
 
     def done(self, problem: Problem, state: ChannelSwapsState) -> Status | None:
@@ -122,86 +116,3 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
 
     def notes(self, state: ChannelSwapsState) -> tuple[str, ...]:
         return state.form.notes
-
-
-@dataclass(frozen=True, eq=False)
-class _Exchange:
-    """A kept and a dropped unit that change places, and by how much the loss changes."""
-
-    change: float
-    leaving: Int[Tensor, ""]
-    entering: Int[Tensor, ""]
-
-
-def _swept(
-    problem: StructuredProblem, form: InverseForm, choice: Bool[Tensor, " units"]
-) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
-    """The tableau and the rows of a choice, from scratch."""
-    columns = problem.channels.columns
-    flat = columns.reshape(-1)
-    dropped = (~choice).repeat_interleave(columns.shape[1]).nonzero()[:, 0]
-    return _sweep(form.inverse[flat[:, None], flat], form.minimiser[:, flat], dropped, 1)
-
-
-def _sweep(
-    tableau: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], pivots: Int[Tensor, " k"], sign: int
-) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
-    """Take the pivots from the kept to the dropped columns (sign 1) or back (sign -1)."""
-    inverse = torch.linalg.inv(tableau[pivots[:, None], pivots])
-    across = inverse @ tableau[pivots]
-    down = rows[:, pivots] @ inverse
-    tableau = torch.addmm(tableau, tableau[:, pivots], across, alpha=-1)
-    rows = torch.addmm(rows, rows[:, pivots], across, alpha=-1)
-    tableau[pivots] = sign * across
-    tableau[:, pivots] = sign * across.T
-    tableau[pivots[:, None], pivots] = -inverse
-    rows[:, pivots] = sign * down
-    return tableau, rows
-
-
-def _cost(
-    problem: StructuredProblem, form: InverseForm, rows: Float[Tensor, "out n"], choice: Bool[Tensor, " units"]
-) -> float:
-    """1/2 tr(V0_P N V0_P^T)."""
-    columns = problem.channels.columns
-    dropped = (~choice).repeat_interleave(columns.shape[1])
-    return float((form.minimiser[:, columns.reshape(-1)[dropped]] * rows[:, dropped]).sum()) / 2
-
-
-def _exchange(
-    problem: StructuredProblem, state: ChannelSwapsState, found: _Exchange
-) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
-    """The tableau and the rows after one exchange."""
-    inside = torch.arange(problem.channels.columns.shape[1], device=found.leaving.device)
-    tableau, rows = _sweep(state.tableau, state.rows, found.entering * len(inside) + inside, -1)
-    return _sweep(tableau, rows, found.leaving * len(inside) + inside, 1)
-
-
-def _best(problem: StructuredProblem, state: ChannelSwapsState, candidates: int) -> _Exchange | None:
-    """The best exchange among the candidates of every slot, of units that have not moved; None if there is none."""
-    channels, each = problem.channels, problem.channels.columns.shape[1]
-    blocks, grams = unit_blocks(state.tableau, state.rows, each)
-    # Positive definite on both sides: the tableau holds -N where units are dropped.
-    blocks = torch.where(state.choice[:, None, None], blocks, -blocks)
-    value = half_trace(blocks, grams)
-    shortlist = SlotWise(channels.slots, min(candidates, channels.units // channels.slot_count))
-    free = state.choice & ~state.moved, ~state.choice & ~state.moved
-    leaving = shortlist.project(torch.where(free[0], -value, -torch.inf)) & free[0]
-    entering = shortlist.project(torch.where(free[1], value, -torch.inf)) & free[1]
-    p, q = leaving.nonzero()[:, 0], entering.nonzero()[:, 0]
-    if p.numel() == 0 or q.numel() == 0:
-        return None
-    inside = torch.arange(each, device=p.device)
-    columns_p, columns_q = (p[:, None] * each + inside).reshape(-1), (q[:, None] * each + inside).reshape(-1)
-    across = state.tableau[columns_q[:, None], columns_p].reshape(len(q), each, len(p), each).transpose(1, 2)
-    product = (state.rows[:, columns_q].T @ state.rows[:, columns_p]).reshape(len(q), each, len(p), each)
-    pulled = torch.linalg.solve(blocks[q][:, None], across)
-    mixed = product.transpose(1, 2).transpose(2, 3) @ pulled
-    after = blocks[p] + across.transpose(2, 3) @ pulled
-    gram = grams[p] + mixed + mixed.transpose(2, 3) + pulled.transpose(2, 3) @ grams[q][:, None] @ pulled
-    change = half_trace(after, gram) - value[q][:, None]
-    change = torch.where(channels.slots[q][:, None] == channels.slots[p], change, torch.inf)
-    best = change.argmin()
-    least = float(change.reshape(-1)[best])
-    # Candidates of different slots have no exchange between them.
-    return None if least == torch.inf else _Exchange(least, p[best % len(p)], q[best // len(p)])

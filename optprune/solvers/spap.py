@@ -1,11 +1,10 @@
-"""SPAP: the choice of units by a penalty on the dropped columns and alternating minimisation, then a refit."""
+"""SPAP: the choice of units by a growing penalty on dropped columns and alternating minimisation, then a refit."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.patterns import SlotWise
@@ -13,28 +12,31 @@ from optprune.problems import Problem, StructuredProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.inverse import InverseForm, refusal
 from optprune.solvers.solution import Status
+from optprune.solvers.tableau import Tableau
 
 Scale = Literal["inverse", "gram", "unit"]
+SHARE = 64
+"""on an excursion one of so many dropped units goes at once"""
 
 
 @dataclass(frozen=True, eq=False)
 class SpapState:
-    """The two blocks of variables, V and the choice, and where the schedule stands."""
+    """The two blocks of variables, V and the choice, both in the tableau; and where the schedule stands."""
 
     form: InverseForm
     scale: Float[Tensor, " in"]
     """omega"""
-    weight: Float[Tensor, "out in"]
-    """the minimiser in V for the choice before the last z-step"""
-    diagonal: Float[Tensor, " in"]
-    """of the inverse of the penalised A that goes with it"""
-    choice: Bool[Tensor, " units"]
-    keep: int
-    """how many units of each slot the current stage keeps"""
-    stage: int
+    tableau: Tableau
+    """of A^-1 + diag(1 / (rho omega))"""
     rho: float
+    gain: float
+    """what a lower F must be lower by"""
     settled: bool
-    """whether the last z-step found nothing cheaper"""
+    """whether the last z-step found nothing lower"""
+    excursions: int
+    """made at the last penalty since the choice last changed"""
+    changes: int
+    """of the choice, so far"""
 
 
 @final
@@ -44,33 +46,47 @@ class Spap(Solver[SpapState]):
 
         F(V, z) = f(V) + rho / 2 sum_j (1 - z_j) sum_{c in unit j} omega_c |V_c|^2
 
-    V-step, in closed form: V = B (A + rho diag((1 - z) omega))^-1, computed as a change of the minimiser V0 = B A^-1 on
-    the dropped columns P alone: V = V0 - V0_P (A^-1_PP + diag(1 / (rho omega_P)))^-1 A^-1_P.
-    z-step, exact: keep the units with the largest sum of omega_c |V_c|^2 (in each slot).
-    When the choice has settled, rho grows by `growth`, from `first` to `last`.
+    V-step, in closed form: V = B (A + rho diag((1 - z) omega))^-1. With V0 = B A^-1, M = A^-1 + diag(1 / (rho omega)),
+    the dropped columns P and Y = V0_P (M_PP)^-1 it is V0 - Y A^-1_P, and min_V F(V, z) = f(V0) + 1/2 tr(Y V0_P^T):
+    the penalty is a ridge on A^-1.
+    z-step, with the response of V: a kept unit is worth what F rises by when it alone is dropped, a dropped one what F
+    falls by when it alone returns, both in closed form. The dropped units worth more than kept ones of their slot
+    change places with them, the best pairs first: all such pairs if that lowers F, else half of them, and so on; where
+    no number of them does, the best single exchange of `candidates` by `candidates` units, at its exact change.
+    When no exchange lowers F by more than `tolerance` of it, rho grows by `growth`, from `first` to `last`. At the last
+    penalty the number of kept units is given up and restored: d units are dropped one after another, the cheapest
+    first, and d others return, or the other way round, for d up to `depth`; where this ends lower, the search goes on
+    from there.
 
-    min_V F(V, z) is a minimum of functions linear in z, so it is concave in z, with slope -rho / 2 omega |V_j|^2: the
-    z-step is a Frank-Wolfe step of length one. At fixed rho F never rises, and as there are finitely many choices and
-    each is left for a strictly lower F, the alternation ends in finitely many steps, at a choice and without rounding.
+    At fixed rho F never rises, and as there are finitely many choices and each is left for a strictly lower F, the
+    alternation ends in finitely many steps, at a choice and without rounding. A z-step by |V_j|^2 alone, which is the
+    slope of the concave function min_V F(V, z), changes nothing: once penalised, a column is too small to return.
 
-    The scale decides what the first choice looks like, and the alternation rarely leaves it: `inverse` omega =
-    1 / diag(A^-1), the score of Optimal Brain Surgeon, `gram` omega = diag(A), `unit` omega = 1 (in units of the mean
-    of diag(A)). With `stages` > 1 the number of dropped units grows in as many stages to its final one, at the penalty
-    `last`, and the scale `inverse` follows: at the beginning of a stage omega_c = 1 / H_cc for the kept columns, H the
-    inverse of the penalised A. Accepts structured and linked problems; the start is not used. Follow it with a refit.
+    For rho -> 0 the best choice is the ranking by omega_c |V0_c|^2, for rho -> infinity F is the cost of dropping.
+    The scale says what the ranking is: `inverse` omega = 1 / diag(A^-1), the score of Optimal Brain Surgeon, `gram`
+    omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured and linked problems; the
+    start is not used. Follow it with a refit.
 
-    A step costs |P|^3 / 3 + |P|^2 in + out |P| in; memory 2 in^2 + 3 out in, all in float64.
-    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; scales and continuation are ours.
+    A new penalty costs n^2 |P| + n |P| out, n the columns of units, a change of the choice as much for the columns that
+    change; memory 4 n^2 + 4 out n, all in float64.
+    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and excursions are ours.
     """
 
     scale: Scale = "inverse"
-    first: float = 0.1
-    growth: float = 10.0
-    last: float = 1000.0
-    stages: int = 8
+    first: float = 1.0
+    growth: float = 100.0
+    last: float = 1e4
+    depth: int = 5
+    candidates: int = 16
+    tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, may_be_zero=("depth", "tolerance"))
+        if not (self.first <= self.last and (self.growth > 1 or self.first == self.last)):
+            raise ValueError(
+                f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
+                f"{self.first:g} to {self.last:g} by {self.growth:g}"
+            )
 
     def why_not(self, problem: Problem) -> str | None:
         return refusal(problem, "drops")
@@ -78,94 +94,119 @@ class Spap(Solver[SpapState]):
     def init(self, problem: Problem, start: Tensor) -> SpapState:
         assert isinstance(problem, StructuredProblem)
         form = InverseForm.of(problem.loss)
-        scale = self._column_scale(problem, form.inverse.diagonal())
-        keep = self._keep(problem, 1)
-        choice = _cheapest_penalty(problem, keep, scale, form.minimiser)
-        rho = self.first if self.stages == 1 else self.last
-        return SpapState(form, scale, form.minimiser, form.inverse.diagonal(), choice, keep, 1, rho, False)
+        scale = self._column_scale(problem, form)
+        size = problem.channels.sum_columns((scale * form.minimiser.square()).sum(0))
+        tableau = _penalised(problem, form, self.first * scale, problem.pattern.project(size))
+        rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
+        return SpapState(form, scale, tableau, self.first, rounding, False, 0, 0)
 
     def step(self, problem: Problem, state: SpapState) -> SpapState:
+        """Nothing but the schedule moves where the choice has settled, so that every step lowers F or is one of its."""
         assert isinstance(problem, StructuredProblem)
-        if state.settled:
-            # Nothing but the schedule moves, so that every step either lowers F or is one of the schedule's.
-            if state.stage < self.stages:
-                state = self._next_stage(problem, state)
-            else:
-                state = replace(state, rho=state.rho * self.growth)
-        weight, diagonal = penalised_minimiser(problem, state.form, state.rho * state.scale, state.choice)
-        choice = _cheapest_penalty(problem, state.keep, state.scale, weight)
-        before, after = (_penalty(problem, state.scale, weight, mask) for mask in (state.choice, choice))
-        # Among equals the choice stays as it is: that is what makes the number of steps finite.
-        settled = not after < before
-        choice = state.choice if settled else choice
-        return replace(state, weight=weight, diagonal=diagonal, choice=choice, settled=settled)
+        if not state.settled:
+            lower = self._lower(state.tableau, state.gain)
+            if lower is None:
+                return replace(state, settled=True)
+            return replace(state, tableau=lower, changes=state.changes + 1)
+        if state.rho < self.last:
+            rho = min(state.rho * self.growth, self.last)
+            tableau = _penalised(problem, state.form, rho * state.scale, state.tableau.choice)
+            return replace(state, tableau=tableau, rho=rho, settled=False)
+        away = self._excursion(state.tableau, 1 + state.excursions // 2, drop_first=state.excursions % 2 == 0)
+        while away is not None and (lower := self._lower(away, state.gain)) is not None:
+            away = lower
+        if away is None or not away.cost < state.tableau.cost - self._enough(state.tableau, state.gain):
+            return replace(state, excursions=state.excursions + 1)
+        tableau = _penalised(problem, state.form, state.rho * state.scale, away.choice)
+        return replace(state, tableau=tableau, settled=False, excursions=0, changes=state.changes + 1)
 
     def done(self, problem: Problem, state: SpapState) -> Status | None:
-        finished = state.settled and state.stage == self.stages and state.rho * self.growth > self.last
+        finished = state.settled and state.rho >= self.last and state.excursions == 2 * self.depth
         return Status.CONVERGED if finished else None
 
     def value(self, problem: Problem, state: SpapState) -> Tensor:
         assert isinstance(problem, StructuredProblem)
-        mask = problem.mask(state.choice)
-        if state.stage < self.stages:
-            keep = problem.pattern.keep
-            mask = problem.mask(_cheapest_penalty(problem, keep, state.scale, state.weight * mask))
-        return torch.where(mask, state.weight, 0.0).to(problem.loss.weight)
+        mask = problem.mask(state.tableau.choice)
+        return torch.where(mask, penalised_minimiser(state), 0.0).to(problem.loss.weight)
 
     def notes(self, state: SpapState) -> tuple[str, ...]:
         return state.form.notes
 
-    def _next_stage(self, problem: StructuredProblem, state: SpapState) -> SpapState:
-        """Drop more units, by the scale that goes with those dropped so far."""
-        kept = problem.mask(state.choice)[0]
-        scale = torch.where(kept, self._column_scale(problem, state.diagonal), state.scale)
-        keep = self._keep(problem, state.stage + 1)
-        choice = _cheapest_penalty(problem, keep, scale, state.weight)
-        return replace(state, scale=scale, keep=keep, stage=state.stage + 1, choice=choice)
-
-    def _column_scale(self, problem: StructuredProblem, inverse: Float[Tensor, " in"]) -> Float[Tensor, " in"]:
-        """omega, positive and in the unit of A, so that rho has none; from the diagonal of the inverse."""
+    def _column_scale(self, problem: StructuredProblem, form: InverseForm) -> Float[Tensor, " in"]:
+        """omega, positive and in the unit of A, so that rho has none."""
         gram = problem.loss.gram.double().diagonal()
         # Never zero: a dead input would have an infinite 1 / omega.
         mean = gram.mean() if bool(gram.mean() > 0) else torch.ones_like(gram[0])
         match self.scale:
             case "inverse":
-                return 1 / inverse
+                return 1 / form.inverse.diagonal()
             case "gram":
                 return gram.clamp(min=mean * torch.finfo(gram.dtype).eps)
             case "unit":
                 return mean.expand_as(gram)
 
-    def _keep(self, problem: StructuredProblem, stage: int) -> int:
-        """How many units of a slot a stage keeps: the drop is spread evenly over the stages, the last one drops all."""
-        most, least = problem.channels.units // problem.channels.slot_count, problem.pattern.keep
-        return most - math.ceil((most - least) * stage / self.stages)
+    def _enough(self, tableau: Tableau, gain: float) -> float:
+        return max(self.tolerance * tableau.cost, gain)
+
+    def _lower(self, tableau: Tableau, gain: float) -> Tableau | None:
+        """The tableau after a z-step and the V-step that follows; None where no exchange lowers F."""
+        enough = self._enough(tableau, gain)
+        leaving, entering = _pairs(tableau)
+        count = len(leaving)
+        while count:
+            if tableau.change(leaving[:count], entering[:count]) < -enough:
+                return tableau.exchanged(leaving[:count], entering[:count])
+            count //= 2
+        found = tableau.best_exchange(self.candidates)
+        if found is None or not found.change < -enough:
+            return None
+        return tableau.exchanged(found.leaving, found.entering)
+
+    def _excursion(self, tableau: Tableau, depth: int, *, drop_first: bool) -> Tableau | None:
+        """The tableau after units of every slot were dropped and others returned; None where there are too few."""
+        slots = tableau.channels.slots
+        kept = int(tableau.choice.sum()) // tableau.channels.slot_count
+        dropped = len(slots) // tableau.channels.slot_count - kept
+        together = SlotWise(slots, max(dropped // SHARE, 1))
+        if min(kept, dropped) < depth * together.keep:
+            return None
+        barred = torch.zeros_like(tableau.choice)
+        for drop in [drop_first] * depth + [not drop_first] * depth:
+            free = (tableau.choice if drop else ~tableau.choice) & ~barred
+            worth = tableau.worth()
+            moving = together.project(torch.where(free, -worth if drop else worth, -torch.inf))
+            tableau = tableau.with_choice(tableau.choice ^ moving)
+            barred = barred | moving
+        return tableau
 
 
-def penalised_minimiser(
-    problem: StructuredProblem, form: InverseForm, strength: Float[Tensor, " in"], choice: Bool[Tensor, " units"]
-) -> tuple[Float[Tensor, "out in"], Float[Tensor, " in"]]:
-    """argmin_V f(V) + 1/2 sum over the dropped columns c of strength_c |V_c|^2, and diag((A + penalty)^-1)."""
-    dropped = problem.channels.columns[~choice].reshape(-1)
-    part = form.inverse[dropped]
-    factor = torch.linalg.cholesky(part[:, dropped] + torch.diag(1 / strength[dropped]))
-    lower = torch.linalg.solve_triangular(factor, part, upper=False)
-    right = torch.linalg.solve_triangular(factor, form.minimiser[:, dropped].T, upper=False)
-    diagonal = form.inverse.diagonal()
-    # Positive in exact arithmetic; where A is nearly singular rounding may eat all of it.
-    left = (diagonal - lower.square().sum(0)).clamp(min=diagonal * torch.finfo(diagonal.dtype).eps)
-    return form.minimiser - right.T @ lower, left
+def _penalised(
+    problem: StructuredProblem, form: InverseForm, strength: Float[Tensor, " in"], choice: Tensor
+) -> Tableau:
+    """The tableau of a choice whose dropped columns c cost strength_c / 2 |V_c|^2."""
+    return Tableau.of(problem.channels, form.inverse + torch.diag(1 / strength), form.minimiser, choice)
 
 
-def _cheapest_penalty(
-    problem: StructuredProblem, keep: int, scale: Float[Tensor, " in"], weight: Float[Tensor, "out in"]
-) -> Bool[Tensor, " units"]:
-    """The choice of `keep` units of each slot with the least penalty on the rest, exactly."""
-    channels = problem.channels
-    return SlotWise(channels.slots, keep).project(channels.sum_columns((scale * weight.square()).sum(0)))
+def penalised_minimiser(state: SpapState) -> Float[Tensor, "out in"]:
+    """argmin_V F(V, z) for the state's choice and penalty: its V."""
+    tableau = state.tableau
+    dropped = ~tableau.choice
+    multiplier = tableau.rows[:, dropped.repeat_interleave(tableau.each)]
+    return state.form.minimiser - multiplier @ state.form.inverse[tableau.channels.columns[dropped].reshape(-1)]
 
 
-def _penalty(
-    problem: StructuredProblem, scale: Float[Tensor, " in"], weight: Float[Tensor, "out in"], choice: Tensor
-) -> float:
-    return float(problem.channels.sum_columns((scale * weight.square()).sum(0))[~choice].sum())
+def _pairs(tableau: Tableau) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """Kept units, and the dropped ones of their slots that are worth more: the best pairs first.
+
+    In every slot the cheapest kept unit goes with the most valuable dropped one, and so on.
+    """
+    worth, channels = tableau.worth(), tableau.channels
+    order = channels.slots.argsort(stable=True).reshape(channels.slot_count, -1)
+    kept, value = tableau.choice[order], worth[order]
+    pairs = min(int(kept[0].sum()), int((~kept[0]).sum()))
+    cost, cheapest = torch.where(kept, value, torch.inf).sort(dim=1, stable=True)
+    gain, dearest = torch.where(kept, -torch.inf, value).sort(dim=1, descending=True, stable=True)
+    better = (gain - cost)[:, :pairs].reshape(-1)
+    found = better.argsort(descending=True, stable=True)[: int((better > 0).sum())]
+    leaving, entering = (order.gather(1, rank)[:, :pairs].reshape(-1)[found] for rank in (cheapest, dearest))
+    return leaving, entering
