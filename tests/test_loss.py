@@ -132,6 +132,17 @@ def test_damping_is_a_fraction_of_the_mean_diagonal():
     assert loss.damped(0.0).damping.tolist() == [0.0, 0.0]
 
 
+def test_where_the_bias_is_free_damping_is_a_fraction_of_the_mean_variance():
+    inputs = torch.tensor([[101.0, 1.0], [99.0, 9.0]])
+    loss = LayerLoss.of(torch.ones(1, 2), InputMoments.from_samples(inputs), 0.5, fit_bias=True)
+    # Variances 1 and 16, whatever the means: half of their mean of 8.5.
+    assert loss.damping.tolist() == [4.25, 4.25]
+    assert loss.gram.tolist() == [[1 + 4.25, -4.0], [-4.0, 16 + 4.25]]
+    assert loss.damped(2.0).damping.tolist() == [17.0, 17.0]
+    # Of a weight of which nothing is kept: half the variance of 1 x_1 + 1 x_2, 9, and half of the two dampings.
+    assert loss.value(torch.zeros(1, 2)) == (9 + 8.5) / 2
+
+
 def test_the_problem_keeps_its_own_copy_of_the_weight():
     weight = torch.ones(1, 2)
     loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(2)))

@@ -54,6 +54,20 @@ def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
         assert problem.loss.metric.tokens == 144
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.01, 0.3, 2.0])
+@pytest.mark.parametrize("kind", ["diagonal", "full"])
+def test_the_metric_is_damped_as_the_recipe_says(kind, damping):
+    solver = ["admm", "conjugate_gradients"]
+    settings = {"objective": "sparse", "solver": solver, "output_metric": kind, "metric_damping": damping}
+    problems, _ = problems_of(make_recipe({**SPARSE, **settings}), tiny_llama(num_hidden_layers=1))
+    for problem in problems.values():
+        metric = problem.loss.metric
+        mean = float((metric.average.diagonal() if kind == "full" else metric.average).mean())
+        assert mean > 0
+        # A product in float32.
+        assert metric.damping.tolist() == pytest.approx([damping * mean] * metric.width, rel=1e-6)
+
+
 def test_a_solver_that_cannot_couple_rows_says_so():
     recipe = load_recipe("alps_plus", {"output_metric": "full"})
     with pytest.raises(NoSolver, match="take its diagonal"):

@@ -1,5 +1,8 @@
 """Architectures: what slicing does to a model, with biases, grouped-query attention, rotary variants and caches."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -74,6 +77,26 @@ def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], att
     with torch.no_grad():
         small, full = sliced(tokens()).logits, zeroed(tokens()).logits
     # The sums skip exact zeros, so only their order differs: a few float32 roundings of the largest logit.
+    assert (small - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone: int) -> None:
+    """As zeros in the columns of the output projection that read it, counted out here."""
+    sliced = narrowed(TINY_MODELS[name]())
+    zeroed = copy.deepcopy(sliced)
+    decoder, other = Decoder(sliced), Decoder(zeroed)
+    before, group = decoder.shape(1), decoder.heads.group
+    assert before.value_dim < decoder.heads.dim
+    units = decoder.kv_units(1)
+    decoder.keep_units(1, units, torch.arange(before.kv_heads) != gone)
+    assert decoder.shape(1) == replace(before, kv_heads=before.kv_heads - 1)
+    layer = other.layer(1, other.architecture.output)
+    with torch.no_grad():
+        width = group * before.value_dim
+        layer.weight[:, gone * width : (gone + 1) * width] = 0
+        small, full = sliced(tokens()).logits, zeroed(tokens()).logits
     assert (small - full).abs().max() <= 1e-5 * full.abs().max()
 
 

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from optprune.errors import InputError
 from optprune.patterns import NETWORK, NM, RowWise, SlotWise, Unstructured, largest
+from optprune.solvers import Admm, Magnitude, SparseGpt, Swaps, Wanda, solve
 from optprune.testing import part_laws
 from optprune.testing.strategies import PATTERNS
+from tests.sparse_cases import correlated
 
 by_kind = pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.__name__)
 
@@ -76,6 +78,38 @@ def test_an_impossible_count_is_an_error(keep):
             pattern.project(score)
     with pytest.raises(InputError, match="cannot keep"):
         SlotWise(torch.zeros(4, dtype=torch.long), keep).project(score[0])
+
+
+def test_n_of_m_is_of_consecutive_inputs_of_a_row():
+    """Of eight outputs and eight inputs, so that the other axis would do as well: groups lie within a row."""
+    score = torch.zeros(8, 8)
+    score[0] = torch.tensor([4.0, 3.0, 2.0, 1.0, 5.0, 6.0, 7.0, 8.0])
+    score[1] = score[0] + 10
+    mask = NM(2, 4).project(score)
+    assert mask[:2].tolist() == [[True, True, False, False, False, False, True, True]] * 2
+    assert mask[2:].tolist() == [[True, True, False, False] * 2] * 6
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+def test_n_of_m_admits_groups_of_a_row_and_not_of_a_column(n, m):
+    along = torch.arange(2 * m).expand(2 * m, 2 * m) % m < n
+    assert NM(n, m).admits(along)
+    # Every group of a column has its n, and a row all or nothing.
+    assert not NM(n, m).admits(along.T.contiguous())
+
+
+@pytest.mark.parametrize(
+    "solver", [Magnitude(), Wanda(), SparseGpt(), Admm(), Swaps()], ids=lambda solver: solver.label
+)
+def test_solvers_keep_two_of_four_inputs_of_every_output(solver):
+    """Of a square weight, counted out."""
+    problem = correlated(0, 8, 8, "2:4")
+    value = solve(problem, solver).value
+    for output in range(8):
+        for first in (0, 4):
+            assert sum(float(value[output, first + i]) != 0 for i in range(4)) == 2
+    # Not by chance in groups of outputs too.
+    assert any(int((value[first : first + 4, column] != 0).sum()) != 2 for first in (0, 4) for column in range(8))
 
 
 def test_nan_scores_are_an_error():

@@ -11,8 +11,10 @@ from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.calibrate import calibrating, first_inputs, first_tokens
 from optprune.models.fisher import collect_metrics, sampled
+from optprune.moments import InputMoments
 from optprune.pipeline import prune
-from optprune.probe import Probe
+from optprune.probe import Change, Probe
+from optprune.problems import LayerLoss
 from optprune.recipe import load_recipe
 from tests.test_fisher import by_model
 from tests.test_sparse_pipeline import batches
@@ -46,6 +48,24 @@ def test_the_first_sequences_hold_the_tokens() -> None:
     for tokens, shapes in ((1, [(1, 8)]), (9, [(2, 8)]), (25, [(3, 8), (1, 5)]), (999, [(3, 8), (2, 5)])):
         assert [tuple(part.shape) for part in first_tokens(texts, tokens)] == shapes
     assert torch.equal(first_tokens(texts, 9)[0], texts[0][:2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_change_brings_the_bias_that_keeps_the_mean_output(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 + torch.randn(40, 6, generator=generator)
+    layer = torch.nn.Linear(6, 4, bias=bias)
+    mean, before = layer(inputs).mean(0), copy.deepcopy(layer)
+    loss = LayerLoss.of(layer.weight, InputMoments.from_samples(inputs), fit_bias=bias)
+    weight = layer.weight.detach() * (torch.rand(4, 6, generator=generator) < 0.5)
+    change = Change.of(layer, weight, loss)
+    undo = change.undo()
+    change.write()
+    assert torch.equal(layer.weight, weight)
+    # Forty sums of a few numbers of about three, in float32.
+    assert torch.allclose(layer(inputs).mean(0), mean, rtol=0, atol=1e-5) is bias
+    undo.write()
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in layer.state_dict().items())
 
 
 class Told(Probe):

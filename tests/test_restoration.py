@@ -244,6 +244,51 @@ def test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for(rows):
     assert again.certificate.lower_bound == 0
 
 
+@pytest.fixture
+def three_rows_at_once(monkeypatch):
+    """Of at most eight kept inputs in float64."""
+    monkeypatch.setattr("optprune.solvers.restore.BATCH_BYTES", 3 * 8 * 8 * 8)
+
+
+def test_rows_of_every_batch_are_solved(three_rows_at_once):
+    """Eleven rows that keep 8, 0, 1, 3, ... inputs: the last batch is not full, and undamped bounds take a step too."""
+    generator = torch.Generator().manual_seed(2)
+    inputs, dense = (torch.randn(50, 10, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(11, 10, generator=generator)
+    kept = torch.tensor([8, 0, 1, 3, 8, 2, 5, 4, 7, 6, 1])
+    mask = torch.rand(11, 10, generator=generator).argsort(1) < kept[:, None]
+    for damping in (0.0, 0.1):
+        loss = LayerLoss.of(weight, InputMoments.from_samples(inputs, inputs + 0.3 * dense), damping)
+        problem = MaskedLeastSquares(loss, mask)
+        solution = solve(problem, Restore())
+        # Well-conditioned float64 systems of at most 8 unknowns.
+        assert torch.allclose(solution.value, normal_equations(problem), rtol=1e-10, atol=1e-12)
+        assert solution.violation == 0 and solution.notes == ()
+        assert solution.certificate.lower_bound == pytest.approx(solution.objective, rel=1e-9)
+
+
+def test_a_singular_row_of_any_batch_is_noted(three_rows_at_once):
+    """The last two inputs are the same; one row of eight keeps both."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(50, 9, generator=generator, dtype=torch.float64)
+    inputs[:, 8] = inputs[:, 7]
+    loss = LayerLoss.of(torch.randn(8, 9, generator=generator), InputMoments.from_samples(inputs))
+    for row in (0, 4, 7):
+        mask = torch.ones(8, 9, dtype=torch.bool)
+        mask[:, 8] = False
+        mask[row, :] = torch.arange(9) > 0
+        solution = solve(MaskedLeastSquares(loss, mask), Restore())
+        assert solution.notes == (SINGULAR,)
+        others = torch.arange(8) != row
+        assert torch.allclose(
+            solution.value[others], normal_equations(solved_rows(loss, mask, others)), rtol=1e-10, atol=1e-12
+        )
+
+
+def solved_rows(loss, mask, rows):
+    return MaskedLeastSquares(replace(loss, weight=loss.weight[rows]), mask[rows])
+
+
 def test_rows_with_singular_blocks_share_one_decomposition(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(5, 12, generator=generator, dtype=torch.float64)

@@ -279,6 +279,22 @@ def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
+def test_tied_embeddings_stay_tied_in_another_dtype(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = TINY_MODELS[name]()
+    assert model.config.tie_word_embeddings
+    cast(model, torch.bfloat16)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head is not None and head.weight is embeddings.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == TINY_MODELS[name]().num_parameters()
+    save_model(model, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
 def test_paths_may_be_texts_or_paths(tmp_path: Path) -> None:
     model = tiny_llama()
     save_model(model, str(tmp_path / "out"))

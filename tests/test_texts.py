@@ -163,6 +163,18 @@ def test_calibration_windows_are_distinct_whole_and_seeded() -> None:
     assert not torch.equal(windows, other)
 
 
+def test_calibration_windows_begin_anywhere_in_what_is_left_over() -> None:
+    """Of 43 tokens 3 are left over: the first window begins at 0, 1, 2 or 3, and every token has its chance."""
+    begins, seen = set[int](), set[int]()
+    for seed in range(40):
+        [batch] = calibration_batches(torch.arange(43), samples=2, seq_length=10, seed=seed)
+        assert len(set((batch[:, 0] % 10).tolist())) == 1
+        begins.add(int(batch[0, 0]) % 10)
+        seen.update(batch.flatten().tolist())
+    assert begins == {0, 1, 2, 3}
+    assert seen == set(range(43))
+
+
 def test_all_windows_can_be_asked_for() -> None:
     [batch] = calibration_batches(torch.arange(40), samples=4, seq_length=10, seed=0)
     assert sorted(batch.flatten().tolist()) == list(range(40))

@@ -182,8 +182,13 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
 
 def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) -> float:
     """The largest difference of logits between memory and a fresh process; OptpruneError when it is too large."""
-    with torch.no_grad():
-        logits = model(input_ids=probe.to(model.device), use_cache=False).logits
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=probe.to(model.device), use_cache=False).logits
+    finally:
+        model.train(training)
     record = scratch / "probe.safetensors"
     save_file({"input_ids": probe.cpu(), "logits": logits.float().cpu().contiguous()}, record)
     # Without the script's folder (-P), but with everything that this process imports from, wherever it is.
