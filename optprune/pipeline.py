@@ -40,6 +40,7 @@ from optprune.recipe import Recipe, pattern_of
 from optprune.recovery import Calls, calls_of, recover
 from optprune.refit import HeldOut, refit
 from optprune.report import (
+    BlockChange,
     BlockFinished,
     BlockStarted,
     Event,
@@ -80,7 +81,7 @@ def prune(
     decoder, on_event = Decoder(model), on_event or (lambda event: None)
     batches = check_batches(model.config, batches)
     check_run(decoder, recipe, allocation, model.dtype)
-    weights_before = decoder.linear_weights()
+    weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     if allocation is not None:
         # What a file says of its sparsity is not believed: it may have been edited.
         allocation = Allocation.of(decoder, allocation.blocks, allocation.saves)
@@ -111,6 +112,7 @@ def prune(
         run.start(first_inputs(decoder, batches))
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
+    blocks = tuple(map(BlockChange, shapes, decoder.shapes()))
     decoder.record_shapes()
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
@@ -133,6 +135,7 @@ def prune(
         allocation=allocation.to_dict(),
         removed=removed,
         recovered=tuple(run.recovered),
+        blocks=blocks,
     )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from optprune.models import BlockShape
 from optprune.values import json_text
 
 
@@ -35,6 +36,14 @@ class LayerReport:
     notes: tuple[str, ...] = ()
     stages: tuple[dict[str, Any], ...] = ()
     """of a chain, those before the last: label, steps, seconds, and the objective after it"""
+
+
+@dataclass(frozen=True)
+class BlockChange:
+    """What a block held before the run and after; one that holds nothing any more is dropped from the model."""
+
+    before: BlockShape
+    after: BlockShape
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ class Report:
     """the sub-blocks that the recipe chose to remove whole, in that order"""
     recovered: tuple[RecoveredPart, ...] = ()
     """the sub-modules that were refitted against their dense output"""
+    blocks: tuple[BlockChange, ...] = ()
+    """of the model that was pruned, all of them"""
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""

@@ -16,6 +16,7 @@ from optprune.models.load import (
     need_tokenizer,
     stored_dtype,
 )
+from optprune.models.original import Original, layer_sizes, original_of, shares_kept
 from optprune.models.save import SavedModel, cast, check_output, save_model
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "LayerPattern",
     "LinkedLayers",
     "LoadedModel",
+    "Original",
     "Propagation",
     "SavedModel",
     "architecture_of",
@@ -39,12 +41,15 @@ __all__ = [
     "device_of",
     "is_stock",
     "layer_pattern",
+    "layer_sizes",
     "load",
     "load_config",
     "load_model",
     "load_tokenizer",
     "model_patterns",
     "need_tokenizer",
+    "original_of",
     "save_model",
+    "shares_kept",
     "stored_dtype",
 ]

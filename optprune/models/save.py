@@ -22,6 +22,7 @@ from optprune.errors import InputError, OptpruneError
 from optprune.interrupts import interrupts_held, record_done
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
+from optprune.models.portable import make_portable
 from optprune.values import check_name
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -166,6 +167,7 @@ def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, fil
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
+        make_portable(draft, tokenizer)
         for name, text in files.items():
             (draft / name).write_text(text, encoding="utf-8")
         usual = draft.stat().st_mode & 0o666

@@ -14,6 +14,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
+
 
 class PrunedLlamaConfig(LlamaConfig):
     """A Llama config with a shape for each block."""
@@ -42,7 +44,7 @@ class PrunedLlamaAttention(LlamaAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ATTENTION(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs

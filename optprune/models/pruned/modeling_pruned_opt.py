@@ -9,6 +9,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
 
+ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
+
 
 class PrunedOPTConfig(OPTConfig):
     """An OPT config with a shape for each block."""
@@ -35,7 +37,7 @@ class PrunedOPTAttention(OPTAttention):
         cache = past_key_values if cache is None else cache
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = ATTENTION(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
         return self.out_proj(mixed.reshape(*shape, -1)), weights
@@ -45,9 +47,10 @@ class PrunedOPTDecoderLayer(OPTDecoderLayer):
     """A decoder block in which the attention or the MLP may be missing, with its norm."""
 
     def forward(self, hidden_states, use_cache=None, **kwargs):
+        weights = None
         if self.self_attn is not None:
             normed = self.self_attn_layer_norm(hidden_states) if self.do_layer_norm_before else hidden_states
-            mixed, _ = self.self_attn(hidden_states=normed, **kwargs)
+            mixed, weights = self.self_attn(hidden_states=normed, **kwargs)
             hidden_states = hidden_states + nn.functional.dropout(mixed, p=self.dropout, training=self.training)
             if not self.do_layer_norm_before:
                 hidden_states = self.self_attn_layer_norm(hidden_states)
@@ -57,7 +60,8 @@ class PrunedOPTDecoderLayer(OPTDecoderLayer):
             hidden_states = hidden_states + nn.functional.dropout(mixed, p=self.dropout, training=self.training)
             if not self.do_layer_norm_before:
                 hidden_states = self.final_layer_norm(hidden_states)
-        return hidden_states
+        # transformers 4.57 hands over a head mask, and takes the first of a tuple.
+        return (hidden_states, weights) if "layer_head_mask" in kwargs else hidden_states
 
 
 class PrunedOPTForCausalLM(OPTForCausalLM):

@@ -1,0 +1,74 @@
+"""What a saved folder says to other readers: to transformers 4.57 too, and of no code but what lies in the folder."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+ROTARY = ("rope_theta", "partial_rotary_factor")
+"""what transformers 5 keeps among the parameters of rotary embeddings, and 4.x beside them"""
+OF_ITS_CLASS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+"""what a tokenizer may have from its class only"""
+
+
+def make_portable(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Rewrite config.json and tokenizer_config.json of a folder that transformers 5 has just written."""
+    own = {file.stem for file in folder.glob("*.py")}
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        _keep_own_code(fields, own)
+        if name == "config.json":
+            _say_config(fields)
+        elif tokenizer is not None and tokenizer.is_fast:
+            _say_tokenizer(fields, tokenizer)
+        file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _say_config(fields: dict[str, Any]) -> None:
+    """Say the dtype and the rotary embeddings in the words of 4.x too, which otherwise takes its defaults silently."""
+    if "dtype" in fields:
+        fields["torch_dtype"] = fields["dtype"]
+    rotary = fields.get("rope_parameters")
+    if not rotary:
+        return
+    kind = rotary["rope_type"]
+    fields |= {name: rotary[name] for name in ROTARY if name in rotary}
+    fields["rope_scaling"] = None
+    if kind != "default":
+        fields["rope_scaling"] = {name: value for name, value in rotary.items() if name not in ROTARY}
+    if kind == "longrope":  # 4.x looks for it there
+        fields["original_max_position_embeddings"] = rotary["original_max_position_embeddings"]
+
+
+def _say_tokenizer(fields: dict[str, Any], tokenizer: Any) -> None:
+    """Name the class that does what tokenizer.json says, which 4.x and 5 both know, and the rest in the words of 4.x.
+
+    Other classes are not the same in both: Llama's in 4.x begins with a token whatever tokenizer.json says.
+    """
+    fields |= {"tokenizer_class": "PreTrainedTokenizerFast"} | {name: getattr(tokenizer, name) for name in OF_ITS_CLASS}
+    if "extra_special_tokens" in fields:
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    first = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in first:  # 4.x sets it to what stands here, or to false
+        fields["add_prefix_space"] = first["add_prefix_space"]
+
+
+def _keep_own_code(fields: dict[str, Any], own: set[str]) -> None:
+    """Drop what names code elsewhere, such as the first owner's: who trusts this folder trusts no other."""
+    fields.pop("custom_pipelines", None)
+    listed = fields.pop("auto_map", None)
+    if isinstance(listed, dict):
+        kept = {name: where for name, where in listed.items() if _lies_in(where, own)}
+        fields |= {"auto_map": kept} if kept else {}
+
+
+def _lies_in(where: Any, own: set[str]) -> bool:
+    """Whether an entry, MODULE.CLASS or a list of such, names these modules; REPOSITORY--MODULE.CLASS is elsewhere."""
+    entries = where if isinstance(where, list) else [where]
+    found = [re.fullmatch(r"(\w+)\.\w+", str(entry), re.ASCII) for entry in entries if entry is not None]
+    return all(match is not None and match[1] in own for match in found)
