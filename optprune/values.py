@@ -1,9 +1,11 @@
-"""Values in files: YAML as people write it, and JSON that every program reads; and how long names of files may be."""
+"""Values from outside: YAML as people write it, JSON, names of files; and how a value is shown in a sentence."""
 
 import json
 import math
 import os
 import re
+import reprlib
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,10 +16,41 @@ LONGEST_NAME = 240
 """bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
 
 
-def check_name(name: str) -> None:
-    """Raise InputError when a file or folder of that name leaves no room for a draft beside it."""
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise InputError(f"the name {name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
+class _Short(reprlib.Repr):
+    """`repr` of a line at most, made without making all of it first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 6
+        self.maxstring = self.maxother = 100
+        self.maxlong = 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)  # type: ignore[misc]  # typeshed leaves it out
+        except ValueError:  # Python turns so many digits into text only when asked to
+            return f"a whole number of {x.bit_length()} bits"
+
+
+def shown(value: object, longest: int = 200) -> str:
+    """A value as a sentence names it: its `repr`, cut to a line."""
+    text = _Short().repr(value)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def real_path(path: Path) -> Path:
+    """Where an output will be when links are followed; InputError when it, or a draft beside it, cannot be there."""
+    place = Path(os.path.realpath(path))
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name {shown(str(path))} is not UTF-8: choose another") from None
+    if len(os.fsencode(place.name)) > LONGEST_NAME:
+        raise InputError(f"the name {place.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
+    if any(path.is_symlink() for path in (place, *place.parents)):  # all that lead somewhere were followed
+        raise InputError(f"{path} is a link that leads back to itself: name another")
+    return place
 
 
 class _Loader(yaml.SafeLoader):
