@@ -39,6 +39,12 @@ def shown(value: object, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
+def _first_line(error: BaseException, longest: int = 300) -> str:
+    """What an error says, as one line of bounded length."""
+    text = " ".join(str(error)[: 2 * longest].split())
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
 def real_path(path: Path) -> Path:
     """Where an output will be when links are followed; InputError when it, or a draft beside it, cannot be there."""
     place = Path(os.path.realpath(path))
@@ -79,6 +85,16 @@ def read_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_json(text: str, where: str) -> Any:
+    """The plain data in a JSON text; InputError, in one sentence that says where it is, when it is not JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deeply: write it flatter") from error
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON: {_first_line(error)}") from error
 
 
 def json_text(value: Any) -> str:
