@@ -5,6 +5,8 @@ import math
 import os
 import re
 import reprlib
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,10 @@ from optprune.errors import InputError
 
 LONGEST_NAME = 240
 """bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
+DEEPEST = 20
+"""levels of lists and mappings in YAML: a recipe needs five"""
+MOST_VALUES = 10_000
+"""values that a YAML text stands for: a recipe has a few dozen"""
 
 
 class _Short(reprlib.Repr):
@@ -35,14 +41,13 @@ class _Short(reprlib.Repr):
 
 def shown(value: object, longest: int = 200) -> str:
     """A value as a sentence names it: its `repr`, cut to a line."""
-    text = _Short().repr(value)
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return one_line(_Short().repr(value), longest)
 
 
-def _first_line(error: BaseException, longest: int = 300) -> str:
-    """What an error says, as one line of bounded length."""
-    text = " ".join(str(error)[: 2 * longest].split())
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+def one_line(text: object, longest: int = 300) -> str:
+    """What an error or a value says, as one line of bounded length."""
+    line = " ".join(str(text)[: 2 * longest].split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def real_path(path: Path) -> Path:
@@ -60,7 +65,44 @@ def real_path(path: Path) -> Path:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, in which 2:4 is text (YAML 1.1 reads it in base 60) and 1e-3 a number (it reads that as text)."""
+    """Plain data, in which 2:4 is text (YAML 1.1 reads it in base 60) and 1e-3 a number (it reads that as text).
+
+    What no file that people write needs is an error: a key twice, deep nesting, aliases that stand for a lot.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.extents: dict[yaml.Node, tuple[int, int]] = {}
+        """how deep a node is and how many values it stands for, aliases followed"""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        self.check(self.depth <= DEEPEST, f"it is more than {DEEPEST} deep", mark)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias:
+            self.check(node in self.extents, "it holds itself", mark)
+            return node
+        inner = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [key for key, times in Counter(keys).items() if times > 1]
+            self.check(not twice, f"the key {shown(twice[0][1]) if twice else ''} is given twice", mark)
+        extents = [self.extents[part] for part in inner]
+        deep, many = 1 + max((extent[0] for extent in extents), default=0), 1 + sum(extent[1] for extent in extents)
+        self.check(deep <= DEEPEST, f"it is more than {DEEPEST} deep", mark)
+        self.check(many <= MOST_VALUES, f"it stands for more than {MOST_VALUES} values", mark)
+        self.extents[node] = deep, many
+        return node
+
+    def check(self, fine: bool, problem: str, mark: Any) -> None:
+        if not fine:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 _NUMBERS = {
@@ -84,17 +126,31 @@ def read_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{where} is not valid YAML: {_of_numbers(error)}") from error
 
 
 def read_json(text: str, where: str) -> Any:
     """The plain data in a JSON text; InputError, in one sentence that says where it is, when it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
-        raise InputError(f"{where} is nested too deeply: write it flatter") from error
+        raise InputError(f"{where} is nested too deeply to be read: write it flatter") from error
     except ValueError as error:
-        raise InputError(f"{where} is not valid JSON: {_first_line(error)}") from error
+        raise InputError(f"{where} is not valid JSON: {_of_numbers(error)}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {shown(twice)} is given twice")
+    return known
+
+
+def _of_numbers(error: Exception) -> str:
+    """What an error says, without Python's advice about long numbers."""
+    limit = sys.get_int_max_str_digits()
+    return f"it holds a number of over {limit} digits" if "integer string conversion" in str(error) else one_line(error)
 
 
 def json_text(value: Any) -> str:

@@ -13,9 +13,12 @@ import typer
 
 from optprune.errors import OptpruneError, is_out_of_memory, no_room
 from optprune.interrupts import forget_done, what_is_done
+from optprune.values import one_line
 
 INTERRUPTED = 130
 FAILED = 2
+LONGEST = 4000
+"""characters of a sentence: one that lists every solver's reason has half of that"""
 
 P = ParamSpec("P")
 
@@ -84,4 +87,4 @@ def _sentence(error: BaseException) -> str:
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         text = f"{type(error).__name__}: {first} (unexpected: set OPTPRUNE_DEBUG=1 for the traceback, and report it)"
-    return " ".join(text.split())
+    return one_line(text, LONGEST)

@@ -64,10 +64,11 @@ def check_file(file: Path | None, what: str, *, output: Path | None = None, mode
             raise InputError(f"the {what} {file} cannot be written: it is not writable")
         return
     parent = place.parent
+    named = parent if file.is_symlink() else file.parent
     if not parent.is_dir() and not within:
-        raise InputError(f"the {what} {file} cannot be written: there is no folder {parent}")
+        raise InputError(f"the {what} {file} cannot be written: there is no folder {named}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
-        raise InputError(f"the {what} {file} cannot be written: the folder {parent} is not writable")
+        raise InputError(f"the {what} {file} cannot be written: the folder {named} is not writable")
 
 
 def write_json(file: Path | None, text: str, already: str) -> None:
