@@ -7,6 +7,7 @@ from typing import Any
 
 from optprune.errors import InputError
 from optprune.models import BlockShape, Decoder
+from optprune.values import one_line, read_json, shown
 
 NARROWED = {
     "mlp": ("mlp_width",),
@@ -69,14 +70,16 @@ class Allocation:
             for name, kept in asdict(block.shape).items():
                 there = asdict(shape)[name]
                 if not 0 <= kept <= there or (name == "value_dim" and block.shape.kv_heads and not kept):
-                    raise InputError(f"the allocation keeps {name} {kept} in block {index}, which has {there}")
+                    raise InputError(f"the allocation keeps {name} {shown(kept)} in block {index}, which has {there}")
             if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
                 raise InputError(
                     f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"
                 )
             for path, share in block.shares.items():
                 if path not in decoder.paths(index):
-                    raise InputError(f"the allocation names {path} in block {index}, which has no such linear layer")
+                    raise InputError(
+                        f"the allocation names {one_line(path)} in block {index}, which has no such linear layer"
+                    )
                 if not 0 < share <= 1:
                     raise InputError(f"the allocation keeps a share {share:g} of {path} in block {index}: use (0, 1]")
             if block.shares and block.shape != shape:
@@ -105,10 +108,10 @@ class Allocation:
     def from_json(cls, text: str) -> "Allocation":
         """Read an allocation, or that of a report.json; InputError when it is neither."""
         try:
-            data = json.loads(text)
-            return cls.from_dict(data.get("allocation", data))
-        except (ValueError, AttributeError) as error:
+            data = read_json(text, "it")
+        except InputError as error:
             raise InputError(f"{NO_ALLOCATION}: {error}") from error
+        return cls.from_dict(data.get("allocation", data) if isinstance(data, dict) else data)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Allocation":
@@ -119,11 +122,11 @@ class Allocation:
                 shares = {str(path): float(share) for path, share in entry.get("shares", {}).items()}
                 shape = BlockShape(**{name: count for name, count in entry.items() if name != "shares"})
                 if not all(isinstance(number, int) for number in asdict(shape).values()):
-                    raise TypeError(f"the shape {entry} must be whole numbers")
+                    raise TypeError(f"the shape {shown(entry)} must be whole numbers")
                 blocks.append(BlockAllocation(shape, shares))
             return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{NO_ALLOCATION}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise InputError(f"{NO_ALLOCATION}: {one_line(error)}") from error
 
 
 def everything(decoder: Decoder) -> Allocation:

@@ -1,5 +1,14 @@
 """The errors a user can meet: each is one sentence that says what was wrong and what to do."""
 
+import errno
+import re
+
+NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of disk space is used up",
+    errno.EFBIG: "a file would be larger than the file system or a limit (ulimit -f) allows",
+}
+
 
 class OptpruneError(Exception):
     """Base of every error that optprune raises on purpose; the command line prints it and exits with 2."""
@@ -27,3 +36,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
     )
+
+
+def no_room(error: BaseException) -> str | None:
+    """What is used up, when an error says that there is no room to write: of Python's, or in a Rust library's words."""
+    if isinstance(error, OSError):
+        return NO_ROOM.get(error.errno or 0)
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return NO_ROOM.get(int(told[1])) if told else None

@@ -33,7 +33,7 @@ from optprune.recipe_fields import (
 )
 from optprune.refit import refitting
 from optprune.solvers import Solver
-from optprune.values import read_yaml
+from optprune.values import one_line, read_yaml, shown
 
 Units = Literal["mlp", "vo", "kv-groups", "all", "weights", "blocks"]
 
@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     one sentence.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     name: str = "custom"
     summary: str = ""
@@ -207,7 +207,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
             raise InputError(f"the recipe file {name_or_path} cannot be read: {error}") from error
     else:
         raise InputError(
-            f"the recipe {name_or_path!r} is not known: use one of {', '.join(recipe_names())}, or a .yaml file"
+            f"the recipe {shown(name_or_path)} is not known: use one of {', '.join(recipe_names())}, or a .yaml file"
         )
     data = read_yaml(text, f"the recipe file {name_or_path}")
     if not isinstance(data, dict):
@@ -219,16 +219,18 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
     try:
         return Recipe.model_validate(dict(fields))
+    except RecursionError as error:
+        raise InputError("the recipe is nested too deeply to be read: write it flatter") from error
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = one_line(".".join(str(part) for part in first["loc"]))
         if not key:
             raise InputError(f"the recipe contradicts itself: {first['msg'].removeprefix('Value error, ')}") from error
         if first["type"] == "extra_forbidden":
             known = ", ".join(Recipe.model_fields)
             raise InputError(f"a recipe has no field {key!r}: it has {known}") from error
         reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"the recipe field {key!r} cannot be {first['input']!r}: {reason}") from error
+        raise InputError(f"the recipe field {key!r} cannot be {shown(first['input'])}: {one_line(reason)}") from error
 
 
 def _shipped() -> Any:

@@ -11,6 +11,7 @@ from optprune import solvers
 from optprune.models import POLICIES
 from optprune.objectives import OBJECTIVES, Objective
 from optprune.solvers import Chain, Solver
+from optprune.values import shown
 
 SOLVERS: dict[str, type[Solver]] = {
     "admm": solvers.Admm,
@@ -37,8 +38,8 @@ SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
-    if name not in table:
-        raise ValueError(f"the {what} {name!r} is not known: use one of {', '.join(sorted(table))}")
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"the {what} {shown(name)} is not known: use one of {', '.join(sorted(table))}")
     return table[name]
 
 
@@ -80,20 +81,20 @@ def read_solver(value: Any) -> Any:
         stages = tuple(read_solver(item) for item in value)
         for stage in stages:
             if not isinstance(stage, Solver):
-                raise ValueError(f"a chain holds solvers, not {stage!r}")
+                raise ValueError(f"a chain holds solvers, not {shown(stage)}")
         return Chain(stages)
     if isinstance(value, dict):
         if len(value) != 1:
-            raise ValueError(f"a solver with options is written {{name: {{option: value}}}}, not {value}")
+            raise ValueError(f"a solver with options is written {{name: {{option: value}}}}, not {shown(value)}")
         [(name, options)] = value.items()
         cls = _known("solver", SOLVERS, name)
         if not isinstance(options, dict | None):
-            raise ValueError(f"the options of {name} are written {{option: value}}, not {options!r}")
+            raise ValueError(f"the options of {name} are written {{option: value}}, not {shown(options)}")
         types = get_type_hints(cls)
         fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
         for option in options or {}:
             if option not in fields:
-                raise ValueError(f"the solver {name} has no option {option!r}: it has {sorted(fields) or 'none'}")
+                raise ValueError(f"the solver {name} has no option {shown(option)}: it has {sorted(fields) or 'none'}")
         return cls(
             **{option: _read_option(name, option, fields[option], text) for option, text in (options or {}).items()}
         )
@@ -107,7 +108,7 @@ def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
     try:
         return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"the option {option} of {solver} is {value!r}: {error.errors()[0]['msg']}") from error
+        raise ValueError(f"the option {option} of {solver} is {shown(value)}: {error.errors()[0]['msg']}") from error
 
 
 def write_solver(solver: Solver | None) -> Any:

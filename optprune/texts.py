@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optprune.errors import InputError
 from optprune.packaged import demo_articles, raise_csv_limit
+from optprune.values import one_line, read_json, shown
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and a text that is not there needs neither
     from torch import LongTensor, Tensor
@@ -166,10 +167,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             if not line.strip():
                 continue
             where = f"line {number} of {path}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where} is not valid JSON ({error.msg}): repair or remove it") from error
+            record = read_json(line, where)
             if not isinstance(record, dict):
                 raise InputError(f"{where} is not a JSON object: write one such as {{{json.dumps(column)}: ...}}")
             if column not in record:
@@ -216,7 +214,9 @@ def _as_text(value: Any, where: str, column: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InputError(f"the column {column!r} in {where} holds {value!r}, which is not a text: name another column")
+        raise InputError(
+            f"the column {column!r} in {where} holds {shown(value)}, which is not a text: name another column"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -228,5 +228,5 @@ def _as_text(value: Any, where: str, column: str) -> str:
 
 
 def _no_column(where: Any, column: str, columns: Iterable[str]) -> str:
-    known = ", ".join(columns) or "none"
+    known = one_line(", ".join(columns)) or "none"
     return f"{where} has no column {column!r} (it has {known}): name one after a colon, as in FILE.csv:COLUMN"

@@ -35,6 +35,40 @@ def as_users_run():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(scope="session")
+def attempted_model(tmp_path_factory):
+    from tests.tiny_models import save_tiny, tiny_llama
+
+    return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def attempted_text(tmp_path_factory):
+    from optprune.packaged import demo_articles
+
+    file = tmp_path_factory.mktemp("texts") / "articles.txt"
+    file.write_text("\n\n".join(demo_articles("calibration")[:5]), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def attempt(attempted_model, attempted_text, tmp_path, capsys):
+    """A prune command that would work."""
+    from tests.attempts import Attempt
+
+    return Attempt(attempted_model, attempted_text, tmp_path, capsys)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights is a failure: what is tested must be found before."""
+
+    def load(*_, **__):
+        pytest.fail("the weights were loaded before the cheap checks")
+
+    monkeypatch.setattr("optprune.models.load_model", load)
+
+
 def pytest_configure(config):
     # beartype checks a random item of a container, and hypothesis takes that for randomness of a strategy.
     config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")

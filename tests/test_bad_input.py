@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,76 +19,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from optprune.allocation import everything, uniform
 from optprune.cli import main
 from optprune.models import Decoder
-from optprune.packaged import demo_articles, demo_model_file
+from optprune.packaged import demo_model_file
+from tests.attempts import Attempt, snapshot
 from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
-
-SMALL = {"--samples": "8", "--seq-length": "64"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("texts") / "articles.txt"
-    file.write_text("\n\n".join(demo_articles("calibration")[:5]), encoding="utf-8")
-    return file
-
-
-@dataclass
-class Attempt:
-    """A prune command that would work; a test spoils one thing and sees what is said."""
-
-    model: Path
-    text: Path
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    @property
-    def output(self) -> Path:
-        return self.folder / "new" / "out"
-
-    def command(self, *more: str, **options: object) -> list[str]:
-        given = {"--calibration": self.text, "--output": self.output, **SMALL}
-        given |= {"--" + name.replace("_", "-"): value for name, value in options.items()}
-        words = [str(word) for pair in given.items() for word in pair]
-        return ["prune", str(self.model), *words, *more]
-
-    def fails(self, command: list[str], code: int = 2) -> str:
-        """The sentence; the test's folder must be as it was."""
-        before = snapshot(self.folder)
-        self.capsys.readouterr()  # what making the test's files has said
-        assert main(command) == code
-        captured = self.capsys.readouterr()
-        assert captured.out == ""
-        assert snapshot(self.folder) == before
-        progress = ("tokenising", "loading", "pruning", "saving", "reading", "evaluating")
-        sentences = [line for line in captured.err.splitlines() if not line.startswith(progress)]
-        assert len(sentences) == 1, captured.err
-        assert sentences[0].startswith("error: ")
-        return sentences[0]
-
-
-@pytest.fixture
-def attempt(model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Attempt:
-    return Attempt(model, text, tmp_path, capsys)
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading weights is a failure: what is tested must be found before."""
-
-    def load(*_: object, **__: object) -> None:
-        pytest.fail("the weights were loaded before the cheap checks")
-
-    monkeypatch.setattr("optprune.models.load_model", load)
-
 
 # -- found before any weight is loaded
 

@@ -1,6 +1,5 @@
 """Telling errors: one sentence on stderr and an exit status; a traceback only on request."""
 
-import errno
 import functools
 import os
 import signal
@@ -12,11 +11,14 @@ from typing import Any, ParamSpec
 
 import typer
 
-from optprune.errors import OptpruneError, is_out_of_memory
+from optprune.errors import OptpruneError, is_out_of_memory, no_room
 from optprune.interrupts import forget_done, what_is_done
+from optprune.values import one_line
 
 INTERRUPTED = 130
 FAILED = 2
+LONGEST = 4000
+"""characters of a sentence: one that lists every solver's reason has half of that"""
 
 P = ParamSpec("P")
 
@@ -78,11 +80,11 @@ def _sentence(error: BaseException) -> str:
             "the memory is not enough: lower --samples, --seq-length, --batch or --prompt-tokens (what the command "
             "has), or use --dtype bfloat16"
         )
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        text = "the disk is full, so nothing was written: free some space and run again"
+    elif (full := no_room(error)) is not None:
+        text = f"{full}, so nothing was written: make room and run again"
     elif isinstance(error, OSError):
         text = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}"
     else:
         first = (str(error).strip().splitlines() or [""])[0]
         text = f"{type(error).__name__}: {first} (unexpected: set OPTPRUNE_DEBUG=1 for the traceback, and report it)"
-    return " ".join(text.split())
+    return one_line(text, LONGEST)

@@ -1,15 +1,17 @@
 """What a command says and writes: progress on stderr, lines on stdout, results as JSON."""
 
+import contextlib
 import os
 import re
 import secrets
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from optprune.errors import InputError, OptpruneError
 from optprune.interrupts import interrupts_held, record_done
-from optprune.values import check_name
+from optprune.values import real_path
 
 if TYPE_CHECKING:
     from optprune.progress import Reporter
@@ -51,18 +53,22 @@ def check_file(file: Path | None, what: str, *, output: Path | None = None, mode
         return
     if file.is_dir():
         raise InputError(f"the {what} {file} is a folder: name a file")
-    check_name(file.name)
-    place = file.resolve()
-    within = output is not None and place.parent == output.resolve()
-    read = [model for model in models if Path(model).resolve() in (place, place.parent)]
-    if (read and file.exists()) or ((read or within) and OF_A_MODEL.fullmatch(file.name)):
+    place = real_path(file)
+    within = output is not None and place.parent == real_path(output)
+    read = [model for model in models if Path(os.path.realpath(model)) in (place, place.parent)]
+    if (read and place.exists()) or ((read or within) and OF_A_MODEL.fullmatch(place.name)):
         model = read[0] if read else output
         raise InputError(f"the {what} {file} has a name that a file of the model in {model} may have: choose another")
-    parent = file.absolute().parent
+    if _is_special(file):
+        if not os.access(file, os.W_OK):
+            raise InputError(f"the {what} {file} cannot be written: it is not writable")
+        return
+    parent = place.parent
+    named = parent if file.is_symlink() else file.parent
     if not parent.is_dir() and not within:
-        raise InputError(f"the {what} {file} cannot be written: there is no folder {file.parent}")
+        raise InputError(f"the {what} {file} cannot be written: there is no folder {named}")
     if parent.is_dir() and not os.access(parent, os.W_OK):
-        raise InputError(f"the {what} {file} cannot be written: the folder {file.parent} is not writable")
+        raise InputError(f"the {what} {file} cannot be written: the folder {named} is not writable")
 
 
 def write_json(file: Path | None, text: str, already: str) -> None:
@@ -71,18 +77,49 @@ def write_json(file: Path | None, text: str, already: str) -> None:
 
 
 def write_file(file: Path | None, data: bytes, what: str, already: str) -> None:
-    """Write a file whole or not at all; `already` says what is not lost when that fails or is interrupted."""
+    """Write a file whole or not at all; `already` says what is not lost when that fails or is interrupted.
+
+    What is not a regular file (a device, a pipe) stays what it is and gets the bytes; a link stays a link.
+    """
     record_done(already)
     if file is None:
         return
-    draft = file.absolute().with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with interrupts_held():
-            try:
-                with draft.open("xb") as stream:
-                    stream.write(data)
-                draft.replace(file)
-            finally:
-                draft.unlink(missing_ok=True)
+        stream = _standard_stream(file)
+        if stream is not None:
+            stream.flush()
+            stream.buffer.write(data)
+            stream.flush()
+        elif _is_special(file):
+            # Not held: opening a pipe waits for a reader, and one must be able to stop that.
+            with file.open("wb") as special:
+                special.write(data)
+        else:
+            _replace(real_path(file), data)
     except OSError as error:
         raise OptpruneError(f"the {what} {file} cannot be written ({error.strerror}), but {already}") from error
+
+
+def _replace(place: Path, data: bytes) -> None:
+    """Write a regular file beside its place and rename it."""
+    draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    with interrupts_held():
+        try:
+            with draft.open("xb") as stream:
+                stream.write(data)
+            draft.replace(place)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _is_special(file: Path) -> bool:
+    return file.exists() and not file.is_file()
+
+
+def _standard_stream(file: Path) -> TextIO | None:
+    """The stream of ours that a file (such as /dev/stdout) is: opened a second time, it would be written over."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is not there, or is no file of the system
+            if os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+                return stream
+    return None

@@ -10,7 +10,7 @@ from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqL
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
-from optprune.values import read_yaml
+from optprune.values import one_line, read_yaml, shown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -147,10 +147,12 @@ def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str,
         key, equals, text = setting.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise InputError(f"--set {setting!r} is not of the form KEY=VALUE, such as damping=0.05")
+            raise InputError(f"--set {shown(setting)} is not of the form KEY=VALUE, such as damping=0.05")
         if key in fields:
-            raise InputError(f"the recipe field {key!r} is given twice, the second time by --set {setting}: give one")
-        fields[key] = read_yaml(text, f"the value in --set {setting}")
+            raise InputError(
+                f"the recipe field {shown(key)} is given twice, the second time by --set {one_line(setting)}: give one"
+            )
+        fields[key] = read_yaml(text, f"the value in --set {one_line(setting)}")
     return fields
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, is_out_of_memory
 from optprune.models.decoder import Decoder, architecture_called, architecture_of
+from optprune.models.weights_files import check_weights_files, check_weights_named
 from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,6 +127,7 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
             architecture_called(fields.get("model_type") if isinstance(fields, dict) else None)
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+    check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not options:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
@@ -141,6 +143,8 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
     if "gguf_file" not in options:
         options = {**options, "use_safetensors": True}
     with _reading("weights", source, where, options):
+        if "gguf_file" not in options:
+            check_weights_files(source, where)
         try:
             # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
             model, report = cls.from_pretrained(where, output_loading_info=True, trust_remote_code=False, **options)
@@ -216,6 +220,8 @@ def _reading(what: str, source: str, where: str, options: Mapping[str, Any]) -> 
 def _cause(error: BaseException) -> str:
     """The first line of what an error says; all of it where that line only announces it."""
     text = str(error).strip()
+    if "weights_only" in text:  # torch's advice is to switch it off
+        return "it is pickle, which is not read"
     first = text.splitlines()[0].strip() if text else type(error).__name__
     told = " ".join(text.split()) if first.endswith(":") else first
     return f"{type(error).__name__}: {told}" if isinstance(error, KeyError) else told.rstrip(".!")

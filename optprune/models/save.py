@@ -1,13 +1,13 @@
 """Saving: a folder appears whole or not at all, and only after a fresh process has reloaded it and agreed."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.errors import InputError, OptpruneError
+from optprune.errors import InputError, OptpruneError, no_room
 from optprune.interrupts import interrupts_held, record_done
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
 from optprune.models.portable import make_portable
-from optprune.values import check_name
+from optprune.values import check_name, real_path
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
@@ -46,7 +46,7 @@ class SavedModel:
 def check_output(folder: str | Path, overwrite: bool) -> None:
     """Raise InputError unless the output folder can be written: call it before the long work."""
     folder = Path(folder)
-    place = folder.resolve()
+    place = real_path(folder)
     if place.exists():
         if Path.cwd().is_relative_to(place):
             raise InputError(
@@ -64,7 +64,6 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
             raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
         if not os.access(place, os.W_OK):
             raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
-    check_name(place.name)
     parent = place.parent
     while not parent.exists():
         parent = parent.parent
@@ -90,35 +89,59 @@ def save_model(
     """
     folder = Path(folder)
     check_output(folder, overwrite)
-    place = folder.resolve()  # a link stays a link to the new folder
+    place = real_path(folder)  # a link stays a link to the new folder
     created = _missing_parents(place)
-    scratch: tempfile.TemporaryDirectory[str] | None = None
+    scratch: _Scratch | None = None
     try:
         with interrupts_held():
             place.parent.mkdir(parents=True, exist_ok=True)
-            # A sibling, so that the rename at the end stays within one file system.
-            scratch = tempfile.TemporaryDirectory(
-                prefix=f".{place.name}.", dir=place.parent, ignore_cleanup_errors=True
-            )
-        draft = Path(scratch.name) / "model"
+            scratch = _Scratch(place)
+        draft = scratch.folder / "model"
         _write(model, draft, tokenizer, files or {})
-        difference = None if probe is None else _compare(model, draft, probe, Path(scratch.name))
+        difference = None if probe is None else _compare(model, draft, probe, scratch.folder)
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         with interrupts_held():
             _put_in_place(draft, place, overwrite)
             record_done(f"the pruned model is in {folder}")
-            scratch.cleanup()
+            scratch.discard()
             return SavedModel(folder, size, is_stock(model.config), difference)
     except BaseException as error:
         with interrupts_held():
             if scratch is not None:
-                scratch.cleanup()
+                scratch.discard()
             for parent in () if place.exists() else created:
                 with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
                     parent.rmdir()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise InputError(f"the disk is full, so {folder} was not written: free some space and run again") from error
+        full = no_room(error)
+        if full is not None:
+            raise InputError(f"{full}, so {folder} was not written: make room and run again") from error
+        if isinstance(error, OptpruneError) and scratch is not None and scratch.folder.exists():
+            raise OptpruneError(f"{error}; of it {scratch.folder} could not be deleted: do that by hand") from error
         raise
+
+
+class _Scratch:
+    """A folder beside an output, which goes when it is discarded, or at the latest when nothing refers to it."""
+
+    def __init__(self, place: Path) -> None:
+        # For `_discard`, should there be none left by then. First, so that no folder is made when there is none now.
+        spare = os.open(os.devnull, os.O_RDONLY)
+        # A sibling, so that the rename at the end stays within one file system.
+        self.folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        self.discard = weakref.finalize(self, _discard, self.folder, spare)
+
+
+def _discard(folder: Path, spare: int | None = None) -> None:
+    """Delete as much of a folder as can be, with one file descriptor at a time: shutil.rmtree needs more."""
+    if spare is not None:
+        os.close(spare)
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                _discard(path)
+            else:
+                path.unlink()
+        folder.rmdir()
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -163,23 +186,17 @@ def _missing_parents(folder: Path) -> list[Path]:
 
 
 def _write(model: PreTrainedModel, draft: Path, tokenizer: Tokenizer | None, files: Mapping[str, str]) -> None:
-    try:
-        model.save_pretrained(draft)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-        make_portable(draft, tokenizer)
-        for name, text in files.items():
-            (draft / name).write_text(text, encoding="utf-8")
-        usual = draft.stat().st_mode & 0o666
-        for file in draft.rglob("*"):
-            # safetensors makes its files private, which a folder that is shared should not have by surprise.
-            if file.is_file():
-                file.chmod(usual)
-    except Exception as error:
-        # The safetensors library reports a full disk in words of its own.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
+    model.save_pretrained(draft)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
+    make_portable(draft, tokenizer)
+    for name, text in files.items():
+        (draft / name).write_text(text, encoding="utf-8")
+    usual = draft.stat().st_mode & 0o666
+    for file in draft.rglob("*"):
+        # safetensors makes its files private, which a folder that is shared should not have by surprise.
+        if file.is_file():
+            file.chmod(usual)
 
 
 def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) -> float:
@@ -191,6 +208,14 @@ def _compare(model: PreTrainedModel, draft: Path, probe: Tensor, scratch: Path) 
             logits = model(input_ids=probe.to(model.device), use_cache=False).logits
     finally:
         model.train(training)
+    if not bool(torch.isfinite(logits).all()):
+        advice = {
+            torch.float16: "save in bfloat16 or float32, whose range is larger",
+        }.get(model.dtype, "see that those of the original are finite, or remove less")
+        raise InputError(
+            f"the logits of the saved model hold NaN or infinity in {str(model.dtype).removeprefix('torch.')}, so the "
+            f"folder was discarded: {advice}"
+        )
     record = scratch / "probe.safetensors"
     save_file({"input_ids": probe.cpu(), "logits": logits.float().cpu().contiguous()}, record)
     # Without the script's folder (-P), but with everything that this process imports from, wherever it is.

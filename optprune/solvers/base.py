@@ -1,6 +1,5 @@
 """What every solver is. A solver proposes weights; it never scores itself, prints, seeds globally or moves devices."""
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Generic, TypeVar
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
+from optprune.values import shown
 
 State = TypeVar("State")
 
@@ -69,14 +69,23 @@ class Solver(ABC, Generic[State]):
         return type(self).__name__
 
 
+SENSIBLE = (1e-15, 1e15)
+"""between which every number of a solver's options lies: beyond, float32 has no digits or no range for what it makes"""
+MOST_STEPS = 100_000
+"""what whole numbers among a solver's options, which count steps, candidates or columns, are at most"""
+
+
 def check_options(solver: "Solver", may_be_zero: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless every number among a solver's options is finite and positive; for `__post_init__`."""
+    """Raise ValueError unless every number among a solver's options is positive and sensible; for `__post_init__`."""
     for option in fields(solver):  # type: ignore[arg-type]  # solvers are dataclasses by contract
         value = getattr(solver, option.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             zero = value == 0 and option.name in may_be_zero
-            if not (zero or 0 < value < math.inf):
-                raise ValueError(f"{option.name} of {solver.label} must be a positive number, not {value}")
+            least, most = (1, MOST_STEPS) if isinstance(option.default, int) else SENSIBLE
+            if not (zero or least <= value <= most):
+                raise ValueError(
+                    f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,13 @@ from optprune.problems import Problem
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Certificate, Record, Status
 
+DEEPEST = 8
+"""chains in chains: a flat one does the same"""
+
+
+def _depth(solver: Solver) -> int:
+    return 1 + max(map(_depth, solver.stages), default=0) if isinstance(solver, Chain) else 0
+
 
 @dataclass(frozen=True, eq=False)
 class ChainState:
@@ -37,6 +44,10 @@ class Chain(Solver[ChainState]):
     """
 
     stages: tuple[Solver, ...]
+
+    def __post_init__(self) -> None:
+        if _depth(self) > DEEPEST:
+            raise ValueError(f"a chain of chains is more than {DEEPEST} deep: write one chain")
 
     @property
     def label(self) -> str:

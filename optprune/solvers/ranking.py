@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optprune.problems import Problem, SelectionProblem, SparseLeastSquares, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
+from optprune.values import shown
 
 
 class Ranking(DirectSolver):
@@ -52,6 +53,10 @@ class Random(Ranking):
     """Weights or units drawn at random, differently for every problem, always the same for one problem and seed."""
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed of {self.label} must be between 0 and {2**63 - 1}, not {shown(self.seed)}")
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
         # Cut to 63 bits, since torch takes no larger seed.

@@ -1,0 +1,58 @@
+"""Which files transformers would read a model's weights from: safetensors in the model's own folder, or InputError."""
+
+from pathlib import Path, PurePath
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from optprune.errors import InputError
+from optprune.values import read_json, shown
+
+ENDING = ".safetensors"
+
+
+def check_weights_named(config: PretrainedConfig, source: str) -> None:
+    """Raise InputError when a config names the file of its weights, which may be anywhere and of any kind."""
+    named = getattr(config, "transformers_weights", None)
+    if named is not None:
+        raise InputError(
+            f"the config of {source} names its weights itself (transformers_weights {shown(named)}), and only "
+            f"{SAFE_WEIGHTS_NAME} or its shards are read: rename the file, and take the field out of config.json"
+        )
+
+
+def check_weights_files(source: str, where: str) -> None:
+    """Raise InputError when a folder or hub name would have its weights read from anything but safetensors of its own.
+
+    Shards may be links, as in the hub's cache; what leads out of the folder is a name with a path.
+    """
+    if _file(where, SAFE_WEIGHTS_NAME) is not None:
+        return  # the index is not read then
+    index = _file(where, SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return  # from_pretrained says what is missing
+    what = f"{SAFE_WEIGHTS_INDEX_NAME} of {source}"
+    data = read_json(Path(index).read_text(encoding="utf-8"), what)
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{what} has no weight_map that says which tensor is in which file: fetch it again")
+    for name in shards.values():
+        if not _is_own(name):
+            raise InputError(
+                f"{what} names {shown(name)} for weights, which is not a name such as model-00001-of-00002{ENDING}: "
+                "pickle is not read, nor is what lies outside the folder; fetch the weights again as safetensors"
+            )
+
+
+def _file(where: str, name: str) -> str | None:
+    return cached_file(
+        where, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+
+
+def _is_own(name: Any) -> bool:
+    if not isinstance(name, str) or not name.endswith(ENDING):
+        return False
+    path = PurePath(name)
+    return not path.is_absolute() and ".." not in path.parts

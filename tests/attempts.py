@@ -1,0 +1,53 @@
+"""A prune command that would work; a test spoils one thing and sees what is said. The fixtures are in conftest.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from optprune.cli import main
+
+SMALL = {"--samples": "8", "--seq-length": "64"}
+PROGRESS = ("tokenising", "loading", "measuring", "pruning", "saving", "reading", "evaluating")
+"""how the lines begin that are no sentence about an error"""
+
+
+@dataclass
+class Attempt:
+    """A prune command that would work; a test spoils one thing and sees what is said."""
+
+    model: Path
+    text: Path
+    folder: Path
+    capsys: pytest.CaptureFixture[str]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "new" / "out"
+
+    def command(self, *more: str, **options: object) -> list[str]:
+        given = {"--calibration": self.text, "--output": self.output, **SMALL}
+        given |= {"--" + name.replace("_", "-"): value for name, value in options.items()}
+        words = [str(word) for pair in given.items() for word in pair]
+        return ["prune", str(self.model), *words, *more]
+
+    def evaluate(self, *more: str) -> list[str]:
+        words = ("--text", str(self.text), "--seq-length", "64", "--windows", "2")
+        return ["evaluate", str(self.model), *words, *more]
+
+    def fails(self, command: list[str], code: int = 2) -> str:
+        """The sentence; the test's folder must be as it was."""
+        before = snapshot(self.folder)
+        self.capsys.readouterr()  # what making the test's files has said
+        assert main(command) == code
+        captured = self.capsys.readouterr()
+        assert captured.out == ""
+        assert snapshot(self.folder) == before
+        sentences = [line for line in captured.err.splitlines() if not line.startswith(PROGRESS)]
+        assert len(sentences) == 1, captured.err
+        assert sentences[0].startswith("error: ")
+        return sentences[0]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in sorted(folder.rglob("*"))}
