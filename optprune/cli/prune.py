@@ -76,7 +76,9 @@ def prune_command(
         int | None,
         typer.Option("--width-multiple", help="What MLP widths and value dimensions are multiples of. [default: 8]"),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fallbacks and too few tokens are errors.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")
+    ] = False,
     overwrite: Overwrite = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")
