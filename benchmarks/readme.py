@@ -35,6 +35,8 @@ README = Path(__file__).parents[1] / "README.md"
 SHARES = (0.1, 0.2, 0.3)
 Case = tuple[str, Settings] | None
 UNIFORM: Settings = {"allocation": "uniform"}
+PRUNED: Settings = {"propagation": "pruned"}
+ALL: Settings = {"units": "all"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = No
 def _two(label: str, metric: Settings) -> tuple[str, tuple[Case, ...]]:
     """`sparse_best` with a metric; at 2:4 as the ablation, which has more seeds, has it: without a budget to divide."""
     half, half_intra, _, pairs_intra = _sparse(label, "sparse_best", metric)[1]
-    return label, (half, half_intra, ("sparse_best", PAIRS | UNIFORM | metric), pairs_intra)
+    pairs = PAIRS | UNIFORM | PRUNED | metric
+    return label, (half, half_intra, ("sparse_best", pairs), pairs_intra)
 
 
 ON_MLPS = {"units": "mlp"} | BELIEVED
@@ -154,12 +157,13 @@ TABLES = (
             _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
             _units("`structured_uniform_best`", "structured_uniform_best"),
             _units("`spap_plus`", "spap_plus"),
-            _units("`fasp`, with the chosen ridge", "fasp", CHOSEN_RIDGE),
+            _units("`fasp`, MLP units only, with the chosen ridge", "fasp", CHOSEN_RIDGE),
             _units("`spap_plus`, with one ridge", "spap_plus", GIVEN_RIDGE),
             _units("`osscar`", "osscar"),
             _units("`spap`", "spap"),
-            _units("`fasp`", "fasp"),
-            _units("`fasp`, the same columns not restored", "fasp", NOT_RESTORED),
+            _units("`fasp`, MLP units only", "fasp"),
+            _units("`fasp`, value dimensions too, as published", "fasp", ALL),
+            _units("`fasp`, MLP units only, not restored", "fasp", NOT_RESTORED),
             _units("`flap`", "flap"),
             _units("optipfair 0.4.2, with activations", "optipfair"),
             _units("`magnitude`, not restored", "magnitude"),
@@ -179,7 +183,7 @@ TABLES = (
             ),
             _two("`sparse_best`, rows weighed by the diagonal", DIAGONAL),
             *(
-                _sparse(f"`{name}`", name, {"propagation": "pruned"})
+                _sparse(f"`{name}`", name, PRUNED)
                 for name in ("alps_plus", "alps", "fistapruner_plus", "fistapruner", "sparsegpt")
             ),
             _sparse("`wanda` (at 50 percent the same count in every row)", "wanda", {"pattern": "rows"}, {}),
@@ -211,10 +215,10 @@ TABLES = (
         (
             _units("`structured_best`, value dimensions too", "structured_best"),
             _units("`structured_best`, MLP units only, without probes", "structured_best", ON_MLPS),
-            *(
-                _units(f"`{name}`", name)
-                for name in ("structured_uniform_best", "spap_plus", "osscar", "spap", "fasp", "flap")
-            ),
+            *(_units(f"`{name}`", name) for name in ("structured_uniform_best", "spap_plus", "osscar", "spap")),
+            _units("`fasp`, MLP units only", "fasp"),
+            _units("`fasp`, value dimensions too, as published", "fasp", ALL),
+            _units("`flap`", "flap"),
         ),
         SMALL,
         8192,

@@ -14,7 +14,10 @@ from unittest.mock import patch
 
 from optprune import Recipe, by_cost, pipeline
 
-OF_CURVES = ("output_metric", "metric_damping", "metric_tokens", "units", "width_multiple", "held_out", "damping")
+OF_CURVES = (
+    *("output_metric", "metric_damping", "metric_tokens", "units", "width_multiple", "held_out", "damping"),
+    "fit_bias",
+)
 """the recipe's fields that a curve without probes depends on, next to the inputs"""
 
 

@@ -10,6 +10,10 @@ from optprune import load_recipe
 Settings = dict[str, Any]
 SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
+"""here all of MLP units"""
+MLP: Settings = {"units": "mlp"}
+OTHER_UNITS = ("random", "magnitude", "fasp")
+"""recipes that prune something else by themselves"""
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
 PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
 DIAGONAL: Settings = {"output_metric": "diagonal", "metric_damping": 0.01}
@@ -22,14 +26,14 @@ PROBED: Settings = {"probe_tokens": 1024}
 MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
-LATER: Settings = {"budget": "parameters", "budget_tokens": 512}
+LATER: Settings = {"budget": "parameters", "budget_tokens": 512, "fit_bias": True}
 """the values that say what recipes did before they had these fields"""
 WIDEST = 4096
 """no layer of the models here has as many outputs"""
 
 
 def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
-    return recipe, {"sparsity": sparsity, **({"units": "mlp"} if recipe in ("random", "magnitude") else {})}
+    return recipe, {"sparsity": sparsity, **(MLP if recipe in OTHER_UNITS else {})}
 
 
 def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
@@ -49,8 +53,9 @@ def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
 
 
 def paired(recipe: str) -> list[tuple[str, Settings]]:
-    """The steps at 2:4: where it holds in every layer there is no budget to divide."""
-    return [(name, {**settings, "allocation": "uniform"}) for name, settings in steps(recipe, PAIRS)]
+    """The steps at 2:4, where there is no budget to divide, under one policy as all other steps."""
+    same = {"allocation": "uniform", "propagation": "pruned"}
+    return [(name, {**settings, **same}) for name, settings in steps(recipe, PAIRS)]
 
 
 def under_intra(case: tuple[str, Settings]) -> tuple[str, Settings]:
@@ -65,15 +70,17 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         ("sparse_best", HALF | DIAGONAL),
         *((recipe, PAIRS) for recipe in SPARSE),
         ("sparse_best", PAIRS | DIAGONAL),
+        ("fistapruner_wanda", HALF),
+        ("fistapruner_wanda", PAIRS),
     ],
     "policies": [half(name, policy) for policy in POLICIES for name in SPARSE[1:]]
     + [("sparse_best", {**HALF, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
     "policies-2:4": [(name, {**PAIRS, "propagation": policy}) for policy in POLICIES for name in SPARSE[1:]]
     + [("sparse_best", {**PAIRS, **DIAGONAL, "propagation": policy}) for policy in POLICIES],
     "structured": [structured(recipe, sparsity) for sparsity in (0.2, 0.1, 0.3) for recipe in STRUCTURED]
-    + [("structured_best", {"sparsity": sparsity}) for sparsity in (0.2, 0.1, 0.3)]
+    + [(recipe, {"sparsity": sparsity}) for recipe in ("structured_best", "fasp") for sparsity in (0.2, 0.1, 0.3)]
     + [
-        ("fasp", {"sparsity": sparsity, **more})
+        ("fasp", {"sparsity": sparsity, **MLP, **more})
         for sparsity in (0.2, 0.1, 0.3)
         for more in (NOT_RESTORED, CHOSEN_RIDGE)
     ]
@@ -110,7 +117,7 @@ NAMES = {
     "sparse": "Sparse weights",
     "policies": "Sparse weights at 50 percent under every propagation policy",
     "policies-2:4": "2:4 under every propagation policy",
-    "structured": "MLP units",
+    "structured": "Whole units",
     "recovery": "Recovery of the pruned sub-modules",
     "ablation": "What the output metric, the global budget and probes do for whole units",
     "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
@@ -124,10 +131,10 @@ def digest(recipe: str, settings: Settings, tokens: int) -> str:
 
 @cache
 def _digest(recipe: str, settings: str, tokens: int) -> str:
-    fields = load_recipe(recipe, json.loads(settings)).to_dict()
-    # What is off is left out, so that a field that is added later, and off, changes no digest.
-    told = {key: value for key, value in fields.items() if value and key not in ("name", "summary", "source", "seed")}
-    told = {key: value for key, value in told.items() if LATER.get(key) != value}
+    fields = load_recipe(recipe, json.loads(settings)).settled().to_dict()
+    told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}
+    # What is off, or as it was before there was such a field, is left out: so a field that is added changes no digest.
+    told = {key: value for key, value in told.items() if (value or key in LATER) and LATER.get(key) != value}
     # Neither do limits that nothing here comes up to.
     limits = {"metric_width": WIDEST, "metric_tokens": tokens}
     told = {key: value for key, value in told.items() if key not in limits or value < limits[key]}

@@ -16,6 +16,8 @@ NARROWED = {
     "all": ("value_dim", "mlp_width"),
 }
 """the fields of a shape that a recipe's units make smaller"""
+STEPS = 4
+"""where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples"""
 NO_ALLOCATION = (
     "this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, value_dim and "
     "perhaps shares"
@@ -85,6 +87,15 @@ class Allocation:
             if block.shares and block.shape != shape:
                 raise InputError(f"the allocation narrows block {index} and removes single weights: choose one")
 
+    def with_shapes(self, decoder: Decoder, total: int) -> "Allocation":
+        """What the blocks keep now, of so many linear weights: the same, unless the problems chose other shapes."""
+        shapes = decoder.shapes()
+        if shapes == tuple(block.shape for block in self.blocks):
+            return self
+        kept = sum(map(decoder.weights_of, shapes))
+        blocks = tuple(replace(block, shape=shape) for block, shape in zip(self.blocks, shapes, strict=True))
+        return Allocation(blocks, 1 - kept / total)
+
     def lines(self) -> list[str]:
         """What blocks keep, a line for each number that is not the same in all of them."""
         counts = [asdict(block.shape) for block in self.blocks]
@@ -139,7 +150,9 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
 
     What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
     value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
-    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Units
+    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Value dimensions
+    are multiples of it too in heads of a whole number of them, at least STEPS: attention has fast kernels for multiples
+    of 8, and in a smaller head such a step would be a large part of what it holds. Units
     'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
@@ -162,7 +175,8 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
             removed = total - sum(map(decoder.weights_of, kept))
             kept = [_narrower(shape, name, (budget - removed) / hold[name], width_multiple) for shape in kept]
         else:
-            kept = [_narrower(shape, name, budget / held, 1) for shape in kept]
+            steps = [_step(shape, name, width_multiple) for shape in kept]
+            kept = [_narrower(shape, name, budget / held, step) for shape, step in zip(kept, steps, strict=True)]
     if tuple(kept) == shapes:
         counts = asdict(shapes[0])[fields[-1]]
         raise InputError(
@@ -179,9 +193,16 @@ def _check_reach(decoder: Decoder, sparsity: float, units: str) -> dict[str, int
     if sparsity * total >= sum(hold.values()):
         raise InputError(
             f"a sparsity of {sparsity:g} is out of reach with units {units!r}: they hold only "
-            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights; ask for less, or use --units all"
+            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights; ask for less"
+            + ("" if units == "all" else ", or use --units all")
         )
     return hold
+
+
+def _step(shape: BlockShape, name: str, width_multiple: int) -> int:
+    """What the count of value dimensions or KV heads is a multiple of."""
+    coarse = name == "value_dim" and shape.value_dim % width_multiple == 0
+    return width_multiple if coarse and shape.value_dim >= STEPS * width_multiple else 1
 
 
 def _weights_in(decoder: Decoder, shape: BlockShape, name: str) -> int:

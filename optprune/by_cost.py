@@ -91,7 +91,7 @@ def by_cost(
         moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
         for path in wanted:
             layer, name = decoder.layer(index, path), decoder.name(index, path)
-            fit_bias = layer.bias is not None
+            fit_bias = recipe.fit_bias and layer.bias is not None
             loss = LayerLoss.of(
                 layer.weight, moments[tap[path]], recipe.damping, fit_bias=fit_bias, metric=metrics.get(name)
             )

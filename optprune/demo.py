@@ -63,7 +63,9 @@ class DemoResult:
     def table(self) -> Table:
         """The comparison, for a console."""
         name = DEMO_NAME if self.model == DEMO else self.model
-        table = Table(title=f"{name}, {self.recipe} at {self.sparsity_requested:.0%}", title_justify="left")
+        table = Table(
+            title=f"{name}, {self.recipe} of MLP units at {self.sparsity_requested:.0%}", title_justify="left"
+        )
         table.add_column("")
         for name in ("before", "after", "reloaded"):
             table.add_column(name, justify="right")
@@ -99,16 +101,16 @@ def run_demo(
     console: Console | None = None,
     reporter: Reporter | None = None,
 ) -> DemoResult:
-    """Prune a model by a recipe that keeps stock shapes, and show on held-out text what that cost.
+    """Prune the MLP units of a model by a recipe that gives every block the same, and show what that cost.
 
     The folder is reloaded with plain transformers and must give the perplexity of the model in memory; a difference
     is an OptpruneError. The table goes to `console` (stdout), progress to `reporter` (stderr).
     """
     began = time.perf_counter()
     console, reporter = console or Console(), reporter or Reporter()
-    chosen = load_recipe(recipe, {"sparsity": sparsity, "seed": seed})
-    if chosen.units != "mlp":
-        raise InputError(f"the demo reloads with plain transformers, so it needs units 'mlp', not {chosen.units!r}")
+    chosen = load_recipe(recipe, {"sparsity": sparsity, "seed": seed, "units": "mlp"})
+    if chosen.allocation != "uniform":
+        raise InputError(f"the demo reloads with plain transformers: the recipe {recipe} gives blocks of other widths")
     check_output(output, overwrite)
     reporter.say("reading the texts and loading the model")
     texts = [read_documents(calibration), read_documents(evaluation)]

@@ -34,7 +34,7 @@ def save_pruned(
         loaded.model,
         folder,
         tokenizer=loaded.tokenizer,
-        files={"report.json": report.to_json(), "recipe.yaml": recipe.to_yaml()},
+        files={"report.json": report.to_json(), "recipe.yaml": recipe.settled().to_yaml()},
         probe=window[None, :PROBE_TOKENS],
         overwrite=overwrite,
     )

@@ -20,7 +20,8 @@ class LayerContext:
     keep: int
     """how many units (with a link) or weights (without) the budget leaves"""
     link: Link | None
-    """the units that this layer shares with the layers before it, where the recipe prunes units"""
+    """the units that this layer shares with the layers before it, where the recipe prunes units: whatever the problem,
+    those are removed of which its answer reads no input (`Problem.inputs`), equally many in every slot"""
     pattern: Pattern | None = None
     """what a mask of the layer may look like, where the recipe prunes single weights"""
 

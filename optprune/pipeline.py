@@ -35,7 +35,7 @@ from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
 from optprune.preflight import check_batches, check_run
 from optprune.probe import Probe
-from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.problems import LayerLoss
 from optprune.recipe import Recipe, pattern_of
 from optprune.recovery import Calls, calls_of, recover
 from optprune.refit import HeldOut, refit
@@ -58,6 +58,11 @@ UNLIKE_UNITS = (
     "set output_metric to diagonal, or probe_tokens to 512"
 )
 """the note of a run with allocation global, output_metric none and no probes"""
+MISSED = (
+    "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
+    "they may: an objective of your own finds the number in context.keep"
+)
+"""the note of a run whose problems do not hold the budget"""
 
 
 def prune(
@@ -78,7 +83,7 @@ def prune(
     model and the text in the report.
     """
     began = time.perf_counter()
-    decoder, on_event = Decoder(model), on_event or (lambda event: None)
+    decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
     batches = check_batches(model.config, batches)
     check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
@@ -113,12 +118,19 @@ def prune(
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
     blocks = tuple(map(BlockChange, shapes, decoder.shapes()))
+    reached = 1 - (decoder.linear_weights() - run.zeros) / weights_before
+    most = sum(decoder.weights_of(block.shape) for block in allocation.blocks) - run.due
+    if decoder.linear_weights() - run.zeros > most:
+        notes += (MISSED.format(reached, allocation.sparsity),)
+        if recipe.strict:
+            raise StrictError(f"{notes[-1]} (strict mode makes this an error)")
+    allocation = allocation.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
         recipe=recipe.to_dict(),
         sparsity_requested=requested,
-        sparsity_reached=1 - (decoder.linear_weights() - run.zeros) / weights_before,
+        sparsity_reached=reached,
         seconds=time.perf_counter() - began,
         floor_seconds=run.floor_seconds,
         tokens=sum(hidden.shape[:-1].numel() for hidden in run.actual.hidden),
@@ -150,7 +162,9 @@ class _Run:
         self.recovered: list[RecoveredPart] = []
         self.floor_seconds = 0.0
         self.zeros = 0
-        """weights set to zero in layers that kept their shape"""
+        """weights of the solved layers that are zero"""
+        self.due = 0
+        """weights of the solved layers that the budget makes zero, but for rounding"""
         self.metrics = Metrics({})
         """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
         self.held_out = 0
@@ -163,13 +177,13 @@ class _Run:
         """Begin with the inputs of the first block."""
         self.actual = stream
         """what the current block will really get"""
-        self.dense = stream.copy() if self.recipe.propagation.two_paths else stream
+        self.dense = stream.copy() if self.recipe.policy.two_paths else stream
         """what the current block gets in the dense model; the same stream where the policy follows only one path"""
 
     def prune_block(self, index: int) -> None:
         """Calibrate, solve and write one block, then move the streams past it."""
         began = time.perf_counter()
-        policy, blocks = self.recipe.propagation, len(self.decoder.blocks)
+        policy, blocks = self.recipe.policy, len(self.decoder.blocks)
         block = self.decoder.blocks[index]
         self.on_event(BlockStarted(index, blocks))
         removed = parts_removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
@@ -240,7 +254,8 @@ class _Run:
         moments = collected.moments[target.tap]
         name = self.decoder.name(index, target.path)
         metric = self.metrics.get(name)
-        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=layer.bias is not None, metric=metric)
+        fit_bias = recipe.fit_bias and layer.bias is not None
+        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
         context = LayerContext(
             name,
             index,
@@ -258,15 +273,20 @@ class _Run:
             problem, solution, held_out_error = refitted.problem, refitted.solution, refitted.held_out_error
             check(solution, name)
         value = solution.value.to(layer.weight.dtype)
-        bias = None if layer.bias is None else layer.bias + problem.loss.bias_change(value.to(loss.weight))
+        bias = None
+        if layer.bias is not None and problem.loss.fit_bias:
+            bias = layer.bias + problem.loss.bias_change(value.to(loss.weight))
         write(layer, value, bias)
-        if isinstance(problem, LinkedLeastSquares) and units is not None:
-            choice = problem.support(solution.value)
+        if units is not None:
+            # What an input with a weight makes stays whatever the problem says of it: the outputs do not change here.
+            choice = units.link.reading(problem.inputs(solution.value) | (value != 0).any(0))
             self.decoder.keep_units(index, units, choice)
             kept, total = int(choice.sum()), choice.numel()
         else:
             kept, total = int((value != 0).sum()), value.numel()
-            self.zeros += total - kept
+            # A pattern that is not the recipe's may round the count of every row.
+            self.due += total - context.keep - layer.out_features // 2
+        self.zeros += int((layer.weight == 0).sum())
         if held_out is not None and held_out_error is None:
             held_out_error = HeldOut.of(problem.loss, held_out).relative_error(value.to(loss.weight))
         report = layer_report(name, problem, solution, value, held_out_error, recipe, kept, total, began)
@@ -277,7 +297,7 @@ class _Run:
 
     def _recover(self, index: int, pruned: list[str], later: list[str], original: nn.Module) -> None:
         """Refit the sub-modules of a block in which layers were just pruned and none follow."""
-        recipe, block, policy = self.recipe, self.decoder.blocks[index], self.recipe.propagation
+        recipe, block, policy = self.recipe, self.decoder.blocks[index], self.recipe.policy
         for path, layers in self.decoder.architecture.recoverable:
             within = f"{path}."
             if not any(name.startswith(within) for name in pruned) or any(name.startswith(within) for name in later):
@@ -305,7 +325,9 @@ class _Run:
 
     def _keep(self, index: int, target: Target) -> int:
         if target.kept is None:
-            return round(self._share(index, target) * self.decoder.layer(index, target.path).weight.numel())
+            layer, share = self.decoder.layer(index, target.path), self._share(index, target)
+            rows = layer.out_features if self.recipe.pattern == "rows" else 1
+            return rows * round(share * layer.weight.numel() / rows)
         return target.kept(self.allocation.blocks[index].shape)
 
     def _share(self, index: int, target: Target) -> float:

@@ -23,8 +23,10 @@ class Change:
 
     @classmethod
     def of(cls, layer: nn.Linear, weight: Tensor, loss: LayerLoss) -> "Change":
-        """Another weight, with the bias that goes with it where the layer has one."""
-        bias = None if layer.bias is None else layer.bias.detach() + loss.bias_change(weight)
+        """Another weight, with the bias that goes with it where the loss fits one."""
+        bias = None
+        if layer.bias is not None and loss.fit_bias:
+            bias = layer.bias.detach() + loss.bias_change(weight)
         return cls(layer, weight.to(layer.weight.dtype), bias)
 
     def undo(self) -> "Change":

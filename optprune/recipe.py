@@ -29,6 +29,7 @@ from optprune.recipe_fields import (
     read_propagation,
     read_solver,
     write_objective,
+    write_propagation,
     write_solver,
 )
 from optprune.refit import refitting
@@ -58,12 +59,15 @@ class Recipe(BaseModel):
     """what is pruned: MLP units, value dimensions, KV heads with their query heads, MLP units and value dimensions,
     single weights of every linear layer, or whole sub-blocks"""
     propagation: Annotated[
-        Propagation, BeforeValidator(read_propagation), PlainSerializer(lambda policy: policy.name)
+        Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]
+    """None, in a file "auto", goes by the pattern: intra under N:M, pruned elsewhere"""
     sparsity: float = Field(default=0.2, gt=0, lt=1)
     """the share of the decoder blocks' linear weights to remove"""
     damping: float = Field(default=0.01, ge=0)
     """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
+    fit_bias: bool = True
+    """whether the bias of a pruned layer, where it has one, is fitted with its weights; else it stays as it was"""
     pattern: str = Field(default="unstructured", pattern=r"^(unstructured|rows|[1-9]\d*:[1-9]\d*)$")
     """of single weights: unstructured over each matrix, rows (the same count in every row), or N:M such as 2:4"""
     output_metric: Literal["none", "diagonal", "full"] = "none"
@@ -88,7 +92,8 @@ class Recipe(BaseModel):
     most_kept: float = Field(default=0.8, gt=0, le=1)
     """of each layer's weights, where the budget is global"""
     width_multiple: int = Field(default=8, ge=1)
-    """the MLP width is a multiple of this; under a global budget the value dimensions too, where all of them are"""
+    """the MLP width is a multiple of this; the value dimensions too where all of them are, but for small heads that are
+    all to keep the same number"""
     depth_parts: Literal["attention", "mlp", "both", "layers"] = "both"
     """which sub-blocks units 'blocks' may remove: attention, MLPs, either, or the two of a layer together"""
     depth_score: Literal["perplexity", "influence"] = "perplexity"
@@ -107,7 +112,7 @@ class Recipe(BaseModel):
     recovery_damping: float = Field(default=0.1, ge=0)
     """the ridge of recovery towards the weights it begins with, as a share of the mean diagonal of its Hessian"""
     strict: bool = False
-    """fallbacks, dead inputs and too few tokens are errors"""
+    """fallbacks, dead inputs, too few tokens and a budget that is not met are errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     def state(self, context: LayerContext) -> Problem:
@@ -154,6 +159,17 @@ class Recipe(BaseModel):
             if abs(self.sparsity - (1 - n / m)) > 1e-9:
                 raise ValueError(f"the pattern {self.pattern} has a sparsity of {1 - n / m:g}, not {self.sparsity:g}")
         return self
+
+    @property
+    def policy(self) -> Propagation:
+        """The propagation policy of a run."""
+        if self.propagation is not None:
+            return self.propagation
+        return POLICIES["pruned" if n_of_m(self.pattern) is None else "intra"]
+
+    def settled(self) -> "Recipe":
+        """The recipe as it is run: with the policy that it leaves to the pattern."""
+        return self.model_copy(update={"propagation": self.policy})
 
     @property
     def divides(self) -> bool:

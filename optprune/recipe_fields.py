@@ -8,7 +8,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from optprune import solvers
-from optprune.models import POLICIES
+from optprune.models import POLICIES, Propagation
 from optprune.objectives import OBJECTIVES, Objective
 from optprune.solvers import Chain, Solver
 from optprune.values import shown
@@ -33,6 +33,8 @@ SOLVERS: dict[str, type[Solver]] = {
     "swaps": solvers.Swaps,
     "wanda": solvers.Wanda,
 }
+AUTO = "auto"
+"""the propagation policy that goes by the pattern"""
 SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 """those that an option of a solver may name"""
 
@@ -64,8 +66,13 @@ def write_objective(objective: Objective | None) -> str | None:
 
 
 def read_propagation(value: Any) -> Any:
-    """A propagation policy from its name; anything else as it is."""
-    return _known("propagation policy", POLICIES, value) if isinstance(value, str) else value
+    """A propagation policy from its name, None from "auto"; anything else as it is."""
+    return _known("propagation policy", POLICIES | {AUTO: None}, value) if isinstance(value, str) else value
+
+
+def write_propagation(policy: Propagation | None) -> str:
+    """The name of a propagation policy."""
+    return AUTO if policy is None else policy.name
 
 
 def read_dampings(value: Any) -> Any:

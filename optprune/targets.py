@@ -31,7 +31,7 @@ def targets_of(decoder: Decoder, recipe: Recipe, wanted: BlockAllocation, index:
     if recipe.units == "weights":
         tap = architecture.taps
         return [Target(path, tap[path]) for path in decoder.paths(index) if wanted.share(path) < 1]
-    named = NARROWED.get(recipe.units, ()) if recipe.propagation.dense_target else ()
+    named = NARROWED.get(recipe.units, ()) if recipe.policy.dense_target else ()
     output, down = architecture.output, architecture.mlp_consumer
     values = Target(output, output, decoder.value_units, lambda shape: shape.value_dim * shape.kv_heads)
     groups = Target(output, output, decoder.kv_units, lambda shape: shape.kv_heads)

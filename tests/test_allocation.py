@@ -40,7 +40,9 @@ def test_every_block_keeps_what_the_allocation_gives_it(name: str, policy: str) 
     ]
     allocation = given(decoder, *wanted)
     before = decoder.linear_weights()
-    report = prune(model, batches(), load_recipe("fasp", {"propagation": policy}), allocation=allocation)
+    report = prune(
+        model, batches(), load_recipe("fasp", {"units": "mlp", "propagation": policy}), allocation=allocation
+    )
     assert list(Decoder(model).shapes()) == wanted
     assert report.sparsity_requested == allocation.sparsity
     assert report.sparsity_reached == pytest.approx(allocation.sparsity, abs=1e-12)

@@ -44,10 +44,19 @@ from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
         ({"sparsity": -0.2}, (), "'sparsity' cannot be -0.2"),
         ({"sparsity": math.nan}, (), "'sparsity' cannot be nan"),
         ({"sparsity": "much"}, (), "Invalid value for '--sparsity'"),
-        ({"sparsity": 0.9}, (), "a sparsity of 0.9 is out of reach with units 'mlp'"),
+        (
+            {"sparsity": 0.9},
+            (),
+            "out of reach with units 'all': they hold only 83.3% of the decoder's linear weights; ask for less",
+        ),
+        (
+            {"sparsity": 0.8, "units": "mlp"},
+            (),
+            "66.7% of the decoder's linear weights; ask for less, or use --units all",
+        ),
         ({"sparsity": 0.001}, (), "rounds to nothing"),
         ({"units": "heads"}, (), "'units' cannot be 'heads'"),
-        ({"propagation": "backwards"}, (), "'backwards' is not known: use one of cross, "),
+        ({"propagation": "backwards"}, (), "'backwards' is not known: use one of auto, cross, "),
         ({"width_multiple": 0}, (), "'width_multiple' cannot be 0"),
         ({"calibration": "missing.txt"}, (), "there is no text 'missing.txt': give a .txt"),
         ({"calibration": "demo:training"}, (), "use demo:calibration or demo:evaluation"),
@@ -101,7 +110,7 @@ from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"pattern": "2:4"},
             (),
-            "the pattern 2:4 is one of single weights, but units are mlp: choose a recipe with units weights, such as",
+            "the pattern 2:4 is one of single weights, but units are all: choose a recipe with units weights, such as",
         ),
         (
             {"recipe": "sparse_best"},

@@ -230,7 +230,7 @@ def test_a_run_recovers_what_it_pruned(name: str, recipe: str, settings: dict, p
 def test_recovery_asks_for_what_it_needs() -> None:
     with pytest.raises(InputError, match="held_out"):
         load_recipe("fasp", {"recovery": 1})
-    settings = {"recovery": 1, "held_out": 0.25}
+    settings = {"units": "mlp", "recovery": 1, "held_out": 0.25}
     with pytest.raises(InputError, match="nothing to refit"):
         prune(TINY_MODELS["opt"](), batches(), load_recipe("fasp", settings))
     with pytest.raises(InputError, match="float32"):
@@ -280,5 +280,5 @@ def test_recovery_sees_what_a_block_without_its_attention_passes_on(policy: str)
 def test_a_sub_module_that_answers_nothing_is_no_division_by_zero() -> None:
     model = TINY_MODELS["llama"]()
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    report = prune(model, batches(), load_recipe("fasp", {"recovery": 1, "held_out": 0.25}))
+    report = prune(model, batches(), load_recipe("fasp", {"units": "mlp", "recovery": 1, "held_out": 0.25}))
     assert [part.error_after for part in report.recovered[1:]] == [0.0]

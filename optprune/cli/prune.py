@@ -50,11 +50,16 @@ def prune_command(
     ] = "auto",
     propagation: Annotated[
         str | None,
-        typer.Option("--propagation", help="dense, pruned, intra, cross or local. [default: the recipe's, or pruned]"),
+        typer.Option(
+            "--propagation",
+            help="dense, pruned, intra, cross, local or auto (intra under N:M, else pruned). [default: the recipe's]",
+        ),
     ] = None,
     units: Annotated[
         str | None,
-        typer.Option("--units", help="mlp, vo, kv-groups, all, weights or blocks. [default: the recipe's, or mlp]"),
+        typer.Option(
+            "--units", help="mlp, vo, kv-groups, all, weights or blocks. [default: the recipe's, all for fasp]"
+        ),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -68,9 +73,12 @@ def prune_command(
         ),
     ] = None,
     width_multiple: Annotated[
-        int | None, typer.Option("--width-multiple", help="What MLP widths are multiples of. [default: 8]")
+        int | None,
+        typer.Option("--width-multiple", help="What MLP widths and value dimensions are multiples of. [default: 8]"),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Fallbacks and too few tokens are errors.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")
+    ] = False,
     overwrite: Overwrite = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")

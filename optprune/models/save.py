@@ -23,7 +23,7 @@ from optprune.interrupts import interrupts_held, record_done
 from optprune.models import reload_check
 from optprune.models.decoder import is_stock
 from optprune.models.portable import make_portable
-from optprune.values import check_name, real_path
+from optprune.values import real_path
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and

@@ -34,6 +34,14 @@ class Problem(ABC):
     def start(self) -> Tensor:
         """A feasible weight that costs nothing to find."""
 
+    def inputs(self, weight: Tensor) -> Tensor:
+        """The inputs [in] that an answer reads, as a mask: with the others whole columns go, and what they make a unit.
+
+        Here those with a weight that is not zero. A problem that chooses inputs itself says which it chose, so that an
+        input whose weights only happen to be zero stays.
+        """
+        return (weight != 0).any(0)
+
     def even(self) -> "tuple[Problem, RowUnits | None]":
         """The problem in rows for which S is simpler, and these rows; its objectives are the same numbers.
 

@@ -43,5 +43,9 @@ class MaskedLeastSquares(Problem):
         """The number of non-zero entries outside the mask."""
         return float(((weight != 0) & ~self.mask).sum())
 
+    def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
+        """Those that the mask leaves to some output."""
+        return self.mask.any(0)
+
     def start(self) -> Float[Tensor, "out in"]:
         return torch.where(self.mask, self.loss.weight, 0.0)

@@ -48,6 +48,16 @@ class Channels(ABC):
         mask[self.columns[~units].reshape(-1)] = False
         return mask[None]
 
+    def reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
+        """The units with an input of the mask, and the first others, so that all slots have equally many, at least one.
+
+        Without the other units nothing changes where the weights of the other inputs are zero.
+        """
+        read = inputs[self.columns].any(1)
+        counts = torch.zeros(self.slot_count, dtype=torch.long, device=read.device)
+        counts.scatter_add_(0, self.slots, read.long())
+        return SlotWise(self.slots, max(int(counts.max()), 1)).project(read.double())
+
     def sum_columns(self, per_column: Float[Tensor, " in"]) -> Float[Tensor, " units"]:
         """Add up a score per column over the columns of each unit."""
         return per_column[self.columns].sum(1)
@@ -125,6 +135,10 @@ class StructuredProblem(SelectionProblem):
         ranks = torch.empty_like(norms, dtype=torch.float64)
         ranks[order] = -torch.arange(len(order), device=order.device).to(ranks)
         return self.pattern.project(ranks + len(order) * self._used(weight))
+
+    def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
+        """Those of the units that an answer stands for."""
+        return self.mask(self.support(weight))[0]
 
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
         return self.pattern.project(self.channels.sum_columns(score.sum(0)))

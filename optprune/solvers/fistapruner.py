@@ -40,11 +40,13 @@ class FistaPruner(Solver[FistaPrunerState]):
         V_K = FISTA(lambda, K, from V_best),   V = H(V_K) by plain magnitude,
         E = |V X* - W X|,   E_round = E - |V_K X* - W X|;   keep V if its E is less, else count a failure
         raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row, or when
-        the bisection has found lambda to within `narrow`, a relative width
+        the bracket of lambda is narrower than `narrow`, 0.1: its ends then differ by 10 percent
 
-    The paper leaves the bracket open: here it is geometric, from 1e-8 to 1 times the strength max |S B| at which zero
-    is the answer, so that scaling the problem changes nothing. Errors include the damping of the loss, if any.
-    Zeros are not frozen, so the mask may change. Monotone; as published, it depends on its start. An infeasible start,
+    The second stop is ours: without it tiny gains go on for ever. The paper leaves the bracket open: here it is
+    geometric, from 1e-8 to 1 times the strength max |S B| at which zero is the answer, so that scaling the problem
+    changes nothing. Errors include the damping of the loss, if any. Zeros are not frozen, so the mask may change.
+    Monotone; as published, it depends on its start: in a chain that is the answer before it, in the paper SparseGPT's
+    for OPT (the recipe fistapruner) and Wanda's for LLaMA (fistapruner_wanda). An infeasible start,
     such as the dense weights, has an infinite error, so that the first rounding replaces it. A step is K products
     [out, in] x [in, in] and two more to measure.
 

@@ -72,8 +72,12 @@ class Random(Ranking):
 class Wanda(Ranking):
     """score_ij = |W_ij| (E x*_j^2)^(1/2). Cost: one pass over W. Reference: Wanda (arXiv 2306.11695).
 
-    The paper compares weights within each output row: that is the pattern RowWise. Its sum over units is FaspMetric.
+    The paper compares weights within each output row: that is the pattern RowWise, or under any other `by_row`, where
+    the score is a weight's rank in its row, so that rows keep equally many as nearly as the pattern lets them. Its sum
+    over units is FaspMetric.
     """
+
+    by_row: bool = False
 
     def why_not(self, problem: Problem) -> str | None:
         if isinstance(problem, SparseLeastSquares):
@@ -81,7 +85,11 @@ class Wanda(Ranking):
         return f"it ranks single weights under a pattern, and a {problem.kind} problem has none"
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        return problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
+        score = problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
+        if not self.by_row:
+            return score
+        # Of equal scores the first stays, so the last has the lowest rank.
+        return score.flip(1).argsort(dim=1, stable=True).argsort(dim=1).flip(1).to(score)
 
 
 class UnitRanking(Ranking):
