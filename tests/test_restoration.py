@@ -1,6 +1,7 @@
 """Restoration against references that use other algorithms, and what it says about degenerate input."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
+from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver
 from optprune.testing.quadratic import Quadratic, rounding
 from optprune.testing.references import convex_optimum, reference
@@ -257,6 +259,20 @@ def test_rows_with_singular_blocks_share_one_decomposition(monkeypatch):
     assert len(calls) == 2
     alone = [solve(MaskedLeastSquares(_one(loss, row), mask[row : row + 1]), Restore()).value for row in range(40)]
     assert torch.allclose(solution.value, torch.cat(alone), rtol=1e-9, atol=1e-9)
+
+
+def test_no_block_with_fewer_tokens_than_inputs_is_regular():
+    """A pivot may be any number of times the least eigenvalue: pivots up to 1e-9 were seen for eigenvalues of 1e-16."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        inputs = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        inputs = inputs @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
+        gram = ScaledGram.of(LayerLoss.of(torch.ones(1, 12), InputMoments.from_samples(inputs)))
+        kept = torch.tensor(list(combinations(range(12), 6)))
+        _, regular = gram.factorised(gram.matrix[kept[:, :, None], kept[:, None, :]])
+        assert not regular.any()
+        # Nor one at a time.
+        assert not any(bool(gram.factorised(gram.matrix[one[:, None], one])[1]) for one in kept[:20])
 
 
 def _one(loss, row):

@@ -138,8 +138,8 @@ def _shared_step(
     if kept.numel() == 0:
         return step, False
     block, right = gram.matrix[kept[:, None], kept], gradient[:, kept]
-    factor, failed = torch.linalg.cholesky_ex(block)
-    singular = not bool(gram.regular(factor, failed))
+    factor, regular = gram.factorised(block)
+    singular = not bool(regular)
     step[:, kept] = -(gram.solve_singular(block, right) if singular else torch.cholesky_solve(right.T, factor).T)
     return step, singular
 
@@ -161,9 +161,9 @@ def _row_steps(
         block = gram.matrix[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])
         block.diagonal(dim1=1, dim2=2).add_(~real)
         right = gradient[rows].gather(1, index) * real
-        factor, failed = torch.linalg.cholesky_ex(block)
+        factor, regular = gram.factorised(block)
         solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-        singular = ~gram.regular(factor, failed)
+        singular = ~regular
         if bool(singular.any()):
             solved[singular] = gram.solve_singular(block[singular], right[singular][:, None])[:, 0]
             any_singular = True
