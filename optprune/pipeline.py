@@ -33,6 +33,7 @@ from optprune.models.calibrate import (
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
+from optprune.precision import full_precision
 from optprune.preflight import check_batches, check_run
 from optprune.probe import Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares
@@ -59,6 +60,7 @@ UNLIKE_UNITS = (
 """the note of a run with allocation global, output_metric none and no probes"""
 
 
+@full_precision()
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Tensor],

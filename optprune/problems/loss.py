@@ -11,6 +11,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
+from optprune.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +147,7 @@ class LayerLoss:
         return _pull(self.weight, self._statistics)
 
     @cached_property
+    @full_precision()
     def target(self) -> Float[Tensor, "out in"]:
         """B = W E[x x*^T] + W D."""
         plain = self.weight @ self.gram
@@ -311,6 +313,7 @@ def _product(left: Tensor, covariance: Tensor, mean: Tensor, weighed: Tensor) ->
     return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
 
 
+@full_precision()
 def _pull(weight: Tensor, moments: InputMoments) -> Tensor | None:
     """W E[d x*^T]; None when x* = x."""
     drift = moments.drift

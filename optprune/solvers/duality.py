@@ -41,7 +41,7 @@ class DualMap:
 
     @classmethod
     def of(cls, problem: PenalisedLeastSquares) -> "DualMap":
-        """In float64, with one Cholesky factorisation; NumericalError if A is clearly indefinite."""
+        """In float64, with two Cholesky factorisations."""
         loss = problem.loss
         scaled = ScaledGram.of(loss)
         factor, regular = scaled.factorised(scaled.matrix)
@@ -52,12 +52,13 @@ class DualMap:
             rounding = len(loss.weight) * torch.finfo(loss.gram.dtype).eps
             row_factor = _regular_factor(loss.metric.matrix.double(), loss.metric.damping, rounding)
         minimiser = loss.weight.double()
-        if factor is None:
-            # Looked at even where it is not needed: a clearly indefinite A is an error.
-            pull = loss.exact_residual(minimiser) / scaled.scale
-            minimiser = minimiser - scaled.solve_singular(scaled.matrix, pull) / scaled.scale
-        elif loss.pull is not None:
-            minimiser = minimiser - torch.cholesky_solve(loss.exact_residual(minimiser).T, factor).T
+        if loss.pull is not None:
+            pull = loss.exact_residual(minimiser)
+            if factor is None:
+                step = scaled.solve_singular(scaled.matrix, pull / scaled.scale) / scaled.scale
+            else:
+                step = torch.cholesky_solve(pull.T, factor).T
+            minimiser = minimiser - step
         attained = factor is not None or only_rounding(loss, minimiser, loss.exact_residual(minimiser))
         least = loss.value(minimiser) if attained else 0.0
         return cls(problem.penalty, loss, factor, row_factor, minimiser, least, attained)

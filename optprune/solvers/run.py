@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, NoSolver
 from optprune.metric import RowUnits
+from optprune.precision import full_precision
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Solver
@@ -24,6 +25,7 @@ Callback = Callable[[int, Callable[[], Tensor]], None]
 """called after every step with the number of steps and a function that gives the current weight"""
 
 
+@full_precision()
 def solve(
     problem: Problem,
     solver: Solver | None = None,
@@ -80,6 +82,7 @@ def check_accepted(even: Problem, solver: Solver) -> None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
 
+@full_precision()
 def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:
     """What `solve` would return as the value, neither measured nor certified: for the inner steps of something else."""
     even, units = problem.even()

@@ -8,11 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optprune.errors import NumericalError
 from optprune.problems import LayerLoss
-
-INDEFINITE = 1e-5
-"""a negative eigenvalue above this share of the largest is no rounding of a float32 Gram matrix"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +52,10 @@ class ScaledGram:
     def solve_singular(
         self, blocks: Float[Tensor, "*b n n"], right: Float[Tensor, "*b rows n"]
     ) -> Float[Tensor, "*b rows n"]:
-        """R M^+ for blocks M that may be singular: eigenvalues that may be rounding are zero.
-
-        NumericalError if one is clearly indefinite.
-        """
+        """R M^+ for blocks M that may be singular: eigenvalues that may be rounding, or negative, are zero."""
         values, vectors = torch.linalg.eigh(blocks)
         largest = values.abs().amax(-1)
         rounding = self.resolution + values.shape[-1] * torch.finfo(values.dtype).eps * largest
-        excess = values[..., 0] + rounding.maximum(INDEFINITE * largest)
-        if bool((excess < 0).any()):
-            worst = values.reshape(-1, values.shape[-1])[excess.argmin()]
-            raise NumericalError(
-                f"the Gram matrix is indefinite: scaled to a unit diagonal its least eigenvalue is "
-                f"{worst[0].item():.3g} and its largest {worst[-1].item():.3g}; collect it again, or raise the damping "
-                "above that"
-            )
         usable = values > rounding[..., None]
         inverse = torch.where(usable, 1 / torch.where(usable, values, 1.0), 0.0)
         return ((right @ vectors) * inverse[..., None, :]) @ vectors.mT
