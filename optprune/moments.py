@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.definite import check_average
@@ -80,7 +80,7 @@ class InputMoments:
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         diagonal = covariance.diagonal()
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
-        return cls(covariance, mean, tokens, drift)
+        return cls(covariance, mean, tokens, drift)._cleared()
 
     @property
     def gram(self) -> Float[Tensor, "in in"]:
@@ -172,6 +172,24 @@ class InputMoments:
             drift = Drift(drift.cross, drift.covariance, zero)
         return InputMoments(self.covariance, zero, self.tokens, drift, self.proved)
 
+    def _cleared(self) -> "InputMoments":
+        """Itself, with zeros, in place, for inputs and deviations whose squares have no digits: 1e-16 in float32."""
+        constant = _clear(self.covariance, self.mean)
+        if self.drift is not None:
+            self.drift.cross[:, constant] = 0
+            self.drift.cross[_clear(self.drift.covariance, self.drift.mean)] = 0
+        return self
+
+    def times(self, factor: float) -> "InputMoments":
+        """The moments of the inputs times a factor."""
+        drift = self.drift
+        if drift is not None:
+            # By the factor twice: its square may be too large for float32.
+            drift = Drift(drift.cross * factor * factor, drift.covariance * factor * factor, drift.mean * factor)
+        covariance = self.covariance * factor * factor
+        proved = covariance if self.proved is self.covariance else None
+        return InputMoments(covariance, self.mean * factor, self.tokens, drift, proved)
+
     def to(self, target: torch.dtype | torch.device) -> "InputMoments":
         """The same moments in another dtype or on another device."""
         covariance, mean, *others = (part.to(target) for part in self.parts())
@@ -247,7 +265,7 @@ class MomentSums:
                 (self._origins[1] + drift_mean).to(dtype),
             )
         covariance = self._covariance(square, mean, dtype)
-        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance)
+        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance)._cleared()
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
@@ -260,3 +278,14 @@ class MomentSums:
 def _rows(inputs: Tensor) -> Tensor:
     flat = inputs.reshape(-1, inputs.shape[-1])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
+    """Set variances, and squares of means, to zero where they are too small to have digits; the former, told."""
+    limits = torch.finfo(mean.dtype)
+    least = limits.tiny / limits.eps
+    constant = covariance.diagonal().abs() < least
+    covariance[constant] = 0
+    covariance[:, constant] = 0
+    mean[constant & (mean.square() < least)] = 0
+    return constant
