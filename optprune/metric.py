@@ -2,8 +2,11 @@
 
 For one linear layer let g [out] be the gradient of a sequence's negative log-likelihood, summed over its predictions,
 at the layer's output on one token. With labels drawn from the model, not taken from the text, S = E[g g^T] over the
-tokens is the layer's factor of the Fisher information: 1/2 e^T S e is the second-order estimate of what an output error
-e on every token costs, in nats a token.
+tokens is the layer's factor of the Fisher information: 1/2 E[e^T S e] is the second-order estimate of what output
+errors e cost, in nats a token, where they are independent from token to token and average to zero. Products of the
+gradients of two tokens are in no S, so that of errors that tokens share it says little: on layers of SmolLM2
+independent errors cost 0.53 to 1.53 times the estimate (those of V less, those of gate more), and one error on every
+token 0.06 to 5.3 times.
 """
 
 import math
