@@ -14,6 +14,7 @@ from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
+from optprune.solvers.run import DEAD
 from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver
 from optprune.testing.quadratic import Quadratic, rounding
@@ -309,7 +310,7 @@ def test_all_inputs_dead():
     solution = solve(problem_of([[0.0, 0.0], [0.0, 0.0]], [[3.0, 2.0]], [[True, False]]), Restore())
     assert solution.value.tolist() == [[3.0, 0.0]]
     assert solution.objective == 0
-    assert solution.notes == (SINGULAR,)
+    assert solution.notes == (DEAD,)
 
 
 def test_a_gap_next_to_a_zero_objective_is_no_division_by_zero():

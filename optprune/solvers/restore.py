@@ -45,8 +45,9 @@ class Restore(DirectSolver):
     Promises the optimum of a restoration problem, by factors in float64; float32 ones promise nothing. Certifies it:
     with r the residual of the normal equations at the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1 r^T) <= 1/2 sum_ij
     r_ij^2 / D_j. Where A_MM is singular, what r has outside its range must be rounding; otherwise the bound is zero.
-    Cost: in^3 / 3 + 2 out in^2, or out in^3 / 3 with a mask for every row (`choose` then prefers gradients); memory
-    in^2 in `factor_dtype`, whatever the dtype of the problem.
+    Cost: 2 in^3 / 3 + 2 out in^2, one third of in^3 of it to know that A_MM is regular; with a mask for every row out
+    in^3 / 3, or twice that where A itself is singular (`choose` then prefers gradients). Memory 2 in^2 in
+    `factor_dtype`, whatever the dtype of the problem.
     Reference: FASP (arXiv 2501.09412), restoration; the ridge towards W instead of zero is ours.
     """
 
