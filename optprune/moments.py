@@ -7,13 +7,16 @@ deviations, or an x that is large next to d, leaves nothing of what is wanted. S
 conventions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.definite import check_average
 from optprune.errors import InputError, NumericalError
+from optprune.precision import full_precision
 
 AT_ONCE = 2048
 """tokens whose deviations are formed at a time: what that takes beside the sums is small"""
@@ -56,6 +59,8 @@ class InputMoments:
     """E[x*]"""
     tokens: int
     drift: Drift | None = None
+    proved: Tensor | None = field(default=None, compare=False, repr=False)
+    """the covariance, where it came from tokens by our own sums: then there is nothing to check about it"""
 
     @classmethod
     def from_averages(
@@ -75,7 +80,7 @@ class InputMoments:
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         diagonal = covariance.diagonal()
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
-        return cls(covariance, mean, tokens, drift)
+        return cls(covariance, mean, tokens, drift)._cleared()
 
     @property
     def gram(self) -> Float[Tensor, "in in"]:
@@ -113,7 +118,10 @@ class InputMoments:
         return (self.covariance, self.mean, *drift)
 
     def check(self) -> None:
-        """Raise NumericalError unless every average is finite and no input has a negative mean square."""
+        """Raise NumericalError unless every average is finite, and the covariances are some that tokens can have.
+
+        Those that our own sums over tokens made are; for others that costs a Cholesky factor, once.
+        """
         if not all(bool(torch.isfinite(part).all()) for part in self.parts()):
             raise NumericalError(
                 "the input moments hold NaN or infinity: look for NaN weights or an overflow of the activations "
@@ -121,6 +129,20 @@ class InputMoments:
             )
         if bool((self.mean_square < 0).any()):
             raise NumericalError("the Gram matrix has a negative diagonal entry, so it is not one of real inputs")
+        if self.proved is not self.covariance:
+            _ = self._real
+
+    @cached_property
+    def _real(self) -> bool:
+        """Whether the covariances are some that tokens can have: NumericalError where they are not."""
+        source = "collect it again, as averages of x x^T over the same tokens, in float32 or better"
+        whole, unit = self.gram, torch.finfo(self.mean.dtype).eps
+        check_average(self.covariance, whole, 3 * unit, "the Gram matrix", source)
+        if self.drift is not None and self.dense is not None:
+            # It may be a difference of averages, each with its own rounding.
+            whole = whole + self.dense.gram
+            check_average(self.drift.covariance, whole, 6 * unit, "the covariance of the drift x* - x", source)
+        return True
 
     def merge(self, other: "InputMoments") -> "InputMoments":
         """The moments of both sets of tokens together."""
@@ -140,19 +162,39 @@ class InputMoments:
             mixed[2].addr_(drift_apart, apart, alpha=between)
             mixed[3].addr_(drift_apart, drift_apart, alpha=between)
             drift = Drift(*mixed[2:])
-        return InputMoments(mixed[0], mixed[1], tokens, drift)
+        both = self.proved is self.covariance and other.proved is other.covariance
+        return InputMoments(mixed[0], mixed[1], tokens, drift, mixed[0] if both else None)
 
     def centred(self) -> "InputMoments":
         """The moments of x* - E[x*] and x - E[x]: what is left of the loss once a bias is fitted freely."""
         drift, zero = self.drift, torch.zeros_like(self.mean)
         if drift is not None:
             drift = Drift(drift.cross, drift.covariance, zero)
-        return InputMoments(self.covariance, zero, self.tokens, drift)
+        return InputMoments(self.covariance, zero, self.tokens, drift, self.proved)
+
+    def _cleared(self) -> "InputMoments":
+        """Itself, with zeros, in place, for inputs and deviations whose squares have no digits: 1e-16 in float32."""
+        constant = _clear(self.covariance, self.mean)
+        if self.drift is not None:
+            self.drift.cross[:, constant] = 0
+            self.drift.cross[_clear(self.drift.covariance, self.drift.mean)] = 0
+        return self
+
+    def times(self, factor: float) -> "InputMoments":
+        """The moments of the inputs times a factor."""
+        drift = self.drift
+        if drift is not None:
+            # By the factor twice: its square may be too large for float32.
+            drift = Drift(drift.cross * factor * factor, drift.covariance * factor * factor, drift.mean * factor)
+        covariance = self.covariance * factor * factor
+        proved = covariance if self.proved is self.covariance else None
+        return InputMoments(covariance, self.mean * factor, self.tokens, drift, proved)
 
     def to(self, target: torch.dtype | torch.device) -> "InputMoments":
         """The same moments in another dtype or on another device."""
         covariance, mean, *others = (part.to(target) for part in self.parts())
-        return InputMoments(covariance, mean, self.tokens, Drift(*others) if others else None)
+        proved = covariance if self.proved is self.covariance else None
+        return InputMoments(covariance, mean, self.tokens, Drift(*others) if others else None, proved)
 
     @classmethod
     def from_samples(
@@ -180,6 +222,7 @@ class MomentSums:
         self._origins: list[Tensor] = []
         self.tokens = 0
 
+    @full_precision()
     def add(self, inputs: Float[Tensor, "... in"], dense: Float[Tensor, "... in"] | None = None) -> None:
         """Add a batch of inputs x*, and of the dense inputs x of the same tokens."""
         if (dense is not None) != (len(self._sums) > 2):
@@ -222,7 +265,7 @@ class MomentSums:
                 (self._origins[1] + drift_mean).to(dtype),
             )
         covariance = self._covariance(square, mean, dtype)
-        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift)
+        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance)._cleared()
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
@@ -235,3 +278,14 @@ class MomentSums:
 def _rows(inputs: Tensor) -> Tensor:
     flat = inputs.reshape(-1, inputs.shape[-1])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
+    """Set variances, and squares of means, to zero where they are too small to have digits; the former, told."""
+    limits = torch.finfo(mean.dtype)
+    least = limits.tiny / limits.eps
+    constant = covariance.diagonal().abs() < least
+    covariance[constant] = 0
+    covariance[:, constant] = 0
+    mean[constant & (mean.square() < least)] = 0
+    return constant

@@ -33,6 +33,7 @@ from optprune.models.calibrate import (
 from optprune.models.decoder import write
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
+from optprune.precision import full_precision
 from optprune.preflight import check_batches, check_run
 from optprune.probe import Probe
 from optprune.problems import LayerLoss
@@ -65,6 +66,7 @@ MISSED = (
 """the note of a run whose problems do not hold the budget"""
 
 
+@full_precision()
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Tensor],

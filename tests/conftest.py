@@ -23,8 +23,9 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
 
-# Matrices here are tiny: on a shared machine a second thread makes each factorisation several times slower.
-torch.set_num_threads(1)
+# Matrices here are tiny: on a shared machine a second thread makes each factorisation several times slower. `make
+# test-kernels` asks for one all the same.
+torch.set_num_threads(int(os.environ.get("OPTPRUNE_THREADS", "1")))
 
 
 @pytest.fixture

@@ -69,7 +69,8 @@ def tensors(value, path=()):
         for index, item in enumerate(value):
             yield from tensors(item, (*path, index))
     elif hasattr(value, "__dataclass_fields__"):
-        for field in fields(value):
+        # A field that takes no part in comparing is what is known of the others.
+        for field in (field for field in fields(value) if field.compare):
             yield from tensors(getattr(value, field.name), (*path, field.name))
 
 

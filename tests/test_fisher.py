@@ -95,6 +95,28 @@ def test_the_mean_over_labels_is_the_fisher_information(make):
         assert float(error) <= digits * float(exact.abs().max())
 
 
+def test_errors_that_are_independent_from_token_to_token_cost_what_the_metric_says():
+    decoder = Decoder(tiny_opt(**SMALL, word_embed_proj_dim=8).double())
+    ids, draws, size = tokens(1, 3, 3), 2000, 1e-3
+    layer, name = decoder.layer(0, "fc1"), decoder.name(0, "fc1")
+    with torch.no_grad():
+        plain = decoder.model(input_ids=ids).logits.log_softmax(-1)[0]
+    average = 0
+    for choice in torch.cartesian_prod(*[torch.arange(3)] * 3):
+        chance = float(plain.exp().gather(1, choice[:, None]).prod())
+        metric = collect_metrics(decoder, [ids], lambda _, __, y=choice: y, full=["fc1"])[name]
+        average = average + chance * metric.average
+    generator = torch.Generator().manual_seed(0)
+    errors = size * torch.randn(draws * 3, layer.out_features, generator=generator, dtype=torch.float64)
+    handle = layer.register_forward_hook(lambda _, __, output: output + errors.reshape(output.shape))
+    with torch.no_grad():
+        changed = decoder.model(input_ids=ids.expand(draws, -1)).logits.log_softmax(-1)
+    handle.remove()
+    costs = (plain.exp() * (plain - changed)).sum((1, 2)) / 3
+    # Within four standard errors.
+    assert abs(float(costs.mean()) - size**2 * float(average.trace()) / 2) < 4 * float(costs.std()) / draws**0.5
+
+
 def test_labels_follow_the_predictions():
     logits = torch.tensor([0.5, -1.0, 2.0, -torch.inf, 0.0])
     draws = 20000

@@ -1,6 +1,7 @@
 """Restoration against references that use other algorithms, and what it says about degenerate input."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
+from optprune.solvers.run import DEAD
+from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver
 from optprune.testing.quadratic import Quadratic, rounding
 from optprune.testing.references import convex_optimum, reference
@@ -304,6 +307,20 @@ def test_rows_with_singular_blocks_share_one_decomposition(monkeypatch):
     assert torch.allclose(solution.value, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
+def test_no_block_with_fewer_tokens_than_inputs_is_regular():
+    """A pivot may be any number of times the least eigenvalue: pivots up to 1e-9 were seen for eigenvalues of 1e-16."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        inputs = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+        inputs = inputs @ torch.randn(12, 12, generator=generator, dtype=torch.float64)
+        gram = ScaledGram.of(LayerLoss.of(torch.ones(1, 12), InputMoments.from_samples(inputs)))
+        kept = torch.tensor(list(combinations(range(12), 6)))
+        _, regular = gram.factorised(gram.matrix[kept[:, :, None], kept[:, None, :]])
+        assert not regular.any()
+        # Nor one at a time.
+        assert not any(bool(gram.factorised(gram.matrix[one[:, None], one])[1]) for one in kept[:20])
+
+
 def _one(loss, row):
     return replace(loss, weight=loss.weight[row : row + 1])
 
@@ -338,7 +355,7 @@ def test_all_inputs_dead():
     solution = solve(problem_of([[0.0, 0.0], [0.0, 0.0]], [[3.0, 2.0]], [[True, False]]), Restore())
     assert solution.value.tolist() == [[3.0, 0.0]]
     assert solution.objective == 0
-    assert solution.notes == (SINGULAR,)
+    assert solution.notes == (DEAD,)
 
 
 def test_a_gap_next_to_a_zero_objective_is_no_division_by_zero():
@@ -350,15 +367,6 @@ def test_a_gap_next_to_a_zero_objective_is_no_division_by_zero():
 def test_nan_in_the_gram_is_a_numerical_error():
     with pytest.raises(NumericalError, match="NaN"):
         problem_of([[1.0, float("nan")], [float("nan"), 1.0]], [[3.0, 2.0]], [[True, False]])
-
-
-@pytest.mark.parametrize("mask", [[[True, True]], [[True, True], [True, False]]])
-@pytest.mark.parametrize("damping", [0.0, 0.1])
-def test_a_clearly_indefinite_gram_is_a_numerical_error(mask, damping):
-    # Eigenvalues -1 and 3.
-    problem = problem_of([[1.0, 2.0], [2.0, 1.0]], [[3.0, 2.0], [1.0, 1.0]], mask, damping)
-    with pytest.raises(NumericalError, match="indefinite"):
-        solve(problem, Restore())
 
 
 def test_negative_damping_is_an_input_error():

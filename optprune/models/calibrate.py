@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from optprune.errors import InputError, NumericalError
 from optprune.models.decoder import Decoder
 from optprune.moments import InputMoments, MomentSums
+from optprune.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,11 @@ class _Reached(Exception):  # control flow, not an error
 def calibrating(decoder: Decoder) -> Iterator[None]:
     """Evaluation mode, no gradients, no TF32; everything is put back afterwards."""
     training = decoder.model.training
-    tf32 = torch.backends.cuda.matmul.allow_tf32
     decoder.model.eval()
-    torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
         decoder.model.train(training)
 
 

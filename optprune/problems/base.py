@@ -51,6 +51,16 @@ class Problem(ABC):
         metric = self.loss.metric
         return (self, None) if metric is None else (replace(self, loss=self.loss.even()), metric.units)
 
+    def moderate(self) -> "tuple[Problem, float, float]":
+        """The problem in units of weights and inputs in which float32 squares are safe, the factor of the weights, and
+        that of the objective; for a kind whose objective may be more than the loss it is the problem as it is.
+        """
+        return self, 1.0, 1.0
+
+    def indifferent(self, start: Tensor) -> Tensor | None:
+        """A feasible weight by a start, where all feasible weights cost the same; None where they need not."""
+        return None
+
     def fingerprint(self) -> str:
         """A hash of the problem's content: the same problem has the same hash in every process."""
         return fingerprint(self)

@@ -11,6 +11,10 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
+from optprune.precision import full_precision
+
+MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
+"""powers of two: of no larger or smaller sizes than these, squares of gradients keep all their digits in float32"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +135,26 @@ class LayerLoss:
     def _without_metric(self) -> "LayerLoss":
         return replace(self, metric=None)
 
+    # -- sizes
+
+    @property
+    def dead(self) -> bool:
+        """Whether A is zero: every weight costs the same."""
+        return not bool(self._statistics.covariance.any() or self._statistics.mean.any() or self.damping.any())
+
+    def moderate(self) -> "tuple[LayerLoss, float, float]":
+        """The loss of other units of weights and inputs, in which no square leaves float32: powers of two, so exact.
+
+        With the factor of the weights, and that of f. It is the loss itself, unless its numbers are extreme.
+        """
+        size = float(self._statistics.mean_square.double().mean()) ** 0.5
+        inputs, weights = _excess(size, MODERATE_INPUTS), _excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
+        if inputs == weights == 1:
+            return self, 1.0, 1.0
+        moments = self.moments if inputs == 1 else self.moments.times(inputs)
+        loss = replace(self, weight=self.weight * weights, moments=moments, damping=self.damping * inputs * inputs)
+        return loss, weights, (inputs * weights) ** -2
+
     # -- the quadratic, in the moments' dtype, for solvers
 
     @cached_property
@@ -146,6 +170,7 @@ class LayerLoss:
         return _pull(self.weight, self._statistics)
 
     @cached_property
+    @full_precision()
     def target(self) -> Float[Tensor, "out in"]:
         """B = W E[x x*^T] + W D."""
         plain = self.weight @ self.gram
@@ -311,7 +336,14 @@ def _product(left: Tensor, covariance: Tensor, mean: Tensor, weighed: Tensor) ->
     return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
 
 
+@full_precision()
 def _pull(weight: Tensor, moments: InputMoments) -> Tensor | None:
     """W E[d x*^T]; None when x* = x."""
     drift = moments.drift
     return None if drift is None else torch.addr(weight @ drift.cross, weight @ drift.mean, moments.mean)
+
+
+def _excess(size: float, most: int) -> float:
+    """The power of two that takes a size to about 1 if it is above 2^most or below 2^-most, else 1."""
+    exponent = math.frexp(size)[1] if size > 0 else 0
+    return 1.0 if abs(exponent) <= most else 2.0**-exponent

@@ -1,6 +1,6 @@
 """Restoration: the best weights on a fixed mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -49,3 +49,10 @@ class MaskedLeastSquares(Problem):
 
     def start(self) -> Float[Tensor, "out in"]:
         return torch.where(self.mask, self.loss.weight, 0.0)
+
+    def moderate(self) -> tuple[Problem, float, float]:
+        loss, weights, objective = self.loss.moderate()
+        return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
+
+    def indifferent(self, start: Tensor) -> Tensor | None:
+        return torch.where(self.mask, start, 0.0) if self.loss.dead else None

@@ -1,6 +1,7 @@
 """What the mixed-integer problems share: a choice of what to keep, and restoration once it is made."""
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,3 +32,10 @@ class SelectionProblem(Problem):
     def restrict(self, choice: Tensor) -> MaskedLeastSquares:
         """The restoration problem on a fixed choice, with the same loss."""
         return MaskedLeastSquares(self.loss, self.mask(choice))
+
+    def moderate(self) -> tuple[Problem, float, float]:
+        loss, weights, objective = self.loss.moderate()
+        return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
+
+    def indifferent(self, start: Tensor) -> Tensor | None:
+        return self.within_support(start) if self.loss.dead else None

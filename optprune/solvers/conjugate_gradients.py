@@ -29,8 +29,12 @@ class GradientsState:
     """<r, diag(A)^-1 r> of each row's system"""
     target: Float[Tensor, " out"]
     """the energy at which a row is done"""
+    rounding: Float[Tensor, " out"]
+    """an energy that may be nothing but rounding of the moments"""
     stuck: Bool[Tensor, " out"]
     """rows whose direction has no more curvature than rounding: A is singular on their mask"""
+    settled: Bool[Tensor, " out"]
+    """rows whose residual has been so small that it could be nothing but rounding"""
 
 
 @final
@@ -41,11 +45,12 @@ class ConjugateGradients(Solver[GradientsState]):
     Accepts restoration problems, and selection problems, where it refits on the support of the start; what a start has
     outside the mask does not count. A row is done when its preconditioned residual is `tolerance` of that of the masked
     original weights; a row whose direction has no curvature but rounding (a singular A) stops where it is, and the
-    status says so. A step is one product [out, in] x [in, in], whatever the masks: for masks that differ from row to
-    row it is far cheaper than a factorisation a row. Never worse than its start; not exact, but certified where the
-    loss is damped: f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j. A full output metric couples the rows into one system, with
-    S_ii A_jj as preconditioner, one more product [out, out] x [out, in] a step, and S_ii's share of damping in the
-    certificate.
+    status says so, unless its residual had become so small that it could be nothing but rounding of the moments.
+
+    A step is one product [out, in] x [in, in], whatever the masks: for masks that differ from row to row it is far
+    cheaper than a factorisation a row. Never worse than its start; not exact, but certified where the loss is damped:
+    f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j. A full output metric couples the rows into one system, with S_ii A_jj as
+    preconditioner, one more product [out, out] x [out, in] a step, and S_ii's share of damping in the certificate.
 
     Reference: Hestenes and Stiefel (1952); ALPS (arXiv 2406.07831) for masks.
     """
@@ -84,8 +89,11 @@ class ConjugateGradients(Solver[GradientsState]):
         # Original weights that are optimal as they are would ask for a residual of exactly zero.
         rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + _by_system(loss, loss.linear.square() * inverse))
         stuck = torch.zeros_like(energy, dtype=torch.bool)
-        target = target.maximum(rounding)
-        return GradientsState(mask, diagonal, inverse, start, residual, direction, energy, target, stuck)
+        target, known = target.maximum(rounding), _rounding(loss, mask).to(energy)
+        settled = energy <= known
+        return GradientsState(
+            mask, diagonal, inverse, start, residual, direction, energy, target, known, stuck, settled
+        )
 
     def step(self, problem: Problem, state: GradientsState) -> GradientsState:
         loss = problem.loss
@@ -108,10 +116,12 @@ class ConjugateGradients(Solver[GradientsState]):
             direction=torch.addcmul(preconditioned, ratio, state.direction),
             energy=energy,
             stuck=stuck,
+            settled=state.settled | (energy <= state.rounding),
         )
 
     def done(self, problem: Problem, state: GradientsState) -> Status | None:
-        met = state.energy <= state.target
+        # From a residual of rounding all directions are rounding: where A is singular they end without curvature.
+        met = (state.energy <= state.target) | (state.stuck & state.settled)
         if bool(met.all()):
             return Status.CONVERGED
         return Status.STALLED if bool((met | state.stuck).all()) else None
@@ -133,6 +143,16 @@ class ConjugateGradients(Solver[GradientsState]):
                 return None
         excess = float((residual.square() / damping).sum()) / 2
         return Certificate(loss.value(state.weight) - excess, "residual of the normal equations and the damping")
+
+
+def _rounding(loss: LayerLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, " out"]:
+    """What the energy of each row's system may be by the rounding of the moments, whatever V is: that of V = 0."""
+    rows = loss.residual_rounding(torch.zeros_like(loss.weight))
+    if loss.coupled:
+        assert loss.metric is not None
+        size = replace(loss.metric, average=loss.metric.average.abs()).to(rows.dtype)
+        rows = size.apply(rows[:, None])[:, 0] / size.diagonal.clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
+    return _by_system(loss, rows.square()[:, None] * mask.sum(1, keepdim=True))
 
 
 def _by_system(loss: LayerLoss, terms: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:

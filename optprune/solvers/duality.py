@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.penalties import NormPenalty, Penalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.restore import only_rounding
-from optprune.solvers.spectrum import ScaledGram, column_scale
+from optprune.solvers.spectrum import ScaledGram, column_scale, exceeds, factor_rounding
 
 HALVINGS = 50
 """of the interval in which the largest scale with a finite conjugate is looked for"""
@@ -41,23 +41,24 @@ class DualMap:
 
     @classmethod
     def of(cls, problem: PenalisedLeastSquares) -> "DualMap":
-        """In float64, with one Cholesky factorisation; NumericalError if A is clearly indefinite."""
+        """In float64, with two Cholesky factorisations."""
         loss = problem.loss
         scaled = ScaledGram.of(loss)
-        factor, failed = torch.linalg.cholesky_ex(scaled.matrix)
+        factor, regular = scaled.factorised(scaled.matrix)
         # In the units of A again: those of a Cholesky factor are those of its rows.
-        factor = scaled.scale[:, None] * factor if bool(scaled.regular(factor, failed)) else None
+        factor = scaled.scale[:, None] * factor if bool(regular) else None
         row_factor = None
         if loss.metric is not None:
             rounding = len(loss.weight) * torch.finfo(loss.gram.dtype).eps
             row_factor = _regular_factor(loss.metric.matrix.double(), loss.metric.damping, rounding)
         minimiser = loss.weight.double()
-        if factor is None:
-            # Looked at even where it is not needed: a clearly indefinite A is an error.
-            pull = loss.exact_residual(minimiser) / scaled.scale
-            minimiser = minimiser - scaled.solve_singular(scaled.matrix, pull) / scaled.scale
-        elif loss.pull is not None:
-            minimiser = minimiser - torch.cholesky_solve(loss.exact_residual(minimiser).T, factor).T
+        if loss.pull is not None:
+            pull = loss.exact_residual(minimiser)
+            if factor is None:
+                step = scaled.solve_singular(scaled.matrix, pull / scaled.scale) / scaled.scale
+            else:
+                step = torch.cholesky_solve(pull.T, factor).T
+            minimiser = minimiser - step
         attained = factor is not None or only_rounding(loss, minimiser, loss.exact_residual(minimiser))
         least = loss.value(minimiser) if attained else 0.0
         return cls(problem.penalty, loss, factor, row_factor, minimiser, least, attained)
@@ -114,10 +115,11 @@ def _regular_factor(
 ) -> Float[Tensor, "n n"] | None:
     """The Cholesky factor, or None where the matrix is no better than singular."""
     scale = column_scale(matrix)
-    factor, failed = torch.linalg.cholesky_ex(matrix / torch.outer(scale, scale))
-    least_pivot = torch.finfo(matrix.dtype).eps if bool((damping > 0).all()) else rounding
-    # A factor whose pivots are rounding would invert rounding, and claim a bound that is none.
-    regular = not bool(failed) and bool(factor.diagonal().square().min() > least_pivot)
+    unit = matrix / torch.outer(scale, scale)
+    factor, failed = torch.linalg.cholesky_ex(unit)
+    least = factor_rounding(unit) + (0.0 if bool((damping > 0).all()) else rounding)
+    # A factor of less than that would invert rounding, and claim a bound that is none.
+    regular = not bool(failed) and bool(exceeds(unit, least))
     return scale[:, None] * factor if regular else None
 
 

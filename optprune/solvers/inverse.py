@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optprune.errors import NumericalError
 from optprune.problems import LayerLoss, Problem, StructuredProblem
+from optprune.solvers.spectrum import exceeds
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
 
@@ -29,19 +30,18 @@ class InverseForm:
 
     @classmethod
     def of(cls, loss: LayerLoss) -> "InverseForm":
-        gram = loss.gram.double()
+        # A copy, for a ridge.
+        gram = loss.gram.to(torch.float64, copy=True)
         size = gram.diagonal().mean()
         # An eigenvalue of A is known to about this share of its size in the dtype that A was given in.
         unit = torch.finfo(torch.float64 if bool((loss.damping > 0).all()) else loss.gram.dtype).eps
         ridge = 4 * len(gram) * unit
-        factor, failed = torch.linalg.cholesky_ex(gram)
         notes = ()
-        if bool(failed) or not bool(factor.diagonal().square().min() > ridge * size):
+        if not bool(exceeds(gram, float(ridge * size))):
             # Nothing but zeros is as good as the identity.
-            extra = ridge * size if bool(size > 0) else torch.ones_like(size)
-            gram = gram + extra * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            factor, failed = torch.linalg.cholesky_ex(gram)
+            gram.diagonal().add_(ridge * size if bool(size > 0) else 1.0)
             notes = (SINGULAR.format(ridge),)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if bool(failed):
             raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
         inverse = torch.cholesky_inverse(factor)

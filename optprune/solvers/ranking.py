@@ -123,9 +123,9 @@ class FlapMetric(UnitRanking):
     the same order. That code takes all statistics from the dense model, here they come by the recipe's policy.
 
     FLAP then puts the mean W_c E[x*_c] of what was removed into a bias. Where the layer has a bias (`fit_bias`),
-    `bias_change` of the loss is that compensation. Where it has none, none is added, since stock classes could not
-    load it: the means are lost, and the loss counts that. FLAP standardises its scores to compare layers, which
-    changes nothing within one. Cost: one pass over W.
+    `bias_change` of the loss is that compensation. Where it has none, none is added, though Llama's class could hold
+    one (`attention_bias`, `mlp_bias`): the means are lost, and the loss counts that. FLAP standardises its scores to
+    compare layers, which changes nothing within one. Cost: one pass over W.
 
     Reference: FLAP (its released code); no weight is restored there either.
     """

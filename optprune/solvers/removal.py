@@ -15,8 +15,11 @@ def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
     r"""S_ii v_ij^2 / (2 (A^-1)_jj), v = B A^-1: what f rises by when weight ij goes and its row is refitted.
 
     Exact for a diagonal metric; under a full one other rows stay as they are, so it is an upper bound of the rise.
-    NumericalError where A is singular. Cost: in^3. Reference: Hassibi and Stork (1992).
+    NumericalError where A is singular, unless it is zero and so are the costs. Cost: in^3. Reference: Hassibi and Stork
+    (1992).
     """
+    if loss.dead:
+        return torch.zeros_like(loss.weight)
     inverse, weight = inverse_gram(loss)
     costs = weight.square() / (2 * inverse.diagonal())
     return (costs if loss.metric is None else loss.metric.diagonal.double()[:, None] * costs).to(loss.weight)
@@ -25,8 +28,10 @@ def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
 def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:
     r"""1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: the rise of f when a unit's columns C go, all else refitted.
 
-    Exact for every metric, since all rows lose the same columns. Cost: in^3.
+    Exact for every metric, since all rows lose the same columns. Zero where A is. Cost: in^3.
     """
+    if loss.dead:
+        return torch.zeros_like(loss.weight[0, link.columns[:, 0]])
     inverse, weight = inverse_gram(loss)
     block = inverse[link.columns[:, :, None], link.columns[:, None, :]]
     # [units, columns, out], for the unit's own little system.

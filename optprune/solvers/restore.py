@@ -45,8 +45,9 @@ class Restore(DirectSolver):
     Promises the optimum of a restoration problem, by factors in float64; float32 ones promise nothing. Certifies it:
     with r the residual of the normal equations at the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1 r^T) <= 1/2 sum_ij
     r_ij^2 / D_j. Where A_MM is singular, what r has outside its range must be rounding; otherwise the bound is zero.
-    Cost: in^3 / 3 + 2 out in^2, or out in^3 / 3 with a mask for every row (`choose` then prefers gradients); memory
-    in^2 in `factor_dtype`, whatever the dtype of the problem.
+    Cost: 2 in^3 / 3 + 2 out in^2, one third of in^3 of it to know that A_MM is regular; with a mask for every row out
+    in^3 / 3, or twice that where A itself is singular (`choose` then prefers gradients). Memory 2 in^2 in
+    `factor_dtype`, whatever the dtype of the problem.
     Reference: FASP (arXiv 2501.09412), restoration; the ridge towards W instead of zero is ours.
     """
 
@@ -138,8 +139,8 @@ def _shared_step(
     if kept.numel() == 0:
         return step, False
     block, right = gram.matrix[kept[:, None], kept], gradient[:, kept]
-    factor, failed = torch.linalg.cholesky_ex(block)
-    singular = not bool(gram.regular(factor, failed))
+    factor, regular = gram.factorised(block)
+    singular = not bool(regular)
     step[:, kept] = -(gram.solve_singular(block, right) if singular else torch.cholesky_solve(right.T, factor).T)
     return step, singular
 
@@ -161,9 +162,9 @@ def _row_steps(
         block = gram.matrix[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])
         block.diagonal(dim1=1, dim2=2).add_(~real)
         right = gradient[rows].gather(1, index) * real
-        factor, failed = torch.linalg.cholesky_ex(block)
+        factor, regular = gram.factorised(block)
         solved = torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
-        singular = ~gram.regular(factor, failed)
+        singular = ~regular
         if bool(singular.any()):
             solved[singular] = gram.solve_singular(block[singular], right[singular][:, None])[:, 0]
             any_singular = True

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,18 +12,22 @@ from torch import Tensor
 
 from optprune.errors import InputError, NoSolver
 from optprune.metric import RowUnits
+from optprune.precision import full_precision
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Solver
 from optprune.solvers.solution import Certificate, Solution, Status
 
 MOST_STEPS = 10_000
+DEAD = "every input was zero, or constant beside a bias, on all tokens: any choice is as good, and nothing is restored"
+"""what is noted, and proves that the answer is optimal"""
 CONTRADICTED = "the certificate was dropped"
 """how the note begins where a lower bound cannot be one"""
 Callback = Callable[[int, Callable[[], Tensor]], None]
 """called after every step with the number of steps and a function that gives the current weight"""
 
 
+@full_precision()
 def solve(
     problem: Problem,
     solver: Solver | None = None,
@@ -40,25 +44,31 @@ def solve(
     contradicts, its bound above the objective by more than rounding, is dropped with a note. Raises NoSolver when the
     solver refuses the problem. Under an output metric the solver works on other rows (`Problem.even`), where the
     objective is the same number, or larger by what outputs that cost nothing are made to cost, which certificates do
-    not claim.
+    not claim; and where weights or inputs are very large or small, in other units of them (`Problem.moderate`). Where
+    all feasible weights cost the same, as those of inputs that are all zero, one by the start is the answer.
     """
     solver = choose(problem) if solver is None else solver
-    even, units = problem.even()
-    check_accepted(even, solver)
+    posed = _Posed.of(problem)
+    check_accepted(posed.problem, solver)
     if start is None:
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
     began = time.perf_counter()
     with torch.no_grad():
+        any_value = problem.indifferent(start)
+        if any_value is not None:
+            objective, proof = problem.objective(any_value), Certificate(problem.objective(any_value), DEAD)
+            seconds, violation = time.perf_counter() - began, problem.violation(any_value)
+            return Solution(any_value, objective, violation, Status.CONVERGED, 0, seconds, proof, notes=(DEAD,))
 
         def told(steps: int, state: Any) -> None:
             if callback is not None:
-                callback(steps, partial(_value, solver, even, state, units))
+                callback(steps, partial(_value, solver, posed, state))
 
-        state, status, steps = _iterate(even, solver, _into(start, units), max_steps, began + max_seconds, told)
-        value = _value(solver, even, state, units)
-        certificate = _without_excess(solver.certify(even, state), problem, units)
+        state, status, steps = _iterate(posed.problem, solver, posed.into(start), max_steps, began + max_seconds, told)
+        value = _value(solver, posed, state)
+        certificate = posed.certificate(solver.certify(posed.problem, state), problem)
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
         if not math.isfinite(objective):
@@ -70,7 +80,8 @@ def solve(
             if bound > objective and bound > objective + problem.loss.rounding(value):
                 notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
                 certificate = None
-    return Solution(value, objective, violation, status, steps, seconds, certificate, solver.history(state), notes)
+    history = tuple(replace(one, objective=one.objective * posed.factor) for one in solver.history(state))
+    return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
 def check_accepted(even: Problem, solver: Solver) -> None:
@@ -80,12 +91,58 @@ def check_accepted(even: Problem, solver: Solver) -> None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
 
+@full_precision()
 def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:
     """What `solve` would return as the value, neither measured nor certified: for the inner steps of something else."""
-    even, units = problem.even()
+    posed = _Posed.of(problem)
     with torch.no_grad():
-        state, _, _ = _iterate(even, solver, _into(start, units), MOST_STEPS, math.inf, lambda steps, state: None)
-        return _value(solver, even, state, units)
+        any_value = problem.indifferent(start)
+        if any_value is not None:
+            return any_value
+        state, _, _ = _iterate(
+            posed.problem, solver, posed.into(start), MOST_STEPS, math.inf, lambda steps, state: None
+        )
+        return _value(solver, posed, state)
+
+
+@dataclass(frozen=True, eq=False)
+class _Posed:
+    """A problem as its solver meets it: with even rows, and weights and inputs of moderate size."""
+
+    problem: Problem
+    rows: RowUnits | None
+    size: float
+    """the factor of its weights"""
+    factor: float
+    """of its objective to that of the problem as it came"""
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Posed":
+        even, rows = problem.even()
+        moderate, size, factor = even.moderate()
+        return cls(moderate, rows, size, factor)
+
+    def into(self, weight: Tensor) -> Tensor:
+        weight = weight if self.rows is None else self.rows.into(weight)
+        return weight if self.size == 1 else weight * self.size
+
+    def back(self, weight: Tensor) -> Tensor:
+        weight = weight if self.size == 1 else weight / self.size
+        return weight if self.rows is None else self.rows.back(weight)
+
+    def certificate(self, found: Certificate | None, problem: Problem) -> Certificate | None:
+        """What a bound on the problem as posed proves of the problem itself.
+
+        A row of an optimum may be taken to cost no more, metric aside, than a row of zeros; so with all rows it costs
+        no more than c/2, and evening the problem adds at most the excess times that.
+        """
+        if found is None:
+            return None
+        bound = found.lower_bound * self.factor
+        if self.rows is not None and self.rows.excess:
+            # No loss is negative, so neither is what is left of a bound that was not.
+            bound = max(bound - self.rows.excess * problem.loss.plain.constant / 2, min(bound, 0.0))
+        return replace(found, lower_bound=bound)
 
 
 def _iterate(
@@ -104,24 +161,6 @@ def _iterate(
     return state, status, steps
 
 
-def _without_excess(certificate: Certificate | None, problem: Problem, units: RowUnits | None) -> Certificate | None:
-    """What a bound on the evened problem proves of the problem itself.
-
-    A row of an optimum may be taken to cost no more, metric aside, than a row of zeros; so with all rows it costs no
-    more than c/2, and evening the problem adds at most the excess times that.
-    """
-    if certificate is None or units is None or not units.excess:
-        return certificate
-    bound = certificate.lower_bound - units.excess * problem.loss.plain.constant / 2
-    # No loss is negative, so neither is what is left of a bound that was not.
-    return replace(certificate, lower_bound=max(bound, min(certificate.lower_bound, 0.0)))
-
-
-def _into(weight: Tensor, units: RowUnits | None) -> Tensor:
-    return weight if units is None else units.into(weight)
-
-
-def _value(solver: Solver, problem: Problem, state: Any, units: RowUnits | None) -> Tensor:
-    """The weight that a state stands for, back in its own rows."""
-    value = solver.value(problem, state)
-    return value if units is None else units.back(value)
+def _value(solver: Solver, posed: _Posed, state: Any) -> Tensor:
+    """The weight that a state stands for, as the problem as it came measures it."""
+    return posed.back(solver.value(posed.problem, state))

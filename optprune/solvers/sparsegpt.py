@@ -11,6 +11,7 @@ from optprune.errors import NumericalError
 from optprune.patterns import NM, RowWise, Unstructured, largest
 from optprune.problems import LayerLoss, Problem, SparseLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options
+from optprune.solvers.spectrum import ScaledGram
 
 
 @final
@@ -26,7 +27,7 @@ class SparseGpt(DirectSolver):
     It starts from the unpruned minimiser B A^-1 (which is W when x* = x); the start is not used. Accepts sparse
     least squares with an unstructured, row-wise or N:M pattern; each block keeps its share of the count, so that
     the total is exact. The damping is that of the loss (the paper: 1 percent); where A is not positive definite
-    it raises NumericalError instead of going on with another matrix.
+    by more than rounding it raises NumericalError instead of going on with another matrix.
 
     Cost: in^3 + out in^2; memory 2 in^2 + 2 out in. Reference: SparseGPT (arXiv 2301.00774), Algorithm 1.
     """
@@ -91,12 +92,13 @@ def _block_mask(
 
 def inverse_gram(loss: LayerLoss) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
     """A^-1 and the unpruned minimiser B A^-1, a fresh tensor, in float64; NumericalError where A is singular."""
-    factor, failed = torch.linalg.cholesky_ex(loss.gram.double())
-    if bool(failed):
+    scaled = ScaledGram.of(loss)
+    factor, regular = scaled.factorised(scaled.matrix)
+    if not bool(regular):
         raise NumericalError(
-            "the Gram matrix is not positive definite (fewer tokens than inputs, or dead inputs, without damping): "
-            "damp the loss, e.g. by 0.01"
+            "the Gram matrix is not positive definite by more than rounding (fewer tokens than inputs, or dead inputs, "
+            "without damping): damp the loss, e.g. by 0.01"
         )
-    inverse = torch.cholesky_inverse(factor)
+    inverse = (torch.cholesky_inverse(factor) / scaled.scale[:, None]).div_(scaled.scale)
     weight = loss.weight.double()
     return inverse, weight.clone() if loss.pull is None else weight - loss.pull.double() @ inverse

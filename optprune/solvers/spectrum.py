@@ -2,16 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optprune.errors import NumericalError
 from optprune.problems import LayerLoss
-
-INDEFINITE = 1e-5
-"""a negative eigenvalue above this share of the largest is no rounding of a float32 Gram matrix"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +21,8 @@ class ScaledGram:
 
     matrix: Float[Tensor, "in in"]
     scale: Float[Tensor, " in"]
-    least_pivot: float
-    """a smaller pivot of a Cholesky factor could be nothing but rounding"""
+    least: float
+    """an eigenvalue of A, or of a block of it, that is no larger could be nothing but rounding"""
     resolution: float
     """an eigenvalue of A is known to this; that of a decomposition in this dtype comes on top"""
 
@@ -35,36 +32,52 @@ class ScaledGram:
         scale = loss.input_scale
         matrix = (loss.gram / scale[:, None]).div_(scale).to(dtype)
         # A damped A is regular by construction: only what the factorisation itself rounds is in doubt.
-        damped, unit = bool((loss.damping > 0).all()), torch.finfo(dtype).eps
-        least_pivot = unit if damped else max(loss.resolution, len(scale) * unit)
-        return cls(matrix, scale, least_pivot, loss.resolution)
+        damped = bool((loss.damping > 0).all())
+        least = factor_rounding(matrix) + (0.0 if damped else loss.resolution)
+        return cls(matrix, scale, least, loss.resolution)
 
-    def regular(self, factor: Float[Tensor, "*b n n"], failed: Tensor) -> Bool[Tensor, "*b"]:
-        """Whether the Cholesky factors of some blocks have no pivot that could be rounding."""
-        # A factor whose pivots are rounding would invert rounding, and claim a bound that is none.
-        return (failed == 0) & (factor.diagonal(dim1=-2, dim2=-1).square().amin(-1) > self.least_pivot)
+    @cached_property
+    def regular(self) -> bool:
+        """Whether A is regular, and so every block of it: the eigenvalues of a block lie between those of A."""
+        return bool(exceeds(self.matrix, self.least))
+
+    def factorised(self, blocks: Float[Tensor, "*b n n"]) -> tuple[Float[Tensor, "*b n n"], Bool[Tensor, "*b"]]:
+        """Cholesky factors of blocks of A, and which blocks are regular: no eigenvalue of theirs could be rounding."""
+        # A factor of less than that would invert rounding, and claim a bound that is none.
+        # One look at all of A may save one at every block of a batch.
+        regular = self.regular if blocks.ndim > 2 and self.regular else exceeds(blocks, self.least)
+        factor, failed = torch.linalg.cholesky_ex(blocks)
+        return factor, (failed == 0) & regular
 
     def solve_singular(
         self, blocks: Float[Tensor, "*b n n"], right: Float[Tensor, "*b rows n"]
     ) -> Float[Tensor, "*b rows n"]:
-        """R M^+ for blocks M that may be singular: eigenvalues that may be rounding are zero.
-
-        NumericalError if one is clearly indefinite.
-        """
+        """R M^+ for blocks M that may be singular: eigenvalues that may be rounding, or negative, are zero."""
         values, vectors = torch.linalg.eigh(blocks)
         largest = values.abs().amax(-1)
         rounding = self.resolution + values.shape[-1] * torch.finfo(values.dtype).eps * largest
-        excess = values[..., 0] + rounding.maximum(INDEFINITE * largest)
-        if bool((excess < 0).any()):
-            worst = values.reshape(-1, values.shape[-1])[excess.argmin()]
-            raise NumericalError(
-                f"the Gram matrix is indefinite: scaled to a unit diagonal its least eigenvalue is "
-                f"{worst[0].item():.3g} and its largest {worst[-1].item():.3g}; collect it again, or raise the damping "
-                "above that"
-            )
         usable = values > rounding[..., None]
         inverse = torch.where(usable, 1 / torch.where(usable, values, 1.0), 0.0)
         return ((right @ vectors) * inverse[..., None, :]) @ vectors.mT
+
+
+def exceeds(blocks: Float[Tensor, "*b n n"], least: float) -> Bool[Tensor, "*b"]:
+    """Whether all eigenvalues of symmetric blocks are above `least`: whether M - least I has a Cholesky factor.
+
+    The pivots of M itself do not tell: one may be any number of times the least eigenvalue, and what rounding leaves of
+    it grows with the conditioning of what stands before it.
+    """
+    shifted = blocks.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).sub_(least)
+    return torch.linalg.cholesky_ex(shifted).info == 0
+
+
+def factor_rounding(matrix: Float[Tensor, "*b n n"]) -> float:
+    """What an eigenvalue of a matrix with unit diagonal is known to by its Cholesky factors: n eps, and as much again.
+
+    The errors of its entries are at most n eps, and add up to no more than that unless they all agree.
+    """
+    return 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
 
 
 def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -> float:
