@@ -4,7 +4,7 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 
 import torch
@@ -38,7 +38,7 @@ from optprune.preflight import check_batches, check_run
 from optprune.probe import Probe
 from optprune.problems import LayerLoss
 from optprune.recipe import Recipe, pattern_of
-from optprune.recovery import Calls, calls_of, recover
+from optprune.recovery import Calls, calls_of, catching, recover
 from optprune.refit import HeldOut, refit
 from optprune.report import (
     BlockChange,
@@ -204,7 +204,7 @@ class _Run:
             self.floor_seconds += 2 * (clock(self.decoder.model.device) - before)
         for part in removed:
             self.decoder.remove(index, part)
-        if self.recipe.recovery and not policy.dense_target:
+        if self.recipe.recovery and policy.sequential and not policy.dense_target:
             # Of what is left: its sub-modules are called as they are where the statistics come from.
             original = copy.deepcopy(block)
         targets = self._targets(index)
@@ -217,14 +217,18 @@ class _Run:
             if whole:
                 # The block is still dense, so this pass also gives the next block's inputs.
                 upcoming = self.actual.copy()
-            collected = collect(
-                block,
-                self.actual,
-                sorted({target.tap for target in group}, key=self.decoder.architecture.layers.index),
-                reference=reference,
-                held_out=self.held_out,
-                output=upcoming if whole else None,
-            )
+            # All at once, the pass that collects the statistics also calls the sub-modules as they were.
+            calling = self._recovered_by(group) if self.recipe.recovery and not policy.sequential else []
+            with catching(block, calling) as calls:
+                collected = collect(
+                    block,
+                    self.actual,
+                    sorted({target.tap for target in group}, key=self.decoder.architecture.layers.index),
+                    reference=reference,
+                    held_out=self.held_out,
+                    output=upcoming if whole else None,
+                    to_end=bool(calling),
+                )
             self.floor_seconds += collected.gram_seconds
             if whole:
                 self.floor_seconds += 2 * collected.forward_seconds
@@ -233,8 +237,8 @@ class _Run:
             for target in group:
                 self._prune_layer(index, target, collected)
             if self.recipe.recovery:
-                later = [target.path for following in groups[position + 1 :] for target in following]
-                self._recover(index, [target.path for target in group], later, original)
+                later = [target for following in groups[position + 1 :] for target in following]
+                self._recover(index, group, later, original, calls)
         if upcoming is not None:
             self.actual.past(upcoming.hidden)
         else:
@@ -297,21 +301,32 @@ class _Run:
         self.layers.append(report)
         self.on_event(LayerSolved(report))
 
-    def _recover(self, index: int, pruned: list[str], later: list[str], original: nn.Module) -> None:
-        """Refit the sub-modules of a block in which layers were just pruned and none follow."""
-        recipe, block, policy = self.recipe, self.decoder.blocks[index], self.recipe.policy
-        for path, layers in self.decoder.architecture.recoverable:
-            within = f"{path}."
-            if not any(name.startswith(within) for name in pruned) or any(name.startswith(within) for name in later):
+    def _recovered_by(self, group: list[Target]) -> list[str]:
+        """The paths of the sub-modules that can be refitted once these layers are pruned."""
+        places = [path for path, _ in self.decoder.architecture.recoverable]
+        return [path for path in places if any(target.path.startswith(f"{path}.") for target in group)]
+
+    def _recover(
+        self, index: int, group: list[Target], later: list[Target], original: nn.Module, caught: Mapping[str, Calls]
+    ) -> None:
+        """Refit the sub-modules of a block in which layers were just pruned and none follow.
+
+        The inputs and targets are those of the layers' own statistics: as caught, or of the original block.
+        """
+        recipe, block, layers_of = self.recipe, self.decoder.blocks[index], dict(self.decoder.architecture.recoverable)
+        for path in self._recovered_by(group):
+            if path in self._recovered_by(later):
                 continue
-            # The same inputs and targets as the layers' own statistics.
-            calls = calls_of(original, path, self.dense)
-            if policy.sequential:
+            if recipe.policy.sequential:
+                calls = calls_of(original, path, self.dense)
                 calls = Calls(calls_of(block, path, self.actual).arguments, calls.targets)
+            else:
+                calls = caught[path]
             fit, apart = calls.split(self.held_out)
+            layers = layers_of[path]
             part = recover(
                 block.get_submodule(path),
-                [name.removeprefix(within) for name in layers],
+                [name.removeprefix(f"{path}.") for name in layers],
                 fit,
                 apart,
                 rounds=recipe.recovery,

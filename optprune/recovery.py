@@ -23,6 +23,8 @@ from optprune.report import RecoveredPart
 
 PATIENCE = 2
 """a turn ends after so many steps that made the error on the tokens kept apart no smaller"""
+TRACE_TOKENS = 2048
+"""about so many tokens, whole batches from the first, estimate the mean diagonal of a Hessian that takes passes"""
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,34 @@ class Calls:
         return sum(target.shape[:-1].numel() for target in self.targets)
 
 
+@contextmanager
+def catching(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Calls]]:
+    """By path, what sub-modules of a block are called with meanwhile, one entry a pass, and what they answer."""
+    calls = {path: Calls([], []) for path in paths}
+
+    def hook(of: Calls) -> Any:
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            of.arguments.append((args, kwargs))
+            of.targets.append(first_output(output))
+
+        return catch
+
+    handles = [
+        block.get_submodule(path).register_forward_hook(hook(of), with_kwargs=True) for path, of in calls.items()
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def calls_of(block: nn.Module, path: str, stream: Stream) -> Calls:
     """What a sub-module of a block is called with on every batch of a stream, and what it answers."""
-    calls = Calls([], [])
-
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.arguments.append((args, kwargs))
-        calls.targets.append(first_output(output))
-
-    handle = block.get_submodule(path).register_forward_hook(catch, with_kwargs=True)
-    try:
+    with catching(block, [path]) as calls:
         for hidden, others in zip(stream.hidden, stream.arguments, strict=True):
             run_block(block, hidden, others)
-    finally:
-        handle.remove()
-    return calls
+    return calls[path]
 
 
 def recover(
@@ -84,22 +99,26 @@ def recover(
     """
     began = time.perf_counter()
     turn = _Turn(module, fit, apart, metric, steps, damping)
-    before, held_out_before = turn.error(fit), turn.error(apart)
-    held_out, kept = held_out_before, 0
+    held_out = held_out_before = turn.error(apart)
+    # On the batches fitted, before and after every turn, which learns them on its way.
+    errors, kept = list[float](), 0
     for _ in range(rounds):
         moved = 0
         for position in range(len(layers)):
-            count, held_out = turn.take(layers[position:], held_out)
-            moved += count
+            taken = turn.take(layers[position:], held_out)
+            if taken is not None:
+                moved, held_out = moved + taken.steps, taken.held_out
+                errors += [taken.before, taken.after]
         kept += moved
         if not moved:
             break
     signal, held_out_signal = turn.signal(fit), turn.signal(apart)
+    before, after = (errors[0], errors[-1]) if errors else (turn.error(fit),) * 2
     return RecoveredPart(
         name=name,
         layers=tuple(layers),
         error_before=_share(before, signal),
-        error_after=_share(turn.error(fit), signal),
+        error_after=_share(after, signal),
         held_out_before=_share(held_out_before, held_out_signal),
         held_out_after=_share(held_out, held_out_signal),
         steps=kept,
@@ -113,6 +132,18 @@ def _share(error: float, signal: float) -> float:
 
 
 @dataclass(frozen=True)
+class _Taken:
+    """What a turn did: the steps kept, and the mean squared change of the output."""
+
+    steps: int
+    before: float
+    """on the batches fitted, with the weight that the turn began with"""
+    after: float
+    held_out: float
+    """on the batches kept apart, with the weight kept"""
+
+
+@dataclass(frozen=True)
 class _Turn:
     """What one layer's least squares problem is made of."""
 
@@ -123,40 +154,43 @@ class _Turn:
     steps: int
     damping: float
 
-    def take(self, layers: Sequence[str], held_out: float) -> tuple[int, float]:
-        """Refit the first of the layers: the number of steps kept, and the error on the batches kept apart."""
+    def take(self, layers: Sequence[str], held_out: float) -> _Taken | None:
+        """Refit the first of the layers; None where it has no weight to refit."""
         layer: nn.Linear = self.module.get_submodule(layers[0])  # type: ignore[assignment]
         start = layer.weight.detach().clone()
         mask = start != 0
         if not bool(mask.any()):
-            return 0, held_out
+            return None
         problem = _Inside(self, layers) if len(layers) > 1 else _AtOutput(self, layer, held_out)
         # Any vector of signs is an estimate of the trace: Hutchinson (1989).
         signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)).to(start) * 2 - 1
-        ridge = self.damping * problem.curvature(torch.where(mask, signs, 0.0), False)[0] / int(mask.sum())
+        ridge = self.damping * problem.trace(torch.where(mask, signs, 0.0)) / int(mask.sum())
         inverse = _damped_inverse(problem.gram, self.damping)
         at, residual = start, -torch.where(mask, problem.gradient, 0.0)
         direction = torch.where(mask, residual @ inverse, 0.0)
         energy = float((residual * direction).sum())
-        best, best_step = start, 0
+        best, best_step, after = start, 0, problem.fit_error
+        pulled = torch.zeros_like(start)  # H (at - start)
         for step in range(1, self.steps + 1):
             if not energy > 0 or step > best_step + PATIENCE:
                 break
-            curvature, product = problem.curvature(direction)
+            product = problem.product(direction)
+            curvature = float((direction * product).sum())
             curvature += ridge * float(direction.square().sum())
             if not curvature > 0:
                 break
             length = energy / curvature
-            at = at + length * direction
+            at, pulled = at + length * direction, pulled + length * product
             error = problem.held_out(at)
             if error < held_out:
                 best, best_step, held_out = at, step, error
+                after = problem.fit_error + float(((at - start) * (2 * problem.gradient + pulled)).sum())
             residual = residual - length * torch.where(mask, product + ridge * direction, 0.0)
             preconditioned = torch.where(mask, residual @ inverse, 0.0)
             fresh = float((residual * preconditioned).sum())
             direction, energy = preconditioned + fresh / energy * direction, fresh
         write(layer, best)
-        return best_step, held_out
+        return _Taken(best_step, problem.fit_error, after, held_out)
 
     def error(self, calls: Calls) -> float:
         """The mean over tokens of the squared change of the output, in the metric."""
@@ -186,33 +220,41 @@ class _Inside:
         self.turn, self.layers = turn, layers
         self.layer: nn.Linear = turn.module.get_submodule(layers[0])  # type: ignore[assignment]
         sums = MomentSums(self.layer.in_features, self.layer.weight.device)
-        total = torch.zeros_like(self.layer.weight)
+        total, error = torch.zeros_like(self.layer.weight), 0.0
         handle = self.layer.register_forward_pre_hook(lambda _, args: sums.add(args[0].detach()))
         try:
             for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
                 with torch.enable_grad(), _weight(self.layer, self.layer.weight.detach().requires_grad_()) as weight:
                     half = turn.energy(first_output(turn.module(*args, **kwargs)) - target) / 2
                     total += torch.autograd.grad(half, weight)[0]
+                    error += 2 * float(half.detach())
         finally:
             handle.remove()
+        self.fit_error = error / turn.fit.tokens
         self.gradient: Float[Tensor, "out in"] = total / turn.fit.tokens
         self.gram: Float[Tensor, "in in"] = sums.moments(total.dtype).gram
         """of the layer's inputs"""
 
-    def curvature(
-        self, direction: Float[Tensor, "out in"], slope: bool = True
-    ) -> tuple[float, Float[Tensor, "out in"]]:
-        """<d, H d>, and H d if `slope`: without biases the output is linear in the weight, so d takes its place."""
-        turn, value, total = self.turn, 0.0, torch.zeros_like(direction)
-        with _without_biases(turn.module, self.layers):
+    def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """H d: without biases the output is linear in the weight, so d takes its place."""
+        turn, total = self.turn, torch.zeros_like(direction)
+        with _without_biases(turn.module, self.layers), torch.enable_grad():
             for args, kwargs in turn.fit.arguments:
-                weight = direction.detach().requires_grad_(slope)
-                with torch.set_grad_enabled(slope), _weight(self.layer, weight):
+                with _weight(self.layer, direction.detach().requires_grad_()) as weight:
                     energy = turn.energy(first_output(turn.module(*args, **kwargs)))
-                    value += float(energy.detach())
-                    if slope:
-                        total += torch.autograd.grad(energy / 2, weight)[0]
-        return value / turn.fit.tokens, total / turn.fit.tokens
+                    total += torch.autograd.grad(energy / 2, weight)[0]
+        return total / turn.fit.tokens
+
+    def trace(self, signs: Float[Tensor, "out in"]) -> float:
+        """<s, H s> over the first tokens, which for random signs s estimates the trace of H where s is not zero."""
+        turn, value, tokens = self.turn, 0.0, 0
+        with _without_biases(turn.module, self.layers), _weight(self.layer, signs):
+            for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
+                value += float(turn.energy(first_output(turn.module(*args, **kwargs))))
+                tokens += target.shape[:-1].numel()
+                if tokens >= TRACE_TOKENS:
+                    break
+        return value / tokens
 
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
         """The error on the batches kept apart with another weight, which the layer then has."""
@@ -225,12 +267,14 @@ class _AtOutput:
 
     def __init__(self, turn: _Turn, layer: nn.Linear, held_out: float) -> None:
         self.turn, self.start, self.error = turn, layer.weight.detach().clone(), held_out
-        self.gradient, self.gram = self._moments(layer, turn.fit)
+        self.gradient, self.gram, self.fit_error = self._moments(layer, turn.fit)
         self.apart = self._moments(layer, turn.apart)
 
-    def _moments(self, layer: nn.Linear, calls: Calls) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]]:
-        """S E[e x^T], which is the gradient, and E[x x^T], for the inputs x and the errors e of the output."""
-        sums, total = MomentSums(layer.in_features, layer.weight.device), torch.zeros_like(layer.weight)
+    def _moments(
+        self, layer: nn.Linear, calls: Calls
+    ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"], float]:
+        """S E[e x^T], which is the gradient, E[x x^T] and E[e^T S e], for the inputs x and the errors e."""
+        sums, total, error = MomentSums(layer.in_features, layer.weight.device), torch.zeros_like(layer.weight), 0.0
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
         try:
@@ -239,20 +283,22 @@ class _AtOutput:
                 seen = inputs.pop()
                 sums.add(seen)
                 total += change.flatten(0, -2).T @ seen
+                error += float(self.turn.energy(change))
         finally:
             handle.remove()
-        return self.turn.weigh(total / calls.tokens), sums.moments(total.dtype).gram
+        return self.turn.weigh(total / calls.tokens), sums.moments(total.dtype).gram, error / calls.tokens
 
-    def curvature(
-        self, direction: Float[Tensor, "out in"], slope: bool = True
-    ) -> tuple[float, Float[Tensor, "out in"]]:
-        """<d, H d> and H d = S d E[x x^T]."""
-        product = self.turn.weigh(direction) @ self.gram
-        return float((direction * product).sum()), product
+    def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """H d = S d E[x x^T]."""
+        return self.turn.weigh(direction) @ self.gram
+
+    def trace(self, signs: Float[Tensor, "out in"]) -> float:
+        """<s, H s>, which for random signs s estimates the trace of H where s is not zero."""
+        return float((signs * self.product(signs)).sum())
 
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
         """The error on the batches kept apart with another weight."""
-        gradient, gram = self.apart
+        gradient, gram, _ = self.apart
         change = weight - self.start
         return self.error + float((change * (2 * gradient + self.turn.weigh(change) @ gram)).sum())
 

@@ -97,8 +97,11 @@ def check_one_layer(name: str, path: str, layers: tuple[str, ...], turn: int) ->
     least, before = least_squares(module, layers[turn], calls), error_of(module, calls)
     with torch.no_grad():
         # The tokens that decide are those fitted, so nothing stops early.
-        steps, _ = recovery._Turn(module, calls, calls, None, 600, 0.0).take(layers[turn:], before)
-    assert steps > 0
+        taken = recovery._Turn(module, calls, calls, None, 600, 0.0).take(layers[turn:], before)
+    assert taken is not None and taken.steps > 0
+    # What the turn learns on its way is what passes before and after it say.
+    assert taken.before == pytest.approx(before, rel=1e-9)
+    assert taken.after == pytest.approx(error_of(module, calls), abs=1e-9 * before)
     assert -1e-9 * before <= error_of(module, calls) - least <= 1e-5 * before
 
 
@@ -139,7 +142,10 @@ def test_the_moments_say_what_passes_would(name: str, path: str, layers: tuple[s
     exact = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(short.gradient, long.gradient, **exact)
     torch.testing.assert_close(short.gram, long.gram, **exact)
-    torch.testing.assert_close(short.curvature(step), long.curvature(step), **exact)
+    torch.testing.assert_close(short.product(step), long.product(step), **exact)
+    assert short.trace(step) == pytest.approx(long.trace(step), rel=1e-9)
+    assert short.fit_error == pytest.approx(long.fit_error, rel=1e-9)
+    assert short.fit_error == pytest.approx(turn.error(fit), rel=1e-9)
     moved = layer.weight.detach() + step
     assert short.held_out(moved) == pytest.approx(long.held_out(moved), rel=1e-9)
 
@@ -153,8 +159,8 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(recovery, "_without_biases", lambda module, layers: torch.no_grad())
     elif fault.endswith("is doubled"):
         place = recovery._AtOutput if "last" in fault else recovery._Inside
-        honest = place.curvature
-        monkeypatch.setattr(place, "curvature", lambda *args: tuple(part / 2 for part in honest(*args)))
+        honest = place.product
+        monkeypatch.setattr(place, "product", lambda *args: honest(*args) / 2)
     else:
         monkeypatch.setattr(recovery.torch, "where", lambda mask, yes, no: yes)
     with pytest.raises((AssertionError, RuntimeError)):

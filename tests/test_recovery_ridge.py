@@ -50,8 +50,8 @@ def step_of(name: str, path: str, layers: tuple[str, ...], turn: int, damping: f
     mask, hessian, slope = normal_equations(module, layers[turn], calls)
     layer: nn.Linear = module.get_submodule(layers[turn])  # type: ignore[assignment]
     start = layer.weight.clone()
-    steps, _ = recovery._Turn(module, calls, calls, None, 300, damping).take(layers[turn:], 0.0)
-    assert steps > 50
+    taken = recovery._Turn(module, calls, calls, None, 300, damping).take(layers[turn:], 0.0)
+    assert taken is not None and taken.steps > 50
     return (layer.weight - start)[mask], hessian, slope
 
 

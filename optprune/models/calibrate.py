@@ -236,12 +236,13 @@ def collect(
     reference: tuple[nn.Module, Stream] | None = None,
     held_out: int = 0,
     output: Stream | None = None,
+    to_end: bool = False,
 ) -> Collected:
     """The moments of the inputs x* of the tapped layers of a block, over all batches of a stream.
 
     `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
     `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
-    may be the stream itself.
+    may be the stream itself. A pass ends at the last tap unless there is an `output`, or with `to_end`.
     """
     calibration: dict[str, MomentSums] = {}
     kept_apart: dict[str, MomentSums] = {}
@@ -250,7 +251,7 @@ def collect(
     arguments = stream.arguments
     for index in range(count):
         before = clock(device)
-        actual, after = run_block(block, stream.hidden[index], arguments[index], taps, to_end=output is not None)
+        actual, after = run_block(block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None)
         forward_seconds += clock(device) - before
         ideal: dict[str, Tensor] = {}
         if reference is not None:
