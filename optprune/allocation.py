@@ -16,8 +16,9 @@ NARROWED = {
     "all": ("value_dim", "mlp_width"),
 }
 """the fields of a shape that a recipe's units make smaller"""
-STEPS = 4
-"""where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples"""
+STEPS = 5
+"""where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples: in a
+smaller one a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
 NO_ALLOCATION = (
     "this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, value_dim and "
     "perhaps shares"
@@ -151,9 +152,8 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
     What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
     value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
     then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Value dimensions
-    are multiples of it too in heads of a whole number of them, at least STEPS: attention has fast kernels for multiples
-    of 8, and in a smaller head such a step would be a large part of what it holds. Units
-    'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
+    are multiples of it too, since attention has fast kernels for multiples of 8, in heads of at least STEPS of them.
+    Units 'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
     if units == "blocks":
