@@ -23,7 +23,7 @@ from optprune.prices import Prices, prices_of, with_count
 from optprune.probe import Change, Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.recipe import Recipe, n_of_m, pattern_of
-from optprune.report import BlockMeasured, Event
+from optprune.report import BlockMeasured, Event, PhaseAdvanced
 from optprune.solvers import ConjugateGradients, Restore, solve
 from optprune.solvers.greedy_obs import removal_curve
 from optprune.solvers.removal import entry_costs
@@ -85,6 +85,7 @@ def by_cost(
     tap = decoder.architecture.taps
     n_m = n_of_m(recipe.pattern)
     for index in range(blocks):
+        on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
         trial = _Trial(recipe, probe, bool(metrics))
         wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)
         taps = sorted({tap[path] for path in wanted}, key=decoder.architecture.layers.index)
@@ -125,7 +126,7 @@ def by_cost(
     more = {note: f" and {len(names) - 1} more" if len(names) > 1 else "" for note, names in noted.items()}
     notes = tuple(f"{names[0]}{more[note]}: {note}" for note, names in noted.items())
     if recipe.units != "weights":
-        return _widths(decoder, recipe, widths), notes
+        return _widths(decoder, recipe, widths, on_event), notes
     return _shares(decoder, recipe, costs, patterned), notes
 
 
@@ -258,10 +259,16 @@ def _check_most(recipe: Recipe, most: float, unit: str) -> None:
         )
 
 
-def _widths(decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve]) -> Allocation:
+def _widths(
+    decoder: Decoder, recipe: Recipe, widths: Sequence[WidthCurve], on_event: Callable[[Event], None]
+) -> Allocation:
     """The number of units that each block keeps."""
     shapes = list(decoder.shapes())
-    prices = prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units])
+
+    def on_timed(done: int, total: int) -> None:
+        on_event(PhaseAdvanced("measuring the time of narrower blocks", "width", done, total))
+
+    prices = prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units], on_timed)
     total, counts, curves = sum(prices.whole), {}, {}
     for width in widths:
         name = f"{width.block} {width.field}"

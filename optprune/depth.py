@@ -39,6 +39,7 @@ def shallower(
     """
     candidates = _candidates(decoder, recipe.depth_parts)
     budget = recipe.sparsity * decoder.linear_weights()
+    on_event(PartsScored(0, round(budget)))
     influences = _influences(decoder, batches, candidates) if recipe.depth_score == "influence" else None
     windows = _windows(batches, recipe.depth_tokens)
     shapes = list(decoder.shapes())

@@ -47,6 +47,7 @@ from optprune.report import (
     Event,
     LayerReport,
     LayerSolved,
+    PhaseAdvanced,
     RecoveredPart,
     RemovedPart,
     Report,
@@ -96,7 +97,7 @@ def prune(
     removed: tuple[RemovedPart, ...] = ()
     every = batches
     batches, held_out = hold_out(every, recipe.held_out)
-    metrics, notes = _metrics(decoder, every, recipe)
+    metrics, notes = _metrics(decoder, every, recipe, on_event)
     with calibrating(decoder):
         if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)
@@ -351,7 +352,9 @@ class _Run:
         return self.allocation.blocks[index].share(target.path)
 
 
-def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> tuple[Metrics, tuple[str, ...]]:
+def _metrics(
+    decoder: Decoder, batches: list[Tensor], recipe: Recipe, on_event: Callable[[Event], None]
+) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     if recipe.output_metric == "none":
         return Metrics({}), ()
@@ -361,7 +364,11 @@ def _metrics(decoder: Decoder, batches: list[Tensor], recipe: Recipe) -> tuple[M
     full = whole if recipe.output_metric == "full" else ()
     widest = recipe.metric_width or math.inf
     used = first_tokens(batches, recipe.metric_tokens)
-    metrics = collect_metrics(decoder, used, sampled(recipe.seed), full=full, widest=widest)
+
+    def on_group(done: int, total: int) -> None:
+        on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
+
+    metrics = collect_metrics(decoder, used, sampled(recipe.seed), full=full, widest=widest, on_group=on_group)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(recipe.metric_damping), (note,) if cut else ()

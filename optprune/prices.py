@@ -39,17 +39,24 @@ def with_count(shape: BlockShape, field: str, count: int) -> BlockShape:
     return replace(shape, **{field: count})
 
 
-def prices_of(decoder: Decoder, budget: str, tokens: int, fields: Iterable[str]) -> Prices:
+def prices_of(
+    decoder: Decoder,
+    budget: str,
+    tokens: int,
+    fields: Iterable[str],
+    on_timed: Callable[[int, int], None] = lambda done, total: None,
+) -> Prices:
     """The prices of a recipe's budget: "parameters", "flops" or "time" of a forward pass over so many tokens.
 
     Times are measured now, of the fields that are asked for; InputError when the model has not the positions.
+    `on_timed` hears how many widths are timed, and of how many.
     """
     if budget == "parameters":
         return _by_formula(decoder, "the decoder's linear weights", decoder.weights_of)
     check_tokens(decoder, tokens)
     if budget == "flops":
         return _by_formula(decoder, "the blocks' operations", lambda shape: operations(decoder, shape, tokens))
-    return _measured(decoder, tokens, list(fields))
+    return _measured(decoder, tokens, list(fields), on_timed)
 
 
 def check_tokens(decoder: Decoder, tokens: int) -> None:
@@ -76,19 +83,22 @@ def _by_formula(decoder: Decoder, unit: str, cost: Callable[[BlockShape], float]
     return Prices(unit, whole, lambda block, field, count: cost(with_count(shapes[block], field, count)))
 
 
-def _measured(decoder: Decoder, tokens: int, fields: list[str]) -> Prices:
+def _measured(decoder: Decoder, tokens: int, fields: list[str], on_timed: Callable[[int, int], None]) -> Prices:
     """The seconds of a forward pass of a block: one table for each shape that blocks have."""
     shapes = decoder.shapes()
     ids = torch.zeros(1, tokens, dtype=torch.long)
     stream = first_inputs(decoder, [ids])
     whole: dict[BlockShape, float] = {}
     tables: dict[tuple[BlockShape, str], tuple[list[int], list[float]]] = {}
+    done, total = 0, len(set(shapes)) * len(fields)
     for block, shape in enumerate(shapes):
         stream.block = block
         if shape in whole:
             continue
         whole[shape] = _seconds(decoder, block, stream)
         for field in fields:
+            on_timed(done, total)
+            done += 1
             there = asdict(shape)[field]
             if there:
                 counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
@@ -97,6 +107,7 @@ def _measured(decoder: Decoder, tokens: int, fields: list[str]) -> Prices:
                 # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
                 rising = np.minimum(np.maximum.accumulate(times), whole[shape])
                 tables[shape, field] = [0, *counts, there], [*rising.tolist(), whole[shape]]
+    on_timed(done, total)
 
     def narrowed(block: int, field: str, count: int) -> float:
         counts, times = tables[shapes[block], field]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -17,6 +17,10 @@ LINES_APART = 10.0
 
 Update = Callable[[int, int], None]
 """called with how many are done, and of how many"""
+
+
+def _nothing(done: int, total: int) -> None:
+    """What hears of no phase."""
 
 
 class Reporter:
@@ -38,20 +42,36 @@ class Reporter:
 
     @contextmanager
     def blocks(self) -> "Iterator[Callable[[Event], None]]":
-        """Follow a pruning run: yields the function to hand to `prune` as on_event."""
-        from optprune.report import BlockFinished, BlockMeasured, BlockStarted, PartsScored
+        """Follow a pruning run: yields the function to hand to `prune` as on_event.
 
-        with self.count("pruning", "block") as update:
+        What comes before the blocks is followed by itself, so that the time left of each phase is from its own speed.
+        """
+        from optprune.report import BlockFinished, BlockMeasured, BlockStarted, PartsScored, PhaseAdvanced
+
+        with ExitStack() as open_phase:
+            phase = ""
+            update: Update = _nothing
+
+            def follow(what: str, unit: str, done: int, total: int) -> None:
+                nonlocal phase, update
+                if what != phase:
+                    open_phase.close()
+                    phase, update = what, open_phase.enter_context(self.count(what, unit))
+                update(done, total)
 
             def on_event(event: "Event") -> None:
-                if isinstance(event, BlockStarted) and event.block == 0:
-                    update(0, event.blocks)
+                if isinstance(event, PhaseAdvanced):
+                    follow(event.phase, event.unit, event.done, event.total)
+                elif isinstance(event, BlockStarted):
+                    follow("pruning", "block", event.block, event.blocks)
                 elif isinstance(event, BlockFinished):
-                    update(event.block + 1, event.blocks)
-                elif isinstance(event, BlockMeasured) and event.block + 1 == event.blocks:
-                    self.say("the budget is divided by what the layers would lose")
+                    follow("pruning", "block", event.block + 1, event.blocks)
+                elif isinstance(event, BlockMeasured):
+                    follow("measuring what blocks would lose", "block", event.block + 1, event.blocks)
+                    if event.block + 1 == event.blocks:
+                        self.say("the budget is divided by what the layers would lose")
                 elif isinstance(event, PartsScored):
-                    self.say(f"sub-blocks with {event.weights:,} of {event.budget:,} weights are chosen")
+                    follow("choosing sub-blocks to remove", "weight", event.weights, event.budget)
 
             yield on_event
 

@@ -111,6 +111,17 @@ class Report:
 
 
 @dataclass(frozen=True)
+class PhaseAdvanced:
+    """How far a phase is that comes before the blocks are pruned; nothing is done when it begins."""
+
+    phase: str
+    unit: str
+    """of what is counted"""
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class BlockStarted:
     """A decoder block is about to be calibrated."""
 
@@ -150,4 +161,4 @@ class BlockMeasured:
     blocks: int
 
 
-Event = BlockStarted | LayerSolved | BlockFinished | PartsScored | BlockMeasured
+Event = PhaseAdvanced | BlockStarted | LayerSolved | BlockFinished | PartsScored | BlockMeasured

@@ -150,7 +150,7 @@ def test_choosing_changes_nothing_and_tells_how_far_it_is() -> None:
     allocation, chosen = shallower(Decoder(model), batches(), load_recipe("depth", {"sparsity": 0.3}), events.append)
     assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [type(event) for event in events] == [PartsScored] * len(chosen)
+    assert [type(event) for event in events] == [PartsScored] * (1 + len(chosen))  # the first: none is chosen yet
     weights = sum(entry.weights for entry in chosen)
     assert events[-1] == PartsScored(weights, round(0.3 * Decoder(model).linear_weights()))
     assert allocation.sparsity == pytest.approx(weights / Decoder(model).linear_weights())

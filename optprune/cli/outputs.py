@@ -29,10 +29,13 @@ def start() -> "Reporter":
 
     # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # It tells of every attempt to reach a hub that is out of reach; the error that follows says so once.
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     # This one bar is not made by transformers' own tqdm, which can be switched off.
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]

@@ -13,10 +13,8 @@ from optprune.errors import InputError
 from optprune.values import one_line, read_yaml, shown
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from optprune.allocation import Allocation
-    from optprune.models import Decoder, SavedModel
+    from optprune.models import SavedModel
     from optprune.report import Report
 
 DESTROYED = 0.5
@@ -102,7 +100,7 @@ def prune_command(
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
     from optprune.folder import save_pruned
-    from optprune.models import check_dtype, check_output, device_of, load_config, load_model, stored_dtype
+    from optprune.models import check_dtype, check_output, device_of, load_config, load_model, load_shapes, stored_dtype
     from optprune.pipeline import prune
     from optprune.preflight import check_run
     from optprune.recipe import load_recipe, n_of_m
@@ -122,7 +120,7 @@ def prune_command(
     documents = read_documents(calibration)
     config = load_config(model)
     check_seq_length(config, seq_length)
-    shapes = _without_weights(config)
+    shapes = load_shapes(model, config)
     if divided is not None:
         try:
             check_allocation(shapes, chosen, divided)
@@ -176,18 +174,6 @@ def _read_allocation(file: str) -> "Allocation":
         return Allocation.from_json(text)
     except InputError as error:
         raise InputError(f"the allocation file {file} cannot be used: {error}") from error
-
-
-def _without_weights(config: "PretrainedConfig") -> "Decoder":
-    """A model of this config that holds shapes only."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from optprune.models import Decoder, architecture_of
-
-    architecture_of(config)
-    with torch.device("meta"):
-        return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:

@@ -61,13 +61,14 @@ def collect_metrics(
     *,
     full: Collection[str] = (),
     widest: float = math.inf,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
     """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
 
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
     is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
-    it was.
+    it was. `on_group` hears how many groups of sequences are done, and of how many.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
@@ -79,7 +80,9 @@ def collect_metrics(
         )
     sums: dict[str, MetricSums] = {}
     with calibrating(decoder):
-        for ids in _groups(batches):
+        groups = list(_groups(batches))
+        for number, ids in enumerate(groups):
+            on_group(number, len(groups))
             inputs, gradient = _forward(decoder, ids.to(decoder.model.device), labels)
             for index in reversed(range(len(decoder.blocks))):
                 # Popped, so that the inputs of the blocks that are done are free.
@@ -91,6 +94,7 @@ def collect_metrics(
                         sums[name] = MetricSums(width, found, full=path in full and width <= widest)
                     sums[name].add(found)
             release()
+        on_group(len(groups), len(groups))
     if not sums:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
     names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, is_out_of_memory
+from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder, architecture_called, architecture_of
 from optprune.models.weights_files import check_weights_files, check_weights_named
 from optprune.packaged import demo_model_file
@@ -100,6 +101,12 @@ def load_config(source: str | Path) -> PretrainedConfig:
     return _config(source, *_locate(source))
 
 
+def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
+    """A model of a source's config that holds shapes only; InputError when there is none."""
+    with _reading("config", str(source), str(source), {}), torch.device("meta"):
+        return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+
+
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
     """What to hand to from_pretrained, and the options a GGUF file needs."""
     path = Path(demo_model_file() if source == DEMO else source)
@@ -126,7 +133,12 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
             # Asked before AutoConfig is, for which an architecture it does not know is code to run.
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
             architecture_called(fields.get("model_type") if isinstance(fields, dict) else None)
+            if isinstance(fields, dict) and "text_config" in fields:
+                raise InputError(
+                    f"the config of {source} has a text_config, as models that read images have: give one of text alone"
+                )
         config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        check_config(config, architecture_of(config), source)
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not options:

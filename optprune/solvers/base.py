@@ -71,7 +71,7 @@ class Solver(ABC, Generic[State]):
 
 SENSIBLE = (1e-15, 1e15)
 """between which every number of a solver's options lies: beyond, float32 has no digits or no range for what it makes"""
-MOST_STEPS = 100_000
+MOST_STEPS = 10_000
 """what whole numbers among a solver's options, which count steps, candidates or columns, are at most"""
 
 
