@@ -12,7 +12,10 @@ def full_precision() -> Iterator[None]:
 
     Also a decorator.
     """
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (
+        torch.backends.cuda.matmul,
+        torch.backends.mkldnn.matmul,  # pyright: ignore[reportAttributeAccessIssue]  # made when torch is imported
+    )
     before = [backend.fp32_precision for backend in backends]
     try:
         older = torch.get_float32_matmul_precision()

@@ -105,7 +105,8 @@ def refit(
             refitted,
             certificate=None,
             history=(*solution.history, record),
-            notes=(*solution.notes, *refitted.notes),
+            # What both say is said once.
+            notes=tuple(dict.fromkeys((*solution.notes, *refitted.notes))),
         ),
         apart.relative_error(values[best]),
     )

@@ -40,8 +40,8 @@ def damping_forgotten(self, change):
     return apply(replace(self, damping=torch.zeros_like(self.damping)), change)
 
 
-def not_scaled_back(solver, problem, state, scale):
-    return solver.value(problem, state)
+def not_scaled_back(solver, posed, state):
+    return solver.value(posed.problem, state)
 
 
 def rows_not_scaled(self):
