@@ -16,6 +16,7 @@ from optprune.models.load import (
     load_tokenizer,
     need_tokenizer,
     stored_dtype,
+    using_tokenizer,
 )
 from optprune.models.save import SavedModel, cast, check_output, save_model
 
@@ -49,4 +50,5 @@ __all__ = [
     "need_tokenizer",
     "save_model",
     "stored_dtype",
+    "using_tokenizer",
 ]
