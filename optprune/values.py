@@ -45,8 +45,8 @@ def shown(value: object, longest: int = 200) -> str:
 
 
 def one_line(text: object, longest: int = 300) -> str:
-    """What an error or a value says, as one line of bounded length."""
-    line = " ".join(str(text)[: 2 * longest].split())
+    """What an error or a value says, as one line of bounded length that every terminal can be sent."""
+    line = " ".join(str(text)[: 2 * longest].split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 

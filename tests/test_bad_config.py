@@ -62,6 +62,15 @@ def test_a_width_of_opt(attempt: Attempt) -> None:
     assert "has ffn_dim 0, which is not a whole number from 1" in attempt.fails(attempt.evaluate())
 
 
+@pytest.mark.parametrize("longest", ["x", [], {"a": 1}])
+def test_a_tokenizer_that_fails_only_when_it_is_used(attempt: Attempt, longest: Any) -> None:
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": longest}))
+    sentence = attempt.fails(attempt.evaluate())
+    assert f"the tokenizer of {attempt.model} cannot be loaded: " in sentence
+
+
 OFFLINE = """
 import sys, time
 time.sleep = lambda seconds: None  # between the attempts to reach the hub

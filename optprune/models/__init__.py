@@ -16,6 +16,7 @@ from optprune.models.load import (
     load_tokenizer,
     need_tokenizer,
     stored_dtype,
+    using_tokenizer,
 )
 from optprune.models.original import Original, layer_sizes, original_of, shares_kept
 from optprune.models.save import SavedModel, cast, check_output, save_model
@@ -54,4 +55,5 @@ __all__ = [
     "save_model",
     "shares_kept",
     "stored_dtype",
+    "using_tokenizer",
 ]

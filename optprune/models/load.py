@@ -88,6 +88,13 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
             raise
 
 
+@contextmanager
+def using_tokenizer(source: str) -> Iterator[None]:
+    """What a tokenizer raises only when it is used, as the sentences of `load_tokenizer`."""
+    with _reading("tokenizer", source, source, {}):
+        yield
+
+
 def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     """The tokenizer of a model source; InputError where it has none."""
     if tokenizer is None:

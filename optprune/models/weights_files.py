@@ -4,7 +4,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
 from optprune.values import read_json, shown
