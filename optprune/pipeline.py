@@ -328,7 +328,7 @@ class _Run:
             part = recover(
                 block.get_submodule(path),
                 [name.removeprefix(f"{path}.") for name in layers],
-                fit,
+                fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
                 apart,
                 rounds=recipe.recovery,
                 steps=recipe.recovery_steps,

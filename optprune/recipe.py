@@ -109,6 +109,8 @@ class Recipe(BaseModel):
     """rounds in which the kept weights of a pruned sub-module are refitted against its dense output; needs held_out"""
     recovery_steps: int = Field(default=8, ge=1)
     """conjugate gradient steps a layer and round, at most: the held-out tokens decide where to stop"""
+    recovery_tokens: int | None = Field(default=None, ge=1)
+    """about how many of the calibration tokens recovery fits: whole batches, from the first; None takes all"""
     recovery_damping: float = Field(default=0.1, ge=0)
     """the ridge of recovery towards the weights it begins with, as a share of the mean diagonal of its Hessian"""
     strict: bool = False

@@ -40,6 +40,14 @@ class Calls:
         first = Calls(self.arguments[:count], self.targets[:count])
         return first, Calls(self.arguments[count:], self.targets[count:])
 
+    def first(self, tokens: int) -> "Calls":
+        """The first batches, as many as hold that many tokens, or all."""
+        count = held = 0
+        while held < tokens and count < len(self.targets):
+            held += self.targets[count].shape[:-1].numel()
+            count += 1
+        return Calls(self.arguments[:count], self.targets[:count])
+
     @property
     def tokens(self) -> int:
         return sum(target.shape[:-1].numel() for target in self.targets)
@@ -270,9 +278,7 @@ class _AtOutput:
         self.gradient, self.gram, self.fit_error = self._moments(layer, turn.fit)
         self.apart = self._moments(layer, turn.apart)
 
-    def _moments(
-        self, layer: nn.Linear, calls: Calls
-    ) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"], float]:
+    def _moments(self, layer: nn.Linear, calls: Calls) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"], float]:
         """S E[e x^T], which is the gradient, E[x x^T] and E[e^T S e], for the inputs x and the errors e."""
         sums, total, error = MomentSums(layer.in_features, layer.weight.device), torch.zeros_like(layer.weight), 0.0
         inputs: list[Tensor] = []

@@ -251,7 +251,9 @@ def collect(
     arguments = stream.arguments
     for index in range(count):
         before = clock(device)
-        actual, after = run_block(block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None)
+        actual, after = run_block(
+            block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None
+        )
         forward_seconds += clock(device) - before
         ideal: dict[str, Tensor] = {}
         if reference is not None:
