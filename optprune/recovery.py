@@ -173,9 +173,9 @@ class _Turn:
         # Any vector of signs is an estimate of the trace: Hutchinson (1989).
         signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)).to(start) * 2 - 1
         ridge = self.damping * problem.trace(torch.where(mask, signs, 0.0)) / int(mask.sum())
-        inverse = _damped_inverse(problem.gram, self.damping)
+        inputs, outputs = (_damped_inverse(factor, self.damping) for factor in (problem.gram, problem.outputs()))
         at, residual = start, -torch.where(mask, problem.gradient, 0.0)
-        direction = torch.where(mask, residual @ inverse, 0.0)
+        direction = torch.where(mask, outputs @ residual @ inputs, 0.0)
         energy = float((residual * direction).sum())
         best, best_step, after = start, 0, problem.fit_error
         pulled = torch.zeros_like(start)  # H (at - start)
@@ -194,7 +194,7 @@ class _Turn:
                 best, best_step, held_out = at, step, error
                 after = problem.fit_error + float(((at - start) * (2 * problem.gradient + pulled)).sum())
             residual = residual - length * torch.where(mask, product + ridge * direction, 0.0)
-            preconditioned = torch.where(mask, residual @ inverse, 0.0)
+            preconditioned = torch.where(mask, outputs @ residual @ inputs, 0.0)
             fresh = float((residual * preconditioned).sum())
             direction, energy = preconditioned + fresh / energy * direction, fresh
         write(layer, best)
@@ -215,6 +215,12 @@ class _Turn:
         """The sum over tokens of e^T S e."""
         columns = change.flatten(0, -2).T
         return (columns * self.weigh(columns)).sum()
+
+    def rooted(self, signs: Float[Tensor, "... out"]) -> Float[Tensor, "... out"]:
+        """S^(1/2) z for every z."""
+        if self.metric is None:
+            return signs
+        return self.metric.white.into(signs.flatten(0, -2).T.to(self.metric.average)).T.reshape(signs.shape).to(signs)
 
     def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S V."""
@@ -264,6 +270,35 @@ class _Inside:
                     break
         return value / tokens
 
+    def outputs(self) -> Float[Tensor, "out out"]:
+        """E[b b^T] over the first tokens, b the effect of the layer's output on the module's in the metric's root.
+
+        With it H is near outputs (x) gram (K-FAC; Martens and Grosse, 2015): the effect is drawn with random signs.
+        """
+        turn, layer = self.turn, self.layer
+        total, tokens = layer.weight.new_zeros(layer.out_features, layer.out_features), 0
+        generator = torch.Generator().manual_seed(0)
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            caught.append(output.detach().requires_grad_())
+            return caught[-1]
+
+        handle = layer.register_forward_hook(catch)
+        try:
+            for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
+                with torch.enable_grad():
+                    answer = first_output(turn.module(*args, **kwargs))
+                    signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
+                    effect = torch.autograd.grad(answer, caught.pop(), turn.rooted(signs))[0].flatten(0, -2)
+                total += effect.T @ effect
+                tokens += target.shape[:-1].numel()
+                if tokens >= TRACE_TOKENS:
+                    break
+        finally:
+            handle.remove()
+        return total / tokens
+
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
         """The error on the batches kept apart with another weight, which the layer then has."""
         write(self.layer, weight)
@@ -302,6 +337,11 @@ class _AtOutput:
         """<s, H s>, which for random signs s estimates the trace of H where s is not zero."""
         return float((signs * self.product(signs)).sum())
 
+    def outputs(self) -> Float[Tensor, "out out"]:
+        """S: H is outputs (x) gram."""
+        metric, width = self.turn.metric, len(self.start)
+        return torch.eye(width).to(self.start) if metric is None else metric.matrix.to(self.start)
+
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
         """The error on the batches kept apart with another weight."""
         gradient, gram, _ = self.apart
@@ -309,12 +349,15 @@ class _AtOutput:
         return self.error + float((change * (2 * gradient + self.turn.weigh(change) @ gram)).sum())
 
 
-def _damped_inverse(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """(A + damping mean(diag A) I)^-1, with some damping in any case."""
-    mean = gram.diagonal().mean()
+def _damped_inverse(factor: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """(A + sqrt(damping) mean(diag A) I)^-1, with some damping in any case, for a factor of a Kronecker product.
+
+    Both factors damped so, their product is damped by about `damping` times its mean diagonal.
+    """
+    mean = factor.diagonal().mean()
     if not mean > 0:
-        return torch.eye(len(gram)).to(gram)
-    damped = gram + max(damping, 1e-3) * mean * torch.eye(len(gram)).to(gram)
+        return torch.eye(len(factor)).to(factor)
+    damped = factor + max(damping, 1e-3) ** 0.5 * mean * torch.eye(len(factor)).to(factor)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
