@@ -88,7 +88,7 @@ def prune(
     began = time.perf_counter()
     decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
     batches = check_batches(model.config, batches)
-    check_run(decoder, recipe, allocation, model.dtype)
+    idle = check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     if allocation is not None:
         # What a file says of its sparsity is not believed: it may have been edited.
@@ -98,6 +98,7 @@ def prune(
     every = batches
     batches, held_out = hold_out(every, recipe.held_out)
     metrics, notes = _metrics(decoder, every, recipe, on_event)
+    notes += idle
     with calibrating(decoder):
         if allocation is None and recipe.units == "blocks":
             allocation, removed = shallower(decoder, batches, recipe, on_event)

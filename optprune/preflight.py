@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import NARROWED, Allocation, uniform
 from optprune.by_cost import check_least
-from optprune.errors import InputError
+from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.moments import InputMoments
@@ -22,8 +22,12 @@ from optprune.solvers.run import check_accepted
 from optprune.targets import check_allocation, targets_of
 
 
-def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None) -> None:
+def check_run(
+    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None
+) -> tuple[str, ...]:
     """Raise InputError when a model of these shapes cannot be pruned so; it may be on the meta device.
+
+    Returns notes on what of the recipe will do nothing there, which in strict mode is an error too.
 
     NoSolver when the recipe's solver does not solve what the recipe states. `dtype` is what the run computes in, or
     None where that is not known yet.
@@ -59,17 +63,26 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
                     f"a {recipe.pattern} pattern needs a multiple of {n_m[1]} inputs, not {inputs} as in "
                     f"{decoder.name(index, path)}: choose another pattern"
                 )
-    parts = [part for part, _ in decoder.architecture.recoverable]
-    if recipe.recovery and not any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
-        raise InputError(
-            f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
-            f"layer is pruned, and units {recipe.units} prune none there"
-        )
+    idle = _idle_recovery(decoder, recipe, pruned)
+    if idle and recipe.strict:
+        raise StrictError(f"{idle[0]} (strict mode makes this an error)")
     if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
         widest = math.inf if recipe.metric_width is None else recipe.metric_width
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
         small = _small_problem(recipe, full=recipe.output_metric == "full" and whole)
         check_accepted(small.even()[0], recipe.solver)
+    return idle
+
+
+def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
+    """A note where recovery finds no sub-module whose output is affine in its layers one at a time."""
+    parts = [part for part, _ in decoder.architecture.recoverable]
+    if not recipe.recovery or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+        return ()
+    return (
+        f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
+        f"layer is pruned, and units {recipe.units} prune none there",
+    )
 
 
 def _small_problem(recipe: Recipe, full: bool) -> Problem:

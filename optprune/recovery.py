@@ -100,10 +100,11 @@ def recover(
     Its output must be affine in each layer alone; `layers` are in the order of the forward pass, down to the one that
     gives the output. A turn minimises half the mean squared change of the output (in the metric, where there is one)
     plus a ridge towards the weights at its beginning, `damping` times the mean diagonal of the Hessian, by at most
-    `steps` steps of conjugate gradients with the damped Gram matrix of the layer's inputs as preconditioner. Of all
-    iterates the one with the least error on the batches kept apart is written: that error never rises, and neither
-    does the one on the batches fitted. A step costs a forward and a backward pass of the module, but in the turn of
-    the last layer nothing: the moments of its inputs, from one pass, say all.
+    `steps` steps of conjugate gradients. The preconditioner is the Kronecker product of the Gram matrix of the layer's
+    inputs and that of its outputs' effects on the answer, both damped (K-FAC). Of all iterates the one with the least
+    error on the batches kept apart is written: that error never rises, and neither does the one on the batches fitted.
+    A step costs a forward and a backward pass of the module, but in the turn of the last layer nothing: the moments of
+    its inputs, from one pass, say all.
     """
     began = time.perf_counter()
     turn = _Turn(module, fit, apart, metric, steps, damping)

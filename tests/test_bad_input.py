@@ -117,7 +117,11 @@ from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
             ("--set", "least_kept=0.9", "--set", "most_kept=0.1"),
             "no layer keeps at least 0.9 and at most 0.1 of its weights: lower least_kept, or raise most_kept",
         ),
-        ({"units": "blocks"}, ("--set", "recovery=1", "--set", "held_out=0.1"), "recovery has nothing to refit"),
+        (
+            {"units": "blocks"},
+            ("--strict", "--set", "recovery=1", "--set", "held_out=0.1"),
+            "recovery has nothing to refit",
+        ),
         ({}, ("--frobnicate",), "No such option: --frobnicate"),
     ],
 )
@@ -250,7 +254,7 @@ def test_a_checkpoint_whose_digits_are_too_few_for_the_recipe(attempt: Attempt) 
 @pytest.mark.usefixtures("no_weights")
 def test_recovery_that_the_architecture_does_not_know(attempt: Attempt) -> None:
     attempt.model = save_tiny(tiny_opt(), attempt.folder / "opt")
-    sentence = attempt.fails(attempt.command("--set", "recovery=1", units="mlp", recipe="structured_best"))
+    sentence = attempt.fails(attempt.command("--strict", "--set", "recovery=1", units="mlp", recipe="structured_best"))
     assert "of opt it knows self_attn where a layer is pruned, and units mlp prune none there" in sentence
 
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Pretraine
 
 from benchmarks.studies import digest
 from optprune.allocation import uniform
+from optprune.errors import StrictError
 from optprune.models import POLICIES, BlockShape, Decoder
 from optprune.models.calibrate import calibrating, collect, first_inputs
 from optprune.moments import InputMoments
@@ -48,6 +49,22 @@ def test_fasp_prunes_value_dimensions_and_mlp_units() -> None:
     shape = Decoder(model).shape(0)
     assert shape.value_dim < dense.value_dim and shape.mlp_width < dense.mlp_width and shape.kv_heads == dense.kv_heads
     assert {layer.name.split(".")[-1] for layer in report.layers} == {"o_proj", "down_proj"}
+
+
+def test_spap_alternates_over_the_matrices_of_the_mlp() -> None:
+    report = prune(tiny_llama(), batches(), load_recipe("spap", {"sparsity": 0.2}))
+    assert [tuple(path.split(".")[-1] for path in part.layers) for part in report.recovered] == [
+        ("up_proj", "down_proj")
+    ] * len(report.recovered)
+    assert len(report.recovered) == len(report.layers)
+    assert sum(part.steps for part in report.recovered) > 0
+
+
+def test_where_the_rows_cannot_be_refitted_spap_says_so() -> None:
+    report = prune(tiny_opt(), batches(), load_recipe("spap", {"sparsity": 0.2}))
+    assert not report.recovered and any("recovery has nothing to refit" in note for note in report.notes)
+    with pytest.raises(StrictError, match="recovery has nothing to refit"):
+        prune(tiny_opt(), batches(), load_recipe("spap", {"sparsity": 0.2, "strict": True}))
 
 
 @pytest.mark.parametrize(

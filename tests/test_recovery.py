@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optprune import recovery
 from optprune.allocation import Allocation, BlockAllocation
-from optprune.errors import InputError
+from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import POLICIES, Decoder
 from optprune.models.calibrate import calibrating, first_inputs, hold_out
@@ -150,6 +150,34 @@ def test_the_moments_say_what_passes_would(name: str, path: str, layers: tuple[s
     assert short.held_out(moved) == pytest.approx(long.held_out(moved), rel=1e-9)
 
 
+@pytest.mark.parametrize("full", [None, False, True])
+@torch.no_grad()
+def test_the_effect_of_the_output_layer_is_the_metric(full: bool | None) -> None:
+    """Drawn with signs, within what so many tokens leave open: 5 / sqrt(tokens) of the largest variance."""
+    module, calls = damaged("llama", "mlp", ("up_proj", "down_proj"), torch.float64)
+    metric = None if full is None else some_metric(full)
+    turn = recovery._Turn(module, calls, calls, metric, 8, 0.1)
+    exact = recovery._AtOutput(turn, module.down_proj, 0.0).outputs()
+    drawn = recovery._Inside(turn, ("down_proj",)).outputs()
+    assert float((drawn - exact).abs().max()) <= 5 * calls.tokens**-0.5 * float(exact.diagonal().max())
+
+
+@pytest.mark.parametrize(("name", "path", "layers"), [part for part in PARTS if part[1] == "mlp"])
+def test_a_step_that_knows_its_outputs_goes_further(
+    name: str, path: str, layers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = []
+    for known in (True, False):
+        module, calls = damaged(name, path, layers, torch.float64)
+        if not known:
+            monkeypatch.setattr(recovery._Inside, "outputs", lambda self: torch.eye(self.layer.out_features).double())
+        before = error_of(module, calls)
+        with torch.no_grad():
+            recovery._Turn(module, calls, calls, None, 1, 0.01).take(layers, before)
+        errors.append(error_of(module, calls) / before)
+    assert errors[0] < errors[1]
+
+
 FAULTS = ["biases are counted", "the step is doubled", "the last step is doubled", "the mask is forgotten"]
 
 
@@ -237,8 +265,8 @@ def test_recovery_asks_for_what_it_needs() -> None:
     with pytest.raises(InputError, match="held_out"):
         load_recipe("fasp", {"recovery": 1})
     settings = {"units": "mlp", "recovery": 1, "held_out": 0.25}
-    with pytest.raises(InputError, match="nothing to refit"):
-        prune(TINY_MODELS["opt"](), batches(), load_recipe("fasp", settings))
+    with pytest.raises(StrictError, match="nothing to refit"):
+        prune(TINY_MODELS["opt"](), batches(), load_recipe("fasp", {**settings, "strict": True}))
     with pytest.raises(InputError, match="float32"):
         prune(TINY_MODELS["llama"]().to(torch.bfloat16), batches(), load_recipe("fasp", settings))
 
