@@ -45,7 +45,7 @@ lint: setup
 
 # The site in site/, from this tree alone: nothing is fetched once its tools are installed.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/docs: .venv/installed
 	$(BIN)/pip install --quiet --editable ".[docs]"
