@@ -6,20 +6,20 @@ metric: without one a layer with large outputs seems important because they are 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from optprune.allocation import NARROWED, Allocation, BlockAllocation
+from optprune.allocation import Allocation, BlockAllocation
 from optprune.budget import Curve, fill_budget, global_threshold, share_budget
 from optprune.errors import InputError, NumericalError
 from optprune.memory import release
 from optprune.metric import OutputMetric
-from optprune.models import BlockShape, Decoder
+from optprune.models import Decoder, LinkedUnits
 from optprune.models.calibrate import Stream, collect
 from optprune.patterns import NM, in_order
-from optprune.prices import Prices, prices_of, with_count
+from optprune.prices import Prices, prices_of
 from optprune.probe import Change, Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.recipe import Recipe, n_of_m, pattern_of
@@ -36,12 +36,12 @@ UNHEARD = 1e-5
 
 @dataclass(frozen=True, eq=False)
 class WidthCurve:
-    """The loss of a block for each number of units that one field of its shape may keep."""
+    """The loss of a block for each number of units of one kind that it may keep."""
 
     block: int
-    field: str
+    kind: LinkedUnits
     there: int
-    """how many there are"""
+    """how many there are, in every slot"""
     losses: Mapping[int, float]
     """by the number of units kept; zero is the block without that sub-block"""
     notes: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class WidthCurve:
     def curve(self, least: float, prices: Prices) -> tuple[list[int], Curve]:
         """The numbers of units from a share `least` of all, and the curve of their losses by what is saved, below 0."""
         counts = sorted(count for count in self.losses if count >= least * self.there)
-        saved = [prices.narrowed(self.block, self.field, count) - prices.whole[self.block] for count in counts]
+        saved = [prices.narrowed(self.block, self.kind, count) - prices.whole[self.block] for count in counts]
         losses = torch.tensor([self.losses[count] for count in counts], dtype=torch.float64)
         return counts, Curve(torch.tensor(saved, dtype=torch.float64), losses)
 
@@ -82,23 +82,22 @@ def by_cost(
     patterned: dict[str, Curve] = {}
     widths: list[WidthCurve] = []
     noted: dict[str, list[str]] = {}
-    tap = decoder.architecture.taps
     n_m = n_of_m(recipe.pattern)
     for index in range(blocks):
         on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
         trial = _Trial(recipe, probe, bool(metrics))
-        wanted = decoder.paths(index) if recipe.units == "weights" else _consumers(decoder, recipe, index)
-        taps = sorted({tap[path] for path in wanted}, key=decoder.architecture.layers.index)
+        targets = recipe.units.candidates(decoder, index)
+        taps = sorted({target.tap for target in targets}, key=decoder.architecture.layers.index)
         moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
-        for path in wanted:
-            layer, name = decoder.layer(index, path), decoder.name(index, path)
+        for target in targets:
+            layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
             fit_bias = recipe.fit_bias and layer.bias is not None
             loss = LayerLoss.of(
-                layer.weight, moments[tap[path]], recipe.damping, fit_bias=fit_bias, metric=metrics.get(name)
+                layer.weight, moments[target.tap], recipe.damping, fit_bias=fit_bias, metric=metrics.get(name)
             )
             try:
-                if recipe.units != "weights":
-                    width = _width_curve(decoder, recipe, index, path, loss, probe)
+                if target.kind is not None:
+                    width = _width_curve(decoder, recipe, index, target.kind, loss, probe)
                     for note in width.notes:
                         noted.setdefault(note, []).append(name)
                     widths.append(width)
@@ -113,9 +112,9 @@ def by_cost(
                 costs[name] = in_order(entries.flatten())[stride // 2 :: stride].clone().cpu()
             trial.add(layer, loss, entries)
         if probe is not None:
-            if recipe.units == "weights":
+            if not recipe.units.kinds:
                 rate = trial.rate()
-                for name in (decoder.name(index, path) for path in wanted):
+                for name in (decoder.name(index, target.path) for target in targets):
                     if n_m is not None:
                         patterned[name] = replace(patterned[name], errors=rate * patterned[name].errors)
                     else:
@@ -125,31 +124,18 @@ def by_cost(
         on_event(BlockMeasured(index, blocks))
     more = {note: f" and {len(names) - 1} more" if len(names) > 1 else "" for note, names in noted.items()}
     notes = tuple(f"{names[0]}{more[note]}: {note}" for note, names in noted.items())
-    if recipe.units != "weights":
+    if recipe.units.kinds:
         return _widths(decoder, recipe, widths, on_event), notes
     return _shares(decoder, recipe, costs, patterned), notes
 
 
-def _consumers(decoder: Decoder, recipe: Recipe, index: int) -> list[str]:
-    """The layers whose columns the recipe's units are, in the order of the forward pass."""
-    architecture, shape = decoder.architecture, decoder.shape(index)
-    fields = NARROWED[recipe.units]
-    paths = [architecture.output] if shape.kv_heads and set(fields) & {"value_dim", "kv_heads"} else []
-    return paths + ([architecture.mlp_consumer] if shape.mlp_width and "mlp_width" in fields else [])
-
-
 def _width_curve(
-    decoder: Decoder, recipe: Recipe, index: int, path: str, loss: LayerLoss, probe: Probe | None
+    decoder: Decoder, recipe: Recipe, index: int, kind: LinkedUnits, loss: LayerLoss, probe: Probe | None
 ) -> WidthCurve:
     """The losses of one block by greedy elimination of its units, a multiple at a time."""
     shape = decoder.shape(index)
-    if path == decoder.architecture.mlp_consumer:
-        field, layers = "mlp_width", decoder.mlp_units(index)
-    elif "kv_heads" in NARROWED[recipe.units]:
-        field, layers = "kv_heads", decoder.kv_units(index)
-    else:
-        field, layers = "value_dim", decoder.value_units(index)
-    there, slots, multiple = asdict(shape)[field], layers.link.slot_count, _multiple(shape, field, recipe)
+    layers = kind.layers(decoder, index)
+    there, slots, multiple = kind.there(shape), layers.link.slot_count, kind.multiple(shape, recipe.width_multiple)
     problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()[0]
     assert isinstance(problem, LinkedLeastSquares)
     order, losses, notes = removal_curve(problem, batch=multiple)
@@ -164,17 +150,10 @@ def _width_curve(
         kept[order[: (there - count) * slots]] = False
         mask = layers.link.column_mask(kept, loss.weight.shape[1])
         value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
-        measured = probe.divergence_with([Change.of(decoder.layer(index, path), value, loss)])
+        measured = probe.divergence_with([Change.of(decoder.layer(index, layers.consumer), value, loss)])
         rate = _rate(measured, allowed[count], loss.metric is not None)
     scaled = {there: 0.0, **{count: rate * lost for count, lost in allowed.items()}}
-    return WidthCurve(index, field, there, scaled, notes)
-
-
-def _multiple(shape: BlockShape, field: str, recipe: Recipe) -> int:
-    """What the counts of a field are multiples of, but for the whole count."""
-    if field == "kv_heads" or (field == "value_dim" and shape.value_dim % recipe.width_multiple):
-        return 1
-    return recipe.width_multiple
+    return WidthCurve(index, kind, there, scaled, notes)
 
 
 def _rate(measured: float, predicted: float, in_nats: bool) -> float:
@@ -242,19 +221,19 @@ def check_least(decoder: Decoder, recipe: Recipe) -> None:
     """Raise InputError when the least that widths may keep saves too little, as far as shapes tell (not in time)."""
     if recipe.budget == "time":
         return
-    prices, saved = prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units]), 0.0
+    prices, saved = prices_of(decoder, recipe.budget, recipe.budget_tokens, recipe.units.kinds), 0.0
     for index, shape in enumerate(decoder.shapes()):
-        for field in NARROWED[recipe.units]:
-            there, multiple = asdict(shape)[field], _multiple(shape, field, recipe)
+        for kind in recipe.units.kinds:
+            there, multiple = kind.there(shape), kind.multiple(shape, recipe.width_multiple)
             fewest = min(multiple * math.ceil(recipe.least_kept * there / multiple), there)
-            saved += prices.whole[index] - prices.narrowed(index, field, fewest)
+            saved += prices.whole[index] - prices.narrowed(index, kind, fewest)
     _check_most(recipe, saved / sum(prices.whole), prices.unit)
 
 
 def _check_most(recipe: Recipe, most: float, unit: str) -> None:
     if recipe.sparsity > most:
         raise InputError(
-            f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units!r} and least_kept "
+            f"a sparsity of {recipe.sparsity:g} is out of reach with units {recipe.units.name!r} and least_kept "
             f"{recipe.least_kept:g}: at most {most:.1%} of {unit} can go"
         )
 
@@ -268,10 +247,10 @@ def _widths(
     def on_timed(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the time of narrower blocks", "width", done, total))
 
-    prices = prices_of(decoder, recipe.budget, recipe.budget_tokens, NARROWED[recipe.units], on_timed)
+    prices = prices_of(decoder, recipe.budget, recipe.budget_tokens, recipe.units.kinds, on_timed)
     total, counts, curves = sum(prices.whole), {}, {}
     for width in widths:
-        name = f"{width.block} {width.field}"
+        name = f"{width.block} {width.kind.field}"
         counts[name], curves[name] = width.curve(recipe.least_kept, prices)
 
     def choose() -> dict[str, int]:
@@ -281,7 +260,7 @@ def _widths(
         return fill_budget(curves, share_budget(curves, budget), budget)
 
     chosen = choose()
-    attention = [f"{width.block} {width.field}" for width in widths if width.field != "mlp_width"]
+    attention = [f"{width.block} {width.kind.field}" for width in widths if width.kind.part == "attention"]
     if attention and not any(counts[name][chosen[name]] for name in attention):
         # Without any attention no token would see another: the dearest stays.
         dearest = max(attention, key=lambda name: float(curves[name].errors[0]))
@@ -289,7 +268,7 @@ def _widths(
         curves[dearest] = Curve(curves[dearest].prices[1:], curves[dearest].errors[1:])
         chosen = choose()
     for width, name in zip(widths, counts, strict=True):
-        shapes[width.block] = with_count(shapes[width.block], width.field, counts[name][chosen[name]])
+        shapes[width.block] = width.kind.with_count(shapes[width.block], counts[name][chosen[name]])
     saved = -sum(float(curve.prices[chosen[name]]) for name, curve in curves.items()) / total
     saves = "" if recipe.budget == "parameters" else f"{saved:.2%} of {prices.unit}"
     return Allocation.of(decoder, map(BlockAllocation, shapes), saves)

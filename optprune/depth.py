@@ -12,7 +12,7 @@ from torch import Tensor
 from optprune.allocation import Allocation, everything
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
-from optprune.models import PARTS, BlockShape, Decoder
+from optprune.models import BlockShape, Decoder
 from optprune.models.calibrate import first_inputs, run_block
 from optprune.recipe import Recipe
 from optprune.report import Event, PartsScored, RemovedPart
@@ -79,7 +79,7 @@ def shallower(
 def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
     candidates = []
     for index, shape in enumerate(decoder.shapes()):
-        there = tuple(part for part, size in zip(PARTS, (shape.kv_heads, shape.mlp_width), strict=True) if size)
+        there = shape.parts
         groups = [there] if which == "layers" else [(part,) for part in there if which in (part, "both")]
         for parts in groups:
             candidates.append(Candidate(index, parts, sum(_weights(decoder, index, part) for part in parts)))

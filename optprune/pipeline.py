@@ -18,7 +18,7 @@ from optprune.errors import StrictError
 from optprune.layer_report import check, layer_report, summary
 from optprune.memory import release
 from optprune.metric import Metrics
-from optprune.models import Decoder
+from optprune.models import Blocks, Decoder, Target
 from optprune.models.calibrate import (
     Collected,
     Stream,
@@ -53,7 +53,7 @@ from optprune.report import (
     Report,
 )
 from optprune.solvers import solve
-from optprune.targets import Target, by_stage, parts_removed, targets_of
+from optprune.targets import by_stage, parts_removed, targets_of
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
@@ -99,7 +99,7 @@ def prune(
     batches, held_out = hold_out(every, recipe.held_out)
     metrics, notes = _metrics(decoder, every, recipe, on_event)
     with calibrating(decoder):
-        if allocation is None and recipe.units == "blocks":
+        if allocation is None and isinstance(recipe.units, Blocks):
             allocation, removed = shallower(decoder, batches, recipe, on_event)
         elif allocation is None and recipe.divides:
             if not metrics and not recipe.probe_tokens:
@@ -257,7 +257,7 @@ class _Run:
     def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:
         began = time.perf_counter()
         recipe, layer = self.recipe, self.decoder.layer(index, target.path)
-        units = None if target.units is None else target.units(index)
+        units = None if target.kind is None else target.kind.layers(self.decoder, index)
         moments = collected.moments[target.tap]
         name = self.decoder.name(index, target.path)
         metric = self.metrics.get(name)
@@ -342,11 +342,11 @@ class _Run:
         return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
 
     def _keep(self, index: int, target: Target) -> int:
-        if target.kept is None:
+        if target.kind is None:
             layer, share = self.decoder.layer(index, target.path), self._share(index, target)
             rows = layer.out_features if self.recipe.pattern == "rows" else 1
             return rows * round(share * layer.weight.numel() / rows)
-        return target.kept(self.allocation.blocks[index].shape)
+        return target.kind.total(self.allocation.blocks[index].shape)
 
     def _share(self, index: int, target: Target) -> float:
         return self.allocation.blocks[index].share(target.path)
@@ -358,10 +358,7 @@ def _metrics(
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     if recipe.output_metric == "none":
         return Metrics({}), ()
-    architecture = decoder.architecture
-    # Units are columns of two layers only, and a matrix for each layer costs more than the pass itself.
-    whole = architecture.layers if recipe.units == "weights" else (architecture.output, architecture.mlp_consumer)
-    full = whole if recipe.output_metric == "full" else ()
+    full = recipe.units.whole_metric(decoder.architecture) if recipe.output_metric == "full" else ()
     widest = recipe.metric_width or math.inf
     used = first_tokens(batches, recipe.metric_tokens)
 

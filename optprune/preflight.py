@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from optprune.allocation import NARROWED, Allocation, uniform
+from optprune.allocation import Allocation, uniform
 from optprune.by_cost import check_least
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
-from optprune.models import Decoder
+from optprune.models import Decoder, Weights
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
 from optprune.prices import check_tokens
@@ -44,14 +44,14 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
         check_allocation(decoder, recipe, allocation)
     elif recipe.allocation == "uniform":
         uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
-    elif recipe.units in NARROWED:
+    elif recipe.units.kinds:
         # How one budget is divided is not known yet, but what no division can reach is.
         check_least(decoder, recipe)
     if allocation is None and recipe.budget != "parameters":
         check_tokens(decoder, recipe.budget_tokens)
     pruned = _pruned(decoder, recipe, allocation)
     n_m = n_of_m(recipe.pattern)
-    if recipe.units == "weights" and n_m is not None:
+    if isinstance(recipe.units, Weights) and n_m is not None:
         for index, path in pruned:
             inputs = decoder.layer(index, path).in_features
             if inputs % n_m[1]:
@@ -63,7 +63,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
     if recipe.recovery and not any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
         raise InputError(
             f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
-            f"layer is pruned, and units {recipe.units} prune none there"
+            f"layer is pruned, and units {recipe.units.name} prune none there"
         )
     if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
         widest = math.inf if recipe.metric_width is None else recipe.metric_width
@@ -79,7 +79,7 @@ def _small_problem(recipe: Recipe, full: bool) -> Problem:
     weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
     metric = None if recipe.output_metric == "none" else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
     loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
-    if recipe.units != "weights":
+    if not isinstance(recipe.units, Weights):
         groups = ChannelGroups.of(inputs)
         return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
     pattern = pattern_of(nn.Linear(inputs, 4, device="meta"), recipe, 0.5)
@@ -88,16 +88,14 @@ def _small_problem(recipe: Recipe, full: bool) -> Problem:
 
 def _pruned(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> list[tuple[int, str]]:
     """The layers that will be pruned, or may be where the allocation is not known yet, as (block, path)."""
-    blocks = range(len(decoder.blocks))
-    if allocation is not None:
-        named = ((index, targets_of(decoder, recipe, allocation.blocks[index], index)) for index in blocks)
-        return [(index, target.path) for index, targets in named for target in targets]
-    if recipe.units == "weights":
-        return [(index, path) for index in blocks for path in decoder.paths(index)]
-    architecture, fields = decoder.architecture, NARROWED.get(recipe.units, ())
-    consumers = [architecture.mlp_consumer] if "mlp_width" in fields else []
-    consumers += [architecture.output] if set(fields) & {"value_dim", "kv_heads"} else []
-    return [(index, path) for index in blocks for path in consumers if path in decoder.paths(index)]
+    units = recipe.units
+    named = (
+        units.candidates(decoder, index)
+        if allocation is None
+        else targets_of(decoder, recipe, allocation.blocks[index], index)
+        for index in range(len(decoder.blocks))
+    )
+    return [(index, target.path) for index, targets in enumerate(named) for target in targets]
 
 
 def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:

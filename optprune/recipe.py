@@ -19,7 +19,7 @@ from torch import nn
 
 from optprune.errors import InputError
 from optprune.interrupts import interrupts_held
-from optprune.models import POLICIES, Propagation
+from optprune.models import POLICIES, UNITS, Propagation, Units, Weights
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import Problem
@@ -28,15 +28,15 @@ from optprune.recipe_fields import (
     read_objective,
     read_propagation,
     read_solver,
+    read_units,
     write_objective,
     write_propagation,
     write_solver,
+    write_units,
 )
 from optprune.refit import refitting
 from optprune.solvers import Solver
 from optprune.values import one_line, read_yaml, shown
-
-Units = Literal["mlp", "vo", "kv-groups", "all", "weights", "blocks"]
 
 
 class Recipe(BaseModel):
@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     """a function LayerContext -> Problem; None states the problem that goes with the units: sparse or linked"""
     solver: Annotated[Solver | None, BeforeValidator(read_solver), PlainSerializer(write_solver)] = None
     """None lets optprune choose by the problem"""
-    units: Units = "mlp"
+    units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
     """what is pruned: MLP units, value dimensions, KV heads with their query heads, MLP units and value dimensions,
     single weights of every linear layer, or whole sub-blocks"""
     propagation: Annotated[
@@ -119,14 +119,15 @@ class Recipe(BaseModel):
 
     def state(self, context: LayerContext) -> Problem:
         """The problem to solve at a layer."""
-        objective = self.objective or OBJECTIVES["sparse" if self.units == "weights" else "linked"]
+        objective = self.objective or OBJECTIVES[self.units.objective]
         return objective(context)
 
     @model_validator(mode="after")
     def _units_for_linked(self) -> "Recipe":
-        if self.objective is OBJECTIVES["linked"] and self.units == "weights":
+        single = isinstance(self.units, Weights)
+        if self.objective is OBJECTIVES["linked"] and single:
             raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
-        if self.objective is OBJECTIVES["sparse"] and self.units != "weights":
+        if self.objective is OBJECTIVES["sparse"] and not single:
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
         if self.recovery and not self.held_out:
             raise ValueError("recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125")
@@ -136,17 +137,17 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"
             )
-        if self.budget != "parameters" and (self.allocation != "global" or self.units in ("weights", "blocks")):
+        if self.budget != "parameters" and (self.allocation != "global" or not self.units.kinds):
             raise ValueError(
                 f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
                 "kv-groups or all"
             )
-        if self.pattern != "unstructured" and self.units != "weights":
+        if self.pattern != "unstructured" and not single:
             raise ValueError(
-                f"the pattern {self.pattern} is one of single weights, but units are {self.units}: choose a recipe "
-                "with units weights, such as sparsegpt"
+                f"the pattern {self.pattern} is one of single weights, but units are {self.units.name}: choose a "
+                "recipe with units weights, such as sparsegpt"
             )
-        if self.units == "weights" and self.allocation == "global" and self.least_kept > self.most_kept:
+        if single and self.allocation == "global" and self.least_kept > self.most_kept:
             raise ValueError(
                 f"no layer keeps at least {self.least_kept:g} and at most {self.most_kept:g} of its weights: lower "
                 "least_kept, or raise most_kept"

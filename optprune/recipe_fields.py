@@ -1,4 +1,4 @@
-"""Recipe fields that are not plain data, and how a file tells them: objectives, policies and solvers by name."""
+"""Recipe fields that are not plain data, and how a file tells them: units, objectives, policies and solvers by name."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from optprune import solvers
-from optprune.models import POLICIES, Propagation
+from optprune.models import POLICIES, UNITS, Propagation, Units
 from optprune.objectives import OBJECTIVES, Objective
 from optprune.solvers import Chain, Solver
 from optprune.values import shown
@@ -63,6 +63,16 @@ def write_objective(objective: Objective | None) -> str | None:
         return names[0]
     name = getattr(objective, "__qualname__", None)
     return f"{objective.__module__}:{name or type(objective).__qualname__}"
+
+
+def read_units(value: Any) -> Any:
+    """Units from their name; those of one's own as they are."""
+    return value if isinstance(value, Units) else _known("kind of units", UNITS, value)
+
+
+def write_units(units: Units) -> str:
+    """The name of units."""
+    return units.name
 
 
 def read_propagation(value: Any) -> Any:

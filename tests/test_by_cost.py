@@ -10,7 +10,7 @@ from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp
 from optprune.models.calibrate import calibrating, collect, first_inputs
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.pipeline import prune
@@ -72,7 +72,7 @@ def losses(decoder: Decoder, metrics: dict[str, OutputMetric], counts: list[int]
             stream = following
             layer = decoder.layer(index, path)
             loss = LayerLoss.of(layer.weight, moments, 0.01, metric=metrics[decoder.name(index, path)])
-            link = decoder.mlp_units(index).link
+            link = Mlp().layers(decoder, index).link
             solver = GreedyObs(batch=16)
             found.append({n: solve(LinkedLeastSquares(loss, link, n), solver).objective for n in counts})
     return found
