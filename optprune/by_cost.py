@@ -18,11 +18,11 @@ from optprune.memory import release
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, LinkedUnits
 from optprune.models.calibrate import Stream, collect
-from optprune.patterns import NM, in_order
+from optprune.patterns import PatternFamily, in_order
 from optprune.prices import Prices, prices_of
 from optprune.probe import Change, Probe
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
-from optprune.recipe import Recipe, n_of_m, pattern_of
+from optprune.recipe import Recipe
 from optprune.report import BlockMeasured, Event, PhaseAdvanced
 from optprune.solvers import ConjugateGradients, Restore, solve
 from optprune.solvers.greedy_obs import removal_curve
@@ -82,7 +82,7 @@ def by_cost(
     patterned: dict[str, Curve] = {}
     widths: list[WidthCurve] = []
     noted: dict[str, list[str]] = {}
-    n_m = n_of_m(recipe.pattern)
+    whole_layers = recipe.pattern.only_share is not None
     for index in range(blocks):
         on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
         trial = _Trial(recipe, probe, bool(metrics))
@@ -105,8 +105,8 @@ def by_cost(
                 entries = entry_costs(loss)
             except NumericalError as error:
                 raise NumericalError(f"{name}: {error}") from error
-            if n_m is not None:
-                patterned[name] = _pattern_curve(entries, n_m)
+            if whole_layers:
+                patterned[name] = _pattern_curve(entries, recipe.pattern)
             else:
                 # A copy: a slice would keep all of them in memory.
                 costs[name] = in_order(entries.flatten())[stride // 2 :: stride].clone().cpu()
@@ -115,7 +115,7 @@ def by_cost(
             if not recipe.units.kinds:
                 rate = trial.rate()
                 for name in (decoder.name(index, target.path) for target in targets):
-                    if n_m is not None:
+                    if whole_layers:
                         patterned[name] = replace(patterned[name], errors=rate * patterned[name].errors)
                     else:
                         costs[name] *= rate
@@ -175,7 +175,7 @@ class _Trial:
         """Mask a layer where its weights cost least, and refit the others."""
         if self.probe is None:
             return
-        mask = pattern_of(layer, self.recipe, 1 - self.recipe.sparsity).project(entries)
+        mask = self.recipe.pattern.of(*entries.shape, 1 - self.recipe.sparsity).project(entries)
         value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
         self.predicted += loss.value(value)
         self.changes.append(Change.of(layer, value, loss))
@@ -186,20 +186,21 @@ class _Trial:
         return _rate(self.probe.divergence_with(self.changes), self.predicted, self.in_nats)
 
 
-def _pattern_curve(costs: Tensor, n_m: tuple[int, int]) -> Curve:
+def _pattern_curve(costs: Tensor, family: PatternFamily) -> Curve:
     """Two choices: the N:M pattern, at the sum of what its weights cost one by one, or all weights."""
-    lost = float(costs[~NM(*n_m).project(costs)].sum())
-    prices = torch.tensor([costs.numel() * n_m[0] // n_m[1], costs.numel()])
+    asked = *costs.shape, family.only_share or 1.0
+    lost = float(costs[~family.of(*asked).project(costs)].sum())
+    prices = torch.tensor([family.keep(*asked), costs.numel()])
     return Curve(prices, torch.tensor([lost, 0.0], dtype=torch.float64))
 
 
 def _shares(decoder: Decoder, recipe: Recipe, costs: Mapping[str, Tensor], curves: Mapping[str, Curve]) -> Allocation:
     """The share that each layer keeps of its single weights."""
-    n_m = n_of_m(recipe.pattern)
-    if n_m is not None:
+    only = recipe.pattern.only_share
+    if only is not None:
         budget = (1 - recipe.sparsity) * decoder.linear_weights()
         chosen = fill_budget(curves, share_budget(curves, budget), budget)
-        share = {name: n_m[0] / n_m[1] if choice == 0 else 1.0 for name, choice in chosen.items()}
+        share = {name: only if choice == 0 else 1.0 for name, choice in chosen.items()}
     else:
         keep = round((1 - recipe.sparsity) * sum(cost.numel() for cost in costs.values()))
         # However little or much is to go, the limits leave room on both sides of the average.

@@ -37,7 +37,7 @@ from optprune.precision import full_precision
 from optprune.preflight import check_batches, check_run
 from optprune.probe import Probe
 from optprune.problems import LayerLoss
-from optprune.recipe import Recipe, pattern_of
+from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, catching, recover
 from optprune.refit import HeldOut, refit
 from optprune.report import (
@@ -263,14 +263,9 @@ class _Run:
         metric = self.metrics.get(name)
         fit_bias = recipe.fit_bias and layer.bias is not None
         loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
-        context = LayerContext(
-            name,
-            index,
-            loss,
-            self._keep(index, target),
-            None if units is None else units.link,
-            pattern_of(layer, recipe, self._share(index, target)) if units is None else None,
-        )
+        asked = *layer.weight.shape, self.allocation.blocks[index]
+        link = None if units is None else units.link
+        context = LayerContext(name, index, loss, target.keep(*asked), link, target.pattern(*asked))
         problem = recipe.state(context)
         solution = solve(problem, recipe.solver)
         check(solution, name)
@@ -340,16 +335,6 @@ class _Run:
 
     def _targets(self, index: int) -> list[Target]:
         return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
-
-    def _keep(self, index: int, target: Target) -> int:
-        if target.kind is None:
-            layer, share = self.decoder.layer(index, target.path), self._share(index, target)
-            rows = layer.out_features if self.recipe.pattern == "rows" else 1
-            return rows * round(share * layer.weight.numel() / rows)
-        return target.kind.total(self.allocation.blocks[index].shape)
-
-    def _share(self, index: int, target: Target) -> float:
-        return self.allocation.blocks[index].share(target.path)
 
 
 def _metrics(

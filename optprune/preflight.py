@@ -5,19 +5,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation, uniform
 from optprune.by_cost import check_least
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
-from optprune.models import Decoder, Weights
+from optprune.models import Decoder
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
 from optprune.prices import check_tokens
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
-from optprune.recipe import Recipe, n_of_m, pattern_of
+from optprune.recipe import Recipe
 from optprune.solvers.run import check_accepted
 from optprune.targets import check_allocation, targets_of
 
@@ -50,15 +50,13 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
     if allocation is None and recipe.budget != "parameters":
         check_tokens(decoder, recipe.budget_tokens)
     pruned = _pruned(decoder, recipe, allocation)
-    n_m = n_of_m(recipe.pattern)
-    if isinstance(recipe.units, Weights) and n_m is not None:
-        for index, path in pruned:
-            inputs = decoder.layer(index, path).in_features
-            if inputs % n_m[1]:
-                raise InputError(
-                    f"a {recipe.pattern} pattern needs a multiple of {n_m[1]} inputs, not {inputs} as in "
-                    f"{decoder.name(index, path)}: choose another pattern"
-                )
+    for index, path in pruned:
+        inputs, multiple = decoder.layer(index, path).in_features, recipe.pattern.multiple
+        if inputs % multiple:
+            raise InputError(
+                f"a {recipe.pattern.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
+                f"{decoder.name(index, path)}: choose another pattern"
+            )
     parts = [part for part, _ in decoder.architecture.recoverable]
     if recipe.recovery and not any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
         raise InputError(
@@ -74,15 +72,14 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
 
 def _small_problem(recipe: Recipe, full: bool) -> Problem:
     """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
-    n_m = n_of_m(recipe.pattern)
-    inputs = 2 * (4 if n_m is None else n_m[1])
+    inputs = 2 * math.lcm(4, recipe.pattern.multiple)
     weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
     metric = None if recipe.output_metric == "none" else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
     loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
-    if not isinstance(recipe.units, Weights):
+    if recipe.units.family is None:
         groups = ChannelGroups.of(inputs)
         return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
-    pattern = pattern_of(nn.Linear(inputs, 4, device="meta"), recipe, 0.5)
+    pattern = recipe.units.family.of(4, inputs, 0.5)
     return recipe.state(LayerContext("", 0, loss, weight.numel() // 2, None, pattern))
 
 

@@ -1,9 +1,8 @@
 """Targets: the layers of a block that a recipe and an allocation prune, in the order of the forward pass."""
 
 from optprune.allocation import Allocation, BlockAllocation
-from optprune.errors import InputError
-from optprune.models import BlockShape, Decoder, Target, Weights
-from optprune.recipe import Recipe, n_of_m
+from optprune.models import BlockShape, Decoder, Target
+from optprune.recipe import Recipe
 
 
 def targets_of(decoder: Decoder, recipe: Recipe, wanted: BlockAllocation, index: int) -> list[Target]:
@@ -29,12 +28,5 @@ def parts_removed(shape: BlockShape, wanted: BlockShape) -> tuple[str, ...]:
 def check_allocation(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> None:
     """Raise InputError when an allocation fits neither the model nor what the recipe prunes."""
     allocation.check(decoder)
-    n_m = n_of_m(recipe.pattern)
     for index, block in enumerate(allocation.blocks):
         recipe.units.check(decoder, index, block)
-        if (
-            isinstance(recipe.units, Weights)
-            and n_m is not None
-            and any(min(abs(share - 1), abs(share - n_m[0] / n_m[1])) > 1e-6 for share in block.shares.values())
-        ):
-            raise InputError(f"with the pattern {recipe.pattern} a layer of block {index} keeps that share, or 1")

@@ -17,8 +17,10 @@ from optprune.models import (
     LinkedUnits,
     Mlp,
     Values,
+    Weights,
 )
 from optprune.models.architecture import Architecture
+from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
 from optprune.problems import Link
 from optprune.recipe import make_recipe
 from tests.tiny_models import TINY_MODELS, tiny_llama
@@ -97,7 +99,7 @@ def test_an_allocation_of_other_units_than_are_corrected() -> None:
 @pytest.mark.parametrize("name", UNITS)
 def test_units_are_spelled_as_before(name: str) -> None:
     recipe = Recipe(units=name)
-    assert recipe.units is UNITS[name] and recipe.to_dict()["units"] == name
+    assert recipe.units == UNITS[name] and recipe.to_dict()["units"] == name
     assert make_recipe(recipe.to_dict()) == recipe
 
 
@@ -105,3 +107,48 @@ def test_units_are_spelled_as_before(name: str) -> None:
 def test_units_that_are_not_known(wrong: object) -> None:
     with pytest.raises(InputError, match="use one of all, blocks, kv-groups, mlp, vo, weights"):
         make_recipe({"units": wrong})
+
+
+@dataclass(frozen=True)
+class HalfOfEachColumn(Pattern):
+    """The half of the entries of every column."""
+
+    def project(self, score: torch.Tensor) -> torch.Tensor:
+        return largest(score.T.contiguous(), score.shape[0] // 2).T
+
+    def admits(self, mask: torch.Tensor) -> bool:
+        return bool((mask.sum(0) == mask.shape[0] // 2).all())
+
+
+@dataclass(frozen=True)
+class InColumns(PatternFamily):
+    name = "columns"
+    only_share = 0.5
+
+    def of(self, outputs: int, inputs: int, share: float) -> Pattern:
+        return HalfOfEachColumn()
+
+    def keep(self, outputs: int, inputs: int, share: float) -> int:
+        return outputs // 2 * inputs
+
+
+def test_a_pattern_family_of_ones_own() -> None:
+    model = tiny_llama()
+    recipe = load_recipe("wanda", {"pattern": InColumns(), "sparsity": 0.5})
+    assert recipe.units == Weights(InColumns())
+    report = prune(model, batches(), recipe)
+    assert report.recipe["pattern"] == "columns" and report.sparsity_reached == 0.5
+    decoder = Decoder(model)
+    for path in decoder.paths(1):
+        weight = decoder.layer(1, path).weight
+        assert (weight.count_nonzero(0) == len(weight) // 2).all()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "2:4"])
+def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
+    recipe = Recipe(units="weights", pattern=pattern, sparsity=0.5)
+    assert recipe.units == Weights(pattern_family(pattern)) == Recipe(**{**dict(recipe), "units": recipe.units}).units
+    assert make_recipe(recipe.to_dict()) == recipe
+    if pattern != "unstructured":
+        with pytest.raises(InputError, match="the pattern of the units is not the recipe's"):
+            make_recipe({"units": recipe.units, "sparsity": 0.5})

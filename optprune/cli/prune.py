@@ -103,13 +103,13 @@ def prune_command(
     from optprune.models import check_dtype, check_output, device_of, load_config, load_model, load_shapes, stored_dtype
     from optprune.pipeline import prune
     from optprune.preflight import check_run
-    from optprune.recipe import load_recipe, n_of_m
+    from optprune.recipe import load_recipe
     from optprune.targets import check_allocation
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
-    if given_blocks is not None and "sparsity" in overrides and n_of_m(chosen.pattern) is None:
+    if given_blocks is not None and "sparsity" in overrides and chosen.pattern.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     check_output(output, overwrite)
     check_json(json_file, output=output, models=[model])

@@ -10,6 +10,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.models.architecture import Architecture, BlockAllocation, BlockShape
 from optprune.models.decoder import Decoder, LinkedLayers
+from optprune.patterns import ANYWHERE, Pattern, PatternFamily
 from optprune.problems import Link
 
 STEPS = 5
@@ -26,6 +27,18 @@ class Target:
     """the first layer that reads the same input: layers of one stage share one set of moments"""
     kind: "LinkedUnits | None" = None
     """the units that its columns are, where units are pruned"""
+    family: PatternFamily = ANYWHERE
+    """what it is to look like, where single weights are pruned"""
+
+    def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
+        """How many units or weights an allocation leaves of the layer, whose weight is [outputs, inputs]."""
+        if self.kind is not None:
+            return self.kind.total(wanted.shape)
+        return self.family.keep(outputs, inputs, wanted.share(self.path))
+
+    def pattern(self, outputs: int, inputs: int, wanted: BlockAllocation) -> Pattern | None:
+        """The pattern of its weights, or None where units are pruned."""
+        return self.family.of(outputs, inputs, wanted.share(self.path)) if self.kind is None else None
 
 
 class Units(ABC):
@@ -35,6 +48,8 @@ class Units(ABC):
     """as a recipe spells it"""
     objective: str = "linked"
     """the name of the objective of a recipe that has none of its own"""
+    family: PatternFamily | None = None
+    """what layers are to look like, where single weights go"""
 
     @property
     @abstractmethod
@@ -213,6 +228,7 @@ class Composite(Units):
 class Weights(Units):
     """Single weights of every linear layer."""
 
+    family: PatternFamily = ANYWHERE
     name = "weights"
     objective = "sparse"
 
@@ -222,7 +238,7 @@ class Weights(Units):
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
         taps = decoder.architecture.taps
-        return [Target(path, taps[path]) for path in decoder.paths(block)]
+        return [Target(path, taps[path], family=self.family) for path in decoder.paths(block)]
 
     def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
         return [target for target in self.candidates(decoder, block) if wanted.share(target.path) < 1]
@@ -230,6 +246,8 @@ class Weights(Units):
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         if wanted.shape.parts and wanted.shape != decoder.shape(block):
             raise InputError(f"the allocation narrows block {block}, but the recipe's units are single weights")
+        if not all(map(self.family.admits, wanted.shares.values())):
+            raise InputError(f"with the pattern {self.family.name} a layer of block {block} keeps that share, or 1")
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         return architecture.layers
