@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from optprune.allocation import Allocation, uniform
-from optprune.by_cost import check_least
+from optprune.allocation import Allocation
+from optprune.allocator_choice import allocator_of
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
-from optprune.prices import check_tokens
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.recipe import Recipe
 from optprune.solvers.run import check_accepted
-from optprune.targets import check_allocation, targets_of
+from optprune.targets import targets_of
 
 
 def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None) -> None:
@@ -28,10 +27,11 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
     NoSolver when the recipe's solver does not solve what the recipe states. `dtype` is what the run computes in, or
     None where that is not known yet.
     """
+    allocator = allocator_of(recipe, allocation)
     if dtype not in (None, torch.float32, torch.float64):
         digits = {
             "an output metric": recipe.output_metric != "none",
-            "a probe": allocation is None and recipe.divides and recipe.probe_tokens > 0,
+            "a probe": allocator.probes,
             "recovery": recipe.recovery > 0,
         }
         for what, asked in digits.items():
@@ -40,15 +40,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None, d
                     f"{what} in {str(dtype).removeprefix('torch.')} loses too many digits: load the model with "
                     f"--dtype float32 (--save-dtype writes the folder in another)"
                 )
-    if allocation is not None:
-        check_allocation(decoder, recipe, allocation)
-    elif recipe.allocation == "uniform":
-        uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
-    elif recipe.units.kinds:
-        # How one budget is divided is not known yet, but what no division can reach is.
-        check_least(decoder, recipe)
-    if allocation is None and recipe.budget != "parameters":
-        check_tokens(decoder, recipe.budget_tokens)
+    allocator.check(decoder)
     pruned = _pruned(decoder, recipe, allocation)
     for index, path in pruned:
         inputs, multiple = decoder.layer(index, path).in_features, recipe.pattern.multiple

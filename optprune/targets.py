@@ -1,7 +1,6 @@
 """Targets: the layers of a block that a recipe and an allocation prune, in the order of the forward pass."""
 
-from optprune.allocation import Allocation, BlockAllocation
-from optprune.models import BlockShape, Decoder, Target
+from optprune.models import BlockAllocation, BlockShape, Decoder, Target
 from optprune.recipe import Recipe
 
 
@@ -23,10 +22,3 @@ def by_stage(decoder: Decoder, targets: list[Target]) -> list[list[Target]]:
 def parts_removed(shape: BlockShape, wanted: BlockShape) -> tuple[str, ...]:
     """The sub-blocks that an allocation removes whole."""
     return tuple(part for part in shape.parts if part not in wanted.parts)
-
-
-def check_allocation(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> None:
-    """Raise InputError when an allocation fits neither the model nor what the recipe prunes."""
-    allocation.check(decoder)
-    for index, block in enumerate(allocation.blocks):
-        recipe.units.check(decoder, index, block)

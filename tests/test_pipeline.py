@@ -343,7 +343,7 @@ def test_one_tensor_is_one_batch() -> None:
 def test_what_shapes_rule_out_is_refused_before_the_metric(
     name: str, recipe: str, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optprune.pipeline.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
+    monkeypatch.setattr("optprune.dense.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
     with pytest.raises(InputError, match=reason):
         prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
 

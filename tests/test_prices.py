@@ -120,7 +120,7 @@ def test_half_of_a_wide_mlp_takes_about_half_of_its_time() -> None:
 
 
 def divided_by(prices: Prices, monkeypatch: pytest.MonkeyPatch, **settings) -> Allocation:
-    monkeypatch.setattr("optprune.by_cost.prices_of", lambda *_: prices)
+    monkeypatch.setattr("optprune.width_costs.prices_of", lambda *_: prices)
     report = prune(
         tiny_llama(),
         batches(),

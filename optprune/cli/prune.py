@@ -99,12 +99,12 @@ def prune_command(
         del given["allocation"]
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
+    from optprune.allocator_choice import allocator_of
     from optprune.folder import save_pruned
     from optprune.models import check_dtype, check_output, device_of, load_config, load_model, load_shapes, stored_dtype
     from optprune.pipeline import prune
     from optprune.preflight import check_run
     from optprune.recipe import load_recipe
-    from optprune.targets import check_allocation
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
@@ -123,7 +123,7 @@ def prune_command(
     shapes = load_shapes(model, config)
     if divided is not None:
         try:
-            check_allocation(shapes, chosen, divided)
+            allocator_of(chosen, divided).check(shapes)
         except InputError as error:
             raise InputError(f"the allocation file {given_blocks} does not fit: {error}") from error
     check_run(shapes, chosen, divided, stored_dtype(model, dtype))
