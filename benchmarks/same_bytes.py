@@ -115,13 +115,26 @@ def demo() -> Result:
 
 
 def differences(before: dict[str, Result], after: dict[str, Result]) -> list[str]:
-    """A line for each value that is another one, or is there only once."""
-    earlier, later = dict(_values(before)), dict(_values(after))
-    return [
-        f"{name}: {earlier.get(name, 'nothing')} before, {later.get(name, 'nothing')} after"
-        for name in earlier | later
-        if name not in earlier or name not in later or earlier[name] != later[name]
-    ]
+    """A line for each value that is another one, and for each result that is a refusal or missing on one side."""
+    lines: list[str] = []
+    for name in before | after:
+        old, new = before.get(name), after.get(name)
+        if old is None or new is None or "refused" in old or "refused" in new:
+            lines += [f"{name}: {_told(old)} before, {_told(new)} after"] if old != new else []
+            continue
+        earlier, later = dict(_values(old, name)), dict(_values(new, name))
+        lines += [
+            f"{key}: {earlier.get(key, 'nothing')} before, {later.get(key, 'nothing')} after"
+            for key in earlier | later
+            if key not in earlier or key not in later or earlier[key] != later[key]
+        ]
+    return lines
+
+
+def _told(result: Result | None) -> str:
+    if result is None:
+        return "nothing"
+    return f"{result['refused']} ({result['because']})" if "refused" in result else "weights"
 
 
 def _values(data: Any, *path: str) -> Iterator[tuple[str, Any]]:

@@ -50,14 +50,18 @@ def test_a_refusal_is_a_result() -> None:
 
 
 def test_results_that_are_there_only_once_or_count_otherwise_are_told() -> None:
-    before = {"a": {"kept": {"up": 3, "down": 2}, "allocation": [1, 2]}, "b": {"refused": "InputError"}}
-    after = {"a": {"kept": {"up": 3, "down": 1}, "allocation": [1]}, "c": {"refused": "InputError"}}
+    no, never = ({"refused": "InputError", "because": sentence} for sentence in ("no", "never"))
+    counts, others = ({"kept": {"up": 3, "down": down}, "blocks": list(range(down))} for down in (2, 1))
+    before = {"a": counts, "b": no, "c": no, "d": no, "e": counts}
+    after = {"a": others, "b": no, "c": never, "d": counts, "f": no}
     assert same_bytes.differences(before, before) == []
     assert same_bytes.differences(before, after) == [
         "a: kept: down: 2 before, 1 after",
-        "a: allocation: 1: 2 before, nothing after",
-        "b: refused: InputError before, nothing after",
-        "c: refused: nothing before, InputError after",
+        "a: blocks: 1: 1 before, nothing after",
+        "c: InputError (no) before, InputError (never) after",
+        "d: InputError (no) before, weights after",
+        "e: weights before, nothing after",
+        "f: nothing before, InputError (no) after",
     ]
 
 
