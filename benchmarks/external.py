@@ -33,7 +33,7 @@ from benchmarks.common import Setting, evaluation_texts, setting, with_earlier, 
 from benchmarks.layers import layers
 from optprune.allocation import uniform
 from optprune.evaluate import perplexity
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp
 from optprune.objectives import sparse
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.pipeline import prune
@@ -257,7 +257,7 @@ def unit_tier(options: argparse.Namespace) -> list[dict]:
     whole = Decoder(here.loaded.model)
     rows = []
     for sparsity in (0.1, 0.2, 0.3):
-        kept = uniform(whole, sparsity, "mlp", 8).blocks[0].shape.mlp_width / whole.shape(0).mlp_width
+        kept = uniform(whole, sparsity, Mlp(), 8).blocks[0].shape.mlp_width / whole.shape(0).mlp_width
         for name, with_data in (("weights alone", False), ("weights and activations", True)):
             began = time.perf_counter()
             model = by_optipfair(here, kept, with_data=with_data)

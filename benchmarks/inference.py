@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import write_table
 from optprune.allocation import uniform
-from optprune.models import Decoder, load_model
+from optprune.models import Decoder, Mlp, load_model
 from optprune.speed import Measured, Work, device_name, measure_speed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,11 +91,11 @@ def llama3_8b(blocks: int, vocabulary: int, dtype: torch.dtype) -> PreTrainedMod
 
 def narrowed(dense: PreTrainedModel, sparsity: float, multiple: int) -> PreTrainedModel:
     """A copy with as many MLP units fewer as the sparsity says."""
-    width = uniform(Decoder(dense), sparsity, "mlp", multiple).blocks[0].shape.mlp_width
+    width = uniform(Decoder(dense), sparsity, Mlp(), multiple).blocks[0].shape.mlp_width
     model = copy.deepcopy(dense)
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        units = decoder.mlp_units(block)
+        units = Mlp().layers(decoder, block)
         decoder.keep_units(block, units, torch.arange(units.link.units, device=model.device) < width)
     return model
 

@@ -18,7 +18,6 @@ import argparse
 import copy
 import json
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
-from benchmarks.shared import Shared, shared
+from benchmarks.shared import Shared
 from benchmarks.studies import NAMES, STUDIES, Settings, digest
 from optprune import Recipe, load_recipe, prune
 from optprune.errors import InputError
@@ -61,8 +60,7 @@ def main() -> None:
         cases = [case for study in options.studies or STUDIES for case in STUDIES[study]]
         cases = [case for case in cases if not options.only or case[0] in options.only]
         cases = [case for case in cases if not options.sparsities or case[1]["sparsity"] in options.sparsities]
-        with shared() if options.share else nullcontext(Shared()) as common:
-            run(cases, options, common)
+        run(cases, options, Shared())
     for study in STUDIES:
         text = table(study, read())
         if text:
@@ -106,7 +104,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, comm
             try:
                 chosen = load_recipe(recipe, {**settings, "seed": seed})
                 common.begin(chosen)
-                report, taken = measured(pruned, batches, chosen)
+                report, taken = measured(pruned, batches, chosen, common if options.share else None)
             except InputError as error:
                 print(f"{recipe} {settings} is not for {name}: {error}", flush=True)
                 continue
@@ -127,10 +125,12 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, comm
             )
 
 
-def measured(model: PreTrainedModel, batches: Iterable[Tensor], recipe: Recipe) -> tuple[Report, int | None]:
+def measured(
+    model: PreTrainedModel, batches: Iterable[Tensor], recipe: Recipe, statistics: Shared | None
+) -> tuple[Report, int | None]:
     """Prune: the report, and the bytes that the run took on top of the model."""
     reports: list[Report] = []
-    taken = memory_increase(model.device, lambda: reports.append(prune(model, batches, recipe)))
+    taken = memory_increase(model.device, lambda: reports.append(prune(model, batches, recipe, statistics=statistics)))
     return reports[0], taken
 
 

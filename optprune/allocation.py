@@ -2,41 +2,17 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optprune.errors import InputError
-from optprune.models import BlockShape, Decoder
+from optprune.models import BlockAllocation, BlockShape, Decoder, LinkedUnits, Units, Weights
 from optprune.values import one_line, read_json, shown
 
-NARROWED = {
-    "mlp": ("mlp_width",),
-    "vo": ("value_dim",),
-    "kv-groups": ("kv_heads",),
-    "all": ("value_dim", "mlp_width"),
-}
-"""the fields of a shape that a recipe's units make smaller"""
-STEPS = 5
-"""where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples: in a
-smaller one a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
 NO_ALLOCATION = (
     "this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, value_dim and "
     "perhaps shares"
 )
-
-
-@dataclass(frozen=True)
-class BlockAllocation:
-    """What one block keeps."""
-
-    shape: BlockShape
-    """a zero for mlp_width or kv_heads removes the MLP or the attention whole"""
-    shares: Mapping[str, float] = field(default_factory=dict)
-    """the share of single weights kept in a layer, by its path in the block; a layer that is not named keeps all"""
-
-    def share(self, path: str) -> float:
-        """The share of single weights that a layer keeps."""
-        return self.shares.get(path, 1.0)
 
 
 @dataclass(frozen=True)
@@ -146,19 +122,17 @@ def everything(decoder: Decoder) -> Allocation:
     return Allocation(tuple(BlockAllocation(shape) for shape in decoder.shapes()), 0.0)
 
 
-def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) -> Allocation:
+def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int) -> Allocation:
     """The same share from every block, for a sparsity over all linear weights of the decoder blocks.
 
     What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
     value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
     then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Value dimensions
-    are multiples of it too, since attention has fast kernels for multiples of 8, in heads of at least STEPS of them.
+    are multiples of it too, since attention has fast kernels for multiples of 8, but in small heads.
     Units 'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
-    if units == "blocks":
-        return everything(decoder)
-    if units == "weights":
+    if isinstance(units, Weights):
         return Allocation.of(
             decoder,
             (
@@ -166,56 +140,46 @@ def uniform(decoder: Decoder, sparsity: float, units: str, width_multiple: int) 
                 for index, shape in enumerate(shapes)
             ),
         )
-    fields = NARROWED[units]
+    if not units.kinds:
+        return everything(decoder)
     hold = _check_reach(decoder, sparsity, units)
     held, budget = sum(hold.values()), sparsity * total
     kept = list(shapes)
-    for name in fields:
-        if name == "mlp_width":
+    for kind in units.kinds:
+        ratio = budget / held
+        if kind is units.kinds[-1]:
             removed = total - sum(map(decoder.weights_of, kept))
-            kept = [_narrower(shape, name, (budget - removed) / hold[name], width_multiple) for shape in kept]
-        else:
-            steps = [_step(shape, name, width_multiple) for shape in kept]
-            kept = [_narrower(shape, name, budget / held, step) for shape, step in zip(kept, steps, strict=True)]
+            ratio = (budget - removed) / hold[kind]
+        kept = [_narrower(shape, kind, ratio, kind.multiple(shape, width_multiple, alike=True)) for shape in kept]
     if tuple(kept) == shapes:
-        counts = asdict(shapes[0])[fields[-1]]
+        last = units.kinds[-1]
         raise InputError(
             f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {width_multiple}: a block has "
-            f"{fields[-1]} {counts}; ask for more, or lower --width-multiple"
+            f"{last.field} {last.there(shapes[0])}; ask for more, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))
 
 
-def _check_reach(decoder: Decoder, sparsity: float, units: str) -> dict[str, int]:
-    """The linear weights that the units hold, by the field that counts them; InputError when those are too few."""
+def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[LinkedUnits, int]:
+    """The linear weights that the units hold, by their kind; InputError when those are too few."""
     shapes, total = decoder.shapes(), decoder.linear_weights()
-    hold = {name: sum(_weights_in(decoder, shape, name) for shape in shapes) for name in NARROWED[units]}
+    hold = {kind: sum(_weights_in(decoder, shape, kind) for shape in shapes) for kind in units.kinds}
     if sparsity * total >= sum(hold.values()):
         raise InputError(
-            f"a sparsity of {sparsity:g} is out of reach with units {units!r}: they hold only "
+            f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: they hold only "
             f"{sum(hold.values()) / total:.1%} of the decoder's linear weights; ask for less"
-            + ("" if units == "all" else ", or use --units all")
+            + ("" if units.name == "all" else ", or use --units all")
         )
     return hold
 
 
-def _step(shape: BlockShape, name: str, width_multiple: int) -> int:
-    """What the count of value dimensions or KV heads is a multiple of."""
-    coarse = name == "value_dim" and shape.value_dim % width_multiple == 0
-    return width_multiple if coarse and shape.value_dim >= STEPS * width_multiple else 1
+def _weights_in(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
+    """The linear weights that go with the units, without what else a sub-block holds."""
+    return decoder.weights_of(shape) - decoder.weights_of(replace(shape, **{kind.field: 0}))
 
 
-def _weights_in(decoder: Decoder, shape: BlockShape, name: str) -> int:
-    """The linear weights that go when a field of the shape goes to zero."""
-    return decoder.weights_of(shape) - decoder.weights_of(_with(shape, name, 0))
-
-
-def _narrower(shape: BlockShape, name: str, ratio: float, multiple: int) -> BlockShape:
-    """The shape with a share `ratio` of a field removed, rounded to a multiple; at least one multiple stays."""
-    there = asdict(shape)[name]
+def _narrower(shape: BlockShape, kind: LinkedUnits, ratio: float, multiple: int) -> BlockShape:
+    """The shape with a share `ratio` of its units removed, rounded to a multiple; at least one multiple stays."""
+    there = kind.there(shape)
     kept = min(there, max(1, round(there * (1 - ratio) / multiple)) * multiple)
-    return _with(shape, name, there if kept > there - there % multiple else kept)
-
-
-def _with(shape: BlockShape, name: str, count: int) -> BlockShape:
-    return replace(shape, **{name: count})
+    return kind.with_count(shape, there if kept > there - there % multiple else kept)

@@ -3,18 +3,21 @@
 Not a layer problem: removing a sub-block leaves nothing to solve. What is chosen is an `Allocation` with zeros.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor
 
 from optprune.allocation import Allocation, everything
+from optprune.allocator import Allocator, Division
+from optprune.dense import DenseStatistics
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
-from optprune.models import PARTS, BlockShape, Decoder
+from optprune.metric import OutputMetric
+from optprune.models import BlockShape, Decoder
 from optprune.models.calibrate import first_inputs, run_block
-from optprune.recipe import Recipe
 from optprune.report import Event, PartsScored, RemovedPart
 
 
@@ -27,59 +30,80 @@ class Candidate:
     weights: int
 
 
-def shallower(
-    decoder: Decoder, batches: Sequence[Tensor], recipe: Recipe, on_event: Callable[[Event], None]
-) -> tuple[Allocation, tuple[RemovedPart, ...]]:
-    """Choose sub-blocks to remove, the lowest score first, until the budget is met as nearly as sub-blocks can.
+@final
+@dataclass(frozen=True)
+class Depth(Allocator):
+    """Sub-blocks to remove, the lowest score first, until the budget is met as nearly as sub-blocks can.
 
     `perplexity` (2SSP): that of the model without the sub-block, measured anew after every removal, so that the cost
-    is about removals x candidates forward passes on `depth_tokens` tokens. `influence` (ShortGPT): the mean over
-    tokens of 1 - cos(h, h') with h, h' the hidden states before and after it, from one pass over all batches.
-    The model is left as it was. Both are reconstructions: 2SSP removes attention only, ShortGPT whole layers.
+    is about removals x candidates forward passes on `tokens` tokens. `influence` (ShortGPT): the mean over tokens of
+    1 - cos(h, h') with h, h' the hidden states before and after it, from one pass over all batches. Both are
+    reconstructions: 2SSP removes attention only, ShortGPT whole layers.
     """
-    candidates = _candidates(decoder, recipe.depth_parts)
-    budget = recipe.sparsity * decoder.linear_weights()
-    on_event(PartsScored(0, round(budget)))
-    influences = _influences(decoder, batches, candidates) if recipe.depth_score == "influence" else None
-    windows = _windows(batches, recipe.depth_tokens)
-    shapes = list(decoder.shapes())
-    removed: list[tuple[Candidate, float]] = []
-    gone = 0
-    while True:
-        # Whatever brings the sum nearer to the budget may go; the last attention stays.
-        able = [
-            candidate
-            for candidate in candidates
-            if abs(gone + candidate.weights - budget) < abs(gone - budget)
-            and any(shape.kv_heads for shape in _without(shapes, candidate))
-        ]
-        if not able:
-            break
-        scores = influences or _perplexities(decoder, able, windows, [candidate for candidate, _ in removed])
-        chosen = min(able, key=lambda candidate: scores[candidate])
-        removed.append((chosen, scores[chosen]))
-        candidates.remove(chosen)
-        shapes = _without(shapes, chosen)
-        gone += chosen.weights
-        on_event(PartsScored(gone, round(budget)))
-    if not removed:
-        raise InputError(
-            f"a sparsity of {recipe.sparsity:g} is less than half of the smallest sub-block to remove "
-            f"({min((c.weights for c in candidates), default=0)} of {decoder.linear_weights()} weights): ask for more"
+
+    sparsity: float
+    parts: str
+    """attention, mlp, both, or layers: the two of a layer together"""
+    score: str
+    """perplexity or influence"""
+    tokens: int
+
+    def check(self, decoder: Decoder) -> None:
+        return
+
+    def divide(
+        self,
+        decoder: Decoder,
+        batches: Sequence[Tensor],
+        metrics: Mapping[str, OutputMetric],
+        statistics: DenseStatistics,
+        on_event: Callable[[Event], None],
+    ) -> Division:
+        candidates = _candidates(decoder, self.parts)
+        budget = self.sparsity * decoder.linear_weights()
+        on_event(PartsScored(0, round(budget)))
+        influences = _influences(decoder, batches, candidates) if self.score == "influence" else None
+        windows = _windows(batches, self.tokens)
+        shapes = list(decoder.shapes())
+        removed: list[tuple[Candidate, float]] = []
+        gone = 0
+        while True:
+            # Whatever brings the sum nearer to the budget may go; the last attention stays.
+            able = [
+                candidate
+                for candidate in candidates
+                if abs(gone + candidate.weights - budget) < abs(gone - budget)
+                and any(shape.kv_heads for shape in _without(shapes, candidate))
+            ]
+            if not able:
+                break
+            scores = influences or _perplexities(decoder, able, windows, [candidate for candidate, _ in removed])
+            chosen = min(able, key=lambda candidate: scores[candidate])
+            removed.append((chosen, scores[chosen]))
+            candidates.remove(chosen)
+            shapes = _without(shapes, chosen)
+            gone += chosen.weights
+            on_event(PartsScored(gone, round(budget)))
+        if not removed:
+            least = min((candidate.weights for candidate in candidates), default=0)
+            raise InputError(
+                f"a sparsity of {self.sparsity:g} is less than half of the smallest sub-block to remove "
+                f"({least} of {decoder.linear_weights()} weights): ask for more"
+            )
+        whole = everything(decoder)
+        blocks = (replace(block, shape=shape) for block, shape in zip(whole.blocks, shapes, strict=True))
+        parts = (
+            RemovedPart(candidate.block, part, _weights(decoder, candidate.block, part), score)
+            for candidate, score in removed
+            for part in candidate.parts
         )
-    whole = everything(decoder)
-    blocks = (replace(block, shape=shape) for block, shape in zip(whole.blocks, shapes, strict=True))
-    return Allocation.of(decoder, blocks), tuple(
-        RemovedPart(candidate.block, part, _weights(decoder, candidate.block, part), score)
-        for candidate, score in removed
-        for part in candidate.parts
-    )
+        return Division(Allocation.of(decoder, blocks), removed=tuple(parts))
 
 
 def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
     candidates = []
     for index, shape in enumerate(decoder.shapes()):
-        there = tuple(part for part, size in zip(PARTS, (shape.kv_heads, shape.mlp_width), strict=True) if size)
+        there = shape.parts
         groups = [there] if which == "layers" else [(part,) for part in there if which in (part, "both")]
         for parts in groups:
             candidates.append(Candidate(index, parts, sum(_weights(decoder, index, part) for part in parts)))

@@ -1,5 +1,6 @@
 """Patterns: what a mask may look like. True means kept; a pattern counts what is kept, never what is removed."""
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.values import shown
 
 NETWORK = 16
 """rows up to this long are sorted by comparing columns"""
@@ -94,6 +96,102 @@ class SlotWise(Pattern):
         counts = torch.zeros(int(self.slots.max()) + 1, dtype=torch.long, device=mask.device)
         counts.scatter_add_(0, self.slots, mask.long())
         return bool((counts == self.keep).all())
+
+
+class PatternFamily(ABC):
+    """What the layers of a model are to look like: a pattern for the shape of a layer and the share that it keeps."""
+
+    name: str
+    """as a recipe spells it"""
+    only_share: float | None = None
+    """the share that a layer keeps unless it keeps all, or None where that may be any"""
+    multiple: int = 1
+    """what the number of inputs must be a multiple of"""
+
+    @abstractmethod
+    def of(self, outputs: int, inputs: int, share: float) -> Pattern:
+        """The pattern of a layer that keeps a share of its weights."""
+
+    @abstractmethod
+    def keep(self, outputs: int, inputs: int, share: float) -> int:
+        """How many weights such a layer keeps."""
+
+    def admits(self, share: float) -> bool:
+        """Whether a layer may keep this share."""
+        return self.only_share is None or min(abs(share - 1), abs(share - self.only_share)) <= 1e-6
+
+
+@final
+@dataclass(frozen=True)
+class InMatrix(PatternFamily):
+    """As many as are asked for, anywhere in a layer's matrix."""
+
+    name = "unstructured"
+
+    def of(self, outputs: int, inputs: int, share: float) -> Pattern:
+        return Unstructured(self.keep(outputs, inputs, share))
+
+    def keep(self, outputs: int, inputs: int, share: float) -> int:
+        return round(share * (outputs * inputs))
+
+
+@final
+@dataclass(frozen=True)
+class InRows(PatternFamily):
+    """The same number in every row of a layer."""
+
+    name = "rows"
+
+    def of(self, outputs: int, inputs: int, share: float) -> Pattern:
+        return RowWise(round(share * inputs))
+
+    def keep(self, outputs: int, inputs: int, share: float) -> int:
+        return outputs * round(share * inputs)
+
+
+@final
+@dataclass(frozen=True)
+class InGroups(PatternFamily):
+    """n of every m consecutive inputs of a row, or all."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise InputError(f"the pattern {self.name} keeps everything: N must be less than M")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # by its numbers
+        return f"{self.n}:{self.m}"
+
+    @property
+    def only_share(self) -> float:  # type: ignore[override]
+        return self.n / self.m
+
+    @property
+    def multiple(self) -> int:  # type: ignore[override]
+        return self.m
+
+    def of(self, outputs: int, inputs: int, share: float) -> Pattern:
+        return NM(self.n, self.m)
+
+    def keep(self, outputs: int, inputs: int, share: float) -> int:
+        return outputs * inputs * self.n // self.m
+
+
+ANYWHERE = InMatrix()
+
+
+def pattern_family(name: str) -> PatternFamily:
+    """The family that a recipe spells so: unstructured, rows, or N:M such as 2:4."""
+    for family in (ANYWHERE, InRows()):
+        if name == family.name:
+            return family
+    numbers = re.fullmatch(r"([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", name)
+    if numbers is None:
+        raise InputError(f"the pattern {shown(name)} is not known: use unstructured, rows, or N:M such as 2:4")
+    return InGroups(int(numbers[1]), int(numbers[2]))
 
 
 def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optprune.allocation import Allocation, uniform
-from optprune.by_cost import by_cost
-from optprune.depth import shallower
+from optprune.allocation import Allocation
+from optprune.allocator_choice import allocator_of
+from optprune.dense import DenseStatistics
 from optprune.errors import StrictError
 from optprune.layer_report import check, layer_report, summary
 from optprune.memory import release
 from optprune.metric import Metrics
-from optprune.models import Decoder
+from optprune.models import Decoder, Target
 from optprune.models.calibrate import (
     Collected,
     Stream,
@@ -31,13 +31,11 @@ from optprune.models.calibrate import (
     hold_out,
 )
 from optprune.models.decoder import write
-from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import LayerContext
 from optprune.precision import full_precision
 from optprune.preflight import check_batches, check_run
-from optprune.probe import Probe
 from optprune.problems import LayerLoss
-from optprune.recipe import Recipe, pattern_of
+from optprune.recipe import Recipe
 from optprune.recovery import Calls, calls_of, catching, recover
 from optprune.refit import HeldOut, refit
 from optprune.report import (
@@ -49,17 +47,11 @@ from optprune.report import (
     LayerSolved,
     PhaseAdvanced,
     RecoveredPart,
-    RemovedPart,
     Report,
 )
 from optprune.solvers import solve
-from optprune.targets import Target, by_stage, parts_removed, targets_of
+from optprune.targets import by_stage, parts_removed, targets_of
 
-UNLIKE_UNITS = (
-    "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
-    "set output_metric to diagonal, or probe_tokens to 512"
-)
-"""the note of a run with allocation global, output_metric none and no probes"""
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
     "they may: an objective of your own finds the number in context.keep"
@@ -74,6 +66,7 @@ def prune(
     recipe: Recipe,
     *,
     allocation: Allocation | None = None,
+    statistics: DenseStatistics | None = None,
     on_event: Callable[[Event], None] | None = None,
     source: str = "",
     calibration: str = "",
@@ -82,58 +75,38 @@ def prune(
 
     All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
     that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
-    `allocation` says what every block keeps, in place of the recipe's sparsity. `source` and `calibration` name the
-    model and the text in the report.
+    `allocation` says what every block keeps, in place of the recipe's sparsity. `statistics` are those of the dense
+    model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
+    the text in the report.
     """
     began = time.perf_counter()
     decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
     batches = check_batches(model.config, batches)
     idle = check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    if allocation is not None:
-        # What a file says of its sparsity is not believed: it may have been edited.
-        allocation = Allocation.of(decoder, allocation.blocks, allocation.saves)
-    requested = recipe.sparsity if allocation is None else allocation.sparsity
-    removed: tuple[RemovedPart, ...] = ()
-    every = batches
+    allocator, statistics, every = allocator_of(recipe, allocation), statistics or DenseStatistics(), batches
     batches, held_out = hold_out(every, recipe.held_out)
-    metrics, notes = _metrics(decoder, every, recipe, on_event)
-    notes += idle
+    metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+    notes += idle + _heeded(recipe, allocator.warnings)
     with calibrating(decoder):
-        if allocation is None and recipe.units == "blocks":
-            allocation, removed = shallower(decoder, batches, recipe, on_event)
-        elif allocation is None and recipe.divides:
-            if not metrics and not recipe.probe_tokens:
-                notes += (UNLIKE_UNITS,)
-                if recipe.strict:
-                    raise StrictError(f"{UNLIKE_UNITS} (strict mode makes this an error)")
-            probe = Probe(decoder, first_tokens(batches, recipe.probe_tokens)) if recipe.probe_tokens else None
-            allocation, told = by_cost(decoder, first_inputs(decoder, batches), recipe, metrics, on_event, probe)
-            if told and recipe.strict:
-                raise StrictError(f"{told[0]} (strict mode makes this an error)")
-            notes += told
-            if allocation.saves:
-                notes += (f"the budget was counted in {recipe.budget}: the allocation saves {allocation.saves}",)
-        elif allocation is None:
-            allocation = uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
-        run = _Run(decoder, recipe, allocation, on_event)
+        division = allocator.divide(decoder, batches, metrics, statistics, on_event)
+        divided, notes = division.allocation, notes + _heeded(recipe, division.warnings) + division.notes
+        run = _Run(decoder, recipe, divided, on_event)
         run.metrics, run.held_out = metrics, held_out
         run.start(first_inputs(decoder, batches))
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
     blocks = tuple(map(BlockChange, shapes, decoder.shapes()))
     reached = 1 - (decoder.linear_weights() - run.zeros) / weights_before
-    most = sum(decoder.weights_of(block.shape) for block in allocation.blocks) - run.due
+    most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - run.due
     if decoder.linear_weights() - run.zeros > most:
-        notes += (MISSED.format(reached, allocation.sparsity),)
-        if recipe.strict:
-            raise StrictError(f"{notes[-1]} (strict mode makes this an error)")
-    allocation = allocation.with_shapes(decoder, weights_before)
+        notes += _heeded(recipe, (MISSED.format(reached, divided.sparsity),))
+    left = divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
         recipe=recipe.to_dict(),
-        sparsity_requested=requested,
+        sparsity_requested=recipe.sparsity if allocation is None else divided.sparsity,
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
         floor_seconds=run.floor_seconds,
@@ -148,8 +121,8 @@ def prune(
         layers=tuple(run.layers),
         notes=summary(run.layers) + notes,
         calibration=calibration,
-        allocation=allocation.to_dict(),
-        removed=removed,
+        allocation=left.to_dict(),
+        removed=division.removed,
         recovered=tuple(run.recovered),
         blocks=blocks,
     )
@@ -258,20 +231,15 @@ class _Run:
     def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:
         began = time.perf_counter()
         recipe, layer = self.recipe, self.decoder.layer(index, target.path)
-        units = None if target.units is None else target.units(index)
+        units = None if target.kind is None else target.kind.layers(self.decoder, index)
         moments = collected.moments[target.tap]
         name = self.decoder.name(index, target.path)
         metric = self.metrics.get(name)
         fit_bias = recipe.fit_bias and layer.bias is not None
         loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
-        context = LayerContext(
-            name,
-            index,
-            loss,
-            self._keep(index, target),
-            None if units is None else units.link,
-            pattern_of(layer, recipe, self._share(index, target)) if units is None else None,
-        )
+        asked = *layer.weight.shape, self.allocation.blocks[index]
+        link = None if units is None else units.link
+        context = LayerContext(name, index, loss, target.keep(*asked), link, target.pattern(*asked))
         problem = recipe.state(context)
         solution = solve(problem, recipe.solver)
         check(solution, name)
@@ -342,34 +310,32 @@ class _Run:
     def _targets(self, index: int) -> list[Target]:
         return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
 
-    def _keep(self, index: int, target: Target) -> int:
-        if target.kept is None:
-            layer, share = self.decoder.layer(index, target.path), self._share(index, target)
-            rows = layer.out_features if self.recipe.pattern == "rows" else 1
-            return rows * round(share * layer.weight.numel() / rows)
-        return target.kept(self.allocation.blocks[index].shape)
-
-    def _share(self, index: int, target: Target) -> float:
-        return self.allocation.blocks[index].share(target.path)
-
 
 def _metrics(
-    decoder: Decoder, batches: list[Tensor], recipe: Recipe, on_event: Callable[[Event], None]
+    decoder: Decoder,
+    batches: list[Tensor],
+    recipe: Recipe,
+    statistics: DenseStatistics,
+    on_event: Callable[[Event], None],
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     if recipe.output_metric == "none":
         return Metrics({}), ()
-    architecture = decoder.architecture
-    # Units are columns of two layers only, and a matrix for each layer costs more than the pass itself.
-    whole = architecture.layers if recipe.units == "weights" else (architecture.output, architecture.mlp_consumer)
-    full = whole if recipe.output_metric == "full" else ()
+    full = recipe.units.whole_metric(decoder.architecture) if recipe.output_metric == "full" else ()
     widest = recipe.metric_width or math.inf
     used = first_tokens(batches, recipe.metric_tokens)
 
     def on_group(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
 
-    metrics = collect_metrics(decoder, used, sampled(recipe.seed), full=full, widest=widest, on_group=on_group)
+    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(recipe.metric_damping), (note,) if cut else ()
+
+
+def _heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
+    """The same warnings, as notes; StrictError where a strict recipe has one."""
+    if warnings and recipe.strict:
+        raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
+    return warnings

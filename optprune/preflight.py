@@ -5,21 +5,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig
 
-from optprune.allocation import NARROWED, Allocation, uniform
-from optprune.by_cost import check_least
+from optprune.allocation import Allocation
+from optprune.allocator_choice import allocator_of
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
-from optprune.prices import check_tokens
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
-from optprune.recipe import Recipe, n_of_m, pattern_of
+from optprune.recipe import Recipe
 from optprune.solvers.run import check_accepted
-from optprune.targets import check_allocation, targets_of
+from optprune.targets import targets_of
 
 
 def check_run(
@@ -32,10 +31,11 @@ def check_run(
     NoSolver when the recipe's solver does not solve what the recipe states. `dtype` is what the run computes in, or
     None where that is not known yet.
     """
+    allocator = allocator_of(recipe, allocation)
     if dtype not in (None, torch.float32, torch.float64):
         digits = {
             "an output metric": recipe.output_metric != "none",
-            "a probe": allocation is None and recipe.divides and recipe.probe_tokens > 0,
+            "a probe": allocator.probes,
             "recovery": recipe.recovery > 0,
         }
         for what, asked in digits.items():
@@ -44,25 +44,15 @@ def check_run(
                     f"{what} in {str(dtype).removeprefix('torch.')} loses too many digits: load the model with "
                     f"--dtype float32 (--save-dtype writes the folder in another)"
                 )
-    if allocation is not None:
-        check_allocation(decoder, recipe, allocation)
-    elif recipe.allocation == "uniform":
-        uniform(decoder, recipe.sparsity, recipe.units, recipe.width_multiple)
-    elif recipe.units in NARROWED:
-        # How one budget is divided is not known yet, but what no division can reach is.
-        check_least(decoder, recipe)
-    if allocation is None and recipe.budget != "parameters":
-        check_tokens(decoder, recipe.budget_tokens)
+    allocator.check(decoder)
     pruned = _pruned(decoder, recipe, allocation)
-    n_m = n_of_m(recipe.pattern)
-    if recipe.units == "weights" and n_m is not None:
-        for index, path in pruned:
-            inputs = decoder.layer(index, path).in_features
-            if inputs % n_m[1]:
-                raise InputError(
-                    f"a {recipe.pattern} pattern needs a multiple of {n_m[1]} inputs, not {inputs} as in "
-                    f"{decoder.name(index, path)}: choose another pattern"
-                )
+    for index, path in pruned:
+        inputs, multiple = decoder.layer(index, path).in_features, recipe.pattern.multiple
+        if inputs % multiple:
+            raise InputError(
+                f"a {recipe.pattern.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
+                f"{decoder.name(index, path)}: choose another pattern"
+            )
     idle = _idle_recovery(decoder, recipe, pruned)
     if idle and recipe.strict:
         raise StrictError(f"{idle[0]} (strict mode makes this an error)")
@@ -81,36 +71,33 @@ def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str
         return ()
     return (
         f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
-        f"layer is pruned, and units {recipe.units} prune none there",
+        f"layer is pruned, and units {recipe.units.name} prune none there",
     )
 
 
 def _small_problem(recipe: Recipe, full: bool) -> Problem:
     """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
-    n_m = n_of_m(recipe.pattern)
-    inputs = 2 * (4 if n_m is None else n_m[1])
+    inputs = 2 * math.lcm(4, recipe.pattern.multiple)
     weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
     metric = None if recipe.output_metric == "none" else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
     loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
-    if recipe.units != "weights":
+    if recipe.units.family is None:
         groups = ChannelGroups.of(inputs)
         return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
-    pattern = pattern_of(nn.Linear(inputs, 4, device="meta"), recipe, 0.5)
+    pattern = recipe.units.family.of(4, inputs, 0.5)
     return recipe.state(LayerContext("", 0, loss, weight.numel() // 2, None, pattern))
 
 
 def _pruned(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> list[tuple[int, str]]:
     """The layers that will be pruned, or may be where the allocation is not known yet, as (block, path)."""
-    blocks = range(len(decoder.blocks))
-    if allocation is not None:
-        named = ((index, targets_of(decoder, recipe, allocation.blocks[index], index)) for index in blocks)
-        return [(index, target.path) for index, targets in named for target in targets]
-    if recipe.units == "weights":
-        return [(index, path) for index in blocks for path in decoder.paths(index)]
-    architecture, fields = decoder.architecture, NARROWED.get(recipe.units, ())
-    consumers = [architecture.mlp_consumer] if "mlp_width" in fields else []
-    consumers += [architecture.output] if set(fields) & {"value_dim", "kv_heads"} else []
-    return [(index, path) for index in blocks for path in consumers if path in decoder.paths(index)]
+    units = recipe.units
+    named = (
+        units.candidates(decoder, index)
+        if allocation is None
+        else targets_of(decoder, recipe, allocation.blocks[index], index)
+        for index in range(len(decoder.blocks))
+    )
+    return [(index, target.path) for index, targets in enumerate(named) for target in targets]
 
 
 def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:

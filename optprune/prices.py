@@ -6,13 +6,13 @@ told for each alone.
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from optprune.errors import InputError
-from optprune.models import BlockShape, Decoder
+from optprune.models import BlockShape, Decoder, LinkedUnits
 from optprune.models.calibrate import Stream, clock, first_inputs, run_block
 
 REPEATS = 5
@@ -23,32 +23,25 @@ MOST_TIMED = 8
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """The cost of every block of a model, and what it is with another count of one field of its shape."""
+    """The cost of every block of a model, and what it is with another count of its units of one kind."""
 
     unit: str
     """in words that follow a share, such as "the decoder's linear weights" """
     whole: tuple[float, ...]
-    narrowed: Callable[[int, str, int], float]
-    """from a block, a field and its count; a count of zero is a block without that sub-block"""
-
-
-def with_count(shape: BlockShape, field: str, count: int) -> BlockShape:
-    """A shape with another count of one field; without any value dimensions there is no attention."""
-    if not count and field in ("value_dim", "kv_heads"):
-        return shape.without("attention")
-    return replace(shape, **{field: count})
+    narrowed: Callable[[int, LinkedUnits, int], float]
+    """from a block, a kind of units and their count; a count of zero is a block without that sub-block"""
 
 
 def prices_of(
     decoder: Decoder,
     budget: str,
     tokens: int,
-    fields: Iterable[str],
+    kinds: Iterable[LinkedUnits],
     on_timed: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prices:
     """The prices of a recipe's budget: "parameters", "flops" or "time" of a forward pass over so many tokens.
 
-    Times are measured now, of the fields that are asked for; InputError when the model has not the positions.
+    Times are measured now, of the kinds of units that are asked for; InputError when the model has not the positions.
     `on_timed` hears how many widths are timed, and of how many.
     """
     if budget == "parameters":
@@ -56,7 +49,7 @@ def prices_of(
     check_tokens(decoder, tokens)
     if budget == "flops":
         return _by_formula(decoder, "the blocks' operations", lambda shape: operations(decoder, shape, tokens))
-    return _measured(decoder, tokens, list(fields), on_timed)
+    return _measured(decoder, tokens, list(kinds), on_timed)
 
 
 def check_tokens(decoder: Decoder, tokens: int) -> None:
@@ -80,37 +73,37 @@ def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
 def _by_formula(decoder: Decoder, unit: str, cost: Callable[[BlockShape], float]) -> Prices:
     shapes = decoder.shapes()
     whole = tuple(map(cost, shapes))
-    return Prices(unit, whole, lambda block, field, count: cost(with_count(shapes[block], field, count)))
+    return Prices(unit, whole, lambda block, kind, count: cost(kind.with_count(shapes[block], count)))
 
 
-def _measured(decoder: Decoder, tokens: int, fields: list[str], on_timed: Callable[[int, int], None]) -> Prices:
+def _measured(decoder: Decoder, tokens: int, kinds: list[LinkedUnits], on_timed: Callable[[int, int], None]) -> Prices:
     """The seconds of a forward pass of a block: one table for each shape that blocks have."""
     shapes = decoder.shapes()
     ids = torch.zeros(1, tokens, dtype=torch.long)
     stream = first_inputs(decoder, [ids])
     whole: dict[BlockShape, float] = {}
-    tables: dict[tuple[BlockShape, str], tuple[list[int], list[float]]] = {}
-    done, total = 0, len(set(shapes)) * len(fields)
+    tables: dict[tuple[BlockShape, LinkedUnits], tuple[list[int], list[float]]] = {}
+    done, total = 0, len(set(shapes)) * len(kinds)
     for block, shape in enumerate(shapes):
         stream.block = block
         if shape in whole:
             continue
         whole[shape] = _seconds(decoder, block, stream)
-        for field in fields:
+        for kind in kinds:
             on_timed(done, total)
             done += 1
-            there = asdict(shape)[field]
+            there = kind.there(shape)
             if there:
                 counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
-                times = [_without(decoder, block, stream, field)]
-                times += [_narrower(decoder, block, stream, field, count) for count in counts]
+                times = [_without(decoder, block, stream, kind)]
+                times += [_narrower(decoder, block, stream, kind, count) for count in counts]
                 # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
                 rising = np.minimum(np.maximum.accumulate(times), whole[shape])
-                tables[shape, field] = [0, *counts, there], [*rising.tolist(), whole[shape]]
+                tables[shape, kind] = [0, *counts, there], [*rising.tolist(), whole[shape]]
     on_timed(done, total)
 
-    def narrowed(block: int, field: str, count: int) -> float:
-        counts, times = tables[shapes[block], field]
+    def narrowed(block: int, kind: LinkedUnits, count: int) -> float:
+        counts, times = tables[shapes[block], kind]
         least = 1e-6 * whole[shapes[block]] * (count / counts[-1] - 1)
         return float(np.interp(count, counts, times)) + least
 
@@ -128,14 +121,13 @@ def _seconds(decoder: Decoder, block: int, stream: Stream) -> float:
     return statistics.median(times[1:])
 
 
-def _without(decoder: Decoder, block: int, stream: Stream, field: str) -> float:
-    with decoder.without([(block, "mlp" if field == "mlp_width" else "attention")]):
+def _without(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits) -> float:
+    with decoder.without([(block, kind.part)]):
         return _seconds(decoder, block, stream)
 
 
-def _narrower(decoder: Decoder, block: int, stream: Stream, field: str, count: int) -> float:
-    units = {"mlp_width": decoder.mlp_units, "kv_heads": decoder.kv_units, "value_dim": decoder.value_units}[field]
-    layers = units(block)
+def _narrower(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits, count: int) -> float:
+    layers = kind.layers(decoder, block)
     slots = layers.link.slots
     # As many of every slot.
     place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)

@@ -15,28 +15,29 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from torch import nn
 
 from optprune.errors import InputError
 from optprune.interrupts import interrupts_held
-from optprune.models import POLICIES, Propagation
+from optprune.models import POLICIES, UNITS, Propagation, Units
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
-from optprune.patterns import NM, Pattern, RowWise, Unstructured
+from optprune.patterns import ANYWHERE, PatternFamily
 from optprune.problems import Problem
 from optprune.recipe_fields import (
     read_dampings,
     read_objective,
+    read_pattern,
     read_propagation,
     read_solver,
+    read_units,
     write_objective,
+    write_pattern,
     write_propagation,
     write_solver,
+    write_units,
 )
 from optprune.refit import refitting
 from optprune.solvers import Solver
 from optprune.values import one_line, read_yaml, shown
-
-Units = Literal["mlp", "vo", "kv-groups", "all", "weights", "blocks"]
 
 
 class Recipe(BaseModel):
@@ -55,7 +56,9 @@ class Recipe(BaseModel):
     """a function LayerContext -> Problem; None states the problem that goes with the units: sparse or linked"""
     solver: Annotated[Solver | None, BeforeValidator(read_solver), PlainSerializer(write_solver)] = None
     """None lets optprune choose by the problem"""
-    units: Units = "mlp"
+    pattern: Annotated[PatternFamily, BeforeValidator(read_pattern), PlainSerializer(write_pattern)] = ANYWHERE
+    """of single weights: unstructured over each matrix, rows (the same count in every row), or N:M such as 2:4"""
+    units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
     """what is pruned: MLP units, value dimensions, KV heads with their query heads, MLP units and value dimensions,
     single weights of every linear layer, or whole sub-blocks"""
     propagation: Annotated[
@@ -68,8 +71,6 @@ class Recipe(BaseModel):
     """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
     fit_bias: bool = True
     """whether the bias of a pruned layer, where it has one, is fitted with its weights; else it stays as it was"""
-    pattern: str = Field(default="unstructured", pattern=r"^(unstructured|rows|[1-9]\d*:[1-9]\d*)$")
-    """of single weights: unstructured over each matrix, rows (the same count in every row), or N:M such as 2:4"""
     output_metric: Literal["none", "diagonal", "full"] = "none"
     """what weighs output errors: nothing, or the Fisher information of the outputs, its diagonal or all of it"""
     metric_tokens: int = Field(default=16384, ge=1)
@@ -119,14 +120,15 @@ class Recipe(BaseModel):
 
     def state(self, context: LayerContext) -> Problem:
         """The problem to solve at a layer."""
-        objective = self.objective or OBJECTIVES["sparse" if self.units == "weights" else "linked"]
+        objective = self.objective or OBJECTIVES[self.units.objective]
         return objective(context)
 
     @model_validator(mode="after")
     def _units_for_linked(self) -> "Recipe":
-        if self.objective is OBJECTIVES["linked"] and self.units == "weights":
+        single = self.units.family is not None
+        if self.objective is OBJECTIVES["linked"] and single:
             raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
-        if self.objective is OBJECTIVES["sparse"] and self.units != "weights":
+        if self.objective is OBJECTIVES["sparse"] and not single:
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
         if self.recovery and not self.held_out:
             raise ValueError("recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125")
@@ -136,30 +138,31 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"
             )
-        if self.budget != "parameters" and (self.allocation != "global" or self.units in ("weights", "blocks")):
+        if self.budget != "parameters" and (self.allocation != "global" or not self.units.kinds):
             raise ValueError(
                 f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
                 "kv-groups or all"
             )
-        if self.pattern != "unstructured" and self.units != "weights":
+        if self.pattern != ANYWHERE and not single:
             raise ValueError(
-                f"the pattern {self.pattern} is one of single weights, but units are {self.units}: choose a recipe "
-                "with units weights, such as sparsegpt"
+                f"the pattern {self.pattern.name} is one of single weights, but units are {self.units.name}: choose a "
+                "recipe with units weights, such as sparsegpt"
             )
-        if self.units == "weights" and self.allocation == "global" and self.least_kept > self.most_kept:
+        if single and self.allocation == "global" and self.least_kept > self.most_kept:
             raise ValueError(
                 f"no layer keeps at least {self.least_kept:g} and at most {self.most_kept:g} of its weights: lower "
                 "least_kept, or raise most_kept"
             )
-        kept = n_of_m(self.pattern)
-        if kept is not None:
-            n, m = kept
-            if not n < m:
-                raise ValueError(f"the pattern {self.pattern} keeps everything: N must be less than M")
-            if self.allocation == "global" and self.sparsity < 1 - n / m:
+        if self.units.family not in (None, self.pattern):
+            raise ValueError("the pattern of the units is not the recipe's: give it as the recipe's pattern alone")
+        share = self.pattern.only_share
+        if share is not None:
+            if self.allocation == "global" and self.sparsity < 1 - share:
                 return self  # some layers stay dense
-            if abs(self.sparsity - (1 - n / m)) > 1e-9:
-                raise ValueError(f"the pattern {self.pattern} has a sparsity of {1 - n / m:g}, not {self.sparsity:g}")
+            if abs(self.sparsity - (1 - share)) > 1e-9:
+                raise ValueError(
+                    f"the pattern {self.pattern.name} has a sparsity of {1 - share:g}, not {self.sparsity:g}"
+                )
         return self
 
     @property
@@ -167,7 +170,7 @@ class Recipe(BaseModel):
         """The propagation policy of a run."""
         if self.propagation is not None:
             return self.propagation
-        return POLICIES["pruned" if n_of_m(self.pattern) is None else "intra"]
+        return POLICIES["pruned" if self.pattern.only_share is None else "intra"]
 
     def settled(self) -> "Recipe":
         """The recipe as it is run: with the policy that it leaves to the pattern."""
@@ -176,8 +179,8 @@ class Recipe(BaseModel):
     @property
     def divides(self) -> bool:
         """Whether there is a budget to divide: not where N:M holds in every layer."""
-        kept = n_of_m(self.pattern)
-        return self.allocation == "global" and (kept is None or self.sparsity < 1 - kept[0] / kept[1] - 1e-9)
+        share = self.pattern.only_share
+        return self.allocation == "global" and (share is None or self.sparsity < 1 - share - 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data."""
@@ -191,22 +194,6 @@ class Recipe(BaseModel):
         Those are told by name only; for such a file `load_recipe` wants the objective or the solver itself.
         """
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
-
-
-def n_of_m(pattern: str) -> tuple[int, int] | None:
-    """The numbers of an N:M pattern's name, or None for another pattern."""
-    n, colon, m = pattern.partition(":")
-    return (int(n), int(m)) if colon else None
-
-
-def pattern_of(layer: nn.Linear, recipe: Recipe, share: float) -> Pattern:
-    """The recipe's pattern for a layer that keeps a share of its weights."""
-    kept = n_of_m(recipe.pattern)
-    if kept is not None:
-        return NM(*kept)
-    if recipe.pattern == "rows":
-        return RowWise(round(share * layer.in_features))
-    return Unstructured(round(share * layer.weight.numel()))
 
 
 def recipe_names() -> list[str]:

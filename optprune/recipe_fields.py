@@ -1,15 +1,17 @@
-"""Recipe fields that are not plain data, and how a file tells them: objectives, policies and solvers by name."""
+"""Recipe fields that are not plain data, and how a file tells them: units, patterns, policies and solvers by name."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo
 
 from optprune import solvers
-from optprune.models import POLICIES, Propagation
+from optprune.errors import InputError
+from optprune.models import POLICIES, UNITS, Propagation, Units, Weights
 from optprune.objectives import OBJECTIVES, Objective
+from optprune.patterns import PatternFamily, pattern_family
 from optprune.solvers import Chain, Solver
 from optprune.values import shown
 
@@ -63,6 +65,34 @@ def write_objective(objective: Objective | None) -> str | None:
         return names[0]
     name = getattr(objective, "__qualname__", None)
     return f"{objective.__module__}:{name or type(objective).__qualname__}"
+
+
+def read_pattern(value: Any) -> Any:
+    """A pattern family from its name; one of one's own as it is."""
+    if isinstance(value, PatternFamily):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("a pattern is told by its name: unstructured, rows, or N:M such as 2:4")
+    try:
+        return pattern_family(value)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def write_pattern(family: PatternFamily) -> str:
+    """The name of a pattern family."""
+    return family.name
+
+
+def read_units(value: Any, info: ValidationInfo) -> Any:
+    """Units from their name, single weights with the recipe's pattern; those of one's own as they are."""
+    units = value if isinstance(value, Units) else _known("kind of units", UNITS, value)
+    return Weights(info.data["pattern"]) if units == Weights() and "pattern" in info.data else units
+
+
+def write_units(units: Units) -> str:
+    """The name of units."""
+    return units.name
 
 
 def read_propagation(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optprune.allocation import Allocation, BlockAllocation, everything, uniform
 from optprune.errors import InputError
-from optprune.models import POLICIES, BlockShape, Decoder
+from optprune.models import POLICIES, UNITS, BlockShape, Decoder, KvGroups, Mlp, Weights
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, linked
 from optprune.pipeline import prune
@@ -117,9 +117,9 @@ def test_uniform_kv_groups_meet_the_budget_as_nearly_as_heads_can(name: str, spa
     step = 2 * 64 * (heads.group + 1) * 2 * heads.dim / total
     if sparsity < step / 2:
         with pytest.raises(InputError, match="rounds to nothing"):
-            uniform(decoder, sparsity, "kv-groups", 8)
+            uniform(decoder, sparsity, KvGroups(), 8)
         return
-    allocation = uniform(decoder, sparsity, "kv-groups", 8)
+    allocation = uniform(decoder, sparsity, KvGroups(), 8)
     [shape] = {block.shape for block in allocation.blocks}
     assert (shape.mlp_width, shape.value_dim) == (128, heads.dim)
     assert allocation.sparsity == pytest.approx(step * (heads.kv - shape.kv_heads))
@@ -148,7 +148,7 @@ def test_a_uniform_share_of_uneven_blocks_is_a_share_of_each() -> None:
     model = tiny_llama(num_hidden_layers=3)
     decoder = Decoder(model)
     prune(model, batches(), Recipe(), allocation=given(decoder, *(BlockShape(width, 2, 16) for width in (32, 64, 128))))
-    again = uniform(Decoder(model), 0.25, "mlp", 1)
+    again = uniform(Decoder(model), 0.25, Mlp(), 1)
     widths = [block.shape.mlp_width for block in again.blocks]
     assert [width * 4 for width in widths] == pytest.approx([widths[0] * 4, widths[0] * 8, widths[0] * 16], abs=6)
     assert again.sparsity == pytest.approx(0.25, abs=0.01)
@@ -156,7 +156,11 @@ def test_a_uniform_share_of_uneven_blocks_is_a_share_of_each() -> None:
 
 def test_an_allocation_survives_json() -> None:
     decoder = Decoder(tiny_opt())
-    for allocation in (uniform(decoder, 0.3, "all", 8), uniform(decoder, 0.5, "weights", 8), everything(decoder)):
+    for allocation in (
+        uniform(decoder, 0.3, UNITS["all"], 8),
+        uniform(decoder, 0.5, Weights(), 8),
+        everything(decoder),
+    ):
         assert Allocation.from_json(allocation.to_json()) == allocation
     saving = Allocation.of(decoder, everything(decoder).blocks, "20% of the time")
     assert Allocation.from_json(saving.to_json()) == saving

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from optprune.allocation import everything, uniform
 from optprune.cli import main
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp
 from optprune.packaged import demo_model_file
 from tests.attempts import Attempt, snapshot
 from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
@@ -269,7 +269,7 @@ def test_an_allocation_for_another_model(attempt: Attempt) -> None:
 @pytest.mark.usefixtures("no_weights")
 def test_a_sparsity_beside_an_allocation_that_comes_to_one(attempt: Attempt) -> None:
     file = attempt.folder / "allocation.json"
-    file.write_text(uniform(Decoder(tiny_llama()), 0.2, "mlp", 8).to_json())
+    file.write_text(uniform(Decoder(tiny_llama()), 0.2, Mlp(), 8).to_json())
     sentence = attempt.fails(attempt.command(allocation=file, sparsity=0.3))
     assert f"the sparsity is what the allocation file {file} comes to: leave out --sparsity" in sentence
     assert "leave out --sparsity" in attempt.fails(attempt.command("--set", "sparsity=0.3", allocation=file))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from optprune.allocation import Allocation
-from optprune.by_cost import by_cost
+from optprune.allocator_choice import by_cost
+from optprune.dense import DenseStatistics
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp
 from optprune.models.calibrate import calibrating, collect, first_inputs
 from optprune.models.fisher import collect_metrics, sampled
 from optprune.pipeline import prune
@@ -30,7 +31,7 @@ def divided(decoder: Decoder, recipe: Recipe, metrics: dict[str, OutputMetric] |
     with calibrating(decoder):
         stream = first_inputs(decoder, batches())
         events: list[object] = []
-        allocation, _ = by_cost(decoder, stream, recipe, metrics or {}, events.append)
+        allocation = by_cost(recipe).along(decoder, stream, metrics or {}, DenseStatistics(), events.append).allocation
     assert [event.block for event in events if isinstance(event, BlockMeasured)] == list(range(len(decoder.blocks)))
     return allocation
 
@@ -72,7 +73,7 @@ def losses(decoder: Decoder, metrics: dict[str, OutputMetric], counts: list[int]
             stream = following
             layer = decoder.layer(index, path)
             loss = LayerLoss.of(layer.weight, moments, 0.01, metric=metrics[decoder.name(index, path)])
-            link = decoder.mlp_units(index).link
+            link = Mlp().layers(decoder, index).link
             solver = GreedyObs(batch=16)
             found.append({n: solve(LinkedLeastSquares(loss, link, n), solver).objective for n in counts})
     return found
@@ -204,7 +205,8 @@ def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(
     def no_pass(*_: object, **__: object) -> None:
         raise AssertionError("a pass over the text")
 
-    monkeypatch.setattr("optprune.pipeline.collect_metrics", no_pass)
-    monkeypatch.setattr("optprune.pipeline.first_inputs", no_pass)
+    monkeypatch.setattr("optprune.dense.collect_metrics", no_pass)
+    for module in ("pipeline", "by_cost"):
+        monkeypatch.setattr(f"optprune.{module}.first_inputs", no_pass)
     with pytest.raises(error, match=reason):
         prune(tiny_llama(), batches()[0][:1], load_recipe(recipe, settings))

@@ -23,6 +23,7 @@ from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import load, load_tokenizer
 from optprune.packaged import demo_articles
+from optprune.patterns import InGroups
 from optprune.recipe import load_recipe, make_recipe, recipe_names
 from optprune.recipe_fields import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
@@ -310,7 +311,7 @@ def test_a_pattern_may_be_set_without_quotes(
     assert (recipe["pattern"], recipe["damping"]) == ("2:4", 0.001)
     file = tmp_path / "by_hand.yaml"
     file.write_text("units: weights\nsolver: wanda\nsparsity: 5e-1\npattern: 2:4\n")
-    assert load_recipe(str(file)).pattern == "2:4"
+    assert load_recipe(str(file)).pattern == InGroups(2, 4)
 
 
 def test_one_damping_is_a_list_of_one() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from optprune.allocator_choice import allocator_of
 from optprune.cli import main
-from optprune.depth import shallower
+from optprune.dense import DenseStatistics
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import Decoder, load, save_model
@@ -147,7 +148,10 @@ def test_choosing_changes_nothing_and_tells_how_far_it_is() -> None:
     model = tiny_opt()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     events: list[object] = []
-    allocation, chosen = shallower(Decoder(model), batches(), load_recipe("depth", {"sparsity": 0.3}), events.append)
+    division = allocator_of(load_recipe("depth", {"sparsity": 0.3})).divide(
+        Decoder(model), batches(), {}, DenseStatistics(), events.append
+    )
+    allocation, chosen = division.allocation, division.removed
     assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [type(event) for event in events] == [PartsScored] * (1 + len(chosen))  # the first: none is chosen yet
@@ -160,7 +164,8 @@ def test_a_choice_of_depth_can_be_narrowed_further() -> None:
     """Depth gives an allocation like any other: it is given back with narrower MLPs."""
     model = tiny_llama(num_hidden_layers=3)
     recipe = load_recipe("depth", {"sparsity": 0.15, "depth_parts": "attention"})
-    allocation, chosen = shallower(Decoder(model), batches(), recipe, lambda event: None)
+    division = allocator_of(recipe).divide(Decoder(model), batches(), {}, DenseStatistics(), lambda event: None)
+    allocation, chosen = division.allocation, division.removed
     blocks = tuple(
         type(block)(type(block.shape)(64, block.shape.kv_heads, block.shape.value_dim)) for block in allocation.blocks
     )

@@ -16,7 +16,7 @@ import pytest
 
 from optprune.allocation import uniform
 from optprune.cli import main
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp
 from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe_fields import SOLVERS
 from tests.attempts import Attempt
@@ -169,7 +169,7 @@ class Spoiler:
 
     def allocation(self) -> list[str]:
         file = self.inputs / "allocation.json"
-        file.write_text(uniform(Decoder(tiny_llama()), 0.2, "mlp", 8).to_json())
+        file.write_text(uniform(Decoder(tiny_llama()), 0.2, Mlp(), 8).to_json())
         self.spoiled_json(file)
         return self.attempt.command(allocation=file)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import OPTForCausalLM
 
 from optprune.budget import Curve, global_threshold, share_budget
-from optprune.by_cost import WidthCurve
-from optprune.models import Decoder
+from optprune.models import UNITS, Decoder, Mlp
 from optprune.prices import Prices, prices_of
 from optprune.recipe import Recipe, load_recipe
+from optprune.width_costs import WidthCurve
 from tests.test_by_cost import divided
 from tests.test_pipeline import inputs_of
 from tests.tiny_models import tiny_llama, tiny_opt
@@ -35,7 +35,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
         return global_threshold(costs, keep, low, high)
 
     with monkeypatch.context() as patched:
-        patched.setattr("optprune.by_cost.global_threshold", listen)
+        patched.setattr("optprune.weight_costs.global_threshold", listen)
         yield found
 
 
@@ -45,7 +45,7 @@ def test_of_too_many_costs_every_so_many_th_is_told(monkeypatch: pytest.MonkeyPa
         whole = divided(decoder, sparse())
     assert sum(map(len, every.values())) == decoder.linear_weights()
     stride = 16
-    monkeypatch.setattr("optprune.by_cost.MOST_COSTS", decoder.linear_weights() // stride)
+    monkeypatch.setattr("optprune.weight_costs.MOST_COSTS", decoder.linear_weights() // stride)
     with told(monkeypatch) as some:
         few = divided(decoder, sparse())
     assert sum(map(len, some.values())) == decoder.linear_weights() // stride
@@ -102,7 +102,7 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
         found.update(curves)
         return share_budget(curves, budget)
 
-    monkeypatch.setattr("optprune.by_cost.share_budget", listen)
+    monkeypatch.setattr("optprune.width_costs.share_budget", listen)
     settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "least_kept": 0.0}
     divided(Decoder(model), load_recipe("structured_best", settings))
     for block, (field, layer) in product((0, 1), (("mlp_width", "fc2"), ("value_dim", "self_attn.out_proj"))):
@@ -115,7 +115,7 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
 
 
 def by_formula(cost: float) -> Prices:
-    return Prices("units", (128 * cost,), lambda block, field, count: count * cost)
+    return Prices("units", (128 * cost,), lambda block, kind, count: count * cost)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def by_formula(cost: float) -> Prices:
 )
 def test_a_width_keeps_its_least_share(least: float, counts: list[int]) -> None:
     losses = {128: 0.0, 96: 1.0, 64: 3.0, 32: 7.0, 0: 20.0}
-    found, curve = WidthCurve(0, "mlp_width", 128, losses).curve(least, by_formula(2.0))
+    found, curve = WidthCurve(0, Mlp(), 128, losses).curve(least, by_formula(2.0))
     assert found == counts
     assert curve.prices.tolist() == [2.0 * (count - 128) for count in counts]
     assert curve.errors.tolist() == [losses[count] for count in counts]
@@ -137,10 +137,10 @@ def test_no_width_is_below_its_least_share(units: str, field: str, budget: str) 
     block = model.model.layers[1]
     torch.nn.init.zeros_((block.mlp.down_proj if units == "mlp" else block.self_attn.o_proj).weight)
     decoder = Decoder(model)
-    prices = prices_of(decoder, budget, 64, [field])
+    prices = prices_of(decoder, budget, 64, UNITS[units].kinds)
     there = getattr(decoder.shape(0), field)
     # As much as half of one of the two blocks, which would leave the other block whole.
-    half = (prices.whole[1] - prices.narrowed(1, field, there // 2)) / sum(prices.whole)
+    half = (prices.whole[1] - prices.narrowed(1, UNITS[units].kinds[0], there // 2)) / sum(prices.whole)
     settings = {**PLAIN, "units": units, "budget": budget, "budget_tokens": 64, "sparsity": half}
     for least, kept in ((0.5, there // 2), (0.0, 0)):
         allocation = divided(decoder, load_recipe("structured_best", {**settings, "least_kept": least}))

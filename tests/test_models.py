@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models import ARCHITECTURES, Decoder
+from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values
 from optprune.models.decoder import write
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2
 
@@ -44,7 +44,7 @@ def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
 
 def restored(decoder: Decoder, block: int, kind: str, generator: torch.Generator):
     """A random choice of units (half of each slot, rounded up), and random new weights for the consumer on it."""
-    layers = {"mlp": decoder.mlp_units, "vo": decoder.value_units, "kv": decoder.kv_units}[kind](block)
+    layers = {"mlp": Mlp(), "vo": Values(), "kv": KvGroups()}[kind].layers(decoder, block)
     link = layers.link
     size = link.units // link.slot_count
     choice = torch.cat(
@@ -89,7 +89,7 @@ def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone:
     decoder, other = Decoder(sliced), Decoder(zeroed)
     before, group = decoder.shape(1), decoder.heads.group
     assert before.value_dim < decoder.heads.dim
-    units = decoder.kv_units(1)
+    units = KvGroups().layers(decoder, 1)
     decoder.keep_units(1, units, torch.arange(before.kv_heads) != gone)
     assert decoder.shape(1) == replace(before, kv_heads=before.kv_heads - 1)
     layer = other.layer(1, other.architecture.output)

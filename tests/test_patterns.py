@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.patterns import NETWORK, NM, RowWise, SlotWise, Unstructured, largest
+from optprune.patterns import (
+    ANYWHERE,
+    NETWORK,
+    NM,
+    InGroups,
+    InRows,
+    RowWise,
+    SlotWise,
+    Unstructured,
+    largest,
+    pattern_family,
+)
 from optprune.solvers import Admm, Magnitude, SparseGpt, Swaps, Wanda, solve
 from optprune.testing import part_laws
 from optprune.testing.strategies import PATTERNS
@@ -121,3 +132,36 @@ def test_n_of_m_needs_a_multiple_of_m():
     with pytest.raises(InputError, match="multiple of 4"):
         NM(2, 4).project(torch.ones(1, 6))
     assert not NM(2, 4).admits(torch.ones(1, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["unstructured", "rows", "1:4", "2:4", "4:8"])
+@pytest.mark.parametrize("share", [0.25, 0.37, 0.5, 1.0])
+def test_a_family_has_a_pattern_for_every_share_that_it_admits(name: str, share: float):
+    """The count that a family tells is that of its pattern's masks, and as near to the share as the pattern can."""
+    family = pattern_family(name)
+    assert family.name == name and pattern_family(name) == family
+    if family.only_share is not None:
+        share = family.only_share
+    assert family.admits(share) and family.admits(1.0)
+    kept = int(family.of(6, 16, share).project(torch.rand(6, 16)).sum())
+    assert kept == family.keep(6, 16, share)
+    assert abs(kept - share * 96) <= {"unstructured": 0.5, "rows": 3.0}.get(name, 0.0)
+
+
+def test_a_family_of_groups_admits_one_share_or_all():
+    assert [share for share in (0.25, 0.5, 0.75, 1.0) if InGroups(2, 4).admits(share)] == [0.5, 1.0]
+    assert all(family.admits(0.3) for family in (ANYWHERE, InRows()))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "columns", "2:", ":4", "2:4:8", "0:4", "2:04", "-2:4", "2.0:4", "2:4 ", "9" * 5000 + ":4"]
+)
+def test_a_family_that_is_not_known(name: str):
+    with pytest.raises(InputError, match="use unstructured, rows, or N:M such as 2:4"):
+        pattern_family(name)
+
+
+@pytest.mark.parametrize("name", ["4:4", "4:2"])
+def test_groups_that_keep_everything(name: str):
+    with pytest.raises(InputError, match=f"the pattern {name} keeps everything: N must be less than M"):
+        pattern_family(name)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optprune.allocation import uniform
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
-from optprune.models import POLICIES, Decoder
+from optprune.models import POLICIES, UNITS, Decoder, Mlp
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, Objective, linked
 from optprune.pipeline import prune
@@ -106,7 +106,7 @@ def test_the_report_tells_what_the_model_is(name: str, units: str) -> None:
         assert layer.solver == "FaspMetric > Restore"
     assert report.model == "tiny"
     assert 0 < report.floor_seconds <= report.seconds
-    assert getattr(model.config, decoder.architecture.mlp_width) == decoder.mlp_units(0).link.units
+    assert getattr(model.config, decoder.architecture.mlp_width) == Mlp().layers(decoder, 0).link.units
 
 
 def test_relative_error_is_that_of_the_written_layer_on_the_calibration_text() -> None:
@@ -264,14 +264,14 @@ def test_uniform_allocation_meets_the_budget_as_nearly_as_rounding_can(
     reachable = {"mlp": mlp_step * 128 / multiple, "vo": value_step * heads.dim, "all": 1.0}[units]
     if sparsity >= reachable:
         with pytest.raises(InputError, match="out of reach"):
-            uniform(decoder, sparsity, units, multiple)
+            uniform(decoder, sparsity, UNITS[units], multiple)
         return
     step = value_step if units == "vo" else mlp_step
     if units == "mlp" and sparsity < step / 2:
         with pytest.raises(InputError, match="rounds to nothing"):
-            uniform(decoder, sparsity, units, multiple)
+            uniform(decoder, sparsity, UNITS[units], multiple)
         return
-    allocation = uniform(decoder, sparsity, units, multiple)
+    allocation = uniform(decoder, sparsity, UNITS[units], multiple)
     assert len({block.shape for block in allocation.blocks}) == 1
     shape = allocation.blocks[0].shape
     assert abs(allocation.sparsity - sparsity) <= step / 2 + 1e-12 or shape.mlp_width == multiple
@@ -343,7 +343,7 @@ def test_one_tensor_is_one_batch() -> None:
 def test_what_shapes_rule_out_is_refused_before_the_metric(
     name: str, recipe: str, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optprune.pipeline.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
+    monkeypatch.setattr("optprune.dense.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
     with pytest.raises(InputError, match=reason):
         prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
 

@@ -9,15 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from optprune.allocation import Allocation, BlockAllocation
 from optprune.errors import InputError
-from optprune.models import BlockShape, Decoder
+from optprune.models import BlockShape, Decoder, KvGroups, Mlp, Values
 from optprune.models.calibrate import calibrating, run_block
 from optprune.pipeline import prune
-from optprune.prices import Prices, operations, prices_of, with_count
+from optprune.prices import Prices, operations, prices_of
 from optprune.recipe import load_recipe, make_recipe
 from tests.test_sparse_pipeline import batches
 from tests.tiny_models import TINY_MODELS, tiny_llama
 
-FIELDS = ("mlp_width", "value_dim")
+KINDS = (Mlp(), Values())
 
 
 def pruned(make, units, sparsity=0.2, **settings):
@@ -56,11 +56,11 @@ def test_prices_in_weights_and_operations_are_those_of_the_shape() -> None:
         ("parameters", decoder.weights_of),
         ("flops", lambda shape: operations(decoder, shape, 64)),
     ):
-        prices = prices_of(decoder, budget, 64, FIELDS)
+        prices = prices_of(decoder, budget, 64, KINDS)
         assert prices.whole == tuple(cost(shape) for shape in decoder.shapes())
-        for field, count in product(("mlp_width", "kv_heads", "value_dim"), (0, 1)):
-            assert prices.narrowed(1, field, count) == cost(with_count(shape, field, count))
-    assert with_count(shape, "value_dim", 0) == BlockShape(shape.mlp_width, 0, 0)
+        for kind, count in product((Mlp(), KvGroups(), Values()), (0, 1)):
+            assert prices.narrowed(1, kind, count) == cost(kind.with_count(shape, count))
+    assert Values().with_count(shape, 0) == BlockShape(shape.mlp_width, 0, 0)
 
 
 @pytest.fixture
@@ -79,18 +79,18 @@ def a_clock_that_counts_weights(monkeypatch):
 def test_what_is_timed_are_blocks_of_that_shape(name: str, a_clock_that_counts_weights) -> None:
     model = TINY_MODELS[name]()
     decoder, untouched = Decoder(model), copy.deepcopy(model)
-    fields = ("mlp_width", "value_dim", "kv_heads")
+    kinds = (Mlp(), Values(), KvGroups())
     with calibrating(decoder):
-        prices = prices_of(decoder, "time", 32, fields)
+        prices = prices_of(decoder, "time", 32, kinds)
     shape = decoder.shape(1)
     assert prices.whole == tuple(map(decoder.weights_of, decoder.shapes()))
-    for field in fields:
-        there = getattr(shape, field)
+    for kind in kinds:
+        there = getattr(shape, kind.field)
         steps = [round(there * step / 8) for step in range(9)]
         for count in steps if there > 8 else range(there + 1):
-            expected = decoder.weights_of(with_count(shape, field, count))
-            assert prices.narrowed(1, field, count) == pytest.approx(expected, rel=1e-5)
-        times = [prices.narrowed(1, field, count) for count in range(there + 1)]
+            expected = decoder.weights_of(kind.with_count(shape, count))
+            assert prices.narrowed(1, kind, count) == pytest.approx(expected, rel=1e-5)
+        times = [prices.narrowed(1, kind, count) for count in range(there + 1)]
         assert all(first < second for first, second in pairwise(times))
     assert [type(module) for module in model.modules()] == [type(module) for module in untouched.modules()]
     ids = torch.arange(5, 25)[None]
@@ -100,8 +100,8 @@ def test_what_is_timed_are_blocks_of_that_shape(name: str, a_clock_that_counts_w
 def test_a_clock_that_goes_wrong_gives_prices_that_rise(monkeypatch) -> None:
     noise = iter([5.0] + [3.0, 6.0, 2.0, 9.0, 1.0, 4.0, 4.0, 4.0] * 4)
     monkeypatch.setattr("optprune.prices._seconds", lambda *_: next(noise))
-    prices = prices_of(Decoder(tiny_llama(num_hidden_layers=1)), "time", 32, ["mlp_width"])
-    times = [prices.narrowed(0, "mlp_width", count) for count in range(129)]
+    prices = prices_of(Decoder(tiny_llama(num_hidden_layers=1)), "time", 32, [Mlp()])
+    times = [prices.narrowed(0, Mlp(), count) for count in range(129)]
     assert all(first < second for first, second in pairwise(times))
     assert times[-1] == 5.0
 
@@ -113,14 +113,14 @@ def wide_llama():
 def test_half_of_a_wide_mlp_takes_about_half_of_its_time() -> None:
     decoder = Decoder(wide_llama())
     with calibrating(decoder):
-        prices = prices_of(decoder, "time", 512, ["mlp_width"])
-    without, half, whole = (prices.narrowed(0, "mlp_width", count) for count in (0, 1024, 2048))
+        prices = prices_of(decoder, "time", 512, [Mlp()])
+    without, half, whole = (prices.narrowed(0, Mlp(), count) for count in (0, 1024, 2048))
     # A clock on a shared machine: within a factor of two of the half.
     assert 0.25 < (half - without) / (whole - without) < 0.85
 
 
 def divided_by(prices: Prices, monkeypatch: pytest.MonkeyPatch, **settings) -> Allocation:
-    monkeypatch.setattr("optprune.by_cost.prices_of", lambda *_: prices)
+    monkeypatch.setattr("optprune.width_costs.prices_of", lambda *_: prices)
     report = prune(
         tiny_llama(),
         batches(),
@@ -206,7 +206,7 @@ def test_what_is_refused() -> None:
         make_recipe({"budget": "seconds"})
     decoder = Decoder(tiny_llama())
     with pytest.raises(InputError, match="positions"):
-        prices_of(decoder, "time", 1 << 20, FIELDS)
+        prices_of(decoder, "time", 1 << 20, KINDS)
     with pytest.raises(InputError, match="the blocks' operations can go"):
         prune(
             tiny_llama(),

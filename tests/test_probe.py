@@ -1,13 +1,16 @@
 """Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
 
 from optprune.allocation import Allocation
-from optprune.by_cost import by_cost
+from optprune.allocator_choice import by_cost
+from optprune.dense import DenseStatistics
 from optprune.errors import InputError
+from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.calibrate import calibrating, first_inputs, first_tokens
 from optprune.models.fisher import collect_metrics, sampled
@@ -15,7 +18,7 @@ from optprune.moments import InputMoments
 from optprune.pipeline import prune
 from optprune.probe import Change, Probe
 from optprune.problems import LayerLoss
-from optprune.recipe import load_recipe
+from optprune.recipe import Recipe, load_recipe
 from tests.test_fisher import by_model
 from tests.test_sparse_pipeline import batches
 from tests.tiny_models import TINY_MODELS, tiny_llama
@@ -81,13 +84,18 @@ class Told(Probe):
         self.block += 1
 
 
+def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric], probe: Probe) -> Allocation:
+    stream = first_inputs(decoder, batches())
+    return by_cost(recipe).along(decoder, stream, metrics, DenseStatistics(), lambda event: None, probe).allocation
+
+
 def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocation:
     decoder = decoder or Decoder(tiny_llama())
     recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "least_kept": 0.1, **settings})
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     before = copy.deepcopy(decoder.model.state_dict())
     with calibrating(decoder):
-        allocation, _ = by_cost(decoder, first_inputs(decoder, batches()), recipe, metrics, lambda event: None, probe)
+        allocation = along(recipe, decoder, metrics, probe)
     assert all(torch.equal(before[name], value) for name, value in decoder.model.state_dict().items())
     return allocation
 
@@ -110,8 +118,7 @@ def test_weights_of_a_block_that_cost_more_than_predicted_stay(pattern: str, spa
     kept = []
     for values in ([10.0, 0.001], [0.001, 10.0]):
         with calibrating(decoder):
-            stream = first_inputs(decoder, batches())
-            found, _ = by_cost(decoder, stream, recipe, metrics, lambda event: None, Told(values))
+            found = along(recipe, decoder, metrics, Told(values))
         assert found.sparsity == pytest.approx(sparsity, abs=0.03)
         kept.append([sum(block.shares.values()) for block in found.blocks])
     assert kept[0][0] > kept[0][1] + 0.5
@@ -129,8 +136,7 @@ def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatc
     decoder = Decoder(tiny_llama())
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     with calibrating(decoder):
-        stream = first_inputs(decoder, batches())
-        by_cost(decoder, stream, load_recipe("sparse_best"), metrics, lambda event: None, Told([1.0, 1.0]))
+        along(load_recipe("sparse_best"), decoder, metrics, Told([1.0, 1.0]))
     assert shares == pytest.approx([0.5] * 14, abs=1e-3)
 
 
@@ -185,7 +191,7 @@ def test_probes_bring_squared_errors_to_one_unit() -> None:
 
 
 def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
-    monkeypatch.setattr("optprune.pipeline.Probe", lambda *_: pytest.fail("the model was probed"))
+    monkeypatch.setattr("optprune.by_cost.Probe", lambda *_: pytest.fail("the model was probed"))
     for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"pattern": "2:4"})):
         prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "probe_tokens": 50}))
 
@@ -204,8 +210,7 @@ def test_without_a_metric_the_size_of_the_hidden_states_changes_nothing() -> Non
         decoder = Decoder(model)
         recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "output_metric": "none"})
         with calibrating(decoder):
-            stream, told = first_inputs(decoder, batches()), Told([1.0, 2.0])
-            allocation, _ = by_cost(decoder, stream, recipe, {}, lambda event: None, told)
+            allocation = along(recipe, decoder, {}, Told([1.0, 2.0]))
         widths.append([block.shape.mlp_width for block in allocation.blocks])
     assert widths[0] == widths[1]
 

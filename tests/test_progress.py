@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from optprune import progress
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp, Values
 from optprune.pipeline import prune
 from optprune.prices import prices_of
 from optprune.progress import Reporter
@@ -96,7 +96,5 @@ def test_the_phase_that_chooses_sub_blocks_says_when_it_begins() -> None:
 
 def test_the_phase_that_times_narrower_blocks() -> None:
     timed: list[tuple[int, int]] = []
-    prices_of(
-        Decoder(tiny_llama()), "time", 16, ["mlp_width", "value_dim"], lambda done, total: timed.append((done, total))
-    )
+    prices_of(Decoder(tiny_llama()), "time", 16, [Mlp(), Values()], lambda done, total: timed.append((done, total)))
     assert timed == [(0, 2), (1, 2), (2, 2)]

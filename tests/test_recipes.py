@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Pretraine
 from benchmarks.studies import digest
 from optprune.allocation import uniform
 from optprune.errors import StrictError
-from optprune.models import POLICIES, BlockShape, Decoder
+from optprune.models import POLICIES, UNITS, BlockShape, Decoder
 from optprune.models.calibrate import calibrating, collect, first_inputs
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
@@ -86,12 +86,12 @@ def test_widths_are_multiples_of_eight_and_meet_the_budget(config: PretrainedCon
 
 def test_a_small_head_loses_value_dimensions_at_ten_percent_as_well() -> None:
     small = LlamaConfig(hidden_size=128, intermediate_size=384, num_attention_heads=4, num_hidden_layers=2)
-    shape = uniform(shapes_only(small), 0.1, "all", 8).blocks[0].shape
+    shape = uniform(shapes_only(small), 0.1, UNITS["all"], 8).blocks[0].shape
     assert shape.value_dim == 28 and shape.mlp_width % 8 == 0
 
 
 def test_a_width_multiple_of_one_cuts_value_dimensions_one_by_one() -> None:
-    assert uniform(shapes_only(LLAMA_7B), 0.2, "all", 1).blocks[0].shape.value_dim == 97
+    assert uniform(shapes_only(LLAMA_7B), 0.2, UNITS["all"], 1).blocks[0].shape.value_dim == 97
 
 
 # -- biases

@@ -14,7 +14,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optprune
 from optprune.errors import InputError
-from optprune.models import ARCHITECTURES, BlockShape, Decoder, load_model, model_patterns, save_model
+from optprune.models import (
+    ARCHITECTURES,
+    BlockShape,
+    Decoder,
+    KvGroups,
+    Mlp,
+    Values,
+    load_model,
+    model_patterns,
+    save_model,
+)
 from optprune.models.decoder import write
 from optprune.pipeline import prune
 from optprune.recipe import load_recipe
@@ -29,9 +39,9 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     """Four blocks: no attention, everything narrower, no MLP, intact."""
     decoder = Decoder(model)
     decoder.remove(0, "attention")
-    groups, mlp = decoder.kv_units(1), decoder.mlp_units(1)
+    groups, mlp = KvGroups().layers(decoder, 1), Mlp().layers(decoder, 1)
     decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
-    values = decoder.value_units(1)
+    values = Values().layers(decoder, 1)
     decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
     decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < 50)
     decoder.remove(2, "mlp")
@@ -243,7 +253,7 @@ def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tm
 def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        units = decoder.kv_units(block)
+        units = KvGroups().layers(decoder, block)
         decoder.keep_units(block, units, torch.arange(units.link.units) < count)
     decoder.record_shapes()
     return model
@@ -281,7 +291,7 @@ def test_shapes_that_become_even_again_are_stock_again(tmp_path: Path) -> None:
     model = tiny_llama()
     for block in range(2):
         decoder = Decoder(model)
-        units = decoder.mlp_units(block)
+        units = Mlp().layers(decoder, block)
         decoder.keep_units(block, units, torch.arange(units.link.units) < 64)
         decoder.record_shapes()
         save_model(model, tmp_path / f"{block}")

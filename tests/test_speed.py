@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optprune import memory, speed
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.models import Decoder, load, save_model
+from optprune.models import Decoder, Mlp, Values, load, save_model
 from optprune.packaged import demo_model_file
 from optprune.speed import Measured, Work, file_bytes, measure_speed, weight_bytes
 from tests.test_memory import MIB, told
@@ -25,7 +25,7 @@ def narrow_values() -> PreTrainedModel:
     model = tiny_llama()
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        for units in (decoder.value_units(block), decoder.mlp_units(block)):
+        for units in (Values().layers(decoder, block), Mlp().layers(decoder, block)):
             decoder.keep_units(block, units, torch.arange(units.link.units) % 2 == 0)
     decoder.record_shapes()
     return model

@@ -99,17 +99,17 @@ def prune_command(
         del given["allocation"]
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
+    from optprune.allocator_choice import allocator_of
     from optprune.folder import save_pruned
     from optprune.models import check_dtype, check_output, device_of, load_config, load_model, load_shapes, stored_dtype
     from optprune.pipeline import prune
     from optprune.preflight import check_run
-    from optprune.recipe import load_recipe, n_of_m
-    from optprune.targets import check_allocation
+    from optprune.recipe import load_recipe
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
-    if given_blocks is not None and "sparsity" in overrides and n_of_m(chosen.pattern) is None:
+    if given_blocks is not None and "sparsity" in overrides and chosen.pattern.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     check_output(output, overwrite)
     check_json(json_file, output=output, models=[model])
@@ -123,7 +123,7 @@ def prune_command(
     shapes = load_shapes(model, config)
     if divided is not None:
         try:
-            check_allocation(shapes, chosen, divided)
+            allocator_of(chosen, divided).check(shapes)
         except InputError as error:
             raise InputError(f"the allocation file {given_blocks} does not fit: {error}") from error
     check_run(shapes, chosen, divided, stored_dtype(model, dtype))

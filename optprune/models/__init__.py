@@ -1,8 +1,8 @@
 """Models: one architecture a file, mostly data; loading, saving, and the path of the calibration statistics."""
 
-from optprune.models.architecture import Architecture, BlockShape, Heads
+from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
 from optprune.models.calibrate import POLICIES, Propagation
-from optprune.models.decoder import ARCHITECTURES, PARTS, Decoder, LinkedLayers, architecture_of, is_stock
+from optprune.models.decoder import ARCHITECTURES, Decoder, LinkedLayers, architecture_of, is_stock
 from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
 from optprune.models.load import (
     DTYPES,
@@ -20,22 +20,33 @@ from optprune.models.load import (
 )
 from optprune.models.original import Original, layer_sizes, original_of, shares_kept
 from optprune.models.save import SavedModel, cast, check_output, save_model
+from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
 
 __all__ = [
     "ARCHITECTURES",
     "DTYPES",
     "PARTS",
     "POLICIES",
+    "UNITS",
     "Architecture",
+    "BlockAllocation",
     "BlockShape",
+    "Blocks",
     "Decoder",
     "Heads",
+    "KvGroups",
     "LayerPattern",
     "LinkedLayers",
+    "LinkedUnits",
     "LoadedModel",
+    "Mlp",
     "Original",
     "Propagation",
     "SavedModel",
+    "Target",
+    "Units",
+    "Values",
+    "Weights",
     "architecture_of",
     "cast",
     "check_dtype",

@@ -1,10 +1,13 @@
 """What optprune must know of an architecture: where its linear layers are and which of them go together."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+PARTS = ("attention", "mlp")
+"""the sub-blocks of a block, which can be removed whole"""
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,28 @@ class BlockShape:
     value_dim: int
     """the value dimensions of a head"""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The sub-blocks that it has."""
+        return tuple(part for part, size in zip(PARTS, (self.kv_heads, self.mlp_width), strict=True) if size)
+
     def without(self, part: str) -> "BlockShape":
         """The shape without a sub-block, "attention" or "mlp"."""
         return replace(self, kv_heads=0, value_dim=0) if part == "attention" else replace(self, mlp_width=0)
+
+
+@dataclass(frozen=True)
+class BlockAllocation:
+    """What one block keeps."""
+
+    shape: BlockShape
+    """a zero for mlp_width or kv_heads removes the MLP or the attention whole"""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """the share of single weights kept in a layer, by its path in the block; a layer that is not named keeps all"""
+
+    def share(self, path: str) -> float:
+        """The share of single weights that a layer keeps."""
+        return self.shares.get(path, 1.0)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ from optprune.problems import Link
 ARCHITECTURES = {architecture.model_type: architecture for architecture in (LLAMA, OPT, QWEN2)}
 SHAPES_FIELD = "optprune_shapes"
 """the config field that lists the blocks' shapes where the stock class cannot have them"""
-PARTS = ("attention", "mlp")
-"""the sub-blocks of a block, which can be removed whole"""
 
 for _architecture in ARCHITECTURES.values():
     # So that transformers' own Auto classes find them, wherever optprune is imported; exist_ok for a second import.
@@ -136,39 +134,6 @@ class Decoder:
 
     # -- units
 
-    def mlp_units(self, block: int) -> LinkedLayers:
-        """The hidden neurons of a block's MLP: one slot."""
-        architecture = self.architecture
-        layer = self.layer(block, architecture.mlp_consumer)
-        every = torch.arange(layer.in_features, device=layer.weight.device)
-        rows = tuple(every[:, None] for _ in architecture.mlp_producers)
-        link = Link(every[:, None], torch.zeros_like(every), rows)
-        return LinkedLayers(architecture.mlp_consumer, architecture.mlp_producers, link)
-
-    def value_units(self, block: int) -> LinkedLayers:
-        """The value dimensions of a block's attention: a slot for each KV head, tied over its query heads."""
-        group, shape = self.heads.group, self.shape(block)
-        dim = shape.value_dim
-        device = self.layer(block, self.architecture.output).weight.device
-        unit = torch.arange(shape.kv_heads * dim, device=device)
-        slot = unit // dim
-        query_head = slot[:, None] * group + torch.arange(group, device=device)
-        link = Link(query_head * dim + (unit % dim)[:, None], slot, (unit[:, None],))
-        return LinkedLayers(self.architecture.output, (self.architecture.value,), link)
-
-    def kv_units(self, block: int) -> LinkedLayers:
-        """The KV heads of a block's attention, each with its query heads: one slot."""
-        architecture, heads, shape = self.architecture, self.heads, self.shape(block)
-        device = self.layer(block, architecture.output).weight.device
-        unit = torch.arange(shape.kv_heads, device=device)
-
-        def lanes(width: int) -> Tensor:  # unit j owns width consecutive rows or columns
-            return unit[:, None] * width + torch.arange(width, device=device)
-
-        rows = (lanes(heads.group * heads.dim), lanes(heads.dim), lanes(shape.value_dim))
-        link = Link(lanes(heads.group * shape.value_dim), torch.zeros_like(unit), rows)
-        return LinkedLayers(architecture.output, (architecture.query, architecture.key, architecture.value), link)
-
     def keep_units(self, block: int, layers: LinkedLayers, choice: Tensor) -> None:
         """Delete the columns and rows of all other units; `choice` is a bool mask over the link's units."""
         link = layers.link
@@ -269,7 +234,7 @@ class Decoder:
             module.get_submodule(self.architecture.attention).__class__ = classes.attention
 
     def _drop_empty_blocks(self) -> None:
-        kept = [index for index, shape in enumerate(self.shapes()) if shape.kv_heads or shape.mlp_width]
+        kept = [index for index, shape in enumerate(self.shapes()) if shape.parts]
         if len(kept) == len(self.blocks):
             return
         config, (parent, _, name) = self.model.config, self.architecture.blocks.rpartition(".")

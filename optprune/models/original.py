@@ -40,7 +40,7 @@ def original_of(decoder: Decoder, folder: str) -> Original | None:
     try:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         before, after = ([_shape(block[when]) for block in report["blocks"]] for when in ("before", "after"))
-        left = tuple(index for index, shape in enumerate(after) if shape.mlp_width or shape.kv_heads)
+        left = tuple(index for index, shape in enumerate(after) if shape.parts)
         pairs = zip(map(_counts, before), map(_counts, after), strict=True)
         grown = any(new > old for pair in pairs for old, new in zip(*pair, strict=True))
         if grown or tuple(after[index] for index in left) != decoder.shapes():

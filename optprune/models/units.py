@@ -1,0 +1,279 @@
+"""Units: what a recipe removes. They say which layers that prunes, how those are linked, what a shape has left."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from optprune.errors import InputError
+from optprune.models.architecture import Architecture, BlockAllocation, BlockShape
+from optprune.models.decoder import Decoder, LinkedLayers
+from optprune.patterns import ANYWHERE, Pattern, PatternFamily
+from optprune.problems import Link
+
+STEPS = 5
+"""where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples: in a
+smaller one a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer to prune in a block, and the place in the forward pass where its input is seen."""
+
+    path: str
+    tap: str
+    """the first layer that reads the same input: layers of one stage share one set of moments"""
+    kind: "LinkedUnits | None" = None
+    """the units that its columns are, where units are pruned"""
+    family: PatternFamily = ANYWHERE
+    """what it is to look like, where single weights are pruned"""
+
+    def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
+        """How many units or weights an allocation leaves of the layer, whose weight is [outputs, inputs]."""
+        if self.kind is not None:
+            return self.kind.total(wanted.shape)
+        return self.family.keep(outputs, inputs, wanted.share(self.path))
+
+    def pattern(self, outputs: int, inputs: int, wanted: BlockAllocation) -> Pattern | None:
+        """The pattern of its weights, or None where units are pruned."""
+        return self.family.of(outputs, inputs, wanted.share(self.path)) if self.kind is None else None
+
+
+class Units(ABC):
+    """The granularity of a recipe."""
+
+    name: str
+    """as a recipe spells it"""
+    objective: str = "linked"
+    """the name of the objective of a recipe that has none of its own"""
+    family: PatternFamily | None = None
+    """what layers are to look like, where single weights go"""
+
+    @property
+    @abstractmethod
+    def kinds(self) -> "tuple[LinkedUnits, ...]":
+        """The kinds of units that are removed, the last one to fill up a budget; none where no layer is narrowed."""
+
+    def candidates(self, decoder: Decoder, block: int) -> list[Target]:
+        """The layers of a block that may be pruned, in the order of the forward pass."""
+        shape = decoder.shape(block)
+        return _in_order(decoder, [kind for kind in self.kinds if kind.there(shape)])
+
+    def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
+        """The layers of a block that an allocation prunes, in the order of the forward pass, whoever chose it.
+
+        Where inputs have `drifted` from those that a layer is to answer for, all of these units are corrected, even
+        those of which all stay.
+        """
+        before, after = decoder.shape(block), wanted.shape
+        changed = [kind for kind in self._every() if kind.there(after) < kind.there(before)]
+        changed += self.kinds if drifted else ()
+        # A layer has units of one kind: those that an allocation removes come before those that are only corrected.
+        chosen = {kind.consumer(decoder.architecture): kind for kind in reversed(changed)}
+        return _in_order(decoder, [kind for kind in chosen.values() if kind.total(after)])
+
+    def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
+        """Raise InputError when an allocation asks of a block what these units cannot do."""
+        if wanted.shares:
+            raise InputError(
+                f"the allocation thins out layers of block {block}: that needs a recipe with units weights"
+            )
+
+    def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
+        """The layers that want a whole output metric: units are columns of few, and a matrix for each is dear."""
+        return tuple(dict.fromkeys(kind.consumer(architecture) for kind in self._every()))
+
+    def _every(self) -> "tuple[LinkedUnits, ...]":
+        """What an allocation may narrow, whoever chose it: the recipe's own units first."""
+        return tuple(dict.fromkeys((*self.kinds, KvGroups(), Values(), Mlp())))
+
+
+class LinkedUnits(Units):
+    """Units of one kind: each is some columns of a layer, and the rows of the layers before it that make those."""
+
+    field: str
+    """the field of a block's shape that counts them, in every slot"""
+    part: str
+    """the sub-block that is gone without any of them"""
+
+    @property
+    def kinds(self) -> "tuple[LinkedUnits, ...]":
+        return (self,)
+
+    @abstractmethod
+    def consumer(self, architecture: Architecture) -> str:
+        """The layer whose columns they are."""
+
+    @abstractmethod
+    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+        """How they link the layers of a block."""
+
+    def there(self, shape: BlockShape) -> int:
+        """How many a shape has in every slot."""
+        return getattr(shape, self.field)
+
+    def total(self, shape: BlockShape) -> int:
+        """How many a shape has in all slots."""
+        return self.there(shape)
+
+    def with_count(self, shape: BlockShape, count: int) -> BlockShape:
+        """The shape with so many in every slot; with none the sub-block is gone."""
+        return replace(shape, **{self.field: count}) if count else shape.without(self.part)
+
+    def multiple(self, shape: BlockShape, asked: int, alike: bool = False) -> int:
+        """What a count is a multiple of, unless all stay, where a recipe asks for multiples.
+
+        `alike` where the same share is to go from every block.
+        """
+        return 1
+
+
+@final
+@dataclass(frozen=True)
+class Mlp(LinkedUnits):
+    """The hidden neurons of an MLP: one slot."""
+
+    name = "mlp"
+    field = "mlp_width"
+    part = "mlp"
+
+    def consumer(self, architecture: Architecture) -> str:
+        return architecture.mlp_consumer
+
+    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+        architecture = decoder.architecture
+        layer = decoder.layer(block, architecture.mlp_consumer)
+        every = torch.arange(layer.in_features, device=layer.weight.device)
+        rows = tuple(every[:, None] for _ in architecture.mlp_producers)
+        link = Link(every[:, None], torch.zeros_like(every), rows)
+        return LinkedLayers(architecture.mlp_consumer, architecture.mlp_producers, link)
+
+    def multiple(self, shape: BlockShape, asked: int, alike: bool = False) -> int:
+        return asked
+
+
+@final
+@dataclass(frozen=True)
+class Values(LinkedUnits):
+    """The value dimensions of the heads: a slot for each KV head, tied over its query heads."""
+
+    name = "vo"
+    field = "value_dim"
+    part = "attention"
+
+    def consumer(self, architecture: Architecture) -> str:
+        return architecture.output
+
+    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+        architecture, group, shape = decoder.architecture, decoder.heads.group, decoder.shape(block)
+        dim = shape.value_dim
+        device = decoder.layer(block, architecture.output).weight.device
+        unit = torch.arange(shape.kv_heads * dim, device=device)
+        slot = unit // dim
+        query_head = slot[:, None] * group + torch.arange(group, device=device)
+        link = Link(query_head * dim + (unit % dim)[:, None], slot, (unit[:, None],))
+        return LinkedLayers(architecture.output, (architecture.value,), link)
+
+    def total(self, shape: BlockShape) -> int:
+        return shape.value_dim * shape.kv_heads
+
+    def multiple(self, shape: BlockShape, asked: int, alike: bool = False) -> int:
+        coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
+        return asked if coarse else 1
+
+
+@final
+@dataclass(frozen=True)
+class KvGroups(LinkedUnits):
+    """The KV heads, each with its query heads: one slot."""
+
+    name = "kv-groups"
+    field = "kv_heads"
+    part = "attention"
+
+    def consumer(self, architecture: Architecture) -> str:
+        return architecture.output
+
+    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+        architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
+        device = decoder.layer(block, architecture.output).weight.device
+        unit = torch.arange(shape.kv_heads, device=device)
+
+        def lanes(width: int) -> Tensor:  # unit j owns width consecutive rows or columns
+            return unit[:, None] * width + torch.arange(width, device=device)
+
+        rows = (lanes(heads.group * heads.dim), lanes(heads.dim), lanes(shape.value_dim))
+        link = Link(lanes(heads.group * shape.value_dim), torch.zeros_like(unit), rows)
+        return LinkedLayers(architecture.output, (architecture.query, architecture.key, architecture.value), link)
+
+
+@final
+@dataclass(frozen=True)
+class Composite(Units):
+    """Units of several kinds, of different layers."""
+
+    name: str
+    of: tuple[LinkedUnits, ...]
+    """the last one fills up what the others leave of a budget"""
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return self.of
+
+
+@final
+@dataclass(frozen=True)
+class Weights(Units):
+    """Single weights of every linear layer."""
+
+    family: PatternFamily = ANYWHERE
+    name = "weights"
+    objective = "sparse"
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return ()
+
+    def candidates(self, decoder: Decoder, block: int) -> list[Target]:
+        taps = decoder.architecture.taps
+        return [Target(path, taps[path], family=self.family) for path in decoder.paths(block)]
+
+    def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
+        return [target for target in self.candidates(decoder, block) if wanted.share(target.path) < 1]
+
+    def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
+        if wanted.shape.parts and wanted.shape != decoder.shape(block):
+            raise InputError(f"the allocation narrows block {block}, but the recipe's units are single weights")
+        if not all(map(self.family.admits, wanted.shares.values())):
+            raise InputError(f"with the pattern {self.family.name} a layer of block {block} keeps that share, or 1")
+
+    def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
+        return architecture.layers
+
+
+@final
+@dataclass(frozen=True)
+class Blocks(Units):
+    """Whole sub-blocks, attention or MLP: nothing is left to solve."""
+
+    name = "blocks"
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return ()
+
+
+def _in_order(decoder: Decoder, kinds: list[LinkedUnits]) -> list[Target]:
+    architecture = decoder.architecture
+    taps, layers = architecture.taps, architecture.layers
+    consumers = [(kind.consumer(architecture), kind) for kind in kinds]
+    return [Target(path, taps[path], kind) for path, kind in sorted(consumers, key=lambda pair: layers.index(pair[0]))]
+
+
+UNITS: dict[str, Units] = {
+    units.name: units
+    for units in (Mlp(), Values(), KvGroups(), Composite("all", (Values(), Mlp())), Weights(), Blocks())
+}
+"""the units of a recipe, by name"""
