@@ -17,7 +17,8 @@ from optprune.errors import InputError, NumericalError
 from optprune.memory import release
 from optprune.metric import OutputMetric
 from optprune.models import BlockShape, Decoder
-from optprune.models.calibrate import Stream, collect
+from optprune.models.moments_pass import collect
+from optprune.models.stream import Stream
 from optprune.patterns import NM, in_order
 from optprune.prices import Prices, prices_of, with_count
 from optprune.probe import Change, Probe

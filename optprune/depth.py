@@ -13,7 +13,7 @@ from optprune.allocation import Allocation, everything
 from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.models import PARTS, BlockShape, Decoder
-from optprune.models.calibrate import first_inputs, run_block
+from optprune.models.stream import first_inputs, run_block
 from optprune.recipe import Recipe
 from optprune.report import Event, PartsScored, RemovedPart
 

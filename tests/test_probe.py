@@ -9,8 +9,8 @@ from optprune.allocation import Allocation
 from optprune.by_cost import by_cost
 from optprune.errors import InputError
 from optprune.models import Decoder
-from optprune.models.calibrate import calibrating, first_inputs, first_tokens
 from optprune.models.fisher import collect_metrics, sampled
+from optprune.models.stream import calibrating, first_inputs, first_tokens
 from optprune.moments import InputMoments
 from optprune.pipeline import prune
 from optprune.probe import Change, Probe

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Pretraine
 from benchmarks.studies import digest
 from optprune.allocation import uniform
 from optprune.models import POLICIES, BlockShape, Decoder
-from optprune.models.calibrate import calibrating, collect, first_inputs
+from optprune.models.moments_pass import collect
+from optprune.models.stream import calibrating, first_inputs
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
 from optprune.pipeline import prune

@@ -1,7 +1,6 @@
 """Models: one architecture a file, mostly data; loading, saving, and the path of the calibration statistics."""
 
 from optprune.models.architecture import Architecture, BlockShape, Heads
-from optprune.models.calibrate import POLICIES, Propagation
 from optprune.models.decoder import ARCHITECTURES, PARTS, Decoder, LinkedLayers, architecture_of, is_stock
 from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
 from optprune.models.load import (
@@ -19,6 +18,7 @@ from optprune.models.load import (
     using_tokenizer,
 )
 from optprune.models.original import Original, layer_sizes, original_of, shares_kept
+from optprune.models.propagation import POLICIES, Path, Propagation, Visit
 from optprune.models.save import SavedModel, cast, check_output, save_model
 
 __all__ = [
@@ -34,8 +34,10 @@ __all__ = [
     "LinkedLayers",
     "LoadedModel",
     "Original",
+    "Path",
     "Propagation",
     "SavedModel",
+    "Visit",
     "architecture_of",
     "cast",
     "check_dtype",
