@@ -15,7 +15,8 @@ import torch
 
 from benchmarks.common import setting, write_table
 from optprune.models import Decoder
-from optprune.models.calibrate import Stream, calibrating, collect, first_inputs
+from optprune.models.moments_pass import collect
+from optprune.models.stream import Stream, calibrating, first_inputs
 from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares

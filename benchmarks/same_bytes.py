@@ -153,6 +153,12 @@ def kernels() -> str:
     )
 
 
+def _write(file: Path, results: dict[str, Result]) -> str:
+    text = json.dumps({"kernels": kernels(), "results": results}, indent=1) + "\n"
+    file.write_text(text, encoding="utf-8")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="where to write the results, as JSON")
@@ -171,10 +177,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name: pruned(models[architecture], recipe, settings)
         for name, (architecture, recipe, settings) in chosen.items()
     }
+    text = _write(options.file, results)
     if options.demo:
+        # The file is there already: the demo takes minutes, and may be interrupted.
         results[DEMO] = demo()
-    text = json.dumps({"kernels": kernels(), "results": results}, indent=1) + "\n"
-    options.file.write_text(text, encoding="utf-8")
+        text = _write(options.file, results)
     refused = sum("refused" in result for result in results.values())
     print(f"{len(results)} results, {refused} of them refusals, in {time.perf_counter() - began:.0f} s: {options.file}")
     if before is None:

@@ -17,7 +17,8 @@ from optprune.errors import NumericalError
 from optprune.memory import release
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, Units
-from optprune.models.calibrate import Stream, collect, first_inputs, first_tokens
+from optprune.models.moments_pass import collect
+from optprune.models.stream import Stream, first_inputs, first_tokens
 from optprune.probe import Probe
 from optprune.problems import LayerLoss
 from optprune.report import BlockMeasured, Event, PhaseAdvanced

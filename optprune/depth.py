@@ -17,7 +17,7 @@ from optprune.errors import InputError
 from optprune.evaluate import perplexity
 from optprune.metric import OutputMetric
 from optprune.models import BlockShape, Decoder
-from optprune.models.calibrate import first_inputs, run_block
+from optprune.models.stream import first_inputs, run_block
 from optprune.report import Event, PartsScored, RemovedPart
 
 

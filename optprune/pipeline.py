@@ -1,14 +1,13 @@
 """The pipeline: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
-import copy
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
@@ -19,24 +18,16 @@ from optprune.layer_report import check, layer_report, summary
 from optprune.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder, Target
-from optprune.models.calibrate import (
-    Collected,
-    Stream,
-    advance,
-    calibrating,
-    clock,
-    collect,
-    first_inputs,
-    first_tokens,
-    hold_out,
-)
+from optprune.models.calls import Calls
 from optprune.models.decoder import write
+from optprune.models.moments_pass import Collected
+from optprune.models.stream import Stream, calibrating, first_inputs, first_tokens, hold_out
 from optprune.objectives import LayerContext
 from optprune.precision import full_precision
 from optprune.preflight import check_batches, check_run
 from optprune.problems import LayerLoss
 from optprune.recipe import Recipe
-from optprune.recovery import Calls, calls_of, catching, recover
+from optprune.recovery import recover
 from optprune.refit import HeldOut, refit
 from optprune.report import (
     BlockChange,
@@ -110,7 +101,7 @@ def prune(
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
         floor_seconds=run.floor_seconds,
-        tokens=sum(hidden.shape[:-1].numel() for hidden in run.actual.hidden),
+        tokens=sum(hidden.shape[:-1].numel() for hidden in run.path.actual.hidden),
         seed=recipe.seed,
         versions={
             "optprune": version("optprune"),
@@ -152,81 +143,42 @@ class _Run:
 
     def start(self, stream: Stream) -> None:
         """Begin with the inputs of the first block."""
-        self.actual = stream
-        """what the current block will really get"""
-        self.dense = stream.copy() if self.recipe.policy.two_paths else stream
-        """what the current block gets in the dense model; the same stream where the policy follows only one path"""
+        self.path = self.recipe.policy.start(stream)
 
     def prune_block(self, index: int) -> None:
-        """Calibrate, solve and write one block, then move the streams past it."""
-        began = time.perf_counter()
-        policy, blocks = self.recipe.policy, len(self.decoder.blocks)
-        block = self.decoder.blocks[index]
+        """Calibrate, solve and write one block, then move the path past it."""
+        began, blocks = time.perf_counter(), len(self.decoder.blocks)
         self.on_event(BlockStarted(index, blocks))
         removed = parts_removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
         if index > self.last:
-            for part in removed:
-                self.decoder.remove(index, part)
-            self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
-            return
-        original = copy.deepcopy(block) if policy.dense_target else block
-        upcoming: Stream | None = None
-        if removed and not policy.pruned_prefix:
-            # The next block's inputs are those of the dense model; this block's statistics know what is gone.
-            upcoming = self.actual.copy()
-            before = clock(self.decoder.model.device)
-            advance(block, upcoming)
-            self.floor_seconds += 2 * (clock(self.decoder.model.device) - before)
-        for part in removed:
-            self.decoder.remove(index, part)
-        if self.recipe.recovery and policy.sequential and not policy.dense_target:
-            # Of what is left: its sub-modules are called as they are where the statistics come from.
-            original = copy.deepcopy(block)
-        targets = self._targets(index)
-        groups = by_stage(self.decoder, targets) if policy.sequential else [targets] if targets else []
-        for position, group in enumerate(groups):
-            first = position == 0
-            differ = policy.two_paths or not first or bool(removed)
-            reference = (original, self.dense) if policy.dense_target and differ else None
-            whole = first and not policy.pruned_prefix and not removed
-            if whole:
-                # The block is still dense, so this pass also gives the next block's inputs.
-                upcoming = self.actual.copy()
-            # All at once, the pass that collects the statistics also calls the sub-modules as they were.
-            calling = self._recovered_by(group) if self.recipe.recovery and not policy.sequential else []
-            with catching(block, calling) as calls:
-                collected = collect(
-                    block,
-                    self.actual,
-                    sorted({target.tap for target in group}, key=self.decoder.architecture.layers.index),
-                    reference=reference,
-                    held_out=self.held_out,
-                    output=upcoming if whole else None,
-                    to_end=bool(calling),
-                )
-            self.floor_seconds += collected.gram_seconds
-            if whole:
-                self.floor_seconds += 2 * collected.forward_seconds
-            elif first and upcoming is None and not policy.sequential:
-                self.floor_seconds += collected.forward_seconds
-            for target in group:
-                self._prune_layer(index, target, collected)
-            if self.recipe.recovery:
-                later = [target for following in groups[position + 1 :] for target in following]
-                self._recover(index, group, later, original, calls)
-        if upcoming is not None:
-            self.actual.past(upcoming.hidden)
+            self._remove(index, removed)
         else:
-            before = clock(self.decoder.model.device)
-            advance(block, self.actual)
-            # A stage at a time, no pass of the block was whole: this one stands for two.
-            self.floor_seconds += (2 if policy.sequential else 1) * (clock(self.decoder.model.device) - before)
-            if self.dense is not self.actual:
-                advance(original, self.dense)
+            block = self.decoder.blocks[index]
+            with self.path.visit(block, held_out=self.held_out, cut=bool(removed)) as visit:
+                self._remove(index, removed)
+                stages = visit.stages(by_stage(self.decoder, self._targets(index)))
+                for position, stage in enumerate(stages):
+                    places = self._recovered_by(stage)
+                    collected = visit.collect(self._taps(stage), places)
+                    for target in stage:
+                        self._prune_layer(index, target, collected)
+                    later = {place for following in stages[position + 1 :] for place in self._recovered_by(following)}
+                    for place in places:
+                        if place not in later:
+                            self._recover(index, place, visit.calls(place))
+            self.floor_seconds += visit.floor_seconds
         for path in self.decoder.architecture.layers:
             self.metrics.forget(self.decoder.name(index, path))
         release()
         self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
+
+    def _remove(self, index: int, parts: Iterable[str]) -> None:
+        for part in parts:
+            self.decoder.remove(index, part)
+
+    def _taps(self, targets: Iterable[Target]) -> list[str]:
+        """Where the inputs of layers are seen, in the order of the forward pass."""
+        return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
 
     def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:
         began = time.perf_counter()
@@ -237,7 +189,7 @@ class _Run:
         metric = self.metrics.get(name)
         fit_bias = recipe.fit_bias and layer.bias is not None
         loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
-        asked = *layer.weight.shape, self.allocation.blocks[index]
+        asked = layer.out_features, layer.in_features, self.allocation.blocks[index]
         link = None if units is None else units.link
         context = LayerContext(name, index, loss, target.keep(*asked), link, target.pattern(*asked))
         problem = recipe.state(context)
@@ -271,41 +223,27 @@ class _Run:
         self.layers.append(report)
         self.on_event(LayerSolved(report))
 
-    def _recovered_by(self, group: list[Target]) -> list[str]:
-        """The paths of the sub-modules that can be refitted once these layers are pruned."""
-        places = [path for path, _ in self.decoder.architecture.recoverable]
-        return [path for path in places if any(target.path.startswith(f"{path}.") for target in group)]
+    def _recovered_by(self, targets: list[Target]) -> list[str]:
+        """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
+        places = [path for path, _ in self.decoder.architecture.recoverable if self.recipe.recovery]
+        return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
 
-    def _recover(
-        self, index: int, group: list[Target], later: list[Target], original: nn.Module, caught: Mapping[str, Calls]
-    ) -> None:
-        """Refit the sub-modules of a block in which layers were just pruned and none follow.
-
-        The inputs and targets are those of the layers' own statistics: as caught, or of the original block.
-        """
-        recipe, block, layers_of = self.recipe, self.decoder.blocks[index], dict(self.decoder.architecture.recoverable)
-        for path in self._recovered_by(group):
-            if path in self._recovered_by(later):
-                continue
-            if recipe.policy.sequential:
-                calls = calls_of(original, path, self.dense)
-                calls = Calls(calls_of(block, path, self.actual).arguments, calls.targets)
-            else:
-                calls = caught[path]
-            fit, apart = calls.split(self.held_out)
-            layers = layers_of[path]
-            part = recover(
-                block.get_submodule(path),
-                [name.removeprefix(f"{path}.") for name in layers],
-                fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
-                apart,
-                rounds=recipe.recovery,
-                steps=recipe.recovery_steps,
-                damping=recipe.recovery_damping,
-                metric=self.metrics.get(self.decoder.name(index, layers[-1])),
-                name=self.decoder.name(index, path),
-            )
-            self.recovered.append(part)
+    def _recover(self, index: int, path: str, calls: Calls) -> None:
+        """Refit a sub-module of a block whose layers are pruned."""
+        recipe, layers = self.recipe, dict(self.decoder.architecture.recoverable)[path]
+        fit, apart = calls.split(self.held_out)
+        part = recover(
+            self.decoder.blocks[index].get_submodule(path),
+            [name.removeprefix(f"{path}.") for name in layers],
+            fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
+            apart,
+            rounds=recipe.recovery,
+            steps=recipe.recovery_steps,
+            damping=recipe.recovery_damping,
+            metric=self.metrics.get(self.decoder.name(index, layers[-1])),
+            name=self.decoder.name(index, path),
+        )
+        self.recovered.append(part)
 
     def _targets(self, index: int) -> list[Target]:
         return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)

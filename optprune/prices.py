@@ -13,7 +13,7 @@ import torch
 
 from optprune.errors import InputError
 from optprune.models import BlockShape, Decoder, LinkedUnits
-from optprune.models.calibrate import Stream, clock, first_inputs, run_block
+from optprune.models.stream import Stream, clock, first_inputs, run_block
 
 REPEATS = 5
 """of which the median is taken"""

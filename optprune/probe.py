@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from optprune.models import Decoder
-from optprune.models.calibrate import Stream, advance, first_inputs, run_block
 from optprune.models.decoder import write
 from optprune.models.fisher import POSITIONS_AT_ONCE
+from optprune.models.stream import Stream, advance, first_inputs, run_block
 from optprune.problems import LayerLoss
 
 

@@ -13,8 +13,8 @@ from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
 from optprune.memory import memory_increase
-from optprune.models.calibrate import clock
 from optprune.models.load import DEMO
+from optprune.models.stream import clock
 from optprune.packaged import demo_model_file
 
 PEAK_MEMORY = (

@@ -71,7 +71,8 @@ class WeightCosts(Costs):
             self.curves[name] = _curve(entries, budget.family, budget.family.only_share)
         if self.probe is not None:
             # Masked where weights cost least, and the others refitted.
-            mask = budget.family.of(*entries.shape, 1 - budget.sparsity).project(entries)
+            outputs, inputs = entries.shape
+            mask = budget.family.of(outputs, inputs, 1 - budget.sparsity).project(entries)
             value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
             self.predicted += loss.value(value)
             self.changes.append(Change.of(self.decoder.layer(block, target.path), value, loss))
@@ -113,6 +114,7 @@ class WeightCosts(Costs):
 
 def _curve(costs: Tensor, family: PatternFamily, share: float) -> Curve:
     """Two choices: the pattern, at the sum of what its weights cost one by one, or all weights."""
-    lost = float(costs[~family.of(*costs.shape, share).project(costs)].sum())
-    prices = torch.tensor([family.keep(*costs.shape, share), costs.numel()])
+    outputs, inputs = costs.shape
+    lost = float(costs[~family.of(outputs, inputs, share).project(costs)].sum())
+    prices = torch.tensor([family.keep(outputs, inputs, share), costs.numel()])
     return Curve(prices, torch.tensor([lost, 0.0], dtype=torch.float64))

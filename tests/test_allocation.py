@@ -74,9 +74,9 @@ def test_the_statistics_of_a_block_know_what_was_removed_from_it(policy: str) ->
     for block in (1, 2):
         # The model as it was when this block's statistics were taken.
         at_the_time = copy.deepcopy(dense)
-        for before in range(block if promise.pruned_prefix else 0):
+        for before in range(0 if promise.independent else block):
             at_the_time.model.layers[before] = Decoder(snapshots[-1]).blocks[before]
-        target = copy.deepcopy(at_the_time) if promise.same_inputs else dense
+        target = copy.deepcopy(at_the_time) if policy == "local" else dense
         if block == 1:
             Decoder(at_the_time).remove(1, "attention")
         name = f"model.layers.{block}.mlp.down_proj"
@@ -84,7 +84,7 @@ def test_the_statistics_of_a_block_know_what_was_removed_from_it(policy: str) ->
         expected = InputMoments.from_samples(actual, ideal)
         scale = expected.gram.abs().max()
         assert (seen[name].gram - expected.gram).abs().max() <= 1e-5 * scale
-        differs = block == 1 or promise.two_paths
+        differs = block == 1 or policy == "cross"
         assert (seen[name].dense is not None) == (promise.dense_target and differs)
         if seen[name].dense is not None:
             assert (seen[name].dense.cross - expected.dense.cross).abs().max() <= 1e-5 * scale

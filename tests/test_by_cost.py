@@ -12,8 +12,9 @@ from optprune.dense import DenseStatistics
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, Mlp
-from optprune.models.calibrate import calibrating, collect, first_inputs
 from optprune.models.fisher import collect_metrics, sampled
+from optprune.models.moments_pass import collect
+from optprune.models.stream import calibrating, first_inputs
 from optprune.pipeline import prune
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.recipe import Recipe, load_recipe, make_recipe

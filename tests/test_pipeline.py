@@ -67,9 +67,9 @@ def test_a_policy_sees_the_inputs_it_promises(make: Callable[[], PreTrainedModel
         at_the_time, target = copy.deepcopy(dense), copy.deepcopy(dense)
         for index in range(block + 1):
             pruned = Decoder(snapshots[layer]).blocks[index]
-            if promise.pruned_prefix if index < block else promise.sequential:
+            if not promise.independent if index < block else promise.sequential:
                 Decoder(at_the_time).blocks[index] = pruned
-            if promise.same_inputs and index < block:
+            if policy == "local" and index < block:
                 Decoder(target).blocks[index] = pruned
         actual, ideal = inputs_of(at_the_time, layer), inputs_of(target, layer)
         expected = InputMoments.from_samples(actual, ideal)

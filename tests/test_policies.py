@@ -1,25 +1,30 @@
 """Propagation policies: what each of the five means, stated literally and measured on models put together by hand."""
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from optprune.models import POLICIES
+from optprune.allocation import Allocation, BlockAllocation
+from optprune.models import POLICIES, Decoder, moments_pass, propagation, stream
+from optprune.models.stream import Stream, run_block
 from optprune.objectives import LayerContext, linked
 from optprune.pipeline import prune
 from optprune.problems import LayerLoss, Problem
-from optprune.recipe import Recipe
+from optprune.recipe import Recipe, load_recipe
 from tests.test_pipeline import batches, inputs_of
 from tests.tiny_models import tiny_llama
 
-FLAGS = {
-    # pruned_prefix, sequential, dense_target, same_inputs; and whether two paths are followed
-    "dense": (False, False, False, False, False),
-    "pruned": (True, False, False, False, False),
-    "intra": (False, True, True, False, False),
-    "cross": (True, True, True, False, True),
-    "local": (True, True, True, True, False),
+FACTS = {
+    # independent, sequential, dense_target; and whether two paths are followed
+    "dense": (True, False, False, False),
+    "pruned": (False, False, False, False),
+    "intra": (True, True, True, False),
+    "cross": (False, True, True, True),
+    "local": (False, True, True, False),
 }
 FIRST, LAST = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
 SEES = {
@@ -33,12 +38,15 @@ SEES = {
 }
 
 
-def test_the_flags_of_every_policy() -> None:
-    assert {
-        name: (each.pruned_prefix, each.sequential, each.dense_target, each.same_inputs, each.two_paths)
-        for name, each in POLICIES.items()
-    } == FLAGS
-    assert all(name == each.name for name, each in POLICIES.items())
+def test_the_facts_of_every_policy() -> None:
+    assert POLICIES.keys() == FACTS.keys()
+    for name, policy in POLICIES.items():
+        path = policy.start(Stream([torch.zeros(1, 1, 1)], [[{}]]))
+        two_paths = path.dense is not path.actual
+        assert (policy.independent, policy.sequential, policy.dense_target, two_paths) == FACTS[name]
+        assert policy.name == name
+        # The list is the stream's own: a block replaces its entries one by one.
+        assert (path.dense.hidden is not path.actual.hidden) == two_paths
 
 
 def put_together(dense: nn.Module, pruned: nn.Module, what: str) -> nn.Module:
@@ -83,3 +91,43 @@ def test_the_second_block_sees_what_its_policy_says(policy: str) -> None:
                 # The model computes in float32: a few hundred roundings of the largest entry at most. Whatever else
                 # is pruned moves an entry by far more than that.
                 assert distance <= 1e-5 if (inputs, targets) == said else distance >= 1e-3, (layer, inputs, targets)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("recipe", ["fasp", "sparsegpt"])
+def test_blocks_are_as_independent_as_their_policy_says(recipe: str, policy: str) -> None:
+    """The second block's weights, with the first block as it was and with less of it."""
+    found = []
+    for less in (False, True):
+        model = tiny_llama()
+        decoder = Decoder(model)
+        first, second = map(BlockAllocation, decoder.shapes())
+        if recipe == "fasp":
+            first = BlockAllocation(first.shape.without("attention")) if less else first
+            second = BlockAllocation(replace(second.shape, mlp_width=77))
+        else:
+            first = replace(first, shares=dict.fromkeys(decoder.paths(0), 0.25)) if less else first
+            second = replace(second, shares=dict.fromkeys(decoder.paths(1), 0.5))
+        settings = {"propagation": policy, "held_out": 0.25, "recovery": 1}
+        prune(model, batches(), load_recipe(recipe, settings), allocation=Allocation.of(decoder, [first, second]))
+        found.append(Decoder(model).blocks[1].state_dict().values())
+    same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert same == POLICIES[policy].independent
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("recipe", ["fasp", "sparsegpt"])
+def test_the_floor_is_two_passes_of_every_block(recipe: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that counts passes of blocks, however many of them a policy makes."""
+    passes = [0]
+
+    def counted(*args: Any, **options: Any) -> Any:
+        passes[0] += 1
+        return run_block(*args, **options)
+
+    for module in (moments_pass, stream):
+        monkeypatch.setattr(module, "run_block", counted)
+    for module in (moments_pass, propagation):
+        monkeypatch.setattr(module, "clock", lambda device: float(passes[0]))
+    report = prune(tiny_llama(), batches(), load_recipe(recipe, {"propagation": policy}))
+    assert report.floor_seconds == 2 * len(batches()) * 2

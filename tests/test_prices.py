@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from optprune.allocation import Allocation, BlockAllocation
 from optprune.errors import InputError
 from optprune.models import BlockShape, Decoder, KvGroups, Mlp, Values
-from optprune.models.calibrate import calibrating, run_block
+from optprune.models.stream import calibrating, run_block
 from optprune.pipeline import prune
 from optprune.prices import Prices, operations, prices_of
 from optprune.recipe import load_recipe, make_recipe

@@ -12,8 +12,8 @@ from optprune.dense import DenseStatistics
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
-from optprune.models.calibrate import calibrating, first_inputs, first_tokens
 from optprune.models.fisher import collect_metrics, sampled
+from optprune.models.stream import calibrating, first_inputs, first_tokens
 from optprune.moments import InputMoments
 from optprune.pipeline import prune
 from optprune.probe import Change, Probe

@@ -10,7 +10,8 @@ from benchmarks.studies import digest
 from optprune.allocation import uniform
 from optprune.errors import StrictError
 from optprune.models import POLICIES, UNITS, BlockShape, Decoder
-from optprune.models.calibrate import calibrating, collect, first_inputs
+from optprune.models.moments_pass import collect
+from optprune.models.stream import calibrating, first_inputs
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
 from optprune.pipeline import prune

@@ -14,11 +14,12 @@ from optprune.allocation import Allocation, BlockAllocation
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import POLICIES, Decoder
-from optprune.models.calibrate import calibrating, first_inputs, hold_out
+from optprune.models.calls import Calls, calls_of
 from optprune.models.decoder import write
+from optprune.models.stream import calibrating, first_inputs, hold_out
 from optprune.pipeline import prune
 from optprune.recipe import load_recipe
-from optprune.recovery import Calls, calls_of, recover
+from optprune.recovery import recover
 from tests.tiny_models import TINY_MODELS
 
 PARTS = [

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from optprune import recovery
+from optprune.models.calls import Calls
 from optprune.models.decoder import write
 from optprune.pipeline import prune
 from optprune.recipe import load_recipe
-from optprune.recovery import Calls
 from tests.test_recovery import PARTS, answers, batches, damaged
 from tests.tiny_models import tiny_llama
 

@@ -1,7 +1,6 @@
 """Models: one architecture a file, mostly data; loading, saving, and the path of the calibration statistics."""
 
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
-from optprune.models.calibrate import POLICIES, Propagation
 from optprune.models.decoder import ARCHITECTURES, Decoder, LinkedLayers, architecture_of, is_stock
 from optprune.models.inspect import LayerPattern, layer_pattern, model_patterns
 from optprune.models.load import (
@@ -19,6 +18,7 @@ from optprune.models.load import (
     using_tokenizer,
 )
 from optprune.models.original import Original, layer_sizes, original_of, shares_kept
+from optprune.models.propagation import POLICIES, Path, Propagation, Visit
 from optprune.models.save import SavedModel, cast, check_output, save_model
 from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
 
@@ -41,11 +41,13 @@ __all__ = [
     "LoadedModel",
     "Mlp",
     "Original",
+    "Path",
     "Propagation",
     "SavedModel",
     "Target",
     "Units",
     "Values",
+    "Visit",
     "Weights",
     "architecture_of",
     "cast",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from optprune.errors import InputError, NumericalError
 from optprune.memory import release
 from optprune.metric import Metrics, MetricSums
-from optprune.models.calibrate import calibrating, first_output
 from optprune.models.decoder import Decoder
+from optprune.models.stream import calibrating, first_output
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""

@@ -1,7 +1,4 @@
-"""Calibration: the path that statistics take through the model, one block at a time.
-
-Only the hidden states between two blocks are kept; inside a block, inputs are reduced to moments batch by batch.
-"""
+"""Streams: the hidden states that calibration keeps, those between two blocks, and how a block moves them on."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,43 +11,7 @@ from torch import Tensor, nn
 
 from optprune.errors import InputError, NumericalError
 from optprune.models.decoder import Decoder
-from optprune.moments import InputMoments, MomentSums
 from optprune.precision import full_precision
-
-
-@dataclass(frozen=True)
-class Propagation:
-    """A propagation policy: which inputs a block's statistics are taken from, and which output is the target.
-
-    Any recipe can use any policy with any solver.
-    """
-
-    name: str
-    pruned_prefix: bool
-    """blocks get what the already pruned blocks before them produce, not what the dense model produces"""
-    sequential: bool
-    """inside a block, a layer's inputs are collected after the layers before it were pruned"""
-    dense_target: bool
-    """the target is what the dense block gives, not what the original weight gives on the pruned block's inputs"""
-    same_inputs: bool = False
-    """the dense block of the target gets the inputs of the pruned one, not those of the dense model"""
-
-    @property
-    def two_paths(self) -> bool:
-        """Whether the dense model's hidden states travel beside those of the pruned one."""
-        return self.pruned_prefix and self.dense_target and not self.same_inputs
-
-
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Propagation("dense", pruned_prefix=False, sequential=False, dense_target=False),
-        Propagation("pruned", pruned_prefix=True, sequential=False, dense_target=False),
-        Propagation("intra", pruned_prefix=False, sequential=True, dense_target=True),
-        Propagation("cross", pruned_prefix=True, sequential=True, dense_target=True),
-        Propagation("local", pruned_prefix=True, sequential=True, dense_target=True, same_inputs=True),
-    )
-}
 
 
 @dataclass
@@ -70,7 +31,11 @@ class Stream:
 
     def copy(self) -> "Stream":
         """A second stream from the same hidden states."""
-        return Stream(list(self.hidden), self.others, self.block)
+        return self.with_hidden(self.hidden)
+
+    def with_hidden(self, hidden: list[Tensor]) -> "Stream":
+        """A second stream at the same block, from other hidden states."""
+        return Stream(list(hidden), self.others, self.block)
 
     def past(self, hidden: list[Tensor]) -> None:
         """Go to the next block, which gets these hidden states."""
@@ -213,65 +178,3 @@ def advance(block: nn.Module, stream: Stream) -> None:
             )
         stream.hidden[index] = output
     stream.past(stream.hidden)
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What one pass over a block gave, by layer path."""
-
-    moments: dict[str, InputMoments]
-    held_out: dict[str, InputMoments]
-    """the moments of the batches kept apart; empty when there were none"""
-    gram_seconds: float
-    """of the Gram products of the inputs x*"""
-    forward_seconds: float
-    """of the forward pass on the stream alone: of the whole block where `output` was given"""
-
-
-def collect(
-    block: nn.Module,
-    stream: Stream,
-    taps: Sequence[str],
-    *,
-    reference: tuple[nn.Module, Stream] | None = None,
-    held_out: int = 0,
-    output: Stream | None = None,
-    to_end: bool = False,
-) -> Collected:
-    """The moments of the inputs x* of the tapped layers of a block, over all batches of a stream.
-
-    `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
-    `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
-    may be the stream itself. A pass ends at the last tap unless there is an `output`, or with `to_end`.
-    """
-    calibration: dict[str, MomentSums] = {}
-    kept_apart: dict[str, MomentSums] = {}
-    count, device = len(stream.hidden), stream.hidden[0].device
-    gram_seconds = forward_seconds = 0.0
-    arguments = stream.arguments
-    for index in range(count):
-        before = clock(device)
-        actual, after = run_block(
-            block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None
-        )
-        forward_seconds += clock(device) - before
-        ideal: dict[str, Tensor] = {}
-        if reference is not None:
-            dense_block, dense = reference
-            ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
-        sums = calibration if index < count - held_out else kept_apart
-        before = clock(device)
-        for path, inputs in actual.items():
-            if path not in sums:
-                sums[path] = MomentSums(inputs.shape[-1], inputs.device, with_dense=reference is not None)
-            sums[path].add(inputs, ideal.get(path))
-        # With dense inputs two more products of the same size are made.
-        gram_seconds += (clock(device) - before) / (1 if reference is None else 3)
-        if output is not None:
-            output.hidden[index] = after
-    if output is not None:
-        output.past(output.hidden)
-    # Popped, so that no more than one layer's sums and its averages are there together.
-    moments = {path: calibration.pop(path).moments() for path in list(calibration)}
-    held = {path: kept_apart.pop(path).moments() for path in list(kept_apart)}
-    return Collected(moments, held, gram_seconds, forward_seconds)
