@@ -18,8 +18,8 @@ class Kind:
 
 
 LOSS_AWARE = Kind("loss-aware recipe", lambda recipe: recipe.output_metric != "none")
-WEIGHTS = Kind("recipe for weights", lambda recipe: not LOSS_AWARE.holds(recipe) and recipe.units == "weights")
-UNITS = Kind("recipe for units", lambda recipe: not LOSS_AWARE.holds(recipe) and recipe.units != "weights")
+WEIGHTS = Kind("recipe for weights", lambda recipe: not LOSS_AWARE.holds(recipe) and recipe.units.name == "weights")
+UNITS = Kind("recipe for units", lambda recipe: not LOSS_AWARE.holds(recipe) and recipe.units.name != "weights")
 
 
 def recipe_table(kind: Kind) -> str:
