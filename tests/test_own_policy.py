@@ -1,6 +1,8 @@
 """A propagation policy of one's own: one class, through `prune`."""
 
 import copy
+import inspect
+import textwrap
 from dataclasses import dataclass
 
 import pytest
@@ -54,7 +56,10 @@ def test_its_ends_are_policies_that_we_know(name: str, recipe: str) -> None:
             assert same == (share == end)
 
 
-def test_its_targets_are_those_of_its_own_inputs() -> None:
+def test_the_example_of_the_docstring_aims_half_way() -> None:
+    example = "    class Halfway" + inspect.getdoc(Propagation).split("class Halfway")[1]
+    names = {"Propagation": Propagation, "Path": Path}
+    exec(textwrap.dedent(example), names)
     dense, losses = tiny_llama(), dict[str, LayerLoss]()
     model = copy.deepcopy(dense)
 
@@ -62,7 +67,7 @@ def test_its_targets_are_those_of_its_own_inputs() -> None:
         losses[context.name] = context.loss
         return linked(context)
 
-    prune(model, batches(), Recipe(objective=objective, sparsity=0.4, propagation=Between(0.5), damping=0.0))
+    prune(model, batches(), Recipe(objective=objective, sparsity=0.4, propagation=names["Halfway"](), damping=0.0))
     block, layer = "model.layers.1", "model.layers.1.mlp.down_proj"
     entering = list(inputs_of(model, block).float().split(batches()[0].numel()))
 
