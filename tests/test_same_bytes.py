@@ -45,8 +45,8 @@ def test_two_runs_agree_and_a_weight_of_another_last_bit_is_told(tmp_path, capsy
 
 def test_a_refusal_is_a_result() -> None:
     architecture, recipe, settings = same_bytes.combinations()["opt spap cross"]
-    found = same_bytes.pruned(same_bytes.TINY_MODELS[architecture](), recipe, settings)
-    assert found["refused"] == "InputError" and found["because"].startswith("recovery has nothing to refit: of opt")
+    found = same_bytes.pruned(same_bytes.TINY_MODELS[architecture](), recipe, {**settings, "strict": True})
+    assert found["refused"] == "StrictError" and found["because"].startswith("recovery has nothing to refit: of opt")
 
 
 def test_results_that_are_there_only_once_or_count_otherwise_are_told() -> None:

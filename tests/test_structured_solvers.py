@@ -329,3 +329,7 @@ def test_hypothesis_draws_are_solved_to_the_stated_shares():
     # Measured: XX and 0.06 percent.
     assert mean["spap"] <= 0.005
     assert mean["spap_plus"] <= 0.005
+
+
+def test_a_refit_of_one_choice_proves_nothing_of_the_best():
+    assert solve(channels(0, "mixed"), Restore()).certificate is None

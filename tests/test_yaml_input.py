@@ -191,7 +191,7 @@ def test_solvers_nested_as_people_might() -> None:
         ("fistapruner", "inner_steps", 10**8),
         ("fista_path", "inner_steps", 10**8),
         ("spap", "growth", 1e300),
-        ("spap", "stages", 10**8),
+        ("spap", "depth", 10**8),
         ("greedy_obs", "batch", 16**4000),
         ("conjugate_gradients", "tolerance", 1e-300),
         ("swaps", "candidates", 10**9),
