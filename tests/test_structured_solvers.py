@@ -326,7 +326,7 @@ def test_hypothesis_draws_are_solved_to_the_stated_shares():
 
     check()
     mean = {name: sum(shares) / len(shares) for name, shares in excess.items()}
-    # Measured: XX and 0.06 percent.
+    # What must be shown; measured: 0.00 and 0.06 percent.
     assert mean["spap"] <= 0.005
     assert mean["spap_plus"] <= 0.005
 
