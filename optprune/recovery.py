@@ -207,22 +207,19 @@ class _Inside:
 
     def trace(self, signs: Float[Tensor, "out in"]) -> float:
         """<s, H s> over the first tokens, which for random signs s estimates the trace of H where s is not zero."""
-        turn, value, tokens = self.turn, 0.0, 0
+        turn, calls, value = self.turn, self.turn.fit.first(TRACE_TOKENS), 0.0
         with _without_biases(turn.module, self.layers), _weight(self.layer, signs):
-            for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
+            for args, kwargs in calls.arguments:
                 value += float(turn.energy(first_output(turn.module(*args, **kwargs))))
-                tokens += target.shape[:-1].numel()
-                if tokens >= TRACE_TOKENS:
-                    break
-        return value / tokens
+        return value / calls.tokens
 
     def outputs(self) -> Float[Tensor, "out out"]:
         """E[b b^T] over the first tokens, b the effect of the layer's output on the module's in the metric's root.
 
         With it H is near outputs (x) gram (K-FAC; Martens and Grosse, 2015): the effect is drawn with random signs.
         """
-        turn, layer = self.turn, self.layer
-        total, tokens = layer.weight.new_zeros(layer.out_features, layer.out_features), 0
+        turn, layer, calls = self.turn, self.layer, self.turn.fit.first(TRACE_TOKENS)
+        total = layer.weight.new_zeros(layer.out_features, layer.out_features)
         generator = torch.Generator().manual_seed(0)
         caught: list[Tensor] = []
 
@@ -232,18 +229,15 @@ class _Inside:
 
         handle = layer.register_forward_hook(catch)
         try:
-            for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
+            for args, kwargs in calls.arguments:
                 with torch.enable_grad():
                     answer = first_output(turn.module(*args, **kwargs))
                     signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
                     effect = torch.autograd.grad(answer, caught.pop(), turn.rooted(signs))[0].flatten(0, -2)
                 total += effect.T @ effect
-                tokens += target.shape[:-1].numel()
-                if tokens >= TRACE_TOKENS:
-                    break
         finally:
             handle.remove()
-        return total / tokens
+        return total / calls.tokens
 
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
         """The error on the batches kept apart with another weight, which the layer then has."""
