@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.definite import check_average
 from optprune.errors import InputError, NumericalError
-from optprune.precision import full_precision
+from optprune.numerics.definite import check_average
+from optprune.numerics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)

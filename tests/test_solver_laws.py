@@ -30,10 +30,9 @@ from optprune.solvers import (
     Wanda,
     solve,
 )
-from optprune.testing import laws
+from optprune.testing import REFERENCES, STRATEGIES, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
-from optprune.testing.references import REFERENCES
-from optprune.testing.strategies import PATTERNS, PENALTIES, STRATEGIES, weighted
+from optprune.testing.strategies import PATTERNS, PENALTIES, weighted
 
 
 def concrete(base):

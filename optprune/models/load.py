@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from optprune.errors import InputError, is_out_of_memory
 from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder, architecture_called, architecture_of
+from optprune.models.demo_file import demo_model_file
 from optprune.models.weights_files import check_weights_files, check_weights_named
-from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = "demo"

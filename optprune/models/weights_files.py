@@ -8,7 +8,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
-from optprune.values import read_json, shown
+from optprune.system.files import read_json
+from optprune.system.wording import shown
 
 ENDING = ".safetensors"
 

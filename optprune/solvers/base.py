@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
-from optprune.values import shown
+from optprune.system.wording import shown
 
 State = TypeVar("State")
 

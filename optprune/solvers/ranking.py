@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optprune.problems import Problem, SelectionProblem, SparseLeastSquares, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
-from optprune.values import shown
+from optprune.system.wording import shown
 
 
 class Ranking(DirectSolver):
