@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
 from optprune.allocator_choice import allocator_of
 from optprune.dense import DenseStatistics
-from optprune.errors import StrictError
+from optprune.errors import InputError, StrictError
 from optprune.layer_report import check, layer_report, summary
 from optprune.memory import release
 from optprune.metric import Metrics
@@ -21,6 +21,7 @@ from optprune.models import Decoder, Target
 from optprune.models.calls import Calls
 from optprune.models.decoder import write
 from optprune.models.moments_pass import Collected
+from optprune.models.store import BlockStore
 from optprune.models.stream import Stream, calibrating, first_inputs, first_tokens, hold_out
 from optprune.objectives import LayerContext
 from optprune.precision import full_precision
@@ -61,6 +62,7 @@ def prune(
     on_event: Callable[[Event], None] | None = None,
     source: str = "",
     calibration: str = "",
+    store: BlockStore | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -68,10 +70,13 @@ def prune(
     that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
     `allocation` says what every block keeps, in place of the recipe's sparsity. `statistics` are those of the dense
     model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
-    the text in the report.
+    the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
+    at a time; afterwards the store gives the pruned ones.
     """
     began = time.perf_counter()
-    decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
+    decoder, recipe, on_event = Decoder(model, store), recipe.settled(), on_event or (lambda event: None)
+    if store is None and any(weight.is_meta for weight in model.parameters()):
+        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     batches = check_batches(model.config, batches)
     idle = check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
@@ -150,27 +155,30 @@ class _Run:
         began, blocks = time.perf_counter(), len(self.decoder.blocks)
         self.on_event(BlockStarted(index, blocks))
         removed = parts_removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
-        if index > self.last:
-            self._remove(index, removed)
-        else:
-            block = self.decoder.blocks[index]
-            with self.path.visit(block, held_out=self.held_out, cut=bool(removed)) as visit:
+        with self.decoder.resident(index, keep=True) as block:
+            if index > self.last:
                 self._remove(index, removed)
-                stages = visit.stages(by_stage(self.decoder, self._targets(index)))
-                for position, stage in enumerate(stages):
-                    places = self._recovered_by(stage)
-                    collected = visit.collect(self._taps(stage), places)
-                    for target in stage:
-                        self._prune_layer(index, target, collected)
-                    later = {place for following in stages[position + 1 :] for place in self._recovered_by(following)}
-                    for place in places:
-                        if place not in later:
-                            self._recover(index, place, visit.calls(place))
-            self.floor_seconds += visit.floor_seconds
+            else:
+                self._solve_block(index, block, removed)
         for path in self.decoder.architecture.layers:
             self.metrics.forget(self.decoder.name(index, path))
         release()
         self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
+
+    def _solve_block(self, index: int, block: nn.Module, removed: tuple[str, ...]) -> None:
+        with self.path.visit(block, held_out=self.held_out, cut=bool(removed)) as visit:
+            self._remove(index, removed)
+            stages = visit.stages(by_stage(self.decoder, self._targets(index)))
+            for position, stage in enumerate(stages):
+                places = self._recovered_by(stage)
+                collected = visit.collect(self._taps(stage), places)
+                for target in stage:
+                    self._prune_layer(index, target, collected)
+                later = {place for following in stages[position + 1 :] for place in self._recovered_by(following)}
+                for place in places:
+                    if place not in later:
+                        self._recover(index, place, visit.calls(place))
+        self.floor_seconds += visit.floor_seconds
 
     def _remove(self, index: int, parts: Iterable[str]) -> None:
         for part in parts:

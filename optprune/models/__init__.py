@@ -14,6 +14,7 @@ from optprune.models.load import (
     load_shapes,
     load_tokenizer,
     need_tokenizer,
+    open_model,
     stored_dtype,
     using_tokenizer,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "load_tokenizer",
     "model_patterns",
     "need_tokenizer",
+    "open_model",
     "original_of",
     "save_model",
     "shares_kept",
