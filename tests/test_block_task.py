@@ -44,7 +44,7 @@ def test_blocks_of_independent_policies_can_be_pruned_in_any_order(make, policy:
             path = settings.policy.start(entering(decoder, index))
             result = prune_block(decoder, task_of(decoder, settings, index, path), lambda event: None)
         pruned = Decoder(whole)
-        assert result.shape == pruned.shape(index)
+        assert result.record.shape == pruned.shape(index)
         assert result.weights.keys() == dict(pruned.blocks[index].named_parameters()).keys()
         for name, weight in result.weights.items():
             assert torch.equal(weight, pruned.blocks[index].get_parameter(name)), name
@@ -71,7 +71,7 @@ def test_a_block_of_a_policy_that_drifts_goes_on_from_the_path_before_it(policy:
         second = prune_block(apart, task, lambda event: None)
     for result in (first, second):
         for name, weight in result.weights.items():
-            assert torch.equal(weight, Decoder(whole).blocks[result.index].get_parameter(name)), name
+            assert torch.equal(weight, Decoder(whole).blocks[result.record.index].get_parameter(name)), name
 
 
 def test_nothing_travels_past_the_last_block_that_has_something_to_solve() -> None:
@@ -83,5 +83,5 @@ def test_nothing_travels_past_the_last_block_that_has_something_to_solve() -> No
         dense = BlockTask(0, recipe, type(task.wanted)(decoder.shape(0)), path, task.metrics, onwards=False)
         before = [hidden.clone() for hidden in path.actual.hidden]
         result = prune_block(decoder, dense, lambda event: None)
-    assert (result.layers, result.floor_seconds) == ((), 0.0)
+    assert (result.record.layers, result.record.floor_seconds) == ((), 0.0)
     assert all(map(torch.equal, result.path.actual.hidden, before))

@@ -36,14 +36,12 @@ class BlockTask:
     """whether a later block needs what leaves this one"""
 
 
-@dataclass(frozen=True, eq=False)
-class BlockResult:
-    """What became of a block."""
+@dataclass(frozen=True)
+class BlockRecord:
+    """What there is to say of a block that is done, as plain data."""
 
     index: int
     shape: BlockShape
-    weights: dict[str, Tensor]
-    """the block's parameters by their names inside it: those in the model, not copies"""
     layers: tuple[LayerReport, ...]
     recovered: tuple[RecoveredPart, ...]
     zeros: int
@@ -52,6 +50,15 @@ class BlockResult:
     """weights of the solved layers that the budget makes zero, but for rounding"""
     floor_seconds: float
     """of what no run of such a policy can spare: two passes of the block, and the Gram products of its inputs"""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockResult:
+    """What became of a block."""
+
+    record: BlockRecord
+    weights: dict[str, Tensor]
+    """the block's parameters by their names inside it, as they are in the model: no copies"""
     path: Path
     """what enters the next block; what entered this one where nothing needs it"""
 
@@ -60,26 +67,16 @@ def prune_block(decoder: Decoder, task: BlockTask, on_event: Callable[[Event], N
     """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks))
-    removed = parts_removed(decoder.shape(index), task.wanted.shape)
-    work = _Work(decoder, task, on_event)
-    if not task.onwards and not work.targets:
-        work.remove(removed)
-    else:
-        with task.path.visit(decoder.blocks[index], held_out=task.held_out, cut=bool(removed)) as visit:
+    with decoder.resident(index, keep=True):
+        work = _Work(decoder, task, on_event)
+        removed = parts_removed(decoder.shape(index), task.wanted.shape)
+        if task.onwards or work.targets:
+            work.visit(removed)
+        else:
             work.remove(removed)
-            stages = visit.stages(by_stage(decoder, work.targets))
-            for position, stage in enumerate(stages):
-                places = work.recovered_by(stage)
-                collected = visit.collect(work.taps(stage), places)
-                for target in stage:
-                    work.solve(target, collected)
-                later = {place for following in stages[position + 1 :] for place in work.recovered_by(following)}
-                for place in places:
-                    if place not in later:
-                        work.recover(place, visit.calls(place))
-        work.floor_seconds += visit.floor_seconds
+        result = work.result()
     on_event(BlockFinished(index, blocks, time.perf_counter() - began))
-    return work.result()
+    return result
 
 
 class _Work:
@@ -95,18 +92,27 @@ class _Work:
 
     def result(self) -> BlockResult:
         """What became of the block."""
-        index = self.task.index
-        return BlockResult(
-            index,
-            self.decoder.shape(index),
-            dict(self.decoder.blocks[index].named_parameters()),
-            tuple(self.layers),
-            tuple(self.recovered),
-            self.zeros,
-            self.due,
-            self.floor_seconds,
-            self.task.path,
-        )
+        index, decoder = self.task.index, self.decoder
+        done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.floor_seconds
+        weights = {name: weight.detach() for name, weight in decoder.blocks[index].named_parameters()}
+        return BlockResult(BlockRecord(index, decoder.shape(index), *done), weights, self.task.path)
+
+    def visit(self, removed: Sequence[str]) -> None:
+        """Go through the block stage by stage, and on to the next one."""
+        block, held_out = self.decoder.blocks[self.task.index], self.task.held_out
+        with self.task.path.visit(block, held_out=held_out, cut=bool(removed)) as visit:
+            self.remove(removed)
+            stages = visit.stages(by_stage(self.decoder, self.targets))
+            for position, stage in enumerate(stages):
+                places = self.recovered_by(stage)
+                collected = visit.collect(self.taps(stage), places)
+                for target in stage:
+                    self.solve(target, collected)
+                later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
+                for place in places:
+                    if place not in later:
+                        self.recover(place, visit.calls(place))
+        self.floor_seconds += visit.floor_seconds
 
     def remove(self, parts: Sequence[str]) -> None:
         """Remove sub-blocks whole."""

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
 from optprune.calibration import DenseStatistics, Path, calibrating, first_inputs, first_tokens, hold_out
-from optprune.errors import StrictError
+from optprune.errors import InputError, StrictError
 from optprune.measure.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder
+from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.pruning.block import BlockResult, BlockTask, prune_block
+from optprune.pruning.block import BlockRecord, BlockTask, prune_block
 from optprune.pruning.layer import summary
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.targets import targets_of
@@ -43,6 +44,7 @@ def prune(
     on_event: Callable[[Event], None] | None = None,
     source: str = "",
     calibration: str = "",
+    store: BlockStore | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -50,10 +52,13 @@ def prune(
     that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
     `allocation` says what every block keeps, in place of the recipe's sparsity. `statistics` are those of the dense
     model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
-    the text in the report.
+    the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
+    at a time; afterwards the store gives the pruned ones.
     """
     began = time.perf_counter()
-    decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
+    decoder, recipe, on_event = Decoder(model, store), recipe.settled(), on_event or (lambda event: None)
+    if store is None and any(weight.is_meta for weight in model.parameters()):
+        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     batches = check_batches(model.config, batches)
     idle = check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
@@ -65,11 +70,11 @@ def prune(
         division = allocator.divide(decoder, fitted, metrics, statistics, on_event)
         divided, notes = division.allocation, notes + _heeded(recipe, division.warnings) + division.notes
         path = recipe.policy.start(first_inputs(decoder, fitted))
-        results = _prune_blocks(decoder, recipe, divided, path, metrics, held_out, on_event)
-    layers = [layer for result in results for layer in result.layers]
-    kept = decoder.linear_weights() - sum(result.zeros for result in results)
+        records = _prune_blocks(decoder, recipe, divided, path, metrics, held_out, on_event)
+    layers = [layer for record in records for layer in record.layers]
+    kept = decoder.linear_weights() - sum(record.zeros for record in records)
     reached = 1 - kept / weights_before
-    if kept > sum(map(decoder.weights_of, (block.shape for block in divided.blocks))) - sum(r.due for r in results):
+    if kept > sum(map(decoder.weights_of, (block.shape for block in divided.blocks))) - sum(one.due for one in records):
         notes += _heeded(recipe, (MISSED.format(reached, divided.sparsity),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
@@ -79,7 +84,7 @@ def prune(
         sparsity_requested=recipe.sparsity if allocation is None else divided.sparsity,
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
-        floor_seconds=sum(result.floor_seconds for result in results),
+        floor_seconds=sum(record.floor_seconds for record in records),
         tokens=sum(batch.numel() for batch in fitted),
         seed=recipe.seed,
         versions=_versions(),
@@ -88,7 +93,7 @@ def prune(
         calibration=calibration,
         allocation=left.to_dict(),
         removed=division.removed,
-        recovered=tuple(part for result in results for part in result.recovered),
+        recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
     )
 
@@ -101,20 +106,19 @@ def _prune_blocks(
     metrics: Metrics,
     held_out: int,
     on_event: Callable[[Event], None],
-) -> list[BlockResult]:
+) -> list[BlockRecord]:
     """Prune block after block; each is a task of its own, and nothing travels past the last that has one."""
-    results, wanted = list[BlockResult](), allocation.blocks
+    records, wanted = list[BlockRecord](), allocation.blocks
     last = max((index for index, kept in enumerate(wanted) if targets_of(decoder, recipe, kept, index)), default=-1)
     for index, kept in enumerate(wanted):
         names = [decoder.name(index, layer) for layer in decoder.architecture.layers]
-        results.append(
-            prune_block(
-                decoder, BlockTask(index, recipe, kept, path, metrics.taken(names), held_out, index < last), on_event
-            )
-        )
-        path = results[-1].path
+        task = BlockTask(index, recipe, kept, path, metrics.taken(names), held_out, onwards=index < last)
+        result = prune_block(decoder, task, on_event)
+        path = result.path
+        records.append(result.record)
+        del task, result  # with the block's metrics, and weights that may be in memory for it alone
         release()
-    return results
+    return records
 
 
 def _versions() -> dict[str, str]:
