@@ -39,7 +39,7 @@ class StoredTensor:
         data = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.begin)
-            if file.readinto(data.numpy()) != self.bytes:
+            if file.readinto(data.numpy().data) != self.bytes:
                 raise InputError(f"{self.file.name} is cut short: {FETCH}")
         return data.view(self.dtype).reshape(self.shape)
 
@@ -69,6 +69,11 @@ class Checkpoint:
                     )
                 tensors[name] = tensor
         return cls(source, tensors)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold them."""
+        return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
     @property
     def dtype(self) -> torch.dtype:

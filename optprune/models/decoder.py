@@ -1,6 +1,6 @@
 """A transformers model seen as a row of decoder blocks with linear layers that can be read, written and narrowed."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -186,6 +186,21 @@ class Decoder:
         for name in self._modules_of(part):
             self.blocks[block]._modules[name] = None
         self._take_classes(self.architecture.pruned, block)
+
+    def put(self, block: int, shape: BlockShape, weights: Mapping[str, Tensor]) -> None:
+        """Let a block be what a run made of it: of this shape, with these parameters by their names inside it."""
+        before, module = self.shape(block), self.blocks[block]
+        for part in before.parts:
+            if part not in shape.parts:
+                self.remove(block, part)
+        for name, weight in weights.items():
+            path, _, own = name.rpartition(".")
+            parent = module.get_submodule(path)
+            parent._parameters[own] = nn.Parameter(weight, parent._parameters[own].requires_grad)  # type: ignore[union-attr]
+            if isinstance(parent, nn.Linear) and own == "weight":
+                parent.out_features, parent.in_features = weight.shape
+        if shape != before:
+            self._take_classes(self.architecture.pruned, block)
 
     @contextmanager
     def without(self, parts: Iterable[tuple[int, str]]) -> Iterator[None]:

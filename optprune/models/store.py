@@ -4,19 +4,19 @@ A skeleton is a model whose decoder blocks are on the meta device, where a tenso
 every pass needs (embeddings, norms, head, buffers) is there.
 """
 
-import os
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from optprune.errors import InputError, no_room
 from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
+from optprune.system.files import write_whole
 
 
 class BlockSink(ABC):
@@ -42,7 +42,8 @@ class ShardSink(BlockSink):
         return self.folder / f"{block}.safetensors"
 
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
-        write_whole(self.file(block), {f"{block}.{name}": tensor for name, tensor in tensors.items()})
+        named = {f"{block}.{name}": tensor for name, tensor in tensors.items()}
+        write_whole(self.file(block), partial(write_tensors, tensors=named))
 
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
         file = self.file(block)
@@ -68,6 +69,7 @@ class BlockStore:
         self._sink = sink
         self._scratch: Path | None = None
         self._in_use: set[nn.Module] = set()
+        self._in_sink: set[nn.Module] = set()
 
     @contextmanager
     def resident(self, block: nn.Module, keep: bool) -> Iterator[None]:
@@ -84,6 +86,7 @@ class BlockStore:
             yield
             if keep:
                 self.sink.write(self._names[block], {name: part.detach() for name, part in block.named_parameters()})
+                self._in_sink.add(block)
         finally:
             for module, name, weight in _weights(block):
                 _set(module, name, weight, torch.empty_like(weight, device="meta"))
@@ -93,13 +96,17 @@ class BlockStore:
         prefix = self._names[block]
         # A part that is removed meanwhile is not read.
         names = [name for name, _ in block.named_parameters()]
-        found = self._sink and self._sink.read(prefix, names)
+        found = self.sink.read(prefix, names) if block in self._in_sink else None
         if found is None:
             found = self.checkpoint.read(prefix, names, self.dtype)
         for name in names:
             parent, _, own = name.rpartition(".")
             module = block.get_submodule(parent)
             _set(module, own, module._parameters[own], found[name].to(self.device))
+
+    def take_from_sink(self, block: nn.Module) -> None:
+        """From now on a block is what an earlier run left of it in the sink; it has the shapes for it."""
+        self._in_sink.add(block)
 
     @property
     def sink(self) -> BlockSink:
@@ -117,23 +124,6 @@ class BlockStore:
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
         return folder
-
-
-def write_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that is there whole or not at all; InputError where there is no room for it."""
-    draft = file.with_name(f".{file.name}.part")
-    try:
-        with draft.open("wb") as stream:
-            write_tensors(stream, tensors)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(file)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        full = no_room(error)
-        if full is None:
-            raise
-        raise InputError(f"{full}, so {file} was not written: make room and run again") from error
 
 
 def _weights(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -4,7 +4,9 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.pruning.block import BlockRecord, BlockTask, prune_block
+from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine
 from optprune.pruning.layer import summary
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.targets import targets_of
@@ -45,6 +48,7 @@ def prune(
     source: str = "",
     calibration: str = "",
     store: BlockStore | None = None,
+    journal: Journal | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -53,7 +57,8 @@ def prune(
     `allocation` says what every block keeps, in place of the recipe's sparsity. `statistics` are those of the dense
     model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
     the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
-    at a time; afterwards the store gives the pruned ones.
+    at a time; afterwards the store gives the pruned ones. With a `journal` every block is on the disk once it is
+    finished, and a run that was stopped goes on where it was.
     """
     began = time.perf_counter()
     decoder, recipe, on_event = Decoder(model, store), recipe.settled(), on_event or (lambda event: None)
@@ -64,13 +69,19 @@ def prune(
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
     fitted, held_out = hold_out(batches, recipe.held_out)
+    if journal is not None:
+        journal.begin(_facts(decoder, batches, recipe, allocation))
     metrics, notes = _metrics(decoder, batches, recipe, statistics, on_event)
     notes += idle + _heeded(recipe, allocator.warnings)
     with calibrating(decoder):
-        division = allocator.divide(decoder, fitted, metrics, statistics, on_event)
+        division = None if journal is None else journal.division()
+        if division is None:
+            division = allocator.divide(decoder, fitted, metrics, statistics, on_event)
+            if journal is not None:
+                journal.divided(division)
         divided, notes = division.allocation, notes + _heeded(recipe, division.warnings) + division.notes
         path = recipe.policy.start(first_inputs(decoder, fitted))
-        records = _prune_blocks(decoder, recipe, divided, path, metrics, held_out, on_event)
+        records = _Run(decoder, recipe, divided, metrics, held_out, journal, on_event).all(path)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
     reached = 1 - kept / weights_before
@@ -98,27 +109,71 @@ def prune(
     )
 
 
-def _prune_blocks(
-    decoder: Decoder,
-    recipe: Recipe,
-    allocation: Allocation,
-    path: Path,
-    metrics: Metrics,
-    held_out: int,
-    on_event: Callable[[Event], None],
-) -> list[BlockRecord]:
-    """Prune block after block; each is a task of its own, and nothing travels past the last that has one."""
-    records, wanted = list[BlockRecord](), allocation.blocks
-    last = max((index for index, kept in enumerate(wanted) if targets_of(decoder, recipe, kept, index)), default=-1)
-    for index, kept in enumerate(wanted):
-        names = [decoder.name(index, layer) for layer in decoder.architecture.layers]
-        task = BlockTask(index, recipe, kept, path, metrics.taken(names), held_out, onwards=index < last)
-        result = prune_block(decoder, task, on_event)
-        path = result.path
-        records.append(result.record)
-        del task, result  # with the block's metrics, and weights that may be in memory for it alone
-        release()
-    return records
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What all blocks of a run share."""
+
+    decoder: Decoder
+    recipe: Recipe
+    allocation: Allocation
+    metrics: Metrics
+    held_out: int
+    journal: Journal | None
+    on_event: Callable[[Event], None]
+
+    def all(self, path: Path) -> list[BlockRecord]:
+        """Prune block after block; each is a task of its own, and nothing travels past the last that has one."""
+        decoder, wanted, records = self.decoder, self.allocation.blocks, list[BlockRecord]()
+        solved = [index for index, kept in enumerate(wanted) if targets_of(decoder, self.recipe, kept, index)]
+        last = max(solved, default=-1)
+        finished = set() if self.journal is None else set(self.journal.finished())
+        for index in range(len(wanted)):
+            names = [decoder.name(index, layer) for layer in decoder.architecture.layers]
+            metrics = self.metrics.taken(names)
+            if index in finished:
+                records.append(self._pass_by(index, path if index < last else None))
+            else:
+                task = BlockTask(index, self.recipe, wanted[index], path, metrics, self.held_out, index < last)
+                records.append(self._prune(task))
+            release()
+        return records
+
+    def _prune(self, task: BlockTask) -> BlockRecord:
+        result = prune_block(self.decoder, task, self.on_event)
+        if self.journal is not None:
+            self.journal.finish(self.decoder, result)
+        return result.record
+
+    def _pass_by(self, index: int, path: Path | None) -> BlockRecord:
+        """Let a block be what an earlier run made of it, and move a path past it."""
+        assert self.journal is not None
+        decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
+        self.on_event(PhaseAdvanced("passing finished blocks by", "block", index, len(decoder.blocks)))
+        with decoder.resident(index) as block:
+
+            def finish() -> None:
+                decoder.put(index, record.shape, journal.weights(decoder, index))
+
+            if path is None:
+                finish()
+            else:
+                path.pass_by(block, finish)
+        if decoder.store is not None:
+            decoder.store.take_from_sink(block)
+        return record
+
+
+def _facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
+    """What decides the bytes of a run."""
+    return {
+        "the model": digest_of_model(decoder),
+        "its dtype": str(decoder.model.dtype),
+        "the calibration tokens": digest_of_batches(batches),
+        "the recipe": recipe.to_dict(),
+        "the allocation": None if allocation is None else allocation.to_dict(),
+        "the version": _versions(),
+        "the machine": machine(decoder),
+    }
 
 
 def _versions() -> dict[str, str]:
