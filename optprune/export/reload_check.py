@@ -1,22 +1,27 @@
 """Run as a script in a fresh process: reload a model folder and compare its logits with recorded ones.
 
-usage: python -P reload_check.py FOLDER PROBE THREADS PATHS
+usage: python -P reload_check.py TASK
 
-PATHS is the import path as JSON, that of the process which saved the folder. It stands for a user without optprune:
-importing optprune is an error, and code in the folder, which optprune wrote a moment ago, is trusted.
+TASK is JSON: the folder, the probe's file, the number of threads, the import path of the process that saved the folder,
+where the model's parts are to be ("disk" for what is read when it runs), and a scratch folder. It stands for a user
+without optprune: importing optprune is an error, and code in the folder, which optprune wrote a moment ago, is trusted.
 """
 
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 
 CANNOT_IMPORT = 3
 """the exit status where torch, safetensors or transformers cannot be imported"""
 
 
-def main(folder: str, probe: str, threads: str, paths: str) -> None:
+def main(words: str) -> None:
     """Print one line of JSON with the largest difference of logits."""
-    sys.path[:] = json.loads(paths)
+    task = json.loads(words)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.path[:] = task["paths"]
     sys.modules["optprune"] = None  # type: ignore[assignment]  # so that an import of it fails
     try:
         import torch
@@ -26,13 +31,25 @@ def main(folder: str, probe: str, threads: str, paths: str) -> None:
         print(error, file=sys.stderr)
         sys.exit(CANNOT_IMPORT)
 
-    torch.set_num_threads(int(threads))
-    recorded = load_file(probe)
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="optprune_shapes" in config)
+    torch.set_num_threads(task["threads"])
+    recorded = load_file(task["probe"])
+    config = json.loads((Path(task["folder"]) / "config.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(
+        task["folder"],
+        trust_remote_code="optprune_shapes" in config,
+        device_map=task["places"],
+        offload_folder=task["scratch"],
+    )
     with torch.no_grad():
-        logits = model(input_ids=recorded["input_ids"], use_cache=False).logits
-    print(json.dumps({"difference": float((logits.float() - recorded["logits"]).abs().max())}))
+        logits = model(input_ids=recorded["input_ids"].to(model.device), use_cache=False).logits
+    print(json.dumps({"difference": float((logits.float().cpu() - recorded["logits"]).abs().max())}))
+
+
+def end_with_parent() -> None:
+    """Wait for the end of the standard input, which comes when the parent is gone, however it went."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,11 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     return found
 
 
-def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as a safetensors file does, without a copy of them all."""
+def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], values: Iterable[Tensor] | None = None) -> None:
+    """Write tensors as a safetensors file does, without a copy of them all.
+
+    Where they are read one after the other, `tensors` may be on the meta device, and `values` gives what they hold.
+    """
     kinds = {dtype: name for name, dtype in FLOATS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -137,7 +140,8 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers are aligned
     stream.write(struct.pack("<Q", len(text)) + text)
-    for tensor in tensors.values():
+    for name, tensor in zip(tensors, tensors.values() if values is None else values, strict=True):
+        assert tensor.shape == tensors[name].shape and tensor.dtype == tensors[name].dtype
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         stream.write(flat.view(torch.uint8).numpy().data)
 

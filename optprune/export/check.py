@@ -1,0 +1,109 @@
+"""The check of a folder: a fresh process loads it, a block at a time, and its logits must be those in memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from optprune.errors import InputError, OptpruneError
+from optprune.export import reload_check
+from optprune.models import Decoder
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
+rotations are in float32 in a float64 model too"""
+
+
+def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
+    """The logits of a model on token ids [batch, tokens]; InputError where they are not finite."""
+    model, training = decoder.model, decoder.model.training
+    model.eval()
+    try:
+        with torch.no_grad(), decoder.running():
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    finally:
+        model.train(training)
+    if not bool(torch.isfinite(logits).all()):
+        advice = {
+            torch.float16: "save in bfloat16 or float32, whose range is larger",
+        }.get(model.dtype, "see that those of the original are finite, or remove less")
+        raise InputError(
+            f"the logits of the pruned model in {str(model.dtype).removeprefix('torch.')} hold NaN or infinity: {advice}"
+        )
+    return logits.float().cpu().contiguous()
+
+
+def places_of(decoder: Decoder) -> dict[str, Any]:
+    """Where a process that loads the folder keeps what: the blocks on the disk, all else on the device of the model."""
+    device = decoder.model.device
+    here = "cpu" if device.type == "cpu" else (device.index or 0)
+    blocks = decoder.architecture.blocks
+    placed: dict[str, Any] = {f"{blocks}.{index}": "disk" for index in range(len(decoder.blocks))}
+    for name, module in decoder.model.named_modules():
+        inside = f"{name}.".startswith(f"{blocks}.") or not name
+        if not inside and (not any(module.children()) or dict(module.named_parameters(recurse=False))):
+            placed[name] = here
+    return placed
+
+
+def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch: Path) -> float:
+    """The largest difference between logits and those of a fresh process that loads a folder.
+
+    OptpruneError when it is more than rounding, or the process cannot tell.
+    """
+    record = scratch / "probe.safetensors"
+    save_file({"input_ids": ids.cpu().contiguous(), "logits": logits}, record)
+    # Without the script's folder (-P), but with everything that this process imports from, wherever it is.
+    task = {
+        "folder": str(folder),
+        "probe": str(record),
+        "threads": torch.get_num_threads(),
+        "paths": [path or str(Path.cwd()) for path in sys.path],
+        "places": places_of(decoder),
+        "scratch": str(scratch),
+    }
+    ours, theirs = os.pipe()  # its standard input ends with this process, however that ends, and so does it
+    try:
+        run = subprocess.run(
+            [sys.executable or "", "-P", reload_check.__file__, json.dumps(task)],
+            stdin=ours,
+            capture_output=True,
+            text=True,
+            check=False,
+            # transformers copies a folder's code into its modules cache, where ours has no business to stay.
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
+        )
+    except OSError as error:
+        raise OptpruneError(
+            f"the process that reloads it cannot be started ({error}): run optprune with an ordinary Python interpreter"
+        ) from error
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    if run.returncode < 0:
+        raise OptpruneError(
+            f"the process that reloads it was killed by signal {-run.returncode}, probably for want of memory: free "
+            "what a block and the embeddings need"
+        )
+    reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
+    if run.returncode == reload_check.CANNOT_IMPORT:
+        raise OptpruneError(
+            f"the process that reloads it cannot import what it needs ({reason}): see that {sys.executable} can import "
+            "torch and transformers"
+        )
+    if run.returncode:
+        raise OptpruneError(f"it cannot be reloaded in a fresh process: {reason}")
+    difference = float(json.loads(run.stdout.strip().splitlines()[-1])["difference"])
+    limit = TOLERANCE[decoder.model.dtype] * float(logits.abs().max())
+    if not difference <= limit:
+        raise OptpruneError(
+            f"the reloaded model's logits differ by {difference:.3g} from those in memory (at most {limit:.3g} is "
+            "rounding): please report this"
+        )
+    return difference

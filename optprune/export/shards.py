@@ -1,0 +1,136 @@
+"""Weights files: a model's tensors in safetensors shards and an index, written with one block in memory at a time."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from optprune.errors import InputError
+from optprune.models import Decoder
+from optprune.models.checkpoint import stored_tensors, write_tensors
+from optprune.system.files import write_whole
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+MAX_SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A weights file to be."""
+
+    names: tuple[str, ...]
+    """of its tensors"""
+    made: Path | None = None
+    """a file that holds just these already"""
+
+
+def size_of(text: str) -> int:
+    """The bytes that a size such as 5GB stands for, as transformers counts them; InputError when it is none."""
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    with suppress(ValueError):
+        if unit in UNITS and float(number) * UNITS[unit] >= 1:
+            return int(float(number) * UNITS[unit])
+    raise InputError(f"the shard size {text!r} is not a number of KB, MB, GB or TB, such as {MAX_SHARD_SIZE}")
+
+
+def write_weights(decoder: Decoder, folder: Path, most: int, made: Sequence[Path] = ()) -> None:
+    """Write a model's tensors into a folder, in files of at most so many bytes unless one tensor has more.
+
+    Where one file is not enough, files `made` that hold a block each, under its names, are linked and not copied. A
+    file that is there already, from a call that was interrupted, is not written again.
+    """
+    tensors = _tensors(decoder)
+    shards = _shards(decoder, tensors, most, made)
+    names = [SAFE_WEIGHTS_NAME]
+    if len(shards) > 1:
+        stem, ending = SAFE_WEIGHTS_NAME.split(".")
+        names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        file = folder / name
+        if file.exists():
+            continue
+        if shard.made is None or not _linked(shard.made, file):
+            _write(decoder, file, {name: tensors[name] for name in shard.names})
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
+            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.names},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
+        write_whole(folder / SAFE_WEIGHTS_INDEX_NAME, lambda stream: stream.write(text))
+
+
+def _tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """What a folder holds: every parameter once, however many names it has, and the buffers that are kept."""
+    model = decoder.model
+    parameters, state = dict(model.named_parameters()), model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
+    return {name: tensor.detach() for name, tensor in {**parameters, **buffers}.items()}
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _shards(decoder: Decoder, tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> list[Shard]:
+    if sum(map(_bytes, tensors.values())) <= most:
+        return [Shard(tuple(tensors))]
+    ready = {first: shard for shard in _ready(tensors, most, made) for first in shard.names}
+    shards, open_names, size = list[Shard](), list[str](), 0
+    for name, tensor in tensors.items():
+        done = ready.get(name)
+        if open_names and (done is not None or size + _bytes(tensor) > most):
+            shards.append(Shard(tuple(open_names)))
+            open_names, size = [], 0
+        if done is None:
+            open_names.append(name)
+            size += _bytes(tensor)
+        elif not shards or shards[-1] is not done:
+            shards.append(done)
+    return [*shards, Shard(tuple(open_names))] if open_names else shards
+
+
+def _ready(tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> Iterator[Shard]:
+    """The files that can stay as they are: not too large, and of tensors as they are to be."""
+    for file in made:
+        if file.is_file():
+            stored = stored_tensors(file, str(file.parent))
+            fitting = all(
+                name in tensors and (tensors[name].shape, tensors[name].dtype) == (tensor.shape, tensor.dtype)
+                for name, tensor in stored.items()
+            )
+            if fitting and sum(tensor.bytes for tensor in stored.values()) <= most:
+                yield Shard(tuple(stored), file)
+
+
+def _linked(file: Path, name: Path) -> bool:
+    """Whether the file could be given a second name, which costs no room."""
+    with suppress(OSError):
+        os.link(file, name)
+        return True
+    return False
+
+
+def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file; of blocks that are on the disk, one at a time is in memory."""
+    places = {f"{decoder.name(index, '')}": index for index in range(len(decoder.blocks))}
+
+    def values() -> Iterator[Tensor]:
+        with ExitStack() as resident:
+            here: int | None = None
+            for name in tensors:
+                index = next((index for prefix, index in places.items() if name.startswith(prefix)), None)
+                if index != here:
+                    resident.close()
+                    here = index
+                    if index is not None:
+                        resident.enter_context(decoder.resident(index))
+                yield decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
+
+    parameters = dict(decoder.model.named_parameters(remove_duplicate=False)).keys()
+    write_whole(file, lambda stream: write_tensors(stream, tensors, values()))
