@@ -38,7 +38,7 @@ def as_users_run():
 
 @pytest.fixture(scope="session")
 def attempted_model(tmp_path_factory):
-    from tests.tiny_models import save_tiny, tiny_llama
+    from tests.helpers.tiny_models import save_tiny, tiny_llama
 
     return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
 
@@ -55,7 +55,7 @@ def attempted_text(tmp_path_factory):
 @pytest.fixture
 def attempt(attempted_model, attempted_text, tmp_path, capsys):
     """A prune command that would work."""
-    from tests.attempts import Attempt
+    from tests.helpers.attempts import Attempt
 
     return Attempt(attempted_model, attempted_text, tmp_path, capsys)
 
