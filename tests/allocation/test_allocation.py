@@ -20,8 +20,9 @@ from optprune.objectives import LayerContext, linked
 from optprune.problems import Problem
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt
-from tests.pruning.test_pipeline import batches, inputs_of
+from tests.helpers.token_batches import batches
 
 
 def given(decoder: Decoder, *shapes: BlockShape) -> Allocation:

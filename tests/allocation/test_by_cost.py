@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optprune.allocation import Allocation
-from optprune.calibration import DenseStatistics, calibrating, collect_metrics, first_inputs
+from optprune.calibration import calibrating, collect_metrics, first_inputs
 from optprune.calibration.fisher_pass import sampled
 from optprune.calibration.moments_pass import collect
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
@@ -15,25 +14,15 @@ from optprune.metric import OutputMetric
 from optprune.models import Decoder, Mlp
 from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.pruning import prune
-from optprune.recipe import Recipe, load_recipe, make_recipe
-from optprune.recipe.allocator import by_cost
-from optprune.report import BlockMeasured
+from optprune.recipe import load_recipe, make_recipe
 from optprune.solvers import GreedyObs, solve
+from tests.helpers.divided import divided
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
-from tests.pruning.test_sparse_pipeline import batches
+from tests.helpers.token_batches import batches
 
 
 def metrics_of(decoder: Decoder) -> dict[str, OutputMetric]:
     return {name: metric.damped(0.01) for name, metric in collect_metrics(decoder, batches(), sampled(0)).items()}
-
-
-def divided(decoder: Decoder, recipe: Recipe, metrics: dict[str, OutputMetric] | None = None) -> Allocation:
-    with calibrating(decoder):
-        stream = first_inputs(decoder, batches())
-        events: list[object] = []
-        allocation = by_cost(recipe).along(decoder, stream, metrics or {}, DenseStatistics(), events.append).allocation
-    assert [event.block for event in events if isinstance(event, BlockMeasured)] == list(range(len(decoder.blocks)))
-    return allocation
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5])

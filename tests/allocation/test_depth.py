@@ -19,7 +19,7 @@ from optprune.recipe import Recipe, load_recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report import PartsScored, Report
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
-from tests.pruning.test_pipeline import batches
+from tests.helpers.token_batches import batches
 
 ONE_EACH = {"attention": 64 * 3 * 64, "mlp": 64 * 3 * 128}
 """linear weights of the sub-blocks of the tiny Llama"""

@@ -14,9 +14,9 @@ from optprune.allocation.knapsack import Curve, global_threshold, share_budget
 from optprune.allocation.width_costs import WidthCurve
 from optprune.models import UNITS, Decoder, Mlp
 from optprune.recipe import Recipe, load_recipe
-from tests.allocation.test_by_cost import divided
+from tests.helpers.divided import divided
+from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.tiny_models import tiny_llama, tiny_opt
-from tests.pruning.test_pipeline import inputs_of
 
 PLAIN = {"output_metric": "none", "probe_tokens": 0}
 

@@ -17,7 +17,7 @@ from optprune.models import BlockAllocation, BlockShape, Decoder, KvGroups, Mlp,
 from optprune.pruning import prune
 from optprune.recipe import load_recipe, make_recipe
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
-from tests.pruning.test_sparse_pipeline import batches
+from tests.helpers.token_batches import batches
 
 KINDS = (Mlp(), Values())
 

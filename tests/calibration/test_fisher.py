@@ -11,15 +11,9 @@ from optprune.calibration import collect_metrics
 from optprune.calibration.fisher_pass import NO_LABEL, from_text, next_tokens, sampled
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
-from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_sliding
+from tests.helpers.tiny_models import by_variant, tiny_llama, tiny_opt, tiny_qwen2
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3, "pad_token_id": 0}
-MODELS = {
-    **TINY_MODELS,
-    "qwen2, sliding window": tiny_sliding,
-    "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
-}
-by_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def tokens(batch: int = 3, length: int = 10, vocabulary: int = 500) -> torch.Tensor:
@@ -46,7 +40,7 @@ def gradients_of_the_whole_model(decoder, ids, labels):
     return {name: g.reshape(-1, g.shape[-1]) for name, g in zip(outputs, found, strict=True)}
 
 
-@by_model
+@by_variant
 @pytest.mark.parametrize("labels", [lambda: sampled(3), lambda: from_text], ids=["sampled", "of the text"])
 def test_block_by_block_equals_one_pass_through_the_model(make, labels):
     decoder, ids = Decoder(make().double()), tokens()

@@ -17,9 +17,9 @@ from optprune.objectives import LayerContext, linked
 from optprune.problems import LayerLoss, Problem
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from tests.calibration.test_policies import apart, statistics
+from tests.helpers.layer_inputs import apart, inputs_of, statistics
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
-from tests.pruning.test_pipeline import batches, inputs_of
+from tests.helpers.token_batches import batches
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optprune.allocation import Allocation
 from optprune.calibration import POLICIES, Stream, moments_pass, propagation, stream
@@ -16,8 +16,9 @@ from optprune.objectives import LayerContext, linked
 from optprune.problems import LayerLoss, Problem
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from tests.helpers.layer_inputs import apart, inputs_of, statistics
 from tests.helpers.tiny_models import tiny_llama
-from tests.pruning.test_pipeline import batches, inputs_of
+from tests.helpers.token_batches import batches
 
 FACTS = {
     # independent, sequential, dense_target; and whether two paths are followed
@@ -58,16 +59,6 @@ def put_together(dense: nn.Module, pruned: nn.Module, what: str) -> nn.Module:
     if what in ("within", "both"):
         model.model.layers[1].self_attn = pruned.model.layers[1].self_attn
     return model
-
-
-def statistics(weight: Tensor, inputs: Tensor, ideal: Tensor) -> tuple[Tensor, Tensor]:
-    """E[x* x*^T] and W E[x x*^T], from the samples."""
-    return inputs.T @ inputs / len(inputs), weight.double() @ ideal.T @ inputs / len(inputs)
-
-
-def apart(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> float:
-    """The largest difference of an entry, as a share of the largest entry of the same matrix."""
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

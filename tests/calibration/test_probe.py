@@ -25,12 +25,11 @@ from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.recipe.allocator import by_cost
-from tests.calibration.test_fisher import by_model
-from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
-from tests.pruning.test_sparse_pipeline import batches
+from tests.helpers.tiny_models import TINY_MODELS, by_variant, tiny_llama
+from tests.helpers.token_batches import batches
 
 
-@by_model
+@by_variant
 def test_it_is_the_divergence_of_the_whole_model(make) -> None:
     """Whatever was done to the current block; and what was done to a block before it is part of the model then."""
     model = make()

@@ -10,7 +10,7 @@ from optprune.calibration import DenseStatistics
 from optprune.metric import Metrics
 from optprune.report import Report
 from tests.helpers.tiny_models import tiny_llama
-from tests.pruning.test_sparse_pipeline import batches
+from tests.helpers.token_batches import batches
 
 
 def pruned(statistics: DenseStatistics | None, **settings: object) -> tuple[dict[str, Tensor], Report]:

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from optprune.export import save_model
 from optprune.export.save import TOLERANCE
-from tests.export.test_portable import LLAMA3
-from tests.helpers.tiny_models import TINY_MODELS, tiny_tokenizer
-from tests.models.test_shapes import SLIDING, generated, mixed
+from tests.helpers.mixed_models import generated, mixed
+from tests.helpers.tiny_models import LLAMA3, SLIDING, TINY_MODELS, tiny_tokenizer
 
 OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 """with what this environment has, torch first of all, they are all that it takes"""

@@ -12,16 +12,9 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedT
 import optprune
 from optprune.export import save_model
 from optprune.models import load_model, load_tokenizer
-from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
-from tests.models.test_shapes import mixed
+from tests.helpers.mixed_models import mixed
+from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
 
-LLAMA3 = {
-    "factor": 8.0,
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 128,
-    "rope_type": "llama3",
-}
 LONG = {"factor": 4.0, "long_factor": [2.5] * 8, "original_max_position_embeddings": 128, "rope_type": "longrope"}
 LONG["short_factor"] = [1.5] * 8
 

@@ -15,8 +15,8 @@ from optprune.measure import memory, speed
 from optprune.measure.speed import Measured, Work, file_bytes, measure_speed, weight_bytes
 from optprune.models import Decoder, Mlp, Values, load
 from optprune.models.demo_file import demo_model_file
+from tests.helpers.memory import MIB, told
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
-from tests.measure.test_memory import MIB, told
 
 WORK = Work(prompt_tokens=7, new_tokens=4, batch=3, repeats=2)
 

@@ -11,8 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from optprune.models import Decoder
-from tests.helpers.tiny_models import TINY_MODELS, tiny_opt, tiny_qwen2
-from tests.models.test_shapes import SLIDING, mixed
+from tests.helpers.mixed_models import mixed
+from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_opt, tiny_qwen2
 
 PROBE = torch.arange(10, 42)[None]
 SEEN: list[dict[str, Any]] = []

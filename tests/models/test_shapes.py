@@ -15,36 +15,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import optprune
 from optprune.errors import InputError
 from optprune.export import save_model
-from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, Values, load_model
+from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, load_model
 from optprune.models.decoder import write
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import model_patterns
-from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
+from tests.helpers.mixed_models import PROMPT, generated, mixed
+from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
+from tests.helpers.token_batches import batches
 
 PROBE = torch.arange(10, 42)[None]
-PROMPT = torch.arange(10, 20)[None]
-SLIDING: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
-
-
-def mixed(model: PreTrainedModel) -> PreTrainedModel:
-    """Four blocks: no attention, everything narrower, no MLP, intact."""
-    decoder = Decoder(model)
-    decoder.remove(0, "attention")
-    groups, mlp = KvGroups().layers(decoder, 1), Mlp().layers(decoder, 1)
-    decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
-    values = Values().layers(decoder, 1)
-    decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
-    decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < 50)
-    decoder.remove(2, "mlp")
-    decoder.record_shapes()
-    return model
-
-
-def generated(model: PreTrainedModel, *, use_cache: bool = True) -> list[int]:
-    return model.generate(
-        PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False, use_cache=use_cache
-    )[0].tolist()
 
 
 PROGRAM = """
@@ -147,8 +127,7 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
     save_model(mixed(TINY_MODELS[name](num_hidden_layers=4)), tmp_path / "once")
     model = load_model(str(tmp_path / "once")).model
     before = Decoder(model).shapes()
-    batches = [torch.randint(5, 500, (2, 48), generator=torch.Generator().manual_seed(3)) for _ in range(3)]
-    report = prune(model, batches, load_recipe("fasp", {"units": "all", "sparsity": 0.2, "width_multiple": 1}))
+    report = prune(model, batches(3), load_recipe("fasp", {"units": "all", "sparsity": 0.2, "width_multiple": 1}))
     assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
     after = Decoder(model).shapes()
     assert [shape.kv_heads for shape in after] == [shape.kv_heads for shape in before]
@@ -163,9 +142,8 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_blocks_without_a_part_are_pruned_under_a_metric(name: str, recipe: str) -> None:
     model = mixed(TINY_MODELS[name](num_hidden_layers=4))
-    batches = [torch.randint(5, 500, (2, 48), generator=torch.Generator().manual_seed(3)) for _ in range(4)]
     settings = {"held_out": 0.25} if recipe == "structured_best" else {}
-    report = prune(model, batches, load_recipe(recipe, {"sparsity": 0.2, **settings}))
+    report = prune(model, batches(), load_recipe(recipe, {"sparsity": 0.2, **settings}))
     assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
 
 

@@ -12,13 +12,9 @@ from optprune.problems import SparseLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import load_recipe, make_recipe
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+from tests.helpers.token_batches import batches
 
 SPARSE = {"units": "weights", "sparsity": 0.5, "damping": 0.01}
-
-
-def batches(count=4):
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(count)]
 
 
 def problems_of(recipe, model):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.allocation.uniform import uniform
@@ -24,25 +23,11 @@ from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
 from optprune.solvers import Chain, FaspMetric, Restore, Solver
+from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
+from tests.helpers.token_batches import batches
 
 STAGES = {"mlp": 1, "vo": 1, "all": 2, "weights": 7}
-
-
-def batches(count: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(count)]
-
-
-def inputs_of(model: torch.nn.Module, name: str) -> Tensor:
-    """The inputs of a layer of a whole model on all batches: [tokens, in], float64."""
-    caught: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: caught.append(args[0].double()))
-    with torch.no_grad():
-        for batch in batches():
-            model(batch, use_cache=False)
-    handle.remove()
-    return torch.cat([part.reshape(-1, part.shape[-1]) for part in caught])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

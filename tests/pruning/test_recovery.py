@@ -15,66 +15,18 @@ from optprune.calibration.calls import Calls, calls_of
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder
-from optprune.models.decoder import write
 from optprune.pruning import prune, recovery
 from optprune.pruning.recovery import recover
 from optprune.recipe import load_recipe
+from tests.helpers.damaged_modules import PARTS, answers, damaged, linearised
 from tests.helpers.tiny_models import TINY_MODELS
-
-PARTS = [
-    ("llama", "mlp", ("up_proj", "down_proj")),
-    ("llama", "self_attn", ("v_proj", "o_proj")),
-    ("qwen2", "mlp", ("up_proj", "down_proj")),
-    ("qwen2", "self_attn", ("v_proj", "o_proj")),
-    ("opt", "self_attn", ("v_proj", "out_proj")),
-]
-
-
-def batches(count: int = 4, length: int = 24) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, length), generator=generator) for _ in range(count)]
-
-
-def damaged(name: str, path: str, layers: tuple[str, ...], dtype: torch.dtype) -> tuple[nn.Module, Calls]:
-    """A sub-module with a third of the weights of its layers at zero, and the calls of the whole one."""
-    small = {"hidden_size": 16, "max_position_embeddings": 64}
-    small |= {"ffn_dim": 24, "word_embed_proj_dim": 16} if name == "opt" else {"intermediate_size": 24}
-    model = TINY_MODELS[name](**small).to(dtype)
-    decoder = Decoder(model)
-    with calibrating(decoder):
-        calls = calls_of(decoder.blocks[0], path, first_inputs(decoder, batches()))
-    module = decoder.blocks[0].get_submodule(path)
-    generator = torch.Generator().manual_seed(1)
-    for layer in layers:
-        weight = module.get_submodule(layer).weight
-        write(module.get_submodule(layer), weight * (torch.rand(weight.shape, generator=generator) > 1 / 3))
-    return module, calls
-
-
-def answers(module: nn.Module, calls: Calls) -> Tensor:
-    """All outputs in a row."""
-    found = []
-    for args, kwargs in calls.arguments:
-        output = module(*args, **kwargs)
-        found.append((output[0] if isinstance(output, tuple) else output).reshape(-1))
-    return torch.cat(found)
+from tests.helpers.token_batches import batches
 
 
 @torch.no_grad()
 def least_squares(module: nn.Module, path: str, calls: Calls, root: Tensor | None = None) -> float:
-    """The least error over the nonzero weights of one layer: its Jacobian, column by column, and numpy's SVD."""
-    module = copy.deepcopy(module)
-    layer: nn.Linear = module.get_submodule(path)  # type: ignore[assignment]
-    start = layer.weight.detach().clone()
-    target = torch.cat([target.reshape(-1) for target in calls.targets])
-    base = answers(module, calls)
-    columns = []
-    for row, column in (start != 0).nonzero().tolist():
-        moved = start.clone()
-        moved[row, column] += 1
-        write(layer, moved)
-        columns.append(answers(module, calls) - base)
-    jacobian, change = torch.stack(columns, 1), target - base
+    """The least error over the nonzero weights of one layer: its Jacobian and numpy's SVD."""
+    _, jacobian, change = linearised(module, path, calls)
     if root is not None:
         width = len(root)
         jacobian = (root @ jacobian.reshape(-1, width, jacobian.shape[1])).reshape(jacobian.shape)
@@ -226,7 +178,7 @@ def test_nothing_moves_where_nothing_was_pruned() -> None:
     model = TINY_MODELS["llama"]()
     decoder = Decoder(model)
     with calibrating(decoder):
-        calls = calls_of(decoder.blocks[0], "mlp", first_inputs(decoder, batches()))
+        calls = calls_of(decoder.blocks[0], "mlp", first_inputs(decoder, batches(length=24)))
         weight = model.model.layers[0].mlp.up_proj.weight.detach().clone()
         part = recover(model.model.layers[0].mlp, ["up_proj", "down_proj"], *calls.split(1))
     assert part.steps == 0
@@ -266,14 +218,14 @@ def test_recovery_asks_for_what_it_needs() -> None:
         load_recipe("fasp", {"recovery": 1})
     settings = {"units": "mlp", "recovery": 1, "held_out": 0.25}
     with pytest.raises(StrictError, match="nothing to refit"):
-        prune(TINY_MODELS["opt"](), batches(), load_recipe("fasp", {**settings, "strict": True}))
+        prune(TINY_MODELS["opt"](), batches(length=24), load_recipe("fasp", {**settings, "strict": True}))
     with pytest.raises(InputError, match="float32"):
-        prune(TINY_MODELS["llama"]().to(torch.bfloat16), batches(), load_recipe("fasp", settings))
+        prune(TINY_MODELS["llama"]().to(torch.bfloat16), batches(length=24), load_recipe("fasp", settings))
 
 
 @pytest.mark.parametrize(("share", "apart"), [(0.01, 1), (0.25, 2), (0.375, 3), (0.5, 4), (0.8, 6)])
 def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
-    given = batches(4)
+    given = batches(4, 24)
     cut, held = hold_out(given, share)
     assert torch.equal(torch.cat(cut), torch.cat(given))
     assert torch.equal(torch.cat(cut[-held:]), torch.cat(given)[-apart:])
@@ -283,7 +235,7 @@ def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
 
 def test_one_sequence_at_least_is_left() -> None:
     with pytest.raises(InputError, match="leaves none to calibrate on"):
-        prune(TINY_MODELS["llama"](), batches(1), load_recipe("fasp", {"held_out": 0.9}))
+        prune(TINY_MODELS["llama"](), batches(1, 24), load_recipe("fasp", {"held_out": 0.9}))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -314,5 +266,5 @@ def test_recovery_sees_what_a_block_without_its_attention_passes_on(policy: str)
 def test_a_sub_module_that_answers_nothing_is_no_division_by_zero() -> None:
     model = TINY_MODELS["llama"]()
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    report = prune(model, batches(), load_recipe("fasp", {"units": "mlp", "recovery": 1, "held_out": 0.25}))
+    report = prune(model, batches(length=24), load_recipe("fasp", {"units": "mlp", "recovery": 1, "held_out": 0.25}))
     assert [part.error_after for part in report.recovered[1:]] == [0.0]

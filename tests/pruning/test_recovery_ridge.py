@@ -1,6 +1,5 @@
 """The ridge of recovery: its size is a share of the mean curvature, and the answer is that of the ridge problem."""
 
-import copy
 from itertools import count
 
 import numpy as np
@@ -9,29 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.models.decoder import write
 from optprune.pruning import prune, recovery
 from optprune.recipe import load_recipe
+from tests.helpers.damaged_modules import PARTS, damaged, linearised
 from tests.helpers.tiny_models import tiny_llama
-from tests.pruning.test_recovery import PARTS, answers, batches, damaged
+from tests.helpers.token_batches import batches
 
 
-@torch.no_grad()
 def normal_equations(module: nn.Module, path: str, calls: Calls) -> tuple[Tensor, Tensor, Tensor]:
-    """(mask, H, -g) of half the error per token as a function of the nonzero weights of one layer, column by column."""
-    module = copy.deepcopy(module)
-    layer: nn.Linear = module.get_submodule(path)  # type: ignore[assignment]
-    start = layer.weight.detach().clone()
-    base = answers(module, calls)
-    columns = []
-    for row, column in (start != 0).nonzero().tolist():
-        moved = start.clone()
-        moved[row, column] += 1
-        write(layer, moved)
-        columns.append(answers(module, calls) - base)
-    jacobian = torch.stack(columns, 1)
-    change = torch.cat([target.reshape(-1) for target in calls.targets]) - base
-    return start != 0, jacobian.T @ jacobian / calls.tokens, jacobian.T @ change / calls.tokens
+    """(mask, H, -g) of half the error per token as a function of the nonzero weights of one layer."""
+    mask, jacobian, change = linearised(module, path, calls)
+    return mask, jacobian.T @ jacobian / calls.tokens, jacobian.T @ change / calls.tokens
 
 
 @pytest.fixture

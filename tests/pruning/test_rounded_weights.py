@@ -10,8 +10,9 @@ from optprune.objectives import LayerContext
 from optprune.problems import MaskedLeastSquares, Problem
 from optprune.pruning import prune
 from optprune.recipe import Recipe
+from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.tiny_models import tiny_opt
-from tests.pruning.test_pipeline import batches, inputs_of
+from tests.helpers.token_batches import batches
 
 
 def large_mean(model: nn.Module) -> nn.Module:

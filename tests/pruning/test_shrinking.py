@@ -20,13 +20,9 @@ from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import FaspMetric
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+from tests.helpers.token_batches import batches
 
 NOT_MET = "the budget is not met"
-
-
-def batches(count: int = 4) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(count)]
 
 
 def most_energy(context: LayerContext) -> MaskedLeastSquares:

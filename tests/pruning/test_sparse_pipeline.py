@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from optprune.calibration import POLICIES
 from optprune.cli import main
@@ -16,14 +15,10 @@ from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import layer_pattern, model_patterns
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
+from tests.helpers.token_batches import batches
 
 RECIPES = ["magnitude", "wanda", "sparsegpt", "alps", "alps_plus", "fistapruner", "fistapruner_plus"]
 PATTERNS = {"unstructured": 0.4, "rows": 0.4, "2:4": 0.5, "4:8": 0.5}
-
-
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(4)]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -14,7 +14,7 @@ from optprune.models import load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from tests.helpers.tiny_models import tiny_opt
-from tests.pruning.test_sparse_pipeline import batches
+from tests.helpers.token_batches import batches
 
 RECIPES = {
     "fasp": {"units": "all", "propagation": "cross", "held_out": 0.25},

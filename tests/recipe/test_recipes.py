@@ -19,6 +19,7 @@ from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe, make_recipe
 from optprune.solvers import SparseGpt, Wanda, solve
 from tests.helpers.tiny_models import tiny_llama, tiny_opt
+from tests.helpers.token_batches import batches
 
 LLAMA_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_hidden_layers=2)
 SMOLLM2 = LlamaConfig(
@@ -27,11 +28,6 @@ SMOLLM2 = LlamaConfig(
 OPT_3B = OPTConfig(
     hidden_size=2560, ffn_dim=10240, word_embed_proj_dim=2560, num_attention_heads=32, num_hidden_layers=2
 )
-
-
-def batches(count: int = 4) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(count)]
 
 
 def shapes_only(config: PretrainedConfig) -> Decoder:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from optprune.cli import main
@@ -14,15 +13,14 @@ from optprune.models import Decoder, load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import layer_sizes, model_patterns, original_of, shares_kept
+from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
-from tests.models.test_shapes import mixed
-
-BATCHES = [torch.randint(5, 500, (2, 48), generator=torch.Generator().manual_seed(3)) for _ in range(4)]
+from tests.helpers.token_batches import batches
 
 
 def pruned_folder(folder: Path, model: Any, source: str, **options: Any) -> Path:
     recipe = load_recipe("fasp", {"units": "all", "width_multiple": 1, **options})
-    report = prune(model, BATCHES, recipe, source=source)
+    report = prune(model, batches(), recipe, source=source)
     save_model(model, folder, files={"report.json": report.to_json()})
     return folder
 
@@ -89,7 +87,7 @@ def test_blocks_that_are_gone_count(tmp_path: Path, capsys: pytest.CaptureFixtur
     model = tiny_llama(num_hidden_layers=4)
     whole = Decoder(model).linear_weights()
     recipe = load_recipe("fasp", {"units": "blocks", "sparsity": 0.5, "depth_parts": "layers"})
-    report = prune(model, BATCHES, recipe, source="four blocks")
+    report = prune(model, batches(), recipe, source="four blocks")
     folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
     assert model.config.num_hidden_layers == 2
     found, _ = inspected(folder, capsys)
@@ -113,7 +111,7 @@ def test_fewer_heads_in_every_block(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_zeros_and_what_was_cut_off_are_counted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama()
-    report = prune(model, BATCHES, load_recipe("wanda", {"sparsity": 0.5}))
+    report = prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
     folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
     found, _ = inspected(folder, capsys)
     assert found["removed"] == found["sparsity"] == pytest.approx(report.sparsity_reached, abs=1e-12)

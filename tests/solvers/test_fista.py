@@ -20,7 +20,7 @@ from optprune.testing import reference
 from optprune.testing.quadratic import rounding
 from optprune.testing.references import PENALISED_ACCURACY
 from optprune.testing.strategies import penalised
-from tests.solvers.test_restoration import barely_apart
+from tests.helpers.barely_apart import barely_apart
 
 WIDTH, ROWS, TOKENS = 12, 3, 60
 MOST_STEPS = 200_000

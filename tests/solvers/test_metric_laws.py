@@ -9,14 +9,12 @@ from optprune.solvers import Chain, Restore, SparseGpt, Swaps
 from optprune.testing import laws
 from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.strategies import weighted
-from tests.solvers.test_solver_laws import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, SOLVERS
+from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, by_kind, by_solver
 
 EXAMPLES = max(settings().max_examples // 7, 1)
 WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
 
-by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 by_metric = pytest.mark.parametrize("metric", WEIGHTED)
-by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.label or "empty chain")
 
 # A metric that couples rows is refused by what works row by row; nothing else is refused because of a metric.
 ROW_BY_ROW = (SparseGpt, Swaps)

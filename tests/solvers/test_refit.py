@@ -29,6 +29,7 @@ from optprune.recipe import load_recipe
 from optprune.refit import HeldOut, Refitted, refit
 from optprune.solvers import Chain, ConjugateGradients, FaspMetric, Restore, Solver, Wanda, solve
 from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.token_batches import batches
 
 OUT, IN, DAMPINGS = 4, 10, (0.0, 0.01, 0.1, 1.0)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -162,11 +163,6 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(AssertionError):
         for seed in range(5):
             check_choice("columns", seed)
-
-
-def batches(count: int = 4) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(count)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

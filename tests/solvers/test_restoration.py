@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from optprune.errors import InputError, NumericalError
-from optprune.moments import DenseMoments, InputMoments
+from optprune.moments import InputMoments
 from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
@@ -19,6 +19,7 @@ from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver, convex_optimum, reference
 from optprune.testing.quadratic import Quadratic, rounding
 from optprune.testing.strategies import masked
+from tests.helpers.barely_apart import barely_apart
 
 
 def slack(problem, solution, relative):
@@ -211,22 +212,6 @@ def test_of_many_minimisers_the_one_taken_depends_on_no_unit_and_dead_inputs_sta
         # Both take half of what the third leaves, each in its unit.
         assert torch.allclose(solution.value[0].double() * unit, torch.tensor([1.5, 3.5, 0.0, 7.0]).double(), rtol=1e-5)
         assert float(solution.value[0, 3]) == 7
-
-
-def barely_apart():
-    """float32: two inputs whose difference has a variance below the rounding of A, and matters to the target.
-
-    E[(x_1 - x_2)^2] = 2^-23 and E[x (x_1 - x_2)] = 2^-13 + 2^-14, far above rounding: by the difference alone the
-    loss, about 1/2, falls by (2^-13 + 2^-14)^2 / 2^-22, about 1/7.
-    """
-    unit = torch.ones(2)
-    moments = InputMoments.from_averages(
-        torch.tensor([[1.0, 1 - 2.0**-24], [1 - 2.0**-24, 1.0]]),
-        0 * unit,
-        10,
-        DenseMoments(torch.tensor([[1.0, 1 - 2.0**-13 - 2.0**-14]] * 2), torch.full((2, 2), 2.0), 0 * unit),
-    )
-    return LayerLoss.of(torch.tensor([[1.0, 0.0]]), moments)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
