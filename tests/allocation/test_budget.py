@@ -1,5 +1,6 @@
 """One budget for all layers: exact counts, limits, and the best choices by exhaustion and by dynamic programming."""
 
+import sys
 from itertools import pairwise, product
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from optprune.allocation.knapsack import Curve, fill_budget, global_threshold, share_budget
 from optprune.errors import InputError
+from tests.helpers.faults import noticed
 
 LIMITS = ((0.0, 1.0), (0.2, 0.8), (0.3, 0.3), (0.5, 1.0))
 
@@ -179,3 +181,33 @@ def test_the_hull_is_convex_falls_and_lies_below_every_choice(curves):
             level = float(errors[under] * (1 - share) + errors[over] * share)
             # A few roundings of numbers up to 20.
             assert float(errors[choice]) >= level - 1e-12
+
+
+# -- faults planted
+
+threshold = global_threshold
+
+
+def limits_forgotten(costs, keep, low=0.0, high=1.0):
+    return threshold(costs, keep)
+
+
+FAULTS = {
+    "limits forgotten": (
+        sys.modules[__name__],
+        "global_threshold",
+        limits_forgotten,
+        test_counts_are_exact_and_the_best_within_the_limits,
+    ),
+    "hull of all choices": (
+        Curve,
+        "hull",
+        lambda self: list(range(len(self.prices))),
+        test_the_hull_is_convex_falls_and_lies_below_every_choice,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(fault, monkeypatch):
+    noticed(monkeypatch, *FAULTS[fault])

@@ -1,5 +1,6 @@
 """The Fisher information of layer outputs: against autograd's Jacobian, against one backward pass through the model."""
 
+import sys
 import weakref
 from itertools import product
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from optprune.calibration import collect_metrics
+from optprune.calibration import collect_metrics, fisher_pass
 from optprune.calibration.fisher_pass import NO_LABEL, from_text, next_tokens, sampled
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
+from tests.helpers.faults import noticed
 from tests.helpers.tiny_models import by_variant, tiny_llama, tiny_opt, tiny_qwen2
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3, "pad_token_id": 0}
@@ -217,3 +219,29 @@ def test_what_is_refused():
     nn.init.constant_(damaged.lm_head.weight, torch.nan)
     with pytest.raises(NumericalError, match="NaN"):
         collect_metrics(Decoder(damaged), [tokens()], sampled(0))
+
+
+# -- faults planted
+
+backward = fisher_pass._backward
+
+
+def gradients_of_inputs(decoder, index, hidden, arguments, gradient):
+    """The gradient that goes on to the block before is not that of the block's input."""
+    found, _ = backward(decoder, index, hidden, arguments, gradient)
+    return found, gradient
+
+
+def most_likely(seed):
+    return lambda logits, ids: logits.argmax(-1)
+
+
+def test_a_gradient_that_is_not_passed_on_is_noticed(monkeypatch):
+    def check():
+        test_block_by_block_equals_one_pass_through_the_model(tiny_llama, lambda: sampled(3))
+
+    noticed(monkeypatch, fisher_pass, "_backward", gradients_of_inputs, check)
+
+
+def test_labels_that_are_not_drawn_are_noticed(monkeypatch):
+    noticed(monkeypatch, sys.modules[__name__], "sampled", most_likely, test_labels_follow_the_predictions)

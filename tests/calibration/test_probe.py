@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.recipe.allocator import by_cost
+from tests.helpers.faults import noticed
 from tests.helpers.tiny_models import TINY_MODELS, by_variant, tiny_llama
 from tests.helpers.token_batches import batches
 
@@ -224,3 +226,22 @@ def test_half_precision_tells_too_little_for_a_probe() -> None:
     settings = {"output_metric": "none", "probe_tokens": 64}
     with pytest.raises(InputError, match="a probe in bfloat16"):
         prune(tiny_llama().to(torch.bfloat16), batches(), load_recipe("structured_best", settings))
+
+
+# -- faults planted
+
+divergence = Probe.divergence
+
+
+def wrong_way_round(self):
+    """KL(as it is now || dense)."""
+    self._dense, self._to_the_end = self._to_the_end(self.stream), lambda stream, dense=self._dense: dense
+    found = divergence(self)
+    self._dense = self._to_the_end(self.stream)
+    del self._to_the_end
+    return found
+
+
+def test_a_divergence_the_wrong_way_round_is_noticed(monkeypatch):
+    check = partial(test_it_is_the_divergence_of_the_whole_model, tiny_llama)
+    noticed(monkeypatch, Probe, "divergence", wrong_way_round, check)

@@ -1,5 +1,6 @@
 """Fixed sparse problems for several test files."""
 
+import pytest
 import torch
 
 from optprune.moments import InputMoments
@@ -31,3 +32,4 @@ def correlated(seed, rows, width, pattern, **options):
 
 
 PATTERN_NAMES = ("unstructured", "rows", "2:4")
+by_pattern = pytest.mark.parametrize("pattern", PATTERN_NAMES)

@@ -1,5 +1,8 @@
 """Fixed structured problems for several test files: single channels, tied dimensions of two KV heads, biases."""
 
+from itertools import product
+
+import pytest
 import torch
 
 from optprune.moments import InputMoments
@@ -46,3 +49,24 @@ def tiny(kind, count=18):
             yield grouped_query(seed, kind, keep=4 + 2 * (seed % 2))
         else:
             yield channels(seed, kind, keep=6 + 3 * (seed % 2))
+
+
+by_problem = pytest.mark.parametrize("make", [channels, grouped_query])
+by_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def refitted(problem, choice):
+    """The least loss of a choice, by solving the normal equations of the kept columns directly."""
+    loss, kept = problem.loss, problem.mask(choice)[0]
+    gram, target = loss.gram.double(), loss.target.double()
+    weight = torch.zeros_like(target)
+    weight[:, kept] = torch.linalg.solve(gram[kept][:, kept], target[:, kept].T).T
+    return loss.value(weight)
+
+
+def admissible(problem):
+    """Every admissible choice, [choices, units]."""
+    slots = problem.channels.slots
+    every = torch.tensor(list(product((False, True), repeat=len(slots))))
+    counts = torch.stack([every[:, slots == slot].sum(1) for slot in slots.unique()], 1)
+    return every[(counts == problem.pattern.keep).all(1)]

@@ -1,6 +1,7 @@
 """FISTA: it reaches the optimum on ill-conditioned matrices, and its certificate never claims more than the optimum."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import pytest
@@ -12,7 +13,7 @@ from optprune.errors import NumericalError
 from optprune.moments import InputMoments
 from optprune.penalties import L1, ColumnGroups, ElasticNet, NormPenalty, Penalty, WeightedL1
 from optprune.problems import LayerLoss, PenalisedLeastSquares
-from optprune.solvers import Fista, Status, solve
+from optprune.solvers import Fista, Status, duality, solve
 from optprune.solvers.duality import DualMap
 from optprune.solvers.run import CONTRADICTED
 from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
@@ -21,6 +22,7 @@ from optprune.testing.quadratic import rounding
 from optprune.testing.references import PENALISED_ACCURACY
 from optprune.testing.strategies import penalised
 from tests.helpers.barely_apart import barely_apart
+from tests.helpers.faults import noticed, one_scale_for_all, unclipped
 
 WIDTH, ROWS, TOKENS = 12, 3, 60
 MOST_STEPS = 200_000
@@ -334,3 +336,25 @@ def test_a_penalty_may_hand_back_the_array_it_was_given():
     copied = plain.iterate(PenalisedLeastSquares(loss, L1(0.0)), start, 30)
     assert torch.equal(handed, copied)
     assert torch.equal(start, torch.zeros_like(start))
+
+
+FAULTS = {
+    "certificate not clipped": (DualMap, "_projected", unclipped, test_a_bound_from_any_weight_is_a_bound),
+    "one scale for all inputs": (
+        LayerLoss,
+        "input_scale",
+        property(one_scale_for_all),
+        partial(test_bounds_hold_where_inputs_come_in_different_units, 32),
+    ),
+    "a certificate blind to dropped directions": (
+        duality,
+        "only_rounding",
+        lambda *_: True,
+        test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(fault, monkeypatch):
+    noticed(monkeypatch, *FAULTS[fault])

@@ -1,5 +1,6 @@
 """The cost of removing one weight or one unit is the exact rise of the loss, with everything else refitted."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from optprune.problems import LayerLoss, Link, MaskedLeastSquares
 from optprune.solvers import Restore, solve
 from optprune.solvers.removal import entry_costs, unit_costs
 from optprune.testing.loss_strategies import METRIC_KINDS, losses, metrics
+from tests.helpers.faults import noticed
 
 
 @st.composite
@@ -70,3 +72,16 @@ def test_a_singular_gram_is_an_error():
     loss = LayerLoss.of(torch.ones(2, 3), InputMoments.from_samples(torch.ones(1, 3)))
     with pytest.raises(NumericalError, match="damp"):
         entry_costs(loss)
+
+
+# -- faults planted
+
+
+def no_refit(loss):
+    costs = loss.weight.square() * loss.gram.diagonal() / 2
+    return costs if loss.metric is None else loss.metric.diagonal[:, None] * costs
+
+
+def test_a_cost_without_the_refit_is_noticed(monkeypatch):
+    check = test_the_cost_of_an_entry_is_the_rise_with_its_row_refitted
+    noticed(monkeypatch, sys.modules[__name__], "entry_costs", no_refit, check)

@@ -1,6 +1,8 @@
 """Restoration against references that use other algorithms, and what it says about degenerate input."""
 
+import importlib
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -20,6 +22,7 @@ from optprune.testing import check_solver, convex_optimum, reference
 from optprune.testing.quadratic import Quadratic, rounding
 from optprune.testing.strategies import masked
 from tests.helpers.barely_apart import barely_apart
+from tests.helpers.faults import noticed, one_scale_for_all
 
 
 def slack(problem, solution, relative):
@@ -369,3 +372,18 @@ def test_violation_counts_the_entries_outside_the_mask():
     assert problem.violation(problem.loss.weight) == 2
     assert problem.violation(problem.start()) == 0
     assert problem.start().tolist() == [[3.0, 0.0], [1.0, 0.0]]
+
+
+restore = importlib.import_module("optprune.solvers.restore")
+
+
+@pytest.mark.parametrize("mask", [FIRST_FOUR_GONE, FIRST_FOUR_GONE.expand(3, 16).clone()], ids=["shared", "own"])
+def test_one_scale_for_all_inputs_is_noticed(mask, monkeypatch):
+    check = partial(test_small_inputs_are_no_rounding_of_large_ones, mask)
+    noticed(monkeypatch, LayerLoss, "input_scale", property(one_scale_for_all), check)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_certificate_blind_to_dropped_directions_is_noticed(rows, monkeypatch):
+    check = partial(test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for, rows)
+    noticed(monkeypatch, restore, "only_rounding", lambda *_: True, check)

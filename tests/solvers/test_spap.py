@@ -1,5 +1,6 @@
 """SPAP: its steps against literal minimisers, that each of its parts acts, and how near the optimum it ends."""
 
+import importlib
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -13,10 +14,14 @@ from optprune.solvers import Chain, FaspMetric, GreedyObs, Magnitude, Restore, S
 from optprune.solvers.inverse import InverseForm
 from optprune.solvers.spap import penalised_minimiser
 from optprune.solvers.tableau import Tableau
-from tests.helpers.structured_cases import KINDS, channels, grouped_query, structured_loss
-
-by_problem = pytest.mark.parametrize("make", [channels, grouped_query])
-by_kind = pytest.mark.parametrize("kind", KINDS)
+from tests.helpers.faults import noticed
+from tests.helpers.structured_cases import (
+    KINDS,
+    by_kind,
+    by_problem,
+    channels,
+    structured_loss,
+)
 
 
 def penalised(problem, weight, strength):
@@ -230,3 +235,69 @@ def test_options_that_contradict_are_refused():
     with pytest.raises(ValueError, match="grows from first to last"):
         Spap(growth=1.0)
     assert Spap(first=5.0, last=5.0, growth=1.0).first == 5
+
+
+# -- faults planted: heuristics promise little to the laws, so these tests must notice
+
+spap = importlib.import_module("optprune.solvers.spap")
+penalise = spap._penalised
+
+
+def halved_penalty(problem, form, strength, choice):
+    return penalise(problem, form, strength / 2, choice)
+
+
+def no_penalty(problem, form, strength, choice):
+    return penalise(problem, form, strength * 1e9, choice)
+
+
+def first_penalty_only(self, problem, state):
+    return spap.Status.CONVERGED if state.settled else None
+
+
+def size_of_the_penalised_column(self):
+    """What a dropped unit is worth by its penalised weight: too little to return."""
+    weight = self.rows.square().sum(0).reshape(-1, self.each).sum(1)
+    return torch.where(self.choice, weight, 0.0)
+
+
+def no_pairs(state):
+    nothing = torch.zeros(0, dtype=torch.long)
+    return nothing, nothing
+
+
+def no_excursion(self, tableau, depth, *, drop_first):
+    return None
+
+
+def theory():
+    for scale in ("inverse", "gram"):
+        test_the_steps_are_exact_and_at_one_penalty_they_never_rise(channels, "mixed", scale)
+
+
+def worths():
+    test_a_unit_is_worth_what_its_absence_costs_and_a_set_the_change_it_makes(channels, "mixed", 10.0)
+
+
+def settled():
+    test_where_the_choice_settles_no_exchange_lowers_the_penalised_loss(channels, "mixed")
+
+
+def near():
+    test_it_ends_near_the_exhaustive_optimum_and_below_greedy_elimination("low rank")
+
+
+FAULTS = {
+    "penalty halved": (spap, "_penalised", halved_penalty, theory),
+    "dropped in place of penalised": (spap, "_penalised", no_penalty, theory),
+    "the penalty does not grow": (Spap, "done", first_penalty_only, theory),
+    "a unit is worth its penalised size": (Tableau, "worth", size_of_the_penalised_column, worths),
+    "no exchange of many units": (spap, "_pairs", no_pairs, test_many_units_change_places_in_one_step),
+    "no exchange of two units": (Tableau, "best_exchange", lambda self, *_: None, settled),
+    "no excursions": (Spap, "_excursion", no_excursion, near),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(fault, monkeypatch):
+    noticed(monkeypatch, *FAULTS[fault])

@@ -16,7 +16,7 @@ from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver, laws, part_laws
 from optprune.testing.loss_strategies import samples
 from optprune.testing.strategies import PATTERNS, masked
-from tests.solvers import test_fista, test_restoration
+from tests.helpers.faults import one_scale_for_all
 
 UNSHRUNK = settings(phases=[Phase.generate])
 """a fault is planted, so nobody needs the smallest example of it"""
@@ -25,12 +25,9 @@ restore_module = importlib.import_module("optprune.solvers.restore")
 newton_step = restore_module._newton_step
 certificate = restore_module._certificate
 restore = Restore._restore
-input_scale = vars(LayerLoss)["input_scale"].func
 mask = LinkedLeastSquares.mask
 project = SlotWise.project
 merge = InputMoments.merge
-hidden_from_restoration = test_restoration.test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for
-hidden_from_fista = test_fista.test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for
 
 
 def scaled_step(factor):
@@ -139,14 +136,9 @@ def test_planted_faults_in_restoration_are_noticed(fault, monkeypatch):
         check_solver(Restore(), examples=40, shrink=False)
 
 
-def one_for_all(self):
-    size = input_scale(self)
-    return size.square().mean().sqrt().expand(size.shape)
-
-
 def test_one_scale_for_all_inputs_is_noticed(monkeypatch):
     """Small inputs then look like the rounding of large ones."""
-    monkeypatch.setattr(LayerLoss, "input_scale", property(one_for_all))
+    monkeypatch.setattr(LayerLoss, "input_scale", property(one_scale_for_all))
 
     @UNSHRUNK
     @given(masked())
@@ -155,9 +147,6 @@ def test_one_scale_for_all_inputs_is_noticed(monkeypatch):
 
     with pytest.raises(AssertionError, match="given in the units"):
         check()
-    for mask in (test_restoration.FIRST_FOUR_GONE, test_restoration.FIRST_FOUR_GONE.expand(3, 16).clone()):
-        with pytest.raises(AssertionError):
-            test_restoration.test_small_inputs_are_no_rounding_of_large_ones(mask)
 
 
 def rounding_inverted(self, blocks, right):
@@ -173,24 +162,6 @@ def test_faults_where_a_block_is_singular_are_noticed(fault, monkeypatch):
     monkeypatch.setattr(ScaledGram, "solve_singular", fault)
     with pytest.raises((AssertionError, torch.linalg.LinAlgError)):
         check_solver(Restore(), examples=40, shrink=False)
-
-
-def test_a_certificate_blind_to_dropped_directions_is_noticed(monkeypatch):
-    for name, test in (
-        ("optprune.solvers.restore.only_rounding", lambda: hidden_from_restoration(1)),
-        ("optprune.solvers.restore.only_rounding", lambda: hidden_from_restoration(2)),
-        ("optprune.solvers.duality.only_rounding", hidden_from_fista),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(name, lambda *arguments: True)
-            with pytest.raises(AssertionError):
-                test()
-
-
-def test_one_scale_for_all_inputs_in_the_dual_bound_is_noticed(monkeypatch):
-    monkeypatch.setattr(LayerLoss, "input_scale", property(one_for_all))
-    with pytest.raises(AssertionError):
-        test_fista.test_bounds_hold_where_inputs_come_in_different_units(32)
 
 
 def test_a_contradicted_certificate_kept_is_noticed(monkeypatch):

@@ -1,5 +1,6 @@
 """The output metric, and the loss that it weighs: averages, damping, and the exact Kronecker quadratic form."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from optprune.problems import ChannelGroups, LayerLoss, MaskedLeastSquares, Spar
 from optprune.solvers import Admm, ConjugateGradients, Magnitude, Restore, Wanda, choose, solve
 from optprune.testing.loss_strategies import losses, metrics, samples, weights
 from optprune.testing.quadratic import rounding
+from tests.helpers.faults import noticed
 
 KINDS = st.sampled_from(("diagonal", "full"))
 
@@ -287,3 +289,42 @@ def test_a_wide_metric_takes_nothing_from_what_is_kept(spike):
         for solver in (Restore(), Magnitude(), choose(problem)):
             # R and its inverse in float32, with up to 1 / sqrt(eps) between their largest and least values.
             assert loss.relative_error(solve(problem, solver).value) < 1e-5
+
+
+# -- faults planted
+
+gradients = importlib.import_module("optprune.solvers.conjugate_gradients")
+admm_init, whole_metric = Admm.init, MetricSums.metric
+
+
+def wrong_basis(self, problem, start):
+    state = admm_init(self, problem, start)
+    return replace(state, row_vectors=None if state.row_vectors is None else state.row_vectors.T)
+
+
+def rows_apart(loss, terms):
+    return terms.sum(1)
+
+
+def one_triangle(self):
+    """The upper half of the matrix is not filled in."""
+    found = whole_metric(self)
+    return replace(found, average=found.average.tril()) if self.full else found
+
+
+FAULTS = {
+    "ADMM in the wrong basis": (Admm, "init", wrong_basis, test_admm_reaches_the_dense_minimiser_of_its_step),
+    "a step for each row": (
+        gradients,
+        "_by_system",
+        rows_apart,
+        # Without the search for a smaller example: such steps never end by themselves.
+        lambda: test_conjugate_gradients_solve_coupled_rows.hypothesis.inner_test(0),
+    ),
+    "half of a matrix": (MetricSums, "metric", one_triangle, test_it_is_the_average_over_tokens_however_they_come),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_noticed(fault, monkeypatch):
+    noticed(monkeypatch, *FAULTS[fault])

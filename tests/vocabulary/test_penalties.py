@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from optprune.errors import InputError
 from optprune.penalties import L1, ColumnGroups, ElasticNet, NormPenalty, WeightedL1
+from tests.helpers.faults import halved_group_prox, halved_prox, noticed
 
 SHAPES = ((1, 1), (1, 4), (3, 1), (3, 4))
 
@@ -171,3 +172,9 @@ def test_impossible_strengths_are_errors(value):
     for make in makers:
         with pytest.raises(InputError, match="finite and not negative"):
             make()
+
+
+@pytest.mark.parametrize(("penalty", "fault"), [(L1, halved_prox), (ColumnGroups, halved_group_prox)])
+def test_a_halved_threshold_is_noticed_by_moreau(penalty, fault, monkeypatch):
+    check = test_the_proximal_operator_attains_equality_in_fenchels_inequality
+    noticed(monkeypatch, penalty, "prox", fault, check)
