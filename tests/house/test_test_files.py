@@ -1,4 +1,4 @@
-"""The tests' own house: a folder a room of the package, names that are plain and unique, and no test file in another."""
+"""The house of the tests: one folder a room of the package, plain unique names, and no test file imports another."""
 
 import ast
 from collections import Counter
