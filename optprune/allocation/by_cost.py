@@ -85,22 +85,23 @@ class ByCost(Allocator):
         costs, blocks = self.budget.costs(decoder, statistics, probe, bool(metrics)), len(decoder.blocks)
         for index in range(blocks):
             on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
-            targets = self.units.candidates(decoder, index)
-            taps = sorted({target.tap for target in targets}, key=decoder.architecture.layers.index)
-            moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
-            for target in targets:
-                layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
-                fit_bias = self.fit_bias and layer.bias is not None
-                loss = LayerLoss.of(
-                    layer.weight, moments[target.tap], self.damping, fit_bias=fit_bias, metric=metrics.get(name)
-                )
-                try:
-                    costs.add(index, target, loss)
-                except NumericalError as error:
-                    raise NumericalError(f"{name}: {error}") from error
-            costs.close()
-            if probe is not None:
-                probe.advance()
+            with decoder.resident(index):
+                targets = self.units.candidates(decoder, index)
+                taps = sorted({target.tap for target in targets}, key=decoder.architecture.layers.index)
+                moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
+                for target in targets:
+                    layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
+                    fit_bias = self.fit_bias and layer.bias is not None
+                    loss = LayerLoss.of(
+                        layer.weight, moments[target.tap], self.damping, fit_bias=fit_bias, metric=metrics.get(name)
+                    )
+                    try:
+                        costs.add(index, target, loss)
+                    except NumericalError as error:
+                        raise NumericalError(f"{name}: {error}") from error
+                costs.close()
+                if probe is not None:
+                    probe.advance()
             release()
             on_event(BlockMeasured(index, blocks))
         allocation = costs.allocation(on_event)

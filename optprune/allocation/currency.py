@@ -90,18 +90,19 @@ def _measured(decoder: Decoder, tokens: int, kinds: list[LinkedUnits], on_timed:
         stream.block = block
         if shape in whole:
             continue
-        whole[shape] = _seconds(decoder, block, stream)
-        for kind in kinds:
-            on_timed(done, total)
-            done += 1
-            there = kind.there(shape)
-            if there:
-                counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
-                times = [_without(decoder, block, stream, kind)]
-                times += [_narrower(decoder, block, stream, kind, count) for count in counts]
-                # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
-                rising = np.minimum(np.maximum.accumulate(times), whole[shape])
-                tables[shape, kind] = [0, *counts, there], [*rising.tolist(), whole[shape]]
+        with decoder.resident(block):
+            whole[shape] = _seconds(decoder, block, stream)
+            for kind in kinds:
+                on_timed(done, total)
+                done += 1
+                there = kind.there(shape)
+                if there:
+                    counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
+                    times = [_without(decoder, block, stream, kind)]
+                    times += [_narrower(decoder, block, stream, kind, count) for count in counts]
+                    # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
+                    rising = np.minimum(np.maximum.accumulate(times), whole[shape])
+                    tables[shape, kind] = [0, *counts, there], [*rising.tolist(), whole[shape]]
     on_timed(done, total)
 
     def narrowed(block: int, kind: LinkedUnits, count: int) -> float:

@@ -6,7 +6,7 @@ what is solved together there, the moments and the calls that it is solved from,
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -114,6 +114,16 @@ class Path:
         The last `held_out` batches are kept apart.
         """
         return Visit(self, block, held_out, cut)
+
+    def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
+        """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
+        if self.dense is not self.actual:
+            advance(block, self.dense)
+        if self.policy.independent:
+            advance(block, self.actual)
+        finish()
+        if not self.policy.independent:
+            advance(block, self.actual)
 
 
 class Visit:

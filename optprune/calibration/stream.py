@@ -115,7 +115,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
             last = 1 if alike or batch.shape in shared else count
-            with suppress(_Reached):
+            with suppress(_Reached), decoder.running():
                 decoder.model(input_ids=batch.to(device), use_cache=False)
             stream.hidden.append(caught[0][0])
             others = [arguments for _, arguments in caught]

@@ -13,6 +13,7 @@ from optprune.models.load import (
     load_shapes,
     load_tokenizer,
     need_tokenizer,
+    open_model,
     stored_dtype,
     using_tokenizer,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "load_shapes",
     "load_tokenizer",
     "need_tokenizer",
+    "open_model",
     "stored_dtype",
     "using_tokenizer",
 ]

@@ -4,43 +4,30 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
-from optprune.calibration import DenseStatistics, Stream, calibrating, first_inputs, first_tokens, hold_out
-from optprune.calibration.calls import Calls
-from optprune.calibration.moments_pass import Collected
-from optprune.errors import StrictError
+from optprune.calibration import DenseStatistics, Path, calibrating, first_inputs, first_tokens, hold_out
+from optprune.errors import InputError, StrictError
 from optprune.measure.memory import release
 from optprune.metric import Metrics
-from optprune.models import Decoder, Target
-from optprune.models.decoder import write
+from optprune.models import Decoder
+from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.objectives import LayerContext
-from optprune.problems import LayerLoss
-from optprune.pruning.layer_report import check, layer_report, summary
+from optprune.pruning.block import BlockRecord, BlockTask, prune_block
+from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine
+from optprune.pruning.layer import summary
 from optprune.pruning.preflight import check_batches, check_run
-from optprune.pruning.recovery import recover
-from optprune.pruning.targets import by_stage, parts_removed, targets_of
+from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.refit import HeldOut, refit
-from optprune.report import (
-    BlockChange,
-    BlockFinished,
-    BlockStarted,
-    Event,
-    LayerReport,
-    LayerSolved,
-    PhaseAdvanced,
-    RecoveredPart,
-    Report,
-)
-from optprune.solvers import solve
+from optprune.report import BlockChange, Event, PhaseAdvanced, Report
 
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
@@ -60,6 +47,8 @@ def prune(
     on_event: Callable[[Event], None] | None = None,
     source: str = "",
     calibration: str = "",
+    store: BlockStore | None = None,
+    journal: Journal | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -67,31 +56,38 @@ def prune(
     that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
     `allocation` says what every block keeps, in place of the recipe's sparsity. `statistics` are those of the dense
     model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
-    the text in the report.
+    the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
+    at a time; afterwards the store gives the pruned ones. With a `journal` every block is on the disk once it is
+    finished, and a run that was stopped goes on where it was.
     """
     began = time.perf_counter()
-    decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
+    decoder, recipe, on_event = Decoder(model, store), recipe.settled(), on_event or (lambda event: None)
+    if store is None and any(weight.is_meta for weight in model.parameters()):
+        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     batches = check_batches(model.config, batches)
     idle = check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    allocator, statistics, every = allocator_of(recipe, allocation), statistics or DenseStatistics(), batches
-    batches, held_out = hold_out(every, recipe.held_out)
-    metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+    allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
+    fitted, held_out = hold_out(batches, recipe.held_out)
+    if journal is not None:
+        journal.begin(_facts(decoder, batches, recipe, allocation))
+    metrics, notes = _metrics(decoder, batches, recipe, statistics, on_event)
     notes += idle + _heeded(recipe, allocator.warnings)
     with calibrating(decoder):
-        division = allocator.divide(decoder, batches, metrics, statistics, on_event)
+        division = None if journal is None else journal.division()
+        if division is None:
+            division = allocator.divide(decoder, fitted, metrics, statistics, on_event)
+            if journal is not None:
+                journal.divided(division)
         divided, notes = division.allocation, notes + _heeded(recipe, division.warnings) + division.notes
-        run = _Run(decoder, recipe, divided, on_event)
-        run.metrics, run.held_out = metrics, held_out
-        run.start(first_inputs(decoder, batches))
-        for block in range(len(decoder.blocks)):
-            run.prune_block(block)
-    blocks = tuple(map(BlockChange, shapes, decoder.shapes()))
-    reached = 1 - (decoder.linear_weights() - run.zeros) / weights_before
-    most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - run.due
-    if decoder.linear_weights() - run.zeros > most:
+        path = recipe.policy.start(first_inputs(decoder, fitted))
+        records = _Run(decoder, recipe, divided, metrics, held_out, journal, on_event).all(path)
+    layers = [layer for record in records for layer in record.layers]
+    kept = decoder.linear_weights() - sum(record.zeros for record in records)
+    reached = 1 - kept / weights_before
+    if kept > sum(map(decoder.weights_of, (block.shape for block in divided.blocks))) - sum(one.due for one in records):
         notes += _heeded(recipe, (MISSED.format(reached, divided.sparsity),))
-    left = divided.with_shapes(decoder, weights_before)
+    blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
@@ -99,153 +95,94 @@ def prune(
         sparsity_requested=recipe.sparsity if allocation is None else divided.sparsity,
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
-        floor_seconds=run.floor_seconds,
-        tokens=sum(hidden.shape[:-1].numel() for hidden in run.path.actual.hidden),
+        floor_seconds=sum(record.floor_seconds for record in records),
+        tokens=sum(batch.numel() for batch in fitted),
         seed=recipe.seed,
-        versions={
-            "optprune": version("optprune"),
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
-        layers=tuple(run.layers),
-        notes=summary(run.layers) + notes,
+        versions=_versions(),
+        layers=tuple(layers),
+        notes=summary(layers) + notes,
         calibration=calibration,
         allocation=left.to_dict(),
         removed=division.removed,
-        recovered=tuple(run.recovered),
+        recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
     )
 
 
+@dataclass(frozen=True, eq=False)
 class _Run:
-    """The state of a run between two blocks: the streams that enter the next block, and what was done so far."""
+    """What all blocks of a run share."""
 
-    def __init__(
-        self, decoder: Decoder, recipe: Recipe, allocation: Allocation, on_event: Callable[[Event], None]
-    ) -> None:
-        self.decoder, self.recipe, self.allocation, self.on_event = decoder, recipe, allocation, on_event
-        self.layers: list[LayerReport] = []
-        self.recovered: list[RecoveredPart] = []
-        self.floor_seconds = 0.0
-        self.zeros = 0
-        """weights of the solved layers that are zero"""
-        self.due = 0
-        """weights of the solved layers that the budget makes zero, but for rounding"""
-        self.metrics = Metrics({})
-        """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
-        self.held_out = 0
-        """how many batches, the last ones, are kept apart"""
-        blocks = range(len(decoder.blocks))
-        self.last = max((index for index in blocks if self._targets(index)), default=-1)
-        """the last block with something to solve: nothing travels past it"""
+    decoder: Decoder
+    recipe: Recipe
+    allocation: Allocation
+    metrics: Metrics
+    held_out: int
+    journal: Journal | None
+    on_event: Callable[[Event], None]
 
-    def start(self, stream: Stream) -> None:
-        """Begin with the inputs of the first block."""
-        self.path = self.recipe.policy.start(stream)
+    def all(self, path: Path) -> list[BlockRecord]:
+        """Prune block after block; each is a task of its own, and nothing travels past the last that has one."""
+        decoder, wanted, records = self.decoder, self.allocation.blocks, list[BlockRecord]()
+        solved = [index for index, kept in enumerate(wanted) if targets_of(decoder, self.recipe, kept, index)]
+        last = max(solved, default=-1)
+        finished = set() if self.journal is None else set(self.journal.finished())
+        for index in range(len(wanted)):
+            names = [decoder.name(index, layer) for layer in decoder.architecture.layers]
+            metrics = self.metrics.taken(names)
+            if index in finished:
+                records.append(self._pass_by(index, path if index < last else None))
+            else:
+                task = BlockTask(index, self.recipe, wanted[index], path, metrics, self.held_out, index < last)
+                records.append(self._prune(task))
+            release()
+        return records
 
-    def prune_block(self, index: int) -> None:
-        """Calibrate, solve and write one block, then move the path past it."""
-        began, blocks = time.perf_counter(), len(self.decoder.blocks)
-        self.on_event(BlockStarted(index, blocks))
-        removed = parts_removed(self.decoder.shape(index), self.allocation.blocks[index].shape)
-        if index > self.last:
-            self._remove(index, removed)
-        else:
-            block = self.decoder.blocks[index]
-            with self.path.visit(block, held_out=self.held_out, cut=bool(removed)) as visit:
-                self._remove(index, removed)
-                stages = visit.stages(by_stage(self.decoder, self._targets(index)))
-                for position, stage in enumerate(stages):
-                    places = self._recovered_by(stage)
-                    collected = visit.collect(self._taps(stage), places)
-                    for target in stage:
-                        self._prune_layer(index, target, collected)
-                    later = {place for following in stages[position + 1 :] for place in self._recovered_by(following)}
-                    for place in places:
-                        if place not in later:
-                            self._recover(index, place, visit.calls(place))
-            self.floor_seconds += visit.floor_seconds
-        for path in self.decoder.architecture.layers:
-            self.metrics.forget(self.decoder.name(index, path))
-        release()
-        self.on_event(BlockFinished(index, blocks, time.perf_counter() - began))
+    def _prune(self, task: BlockTask) -> BlockRecord:
+        result = prune_block(self.decoder, task, self.on_event)
+        if self.journal is not None:
+            self.journal.finish(self.decoder, result)
+        return result.record
 
-    def _remove(self, index: int, parts: Iterable[str]) -> None:
-        for part in parts:
-            self.decoder.remove(index, part)
+    def _pass_by(self, index: int, path: Path | None) -> BlockRecord:
+        """Let a block be what an earlier run made of it, and move a path past it."""
+        assert self.journal is not None
+        decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
+        self.on_event(PhaseAdvanced("passing finished blocks by", "block", index, len(decoder.blocks)))
+        with decoder.resident(index) as block:
 
-    def _taps(self, targets: Iterable[Target]) -> list[str]:
-        """Where the inputs of layers are seen, in the order of the forward pass."""
-        return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
+            def finish() -> None:
+                decoder.put(index, record.shape, journal.weights(decoder, index))
 
-    def _prune_layer(self, index: int, target: Target, collected: Collected) -> None:
-        began = time.perf_counter()
-        recipe, layer = self.recipe, self.decoder.layer(index, target.path)
-        units = None if target.kind is None else target.kind.layers(self.decoder, index)
-        moments = collected.moments[target.tap]
-        name = self.decoder.name(index, target.path)
-        metric = self.metrics.get(name)
-        fit_bias = recipe.fit_bias and layer.bias is not None
-        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
-        asked = layer.out_features, layer.in_features, self.allocation.blocks[index]
-        link = None if units is None else units.link
-        context = LayerContext(name, index, loss, target.keep(*asked), link, target.pattern(*asked))
-        problem = recipe.state(context)
-        solution = solve(problem, recipe.solver)
-        check(solution, name)
-        held_out, held_out_error = collected.held_out.get(target.tap), None
-        if held_out is not None and recipe.refit_damping:
-            refitted = refit(problem, solution, held_out, recipe.refit_damping, recipe.solver, join=not recipe.recovery)
-            problem, solution, held_out_error = refitted.problem, refitted.solution, refitted.held_out_error
-            check(solution, name)
-        value = solution.value.to(layer.weight.dtype)
-        bias = None
-        if layer.bias is not None and problem.loss.fit_bias:
-            bias = layer.bias + problem.loss.bias_change(value.to(loss.weight))
-        write(layer, value, bias)
-        if units is not None:
-            # What an input with a weight makes stays whatever the problem says of it: the outputs do not change here.
-            choice = units.link.reading(problem.inputs(solution.value) | (value != 0).any(0))
-            self.decoder.keep_units(index, units, choice)
-            kept, total = int(choice.sum()), choice.numel()
-        else:
-            kept, total = int((value != 0).sum()), value.numel()
-            # A pattern that is not the recipe's may round the count of every row.
-            self.due += total - context.keep - layer.out_features // 2
-        self.zeros += int((layer.weight == 0).sum())
-        if held_out is not None and held_out_error is None:
-            held_out_error = HeldOut.of(problem.loss, held_out).relative_error(value.to(loss.weight))
-        report = layer_report(name, problem, solution, value, held_out_error, recipe, kept, total, began)
-        if recipe.strict and report.notes:
-            raise StrictError(f"{name}: {report.notes[0]} (strict mode makes this an error)")
-        self.layers.append(report)
-        self.on_event(LayerSolved(report))
+            if path is None:
+                finish()
+            else:
+                path.pass_by(block, finish)
+        if decoder.store is not None:
+            decoder.store.take_from_sink(block)
+        return record
 
-    def _recovered_by(self, targets: list[Target]) -> list[str]:
-        """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
-        places = [path for path, _ in self.decoder.architecture.recoverable if self.recipe.recovery]
-        return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
 
-    def _recover(self, index: int, path: str, calls: Calls) -> None:
-        """Refit a sub-module of a block whose layers are pruned."""
-        recipe, layers = self.recipe, dict(self.decoder.architecture.recoverable)[path]
-        fit, apart = calls.split(self.held_out)
-        part = recover(
-            self.decoder.blocks[index].get_submodule(path),
-            [name.removeprefix(f"{path}.") for name in layers],
-            fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
-            apart,
-            rounds=recipe.recovery,
-            steps=recipe.recovery_steps,
-            damping=recipe.recovery_damping,
-            metric=self.metrics.get(self.decoder.name(index, layers[-1])),
-            name=self.decoder.name(index, path),
-        )
-        self.recovered.append(part)
+def _facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
+    """What decides the bytes of a run."""
+    return {
+        "the model": digest_of_model(decoder),
+        "its dtype": str(decoder.model.dtype),
+        "the calibration tokens": digest_of_batches(batches),
+        "the recipe": recipe.to_dict(),
+        "the allocation": None if allocation is None else allocation.to_dict(),
+        "the version": _versions(),
+        "the machine": machine(decoder),
+    }
 
-    def _targets(self, index: int) -> list[Target]:
-        return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
+
+def _versions() -> dict[str, str]:
+    return {
+        "optprune": version("optprune"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 def _metrics(

@@ -54,9 +54,9 @@ def layer_pattern(name: str, weight: Tensor) -> LayerPattern:
 
 def model_patterns(decoder: Decoder) -> list[LayerPattern]:
     """Measure every linear layer of the decoder blocks."""
-    with torch.no_grad():
-        return [
-            layer_pattern(decoder.name(block, path), decoder.layer(block, path).weight)
-            for block in range(len(decoder.blocks))
-            for path in decoder.paths(block)
-        ]
+    found = []
+    for block in range(len(decoder.blocks)):
+        with torch.no_grad(), decoder.resident(block):
+            for path in decoder.paths(block):
+                found.append(layer_pattern(decoder.name(block, path), decoder.layer(block, path).weight))
+    return found

@@ -6,12 +6,14 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
-from optprune.errors import InputError
+from optprune.errors import InputError, no_room
 from optprune.system.wording import one_line, shown
 
 LONGEST_NAME = 240
@@ -20,6 +22,38 @@ DEEPEST = 20
 """levels of lists and mappings in YAML: a recipe needs five"""
 MOST_VALUES = 10_000
 """values that a YAML text stands for: a recipe has a few dozen"""
+
+
+def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have a file that is there whole or not at all, whatever kills the process or the machine meanwhile.
+
+    InputError where there is no room for it.
+    """
+    draft = file.with_name(f".{file.name}.part")
+    try:
+        with draft.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+        _sync_folder(file.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        full = no_room(error)
+        if full is None:
+            raise
+        raise InputError(f"{full}, so {file} was not written: make room and run again") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk, where the system can do that."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def real_path(path: Path) -> Path:

@@ -1,0 +1,227 @@
+"""The journal of a run: stopped anywhere and taken up again, it ends with the bytes of a run that was not stopped."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.tiny_models import TINY_MODELS
+from optprune import load_recipe
+from optprune.errors import InputError
+from optprune.models import Decoder, open_model
+from optprune.pruning import prune
+from optprune.pruning.journal import Journal
+from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
+
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fasp": ("fasp", {"sparsity": 0.3}),
+    "alps under intra": ("alps", {"propagation": "intra"}),
+    "sparse_best": ("sparse_best", {"probe_tokens": 32}),
+    "structured_best": ("structured_best", {"probe_tokens": 32, "width_multiple": 8, "held_out": 0.25}),
+    "fasp under cross": ("fasp", {"propagation": "cross"}),
+    "depth": ("depth", {"sparsity": 0.4, "depth_tokens": 64}),
+    "spap": ("spap", {"recovery_tokens": 64}),
+}
+BLOCKS = 3
+
+
+def batches(seed: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 500, (4, 32), generator=generator) for _ in range(2)]
+
+
+def tiny(name: str = "llama") -> PreTrainedModel:
+    return TINY_MODELS[name](num_hidden_layers=BLOCKS)
+
+
+class Stopped(Exception):
+    """In place of a kill."""
+
+
+class Stop:
+    """Ends a run at the n-th event of a kind."""
+
+    def __init__(self, kind: type, number: int) -> None:
+        self.kind, self.left = kind, number
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, self.kind):
+            self.left -= 1
+            if self.left < 0:
+                raise Stopped
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in model.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("kind", "number"), [(BlockFinished, 1), (LayerSolved, -1)], ids=["block", "layer"])
+@pytest.mark.parametrize("run", RUNS)
+def test_a_stopped_run_ends_with_the_same_bytes(run: str, kind: type, number: int, tmp_path: Path) -> None:
+    name, settings = RUNS[run]
+    recipe, whole, first, second = load_recipe(name, settings), tiny(), tiny(), tiny()
+    expected = prune(whole, batches(), recipe)
+    if kind is LayerSolved and not expected.layers:
+        kind = BlockStarted  # no layer of it is solved: whole sub-blocks go
+    stop = Stop(kind, number % (len(expected.layers) if kind is LayerSolved else BLOCKS))
+    with pytest.raises(Stopped):
+        prune(first, batches(), recipe, journal=Journal(tmp_path / "run"), on_event=stop)
+    report = prune(second, batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
+    assert same(weights(whole), weights(second))
+    assert whole.config.to_dict() == second.config.to_dict()
+    assert type(whole) is type(second)
+    assert [(layer.name, layer.objective) for layer in report.layers] == [
+        (layer.name, layer.objective) for layer in expected.layers
+    ]
+    assert (report.allocation, report.blocks, report.removed, report.notes) == (
+        expected.allocation,
+        expected.blocks,
+        expected.removed,
+        expected.notes,
+    )
+
+
+@pytest.mark.parametrize("architecture", TINY_MODELS)
+@pytest.mark.parametrize("run", ["fasp", "alps under intra", "fasp under cross", "depth"])
+def test_a_model_read_block_by_block_goes_on_too(run: str, architecture: str, tmp_path: Path) -> None:
+    name, settings = RUNS[run]
+    recipe, whole = load_recipe(name, settings), tiny(architecture)
+    whole.save_pretrained(tmp_path / "model")
+    prune(whole, batches(), recipe)
+    for number in range(2):
+        journal = Journal(tmp_path / "run", resume=number > 0)
+        opened = open_model(tmp_path / "model", sink=journal.sink)
+        with pytest.raises(Stopped):
+            prune(
+                opened.model,
+                batches(),
+                recipe,
+                store=opened.store,
+                journal=journal,
+                on_event=Stop(BlockStarted, number),
+            )
+    journal = Journal(tmp_path / "run", resume=True)
+    opened = open_model(tmp_path / "model", sink=journal.sink)
+    prune(opened.model, batches(), recipe, store=opened.store, journal=journal)
+    decoder, expected = Decoder(opened.model, opened.store), Decoder(whole)
+    assert decoder.shapes() == expected.shapes()
+    for index in range(len(expected.blocks)):
+        with decoder.resident(index) as block:
+            assert same(weights(block), weights(expected.blocks[index]))  # type: ignore[arg-type]
+
+
+def test_a_finished_run_solves_nothing_again(tmp_path: Path) -> None:
+    recipe, first, second = load_recipe("fasp"), tiny(), tiny()
+    prune(first, batches(), recipe, journal=Journal(tmp_path / "run"))
+    events: list[Event] = []
+    prune(second, batches(), recipe, journal=Journal(tmp_path / "run", resume=True), on_event=events.append)
+    assert same(weights(first), weights(second))
+    assert not any(isinstance(event, LayerSolved | BlockStarted) for event in events)
+
+
+def begun(folder: Path) -> None:
+    with pytest.raises(Stopped):
+        prune(tiny(), batches(), load_recipe("fasp"), journal=Journal(folder), on_event=Stop(BlockStarted, 2))
+
+
+def test_an_unfinished_run_is_not_written_over(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    with pytest.raises(InputError, match=r"unfinished run \(2 blocks are done\): go on with it by --resume"):
+        Journal(tmp_path / "run")
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="something other than a run"):
+        Journal(tmp_path, resume=True)
+
+
+def test_to_resume_where_nothing_was_begun_is_to_begin(tmp_path: Path) -> None:
+    model, again = tiny(), tiny()
+    prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+    prune(again, batches(), load_recipe("fasp"))
+    assert same(weights(model), weights(again))
+
+
+def other_weight() -> PreTrainedModel:
+    model = tiny()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, 0] += 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "settings", "named"),
+    [
+        (other_weight, 3, {}, "the model was"),
+        (lambda: tiny().double(), 3, {}, "the model was"),
+        (tiny, 4, {}, "the calibration tokens was"),
+        (tiny, 3, {"sparsity": 0.25}, r"the recipe\.sparsity was 0\.2 and is 0\.25"),
+        (tiny, 3, {"propagation": "intra"}, r"the recipe\.propagation was 'pruned' and is 'intra'"),
+        (tiny, 3, {"seed": 1}, r"the recipe\.seed was 0 and is 1"),
+    ],
+    ids=["weights", "dtype", "text", "sparsity", "policy", "seed"],
+)
+def test_what_changed_is_refused_by_its_name(model: Any, text: int, settings: Any, named: str, tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    with pytest.raises(InputError, match=named):
+        prune(model(), batches(text), load_recipe("fasp", settings), journal=Journal(tmp_path / "run", resume=True))
+
+
+def test_other_threads_are_refused_since_they_round_otherwise(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(InputError, match=rf"the machine\.threads was {threads} and is {threads + 1}"):
+            prune(tiny(), batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("run.json", "cut"),
+        ("division.json", "cut"),
+        ("division.json", "text"),
+        ("block-00001.json", "cut"),
+        ("block-00001.json", "text"),
+        ("model.layers.1.safetensors", "cut"),
+        ("model.layers.1.safetensors", "text"),
+        ("model.layers.1.safetensors", "gone"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    file = tmp_path / "run" / name
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:40] if damage == "cut" else b'{"a": 1}')
+    with pytest.raises(InputError, match=f"{name} of "):
+        prune(tiny(), batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+
+
+def test_records_of_blocks_outlive_numbers_that_json_does_not_know(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    file = tmp_path / "run" / "block-00000.json"
+    record = json.loads(file.read_text())
+    record["layers"][0]["objective"] = float("inf")
+    file.write_text(json.dumps(record))
+    assert Journal(tmp_path / "run", resume=True).record(0).layers[0].objective == float("inf")
+
+
+def test_the_model_given_is_not_what_decides(tmp_path: Path) -> None:
+    """The same weights in another object are the same model."""
+    begun(tmp_path / "run")
+    prune(copy.deepcopy(tiny()), batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
