@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from optprune.errors import InputError
-from optprune.models import Decoder, LoadedModel, load_model, open_model
+from optprune.models import LoadedModel, load_model, open_model
 from optprune.models.store import BlockStore, ShardSink
 from optprune.report import model_patterns
-from tests.test_shapes import mixed
-from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_sliding
+from tests.helpers.mixed_models import mixed
+from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_sliding
+from tests.helpers.weights import weights_of
 
 MAKERS = {
     **TINY_MODELS,
@@ -30,15 +31,6 @@ FIRST = "model.layers.0.mlp.down_proj.weight"
 def store_of(loaded: LoadedModel) -> BlockStore:
     assert loaded.store is not None
     return loaded.store
-
-
-def weights_of(decoder: Decoder) -> dict[str, Tensor]:
-    """All of them, copied while they are in memory."""
-    found = {name: value.clone() for name, value in decoder.model.state_dict().items() if not value.is_meta}
-    for index in range(len(decoder.blocks)):
-        with decoder.resident(index) as block:
-            found |= {decoder.name(index, name): value.clone() for name, value in block.state_dict().items()}
-    return found
 
 
 def logits(loaded: LoadedModel) -> Tensor:

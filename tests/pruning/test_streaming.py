@@ -15,9 +15,9 @@ from optprune.models import Decoder, load_model, open_model
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.report import Report
-from tests.test_sparse_pipeline import batches
-from tests.test_store import weights_of
-from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_sliding
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_sliding
+from tests.helpers.token_batches import batches
+from tests.helpers.weights import weights_of
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {}),
