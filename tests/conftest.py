@@ -68,8 +68,3 @@ def no_weights(monkeypatch):
         pytest.fail("the weights were loaded before the cheap checks")
 
     monkeypatch.setattr("optprune.models.load_model", load)
-
-
-def pytest_configure(config):
-    # beartype checks a random item of a container, and hypothesis takes that for randomness of a strategy.
-    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")

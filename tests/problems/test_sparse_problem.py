@@ -81,7 +81,7 @@ def assert_exact(weight, pattern):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.label)
-@pytest.mark.parametrize("pattern", count_patterns(), ids=str)
+@pytest.mark.parametrize("pattern", list(count_patterns()), ids=str)
 def test_the_count_asked_for_to_the_entry(pattern, solver, dtype):
     problem = SparseLeastSquares(correlated_loss(1, ROWS, WIDTH, dtype=dtype), pattern)
     solution = solve(problem, solver)
