@@ -28,6 +28,14 @@ settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
 torch.set_num_threads(int(os.environ.get("OPTPRUNE_THREADS", "1")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warnings_are_errors_in_other_processes():
+    """As pytest makes them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "error")
+        yield
+
+
 @pytest.fixture
 def as_users_run():
     """Without the run-time check of shapes, which would come before optprune's own errors."""
