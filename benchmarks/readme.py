@@ -1,6 +1,6 @@
 """The tables of README.md and docs/: whole models from the rows in results/, recipes from what they say of themselves.
 
-    .venv/bin/python -m benchmarks.readme      # put them into the pages; `tests/test_docs.py` holds the pages to them
+    .venv/bin/python -m benchmarks.readme    # put them into the pages; tests/house/test_docs.py holds the pages to them
 
 A cell is the mean perplexity on held-out news, with the standard deviation of its seeds; the lowest of a column is in
 bold type, the dense model apart. A table stands where its page has a table with the same first line.

@@ -28,6 +28,14 @@ settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
 torch.set_num_threads(int(os.environ.get("OPTPRUNE_THREADS", "1")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def warnings_are_errors_in_other_processes():
+    """As pytest makes them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONWARNINGS", "error")
+        yield
+
+
 @pytest.fixture
 def as_users_run():
     """Without the run-time check of shapes, which would come before optprune's own errors."""
@@ -38,7 +46,7 @@ def as_users_run():
 
 @pytest.fixture(scope="session")
 def attempted_model(tmp_path_factory):
-    from tests.tiny_models import save_tiny, tiny_llama
+    from tests.helpers.tiny_models import save_tiny, tiny_llama
 
     return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
 
@@ -55,7 +63,7 @@ def attempted_text(tmp_path_factory):
 @pytest.fixture
 def attempt(attempted_model, attempted_text, tmp_path, capsys):
     """A prune command that would work."""
-    from tests.attempts import Attempt
+    from tests.helpers.attempts import Attempt
 
     return Attempt(attempted_model, attempted_text, tmp_path, capsys)
 
@@ -68,8 +76,3 @@ def no_weights(monkeypatch):
         pytest.fail("the weights were loaded before the cheap checks")
 
     monkeypatch.setattr("optprune.models.load_model", load)
-
-
-def pytest_configure(config):
-    # beartype checks a random item of a container, and hypothesis takes that for randomness of a strategy.
-    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module inside strategies")

@@ -1,0 +1,247 @@
+"""Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+
+import pytest
+import torch
+
+from optprune.allocation import Allocation
+from optprune.calibration import (
+    Change,
+    DenseStatistics,
+    Probe,
+    calibrating,
+    collect_metrics,
+    first_inputs,
+    first_tokens,
+)
+from optprune.calibration.fisher_pass import sampled
+from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.models import Decoder
+from optprune.moments import InputMoments
+from optprune.problems import LayerLoss
+from optprune.pruning import prune
+from optprune.recipe import Recipe, load_recipe
+from optprune.recipe.allocator import by_cost
+from tests.helpers.faults import noticed
+from tests.helpers.tiny_models import TINY_MODELS, by_variant, tiny_llama
+from tests.helpers.token_batches import batches
+
+
+@by_variant
+def test_it_is_the_divergence_of_the_whole_model(make) -> None:
+    """Whatever was done to the current block; and what was done to a block before it is part of the model then."""
+    model = make()
+    decoder, dense, ids = Decoder(model), copy.deepcopy(model), torch.cat(batches())[:3, :20]
+
+    def expected() -> float:
+        log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, model))
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+    with calibrating(decoder):
+        probe = Probe(decoder, [ids[:2], ids[2:]])
+        for index in range(len(decoder.blocks)):
+            before = expected()
+            assert probe.divergence() == pytest.approx(before, rel=1e-3, abs=1e-6)
+            layer = decoder.layer(index, decoder.architecture.mlp_consumer)
+            layer.weight.data[:, ::2] *= 1.5
+            assert expected() > before + 1e-5
+            assert probe.divergence() == pytest.approx(expected(), rel=1e-3)
+            probe.advance()
+
+
+def test_the_first_sequences_hold_the_tokens() -> None:
+    texts = [torch.arange(24).reshape(3, 8), torch.arange(10).reshape(2, 5)]
+    for tokens, shapes in ((1, [(1, 8)]), (9, [(2, 8)]), (25, [(3, 8), (1, 5)]), (999, [(3, 8), (2, 5)])):
+        assert [tuple(part.shape) for part in first_tokens(texts, tokens)] == shapes
+    assert torch.equal(first_tokens(texts, 9)[0], texts[0][:2])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_change_brings_the_bias_that_keeps_the_mean_output(bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 + torch.randn(40, 6, generator=generator)
+    layer = torch.nn.Linear(6, 4, bias=bias)
+    mean, before = layer(inputs).mean(0), copy.deepcopy(layer)
+    loss = LayerLoss.of(layer.weight, InputMoments.from_samples(inputs), fit_bias=bias)
+    weight = layer.weight.detach() * (torch.rand(4, 6, generator=generator) < 0.5)
+    change = Change.of(layer, weight, loss)
+    undo = change.undo()
+    change.write()
+    assert torch.equal(layer.weight, weight)
+    # Forty sums of a few numbers of about three, in float32.
+    assert torch.allclose(layer(inputs).mean(0), mean, rtol=0, atol=1e-5) is bias
+    undo.write()
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in layer.state_dict().items())
+
+
+class Told(Probe):
+    """Divergences that the test gives, block by block."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.values, self.block = values, 0
+
+    def divergence(self) -> float:
+        return self.values[self.block]
+
+    def advance(self) -> None:
+        self.block += 1
+
+
+def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric], probe: Probe) -> Allocation:
+    stream = first_inputs(decoder, batches())
+    return by_cost(recipe).along(decoder, stream, metrics, DenseStatistics(), lambda event: None, probe).allocation
+
+
+def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocation:
+    decoder = decoder or Decoder(tiny_llama())
+    recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "least_kept": 0.1, **settings})
+    metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
+    before = copy.deepcopy(decoder.model.state_dict())
+    with calibrating(decoder):
+        allocation = along(recipe, decoder, metrics, probe)
+    assert all(torch.equal(before[name], value) for name, value in decoder.model.state_dict().items())
+    return allocation
+
+
+@pytest.mark.parametrize("units", ["mlp", "all", "kv-groups"])
+def test_a_block_that_costs_more_than_predicted_keeps_more(units: str) -> None:
+    settings = {"units": units, "sparsity": 0.06 if units == "kv-groups" else 0.3, "least_kept": 0.01}
+    first, second = (divided(Told(values), **settings) for values in ([10.0, 0.001], [0.001, 10.0]))
+    field = "kv_heads" if units == "kv-groups" else "mlp_width"
+    kept = [[getattr(block.shape, field) for block in found.blocks] for found in (first, second)]
+    assert kept[0][0] > kept[0][1]
+    assert kept[1][1] > kept[1][0]
+
+
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("rows", 0.5), ("2:4", 0.3)])
+def test_weights_of_a_block_that_cost_more_than_predicted_stay(pattern: str, sparsity: float) -> None:
+    decoder = Decoder(tiny_llama())
+    metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
+    recipe = load_recipe("sparse_best", {"pattern": pattern, "sparsity": sparsity})
+    kept = []
+    for values in ([10.0, 0.001], [0.001, 10.0]):
+        with calibrating(decoder):
+            found = along(recipe, decoder, metrics, Told(values))
+        assert found.sparsity == pytest.approx(sparsity, abs=0.03)
+        kept.append([sum(block.shares.values()) for block in found.blocks])
+    assert kept[0][0] > kept[0][1] + 0.5
+    assert kept[1][1] > kept[1][0] + 0.5
+
+
+def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatch) -> None:
+    shares = []
+
+    def look(probe, changes):
+        shares.extend(float((change.weight != 0).double().mean()) for change in changes)
+        return 1.0
+
+    monkeypatch.setattr(Probe, "divergence_with", look)
+    decoder = Decoder(tiny_llama())
+    metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
+    with calibrating(decoder):
+        along(load_recipe("sparse_best"), decoder, metrics, Told([1.0, 1.0]))
+    assert shares == pytest.approx([0.5] * 14, abs=1e-3)
+
+
+def test_a_pattern_that_holds_everywhere_leaves_nothing_to_divide() -> None:
+    for settings, divides in (
+        ({"pattern": "2:4"}, False),
+        ({"pattern": "2:4", "sparsity": 0.4}, True),
+        ({}, True),
+        ({"allocation": "uniform"}, False),
+    ):
+        assert load_recipe("sparse_best", settings).divides == divides
+
+
+def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
+    seen = []
+
+    def look(probe, changes):
+        [change] = changes
+        seen.append(int((change.weight != 0).any(0).sum()))
+        return 1.0
+
+    monkeypatch.setattr(Probe, "divergence_with", look)
+    divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
+    assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_real_probe_goes_through_the_model_and_leaves_it(name: str) -> None:
+    decoder = Decoder(TINY_MODELS[name]())
+    with calibrating(decoder):
+        probe = Probe(decoder, first_tokens(batches(), 60))
+    assert divided(probe, decoder).sparsity >= 0.3
+    assert probe.stream.block == len(decoder.blocks)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_it_is_part_of_a_run(name: str) -> None:
+    report = prune(TINY_MODELS[name](), batches(), load_recipe("sparse_best", {"probe_tokens": 50}))
+    assert report.sparsity_reached == pytest.approx(0.5, abs=1e-3)
+    for units in ("mlp", "all"):
+        recipe = load_recipe("structured_best", {"units": units, "probe_tokens": 50})
+        report = prune(TINY_MODELS[name](), batches(), recipe)
+        # The hull of so small a model has few corners.
+        assert 0.2 <= report.sparsity_reached <= 0.25
+
+
+def test_probes_bring_squared_errors_to_one_unit() -> None:
+    settings = {"output_metric": "none", "units": "mlp"}
+    for tokens, told in ((0, True), (50, False)):
+        report = prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "probe_tokens": tokens}))
+        assert any("not in one unit" in note for note in report.notes) == told
+
+
+def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
+    monkeypatch.setattr("optprune.allocation.by_cost.Probe", lambda *_: pytest.fail("the model was probed"))
+    for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"pattern": "2:4"})):
+        prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "probe_tokens": 50}))
+
+
+def test_without_a_metric_the_size_of_the_hidden_states_changes_nothing() -> None:
+    """Root mean square norms undo a factor on all that is added up, so the function is the same."""
+    widths = []
+    for factor in (1.0, 2.0**-10):
+        model = tiny_llama()
+        for name, parameter in model.named_parameters():
+            if "embed_tokens" in name or "o_proj" in name or "down_proj" in name:
+                parameter.data.mul_(factor)
+        for module in model.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon *= factor**2
+        decoder = Decoder(model)
+        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "output_metric": "none"})
+        with calibrating(decoder):
+            allocation = along(recipe, decoder, {}, Told([1.0, 2.0]))
+        widths.append([block.shape.mlp_width for block in allocation.blocks])
+    assert widths[0] == widths[1]
+
+
+def test_half_precision_tells_too_little_for_a_probe() -> None:
+    settings = {"output_metric": "none", "probe_tokens": 64}
+    with pytest.raises(InputError, match="a probe in bfloat16"):
+        prune(tiny_llama().to(torch.bfloat16), batches(), load_recipe("structured_best", settings))
+
+
+# -- faults planted
+
+divergence = Probe.divergence
+
+
+def wrong_way_round(self):
+    """KL(as it is now || dense)."""
+    self._dense, self._to_the_end = self._to_the_end(self.stream), lambda stream, dense=self._dense: dense
+    found = divergence(self)
+    self._dense = self._to_the_end(self.stream)
+    del self._to_the_end
+    return found
+
+
+def test_a_divergence_the_wrong_way_round_is_noticed(monkeypatch):
+    check = partial(test_it_is_the_divergence_of_the_whole_model, tiny_llama)
+    noticed(monkeypatch, Probe, "divergence", wrong_way_round, check)

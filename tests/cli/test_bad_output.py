@@ -1,0 +1,140 @@
+"""Folders that cannot be written: one sentence, and nothing half-written."""
+
+import contextlib
+import errno
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from optprune.errors import OptpruneError
+from optprune.export import reload_check, save_model
+from tests.helpers.attempts import Attempt, snapshot
+from tests.helpers.tiny_models import save_tiny, tiny_llama
+
+
+@contextmanager
+def limited(what: int, most: int) -> Iterator[None]:
+    """A real limit of the operating system, as `ulimit` sets it."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_output_that_links_to_itself(attempt: Attempt) -> None:
+    attempt.output.parent.mkdir()
+    attempt.output.symlink_to("out")
+    sentence = attempt.fails(attempt.command("--overwrite"))
+    assert f"{attempt.output} is a link that leads back to itself: name another" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_output_in_a_folder_that_links_to_itself(attempt: Attempt) -> None:
+    attempt.output.parent.symlink_to("new")
+    assert "leads back to itself" in attempt.fails(attempt.command())
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("inner", [b"", b"/in"], ids=["the folder", "its parent"])
+def test_an_output_whose_name_is_not_utf8(attempt: Attempt, inner: bytes) -> None:
+    output = os.fsdecode(os.fsencode(attempt.folder) + b"/o\xff" + inner)
+    assert "is not UTF-8: choose another" in attempt.fails(attempt.command(output=output))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the quota of disk space is used up"),
+        (errno.EFBIG, "a file would be larger than the file system or a limit (ulimit -f) allows"),
+    ],
+)
+@pytest.mark.parametrize("of_python", [False, True], ids=["safetensors' words", "an error of Python"])
+def test_no_room(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, number: int, reason: str, of_python: bool) -> None:
+    def half(_: PreTrainedModel, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half of it")
+        if of_python:
+            raise OSError(number, os.strerror(number))
+        raise RuntimeError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
+    assert f"{reason}, so {attempt.output} was not written" in attempt.fails(attempt.command())
+
+
+def test_a_limit_on_the_size_of_files(attempt: Attempt) -> None:
+    with limited(resource.RLIMIT_FSIZE, 2**16):
+        sentence = attempt.fails(attempt.command())
+    assert f"a limit (ulimit -f) allows, so {attempt.output} was not written" in sentence
+
+
+def test_weights_whose_logits_float16_cannot_hold(attempt: Attempt) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2e4)  # each of them is in the range of float16
+    attempt.model = save_tiny(model, attempt.folder / "large")
+    sentence = attempt.fails(attempt.command("--save-dtype", "float16"))
+    assert "logits of the saved model hold NaN or infinity" in sentence
+    assert "save in bfloat16 or float32, whose range is larger" in sentence
+    assert "report" not in sentence
+
+
+def descriptors() -> set[int]:
+    return {int(path.name) for path in Path("/dev/fd").iterdir()}
+
+
+def free_descriptors(most: int) -> int:
+    """The limit that leaves so many file descriptors."""
+    used = descriptors()
+    free = (number for number in range(2**16) if number not in used)
+    return next(number for position, number in enumerate(free) if position == most)
+
+
+@pytest.mark.parametrize("free", [0, 1, 2, 3, 4])
+def test_a_reload_that_fails_for_want_of_file_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    start, output = subprocess.run, tmp_path / "new" / "out"
+
+    def limited_start(*args: Any, **options: Any) -> Any:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free_descriptors(free), before[1]))
+        return start(*args, **options)
+
+    monkeypatch.setattr(subprocess, "run", limited_start)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = descriptors()
+    try:
+        with pytest.raises(OptpruneError, match=r"Too many open files\), so the folder was discarded"):
+            save_model(tiny_llama(), output, probe=torch.arange(8)[None])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for leaked in descriptors() - held:
+            with contextlib.suppress(OSError):
+                os.close(leaked)  # Python 3.11 leaves pipes open when a process cannot be started
+    assert snapshot(tmp_path) == {}
+
+
+def test_a_draft_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(path: Any, *_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(reload_check, "CANNOT_IMPORT", 0)  # a reload that does not work
+    for call in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, call, kept)
+    with pytest.raises(
+        OptpruneError, match=r"was discarded: .*; of it .* could not be deleted: do that by hand"
+    ) as told:
+        save_model(tiny_llama(), tmp_path / "out", probe=torch.arange(8)[None])
+    [draft] = tmp_path.iterdir()
+    assert str(draft) in str(told.value)

@@ -1,0 +1,123 @@
+"""Where --json FILE writes: what links lead to, and straight to what is not a regular file."""
+
+import json
+import os
+import stat
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from optprune.cli import main
+from optprune.cli.outputs import check_json, write_json
+from optprune.errors import InputError, OptpruneError
+from tests.helpers.attempts import Attempt
+
+
+def test_a_named_pipe_stays_one_and_gets_the_results(attempt: Attempt) -> None:
+    pipe = attempt.folder / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    assert main(attempt.evaluate("--json", str(pipe))) == 0
+    reader.join(timeout=10)
+    assert json.loads(read[0])["windows"] == 2
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [file.name for file in attempt.folder.iterdir()] == ["pipe"]
+
+
+def test_a_device_stays_one_and_gets_the_results(tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    try:
+        link = tmp_path / "terminal"
+        link.symlink_to(os.ttyname(theirs))
+        check_json(link)
+        write_json(link, "{}\n", "all is well")
+        assert os.read(ours, 100) == b"{}\r\n"
+        assert link.is_char_device()
+        assert link.is_symlink()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_device_in_a_folder_where_nothing_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and allowed(path, mode))
+    check_json(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"the folder .* is not writable"):
+        check_json(tmp_path / "file")
+
+
+def test_a_device_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match=r"the JSON file .*pipe cannot be written: it is not writable"):
+        check_json(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["to nothing", "to a file"])
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "record.json", tmp_path / "link.json"
+    link.symlink_to(Path("elsewhere") / "record.json")
+    if there:
+        target.write_text("old")
+    check_json(link)
+    write_json(link, "{}\n", "all is well")
+    assert link.is_symlink()
+    assert target.read_text() == "{}\n"
+    assert [file.name for file in target.parent.iterdir()] == ["record.json"]
+
+
+def test_a_link_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to("missing/record.json")
+    with pytest.raises(InputError, match=f"cannot be written: there is no folder {tmp_path / 'missing'}"):
+        check_json(link)
+
+
+def test_a_link_to_a_file_of_the_model(attempt: Attempt) -> None:
+    link = attempt.folder / "link.json"
+    link.symlink_to(attempt.model / "config.json")
+    assert "has a name that a file of the model in" in attempt.fails(attempt.evaluate("--json", str(link)))
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_link_to_itself(attempt: Attempt) -> None:
+    link = attempt.folder / "link.json"
+    link.symlink_to("link.json")
+    sentence = attempt.fails(attempt.evaluate("--json", str(link)))
+    assert f"{link} is a link that leads back to itself: name another" in sentence
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_name_that_is_not_utf8(attempt: Attempt) -> None:
+    sentence = attempt.fails(attempt.evaluate("--json", str(attempt.folder / os.fsdecode(b"r\xff.json"))))
+    assert r"r\udcff.json' is not UTF-8: choose another" in sentence
+
+
+def test_standard_output_that_is_a_file_gets_the_results_before_what_is_printed(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    with file.open("w+") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        print("first")
+        write_json(file, "{}\n", "all is well")
+        print("last")
+    assert file.read_text() == "first\n{}\nlast\n"
+
+
+def test_a_reader_that_has_gone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    text = "x" * 2**20
+    closing = threading.Timer(0.2, os.close, [reader])
+    closing.start()
+    with pytest.raises(OptpruneError, match=r"the JSON file .*pipe cannot be written \(Broken pipe\), but all is well"):
+        write_json(pipe, text, "all is well")
+    closing.join()

@@ -1,0 +1,97 @@
+"""Folders in transformers 4.57, which other tools still stand on: the same logits, words and tokens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from optprune.export import save_model
+from optprune.export.save import TOLERANCE
+from tests.helpers.mixed_models import generated, mixed
+from tests.helpers.tiny_models import LLAMA3, SLIDING, TINY_MODELS, tiny_tokenizer
+
+OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
+"""with what this environment has, torch first of all, they are all that it takes"""
+TEXT = "The committee <s> met  on Monday."
+PROBE = torch.arange(600).remainder(500).reshape(2, 300)
+PROGRAM = """
+import json, sys
+sys.modules["optprune"] = None  # importing it is an error
+import torch, transformers
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text, probe = sys.argv[1], sys.argv[2], torch.arange(600).remainder(500).reshape(2, 300)
+config = json.load(open(f"{folder}/config.json"))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer(text, return_tensors="pt")
+prompt = torch.arange(10, 20)[None]
+with torch.no_grad():
+    save_file({"logits": model(probe).logits, "words": model(**inputs).logits}, f"{folder}/found.safetensors")
+new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+print(json.dumps({
+    "version": transformers.__version__, "new": new[0].tolist(), "tokens": inputs.input_ids[0].tolist(),
+    "chat": tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False),
+    "again": tokenizer.decode(inputs.input_ids[0]), "special": tokenizer.all_special_tokens,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages that stand before those of this environment."""
+    place = tmp_path_factory.mktemp("older")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place), *OLDER]
+    run = subprocess.run(install, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return place
+
+
+def in_older(older: Path, folder: Path) -> dict[str, Any]:
+    environment = os.environ | {
+        "PYTHONPATH": str(older),
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(folder / "modules"),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), TEXT], capture_output=True, text=True, check=False, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def model_of(name: str) -> PreTrainedModel:
+    rotary = {} if name == "opt" else {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
+    window = {"layer_types": ["full_attention", "sliding_attention"] * 2, **SLIDING} if name == "qwen2" else {}
+    return TINY_MODELS[name](num_hidden_layers=4, **rotary, **window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_folder_in_transformers_4(name: str, uneven: bool, older: Path, tmp_path: Path) -> None:
+    model, tokenizer = model_of(name), tiny_tokenizer()
+    if uneven:
+        mixed(model)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
+    tokenizer.chat_template = "{% for message in messages %}<x>{{ message['content'] }}{% endfor %}"
+    folder = save_model(model, tmp_path / "out", tokenizer=tokenizer).folder
+    outside = in_older(older, folder)
+    assert outside["version"].startswith("4.57.")
+    tokens = tokenizer(TEXT, return_tensors="pt")
+    assert outside["tokens"] == tokens.input_ids[0].tolist()
+    assert outside["again"] == tokenizer.decode(tokens.input_ids[0])
+    assert sorted(outside["special"]) == sorted(tokenizer.all_special_tokens)
+    assert outside["chat"] == f"<x>{TEXT}"
+    found = load_file(folder / "found.safetensors")
+    with torch.no_grad():
+        for here, there in ((model(PROBE), found["logits"]), (model(**tokens), found["words"])):
+            assert (here.logits - there).abs().max() <= TOLERANCE[torch.float32] * here.logits.abs().max()
+    assert outside["new"] == generated(model)

@@ -1,0 +1,320 @@
+"""Saving and loading: whole or not at all, in the stock format where it can be, checked by a fresh process."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import optprune
+from optprune.errors import InputError, OptpruneError
+from optprune.export import cast, check_output, save_model
+from optprune.models import load_model, load_tokenizer
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
+from optprune.texts import demo_articles
+from tests.helpers.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_tokenizer
+
+PROBE = torch.arange(10, 42)[None]
+
+
+def pruned(name: str, units: str) -> torch.nn.Module:
+    model = TINY_MODELS[name]()
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(5, 500, (2, 48), generator=generator) for _ in range(4)]
+    prune(model, batches, load_recipe("fasp", {"units": units, "sparsity": 0.15}))
+    return model
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_mlp_pruning_gives_a_folder_that_plain_transformers_loads(name: str, tmp_path: Path) -> None:
+    dense_bytes = save_model(TINY_MODELS[name](), tmp_path / "dense").bytes
+    model = pruned(name, "mlp")
+    saved = save_model(model, tmp_path / "out", probe=PROBE, tokenizer=tiny_tokenizer(), files={"report.json": "{}"})
+    assert saved.stock and saved.logits_difference is not None
+    width = {"opt": "ffn_dim"}.get(name, "intermediate_size")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config[width] == getattr(model.config, width) < 128
+    # In proportion: exactly the float32 weights that are gone, up to the header.
+    gone = sum(p.numel() for p in TINY_MODELS[name]().parameters()) - sum(p.numel() for p in model.parameters())
+    assert abs(dense_bytes - saved.bytes - 4 * gone) < 1024
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM;"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]);"
+        "print(m.generate(torch.arange(10, 20)[None], max_new_tokens=4, do_sample=False).tolist());"
+        "assert not any(name.startswith('optprune') for name in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True, check=True
+    )
+    expected = model.generate(torch.arange(10, 20)[None], max_new_tokens=4, do_sample=False).tolist()
+    assert json.loads(run.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("units", ["vo", "all"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str, tmp_path: Path) -> None:
+    model = pruned(name, units)
+    saved = save_model(model, tmp_path / "out", probe=PROBE)
+    assert not saved.stock
+    again = optprune.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
+
+
+def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
+    for units in ("vo", "mlp"):
+        model = pruned("llama", units)
+        save_model(model, tmp_path / units)
+        again = load_model(str(tmp_path / units)).model
+        report = prune(again, [torch.randint(5, 500, (2, 48))], load_recipe("fasp", {"sparsity": 0.2}))
+        assert report.sparsity_reached == pytest.approx(0.2, abs=0.03)
+        save_model(again, tmp_path / f"{units} twice", probe=PROBE)
+
+
+def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_model(model, tmp_path / "out")
+    with pytest.raises(InputError, match="exists already"):
+        save_model(model, tmp_path / "out")
+    save_model(model, tmp_path / "out", overwrite=True, files={"second": ""})
+    assert (tmp_path / "out" / "second").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(InputError, match="something other than a model"):
+        save_model(model, tmp_path / "notes", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), RuntimeError("anything")],
+    ids=["full disk", "interrupt", "crash"],
+)
+def test_a_failure_while_writing_leaves_nothing(
+    fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    save_model(model, tmp_path / "old")
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "old").iterdir())}
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("optprune.export.save._compare", fail)
+    for target in ("old", "new", "deep/er/new"):
+        with pytest.raises((OptpruneError, KeyboardInterrupt, RuntimeError)):
+            save_model(model, tmp_path / target, probe=PROBE, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "old").iterdir())} == before
+
+
+def test_the_old_folder_survives_an_interrupt_between_the_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tiny_llama(), tmp_path / "out", files={"old": ""})
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(tiny_llama(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old").exists()
+
+
+def test_a_reloaded_model_that_differs_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    save = type(model).save_pretrained
+
+    def corrupt(self, folder, **kwargs):
+        with torch.no_grad():
+            self.model.norm.weight[0] += 0.5
+        save(self, folder, **kwargs)
+        with torch.no_grad():
+            self.model.norm.weight[0] -= 0.5
+
+    monkeypatch.setattr(type(model), "save_pretrained", corrupt)
+    with pytest.raises(OptpruneError, match="logits differ"):
+        save_model(model, tmp_path / "out", probe=PROBE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_tensors_are_an_error_and_not_random_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(tiny_llama(), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"1 tensors are missing or misshapen.*layers.1.mlp.up_proj"):
+        load_model(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
+    save_model(tiny_llama(), tmp_path / "dense")
+    loaded = load_model(str(tmp_path / "dense"), dtype=dtype).model
+    prune(loaded, [torch.randint(5, 500, (2, 48))], load_recipe("fasp"))
+    save_model(loaded, tmp_path / "out", probe=PROBE)
+    assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
+
+
+def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch in the user's site-packages or on PYTHONPATH: the interpreter itself does not know of it."""
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]  # knows no venv
+    assert save_model(tiny_llama(), tmp_path / "out", probe=PROBE).logits_difference is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("path", [], "cannot import what it needs .*torch.*, so the folder was discarded: "),
+        ("executable", "/no/python", "cannot be started .*, so the folder was discarded: "),
+        ("executable", None, "cannot be started .*, so the folder was discarded: "),
+    ],
+)
+def test_a_reload_check_that_cannot_run_says_so(
+    name: str, value: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama()
+    model(PROBE)  # so that nothing is imported on the way
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, name, value)
+        with pytest.raises(OptpruneError, match=reason) as caught:
+            save_model(model, tmp_path / "out", probe=PROBE)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setattr("optprune.export.reload_check.__file__", str(tmp_path / "killed.py"))
+    model = tiny_llama(hidden_size=256)
+    size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+    with pytest.raises(OptpruneError, match=rf"killed by signal 9, .* free the {size:.0f} MiB that a second copy"):
+        save_model(model, tmp_path / "out", probe=PROBE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_in_folders_that_can_be_entered(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_model(tiny_llama(), tmp_path / "out", tokenizer=tokenizer)
+    [folder] = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert folder.stat().st_mode & 0o700 == 0o700
+    modes = {file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+    again = load_tokenizer(tmp_path / "out")
+    assert again is not None and again.chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_that_is_only_a_sentencepiece_model(tmp_path: Path) -> None:
+    import sentencepiece
+
+    folder = save_model(tiny_llama(), tmp_path / "out").folder
+    (tmp_path / "news.txt").write_text("\n".join(demo_articles("calibration")[:20]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        input=str(tmp_path / "news.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    text = "The news of the day."
+    assert tokenizer is not None
+    assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    save_model(tiny_llama(), tmp_path / "again", tokenizer=tokenizer)
+    again = load_tokenizer(tmp_path / "again")
+    assert again is not None and again(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_an_output_that_cannot_work_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.txt").write_text("words")
+    with pytest.raises(InputError, match=r"t\.txt is not a folder"):
+        check_output(tmp_path / "t.txt" / "out", False)
+    with pytest.raises(InputError, match=r"t\.txt is a file"):
+        check_output(tmp_path / "t.txt", True)
+    save_model(tiny_llama(), tmp_path / "out")
+    (tmp_path / "out" / "deeper").mkdir()
+    for here, folder in (("out", "."), ("out", "../out"), ("out/deeper", ".."), ("out/deeper", str(tmp_path / "out"))):
+        monkeypatch.chdir(tmp_path / here)
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="is the current folder or holds it"):
+                check_output(Path(folder), overwrite)
+
+
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    save_model(tiny_llama(), tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    save_model(tiny_llama(), tmp_path / "link", overwrite=True, files={"second": ""})
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out" / "second").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+
+
+def test_a_model_in_float64(tmp_path: Path) -> None:
+    model = tiny_llama().double()
+    assert save_model(model, tmp_path / "out", probe=PROBE).logits_difference is not None
+
+
+def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 1e6
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(InputError, match=r"model.norm.weight holds values beyond torch.float16"):
+        cast(model, torch.float16)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    cast(model, torch.bfloat16)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
+def test_tied_embeddings_stay_tied_in_another_dtype(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    model = TINY_MODELS[name]()
+    assert model.config.tie_word_embeddings
+    cast(model, torch.bfloat16)
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    assert head is not None and head.weight is embeddings.weight
+    assert sum(parameter.numel() for parameter in model.parameters()) == TINY_MODELS[name]().num_parameters()
+    save_model(model, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_paths_may_be_texts_or_paths(tmp_path: Path) -> None:
+    model = tiny_llama()
+    save_model(model, str(tmp_path / "out"))
+    for folder in (tmp_path / "out", str(tmp_path / "out")):
+        loaded = load_model(folder)
+        assert loaded.source == str(tmp_path / "out")
+        assert torch.equal(loaded.model(PROBE).logits, model(PROBE).logits)
+
+
+def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def missing(where: str, **options: object) -> None:
+        asked.update(options)
+        raise OSError(f"{where} has no model.safetensors. Please do not set `use_safetensors=True`.")
+
+    module = sys.modules["optprune.models.load"]  # optprune.models.load is the function
+    monkeypatch.setattr(module, "_config", lambda *_: tiny_llama().config)
+    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", missing)
+    with pytest.raises(InputError, match=r"the weights of owner/name are not there as safetensors; that is pickle"):
+        load_model("owner/name")
+    assert asked["use_safetensors"] is True

@@ -1,0 +1,19 @@
+"""The division of one budget over the blocks of a model, as a run makes it."""
+
+from optprune.allocation import Allocation
+from optprune.calibration import DenseStatistics, calibrating, first_inputs
+from optprune.metric import OutputMetric
+from optprune.models import Decoder
+from optprune.recipe import Recipe
+from optprune.recipe.allocator import by_cost
+from optprune.report import BlockMeasured
+from tests.helpers.token_batches import batches
+
+
+def divided(decoder: Decoder, recipe: Recipe, metrics: dict[str, OutputMetric] | None = None) -> Allocation:
+    with calibrating(decoder):
+        stream = first_inputs(decoder, batches())
+        events: list[object] = []
+        allocation = by_cost(recipe).along(decoder, stream, metrics or {}, DenseStatistics(), events.append).allocation
+    assert [event.block for event in events if isinstance(event, BlockMeasured)] == list(range(len(decoder.blocks)))
+    return allocation

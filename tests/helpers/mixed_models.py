@@ -1,0 +1,28 @@
+"""Models whose blocks differ in shape, and what they write."""
+
+import torch
+from transformers import PreTrainedModel
+
+from optprune.models import Decoder, KvGroups, Mlp, Values
+
+PROMPT = torch.arange(10, 20)[None]
+
+
+def mixed(model: PreTrainedModel) -> PreTrainedModel:
+    """Four blocks: no attention, everything narrower, no MLP, intact."""
+    decoder = Decoder(model)
+    decoder.remove(0, "attention")
+    groups, mlp = KvGroups().layers(decoder, 1), Mlp().layers(decoder, 1)
+    decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
+    values = Values().layers(decoder, 1)
+    decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
+    decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < 50)
+    decoder.remove(2, "mlp")
+    decoder.record_shapes()
+    return model
+
+
+def generated(model: PreTrainedModel, *, use_cache: bool = True) -> list[int]:
+    return model.generate(
+        PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=12, do_sample=False, use_cache=use_cache
+    )[0].tolist()

@@ -1,0 +1,98 @@
+"""Every concrete kind of problem and every concrete solver, found by inspection, and which of them go together."""
+
+import inspect
+
+import pytest
+import torch
+
+from optprune.problems import Problem
+from optprune.solvers import (
+    Admm,
+    Chain,
+    ChannelSwaps,
+    ConjugateGradients,
+    FaspMetric,
+    GreedyObs,
+    PerspectiveBound,
+    Random,
+    Restore,
+    Solver,
+    SparseGpt,
+    Swaps,
+    Wanda,
+)
+
+
+def concrete(base):
+    """The concrete subclasses of a class that optprune itself defines, at any depth."""
+    found = []
+    for cls in base.__subclasses__():
+        if not inspect.isabstract(cls) and cls.__module__.startswith("optprune."):
+            found.append(cls)
+        found += concrete(cls)
+    return sorted(set(found), key=lambda cls: cls.__name__)
+
+
+# What cannot be made without arguments is made here; everything else by its defaults.
+MADE_BY_HAND = {
+    Chain: [
+        Chain((FaspMetric(), Restore())),
+        Chain((Restore(), FaspMetric())),
+        Chain(()),
+        Chain((Wanda(), ConjugateGradients())),
+        Chain((Admm(), ConjugateGradients(), Swaps(), Restore())),
+        Chain((GreedyObs(), ChannelSwaps(), Restore())),
+    ],
+    # Its bound is a bound after every step; a hundred of them are for larger matrices.
+    PerspectiveBound: [PerspectiveBound(most=20)],
+}
+# Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.
+AT_RANDOM = (Random,)
+# SparseGPT goes through the columns in the order of their names, so only its rows may be renamed.
+IN_ORDER = (SparseGpt,)
+
+KINDS = concrete(Problem)
+SOLVERS = [solver for cls in concrete(Solver) for solver in (MADE_BY_HAND[cls] if cls in MADE_BY_HAND else [cls()])]
+DTYPES = [torch.float64, torch.float32]
+
+by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+by_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.label or "empty chain")
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# Which pairs are accepted, in full: a solver that starts to refuse what it solved would otherwise pass every test.
+ACCEPTED = {
+    ("MaskedLeastSquares", "Restore"),
+    *(
+        (kind, solver)
+        for kind in ("LinkedLeastSquares", "StructuredLeastSquares")
+        for solver in (
+            "ChannelSwaps",
+            "FaspMetric",
+            "FaspMetric > Restore",
+            "FlapMetric",
+            "GreedyObs",
+            "GreedyObs > ChannelSwaps > Restore",
+            "RemovalBound",
+            "Restore > FaspMetric",
+            "Spap",
+        )
+    ),
+    ("PenalisedLeastSquares", "Fista"),
+    ("MaskedLeastSquares", "ConjugateGradients"),
+    *(
+        (kind, solver)
+        for kind in ("LinkedLeastSquares", "SparseLeastSquares", "StructuredLeastSquares")
+        for solver in (
+            "Admm",
+            "ConjugateGradients",
+            "HardThreshold",
+            "Magnitude",
+            "PerspectiveBound",
+            "Random",
+            "Restore",
+        )
+    ),
+    *(("SparseLeastSquares", solver) for solver in ("FistaPath", "FistaPruner", "SparseGpt", "Swaps", "Wanda")),
+    ("SparseLeastSquares", "Wanda > ConjugateGradients"),
+    ("SparseLeastSquares", "Admm > ConjugateGradients > Swaps > Restore"),
+}

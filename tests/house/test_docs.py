@@ -1,0 +1,125 @@
+"""README.md and docs/: their Python runs, their commands exist, and their tables are what rows and recipes say."""
+
+import copy
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import optprune
+from benchmarks.readme import PAGES, RECIPES, put, tables
+from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS
+from optprune.cli.app import app
+from optprune.models import LoadedModel
+from optprune.recipe import Recipe, load_recipe, recipe_names
+
+ROOT = Path(__file__).parents[2]
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
+WHOLE_MODEL = "README.md"
+FIRST_BLOCKS = 2
+"""what pages other than the README prune of the demo model"""
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+OPTIONS = {
+    name: {"--help", *(text for option in command.params for text in option.opts)} for name, command in COMMANDS.items()
+}
+LINES = [
+    (page, line.split("#")[0].split("...")[0].strip())
+    for page, text in TEXTS.items()
+    for line in text.splitlines()
+    if re.match(r"    (optprune|make|pip) ", line)
+] + [
+    (page, " ".join(code.split()))
+    for page, text in TEXTS.items()
+    for code in re.findall(r"`((?:optprune|make|python -m benchmarks\.)\b[^`]*)`", text)
+    if re.match(r"optprune [a-z]|make [a-z]|python -m", code)
+]
+
+
+@pytest.fixture(scope="session")
+def demo() -> LoadedModel:
+    return optprune.load_model("demo")
+
+
+@pytest.fixture
+def load_demo(demo: LoadedModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_model("demo")` gives a copy of one model, of its first blocks where a page may do with them."""
+
+    def load_model(name: str) -> LoadedModel:
+        assert name == "demo"
+        loaded = copy.copy(demo)
+        object.__setattr__(loaded, "model", copy.deepcopy(demo.model))
+        if request.node.callspec.params["page"] != WHOLE_MODEL:
+            loaded.model.model.layers = loaded.model.model.layers[:FIRST_BLOCKS]
+            loaded.model.config.num_hidden_layers = FIRST_BLOCKS
+        return loaded
+
+    monkeypatch.setattr(optprune, "load_model", load_model, raising=False)
+
+
+@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
+def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
+    page: str, load_demo: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": page}
+    for number, block in enumerate(BLOCKS[page]):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize(("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 15)])
+def test_an_objective_and_a_penalty_are_short(sign: str, most: int) -> None:
+    shown = [block for blocks in BLOCKS.values() for block in blocks if sign in block]
+    assert shown
+    assert all(len([line for line in block.splitlines() if line.strip()]) <= most for block in shown)
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=lambda value: str(value)[:60])
+def test_what_a_shell_line_names_exists(page: str, line: str) -> None:
+    program, *words = shlex.split(line)
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{word}:", makefile, re.MULTILINE) for word in words)
+    elif program == "python":
+        assert (ROOT / (words[1].replace(".", "/") + ".py")).is_file()
+    elif program == "optprune":
+        command, *rest = words
+        assert {word for word in rest if word.startswith("--")} <= OPTIONS[command]
+        given = dict(pairwise(rest))
+        assert given.get("--recipe", "fasp") in recipe_names()
+        if command == "recipes" and rest:
+            assert rest[0] in recipe_names()
+
+
+def test_every_option_and_recipe_field_in_a_text_exists() -> None:
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    known = set().union(*OPTIONS.values()) | set(re.findall(r'"(--[a-z-]+)"', scripts)) | {"--no-deps", "--strict"}
+    for page, text in TEXTS.items():
+        plain = " ".join(text.split())
+        assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain)) - known, page
+        assert not set(re.findall(r"--set ([a-z_]+)=", plain)) - set(Recipe.model_fields), page
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), [(page, number) for page in (*PAGES, *RECIPES) for number in range(len(tables(page)))]
+)
+def test_a_table_is_what_the_rows_and_the_recipes_say(page: str, number: int) -> None:
+    # A failure is mended by `python -m benchmarks.readme`, once the sentences beside the table are true too.
+    assert put(TEXTS[page], [tables(page)[number]]) == TEXTS[page]
+
+
+def test_every_recipe_is_in_one_table() -> None:
+    for name in recipe_names():
+        assert sum(kind.holds(load_recipe(name)) for kind in (LOSS_AWARE, WEIGHTS, UNITS)) == 1
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 130

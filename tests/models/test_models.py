@@ -1,0 +1,163 @@
+"""Architectures: what slicing does to a model, with biases, grouped-query attention, rotary variants and caches."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from optprune.errors import InputError
+from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values
+from optprune.models.decoder import write
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+VARIANTS = {
+    "llama, grouped-query attention": tiny_llama,
+    "llama, one KV head": lambda: tiny_llama(num_key_value_heads=1),
+    "llama, as many KV heads as heads": lambda: tiny_llama(num_key_value_heads=4),
+    "llama, head_dim of its own": lambda: tiny_llama(head_dim=24),
+    "llama, biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
+    "llama, tied embeddings": lambda: tiny_llama(tie_word_embeddings=True),
+    "llama 3.1 rope": lambda: tiny_llama(rope_parameters=LLAMA3_ROPE),
+    "qwen2": tiny_qwen2,
+    "qwen2, sliding window": lambda: tiny_qwen2(
+        use_sliding_window=True, sliding_window=8, max_window_layers=0, layer_types=["sliding_attention"] * 2
+    ),
+    "opt": tiny_opt,
+    "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
+    "opt, projected embeddings": lambda: tiny_opt(word_embed_proj_dim=32),
+}
+
+
+def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
+    return torch.randint(5, 500, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def restored(decoder: Decoder, block: int, kind: str, generator: torch.Generator):
+    """A random choice of units (half of each slot, rounded up), and random new weights for the consumer on it."""
+    layers = {"mlp": Mlp(), "vo": Values(), "kv": KvGroups()}[kind].layers(decoder, block)
+    link = layers.link
+    size = link.units // link.slot_count
+    choice = torch.cat(
+        [torch.randperm(size, generator=generator) < (size + 1) // 2 for _ in range(link.slot_count)]
+    )  # slots are contiguous
+    consumer = decoder.layer(block, layers.consumer)
+    mask = link.column_mask(choice, consumer.in_features)
+    weight = torch.randn(consumer.weight.shape, generator=generator) / 8 * mask
+    bias = None if consumer.bias is None else torch.randn(consumer.bias.shape, generator=generator) / 8
+    return layers, choice, weight, bias
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kinds", [("mlp",), ("vo",), ("kv",), ("vo", "mlp"), ("kv", "mlp")], ids="+".join)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], attention: str) -> None:
+    sliced, zeroed = VARIANTS[variant](), VARIANTS[variant]()
+    for model in (sliced, zeroed):
+        model.set_attn_implementation(attention)
+        decoder = Decoder(model)
+        generator = torch.Generator().manual_seed(0)
+        for block in range(len(decoder.blocks)):
+            for kind in kinds:
+                layers, choice, weight, bias = restored(decoder, block, kind, generator)
+                write(decoder.layer(block, layers.consumer), weight, bias)
+                if model is sliced:
+                    decoder.keep_units(block, layers, choice)
+    smaller = Decoder(sliced).linear_weights() < Decoder(zeroed).linear_weights()
+    assert smaller or (variant == "llama, one KV head" and kinds == ("kv",))
+    with torch.no_grad():
+        small, full = sliced(tokens()).logits, zeroed(tokens()).logits
+    # The sums skip exact zeros, so only their order differs: a few float32 roundings of the largest logit.
+    assert (small - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone: int) -> None:
+    """As zeros in the columns of the output projection that read it, counted out here."""
+    sliced = narrowed(TINY_MODELS[name]())
+    zeroed = copy.deepcopy(sliced)
+    decoder, other = Decoder(sliced), Decoder(zeroed)
+    before, group = decoder.shape(1), decoder.heads.group
+    assert before.value_dim < decoder.heads.dim
+    units = KvGroups().layers(decoder, 1)
+    decoder.keep_units(1, units, torch.arange(before.kv_heads) != gone)
+    assert decoder.shape(1) == replace(before, kv_heads=before.kv_heads - 1)
+    layer = other.layer(1, other.architecture.output)
+    with torch.no_grad():
+        width = group * before.value_dim
+        layer.weight[:, gone * width : (gone + 1) * width] = 0
+        small, full = sliced(tokens()).logits, zeroed(tokens()).logits
+    assert (small - full).abs().max() <= 1e-5 * full.abs().max()
+
+
+def narrowed(model: PreTrainedModel) -> PreTrainedModel:
+    decoder = Decoder(model)
+    generator = torch.Generator().manual_seed(0)
+    for block in range(len(decoder.blocks)):
+        layers, choice, weight, bias = restored(decoder, block, "vo", generator)
+        write(decoder.layer(block, layers.consumer), weight, bias)
+        decoder.keep_units(block, layers, choice)
+    decoder.record_shapes()
+    return model
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_narrow_values_make_the_cache_smaller_and_generation_the_same(name: str) -> None:
+    model = narrowed(TINY_MODELS[name]())
+    with torch.no_grad():
+        output = model(tokens(), use_cache=True)
+        layer = output.past_key_values.layers[0]
+        step = model(tokens(2, 1), cache=output.past_key_values).logits
+        whole = model(torch.cat([tokens(), tokens(2, 1)], 1), use_cache=False).logits[:, -1:]
+    assert layer.values.shape[-1] == layer.keys.shape[-1] // 2
+    assert (step - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_narrow_model_trains(name: str) -> None:
+    model = narrowed(TINY_MODELS[name]()).train()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_an_unknown_architecture_lists_the_known_ones() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    with pytest.raises(InputError, match=r"'gpt2' is not known.*llama, opt, qwen2"):
+        Decoder(model)
+
+
+def test_a_layer_that_is_not_plain_linear_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp.down_proj = torch.nn.Sequential(model.model.layers[0].mlp.down_proj)
+    with pytest.raises(InputError, match=r"mlp.down_proj is a Sequential, not a plain linear layer"):
+        Decoder(model)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_data_of_an_architecture_agrees_with_the_model(name: str) -> None:
+    model = TINY_MODELS[name]()
+    decoder = Decoder(model)
+    linear = {path for path, module in decoder.blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    architecture = ARCHITECTURES[name]
+    assert set(architecture.layers) == linear
+    # The stages are the order of the forward pass, and layers of one stage read the very same tensor.
+    seen: list[tuple[str, int]] = []
+    for path in architecture.layers:
+        decoder.layer(0, path).register_forward_pre_hook(
+            lambda module, args, path=path: seen.append((path, args[0].data_ptr()))
+        )
+    with torch.no_grad():
+        model(tokens())
+    assert sorted(seen, key=lambda entry: architecture.stage_of(entry[0])) == seen
+    for stage in architecture.stages:
+        assert len({pointer for path, pointer in seen if path in stage}) == 1

@@ -1,0 +1,302 @@
+"""Models whose blocks differ in shape: what the folder says, who can load it, caches, generation and training."""
+
+import ast
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import optprune
+from optprune.errors import InputError
+from optprune.export import save_model
+from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, load_model
+from optprune.models.decoder import write
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
+from optprune.report import model_patterns
+from tests.helpers.mixed_models import PROMPT, generated, mixed
+from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
+from tests.helpers.token_batches import batches
+
+PROBE = torch.arange(10, 42)[None]
+
+
+PROGRAM = """
+import json, sys
+sys.modules["optprune"] = None  # importing it is an error
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+prompt = torch.arange(10, 20)[None]
+result = []
+for folder in sys.argv[1:]:
+    refusal = ""
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except ValueError as error:
+        refusal = str(error)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    words = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("a word").input_ids
+    text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)[0]
+    states = model(prompt, output_hidden_states=True).hidden_states
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    optimiser = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    model(prompt, labels=prompt).loss.backward()
+    unmoved = [name for name, value in model.named_parameters() if value.grad is None]
+    optimiser.step()
+    moved = sum(float((value - before[name]).abs().max()) > 0 for name, value in model.named_parameters())
+    model.save_pretrained(folder + "-again")
+    result.append({"refusal": refusal, "text": text.tolist(), "words": len(words), "states": len(states),
+                   "unmoved": unmoved, "moved": moved, "parameters": len(before)})
+print()  # after the question whether to run custom code
+print(json.dumps(result))
+"""
+
+
+def test_mixed_folders_load_generate_and_train_without_optprune(tmp_path: Path) -> None:
+    models = {name: mixed(build(num_hidden_layers=4)) for name, build in TINY_MODELS.items()}
+    for name, model in models.items():
+        assert not save_model(model, tmp_path / name, tokenizer=tiny_tokenizer()).stock
+    folders = [str(tmp_path / name) for name in models]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-I", "-c", PROGRAM, *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+    assert run.returncode == 0, run.stderr
+    for (name, model), outside in zip(models.items(), json.loads(run.stdout.splitlines()[-1]), strict=True):
+        assert "trust_remote_code=True" in outside["refusal"]
+        assert outside["text"] == generated(model)
+        assert outside["words"] > 0
+        assert outside["states"] == 5
+        assert outside["unmoved"] == []
+        # A ReLU that is off everywhere, or an untouched position, may leave a whole bias without a gradient.
+        assert outside["moved"] >= outside["parameters"] - 2
+        # Saved again from there, the folder still carries its file.
+        again = tmp_path / f"{name}-again"
+        assert (again / f"modeling_pruned_{name}.py").is_file()
+        assert Decoder(load_model(str(again)).model).shapes() == Decoder(model).shapes()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_optprune_loads_what_it_saved_and_never_runs_the_file_in_the_folder(name: str, tmp_path: Path) -> None:
+    model = mixed(TINY_MODELS[name](num_hidden_layers=4))
+    save_model(model, tmp_path / "out")
+    (tmp_path / "out" / f"modeling_pruned_{name}.py").write_text("raise SystemExit('the folder ran its own code')")
+    again = optprune.load(tmp_path / "out")
+    assert type(again) is type(model)
+    with torch.no_grad():
+        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
+    assert len(model_patterns(Decoder(again))) == sum(len(Decoder(model).paths(block)) for block in range(4))
+
+
+def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "out", probe=PROBE)
+    assert not saved.stock and saved.logits_difference is not None
+    # A file that needs optprune would be of no use to anybody else.
+    source = Path(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__].__file__)  # type: ignore[arg-type]
+    leaning = tmp_path / source.name
+    leaning.write_text("import optprune\n" + source.read_text())
+    monkeypatch.setattr(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__], "__file__", str(leaning))
+    with pytest.raises(optprune.errors.OptpruneError, match="cannot be reloaded in a fresh process"):
+        save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "leaning", probe=PROBE)
+    assert not (tmp_path / "leaning").exists()
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_file_is_short_and_imports_torch_and_transformers_only(name: str) -> None:
+    source = Path(sys.modules[ARCHITECTURES[name].pruned.model.__module__].__file__).read_text()  # type: ignore[arg-type]
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    homes = {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    homes |= {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    assert {home.partition(".")[0] for home in homes} == {"torch", "transformers"}
+    assert len(source.splitlines()) < 140
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
+    save_model(mixed(TINY_MODELS[name](num_hidden_layers=4)), tmp_path / "once")
+    model = load_model(str(tmp_path / "once")).model
+    before = Decoder(model).shapes()
+    report = prune(model, batches(3), load_recipe("fasp", {"units": "all", "sparsity": 0.2, "width_multiple": 1}))
+    assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
+    after = Decoder(model).shapes()
+    assert [shape.kv_heads for shape in after] == [shape.kv_heads for shape in before]
+    assert all(new.mlp_width < old.mlp_width for new, old in zip(after, before, strict=True) if old.mlp_width)
+    assert model.config.optprune_shapes == [vars(shape) for shape in after]
+    save_model(model, tmp_path / "twice")
+    with torch.no_grad():
+        assert torch.equal(optprune.load(tmp_path / "twice")(PROBE).logits, model(PROBE).logits)
+
+
+@pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_blocks_without_a_part_are_pruned_under_a_metric(name: str, recipe: str) -> None:
+    model = mixed(TINY_MODELS[name](num_hidden_layers=4))
+    settings = {"held_out": 0.25} if recipe == "structured_best" else {}
+    report = prune(model, batches(), load_recipe(recipe, {"sparsity": 0.2, **settings}))
+    assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
+
+
+CACHED = {
+    "llama": lambda: tiny_llama(num_hidden_layers=4),
+    "opt": lambda: tiny_opt(num_hidden_layers=4),
+    "qwen2": lambda: tiny_qwen2(num_hidden_layers=4),
+    "qwen2, full then sliding": lambda: tiny_qwen2(
+        num_hidden_layers=4, layer_types=["full_attention", "sliding_attention"] * 2, **SLIDING
+    ),
+    "qwen2, sliding then full": lambda: tiny_qwen2(
+        num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, **SLIDING
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", CACHED)
+def test_a_cache_is_as_small_as_the_blocks_and_changes_nothing(variant: str, tmp_path: Path) -> None:
+    model = mixed(CACHED[variant]())
+    save_model(model, tmp_path / "out")
+    for each in (model, optprune.load(tmp_path / "out")):
+        with torch.no_grad():
+            cache = each(PROBE, use_cache=True).past_key_values
+            assert cache.get_seq_length() == PROBE.shape[1]
+            step = each(PROMPT[:, :3], cache=cache).logits
+            whole = each(torch.cat([PROBE, PROMPT[:, :3]], 1), use_cache=False).logits[:, -3:]
+        assert (step - whole).abs().max() <= 1e-5 * whole.abs().max()
+        narrow = Decoder(each).shape(1)
+        values = [layer.values for layer in cache.layers if layer.is_initialized]
+        assert sorted(value.shape[-1] for value in values) == [5, 16, 16]
+        assert sorted(value.shape[1] for value in values)[0] == narrow.kv_heads
+        assert generated(each) == generated(each, use_cache=False)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_removing_a_sub_block_equals_zeroing_its_last_layer(name: str, part: str) -> None:
+    removed, zeroed = TINY_MODELS[name](), TINY_MODELS[name]()
+    Decoder(removed).remove(1, part)
+    decoder = Decoder(zeroed)
+    last = decoder.architecture.output if part == "attention" else decoder.architecture.mlp_consumer
+    layer = decoder.layer(1, last)
+    write(layer, torch.zeros_like(layer.weight), None if layer.bias is None else torch.zeros_like(layer.bias))
+    with torch.no_grad():
+        small, full = removed(PROBE).logits, zeroed(PROBE).logits
+    assert (small - full).abs().max() <= 1e-6 * full.abs().max()
+    # A block's class alone must not change it, nor what is put back.
+    whole = TINY_MODELS[name]()
+    with torch.no_grad():
+        expected = whole(PROBE).logits
+        with Decoder(whole).without([(1, part), (0, "mlp")]):
+            assert not torch.equal(whole(PROBE).logits, expected)
+        assert torch.equal(whole(PROBE).logits, expected)
+        assert all(parameter.grad is None for parameter in whole.parameters())
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tmp_path: Path) -> None:
+    extra = {} if name != "qwen2" else {"layer_types": ["full_attention", "sliding_attention"] * 2, **SLIDING}
+    model = TINY_MODELS[name](num_hidden_layers=4, **extra)
+    decoder = Decoder(model)
+    decoder.remove(1, "attention")
+    decoder.remove(1, "mlp")
+    with torch.no_grad():
+        expected = model(PROBE).logits
+    decoder.record_shapes()
+    assert type(model) is ARCHITECTURES[name].stock.model
+    assert model.config.num_hidden_layers == 3 == len(decoder.blocks)
+    assert save_model(model, tmp_path / "out").stock
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for each in (model, again):
+        with torch.no_grad():
+            assert torch.equal(each(PROBE).logits, expected)
+        assert generated(each) == generated(each, use_cache=False)
+
+
+def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    decoder = Decoder(model)
+    for block in range(len(decoder.blocks)):
+        units = KvGroups().layers(decoder, block)
+        decoder.keep_units(block, units, torch.arange(units.link.units) < count)
+    decoder.record_shapes()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "count", "stock"),
+    [
+        (lambda: tiny_llama(num_key_value_heads=2), 1, True),
+        (lambda: tiny_qwen2(num_key_value_heads=2), 1, True),
+        (lambda: tiny_llama(num_key_value_heads=4), 2, True),
+        (lambda: tiny_llama(num_key_value_heads=4), 3, False),  # 3 heads do not divide a hidden size of 64
+        (tiny_opt, 2, False),  # OPT's head_dim is hidden_size / heads
+    ],
+    ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt"],
+)
+def test_fewer_kv_heads_are_stock_where_the_stock_class_can_say_so(
+    build: Any, count: int, stock: bool, tmp_path: Path
+) -> None:
+    model = keep_heads(build(), count)
+    assert save_model(model, tmp_path / "out").stock is stock
+    assert ("auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())) is not stock
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again).__module__.startswith("transformers.") is stock
+    with torch.no_grad():
+        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
+        cache = again(PROBE, use_cache=True).past_key_values
+    assert cache.layers[0].keys.shape[1] == cache.layers[0].values.shape[1] == count
+    assert generated(again) == generated(model, use_cache=False)
+    again.train()(PROBE, labels=PROBE).loss.backward()
+    assert all(parameter.grad is not None for parameter in again.parameters() if parameter.requires_grad)
+
+
+def test_shapes_that_become_even_again_are_stock_again(tmp_path: Path) -> None:
+    model = tiny_llama()
+    for block in range(2):
+        decoder = Decoder(model)
+        units = Mlp().layers(decoder, block)
+        decoder.keep_units(block, units, torch.arange(units.link.units) < 64)
+        decoder.record_shapes()
+        save_model(model, tmp_path / f"{block}")
+    assert not (tmp_path / "1" / "modeling_pruned_llama.py").exists()
+    config = json.loads((tmp_path / "1" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["intermediate_size"] == 64
+    assert not {"optprune_shapes", "auto_map"} & set(config)
+    assert (
+        type(AutoModelForCausalLM.from_pretrained(tmp_path / "1")) is type(model) is ARCHITECTURES["llama"].stock.model
+    )
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_weights_of_a_shape_are_those_of_its_layers(name: str) -> None:
+    decoder = Decoder(mixed(TINY_MODELS[name](num_hidden_layers=4)))
+    for block, shape in enumerate(decoder.shapes()):
+        assert decoder.weights_of(shape) == sum(
+            decoder.layer(block, path).weight.numel() for path in decoder.paths(block)
+        )
+    assert decoder.shape(0) == BlockShape(128, 0, 0)
+    assert decoder.shape(2).mlp_width == 0
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    decoder = Decoder(tiny_llama())
+    for block in range(2):
+        decoder.remove(block, "attention")
+    with pytest.raises(InputError, match="no block has attention left"):
+        decoder.record_shapes()
+
+
+def test_a_deep_copy_of_a_mixed_model_is_of_its_own() -> None:
+    model = mixed(tiny_llama(num_hidden_layers=4))
+    other = copy.deepcopy(model)
+    Decoder(other).remove(3, "mlp")
+    Decoder(other).record_shapes()
+    assert Decoder(model).shape(3).mlp_width == 128
+    assert model.config.optprune_shapes[3]["mlp_width"] == 128

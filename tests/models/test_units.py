@@ -1,0 +1,154 @@
+"""Units: every kind says what it prunes, and one of one's own is a class."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from optprune import Allocation, Recipe, load_recipe, prune
+from optprune.errors import InputError
+from optprune.models import (
+    UNITS,
+    Architecture,
+    BlockAllocation,
+    BlockShape,
+    Decoder,
+    KvGroups,
+    LinkedLayers,
+    LinkedUnits,
+    Mlp,
+    Values,
+    Weights,
+)
+from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
+from optprune.problems import Link
+from optprune.recipe import make_recipe
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+
+
+def batches() -> list[torch.Tensor]:
+    return list(torch.randint(5, 500, (4, 2, 24), generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("units", [Mlp(), Values(), KvGroups()], ids=lambda units: units.name)
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> None:
+    """Deleting a unit of every slot leaves the shape with one fewer, whose linear weights are what is left."""
+    decoder = Decoder(TINY_MODELS[name]())
+    before, layers, total = decoder.shape(1), units.layers(decoder, 1), decoder.linear_weights()
+    assert layers.consumer == units.consumer(decoder.architecture)
+    assert units.total(before) == layers.link.units == units.there(before) * layers.link.slot_count
+    fewer = units.with_count(before, units.there(before) - 1)
+    first = torch.zeros(layers.link.units, dtype=torch.bool)
+    first[[int((layers.link.slots == slot).nonzero()[0]) for slot in range(layers.link.slot_count)]] = True
+    decoder.keep_units(1, layers, ~first)
+    assert decoder.shape(1) == fewer
+    assert total - decoder.linear_weights() == decoder.weights_of(before) - decoder.weights_of(fewer)
+    assert units.part not in units.with_count(before, 0).parts and len(before.parts) == 2
+
+
+@dataclass(frozen=True)
+class Pairs(LinkedUnits):
+    """The hidden neurons of an MLP, two by two."""
+
+    name = "pairs"
+    field = "mlp_width"
+    part = "mlp"
+
+    def consumer(self, architecture: Architecture) -> str:
+        return architecture.mlp_consumer
+
+    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+        single = Mlp().layers(decoder, block)
+        pairs = single.link.columns.reshape(-1, 2)
+        link = Link(pairs, torch.zeros(len(pairs), dtype=torch.long), (pairs,) * len(single.producers))
+        return replace(single, link=link)
+
+    def there(self, shape: BlockShape) -> int:
+        return shape.mlp_width // 2
+
+    def with_count(self, shape: BlockShape, count: int) -> BlockShape:
+        return replace(shape, mlp_width=2 * count)
+
+
+@pytest.mark.parametrize("settings", [{}, {"propagation": "cross"}, {"allocation": "global"}], ids=str)
+def test_units_of_ones_own(settings: dict) -> None:
+    """Neurons go two by two, from wherever the budget takes them."""
+    model = tiny_llama()
+    before = [block.mlp.up_proj.weight.detach().clone() for block in model.model.layers]
+    recipe = load_recipe("structured_best", {"units": Pairs(), "sparsity": 0.2, "width_multiple": 1, **settings})
+    report = prune(model, batches(), recipe)
+    assert report.recipe["units"] == "pairs"
+    assert report.sparsity_reached == pytest.approx(0.2, abs=0.01)
+    for block, rows in zip(model.model.layers, before, strict=True):
+        kept = (block.mlp.up_proj.weight[:, None] == rows[None]).all(2).any(0)
+        assert int(kept.sum()) == block.mlp.up_proj.out_features < 128
+        assert torch.equal(kept[::2], kept[1::2])
+
+
+def test_an_allocation_of_other_units_than_are_corrected() -> None:
+    """Where all KV heads stay and are only corrected, the value dimensions that an allocation removes still go."""
+    model = tiny_llama()
+    decoder = Decoder(model)
+    narrow = BlockAllocation(replace(decoder.shape(0), value_dim=9))
+    allocation = Allocation.of(decoder, [narrow] * 2)
+    prune(model, batches(), Recipe(units="kv-groups", propagation="cross"), allocation=allocation)
+    assert decoder.shapes() == (narrow.shape,) * 2
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_are_spelled_as_before(name: str) -> None:
+    recipe = Recipe(units=name)
+    assert recipe.units == UNITS[name] and recipe.to_dict()["units"] == name
+    assert make_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("wrong", ["heads", 3, None, ["mlp"]])
+def test_units_that_are_not_known(wrong: object) -> None:
+    with pytest.raises(InputError, match="use one of all, blocks, kv-groups, mlp, vo, weights"):
+        make_recipe({"units": wrong})
+
+
+@dataclass(frozen=True)
+class HalfOfEachColumn(Pattern):
+    """The half of the entries of every column."""
+
+    def project(self, score: torch.Tensor) -> torch.Tensor:
+        return largest(score.T.contiguous(), score.shape[0] // 2).T
+
+    def admits(self, mask: torch.Tensor) -> bool:
+        return bool((mask.sum(0) == mask.shape[0] // 2).all())
+
+
+@dataclass(frozen=True)
+class InColumns(PatternFamily):
+    name = "columns"
+    only_share = 0.5
+
+    def of(self, outputs: int, inputs: int, share: float) -> Pattern:
+        return HalfOfEachColumn()
+
+    def keep(self, outputs: int, inputs: int, share: float) -> int:
+        return outputs // 2 * inputs
+
+
+def test_a_pattern_family_of_ones_own() -> None:
+    model = tiny_llama()
+    recipe = load_recipe("wanda", {"pattern": InColumns(), "sparsity": 0.5})
+    assert recipe.units == Weights(InColumns())
+    report = prune(model, batches(), recipe)
+    assert report.recipe["pattern"] == "columns" and report.sparsity_reached == 0.5
+    decoder = Decoder(model)
+    for path in decoder.paths(1):
+        weight = decoder.layer(1, path).weight
+        assert (weight.count_nonzero(0) == len(weight) // 2).all()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "2:4"])
+def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
+    recipe = Recipe(units="weights", pattern=pattern, sparsity=0.5)
+    assert recipe.units == Weights(pattern_family(pattern)) == Recipe(**{**dict(recipe), "units": recipe.units}).units
+    assert make_recipe(recipe.to_dict()) == recipe
+    if pattern != "unstructured":
+        with pytest.raises(InputError, match="the pattern of the units is not the recipe's"):
+            make_recipe({"units": recipe.units, "sparsity": 0.5})

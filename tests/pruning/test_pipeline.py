@@ -1,0 +1,359 @@
+"""The pipeline: what each propagation policy sees, what is written back, and what the report says."""
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from optprune.allocation.uniform import uniform
+from optprune.calibration import POLICIES
+from optprune.errors import InputError, NoSolver, NumericalError, StrictError
+from optprune.models import UNITS, Decoder, Mlp
+from optprune.moments import InputMoments
+from optprune.objectives import LayerContext, Objective, linked
+from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.pruning import prune
+from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
+from optprune.solvers import Chain, FaspMetric, Restore, Solver
+from tests.helpers.layer_inputs import inputs_of
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
+from tests.helpers.token_batches import batches
+
+STAGES = {"mlp": 1, "vo": 1, "all": 2, "weights": 7}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("make", [*TINY_MODELS.values(), tiny_sliding], ids=[*TINY_MODELS, "sliding window"])
+def test_a_policy_sees_the_inputs_it_promises(make: Callable[[], PreTrainedModel], policy: str) -> None:
+    """Moments at every layer against those of whole models, run from the embeddings without our block runner."""
+    dense = make()
+    model = copy.deepcopy(dense)
+    promise = POLICIES[policy]
+    seen: dict[str, InputMoments] = {}
+    snapshots: dict[str, torch.nn.Module] = {}
+
+    def objective(context: LayerContext) -> Problem:
+        seen[context.name] = context.loss.moments
+        snapshots[context.name] = copy.deepcopy(model)
+        return linked(context)
+
+    prune(model, batches(), Recipe(objective=objective, units="all", sparsity=0.3, propagation=policy))
+    decoder = Decoder(dense)
+    for layer, moments in seen.items():
+        block = int(layer.removeprefix(decoder.architecture.blocks + ".").split(".")[0])
+        # The model as it was when this layer's statistics were taken.
+        at_the_time, target = copy.deepcopy(dense), copy.deepcopy(dense)
+        for index in range(block + 1):
+            pruned = Decoder(snapshots[layer]).blocks[index]
+            if not promise.independent if index < block else promise.sequential:
+                Decoder(at_the_time).blocks[index] = pruned
+            if policy == "local" and index < block:
+                Decoder(target).blocks[index] = pruned
+        actual, ideal = inputs_of(at_the_time, layer), inputs_of(target, layer)
+        expected = InputMoments.from_samples(actual, ideal)
+        scale = expected.gram.abs().max()
+        # The model computes in float32: allow its rounding, relative to the largest entry.
+        assert (moments.gram - expected.gram).abs().max() <= 1e-5 * scale
+        assert moments.tokens == actual.shape[0]
+        differs = bool((actual - ideal).abs().max() > 1e-6 * actual.abs().max())
+        assert (moments.dense is not None) >= (promise.dense_target and differs)
+        if moments.dense is not None:
+            assert promise.dense_target
+            assert (moments.dense.cross - expected.dense.cross).abs().max() <= 1e-5 * scale
+            assert (moments.dense.gram - expected.dense.gram).abs().max() <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("units", ["mlp", "vo", "all"])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_the_report_tells_what_the_model_is(name: str, units: str) -> None:
+    model = TINY_MODELS[name]()
+    before = Decoder(model).linear_weights()
+    recipe = load_recipe("fasp", {"units": units, "sparsity": 0.12, "held_out": 0.25})
+    report = prune(model, batches(), recipe, source="tiny")
+    decoder = Decoder(model)
+    assert report.sparsity_reached == 1 - decoder.linear_weights() / before
+    # One step of the coarsest unit (a value dimension of every KV head) is 3.1 percent of the tiny models.
+    assert abs(report.sparsity_reached - 0.12) < 0.032
+    assert len(report.layers) == STAGES[units] * len(decoder.blocks)
+    for layer in report.layers:
+        assert 0 < layer.kept < layer.units
+        assert layer.tokens == 3 * 2 * 48
+        assert 0 <= layer.relative_error < 1
+        assert layer.held_out_error is not None and layer.held_out_error >= 0
+        assert layer.status == "converged"
+        assert layer.solver == "FaspMetric > Restore"
+    assert report.model == "tiny"
+    assert 0 < report.floor_seconds <= report.seconds
+    assert getattr(model.config, decoder.architecture.mlp_width) == Mlp().layers(decoder, 0).link.units
+
+
+def test_relative_error_is_that_of_the_written_layer_on_the_calibration_text() -> None:
+    """For the first block under the plain policy the inputs are those of the dense model, so it can be redone."""
+    dense = tiny_opt()
+    model = copy.deepcopy(dense)
+    report = prune(model, batches(), load_recipe("fasp", {"units": "mlp", "sparsity": 0.2, "propagation": "pruned"}))
+    name = "model.decoder.layers.0.fc2"
+    old, new = dense.get_submodule(name), model.get_submodule(name)
+    with torch.no_grad():
+        target = inputs_of(dense, name) @ old.weight.double().T + old.bias.double()
+        output = inputs_of(model, name) @ new.weight.double().T + new.bias.double()
+    signal = inputs_of(dense, name) @ old.weight.detach().double().T
+    # fc2 has a bias that is refitted, so the error is relative to the outputs around their mean.
+    expected = (output - target).square().sum() / (signal - signal.mean(0)).square().sum()
+    assert report.layers[0].relative_error == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_restoration_lowers_the_error_of_the_same_choice() -> None:
+    def errors(*stages: Solver) -> list[float]:
+        recipe = Recipe(solver=Chain(stages), sparsity=0.2, propagation="dense")
+        return [layer.relative_error for layer in prune(tiny_llama(), batches(), recipe).layers]
+
+    plain, refitted = errors(FaspMetric()), errors(FaspMetric(), Restore())
+    assert all(less < more for less, more in zip(refitted, plain, strict=True))
+
+
+def test_events_come_in_order() -> None:
+    events: list[object] = []
+    prune(tiny_llama(), batches(), load_recipe("fasp"), on_event=events.append)
+    assert [type(event) for event in events] == [BlockStarted, LayerSolved, LayerSolved, BlockFinished] * 2
+
+
+def test_training_mode_and_gradients_come_back() -> None:
+    model = tiny_llama().train()
+    prune(model, batches(), load_recipe("fasp"))
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_batches_may_be_a_generator_of_different_lengths() -> None:
+    report = prune(tiny_llama(), (torch.randint(5, 500, (1, length)) for length in (17, 64, 64)), load_recipe("fasp"))
+    assert report.tokens == 17 + 64 + 64
+
+
+def test_an_objective_of_the_user_runs_on_single_weights() -> None:
+    def keep_the_large_ones(context: LayerContext) -> Problem:
+        weight = context.loss.weight
+        threshold = weight.abs().flatten().kthvalue(weight.numel() - context.keep).values
+        return MaskedLeastSquares(context.loss, weight.abs() > threshold)
+
+    model = tiny_llama()
+    report = prune(model, batches(), Recipe(objective=keep_the_large_ones, units="weights", sparsity=0.5))
+    assert report.sparsity_reached == pytest.approx(0.5, abs=1e-3)
+    assert len(report.layers) == 14
+    assert all(layer.kind == "masked least squares" and layer.gap is not None for layer in report.layers)
+    assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == pytest.approx(0.5, abs=1e-3)
+
+
+@dataclass(frozen=True)
+class MostEnergy:
+    """An objective with a parameter."""
+
+    power: float
+
+    def __call__(self, context: LayerContext) -> Problem:
+        return most_energy(context, self.power)
+
+
+def most_energy(context: LayerContext, power: float) -> Problem:
+    energy = context.loss.weight.abs().pow(power).sum(0)
+    return MaskedLeastSquares(context.loss, (energy > energy.kthvalue(energy.numel() - context.keep).values)[None])
+
+
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [
+        (partial(most_energy, power=2), "functools:partial"),
+        (MostEnergy(2), "tests.pruning.test_pipeline:MostEnergy"),
+        (lambda context: most_energy(context, 2), "tests.pruning.test_pipeline:<lambda>"),
+    ],
+)
+def test_any_callable_is_an_objective_but_no_code_is_imported_for_a_file(
+    objective: Objective, name: str, tmp_path: Path
+) -> None:
+    recipe = Recipe(objective=objective, sparsity=0.1)
+    assert prune(tiny_llama(), batches(), recipe).recipe["objective"] == name
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    with pytest.raises(InputError, match=rf"'objective' cannot be '{name}': no code is imported for a file; give "):
+        load_recipe(str(file))
+    assert load_recipe(str(file), {"objective": objective}) == recipe
+
+
+def test_strict_mode_makes_a_dead_input_an_error() -> None:
+    model = tiny_opt()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight[7] = 0
+        model.model.decoder.layers[1].fc1.bias[7] = -1
+    report = prune(copy.deepcopy(model), batches(), load_recipe("fasp"))
+    assert report.layers[3].dead_inputs >= 1
+    assert any("zero on every calibration token" in note for note in report.notes)
+    with pytest.raises(StrictError, match="zero on every calibration token"):
+        prune(model, batches(), load_recipe("fasp", {"strict": True}))
+
+
+def test_fewer_tokens_than_inputs_is_told() -> None:
+    report = prune(tiny_llama(), [torch.randint(5, 500, (1, 40))], load_recipe("fasp"))
+    assert any("fewer calibration tokens (40) than inputs (128)" in note for note in report.notes)
+
+
+def test_nan_activations_are_an_error_and_not_magnitude_pruning() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:] = float("nan")
+    with pytest.raises(NumericalError, match="NaN or infinity"):
+        prune(model, batches(), load_recipe("fasp"))
+
+
+def test_a_solver_that_refuses_the_problem_says_why() -> None:
+    def masked(context: LayerContext) -> Problem:
+        return MaskedLeastSquares(context.loss, torch.ones(1, context.loss.weight.shape[1], dtype=torch.bool))
+
+    with pytest.raises(NoSolver, match="ranks units of columns"):
+        prune(tiny_llama(), batches(), Recipe(objective=masked, solver=FaspMetric()))
+
+
+def test_a_linked_objective_needs_units() -> None:
+    with pytest.raises(InputError, match="'linked' keeps units"):
+        load_recipe("fasp", {"units": "weights"})
+
+    def wrapped(context: LayerContext) -> LinkedLeastSquares:
+        return linked(context)
+
+    with pytest.raises(InputError, match="has no units"):
+        prune(tiny_llama(), batches(), Recipe(objective=wrapped, units="weights"))
+
+
+def test_no_batches_is_an_error() -> None:
+    with pytest.raises(InputError, match="no calibration batches"):
+        prune(tiny_llama(), [], load_recipe("fasp"))
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 32])
+@pytest.mark.parametrize("units", ["mlp", "vo", "all"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.2, 0.31])
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_uniform_allocation_meets_the_budget_as_nearly_as_rounding_can(
+    name: str, sparsity: float, units: str, multiple: int
+) -> None:
+    decoder = Decoder(TINY_MODELS[name]())
+    total, heads = decoder.linear_weights(), decoder.heads
+    value_step = len(decoder.blocks) * 64 * heads.kv * (1 + heads.group) / total
+    mlp_step = len(decoder.blocks) * 64 * (len(decoder.architecture.mlp_producers) + 1) * multiple / total
+    reachable = {"mlp": mlp_step * 128 / multiple, "vo": value_step * heads.dim, "all": 1.0}[units]
+    if sparsity >= reachable:
+        with pytest.raises(InputError, match="out of reach"):
+            uniform(decoder, sparsity, UNITS[units], multiple)
+        return
+    step = value_step if units == "vo" else mlp_step
+    if units == "mlp" and sparsity < step / 2:
+        with pytest.raises(InputError, match="rounds to nothing"):
+            uniform(decoder, sparsity, UNITS[units], multiple)
+        return
+    allocation = uniform(decoder, sparsity, UNITS[units], multiple)
+    assert len({block.shape for block in allocation.blocks}) == 1
+    shape = allocation.blocks[0].shape
+    assert abs(allocation.sparsity - sparsity) <= step / 2 + 1e-12 or shape.mlp_width == multiple
+    assert shape.mlp_width % multiple == 0
+    assert shape.mlp_width == 128 if units == "vo" else shape.mlp_width < 128 or sparsity < step
+    assert (shape.value_dim == heads.dim) == (units == "mlp")
+    assert shape.kv_heads == heads.kv
+
+
+def test_a_linked_problem_reaches_the_objective_with_its_link() -> None:
+    contexts: list[LayerContext] = []
+
+    def objective(context: LayerContext) -> LinkedLeastSquares:
+        contexts.append(context)
+        return linked(context)
+
+    prune(tiny_llama(), batches(), Recipe(objective=objective, units="all", sparsity=0.3))
+    output, down = contexts[:2]
+    assert output.link is not None and output.link.columns.shape == (32, 2) and output.link.slot_count == 2
+    # Unit 17 is dimension 1 of KV head 1, which the query heads 2 and 3 read.
+    assert output.link.columns[17].tolist() == [2 * 16 + 1, 3 * 16 + 1]
+    assert output.link.rows[0][17].tolist() == [17]
+    assert down.link is not None and down.link.columns.shape == (128, 1) and len(down.link.rows) == 2
+
+
+def test_a_last_stage_that_did_not_end_is_told_of() -> None:
+    settings = {"solver": [{"admm": {"most": 1}}]}
+    report = prune(tiny_llama(), batches(), load_recipe("alps", settings))
+    assert all(layer.status == "step_limit" and "step limit" in layer.notes[0] for layer in report.layers)
+    assert "step limit" in report.notes[0]
+    with pytest.raises(StrictError, match="step limit"):
+        prune(tiny_llama(), batches(), load_recipe("alps", {**settings, "strict": True}))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ([torch.arange(10)], r"batch 0 is a torch.int64 of shape \[10\]: give tensors of token ids \[batch, length\]"),
+        (torch.arange(10), r"batch 0 is a torch.int64 of shape \[\]"),
+        ([torch.ones(2, 8, dtype=torch.long), [[1, 2]]], "batch 1 is list: give tensors"),
+        ([{"input_ids": torch.ones(2, 8, dtype=torch.long)}], r"batch 0 is dict: .*, here batch\['input_ids'\]"),
+        ([torch.ones(2, 8)], r"batch 0 is a torch.float32 of shape \[2, 8\]"),
+        ([torch.ones(2, 0, dtype=torch.long)], "holds no token"),
+        ([torch.full((2, 8), 512)], "batch 0 holds the token 512, but the model has embeddings for 0 to 511 only"),
+        ([torch.full((2, 8), -100)], "batch 0 holds the token -100"),
+        ([torch.ones(1, 513, dtype=torch.long)], "sequences of 513 tokens, longer than the 512 positions"),
+    ],
+)
+def test_batches_that_the_model_cannot_read(given: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        prune(tiny_opt(), given, load_recipe("fasp"))
+
+
+def test_one_tensor_is_one_batch() -> None:
+    alone, listed = tiny_llama(), tiny_llama()
+    prune(alone, batches()[0], load_recipe("fasp"))
+    prune(listed, batches()[:1], load_recipe("fasp"))
+    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), listed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "settings", "reason"),
+    [
+        ("opt", "structured_best", {"units": "mlp", "recovery": 1, "strict": True}, "recovery has nothing"),
+        ("llama", "sparse_best", {"pattern": "2:5", "sparsity": 0.6}, "a 2:5 pattern needs a multiple of 5 inputs"),
+        ("llama", "structured_best", {"sparsity": 0.9}, "out of reach"),
+    ],
+)
+def test_what_shapes_rule_out_is_refused_before_the_metric(
+    name: str, recipe: str, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "optprune.calibration.dense_statistics.collect_metrics",
+        lambda *_, **__: pytest.fail("the metric was collected"),
+    )
+    with pytest.raises((InputError, StrictError), match=reason):
+        prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "depth"])
+def test_nothing_of_a_layer_outlives_its_answer(name: str) -> None:
+    """Reference counts alone free a problem with its moments: the garbage collector comes when it likes."""
+    alive: list[int] = []
+
+    def losses() -> int:
+        return sum(type(each) is LayerLoss for each in gc.get_objects())
+
+    def count(event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            alive.append(losses() - before)
+
+    gc.collect()
+    gc.disable()
+    before = losses()  # which other tests keep
+    try:
+        prune(tiny_llama(), batches(), load_recipe(name), on_event=count)
+    finally:
+        gc.enable()
+    assert alive == [0, 0]

@@ -1,0 +1,67 @@
+"""Every kind of problem under an output metric with every solver: the laws hold, or the solver refuses and says why."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optprune.problems import MaskedLeastSquares, SparseLeastSquares
+from optprune.solvers import Chain, Restore, SparseGpt, Swaps
+from optprune.testing import laws
+from optprune.testing.loss_strategies import METRIC_KINDS
+from optprune.testing.strategies import weighted
+from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, by_kind, by_solver
+
+EXAMPLES = max(settings().max_examples // 7, 1)
+WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
+
+by_metric = pytest.mark.parametrize("metric", WEIGHTED)
+
+# A metric that couples rows is refused by what works row by row; nothing else is refused because of a metric.
+ROW_BY_ROW = (SparseGpt, Swaps)
+
+
+def is_accepted(problem, solver):
+    """What the table for problems without a metric says, less what works row by row where rows are coupled."""
+    if (type(problem).__name__, solver.label) not in ACCEPTED:
+        return False
+    if not problem.loss.coupled:
+        return True
+    own_masks = isinstance(problem, SparseLeastSquares | MaskedLeastSquares)
+    own_masks &= (problem.mask if isinstance(problem, MaskedLeastSquares) else problem.loss.weight).shape[0] > 1
+    row_by_row = (*ROW_BY_ROW, Restore) if own_masks else ROW_BY_ROW
+    stages = solver.stages if isinstance(solver, Chain) else (solver,)
+    return not any(isinstance(stage, row_by_row) for stage in stages)
+
+
+@by_solver
+@by_metric
+@by_kind
+def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, metric, solver):
+    @settings(max_examples=EXAMPLES)
+    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: weighted(kind, metric, dtype=dtype)))
+    def check(problem):
+        assert (solver.why_not(problem) is None) == is_accepted(problem, solver)
+        if solver.why_not(problem) is None:
+            laws.keep_laws(problem, solver)
+        else:
+            laws.refuse(problem, solver)
+
+    check()
+
+
+@by_solver
+@by_metric
+@by_kind
+def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver):
+    @settings(max_examples=max(EXAMPLES // 3, 1))
+    @given(weighted(kind, metric, generic=True))
+    def check(problem):
+        if solver.why_not(problem) is not None:
+            laws.refuse(problem, solver)
+        elif isinstance(solver, IN_ORDER):
+            laws.scaling_scales_the_answer(problem, solver)
+        elif not isinstance(solver, AT_RANDOM):
+            for law in laws.GENERIC_LAWS:
+                law(problem, solver)
+
+    check()

@@ -1,0 +1,214 @@
+"""Every concrete kind of problem with every concrete solver, found by inspection: it keeps the laws or refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optprune.problems
+import optprune.solvers
+from optprune.patterns import Pattern
+from optprune.penalties import Penalty, WeightedL1
+from optprune.problems import PenalisedLeastSquares
+from optprune.solvers import (
+    Chain,
+    FaspMetric,
+    Fista,
+    Restore,
+    Solver,
+    solve,
+)
+from optprune.testing import REFERENCES, STRATEGIES, laws
+from optprune.testing.loss_strategies import METRIC_KINDS
+from optprune.testing.strategies import PATTERNS, PENALTIES, weighted
+from tests.helpers.solver_table import (
+    ACCEPTED,
+    AT_RANDOM,
+    DTYPES,
+    IN_ORDER,
+    KINDS,
+    MADE_BY_HAND,
+    SOLVERS,
+    by_dtype,
+    by_kind,
+    by_solver,
+    concrete,
+)
+
+# Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
+FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
+
+
+@by_dtype
+@by_solver
+@by_kind
+def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, solver, dtype):
+    @(settings() if dtype == torch.float64 else FEWER)
+    @given(STRATEGIES[kind](dtype=dtype))
+    def check(problem):
+        if solver.why_not(problem) is None:
+            laws.keep_laws(problem, solver)
+        else:
+            laws.refuse(problem, solver)
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
+    @FEWER
+    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
+    def check(problem):
+        if solver.why_not(problem) is None and not laws.refused_as_singular(problem, solver):
+            for start in (problem.loss.weight, torch.ones_like(problem.loss.weight)):
+                assert solve(problem, solver, start=start).violation == 0
+                assert solve(problem, solver, start=start, max_steps=0).violation == 0
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_the_default_device_is_not_used(kind, solver):
+    """Under a default device that holds no numbers the answer is the same: everything made is where the problem is."""
+
+    @FEWER
+    @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
+    def check(problem):
+        if solver.why_not(problem.even()[0]) is not None or laws.refused_as_singular(problem, solver):
+            return
+        expected = solve(problem, solver)
+        # A new loss, which has not yet remembered anything.
+        anew = replace(problem, loss=replace(problem.loss))
+        with torch.device("meta"):
+            found = solve(anew, solver)
+        assert found.value.device == expected.value.device
+        assert torch.equal(found.value, expected.value)
+        assert found.objective == expected.objective
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
+    @FEWER
+    @given(STRATEGIES[kind](generic=True))
+    def check(problem):
+        if solver.why_not(problem) is not None:
+            laws.refuse(problem, solver)
+        elif isinstance(solver, IN_ORDER):
+            laws.scaling_scales_the_answer(problem, solver)
+        elif not isinstance(solver, AT_RANDOM):
+            for law in laws.GENERIC_LAWS:
+                law(problem, solver)
+
+    check()
+
+
+@by_solver
+@by_kind
+def test_a_pair_is_accepted_for_every_problem_or_for_none(kind, solver):
+    expected = (kind.__name__, solver.label) in ACCEPTED
+
+    @FEWER
+    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
+    def check(problem):
+        assert (solver.why_not(problem) is None) == expected
+
+    check()
+
+
+# Which promises are made, in full: the laws hold a solver to its promises, so a withdrawn one must be seen.
+@by_kind
+def test_promises(kind):
+    @FEWER
+    @given(STRATEGIES[kind]())
+    def check(problem):
+        masked = kind.__name__ == "MaskedLeastSquares"
+        assert Restore().exact(problem) == masked
+        assert Restore().monotone(problem)
+        assert Chain((FaspMetric(), Restore())).exact(problem) == masked
+        assert not Chain((Restore(), FaspMetric())).exact(problem)
+        assert not Chain((Restore(), FaspMetric())).monotone(problem)
+        assert not FaspMetric().monotone(problem)
+        for solver in SOLVERS:
+            if solver.why_not(problem) is None:
+                assert solver.exact(problem) == (solver.label == "Restore" and masked), solver.label
+                assert solver.monotone(problem) == (solver.label in MONOTONE), solver.label
+                assert solver.promised_gap(problem) is None or solver.label == "Fista", solver.label
+
+    check()
+
+
+MONOTONE = {
+    "ChannelSwaps",
+    "ConjugateGradients",
+    "Fista",
+    "FistaPruner",
+    "HardThreshold",
+    "PerspectiveBound",
+    "RemovalBound",
+    "Restore",
+    "Swaps",
+}
+
+
+@given(STRATEGIES[PenalisedLeastSquares]())
+def test_fista_promises_its_tolerance(problem):
+    free = isinstance(problem.penalty, WeightedL1) and bool((problem.penalty.weights == 0).any())
+    if free and not bool((problem.loss.damping > 0).all()):
+        # A may be singular where weights cost nothing; see optprune/solvers/duality.py.
+        assert Fista(1e-3).promised_gap(problem) is None
+    else:
+        assert Fista(1e-3).promised_gap(problem) == 1e-3
+
+
+def test_every_kind_of_problem_has_a_strategy_a_reference_and_its_transformations():
+    assert KINDS, "no concrete problem found: the inspection is broken"
+    for kind in KINDS:
+        assert kind in STRATEGIES, f"{kind.__name__} has no strategy: add one to optprune/testing/strategies.py"
+        assert kind in REFERENCES, f"{kind.__name__} has no reference: add one to optprune/testing/references.py"
+        for function in (laws.permuted, laws.scaled, laws.random_feasible):
+            assert kind in function.registry, f"{function.__name__} in optprune/testing/laws.py lacks {kind.__name__}"
+
+
+def test_strategies_draw_the_kind_they_are_listed_under():
+    for kind, strategy in STRATEGIES.items():
+
+        @FEWER
+        @given(strategy())
+        def check(problem):
+            assert type(problem) is kind  # noqa: B023 - called within this turn of the loop
+
+        check()
+
+
+def test_every_solver_can_be_made_by_its_defaults_or_is_listed():
+    assert SOLVERS, "no concrete solver found: the inspection is broken"
+    for cls in concrete(Solver):
+        if cls in MADE_BY_HAND:
+            assert all(type(solver) is cls for solver in MADE_BY_HAND[cls])
+        else:
+            assert type(cls()) is cls, f"give {cls.__name__} defaults, or list it in MADE_BY_HAND"
+
+
+def test_every_penalty_has_a_strategy():
+    for penalty in concrete(Penalty):
+        assert penalty in PENALTIES, f"{penalty.__name__} has no strategy: add one to optprune/testing/strategies.py"
+
+
+def test_every_pattern_has_a_strategy():
+    for pattern in concrete(Pattern):
+        assert pattern in PATTERNS, f"{pattern.__name__} has no strategy: add one to optprune/testing/strategies.py"
+
+
+@pytest.mark.parametrize("package", [optprune.problems, optprune.solvers])
+def test_exported_names_exist_and_concrete_classes_are_exported(package):
+    assert all(hasattr(package, name) for name in package.__all__)
+    for cls in KINDS + concrete(Solver):
+        if cls.__module__.startswith(package.__name__):
+            assert cls.__name__ in package.__all__, f"{cls.__name__} is not exported"

@@ -1,0 +1,267 @@
+"""Faults planted in the core: the laws must raise for each. Were they blind, every other test would pass as well."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+
+from optprune import moments as moments_module
+from optprune.moments import InputMoments
+from optprune.patterns import SlotWise
+from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
+from optprune.solvers import Certificate, FaspMetric, Restore
+from optprune.solvers.spectrum import ScaledGram
+from optprune.testing import check_solver, laws, part_laws
+from optprune.testing.loss_strategies import samples
+from optprune.testing.strategies import PATTERNS, masked
+from tests.helpers.faults import one_scale_for_all
+
+UNSHRUNK = settings(phases=[Phase.generate])
+"""a fault is planted, so nobody needs the smallest example of it"""
+
+restore_module = importlib.import_module("optprune.solvers.restore")
+newton_step = restore_module._newton_step
+certificate = restore_module._certificate
+restore = Restore._restore
+mask = LinkedLeastSquares.mask
+project = SlotWise.project
+merge = InputMoments.merge
+
+
+def scaled_step(factor):
+    """Restoration whose step is multiplied by a factor; its certificate, which would say so too, is left out."""
+
+    def answer(self, problem, certify=True):
+        start = problem.start()
+        return replace(
+            restore(self, problem), value=start + factor * (restore(self, problem).value - start), certificate=None
+        )
+
+    return answer
+
+
+def newton_step_of_the_wrong_sign(*arguments):
+    found, singular = newton_step(*arguments)
+    return -found, singular
+
+
+def start_unchanged(self, problem, certify=True):
+    return replace(restore(self, problem), value=problem.start(), certificate=None)
+
+
+def inverted(self, problem, certify=True):
+    other = MaskedLeastSquares(problem.loss, ~problem.mask)
+    return restore(self, other)
+
+
+def raised(by):
+    """Bounds raised by a share of the objective and a little more."""
+
+    def certify(problem, gram, value):
+        bound = certificate(problem, gram, value).lower_bound
+        return Certificate(bound + by * (problem.objective(value) + 1e-6), "raised")
+
+    return certify
+
+
+def undamped(self, problem, certify=True):
+    found = restore(self, replace(problem, loss=problem.loss.damped(0.0)))
+    return replace(found, certificate=None)
+
+
+def bias_forgotten(self, problem, certify=True):
+    found = restore(self, replace(problem, loss=replace(problem.loss, fit_bias=False)))
+    return replace(found, certificate=None)
+
+
+def dense_forgotten(self, problem, certify=True):
+    statistics = replace(problem.loss.moments, drift=None)
+    found = restore(self, replace(problem, loss=replace(problem.loss, moments=statistics)))
+    return replace(found, certificate=None)
+
+
+def last_row_skipped(self, problem, certify=True):
+    found = restore(self, problem)
+    found.value[-1] = problem.start()[-1]
+    return found
+
+
+def first_row_for_all(self, problem, certify=True):
+    """One factor for all rows, whatever their masks: right where the mask is shared."""
+    shared = restore(self, replace(problem, mask=problem.mask[:1]))
+    return replace(shared, value=torch.where(problem.mask, shared.value, 0.0))
+
+
+def in_place(self, problem, certify=True):
+    found = restore(self, problem)
+    problem.loss.weight.copy_(found.value)
+    return found
+
+
+STEP = "optprune.solvers.restore._newton_step"
+RESTORE = "optprune.solvers.restore.Restore._restore"
+CERTIFY = "optprune.solvers.restore._certificate"
+
+# Each with the law that must notice it first, so that no law is there for show.
+FAULTS = {
+    "sign of the step flipped": (RESTORE, scaled_step(-1), "made its start worse|exact, but"),
+    "sign flipped in the certificate as well": (STEP, newton_step_of_the_wrong_sign, "worse|exact, but|bound"),
+    "step halved": (RESTORE, scaled_step(0.5), "exact, but its objective"),
+    "step a thousandth too short": (RESTORE, scaled_step(0.999), "exact, but its objective"),
+    "step dropped": (RESTORE, scaled_step(0), "exact, but its objective"),
+    "start returned unchanged": (RESTORE, start_unchanged, "exact, but its objective"),
+    "damping dropped": (RESTORE, undamped, "exact, but its objective|worse"),
+    "bias not fitted": (RESTORE, bias_forgotten, "exact, but its objective|worse"),
+    "dense inputs forgotten": (RESTORE, dense_forgotten, "exact, but its objective|worse"),
+    "mask inverted": (RESTORE, inverted, "violates"),
+    "last row skipped": (RESTORE, last_row_skipped, "exact, but its objective"),
+    "the first row's mask used for all": (RESTORE, first_row_for_all, "exact, but|worse|permuted"),
+    "the weight overwritten": (RESTORE, in_place, "changed the problem|measured|worse|below|exact|lower bound"),
+    "bound raised by a thousandth": (CERTIFY, raised(1e-3), "lower bound"),
+    "bound raised by half": (CERTIFY, raised(0.5), "lower bound"),
+}
+
+
+def test_without_a_fault_the_laws_hold():
+    check_solver(Restore(), examples=20)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_in_restoration_are_noticed(fault, monkeypatch):
+    where, what, message = FAULTS[fault]
+    monkeypatch.setattr(where, what)
+    with pytest.raises(AssertionError, match=message):
+        check_solver(Restore(), examples=40, shrink=False)
+
+
+def test_one_scale_for_all_inputs_is_noticed(monkeypatch):
+    """Small inputs then look like the rounding of large ones."""
+    monkeypatch.setattr(LayerLoss, "input_scale", property(one_scale_for_all))
+
+    @UNSHRUNK
+    @given(masked())
+    def check(problem):
+        laws.units_are_harmless(problem, Restore())
+
+    with pytest.raises(AssertionError, match="given in the units"):
+        check()
+
+
+def rounding_inverted(self, blocks, right):
+    return torch.linalg.solve(blocks + 1e-17 * torch.eye(blocks.shape[-1]), right, left=False)
+
+
+def nothing_solved(self, blocks, right):
+    return torch.zeros_like(right)
+
+
+@pytest.mark.parametrize("fault", [rounding_inverted, nothing_solved])
+def test_faults_where_a_block_is_singular_are_noticed(fault, monkeypatch):
+    monkeypatch.setattr(ScaledGram, "solve_singular", fault)
+    with pytest.raises((AssertionError, torch.linalg.LinAlgError)):
+        check_solver(Restore(), examples=40, shrink=False)
+
+
+def test_a_contradicted_certificate_kept_is_noticed(monkeypatch):
+    monkeypatch.setattr(LayerLoss, "rounding", lambda self, weight: float("inf"))
+    monkeypatch.setattr(CERTIFY, raised(0.5))
+    with pytest.raises(AssertionError, match="lower bound"):
+        check_solver(Restore(), examples=40, shrink=False)
+
+
+# -- in what problems are made of: here the problem measures wrongly, and the references must contradict it
+
+
+def gram_without_damping(self):
+    return self._statistics.gram
+
+
+def half_value(self, weight):
+    return value(self, weight) / 2
+
+
+def value_without_damping(self, weight):
+    return self._squared_error(weight.double() - self._double.weight) / 2
+
+
+def gradient_without_pull(self, weight):
+    return (weight - self.weight) @ self.gram
+
+
+def complement(self, choice):
+    return mask(self, ~choice)
+
+
+value = LayerLoss.value
+
+CORE_FAULTS = {
+    "the Gram matrix without damping": (LayerLoss, "gram", property(gram_without_damping), Restore()),
+    "the gradient without the drift of the inputs": (LayerLoss, "residual", gradient_without_pull, Restore()),
+    "the loss halved": (LayerLoss, "value", half_value, Restore()),
+    "the loss without damping": (LayerLoss, "value", value_without_damping, Restore()),
+    "the chosen units removed in place of the others": (LinkedLeastSquares, "mask", complement, FaspMetric()),
+    "one unit too many": (
+        SlotWise,
+        "project",
+        lambda self, score: project(replace(self, keep=min(self.keep + 1, int((self.slots == 0).sum()))), score),
+        FaspMetric(),
+    ),
+    "the moments of x not centred": (InputMoments, "centred", lambda self: self, Restore()),
+}
+
+
+@pytest.mark.parametrize("fault", CORE_FAULTS)
+def test_planted_faults_in_problems_are_noticed(fault, monkeypatch):
+    owner, name, what, solver = CORE_FAULTS[fault]
+    monkeypatch.setattr(owner, name, what)
+    with pytest.raises(AssertionError):
+        check_solver(solver, examples=40, shrink=False)
+
+
+def worst_instead_of_best(self, score):
+    return type(self).original(self, -score)
+
+
+@pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.__name__)
+def test_a_projection_onto_the_worst_mask_is_noticed(kind, monkeypatch):
+    monkeypatch.setattr(kind, "original", kind.project, raising=False)
+    monkeypatch.setattr(kind, "project", worst_instead_of_best)
+
+    @UNSHRUNK
+    @given(PATTERNS[kind])
+    def check(drawn):
+        part_laws.projection_is_best(*drawn)
+
+    with pytest.raises(AssertionError, match="the projection only"):
+        check()
+
+
+def unweighted(self, other):
+    one, two = self.parts(), other.parts()
+    covariance, mean = [(a + b) / 2 for a, b in zip(one, two, strict=True)][:2]
+    return replace(merge(self, other), covariance=covariance, mean=mean)
+
+
+def test_a_merge_that_ignores_the_numbers_of_tokens_is_noticed(monkeypatch):
+    monkeypatch.setattr(moments_module.InputMoments, "merge", unweighted)
+
+    @UNSHRUNK
+    @given(samples(2))
+    def check(drawn):
+        if drawn.inputs.shape[0] > 2:
+            part_laws.merging_is_one_pass(drawn.inputs, drawn.dense, 1)
+
+    with pytest.raises(AssertionError, match="differ from one pass"):
+        check()
+
+
+@pytest.mark.parametrize("fault", ["half_value", "value_without_damping"])
+def test_a_loss_that_is_not_the_mean_is_noticed(fault, monkeypatch):
+    inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss = LayerLoss.of(torch.ones(2, 3), InputMoments.from_samples(inputs), 0.1)
+    part_laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)
+    monkeypatch.setattr(LayerLoss, "value", globals()[fault])
+    with pytest.raises(AssertionError, match="the samples say"):
+        part_laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)

@@ -1,0 +1,81 @@
+"""Faults planted where an output metric enters: for each a law must raise. Others are planted beside their tests."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+
+from optprune.metric import OutputMetric
+from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
+from optprune.solvers import ConjugateGradients, Fista, PerspectiveBound, Restore
+from optprune.solvers.duality import DualMap
+from optprune.testing import laws
+from optprune.testing.strategies import weighted
+
+run = importlib.import_module("optprune.solvers.run")
+perspective = importlib.import_module("optprune.solvers.perspective")
+
+apply, even, dual_map, product = OutputMetric.apply, LayerLoss.even, DualMap.of, perspective._product
+
+
+def keep_laws(solver, kind, metric):
+    @settings(max_examples=40, phases=[Phase.generate])
+    @given(weighted(kind, metric))
+    def check(problem):
+        if solver.why_not(problem) is None:
+            laws.keep_laws(problem, solver)
+
+    check()
+
+
+def damping_forgotten(self, change):
+    return apply(replace(self, damping=torch.zeros_like(self.damping)), change)
+
+
+def not_scaled_back(solver, posed, state):
+    return solver.value(posed.problem, state)
+
+
+def rows_not_scaled(self):
+    return even(self) if self.metric is None else replace(self, metric=self.metric.even())
+
+
+def couplings_forgotten(problem):
+    found = dual_map(problem)
+    return found if found.row_factor is None else replace(found, row_factor=torch.eye(len(found.row_factor)).double())
+
+
+def split_forgotten(loss, split, rest, point):
+    return product(loss, 0 * split, rest, point)
+
+
+LAW_FAULTS = {
+    "damping forgotten": (OutputMetric, "apply", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
+    "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
+    "rows not scaled": (LayerLoss, "even", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
+    "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
+    "relaxation without its split": (
+        perspective,
+        "_product",
+        split_forgotten,
+        PerspectiveBound(20),
+        SparseLeastSquares,
+        "full",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LAW_FAULTS)
+def test_faults_are_noticed_by_the_laws(fault, monkeypatch):
+    owner, name, what, solver, kind, metric = LAW_FAULTS[fault]
+    monkeypatch.setattr(owner, name, what)
+    with pytest.raises(AssertionError):
+        keep_laws(solver, kind, metric)
+
+
+def test_the_faults_are_what_fails():
+    """The same checks pass without a fault."""
+    for _, _, _, solver, kind, metric in LAW_FAULTS.values():
+        keep_laws(solver, kind, metric)

@@ -1,0 +1,39 @@
+"""Faults planted in the structured solvers: for each a law must raise.
+
+What only a solver's own tests can notice is planted beside them. One fault that was looked at is none: a sweep back
+with the sign of a sweep forward flips rows and columns together, which no cost sees.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from optprune.solvers import ChannelSwaps, FlapMetric, GreedyObs, Spap
+from optprune.solvers.inverse import InverseForm
+from optprune.solvers.tableau import Tableau
+from optprune.testing import check_solver
+from tests.helpers.faults import not_refitted, noticed
+
+best = Tableau.best_exchange
+
+
+def any_slot(self, candidates, barred=None):
+    one = replace(self.channels, slots=torch.zeros_like(self.channels.slots))
+    return best(replace(self, channels=one), candidates, barred)
+
+
+FAULTS = {
+    "swaps: exchange between slots": (Tableau, "best_exchange", any_slot),
+    "swaps: not refitted": (InverseForm, "without", not_refitted),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault, monkeypatch):
+    noticed(monkeypatch, *FAULTS[fault], lambda: check_solver(ChannelSwaps(), examples=40, shrink=False))
+
+
+def test_without_a_fault_the_laws_hold():
+    for solver in (GreedyObs(), ChannelSwaps(), Spap(), FlapMetric()):
+        check_solver(solver, examples=8)

@@ -1,0 +1,208 @@
+"""Texts in all their forms, and the windows cut from them."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from optprune.errors import InputError
+from optprune.texts import (
+    calibration_batches,
+    check_seq_length,
+    check_vocabulary,
+    demo_articles,
+    evaluation_windows,
+    read_documents,
+    tokenise,
+)
+from tests.helpers.tiny_models import tiny_llama, tiny_tokenizer
+
+# -- documents
+
+
+def test_a_txt_file_is_one_document(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffGrüße\nan alle\n".encode())
+    assert read_documents(str(file)) == ["Grüße\nan alle\n"]
+
+
+def test_a_folder_is_its_txt_files_by_name(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "ignored.md"):
+        (tmp_path / name).write_text(name)
+    assert read_documents(str(tmp_path)) == ["a.txt", "b.txt"]
+
+
+def test_csv_columns_quotes_and_long_fields(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    long = "word " * 100_000
+    file.write_text(f'text,body\none,"two\nlines, and a ""quote"""\n,\nthree,{long}\nshort row\n')
+    assert read_documents(str(file)) == ["one", "three", "short row"]
+    assert read_documents(f"{file}:body") == ['two\nlines, and a "quote"', long]
+
+
+def test_jsonl_columns_and_blank_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one", "body": "two"}\n\n{"text": null, "body": "dr\\u00e4i"}\n')
+    assert read_documents(str(file)) == ["one"]
+    assert read_documents(f"{file}:body") == ["two", "dräi"]
+
+
+def test_demo_texts() -> None:
+    assert read_documents("demo:evaluation") == demo_articles("evaluation")
+
+
+def test_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(4)))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert read_documents(f"hf:{data}:train") == [f"document {i}" for i in range(4)]
+    assert read_documents(f"hf:{data}:default:train[:2]") == ["document 0", "document 1"]
+    with pytest.raises(InputError, match="cannot be loaded"):
+        read_documents(f"hf:{data}:validation")
+
+
+def test_a_data_set_without_a_text_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = datasets.Dataset.from_dict({"question": ["why"], "answer": ["because"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: table)
+    with pytest.raises(InputError, match=r"no column 'text' \(it has question, answer\): write .* FILE.jsonl:COLUMN"):
+        read_documents("hf:some/set:train")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "spec", "reason"),
+    [
+        ("a.txt", b"words", "missing.txt", "there is no text"),
+        ("a.txt", b"words", "missing.csv:body", r"missing\.csv"),
+        ("a.md", b"words", "a.md", r"unknown ending '\.md'"),
+        ("a.txt", b" \n", "a.txt", "is empty"),
+        ("a.txt", b"caf\xe9", "a.txt", "not UTF-8"),
+        ("a.txt", b"\xef\xbb\xbf" + b"x" * 20_000 + b"\xe9", "a.txt", r"\(byte 20003 cannot"),
+        ("a.csv", b"text\n" + b"words\n" * 5_000 + b"caf\xe9\n", "a.csv", r"\(byte 30008 cannot"),
+        ("a.jsonl", b'{"text": "one"}\n' * 2_000 + b'{"text": "caf\xe9"}\n', "a.jsonl", r"\(byte 32013 cannot"),
+        ("a.txt", b"words", "a.txt:body", r"a\.txt has no columns: leave out ':body'"),
+        ("folder/a.txt", b"words", "folder:body", "folder has no columns: leave out ':body'"),
+        ("a.csv", b"text,body\none,two\n", "a.csv:title", r"no column 'title' \(it has text, body\)"),
+        ("a.csv", b"", "a.csv", "no column 'text'"),
+        ("a.csv", b"text\n\n", "a.csv", "is empty"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', "a.jsonl", r"line 2 of .*a\.jsonl is not valid JSON"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]\n', "a.jsonl", "line 2 of .* is not a JSON object"),
+        ("a.jsonl", b'{"body": "one"}\n', "a.jsonl", r"no column 'text' \(it has body\)"),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl", "holds 3, which is not a text"),
+        ("a.jsonl", b'{"text": "half a \\ud83d"}\n', "a.jsonl", r"line 1 of .* holds '\\ud83d', half a character"),
+        ("folder/a.md", b"words", "folder", r"holds no \.txt file"),
+    ],
+)
+def test_a_text_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, spec: str, reason: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=reason) as caught:
+        read_documents(str(tmp_path / spec))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["", " ", "hf:", "hf:name", "hf:a:b:c:d", "hf::train", "demo:training"])
+def test_a_text_that_has_no_known_form(spec: str) -> None:
+    with pytest.raises(InputError):
+        read_documents(spec)
+
+
+@pytest.mark.parametrize("spec", [":", ":text"])
+def test_a_column_without_a_file_is_not_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="there is no text ''"):
+        read_documents(spec)
+
+
+# -- tokens and windows
+
+
+def test_documents_are_joined_and_tokenised_once() -> None:
+    tokenizer = tiny_tokenizer()
+    tokens = tokenise(tokenizer, ["One document.", "And another."])
+    assert tokens.dtype == torch.long
+    assert tokens.tolist() == tokenizer("One document.\n\nAnd another.")["input_ids"]
+    assert tokenizer.decode(tokens) == "One document.\n\nAnd another."
+
+
+def test_evaluation_windows_are_consecutive_and_drop_the_rest() -> None:
+    tokens = torch.arange(23)
+    assert evaluation_windows(tokens, 5).tolist() == torch.arange(20).view(4, 5).tolist()
+    assert evaluation_windows(tokens, 5, 2).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "windows", "reason"),
+    [
+        (24, None, "has 23 tokens, in which 0 windows of 24 fit, but 1 are needed: lower --seq-length"),
+        (5, 5, "in which 4 windows of 5 fit, but 5 are needed: lower --windows"),
+        (1, None, "--seq-length cannot be 1"),
+        (5, 0, "--windows cannot be 0"),
+    ],
+)
+def test_evaluation_windows_that_do_not_fit(seq_length: int, windows: int | None, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        evaluation_windows(torch.arange(23), seq_length, windows)
+
+
+def test_calibration_windows_are_distinct_whole_and_seeded() -> None:
+    tokens = torch.arange(1003)
+    batches = calibration_batches(tokens, samples=80, seq_length=10, seed=3, tokens_per_batch=64)
+    assert [len(batch) for batch in batches] == [6] * 13 + [2]
+    windows = torch.cat(batches)
+    assert windows.flatten().unique().numel() == 800  # none overlap
+    assert torch.equal(windows, windows[:, :1] + torch.arange(10))  # each is a piece of the text
+    again = torch.cat(calibration_batches(tokens, 80, 10, seed=3))
+    other = torch.cat(calibration_batches(tokens, 80, 10, seed=4))
+    assert torch.equal(windows, again)
+    assert not torch.equal(windows, other)
+
+
+def test_calibration_windows_begin_anywhere_in_what_is_left_over() -> None:
+    """Of 43 tokens 3 are left over: the first window begins at 0, 1, 2 or 3, and every token has its chance."""
+    begins, seen = set[int](), set[int]()
+    for seed in range(40):
+        [batch] = calibration_batches(torch.arange(43), samples=2, seq_length=10, seed=seed)
+        assert len(set((batch[:, 0] % 10).tolist())) == 1
+        begins.add(int(batch[0, 0]) % 10)
+        seen.update(batch.flatten().tolist())
+    assert begins == {0, 1, 2, 3}
+    assert seen == set(range(43))
+
+
+def test_all_windows_can_be_asked_for() -> None:
+    [batch] = calibration_batches(torch.arange(40), samples=4, seq_length=10, seed=0)
+    assert sorted(batch.flatten().tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_length", "reason"),
+    [
+        (5, 10, "has 49 tokens, in which 4 windows of 10 fit, but 5 are needed: lower --samples"),
+        (1, 50, "in which 0 windows of 50 fit, but 1 are needed: lower --seq-length"),
+        (0, 10, "--samples cannot be 0"),
+        (1, 0, "--seq-length cannot be 0"),
+    ],
+)
+def test_too_few_calibration_tokens(samples: int, seq_length: int, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        calibration_batches(torch.arange(49), samples, seq_length, seed=0)
+
+
+def test_windows_longer_than_the_models_positions() -> None:
+    config = tiny_llama().config
+    check_seq_length(config, 512)
+    with pytest.raises(InputError, match="513 tokens are longer than the 512 positions of the model"):
+        check_seq_length(config, 513)
+
+
+def test_a_tokenizer_of_another_model() -> None:
+    config = tiny_llama().config
+    check_vocabulary(config, torch.tensor([0, 511]))
+    with pytest.raises(InputError, match="token 512, but the model has only 512 embeddings"):
+        check_vocabulary(config, torch.tensor([512, 3]))
