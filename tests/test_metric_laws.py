@@ -42,8 +42,8 @@ def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, metric, 
     @settings(max_examples=EXAMPLES)
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: weighted(kind, metric, dtype=dtype)))
     def check(problem):
-        assert (solver.why_not(problem) is None) == is_accepted(problem, solver)
-        if solver.why_not(problem) is None:
+        assert (solver.refusal(problem) is None) == is_accepted(problem, solver)
+        if solver.refusal(problem) is None:
             laws.keep_laws(problem, solver)
         else:
             laws.refuse(problem, solver)
@@ -58,7 +58,7 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver)
     @settings(max_examples=max(EXAMPLES // 3, 1))
     @given(weighted(kind, metric, generic=True))
     def check(problem):
-        if solver.why_not(problem) is not None:
+        if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
             laws.scaling_scales_the_answer(problem, solver)

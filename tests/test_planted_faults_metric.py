@@ -30,7 +30,7 @@ def keep_laws(solver, kind, metric):
     @settings(max_examples=40, phases=[Phase.generate])
     @given(weighted(kind, metric))
     def check(problem):
-        if solver.why_not(problem) is None:
+        if solver.refusal(problem) is None:
             laws.keep_laws(problem, solver)
 
     check()

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from typing import TypeVar, get_args
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, solver, 
     @(settings() if dtype == torch.float64 else FEWER)
     @given(STRATEGIES[kind](dtype=dtype))
     def check(problem):
-        if solver.why_not(problem) is None:
+        if solver.refusal(problem) is None:
             laws.keep_laws(problem, solver)
         else:
             laws.refuse(problem, solver)
@@ -97,7 +98,7 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
     @FEWER
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
     def check(problem):
-        if solver.why_not(problem) is None and not laws.refused_as_singular(problem, solver):
+        if solver.refusal(problem) is None and not laws.refused_as_singular(problem, solver):
             for start in (problem.loss.weight, torch.ones_like(problem.loss.weight)):
                 assert solve(problem, solver, start=start).violation == 0
                 assert solve(problem, solver, start=start, max_steps=0).violation == 0
@@ -113,7 +114,7 @@ def test_the_default_device_is_not_used(kind, solver):
     @FEWER
     @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
     def check(problem):
-        if solver.why_not(problem.even()[0]) is not None or laws.refused_as_singular(problem, solver):
+        if solver.refusal(problem.even()[0]) is not None or laws.refused_as_singular(problem, solver):
             return
         expected = solve(problem, solver)
         # A new loss, which has not yet remembered anything.
@@ -133,7 +134,7 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
     @FEWER
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
-        if solver.why_not(problem) is not None:
+        if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
             laws.scaling_scales_the_answer(problem, solver)
@@ -191,9 +192,16 @@ def test_a_pair_is_accepted_for_every_problem_or_for_none(kind, solver):
     @FEWER
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
     def check(problem):
-        assert (solver.why_not(problem) is None) == expected
+        assert (solver.refusal(problem) is None) == expected
 
     check()
+
+
+@by_solver
+def test_what_a_solver_accepts_is_what_its_methods_are_written_for(solver):
+    arguments = (get_args(base) for cls in type(solver).__mro__ for base in getattr(cls, "__orig_bases__", ()))
+    problem = next(kinds[0] for kinds in arguments if kinds and not isinstance(kinds[0], TypeVar))
+    assert solver.accepts == (get_args(problem) or (problem,))
 
 
 # Which promises are made, in full: the laws hold a solver to its promises, so a withdrawn one must be seen.
@@ -203,14 +211,16 @@ def test_promises(kind):
     @given(STRATEGIES[kind]())
     def check(problem):
         masked = kind.__name__ == "MaskedLeastSquares"
-        assert Restore().exact(problem) == masked
-        assert Restore().monotone(problem)
-        assert Chain((FaspMetric(), Restore())).exact(problem) == masked
-        assert not Chain((Restore(), FaspMetric())).exact(problem)
-        assert not Chain((Restore(), FaspMetric())).monotone(problem)
-        assert not FaspMetric().monotone(problem)
+        if Restore().refusal(problem) is None:
+            assert Restore().exact(problem) == masked
+            assert Restore().monotone(problem)
+            assert Chain((FaspMetric(), Restore())).exact(problem) == masked
+        if FaspMetric().refusal(problem) is None:
+            assert not Chain((Restore(), FaspMetric())).exact(problem)
+            assert not Chain((Restore(), FaspMetric())).monotone(problem)
+            assert not FaspMetric().monotone(problem)
         for solver in SOLVERS:
-            if solver.why_not(problem) is None:
+            if solver.refusal(problem) is None:
                 assert solver.exact(problem) == (solver.label == "Restore" and masked), solver.label
                 assert solver.monotone(problem) == (solver.label in MONOTONE), solver.label
                 assert solver.promised_gap(problem) is None or solver.label == "Fista", solver.label

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from optprune.problems.masked import MaskedLeastSquares
 
 class SelectionProblem(Problem):
     """A problem whose difficulty is which weights to keep: once the choice is fixed, restoration remains."""
+
+    kind: ClassVar[str] = "weight selection"
 
     @abstractmethod
     def project(self, score: Tensor) -> Tensor:

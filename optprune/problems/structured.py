@@ -84,6 +84,8 @@ class ChannelGroups(Channels):
 class StructuredProblem(SelectionProblem):
     """What every choice of whole columns is: a loss, units of columns, and how many of them stay."""
 
+    kind: ClassVar[str] = "column selection"
+
     loss: LayerLoss
     keep: int
 

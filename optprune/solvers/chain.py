@@ -7,14 +7,14 @@ from typing import Any, final
 from torch import Tensor
 
 from optprune.problems import Problem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import AnySolver, Solver
 from optprune.solvers.solution import Certificate, Record, Status
 
 DEEPEST = 8
 """chains in chains: a flat one does the same"""
 
 
-def _depth(solver: Solver) -> int:
+def _depth(solver: AnySolver) -> int:
     return 1 + max(map(_depth, solver.stages), default=0) if isinstance(solver, Chain) else 0
 
 
@@ -35,7 +35,7 @@ class ChainState:
 
 @final
 @dataclass(frozen=True)
-class Chain(Solver[ChainState]):
+class Chain(Solver[Problem, ChainState]):
     """Run the stages one after another on the same problem; going on to the next stage counts as a step.
 
     Accepts what every stage accepts. The history has a record of every finished stage: the last one's is the Solution.
@@ -43,7 +43,7 @@ class Chain(Solver[ChainState]):
     is. Memory and cost are those of the stages.
     """
 
-    stages: tuple[Solver, ...]
+    stages: tuple[AnySolver, ...]
 
     def __post_init__(self) -> None:
         if _depth(self) > DEEPEST:
@@ -56,7 +56,7 @@ class Chain(Solver[ChainState]):
     def why_not(self, problem: Problem) -> str | None:
         if not self.stages:
             return "it is an empty chain"
-        reasons = [(stage.label, stage.why_not(problem)) for stage in self.stages]
+        reasons = [(stage.label, stage.refusal(problem)) for stage in self.stages]
         return next((f"its stage {label} refuses: {reason}" for label, reason in reasons if reason), None)
 
     def exact(self, problem: Problem) -> bool:

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.errors import NumericalError
-from optprune.problems import Channels, Problem, StructuredProblem
+from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options
-from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
+from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 
 PENDING = 64
 """columns removed before their updates are carried out on the whole matrices, in one product"""
@@ -19,7 +19,7 @@ PENDING = 64
 
 @final
 @dataclass(frozen=True)
-class GreedyObs(DirectSolver):
+class GreedyObs(DirectSolver[StructuredProblem]):
     r"""Remove the cheapest `batch` units, update A^-1 and V to what is left, and repeat until `keep` are left.
 
     With H the inverse of A on what is left and V the best weight there, a unit g of k columns costs exactly
@@ -35,16 +35,14 @@ class GreedyObs(DirectSolver):
     Reference: OSSCAR (arXiv 2403.12983), its greedy part, reconstructed from its abstract and the released code.
     """
 
+    accepts = (StructuredProblem,)
+
     batch: int = 1
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        return refusal(problem, "removes")
-
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, StructuredProblem)
+    def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
         form, channels = InverseForm.of(problem.loss), problem.channels
         removed = [units for units, _ in _eliminate(form, channels, [problem.pattern.keep], self.batch)]
         columns = channels.columns[torch.cat(removed)].reshape(-1) if removed else channels.columns[:0, 0]

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.errors import NumericalError
-from optprune.problems import LayerLoss, Problem, StructuredProblem
+from optprune.problems import LayerLoss
 from optprune.solvers.spectrum import exceeds
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
@@ -77,10 +77,3 @@ def half_trace(blocks: Float[Tensor, "*b k k"], grams: Float[Tensor, "*b k k"]) 
     # Rounding may have left a block that is not positive definite: its cost is as good as any.
     factor, _ = torch.linalg.cholesky_ex(blocks)
     return torch.cholesky_solve(grams, factor).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
-
-
-def refusal(problem: Problem, what: str) -> str | None:
-    """Why a solver that `what`s units, by the inverse form, does not accept a problem; None when it does."""
-    if not isinstance(problem, StructuredProblem):
-        return f"it {what} units of columns, and a {problem.kind} problem has none"
-    return None

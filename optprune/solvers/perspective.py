@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.problems import LayerLoss, Problem, SelectionProblem
+from optprune.problems import LayerLoss, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Certificate, Status
 
@@ -30,7 +30,7 @@ class PerspectiveState:
 
 @final
 @dataclass(frozen=True)
-class PerspectiveBound(Solver[PerspectiveState]):
+class PerspectiveBound(Solver[SelectionProblem, PerspectiveState]):
     r"""A lower bound on min f over a pattern; a feasible weight it starts from is returned as it came.
 
     Split A = R + diag(d), R positive semidefinite. Writing the diagonal part as v^2 / z with z in [0, 1] relaxes the
@@ -48,21 +48,17 @@ class PerspectiveBound(Solver[PerspectiveState]):
     A step is two products [out, in] x [in, in] in float64.
     """
 
+    accepts = (SelectionProblem,)
+
     most: int = 100
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SelectionProblem):
-            return None
-        return f"it relaxes a choice of weights, and a {problem.kind} problem has none"
-
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: SelectionProblem) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> PerspectiveState:
-        assert isinstance(problem, SelectionProblem)
+    def init(self, problem: SelectionProblem, start: Tensor) -> PerspectiveState:
         loss = problem.loss
         split, rest = diagonal_split(loss), loss.gram.double()
         if loss.metric is None:
@@ -77,8 +73,7 @@ class PerspectiveBound(Solver[PerspectiveState]):
         bound = _bound(problem, split, rest, point)
         return PerspectiveState(problem.within_support(start), split, rest, length, point, point, bound, 0)
 
-    def step(self, problem: Problem, state: PerspectiveState) -> PerspectiveState:
-        assert isinstance(problem, SelectionProblem)
+    def step(self, problem: SelectionProblem, state: PerspectiveState) -> PerspectiveState:
         momentum = state.count / (state.count + 3)
         ahead = state.point + momentum * (state.point - state.previous)
         # Gradient step on the smooth part 1/2 tr(X R X^T) - tr(X B^T), then the prox of the perspective term,
@@ -90,13 +85,13 @@ class PerspectiveBound(Solver[PerspectiveState]):
         bound = max(state.bound, _bound(problem, state.split, state.rest, point))
         return replace(state, point=point, previous=state.point, bound=bound, count=state.count + 1)
 
-    def done(self, problem: Problem, state: PerspectiveState) -> Status | None:
+    def done(self, problem: SelectionProblem, state: PerspectiveState) -> Status | None:
         return Status.CONVERGED if state.count >= self.most else None
 
-    def value(self, problem: Problem, state: PerspectiveState) -> Tensor:
+    def value(self, problem: SelectionProblem, state: PerspectiveState) -> Tensor:
         return state.start
 
-    def certify(self, problem: Problem, state: PerspectiveState) -> Certificate | None:
+    def certify(self, problem: SelectionProblem, state: PerspectiveState) -> Certificate | None:
         return Certificate(state.bound, "dual of the perspective relaxation")
 
 

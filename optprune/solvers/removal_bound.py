@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from optprune.problems import Problem, StructuredProblem
+from optprune.problems import StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 from optprune.solvers.solution import Certificate
@@ -14,7 +14,7 @@ from optprune.solvers.solution import Certificate
 
 @final
 @dataclass(frozen=True)
-class RemovalBound(DirectSolver):
+class RemovalBound(DirectSolver[StructuredProblem]):
     r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned as it came.
 
     Dropping the units P costs, by duality, the largest value over multipliers Y of
@@ -32,16 +32,12 @@ class RemovalBound(DirectSolver):
     it proves 0. Accepts structured and linked problems. Cost: in^3 + out in^2 + units^3, in float64.
     """
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, StructuredProblem):
-            return None
-        return f"it bounds the cost of dropping units, and a {problem.kind} problem has none"
+    accepts = (StructuredProblem,)
 
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: StructuredProblem) -> bool:
         return True
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, StructuredProblem)
+    def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
         certificate = Certificate(_bound(problem), "dual of the removal of units, one multiplier each")
         return Answer(problem.within_support(start), certificate)
 

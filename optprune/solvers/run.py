@@ -15,7 +15,7 @@ from optprune.metric import RowUnits
 from optprune.precision import full_precision
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
-from optprune.solvers.base import Solver
+from optprune.solvers.base import AnySolver
 from optprune.solvers.solution import Certificate, Solution, Status
 
 MOST_STEPS = 10_000
@@ -30,7 +30,7 @@ Callback = Callable[[int, Callable[[], Tensor]], None]
 @full_precision()
 def solve(
     problem: Problem,
-    solver: Solver | None = None,
+    solver: AnySolver | None = None,
     *,
     start: Tensor | None = None,
     max_steps: int = MOST_STEPS,
@@ -84,15 +84,15 @@ def solve(
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
-def check_accepted(even: Problem, solver: Solver) -> None:
+def check_accepted(even: Problem, solver: AnySolver) -> None:
     """Raise NoSolver when a solver refuses a problem, which is evened as `solve` does it."""
-    reason = solver.why_not(even)
+    reason = solver.refusal(even)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
 
 @full_precision()
-def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:
+def answer(problem: Problem, solver: AnySolver, start: Tensor) -> Tensor:
     """What `solve` would return as the value, neither measured nor certified: for the inner steps of something else."""
     posed = _Posed.of(problem)
     with torch.no_grad():
@@ -146,7 +146,7 @@ class _Posed:
 
 
 def _iterate(
-    problem: Problem, solver: Solver, start: Tensor, most: int, until: float, told: Callable[[int, Any], None]
+    problem: Problem, solver: AnySolver, start: Tensor, most: int, until: float, told: Callable[[int, Any], None]
 ) -> tuple[Any, Status, int]:
     """The solver's last state, why it stopped, and after how many steps."""
     state, steps = solver.init(problem, start), 0
@@ -161,6 +161,6 @@ def _iterate(
     return state, status, steps
 
 
-def _value(solver: Solver, posed: _Posed, state: Any) -> Tensor:
+def _value(solver: AnySolver, posed: _Posed, state: Any) -> Tensor:
     """The weight that a state stands for, as the problem as it came measures it."""
     return posed.back(solver.value(posed.problem, state))

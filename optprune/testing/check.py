@@ -52,7 +52,7 @@ def _check_kind(
     @given(problems)
     def check(problem: Problem) -> None:
         nonlocal accepted
-        if solver.why_not(problem) is None:
+        if solver.refusal(problem) is None:
             accepted += 1
             laws.keep_laws(problem, solver)
         else:

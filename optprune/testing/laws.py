@@ -343,7 +343,7 @@ GENERIC_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
 
 def refuse(problem: Problem, solver: Solver) -> None:
     """A refused problem raises NoSolver with the solver's reason, and the reason is a sentence."""
-    reason = solver.why_not(problem)
+    reason = solver.refusal(problem)
     assert reason, f"{_name(problem, solver)}: it refuses without a reason"
     try:
         solve(problem, solver)
