@@ -1,9 +1,10 @@
 """Recipes: everything a pruning run decides, as one validated object, readable from and writable to YAML."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
@@ -40,12 +41,18 @@ from optprune.solvers import Solver
 from optprune.values import one_line, read_yaml, shown
 
 
-class Recipe(BaseModel):
-    """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
+class _InOneSentence(type(BaseModel)):
+    """What makes a recipe: the first field that is wrong is an InputError of one sentence."""
 
-    A field that is wrong is pydantic's ValidationError here; `load_recipe` and `make_recipe` make it an InputError of
-    one sentence.
-    """
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *given: Any, **fields: Any) -> Any:
+            with _told(cls):
+                return super().__call__(*given, **fields)
+
+
+class Recipe(BaseModel, metaclass=_InOneSentence):
+    """What to solve at each layer, with what, how much to remove, and on which path statistics travel."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -118,6 +125,11 @@ class Recipe(BaseModel):
     """fallbacks, dead inputs, too few tokens and a budget that is not met are errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        with _told(cls):
+            return super().model_validate(obj, **options)
+
     def state(self, context: LayerContext) -> Problem:
         """The problem to solve at a layer."""
         objective = self.objective or OBJECTIVES[self.units.objective]
@@ -127,40 +139,40 @@ class Recipe(BaseModel):
     def _units_for_linked(self) -> "Recipe":
         single = self.units.family is not None
         if self.objective is OBJECTIVES["linked"] and single:
-            raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
+            raise InputError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
         if self.objective is OBJECTIVES["sparse"] and not single:
-            raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
+            raise InputError("the objective 'sparse' keeps single weights, so units must be weights")
         if self.recovery and not self.held_out:
-            raise ValueError("recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125")
+            raise InputError("recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125")
         if self.refit_damping and not self.held_out:
-            raise ValueError("refit_damping is chosen on held-out tokens: set held_out, such as 0.125")
+            raise InputError("refit_damping is chosen on held-out tokens: set held_out, such as 0.125")
         if self.refit_damping and self.solver is not None and refitting(self.solver) is None:
-            raise ValueError(
+            raise InputError(
                 f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"
             )
         if self.budget != "parameters" and (self.allocation != "global" or not self.units.kinds):
-            raise ValueError(
+            raise InputError(
                 f"a budget in {self.budget} is divided over widths: set allocation to global, and units to mlp, vo, "
                 "kv-groups or all"
             )
         if self.pattern != ANYWHERE and not single:
-            raise ValueError(
+            raise InputError(
                 f"the pattern {self.pattern.name} is one of single weights, but units are {self.units.name}: choose a "
                 "recipe with units weights, such as sparsegpt"
             )
         if single and self.allocation == "global" and self.least_kept > self.most_kept:
-            raise ValueError(
+            raise InputError(
                 f"no layer keeps at least {self.least_kept:g} and at most {self.most_kept:g} of its weights: lower "
                 "least_kept, or raise most_kept"
             )
         if self.units.family not in (None, self.pattern):
-            raise ValueError("the pattern of the units is not the recipe's: give it as the recipe's pattern alone")
+            raise InputError("the pattern of the units is not the recipe's: give it as the recipe's pattern alone")
         share = self.pattern.only_share
         if share is not None:
             if self.allocation == "global" and self.sparsity < 1 - share:
                 return self  # some layers stay dense
             if abs(self.sparsity - (1 - share)) > 1e-9:
-                raise ValueError(
+                raise InputError(
                     f"the pattern {self.pattern.name} has a sparsity of {1 - share:g}, not {self.sparsity:g}"
                 )
         return self
@@ -222,8 +234,14 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
+    return Recipe.model_validate(dict(fields))
+
+
+@contextmanager
+def _told(recipe: type[BaseModel]) -> Iterator[None]:
+    """pydantic's account of what is wrong with a recipe, as an InputError of one sentence."""
     try:
-        return Recipe.model_validate(dict(fields))
+        yield
     except RecursionError as error:
         raise InputError("the recipe is nested too deeply to be read: write it flatter") from error
     except ValidationError as error:
@@ -232,7 +250,7 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
         if not key:
             raise InputError(f"the recipe contradicts itself: {first['msg'].removeprefix('Value error, ')}") from error
         if first["type"] == "extra_forbidden":
-            known = ", ".join(Recipe.model_fields)
+            known = ", ".join(recipe.model_fields)
             raise InputError(f"a recipe has no field {key!r}: it has {known}") from error
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"the recipe field {key!r} cannot be {shown(first['input'])}: {one_line(reason)}") from error

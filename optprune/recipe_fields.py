@@ -43,14 +43,14 @@ SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"the {what} {shown(name)} is not known: use one of {', '.join(sorted(table))}")
+        raise InputError(f"the {what} {shown(name)} is not known: use one of {', '.join(sorted(table))}")
     return table[name]
 
 
 def read_objective(value: Any) -> Any:
     """An objective from its name; anything else as it is."""
     if isinstance(value, str) and ":" in value:
-        raise ValueError(
+        raise InputError(
             "no code is imported for a file; give the function itself, as in load_recipe(FILE, {'objective': FUNCTION})"
         )
     return _known("objective", OBJECTIVES, value) if isinstance(value, str) else value
@@ -72,11 +72,8 @@ def read_pattern(value: Any) -> Any:
     if isinstance(value, PatternFamily):
         return value
     if not isinstance(value, str):
-        raise ValueError("a pattern is told by its name: unstructured, rows, or N:M such as 2:4")
-    try:
-        return pattern_family(value)
-    except InputError as error:
-        raise ValueError(str(error)) from error
+        raise InputError("a pattern is told by its name: unstructured, rows, or N:M such as 2:4")
+    return pattern_family(value)
 
 
 def write_pattern(family: PatternFamily) -> str:
@@ -118,20 +115,20 @@ def read_solver(value: Any) -> Any:
         stages = tuple(read_solver(item) for item in value)
         for stage in stages:
             if not isinstance(stage, Solver):
-                raise ValueError(f"a chain holds solvers, not {shown(stage)}")
+                raise InputError(f"a chain holds solvers, not {shown(stage)}")
         return Chain(stages)
     if isinstance(value, dict):
         if len(value) != 1:
-            raise ValueError(f"a solver with options is written {{name: {{option: value}}}}, not {shown(value)}")
+            raise InputError(f"a solver with options is written {{name: {{option: value}}}}, not {shown(value)}")
         [(name, options)] = value.items()
         cls = _known("solver", SOLVERS, name)
         if not isinstance(options, dict | None):
-            raise ValueError(f"the options of {name} are written {{option: value}}, not {shown(options)}")
+            raise InputError(f"the options of {name} are written {{option: value}}, not {shown(options)}")
         types = get_type_hints(cls)
         fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
         for option in options or {}:
             if option not in fields:
-                raise ValueError(f"the solver {name} has no option {shown(option)}: it has {sorted(fields) or 'none'}")
+                raise InputError(f"the solver {name} has no option {shown(option)}: it has {sorted(fields) or 'none'}")
         return cls(
             **{option: _read_option(name, option, fields[option], text) for option, text in (options or {}).items()}
         )
@@ -145,7 +142,7 @@ def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
     try:
         return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"the option {option} of {solver} is {shown(value)}: {error.errors()[0]['msg']}") from error
+        raise InputError(f"the option {option} of {solver} is {shown(value)}: {error.errors()[0]['msg']}") from error
 
 
 def write_solver(solver: Solver | None) -> Any:

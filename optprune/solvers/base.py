@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, final
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
 from optprune.values import shown
@@ -91,14 +92,14 @@ MOST_STEPS = 10_000
 
 
 def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless every number among a solver's options is positive and sensible; for `__post_init__`."""
+    """Raise InputError unless every number among a solver's options is positive and sensible; for `__post_init__`."""
     for option in fields(solver):  # type: ignore[arg-type]  # solvers are dataclasses by contract
         value = getattr(solver, option.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             zero = value == 0 and option.name in may_be_zero
             least, most = (1, MOST_STEPS) if isinstance(option.default, int) else SENSIBLE
             if not (zero or least <= value <= most):
-                raise ValueError(
+                raise InputError(
                     f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
                 )
 

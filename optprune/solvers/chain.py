@@ -6,6 +6,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.base import AnySolver, Solver
 from optprune.solvers.solution import Certificate, Record, Status
@@ -47,7 +48,7 @@ class Chain(Solver[Problem, ChainState]):
 
     def __post_init__(self) -> None:
         if _depth(self) > DEEPEST:
-            raise ValueError(f"a chain of chains is more than {DEEPEST} deep: write one chain")
+            raise InputError(f"a chain of chains is more than {DEEPEST} deep: write one chain")
 
     @property
     def label(self) -> str:

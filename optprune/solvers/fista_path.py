@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
@@ -61,7 +62,7 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
     def __post_init__(self) -> None:
         check_options(self)
         if self.ratio <= 1:
-            raise ValueError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
+            raise InputError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
 
     def init(self, problem: SparseLeastSquares, start: Tensor) -> PathState:
         loss = problem.loss

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.values import shown
@@ -54,7 +55,7 @@ class Random(Ranking[SelectionProblem]):
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed of {self.label} must be between 0 and {2**63 - 1}, not {shown(self.seed)}")
+            raise InputError(f"seed of {self.label} must be between 0 and {2**63 - 1}, not {shown(self.seed)}")
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
         # Cut to 63 bits, since torch takes no larger seed.

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.patterns import SlotWise
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
@@ -85,7 +86,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
     def __post_init__(self) -> None:
         check_options(self, may_be_zero=("depth", "tolerance"))
         if not (self.first <= self.last and (self.growth > 1 or self.first == self.last)):
-            raise ValueError(
+            raise InputError(
                 f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
                 f"{self.first:g} to {self.last:g} by {self.growth:g}"
             )

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from optprune.errors import InputError
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
@@ -193,7 +194,7 @@ def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
     quadratic, pattern = Quadratic.of(problem.loss), problem.pattern
     rows, width = quadratic.weight.shape
     if 2 ** (rows * width) > MOST_CHOICES:
-        raise ValueError(f"a [{rows}, {width}] weight has too many masks to list: the reference is for 12 entries")
+        raise InputError(f"a [{rows}, {width}] weight has too many masks to list: the reference is for 12 entries")
     if quadratic.coupled:
         bits = (np.array(b, dtype=bool).reshape(rows, width) for b in product((False, True), repeat=rows * width))
         masks = [mask for mask in bits if pattern.admits(torch.tensor(mask))]
@@ -235,7 +236,7 @@ def exhaustive(problem: StructuredProblem) -> Reference:
     each = [list(combinations(np.flatnonzero(slots == slot), problem.keep // len(names))) for slot in names]
     count = int(np.prod([len(choices) for choices in each]))
     if count > MOST_CHOICES:
-        raise ValueError(f"{count} choices of units are too many to list: the reference is for at most {MOST_CHOICES}")
+        raise InputError(f"{count} choices of units are too many to list: the reference is for at most {MOST_CHOICES}")
     answers = []
     for choice in product(*each):
         kept = np.isin(np.arange(len(slots)), [unit for part in choice for unit in part])
