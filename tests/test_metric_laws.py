@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from optprune.problems import MaskedLeastSquares, SparseLeastSquares
 from optprune.solvers import Chain, Restore, SparseGpt, Swaps
-from optprune.testing import laws
+from optprune.testing import invariance_laws, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.strategies import weighted
 from tests.test_solver_laws import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, SOLVERS
@@ -61,9 +61,9 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver)
         if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
-            laws.scaling_scales_the_answer(problem, solver)
+            invariance_laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
-            for law in laws.GENERIC_LAWS:
+            for law in invariance_laws.GENERIC_LAWS:
                 law(problem, solver)
 
     check()

@@ -31,10 +31,11 @@ from optprune.solvers import (
     Wanda,
     solve,
 )
-from optprune.testing import laws
+from optprune.testing import invariance_laws, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.references import REFERENCES
 from optprune.testing.strategies import PATTERNS, PENALTIES, STRATEGIES, weighted
+from optprune.testing.transformations import permuted, random_feasible, scaled
 
 
 def concrete(base):
@@ -137,9 +138,9 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
         if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
-            laws.scaling_scales_the_answer(problem, solver)
+            invariance_laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
-            for law in laws.GENERIC_LAWS:
+            for law in invariance_laws.GENERIC_LAWS:
                 law(problem, solver)
 
     check()
@@ -256,8 +257,8 @@ def test_every_kind_of_problem_has_a_strategy_a_reference_and_its_transformation
     for kind in KINDS:
         assert kind in STRATEGIES, f"{kind.__name__} has no strategy: add one to optprune/testing/strategies.py"
         assert kind in REFERENCES, f"{kind.__name__} has no reference: add one to optprune/testing/references.py"
-        for function in (laws.permuted, laws.scaled, laws.random_feasible):
-            assert kind in function.registry, f"{function.__name__} in optprune/testing/laws.py lacks {kind.__name__}"
+        for function in (permuted, scaled, random_feasible):
+            assert kind in function.registry, f"{function.__name__} in transformations.py lacks {kind.__name__}"
 
 
 def test_strategies_draw_the_kind_they_are_listed_under():
