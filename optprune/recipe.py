@@ -167,14 +167,15 @@ class Recipe(BaseModel, metaclass=_InOneSentence):
             )
         if self.units.family not in (None, self.pattern):
             raise InputError("the pattern of the units is not the recipe's: give it as the recipe's pattern alone")
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_of_the_pattern(self) -> "Recipe":
         share = self.pattern.only_share
-        if share is not None:
-            if self.allocation == "global" and self.sparsity < 1 - share:
-                return self  # some layers stay dense
-            if abs(self.sparsity - (1 - share)) > 1e-9:
-                raise InputError(
-                    f"the pattern {self.pattern.name} has a sparsity of {1 - share:g}, not {self.sparsity:g}"
-                )
+        if share is None or (self.allocation == "global" and self.sparsity < 1 - share):
+            return self  # under a global budget some layers stay dense
+        if abs(self.sparsity - (1 - share)) > 1e-9:
+            raise InputError(f"the pattern {self.pattern.name} has a sparsity of {1 - share:g}, not {self.sparsity:g}")
         return self
 
     @property
