@@ -31,13 +31,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common import Setting, evaluation_texts, setting, with_earlier, write_table
 from benchmarks.layers import layers
-from optprune.allocation import uniform
-from optprune.evaluate import perplexity
+from optprune.allocation.uniform import uniform
+from optprune.measure import perplexity
 from optprune.models import Decoder, Mlp
 from optprune.objectives import sparse
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
-from optprune.pipeline import prune
 from optprune.problems import LayerLoss, SparseLeastSquares
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import Answer, DirectSolver, Solver, solve
 

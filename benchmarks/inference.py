@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import write_table
-from optprune.allocation import uniform
+from optprune.allocation.uniform import uniform
+from optprune.measure.speed import Measured, Work, device_name, measure_speed
 from optprune.models import Decoder, Mlp, load_model
-from optprune.speed import Measured, Work, device_name, measure_speed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WIDTH_MULTIPLE = {"smollm2": 8, "llama3-8b": 128}

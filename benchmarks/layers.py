@@ -14,9 +14,9 @@ from collections import defaultdict
 import torch
 
 from benchmarks.common import setting, write_table
+from optprune.calibration import Stream, calibrating, first_inputs
+from optprune.calibration.moments_pass import collect
 from optprune.models import Decoder
-from optprune.models.moments_pass import collect
-from optprune.models.stream import Stream, calibrating, first_inputs
 from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares

@@ -31,8 +31,8 @@ from benchmarks.shared import Shared
 from benchmarks.studies import NAMES, STUDIES, Settings, digest
 from optprune import Recipe, load_recipe, prune
 from optprune.errors import InputError
-from optprune.evaluate import perplexity
-from optprune.memory import memory_increase
+from optprune.measure import perplexity
+from optprune.measure.memory import memory_increase
 from optprune.models import load_model
 from optprune.report import Report
 from optprune.texts import calibration_batches, read_documents, tokenise

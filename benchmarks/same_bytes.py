@@ -35,8 +35,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS, VOCABULARY
 from optprune import load_recipe, prune
+from optprune.calibration import POLICIES
 from optprune.errors import OptpruneError
-from optprune.models import POLICIES
 from optprune.recipe import recipe_names
 
 Settings = dict[str, Any]

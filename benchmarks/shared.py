@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from optprune import Recipe
-from optprune.dense import DenseStatistics, Removal
+from optprune.calibration import DenseStatistics
+from optprune.calibration.dense_statistics import Removal
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.problems import LinkedLeastSquares

@@ -28,7 +28,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from optprune.evaluate import perplexity
+from optprune.measure import perplexity
 from optprune.texts import evaluation_windows, read_documents, tokenise
 
 VOCABULARY, LENGTH, BATCH = 2048, 256, 8

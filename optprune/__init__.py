@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
-    from optprune.folder import save_pruned
-    from optprune.models import load, load_model, save_model
+    from optprune.export import save_model, save_pruned
+    from optprune.models import load, load_model
     from optprune.objectives import LayerContext
-    from optprune.pipeline import prune
+    from optprune.pruning import prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.solvers import choose, solve
 
@@ -32,9 +32,9 @@ _HOMES = {
     "load": "optprune.models",
     "load_model": "optprune.models",
     "load_recipe": "optprune.recipe",
-    "prune": "optprune.pipeline",
-    "save_model": "optprune.models",
-    "save_pruned": "optprune.folder",
+    "prune": "optprune.pruning",
+    "save_model": "optprune.export",
+    "save_pruned": "optprune.export",
     "solve": "optprune.solvers",
 }
 

@@ -10,7 +10,7 @@ token 0.06 to 5.3 times.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.definite import check_average
 from optprune.errors import InputError, NumericalError
-from optprune.precision import full_precision
+from optprune.numerics.definite import check_average
+from optprune.numerics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,9 +247,9 @@ class Metrics(Mapping[str, OutputMetric]):
         """The layers of which only the diagonal is known."""
         return [name for name, sums in self._sums.items() if not sums.full]
 
-    def forget(self, name: str) -> None:
-        """Free a layer's sums, if it has any."""
-        self._sums.pop(name, None)
+    def taken(self, names: Iterable[str]) -> "Metrics":
+        """Those of some layers, as far as there are any, which are no longer here: they go when the answer goes."""
+        return Metrics({name: self._sums.pop(name) for name in names if name in self._sums}, self._damping)
 
 
 NOTHING = 1e-20

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optprune.definite import check_average
 from optprune.errors import InputError, NumericalError
-from optprune.precision import full_precision
+from optprune.numerics.definite import check_average
+from optprune.numerics.precision import full_precision
 
 AT_ONCE = 2048
 """tokens whose deviations are formed at a time: what that takes beside the sums is small"""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.values import shown
+from optprune.system.wording import shown
 
 NETWORK = 16
 """rows up to this long are sorted by comparing columns"""

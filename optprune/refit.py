@@ -10,9 +10,8 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Problem
-from optprune.solvers import Chain, ConjugateGradients, Restore, Solution, Solver, choose, solve
+from optprune.solvers import Chain, ConjugateGradients, Record, Restore, Solution, Solver, choose, solve
 from optprune.solvers.run import answer
-from optprune.solvers.solution import Record
 
 
 @dataclass(frozen=True)

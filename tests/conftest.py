@@ -45,7 +45,7 @@ def attempted_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def attempted_text(tmp_path_factory):
-    from optprune.packaged import demo_articles
+    from optprune.texts import demo_articles
 
     file = tmp_path_factory.mktemp("texts") / "articles.txt"
     file.write_text("\n\n".join(demo_articles("calibration")[:5]), encoding="utf-8")

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from optprune.allocation import Allocation, BlockAllocation, everything, uniform
+from optprune.allocation import Allocation
+from optprune.allocation.allocation import everything
+from optprune.allocation.uniform import uniform
+from optprune.calibration import POLICIES
 from optprune.errors import InputError
-from optprune.models import POLICIES, UNITS, BlockShape, Decoder, KvGroups, Mlp, Weights
+from optprune.models import UNITS, BlockAllocation, BlockShape, Decoder, KvGroups, Mlp, Weights
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, linked
-from optprune.pipeline import prune
 from optprune.problems import Problem
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from tests.test_pipeline import batches, inputs_of
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt

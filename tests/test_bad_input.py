@@ -16,10 +16,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from optprune.allocation import everything, uniform
+from optprune.allocation.allocation import everything
+from optprune.allocation.uniform import uniform
 from optprune.cli import main
 from optprune.models import Decoder, Mlp
-from optprune.packaged import demo_model_file
+from optprune.models.demo_file import demo_model_file
 from tests.attempts import Attempt, snapshot
 from tests.tiny_models import save_tiny, tiny_llama, tiny_opt
 
@@ -508,7 +509,7 @@ def test_what_the_machine_raises(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("optprune.pipeline.prune", fail)
+    monkeypatch.setattr("optprune.pruning.pipeline.prune", fail)
     assert reason in attempt.fails(attempt.command())
 
 
@@ -529,7 +530,7 @@ DEEP = 60
 LAUNCHER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from optprune.allocation import everything
+from optprune.allocation.allocation import everything
 from optprune.cli import main
 from optprune.models import Decoder
 sys.exit(main())

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optprune.errors import OptpruneError
-from optprune.models import reload_check, save_model
+from optprune.export import reload_check, save_model
 from tests.attempts import Attempt, snapshot
 from tests.tiny_models import save_tiny, tiny_llama
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from optprune.budget import Curve, fill_budget, global_threshold, share_budget
+from optprune.allocation.knapsack import Curve, fill_budget, global_threshold, share_budget
 from optprune.errors import InputError
 
 LIMITS = ((0.0, 1.0), (0.2, 0.8), (0.3, 0.3), (0.5, 1.0))

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 from optprune.allocation import Allocation
-from optprune.allocator_choice import by_cost
-from optprune.dense import DenseStatistics
+from optprune.calibration import DenseStatistics, calibrating, collect_metrics, first_inputs
+from optprune.calibration.fisher_pass import sampled
+from optprune.calibration.moments_pass import collect
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, Mlp
-from optprune.models.fisher import collect_metrics, sampled
-from optprune.models.moments_pass import collect
-from optprune.models.stream import calibrating, first_inputs
-from optprune.pipeline import prune
 from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe, make_recipe
+from optprune.recipe.allocator import by_cost
 from optprune.report import BlockMeasured
 from optprune.solvers import GreedyObs, solve
 from tests.test_sparse_pipeline import batches
@@ -206,7 +205,7 @@ def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(
     def no_pass(*_: object, **__: object) -> None:
         raise AssertionError("a pass over the text")
 
-    monkeypatch.setattr("optprune.dense.collect_metrics", no_pass)
+    monkeypatch.setattr("optprune.calibration.dense_statistics.collect_metrics", no_pass)
     for module in ("pipeline", "by_cost"):
         monkeypatch.setattr(f"optprune.{module}.first_inputs", no_pass)
     with pytest.raises(error, match=reason):

@@ -18,17 +18,16 @@ from transformers import AutoModelForCausalLM
 
 import optprune
 from optprune.cli import main
-from optprune.demo import run_demo
+from optprune.cli.demo_run import run_demo
 from optprune.errors import InputError
-from optprune.evaluate import perplexity
+from optprune.measure import perplexity
 from optprune.models import load, load_tokenizer
-from optprune.packaged import demo_articles
 from optprune.patterns import InGroups
 from optprune.recipe import load_recipe, make_recipe, recipe_names
-from optprune.recipe_fields import SOLVERS
+from optprune.recipe.names import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
-from optprune.texts import evaluation_windows, read_documents, tokenise
-from optprune.values import read_yaml
+from optprune.system.files import read_yaml
+from optprune.texts import demo_articles, evaluation_windows, read_documents, tokenise
 from tests.tiny_models import TINY_MODELS, save_tiny
 
 WIDTH_FIELD = {"llama": "intermediate_size", "opt": "ffn_dim", "qwen2": "intermediate_size"}
@@ -249,7 +248,7 @@ def test_a_hopeless_model_gives_json_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     record = tmp_path / "record.json"
-    monkeypatch.setattr("optprune.evaluate.math.exp", lambda _: math.inf)
+    monkeypatch.setattr("optprune.measure.evaluate.math.exp", lambda _: math.inf)
     command = ["evaluate", models["opt"], "--text", text, "--seq-length", "64", "--windows", "2", "--json", str(record)]
     code, out, err = run(command, capsys)
     assert code == 0, err
@@ -366,7 +365,7 @@ def test_the_demo_tells_the_story(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small = {"calibration": text, "evaluation": text, "samples": 8, "windows": 4, "seq_length": 64}
-    monkeypatch.setattr("optprune.demo.run_demo", partial(run_demo, model=models["llama"], **small))
+    monkeypatch.setattr("optprune.cli.demo_run.run_demo", partial(run_demo, model=models["llama"], **small))
     output, record = tmp_path / "out", tmp_path / "record.json"
     code, out, err = run(["demo", "--output", str(output), "--json", str(record)], capsys)
     assert code == 0, err

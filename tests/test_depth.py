@@ -8,14 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optprune.allocator_choice import allocator_of
+from optprune.calibration import DenseStatistics
 from optprune.cli import main
-from optprune.dense import DenseStatistics
 from optprune.errors import InputError
-from optprune.evaluate import perplexity
-from optprune.models import Decoder, load, save_model
-from optprune.pipeline import prune
+from optprune.export import save_model
+from optprune.measure import perplexity
+from optprune.models import Decoder, load
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from optprune.recipe.allocator import allocator_of
 from optprune.report import PartsScored, Report
 from tests.test_pipeline import batches
 from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt

@@ -22,6 +22,7 @@ from optprune.solvers import (
     Magnitude,
     Record,
     Restore,
+    Solution,
     Solver,
     Status,
     choose,
@@ -29,7 +30,6 @@ from optprune.solvers import (
 )
 from optprune.solvers.auto import CANDIDATES, GRADIENTS
 from optprune.solvers.run import CONTRADICTED
-from optprune.solvers.solution import Solution
 from optprune.testing.quadratic import rounding
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optprune.errors import InputError, NumericalError
-from optprune.evaluate import perplexity
+from optprune.measure import perplexity
 from tests.tiny_models import TINY_MODELS, tiny_llama
 
 
@@ -35,7 +35,7 @@ def test_it_is_the_definition(architecture: str) -> None:
 def test_batches_do_not_matter_and_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny_llama(), some_windows(5, 40)
     together = perplexity(model, windows).perplexity
-    monkeypatch.setattr("optprune.evaluate.TOKENS_AT_ONCE", 80)
+    monkeypatch.setattr("optprune.measure.evaluate.TOKENS_AT_ONCE", 80)
     calls: list[tuple[int, int]] = []
     apart = perplexity(model, windows, on_window=lambda done, total: calls.append((done, total)))
     assert apart.perplexity == pytest.approx(together, rel=1e-6)

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optprune.data import fingerprint
 from optprune.moments import InputMoments
+from optprune.numerics.fingerprint import fingerprint
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem
-from optprune.testing.strategies import STRATEGIES, linked, masked
+from optprune.testing import STRATEGIES
+from optprune.testing.strategies import linked, masked
 
 
 @dataclass(frozen=True)

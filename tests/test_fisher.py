@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from optprune.calibration import collect_metrics
+from optprune.calibration.fisher_pass import NO_LABEL, from_text, next_tokens, sampled
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
-from optprune.models.fisher import NO_LABEL, collect_metrics, from_text, next_tokens, sampled
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_sliding
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3, "pad_token_id": 0}
@@ -144,8 +145,8 @@ def test_a_seed_reproduces_and_another_does_not():
 def test_batches_may_be_cut_in_any_way(monkeypatch):
     decoder, ids = Decoder(tiny_llama().double()), tokens(4)
     whole = collect_metrics(decoder, [ids], sampled(0))
-    monkeypatch.setattr("optprune.models.fisher.TOKENS_AT_ONCE", 20)
-    monkeypatch.setattr("optprune.models.fisher.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr("optprune.calibration.fisher_pass.TOKENS_AT_ONCE", 20)
+    monkeypatch.setattr("optprune.calibration.fisher_pass.POSITIONS_AT_ONCE", 7)
     for name, metric in collect_metrics(decoder, list(ids.split(3)), sampled(0)).items():
         assert metric.tokens == whole[name].tokens
         assert torch.allclose(metric.average, whole[name].average, rtol=1e-10)

@@ -16,9 +16,9 @@ from optprune.solvers import Fista, Status, solve
 from optprune.solvers.duality import DualMap
 from optprune.solvers.run import CONTRADICTED
 from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
+from optprune.testing import reference
 from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
-from optprune.testing.references import reference
 from optprune.testing.strategies import penalised
 from tests.test_restoration import barely_apart
 

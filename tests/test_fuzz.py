@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from optprune.allocation import uniform
+from optprune.allocation.uniform import uniform
 from optprune.cli import main
 from optprune.models import Decoder, Mlp
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from optprune.recipe_fields import SOLVERS
+from optprune.recipe.names import SOLVERS
 from tests.attempts import Attempt
 from tests.tiny_models import save_tiny, tiny_llama
 
@@ -283,7 +283,7 @@ def fuzz(attempt: Attempt, sharded: Path, inputs: range) -> None:
 @pytest.fixture
 def small_checks(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     """The reload in a fresh process, which has tests of its own, takes as long as fifty inputs."""
-    monkeypatch.setattr("optprune.models.save._compare", lambda *_: 0.0)
+    monkeypatch.setattr("optprune.export.save._compare", lambda *_: 0.0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(attempt.folder)

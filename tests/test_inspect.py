@@ -9,9 +9,11 @@ import torch
 from matplotlib.figure import Figure
 
 from optprune.cli import main
-from optprune.models import Decoder, layer_sizes, load_model, model_patterns, original_of, save_model, shares_kept
-from optprune.pipeline import prune
+from optprune.export import save_model
+from optprune.models import Decoder, load_model
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from optprune.report import layer_sizes, model_patterns, original_of, shares_kept
 from tests.test_shapes import mixed
 from tests.tiny_models import TINY_MODELS, tiny_llama
 

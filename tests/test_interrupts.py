@@ -14,20 +14,21 @@ from typing import Any
 import pytest
 
 import optprune.cli.outputs
-import optprune.interrupts
-import optprune.models.save
+import optprune.export.save
 import optprune.recipe
-import optprune.recipe_fields
+import optprune.recipe.names
+import optprune.recipe.recipe
+import optprune.system.interrupts
 from optprune.cli.outputs import write_json
 from optprune.errors import InputError, OptpruneError
-from optprune.interrupts import forget_done, interrupts_held, record_done, what_is_done
-from optprune.models import save_model
+from optprune.export import save_model
 from optprune.recipe import load_recipe
+from optprune.system.interrupts import forget_done, interrupts_held, record_done, what_is_done
 from tests.tiny_models import tiny_llama
 
 SENT: list[int] = []
 """how many signals every interrupted run got"""
-HOLDING = (optprune.interrupts.__file__, contextlib.__file__)
+HOLDING = (optprune.system.interrupts.__file__, contextlib.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def test_saving_a_model_leaves_all_or_nothing_whatever_line_is_interrupted(there
         def save(output: Path = folder / target) -> None:
             save_model(model, output, files={"made": "new"}, overwrite=True)
 
-        if not interrupted(save, (optprune.models.save.__file__, optprune.interrupts.__file__), line):
+        if not interrupted(save, (optprune.export.save.__file__, optprune.system.interrupts.__file__), line):
             break
         done = what_is_done() == f"the pruned model is in {folder / target}"
         assert done or what_is_done() == "nothing was written"
@@ -139,7 +140,7 @@ def test_writing_a_file_leaves_all_or_nothing_whatever_line_is_interrupted(
         file.unlink(missing_ok=True)
         if there:
             file.write_text("old")
-        files = (optprune.cli.outputs.__file__, optprune.interrupts.__file__)
+        files = (optprune.cli.outputs.__file__, optprune.system.interrupts.__file__)
         if not interrupted(lambda: write_json(file, "new", "all is well"), files, line, again):
             break
         assert [path.name for path in tmp_path.iterdir()] in ([], [file.name]), line
@@ -168,7 +169,7 @@ def test_an_interrupt_after_the_first_still_finds_everything_cleaned(tmp_path: P
     SENT.clear()
     for line in range(30, 150, 3):
         for again in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
-            if interrupted(save, (optprune.models.save.__file__, optprune.interrupts.__file__), line, again):
+            if interrupted(save, (optprune.export.save.__file__, optprune.system.interrupts.__file__), line, again):
                 assert not list(tmp_path.rglob(".*")), (line, again)
                 assert not (tmp_path / "new" / "out").exists() or what_is_done() != "nothing was written"
                 is_intact()
@@ -204,14 +205,14 @@ def test_an_old_model_that_cannot_be_put_back_is_kept_and_named(
 
 
 def test_a_folder_that_another_run_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = optprune.models.save._compare
+    compare = optprune.export.save._compare
 
     def meanwhile(*args: Any) -> float:
-        monkeypatch.setattr("optprune.models.save._compare", compare)
+        monkeypatch.setattr("optprune.export.save._compare", compare)
         save_model(tiny_llama(), tmp_path / "out", files={"theirs": ""})
         return 0.0
 
-    monkeypatch.setattr("optprune.models.save._compare", meanwhile)
+    monkeypatch.setattr("optprune.export.save._compare", meanwhile)
     with pytest.raises(InputError, match="exists already"):
         save_model(tiny_llama(), tmp_path / "out", probe=tiny_llama().dummy_inputs["input_ids"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -343,7 +344,7 @@ def test_what_is_done_is_the_last_that_was_recorded() -> None:
 def test_pydantic_makes_no_error_of_its_own_of_an_interrupt() -> None:
     recipe = load_recipe("fasp")
     lines = 0
-    for file in (optprune.recipe.__file__, optprune.recipe_fields.__file__):
+    for file in (optprune.recipe.recipe.__file__, optprune.recipe.names.__file__):
         for line in range(1, 200):
             if not interrupted(recipe.to_yaml, (file,), line):
                 break

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import OPTForCausalLM
 
-from optprune.budget import Curve, global_threshold, share_budget
+from optprune.allocation.currency import Prices, prices_of
+from optprune.allocation.knapsack import Curve, global_threshold, share_budget
+from optprune.allocation.width_costs import WidthCurve
 from optprune.models import UNITS, Decoder, Mlp
-from optprune.prices import Prices, prices_of
 from optprune.recipe import Recipe, load_recipe
-from optprune.width_costs import WidthCurve
 from tests.test_by_cost import divided
 from tests.test_pipeline import inputs_of
 from tests.tiny_models import tiny_llama, tiny_opt
@@ -35,7 +35,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
         return global_threshold(costs, keep, low, high)
 
     with monkeypatch.context() as patched:
-        patched.setattr("optprune.weight_costs.global_threshold", listen)
+        patched.setattr("optprune.allocation.weight_costs.global_threshold", listen)
         yield found
 
 
@@ -45,7 +45,7 @@ def test_of_too_many_costs_every_so_many_th_is_told(monkeypatch: pytest.MonkeyPa
         whole = divided(decoder, sparse())
     assert sum(map(len, every.values())) == decoder.linear_weights()
     stride = 16
-    monkeypatch.setattr("optprune.weight_costs.MOST_COSTS", decoder.linear_weights() // stride)
+    monkeypatch.setattr("optprune.allocation.weight_costs.MOST_COSTS", decoder.linear_weights() // stride)
     with told(monkeypatch) as some:
         few = divided(decoder, sparse())
     assert sum(map(len, some.values())) == decoder.linear_weights() // stride
@@ -102,7 +102,7 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
         found.update(curves)
         return share_budget(curves, budget)
 
-    monkeypatch.setattr("optprune.width_costs.share_budget", listen)
+    monkeypatch.setattr("optprune.allocation.width_costs.share_budget", listen)
     settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "least_kept": 0.0}
     divided(Decoder(model), load_recipe("structured_best", settings))
     for block, (field, layer) in product((0, 1), (("mlp_width", "fc2"), ("value_dim", "self_attn.out_proj"))):

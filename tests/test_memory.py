@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from optprune.memory import memory_increase, release
+from optprune.measure.memory import memory_increase, release
 
 MIB = 2**20
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from optprune.calibration import collect_metrics
+from optprune.calibration.fisher_pass import sampled
 from optprune.errors import InputError, NoSolver
 from optprune.models import Decoder
-from optprune.models.fisher import collect_metrics, sampled
 from optprune.objectives import linked
-from optprune.pipeline import prune
 from optprune.problems import SparseLeastSquares
+from optprune.pruning import prune
 from optprune.recipe import load_recipe, make_recipe
 from tests.tiny_models import TINY_MODELS, tiny_llama
 

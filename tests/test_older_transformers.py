@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from optprune.models.save import TOLERANCE, save_model
+from optprune.export import save_model
+from optprune.export.save import TOLERANCE
 from tests.test_portable import LLAMA3
 from tests.test_shapes import SLIDING, generated, mixed
 from tests.tiny_models import TINY_MODELS, tiny_tokenizer

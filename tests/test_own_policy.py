@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optprune.models import Decoder, Path, Propagation
-from optprune.models.calls import calls_of
-from optprune.models.propagation import OnePath
-from optprune.models.stream import Stream, advance, calibrating, first_inputs, hold_out
+from optprune.calibration import OnePath, Path, Propagation, Stream, calibrating, first_inputs, hold_out
+from optprune.calibration.calls import calls_of
+from optprune.calibration.stream import advance
+from optprune.models import Decoder
 from optprune.objectives import LayerContext, linked
-from optprune.pipeline import prune
 from optprune.problems import LayerLoss, Problem
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from tests.test_pipeline import batches, inputs_of
 from tests.test_policies import apart, statistics

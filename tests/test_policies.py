@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optprune.allocation import Allocation, BlockAllocation
-from optprune.models import POLICIES, Decoder, moments_pass, propagation, stream
-from optprune.models.stream import Stream, run_block
+from optprune.allocation import Allocation
+from optprune.calibration import POLICIES, Stream, moments_pass, propagation, stream
+from optprune.calibration.stream import run_block
+from optprune.models import BlockAllocation, Decoder
 from optprune.objectives import LayerContext, linked
-from optprune.pipeline import prune
 from optprune.problems import LayerLoss, Problem
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from tests.test_pipeline import batches, inputs_of
 from tests.tiny_models import tiny_llama

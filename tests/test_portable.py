@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import optprune
-from optprune.models import load_model, load_tokenizer, save_model
+from optprune.export import save_model
+from optprune.models import load_model, load_tokenizer
 from tests.test_shapes import mixed
 from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
 

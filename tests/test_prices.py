@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from optprune.allocation import Allocation, BlockAllocation
+from optprune.allocation import Allocation
+from optprune.allocation.currency import Prices, operations, prices_of
+from optprune.calibration import calibrating
+from optprune.calibration.stream import run_block
 from optprune.errors import InputError
-from optprune.models import BlockShape, Decoder, KvGroups, Mlp, Values
-from optprune.models.stream import calibrating, run_block
-from optprune.pipeline import prune
-from optprune.prices import Prices, operations, prices_of
+from optprune.models import BlockAllocation, BlockShape, Decoder, KvGroups, Mlp, Values
+from optprune.pruning import prune
 from optprune.recipe import load_recipe, make_recipe
 from tests.test_sparse_pipeline import batches
 from tests.tiny_models import TINY_MODELS, tiny_llama
@@ -73,7 +74,7 @@ def a_clock_that_counts_weights(monkeypatch):
         assert output.shape == stream.hidden[0].shape
         return float(sum(decoder.layer(block, path).weight.numel() for path in decoder.paths(block)))
 
-    monkeypatch.setattr("optprune.prices._seconds", seconds)
+    monkeypatch.setattr("optprune.allocation.currency._seconds", seconds)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -100,7 +101,7 @@ def test_what_is_timed_are_blocks_of_that_shape(name: str, a_clock_that_counts_w
 
 def test_a_clock_that_goes_wrong_gives_prices_that_rise(monkeypatch) -> None:
     noise = iter([5.0] + [3.0, 6.0, 2.0, 9.0, 1.0, 4.0, 4.0, 4.0] * 4)
-    monkeypatch.setattr("optprune.prices._seconds", lambda *_: next(noise))
+    monkeypatch.setattr("optprune.allocation.currency._seconds", lambda *_: next(noise))
     prices = prices_of(Decoder(tiny_llama(num_hidden_layers=1)), "time", 32, [Mlp()])
     times = [prices.narrowed(0, Mlp(), count) for count in range(129)]
     assert all(first < second for first, second in pairwise(times))
@@ -119,7 +120,7 @@ def test_half_of_a_wide_mlp_takes_half_of_its_time(monkeypatch: pytest.MonkeyPat
         if isinstance(module, nn.Linear):
             products[0] += module.weight.numel()
 
-    monkeypatch.setattr("optprune.prices.clock", lambda _: products[0])
+    monkeypatch.setattr("optprune.allocation.currency.clock", lambda _: products[0])
     counting = nn.modules.module.register_module_forward_hook(count)
     try:
         with calibrating(decoder):
@@ -131,7 +132,7 @@ def test_half_of_a_wide_mlp_takes_half_of_its_time(monkeypatch: pytest.MonkeyPat
 
 
 def divided_by(prices: Prices, monkeypatch: pytest.MonkeyPatch, **settings) -> Allocation:
-    monkeypatch.setattr("optprune.width_costs.prices_of", lambda *_: prices)
+    monkeypatch.setattr("optprune.allocation.width_costs.prices_of", lambda *_: prices)
     report = prune(
         tiny_llama(),
         batches(),

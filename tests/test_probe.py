@@ -7,18 +7,24 @@ import pytest
 import torch
 
 from optprune.allocation import Allocation
-from optprune.allocator_choice import by_cost
-from optprune.dense import DenseStatistics
+from optprune.calibration import (
+    Change,
+    DenseStatistics,
+    Probe,
+    calibrating,
+    collect_metrics,
+    first_inputs,
+    first_tokens,
+)
+from optprune.calibration.fisher_pass import sampled
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
-from optprune.models.fisher import collect_metrics, sampled
-from optprune.models.stream import calibrating, first_inputs, first_tokens
 from optprune.moments import InputMoments
-from optprune.pipeline import prune
-from optprune.probe import Change, Probe
 from optprune.problems import LayerLoss
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from optprune.recipe.allocator import by_cost
 from tests.test_fisher import by_model
 from tests.test_sparse_pipeline import batches
 from tests.tiny_models import TINY_MODELS, tiny_llama
@@ -191,7 +197,7 @@ def test_probes_bring_squared_errors_to_one_unit() -> None:
 
 
 def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
-    monkeypatch.setattr("optprune.by_cost.Probe", lambda *_: pytest.fail("the model was probed"))
+    monkeypatch.setattr("optprune.allocation.by_cost.Probe", lambda *_: pytest.fail("the model was probed"))
     for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"pattern": "2:4"})):
         prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "probe_tokens": 50}))
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from optprune import progress
+from optprune.allocation.currency import prices_of
+from optprune.cli import progress
+from optprune.cli.progress import Reporter
 from optprune.models import Decoder, Mlp, Values
-from optprune.pipeline import prune
-from optprune.prices import prices_of
-from optprune.progress import Reporter
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import BlockFinished, BlockMeasured, BlockStarted, PartsScored, PhaseAdvanced
 from tests.tiny_models import tiny_llama

@@ -7,15 +7,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PretrainedConfig
 
 from benchmarks.studies import digest
-from optprune.allocation import uniform
+from optprune.allocation.uniform import uniform
+from optprune.calibration import POLICIES, calibrating, first_inputs
+from optprune.calibration.moments_pass import collect
 from optprune.errors import StrictError
-from optprune.models import POLICIES, UNITS, BlockShape, Decoder
-from optprune.models.moments_pass import collect
-from optprune.models.stream import calibrating, first_inputs
+from optprune.models import UNITS, BlockShape, Decoder
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
-from optprune.pipeline import prune
 from optprune.problems import LayerLoss, SparseLeastSquares
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe, make_recipe
 from optprune.solvers import SparseGpt, Wanda, solve
 from tests.tiny_models import tiny_llama, tiny_opt

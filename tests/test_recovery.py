@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optprune import recovery
-from optprune.allocation import Allocation, BlockAllocation
+from optprune.allocation import Allocation
+from optprune.calibration import POLICIES, calibrating, first_inputs, hold_out
+from optprune.calibration.calls import Calls, calls_of
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
-from optprune.models import POLICIES, Decoder
-from optprune.models.calls import Calls, calls_of
+from optprune.models import BlockAllocation, Decoder
 from optprune.models.decoder import write
-from optprune.models.stream import calibrating, first_inputs, hold_out
-from optprune.pipeline import prune
+from optprune.pruning import prune, recovery
+from optprune.pruning.recovery import recover
 from optprune.recipe import load_recipe
-from optprune.recovery import recover
 from tests.tiny_models import TINY_MODELS
 
 PARTS = [

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optprune import recovery
-from optprune.models.calls import Calls
+from optprune.calibration.calls import Calls
 from optprune.models.decoder import write
-from optprune.pipeline import prune
+from optprune.pruning import prune, recovery
 from optprune.recipe import load_recipe
 from tests.test_recovery import PARTS, answers, batches, damaged
 from tests.tiny_models import tiny_llama

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optprune import refit as module
+from optprune.calibration import POLICIES
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
-from optprune.models import POLICIES
 from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
 from optprune.penalties import L1
-from optprune.pipeline import prune
 from optprune.problems import (
     ChannelGroups,
     LayerLoss,
@@ -25,6 +24,7 @@ from optprune.problems import (
     SparseLeastSquares,
     StructuredLeastSquares,
 )
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.refit import HeldOut, Refitted, refit
 from optprune.solvers import Chain, ConjugateGradients, FaspMetric, Restore, Solver, Wanda, solve

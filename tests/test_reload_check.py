@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from optprune.errors import OptpruneError
-from optprune.models import reload_check, save_model
+from optprune.export import reload_check, save_model
 from tests.tiny_models import tiny_llama
 
 PROBE = torch.arange(10, 42)[None]

@@ -16,10 +16,8 @@ from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
 from optprune.solvers.run import DEAD
 from optprune.solvers.spectrum import ScaledGram
-from optprune.testing import check_solver
-from optprune.testing.convex_references import convex_optimum
+from optprune.testing import check_solver, convex_optimum, reference
 from optprune.testing.quadratic import Quadratic, rounding
-from optprune.testing.references import reference
 from optprune.testing.strategies import masked
 
 

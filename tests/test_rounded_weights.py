@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from optprune.objectives import LayerContext
-from optprune.pipeline import prune
 from optprune.problems import MaskedLeastSquares, Problem
+from optprune.pruning import prune
 from optprune.recipe import Recipe
 from tests.test_pipeline import batches, inputs_of
 from tests.tiny_models import tiny_opt

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks import same_bytes
-from optprune.models import POLICIES
-from optprune.models.decoder import ARCHITECTURES
+from optprune.calibration import POLICIES
+from optprune.models import ARCHITECTURES
 from optprune.recipe import recipe_names
 
 ONE = "llama magnitude dense"

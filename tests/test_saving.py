@@ -11,10 +11,11 @@ import torch
 
 import optprune
 from optprune.errors import InputError, OptpruneError
-from optprune.models import cast, check_output, load_model, load_tokenizer, save_model
-from optprune.packaged import demo_articles
-from optprune.pipeline import prune
+from optprune.export import cast, check_output, save_model
+from optprune.models import load_model, load_tokenizer
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from optprune.texts import demo_articles
 from tests.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_tokenizer
 
 PROBE = torch.arange(10, 42)[None]
@@ -102,7 +103,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         raise fault
 
-    monkeypatch.setattr("optprune.models.save._compare", fail)
+    monkeypatch.setattr("optprune.export.save._compare", fail)
     for target in ("old", "new", "deep/er/new"):
         with pytest.raises((OptpruneError, KeyboardInterrupt, RuntimeError)):
             save_model(model, tmp_path / target, probe=PROBE, overwrite=True)
@@ -194,7 +195,7 @@ def test_a_reload_check_that_cannot_run_says_so(
 
 def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    monkeypatch.setattr("optprune.models.reload_check.__file__", str(tmp_path / "killed.py"))
+    monkeypatch.setattr("optprune.export.reload_check.__file__", str(tmp_path / "killed.py"))
     model = tiny_llama(hidden_size=256)
     size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
     with pytest.raises(OptpruneError, match=rf"killed by signal 9, .* free the {size:.0f} MiB that a second copy"):

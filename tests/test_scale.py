@@ -6,7 +6,6 @@ import torch
 from optprune.errors import NoSolver
 from optprune.moments import DenseMoments, InputMoments
 from optprune.patterns import NM, RowWise, Unstructured
-from optprune.pipeline import prune
 from optprune.problems import (
     ChannelGroups,
     LayerLoss,
@@ -15,8 +14,9 @@ from optprune.problems import (
     SparseLeastSquares,
     StructuredLeastSquares,
 )
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from optprune.recipe_fields import SOLVERS
+from optprune.recipe.names import SOLVERS
 from optprune.solvers import Chain, Random, Restore, SparseGpt, Status, solve
 from optprune.solvers.removal import entry_costs, unit_costs
 from optprune.solvers.run import DEAD, answer

@@ -14,20 +14,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optprune
 from optprune.errors import InputError
-from optprune.models import (
-    ARCHITECTURES,
-    BlockShape,
-    Decoder,
-    KvGroups,
-    Mlp,
-    Values,
-    load_model,
-    model_patterns,
-    save_model,
-)
+from optprune.export import save_model
+from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, Values, load_model
 from optprune.models.decoder import write
-from optprune.pipeline import prune
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from optprune.report import model_patterns
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
 
 PROBE = torch.arange(10, 42)[None]

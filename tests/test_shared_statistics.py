@@ -6,7 +6,7 @@ from torch import Tensor
 
 from benchmarks.shared import Shared
 from optprune import load_recipe, prune
-from optprune.dense import DenseStatistics
+from optprune.calibration import DenseStatistics
 from optprune.metric import Metrics
 from optprune.report import Report
 from tests.test_sparse_pipeline import batches

@@ -11,11 +11,12 @@ import torch
 import optprune
 from optprune.allocation import Allocation
 from optprune.errors import StrictError
-from optprune.models import Decoder, save_model
+from optprune.export import save_model
+from optprune.models import Decoder
 from optprune.objectives import LayerContext, linked, sparse
 from optprune.penalties import ColumnGroups
-from optprune.pipeline import prune
 from optprune.problems import MaskedLeastSquares, PenalisedLeastSquares, Problem
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import FaspMetric
 from tests.tiny_models import TINY_MODELS, tiny_llama

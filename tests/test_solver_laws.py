@@ -31,10 +31,9 @@ from optprune.solvers import (
     Wanda,
     solve,
 )
-from optprune.testing import invariance_laws, laws
+from optprune.testing import REFERENCES, STRATEGIES, invariance_laws, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
-from optprune.testing.references import REFERENCES
-from optprune.testing.strategies import PATTERNS, PENALTIES, STRATEGIES, weighted
+from optprune.testing.strategies import PATTERNS, PENALTIES, weighted
 from optprune.testing.transformations import permuted, random_feasible, scaled
 
 

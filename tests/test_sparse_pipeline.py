@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from optprune.calibration import POLICIES
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.models import POLICIES, Decoder, layer_pattern, model_patterns, save_model
-from optprune.pipeline import prune
+from optprune.export import save_model
+from optprune.models import Decoder
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from optprune.report import layer_pattern, model_patterns
 from tests.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
 
 RECIPES = ["magnitude", "wanda", "sparsegpt", "alps", "alps_plus", "fistapruner", "fistapruner_plus"]

@@ -33,7 +33,7 @@ from optprune.solvers import (
     choose,
     solve,
 )
-from optprune.testing.references import reference
+from optprune.testing import reference
 from optprune.testing.strategies import linked, sparse
 from optprune.testing.transformations import random_feasible
 from tests.sparse_cases import PATTERN_NAMES, correlated, correlated_loss

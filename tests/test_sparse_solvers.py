@@ -34,8 +34,8 @@ from optprune.solvers import (
 )
 from optprune.solvers.perspective import diagonal_split
 from optprune.solvers.swaps import _best_in_groups, _best_in_rows, _between_rows, _removal_cost
+from optprune.testing import reference
 from optprune.testing.quadratic import rounding
-from optprune.testing.references import reference
 from optprune.testing.strategies import linked, masked, sparse
 from optprune.testing.transformations import random_feasible
 from tests.sparse_cases import PATTERN_NAMES, correlated

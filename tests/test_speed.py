@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from optprune import memory, speed
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.models import Decoder, Mlp, Values, load, save_model
-from optprune.packaged import demo_model_file
-from optprune.speed import Measured, Work, file_bytes, measure_speed, weight_bytes
+from optprune.export import save_model
+from optprune.measure import memory, speed
+from optprune.measure.speed import Measured, Work, file_bytes, measure_speed, weight_bytes
+from optprune.models import Decoder, Mlp, Values, load
+from optprune.models.demo_file import demo_model_file
 from tests.test_memory import MIB, told
 from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
 

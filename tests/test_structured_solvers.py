@@ -25,8 +25,8 @@ from optprune.solvers import (
     removal_curve,
     solve,
 )
+from optprune.testing import reference
 from optprune.testing.quadratic import rounding
-from optprune.testing.references import reference
 from optprune.testing.strategies import linked, structured
 from optprune.testing.transformations import random_feasible
 from tests.structured_cases import KINDS, channels, grouped_query, structured_loss, tiny

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from optprune.errors import InputError
-from optprune.packaged import demo_articles
 from optprune.texts import (
     calibration_batches,
     check_seq_length,
     check_vocabulary,
+    demo_articles,
     evaluation_windows,
     read_documents,
     tokenise,

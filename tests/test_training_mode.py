@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optprune.evaluate import perplexity
-from optprune.models import load_model, save_model
-from optprune.pipeline import prune
+from optprune.export import save_model
+from optprune.measure import perplexity
+from optprune.models import load_model
+from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from tests.test_sparse_pipeline import batches
 from tests.tiny_models import tiny_opt

@@ -9,6 +9,7 @@ from optprune import Allocation, Recipe, load_recipe, prune
 from optprune.errors import InputError
 from optprune.models import (
     UNITS,
+    Architecture,
     BlockAllocation,
     BlockShape,
     Decoder,
@@ -19,7 +20,6 @@ from optprune.models import (
     Values,
     Weights,
 )
-from optprune.models.architecture import Architecture
 from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
 from optprune.problems import Link
 from optprune.recipe import make_recipe

@@ -12,10 +12,11 @@ from optprune.allocation import Allocation
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.recipe import load_recipe, make_recipe
-from optprune.recipe_fields import SOLVERS
+from optprune.recipe.names import SOLVERS
 from optprune.solvers import Chain, Magnitude, Random, Restore
+from optprune.system.files import DEEPEST, MOST_VALUES, read_json, read_yaml
+from optprune.system.wording import shown
 from optprune.texts import read_documents
-from optprune.values import DEEPEST, MOST_VALUES, read_json, read_yaml, shown
 from tests.attempts import Attempt
 from tests.tiny_models import tiny_llama
 

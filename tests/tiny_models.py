@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausa
 
 from benchmarks.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
 from benchmarks.train_small import new_tokenizer
-from optprune.packaged import demo_articles
+from optprune.texts import demo_articles
 
 __all__ = [
     "TINY_MODELS",

@@ -8,10 +8,10 @@ import typer
 from optprune.cli.options import Device, Dtype, JsonFile, Model
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.errors import InputError
-from optprune.values import json_text
+from optprune.system.files import json_text
 
 if TYPE_CHECKING:
-    from optprune.speed import Measured, ModelSpeed
+    from optprune.measure.speed import Measured, ModelSpeed
 
 
 def benchmark_model_command(
@@ -30,8 +30,8 @@ def benchmark_model_command(
 ) -> None:
     """Measure prefill and decoding speed, peak memory and file size; medians and quartiles over the repeats."""
     reporter = start()
+    from optprune.measure.speed import PEAK_MEMORY, Work, device_name, file_bytes, measure_speed
     from optprune.models import check_dtype, device_of, load_config, load_model
-    from optprune.speed import PEAK_MEMORY, Work, device_name, file_bytes, measure_speed
 
     work = Work(prompt_tokens, new_tokens, batch, repeats)
     check_dtype(dtype)

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from optprune.cli.options import JsonFile, Overwrite
 from optprune.cli.outputs import check_json, start, write_json
-from optprune.values import json_text
+from optprune.system.files import json_text
 
 
 def demo_command(
@@ -21,7 +21,7 @@ def demo_command(
 ) -> None:
     """Prune SmolLM2-135M by 20 percent on packaged articles: the whole story, in minutes."""
     reporter = start()
-    from optprune.demo import FOLDER, run_demo
+    from optprune.cli.demo_run import FOLDER, run_demo
 
     folder = FOLDER if output is None else output
     check_json(json_file, output=folder)

@@ -12,8 +12,8 @@ from typing import Any, ParamSpec
 import typer
 
 from optprune.errors import OptpruneError, is_out_of_memory, no_room
-from optprune.interrupts import forget_done, what_is_done
-from optprune.values import one_line
+from optprune.system.interrupts import forget_done, what_is_done
+from optprune.system.wording import one_line
 
 INTERRUPTED = 130
 FAILED = 2

@@ -7,7 +7,7 @@ import typer
 from optprune.cli.options import Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
-from optprune.values import json_text
+from optprune.system.files import json_text
 
 
 def evaluate_command(
@@ -29,9 +29,9 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows."""
     reporter = start()
-    from optprune.evaluate import perplexity
+    from optprune.cli.progress import duration
+    from optprune.measure import perplexity
     from optprune.models import check_dtype, device_of, load_config, load_model
-    from optprune.progress import duration
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
     check_json(json_file, models=[model])

@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, check_json, start, write_file, write_json
-from optprune.values import json_text
+from optprune.system.files import json_text
 
 
 def inspect_command(
@@ -22,8 +22,9 @@ def inspect_command(
     reporter = start()
     from dataclasses import asdict
 
-    from optprune.models import Decoder, load_model, model_patterns, original_of, shares_kept
-    from optprune.plots import check_plot, plot_kept
+    from optprune.models import Decoder, load_model
+    from optprune.report import model_patterns, original_of, shares_kept
+    from optprune.report.plots import check_plot, plot_kept
 
     check_json(json_file, models=[model])
     kind = None if plot is None else check_plot(plot)

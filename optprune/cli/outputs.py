@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from optprune.errors import InputError, OptpruneError
-from optprune.interrupts import interrupts_held, record_done
-from optprune.values import real_path
+from optprune.system.files import real_path
+from optprune.system.interrupts import interrupts_held, record_done
 
 if TYPE_CHECKING:
-    from optprune.progress import Reporter
+    from optprune.cli.progress import Reporter
 
 OF_A_MODEL = re.compile(
     r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
@@ -25,7 +25,7 @@ OF_A_MODEL = re.compile(
 
 def start() -> "Reporter":
     """Import and quieten what is heavy; the command's own progress goes to stderr."""
-    from optprune.progress import Reporter
+    from optprune.cli.progress import Reporter
 
     # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

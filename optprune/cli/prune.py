@@ -11,11 +11,12 @@ from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqL
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
-from optprune.values import one_line, read_yaml, shown
+from optprune.system.files import read_yaml
+from optprune.system.wording import one_line, shown
 
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
-    from optprune.models import SavedModel
+    from optprune.export import SavedModel
     from optprune.report import Report
 
 DESTROYED = 0.5
@@ -98,12 +99,12 @@ def prune_command(
     }
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
-    from optprune.allocator_choice import allocator_of
-    from optprune.folder import save_pruned
-    from optprune.models import check_dtype, check_output, device_of, load_config, load_model, load_shapes, stored_dtype
-    from optprune.pipeline import prune
-    from optprune.preflight import check_run
+    from optprune.export import check_output, save_pruned
+    from optprune.models import check_dtype, device_of, load_config, load_model, load_shapes, stored_dtype
+    from optprune.pruning import prune
+    from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
+    from optprune.recipe.allocator import allocator_of
     from optprune.texts import calibration_batches, check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
@@ -182,7 +183,7 @@ def _named(file: str | None, what: str) -> Iterator[None]:
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:
     from optprune.allocation import Allocation
-    from optprune.progress import duration
+    from optprune.cli.progress import duration
 
     folder = saved.folder
     errors = [layer.relative_error for layer in report.layers]

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from optprune.errors import InputError
 from optprune.models.architecture import Architecture
-from optprune.values import shown
+from optprune.system.wording import shown
 
 LARGEST = {
     "num_hidden_layers": 10_000,

@@ -1,8 +1,9 @@
 """A transformers model seen as a row of decoder blocks with linear layers that can be read, written and narrowed."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from optprune.models.architecture import Architecture, BlockShape, Classes
 from optprune.models.llama import LLAMA
 from optprune.models.opt import OPT
 from optprune.models.qwen2 import QWEN2
+from optprune.models.store import BlockStore
 from optprune.problems import Link
 
 ARCHITECTURES = {architecture.model_type: architecture for architecture in (LLAMA, OPT, QWEN2)}
@@ -56,10 +58,13 @@ class LinkedLayers:
 
 
 class Decoder:
-    """Access to the parts of a model that pruning reads and writes. Nothing is copied; writing changes the model."""
+    """Access to the parts of a model that pruning reads and writes. Nothing is copied; writing changes the model.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    The blocks of a skeleton come from a `store` and have values only while they are `resident`.
+    """
+
+    def __init__(self, model: PreTrainedModel, store: BlockStore | None = None) -> None:
+        self.model, self.store = model, store
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
@@ -80,6 +85,36 @@ class Decoder:
     def layer(self, block: int, path: str) -> nn.Linear:
         """One linear layer; its weight is [out, in]."""
         return self.blocks[block].get_submodule(path)  # type: ignore[return-value]
+
+    @contextmanager
+    def resident(self, index: int, *, keep: bool = False) -> Iterator[nn.Module]:
+        """A block in memory for as long as the context lasts, which every block of a model without a store is.
+
+        With `keep` what became of it is what a later context has; else that is as if it had never been.
+        """
+        block = self.blocks[index]
+        with nullcontext() if self.store is None else self.store.resident(block, keep):
+            yield block
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within it the model can be run as a whole: each block is in memory while it runs."""
+        if self.store is None:
+            yield
+            return
+        with ExitStack() as handles, ExitStack() as present:
+
+            def enter(block: nn.Module, _: tuple[Any, ...]) -> None:
+                present.enter_context(self.resident(places[block]))
+
+            def leave(*_: Any) -> None:
+                present.close()
+
+            places = {block: index for index, block in enumerate(self.blocks)}
+            for block in self.blocks:
+                handles.callback(block.register_forward_pre_hook(enter).remove)
+                handles.callback(block.register_forward_hook(leave).remove)
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., vocabulary] of what leaves the last block [..., hidden]."""

@@ -2,20 +2,31 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, is_out_of_memory
+from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder, architecture_called, architecture_of
+from optprune.models.demo_file import demo_model_file
+from optprune.models.skeleton import check_whole, fill, skeleton
+from optprune.models.store import BlockSink, BlockStore
 from optprune.models.weights_files import check_weights_files, check_weights_named
-from optprune.packaged import demo_model_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = "demo"
@@ -42,6 +53,12 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: Tokenizer | None
     source: str
+    store: BlockStore | None = None
+    """where the blocks come from, of a model that `open_model` gave"""
+
+    def decoder(self) -> Decoder:
+        """Access to the model's blocks, wherever they are."""
+        return Decoder(self.model, self.store)
 
 
 def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
@@ -64,6 +81,36 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto")
     Decoder(model)
     model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source)
+
+
+def open_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "auto", sink: BlockSink | None = None
+) -> LoadedModel:
+    """A model whose blocks stay in its files until they are needed: its skeleton, and a store that reads them.
+
+    Of a folder or a hub name, with the options and errors of `load_model`, but that NaN in a block is found when it is
+    read. What pruning makes of a block goes into the `sink`, by default a temporary folder. `prune` takes the store.
+    """
+    source = str(source)
+    check_dtype(dtype)
+    target = device_of(device)
+    where, options = _locate(source)
+    if options:
+        raise InputError(f"{source} cannot be read block by block: load it whole, and save it as a model folder")
+    config = _config(source, where, options)
+    architecture = architecture_of(config)
+    with _reading("weights", source, where, options):
+        checkpoint = Checkpoint.open(where, source)
+    with _reading("config", source, where, options):
+        floats = DTYPES.get(dtype) or getattr(config, "dtype", None) or checkpoint.dtype
+        model = skeleton(config, floats)
+        with suppress(OSError):  # there need not be one
+            model.generation_config = GenerationConfig.from_pretrained(where)
+    with _reading("weights", source, where, options):
+        checkpoint = fill(model, checkpoint, architecture.blocks, target)
+    blocks = {f"{architecture.blocks}.{index}": block for index, block in enumerate(Decoder(model).blocks)}
+    store = BlockStore(blocks, checkpoint, target, floats, sink)
+    return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 
 
 def load(folder: str | Path) -> PreTrainedModel:
@@ -172,24 +219,13 @@ def _weights(source: str, where: str, config: PretrainedConfig, options: dict[st
                 raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
             raise
     absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
-    unknown = sorted(report.get("unexpected_keys", ()))
-    if unknown:
-        raise InputError(
-            f"the weights of {source} hold {len(unknown)} tensors that a {config.model_type} model has no place for, "
-            f"the first is {unknown[0]}; merge adapters into the weights before pruning"
-        )
-    if absent:
-        raise InputError(
-            f"the weights of {source} are incomplete: {len(absent)} tensors are missing or misshapen, "
-            f"the first is {absent[0]}; copy the folder again"
-        )
+    check_whole(source, config.model_type, absent, report.get("unexpected_keys", ()))
     return model
 
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"{name} of {source} holds NaN or infinity: the checkpoint is damaged, fetch it again")
+        check_finite(name, weight, source)
 
 
 def check_dtype(name: str) -> None:

@@ -8,7 +8,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from optprune.errors import InputError
-from optprune.values import read_json, shown
+from optprune.system.files import read_json
+from optprune.system.wording import shown
 
 ENDING = ".safetensors"
 
@@ -28,11 +29,28 @@ def check_weights_files(source: str, where: str) -> None:
 
     Shards may be links, as in the hub's cache; what leads out of the folder is a name with a path.
     """
-    if _file(where, SAFE_WEIGHTS_NAME) is not None:
-        return  # the index is not read then
+    if _file(where, SAFE_WEIGHTS_NAME) is None:  # the index is not read then
+        _shards(source, where)  # from_pretrained says what is missing
+
+
+def weights_files(source: str, where: str) -> list[Path]:
+    """The safetensors files that hold the weights of a folder or hub name; InputError where one of them is missing."""
+    whole = _file(where, SAFE_WEIGHTS_NAME)
+    if whole is not None:
+        return [Path(whole)]
+    names = _shards(source, where)
+    files = {name: _file(where, name) for name in names}
+    missing = [name for name, file in files.items() if file is None] if names else [SAFE_WEIGHTS_NAME]
+    if missing:
+        raise InputError(f"the weights of {source} are incomplete: there is no {missing[0]}; copy the folder again")
+    return [Path(file) for file in files.values() if file is not None]
+
+
+def _shards(source: str, where: str) -> list[str]:
+    """The names of the shards that an index names, which are safetensors of the folder's own; none without one."""
     index = _file(where, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
-        return  # from_pretrained says what is missing
+        return []
     what = f"{SAFE_WEIGHTS_INDEX_NAME} of {source}"
     data = read_json(Path(index).read_text(encoding="utf-8"), what)
     shards = data.get("weight_map") if isinstance(data, dict) else None
@@ -44,6 +62,7 @@ def check_weights_files(source: str, where: str) -> None:
                 f"{what} names {shown(name)} for weights, which is not a name such as model-00001-of-00002{ENDING}: "
                 "pickle is not read, nor is what lies outside the folder; fetch the weights again as safetensors"
             )
+    return sorted(set(shards.values()))
 
 
 def _file(where: str, name: str) -> str | None:

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optprune.data import fingerprint
 from optprune.metric import RowUnits
+from optprune.numerics.fingerprint import fingerprint
 from optprune.problems.loss import LayerLoss
 
 

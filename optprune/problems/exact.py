@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.precision import full_precision
+from optprune.numerics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.precision import full_precision
+from optprune.numerics.precision import full_precision
 from optprune.problems.exact import ExactLoss, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24

@@ -9,7 +9,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
-from optprune.values import shown
+from optprune.system.wording import shown
 
 P = TypeVar("P", bound=Problem)
 State = TypeVar("State")

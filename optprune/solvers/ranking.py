@@ -14,7 +14,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
-from optprune.values import shown
+from optprune.system.wording import shown
 
 P = TypeVar("P", bound=SelectionProblem)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optprune.errors import InputError, NoSolver
 from optprune.metric import RowUnits
-from optprune.precision import full_precision
+from optprune.numerics.precision import full_precision
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
 from optprune.solvers.base import AnySolver

@@ -1,0 +1,123 @@
+"""How a budget over the whole model is divided over its blocks: each has its own numbers, whoever chose them."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from optprune.errors import InputError
+from optprune.models import BlockAllocation, BlockShape, Decoder
+from optprune.system.files import read_json
+from optprune.system.wording import one_line, shown
+
+NO_ALLOCATION = (
+    "this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, value_dim and "
+    "perhaps shares"
+)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What every block keeps, and the sparsity that this comes to over the decoder blocks' linear weights."""
+
+    blocks: tuple[BlockAllocation, ...]
+    sparsity: float
+    saves: str = ""
+    """what it saves of the budget that it was made for, in words, where that was not counted in weights"""
+
+    @classmethod
+    def of(cls, decoder: Decoder, blocks: Iterable[BlockAllocation], saves: str = "") -> "Allocation":
+        """The allocation of these numbers, with the sparsity that they come to in this model; InputError if unfit."""
+        allocation = cls(tuple(blocks), 0.0, saves)
+        allocation.check(decoder)
+        total, kept = decoder.linear_weights(), 0.0
+        for index, block in enumerate(allocation.blocks):
+            whole = block.shape == decoder.shape(index)
+            kept += decoder.weights_of(block.shape)
+            if whole:  # single weights are counted in blocks that keep their shape
+                sizes = {path: decoder.layer(index, path).weight.numel() for path in decoder.paths(index)}
+                kept -= sum((1 - block.share(path)) * size for path, size in sizes.items())
+        return replace(allocation, sparsity=1 - kept / total)
+
+    def check(self, decoder: Decoder) -> None:
+        """Raise InputError unless every block of the model can keep what is asked."""
+        shapes = decoder.shapes()
+        if len(self.blocks) != len(shapes):
+            raise InputError(f"the allocation is for {len(self.blocks)} blocks, but the model has {len(shapes)}")
+        if not any(block.shape.kv_heads for block in self.blocks):
+            raise InputError("the allocation keeps no attention at all, so no token would see another: keep one")
+        for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):
+            for name, kept in asdict(block.shape).items():
+                there = asdict(shape)[name]
+                if not 0 <= kept <= there or (name == "value_dim" and block.shape.kv_heads and not kept):
+                    raise InputError(f"the allocation keeps {name} {shown(kept)} in block {index}, which has {there}")
+            if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
+                raise InputError(
+                    f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"
+                )
+            for path, share in block.shares.items():
+                if path not in decoder.paths(index):
+                    raise InputError(
+                        f"the allocation names {one_line(path)} in block {index}, which has no such linear layer"
+                    )
+                if not 0 < share <= 1:
+                    raise InputError(f"the allocation keeps a share {share:g} of {path} in block {index}: use (0, 1]")
+            if block.shares and block.shape != shape:
+                raise InputError(f"the allocation narrows block {index} and removes single weights: choose one")
+
+    def with_shapes(self, decoder: Decoder, total: int) -> "Allocation":
+        """What the blocks keep now, of so many linear weights: the same, unless the problems chose other shapes."""
+        shapes = decoder.shapes()
+        if shapes == tuple(block.shape for block in self.blocks):
+            return self
+        kept = sum(map(decoder.weights_of, shapes))
+        blocks = tuple(replace(block, shape=shape) for block, shape in zip(self.blocks, shapes, strict=True))
+        return Allocation(blocks, 1 - kept / total)
+
+    def lines(self) -> list[str]:
+        """What blocks keep, a line for each number that is not the same in all of them."""
+        counts = [asdict(block.shape) for block in self.blocks]
+        paths = dict.fromkeys(path for block in self.blocks for path in block.shares)
+        told = {f"{name} by block": [str(count[name]) for count in counts] for name in counts[0]}
+        told |= {f"kept of {path} by block": [f"{block.share(path):.0%}" for block in self.blocks] for path in paths}
+        return [f"{what}: {' '.join(numbers)}" for what, numbers in told.items() if len(set(numbers)) > 1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The allocation as plain data."""
+        blocks = [
+            asdict(block.shape) | ({"shares": dict(block.shares)} if block.shares else {}) for block in self.blocks
+        ]
+        return {"sparsity": self.sparsity, **({"saves": self.saves} if self.saves else {}), "blocks": blocks}
+
+    def to_json(self) -> str:
+        """The allocation as JSON that `from_json` reads."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Allocation":
+        """Read an allocation, or that of a report.json; InputError when it is neither."""
+        try:
+            data = read_json(text, "it")
+        except InputError as error:
+            raise InputError(f"{NO_ALLOCATION}: {error}") from error
+        return cls.from_dict(data.get("allocation", data) if isinstance(data, dict) else data)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Allocation":
+        """The allocation that `to_dict` wrote; InputError when the data are something else."""
+        try:
+            blocks = []
+            for entry in data["blocks"]:
+                shares = {str(path): float(share) for path, share in entry.get("shares", {}).items()}
+                shape = BlockShape(**{name: count for name, count in entry.items() if name != "shares"})
+                if not all(isinstance(number, int) for number in asdict(shape).values()):
+                    raise TypeError(f"the shape {shown(entry)} must be whole numbers")
+                blocks.append(BlockAllocation(shape, shares))
+            return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise InputError(f"{NO_ALLOCATION}: {one_line(error)}") from error
+
+
+def everything(decoder: Decoder) -> Allocation:
+    """The allocation that keeps all of every block."""
+    return Allocation(tuple(BlockAllocation(shape) for shape in decoder.shapes()), 0.0)

@@ -1,0 +1,57 @@
+"""Allocators: each divides a budget over the blocks of a model in its own way, and says beforehand whether it can."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optprune.allocation.allocation import Allocation
+from optprune.calibration import DenseStatistics
+from optprune.metric import OutputMetric
+from optprune.models import Decoder
+from optprune.report import Event, RemovedPart
+
+
+@dataclass(frozen=True)
+class Division:
+    """What an allocator came to."""
+
+    allocation: Allocation
+    removed: tuple[RemovedPart, ...] = ()
+    """the sub-blocks that a score chose"""
+    warnings: tuple[str, ...] = ()
+    """what strict mode makes an error"""
+    notes: tuple[str, ...] = ()
+
+
+class Allocator(ABC):
+    """A way to say what every block keeps."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to tell of any division of this kind; strict mode makes it an error."""
+        return ()
+
+    @property
+    def probes(self) -> bool:
+        """Whether the model itself is tried with less, which half precision is too coarse for."""
+        return False
+
+    @abstractmethod
+    def check(self, decoder: Decoder) -> None:
+        """Raise InputError when a model of these shapes cannot be divided so; it may be on the meta device."""
+
+    @abstractmethod
+    def divide(
+        self,
+        decoder: Decoder,
+        batches: Sequence[Tensor],
+        metrics: Mapping[str, OutputMetric],
+        statistics: DenseStatistics,
+        on_event: Callable[[Event], None],
+    ) -> Division:
+        """Say what every block keeps. The model is left as it was.
+
+        `metrics` weigh the outputs of a layer, by its full name; a layer without one has outputs that count alike.
+        """

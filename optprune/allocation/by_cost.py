@@ -1,0 +1,108 @@
+"""One budget for the whole model, divided by what each block would lose: an `Allocation` from measured costs.
+
+The costs come from the dense model, in one pass of the calibration tokens, and are in one unit only under an output
+metric: without one a layer with large outputs seems important because they are large.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from optprune.allocation.base import Allocator, Division
+from optprune.allocation.costs import CostBudget
+from optprune.calibration import DenseStatistics, Probe, Stream, first_inputs, first_tokens
+from optprune.calibration.moments_pass import collect
+from optprune.errors import NumericalError
+from optprune.measure.memory import release
+from optprune.metric import OutputMetric
+from optprune.models import Decoder, Units
+from optprune.problems import LayerLoss
+from optprune.report import BlockMeasured, Event, PhaseAdvanced
+
+UNLIKE_UNITS = (
+    "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
+    "set output_metric to diagonal, or probe_tokens to 512"
+)
+"""the note of a division without an output metric and without probes"""
+
+
+@final
+@dataclass(frozen=True)
+class ByCost(Allocator):
+    """Divide a budget over the whole model so that the sum of the layers' losses is least.
+
+    Costs one calibration pass with its Gram products, and in^3 for each layer. Warnings tell of layers whose Gram
+    matrix had to be damped further.
+
+    With `probe_tokens` the units of each layer, or the single weights of each block, are also removed alone, down to
+    about the share that all keep, and the costs are scaled to the divergence that this brings: a pass over about so
+    many tokens from that block on.
+    """
+
+    units: Units
+    budget: CostBudget
+    damping: float
+    """of the layers' losses"""
+    fit_bias: bool
+    weighed: bool
+    """whether an output metric weighs the losses"""
+    probe_tokens: int
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return () if self.weighed or self.probe_tokens else (UNLIKE_UNITS,)
+
+    @property
+    def probes(self) -> bool:
+        return self.probe_tokens > 0
+
+    def check(self, decoder: Decoder) -> None:
+        self.budget.check(decoder)
+
+    def divide(
+        self,
+        decoder: Decoder,
+        batches: Sequence[Tensor],
+        metrics: Mapping[str, OutputMetric],
+        statistics: DenseStatistics,
+        on_event: Callable[[Event], None],
+    ) -> Division:
+        probe = Probe(decoder, first_tokens(batches, self.probe_tokens)) if self.probes else None
+        return self.along(decoder, first_inputs(decoder, batches), metrics, statistics, on_event, probe)
+
+    def along(
+        self,
+        decoder: Decoder,
+        stream: Stream,
+        metrics: Mapping[str, OutputMetric],
+        statistics: DenseStatistics,
+        on_event: Callable[[Event], None],
+        probe: Probe | None = None,
+    ) -> Division:
+        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end."""
+        costs, blocks = self.budget.costs(decoder, statistics, probe, bool(metrics)), len(decoder.blocks)
+        for index in range(blocks):
+            on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
+            with decoder.resident(index):
+                targets = self.units.candidates(decoder, index)
+                taps = sorted({target.tap for target in targets}, key=decoder.architecture.layers.index)
+                moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
+                for target in targets:
+                    layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
+                    fit_bias = self.fit_bias and layer.bias is not None
+                    loss = LayerLoss.of(
+                        layer.weight, moments[target.tap], self.damping, fit_bias=fit_bias, metric=metrics.get(name)
+                    )
+                    try:
+                        costs.add(index, target, loss)
+                    except NumericalError as error:
+                        raise NumericalError(f"{name}: {error}") from error
+                costs.close()
+                if probe is not None:
+                    probe.advance()
+            release()
+            on_event(BlockMeasured(index, blocks))
+        allocation = costs.allocation(on_event)
+        return Division(allocation, warnings=costs.warnings, notes=costs.notes)

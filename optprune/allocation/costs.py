@@ -1,0 +1,58 @@
+"""Costs: what the layers of a dense model would lose, gathered block by block for one budget over all of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from optprune.allocation.allocation import Allocation
+from optprune.calibration import DenseStatistics, Probe
+from optprune.models import Decoder, Target
+from optprune.problems import LayerLoss
+from optprune.report import Event
+
+UNHEARD = 1e-5
+"""nats a token: a divergence in float32 arithmetic tells no less"""
+
+
+class Costs(ABC):
+    """What was gathered so far. Costs must be in one unit, which losses are under an output metric only."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to tell of how they were measured; strict mode makes it an error."""
+        return ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of the allocation, once there is one."""
+        return ()
+
+    @abstractmethod
+    def add(self, block: int, target: Target, loss: LayerLoss) -> None:
+        """Gather what a layer would lose."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """All layers of a block are added: put their costs right, where a probe can tell them together only."""
+
+    @abstractmethod
+    def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
+        """What every block keeps."""
+
+
+class CostBudget(ABC):
+    """A budget over the whole model that costs divide."""
+
+    @abstractmethod
+    def check(self, decoder: Decoder) -> None:
+        """Raise InputError when no costs can divide it over a model of these shapes."""
+
+    @abstractmethod
+    def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
+        """An empty collection. A `probe` puts costs right; `in_nats` says that losses are already in its unit."""
+
+
+def rate_of(measured: float, predicted: float, in_nats: bool) -> float:
+    """A divergence over what the losses predict, which is in the same unit under an output metric only."""
+    if in_nats:
+        return (measured + UNHEARD) / (predicted + UNHEARD)
+    return (measured + UNHEARD) / predicted if predicted > 0 else 1.0

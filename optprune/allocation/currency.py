@@ -1,0 +1,138 @@
+"""What blocks cost, whole and narrower: in weights, in floating-point operations, or in seconds on this machine.
+
+A budget over the model is counted in one of these. Attention and MLP add up, so what a block costs with less of one is
+told for each alone.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from optprune.calibration import Stream, first_inputs
+from optprune.calibration.stream import run_block
+from optprune.errors import InputError
+from optprune.measure.clock import clock
+from optprune.models import BlockShape, Decoder, LinkedUnits
+
+REPEATS = 5
+"""of which the median is taken"""
+MOST_TIMED = 8
+"""how many counts of a field are timed, whatever it has: times between them are interpolated"""
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """The cost of every block of a model, and what it is with another count of its units of one kind."""
+
+    unit: str
+    """in words that follow a share, such as "the decoder's linear weights" """
+    whole: tuple[float, ...]
+    narrowed: Callable[[int, LinkedUnits, int], float]
+    """from a block, a kind of units and their count; a count of zero is a block without that sub-block"""
+
+
+def prices_of(
+    decoder: Decoder,
+    budget: str,
+    tokens: int,
+    kinds: Iterable[LinkedUnits],
+    on_timed: Callable[[int, int], None] = lambda done, total: None,
+) -> Prices:
+    """The prices of a recipe's budget: "parameters", "flops" or "time" of a forward pass over so many tokens.
+
+    Times are measured now, of the kinds of units that are asked for; InputError when the model has not the positions.
+    `on_timed` hears how many widths are timed, and of how many.
+    """
+    if budget == "parameters":
+        return _by_formula(decoder, "the decoder's linear weights", decoder.weights_of)
+    check_tokens(decoder, tokens)
+    if budget == "flops":
+        return _by_formula(decoder, "the blocks' operations", lambda shape: operations(decoder, shape, tokens))
+    return _measured(decoder, tokens, list(kinds), on_timed)
+
+
+def check_tokens(decoder: Decoder, tokens: int) -> None:
+    """Raise InputError when a forward pass cannot have so many tokens."""
+    positions = getattr(decoder.model.config, "max_position_embeddings", None)
+    if positions is not None and tokens > positions:
+        raise InputError(f"budget_tokens is {tokens}, but the model has {positions} positions: lower it")
+
+
+def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
+    """The floating-point operations of one block for one token of a causal forward pass over `tokens`, on average.
+
+    Two for each linear weight, and two for each query head, position seen and dimension of a head and of its values.
+    """
+    heads = decoder.heads
+    seen = (tokens + 1) / 2
+    attention = shape.kv_heads * heads.group * seen * (heads.dim + shape.value_dim)
+    return 2 * (decoder.weights_of(shape) + attention)
+
+
+def _by_formula(decoder: Decoder, unit: str, cost: Callable[[BlockShape], float]) -> Prices:
+    shapes = decoder.shapes()
+    whole = tuple(map(cost, shapes))
+    return Prices(unit, whole, lambda block, kind, count: cost(kind.with_count(shapes[block], count)))
+
+
+def _measured(decoder: Decoder, tokens: int, kinds: list[LinkedUnits], on_timed: Callable[[int, int], None]) -> Prices:
+    """The seconds of a forward pass of a block: one table for each shape that blocks have."""
+    shapes = decoder.shapes()
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    stream = first_inputs(decoder, [ids])
+    whole: dict[BlockShape, float] = {}
+    tables: dict[tuple[BlockShape, LinkedUnits], tuple[list[int], list[float]]] = {}
+    done, total = 0, len(set(shapes)) * len(kinds)
+    for block, shape in enumerate(shapes):
+        stream.block = block
+        if shape in whole:
+            continue
+        with decoder.resident(block):
+            whole[shape] = _seconds(decoder, block, stream)
+            for kind in kinds:
+                on_timed(done, total)
+                done += 1
+                there = kind.there(shape)
+                if there:
+                    counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
+                    times = [_without(decoder, block, stream, kind)]
+                    times += [_narrower(decoder, block, stream, kind, count) for count in counts]
+                    # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
+                    rising = np.minimum(np.maximum.accumulate(times), whole[shape])
+                    tables[shape, kind] = [0, *counts, there], [*rising.tolist(), whole[shape]]
+    on_timed(done, total)
+
+    def narrowed(block: int, kind: LinkedUnits, count: int) -> float:
+        counts, times = tables[shapes[block], kind]
+        least = 1e-6 * whole[shapes[block]] * (count / counts[-1] - 1)
+        return float(np.interp(count, counts, times)) + least
+
+    unit = f"the blocks' time on {tokens} tokens"
+    return Prices(unit, tuple(whole[shape] for shape in shapes), narrowed)
+
+
+def _seconds(decoder: Decoder, block: int, stream: Stream) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        before = clock(stream.hidden[0].device)
+        run_block(decoder.blocks[block], stream.hidden[0], stream.arguments[0])
+        times.append(clock(stream.hidden[0].device) - before)
+    # The first is to warm up.
+    return statistics.median(times[1:])
+
+
+def _without(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits) -> float:
+    with decoder.without([(block, kind.part)]):
+        return _seconds(decoder, block, stream)
+
+
+def _narrower(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits, count: int) -> float:
+    layers = kind.layers(decoder, block)
+    slots = layers.link.slots
+    # As many of every slot.
+    place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)
+    with decoder.narrowed(block, layers, place < count):
+        return _seconds(decoder, block, stream)

@@ -1,0 +1,162 @@
+"""Depth: whole attention and MLP sub-blocks removed, chosen by a score; the weights that stay are not changed.
+
+Not a layer problem: removing a sub-block leaves nothing to solve. What is chosen is an `Allocation` with zeros.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from optprune.allocation.allocation import Allocation, everything
+from optprune.allocation.base import Allocator, Division
+from optprune.calibration import DenseStatistics, first_inputs
+from optprune.calibration.stream import run_block
+from optprune.errors import InputError
+from optprune.measure import perplexity
+from optprune.metric import OutputMetric
+from optprune.models import BlockShape, Decoder
+from optprune.report import Event, PartsScored, RemovedPart
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Sub-blocks of one block that are removed together."""
+
+    block: int
+    parts: tuple[str, ...]
+    weights: int
+
+
+@final
+@dataclass(frozen=True)
+class Depth(Allocator):
+    """Sub-blocks to remove, the lowest score first, until the budget is met as nearly as sub-blocks can.
+
+    `perplexity` (2SSP): that of the model without the sub-block, measured anew after every removal, so that the cost
+    is about removals x candidates forward passes on `tokens` tokens. `influence` (ShortGPT): the mean over tokens of
+    1 - cos(h, h') with h, h' the hidden states before and after it, from one pass over all batches. Both are
+    reconstructions: 2SSP removes attention only, ShortGPT whole layers.
+    """
+
+    sparsity: float
+    parts: str
+    """attention, mlp, both, or layers: the two of a layer together"""
+    score: str
+    """perplexity or influence"""
+    tokens: int
+
+    def check(self, decoder: Decoder) -> None:
+        return
+
+    def divide(
+        self,
+        decoder: Decoder,
+        batches: Sequence[Tensor],
+        metrics: Mapping[str, OutputMetric],
+        statistics: DenseStatistics,
+        on_event: Callable[[Event], None],
+    ) -> Division:
+        candidates = _candidates(decoder, self.parts)
+        budget = self.sparsity * decoder.linear_weights()
+        on_event(PartsScored(0, round(budget)))
+        influences = _influences(decoder, batches, candidates) if self.score == "influence" else None
+        windows = _windows(batches, self.tokens)
+        shapes = list(decoder.shapes())
+        removed: list[tuple[Candidate, float]] = []
+        gone = 0
+        while True:
+            # Whatever brings the sum nearer to the budget may go; the last attention stays.
+            able = [
+                candidate
+                for candidate in candidates
+                if abs(gone + candidate.weights - budget) < abs(gone - budget)
+                and any(shape.kv_heads for shape in _without(shapes, candidate))
+            ]
+            if not able:
+                break
+            scores = influences or _perplexities(decoder, able, windows, [candidate for candidate, _ in removed])
+            chosen = min(able, key=lambda candidate: scores[candidate])
+            removed.append((chosen, scores[chosen]))
+            candidates.remove(chosen)
+            shapes = _without(shapes, chosen)
+            gone += chosen.weights
+            on_event(PartsScored(gone, round(budget)))
+        if not removed:
+            least = min((candidate.weights for candidate in candidates), default=0)
+            raise InputError(
+                f"a sparsity of {self.sparsity:g} is less than half of the smallest sub-block to remove "
+                f"({least} of {decoder.linear_weights()} weights): ask for more"
+            )
+        whole = everything(decoder)
+        blocks = (replace(block, shape=shape) for block, shape in zip(whole.blocks, shapes, strict=True))
+        parts = (
+            RemovedPart(candidate.block, part, _weights(decoder, candidate.block, part), score)
+            for candidate, score in removed
+            for part in candidate.parts
+        )
+        return Division(Allocation.of(decoder, blocks), removed=tuple(parts))
+
+
+def _candidates(decoder: Decoder, which: str) -> list[Candidate]:
+    candidates = []
+    for index, shape in enumerate(decoder.shapes()):
+        there = shape.parts
+        groups = [there] if which == "layers" else [(part,) for part in there if which in (part, "both")]
+        for parts in groups:
+            candidates.append(Candidate(index, parts, sum(_weights(decoder, index, part) for part in parts)))
+    return candidates
+
+
+def _weights(decoder: Decoder, block: int, part: str) -> int:
+    shape = decoder.shape(block)
+    return decoder.weights_of(shape) - decoder.weights_of(shape.without(part))
+
+
+def _without(shapes: Sequence[BlockShape], candidate: Candidate) -> list[BlockShape]:
+    result = list(shapes)
+    for part in candidate.parts:
+        result[candidate.block] = result[candidate.block].without(part)
+    return result
+
+
+def _windows(batches: Sequence[Tensor], tokens: int) -> Tensor:
+    """The first windows of the first batch, up to a number of tokens; at least one."""
+    length = batches[0].shape[1]
+    rows = torch.cat([batch for batch in batches if batch.shape[1] == length])
+    return rows[: max(1, tokens // length), :tokens]
+
+
+def _perplexities(
+    decoder: Decoder, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
+) -> dict[Candidate, float]:
+    """The perplexity without each candidate, and without all that were removed before."""
+    scores = {}
+    with decoder.without((candidate.block, part) for candidate in removed for part in candidate.parts):
+        for candidate in candidates:
+            with decoder.without((candidate.block, part) for part in candidate.parts):
+                scores[candidate] = perplexity(decoder.model, windows).perplexity
+    return scores
+
+
+def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequence[Candidate]) -> dict[Candidate, float]:
+    """1 - cos between the hidden states before and after each candidate, the mean over tokens, in one pass."""
+    stream = first_inputs(decoder, batches)
+    sums = dict.fromkeys(candidates, 0.0)
+    tokens = sum(hidden.shape[:-1].numel() for hidden in stream.hidden)
+    for index, block in enumerate(decoder.blocks):
+        here = [candidate for candidate in candidates if candidate.block == index]
+        for batch, (before, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
+            with decoder.without([(index, "mlp")]):
+                _, between = run_block(block, before, arguments)
+            _, after = run_block(block, before, arguments)
+            for candidate in here:
+                first = before if "attention" in candidate.parts else between
+                last = after if "mlp" in candidate.parts else between
+                cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
+                sums[candidate] += float((1 - cosine).sum())
+            stream.hidden[batch] = after
+        stream.past(stream.hidden)
+    return {candidate: total / tokens for candidate, total in sums.items()}

@@ -1,0 +1,104 @@
+"""The uniform allocator: the same share from every block."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+from torch import Tensor
+
+from optprune.allocation.allocation import Allocation, everything
+from optprune.allocation.base import Allocator, Division
+from optprune.calibration import DenseStatistics
+from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.models import BlockAllocation, BlockShape, Decoder, LinkedUnits, Units, Weights
+from optprune.report import Event
+
+
+@final
+@dataclass(frozen=True)
+class Uniform(Allocator):
+    """The same share from every block."""
+
+    units: Units
+    sparsity: float
+    width_multiple: int
+
+    def check(self, decoder: Decoder) -> None:
+        self._allocation(decoder)
+
+    def divide(
+        self,
+        decoder: Decoder,
+        batches: Sequence[Tensor],
+        metrics: Mapping[str, OutputMetric],
+        statistics: DenseStatistics,
+        on_event: Callable[[Event], None],
+    ) -> Division:
+        return Division(self._allocation(decoder))
+
+    def _allocation(self, decoder: Decoder) -> Allocation:
+        return uniform(decoder, self.sparsity, self.units, self.width_multiple)
+
+
+def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int) -> Allocation:
+    """The same share from every block, for a sparsity over all linear weights of the decoder blocks.
+
+    What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
+    value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
+    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Value dimensions
+    are multiples of it too, since attention has fast kernels for multiples of 8, but in small heads.
+    Units 'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
+    """
+    shapes, total = decoder.shapes(), decoder.linear_weights()
+    if isinstance(units, Weights):
+        return Allocation.of(
+            decoder,
+            (
+                BlockAllocation(shape, dict.fromkeys(decoder.paths(index), 1 - sparsity))
+                for index, shape in enumerate(shapes)
+            ),
+        )
+    if not units.kinds:
+        return everything(decoder)
+    hold = _check_reach(decoder, sparsity, units)
+    held, budget = sum(hold.values()), sparsity * total
+    kept = list(shapes)
+    for kind in units.kinds:
+        ratio = budget / held
+        if kind is units.kinds[-1]:
+            removed = total - sum(map(decoder.weights_of, kept))
+            ratio = (budget - removed) / hold[kind]
+        kept = [_narrower(shape, kind, ratio, kind.multiple(shape, width_multiple, alike=True)) for shape in kept]
+    if tuple(kept) == shapes:
+        last = units.kinds[-1]
+        raise InputError(
+            f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {width_multiple}: a block has "
+            f"{last.field} {last.there(shapes[0])}; ask for more, or lower --width-multiple"
+        )
+    return Allocation.of(decoder, map(BlockAllocation, kept))
+
+
+def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[LinkedUnits, int]:
+    """The linear weights that the units hold, by their kind; InputError when those are too few."""
+    shapes, total = decoder.shapes(), decoder.linear_weights()
+    hold = {kind: sum(_weights_in(decoder, shape, kind) for shape in shapes) for kind in units.kinds}
+    if sparsity * total >= sum(hold.values()):
+        raise InputError(
+            f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: they hold only "
+            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights; ask for less"
+            + ("" if units.name == "all" else ", or use --units all")
+        )
+    return hold
+
+
+def _weights_in(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
+    """The linear weights that go with the units, without what else a sub-block holds."""
+    return decoder.weights_of(shape) - decoder.weights_of(replace(shape, **{kind.field: 0}))
+
+
+def _narrower(shape: BlockShape, kind: LinkedUnits, ratio: float, multiple: int) -> BlockShape:
+    """The shape with a share `ratio` of its units removed, rounded to a multiple; at least one multiple stays."""
+    there = kind.there(shape)
+    kept = min(there, max(1, round(there * (1 - ratio) / multiple)) * multiple)
+    return kind.with_count(shape, there if kept > there - there % multiple else kept)

@@ -1,0 +1,119 @@
+"""What single weights cost, and one budget divided by that: how many each layer keeps, or which layers stay dense."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from optprune.allocation.allocation import Allocation
+from optprune.allocation.costs import CostBudget, Costs, rate_of
+from optprune.allocation.knapsack import Curve, fill_budget, global_threshold, share_budget
+from optprune.calibration import Change, DenseStatistics, Probe
+from optprune.models import BlockAllocation, Decoder, Target
+from optprune.patterns import PatternFamily, in_order
+from optprune.problems import LayerLoss, MaskedLeastSquares
+from optprune.report import Event
+from optprune.solvers import ConjugateGradients, solve
+from optprune.solvers.removal import entry_costs
+
+MOST_COSTS = 1 << 22
+"""how many costs of single weights are held for the whole model: beyond that, every k-th in order of size"""
+
+
+@final
+@dataclass(frozen=True)
+class WeightBudget(CostBudget):
+    """Single weights: those with the lowest cost of removal S_ii w_ij^2 / (2 (A^-1)_jj) go, wherever they are.
+
+    A layer keeps a share between `least` and `most` of its weights (or half of the average, and half way from the
+    average to all, where that is wider). Where a pattern leaves one share only, such as N:M: which layers stay dense.
+    """
+
+    family: PatternFamily
+    sparsity: float
+    least: float
+    most: float
+
+    def check(self, decoder: Decoder) -> None:
+        return
+
+    def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
+        return WeightCosts(self, decoder, probe, in_nats)
+
+
+class WeightCosts(Costs):
+    """The costs of the weights of each layer, or the curve of its two choices, by its full name."""
+
+    def __init__(self, budget: WeightBudget, decoder: Decoder, probe: Probe | None, in_nats: bool) -> None:
+        self.budget, self.decoder, self.probe, self.in_nats = budget, decoder, probe, in_nats
+        self.stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
+        self.every: dict[str, Tensor] = {}
+        self.curves: dict[str, Curve] = {}
+        self.names: list[str] = []
+        """the layers of the present block"""
+        self.changes: list[Change] = []
+        """without the weights that a uniform share would remove, for the probe"""
+        self.predicted = 0.0
+        """what the losses say of those changes"""
+
+    def add(self, block: int, target: Target, loss: LayerLoss) -> None:
+        budget, name = self.budget, self.decoder.name(block, target.path)
+        entries = entry_costs(loss)
+        self.names.append(name)
+        if budget.family.only_share is None:
+            # A copy: a slice would keep all of them in memory.
+            self.every[name] = in_order(entries.flatten())[self.stride // 2 :: self.stride].clone().cpu()
+        else:
+            self.curves[name] = _curve(entries, budget.family, budget.family.only_share)
+        if self.probe is not None:
+            # Masked where weights cost least, and the others refitted.
+            outputs, inputs = entries.shape
+            mask = budget.family.of(outputs, inputs, 1 - budget.sparsity).project(entries)
+            value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
+            self.predicted += loss.value(value)
+            self.changes.append(Change.of(self.decoder.layer(block, target.path), value, loss))
+
+    def close(self) -> None:
+        if self.probe is not None:
+            rate = rate_of(self.probe.divergence_with(self.changes), self.predicted, self.in_nats)
+            for name in self.names:
+                if name in self.curves:
+                    self.curves[name] = replace(self.curves[name], errors=rate * self.curves[name].errors)
+                else:
+                    self.every[name] *= rate
+        self.names, self.changes, self.predicted = [], [], 0.0
+
+    def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
+        decoder, share = self.decoder, self._shares()
+        return Allocation.of(
+            decoder,
+            (
+                BlockAllocation(shape, {path: share[decoder.name(index, path)] for path in decoder.paths(index)})
+                for index, shape in enumerate(decoder.shapes())
+            ),
+        )
+
+    def _shares(self) -> dict[str, float]:
+        """The share that each layer keeps of its weights."""
+        left, only = 1 - self.budget.sparsity, self.budget.family.only_share
+        if only is not None:
+            budget = left * self.decoder.linear_weights()
+            chosen = fill_budget(self.curves, share_budget(self.curves, budget), budget)
+            return {name: only if choice == 0 else 1.0 for name, choice in chosen.items()}
+        keep = round(left * sum(cost.numel() for cost in self.every.values()))
+        # However little or much is to go, the limits leave room on both sides of the average.
+        least, most = min(self.budget.least, left / 2), max(self.budget.most, 1 - self.budget.sparsity / 2)
+        # One weight of each layer stays in any case.
+        kept = global_threshold(self.every, keep, max(least, 1e-12), most)
+        return {name: kept[name] / cost.numel() for name, cost in self.every.items()}
+
+
+def _curve(costs: Tensor, family: PatternFamily, share: float) -> Curve:
+    """Two choices: the pattern, at the sum of what its weights cost one by one, or all weights."""
+    outputs, inputs = costs.shape
+    lost = float(costs[~family.of(outputs, inputs, share).project(costs)].sum())
+    prices = torch.tensor([family.keep(outputs, inputs, share), costs.numel()])
+    return Curve(prices, torch.tensor([lost, 0.0], dtype=torch.float64))

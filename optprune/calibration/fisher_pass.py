@@ -1,0 +1,179 @@
+"""The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
+
+Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences, what is inside one
+block, and the logits of a few positions. The metrics of all layers are there at the end, in the model's dtype and on
+its device: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optprune.calibration.stream import calibrating, first_output
+from optprune.errors import InputError, NumericalError
+from optprune.measure.memory import release
+from optprune.metric import Metrics, MetricSums
+from optprune.models import Decoder
+
+TOKENS_AT_ONCE = 512
+"""how many tokens go through the blocks together"""
+POSITIONS_AT_ONCE = 128
+"""how many go through the head together: the logits of a large vocabulary would be the largest tensors here"""
+NO_LABEL = -100
+"""marks a position whose prediction does not count"""
+
+Labels = Callable[[Tensor, Tensor], Tensor]
+"""from logits [positions, vocabulary] and the text's next tokens [positions] to the labels, or NO_LABEL"""
+
+
+def sampled(seed: int) -> Labels:
+    """Labels drawn from the model's own predictions, at every position: the true Fisher information."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits: Tensor, _: Tensor) -> Tensor:
+        # By inversion with one number a position, so that a seed means the same on every device and in any grouping.
+        chance = torch.rand(len(logits), generator=generator, dtype=torch.float64).to(logits.device)
+        total = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+        # The label at which the cumulated probability passes the number in [0, 1).
+        drawn = torch.searchsorted(total, (chance * total[:, -1])[:, None], right=True)[:, 0]
+        return drawn.clamp(max=logits.shape[-1] - 1)
+
+    return draw
+
+
+def from_text(_: Tensor, following: Tensor) -> Tensor:
+    """The text's own next tokens: the empirical Fisher information, for comparison."""
+    return following
+
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """What follows each position of ids [batch, length]: [batch, length], NO_LABEL at the end of a sequence."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_LABEL)], dim=1)
+
+
+def collect_metrics(
+    decoder: Decoder,
+    batches: Iterable[Tensor],
+    labels: Labels,
+    *,
+    full: Collection[str] = (),
+    widest: float = math.inf,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
+) -> Metrics:
+    """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
+
+    `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
+    over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
+    is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
+    it was. `on_group` hears how many groups of sequences are done, and of how many.
+    """
+    unknown = set(full) - set(decoder.architecture.layers)
+    if unknown:
+        raise InputError(f"no linear layer of a block is called {sorted(unknown)}: {list(decoder.architecture.layers)}")
+    if decoder.model.dtype not in (torch.float32, torch.float64):
+        raise InputError(
+            f"gradients in {decoder.model.dtype} lose too many digits for a Fisher information: load the model with "
+            "--dtype float32"
+        )
+    sums: dict[str, MetricSums] = {}
+    with calibrating(decoder):
+        groups = list(_groups(batches))
+        for number, ids in enumerate(groups):
+            on_group(number, len(groups))
+            inputs, gradient = _forward(decoder, ids.to(decoder.model.device), labels)
+            for index in reversed(range(len(decoder.blocks))):
+                # Popped, so that the inputs of the blocks that are done are free.
+                by_path, gradient = _backward(decoder, index, *inputs.pop(), gradient)
+                for path, found in by_path.items():
+                    name = decoder.name(index, path)
+                    if name not in sums:
+                        width = found.shape[-1]
+                        sums[name] = MetricSums(width, found, full=path in full and width <= widest)
+                    sums[name].add(found)
+            release()
+        on_group(len(groups), len(groups))
+    if not sums:
+        raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
+    names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
+    return Metrics({name: sums[name] for name in names})
+
+
+def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        yield from batch.split(max(1, TOKENS_AT_ONCE // batch.shape[1]))
+
+
+def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[Tensor, dict[str, Any]]], Tensor]:
+    """What enters every block, with its other arguments, and the gradient of the loss at the last block's output."""
+    inputs: list[tuple[Tensor, dict[str, Any]]] = []
+    last: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        inputs.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        last.append(first_output(output))
+
+    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
+    handles.append(decoder.blocks[-1].register_forward_hook(leave))
+    try:
+        with torch.no_grad():
+            decoder.model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gradient = _slope(decoder, last[0], labels, next_tokens(ids))
+    if not bool(torch.isfinite(gradient).all()):
+        raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
+    return inputs, gradient
+
+
+def _slope(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood behind the last block, a few positions at a time."""
+    slope = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    parts = (tensor.flatten(0, 1).split(POSITIONS_AT_ONCE) for tensor in (hidden, slope, following))
+    for position, found, text in zip(*parts, strict=True):
+        entry = position.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = decoder.logits(entry)
+        found.copy_(torch.autograd.grad(logits, entry, _error(logits.detach(), labels(logits.detach(), text)))[0])
+    return slope
+
+
+def _error(logits: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the summed negative log-likelihood at the logits [positions, vocabulary]: p - e_label."""
+    error = logits.softmax(-1)
+    counts = labels != NO_LABEL
+    error.scatter_add_(-1, labels.where(counts, 0)[:, None], error.new_full((), -1.0).expand(len(labels), 1))
+    return error.mul_(counts[:, None])
+
+
+def _backward(
+    decoder: Decoder, index: int, hidden: Tensor, arguments: dict[str, Any], gradient: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The gradients at the outputs of a block's linear layers, by path, and at the block's input."""
+    paths = decoder.paths(index)
+    outputs: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def catch(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+            outputs[path] = output
+
+        return catch
+
+    block = decoder.blocks[index]
+    handles = [block.get_submodule(path).register_forward_hook(tap(path)) for path in paths]
+    try:
+        with torch.enable_grad():
+            entry = hidden.detach().requires_grad_()
+            after = first_output(block(entry, **arguments))
+        # Of these tensors only: no parameter gets a gradient, whether it asks for one or not.
+        found = torch.autograd.grad(after, [entry, *(outputs[path] for path in paths)], gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(zip(paths, found[1:], strict=True)), found[0]

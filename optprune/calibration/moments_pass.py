@@ -1,0 +1,72 @@
+"""The moments pass: inside a block, the inputs of its layers are reduced to moments batch by batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from optprune.calibration.stream import Stream, run_block
+from optprune.measure.clock import clock
+from optprune.moments import InputMoments, MomentSums
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one pass over a block gave, by layer path."""
+
+    moments: dict[str, InputMoments]
+    held_out: dict[str, InputMoments]
+    """the moments of the batches kept apart; empty when there were none"""
+    gram_seconds: float
+    """of the Gram products of the inputs x*"""
+    forward_seconds: float
+    """of the forward pass on the stream alone: of the whole block where `output` was given"""
+
+
+def collect(
+    block: nn.Module,
+    stream: Stream,
+    taps: Sequence[str],
+    *,
+    reference: tuple[nn.Module, Stream] | None = None,
+    held_out: int = 0,
+    output: Stream | None = None,
+    to_end: bool = False,
+) -> Collected:
+    """The moments of the inputs x* of the tapped layers of a block, over all batches of a stream.
+
+    `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
+    `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
+    may be the stream itself. A pass ends at the last tap unless there is an `output`, or with `to_end`.
+    """
+    calibration: dict[str, MomentSums] = {}
+    kept_apart: dict[str, MomentSums] = {}
+    count, device = len(stream.hidden), stream.hidden[0].device
+    gram_seconds = forward_seconds = 0.0
+    arguments = stream.arguments
+    for index in range(count):
+        before = clock(device)
+        actual, after = run_block(
+            block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None
+        )
+        forward_seconds += clock(device) - before
+        ideal: dict[str, Tensor] = {}
+        if reference is not None:
+            dense_block, dense = reference
+            ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
+        sums = calibration if index < count - held_out else kept_apart
+        before = clock(device)
+        for path, inputs in actual.items():
+            if path not in sums:
+                sums[path] = MomentSums(inputs.shape[-1], inputs.device, with_dense=reference is not None)
+            sums[path].add(inputs, ideal.get(path))
+        # With dense inputs two more products of the same size are made.
+        gram_seconds += (clock(device) - before) / (1 if reference is None else 3)
+        if output is not None:
+            output.hidden[index] = after
+    if output is not None:
+        output.past(output.hidden)
+    # Popped, so that no more than one layer's sums and its averages are there together.
+    moments = {path: calibration.pop(path).moments() for path in list(calibration)}
+    held = {path: kept_apart.pop(path).moments() for path in list(kept_apart)}
+    return Collected(moments, held, gram_seconds, forward_seconds)

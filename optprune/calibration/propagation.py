@@ -1,0 +1,215 @@
+"""Propagation policies: the path that statistics take through the model, one block at a time.
+
+A policy starts a `Path`, which holds what travels between two blocks. The path opens a `Visit` of the current block:
+what is solved together there, the moments and the calls that it is solved from, and what goes on to the next block.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+from torch import nn
+
+from optprune.calibration.calls import Calls, calls_of, catching
+from optprune.calibration.moments_pass import Collected, collect
+from optprune.calibration.stream import Stream, advance
+from optprune.measure.clock import clock
+
+Item = TypeVar("Item")
+
+
+class Propagation(ABC):
+    """A propagation policy: which inputs a block's statistics are taken from, and which output is the target.
+
+    Any recipe can use any policy with any solver. One's own is a class that states these four facts, starts a path on
+    one stream (as `OnePath` does) or two (as `TwoPaths`), and overrides `reference` where the dense block of the target
+    gets other inputs; `Recipe(propagation=MyPolicy())` then uses it. Targets half way between those of the policies
+    `local` and `cross`, where the dense block gets the pruned one's inputs or the dense model's:
+
+        class Halfway(Propagation):
+            name, independent, sequential, dense_target = "halfway", False, True, True
+
+            def start(self, stream):
+                return Path(self, stream, stream.copy())
+
+            def reference(self, path):
+                pairs = zip(path.actual.hidden, path.dense.hidden, strict=True)
+                return path.actual.with_hidden([(actual + dense) / 2 for actual, dense in pairs])
+    """
+
+    name: str
+    """by which a file and a report tell the policy"""
+    independent: bool
+    """every block gets what the dense model gives it, whatever becomes of the blocks before it, so that blocks can be
+    pruned in any order; else it gets what the pruned blocks before it give"""
+    sequential: bool
+    """inside a block, a layer's inputs are collected after the layers before it were pruned"""
+    dense_target: bool
+    """the target is what the dense block gives, not what the original weight gives on the pruned block's inputs; so
+    layers that keep all their units are corrected too"""
+
+    @abstractmethod
+    def start(self, stream: Stream) -> "Path":
+        """The path that begins with the inputs of the first block."""
+
+    def reference(self, path: "Path") -> Stream:
+        """The inputs of the current block's dense original, where its outputs are the target."""
+        return path.dense
+
+
+@dataclass(frozen=True)
+class OnePath(Propagation):
+    """A policy for which one stream is enough: where there is a dense block, it gets the inputs of the pruned one."""
+
+    name: str
+    independent: bool
+    sequential: bool
+    dense_target: bool
+
+    def start(self, stream: Stream) -> "Path":
+        return Path(self, stream, stream)
+
+
+@dataclass(frozen=True)
+class TwoPaths(Propagation):
+    """A policy in which the dense model's hidden states travel beside those of the pruned one."""
+
+    name: str
+    independent: bool
+    sequential: bool
+    dense_target: bool
+
+    def start(self, stream: Stream) -> "Path":
+        return Path(self, stream, stream.copy())
+
+
+POLICIES: dict[str, Propagation] = {
+    policy.name: policy
+    for policy in (
+        OnePath("dense", independent=True, sequential=False, dense_target=False),
+        OnePath("pruned", independent=False, sequential=False, dense_target=False),
+        OnePath("intra", independent=True, sequential=True, dense_target=True),
+        TwoPaths("cross", independent=False, sequential=True, dense_target=True),
+        OnePath("local", independent=False, sequential=True, dense_target=True),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """What travels between blocks; with the same streams a path can be taken up again at any block."""
+
+    policy: Propagation
+    actual: Stream
+    """what the current block will really get"""
+    dense: Stream
+    """what it gets in the dense model; the same stream where the policy follows only one"""
+
+    def visit(self, block: nn.Module, *, held_out: int = 0, cut: bool = False) -> "Visit":
+        """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
+
+        The last `held_out` batches are kept apart.
+        """
+        return Visit(self, block, held_out, cut)
+
+
+class Visit:
+    """One block, from its first calibration pass to the next block's inputs.
+
+    What is removed whole is removed first; then come the stages, one after the other: `collect` its moments, prune its
+    layers, and refit sub-modules on their `calls`. Closed, the visit has moved the path on to the next block, through
+    the block as it is then; a `with` statement closes it unless an error ended it.
+    """
+
+    def __init__(self, path: Path, block: nn.Module, held_out: int, cut: bool) -> None:
+        self.path, self.block, self.held_out = path, block, held_out
+        self.floor_seconds = 0.0
+        """of what no run of such a policy can spare: two passes of the block, and the Gram products of its inputs x*"""
+        policy = path.policy
+        self._original = copy.deepcopy(block) if policy.dense_target or path.dense is not path.actual else block
+        self._reference = policy.reference(path) if policy.dense_target else None
+        self._untouched = not cut
+        self._caught: dict[str, Calls] = {}
+        self._onwards: Stream | None = None
+        """the inputs of the next block, where the block as it was has given them"""
+        if cut and policy.independent:
+            # The next block's inputs are those of the dense model; this block's statistics know what is gone.
+            self._onwards = path.actual.copy()
+            self.floor_seconds += 2 * _advance(block, self._onwards)
+
+    def stages(self, groups: list[list[Item]]) -> list[list[Item]]:
+        """What is solved together, of groups that read the same input, in the order of the forward pass."""
+        if self.path.policy.sequential or not groups:
+            return groups
+        return [[item for group in groups for item in group]]
+
+    def collect(self, taps: Sequence[str], places: Sequence[str] = ()) -> Collected:
+        """The moments of a stage, of the inputs of these layers; `places` are the sub-modules that it prunes.
+
+        Whoever asks for the `calls` of a sub-module has named it here with the first stage that prunes it.
+        """
+        policy, actual, dense = self.path.policy, self.path.actual, self._reference
+        drifted = dense is not actual or not self._untouched
+        if self._untouched and policy.independent:
+            # The block is still dense, so this pass also gives the next block's inputs.
+            output = self._onwards = actual.copy()
+        else:
+            output = None
+        # Where the target is no dense block's, the pass that collects the statistics also calls the sub-modules.
+        fresh = [place for place in places if place not in self._caught] if dense is None else []
+        with catching(self.block, fresh) as calls:
+            collected = collect(
+                self.block,
+                actual,
+                taps,
+                reference=(self._original, dense) if dense is not None and drifted else None,
+                held_out=self.held_out,
+                output=output,
+                to_end=bool(fresh),
+            )
+        self._caught |= calls
+        self._untouched = False
+        self.floor_seconds += collected.gram_seconds
+        if output is not None:
+            self.floor_seconds += 2 * collected.forward_seconds
+        elif self._onwards is None and not policy.sequential:
+            self.floor_seconds += collected.forward_seconds
+        return collected
+
+    def calls(self, place: str) -> Calls:
+        """What a sub-module is called with on the path, and what it should answer: the stages' targets, whole."""
+        if self._reference is None:
+            return self._caught[place]
+        ideal = calls_of(self._original, place, self._reference)
+        return Calls(calls_of(self.block, place, self.path.actual).arguments, ideal.targets)
+
+    def close(self) -> None:
+        """Move the path on to the next block."""
+        actual, dense, policy = self.path.actual, self.path.dense, self.path.policy
+        if self._onwards is not None:
+            actual.past(self._onwards.hidden)
+        else:
+            # A stage at a time, no pass of the block was whole: this one stands for two.
+            self.floor_seconds += (2 if policy.sequential else 1) * _advance(self.block, actual)
+        if dense is not actual:
+            advance(self._original, dense)
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+
+def _advance(block: nn.Module, stream: Stream) -> float:
+    """The seconds in which a block moves a stream on."""
+    device = stream.hidden[0].device
+    before = clock(device)
+    advance(block, stream)
+    return clock(device) - before

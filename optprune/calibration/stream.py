@@ -1,0 +1,172 @@
+"""Streams: the hidden states that calibration keeps, those between two blocks, and how a block moves them on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optprune.errors import InputError, NumericalError
+from optprune.models import Decoder
+from optprune.numerics.precision import full_precision
+
+
+@dataclass
+class Stream:
+    """The hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks."""
+
+    hidden: list[Tensor]
+    others: list[list[dict[str, Any]]]
+    """by batch and block: blocks with a sliding window get another mask than the rest"""
+    block: int = 0
+    """the current block's number"""
+
+    @property
+    def arguments(self) -> list[dict[str, Any]]:
+        """The current block's other arguments, by batch."""
+        return [blocks[self.block] for blocks in self.others]
+
+    def copy(self) -> "Stream":
+        """A second stream from the same hidden states."""
+        return self.with_hidden(self.hidden)
+
+    def with_hidden(self, hidden: list[Tensor]) -> "Stream":
+        """A second stream at the same block, from other hidden states."""
+        return Stream(list(hidden), self.others, self.block)
+
+    def past(self, hidden: list[Tensor]) -> None:
+        """Go to the next block, which gets these hidden states."""
+        self.hidden, self.block = hidden, self.block + 1
+
+
+class _Reached(Exception):  # control flow, not an error
+    """Ends a forward pass early."""
+
+
+@contextmanager
+def calibrating(decoder: Decoder) -> Iterator[None]:
+    """Evaluation mode, no gradients, no TF32; everything is put back afterwards."""
+    training = decoder.model.training
+    decoder.model.eval()
+    try:
+        with torch.no_grad(), full_precision():
+            yield
+    finally:
+        decoder.model.train(training)
+
+
+def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
+    """The batches cut so that the last ones hold a share of the sequences, one at least, and how many those are."""
+    if not share:
+        return batches, 0
+    count = sum(len(batch) for batch in batches)
+    apart = max(1, round(share * count))
+    if apart >= count:
+        raise InputError(
+            f"held_out {share:g} of {count} calibration sequences leaves none to calibrate on: give more samples"
+        )
+    kept, held = list(batches), list[Tensor]()
+    while apart:
+        last = kept.pop()
+        taken = min(apart, len(last))
+        held.append(last[len(last) - taken :])
+        if taken < len(last):
+            kept.append(last[: len(last) - taken])
+        apart -= taken
+    return kept + held[::-1], len(held)
+
+
+def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    """The first sequences of the batches, as many as hold that many tokens, or all."""
+    taken: list[Tensor] = []
+    for batch in batches:
+        missing = tokens - sum(part.numel() for part in taken)
+        if missing > 0:
+            taken.append(batch[: -(-missing // batch.shape[1])])
+    return taken
+
+
+def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
+    """Run the embeddings on token batches [batch, length] and stop where the first block begins.
+
+    Where the attention of some blocks is of another kind, the first batch of each shape goes on to the last block.
+    """
+    if not batches:
+        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
+    stream, count = Stream([], []), len(decoder.blocks)
+    kinds = decoder.model.config.to_dict().get("layer_types") or []
+    alike = len(set(kinds[:count])) < 2
+    shared: dict[torch.Size, list[dict[str, Any]]] = {}
+    caught: list[tuple[Tensor, dict[str, Any]]] = []
+    last = 1
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        caught.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+        if len(caught) == last:
+            raise _Reached
+
+    device = next(decoder.model.get_input_embeddings().parameters()).device
+    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
+    try:
+        for batch in batches:
+            caught.clear()
+            # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
+            last = 1 if alike or batch.shape in shared else count
+            with suppress(_Reached), decoder.running():
+                decoder.model(input_ids=batch.to(device), use_cache=False)
+            stream.hidden.append(caught[0][0])
+            others = [arguments for _, arguments in caught]
+            stream.others.append(shared.setdefault(batch.shape, others * count if alike else others))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return stream
+
+
+def run_block(
+    block: nn.Module, hidden: Tensor, arguments: dict[str, Any], taps: Sequence[str] = (), *, to_end: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One forward pass of a block: the inputs of the tapped layers and the block's output (meaningless if not to_end).
+
+    With `to_end` False the pass stops at the last tap.
+    """
+    caught: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def catch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught[path] = args[0]
+            if not to_end and len(caught) == len(taps):
+                raise _Reached
+
+        return catch
+
+    handles = [block.get_submodule(path).register_forward_pre_hook(tap(path)) for path in taps]
+    output = hidden
+    try:
+        output = block(hidden, **arguments)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return caught, first_output(output)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tensor of a module's output, which some versions of some modules wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def advance(block: nn.Module, stream: Stream) -> None:
+    """Replace the stream's hidden states by the block's outputs."""
+    for index, (hidden, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
+        _, output = run_block(block, hidden, arguments)
+        if not bool(torch.isfinite(output).all()):
+            raise NumericalError(
+                "a block's output holds NaN or infinity: look for damaged weights, or use --dtype float32"
+            )
+        stream.hidden[index] = output
+    stream.past(stream.hidden)

@@ -1,0 +1,173 @@
+"""The whole story on packaged data: evaluate, prune, evaluate, save, reload with plain transformers, evaluate again."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optprune.cli.progress import Reporter, duration
+from optprune.errors import InputError, OptpruneError
+from optprune.export import check_output, save_pruned
+from optprune.measure import perplexity
+from optprune.models import Decoder, load_model, need_tokenizer
+from optprune.models.load import DEMO
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
+from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+
+FOLDER = Path(".demo/smollm2-fasp")
+DEMO_NAME = "SmolLM2-135M-Instruct"
+RELOAD_TOLERANCE = 1e-4
+"""the largest relative difference of perplexity between the model in memory and the folder"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the demo's table says of one model."""
+
+    perplexity: float
+    parameters: int
+    linear_weights: int
+    """of the decoder blocks, which sparsity is counted over"""
+    weights_mib: float
+    seconds: float
+    """of the evaluation"""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The model before, after, and as reloaded from the folder."""
+
+    model: str
+    recipe: str
+    sparsity_requested: float
+    sparsity_reached: float
+    before: Measured
+    after: Measured
+    reloaded: Measured
+    logits_difference: float | None
+    pruning_seconds: float
+    floor_seconds: float
+    seconds: float
+    output: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """The comparison, for a console."""
+        name = DEMO_NAME if self.model == DEMO else self.model
+        table = Table(
+            title=f"{name}, {self.recipe} of MLP units at {self.sparsity_requested:.0%}", title_justify="left"
+        )
+        table.add_column("")
+        for name in ("before", "after", "reloaded"):
+            table.add_column(name, justify="right")
+        for label, field, form in (
+            ("perplexity", "perplexity", ".3f"),
+            ("parameters", "parameters", ",d"),
+            ("decoder linear weights", "linear_weights", ",d"),
+            ("weights, MiB", "weights_mib", ".1f"),
+            ("evaluation, seconds", "seconds", ".1f"),
+        ):
+            table.add_row(label, *(format(getattr(part, field), form) for part in self.parts))
+        return table
+
+    @property
+    def parts(self) -> tuple[Measured, Measured, Measured]:
+        """The three columns of the table."""
+        return self.before, self.after, self.reloaded
+
+
+def run_demo(
+    output: Path = FOLDER,
+    *,
+    model: str = DEMO,
+    recipe: str = "fasp",
+    sparsity: float = 0.2,
+    calibration: str = "demo:calibration",
+    evaluation: str = "demo:evaluation",
+    samples: int = 32,
+    windows: int = 16,
+    seq_length: int = 512,
+    seed: int = 0,
+    overwrite: bool = True,
+    console: Console | None = None,
+    reporter: Reporter | None = None,
+) -> DemoResult:
+    """Prune the MLP units of a model by a recipe that gives every block the same, and show what that cost.
+
+    The folder is reloaded with plain transformers and must give the perplexity of the model in memory; a difference
+    is an OptpruneError. The table goes to `console` (stdout), progress to `reporter` (stderr).
+    """
+    began = time.perf_counter()
+    console, reporter = console or Console(), reporter or Reporter()
+    chosen = load_recipe(recipe, {"sparsity": sparsity, "seed": seed, "units": "mlp"})
+    if chosen.allocation != "uniform":
+        raise InputError(f"the demo reloads with plain transformers: the recipe {recipe} gives blocks of other widths")
+    check_output(output, overwrite)
+    reporter.say("reading the texts and loading the model")
+    texts = [read_documents(calibration), read_documents(evaluation)]
+    loaded = load_model(model)
+    tokenizer = need_tokenizer(loaded.tokenizer, model)
+    tokens, held_out = (tokenise(tokenizer, documents) for documents in texts)
+    batches = calibration_batches(tokens, samples, seq_length, seed)
+    measured_on = evaluation_windows(held_out, seq_length, windows)
+
+    before = _measure(loaded.model, measured_on, "evaluating the original", reporter)
+    with reporter.blocks() as on_event:
+        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
+        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
+    after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)
+    reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
+    saved = save_pruned(loaded, output, report, chosen, window=measured_on[0], overwrite=overwrite)
+    again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
+    reloaded = _measure(again, measured_on, "evaluating the reloaded folder", reporter)
+    if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
+        raise OptpruneError(
+            f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "
+            f"{after.perplexity:.4f}: please report this"
+        )
+    result = DemoResult(
+        model=model,
+        recipe=recipe,
+        sparsity_requested=sparsity,
+        sparsity_reached=report.sparsity_reached,
+        before=before,
+        after=after,
+        reloaded=reloaded,
+        logits_difference=saved.logits_difference,
+        pruning_seconds=report.seconds,
+        floor_seconds=report.floor_seconds,
+        seconds=time.perf_counter() - began,
+        output=str(output),
+    )
+    console.print(result.table())
+    for line in (
+        f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
+        f"on {report.tokens} calibration tokens; perplexity on {measured_on.numel()} held-out tokens",
+        f"reload check passed: plain transformers loads {output}, its logits differ by at most "
+        f"{saved.logits_difference:.2g} and its perplexity agrees",
+        f"the whole demo took {duration(result.seconds)}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return result
+
+
+def _measure(model: PreTrainedModel, windows: Tensor, what: str, reporter: Reporter) -> Measured:
+    with reporter.count(what, "window") as update:
+        evaluation = perplexity(model, windows, on_window=update)
+    parameters = list(model.parameters())
+    return Measured(
+        perplexity=evaluation.perplexity,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        linear_weights=Decoder(model).linear_weights(),
+        weights_mib=sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
+        seconds=evaluation.seconds,
+    )

@@ -1,0 +1,223 @@
+"""Inference speed and memory of models that are compared: the same work, in turn, in one run."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from optprune.errors import InputError
+from optprune.measure.clock import clock
+from optprune.measure.memory import memory_increase
+from optprune.models.demo_file import demo_model_file
+from optprune.models.load import DEMO
+
+PEAK_MEMORY = (
+    "the weights, and the most that a prefill with its decoding takes on top, of what torch allocates on CUDA, "
+    "of the process's resident size on a CPU (known under Linux only)"
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every model does in a repeat: read a prompt into the cache, then decode greedily, token by token."""
+
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    batch: int = 1
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise InputError(f"--{name.replace('_', '-')} cannot be {value}: give at least 1")
+
+    def check(self, name: str, config: Any) -> None:
+        """Raise InputError when a model has not the positions for this."""
+        limit = getattr(config, "max_position_embeddings", None)
+        needed = self.prompt_tokens + self.new_tokens
+        if limit is not None and needed > limit:
+            raise InputError(
+                f"a prompt of {self.prompt_tokens} and {self.new_tokens} new tokens need {needed} positions, "
+                f"but {name} has {limit}: lower --prompt-tokens or --new-tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One number for each repeat, in their order."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third."""
+        if len(self.values) == 1:
+            return self.values[0], self.values[0]
+        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
+        return first, third
+
+    def over(self, other: "Measured") -> "Measured":
+        """The ratio in every repeat: what slows the machine down for a while slows both, and cancels."""
+        return Measured(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The median, the quartiles and the values as plain data."""
+        return {"median": self.median, "quartiles": list(self.quartiles), "values": list(self.values)}
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """What was measured of one model."""
+
+    name: str
+    prefill: Measured
+    """prompt tokens a second, of all prompts of a batch together"""
+    decode: Measured
+    """new tokens a second, of all sequences of a batch together"""
+    parameters: int
+    weight_bytes: int
+    """of parameters and buffers in memory"""
+    peak_bytes: int | None
+    """see PEAK_MEMORY; None where the system does not tell"""
+
+    def over(self, other: "ModelSpeed") -> "Ratios":
+        """This model's figures over another's from the same measurement."""
+        return Ratios(
+            prefill=self.prefill.over(other.prefill),
+            decode=self.decode.over(other.decode),
+            peak_memory=None
+            if self.peak_bytes is None or other.peak_bytes is None
+            else self.peak_bytes / other.peak_bytes,
+            weights=self.weight_bytes / other.weight_bytes,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return {**asdict(self), "prefill": self.prefill.to_dict(), "decode": self.decode.to_dict()}
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """One model's figures over another's; above one is faster, and larger."""
+
+    prefill: Measured
+    decode: Measured
+    peak_memory: float | None
+    weights: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return {**asdict(self), "prefill": self.prefill.to_dict(), "decode": self.decode.to_dict()}
+
+
+@torch.inference_mode()
+def measure_speed(
+    models: Mapping[str, PreTrainedModel], work: Work, *, on_run: Callable[[int, int], None] | None = None
+) -> list[ModelSpeed]:
+    """The speed and the memory of models by name, all on one device and in one dtype, as they take turns.
+
+    Every model runs twice before it is timed: once to warm up, once for its memory. Prompts are random tokens. Prefill
+    computes the logits of the last position only, as generation does; decoding is greedy and does not stop at an
+    end token. `on_run(done, n)` is called after each run.
+    """
+    _check_alike(models)
+    for name, model in models.items():
+        work.check(name, model.config)
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    ids = torch.randint(vocabulary, (work.batch, work.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    total, done = len(models) * (2 + work.repeats), 0
+
+    def after_run() -> None:
+        nonlocal done
+        done += 1
+        if on_run is not None:
+            on_run(done, total)
+
+    training = {name: model.training for name, model in models.items()}
+    try:
+        for model in models.values():
+            model.eval()
+            _run(model, ids, work.new_tokens)
+            after_run()
+        increase = {}
+        for name, model in models.items():
+            increase[name] = memory_increase(model.device, lambda model=model: _run(model, ids, work.new_tokens))
+            after_run()
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+        for _ in range(work.repeats):
+            for name, model in models.items():
+                seconds[name].append(_run(model, ids, work.new_tokens))
+                after_run()
+    finally:
+        for name, model in models.items():
+            model.train(training[name])
+    return [
+        ModelSpeed(
+            name=name,
+            prefill=Measured(tuple(ids.numel() / prefill for prefill, _ in seconds[name])),
+            decode=Measured(tuple(work.batch * work.new_tokens / decode for _, decode in seconds[name])),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            weight_bytes=weight_bytes(model),
+            peak_bytes=None if increase[name] is None else weight_bytes(model) + increase[name],
+        )
+        for name, model in models.items()
+    ]
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """The memory of a model's parameters and buffers; those that are tied count once."""
+    return sum(part.numel() * part.element_size() for part in (*model.parameters(), *model.buffers()))
+
+
+def file_bytes(source: str) -> int:
+    """The size of the weight files of a model source (folder, .gguf file, hub name or "demo")."""
+    path = Path(demo_model_file() if source == DEMO else source)
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
+        # A hub name: its files are in the cache once the model was loaded.
+        path = Path(str(cached_file(source, "config.json", local_files_only=True))).parent
+    files = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words, with the threads where they matter."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' * (threads > 1)})"
+
+
+def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
+    """Raise InputError when a difference of dtype or device would be taken for one of speed."""
+    for what, found in (
+        ("dtypes", {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()}),
+        ("devices", {name: str(model.device) for name, model in models.items()}),
+    ):
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{value} of {name}" for name, value in found.items())
+            raise InputError(f"the models have different {what} ({told}), so speeds do not compare: choose one")
+
+
+def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """The seconds of reading the prompts and of decoding."""
+    ids = ids.to(model.device)
+    began = clock(model.device)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
+    read = clock(model.device)
+    for _ in range(new_tokens):
+        output = model(input_ids=token, cache=output.cache, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    return read - began, clock(model.device) - read

@@ -1,0 +1,73 @@
+"""The skeleton of a model: everything but its decoder blocks, which have shapes only."""
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from optprune.errors import InputError
+from optprune.models.checkpoint import Checkpoint
+
+OLD_BUFFER = r"rotary_emb\.inv_freq"
+"""what older checkpoints hold in every block, and transformers passes over"""
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a config whose weights have shapes only; its buffers are those of every model of this config."""
+    cls: Any = AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        return cls.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: torch.device) -> Checkpoint:
+    """Read the weights of a skeleton outside its `blocks`, and tie those that are tied; the rest is only checked.
+
+    Returns the checkpoint with the names that the model has for its tensors. InputError where it is not one of it.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    # A folder of the model without its head names everything from there on.
+    prefix = f"{model.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        named = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
+        checkpoint = replace(checkpoint, tensors={name: t for name, t in named.items() if name in weights} or named)
+    there = checkpoint.tensors
+    passed_over = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    unknown = [name for name in there if name not in weights and not passed_over.search(name)]
+    absent = weights.keys() - there.keys()
+    misshapen = [
+        f"{name} ({list(there[name].shape)}, not {list(weight.shape)})"
+        for name, weight in weights.items()
+        if name in there and there[name].shape != weight.shape
+    ]
+    check_whole(checkpoint.source, model.config.model_type, misshapen, unknown)
+    for name, weight in weights.items():
+        if name in there and not name.startswith(f"{blocks}."):
+            parent, _, own = name.rpartition(".")
+            value = checkpoint.read(parent, [own], weight.dtype)[own].to(device)
+            model.get_submodule(parent)._parameters[own] = nn.Parameter(value)
+    # As from_pretrained does: with whichever of the two is there, and not at all where both are and differ.
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    check_whole(checkpoint.source, model.config.model_type, sorted(absent), ())
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return checkpoint
+
+
+def check_whole(source: str, model_type: str, absent: Collection[str], unknown: Collection[str]) -> None:
+    """Raise InputError where tensors of a checkpoint are missing or misshapen, or have no place in the model."""
+    if unknown:
+        raise InputError(
+            f"the weights of {source} hold {len(unknown)} tensors that a {model_type} model has no place for, "
+            f"the first is {min(unknown)}; merge adapters into the weights before pruning"
+        )
+    if absent:
+        raise InputError(
+            f"the weights of {source} are incomplete: {len(absent)} tensors are missing or misshapen, "
+            f"the first is {next(iter(absent))}; copy the folder again"
+        )

@@ -1,0 +1,149 @@
+"""The store of a model's blocks: read from a checkpoint one at a time, and put aside once they are pruned.
+
+A skeleton is a model whose decoder blocks are on the meta device, where a tensor has a shape and no memory; all that
+every pass needs (embeddings, norms, head, buffers) is there.
+"""
+
+import os
+import tempfile
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from optprune.errors import InputError, no_room
+from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
+
+
+class BlockSink(ABC):
+    """Where pruned blocks go, and come from when they are needed again."""
+
+    @abstractmethod
+    def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
+        """Take a block, called as in the checkpoint ("model.layers.3"), with its tensors by their names within it."""
+
+    @abstractmethod
+    def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
+        """These tensors of a block as it was written last; None where it was not."""
+
+
+class ShardSink(BlockSink):
+    """One safetensors file for each block, in a folder: whole or not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def file(self, block: str) -> Path:
+        """Where a block is, or will be."""
+        return self.folder / f"{block}.safetensors"
+
+    def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
+        write_whole(self.file(block), {f"{block}.{name}": tensor for name, tensor in tensors.items()})
+
+    def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
+        file = self.file(block)
+        if not file.exists():
+            return None
+        return Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(block, names)
+
+
+class BlockStore:
+    """The blocks of a skeleton: from a checkpoint, or once pruned from a sink. Only those in use take memory."""
+
+    def __init__(
+        self,
+        blocks: Mapping[str, nn.Module],
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        sink: BlockSink | None = None,
+    ) -> None:
+        """`blocks` by their names in the checkpoint. Without a `sink` there is a temporary folder for this store."""
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self._names = {block: name for name, block in blocks.items()}
+        self._sink = sink
+        self._scratch: Path | None = None
+        self._in_use: set[nn.Module] = set()
+
+    @contextmanager
+    def resident(self, block: nn.Module, keep: bool) -> Iterator[None]:
+        """A block in memory for as long as the context lasts; within another such context of it nothing happens.
+
+        What became of its weights is forgotten then; with `keep` it goes into the sink, unless an error ended it.
+        """
+        if block in self._in_use:
+            yield
+            return
+        self._in_use.add(block)
+        try:
+            self._load(block)
+            yield
+            if keep:
+                self.sink.write(self._names[block], {name: part.detach() for name, part in block.named_parameters()})
+        finally:
+            for module, name, weight in _weights(block):
+                _set(module, name, weight, torch.empty_like(weight, device="meta"))
+            self._in_use.discard(block)
+
+    def _load(self, block: nn.Module) -> None:
+        prefix = self._names[block]
+        # A part that is removed meanwhile is not read.
+        names = [name for name, _ in block.named_parameters()]
+        found = self._sink and self._sink.read(prefix, names)
+        if found is None:
+            found = self.checkpoint.read(prefix, names, self.dtype)
+        for name in names:
+            parent, _, own = name.rpartition(".")
+            module = block.get_submodule(parent)
+            _set(module, own, module._parameters[own], found[name].to(self.device))
+
+    @property
+    def sink(self) -> BlockSink:
+        """Where pruned blocks go."""
+        if self._sink is None:
+            self._sink = ShardSink(self.scratch("pruned"))
+        return self._sink
+
+    def scratch(self, name: str) -> Path:
+        """A folder for what does not stay, which is deleted with the store at the latest."""
+        if self._scratch is None:
+            holder = tempfile.TemporaryDirectory(prefix="optprune-", ignore_cleanup_errors=True)
+            weakref.finalize(self, holder.cleanup)
+            self._scratch = Path(holder.name)
+        folder = self._scratch / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
+
+def write_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that is there whole or not at all; InputError where there is no room for it."""
+    draft = file.with_name(f".{file.name}.part")
+    try:
+        with draft.open("wb") as stream:
+            write_tensors(stream, tensors)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        full = no_room(error)
+        if full is None:
+            raise
+        raise InputError(f"{full}, so {file} was not written: make room and run again") from error
+
+
+def _weights(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    return [
+        (module, name, weight)
+        for module in block.modules()
+        for name, weight in module._parameters.items()
+        if weight is not None
+    ]
+
+
+def _set(module: nn.Module, name: str, before: Tensor | None, value: Tensor) -> None:
+    module._parameters[name] = nn.Parameter(value, requires_grad=before is None or before.requires_grad)

@@ -1,0 +1,1 @@
+"""Numerics that every floor above takes for granted: precision, definiteness, content hashes."""

@@ -1,0 +1,157 @@
+"""One block's work as a value: a `BlockTask` goes in, a `BlockResult` comes out, wherever it is run."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optprune.calibration import Path
+from optprune.calibration.calls import Calls
+from optprune.calibration.moments_pass import Collected
+from optprune.metric import OutputMetric
+from optprune.models import BlockAllocation, BlockShape, Decoder, Target
+from optprune.pruning.layer import LayerTask, prune_layer
+from optprune.pruning.recovery import recover
+from optprune.pruning.targets import by_stage, parts_removed, targets_of
+from optprune.recipe import Recipe
+from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTask:
+    """What pruning one block takes beside the block itself: nothing else decides what becomes of it."""
+
+    index: int
+    recipe: Recipe
+    wanted: BlockAllocation
+    """what the block is to keep"""
+    path: Path
+    """what enters the block; it is used up, and moved on to the next block"""
+    metrics: Mapping[str, OutputMetric]
+    """by the full name of the block's layers; none where outputs count alike"""
+    held_out: int = 0
+    """how many batches, the last ones, are kept apart"""
+    onwards: bool = True
+    """whether a later block needs what leaves this one"""
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What there is to say of a block that is done, as plain data."""
+
+    index: int
+    shape: BlockShape
+    layers: tuple[LayerReport, ...]
+    recovered: tuple[RecoveredPart, ...]
+    zeros: int
+    """weights of the solved layers that are zero"""
+    due: int
+    """weights of the solved layers that the budget makes zero, but for rounding"""
+    floor_seconds: float
+    """of what no run of such a policy can spare: two passes of the block, and the Gram products of its inputs"""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockResult:
+    """What became of a block."""
+
+    record: BlockRecord
+    weights: dict[str, Tensor]
+    """the block's parameters by their names inside it, as they are in the model: no copies"""
+    path: Path
+    """what enters the next block; what entered this one where nothing needs it"""
+
+
+def prune_block(decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None]) -> BlockResult:
+    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
+    began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
+    on_event(BlockStarted(index, blocks))
+    with decoder.resident(index, keep=True):
+        work = _Work(decoder, task, on_event)
+        removed = parts_removed(decoder.shape(index), task.wanted.shape)
+        if task.onwards or work.targets:
+            work.visit(removed)
+        else:
+            work.remove(removed)
+        result = work.result()
+    on_event(BlockFinished(index, blocks, time.perf_counter() - began))
+    return result
+
+
+class _Work:
+    """What was done so far inside a block."""
+
+    def __init__(self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None]) -> None:
+        self.decoder, self.task, self.on_event = decoder, task, on_event
+        self.targets = targets_of(decoder, task.recipe, task.wanted, task.index)
+        self.layers: list[LayerReport] = []
+        self.recovered: list[RecoveredPart] = []
+        self.zeros = self.due = 0
+        self.floor_seconds = 0.0
+
+    def result(self) -> BlockResult:
+        """What became of the block."""
+        index, decoder = self.task.index, self.decoder
+        done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.floor_seconds
+        weights = {name: weight.detach() for name, weight in decoder.blocks[index].named_parameters()}
+        return BlockResult(BlockRecord(index, decoder.shape(index), *done), weights, self.task.path)
+
+    def visit(self, removed: Sequence[str]) -> None:
+        """Go through the block stage by stage, and on to the next one."""
+        block, held_out = self.decoder.blocks[self.task.index], self.task.held_out
+        with self.task.path.visit(block, held_out=held_out, cut=bool(removed)) as visit:
+            self.remove(removed)
+            stages = visit.stages(by_stage(self.decoder, self.targets))
+            for position, stage in enumerate(stages):
+                places = self.recovered_by(stage)
+                collected = visit.collect(self.taps(stage), places)
+                for target in stage:
+                    self.solve(target, collected)
+                later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
+                for place in places:
+                    if place not in later:
+                        self.recover(place, visit.calls(place))
+        self.floor_seconds += visit.floor_seconds
+
+    def remove(self, parts: Sequence[str]) -> None:
+        """Remove sub-blocks whole."""
+        for part in parts:
+            self.decoder.remove(self.task.index, part)
+
+    def taps(self, targets: Sequence[Target]) -> list[str]:
+        """Where the inputs of layers are seen, in the order of the forward pass."""
+        return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
+
+    def solve(self, target: Target, collected: Collected) -> None:
+        """Prune one layer."""
+        task, metric = self.task, self.task.metrics.get(self.decoder.name(self.task.index, target.path))
+        layer = LayerTask(self.decoder, task.index, target, task.wanted, task.recipe, metric)
+        pruned = prune_layer(layer, collected)
+        self.layers.append(pruned.report)
+        self.zeros += pruned.zeros
+        self.due += pruned.due
+        self.on_event(LayerSolved(pruned.report))
+
+    def recovered_by(self, targets: Sequence[Target]) -> list[str]:
+        """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
+        places = [path for path, _ in self.decoder.architecture.recoverable if self.task.recipe.recovery]
+        return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
+
+    def recover(self, path: str, calls: Calls) -> None:
+        """Refit a sub-module whose layers are pruned."""
+        decoder, task, recipe = self.decoder, self.task, self.task.recipe
+        layers = dict(decoder.architecture.recoverable)[path]
+        fit, apart = calls.split(task.held_out)
+        part = recover(
+            decoder.blocks[task.index].get_submodule(path),
+            [name.removeprefix(f"{path}.") for name in layers],
+            fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
+            apart,
+            rounds=recipe.recovery,
+            steps=recipe.recovery_steps,
+            damping=recipe.recovery_damping,
+            metric=task.metrics.get(decoder.name(task.index, layers[-1])),
+            name=decoder.name(task.index, path),
+        )
+        self.recovered.append(part)

@@ -1,0 +1,134 @@
+"""What needs no weights and no pass over the text, so that it is refused before either: shapes are enough."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from optprune.allocation import Allocation
+from optprune.errors import InputError, StrictError
+from optprune.metric import OutputMetric
+from optprune.models import Decoder
+from optprune.moments import InputMoments
+from optprune.objectives import OBJECTIVES, LayerContext
+from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
+from optprune.pruning.targets import targets_of
+from optprune.recipe import Recipe
+from optprune.recipe.allocator import allocator_of
+from optprune.solvers.run import check_accepted
+
+
+def check_run(
+    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None
+) -> tuple[str, ...]:
+    """Raise InputError when a model of these shapes cannot be pruned so; it may be on the meta device.
+
+    Returns notes on what of the recipe will do nothing there, which in strict mode is an error too.
+
+    NoSolver when the recipe's solver does not solve what the recipe states. `dtype` is what the run computes in, or
+    None where that is not known yet.
+    """
+    allocator = allocator_of(recipe, allocation)
+    if dtype not in (None, torch.float32, torch.float64):
+        digits = {
+            "an output metric": recipe.output_metric != "none",
+            "a probe": allocator.probes,
+            "recovery": recipe.recovery > 0,
+        }
+        for what, asked in digits.items():
+            if asked:
+                raise InputError(
+                    f"{what} in {str(dtype).removeprefix('torch.')} loses too many digits: load the model with "
+                    f"--dtype float32 (--save-dtype writes the folder in another)"
+                )
+    allocator.check(decoder)
+    pruned = _pruned(decoder, recipe, allocation)
+    for index, path in pruned:
+        inputs, multiple = decoder.layer(index, path).in_features, recipe.pattern.multiple
+        if inputs % multiple:
+            raise InputError(
+                f"a {recipe.pattern.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
+                f"{decoder.name(index, path)}: choose another pattern"
+            )
+    idle = _idle_recovery(decoder, recipe, pruned)
+    if idle and recipe.strict:
+        raise StrictError(f"{idle[0]} (strict mode makes this an error)")
+    if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
+        widest = math.inf if recipe.metric_width is None else recipe.metric_width
+        whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
+        small = _small_problem(recipe, full=recipe.output_metric == "full" and whole)
+        check_accepted(small.even()[0], recipe.solver)
+    return idle
+
+
+def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
+    """A note where recovery finds no sub-module whose output is affine in its layers one at a time."""
+    parts = [part for part, _ in decoder.architecture.recoverable]
+    if not recipe.recovery or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+        return ()
+    return (
+        f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
+        f"layer is pruned, and units {recipe.units.name} prune none there",
+    )
+
+
+def _small_problem(recipe: Recipe, full: bool) -> Problem:
+    """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
+    inputs = 2 * math.lcm(4, recipe.pattern.multiple)
+    weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
+    metric = None if recipe.output_metric == "none" else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
+    loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
+    if recipe.units.family is None:
+        groups = ChannelGroups.of(inputs)
+        return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
+    pattern = recipe.units.family.of(4, inputs, 0.5)
+    return recipe.state(LayerContext("", 0, loss, weight.numel() // 2, None, pattern))
+
+
+def _pruned(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> list[tuple[int, str]]:
+    """The layers that will be pruned, or may be where the allocation is not known yet, as (block, path)."""
+    units = recipe.units
+    named = (
+        units.candidates(decoder, index)
+        if allocation is None
+        else targets_of(decoder, recipe, allocation.blocks[index], index)
+        for index in range(len(decoder.blocks))
+    )
+    return [(index, target.path) for index, targets in enumerate(named) for target in targets]
+
+
+def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:
+    """The batches as a list of token ids [batch, length]; InputError when the model cannot read one of them.
+
+    One tensor [batch, length] is one batch.
+    """
+    checked: list[Tensor] = []
+    alone = isinstance(batches, Tensor) and batches.ndim == 2
+    for number, batch in enumerate([batches] if alone else batches):
+        what = f"a {batch.dtype} of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
+            hint = ", here batch['input_ids']" if isinstance(batch, Mapping) and "input_ids" in batch else ""
+            raise InputError(
+                f"batch {number} is {what}: give tensors of token ids [batch, length], of whole numbers{hint}"
+            )
+        if not batch.numel():
+            raise InputError(f"batch {number} is {what}, which holds no token: leave it out")
+        least, most = int(batch.min()), int(batch.max())
+        if least < 0 or most >= config.vocab_size:
+            raise InputError(
+                f"batch {number} holds the token {least if least < 0 else most}, but the model has embeddings for 0 to "
+                f"{config.vocab_size - 1} only: use the model's own tokenizer"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and batch.shape[1] > positions:
+            raise InputError(
+                f"batch {number} has sequences of {batch.shape[1]} tokens, longer than the {positions} positions of "
+                "the model: cut them"
+            )
+        checked.append(batch)
+    if not checked:
+        raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
+    return checked

@@ -1,0 +1,110 @@
+"""What a run reports: one record a layer, the totals, and the events on the way."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from optprune.models import BlockShape
+from optprune.system.files import json_text
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What was solved at one layer, and how well."""
+
+    name: str
+    kind: str
+    """of problem"""
+    solver: str
+    """the chain of solvers"""
+    relative_error: float
+    """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, of the weights as they were written when
+    the layer was solved: what recovery makes of them later is in `Report.recovered`"""
+    held_out_error: float | None
+    """the same on held-out tokens, where the recipe holds some out"""
+    status: str
+    objective: float
+    lower_bound: float | None
+    gap: float | None
+    damping: float
+    """the ridge that was added to the diagonal of the Gram matrix, in (input activation)^2"""
+    tokens: int
+    seconds: float
+    kept: int
+    units: int
+    """how many there were to choose from"""
+    dead_inputs: int
+    notes: tuple[str, ...] = ()
+    stages: tuple[dict[str, Any], ...] = ()
+    """of a chain, those before the last: label, steps, seconds, and the objective after it"""
+
+
+@dataclass(frozen=True)
+class BlockChange:
+    """What a block held before the run and after; one that holds nothing any more is dropped from the model."""
+
+    before: BlockShape
+    after: BlockShape
+
+
+@dataclass(frozen=True)
+class RemovedPart:
+    """A sub-block that was removed whole, and the score that chose it."""
+
+    block: int
+    """as numbered in the model before"""
+    part: str
+    """attention or mlp"""
+    weights: int
+    score: float
+    """what the recipe scores by, at the moment of removal; the lowest goes first"""
+
+
+@dataclass(frozen=True)
+class RecoveredPart:
+    """What the recovery of a sub-module did; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric."""
+
+    name: str
+    layers: tuple[str, ...]
+    """that were refitted, in turn"""
+    error_before: float
+    """on the batches that were fitted"""
+    error_after: float
+    held_out_before: float
+    """on the batches that decided where to stop"""
+    held_out_after: float
+    steps: int
+    """of conjugate gradients that were kept, over all layers and rounds"""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pruning run did; written as report.json beside the weights."""
+
+    model: str
+    recipe: dict[str, Any]
+    sparsity_requested: float
+    sparsity_reached: float
+    """over the decoder blocks' linear weights"""
+    seconds: float
+    floor_seconds: float
+    """the two calibration passes with their Gram products, without which no run can do"""
+    tokens: int
+    seed: int
+    versions: dict[str, str]
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...] = field(default=())
+    calibration: str = ""
+    """where the calibration tokens came from, as far as the caller said"""
+    allocation: dict[str, Any] = field(default_factory=dict)
+    """what every block kept, as `Allocation.from_json` reads it"""
+    removed: tuple[RemovedPart, ...] = ()
+    """the sub-blocks that the recipe chose to remove whole, in that order"""
+    recovered: tuple[RecoveredPart, ...] = ()
+    """the sub-modules that were refitted against their dense output"""
+    blocks: tuple[BlockChange, ...] = ()
+    """of the model that was pruned, all of them"""
+
+    def to_json(self) -> str:
+        """The whole report as indented JSON."""
+        return json_text(asdict(self))

@@ -1,0 +1,138 @@
+"""Files from outside: YAML as people write it, JSON, and the names of outputs."""
+
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optprune.errors import InputError
+from optprune.system.wording import one_line, shown
+
+LONGEST_NAME = 240
+"""bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
+DEEPEST = 20
+"""levels of lists and mappings in YAML: a recipe needs five"""
+MOST_VALUES = 10_000
+"""values that a YAML text stands for: a recipe has a few dozen"""
+
+
+def real_path(path: Path) -> Path:
+    """Where an output will be when links are followed; InputError when it, or a draft beside it, cannot be there."""
+    place = Path(os.path.realpath(path))
+    try:
+        str(place).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name {shown(str(path))} is not UTF-8: choose another") from None
+    if len(os.fsencode(place.name)) > LONGEST_NAME:
+        raise InputError(f"the name {place.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
+    if any(path.is_symlink() for path in (place, *place.parents)):  # all that lead somewhere were followed
+        raise InputError(f"{path} is a link that leads back to itself: name another")
+    return place
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data, in which 2:4 is text (YAML 1.1 reads it in base 60) and 1e-3 a number (it reads that as text).
+
+    What no file that people write needs is an error: a key twice, deep nesting, aliases that stand for a lot.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+        self.extents: dict[yaml.Node, tuple[int, int]] = {}
+        """how deep a node is and how many values it stands for, aliases followed"""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        self.depth += 1
+        self.check(self.depth <= DEEPEST, f"it is more than {DEEPEST} deep", mark)
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias:
+            self.check(node in self.extents, "it holds itself", mark)
+            return node
+        inner = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = [key for key, times in Counter(keys).items() if times > 1]
+            self.check(not twice, f"the key {shown(twice[0][1]) if twice else ''} is given twice", mark)
+        extents = [self.extents[part] for part in inner]
+        deep, many = 1 + max((extent[0] for extent in extents), default=0), 1 + sum(extent[1] for extent in extents)
+        self.check(deep <= DEEPEST, f"it is more than {DEEPEST} deep", mark)
+        self.check(many <= MOST_VALUES, f"it stands for more than {MOST_VALUES} values", mark)
+        self.extents[node] = deep, many
+        return node
+
+    def check(self, fine: bool, problem: str, mark: Any) -> None:
+        if not fine:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": (r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)", "-+0123456789"),
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, (_pattern, _first) in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """The plain data in a YAML text; InputError, in one sentence that says where it is, when it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where} is not valid YAML: {_of_numbers(error)}") from error
+
+
+def read_json(text: str, where: str) -> Any:
+    """The plain data in a JSON text; InputError, in one sentence that says where it is, when it is not JSON."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise InputError(f"{where} is nested too deeply to be read: write it flatter") from error
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON: {_of_numbers(error)}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    known = dict(pairs)
+    if len(known) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise InputError(f"the key {shown(twice)} is given twice")
+    return known
+
+
+def _of_numbers(error: Exception) -> str:
+    """What an error says, without Python's advice about long numbers."""
+    limit = sys.get_int_max_str_digits()
+    return f"it holds a number of over {limit} digits" if "integer string conversion" in str(error) else one_line(error)
+
+
+def json_text(value: Any) -> str:
+    """Plain data as indented JSON; NaN and infinity, which JSON does not know, are null."""
+    return json.dumps(_known_to_json(value), indent=2, allow_nan=False) + "\n"
+
+
+def _known_to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _known_to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known_to_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,31 @@
+"""Wording: how a value or another library's error is shown in a sentence."""
+
+import reprlib
+
+
+class _Short(reprlib.Repr):
+    """`repr` of a line at most, made without making all of it first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = 6
+        self.maxstring = self.maxother = 100
+        self.maxlong = 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)  # type: ignore[misc]  # typeshed leaves it out
+        except ValueError:  # Python turns so many digits into text only when asked to
+            return f"a whole number of {x.bit_length()} bits"
+
+
+def shown(value: object, longest: int = 200) -> str:
+    """A value as a sentence names it: its `repr`, cut to a line."""
+    return one_line(_Short().repr(value), longest)
+
+
+def one_line(text: object, longest: int = 300) -> str:
+    """What an error or a value says, as one line of bounded length that every terminal can be sent."""
+    line = " ".join(str(text)[: 2 * longest].split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."

@@ -1,0 +1,16 @@
+"""Texts: documents from files, data sets or the demo, tokenised once and cut into windows."""
+
+from optprune.texts.demo import demo_articles
+from optprune.texts.documents import FORMS, read_documents
+from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
+
+__all__ = [
+    "FORMS",
+    "calibration_batches",
+    "check_seq_length",
+    "check_vocabulary",
+    "demo_articles",
+    "evaluation_windows",
+    "read_documents",
+    "tokenise",
+]

@@ -1,0 +1,88 @@
+"""Windows: a text tokenised once, and cut into windows for calibration or evaluation."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from optprune.errors import InputError
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import
+    from torch import LongTensor, Tensor
+    from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def tokenise(tokenizer: "Tokenizer", documents: Iterable[str]) -> "LongTensor":
+    """The token ids [tokens] of the documents joined by blank lines and tokenised once, as the papers do."""
+    import torch
+
+    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)  # type: ignore[return-value]  # LongTensor is only a name
+
+
+def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = None) -> "LongTensor":
+    """The first `windows` (None: all) consecutive windows [n, seq_length]; what is left at the end is dropped.
+
+    InputError when fewer fit than were asked for, or none.
+    """
+    _at_least("--seq-length", seq_length, 2)
+    if windows is not None:
+        _at_least("--windows", windows, 1)
+    fitting = len(tokens) // seq_length
+    wanted = fitting if windows is None else windows
+    if fitting < max(wanted, 1):
+        raise InputError(_too_short("evaluation", len(tokens), fitting, max(wanted, 1), seq_length, "--windows"))
+    return tokens[: wanted * seq_length].view(wanted, seq_length)  # type: ignore[return-value]
+
+
+def calibration_batches(
+    tokens: "Tensor", samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048
+) -> "list[LongTensor]":
+    """`samples` distinct windows that do not overlap, drawn by the seed, in batches of about `tokens_per_batch`.
+
+    InputError when the tokens are too few for so many windows.
+    """
+    import torch
+
+    _at_least("--samples", samples, 1)
+    _at_least("--seq-length", seq_length, 2)
+    fitting = len(tokens) // seq_length
+    if fitting < samples:
+        raise InputError(_too_short("calibration", len(tokens), fitting, samples, seq_length, "--samples"))
+    generator = torch.Generator().manual_seed(seed)
+    # Where the first window begins is drawn too, so that the tokens beyond the last whole window have their chance.
+    start = int(torch.randint(len(tokens) - fitting * seq_length + 1, (), generator=generator))
+    windows = tokens[start : start + fitting * seq_length].view(fitting, seq_length)
+    drawn = windows[torch.randperm(fitting, generator=generator)[:samples]]
+    return list(drawn.split(max(1, tokens_per_batch // seq_length)))  # type: ignore[arg-type]
+
+
+def check_seq_length(config: "PretrainedConfig", seq_length: int) -> None:
+    """Raise InputError when windows are longer than the positions a model knows."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and seq_length > limit:
+        raise InputError(
+            f"windows of {seq_length} tokens are longer than the {limit} positions of the model: "
+            f"pass --seq-length {limit} or less"
+        )
+
+
+def check_vocabulary(config: "PretrainedConfig", tokens: "Tensor") -> None:
+    """Raise InputError when the tokenizer gave ids for which the model has no embedding."""
+    largest = int(tokens.max()) if len(tokens) else 0
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {largest}, but the model has only {config.vocab_size} embeddings: "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _too_short(use: str, tokens: int, fitting: int, wanted: int, seq_length: int, option: str) -> str:
+    return (
+        f"the {use} text has {tokens} tokens, in which {fitting} windows of {seq_length} fit, but {wanted} are needed: "
+        f"lower {option if fitting else '--seq-length'}, or give a longer text"
+    )
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{option} cannot be {value}: it is at least {least}")

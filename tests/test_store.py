@@ -1,0 +1,234 @@
+"""Models read block by block: the same weights, shapes, logits and errors as a model in memory."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from optprune.errors import InputError
+from optprune.models import Decoder, LoadedModel, load_model, open_model
+from optprune.models.store import BlockStore, ShardSink
+from optprune.report import model_patterns
+from tests.test_shapes import mixed
+from tests.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_sliding
+
+MAKERS = {
+    **TINY_MODELS,
+    "sliding": tiny_sliding,
+    "tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "bfloat16": lambda: tiny_llama().to(torch.bfloat16),
+    "mixed llama": lambda: mixed(tiny_llama(num_hidden_layers=4)),
+    "mixed opt": lambda: mixed(tiny_opt(num_hidden_layers=4)),
+}
+IDS = torch.arange(24).reshape(2, 12)
+FIRST = "model.layers.0.mlp.down_proj.weight"
+
+
+def store_of(loaded: LoadedModel) -> BlockStore:
+    assert loaded.store is not None
+    return loaded.store
+
+
+def weights_of(decoder: Decoder) -> dict[str, Tensor]:
+    """All of them, copied while they are in memory."""
+    found = {name: value.clone() for name, value in decoder.model.state_dict().items() if not value.is_meta}
+    for index in range(len(decoder.blocks)):
+        with decoder.resident(index) as block:
+            found |= {decoder.name(index, name): value.clone() for name, value in block.state_dict().items()}
+    return found
+
+
+def logits(loaded: LoadedModel) -> Tensor:
+    with torch.no_grad(), loaded.decoder().running():
+        return loaded.model(IDS).logits
+
+
+def in_memory(model: nn.Module) -> int:
+    return sum(not weight.is_meta for weight in model.parameters())
+
+
+@pytest.mark.parametrize("shard", ["200KB", "5GB"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_is_the_model_that_is_loaded_whole(name: str, shard: str, tmp_path: Path) -> None:
+    MAKERS[name]().save_pretrained(tmp_path, max_shard_size=shard)
+    whole, opened = both = load_model(tmp_path), open_model(tmp_path)
+    assert torch.equal(logits(opened), logits(whole))
+    assert type(opened.model) is type(whole.model)
+    assert opened.model.config.to_dict() == whole.model.config.to_dict()
+    assert not opened.model.training
+    tied = [each.model.get_output_embeddings().weight is each.model.get_input_embeddings().weight for each in both]
+    assert tied[0] == tied[1]
+    decoder = opened.decoder()
+    assert all(weight.is_meta for weight in decoder.blocks.parameters())
+    assert decoder.shapes() == whole.decoder().shapes()
+    assert model_patterns(decoder) == model_patterns(whole.decoder())
+    expected, found = weights_of(whole.decoder()), weights_of(decoder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) and value.dtype == expected[key].dtype for key, value in found.items())
+    assert all(torch.equal(a, b) for a, b in zip(opened.model.buffers(), whole.model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_in_another_dtype(dtype: str, tmp_path: Path) -> None:
+    tiny_opt().save_pretrained(tmp_path)
+    assert torch.equal(logits(open_model(tmp_path, dtype=dtype)), logits(load_model(tmp_path, dtype=dtype)))
+
+
+def test_a_folder_of_the_model_without_its_head(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    named = {name.removeprefix("model."): value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    named["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)  # of an older transformers
+    save_file(named, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(open_model(tmp_path)), logits(load_model(tmp_path)))
+
+
+def test_what_a_context_did_is_forgotten_or_kept(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path / "model")
+    opened = open_model(tmp_path / "model", sink=ShardSink(tmp_path))
+    decoder, source = opened.decoder(), tmp_path / "model" / "model.safetensors"
+    before = {name: value.clone() for name, value in load_file(source).items()}
+    for keep in (False, True):
+        with decoder.resident(0, keep=keep) as block, decoder.resident(0):
+            assert in_memory(block) == len(list(block.parameters()))
+            assert in_memory(decoder.blocks[1]) == 0
+            decoder.layer(0, "mlp.down_proj").weight.data.zero_()
+        assert in_memory(block) == 0
+        found = weights_of(decoder)[FIRST]
+        assert torch.equal(found, torch.zeros_like(found) if keep else before[FIRST])
+    with pytest.raises(ValueError, match="halfway"), decoder.resident(1, keep=True) as block:
+        decoder.layer(1, "mlp.down_proj").weight.data.zero_()
+        raise ValueError("halfway")
+    assert in_memory(block) == 0
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.layers.0.safetensors"]
+    assert load_file(tmp_path / "model.layers.0.safetensors").keys() == {n for n in before if n.startswith(FIRST[:15])}
+    assert all(torch.equal(value, before[name]) for name, value in load_file(source).items())
+
+
+def test_a_block_with_less_in_it_comes_back_so(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    decoder = open_model(tmp_path).decoder()
+    with decoder.without([(0, "mlp")]), decoder.resident(0):
+        assert decoder.shape(0).mlp_width == 0
+    assert decoder.shape(0).mlp_width
+    with decoder.resident(0, keep=True):
+        decoder.remove(0, "attention")
+    with decoder.resident(0) as block:
+        assert decoder.shape(0).kv_heads == 0
+        assert in_memory(block) == 4
+
+
+def test_the_folder_of_pruned_blocks_goes_with_the_store(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    opened = open_model(tmp_path)
+    with opened.decoder().resident(0, keep=True):
+        pass
+    folder = store_of(opened).scratch("pruned")
+    assert len(list(folder.iterdir())) == 1
+    del opened
+    assert not folder.exists()
+
+
+# -- what is refused
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    save_tiny(tiny_llama(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    return tmp_path / "model"
+
+
+def renamed(folder: Path, name: str) -> None:
+    """The index with another name for its first shard, and that shard there."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    first = min(index["weight_map"].values())
+    (folder / first).rename(folder / name)
+    index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../model-1.safetensors", "model.bin", "model.json"])
+def test_an_index_that_leads_elsewhere(sharded: Path, name: str) -> None:
+    renamed(sharded, name)
+    with pytest.raises(InputError, match="for weights, which is not a name such as"):
+        open_model(sharded)
+
+
+def test_a_shard_that_is_missing(sharded: Path) -> None:
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(InputError, match=r"incomplete: there is no model-00002-of-00003.safetensors; copy"):
+        open_model(sharded)
+
+
+def test_no_weights_at_all(sharded: Path) -> None:
+    for file in sharded.glob("model*"):
+        file.unlink()
+    with pytest.raises(InputError, match=r"incomplete: there is no model.safetensors; copy"):
+        open_model(sharded)
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = (sharded / f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
+    save_file({**load_file(second), **load_file(first)}, second)
+    with pytest.raises(InputError, match=r"is in two files, model-00001-of-00003.safetensors and model-00002"):
+        open_model(sharded)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda data: data[:-1], "model.safetensors of .* is cut short, .* is not whole in it"),
+        (lambda data: data[:5], "is no whole safetensors file"),
+        (lambda data: b"\xff" * 8 + data[8:], "is no whole safetensors file"),
+        (lambda data: data[:9] + b"}" + data[10:], "the header of model.safetensors of .* is damaged"),
+        (lambda data: data.replace(b'"F32"', b'"F64"'), "the header of model.safetensors of .* is damaged"),
+        (lambda data: data.replace(b'"F32"', b'"I32"'), "holds tensors of I32, and pruning needs plain weights"),
+        (lambda data: data.replace(b"[512,64]", b"[64,512]"), r"misshapen, the first is .* \(\[64, 512\], not \[512"),
+        (lambda data: data.replace(b"mlp.down_proj", b"mlp.dawn_proj"), "has no place for, the first is .*dawn_proj"),
+    ],
+    ids=range(8),
+)
+def test_a_damaged_file(damage, sentence: str, tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=sentence):
+        open_model(tmp_path)
+
+
+def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights[FIRST]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"incomplete: 1 tensors are missing or misshapen, the first is {FIRST}; copy"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [FIRST, "model.norm.weight"])
+def test_a_weight_that_is_no_number_is_named(name: str, value: float, tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.get_parameter(name).data.view(-1)[3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{name} of .* holds NaN or infinity: the checkpoint is damaged, fetch it"):
+        logits(open_model(tmp_path))
+
+
+def test_a_weight_beyond_a_dtype_is_named(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.get_parameter(FIRST).data[0, 0] = 1e6
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{FIRST} of .* holds NaN or infinity"):
+        logits(open_model(tmp_path, dtype="float16"))
+
+
+def test_a_gguf_file_is_loaded_whole(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(InputError, match="cannot be read block by block: load it whole"):
+        open_model(tmp_path / "model.gguf")
