@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
+from optprune.numerics import linalg
 from optprune.numerics.definite import check_average
 from optprune.numerics.precision import full_precision
 
@@ -107,7 +108,7 @@ class OutputMetric:
         """
         if not self.full:
             return self.units
-        values, vectors = torch.linalg.eigh(self.matrix.double())
+        values, vectors = linalg.eigh(self.matrix.double())
         floored = _floored(values, self.average.dtype)
         root, excess = floored.sqrt(), float((floored - values).max())
         return RowUnits((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
@@ -197,7 +198,7 @@ class MetricSums:
         rows = gradients.reshape(-1, gradients.shape[-1])
         self._diagonal.add_(rows.square().sum(0))
         if self.full:
-            first, second = rows.split(self._between.shape[::-1], dim=1)
+            first, second = torch.split(rows, list(self._between.shape[::-1]), dim=1)
             self._between.addmm_(second.T, first)
             self._triangles.add_((first.T @ first).tril_(-1))
             width = second.shape[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.metric import RowUnits
+from optprune.numerics import linalg
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
 from optprune.problems.selection import SelectionProblem
@@ -28,11 +29,11 @@ class Channels(ABC):
         if len(self.slots) != self.units:
             raise InputError(f"{self.units} units have {len(self.slots)} slots: give one for each unit")
         flat = self.columns.reshape(-1)
-        if flat.unique().numel() != flat.numel():
+        if linalg.unique(flat).numel() != flat.numel():
             raise InputError("two units claim the same column of the weight")
         counts = torch.bincount(self.slots)
         if bool((counts != counts[0]).any()):
-            raise InputError(f"all slots must have the same number of units, not {counts.tolist()}")
+            raise InputError(f"all slots must have the same number of units, not {[int(count) for count in counts]}")
 
     @property
     def units(self) -> int:

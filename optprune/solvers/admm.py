@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import SelectionProblem
 from optprune.solvers.base import Solver, check_options
@@ -81,12 +82,12 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
         loss = problem.loss
         scale = column_scale(loss.gram)
-        values, vectors = torch.linalg.eigh(loss.gram / torch.outer(scale, scale))
+        values, vectors = linalg.eigh(loss.gram / torch.outer(scale, scale))
         values, row_vectors = values.clamp(min=0), None
         target = loss.linear / scale
         if loss.coupled:
             assert loss.metric is not None
-            row_values, row_vectors = torch.linalg.eigh(loss.metric.matrix)
+            row_values, row_vectors = linalg.eigh(loss.metric.matrix)
             values = torch.outer(row_values.clamp(min=0), values)
             target = row_vectors.T @ target @ vectors
         dense = loss.weight * scale

@@ -34,7 +34,7 @@ def choose(problem: Problem) -> AnySolver:
     """The solver optprune recommends for a problem; NoSolver lists every candidate's reason for refusing."""
     if isinstance(problem, MaskedLeastSquares) and _dear_to_factorise(problem):
         return GRADIENTS
-    reasons = []
+    reasons: list[str] = []
     for solver in CANDIDATES:
         reason = solver.refusal(problem)
         if reason is None:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.errors import NumericalError
+from optprune.numerics import linalg
 from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
@@ -132,12 +133,12 @@ class _Left:
         """Remove units, in this order; what each adds to the loss."""
         columns = (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
         part = self.inverse[:, columns] - self.lower @ self.lower[columns].T
-        pivot, failed = torch.linalg.cholesky_ex(part[columns])
+        pivot, failed = linalg.try_cholesky(part[columns])
         if bool(failed):
             raise NumericalError("a unit repeats others to the last digit: raise the damping, e.g. to 0.01")
-        lower = torch.linalg.solve_triangular(pivot, part.T, upper=False)
+        lower = linalg.solve_lower(pivot, part.T)
         right = (self.minimiser[:, columns] - self.coefficients @ self.lower[columns].T).T
-        coefficients = torch.linalg.solve_triangular(pivot, right, upper=False)
+        coefficients = linalg.solve_lower(pivot, right)
         # V^T C before the removal, unit by unit: with it the blocks of H and V^T V follow in place.
         cross = coefficients @ self.minimiser - (coefficients @ self.coefficients) @ self.lower.T
         ours = lower.T.reshape(len(self.alive), self.each, -1)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import LayerLoss, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Certificate, Status
@@ -64,11 +65,11 @@ class PerspectiveBound(Solver[SelectionProblem, PerspectiveState]):
         if loss.metric is None:
             rest = rest - torch.diag(split)
         # Where nothing is left of A (width 1, dead inputs) the bound depends on no X, and any step will do.
-        length = float(torch.linalg.matrix_norm(rest, 2)) or 1.0
+        length = linalg.spectral_norm(rest) or 1.0
         if loss.metric is not None:
             rows = loss.metric.matrix.double()
             split = torch.outer(_split(rows, loss.metric.damping.double()), split)
-            length *= float(torch.linalg.matrix_norm(rows, 2)) or 1.0
+            length *= linalg.spectral_norm(rows) or 1.0
         point = start.double()
         bound = _bound(problem, split, rest, point)
         return PerspectiveState(problem.within_support(start), split, rest, length, point, point, bound, 0)
@@ -128,10 +129,10 @@ def diagonal_split(loss: LayerLoss) -> Float[Tensor, " in"]:
 
 
 def _split(matrix: Float[Tensor, "n n"], damping: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    factor, failed = linalg.try_cholesky(matrix)
     if bool(failed):
         return damping
     scale = torch.cholesky_inverse(factor).diagonal().sqrt()
-    values = torch.linalg.eigvalsh(matrix * torch.outer(scale, scale))
+    values = linalg.eigvalsh(matrix * torch.outer(scale, scale))
     rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
     return max(float(values[0]) - rounding, 0.0) / scale.square()

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
@@ -52,11 +53,11 @@ def _bound(problem: StructuredProblem) -> float:
     inverse, weight = form.inverse[flat[:, None], flat], form.minimiser[:, flat]
     blocks, grams = unit_blocks(inverse, weight, each)
     alone = half_trace(blocks, grams)
-    parts = torch.linalg.solve(blocks, weight.T.reshape(units, each, -1))
+    parts = linalg.solve(blocks, weight.T.reshape(units, each, -1))
     multiplier = parts.reshape(units * each, -1)
     coupling = (inverse * (multiplier @ multiplier.T)).reshape(units, each, units, each).sum((1, 3))
     scale = torch.where(alone > 0, 2 * alone, 1.0).sqrt()
-    size = float(torch.linalg.eigvalsh(coupling / torch.outer(scale, scale))[-1])
+    size = float(linalg.eigvalsh(coupling / torch.outer(scale, scale))[-1])
     epsilon = torch.finfo(torch.float64).eps
     largest = max(size, 1.0) * (1 + units * epsilon)
     rise = float(alone[~problem.pattern.project(alone)].sum()) / largest

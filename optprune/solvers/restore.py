@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.solution import Certificate
@@ -118,7 +119,7 @@ def _certificate(problem: MaskedLeastSquares, gram: ScaledGram, value: Tensor) -
 
 def only_rounding(loss: LayerLoss, weight: Float[Tensor, "out in"], residual: Float[Tensor, "out in"]) -> bool:
     """Whether a residual V A - B, or a part of it, may be nothing but rounding of the moments."""
-    sizes = (residual / loss.input_scale).norm(dim=1)
+    sizes = linalg.norm(residual / loss.input_scale, 1)
     return bool((sizes <= residual.shape[1] ** 0.5 * loss.residual_rounding(weight)).all())
 
 
@@ -159,7 +160,7 @@ def _row_steps(
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :most]
     batch = max(1, BATCH_BYTES // (most * most * gradient.element_size()))
     any_singular = False
-    for rows in torch.arange(mask.shape[0], device=mask.device).split(batch):
+    for rows in torch.split(torch.arange(mask.shape[0], device=mask.device), batch):
         index = order[rows]
         real = mask[rows].gather(1, index)
         block = gram.matrix[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.errors import NumericalError
+from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured, largest
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options
@@ -51,7 +52,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
         pattern = problem.pattern
         assert isinstance(pattern, Unstructured | RowWise | NM)
         inverse, weight = inverse_gram(problem.loss)
-        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        factor, failed = linalg.try_cholesky(inverse, upper=True)
         if bool(failed):
             raise NumericalError(
                 "the inverse Gram matrix is not positive definite in this precision: raise the damping"

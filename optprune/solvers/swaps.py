@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
@@ -91,7 +92,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         _drop(state, gram, active, leaving[gains])
         _enter(state, gram, active, entering[gains])
         if isinstance(pattern, Unstructured):
-            active = torch.cat([active, _between_rows(state, gram)]).unique()
+            active = linalg.unique(torch.cat([active, _between_rows(state, gram)]))
         rounds = state.rounds + 1
         gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
         return replace(state, gradient=gradient, rounds=rounds, active=active)
