@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.inverse import InverseForm
+from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
 from optprune.solvers.tableau import Tableau
 
@@ -76,8 +76,7 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
         form, choice = InverseForm.of(problem.loss), problem.support(start)
         tableau = Tableau.of(problem.channels, form.inverse, form.minimiser, choice)
         least = tableau.cost
-        rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
-        gain = max(self.tolerance * least, rounding)
+        gain = max(self.tolerance * least, cost_rounding(problem.loss))
         still = torch.zeros_like(choice)
         start = problem.within_support(start)
         return ChannelSwapsState(form, start, tableau, least, choice, least, gain, still, 0, 0, False)

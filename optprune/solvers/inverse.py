@@ -60,6 +60,11 @@ class InverseForm:
         return weight
 
 
+def cost_rounding(loss: LayerLoss) -> float:
+    """What the cost of a choice, a sum over inputs in float64, may be off by: a rounding of the constant for each."""
+    return loss.constant * len(loss.damping) * torch.finfo(torch.float64).eps
+
+
 def unit_blocks(
     matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], each: int
 ) -> tuple[Float[Tensor, "units each each"], Float[Tensor, "units each each"]]:

@@ -11,7 +11,7 @@ from optprune.errors import InputError
 from optprune.patterns import SlotWise
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.inverse import InverseForm
+from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
 from optprune.solvers.tableau import Tableau
 
@@ -96,8 +96,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
         scale = self._column_scale(problem, form)
         size = problem.channels.sum_columns((scale * form.minimiser.square()).sum(0))
         tableau = _penalised(problem, form, self.first * scale, problem.pattern.project(size))
-        rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
-        return SpapState(form, scale, tableau, self.first, rounding, False, 0, 0)
+        return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, 0, 0)
 
     def step(self, problem: StructuredProblem, state: SpapState) -> SpapState:
         """Nothing but the schedule moves where the choice has settled, so that every step lowers F or is one of its."""
