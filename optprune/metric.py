@@ -1,4 +1,4 @@
-"""The output metric: how much the model's own loss minds an error in each output of a layer.
+"""The output metric: how much an error in each output of a layer costs by the model's own loss.
 
 For one linear layer let g [out] be the gradient of a sequence's negative log-likelihood, summed over its predictions,
 at the layer's output on one token. With labels drawn from the model, not taken from the text, S = E[g g^T] over the
@@ -25,8 +25,8 @@ from optprune.numerics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
-class RowUnits:
-    """Other rows for a weight, R V in place of V, in which a metric is simpler."""
+class OutputBasis:
+    """Another basis of a layer's outputs: its weight is R V in place of V, and a metric is simpler."""
 
     root: Float[Tensor, "out out"] | Float[Tensor, "out"]
     """R, or its diagonal"""
@@ -88,32 +88,32 @@ class OutputMetric:
 
     @property
     def row_scale(self) -> Float[Tensor, "out"]:
-        """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the dearest one."""
-        return self.units.root
+        """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the costliest one."""
+        return self.row_scaling.root
 
     @cached_property
-    def units(self) -> RowUnits:
-        """Every row i in units of 1 / sqrt(S_ii)."""
+    def row_scaling(self) -> OutputBasis:
+        """The basis diag(sqrt(S_ii)), in which S has a unit diagonal."""
         diagonal = self.diagonal
         floored = _floored(diagonal, self.average.dtype)
         scale = floored.sqrt()
-        # Where outputs are coupled, `even` keeps what the scale leaves of S, so nothing is in excess.
-        return RowUnits(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
+        # Where outputs are coupled, `row_scaled` keeps what the scale leaves of S, so nothing is in excess.
+        return OutputBasis(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
 
     @cached_property
-    def white(self) -> RowUnits:
-        """The rows S^(1/2) V, in which the metric is the identity.
+    def whitening(self) -> OutputBasis:
+        """The basis S^(1/2), in which the metric is the identity.
 
-        A direction that costs (next to) nothing counts a rounding of the dearest one, so that R can be undone.
+        A direction that costs (next to) nothing counts a rounding of the costliest one, so that R can be undone.
         """
         if not self.full:
-            return self.units
+            return self.row_scaling
         values, vectors = linalg.eigh(self.matrix.double())
         floored = _floored(values, self.average.dtype)
         root, excess = floored.sqrt(), float((floored - values).max())
-        return RowUnits((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
+        return OutputBasis((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
 
-    def even(self) -> "OutputMetric | None":
+    def row_scaled(self) -> "OutputMetric | None":
         """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""
         if not self.full:
             return None

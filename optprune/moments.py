@@ -281,7 +281,7 @@ def _rows(inputs: Tensor) -> Tensor:
 
 
 def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
-    """Set variances, and squares of means, to zero where they are too small to have digits; the former, told."""
+    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
     limits = torch.finfo(mean.dtype)
     least = limits.tiny / limits.eps
     constant = covariance.diagonal().abs() < least

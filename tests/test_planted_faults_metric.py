@@ -22,7 +22,7 @@ run = importlib.import_module("optprune.solvers.run")
 gradients = importlib.import_module("optprune.solvers.conjugate_gradients")
 perspective = importlib.import_module("optprune.solvers.perspective")
 
-apply, even, dual_map, admm_init = OutputMetric.apply, LayerLoss.even, DualMap.of, Admm.init
+apply, row_scaled, dual_map, admm_init = OutputMetric.apply, LayerLoss.row_scaled, DualMap.of, Admm.init
 product, backward = perspective._product, fisher._backward
 
 
@@ -45,7 +45,7 @@ def not_scaled_back(solver, posed, state):
 
 
 def rows_not_scaled(self):
-    return even(self) if self.metric is None else replace(self, metric=self.metric.even())
+    return row_scaled(self) if self.metric is None else replace(self, metric=self.metric.row_scaled())
 
 
 def rows_apart(loss, terms):
@@ -64,7 +64,7 @@ def split_forgotten(loss, split, rest, point):
 LAW_FAULTS = {
     "damping forgotten": (OutputMetric, "apply", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
-    "rows not scaled": (LayerLoss, "even", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
+    "rows not scaled": (LayerLoss, "row_scaled", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
     "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
     "relaxation without its split": (
         perspective,

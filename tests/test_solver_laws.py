@@ -114,7 +114,7 @@ def test_the_default_device_is_not_used(kind, solver):
     @FEWER
     @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
     def check(problem):
-        if solver.refusal(problem.even()[0]) is not None or laws.refused_as_singular(problem, solver):
+        if solver.refusal(problem.in_output_basis()[0]) is not None or laws.refused_as_singular(problem, solver):
             return
         expected = solve(problem, solver)
         # A new loss, which has not yet remembered anything.

@@ -36,7 +36,7 @@ class LayerLoss:
     With `fit_bias` the layer's bias is free too: moments are then centred, and `bias_change` gives the bias that
     goes with a V. Convex in V, strictly where A (and S) is positive definite. With the metric of `metric.py` the unit
     is nats per token, so costs compare between layers. A diagonal S only scales rows, and `solve` undoes that, so
-    solvers meet at most an S with a unit diagonal (`even`), and none at all where whole columns go (`white`).
+    solvers meet at most an S with a unit diagonal (`row_scaled`), and none at all where whole columns go (`whitened`).
 
     Reference: the layer-wise objective of Optimal Brain Surgeon (Hassibi and Stork, 1992) as used by SparseGPT; the
     Kronecker-factored Fisher information of K-FAC (Martens and Grosse, 2015).
@@ -112,19 +112,19 @@ class LayerLoss:
         """S V, in the dtype of V."""
         return change if self.metric is None else self.metric.to(change.dtype).apply(change)
 
-    def even(self) -> "LayerLoss":
+    def row_scaled(self) -> "LayerLoss":
         """The loss of diag(sqrt(S_ii)) V, the same values: S without its diagonal, or no metric if that was all."""
         metric = self.metric
         if metric is None:
             return self
-        return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.even())
+        return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.row_scaled())
 
-    def white(self) -> "LayerLoss":
+    def whitened(self) -> "LayerLoss":
         """The loss of S^(1/2) V, the same values: no metric is left. Only zeros of whole columns stay."""
         metric = self.metric
         if metric is None or not metric.full:
-            return self.even()
-        return replace(self, weight=metric.white.into(self.weight), metric=None)
+            return self.row_scaled()
+        return replace(self, weight=metric.whitening.into(self.weight), metric=None)
 
     @property
     def plain(self) -> "LayerLoss":
@@ -143,7 +143,7 @@ class LayerLoss:
         """Whether A is zero: every weight costs the same."""
         return not bool(self._statistics.covariance.any() or self._statistics.mean.any() or self.damping.any())
 
-    def moderate(self) -> "tuple[LayerLoss, float, float]":
+    def in_moderate_units(self) -> "tuple[LayerLoss, float, float]":
         """The loss of other units of weights and inputs, in which no square leaves float32: powers of two, so exact.
 
         With the factor of the weights, and that of f. It is the loss itself, unless its numbers are extreme.

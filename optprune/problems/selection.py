@@ -36,8 +36,8 @@ class SelectionProblem(Problem):
         """The restoration problem on a fixed choice, with the same loss."""
         return MaskedLeastSquares(self.loss, self.mask(choice))
 
-    def moderate(self) -> tuple[Problem, float, float]:
-        loss, weights, objective = self.loss.moderate()
+    def in_moderate_units(self) -> tuple[Problem, float, float]:
+        loss, weights, objective = self.loss.in_moderate_units()
         return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
     def indifferent(self, start: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.metric import RowUnits
+from optprune.metric import OutputBasis
 from optprune.numerics import linalg
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
@@ -21,7 +21,7 @@ class Channels(ABC):
     """Units of input channels: unit j stands for columns[j] of the weight, and every slot keeps equally many units."""
 
     columns: Int[Tensor, "units columns"]
-    """of each unit, all units with equally many; a column may belong to no unit, and then it stays"""
+    """what a unit stands for: every unit has equally many columns, and one that belongs to no unit stays"""
     slots: Int[Tensor, " units"]
     """the slot of each unit, e.g. its KV head; all slots have equally many units"""
 
@@ -112,10 +112,10 @@ class StructuredProblem(SelectionProblem):
         """The admissible choices: equally many units of every slot."""
         return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)
 
-    def even(self) -> "tuple[StructuredProblem, RowUnits | None]":
+    def in_output_basis(self) -> "tuple[StructuredProblem, OutputBasis | None]":
         """The problem for S^(1/2) V, which has the zero columns of V, so that no metric is left."""
         metric = self.loss.metric
-        return (self, None) if metric is None else (replace(self, loss=self.loss.white()), metric.white)
+        return (self, None) if metric is None else (replace(self, loss=self.loss.whitened()), metric.whitening)
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.value(weight)

@@ -32,7 +32,7 @@ GRADIENTS = ConjugateGradients(1e-5)
 
 def choose(problem: Problem) -> AnySolver:
     """The solver optprune recommends for a problem; NoSolver lists every candidate's reason for refusing."""
-    if isinstance(problem, MaskedLeastSquares) and _dear_to_factorise(problem):
+    if isinstance(problem, MaskedLeastSquares) and _costly_to_factorise(problem):
         return GRADIENTS
     reasons: list[str] = []
     for solver in CANDIDATES:
@@ -43,7 +43,7 @@ def choose(problem: Problem) -> AnySolver:
     raise NoSolver(f"no solver accepts a {type(problem).__name__}; " + "; ".join(reasons))
 
 
-def _dear_to_factorise(problem: MaskedLeastSquares) -> bool:
+def _costly_to_factorise(problem: MaskedLeastSquares) -> bool:
     """Whether masks that differ from row to row ask for too many factors, and damping lets gradients certify."""
     rows, most = problem.mask.shape[0], int(problem.mask.sum(1).max())
     damped = bool((problem.loss.damping > 0).all())

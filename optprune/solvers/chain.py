@@ -28,7 +28,7 @@ class ChainState:
     began: float
     """when the stage began"""
     steps: int = 0
-    """of the stage"""
+    """the steps that the stage has made"""
     records: tuple[Record, ...] = ()
     notes: tuple[str, ...] = ()
     bounds: tuple[Certificate, ...] = ()

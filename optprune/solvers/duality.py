@@ -14,7 +14,7 @@ from optprune.solvers.restore import only_rounding
 from optprune.solvers.spectrum import ScaledGram, column_scale, exceeds, factor_rounding
 
 HALVINGS = 50
-"""of the interval in which the largest scale with a finite conjugate is looked for"""
+"""how often the interval is halved in which the largest scale with a finite conjugate is looked for"""
 
 
 @dataclass(frozen=True, eq=False)

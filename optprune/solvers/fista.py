@@ -93,7 +93,7 @@ class FistaState:
     objective: float
     bound: float
     gap: float
-    """of the two"""
+    """the relative gap between the two"""
     stale: int
     """checks since the gap last became smaller"""
 

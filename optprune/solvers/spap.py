@@ -28,16 +28,16 @@ class SpapState:
     scale: Float[Tensor, " in"]
     """omega"""
     tableau: Tableau
-    """of A^-1 + diag(1 / (rho omega))"""
+    """that of A^-1 + diag(1 / (rho omega))"""
     rho: float
     gain: float
     """what a lower F must be lower by"""
     settled: bool
     """whether the last z-step found nothing lower"""
     excursions: int
-    """made at the last penalty since the choice last changed"""
+    """how many were made at the last penalty since the choice last changed"""
     changes: int
-    """of the choice, so far"""
+    """how often the choice has changed"""
 
 
 @final
@@ -201,8 +201,8 @@ def _pairs(tableau: Tableau) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs
     kept, value = tableau.choice[order], worth[order]
     pairs = min(int(kept[0].sum()), int((~kept[0]).sum()))
     cost, cheapest = torch.where(kept, value, torch.inf).sort(dim=1, stable=True)
-    gain, dearest = torch.where(kept, -torch.inf, value).sort(dim=1, descending=True, stable=True)
+    gain, most_valuable = torch.where(kept, -torch.inf, value).sort(dim=1, descending=True, stable=True)
     better = (gain - cost)[:, :pairs].reshape(-1)
     found = better.argsort(descending=True, stable=True)[: int((better > 0).sum())]
-    leaving, entering = (order.gather(1, rank)[:, :pairs].reshape(-1)[found] for rank in (cheapest, dearest))
+    leaving, entering = (order.gather(1, rank)[:, :pairs].reshape(-1)[found] for rank in (cheapest, most_valuable))
     return leaving, entering

@@ -112,6 +112,6 @@ def column_steps(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
 
 
 def column_scale(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-    """sqrt(A_jj), with 1 for dead inputs: dividing A on both sides by it makes the diagonal 1 and the problem even."""
+    """sqrt(A_jj), with 1 for dead inputs: dividing A on both sides by it makes the diagonal 1."""
     scale = gram.diagonal().clamp(min=0).sqrt()
     return torch.where(scale > 0, scale, 1.0)
