@@ -30,8 +30,8 @@ from optprune.recipe.names import (
     write_units,
 )
 from optprune.recipe.sentences import OneSentence
-from optprune.refit import refitting
 from optprune.solvers import Solver
+from optprune.solvers.ridge import refitting
 from optprune.system.interrupts import interrupts_held
 
 
