@@ -36,7 +36,7 @@ from optprune.measure import perplexity
 from optprune.models import Decoder, Mlp
 from optprune.objectives import sparse
 from optprune.patterns import NM, Pattern, RowWise, Unstructured
-from optprune.problems import LayerLoss, Problem, SparseLeastSquares
+from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.solvers import Answer, DirectSolver, Solver, solve
@@ -44,11 +44,10 @@ from optprune.solvers import Answer, DirectSolver, Solver, solve
 DAMPING = 0.01
 
 
-class Foreign(DirectSolver):
+class Foreign(DirectSolver[SparseLeastSquares]):
     """Somebody else's function of a linear layer and its Hessian."""
 
-    def why_not(self, problem: Problem) -> str | None:
-        return None if isinstance(problem, SparseLeastSquares) else "it prunes single weights"
+    accepts = (SparseLeastSquares,)
 
 
 def asked(problem: SparseLeastSquares) -> tuple[float, int, int]:
@@ -74,10 +73,9 @@ def linear(problem: SparseLeastSquares) -> nn.Linear:
 class LlmCompressorSparseGpt(Foreign):
     """llmcompressor.modifiers.pruning.sparsegpt: it adds the damping itself."""
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
+    def answer(self, problem: SparseLeastSquares, start: Tensor) -> Answer:
         from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
 
-        assert isinstance(problem, SparseLeastSquares)
         layer, (sparsity, n, m) = linear(problem), asked(problem)
         hessians = {layer: problem.loss.moments.gram.clone()}
         return Answer(sparsify_weight(layer, hessians, sparsity, n, m, 128, DAMPING, False)[1])
@@ -88,10 +86,9 @@ class LlmCompressorSparseGpt(Foreign):
 class LlmCompressorWanda(Foreign):
     """llmcompressor.modifiers.pruning.wanda."""
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
+    def answer(self, problem: SparseLeastSquares, start: Tensor) -> Answer:
         from llmcompressor.modifiers.pruning.wanda.wanda_sparsify import sparsify_weight
 
-        assert isinstance(problem, SparseLeastSquares)
         layer, (sparsity, n, m) = linear(problem), asked(problem)
         return Answer(sparsify_weight(layer, {layer: problem.loss.moments.mean_square}, sparsity, n, m))
 
@@ -104,8 +101,7 @@ class FmchiselAlps(Foreign):
     The package itself asks for llmcompressor 0.5.1 and transformers below 5, of which that file needs one constant.
     """
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, SparseLeastSquares)
+    def answer(self, problem: SparseLeastSquares, start: Tensor) -> Answer:
         layer, (sparsity, n, m) = linear(problem), asked(problem)
         # They count what a group keeps. Without `verbose` one of their branches uses a name that is not defined.
         kept = m - n

@@ -14,8 +14,8 @@ class OptpruneError(Exception):
     """Base of every error that optprune raises on purpose; the command line prints it and exits with 2."""
 
 
-class InputError(OptpruneError):
-    """Something the user gave (a path, a number, a text, a model) cannot be used."""
+class InputError(OptpruneError, ValueError):
+    """Something the user gave (a path, a number, a text, a model) cannot be used: a ValueError, as Python names it."""
 
 
 class NumericalError(OptpruneError):

@@ -1,4 +1,4 @@
-"""The output metric: how much the model's own loss minds an error in each output of a layer.
+"""The output metric: how much an error in each output of a layer costs by the model's own loss.
 
 For one linear layer let g [out] be the gradient of a sequence's negative log-likelihood, summed over its predictions,
 at the layer's output on one token. With labels drawn from the model, not taken from the text, S = E[g g^T] over the
@@ -19,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
+from optprune.numerics import linalg
 from optprune.numerics.definite import check_average
 from optprune.numerics.precision import full_precision
 
 
 @dataclass(frozen=True, eq=False)
-class RowUnits:
-    """Other rows for a weight, R V in place of V, in which a metric is simpler."""
+class OutputBasis:
+    """Another basis of a layer's outputs: its weight is R V in place of V, and a metric is simpler."""
 
     root: Float[Tensor, "out out"] | Float[Tensor, "out"]
     """R, or its diagonal"""
@@ -87,32 +88,32 @@ class OutputMetric:
 
     @property
     def row_scale(self) -> Float[Tensor, "out"]:
-        """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the dearest one."""
-        return self.units.root
+        """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the costliest one."""
+        return self.row_scaling.root
 
     @cached_property
-    def units(self) -> RowUnits:
-        """Every row i in units of 1 / sqrt(S_ii)."""
+    def row_scaling(self) -> OutputBasis:
+        """The basis diag(sqrt(S_ii)), in which S has a unit diagonal."""
         diagonal = self.diagonal
         floored = _floored(diagonal, self.average.dtype)
         scale = floored.sqrt()
-        # Where outputs are coupled, `even` keeps what the scale leaves of S, so nothing is in excess.
-        return RowUnits(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
+        # Where outputs are coupled, `row_scaled` keeps what the scale leaves of S, so nothing is in excess.
+        return OutputBasis(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
 
     @cached_property
-    def white(self) -> RowUnits:
-        """The rows S^(1/2) V, in which the metric is the identity.
+    def whitening(self) -> OutputBasis:
+        """The basis S^(1/2), in which the metric is the identity.
 
-        A direction that costs (next to) nothing counts a rounding of the dearest one, so that R can be undone.
+        A direction that costs (next to) nothing counts a rounding of the costliest one, so that R can be undone.
         """
         if not self.full:
-            return self.units
-        values, vectors = torch.linalg.eigh(self.matrix.double())
+            return self.row_scaling
+        values, vectors = linalg.eigh(self.matrix.double())
         floored = _floored(values, self.average.dtype)
         root, excess = floored.sqrt(), float((floored - values).max())
-        return RowUnits((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
+        return OutputBasis((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
 
-    def even(self) -> "OutputMetric | None":
+    def row_scaled(self) -> "OutputMetric | None":
         """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""
         if not self.full:
             return None
@@ -197,7 +198,7 @@ class MetricSums:
         rows = gradients.reshape(-1, gradients.shape[-1])
         self._diagonal.add_(rows.square().sum(0))
         if self.full:
-            first, second = rows.split(self._between.shape[::-1], dim=1)
+            first, second = torch.split(rows, list(self._between.shape[::-1]), dim=1)
             self._between.addmm_(second.T, first)
             self._triangles.add_((first.T @ first).tril_(-1))
             width = second.shape[1]

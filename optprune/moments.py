@@ -80,7 +80,7 @@ class InputMoments:
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         diagonal = covariance.diagonal()
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
-        return cls(covariance, mean, tokens, drift)._cleared()
+        return cls(covariance, mean, tokens, drift).cleared()
 
     @property
     def gram(self) -> Float[Tensor, "in in"]:
@@ -172,7 +172,7 @@ class InputMoments:
             drift = Drift(drift.cross, drift.covariance, zero)
         return InputMoments(self.covariance, zero, self.tokens, drift, self.proved)
 
-    def _cleared(self) -> "InputMoments":
+    def cleared(self) -> "InputMoments":
         """Itself, with zeros, in place, for inputs and deviations whose squares have no digits: 1e-16 in float32."""
         constant = _clear(self.covariance, self.mean)
         if self.drift is not None:
@@ -265,7 +265,7 @@ class MomentSums:
                 (self._origins[1] + drift_mean).to(dtype),
             )
         covariance = self._covariance(square, mean, dtype)
-        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance)._cleared()
+        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance).cleared()
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
@@ -281,7 +281,7 @@ def _rows(inputs: Tensor) -> Tensor:
 
 
 def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
-    """Set variances, and squares of means, to zero where they are too small to have digits; the former, told."""
+    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
     limits = torch.finfo(mean.dtype)
     least = limits.tiny / limits.eps
     constant = covariance.diagonal().abs() < least

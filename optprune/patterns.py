@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.numerics import linalg
 from optprune.system.wording import shown
 
 NETWORK = 16
@@ -225,7 +226,7 @@ def within(mask: Bool[Tensor, "*rows n"], values: Float[Tensor, "rows n"]) -> Fl
 def in_order(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The values from the least on; on a CPU by NumPy, whose sort is several times as fast as torch's."""
     if _for_numpy(values):
-        return torch.from_numpy(np.sort(values.detach().numpy()))
+        return linalg.from_numpy(np.sort(values.detach().numpy()))
     return values.sort().values
 
 
@@ -247,5 +248,5 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
         return columns[n - k][:, None]
     if _for_numpy(score):
         # NumPy's partition is ten times as fast as torch's kthvalue.
-        return torch.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None])
+        return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None])
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.numerics import linalg
 
 
 class Penalty(ABC):
@@ -150,15 +151,15 @@ class ColumnGroups(NormPenalty):
         _nonnegative("the strength of a group penalty", self.strength)
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
-        return self.strength * float(weight.double().norm(dim=0).sum())
+        return self.strength * float(linalg.norm(weight.double(), 0).sum())
 
     def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
-        norms = weight.norm(dim=0)
+        norms = linalg.norm(weight, 0)
         kept = (norms - self.strength * step).clamp(min=0)
         return weight * (kept / torch.where(norms > 0, norms, 1.0))
 
     def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
-        largest = float(dual.double().norm(dim=0).max())
+        largest = float(linalg.norm(dual.double(), 0).max())
         return largest / self.strength if self.strength else (math.inf if largest else 0.0)
 
 

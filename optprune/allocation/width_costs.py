@@ -119,8 +119,7 @@ class WidthCosts(Costs):
         """The losses of one block by greedy elimination of its units, a multiple at a time."""
         shape, layers = self.decoder.shape(block), kind.layers(self.decoder, block)
         there, slots, multiple = kind.there(shape), layers.link.slot_count, kind.multiple(shape, self.budget.multiple)
-        problem = LinkedLeastSquares(loss, layers.link, layers.link.units).even()[0]
-        assert isinstance(problem, LinkedLeastSquares)
+        problem = LinkedLeastSquares(loss.whitened(), layers.link, layers.link.units)
         order, losses, notes = self.statistics.removal(problem, multiple)
         # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
         after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}

@@ -1,6 +1,7 @@
 """optprune prune: from a model and a text to a folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,19 +86,17 @@ def prune_command(
     json_file: JsonFile = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
+    given_blocks = allocation if allocation is not None and allocation.endswith(".json") else None
     given = {
         "sparsity": sparsity,
         "seed": seed,
         "propagation": propagation,
         "units": units,
         "pattern": pattern,
-        "allocation": allocation,
+        "allocation": allocation if given_blocks is None else None,
         "width_multiple": width_multiple,
         "strict": strict or None,
     }
-    given_blocks = allocation if allocation is not None and allocation.endswith(".json") else None
-    if given_blocks is not None:
-        del given["allocation"]
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
     from optprune.export import check_output, save_pruned
@@ -123,10 +122,8 @@ def prune_command(
     check_seq_length(config, seq_length)
     shapes = load_shapes(model, config)
     if divided is not None:
-        try:
+        with _named(given_blocks, "does not fit"):
             allocator_of(chosen, divided).check(shapes)
-        except InputError as error:
-            raise InputError(f"the allocation file {given_blocks} does not fit: {error}") from error
     check_run(shapes, chosen, divided, stored_dtype(model, dtype))
     reporter.say(f"tokenising {calibration}")
     tokens = tokens_for(model, config, documents)
@@ -171,10 +168,17 @@ def _read_allocation(file: str) -> "Allocation":
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the allocation file {file} cannot be read: {error}") from error
-    try:
+    with _named(file, "cannot be used"):
         return Allocation.from_json(text)
+
+
+@contextmanager
+def _named(file: str | None, what: str) -> Iterator[None]:
+    """What is wrong with an allocation, with the name of its file."""
+    try:
+        yield
     except InputError as error:
-        raise InputError(f"the allocation file {file} cannot be used: {error}") from error
+        raise InputError(f"the allocation file {file} {what}: {error}") from error
 
 
 def _summarise(report: "Report", saved: "SavedModel") -> None:

@@ -30,12 +30,11 @@ def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
     finally:
         model.train(training)
     if not bool(torch.isfinite(logits).all()):
-        advice = {
-            torch.float16: "save in bfloat16 or float32, whose range is larger",
-        }.get(model.dtype, "see that those of the original are finite, or remove less")
-        raise InputError(
-            f"the logits of the pruned model in {str(model.dtype).removeprefix('torch.')} hold NaN or infinity: {advice}"
-        )
+        dtype = str(model.dtype).removeprefix("torch.")
+        advice = "see that those of the original are finite, or remove less"
+        if model.dtype == torch.float16:
+            advice = "save in bfloat16 or float32, whose range is larger"
+        raise InputError(f"the logits of the pruned model hold NaN or infinity in {dtype}: {advice}")
     return logits.float().cpu().contiguous()
 
 

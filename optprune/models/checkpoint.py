@@ -117,7 +117,9 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        found = {name: _stored(file, entry, 8 + length) for name, entry in header.items()}
+        found = {name: _stored(file, what, entry, 8 + length) for name, entry in header.items()}
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the header of {what} is damaged: {FETCH}") from error
     for name, tensor in found.items():
@@ -146,14 +148,13 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], values: Itera
         stream.write(flat.view(torch.uint8).numpy().data)
 
 
-def _stored(file: Path, entry: Any, data: int) -> StoredTensor:
+def _stored(file: Path, what: str, entry: Any, data: int) -> StoredTensor:
     if entry["dtype"] not in FLOATS:
         raise InputError(
-            f"{file.name} holds tensors of {entry['dtype']}, and pruning needs plain weights: load the unquantised "
-            "original"
+            f"{what} holds tensors of {entry['dtype']}, and pruning needs plain weights: load the unquantised original"
         )
     begin, end = map(int, entry["data_offsets"])
     tensor = StoredTensor(file, FLOATS[entry["dtype"]], tuple(map(int, entry["shape"])), data + begin)
     if begin < 0 or min(tensor.shape, default=0) < 0 or end - begin != tensor.bytes:
-        raise ValueError("a tensor's bytes are not those of its shape")
+        raise InputError(f"the header of {what} is damaged, a tensor's bytes are not those of its shape: {FETCH}")
     return tensor

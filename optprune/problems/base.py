@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from optprune.metric import RowUnits
+from optprune.metric import OutputBasis
 from optprune.numerics.fingerprint import fingerprint
 from optprune.problems.loss import LayerLoss
 
@@ -42,16 +42,16 @@ class Problem(ABC):
         """
         return (weight != 0).any(0)
 
-    def even(self) -> "tuple[Problem, RowUnits | None]":
-        """The problem in rows for which S is simpler, and these rows; its objectives are the same numbers.
+    def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
+        """The problem in a basis of the outputs in which S is simpler, and that basis; objectives are the same numbers.
 
         Here diag(sqrt(S_ii)) V, which has the zeros of V, so that S keeps a unit diagonal. A kind that measures weights
         in another way than by the loss returns itself; its solvers then meet any S.
         """
         metric = self.loss.metric
-        return (self, None) if metric is None else (replace(self, loss=self.loss.even()), metric.units)
+        return (self, None) if metric is None else (replace(self, loss=self.loss.row_scaled()), metric.row_scaling)
 
-    def moderate(self) -> "tuple[Problem, float, float]":
+    def in_moderate_units(self) -> "tuple[Problem, float, float]":
         """The problem in units of weights and inputs in which float32 squares are safe, the factor of the weights, and
         that of the objective; for a kind whose objective may be more than the loss it is the problem as it is.
         """

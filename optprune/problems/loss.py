@@ -12,6 +12,7 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics.precision import full_precision
+from optprune.problems.exact import ExactLoss, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
 """powers of two: of no larger or smaller sizes than these, squares of gradients keep all their digits in float32"""
@@ -35,7 +36,7 @@ class LayerLoss:
     With `fit_bias` the layer's bias is free too: moments are then centred, and `bias_change` gives the bias that
     goes with a V. Convex in V, strictly where A (and S) is positive definite. With the metric of `metric.py` the unit
     is nats per token, so costs compare between layers. A diagonal S only scales rows, and `solve` undoes that, so
-    solvers meet at most an S with a unit diagonal (`even`), and none at all where whole columns go (`white`).
+    solvers meet at most an S with a unit diagonal (`row_scaled`), and none at all where whole columns go (`whitened`).
 
     Reference: the layer-wise objective of Optimal Brain Surgeon (Hassibi and Stork, 1992) as used by SparseGPT; the
     Kronecker-factored Fisher information of K-FAC (Martens and Grosse, 2015).
@@ -111,19 +112,19 @@ class LayerLoss:
         """S V, in the dtype of V."""
         return change if self.metric is None else self.metric.to(change.dtype).apply(change)
 
-    def even(self) -> "LayerLoss":
+    def row_scaled(self) -> "LayerLoss":
         """The loss of diag(sqrt(S_ii)) V, the same values: S without its diagonal, or no metric if that was all."""
         metric = self.metric
         if metric is None:
             return self
-        return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.even())
+        return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.row_scaled())
 
-    def white(self) -> "LayerLoss":
+    def whitened(self) -> "LayerLoss":
         """The loss of S^(1/2) V, the same values: no metric is left. Only zeros of whole columns stay."""
         metric = self.metric
         if metric is None or not metric.full:
-            return self.even()
-        return replace(self, weight=metric.white.into(self.weight), metric=None)
+            return self.row_scaled()
+        return replace(self, weight=metric.whitening.into(self.weight), metric=None)
 
     @property
     def plain(self) -> "LayerLoss":
@@ -142,7 +143,7 @@ class LayerLoss:
         """Whether A is zero: every weight costs the same."""
         return not bool(self._statistics.covariance.any() or self._statistics.mean.any() or self.damping.any())
 
-    def moderate(self) -> "tuple[LayerLoss, float, float]":
+    def in_moderate_units(self) -> "tuple[LayerLoss, float, float]":
         """The loss of other units of weights and inputs, in which no square leaves float32: powers of two, so exact.
 
         With the factor of the weights, and that of f. It is the loss itself, unless its numbers are extreme.
@@ -167,7 +168,7 @@ class LayerLoss:
     @cached_property
     def pull(self) -> Float[Tensor, "out in"] | None:
         """W A - B = W E[(x* - x) x*^T], the gradient at the original weight; None when it is zero (x* = x)."""
-        return _pull(self.weight, self._statistics)
+        return pull_of(self.weight, self._statistics)
 
     @cached_property
     @full_precision()
@@ -250,7 +251,7 @@ class LayerLoss:
         """f(V), damping included."""
         change = weight.double() - self._double.weight
         ridge = float((change * self._double.weigh(change) * self.damping.double()).sum())
-        return self._squared_error(change) / 2 + max(ridge, 0.0) / 2
+        return self._double.squared_error(change) / 2 + max(ridge, 0.0) / 2
 
     def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B in float64, for certificates."""
@@ -267,13 +268,13 @@ class LayerLoss:
         if self.metric is not None:
             return self.plain.relative_error(weight)
         scale = self.signal
-        error = self._squared_error(weight.double() - self._double.weight)
+        error = self._double.squared_error(weight.double() - self._double.weight)
         return error / scale if scale > 0 else float(error > 0)
 
-    @cached_property
+    @property
     def signal(self) -> float:
         """E|W x|^2, what the relative error is relative to (in the metric, where there is one)."""
-        return self._squared_error(-self._double.weight)
+        return self._double.signal
 
     @cached_property
     def constant(self) -> float:
@@ -286,61 +287,10 @@ class LayerLoss:
         change = (self.weight - weight) @ self.moments.mean
         return change if self.moments.drift is None else change - self.weight @ self.moments.drift.mean
 
-    def _squared_error(self, change: Tensor) -> float:
-        """E|V x* - W x|^2 (in the metric) for V = W + change, in float64: E|change x* + W d|^2."""
-        exact = self._double
-        weighed = exact.weigh(change)
-        error = _product(change, exact.moments.covariance, exact.moments.mean, weighed)
-        if exact.pull is not None:
-            error += 2 * float((weighed * exact.pull).sum()) + self._error_at_weight
-        return max(error, 0.0)
-
     @cached_property
-    def _error_at_weight(self) -> float:
-        """E|W x* - W x|^2 (in the metric)."""
-        exact = self._double
-        drift = exact.moments.drift
-        assert drift is not None
-        return _product(exact.weight, drift.covariance, drift.mean, exact.weighed)
-
-    @cached_property
-    def _double(self) -> "_Exact":
+    def _double(self) -> ExactLoss:
         metric = None if self.metric is None else self.metric.to(torch.float64)
-        return _Exact(self.weight.double(), self._statistics.to(torch.float64), metric)
-
-
-@dataclass(frozen=True, eq=False)
-class _Exact:
-    """The weight, the statistics and the metric in float64, for measuring."""
-
-    weight: Tensor
-    moments: InputMoments
-    metric: OutputMetric | None
-
-    def weigh(self, change: Tensor) -> Tensor:
-        return change if self.metric is None else self.metric.apply(change)
-
-    @cached_property
-    def pull(self) -> Tensor | None:
-        """W A - B = W E[(x* - x) x*^T]; None when it is zero."""
-        return _pull(self.weight, self.moments)
-
-    @cached_property
-    def weighed(self) -> Tensor:
-        """S W."""
-        return self.weigh(self.weight)
-
-
-def _product(left: Tensor, covariance: Tensor, mean: Tensor, weighed: Tensor) -> float:
-    """tr(weighed E[z z^T] left^T), for a z of that covariance and mean."""
-    return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
-
-
-@full_precision()
-def _pull(weight: Tensor, moments: InputMoments) -> Tensor | None:
-    """W E[d x*^T]; None when x* = x."""
-    drift = moments.drift
-    return None if drift is None else torch.addr(weight @ drift.cross, weight @ drift.mean, moments.mean)
+        return ExactLoss(self.weight.double(), self._statistics.to(torch.float64), metric)
 
 
 def _excess(size: float, most: int) -> float:

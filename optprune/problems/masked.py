@@ -50,8 +50,8 @@ class MaskedLeastSquares(Problem):
     def start(self) -> Float[Tensor, "out in"]:
         return torch.where(self.mask, self.loss.weight, 0.0)
 
-    def moderate(self) -> tuple[Problem, float, float]:
-        loss, weights, objective = self.loss.moderate()
+    def in_moderate_units(self) -> tuple[Problem, float, float]:
+        loss, weights, objective = self.loss.in_moderate_units()
         return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
     def indifferent(self, start: Tensor) -> Tensor | None:

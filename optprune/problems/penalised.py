@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.metric import RowUnits
+from optprune.metric import OutputBasis
 from optprune.penalties import Penalty
 from optprune.problems.base import Problem
 from optprune.problems.loss import LayerLoss
@@ -28,8 +28,8 @@ class PenalisedLeastSquares(Problem):
     loss: LayerLoss
     penalty: Penalty
 
-    def even(self) -> "tuple[Problem, RowUnits | None]":
-        """Itself: the penalty is of the weights as they are, not of scaled rows."""
+    def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
+        """Itself: the penalty is one of the weights as they are, in no other basis."""
         return self, None
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:

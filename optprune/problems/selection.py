@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from optprune.problems.masked import MaskedLeastSquares
 
 class SelectionProblem(Problem):
     """A problem whose difficulty is which weights to keep: once the choice is fixed, restoration remains."""
+
+    kind: ClassVar[str] = "weight selection"
 
     @abstractmethod
     def project(self, score: Tensor) -> Tensor:
@@ -33,8 +36,8 @@ class SelectionProblem(Problem):
         """The restoration problem on a fixed choice, with the same loss."""
         return MaskedLeastSquares(self.loss, self.mask(choice))
 
-    def moderate(self) -> tuple[Problem, float, float]:
-        loss, weights, objective = self.loss.moderate()
+    def in_moderate_units(self) -> tuple[Problem, float, float]:
+        loss, weights, objective = self.loss.in_moderate_units()
         return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
     def indifferent(self, start: Tensor) -> Tensor | None:

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.metric import RowUnits
+from optprune.metric import OutputBasis
+from optprune.numerics import linalg
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
 from optprune.problems.selection import SelectionProblem
@@ -20,7 +21,7 @@ class Channels(ABC):
     """Units of input channels: unit j stands for columns[j] of the weight, and every slot keeps equally many units."""
 
     columns: Int[Tensor, "units columns"]
-    """of each unit, all units with equally many; a column may belong to no unit, and then it stays"""
+    """what a unit stands for: every unit has equally many columns, and one that belongs to no unit stays"""
     slots: Int[Tensor, " units"]
     """the slot of each unit, e.g. its KV head; all slots have equally many units"""
 
@@ -28,11 +29,11 @@ class Channels(ABC):
         if len(self.slots) != self.units:
             raise InputError(f"{self.units} units have {len(self.slots)} slots: give one for each unit")
         flat = self.columns.reshape(-1)
-        if flat.unique().numel() != flat.numel():
+        if linalg.unique(flat).numel() != flat.numel():
             raise InputError("two units claim the same column of the weight")
         counts = torch.bincount(self.slots)
         if bool((counts != counts[0]).any()):
-            raise InputError(f"all slots must have the same number of units, not {counts.tolist()}")
+            raise InputError(f"all slots must have the same number of units, not {[int(count) for count in counts]}")
 
     @property
     def units(self) -> int:
@@ -84,6 +85,8 @@ class ChannelGroups(Channels):
 class StructuredProblem(SelectionProblem):
     """What every choice of whole columns is: a loss, units of columns, and how many of them stay."""
 
+    kind: ClassVar[str] = "column selection"
+
     loss: LayerLoss
     keep: int
 
@@ -109,10 +112,10 @@ class StructuredProblem(SelectionProblem):
         """The admissible choices: equally many units of every slot."""
         return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)
 
-    def even(self) -> "tuple[StructuredProblem, RowUnits | None]":
+    def in_output_basis(self) -> "tuple[StructuredProblem, OutputBasis | None]":
         """The problem for S^(1/2) V, which has the zero columns of V, so that no metric is left."""
         metric = self.loss.metric
-        return (self, None) if metric is None else (replace(self, loss=self.loss.white()), metric.white)
+        return (self, None) if metric is None else (replace(self, loss=self.loss.whitened()), metric.whitening)
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.value(weight)

@@ -16,9 +16,9 @@ from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.problems import LayerLoss, Problem
 from optprune.recipe import Recipe
-from optprune.refit import HeldOut, refit
 from optprune.report import LayerReport
 from optprune.solvers import Solution, Status, solve
+from optprune.solvers.ridge import HeldOut, refit
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,7 +60,7 @@ def check_run(
         widest = math.inf if recipe.metric_width is None else recipe.metric_width
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
         small = _small_problem(recipe, full=recipe.output_metric == "full" and whole)
-        check_accepted(small.even()[0], recipe.solver)
+        check_accepted(small.in_output_basis()[0], recipe.solver)
     return idle
 
 

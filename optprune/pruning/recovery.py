@@ -166,7 +166,9 @@ class _Turn:
         """S^(1/2) z for every z."""
         if self.metric is None:
             return signs
-        return self.metric.white.into(signs.flatten(0, -2).T.to(self.metric.average)).T.reshape(signs.shape).to(signs)
+        return (
+            self.metric.whitening.into(signs.flatten(0, -2).T.to(self.metric.average)).T.reshape(signs.shape).to(signs)
+        )
 
     def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S V."""

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -30,17 +29,14 @@ from optprune.recipe.names import (
     write_solver,
     write_units,
 )
-from optprune.refit import refitting
+from optprune.recipe.sentences import OneSentence
 from optprune.solvers import Solver
+from optprune.solvers.ridge import refitting
 from optprune.system.interrupts import interrupts_held
 
 
-class Recipe(BaseModel):
-    """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
-
-    A field that is wrong is pydantic's ValidationError here; `load_recipe` and `make_recipe` make it an InputError of
-    one sentence.
-    """
+class Recipe(OneSentence):
+    """What to solve at each layer, with what, how much to remove, and on which path statistics travel."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
@@ -150,14 +146,15 @@ class Recipe(BaseModel):
             )
         if self.units.family not in (None, self.pattern):
             raise ValueError("the pattern of the units is not the recipe's: give it as the recipe's pattern alone")
+        return self
+
+    @model_validator(mode="after")
+    def _sparsity_of_the_pattern(self) -> "Recipe":
         share = self.pattern.only_share
-        if share is not None:
-            if self.allocation == "global" and self.sparsity < 1 - share:
-                return self  # some layers stay dense
-            if abs(self.sparsity - (1 - share)) > 1e-9:
-                raise ValueError(
-                    f"the pattern {self.pattern.name} has a sparsity of {1 - share:g}, not {self.sparsity:g}"
-                )
+        if share is None or (self.allocation == "global" and self.sparsity < 1 - share):
+            return self  # under a global budget some layers stay dense
+        if abs(self.sparsity - (1 - share)) > 1e-9:
+            raise ValueError(f"the pattern {self.pattern.name} has a sparsity of {1 - share:g}, not {self.sparsity:g}")
         return self
 
     @property

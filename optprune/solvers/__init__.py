@@ -2,7 +2,7 @@
 
 from optprune.solvers.admm import Admm
 from optprune.solvers.auto import choose
-from optprune.solvers.base import Answer, DirectSolver, Solver
+from optprune.solvers.base import Answer, AnySolver, DirectSolver, Solver
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
@@ -24,6 +24,7 @@ from optprune.solvers.swaps import Swaps
 __all__ = [
     "Admm",
     "Answer",
+    "AnySolver",
     "Certificate",
     "Chain",
     "ChannelSwaps",

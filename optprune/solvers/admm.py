@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import within
-from optprune.problems import Problem, SelectionProblem
+from optprune.problems import SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
@@ -43,7 +44,7 @@ class AdmmState:
 
 @final
 @dataclass(frozen=True)
-class Admm(Solver[AdmmState]):
+class Admm(Solver[SelectionProblem, AdmmState]):
     r"""Alternating direction method of multipliers on the split V = Z, Z in the pattern, with scaled columns.
 
     In the units of V' = V diag(s), s_j = sqrt(A_jj), A' = diag(1/s) A diag(1/s), B' = B diag(1/s):
@@ -68,6 +69,8 @@ class Admm(Solver[AdmmState]):
     own here.
     """
 
+    accepts = (SelectionProblem,)
+
     rho: float = 0.1
     haste: float = 1.0
     every: int = 3
@@ -76,21 +79,15 @@ class Admm(Solver[AdmmState]):
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SelectionProblem):
-            return None
-        return f"it projects onto a choice of weights, and a {problem.kind} problem has none"
-
-    def init(self, problem: Problem, start: Tensor) -> AdmmState:
-        assert isinstance(problem, SelectionProblem)
+    def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
         loss = problem.loss
         scale = column_scale(loss.gram)
-        values, vectors = torch.linalg.eigh(loss.gram / torch.outer(scale, scale))
+        values, vectors = linalg.eigh(loss.gram / torch.outer(scale, scale))
         values, row_vectors = values.clamp(min=0), None
         target = loss.linear / scale
         if loss.coupled:
             assert loss.metric is not None
-            row_values, row_vectors = torch.linalg.eigh(loss.metric.matrix)
+            row_values, row_vectors = linalg.eigh(loss.metric.matrix)
             values = torch.outer(row_values.clamp(min=0), values)
             target = row_vectors.T @ target @ vectors
         dense = loss.weight * scale
@@ -112,8 +109,7 @@ class Admm(Solver[AdmmState]):
             frozen=False,
         )
 
-    def step(self, problem: Problem, state: AdmmState) -> AdmmState:
-        assert isinstance(problem, SelectionProblem)
+    def step(self, problem: SelectionProblem, state: AdmmState) -> AdmmState:
         point = torch.add(_dense(state), state.dual, alpha=1 / state.rho)
         mask = problem.mask(problem.project(point.square()))
         sparse = within(mask, point)
@@ -129,12 +125,12 @@ class Admm(Solver[AdmmState]):
             state = replace(state, inverse=_inverse(state.values, state.vectors, rho))
         return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
 
-    def done(self, problem: Problem, state: AdmmState) -> Status | None:
+    def done(self, problem: SelectionProblem, state: AdmmState) -> Status | None:
         if state.frozen:
             return Status.CONVERGED
         return Status.STEP_LIMIT if state.count >= self.most else None
 
-    def value(self, problem: Problem, state: AdmmState) -> Tensor:
+    def value(self, problem: SelectionProblem, state: AdmmState) -> Tensor:
         return torch.where(state.mask, state.sparse / state.scale, 0.0)
 
 

@@ -6,7 +6,7 @@ Restoration is chosen by size as well: with a large mask for every row, gradient
 from optprune.errors import NoSolver
 from optprune.problems import MaskedLeastSquares, Problem
 from optprune.solvers.admm import Admm
-from optprune.solvers.base import Solver
+from optprune.solvers.base import AnySolver
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
@@ -15,7 +15,7 @@ from optprune.solvers.greedy_obs import GreedyObs
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
 
-CANDIDATES: tuple[Solver, ...] = (
+CANDIDATES: tuple[AnySolver, ...] = (
     Chain((GreedyObs(), ChannelSwaps(), Restore())),
     Fista(),
     Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
@@ -30,20 +30,20 @@ GRADIENTS = ConjugateGradients(1e-5)
 """on layers of a real model it proves a gap of 1e-6 or less, in a tenth of the time of restoration"""
 
 
-def choose(problem: Problem) -> Solver:
+def choose(problem: Problem) -> AnySolver:
     """The solver optprune recommends for a problem; NoSolver lists every candidate's reason for refusing."""
-    if isinstance(problem, MaskedLeastSquares) and _dear_to_factorise(problem):
+    if isinstance(problem, MaskedLeastSquares) and _costly_to_factorise(problem):
         return GRADIENTS
-    reasons = []
+    reasons: list[str] = []
     for solver in CANDIDATES:
-        reason = solver.why_not(problem)
+        reason = solver.refusal(problem)
         if reason is None:
             return solver
         reasons.append(f"{solver.label}: {reason}")
     raise NoSolver(f"no solver accepts a {type(problem).__name__}; " + "; ".join(reasons))
 
 
-def _dear_to_factorise(problem: MaskedLeastSquares) -> bool:
+def _costly_to_factorise(problem: MaskedLeastSquares) -> bool:
     """Whether masks that differ from row to row ask for too many factors, and damping lets gradients certify."""
     rows, most = problem.mask.shape[0], int(problem.mask.sum(1).max())
     damped = bool((problem.loss.damping > 0).all())

@@ -2,44 +2,58 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, final
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
 from optprune.system.wording import shown
 
+P = TypeVar("P", bound=Problem)
 State = TypeVar("State")
 
 
-class Solver(ABC, Generic[State]):
+class Solver(ABC, Generic[P, State]):
     """An algorithm as four functions of a problem and a state; concrete solvers are frozen dataclasses of options.
 
-    `solve` in run.py drives it: init once, then step until done says why to stop.
+    `solve` in run.py drives it: init once, then step until done says why to stop. P is the kind of problem that all its
+    methods but `refusal` are asked about, and `accepts` says the same at run time.
     """
 
-    @abstractmethod
-    def why_not(self, problem: Problem) -> str | None:
+    accepts: ClassVar[tuple[type[Problem], ...]] = (Problem,)
+    """the kinds of problems that the solver accepts, unless `why_not` has something against one of them"""
+
+    @final
+    def refusal(self, problem: Problem) -> str | None:
         """None when the solver accepts the problem, else one sentence that says why it does not."""
+        if not isinstance(problem, self.accepts):
+            kinds = " and ".join(kind.kind for kind in self.accepts)
+            return f"it accepts {kinds} problems, and this is a {problem.kind} problem"
+        return self.why_not(cast(P, problem))
+
+    def why_not(self, problem: P) -> str | None:
+        """What else there is against a problem of an accepted kind, in one sentence; None when there is nothing."""
+        return None
 
     @abstractmethod
-    def init(self, problem: Problem, start: Tensor) -> State:
+    def init(self, problem: P, start: Tensor) -> State:
         """The state before the first step, from a starting weight [out, in]."""
 
     @abstractmethod
-    def step(self, problem: Problem, state: State) -> State:
+    def step(self, problem: P, state: State) -> State:
         """The state after one more step."""
 
     @abstractmethod
-    def done(self, problem: Problem, state: State) -> Status | None:
+    def done(self, problem: P, state: State) -> Status | None:
         """None to go on, else why to stop."""
 
     @abstractmethod
-    def value(self, problem: Problem, state: State) -> Tensor:
+    def value(self, problem: P, state: State) -> Tensor:
         """The weight [out, in] that the state stands for."""
 
-    def certify(self, problem: Problem, state: State) -> Certificate | None:
+    def certify(self, problem: P, state: State) -> Certificate | None:
         """A proved lower bound on the problem's optimum, or None."""
         return None
 
@@ -51,15 +65,15 @@ class Solver(ABC, Generic[State]):
         """What the solver remembers of the way."""
         return ()
 
-    def exact(self, problem: Problem) -> bool:
+    def exact(self, problem: P) -> bool:
         """A promise that the answer is optimal for this problem; the tests hold the solver to it unconditionally."""
         return False
 
-    def promised_gap(self, problem: Problem) -> float | None:
+    def promised_gap(self, problem: P) -> float | None:
         """A promise to be within this share of the optimum and to prove it; held to it unconditionally. None: none."""
         return None
 
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: P) -> bool:
         """A promise that the answer is never worse than a feasible start; held to it unconditionally."""
         return self.exact(problem)
 
@@ -69,21 +83,23 @@ class Solver(ABC, Generic[State]):
         return type(self).__name__
 
 
+AnySolver: TypeAlias = Solver[Any, Any]
+"""a solver of whatever kind of problem; whether it accepts a given one, `refusal` says"""
 SENSIBLE = (1e-15, 1e15)
 """between which every number of a solver's options lies: beyond, float32 has no digits or no range for what it makes"""
 MOST_STEPS = 10_000
 """what whole numbers among a solver's options, which count steps, candidates or columns, are at most"""
 
 
-def check_options(solver: "Solver", may_be_zero: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless every number among a solver's options is positive and sensible; for `__post_init__`."""
+def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Raise InputError unless every number among a solver's options is positive and sensible; for `__post_init__`."""
     for option in fields(solver):  # type: ignore[arg-type]  # solvers are dataclasses by contract
         value = getattr(solver, option.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             zero = value == 0 and option.name in may_be_zero
             least, most = (1, MOST_STEPS) if isinstance(option.default, int) else SENSIBLE
             if not (zero or least <= value <= most):
-                raise ValueError(
+                raise InputError(
                     f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
                 )
 
@@ -97,26 +113,26 @@ class Answer:
     notes: tuple[str, ...] = ()
 
 
-class DirectSolver(Solver[Answer]):
+class DirectSolver(Solver[P, Answer]):
     """A solver that computes its answer in one go."""
 
     @abstractmethod
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
+    def answer(self, problem: P, start: Tensor) -> Answer:
         """The answer."""
 
-    def init(self, problem: Problem, start: Tensor) -> Answer:
+    def init(self, problem: P, start: Tensor) -> Answer:
         return self.answer(problem, start)
 
-    def step(self, problem: Problem, state: Answer) -> Answer:
+    def step(self, problem: P, state: Answer) -> Answer:
         return state
 
-    def done(self, problem: Problem, state: Answer) -> Status | None:
+    def done(self, problem: P, state: Answer) -> Status | None:
         return Status.CONVERGED
 
-    def value(self, problem: Problem, state: Answer) -> Tensor:
+    def value(self, problem: P, state: Answer) -> Tensor:
         return state.value
 
-    def certify(self, problem: Problem, state: Answer) -> Certificate | None:
+    def certify(self, problem: P, state: Answer) -> Certificate | None:
         return state.certificate
 
     def notes(self, state: Answer) -> tuple[str, ...]:

@@ -6,15 +6,16 @@ from typing import Any, final
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.problems import Problem
-from optprune.solvers.base import Solver
+from optprune.solvers.base import AnySolver, Solver
 from optprune.solvers.solution import Certificate, Record, Status
 
 DEEPEST = 8
 """chains in chains: a flat one does the same"""
 
 
-def _depth(solver: Solver) -> int:
+def _depth(solver: AnySolver) -> int:
     return 1 + max(map(_depth, solver.stages), default=0) if isinstance(solver, Chain) else 0
 
 
@@ -27,7 +28,7 @@ class ChainState:
     began: float
     """when the stage began"""
     steps: int = 0
-    """of the stage"""
+    """the steps that the stage has made"""
     records: tuple[Record, ...] = ()
     notes: tuple[str, ...] = ()
     bounds: tuple[Certificate, ...] = ()
@@ -35,7 +36,7 @@ class ChainState:
 
 @final
 @dataclass(frozen=True)
-class Chain(Solver[ChainState]):
+class Chain(Solver[Problem, ChainState]):
     """Run the stages one after another on the same problem; going on to the next stage counts as a step.
 
     Accepts what every stage accepts. The history has a record of every finished stage: the last one's is the Solution.
@@ -43,11 +44,11 @@ class Chain(Solver[ChainState]):
     is. Memory and cost are those of the stages.
     """
 
-    stages: tuple[Solver, ...]
+    stages: tuple[AnySolver, ...]
 
     def __post_init__(self) -> None:
         if _depth(self) > DEEPEST:
-            raise ValueError(f"a chain of chains is more than {DEEPEST} deep: write one chain")
+            raise InputError(f"a chain of chains is more than {DEEPEST} deep: write one chain")
 
     @property
     def label(self) -> str:
@@ -56,7 +57,7 @@ class Chain(Solver[ChainState]):
     def why_not(self, problem: Problem) -> str | None:
         if not self.stages:
             return "it is an empty chain"
-        reasons = [(stage.label, stage.why_not(problem)) for stage in self.stages]
+        reasons = [(stage.label, stage.refusal(problem)) for stage in self.stages]
         return next((f"its stage {label} refuses: {reason}" for label, reason in reasons if reason), None)
 
     def exact(self, problem: Problem) -> bool:

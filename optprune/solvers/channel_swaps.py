@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from optprune.problems import Problem, StructuredProblem
+from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.inverse import InverseForm, refusal
+from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
 from optprune.solvers.tableau import Tableau
 
@@ -24,7 +24,7 @@ class ChannelSwapsState:
     form: InverseForm
     start: Tensor
     tableau: Tableau
-    """of A^-1"""
+    """that of A^-1"""
     cost: float
     """f at the refitted weight of the choice, minus f at V0"""
     best: Bool[Tensor, " units"]
@@ -42,7 +42,7 @@ class ChannelSwapsState:
 
 @final
 @dataclass(frozen=True)
-class ChannelSwaps(Solver[ChannelSwapsState]):
+class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
     r"""In every round make the best exchange of a kept unit p for a dropped unit q of its slot.
 
     With P the dropped columns, N = (A^-1_PP)^-1, Y = V0_P N, X = N A^-1_PK, H = (A_KK)^-1 and V the refitted weight,
@@ -60,6 +60,8 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
     Reference: the local search of OSSCAR (arXiv 2403.12983); exact gains by sweeping and the depth are ours.
     """
 
+    accepts = (StructuredProblem,)
+
     candidates: int = 32
     depth: int = 8
     tolerance: float = 1e-6
@@ -67,25 +69,19 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
     def __post_init__(self) -> None:
         check_options(self, may_be_zero=("depth",))
 
-    def why_not(self, problem: Problem) -> str | None:
-        return refusal(problem, "exchanges")
-
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: StructuredProblem) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> ChannelSwapsState:
-        assert isinstance(problem, StructuredProblem)
+    def init(self, problem: StructuredProblem, start: Tensor) -> ChannelSwapsState:
         form, choice = InverseForm.of(problem.loss), problem.support(start)
         tableau = Tableau.of(problem.channels, form.inverse, form.minimiser, choice)
         least = tableau.cost
-        rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
-        gain = max(self.tolerance * least, rounding)
+        gain = max(self.tolerance * least, cost_rounding(problem.loss))
         still = torch.zeros_like(choice)
         start = problem.within_support(start)
         return ChannelSwapsState(form, start, tableau, least, choice, least, gain, still, 0, 0, False)
 
-    def step(self, problem: Problem, state: ChannelSwapsState) -> ChannelSwapsState:
-        assert isinstance(problem, StructuredProblem)
+    def step(self, problem: StructuredProblem, state: ChannelSwapsState) -> ChannelSwapsState:
         found = state.tableau.best_exchange(self.candidates, state.moved)
         if found is None:
             return replace(state, finished=True)
@@ -103,11 +99,10 @@ class ChannelSwaps(Solver[ChannelSwapsState]):
             return replace(state, best=tableau.choice, least=cost, moved=torch.zeros_like(moved), away=0)
         return replace(state, moved=moved, away=state.away + 1)
 
-    def done(self, problem: Problem, state: ChannelSwapsState) -> Status | None:
+    def done(self, problem: StructuredProblem, state: ChannelSwapsState) -> Status | None:
         return Status.CONVERGED if state.finished else None
 
-    def value(self, problem: Problem, state: ChannelSwapsState) -> Tensor:
-        assert isinstance(problem, StructuredProblem)
+    def value(self, problem: StructuredProblem, state: ChannelSwapsState) -> Tensor:
         weight = state.form.without(problem.channels.columns[~state.best].reshape(-1)).to(state.start)
         # Where A is singular the refit is one of a slightly different loss.
         if state.form.notes and problem.objective(weight) > problem.objective(state.start):

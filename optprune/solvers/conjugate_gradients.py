@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.patterns import within
-from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
+from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
 from optprune.solvers.base import Solver, check_options
+from optprune.solvers.restore import Restorable, fixed_mask
 from optprune.solvers.solution import Certificate, Status
 
 
@@ -19,7 +20,7 @@ class GradientsState:
 
     mask: Bool[Tensor, "rows in"]
     diagonal: Float[Tensor, "*out in"]
-    """of A, or of S (x) A"""
+    """that of A, or of S (x) A"""
     inverse_diagonal: Float[Tensor, "*out in"]
     weight: Float[Tensor, "out in"]
     residual: Float[Tensor, "out in"]
@@ -39,7 +40,7 @@ class GradientsState:
 
 @final
 @dataclass(frozen=True)
-class ConjugateGradients(Solver[GradientsState]):
+class ConjugateGradients(Solver[Restorable, GradientsState]):
     r"""Solve (V A - B)_M = 0, V = 0 outside M, by conjugate gradients with the diagonal of A as preconditioner.
 
     Accepts restoration problems, and selection problems, where it refits on the support of the start; what a start has
@@ -55,25 +56,18 @@ class ConjugateGradients(Solver[GradientsState]):
     Reference: Hestenes and Stiefel (1952); ALPS (arXiv 2406.07831) for masks.
     """
 
+    accepts = (MaskedLeastSquares, SelectionProblem)
+
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, MaskedLeastSquares | SelectionProblem):
-            return None
-        return f"it needs a fixed mask or a support, and a {problem.kind} problem has neither"
-
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: Restorable) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> GradientsState:
-        if isinstance(problem, MaskedLeastSquares):
-            mask = problem.mask
-        else:
-            assert isinstance(problem, SelectionProblem)
-            mask = problem.mask(problem.support(start))
+    def init(self, problem: Restorable, start: Tensor) -> GradientsState:
+        mask = fixed_mask(problem, start)
         start = torch.where(mask, start, 0.0)
         loss = problem.loss
         diagonal = loss.gram.diagonal()
@@ -95,7 +89,7 @@ class ConjugateGradients(Solver[GradientsState]):
             mask, diagonal, inverse, start, residual, direction, energy, target, known, stuck, settled
         )
 
-    def step(self, problem: Problem, state: GradientsState) -> GradientsState:
+    def step(self, problem: Restorable, state: GradientsState) -> GradientsState:
         loss = problem.loss
         product = within(state.mask, loss.weigh(state.direction @ loss.gram))
         curvature = _by_system(loss, state.direction * product)
@@ -119,17 +113,17 @@ class ConjugateGradients(Solver[GradientsState]):
             settled=state.settled | (energy <= state.rounding),
         )
 
-    def done(self, problem: Problem, state: GradientsState) -> Status | None:
+    def done(self, problem: Restorable, state: GradientsState) -> Status | None:
         # From a residual of rounding all directions are rounding: where A is singular they end without curvature.
         met = (state.energy <= state.target) | (state.stuck & state.settled)
         if bool(met.all()):
             return Status.CONVERGED
         return Status.STALLED if bool((met | state.stuck).all()) else None
 
-    def value(self, problem: Problem, state: GradientsState) -> Tensor:
+    def value(self, problem: Restorable, state: GradientsState) -> Tensor:
         return state.weight
 
-    def certify(self, problem: Problem, state: GradientsState) -> Certificate | None:
+    def certify(self, problem: Restorable, state: GradientsState) -> Certificate | None:
         loss = problem.loss
         if not isinstance(problem, MaskedLeastSquares) or not bool((loss.damping > 0).all()):
             return None

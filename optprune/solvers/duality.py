@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.penalties import NormPenalty, Penalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.restore import only_rounding
 from optprune.solvers.spectrum import ScaledGram, column_scale, exceeds, factor_rounding
 
 HALVINGS = 50
-"""of the interval in which the largest scale with a finite conjugate is looked for"""
+"""how often the interval is halved in which the largest scale with a finite conjugate is looked for"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ def _regular_factor(
     """The Cholesky factor, or None where the matrix is no better than singular."""
     scale = column_scale(matrix)
     unit = matrix / torch.outer(scale, scale)
-    factor, failed = torch.linalg.cholesky_ex(unit)
+    factor, failed = linalg.try_cholesky(unit)
     least = factor_rounding(unit) + (0.0 if bool((damping > 0).all()) else rounding)
     # A factor of less than that would invert rounding, and claim a bound that is none.
     regular = not bool(failed) and bool(exceeds(unit, least))

@@ -93,14 +93,14 @@ class FistaState:
     objective: float
     bound: float
     gap: float
-    """of the two"""
+    """the relative gap between the two"""
     stale: int
     """checks since the gap last became smaller"""
 
 
 @final
 @dataclass(frozen=True)
-class Fista(Solver[FistaState]):
+class Fista(Solver[PenalisedLeastSquares, FistaState]):
     r"""Minimise f(V) + P(V) by accelerated proximal gradient steps with adaptive restart.
 
         Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)),   V_(k+1) = prox_(step P)(Y - S (Y A - B) step),
@@ -116,6 +116,8 @@ class Fista(Solver[FistaState]):
     Reference: Beck and Teboulle (2009); O'Donoghue and Candes (2015) for the restart; FISTAPruner (arXiv 2408.03728).
     """
 
+    accepts = (PenalisedLeastSquares,)
+
     tolerance: float = 1e-6
     scale_columns: bool = True
     restart: bool = True
@@ -123,14 +125,8 @@ class Fista(Solver[FistaState]):
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, PenalisedLeastSquares):
-            return None
-        return f"it minimises a loss plus a penalty, and a {problem.kind} problem has no penalty"
-
-    def promised_gap(self, problem: Problem) -> float | None:
+    def promised_gap(self, problem: PenalisedLeastSquares) -> float | None:
         """The tolerance, in float64, but for a penalty that is free somewhere on an undamped, so maybe singular, A."""
-        assert isinstance(problem, PenalisedLeastSquares)
         loss, penalty = problem.loss, problem.penalty
         free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
         damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
@@ -138,11 +134,10 @@ class Fista(Solver[FistaState]):
             return None
         return self.tolerance
 
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: PenalisedLeastSquares) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> FistaState:
-        assert isinstance(problem, PenalisedLeastSquares)
+    def init(self, problem: PenalisedLeastSquares, start: Tensor) -> FistaState:
         motion = self._begin(problem, start)
         dual = DualMap.of(problem)
         objective, bound = problem.objective(start), dual.bound(start)
@@ -190,12 +185,11 @@ class Fista(Solver[FistaState]):
             count=count,
         )
 
-    def step(self, problem: Problem, state: FistaState) -> FistaState:
-        assert isinstance(problem, PenalisedLeastSquares)
+    def step(self, problem: PenalisedLeastSquares, state: FistaState) -> FistaState:
         state = replace(state, motion=self._move(problem, state.motion))
         return self._check(problem, state) if state.motion.count >= state.next_check else state
 
-    def _check(self, problem: Problem, state: FistaState) -> FistaState:
+    def _check(self, problem: PenalisedLeastSquares, state: FistaState) -> FistaState:
         objective = problem.objective(state.motion.weight)
         bound = max(state.dual.bound(state.motion.weight), state.bound)
         better = objective < state.objective
@@ -214,15 +208,15 @@ class Fista(Solver[FistaState]):
             next_check=max(state.motion.count + FIRST_CHECK, math.ceil(GROWTH * state.motion.count)),
         )
 
-    def done(self, problem: Problem, state: FistaState) -> Status | None:
+    def done(self, problem: PenalisedLeastSquares, state: FistaState) -> Status | None:
         if state.gap <= self.tolerance:
             return Status.CONVERGED
         return Status.STALLED if state.stale >= PATIENCE else None
 
-    def value(self, problem: Problem, state: FistaState) -> Float[Tensor, "out in"]:
+    def value(self, problem: PenalisedLeastSquares, state: FistaState) -> Float[Tensor, "out in"]:
         return state.best
 
-    def certify(self, problem: Problem, state: FistaState) -> Certificate | None:
+    def certify(self, problem: PenalisedLeastSquares, state: FistaState) -> Certificate | None:
         return Certificate(state.bound, "Fenchel duality")
 
 

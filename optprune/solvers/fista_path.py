@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.penalties import WeightedL1
-from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
+from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.fista import Fista, GradientStep
 from optprune.solvers.solution import Status
@@ -34,7 +35,7 @@ class PathState:
 
 @final
 @dataclass(frozen=True)
-class FistaPath(Solver[PathState]):
+class FistaPath(Solver[SparseLeastSquares, PathState]):
     r"""Follow min f(V) + lambda sum_ij w_ij s_j |V_ij| from the dense weights up a geometric path of lambda.
 
         s_j = sqrt(A_jj),   u_ij = |V_ij| s_j,   w_ij = 1 / ((u_ij / m)^2 + 0.1),   m = half the median of the kept u_ij
@@ -52,6 +53,8 @@ class FistaPath(Solver[PathState]):
     scaling, the path and its direction are ours.
     """
 
+    accepts = (SparseLeastSquares,)
+
     ratio: float = 1.5
     inner_steps: int = 10
     most: int = 60
@@ -59,23 +62,16 @@ class FistaPath(Solver[PathState]):
     def __post_init__(self) -> None:
         check_options(self)
         if self.ratio <= 1:
-            raise ValueError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
+            raise InputError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SparseLeastSquares):
-            return None
-        return f"it looks for a support of single weights, and a {problem.kind} problem has none to choose"
-
-    def init(self, problem: Problem, start: Tensor) -> PathState:
-        assert isinstance(problem, SparseLeastSquares)
+    def init(self, problem: SparseLeastSquares, start: Tensor) -> PathState:
         loss = problem.loss
         scale = column_scale(loss.gram)
         strength = FIRST * float((loss.linear / scale).abs().max())
         mask = problem.project((loss.weight * scale).square())
         return PathState(GradientStep.of(loss, scale_columns=True), scale, strength, loss.weight, mask, 0)
 
-    def step(self, problem: Problem, state: PathState) -> PathState:
-        assert isinstance(problem, SparseLeastSquares)
+    def step(self, problem: SparseLeastSquares, state: PathState) -> PathState:
         size = state.dense.abs() * state.scale
         middle = (size[state.mask].median() / 2).clamp(min=torch.finfo(size.dtype).tiny ** 0.25)
         size = size / middle
@@ -88,10 +84,10 @@ class FistaPath(Solver[PathState]):
         strength = state.strength * self.ratio
         return replace(state, strength=strength, dense=dense, mask=mask, count=state.count + 1)
 
-    def done(self, problem: Problem, state: PathState) -> Status | None:
+    def done(self, problem: SparseLeastSquares, state: PathState) -> Status | None:
         if not bool(((state.dense != 0) & ~state.mask).any()) or not bool(state.mask.any()):
             return Status.CONVERGED
         return Status.STEP_LIMIT if state.count >= self.most else None
 
-    def value(self, problem: Problem, state: PathState) -> Tensor:
+    def value(self, problem: SparseLeastSquares, state: PathState) -> Tensor:
         return torch.where(state.mask, state.dense, 0.0)

@@ -26,7 +26,7 @@ class FistaPrunerState:
     """the error of the original weights, so that errors can be measured from the change alone"""
     best: Tensor
     error: float
-    """of `best`; infinite while that is an infeasible start"""
+    """that of `best`: infinite while that is an infeasible start"""
     low: float
     high: float
     failures: int
@@ -34,7 +34,7 @@ class FistaPrunerState:
 
 @final
 @dataclass(frozen=True)
-class FistaPruner(Solver[FistaPrunerState]):
+class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
     r"""Alternate K steps of FISTA on the l1 problem, from the best weight so far, with rounding to the pattern.
 
         V_K = FISTA(lambda, K, from V_best),   V = H(V_K) by plain magnitude,
@@ -53,6 +53,8 @@ class FistaPruner(Solver[FistaPrunerState]):
     Reference: FISTAPruner (arXiv 2408.03728), Algorithm 1, reconstructed from public reviews: K = 20, T = 3, xi = 0.3.
     """
 
+    accepts = (SparseLeastSquares,)
+
     inner_steps: int = 20
     patience: int = 3
     share: float = 0.3
@@ -61,22 +63,16 @@ class FistaPruner(Solver[FistaPrunerState]):
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SparseLeastSquares):
-            return None
-        return f"it rounds single weights to a pattern, and a {problem.kind} problem has none"
-
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: SparseLeastSquares) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> FistaPrunerState:
+    def init(self, problem: SparseLeastSquares, start: Tensor) -> FistaPrunerState:
         descent = GradientStep.of(problem.loss, scale_columns=False)
         floor = problem.objective(problem.loss.weight)
         error = _error(problem, floor, start) if problem.violation(start) == 0 else math.inf
         return FistaPrunerState(descent, floor, start, error, math.log(LEAST), 0.0, 0)
 
-    def step(self, problem: Problem, state: FistaPrunerState) -> FistaPrunerState:
-        assert isinstance(problem, SparseLeastSquares)
+    def step(self, problem: SparseLeastSquares, state: FistaPrunerState) -> FistaPrunerState:
         middle = (state.low + state.high) / 2
         penalty = L1(math.exp(middle) * float(problem.loss.linear.abs().max()))
         fista = Fista(scale_columns=False, restart=False)
@@ -93,13 +89,12 @@ class FistaPruner(Solver[FistaPrunerState]):
             return replace(state, best=rounded, error=total, failures=0)
         return replace(state, failures=state.failures + 1)
 
-    def done(self, problem: Problem, state: FistaPrunerState) -> Status | None:
+    def done(self, problem: SparseLeastSquares, state: FistaPrunerState) -> Status | None:
         # Without the second rule a weight that improves for ever by less and less would keep the first from coming.
         found = state.failures >= self.patience or state.high - state.low < self.narrow
         return Status.CONVERGED if found else None
 
-    def value(self, problem: Problem, state: FistaPrunerState) -> Tensor:
-        assert isinstance(problem, SparseLeastSquares)
+    def value(self, problem: SparseLeastSquares, state: FistaPrunerState) -> Tensor:
         return state.best if math.isfinite(state.error) else _rounded(problem, state.best)
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.errors import NumericalError
-from optprune.problems import Channels, Problem, StructuredProblem
+from optprune.numerics import linalg
+from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options
-from optprune.solvers.inverse import InverseForm, half_trace, refusal, unit_blocks
+from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 
 PENDING = 64
 """columns removed before their updates are carried out on the whole matrices, in one product"""
@@ -19,7 +20,7 @@ PENDING = 64
 
 @final
 @dataclass(frozen=True)
-class GreedyObs(DirectSolver):
+class GreedyObs(DirectSolver[StructuredProblem]):
     r"""Remove the cheapest `batch` units, update A^-1 and V to what is left, and repeat until `keep` are left.
 
     With H the inverse of A on what is left and V the best weight there, a unit g of k columns costs exactly
@@ -35,16 +36,14 @@ class GreedyObs(DirectSolver):
     Reference: OSSCAR (arXiv 2403.12983), its greedy part, reconstructed from its abstract and the released code.
     """
 
+    accepts = (StructuredProblem,)
+
     batch: int = 1
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        return refusal(problem, "removes")
-
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, StructuredProblem)
+    def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
         form, channels = InverseForm.of(problem.loss), problem.channels
         removed = [units for units, _ in _eliminate(form, channels, [problem.pattern.keep], self.batch)]
         columns = channels.columns[torch.cat(removed)].reshape(-1) if removed else channels.columns[:0, 0]
@@ -134,12 +133,12 @@ class _Left:
         """Remove units, in this order; what each adds to the loss."""
         columns = (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
         part = self.inverse[:, columns] - self.lower @ self.lower[columns].T
-        pivot, failed = torch.linalg.cholesky_ex(part[columns])
+        pivot, failed = linalg.try_cholesky(part[columns])
         if bool(failed):
             raise NumericalError("a unit repeats others to the last digit: raise the damping, e.g. to 0.01")
-        lower = torch.linalg.solve_triangular(pivot, part.T, upper=False)
+        lower = linalg.solve_lower(pivot, part.T)
         right = (self.minimiser[:, columns] - self.coefficients @ self.lower[columns].T).T
-        coefficients = torch.linalg.solve_triangular(pivot, right, upper=False)
+        coefficients = linalg.solve_lower(pivot, right)
         # V^T C before the removal, unit by unit: with it the blocks of H and V^T V follow in place.
         cross = coefficients @ self.minimiser - (coefficients @ self.coefficients) @ self.lower.T
         ours = lower.T.reshape(len(self.alive), self.each, -1)

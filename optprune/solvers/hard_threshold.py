@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.patterns import within
-from optprune.problems import Problem, SelectionProblem
+from optprune.problems import SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_steps
@@ -27,7 +27,7 @@ class ThresholdState:
 
 @final
 @dataclass(frozen=True)
-class HardThreshold(Solver[ThresholdState]):
+class HardThreshold(Solver[SelectionProblem, ThresholdState]):
     r"""V <- H(V - S (V A - B) step), step_j = 1 / (L A_jj), L a bound of the largest eigenvalue of the scaled A.
 
     H keeps the mask with the largest total of u_ij^2 / step_j, which minimises the quadratic upper bound of f over the
@@ -38,36 +38,31 @@ class HardThreshold(Solver[ThresholdState]):
     Reference: Blumensath and Davies (2009); AWP (arXiv 2506.10205) for pruning.
     """
 
+    accepts = (SelectionProblem,)
+
     patience: int = 20
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SelectionProblem):
-            return None
-        return f"it projects onto a choice of weights, and a {problem.kind} problem has none"
-
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: SelectionProblem) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> ThresholdState:
-        assert isinstance(problem, SelectionProblem)
+    def init(self, problem: SelectionProblem, start: Tensor) -> ThresholdState:
         loss = problem.loss
         step = column_steps(loss.gram)
         if loss.metric is not None:
             step = torch.outer(column_steps(loss.metric.matrix), step)
         return ThresholdState(step, start, problem.mask(problem.support(start)), 0)
 
-    def step(self, problem: Problem, state: ThresholdState) -> ThresholdState:
-        assert isinstance(problem, SelectionProblem)
+    def step(self, problem: SelectionProblem, state: ThresholdState) -> ThresholdState:
         point = state.weight - problem.loss.gradient(state.weight) * state.steps
         mask = problem.mask(problem.project(point.square() / state.steps))
         still = state.still + 1 if torch.equal(mask, state.mask) else 0
         return replace(state, weight=within(mask, point), mask=mask, still=still)
 
-    def done(self, problem: Problem, state: ThresholdState) -> Status | None:
+    def done(self, problem: SelectionProblem, state: ThresholdState) -> Status | None:
         return Status.CONVERGED if state.still >= self.patience else None
 
-    def value(self, problem: Problem, state: ThresholdState) -> Tensor:
+    def value(self, problem: SelectionProblem, state: ThresholdState) -> Tensor:
         return torch.where(state.mask, state.weight, 0.0)

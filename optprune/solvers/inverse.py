@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.errors import NumericalError
-from optprune.problems import LayerLoss, Problem, StructuredProblem
+from optprune.numerics import linalg
+from optprune.problems import LayerLoss
 from optprune.solvers.spectrum import exceeds
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
@@ -41,7 +42,7 @@ class InverseForm:
             # Nothing but zeros is as good as the identity.
             gram.diagonal().add_(ridge * size if bool(size > 0) else 1.0)
             notes = (SINGULAR.format(ridge),)
-        factor, failed = torch.linalg.cholesky_ex(gram)
+        factor, failed = linalg.try_cholesky(gram)
         if bool(failed):
             raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
         inverse = torch.cholesky_inverse(factor)
@@ -51,12 +52,17 @@ class InverseForm:
 
     def without(self, columns: Int[Tensor, " removed"]) -> Float[Tensor, "out in"]:
         """The best weight whose given columns are zero."""
-        factor = torch.linalg.cholesky(self.inverse[columns[:, None], columns])
+        factor = linalg.cholesky(self.inverse[columns[:, None], columns])
         multiplier = torch.cholesky_solve(self.minimiser[:, columns].T, factor).T
         weight = self.minimiser - multiplier @ self.inverse[columns]
         # The update has left rounding where there is to be nothing.
         weight[:, columns] = 0
         return weight
+
+
+def cost_rounding(loss: LayerLoss) -> float:
+    """What the cost of a choice, a sum over inputs in float64, may be off by: a rounding of the constant for each."""
+    return loss.constant * len(loss.damping) * torch.finfo(torch.float64).eps
 
 
 def unit_blocks(
@@ -75,12 +81,5 @@ def half_trace(blocks: Float[Tensor, "*b k k"], grams: Float[Tensor, "*b k k"]) 
     if blocks.shape[-1] == 1:
         return grams[..., 0, 0] / blocks[..., 0, 0] / 2
     # Rounding may have left a block that is not positive definite: its cost is as good as any.
-    factor, _ = torch.linalg.cholesky_ex(blocks)
+    factor, _ = linalg.try_cholesky(blocks)
     return torch.cholesky_solve(grams, factor).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
-
-
-def refusal(problem: Problem, what: str) -> str | None:
-    """Why a solver that `what`s units, by the inverse form, does not accept a problem; None when it does."""
-    if not isinstance(problem, StructuredProblem):
-        return f"it {what} units of columns, and a {problem.kind} problem has none"
-    return None

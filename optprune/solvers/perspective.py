@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.problems import LayerLoss, Problem, SelectionProblem
+from optprune.numerics import linalg
+from optprune.problems import LayerLoss, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Certificate, Status
 
@@ -30,7 +31,7 @@ class PerspectiveState:
 
 @final
 @dataclass(frozen=True)
-class PerspectiveBound(Solver[PerspectiveState]):
+class PerspectiveBound(Solver[SelectionProblem, PerspectiveState]):
     r"""A lower bound on min f over a pattern; a feasible weight it starts from is returned as it came.
 
     Split A = R + diag(d), R positive semidefinite. Writing the diagonal part as v^2 / z with z in [0, 1] relaxes the
@@ -48,37 +49,32 @@ class PerspectiveBound(Solver[PerspectiveState]):
     A step is two products [out, in] x [in, in] in float64.
     """
 
+    accepts = (SelectionProblem,)
+
     most: int = 100
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SelectionProblem):
-            return None
-        return f"it relaxes a choice of weights, and a {problem.kind} problem has none"
-
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: SelectionProblem) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> PerspectiveState:
-        assert isinstance(problem, SelectionProblem)
+    def init(self, problem: SelectionProblem, start: Tensor) -> PerspectiveState:
         loss = problem.loss
         split, rest = diagonal_split(loss), loss.gram.double()
         if loss.metric is None:
             rest = rest - torch.diag(split)
         # Where nothing is left of A (width 1, dead inputs) the bound depends on no X, and any step will do.
-        length = float(torch.linalg.matrix_norm(rest, 2)) or 1.0
+        length = linalg.spectral_norm(rest) or 1.0
         if loss.metric is not None:
             rows = loss.metric.matrix.double()
             split = torch.outer(_split(rows, loss.metric.damping.double()), split)
-            length *= float(torch.linalg.matrix_norm(rows, 2)) or 1.0
+            length *= linalg.spectral_norm(rows) or 1.0
         point = start.double()
         bound = _bound(problem, split, rest, point)
         return PerspectiveState(problem.within_support(start), split, rest, length, point, point, bound, 0)
 
-    def step(self, problem: Problem, state: PerspectiveState) -> PerspectiveState:
-        assert isinstance(problem, SelectionProblem)
+    def step(self, problem: SelectionProblem, state: PerspectiveState) -> PerspectiveState:
         momentum = state.count / (state.count + 3)
         ahead = state.point + momentum * (state.point - state.previous)
         # Gradient step on the smooth part 1/2 tr(X R X^T) - tr(X B^T), then the prox of the perspective term,
@@ -90,13 +86,13 @@ class PerspectiveBound(Solver[PerspectiveState]):
         bound = max(state.bound, _bound(problem, state.split, state.rest, point))
         return replace(state, point=point, previous=state.point, bound=bound, count=state.count + 1)
 
-    def done(self, problem: Problem, state: PerspectiveState) -> Status | None:
+    def done(self, problem: SelectionProblem, state: PerspectiveState) -> Status | None:
         return Status.CONVERGED if state.count >= self.most else None
 
-    def value(self, problem: Problem, state: PerspectiveState) -> Tensor:
+    def value(self, problem: SelectionProblem, state: PerspectiveState) -> Tensor:
         return state.start
 
-    def certify(self, problem: Problem, state: PerspectiveState) -> Certificate | None:
+    def certify(self, problem: SelectionProblem, state: PerspectiveState) -> Certificate | None:
         return Certificate(state.bound, "dual of the perspective relaxation")
 
 
@@ -133,10 +129,10 @@ def diagonal_split(loss: LayerLoss) -> Float[Tensor, " in"]:
 
 
 def _split(matrix: Float[Tensor, "n n"], damping: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    factor, failed = linalg.try_cholesky(matrix)
     if bool(failed):
         return damping
     scale = torch.cholesky_inverse(factor).diagonal().sqrt()
-    values = torch.linalg.eigvalsh(matrix * torch.outer(scale, scale))
+    values = linalg.eigvalsh(matrix * torch.outer(scale, scale))
     rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
     return max(float(values[0]) - rounding, 0.0) / scale.square()

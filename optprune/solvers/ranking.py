@@ -5,41 +5,40 @@ No weight that stays is changed, but by a rounding where a metric scales the row
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import final
+from typing import TypeVar, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from optprune.problems import Problem, SelectionProblem, SparseLeastSquares, StructuredProblem
+from optprune.errors import InputError
+from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.system.wording import shown
 
+P = TypeVar("P", bound=SelectionProblem)
 
-class Ranking(DirectSolver):
+
+class Ranking(DirectSolver[P]):
     """Score every weight, keep the admissible choice with the largest total, set the rest to zero.
 
     In a structured problem the score of a unit is the sum over its columns. The start is not used.
     """
 
+    accepts = (SelectionProblem,)
+
     @abstractmethod
-    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+    def scores(self, problem: P) -> Float[Tensor, "out in"]:
         """The importance of each weight: larger is kept."""
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SelectionProblem):
-            return None
-        return f"it ranks what there is to choose from, and a {problem.kind} problem offers no choice"
-
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, SelectionProblem)
+    def answer(self, problem: P, start: Tensor) -> Answer:
         choice = problem.project(self.scores(problem))
         return Answer(torch.where(problem.mask(choice), problem.loss.weight, 0.0))
 
 
 @final
 @dataclass(frozen=True)
-class Magnitude(Ranking):
+class Magnitude(Ranking[SelectionProblem]):
     """score_ij = W_ij^2: the largest weights, or the units of largest norm. Cost: one pass over W. The plainest one."""
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
@@ -49,14 +48,14 @@ class Magnitude(Ranking):
 
 @final
 @dataclass(frozen=True)
-class Random(Ranking):
+class Random(Ranking[SelectionProblem]):
     """Weights or units drawn at random, differently for every problem, always the same for one problem and seed."""
 
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed of {self.label} must be between 0 and {2**63 - 1}, not {shown(self.seed)}")
+            raise InputError(f"seed of {self.label} must be between 0 and {2**63 - 1}, not {shown(self.seed)}")
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
         # Cut to 63 bits, since torch takes no larger seed.
@@ -69,7 +68,7 @@ class Random(Ranking):
 
 @final
 @dataclass(frozen=True)
-class Wanda(Ranking):
+class Wanda(Ranking[SparseLeastSquares]):
     """score_ij = |W_ij| (E x*_j^2)^(1/2). Cost: one pass over W. Reference: Wanda (arXiv 2306.11695).
 
     The paper compares weights within each output row: that is the pattern RowWise, or under any other `by_row`, where
@@ -77,14 +76,11 @@ class Wanda(Ranking):
     over units is FaspMetric.
     """
 
+    accepts = (SparseLeastSquares,)
+
     by_row: bool = False
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, SparseLeastSquares):
-            return None
-        return f"it ranks single weights under a pattern, and a {problem.kind} problem has none"
-
-    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+    def scores(self, problem: SparseLeastSquares) -> Float[Tensor, "out in"]:
         score = problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
         if not self.by_row:
             return score
@@ -92,13 +88,10 @@ class Wanda(Ranking):
         return score.flip(1).argsort(dim=1, stable=True).argsort(dim=1).flip(1).to(score)
 
 
-class UnitRanking(Ranking):
+class UnitRanking(Ranking[StructuredProblem]):
     """A ranking that is meant for whole units."""
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, StructuredProblem):
-            return None
-        return f"it ranks units of columns, and a {problem.kind} problem has none"
+    accepts = (StructuredProblem,)
 
 
 @final
@@ -110,7 +103,7 @@ class FaspMetric(UnitRanking):
     the query heads of a KV group is ours.
     """
 
-    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
+    def scores(self, problem: StructuredProblem) -> Float[Tensor, "out in"]:
         return problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
 
 
@@ -130,8 +123,7 @@ class FlapMetric(UnitRanking):
     Reference: FLAP (its released code); no weight is restored there either.
     """
 
-    def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        assert isinstance(problem, StructuredProblem)
+    def scores(self, problem: StructuredProblem) -> Float[Tensor, "out in"]:
         fluctuation = problem.loss.weight.square() * problem.loss.moments.covariance.diagonal()
         if problem.channels.columns.shape[1] == 1:
             return fluctuation

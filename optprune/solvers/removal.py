@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import LayerLoss, Link
 from optprune.solvers.sparsegpt import inverse_gram
 
@@ -36,4 +37,4 @@ def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:
     block = inverse[link.columns[:, :, None], link.columns[:, None, :]]
     # [units, columns, out], for the unit's own little system.
     removed, weighed = (v.T[link.columns] for v in (weight, loss.weigh(weight)))
-    return ((torch.linalg.solve(block, removed) * weighed).sum((1, 2)) / 2).to(loss.weight)
+    return ((linalg.solve(block, removed) * weighed).sum((1, 2)) / 2).to(loss.weight)

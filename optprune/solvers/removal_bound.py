@@ -6,7 +6,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from optprune.problems import Problem, StructuredProblem
+from optprune.numerics import linalg
+from optprune.problems import StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 from optprune.solvers.solution import Certificate
@@ -14,7 +15,7 @@ from optprune.solvers.solution import Certificate
 
 @final
 @dataclass(frozen=True)
-class RemovalBound(DirectSolver):
+class RemovalBound(DirectSolver[StructuredProblem]):
     r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned as it came.
 
     Dropping the units P costs, by duality, the largest value over multipliers Y of
@@ -32,16 +33,12 @@ class RemovalBound(DirectSolver):
     it proves 0. Accepts structured and linked problems. Cost: in^3 + out in^2 + units^3, in float64.
     """
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, StructuredProblem):
-            return None
-        return f"it bounds the cost of dropping units, and a {problem.kind} problem has none"
+    accepts = (StructuredProblem,)
 
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: StructuredProblem) -> bool:
         return True
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, StructuredProblem)
+    def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
         certificate = Certificate(_bound(problem), "dual of the removal of units, one multiplier each")
         return Answer(problem.within_support(start), certificate)
 
@@ -56,11 +53,11 @@ def _bound(problem: StructuredProblem) -> float:
     inverse, weight = form.inverse[flat[:, None], flat], form.minimiser[:, flat]
     blocks, grams = unit_blocks(inverse, weight, each)
     alone = half_trace(blocks, grams)
-    parts = torch.linalg.solve(blocks, weight.T.reshape(units, each, -1))
+    parts = linalg.solve(blocks, weight.T.reshape(units, each, -1))
     multiplier = parts.reshape(units * each, -1)
     coupling = (inverse * (multiplier @ multiplier.T)).reshape(units, each, units, each).sum((1, 3))
     scale = torch.where(alone > 0, 2 * alone, 1.0).sqrt()
-    size = float(torch.linalg.eigvalsh(coupling / torch.outer(scale, scale))[-1])
+    size = float(linalg.eigvalsh(coupling / torch.outer(scale, scale))[-1])
     epsilon = torch.finfo(torch.float64).eps
     largest = max(size, 1.0) * (1 + units * epsilon)
     rise = float(alone[~problem.pattern.project(alone)].sum()) / largest

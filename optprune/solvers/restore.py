@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import final
+from typing import TypeAlias, final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.solution import Certificate
@@ -21,13 +22,15 @@ COUPLED = (
     "it solves row by row, and the full output metric couples rows whose masks differ: take ConjugateGradients, or the "
     "diagonal of the metric"
 )
+Restorable: TypeAlias = MaskedLeastSquares | SelectionProblem
+"""a problem with a mask, or with a choice that a start makes"""
 BATCH_BYTES = 1 << 28
 """how much memory one batch of rows may take when every row has a mask of its own"""
 
 
 @final
 @dataclass(frozen=True)
-class Restore(DirectSolver):
+class Restore(DirectSolver[Restorable]):
     r"""Solve the normal equations on the mask, as a change Z of the masked weight U = W * mask:
 
         (G_U + Z A)_M = 0,   G_U = (U - W) A + (W A - B),   Z_M = -(G_U)_M (A_MM)^-1,   Z = 0 outside M.
@@ -51,24 +54,24 @@ class Restore(DirectSolver):
     Reference: FASP (arXiv 2501.09412), restoration; the ridge towards W instead of zero is ours.
     """
 
+    accepts = (MaskedLeastSquares, SelectionProblem)
+
     factor_dtype: torch.dtype = torch.float64
 
-    def why_not(self, problem: Problem) -> str | None:
-        if isinstance(problem, MaskedLeastSquares | SelectionProblem):
-            return COUPLED if problem.loss.coupled and _mask(problem, problem.loss.weight).shape[0] > 1 else None
-        return f"it needs a fixed mask or a support, and a {problem.kind} problem has neither"
+    def why_not(self, problem: Restorable) -> str | None:
+        coupled = problem.loss.coupled and fixed_mask(problem, problem.loss.weight).shape[0] > 1
+        return COUPLED if coupled else None
 
-    def exact(self, problem: Problem) -> bool:
+    def exact(self, problem: Restorable) -> bool:
         return isinstance(problem, MaskedLeastSquares) and self.factor_dtype == torch.float64
 
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: Restorable) -> bool:
         return self.factor_dtype == torch.float64
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
+    def answer(self, problem: Restorable, start: Tensor) -> Answer:
         if isinstance(problem, MaskedLeastSquares):
             found = self._restore(problem)
         else:
-            assert isinstance(problem, SelectionProblem)
             # A bound would hold for this choice only, not for the best choice.
             found = self._restore(problem.restrict(problem.support(start)), certify=False)
         if found.notes and _is_better(problem, start, found.value):
@@ -90,7 +93,8 @@ def _is_better(problem: Problem, start: Tensor, found: Tensor) -> bool:
     return problem.objective(start) < problem.objective(found) - problem.loss.rounding(found)
 
 
-def _mask(problem: MaskedLeastSquares | SelectionProblem, start: Tensor) -> Bool[Tensor, "rows in"]:
+def fixed_mask(problem: Restorable, start: Tensor) -> Bool[Tensor, "rows in"]:
+    """The mask of a restoration problem, or of the choice that the start of a selection problem stands for."""
     if isinstance(problem, MaskedLeastSquares):
         return problem.mask
     return problem.mask(problem.support(start))
@@ -115,7 +119,7 @@ def _certificate(problem: MaskedLeastSquares, gram: ScaledGram, value: Tensor) -
 
 def only_rounding(loss: LayerLoss, weight: Float[Tensor, "out in"], residual: Float[Tensor, "out in"]) -> bool:
     """Whether a residual V A - B, or a part of it, may be nothing but rounding of the moments."""
-    sizes = (residual / loss.input_scale).norm(dim=1)
+    sizes = linalg.norm(residual / loss.input_scale, 1)
     return bool((sizes <= residual.shape[1] ** 0.5 * loss.residual_rounding(weight)).all())
 
 
@@ -156,7 +160,7 @@ def _row_steps(
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)[:, :most]
     batch = max(1, BATCH_BYTES // (most * most * gradient.element_size()))
     any_singular = False
-    for rows in torch.arange(mask.shape[0], device=mask.device).split(batch):
+    for rows in torch.split(torch.arange(mask.shape[0], device=mask.device), batch):
         index = order[rows]
         real = mask[rows].gather(1, index)
         block = gram.matrix[index[:, :, None], index[:, None, :]] * (real[:, :, None] & real[:, None, :])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from optprune.errors import InputError, NoSolver
-from optprune.metric import RowUnits
+from optprune.metric import OutputBasis
 from optprune.numerics.precision import full_precision
 from optprune.problems import Problem
 from optprune.solvers.auto import choose
-from optprune.solvers.base import Solver
+from optprune.solvers.base import AnySolver
 from optprune.solvers.solution import Certificate, Solution, Status
 
 MOST_STEPS = 10_000
@@ -30,7 +30,7 @@ Callback = Callable[[int, Callable[[], Tensor]], None]
 @full_precision()
 def solve(
     problem: Problem,
-    solver: Solver | None = None,
+    solver: AnySolver | None = None,
     *,
     start: Tensor | None = None,
     max_steps: int = MOST_STEPS,
@@ -42,10 +42,11 @@ def solve(
     `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
     of the Solution are measured by the problem after the solver has returned. A certificate that the answer
     contradicts, its bound above the objective by more than rounding, is dropped with a note. Raises NoSolver when the
-    solver refuses the problem. Under an output metric the solver works on other rows (`Problem.even`), where the
-    objective is the same number, or larger by what outputs that cost nothing are made to cost, which certificates do
-    not claim; and where weights or inputs are very large or small, in other units of them (`Problem.moderate`). Where
-    all feasible weights cost the same, as those of inputs that are all zero, one by the start is the answer.
+    solver refuses the problem. Under an output metric the solver works in another basis of the outputs
+    (`Problem.in_output_basis`), where the objective is the same number, or larger by what outputs that cost nothing are
+    made to cost, which certificates do not claim; and where weights or inputs are very large or small, in other units
+    of them (`Problem.in_moderate_units`). Where all feasible weights cost the same, as those of inputs that are all
+    zero, one by the start is the answer.
     """
     solver = choose(problem) if solver is None else solver
     posed = _Posed.of(problem)
@@ -62,11 +63,13 @@ def solve(
             seconds, violation = time.perf_counter() - began, problem.violation(any_value)
             return Solution(any_value, objective, violation, Status.CONVERGED, 0, seconds, proof, notes=(DEAD,))
 
-        def told(steps: int, state: Any) -> None:
+        def after_step(steps: int, state: Any) -> None:
             if callback is not None:
                 callback(steps, partial(_value, solver, posed, state))
 
-        state, status, steps = _iterate(posed.problem, solver, posed.into(start), max_steps, began + max_seconds, told)
+        state, status, steps = _iterate(
+            posed.problem, solver, posed.into(start), max_steps, began + max_seconds, after_step
+        )
         value = _value(solver, posed, state)
         certificate = posed.certificate(solver.certify(posed.problem, state), problem)
         seconds = time.perf_counter() - began
@@ -84,15 +87,15 @@ def solve(
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
-def check_accepted(even: Problem, solver: Solver) -> None:
-    """Raise NoSolver when a solver refuses a problem, which is evened as `solve` does it."""
-    reason = solver.why_not(even)
+def check_accepted(posed: Problem, solver: AnySolver) -> None:
+    """Raise NoSolver when a solver refuses a problem, given in the basis of the outputs in which `solve` poses it."""
+    reason = solver.refusal(posed)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
 
 @full_precision()
-def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:
+def answer(problem: Problem, solver: AnySolver, start: Tensor) -> Tensor:
     """What `solve` would return as the value, neither measured nor certified: for the inner steps of something else."""
     posed = _Posed.of(problem)
     with torch.no_grad():
@@ -107,46 +110,46 @@ def answer(problem: Problem, solver: Solver, start: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Posed:
-    """A problem as its solver meets it: with even rows, and weights and inputs of moderate size."""
+    """A problem as its solver meets it: in another basis of the outputs, and weights and inputs of moderate size."""
 
     problem: Problem
-    rows: RowUnits | None
+    basis: OutputBasis | None
     size: float
     """the factor of its weights"""
     factor: float
-    """of its objective to that of the problem as it came"""
+    """what its objective is multiplied by to be that of the problem as it came"""
 
     @classmethod
     def of(cls, problem: Problem) -> "_Posed":
-        even, rows = problem.even()
-        moderate, size, factor = even.moderate()
-        return cls(moderate, rows, size, factor)
+        rebased, basis = problem.in_output_basis()
+        moderate, size, factor = rebased.in_moderate_units()
+        return cls(moderate, basis, size, factor)
 
     def into(self, weight: Tensor) -> Tensor:
-        weight = weight if self.rows is None else self.rows.into(weight)
+        weight = weight if self.basis is None else self.basis.into(weight)
         return weight if self.size == 1 else weight * self.size
 
     def back(self, weight: Tensor) -> Tensor:
         weight = weight if self.size == 1 else weight / self.size
-        return weight if self.rows is None else self.rows.back(weight)
+        return weight if self.basis is None else self.basis.back(weight)
 
     def certificate(self, found: Certificate | None, problem: Problem) -> Certificate | None:
         """What a bound on the problem as posed proves of the problem itself.
 
         A row of an optimum may be taken to cost no more, metric aside, than a row of zeros; so with all rows it costs
-        no more than c/2, and evening the problem adds at most the excess times that.
+        no more than c/2, and the basis adds at most the excess times that.
         """
         if found is None:
             return None
         bound = found.lower_bound * self.factor
-        if self.rows is not None and self.rows.excess:
+        if self.basis is not None and self.basis.excess:
             # No loss is negative, so neither is what is left of a bound that was not.
-            bound = max(bound - self.rows.excess * problem.loss.plain.constant / 2, min(bound, 0.0))
+            bound = max(bound - self.basis.excess * problem.loss.plain.constant / 2, min(bound, 0.0))
         return replace(found, lower_bound=bound)
 
 
 def _iterate(
-    problem: Problem, solver: Solver, start: Tensor, most: int, until: float, told: Callable[[int, Any], None]
+    problem: Problem, solver: AnySolver, start: Tensor, most: int, until: float, after_step: Callable[[int, Any], None]
 ) -> tuple[Any, Status, int]:
     """The solver's last state, why it stopped, and after how many steps."""
     state, steps = solver.init(problem, start), 0
@@ -157,10 +160,10 @@ def _iterate(
             return state, Status.TIME_LIMIT, steps
         state = solver.step(problem, state)
         steps += 1
-        told(steps, state)
+        after_step(steps, state)
     return state, status, steps
 
 
-def _value(solver: Solver, posed: _Posed, state: Any) -> Tensor:
+def _value(solver: AnySolver, posed: _Posed, state: Any) -> Tensor:
     """The weight that a state stands for, as the problem as it came measures it."""
     return posed.back(solver.value(posed.problem, state))

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.patterns import SlotWise
-from optprune.problems import Problem, StructuredProblem
+from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.inverse import InverseForm, refusal
+from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
 from optprune.solvers.tableau import Tableau
 
@@ -27,21 +28,21 @@ class SpapState:
     scale: Float[Tensor, " in"]
     """omega"""
     tableau: Tableau
-    """of A^-1 + diag(1 / (rho omega))"""
+    """that of A^-1 + diag(1 / (rho omega))"""
     rho: float
     gain: float
     """what a lower F must be lower by"""
     settled: bool
     """whether the last z-step found nothing lower"""
     excursions: int
-    """made at the last penalty since the choice last changed"""
+    """how many were made at the last penalty since the choice last changed"""
     changes: int
-    """of the choice, so far"""
+    """how often the choice has changed"""
 
 
 @final
 @dataclass(frozen=True)
-class Spap(Solver[SpapState]):
+class Spap(Solver[StructuredProblem, SpapState]):
     r"""Alternating minimisation of the penalised problem in V and in the choice, with a growing penalty.
 
         F(V, z) = f(V) + rho / 2 sum_j (1 - z_j) sum_{c in unit j} omega_c |V_c|^2
@@ -72,6 +73,8 @@ class Spap(Solver[SpapState]):
     Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and excursions are ours.
     """
 
+    accepts = (StructuredProblem,)
+
     scale: Scale = "inverse"
     first: float = 1.0
     growth: float = 100.0
@@ -83,26 +86,20 @@ class Spap(Solver[SpapState]):
     def __post_init__(self) -> None:
         check_options(self, may_be_zero=("depth", "tolerance"))
         if not (self.first <= self.last and (self.growth > 1 or self.first == self.last)):
-            raise ValueError(
+            raise InputError(
                 f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
                 f"{self.first:g} to {self.last:g} by {self.growth:g}"
             )
 
-    def why_not(self, problem: Problem) -> str | None:
-        return refusal(problem, "drops")
-
-    def init(self, problem: Problem, start: Tensor) -> SpapState:
-        assert isinstance(problem, StructuredProblem)
+    def init(self, problem: StructuredProblem, start: Tensor) -> SpapState:
         form = InverseForm.of(problem.loss)
         scale = self._column_scale(problem, form)
         size = problem.channels.sum_columns((scale * form.minimiser.square()).sum(0))
         tableau = _penalised(problem, form, self.first * scale, problem.pattern.project(size))
-        rounding = problem.loss.constant * len(form.inverse) * torch.finfo(torch.float64).eps
-        return SpapState(form, scale, tableau, self.first, rounding, False, 0, 0)
+        return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, 0, 0)
 
-    def step(self, problem: Problem, state: SpapState) -> SpapState:
+    def step(self, problem: StructuredProblem, state: SpapState) -> SpapState:
         """Nothing but the schedule moves where the choice has settled, so that every step lowers F or is one of its."""
-        assert isinstance(problem, StructuredProblem)
         if not state.settled:
             lower = self._lower(state.tableau, state.gain)
             if lower is None:
@@ -120,12 +117,11 @@ class Spap(Solver[SpapState]):
         tableau = _penalised(problem, state.form, state.rho * state.scale, away.choice)
         return replace(state, tableau=tableau, settled=False, excursions=0, changes=state.changes + 1)
 
-    def done(self, problem: Problem, state: SpapState) -> Status | None:
+    def done(self, problem: StructuredProblem, state: SpapState) -> Status | None:
         finished = state.settled and state.rho >= self.last and state.excursions == 2 * self.depth
         return Status.CONVERGED if finished else None
 
-    def value(self, problem: Problem, state: SpapState) -> Tensor:
-        assert isinstance(problem, StructuredProblem)
+    def value(self, problem: StructuredProblem, state: SpapState) -> Tensor:
         mask = problem.mask(state.tableau.choice)
         return torch.where(mask, penalised_minimiser(state), 0.0).to(problem.loss.weight)
 
@@ -205,8 +201,8 @@ def _pairs(tableau: Tableau) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs
     kept, value = tableau.choice[order], worth[order]
     pairs = min(int(kept[0].sum()), int((~kept[0]).sum()))
     cost, cheapest = torch.where(kept, value, torch.inf).sort(dim=1, stable=True)
-    gain, dearest = torch.where(kept, -torch.inf, value).sort(dim=1, descending=True, stable=True)
+    gain, most_valuable = torch.where(kept, -torch.inf, value).sort(dim=1, descending=True, stable=True)
     better = (gain - cost)[:, :pairs].reshape(-1)
     found = better.argsort(descending=True, stable=True)[: int((better > 0).sum())]
-    leaving, entering = (order.gather(1, rank)[:, :pairs].reshape(-1)[found] for rank in (cheapest, dearest))
+    leaving, entering = (order.gather(1, rank)[:, :pairs].reshape(-1)[found] for rank in (cheapest, most_valuable))
     return leaving, entering

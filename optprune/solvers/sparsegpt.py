@@ -8,15 +8,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.errors import NumericalError
+from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured, largest
-from optprune.problems import LayerLoss, Problem, SparseLeastSquares
+from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options
 from optprune.solvers.spectrum import ScaledGram
 
 
 @final
 @dataclass(frozen=True)
-class SparseGpt(DirectSolver):
+class SparseGpt(DirectSolver[SparseLeastSquares]):
     r"""Optimal-brain-surgeon updates with a fixed order of columns.
 
     With U the upper Cholesky factor of A^-1 = U^T U, for each column j in turn, masks being chosen when a block
@@ -32,14 +33,14 @@ class SparseGpt(DirectSolver):
     Cost: in^3 + out in^2; memory 2 in^2 + 2 out in. Reference: SparseGPT (arXiv 2301.00774), Algorithm 1.
     """
 
+    accepts = (SparseLeastSquares,)
+
     block: int = 128
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if not isinstance(problem, SparseLeastSquares):
-            return f"it prunes single weights under a pattern, and a {problem.kind} problem has none"
+    def why_not(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it chooses masks block by block, which it cannot for the pattern {type(pattern).__name__}"
@@ -47,12 +48,11 @@ class SparseGpt(DirectSolver):
             return "it compensates errors row by row, and the full output metric couples the rows: take its diagonal"
         return None
 
-    def answer(self, problem: Problem, start: Tensor) -> Answer:
-        assert isinstance(problem, SparseLeastSquares)
+    def answer(self, problem: SparseLeastSquares, start: Tensor) -> Answer:
         pattern = problem.pattern
         assert isinstance(pattern, Unstructured | RowWise | NM)
         inverse, weight = inverse_gram(problem.loss)
-        factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        factor, failed = linalg.try_cholesky(inverse, upper=True)
         if bool(failed):
             raise NumericalError(
                 "the inverse Gram matrix is not positive definite in this precision: raise the damping"

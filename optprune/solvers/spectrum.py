@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import LayerLoss
 
 
@@ -46,14 +47,14 @@ class ScaledGram:
         # A factor of less than that would invert rounding, and claim a bound that is none.
         # One look at all of A may save one at every block of a batch.
         regular = self.regular if blocks.ndim > 2 and self.regular else exceeds(blocks, self.least)
-        factor, failed = torch.linalg.cholesky_ex(blocks)
+        factor, failed = linalg.try_cholesky(blocks)
         return factor, (failed == 0) & regular
 
     def solve_singular(
         self, blocks: Float[Tensor, "*b n n"], right: Float[Tensor, "*b rows n"]
     ) -> Float[Tensor, "*b rows n"]:
         """R M^+ for blocks M that may be singular: eigenvalues that may be rounding, or negative, are zero."""
-        values, vectors = torch.linalg.eigh(blocks)
+        values, vectors = linalg.eigh(blocks)
         largest = values.abs().amax(-1)
         rounding = self.resolution + values.shape[-1] * torch.finfo(values.dtype).eps * largest
         usable = values > rounding[..., None]
@@ -69,7 +70,7 @@ def exceeds(blocks: Float[Tensor, "*b n n"], least: float) -> Bool[Tensor, "*b"]
     """
     shifted = blocks.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(least)
-    return torch.linalg.cholesky_ex(shifted).info == 0
+    return linalg.try_cholesky(shifted)[1] == 0
 
 
 def factor_rounding(matrix: Float[Tensor, "*b n n"]) -> float:
@@ -93,7 +94,7 @@ def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -
     for _ in range(squarings):
         # The invariant: (A / scale)^(2^s) = exp(logarithm) * power, kept away from underflow.
         power = power @ power
-        size = float(power.norm())
+        size = float(linalg.norm(power))
         power, logarithm = power / size, 2 * logarithm + math.log(size)
     # |A^(2^s)|_F = (sum_i lambda_i^(2^(s+1)))^(1/2), and |power|_F = 1. The last factor covers the rounding.
     return scale * math.exp(logarithm / 2**squarings) * (1 + 1e-5)
@@ -111,6 +112,6 @@ def column_steps(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
 
 
 def column_scale(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-    """sqrt(A_jj), with 1 for dead inputs: dividing A on both sides by it makes the diagonal 1 and the problem even."""
+    """sqrt(A_jj), with 1 for dead inputs: dividing A on both sides by it makes the diagonal 1."""
     scale = gram.diagonal().clamp(min=0).sqrt()
     return torch.where(scale > 0, scale, 1.0)

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured
-from optprune.problems import Problem, SparseLeastSquares
+from optprune.problems import SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 
@@ -32,7 +33,7 @@ class SwapsState:
 
 @final
 @dataclass(frozen=True)
-class Swaps(Solver[SwapsState]):
+class Swaps(Solver[SparseLeastSquares, SwapsState]):
     r"""In every round each row makes the best exchange of a kept weight p for a dropped one q, if it gains.
 
     With g = V A - B, setting v_p to 0 costs r_p = -g_p v_p + A_pp v_p^2 / 2, and giving a dropped q its best value
@@ -50,14 +51,14 @@ class Swaps(Solver[SwapsState]):
     Reference: SparseSwaps (arXiv 2512.10922) for the exact gains with fixed weights; the entering value is ours.
     """
 
+    accepts = (SparseLeastSquares,)
+
     candidates: int = 32
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    def why_not(self, problem: Problem) -> str | None:
-        if not isinstance(problem, SparseLeastSquares):
-            return f"it exchanges single weights under a pattern, and a {problem.kind} problem has none"
+    def why_not(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it does not know which exchanges the pattern {type(pattern).__name__} allows"
@@ -65,11 +66,10 @@ class Swaps(Solver[SwapsState]):
             return "it exchanges weights row by row, and the full output metric couples the rows: take its diagonal"
         return None
 
-    def monotone(self, problem: Problem) -> bool:
+    def monotone(self, problem: SparseLeastSquares) -> bool:
         return True
 
-    def init(self, problem: Problem, start: Tensor) -> SwapsState:
-        assert isinstance(problem, SparseLeastSquares)
+    def init(self, problem: SparseLeastSquares, start: Tensor) -> SwapsState:
         loss = problem.loss
         rounding = loss.constant * torch.finfo(start.dtype).eps / start.shape[0]
         threshold = torch.as_tensor(rounding, dtype=start.dtype, device=start.device)
@@ -79,8 +79,7 @@ class Swaps(Solver[SwapsState]):
         weight = torch.where(mask, start, 0.0)
         return SwapsState(weight, loss.gradient(weight), mask, threshold, 0, every)
 
-    def step(self, problem: Problem, state: SwapsState) -> SwapsState:
-        assert isinstance(problem, SparseLeastSquares)
+    def step(self, problem: SparseLeastSquares, state: SwapsState) -> SwapsState:
         gram, pattern = problem.loss.gram, problem.pattern
         among = _rows_of(state, state.active)
         removal = torch.where(among.mask, _removal_cost(among, gram), torch.inf)
@@ -93,15 +92,15 @@ class Swaps(Solver[SwapsState]):
         _drop(state, gram, active, leaving[gains])
         _enter(state, gram, active, entering[gains])
         if isinstance(pattern, Unstructured):
-            active = torch.cat([active, _between_rows(state, gram)]).unique()
+            active = linalg.unique(torch.cat([active, _between_rows(state, gram)]))
         rounds = state.rounds + 1
         gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
         return replace(state, gradient=gradient, rounds=rounds, active=active)
 
-    def done(self, problem: Problem, state: SwapsState) -> Status | None:
+    def done(self, problem: SparseLeastSquares, state: SwapsState) -> Status | None:
         return None if state.active.numel() else Status.CONVERGED
 
-    def value(self, problem: Problem, state: SwapsState) -> Tensor:
+    def value(self, problem: SparseLeastSquares, state: SwapsState) -> Tensor:
         return state.weight.clone()
 
 

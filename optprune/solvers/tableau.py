@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import SlotWise
 from optprune.problems import Channels
 from optprune.solvers.inverse import half_trace, unit_blocks
@@ -87,11 +88,11 @@ class Tableau:
         p, q = self._columns(leaving), self._columns(entering)
         pivot = -self.matrix[q[:, None], q]
         across = self.matrix[q[:, None], p]
-        pulled = torch.linalg.solve(pivot, torch.cat([across, self.rows[:, q].T], 1))
+        pulled = linalg.solve(pivot, torch.cat([across, self.rows[:, q].T], 1))
         gained = float((pulled[:, len(p) :] * self.rows[:, q].T).sum()) / 2
         block = self.matrix[p[:, None], p] + across.T @ pulled[:, : len(p)]
         weight = self.rows[:, p] + self.rows[:, q] @ pulled[:, : len(p)]
-        return float((torch.linalg.solve(block, weight.T) * weight.T).sum()) / 2 - gained
+        return float((linalg.solve(block, weight.T) * weight.T).sum()) / 2 - gained
 
     def best_exchange(self, candidates: int, barred: Bool[Tensor, " units"] | None = None) -> Exchange | None:
         """The best exchange of two units of a slot, both among its candidates and not barred; None if there is none.
@@ -112,7 +113,7 @@ class Tableau:
         columns_p, columns_q = self._columns(p), self._columns(q)
         across = self.matrix[columns_q[:, None], columns_p].reshape(len(q), each, len(p), each).transpose(1, 2)
         product = (self.rows[:, columns_q].T @ self.rows[:, columns_p]).reshape(len(q), each, len(p), each)
-        pulled = torch.linalg.solve(blocks[q][:, None], across)
+        pulled = linalg.solve(blocks[q][:, None], across)
         mixed = product.transpose(1, 2).transpose(2, 3) @ pulled
         after = blocks[p] + across.transpose(2, 3) @ pulled
         gram = grams[p] + mixed + mixed.transpose(2, 3) + pulled.transpose(2, 3) @ grams[q][:, None] @ pulled
@@ -136,7 +137,7 @@ def _sweep(
     matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], pivots: Int[Tensor, " k"], sign: int
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
     """Take the pivots from the kept to the dropped columns (sign 1) or back (sign -1)."""
-    inverse = torch.linalg.inv(matrix[pivots[:, None], pivots])
+    inverse = linalg.inverse(matrix[pivots[:, None], pivots])
     across = inverse @ matrix[pivots]
     down = rows[:, pivots] @ inverse
     matrix = torch.addmm(matrix, matrix[:, pivots], across, alpha=-1)

@@ -4,13 +4,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from optprune.problems import Problem
-from optprune.solvers import Solver
+from optprune.solvers import AnySolver
 from optprune.testing import laws
 from optprune.testing.loss_strategies import METRIC_KINDS, MetricKind
 from optprune.testing.strategies import STRATEGIES, weighted
 
 
-def check_solver(solver: Solver, *, examples: int = 20, shrink: bool = True) -> None:
+def check_solver(solver: AnySolver, *, examples: int = 20, shrink: bool = True) -> None:
     """Raise AssertionError unless the solver keeps every law on what it accepts and refuses the rest with a reason.
 
     Draws `examples` problems of every known kind in float64, the same ones every time, and a quarter as many of them in
@@ -33,7 +33,7 @@ def check_solver(solver: Solver, *, examples: int = 20, shrink: bool = True) -> 
 
 
 def _check_kind(
-    solver: Solver, kind: type[Problem], metric: MetricKind, dtype: torch.dtype, examples: int, shrink: bool
+    solver: AnySolver, kind: type[Problem], metric: MetricKind, dtype: torch.dtype, examples: int, shrink: bool
 ) -> int:
     """Check a solver on one kind of problem; how many of the drawn problems it accepted."""
     accepted = 0
@@ -52,7 +52,7 @@ def _check_kind(
     @given(problems)
     def check(problem: Problem) -> None:
         nonlocal accepted
-        if solver.why_not(problem) is None:
+        if solver.refusal(problem) is None:
             accepted += 1
             laws.keep_laws(problem, solver)
         else:

@@ -9,68 +9,38 @@ stands `rounding`, the size of one rounding of the sums that an objective is mad
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from optprune.errors import NoSolver, NumericalError
-from optprune.metric import OutputMetric
-from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
-from optprune.solvers import Solution, Solver, solve
+from optprune.problems import Problem
+from optprune.solvers import AnySolver, solve
 from optprune.solvers.run import CONTRADICTED
+from optprune.testing.answers import RELATIVE, answer, named, output_change, tolerance
+from optprune.testing.invariance_laws import INVARIANCE_LAWS
 from optprune.testing.quadratic import clearly_regular, rounding
 from optprune.testing.references import reference
-from optprune.testing.transformations import in_units, permuted, random_feasible, renaming, scaled
-
-RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""how close to the optimum an exact answer must be, by dtype: the promise, not what happens to hold"""
+from optprune.testing.transformations import random_feasible
 
 
-def _tolerance(problem: Problem, objective: float) -> float:
-    return RELATIVE[problem.loss.weight.dtype] * abs(objective)
-
-
-def _name(problem: Problem, solver: Solver) -> str:
-    return f"{solver.label} on a {problem.kind} problem"
-
-
-_LAST: list[tuple[Problem, Solver, Solution]] = []
-
-
-def _answer(problem: Problem, solver: Solver) -> Solution:
-    """What the solver answers: solved once for all the laws that only look at the answer."""
-    if _LAST and _LAST[0][0] is problem and _LAST[0][1] is solver:
-        return _LAST[0][2]
-    before = problem.fingerprint()
-    solution = solve(problem, solver)
-    # Here and not only in its own law: on a problem that is no longer the same, other laws would speak first.
-    assert problem.fingerprint() == before, f"{_name(problem, solver)}: it changed the problem"
-    _LAST[:] = [(problem, solver, solution)]
-    return solution
-
-
-# -- laws of every solver
-
-
-def feasible(problem: Problem, solver: Solver) -> None:
+def feasible(problem: Problem, solver: AnySolver) -> None:
     """The answer is feasible, as the problem measures it."""
-    solution = _answer(problem, solver)
+    solution = answer(problem, solver)
     violation = problem.violation(solution.value)
-    assert torch.isfinite(solution.value).all(), f"{_name(problem, solver)}: the answer holds NaN or infinity"
-    assert violation == 0, f"{_name(problem, solver)}: the answer violates the constraints by {violation}"
-    assert solution.violation == violation, f"{_name(problem, solver)}: the solution reports another violation"
+    assert torch.isfinite(solution.value).all(), f"{named(problem, solver)}: the answer holds NaN or infinity"
+    assert violation == 0, f"{named(problem, solver)}: the answer violates the constraints by {violation}"
+    assert solution.violation == violation, f"{named(problem, solver)}: the solution reports another violation"
 
 
-def measured_by_the_problem(problem: Problem, solver: Solver) -> None:
+def measured_by_the_problem(problem: Problem, solver: AnySolver) -> None:
     """The objective of the solution is the one the problem measures, and it is finite."""
-    solution = _answer(problem, solver)
+    solution = answer(problem, solver)
     objective = problem.objective(solution.value)
-    assert abs(objective) < torch.inf, f"{_name(problem, solver)}: the answer has objective {objective}"
-    assert solution.objective == objective, f"{_name(problem, solver)}: {solution.objective} was not measured"
+    assert abs(objective) < torch.inf, f"{named(problem, solver)}: the answer has objective {objective}"
+    assert solution.objective == objective, f"{named(problem, solver)}: {solution.objective} was not measured"
 
 
-def no_worse_than_the_start(problem: Problem, solver: Solver) -> None:
+def no_worse_than_the_start(problem: Problem, solver: AnySolver) -> None:
     """A monotone solver never makes a feasible start worse, be it the problem's own or any other."""
     if not solver.monotone(problem):
         return
@@ -79,88 +49,88 @@ def no_worse_than_the_start(problem: Problem, solver: Solver) -> None:
         solution = solve(problem, solver, start=start)
         slack = rounding(problem.loss, start) + rounding(problem.loss, solution.value)
         assert solution.objective <= before + slack, (
-            f"{_name(problem, solver)}: it made its start worse, from {before} to {solution.objective}"
+            f"{named(problem, solver)}: it made its start worse, from {before} to {solution.objective}"
         )
 
 
-def never_below_the_reference(problem: Problem, solver: Solver) -> None:
+def never_below_the_reference(problem: Problem, solver: AnySolver) -> None:
     """No feasible answer is better than the optimum: else the problem or the reference measures wrongly."""
-    solution, best = _answer(problem, solver), reference(problem)
-    slack = _tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
+    solution, best = answer(problem, solver), reference(problem)
+    slack = tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
     assert solution.objective >= best.optimum - slack, (
-        f"{_name(problem, solver)}: its objective {solution.objective} is below the optimum {best.optimum}"
+        f"{named(problem, solver)}: its objective {solution.objective} is below the optimum {best.optimum}"
     )
 
 
-def bounds_hold(problem: Problem, solver: Solver) -> None:
+def bounds_hold(problem: Problem, solver: AnySolver) -> None:
     """A certificate's lower bound is not above the optimum."""
-    solution, best = _answer(problem, solver), reference(problem)
+    solution, best = answer(problem, solver), reference(problem)
     if solution.certificate is None:
         return
     bound = solution.certificate.lower_bound
-    slack = _tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
+    slack = tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
     assert bound <= best.optimum + slack, (
-        f"{_name(problem, solver)}: it claims the lower bound {bound}, but the optimum is {best.optimum}"
+        f"{named(problem, solver)}: it claims the lower bound {bound}, but the optimum is {best.optimum}"
     )
 
 
-def bounds_are_not_contradicted(problem: Problem, solver: Solver) -> None:
+def bounds_are_not_contradicted(problem: Problem, solver: AnySolver) -> None:
     """No lower bound is above the objective of the answer itself: at any size, without a reference."""
-    solution = _answer(problem, solver)
+    solution = answer(problem, solver)
     dropped = [note for note in solution.notes if note.startswith(CONTRADICTED)]
-    assert not dropped, f"{_name(problem, solver)}: it claims a lower bound that its answer contradicts: {dropped[0]}"
+    assert not dropped, f"{named(problem, solver)}: it claims a lower bound that its answer contradicts: {dropped[0]}"
     if solution.certificate is not None and solution.violation == 0:
         bound, slack = solution.certificate.lower_bound, rounding(problem.loss, solution.value)
         assert bound <= solution.objective + slack, (
-            f"{_name(problem, solver)}: it claims the lower bound {bound}, but attains {solution.objective}"
+            f"{named(problem, solver)}: it claims the lower bound {bound}, but attains {solution.objective}"
         )
 
 
-def exact_meets_the_reference(problem: Problem, solver: Solver) -> None:
+def exact_meets_the_reference(problem: Problem, solver: AnySolver) -> None:
     """An exact solver stops by its own rule and attains the optimum."""
     if not solver.exact(problem):
         return
-    solution, best = _answer(problem, solver), reference(problem)
-    assert solution.status.name == "CONVERGED", f"{_name(problem, solver)}: exact, but it stopped: {solution.status}"
-    slack = _tolerance(problem, best.optimum) + best.rounding
+    solution, best = answer(problem, solver), reference(problem)
+    assert solution.status.name == "CONVERGED", f"{named(problem, solver)}: exact, but it stopped: {solution.status}"
+    slack = tolerance(problem, best.optimum) + best.rounding
     assert solution.objective <= best.optimum + slack, (
-        f"{_name(problem, solver)}: exact, but its objective is {solution.objective} and the optimum {best.optimum}"
+        f"{named(problem, solver)}: exact, but its objective is {solution.objective} and the optimum {best.optimum}"
     )
 
 
-def keeps_the_promised_gap(problem: Problem, solver: Solver) -> None:
+def keeps_the_promised_gap(problem: Problem, solver: AnySolver) -> None:
     """A solver that promises a relative gap is that close to the optimum, and its certificate proves it."""
     promised = solver.promised_gap(problem)
     if promised is None:
         return
-    solution, best = _answer(problem, solver), reference(problem)
+    solution, best = answer(problem, solver), reference(problem)
     share = promised + RELATIVE[problem.loss.weight.dtype]
     slack = best.rounding + rounding(problem.loss, solution.value)
     assert solution.objective <= best.optimum + share * abs(best.optimum) + slack, (
-        f"{_name(problem, solver)}: it promises {promised}, but its objective is {solution.objective} "
+        f"{named(problem, solver)}: it promises {promised}, but its objective is {solution.objective} "
         f"and the optimum {best.optimum}"
     )
-    assert solution.certificate is not None, f"{_name(problem, solver)}: it promises a gap and proves none"
+    assert solution.certificate is not None, f"{named(problem, solver)}: it promises a gap and proves none"
     gap = solution.objective - solution.certificate.lower_bound
     assert gap <= share * abs(solution.objective) + slack, (
-        f"{_name(problem, solver)}: it promises {promised}, but proves a gap of {gap} at {solution.objective}"
+        f"{named(problem, solver)}: it promises {promised}, but proves a gap of {gap} at {solution.objective}"
     )
 
 
-def warm_start_stops(problem: Problem, solver: Solver) -> None:
+def warm_start_stops(problem: Problem, solver: AnySolver) -> None:
     """An exact solver that starts from its own answer stops at once (at most one step) and returns the same."""
     if not solver.exact(problem):
         return
-    first = _answer(problem, solver)
+    first = answer(problem, solver)
     second = solve(problem, solver, start=first.value.clone())
-    assert second.steps <= 1, f"{_name(problem, solver)}: it took {second.steps} steps from its own answer"
+    assert second.steps <= 1, f"{named(problem, solver)}: it took {second.steps} steps from its own answer"
     # Two points within e of the least of a convex quadratic are within 8 e of each other in its own squared norm.
-    slack = _tolerance(problem, first.objective) + rounding(problem.loss, first.value)
-    apart = _output_change(problem.loss, first.value, second.value)
-    assert apart <= 8 * slack, f"{_name(problem, solver)}: it leaves its own answer, by {apart} in mean square output"
+    slack = tolerance(problem, first.objective) + rounding(problem.loss, first.value)
+    apart = output_change(problem.loss, first.value, second.value)
+    assert apart <= 8 * slack, f"{named(problem, solver)}: it leaves its own answer, by {apart} in mean square output"
 
 
-def inputs_unchanged(problem: Problem, solver: Solver) -> None:
+def inputs_unchanged(problem: Problem, solver: AnySolver) -> None:
     """Solving changes neither the problem, nor the start, nor the global random state, bit for bit."""
     start = random_feasible(problem, 2)
     copy, before, outside = start.clone(), problem.fingerprint(), torch.get_rng_state()
@@ -172,107 +142,35 @@ def inputs_unchanged(problem: Problem, solver: Solver) -> None:
         random_state = torch.get_rng_state()
     finally:
         torch.set_rng_state(outside)
-    assert problem.fingerprint() == before, f"{_name(problem, solver)}: it changed the problem"
-    assert torch.equal(start, copy), f"{_name(problem, solver)}: it changed its start"
-    assert torch.equal(random_state, state), f"{_name(problem, solver)}: it touched the global random state"
+    assert problem.fingerprint() == before, f"{named(problem, solver)}: it changed the problem"
+    assert torch.equal(start, copy), f"{named(problem, solver)}: it changed its start"
+    assert torch.equal(random_state, state), f"{named(problem, solver)}: it touched the global random state"
 
 
-def like_the_weight(problem: Problem, solver: Solver) -> None:
+def like_the_weight(problem: Problem, solver: AnySolver) -> None:
     """The answer has the shape, the dtype and the device of the weight, and shares no memory with it."""
-    value, weight = _answer(problem, solver).value, problem.loss.weight
+    value, weight = answer(problem, solver).value, problem.loss.weight
     for what in ("shape", "dtype", "device"):
         found, wanted = getattr(value, what), getattr(weight, what)
-        assert found == wanted, f"{_name(problem, solver)}: the answer's {what} is {found}, the weight's {wanted}"
-    assert value.data_ptr() != weight.data_ptr(), f"{_name(problem, solver)}: the answer is the original weight itself"
-    assert not value.requires_grad, f"{_name(problem, solver)}: the answer drags a gradient along"
+        assert found == wanted, f"{named(problem, solver)}: the answer's {what} is {found}, the weight's {wanted}"
+    assert value.data_ptr() != weight.data_ptr(), f"{named(problem, solver)}: the answer is the original weight itself"
+    assert not value.requires_grad, f"{named(problem, solver)}: the answer drags a gradient along"
 
 
-def repeatable(problem: Problem, solver: Solver) -> None:
+def repeatable(problem: Problem, solver: AnySolver) -> None:
     """The same problem gives the same answer, bit for bit, whatever the global random state."""
-    first = _answer(problem, solver)
+    first = answer(problem, solver)
     state = torch.get_rng_state()
     torch.manual_seed(int(state[0]) + 1)
     try:
         second = solve(problem, solver)
     finally:
         torch.set_rng_state(state)
-    assert torch.equal(first.value, second.value), f"{_name(problem, solver)}: it gives different answers"
-    assert first.notes == second.notes, f"{_name(problem, solver)}: it gives different notes"
+    assert torch.equal(first.value, second.value), f"{named(problem, solver)}: it gives different answers"
+    assert first.notes == second.notes, f"{named(problem, solver)}: it gives different notes"
 
 
-def rows_are_independent(problem: Problem, solver: Solver) -> None:
-    """Restoration of all rows together costs what restoring them one by one costs."""
-    if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)) or problem.loss.coupled:
-        return
-    loss, together = problem.loss, _answer(problem, solver)
-    apart = 0.0
-    slack = rounding(loss, together.value)
-    for row in range(loss.weight.shape[0]):
-        own = problem.mask if problem.mask.shape[0] == 1 else problem.mask[row : row + 1]
-        single = MaskedLeastSquares(_row(loss, row), own)
-        solution = solve(single, solver)
-        apart += solution.objective
-        slack += rounding(single.loss, solution.value)
-    assert abs(apart - together.objective) <= _tolerance(problem, apart) + slack, (
-        f"{_name(problem, solver)}: {together.objective} for all rows together, but {apart} row by row"
-    )
-
-
-def _row(loss: LayerLoss, row: int) -> LayerLoss:
-    """The loss of one row alone, where rows are not coupled."""
-    metric = loss.metric
-    if metric is not None:
-        metric = OutputMetric(metric.average[row : row + 1], metric.damping[row : row + 1], metric.tokens)
-    return replace(loss, weight=loss.weight[row : row + 1], metric=metric)
-
-
-def permutation_is_harmless(problem: Problem, solver: Solver) -> None:
-    """An exact solver attains the same objective when inputs, outputs and units are named in another order."""
-    if solver.exact(problem):
-        _same_objective(problem, _renamed(problem)[0], 1.0, solver, "permuted")
-
-
-def scaling_is_harmless(problem: Problem, solver: Solver) -> None:
-    """An exact solver's objective scales, and nothing else, when weights and inputs come in other units."""
-    if solver.exact(problem):
-        for weight, inputs in UNITS:
-            other = scaled(problem, weight, inputs)
-            _same_objective(problem, other, (weight * inputs) ** 2, solver, f"scaled by {weight} and {inputs}")
-
-
-UNITS = ((2.0**5, 2.0**-30), (2.0**-20, 2.0**12))
-"""factors of weights and of inputs: powers of two, so that ties stay ties, and far from one"""
-
-
-def units_are_harmless(problem: Problem, solver: Solver) -> None:
-    """An exact solver attains the same objective when every input comes in a unit of its own."""
-    # Where the constraint is on zeros, which have no unit.
-    if solver.exact(problem) and isinstance(problem, MaskedLeastSquares | SelectionProblem):
-        units = torch.tensor(INPUT_UNITS).repeat(problem.loss.weight.shape[1])[: problem.loss.weight.shape[1]]
-        other = replace(problem, loss=in_units(problem.loss, units))
-        _same_objective(problem, other, 1.0, solver, f"given in the units {list(INPUT_UNITS)} of its inputs")
-
-
-INPUT_UNITS = (1.0, 2.0**-30, 2.0**12, 2.0**-11)
-"""factors of inputs, in turn: powers of two, which round nothing"""
-
-
-def _renamed(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
-    inputs, outputs = renaming(problem)
-    return permuted(problem, inputs, outputs), inputs, outputs
-
-
-def _same_objective(problem: Problem, other: Problem, factor: float, solver: Solver, how: str) -> None:
-    first, second = _answer(problem, solver), solve(other, solver)
-    back = second.objective / factor
-    slack = _tolerance(problem, first.objective)
-    slack += rounding(problem.loss, first.value) + rounding(other.loss, second.value) / factor
-    assert abs(back - first.objective) <= slack, (
-        f"{_name(problem, solver)}: the objective {first.objective} becomes {back} when the problem is {how}"
-    )
-
-
-SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
+SOLVER_LAWS: tuple[Callable[[Problem, AnySolver], None], ...] = (
     feasible,
     measured_by_the_problem,
     no_worse_than_the_start,
@@ -285,14 +183,11 @@ SOLVER_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
     inputs_unchanged,
     like_the_weight,
     repeatable,
-    rows_are_independent,
-    permutation_is_harmless,
-    scaling_is_harmless,
-    units_are_harmless,
+    *INVARIANCE_LAWS,
 )
 
 
-def keep_laws(problem: Problem, solver: Solver) -> None:
+def keep_laws(problem: Problem, solver: AnySolver) -> None:
     """Every law of a solver on a problem it accepts; NumericalError is an answer where A really is singular."""
     if refused_as_singular(problem, solver):
         return
@@ -300,61 +195,23 @@ def keep_laws(problem: Problem, solver: Solver) -> None:
         law(problem, solver)
 
 
-def refused_as_singular(problem: Problem, solver: Solver) -> bool:
+def refused_as_singular(problem: Problem, solver: AnySolver) -> bool:
     """Whether the solver raises NumericalError, which it may only where A is no better than singular."""
     try:
-        _answer(problem, solver)
+        answer(problem, solver)
     except NumericalError as error:
-        assert not clearly_regular(problem.loss), f"{_name(problem, solver)}: A is regular, but it raised: {error}"
+        assert not clearly_regular(problem.loss), f"{named(problem, solver)}: A is regular, but it raised: {error}"
         return True
     return False
 
 
-def permuting_permutes_the_answer(problem: Problem, solver: Solver) -> None:
-    """On a problem without ties the answer to the renamed problem is the renamed answer."""
-    other, inputs, outputs = _renamed(problem)
-    back = torch.empty_like(problem.loss.weight)
-    back[outputs[:, None], inputs] = solve(other, solver).value
-    _same_answer(problem, solver, back, "permuted")
-
-
-def scaling_scales_the_answer(problem: Problem, solver: Solver) -> None:
-    """On a problem without ties the answer scales with the weights, whatever the unit of the inputs."""
-    for weight, inputs in UNITS:
-        back = solve(scaled(problem, weight, inputs), solver).value / weight
-        _same_answer(problem, solver, back, f"scaled by {weight} and {inputs}")
-
-
-def _same_answer(problem: Problem, solver: Solver, back: Tensor, how: str) -> None:
-    answer = _answer(problem, solver).value
-    error = float((answer - back).double().norm())
-    # Generic problems are well conditioned (a few hundred), which leaves most digits of the answer, not only of its
-    # objective; the square root of the promise about the objective is what optimality alone would give.
-    slack = RELATIVE[problem.loss.weight.dtype] ** 0.5 * float(answer.double().norm())
-    assert error <= slack, f"{_name(problem, solver)}: the answer moves by {error} when the problem is {how}"
-
-
-GENERIC_LAWS: tuple[Callable[[Problem, Solver], None], ...] = (
-    permuting_permutes_the_answer,
-    scaling_scales_the_answer,
-)
-"""for solvers that do not draw at random, on problems without ties (`generic` in strategies.py)"""
-
-
-def refuse(problem: Problem, solver: Solver) -> None:
+def refuse(problem: Problem, solver: AnySolver) -> None:
     """A refused problem raises NoSolver with the solver's reason, and the reason is a sentence."""
-    reason = solver.why_not(problem)
-    assert reason, f"{_name(problem, solver)}: it refuses without a reason"
+    reason = solver.refusal(problem)
+    assert reason, f"{named(problem, solver)}: it refuses without a reason"
     try:
         solve(problem, solver)
     except NoSolver as error:
-        assert reason in str(error), f"{_name(problem, solver)}: NoSolver does not say why: {error}"
+        assert reason in str(error), f"{named(problem, solver)}: NoSolver does not say why: {error}"
     else:
-        raise AssertionError(f"{_name(problem, solver)}: it refuses ({reason}) and yet solves")
-
-
-def _output_change(loss: LayerLoss, first: Tensor, second: Tensor) -> float:
-    """E|(V1 - V2) x*|^2 plus the ridge's share."""
-    change = first.double() - second.double()
-    gram = loss.gram.double()
-    return float(((change @ gram) * loss.weigh(change)).sum())
+        raise AssertionError(f"{named(problem, solver)}: it refuses ({reason}) and yet solves")

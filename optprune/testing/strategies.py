@@ -98,7 +98,7 @@ def structured(
 
 
 STRENGTHS = (1e-4, 1e-2, 0.3, 1.5)
-"""of penalties, as shares of the strength at which zero is the answer"""
+"""strengths of penalties, as shares of the strength at which zero is the answer"""
 
 
 @st.composite

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from optprune.export import save_model
-from optprune.export.save import TOLERANCE
+from optprune.export.check import TOLERANCE
 from tests.helpers.mixed_models import generated, mixed
 from tests.helpers.tiny_models import LLAMA3, SLIDING, TINY_MODELS, tiny_tokenizer
 

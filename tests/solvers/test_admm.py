@@ -88,7 +88,7 @@ def test_options_change_the_loop_as_they_say(solver):
 def test_rows_that_a_metric_couples():
     loss = correlated_loss(0, 6, 12)
     gradients = torch.randn(40, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    metric = OutputMetric.from_samples(gradients).damped(0.1).even()
+    metric = OutputMetric.from_samples(gradients).damped(0.1).row_scaled()
     assert metric is not None and metric.full
     check(SparseLeastSquares(replace(loss, metric=metric), half("rows", 6, 12)), Admm())
 

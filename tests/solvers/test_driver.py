@@ -12,9 +12,11 @@ from optprune.moments import InputMoments
 from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares, Problem
 from optprune.solvers import (
+    Answer,
     Certificate,
     Chain,
     ChannelSwaps,
+    DirectSolver,
     FaspMetric,
     GreedyObs,
     Magnitude,
@@ -62,7 +64,7 @@ class Foreign(Problem):
 
 
 @dataclass(frozen=True)
-class Counter(Solver[int]):
+class Counter(Solver[Problem, int]):
     """Counts to `until`; its weight is the start plus the count, its own opinion of itself is always good."""
 
     until: float
@@ -115,8 +117,33 @@ def test_the_problem_measures_the_answer(masked):
 def test_a_refusal_is_no_solver_with_the_reason(masked):
     with pytest.raises(NoSolver) as caught:
         solve(masked, FaspMetric())
-    assert FaspMetric().why_not(masked) in str(caught.value)
+    assert FaspMetric().refusal(masked) in str(caught.value)
     assert "FaspMetric" in str(caught.value)
+    assert "column selection problems" in str(caught.value)
+    assert masked.kind in str(caught.value)
+
+
+@dataclass(frozen=True)
+class OnlyOneRow(DirectSolver[MaskedLeastSquares]):
+    """Accepts restoration of a single row; `why_not` reads a mask, which other kinds of problems lack."""
+
+    accepts = (MaskedLeastSquares,)
+
+    def why_not(self, problem):
+        return None if problem.mask.shape[0] == 1 else "it restores a single row"
+
+    def answer(self, problem, start):
+        return Answer(problem.start())
+
+
+def test_why_not_is_asked_about_accepted_kinds_only(masked, linked):
+    assert OnlyOneRow().refusal(masked) is None
+    assert solve(masked, OnlyOneRow()).violation == 0
+    assert "it accepts masked least squares problems" in OnlyOneRow().refusal(linked)
+    assert linked.kind in Chain((OnlyOneRow(),)).refusal(linked)
+    two = MaskedLeastSquares(replace(masked.loss, weight=torch.ones(2, 2)), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(NoSolver, match="a single row"):
+        solve(two, OnlyOneRow())
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 3), (1, 1, 2)])
@@ -253,7 +280,7 @@ def test_choose_lists_every_reason(masked):
     message = str(caught.value)
     assert "Foreign" in message
     for solver in CANDIDATES:
-        assert f"{solver.label}: {solver.why_not(foreign)}" in message
+        assert f"{solver.label}: {solver.refusal(foreign)}" in message
     with pytest.raises(NoSolver):
         solve(foreign)
 
@@ -312,9 +339,9 @@ def test_a_chain_ends_as_its_last_stage_does(masked):
 
 def test_a_chain_refuses_what_any_stage_refuses(masked, linked):
     for chain in (Chain((FaspMetric(), Restore())), Chain((Restore(), Magnitude()))):
-        assert "refuses" in chain.why_not(masked)
-        assert chain.why_not(linked) is None
-    assert "empty" in Chain(()).why_not(masked)
+        assert "refuses" in chain.refusal(masked)
+        assert chain.refusal(linked) is None
+    assert "empty" in Chain(()).refusal(masked)
     with pytest.raises(NoSolver, match="empty"):
         solve(masked, Chain(()))
 

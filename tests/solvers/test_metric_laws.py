@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from optprune.problems import MaskedLeastSquares, SparseLeastSquares
 from optprune.solvers import Chain, Restore, SparseGpt, Swaps
-from optprune.testing import laws
+from optprune.testing import invariance_laws, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.strategies import weighted
 from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, by_kind, by_solver
@@ -40,8 +40,8 @@ def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, metric, 
     @settings(max_examples=EXAMPLES)
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: weighted(kind, metric, dtype=dtype)))
     def check(problem):
-        assert (solver.why_not(problem) is None) == is_accepted(problem, solver)
-        if solver.why_not(problem) is None:
+        assert (solver.refusal(problem) is None) == is_accepted(problem, solver)
+        if solver.refusal(problem) is None:
             laws.keep_laws(problem, solver)
         else:
             laws.refuse(problem, solver)
@@ -56,12 +56,12 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver)
     @settings(max_examples=max(EXAMPLES // 3, 1))
     @given(weighted(kind, metric, generic=True))
     def check(problem):
-        if solver.why_not(problem) is not None:
+        if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
-            laws.scaling_scales_the_answer(problem, solver)
+            invariance_laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
-            for law in laws.GENERIC_LAWS:
+            for law in invariance_laws.GENERIC_LAWS:
                 law(problem, solver)
 
     check()

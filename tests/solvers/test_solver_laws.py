@@ -1,6 +1,7 @@
 """Every concrete kind of problem with every concrete solver, found by inspection: it keeps the laws or refuses."""
 
 from dataclasses import replace
+from typing import TypeVar, get_args
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from optprune.solvers import (
     Solver,
     solve,
 )
-from optprune.testing import REFERENCES, STRATEGIES, laws
+from optprune.testing import REFERENCES, STRATEGIES, invariance_laws, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.strategies import PATTERNS, PENALTIES, weighted
+from optprune.testing.transformations import permuted, random_feasible, scaled
 from tests.helpers.solver_table import (
     ACCEPTED,
     AT_RANDOM,
@@ -48,7 +50,7 @@ def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, solver, 
     @(settings() if dtype == torch.float64 else FEWER)
     @given(STRATEGIES[kind](dtype=dtype))
     def check(problem):
-        if solver.why_not(problem) is None:
+        if solver.refusal(problem) is None:
             laws.keep_laws(problem, solver)
         else:
             laws.refuse(problem, solver)
@@ -62,7 +64,7 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
     @FEWER
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
     def check(problem):
-        if solver.why_not(problem) is None and not laws.refused_as_singular(problem, solver):
+        if solver.refusal(problem) is None and not laws.refused_as_singular(problem, solver):
             for start in (problem.loss.weight, torch.ones_like(problem.loss.weight)):
                 assert solve(problem, solver, start=start).violation == 0
                 assert solve(problem, solver, start=start, max_steps=0).violation == 0
@@ -78,7 +80,7 @@ def test_the_default_device_is_not_used(kind, solver):
     @FEWER
     @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
     def check(problem):
-        if solver.why_not(problem.even()[0]) is not None or laws.refused_as_singular(problem, solver):
+        if solver.refusal(problem.in_output_basis()[0]) is not None or laws.refused_as_singular(problem, solver):
             return
         expected = solve(problem, solver)
         # A new loss, which has not yet remembered anything.
@@ -98,12 +100,12 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
     @FEWER
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
-        if solver.why_not(problem) is not None:
+        if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
-            laws.scaling_scales_the_answer(problem, solver)
+            invariance_laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
-            for law in laws.GENERIC_LAWS:
+            for law in invariance_laws.GENERIC_LAWS:
                 law(problem, solver)
 
     check()
@@ -117,9 +119,16 @@ def test_a_pair_is_accepted_for_every_problem_or_for_none(kind, solver):
     @FEWER
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
     def check(problem):
-        assert (solver.why_not(problem) is None) == expected
+        assert (solver.refusal(problem) is None) == expected
 
     check()
+
+
+@by_solver
+def test_what_a_solver_accepts_is_what_its_methods_are_written_for(solver):
+    arguments = (get_args(base) for cls in type(solver).__mro__ for base in getattr(cls, "__orig_bases__", ()))
+    problem = next(kinds[0] for kinds in arguments if kinds and not isinstance(kinds[0], TypeVar))
+    assert solver.accepts == (get_args(problem) or (problem,))
 
 
 # Which promises are made, in full: the laws hold a solver to its promises, so a withdrawn one must be seen.
@@ -129,14 +138,16 @@ def test_promises(kind):
     @given(STRATEGIES[kind]())
     def check(problem):
         masked = kind.__name__ == "MaskedLeastSquares"
-        assert Restore().exact(problem) == masked
-        assert Restore().monotone(problem)
-        assert Chain((FaspMetric(), Restore())).exact(problem) == masked
-        assert not Chain((Restore(), FaspMetric())).exact(problem)
-        assert not Chain((Restore(), FaspMetric())).monotone(problem)
-        assert not FaspMetric().monotone(problem)
+        if Restore().refusal(problem) is None:
+            assert Restore().exact(problem) == masked
+            assert Restore().monotone(problem)
+            assert Chain((FaspMetric(), Restore())).exact(problem) == masked
+        if FaspMetric().refusal(problem) is None:
+            assert not Chain((Restore(), FaspMetric())).exact(problem)
+            assert not Chain((Restore(), FaspMetric())).monotone(problem)
+            assert not FaspMetric().monotone(problem)
         for solver in SOLVERS:
-            if solver.why_not(problem) is None:
+            if solver.refusal(problem) is None:
                 assert solver.exact(problem) == (solver.label == "Restore" and masked), solver.label
                 assert solver.monotone(problem) == (solver.label in MONOTONE), solver.label
                 assert solver.promised_gap(problem) is None or solver.label == "Fista", solver.label
@@ -172,8 +183,8 @@ def test_every_kind_of_problem_has_a_strategy_a_reference_and_its_transformation
     for kind in KINDS:
         assert kind in STRATEGIES, f"{kind.__name__} has no strategy: add one to optprune/testing/strategies.py"
         assert kind in REFERENCES, f"{kind.__name__} has no reference: add one to optprune/testing/references.py"
-        for function in (laws.permuted, laws.scaled, laws.random_feasible):
-            assert kind in function.registry, f"{function.__name__} in optprune/testing/laws.py lacks {kind.__name__}"
+        for function in (permuted, scaled, random_feasible):
+            assert kind in function.registry, f"{function.__name__} in transformations.py lacks {kind.__name__}"
 
 
 def test_strategies_draw_the_kind_they_are_listed_under():

@@ -21,11 +21,13 @@ from optprune.testing import check_solver
 
 
 @dataclass(frozen=True)
-class PseudoInverse(DirectSolver):
+class PseudoInverse(DirectSolver[MaskedLeastSquares]):
     """An outsider's restoration, row by row by pseudo-inverses: right, and plain."""
 
+    accepts = (MaskedLeastSquares,)
+
     def why_not(self, problem):
-        return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
+        return "it restores row by row, and the full output metric couples them" if problem.loss.coupled else None
 
     def exact(self, problem):
         return True
@@ -44,7 +46,7 @@ class PseudoInverse(DirectSolver):
 
 
 @dataclass(frozen=True)
-class Descent(Solver[torch.Tensor]):
+class Descent(Solver[MaskedLeastSquares, tuple[int, torch.Tensor]]):
     """An outsider's iteration without promises: a few gradient steps of a safe length."""
 
     def why_not(self, problem):

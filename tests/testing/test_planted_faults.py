@@ -13,7 +13,7 @@ from optprune.patterns import SlotWise
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.solvers import Certificate, FaspMetric, Restore
 from optprune.solvers.spectrum import ScaledGram
-from optprune.testing import check_solver, laws, part_laws
+from optprune.testing import check_solver, invariance_laws, part_laws
 from optprune.testing.loss_strategies import samples
 from optprune.testing.strategies import PATTERNS, masked
 from tests.helpers.faults import one_scale_for_all
@@ -143,7 +143,7 @@ def test_one_scale_for_all_inputs_is_noticed(monkeypatch):
     @UNSHRUNK
     @given(masked())
     def check(problem):
-        laws.units_are_harmless(problem, Restore())
+        invariance_laws.units_are_harmless(problem, Restore())
 
     with pytest.raises(AssertionError, match="given in the units"):
         check()
@@ -183,7 +183,7 @@ def half_value(self, weight):
 
 
 def value_without_damping(self, weight):
-    return self._squared_error(weight.double() - self._double.weight) / 2
+    return self._double.squared_error(weight.double() - self._double.weight) / 2
 
 
 def gradient_without_pull(self, weight):

@@ -17,14 +17,14 @@ from optprune.testing.strategies import weighted
 run = importlib.import_module("optprune.solvers.run")
 perspective = importlib.import_module("optprune.solvers.perspective")
 
-apply, even, dual_map, product = OutputMetric.apply, LayerLoss.even, DualMap.of, perspective._product
+apply, row_scaled, dual_map, product = OutputMetric.apply, LayerLoss.row_scaled, DualMap.of, perspective._product
 
 
 def keep_laws(solver, kind, metric):
     @settings(max_examples=40, phases=[Phase.generate])
     @given(weighted(kind, metric))
     def check(problem):
-        if solver.why_not(problem) is None:
+        if solver.refusal(problem) is None:
             laws.keep_laws(problem, solver)
 
     check()
@@ -39,7 +39,7 @@ def not_scaled_back(solver, posed, state):
 
 
 def rows_not_scaled(self):
-    return even(self) if self.metric is None else replace(self, metric=self.metric.even())
+    return row_scaled(self) if self.metric is None else replace(self, metric=self.metric.row_scaled())
 
 
 def couplings_forgotten(problem):
@@ -54,7 +54,7 @@ def split_forgotten(loss, split, rest, point):
 LAW_FAULTS = {
     "damping forgotten": (OutputMetric, "apply", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
-    "rows not scaled": (LayerLoss, "even", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
+    "rows not scaled": (LayerLoss, "row_scaled", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
     "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
     "relaxation without its split": (
         perspective,

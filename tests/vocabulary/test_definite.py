@@ -82,7 +82,7 @@ def test_collected_moments_cost_no_factorisation_and_others_cost_one(monkeypatch
     collected = InputMoments.from_samples(inputs, 1.1 * inputs)
     metric = OutputMetric.from_samples(random_moments(50, 3))
     loss = LayerLoss.of(torch.ones(3, 4), collected.merge(collected).to(torch.float64), 0.1, metric=metric.damped(0.1))
-    loss.even(), loss.white(), loss.damped(0.2), replace(loss, moments=loss.moments.centred())
+    loss.row_scaled(), loss.whitened(), loss.damped(0.2), replace(loss, moments=loss.moments.centred())
     assert calls == []
     other = replace(collected, proved=None)
     for damping in (0.0, 0.1):

@@ -78,16 +78,16 @@ def test_applying_it_is_the_product_with_its_matrix(width, kind, data):
 
 
 @given(st.integers(1, 4), KINDS, st.data())
-def test_what_is_left_after_evening_out_has_a_unit_diagonal(width, kind, data):
+def test_what_is_left_after_scaling_the_rows_has_a_unit_diagonal(width, kind, data):
     metric = data.draw(metrics(width, kind))
-    even = metric.even()
+    scaled = metric.row_scaled()
     if kind == "diagonal":
-        assert even is None
+        assert scaled is None
     else:
         scale = metric.row_scale
         expected = torch.where(metric.diagonal > 0, 1.0, 0.0).double()
-        assert torch.allclose(even.diagonal, expected, rtol=1e-12)
-        assert torch.allclose(even.matrix * torch.outer(scale, scale), metric.matrix, rtol=1e-12)
+        assert torch.allclose(scaled.diagonal, expected, rtol=1e-12)
+        assert torch.allclose(scaled.matrix * torch.outer(scale, scale), metric.matrix, rtol=1e-12)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -160,12 +160,12 @@ def test_the_gradient_is_the_slope(drawn):
 
 
 @given(weighed())
-def test_evening_out_the_rows_changes_no_value(drawn):
+def test_scaling_the_rows_changes_no_value(drawn):
     loss, plain, other = drawn
-    even = loss.even()
+    scaled = loss.row_scaled()
     # A row that costs nothing counts a rounding of the dearest one.
     slack = rounding(loss, other) + 1e-15 * float(loss.metric.diagonal.max()) * plain.value(other) + 1e-18
-    assert abs(even.value(loss.metric.row_scale[:, None] * other) - loss.value(other)) <= slack
+    assert abs(scaled.value(loss.metric.row_scale[:, None] * other) - loss.value(other)) <= slack
 
 
 @given(weighed())
@@ -243,7 +243,7 @@ def test_conjugate_gradients_solve_coupled_rows(seed):
 def test_admm_reaches_the_dense_minimiser_of_its_step():
     """With everything kept ADMM must end at the unpruned minimiser, which is W: its two-sided step is exact."""
     gradients = torch.randn(9, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    loss = layer(OutputMetric.from_samples(gradients).damped(0.1)).even()
+    loss = layer(OutputMetric.from_samples(gradients).damped(0.1)).row_scaled()
     problem = SparseLeastSquares(loss, Unstructured(24))
     solver = Admm()
     state = solver.init(problem, problem.start())

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optprune import refit as module
 from optprune.calibration import POLICIES
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
@@ -26,8 +25,9 @@ from optprune.problems import (
 )
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from optprune.refit import HeldOut, Refitted, refit
 from optprune.solvers import Chain, ConjugateGradients, FaspMetric, Restore, Solver, Wanda, solve
+from optprune.solvers import ridge as module
+from optprune.solvers.ridge import HeldOut, Refitted, refit
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.token_batches import batches
 

@@ -10,8 +10,13 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Problem
-from optprune.solvers import Chain, ConjugateGradients, Record, Restore, Solution, Solver, choose, solve
-from optprune.solvers.run import answer
+from optprune.solvers.auto import choose
+from optprune.solvers.base import AnySolver
+from optprune.solvers.chain import Chain
+from optprune.solvers.conjugate_gradients import ConjugateGradients
+from optprune.solvers.restore import Restore
+from optprune.solvers.run import answer, solve
+from optprune.solvers.solution import Record, Solution
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class Refitted:
     """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, of the answer that was not fitted to them"""
 
 
-def refitting(solver: Solver) -> Solver | None:
+def refitting(solver: AnySolver) -> Restore | ConjugateGradients | None:
     """The refit that a solver ends with; None where it ends with anything else."""
     last = solver.stages[-1] if isinstance(solver, Chain) and solver.stages else solver
     return last if isinstance(last, Restore | ConjugateGradients) else None
@@ -68,7 +73,7 @@ def refit(
     solution: Solution,
     held_out: InputMoments,
     dampings: Sequence[float],
-    solver: Solver | None = None,
+    solver: AnySolver | None = None,
     *,
     join: bool = True,
 ) -> Refitted:

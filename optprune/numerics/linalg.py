@@ -1,0 +1,64 @@
+"""Factorisations, norms and a few more functions of torch, with the types that its stubs leave open."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """The lower Cholesky factor of a positive definite matrix."""
+    return torch.linalg.cholesky(matrix)
+
+
+def try_cholesky(matrix: Tensor, *, upper: bool = False) -> tuple[Tensor, Tensor]:
+    """A Cholesky factor, and a number that is zero where the matrix has one."""
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return factor, failed
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+def eigvalsh(matrix: Tensor) -> Tensor:
+    """The eigenvalues of a symmetric matrix, ascending."""
+    return torch.linalg.eigvalsh(matrix)
+
+
+def spectral_norm(matrix: Tensor) -> float:
+    """The largest singular value of a matrix."""
+    return float(torch.linalg.matrix_norm(matrix, 2))
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a matrix."""
+    return torch.linalg.inv(matrix)
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The X of A X = B."""
+    return torch.linalg.solve(matrix, right)
+
+
+def solve_lower(factor: Tensor, right: Tensor) -> Tensor:
+    """The X of L X = B for a lower triangular L."""
+    return torch.linalg.solve_triangular(factor, right, upper=False)
+
+
+def norm(values: Tensor, dim: int | None = None) -> Tensor:
+    """The Euclidean norms along a dimension, or the one of all values."""
+    return values.norm(dim=dim)
+
+
+def from_numpy(values: "np.ndarray[Any, np.dtype[Any]]") -> Tensor:
+    """The same numbers, in the same memory, whatever the default device."""
+    return torch.from_numpy(values)
+
+
+def unique(values: Tensor) -> Tensor:
+    """The distinct values, ascending."""
+    return values.unique()
