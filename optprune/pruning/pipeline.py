@@ -38,6 +38,7 @@ from optprune.report import (
     LayerSolved,
     PhaseAdvanced,
     RecoveredPart,
+    RemovedPart,
     Report,
 )
 from optprune.solvers import solve
@@ -69,21 +70,11 @@ def prune(
     model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
     the text in the report.
     """
-    began = time.perf_counter()
-    decoder, recipe, on_event = Decoder(model), recipe.settled(), on_event or (lambda event: None)
-    batches = check_batches(model.config, batches)
-    idle = check_run(decoder, recipe, allocation, model.dtype)
+    began, decoder = time.perf_counter(), Decoder(model)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    allocator, statistics, every = allocator_of(recipe, allocation), statistics or DenseStatistics(), batches
-    batches, held_out = hold_out(every, recipe.held_out)
-    metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
-    notes += idle + _heeded(recipe, allocator.warnings)
+    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None))
+    recipe, divided, notes = run.recipe, run.allocation, run.notes
     with calibrating(decoder):
-        division = allocator.divide(decoder, batches, metrics, statistics, on_event)
-        divided, notes = division.allocation, notes + _heeded(recipe, division.warnings) + division.notes
-        run = _Run(decoder, recipe, divided, on_event)
-        run.metrics, run.held_out = metrics, held_out
-        run.start(first_inputs(decoder, batches))
         for block in range(len(decoder.blocks)):
             run.prune_block(block)
     blocks = tuple(map(BlockChange, shapes, decoder.shapes()))
@@ -112,13 +103,13 @@ def prune(
         notes=summary(run.layers) + notes,
         calibration=calibration,
         allocation=left.to_dict(),
-        removed=division.removed,
+        removed=run.removed,
         recovered=tuple(run.recovered),
         blocks=blocks,
     )
 
 
-class _Run:
+class Run:
     """The state of a run between two blocks: the streams that enter the next block, and what was done so far."""
 
     def __init__(
@@ -136,9 +127,38 @@ class _Run:
         """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
         self.held_out = 0
         """how many batches, the last ones, are kept apart"""
+        self.removed: tuple[RemovedPart, ...] = ()
+        """the sub-blocks that a score chose"""
+        self.notes: tuple[str, ...] = ()
+        """on what was found before the first block"""
         blocks = range(len(decoder.blocks))
-        self.last = max((index for index in blocks if self._targets(index)), default=-1)
+        self.last = max((index for index in blocks if self.targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
+
+    @classmethod
+    def begin(
+        cls,
+        decoder: Decoder,
+        batches: Iterable[Tensor],
+        recipe: Recipe,
+        allocation: Allocation | None,
+        statistics: DenseStatistics | None,
+        on_event: Callable[[Event], None],
+    ) -> "Run":
+        """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
+        recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
+        idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
+        allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
+        batches, held_out = hold_out(every, recipe.held_out)
+        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+        notes += idle + _heeded(recipe, allocator.warnings)
+        with calibrating(decoder):
+            division = allocator.divide(decoder, batches, metrics, statistics, on_event)
+            notes += _heeded(recipe, division.warnings) + division.notes
+            run = cls(decoder, recipe, division.allocation, on_event)
+            run.metrics, run.held_out, run.removed, run.notes = metrics, held_out, division.removed, notes
+            run.start(first_inputs(decoder, batches))
+        return run
 
     def start(self, stream: Stream) -> None:
         """Begin with the inputs of the first block."""
@@ -155,7 +175,7 @@ class _Run:
             block = self.decoder.blocks[index]
             with self.path.visit(block, held_out=self.held_out, cut=bool(removed)) as visit:
                 self._remove(index, removed)
-                stages = visit.stages(by_stage(self.decoder, self._targets(index)))
+                stages = visit.stages(by_stage(self.decoder, self.targets(index)))
                 for position, stage in enumerate(stages):
                     places = self._recovered_by(stage)
                     collected = visit.collect(self._taps(stage), places)
@@ -244,7 +264,8 @@ class _Run:
         )
         self.recovered.append(part)
 
-    def _targets(self, index: int) -> list[Target]:
+    def targets(self, index: int) -> list[Target]:
+        """The layers that are solved in a block."""
         return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
 
 
