@@ -17,39 +17,58 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
+    from optprune.calibration import Statistics
     from optprune.export import save_model, save_pruned
+    from optprune.measure import perplexity
     from optprune.models import load, load_model
     from optprune.objectives import LayerContext
-    from optprune.pruning import prune
+    from optprune.pruning import layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.solvers import choose, solve
+    from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
 _HOMES = {
     "Allocation": "optprune.allocation",
     "LayerContext": "optprune.objectives",
     "Recipe": "optprune.recipe",
+    "Statistics": "optprune.calibration",
+    "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
+    "evaluation_windows": "optprune.texts",
+    "layer_loss": "optprune.pruning",
+    "layer_problem": "optprune.pruning",
     "load": "optprune.models",
     "load_model": "optprune.models",
     "load_recipe": "optprune.recipe",
+    "perplexity": "optprune.measure",
     "prune": "optprune.pruning",
+    "read_documents": "optprune.texts",
     "save_model": "optprune.export",
     "save_pruned": "optprune.export",
     "solve": "optprune.solvers",
+    "tokenise": "optprune.texts",
 }
 
 __all__ = [
     "Allocation",
     "LayerContext",
     "Recipe",
+    "Statistics",
+    "calibration_batches",
     "choose",
+    "evaluation_windows",
+    "layer_loss",
+    "layer_problem",
     "load",
     "load_model",
     "load_recipe",
+    "perplexity",
     "prune",
+    "read_documents",
     "save_model",
     "save_pruned",
     "solve",
+    "tokenise",
 ]
 __version__: str
 """of the installed package"""

@@ -1,10 +1,10 @@
 """Calibration: what the text does inside the model, along a propagation policy, reduced to statistics."""
 
-from optprune.calibration.dense_statistics import DenseStatistics
+from optprune.calibration.dense_statistics import DenseStatistics, Statistics
 from optprune.calibration.divergence import Change, Probe
-from optprune.calibration.fisher_pass import collect_metrics
+from optprune.calibration.fisher_pass import collect_metrics, from_text, sampled
 from optprune.calibration.propagation import POLICIES, OnePath, Path, Propagation, TwoPaths, Visit
-from optprune.calibration.stream import Stream, calibrating, first_inputs, first_tokens, hold_out
+from optprune.calibration.stream import Stream, advance, calibrating, first_inputs, first_tokens, hold_out
 
 __all__ = [
     "POLICIES",
@@ -14,12 +14,16 @@ __all__ = [
     "Path",
     "Probe",
     "Propagation",
+    "Statistics",
     "Stream",
     "TwoPaths",
     "Visit",
+    "advance",
     "calibrating",
     "collect_metrics",
     "first_inputs",
     "first_tokens",
+    "from_text",
     "hold_out",
+    "sampled",
 ]

@@ -1,12 +1,15 @@
 """What is measured of the dense model before anything is removed, and may be measured once for several recipes."""
 
+import time
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from torch import Tensor
 
 from optprune.calibration.fisher_pass import collect_metrics, sampled
 from optprune.metric import Metrics
 from optprune.models import Decoder
+from optprune.numerics.fingerprint import fingerprint
 from optprune.problems import LinkedLeastSquares
 from optprune.solvers import removal_curve
 
@@ -15,11 +18,7 @@ Removal = tuple[Tensor, Tensor, tuple[str, ...]]
 
 
 class DenseStatistics:
-    """Output metrics and removal curves, measured whenever they are asked for.
-
-    A class of one's own that keeps them, given to `prune` again for another recipe on the same text and a copy of the
-    same model, saves what the recipes share.
-    """
+    """Output metrics and removal curves, measured whenever they are asked for."""
 
     def metrics(
         self,
@@ -36,3 +35,52 @@ class DenseStatistics:
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         """The removal curve of a layer's units: see `removal_curve`."""
         return removal_curve(problem, batch=batch)
+
+
+class Statistics(DenseStatistics):
+    """The same, each measured once and kept: given to `prune` for several recipes, it spares what those have in common.
+
+    What was measured is told by its content: the model's weights, the tokens, the seed, the layer's problem. So one
+    object may serve copies of a model, other texts and other models, and a model that is changed is measured anew.
+    Everything is kept, in memory and where it was measured, until `forget`.
+    """
+
+    def __init__(self) -> None:
+        self.spared = 0.0
+        """the seconds of measuring that were not spent again"""
+        self._kept: dict[tuple[Any, ...], tuple[Any, float]] = {}
+
+    def metrics(
+        self,
+        decoder: Decoder,
+        batches: Iterable[Tensor],
+        seed: int,
+        full: Collection[str],
+        widest: float,
+        on_group: Callable[[int, int], None],
+    ) -> Metrics:
+        batches, model = list(batches), decoder.model
+        content = fingerprint((model.config.to_json_string(), list(model.parameters()), batches))
+        key = ("metrics", content, model.device, seed, *sorted(full), widest)
+        kept = self._once(key, lambda: super(Statistics, self).metrics(decoder, batches, seed, full, widest, on_group))
+        # A view: a run forgets layer by layer what it needs no longer.
+        return kept.damped(0.0)
+
+    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+        key = ("removal", problem.fingerprint(), problem.loss.weight.device, batch)
+        return self._once(key, lambda: super(Statistics, self).removal(problem, batch))
+
+    def forget(self) -> None:
+        """Free all that is kept."""
+        self._kept.clear()
+
+    def _once(self, key: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
+        """What was measured under this key, or is now."""
+        if key in self._kept:
+            value, seconds = self._kept[key]
+            self.spared += seconds
+            return value
+        began = time.perf_counter()
+        value = measure()
+        self._kept[key] = value, time.perf_counter() - began
+        return value

@@ -108,12 +108,15 @@ class Path:
     dense: Stream
     """what it gets in the dense model; the same stream where the policy follows only one"""
 
-    def visit(self, block: nn.Module, *, held_out: int = 0, cut: bool = False) -> "Visit":
+    def visit(
+        self, block: nn.Module, *, held_out: int = 0, cut: bool = False, original: nn.Module | None = None
+    ) -> "Visit":
         """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
 
-        The last `held_out` batches are kept apart.
+        The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
+        `original` there.
         """
-        return Visit(self, block, held_out, cut)
+        return Visit(self, block, held_out, cut, original)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
@@ -134,21 +137,25 @@ class Visit:
     the block as it is then; a `with` statement closes it unless an error ended it.
     """
 
-    def __init__(self, path: Path, block: nn.Module, held_out: int, cut: bool) -> None:
+    def __init__(self, path: Path, block: nn.Module, held_out: int, cut: bool, original: nn.Module | None) -> None:
         self.path, self.block, self.held_out = path, block, held_out
         self.floor_seconds = 0.0
         """of what no run of such a policy can spare: two passes of the block, and the Gram products of its inputs x*"""
         policy = path.policy
-        self._original = copy.deepcopy(block) if policy.dense_target or path.dense is not path.actual else block
+        if original is None:
+            original = copy.deepcopy(block) if policy.dense_target or path.dense is not path.actual else block
+            self._untouched = not cut
+        else:
+            self._untouched = not cut and original is block
+        self._original = original
         self._reference = policy.reference(path) if policy.dense_target else None
-        self._untouched = not cut
         self._caught: dict[str, Calls] = {}
         self._onwards: Stream | None = None
         """the inputs of the next block, where the block as it was has given them"""
-        if cut and policy.independent:
+        if policy.independent and not self._untouched:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
             self._onwards = path.actual.copy()
-            self.floor_seconds += 2 * _advance(block, self._onwards)
+            self.floor_seconds += 2 * _advance(original, self._onwards)
 
     def stages(self, groups: list[list[Item]]) -> list[list[Item]]:
         """What is solved together, of groups that read the same input, in the order of the forward pass."""

@@ -48,13 +48,14 @@ class _Reached(Exception):  # control flow, not an error
 @contextmanager
 def calibrating(decoder: Decoder) -> Iterator[None]:
     """Evaluation mode, no gradients, no TF32; everything is put back afterwards."""
-    training = decoder.model.training
+    modes = [(module, module.training) for module in decoder.model.modules()]
     decoder.model.eval()
     try:
         with torch.no_grad(), full_precision():
             yield
     finally:
-        decoder.model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:

@@ -1,33 +1,22 @@
 """The pipeline: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
-import math
-import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
-from optprune.calibration import DenseStatistics, Path, calibrating, first_inputs, first_tokens, hold_out
-from optprune.errors import InputError, StrictError
-from optprune.measure.memory import release
-from optprune.metric import Metrics
+from optprune.calibration import DenseStatistics, calibrating
+from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.pruning.block import BlockRecord, BlockTask, prune_block
-from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine
+from optprune.pruning.journal import Journal
 from optprune.pruning.layer import summary
-from optprune.pruning.preflight import check_batches, check_run
-from optprune.pruning.targets import targets_of
+from optprune.pruning.run import Run, heeded, versions
 from optprune.recipe import Recipe
-from optprune.recipe.allocator import allocator_of
-from optprune.report import BlockChange, Event, PhaseAdvanced, Report
+from optprune.report import BlockChange, Event, Report
 
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
@@ -60,33 +49,21 @@ def prune(
     at a time; afterwards the store gives the pruned ones. With a `journal` every block is on the disk once it is
     finished, and a run that was stopped goes on where it was.
     """
-    began = time.perf_counter()
-    decoder, recipe, on_event = Decoder(model, store), recipe.settled(), on_event or (lambda event: None)
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    batches = check_batches(model.config, batches)
-    idle = check_run(decoder, recipe, allocation, model.dtype)
+    began, decoder = time.perf_counter(), Decoder(model, store)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
-    fitted, held_out = hold_out(batches, recipe.held_out)
-    if journal is not None:
-        journal.begin(_facts(decoder, batches, recipe, allocation))
-    metrics, notes = _metrics(decoder, batches, recipe, statistics, on_event)
-    notes += idle + _heeded(recipe, allocator.warnings)
+    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal)
     with calibrating(decoder):
-        division = None if journal is None else journal.division()
-        if division is None:
-            division = allocator.divide(decoder, fitted, metrics, statistics, on_event)
-            if journal is not None:
-                journal.divided(division)
-        divided, notes = division.allocation, notes + _heeded(recipe, division.warnings) + division.notes
-        path = recipe.policy.start(first_inputs(decoder, fitted))
-        records = _Run(decoder, recipe, divided, metrics, held_out, journal, on_event).all(path)
+        for index in range(len(decoder.blocks)):
+            run.prune_block(index)
+    recipe, divided, records, notes = run.recipe, run.allocation, run.records, run.notes
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
+    most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)
     reached = 1 - kept / weights_before
-    if kept > sum(map(decoder.weights_of, (block.shape for block in divided.blocks))) - sum(one.due for one in records):
-        notes += _heeded(recipe, (MISSED.format(reached, divided.sparsity),))
+    if kept > most:
+        notes += heeded(recipe, (MISSED.format(reached, divided.sparsity),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
@@ -96,120 +73,14 @@ def prune(
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
         floor_seconds=sum(record.floor_seconds for record in records),
-        tokens=sum(batch.numel() for batch in fitted),
+        tokens=run.tokens,
         seed=recipe.seed,
-        versions=_versions(),
+        versions=versions(),
         layers=tuple(layers),
         notes=summary(layers) + notes,
         calibration=calibration,
         allocation=left.to_dict(),
-        removed=division.removed,
+        removed=run.division.removed,
         recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What all blocks of a run share."""
-
-    decoder: Decoder
-    recipe: Recipe
-    allocation: Allocation
-    metrics: Metrics
-    held_out: int
-    journal: Journal | None
-    on_event: Callable[[Event], None]
-
-    def all(self, path: Path) -> list[BlockRecord]:
-        """Prune block after block; each is a task of its own, and nothing travels past the last that has one."""
-        decoder, wanted, records = self.decoder, self.allocation.blocks, list[BlockRecord]()
-        solved = [index for index, kept in enumerate(wanted) if targets_of(decoder, self.recipe, kept, index)]
-        last = max(solved, default=-1)
-        finished = set() if self.journal is None else set(self.journal.finished())
-        for index in range(len(wanted)):
-            names = [decoder.name(index, layer) for layer in decoder.architecture.layers]
-            metrics = self.metrics.taken(names)
-            if index in finished:
-                records.append(self._pass_by(index, path if index < last else None))
-            else:
-                task = BlockTask(index, self.recipe, wanted[index], path, metrics, self.held_out, index < last)
-                records.append(self._prune(task))
-            release()
-        return records
-
-    def _prune(self, task: BlockTask) -> BlockRecord:
-        result = prune_block(self.decoder, task, self.on_event)
-        if self.journal is not None:
-            self.journal.finish(self.decoder, result)
-        return result.record
-
-    def _pass_by(self, index: int, path: Path | None) -> BlockRecord:
-        """Let a block be what an earlier run made of it, and move a path past it."""
-        assert self.journal is not None
-        decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
-        self.on_event(PhaseAdvanced("passing finished blocks by", "block", index, len(decoder.blocks)))
-        with decoder.resident(index) as block:
-
-            def finish() -> None:
-                decoder.put(index, record.shape, journal.weights(decoder, index))
-
-            if path is None:
-                finish()
-            else:
-                path.pass_by(block, finish)
-        if decoder.store is not None:
-            decoder.store.take_from_sink(block)
-        return record
-
-
-def _facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
-    """What decides the bytes of a run."""
-    return {
-        "the model": digest_of_model(decoder),
-        "its dtype": str(decoder.model.dtype),
-        "the calibration tokens": digest_of_batches(batches),
-        "the recipe": recipe.to_dict(),
-        "the allocation": None if allocation is None else allocation.to_dict(),
-        "the version": _versions(),
-        "the machine": machine(decoder),
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "optprune": version("optprune"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-    }
-
-
-def _metrics(
-    decoder: Decoder,
-    batches: list[Tensor],
-    recipe: Recipe,
-    statistics: DenseStatistics,
-    on_event: Callable[[Event], None],
-) -> tuple[Metrics, tuple[str, ...]]:
-    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
-    if recipe.output_metric == "none":
-        return Metrics({}), ()
-    full = recipe.units.whole_metric(decoder.architecture) if recipe.output_metric == "full" else ()
-    widest = recipe.metric_width or math.inf
-    used = first_tokens(batches, recipe.metric_tokens)
-
-    def on_group(done: int, total: int) -> None:
-        on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
-
-    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
-    cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
-    note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
-    return metrics.damped(recipe.metric_damping), (note,) if cut else ()
-
-
-def _heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
-    """The same warnings, as notes; StrictError where a strict recipe has one."""
-    if warnings and recipe.strict:
-        raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
-    return warnings

@@ -1,11 +1,13 @@
 """What is measured of a dense model can be shared by runs, which come to the same weights."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.shared import Shared
-from optprune import load_recipe, prune
+from optprune import Statistics, load_recipe, prune
 from optprune.calibration import DenseStatistics
 from optprune.metric import Metrics
 from optprune.report import Report
@@ -13,25 +15,17 @@ from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches
 
 
-def pruned(statistics: DenseStatistics | None, **settings: object) -> tuple[dict[str, Tensor], Report]:
-    model = tiny_llama()
-    report = prune(model, batches(), load_recipe("structured_best", settings), statistics=statistics)
-    return dict(model.state_dict()), report
+def pruned(
+    statistics: DenseStatistics | None, text: Sequence[Tensor] = batches(), model: int = 0, **settings: object
+) -> tuple[dict[str, Tensor], Report]:
+    tiny = tiny_llama(model)
+    report = prune(tiny, text, load_recipe("structured_best", settings), statistics=statistics)
+    return dict(tiny.state_dict()), report
 
 
-@pytest.mark.parametrize("settings", [{}, {"probe_tokens": 50}, {"units": "kv-groups", "sparsity": 0.06}], ids=str)
-def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
-    shared, alone = Shared(), pruned(None, **settings)
-    for run in range(2):
-        shared.begin(load_recipe("structured_best", settings))
-        weights, report = pruned(shared, **settings)
-        assert (shared.spared > 0) == (run > 0)
-        assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())
-        assert (report.allocation, report.notes) == (alone[1].allocation, alone[1].notes)
-
-
-def test_recipes_share_what_does_not_depend_on_their_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another sparsity needs no metric and no curve anew; another damping new curves only; another seed all."""
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is really measured, in this order."""
     asked: list[str] = []
     metrics, removal = DenseStatistics.metrics, DenseStatistics.removal
 
@@ -45,14 +39,59 @@ def test_recipes_share_what_does_not_depend_on_their_difference(monkeypatch: pyt
 
     monkeypatch.setattr(DenseStatistics, "metrics", counted_metrics)
     monkeypatch.setattr(DenseStatistics, "removal", counted_removal)
-    shared = Shared()
+    return asked
+
+
+@pytest.mark.parametrize("settings", [{}, {"probe_tokens": 50}, {"units": "kv-groups", "sparsity": 0.06}], ids=str)
+def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
+    shared, alone = Statistics(), pruned(None, **settings)
+    for run in range(2):
+        weights, report = pruned(shared, **settings)
+        assert (shared.spared > 0) == (run > 0)
+        assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())
+        assert (report.allocation, report.notes) == (alone[1].allocation, alone[1].notes)
+
+
+ALL = ["metrics"] + ["removal"] * 4
+
+
+def test_recipes_share_what_does_not_depend_on_their_difference(asked: list[str]) -> None:
+    """Another sparsity needs no metric and no curve anew; another damping new curves only; another seed all."""
+    shared = Statistics()
     for settings, expected in (
-        ({}, ["metrics"] + ["removal"] * 4),
+        ({}, ALL),
         ({"sparsity": 0.3}, []),
         ({"damping": 0.02}, ["removal"] * 4),
-        ({"seed": 1}, ["metrics"] + ["removal"] * 4),
+        ({"seed": 1}, ALL),
+        ({"damping": 0.02}, []),
     ):
         asked.clear()
-        shared.begin(load_recipe("structured_best", settings))
         pruned(shared, **settings)
         assert asked == expected
+
+
+def test_another_text_and_another_model_are_measured_anew(asked: list[str]) -> None:
+    """As many tokens and the same shapes: only the content tells them apart."""
+    shared, reversed_text = Statistics(), [batch.flip(1) for batch in batches()]
+    for text, model in ((batches(), 0), (reversed_text, 0), (batches(), 1)):
+        asked.clear()
+        weights, _ = pruned(shared, text, model)
+        assert asked == ALL
+        alone, _ = pruned(None, text, model)
+        assert all(torch.equal(value, alone[name]) for name, value in weights.items())
+    asked.clear()
+    pruned(shared, reversed_text, 0)
+    assert asked == []
+    shared.forget()
+    pruned(shared, reversed_text, 0)
+    assert asked == ALL
+
+
+def test_a_benchmark_keeps_what_belongs_to_its_seed(asked: list[str]) -> None:
+    shared = Shared()
+    for seed, expected in ((0, ALL), (0, []), (1, ALL), (0, ALL)):
+        asked.clear()
+        shared.begin(load_recipe("structured_best", {"seed": seed}))
+        assert shared.spared == 0
+        pruned(shared, seed=seed)
+        assert asked == expected and (shared.spared > 0) == (not expected)

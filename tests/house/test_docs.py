@@ -3,6 +3,7 @@
 import copy
 import re
 import shlex
+import tomllib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,8 @@ from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS
 from optprune.cli.app import app
 from optprune.models import LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
+from tests.helpers.pages import BLOCKS, ROOT, TEXTS
 
-ROOT = Path(__file__).parents[2]
-TEXTS = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
-}
-BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
 WHOLE_MODEL = "README.md"
 FIRST_BLOCKS = 2
 """what pages other than the README prune of the demo model"""
@@ -75,11 +71,25 @@ def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.parametrize(("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 15)])
-def test_an_objective_and_a_penalty_are_short(sign: str, most: int) -> None:
+@pytest.mark.parametrize(
+    ("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 15), ("optprune.layer_loss(loaded", 20)]
+)
+def test_an_objective_a_penalty_and_a_layer_are_short(sign: str, most: int) -> None:
     shown = [block for blocks in BLOCKS.values() for block in blocks if sign in block]
     assert shown
     assert all(len([line for line in block.splitlines() if line.strip()]) <= most for block in shown)
+
+
+@pytest.mark.parametrize("base", ["LinkedUnits", "Propagation"])
+def test_a_kind_of_units_and_a_policy_are_one_class(base: str) -> None:
+    classes = [
+        found
+        for blocks in BLOCKS.values()
+        for block in blocks
+        if f"({base})" in block
+        for found in re.findall(r"^class .*$|^def .*$", block, re.MULTILINE)
+    ]
+    assert len(classes) == 1 and classes[0].endswith(f"({base}):")
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=lambda value: str(value)[:60])
@@ -123,3 +133,12 @@ def test_every_recipe_is_in_one_table() -> None:
 
 def test_the_readme_stays_short() -> None:
     assert len(TEXTS["README.md"].splitlines()) <= 130
+
+
+def test_the_tower_is_drawn_as_the_contract_has_it() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
+    floors = [re.findall(r"[a-z]+", floor) for floor in contracts[0]["layers"]]
+    drawn = re.findall(r"(?:^    [a-z ]+\n)+", TEXTS["docs/design.md"], re.MULTILINE)[0]
+    assert [line.split() for line in drawn.splitlines()] == floors

@@ -1,0 +1,178 @@
+"""One layer of a model: its loss, and the problem that a recipe states there, just as `prune` would meet them."""
+
+import copy
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optprune.allocation import Allocation
+from optprune.calibration import DenseStatistics, Path, Propagation, Visit, calibrating, first_inputs
+from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.models import Decoder
+from optprune.numerics.precision import full_precision
+from optprune.objectives import LayerContext
+from optprune.problems import LayerLoss, Problem
+from optprune.pruning.preflight import check_batches
+from optprune.pruning.run import Run
+from optprune.pruning.targets import parts_removed
+from optprune.recipe import Recipe, make_recipe
+from optprune.system.wording import shown
+
+
+@full_precision()
+def layer_loss(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    name: str,
+    policy: str | Propagation = "pruned",
+    *,
+    dense: PreTrainedModel | None = None,
+    damping: float = 0.01,
+    fit_bias: bool = True,
+    metric: OutputMetric | None = None,
+) -> LayerLoss:
+    """The loss of one linear layer of a decoder block, such as model.layers.3.mlp.down_proj, by its full name.
+
+    `model` may be pruned already as far as that layer, and `dense` is then what it was before: the layer's weight W and
+    its dense inputs x come from there, and the `policy` says which inputs x* the layer gets. Without `dense` nothing is
+    pruned yet, so that x* = x under every policy. `batches` are those of `prune`, and so are `damping` and `fit_bias`;
+    a `metric` weighs the outputs. The models are left as they are, and no block behind the layer's is run.
+    """
+    now = Decoder(model)
+    before = now if dense is None else Decoder(dense)
+    block, path = place_of(before, name)
+    _check_same(now, before, block, path)
+    policy = make_recipe({"propagation": policy}).policy
+    batches = check_batches(before.model.config, batches)
+    tap, original = before.architecture.taps[path], before.blocks[block]
+    # All layers of a block that is solved at once see it as it was, but for what is removed whole: that goes first.
+    gone = () if policy.sequential else parts_removed(before.shape(block), now.shape(block))
+    whole = copy.deepcopy(original) if gone else original
+    with calibrating(now), calibrating(before):
+        way = policy.start(first_inputs(before, batches))
+        for index in range(block):
+            _visit(way, now.blocks[index], before.blocks[index]).close()
+        with before.without((block, part) for part in gone):
+            visit = _visit(way, now.blocks[block] if policy.sequential else original, whole)
+            moments = visit.collect([tap]).moments[tap]
+    layer = before.layer(block, path)
+    return LayerLoss.of(layer.weight, moments, damping, fit_bias=fit_bias and layer.bias is not None, metric=metric)
+
+
+@full_precision()
+def layer_problem(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    name: str,
+    recipe: Recipe,
+    *,
+    allocation: Allocation | None = None,
+    statistics: DenseStatistics | None = None,
+) -> Problem:
+    """The problem that a recipe states at a layer, by the layer's full name: what `prune` would hand to its solver.
+
+    It has the budget, the metric and the damping of the recipe, and the link of the units or the pattern of the single
+    weights. Where the recipe's policy lets pruned blocks give the inputs, the blocks before the layer's are pruned
+    first, in a copy; no block behind it is solved, and the model is left as it is. The rest is as in `prune`.
+    """
+    block, _ = place_of(Decoder(model), name)
+    independent = recipe.policy.independent
+    decoder = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
+    run = Run.begin(decoder, batches, recipe, allocation, statistics, lambda event: None)
+    solved = [decoder.name(block, target.path) for target in run.targets(block)]
+    if name not in solved:
+        raise InputError(
+            f"the recipe {recipe.name} states no problem at {name}: in this block it prunes "
+            f"{', '.join(solved) or 'no single layer'}"
+        )
+
+    def state(context: LayerContext) -> Problem:
+        problem = recipe.state(context)
+        if context.name == name:
+            raise _Stated(problem)
+        return problem
+
+    run.recipe = run.recipe.model_copy(update={"objective": state})
+    try:
+        with calibrating(decoder):
+            for index in range(block + 1):
+                if independent and index < block:
+                    run.path.pass_by(decoder.blocks[index], lambda: None)
+                else:
+                    run.prune_block(index)
+    except _Stated as reached:
+        return reached.problem
+    raise AssertionError(f"{name} is solved in its block")
+
+
+def place_of(decoder: Decoder, name: str) -> tuple[int, str]:
+    """The block of a linear layer and its path there; InputError where the model has none of that full name."""
+    places = {
+        decoder.name(index, path): (index, path)
+        for index in range(len(decoder.blocks))
+        for path in decoder.paths(index)
+    }
+    if isinstance(name, str) and name in places:
+        return places[name]
+    modules = dict(decoder.model.named_modules())
+    what = (
+        f"is a {type(modules[name]).__name__}"
+        if isinstance(name, str) and modules.get(name) is not None
+        else "is not in the model"
+    )
+    nearest = get_close_matches(str(name), places, n=3, cutoff=0.0)
+    raise InputError(
+        f"{shown(name)} {what}, not a linear layer of a decoder block: the nearest of those are {', '.join(nearest)}"
+    )
+
+
+class _Stated(Exception):  # control flow, not an error
+    """Ends a run at the layer that was asked for."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.problem = problem
+
+
+def _visit(path: Path, block: nn.Module, original: nn.Module) -> Visit:
+    """A visit of a block that nothing will be done to: what it was counts where that is something else."""
+    return path.visit(block, original=block if _same(block, original) else original)
+
+
+def _same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two blocks hold the same numbers."""
+    left, right = one.state_dict(), other.state_dict()
+    return one is other or (
+        left.keys() == right.keys() and all(torch.equal(value, right[name]) for name, value in left.items())
+    )
+
+
+def _check_same(now: Decoder, before: Decoder, block: int, path: str) -> None:
+    """Raise InputError where one model is not what became of the other, or a layer's inputs are no longer there."""
+    if now.architecture is not before.architecture or len(now.blocks) != len(before.blocks):
+        kinds = [f"{decoder.architecture.model_type} of {len(decoder.blocks)} blocks" for decoder in (now, before)]
+        raise InputError(f"the model is a {kinds[0]} and `dense` a {kinds[1]}: give the one that it was made from")
+    name, wanted = before.name(block, path), before.layer(block, path).in_features
+    if path not in now.paths(block):
+        raise InputError(f"the model has no {name} any more: give it as it was before that was removed")
+    found = now.layer(block, path).in_features
+    if found != wanted:
+        raise InputError(
+            f"{name} reads {found} inputs in the model and {wanted} in `dense`: give the model as it was before the "
+            "layer's units were removed"
+        )
+
+
+def _with_own_blocks(model: PreTrainedModel, blocks: range) -> PreTrainedModel:
+    """A copy of a model that shares its tensors but for those in some blocks."""
+    decoder = Decoder(model)
+    own = {id(tensor) for index in blocks for tensor in _tensors(decoder.blocks[index])}
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model) if id(tensor) not in own})
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

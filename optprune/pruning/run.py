@@ -1,0 +1,193 @@
+"""A run: what all its blocks share, and where it stands between two of them."""
+
+import math
+import platform
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optprune.allocation import Allocation, Allocator, Division
+from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
+from optprune.errors import StrictError
+from optprune.measure.memory import release
+from optprune.metric import Metrics
+from optprune.models import Decoder, Target
+from optprune.pruning.block import BlockRecord, BlockTask, prune_block
+from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine
+from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.targets import targets_of
+from optprune.recipe import Recipe
+from optprune.recipe.allocator import allocator_of
+from optprune.report import Event, PhaseAdvanced
+
+Listener = Callable[[Event], None]
+
+
+class Run:
+    """A run between two blocks: what enters the next one, and the records of those that are done."""
+
+    def __init__(
+        self, decoder: Decoder, recipe: Recipe, division: Division, batches: list[Tensor], on_event: Listener
+    ) -> None:
+        self.decoder, self.recipe, self.division, self.on_event = decoder, recipe, division, on_event
+        self.allocation = division.allocation
+        self.path = recipe.policy.start(first_inputs(decoder, batches))
+        """what enters the next block"""
+        self.records: list[BlockRecord] = []
+        self.tokens = sum(batch.numel() for batch in batches)
+        self.metrics = Metrics({})
+        """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
+        self.held_out = 0
+        """how many batches, the last ones, are kept apart"""
+        self.notes: tuple[str, ...] = ()
+        """on what was found before the first block"""
+        self.journal: Journal | None = None
+        self.finished: set[int] = set()
+        """the blocks that an earlier run has finished, by the journal"""
+        blocks = range(len(decoder.blocks))
+        self.last = max((index for index in blocks if self.targets(index)), default=-1)
+        """the last block with something to solve: nothing travels past it"""
+
+    @classmethod
+    def begin(
+        cls,
+        decoder: Decoder,
+        batches: Iterable[Tensor],
+        recipe: Recipe,
+        allocation: Allocation | None,
+        statistics: DenseStatistics | None,
+        on_event: Listener,
+        journal: Journal | None = None,
+    ) -> "Run":
+        """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
+        recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
+        idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
+        allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
+        fitted, held_out = hold_out(every, recipe.held_out)
+        if journal is not None:
+            journal.begin(facts(decoder, every, recipe, allocation))
+        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+        notes += idle + heeded(recipe, allocator.warnings)
+        with calibrating(decoder):
+            division = _division(allocator, decoder, fitted, metrics, statistics, on_event, journal)
+            run = cls(decoder, recipe, division, fitted, on_event)
+        run.metrics, run.held_out, run.journal = metrics, held_out, journal
+        run.finished = set() if journal is None else set(journal.finished())
+        run.notes = notes + heeded(recipe, division.warnings) + division.notes
+        return run
+
+    def targets(self, index: int) -> list[Target]:
+        """The layers to prune in a block."""
+        return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
+
+    def prune_block(self, index: int) -> None:
+        """Prune the block that comes next, or let it be what an earlier run made of it."""
+        decoder = self.decoder
+        metrics = self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
+        if index in self.finished:
+            self.records.append(self._passed_by(index))
+        else:
+            wanted, onwards = self.allocation.blocks[index], index < self.last
+            task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, onwards)
+            self.records.append(self._pruned(task))
+        del metrics  # freed with the block's
+        release()
+
+    def _pruned(self, task: BlockTask) -> BlockRecord:
+        result = prune_block(self.decoder, task, self.on_event)
+        self.path = result.path
+        if self.journal is not None:
+            self.journal.finish(self.decoder, result)
+        return result.record
+
+    def _passed_by(self, index: int) -> BlockRecord:
+        assert self.journal is not None
+        decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
+        self.on_event(PhaseAdvanced("passing finished blocks by", "block", index, len(decoder.blocks)))
+
+        def finish() -> None:
+            decoder.put(index, record.shape, journal.weights(decoder, index))
+
+        with decoder.resident(index) as block:
+            if index < self.last:
+                self.path.pass_by(block, finish)
+            else:
+                finish()
+        if decoder.store is not None:
+            decoder.store.take_from_sink(block)
+        return record
+
+
+def _division(
+    allocator: Allocator,
+    decoder: Decoder,
+    batches: list[Tensor],
+    metrics: Metrics,
+    statistics: DenseStatistics,
+    on_event: Listener,
+    journal: Journal | None,
+) -> Division:
+    """What every block keeps: as an earlier run has divided it, or as it is divided now."""
+    earlier = None if journal is None else journal.division()
+    if earlier is not None:
+        return earlier
+    division = allocator.divide(decoder, batches, metrics, statistics, on_event)
+    if journal is not None:
+        journal.divided(division)
+    return division
+
+
+def facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
+    """What decides the bytes of a run."""
+    return {
+        "the model": digest_of_model(decoder),
+        "its dtype": str(decoder.model.dtype),
+        "the calibration tokens": digest_of_batches(batches),
+        "the recipe": recipe.to_dict(),
+        "the allocation": None if allocation is None else allocation.to_dict(),
+        "the version": versions(),
+        "the machine": machine(decoder),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    return {
+        "optprune": version("optprune"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def _metrics(
+    decoder: Decoder,
+    batches: list[Tensor],
+    recipe: Recipe,
+    statistics: DenseStatistics,
+    on_event: Callable[[Event], None],
+) -> tuple[Metrics, tuple[str, ...]]:
+    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
+    if recipe.output_metric == "none":
+        return Metrics({}), ()
+    full = recipe.units.whole_metric(decoder.architecture) if recipe.output_metric == "full" else ()
+    widest = recipe.metric_width or math.inf
+    used = first_tokens(batches, recipe.metric_tokens)
+
+    def on_group(done: int, total: int) -> None:
+        on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
+
+    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+    cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
+    note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
+    return metrics.damped(recipe.metric_damping), (note,) if cut else ()
+
+
+def heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
+    """The same warnings, as notes; StrictError where a strict recipe has one."""
+    if warnings and recipe.strict:
+        raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
+    return warnings
