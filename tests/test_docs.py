@@ -11,11 +11,12 @@ import pytest
 import typer
 
 import optprune
-from benchmarks.readme import PAGES, RECIPES, put, tables
+from benchmarks.readme import FIELDS, PAGES, RECIPES, put, tables
 from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS
 from optprune.cli.app import app
 from optprune.models import LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.recipe.fields import spellings
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {
@@ -23,6 +24,7 @@ TEXTS = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
+RECIPE_FILES = {page: re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) for page, text in TEXTS.items()}
 WHOLE_MODEL = "README.md"
 FIRST_BLOCKS = 2
 """what pages other than the README prune of the demo model"""
@@ -75,6 +77,13 @@ def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(("page", "text"), [(page, text) for page, texts in RECIPE_FILES.items() for text in texts])
+def test_a_recipe_file_in_a_page_is_one(page: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    assert load_recipe(str(file)) == Recipe(load_recipe(str(file)).to_dict())
+
+
 @pytest.mark.parametrize(("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 15)])
 def test_an_objective_and_a_penalty_are_short(sign: str, most: int) -> None:
     shown = [block for blocks in BLOCKS.values() for block in blocks if sign in block]
@@ -105,11 +114,11 @@ def test_every_option_and_recipe_field_in_a_text_exists() -> None:
     for page, text in TEXTS.items():
         plain = " ".join(text.split())
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain)) - known, page
-        assert not set(re.findall(r"--set ([a-z_]+)=", plain)) - set(Recipe.model_fields), page
+        assert not set(re.findall(r"--set ([a-z_.]+)=", plain)) - set(spellings()), page
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [(page, number) for page in (*PAGES, *RECIPES) for number in range(len(tables(page)))]
+    ("page", "number"), [(page, number) for page in (*PAGES, *RECIPES, FIELDS) for number in range(len(tables(page)))]
 )
 def test_a_table_is_what_the_rows_and_the_recipes_say(page: str, number: int) -> None:
     # A failure is mended by `python -m benchmarks.readme`, once the sentences beside the table are true too.

@@ -5,12 +5,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from optprune.errors import InputError
 from optprune.recipe.recipe import Recipe
 from optprune.system.files import read_yaml
-from optprune.system.wording import one_line, shown
+from optprune.system.wording import shown
 
 
 def recipe_names() -> list[str]:
@@ -34,25 +32,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     data = read_yaml(text, f"the recipe file {name_or_path}")
     if not isinstance(data, dict):
         raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
-    return make_recipe({**data, **(overrides or {})})
+    return Recipe(data, overrides or {})
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
-    try:
-        return Recipe.model_validate(dict(fields))
-    except RecursionError as error:
-        raise InputError("the recipe is nested too deeply to be read: write it flatter") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = one_line(".".join(str(part) for part in first["loc"]))
-        if not key:
-            raise InputError(f"the recipe contradicts itself: {first['msg'].removeprefix('Value error, ')}") from error
-        if first["type"] == "extra_forbidden":
-            known = ", ".join(Recipe.model_fields)
-            raise InputError(f"a recipe has no field {key!r}: it has {known}") from error
-        reason = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"the recipe field {key!r} cannot be {shown(first['input'])}: {one_line(reason)}") from error
+    return Recipe(fields)
 
 
 def _shipped() -> Any:
