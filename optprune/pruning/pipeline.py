@@ -75,7 +75,7 @@ def prune(
     idle = check_run(decoder, recipe, allocation, model.dtype)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     allocator, statistics, every = allocator_of(recipe, allocation), statistics or DenseStatistics(), batches
-    batches, held_out = hold_out(every, recipe.held_out)
+    batches, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
     metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
     notes += idle + _heeded(recipe, allocator.warnings)
     with calibrating(decoder):
@@ -195,8 +195,9 @@ class _Run:
         solution = solve(problem, recipe.solver)
         check(solution, name)
         held_out, held_out_error = collected.held_out.get(target.tap), None
-        if held_out is not None and recipe.refit_damping:
-            refitted = refit(problem, solution, held_out, recipe.refit_damping, recipe.solver, join=not recipe.recovery)
+        if held_out is not None and recipe.refit is not None and recipe.refit.dampings:
+            dampings, join = recipe.refit.dampings, recipe.recovery is None
+            refitted = refit(problem, solution, held_out, dampings, recipe.solver, join=join)
             problem, solution, held_out_error = refitted.problem, refitted.solution, refitted.held_out_error
             check(solution, name)
         value = solution.value.to(layer.weight.dtype)
@@ -224,21 +225,22 @@ class _Run:
 
     def _recovered_by(self, targets: list[Target]) -> list[str]:
         """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
-        places = [path for path, _ in self.decoder.architecture.recoverable if self.recipe.recovery]
+        places = [path for path, _ in self.decoder.architecture.recoverable if self.recipe.recovery is not None]
         return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
 
     def _recover(self, index: int, path: str, calls: Calls) -> None:
         """Refit a sub-module of a block whose layers are pruned."""
-        recipe, layers = self.recipe, dict(self.decoder.architecture.recoverable)[path]
+        recovery, layers = self.recipe.recovery, dict(self.decoder.architecture.recoverable)[path]
+        assert recovery is not None
         fit, apart = calls.split(self.held_out)
         part = recover(
             self.decoder.blocks[index].get_submodule(path),
             [name.removeprefix(f"{path}.") for name in layers],
-            fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
+            fit if recovery.tokens is None else fit.first(recovery.tokens),
             apart,
-            rounds=recipe.recovery,
-            steps=recipe.recovery_steps,
-            damping=recipe.recovery_damping,
+            rounds=recovery.rounds,
+            steps=recovery.steps,
+            damping=recovery.damping,
             metric=self.metrics.get(self.decoder.name(index, layers[-1])),
             name=self.decoder.name(index, path),
         )
@@ -256,11 +258,12 @@ def _metrics(
     on_event: Callable[[Event], None],
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
-    if recipe.output_metric == "none":
+    asked = recipe.metric
+    if asked is None:
         return Metrics({}), ()
-    full = recipe.units.whole_metric(decoder.architecture) if recipe.output_metric == "full" else ()
-    widest = recipe.metric_width or math.inf
-    used = first_tokens(batches, recipe.metric_tokens)
+    full = recipe.units.whole_metric(decoder.architecture) if asked.kind == "full" else ()
+    widest = asked.width or math.inf
+    used = first_tokens(batches, asked.tokens)
 
     def on_group(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
@@ -268,7 +271,7 @@ def _metrics(
     metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
-    return metrics.damped(recipe.metric_damping), (note,) if cut else ()
+    return metrics.damped(asked.damping), (note,) if cut else ()
 
 
 def _heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
