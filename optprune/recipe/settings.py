@@ -78,7 +78,7 @@ class Settings:
     def fields(self) -> dict[str, Any]:
         """The fields of a recipe of which something was set, with its groups made."""
         units = self._units()
-        found = {} if units is None else {"units": units}
+        found: dict[str, Any] = {} if units is None else {"units": units}
         for path, given in self.given.items():
             top = path.partition(".")[0]
             if top in GROUPS:
@@ -165,7 +165,8 @@ class Settings:
         if name == GROUPS[group].switch and given.read(GROUPS[group].of) is None:
             return
         info = owners[0].model_fields[name]
-        adapter = TypeAdapter(Annotated[info.annotation, info], config=ConfigDict(allow_inf_nan=False))
+        kind: Any = Annotated[info.annotation, info]  # type: ignore[valid-type]  # a type all the same
+        adapter = TypeAdapter[Any](kind, config=ConfigDict(allow_inf_nan=False))
         try:
             value = adapter.validate_python(given.value)
         except ValidationError as error:
