@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 from benchmarks.common import RESULTS, markdown
 from benchmarks.models import read
-from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, recipe_table
+from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, field_table, recipe_table
 from benchmarks.studies import (
     BELIEVED,
     CHOSEN_RIDGE,
@@ -270,12 +270,16 @@ TABLES = (
 PAGES: dict[str, tuple[Table, ...]] = {"README.md": (SHORT,), "docs/results.md": TABLES}
 RECIPES = {"docs/structured.md": UNITS, "docs/sparse.md": WEIGHTS, "docs/metric.md": LOSS_AWARE}
 """the columns and recipes of a page's table"""
+FIELDS = "docs/recipes.md"
+"""the page with the table of fields"""
 
 
 def tables(page: str) -> list[str]:
     """The tables of a page that are made here."""
-    return [table.markdown() for table in PAGES.get(page, ())] + (
-        [recipe_table(RECIPES[page])] if page in RECIPES else []
+    return (
+        [table.markdown() for table in PAGES.get(page, ())]
+        + ([recipe_table(RECIPES[page])] if page in RECIPES else [])
+        + ([field_table()] if page == FIELDS else [])
     )
 
 
@@ -294,7 +298,7 @@ def put(text: str, made: Sequence[str]) -> str:
 
 
 def main() -> None:
-    for page in (*PAGES, *RECIPES):
+    for page in (*PAGES, *RECIPES, FIELDS):
         path = ROOT / page
         path.write_text(put(path.read_text(encoding="utf-8"), tables(page)), encoding="utf-8")
 

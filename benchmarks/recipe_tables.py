@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from benchmarks.common import markdown
 from optprune import Recipe, load_recipe
 from optprune.recipe import recipe_names
+from optprune.recipe.fields import recipe_fields
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Kind:
     holds: Callable[[Recipe], bool]
 
 
-LOSS_AWARE = Kind("loss-aware recipe", lambda recipe: recipe.output_metric != "none")
+LOSS_AWARE = Kind("loss-aware recipe", lambda recipe: recipe.metric is not None)
 WEIGHTS = Kind("recipe for weights", lambda recipe: not LOSS_AWARE.holds(recipe) and recipe.units.name == "weights")
 UNITS = Kind("recipe for units", lambda recipe: not LOSS_AWARE.holds(recipe) and recipe.units.name != "weights")
 
@@ -28,5 +29,19 @@ def recipe_table(kind: Kind) -> str:
         {kind.title: f"`{recipe.name}`", "what it does": recipe.summary, "source": recipe.source}
         for recipe in map(load_recipe, recipe_names())
         if kind.holds(recipe)
+    ]
+    return markdown(rows).rstrip("\n")
+
+
+def field_table() -> str:
+    """What may be set of a recipe, and what that does."""
+    rows = [
+        {
+            "field": f"`{field.path}`" + (f" (`{field.flat}`)" if field.flat else ""),
+            "value": field.kind,
+            "default": f"`{field.default}`" if field.default else "",
+            "what it says": field.meaning,
+        }
+        for field in recipe_fields()
     ]
     return markdown(rows).rstrip("\n")

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from optprune import load_recipe
+from optprune.recipe.names import NONE
 
 Settings = dict[str, Any]
 SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
@@ -19,14 +21,15 @@ PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
 DIAGONAL: Settings = {"output_metric": "diagonal", "metric_damping": 0.01}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
-CHOSEN_RIDGE: Settings = {key: load_recipe("spap_plus").to_dict()[key] for key in ("held_out", "refit_damping")}
+CHOSEN_RIDGE: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]}
+"""that of spap_plus"""
 GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
 BELIEVED: Settings = {"probe_tokens": 0}
 PROBED: Settings = {"probe_tokens": 1024}
 MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
-LATER: Settings = {"budget": "parameters", "budget_tokens": 512, "fit_bias": True}
+LATER: Settings = {"allocation.currency": "parameters", "allocation.tokens": 512, "fit_bias": True}
 """the values that say what recipes did before they had these fields"""
 WIDEST = 4096
 """no layer of the models here has as many outputs"""
@@ -131,11 +134,22 @@ def digest(recipe: str, settings: Settings, tokens: int) -> str:
 
 @cache
 def _digest(recipe: str, settings: str, tokens: int) -> str:
-    fields = load_recipe(recipe, json.loads(settings)).settled().to_dict()
+    fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).settled().to_dict()))
     told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}
     # What is off, or as it was before there was such a field, is left out: so a field that is added changes no digest.
-    told = {key: value for key, value in told.items() if (value or key in LATER) and LATER.get(key) != value}
+    told = {
+        key: value for key, value in told.items() if (value or key in LATER) and value not in (NONE, LATER.get(key))
+    }
     # Neither do limits that nothing here comes up to.
-    limits = {"metric_width": WIDEST, "metric_tokens": tokens}
+    limits = {"metric.width": WIDEST, "metric.tokens": tokens}
     told = {key: value for key, value in told.items() if key not in limits or value < limits[key]}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _leaves(fields: Settings, group: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a recipe, those of groups by their paths."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{group}{key}.")
+        else:
+            yield f"{group}{key}", value

@@ -109,7 +109,7 @@ def run_demo(
     began = time.perf_counter()
     console, reporter = console or Console(), reporter or Reporter()
     chosen = load_recipe(recipe, {"sparsity": sparsity, "seed": seed, "units": "mlp"})
-    if chosen.allocation != "uniform":
+    if chosen.allocation.kind != "uniform":
         raise InputError(f"the demo reloads with plain transformers: the recipe {recipe} gives blocks of other widths")
     check_output(output, overwrite)
     reporter.say("reading the texts and loading the model")

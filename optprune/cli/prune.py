@@ -17,6 +17,7 @@ from optprune.system.wording import one_line, shown
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.export import SavedModel
+    from optprune.recipe import Recipe
     from optprune.report import Report
 
 DESTROYED = 0.5
@@ -81,7 +82,10 @@ def prune_command(
     ] = False,
     overwrite: Overwrite = False,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe field; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any recipe field (see optprune recipes --fields); may be repeated."
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -109,7 +113,7 @@ def prune_command(
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
-    if given_blocks is not None and "sparsity" in overrides and chosen.pattern.only_share is None:
+    if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     check_output(output, overwrite)
     check_json(json_file, output=output, models=[model])
@@ -141,7 +145,7 @@ def prune_command(
         loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite, dtype=save_dtype
     )
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
-    _summarise(report, saved)
+    _summarise(chosen, report, saved)
 
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -181,16 +185,18 @@ def _named(file: str | None, what: str) -> Iterator[None]:
         raise InputError(f"the allocation file {file} {what}: {error}") from error
 
 
-def _summarise(report: "Report", saved: "SavedModel") -> None:
+def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     from optprune.allocation import Allocation
     from optprune.cli.progress import duration
+    from optprune.recipe.groups import GlobalBudget
 
     folder = saved.folder
     errors = [layer.relative_error for layer in report.layers]
     trust = "" if saved.stock else ", trust_remote_code=True"
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
     loads += "" if saved.stock else f" or optprune.load({str(folder)!r})"
-    of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[report.recipe["budget"]]
+    currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
+    of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
     typer.echo(
         f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "
         f"({report.sparsity_requested:.2%}{of_what} asked)"
@@ -206,10 +212,10 @@ def _summarise(report: "Report", saved: "SavedModel") -> None:
         typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
-    if report.recipe["units"] == "weights":
+    if recipe.units.family is not None:
         typer.echo(
             "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
-            f"pattern {report.recipe['pattern']}"
+            f"pattern {recipe.units.family.name}"
         )
     for note in report.notes:
         typer.echo(f"note: {note}")

@@ -135,22 +135,23 @@ class _Work:
 
     def recovered_by(self, targets: Sequence[Target]) -> list[str]:
         """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
-        places = [path for path, _ in self.decoder.architecture.recoverable if self.task.recipe.recovery]
+        places = [path for path, _ in self.decoder.architecture.recoverable if self.task.recipe.recovery is not None]
         return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
 
     def recover(self, path: str, calls: Calls) -> None:
         """Refit a sub-module whose layers are pruned."""
-        decoder, task, recipe = self.decoder, self.task, self.task.recipe
+        decoder, task, recovery = self.decoder, self.task, self.task.recipe.recovery
+        assert recovery is not None
         layers = dict(decoder.architecture.recoverable)[path]
         fit, apart = calls.split(task.held_out)
         part = recover(
             decoder.blocks[task.index].get_submodule(path),
             [name.removeprefix(f"{path}.") for name in layers],
-            fit if recipe.recovery_tokens is None else fit.first(recipe.recovery_tokens),
+            fit if recovery.tokens is None else fit.first(recovery.tokens),
             apart,
-            rounds=recipe.recovery,
-            steps=recipe.recovery_steps,
-            damping=recipe.recovery_damping,
+            rounds=recovery.rounds,
+            steps=recovery.steps,
+            damping=recovery.damping,
             metric=task.metrics.get(decoder.name(task.index, layers[-1])),
             name=decoder.name(task.index, path),
         )

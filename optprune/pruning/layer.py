@@ -107,9 +107,10 @@ def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | Non
     recipe, problem = task.recipe, task.recipe.state(context)
     solution = solve(problem, recipe.solver)
     _check(solution, task.name)
-    if held_out is None or not recipe.refit_damping:
+    if held_out is None or recipe.refit is None or not recipe.refit.dampings:
         return _Answer(problem, solution, held_out, None)
-    refitted = refit(problem, solution, held_out, recipe.refit_damping, recipe.solver, join=not recipe.recovery)
+    dampings, join = recipe.refit.dampings, recipe.recovery is None
+    refitted = refit(problem, solution, held_out, dampings, recipe.solver, join=join)
     _check(refitted.solution, task.name)
     return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error)
 

@@ -14,6 +14,7 @@ from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
+from optprune.patterns import ANYWHERE
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
@@ -34,9 +35,9 @@ def check_run(
     allocator = allocator_of(recipe, allocation)
     if dtype not in (None, torch.float32, torch.float64):
         digits = {
-            "an output metric": recipe.output_metric != "none",
+            "an output metric": recipe.metric is not None,
             "a probe": allocator.probes,
-            "recovery": recipe.recovery > 0,
+            "recovery": recipe.recovery is not None,
         }
         for what, asked in digits.items():
             if asked:
@@ -46,20 +47,22 @@ def check_run(
                 )
     allocator.check(decoder)
     pruned = _pruned(decoder, recipe, allocation)
+    family = recipe.units.family or ANYWHERE
     for index, path in pruned:
-        inputs, multiple = decoder.layer(index, path).in_features, recipe.pattern.multiple
+        inputs, multiple = decoder.layer(index, path).in_features, family.multiple
         if inputs % multiple:
             raise InputError(
-                f"a {recipe.pattern.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
+                f"a {family.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
                 f"{decoder.name(index, path)}: choose another pattern"
             )
     idle = _idle_recovery(decoder, recipe, pruned)
     if idle and recipe.strict:
         raise StrictError(f"{idle[0]} (strict mode makes this an error)")
     if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
-        widest = math.inf if recipe.metric_width is None else recipe.metric_width
+        full = recipe.metric is not None and recipe.metric.kind == "full"
+        widest = (recipe.metric and recipe.metric.width) or math.inf
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
-        small = _small_problem(recipe, full=recipe.output_metric == "full" and whole)
+        small = _small_problem(recipe, full=full and whole)
         check_accepted(small.in_output_basis()[0], recipe.solver)
     return idle
 
@@ -67,7 +70,7 @@ def check_run(
 def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
     """A note where recovery finds no sub-module whose output is affine in its layers one at a time."""
     parts = [part for part, _ in decoder.architecture.recoverable]
-    if not recipe.recovery or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+    if recipe.recovery is None or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
         return ()
     return (
         f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
@@ -77,14 +80,15 @@ def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str
 
 def _small_problem(recipe: Recipe, full: bool) -> Problem:
     """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
-    inputs = 2 * math.lcm(4, recipe.pattern.multiple)
+    family = recipe.units.family
+    inputs = 2 * math.lcm(4, (family or ANYWHERE).multiple)
     weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
-    metric = None if recipe.output_metric == "none" else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
+    metric = None if recipe.metric is None else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
     loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
-    if recipe.units.family is None:
+    if family is None:
         groups = ChannelGroups.of(inputs)
         return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
-    pattern = recipe.units.family.of(4, inputs, 0.5)
+    pattern = family.of(4, inputs, 0.5)
     return recipe.state(LayerContext("", 0, loss, weight.numel() // 2, None, pattern))
 
 

@@ -66,7 +66,7 @@ class Run:
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
         idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
-        fitted, held_out = hold_out(every, recipe.held_out)
+        fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         if journal is not None:
             journal.begin(facts(decoder, every, recipe, allocation))
         metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
@@ -171,11 +171,12 @@ def _metrics(
     on_event: Callable[[Event], None],
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
-    if recipe.output_metric == "none":
+    asked = recipe.metric
+    if asked is None:
         return Metrics({}), ()
-    full = recipe.units.whole_metric(decoder.architecture) if recipe.output_metric == "full" else ()
-    widest = recipe.metric_width or math.inf
-    used = first_tokens(batches, recipe.metric_tokens)
+    full = recipe.units.whole_metric(decoder.architecture) if asked.kind == "full" else ()
+    widest = asked.width or math.inf
+    used = first_tokens(batches, asked.tokens)
 
     def on_group(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
@@ -183,7 +184,7 @@ def _metrics(
     metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
-    return metrics.damped(recipe.metric_damping), (note,) if cut else ()
+    return metrics.damped(asked.damping), (note,) if cut else ()
 
 
 def heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 from optprune.allocation import Allocation, Allocator, ByCost, Depth, Given, Uniform
 from optprune.allocation.weight_costs import WeightBudget
 from optprune.allocation.width_costs import WidthBudget
-from optprune.models import Blocks
+from optprune.errors import InputError
+from optprune.recipe.groups import DepthSearch, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe
 
 
@@ -11,23 +12,23 @@ def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Alloca
     """The allocator of a run; an allocation that is given comes before what the recipe says."""
     if allocation is not None:
         return Given(recipe.units, allocation)
-    if isinstance(recipe.units, Blocks):
-        return Depth(recipe.sparsity, recipe.depth_parts, recipe.depth_score, recipe.depth_tokens)
-    return by_cost(recipe) if recipe.divides else Uniform(recipe.units, recipe.sparsity, recipe.width_multiple)
+    match recipe.allocation:
+        case DepthSearch() as depth:
+            return Depth(recipe.sparsity, depth.parts, depth.score, depth.score_tokens)
+        case GlobalBudget() if recipe.divides:
+            return by_cost(recipe)
+        case UniformShares() | GlobalBudget() as shares:
+            return Uniform(recipe.units, recipe.sparsity, shares.multiple)
 
 
 def by_cost(recipe: Recipe) -> ByCost:
     """The division of one budget over the whole model, with a recipe's numbers."""
+    asked = recipe.allocation
+    if not isinstance(asked, GlobalBudget):
+        raise InputError(f"the recipe divides no budget: its allocation is {asked.kind}, not global")
     if recipe.units.family is not None:
-        budget = WeightBudget(recipe.units.family, recipe.sparsity, recipe.least_kept, recipe.most_kept)
+        budget = WeightBudget(recipe.units.family, recipe.sparsity, asked.least, asked.most)
     else:
-        budget = WidthBudget(
-            recipe.units,
-            recipe.sparsity,
-            recipe.least_kept,
-            recipe.width_multiple,
-            recipe.budget,
-            recipe.budget_tokens,
-        )
-    weighed = recipe.output_metric != "none"
-    return ByCost(recipe.units, budget, recipe.damping, recipe.fit_bias, weighed, recipe.probe_tokens)
+        budget = WidthBudget(recipe.units, recipe.sparsity, asked.least, asked.multiple, asked.currency, asked.tokens)
+    weighed = recipe.metric is not None
+    return ByCost(recipe.units, budget, recipe.damping, recipe.fit_bias, weighed, asked.probe_tokens)

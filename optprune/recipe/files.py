@@ -32,12 +32,12 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     data = read_yaml(text, f"the recipe file {name_or_path}")
     if not isinstance(data, dict):
         raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
-    return make_recipe({**data, **(overrides or {})})
+    return Recipe(data, overrides or {})
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     """A recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
-    return Recipe.model_validate(dict(fields))
+    return Recipe(fields)
 
 
 def _shipped() -> Any:

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from optprune import solvers
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
-from optprune.models import UNITS, Units, Weights
+from optprune.models import UNITS, Units
 from optprune.objectives import OBJECTIVES, Objective
-from optprune.patterns import PatternFamily, pattern_family
+from optprune.patterns import ANYWHERE, PatternFamily, pattern_family
 from optprune.solvers import Chain, Solver
 from optprune.system.wording import shown
 
@@ -38,6 +38,8 @@ SOLVERS: dict[str, type[Solver]] = {
 }
 AUTO = "auto"
 """the propagation policy that goes by the pattern"""
+NONE = "none"
+"""a group that is not there"""
 SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 """those that an option of a solver may name"""
 
@@ -80,20 +82,14 @@ def read_pattern(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-def write_pattern(family: PatternFamily) -> str:
-    """The name of a pattern family."""
-    return family.name
+def read_units(value: Any) -> Units:
+    """Units from their name; those of one's own as they are."""
+    return value if isinstance(value, Units) else _known("kind of units", UNITS, value)
 
 
-def read_units(value: Any, info: ValidationInfo) -> Any:
-    """Units from their name, single weights with the recipe's pattern; those of one's own as they are."""
-    units = value if isinstance(value, Units) else _known("kind of units", UNITS, value)
-    return Weights(info.data["pattern"]) if units == Weights() and "pattern" in info.data else units
-
-
-def write_units(units: Units) -> str:
-    """The name of units."""
-    return units.name
+def write_units(units: Units) -> str | dict[str, str]:
+    """The name of units; of single weights in a pattern, that too."""
+    return units.name if units.family in (None, ANYWHERE) else {units.name: units.family.name}
 
 
 def read_propagation(value: Any) -> Any:

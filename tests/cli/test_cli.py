@@ -21,9 +21,10 @@ from optprune.cli import main
 from optprune.cli.demo_run import run_demo
 from optprune.errors import InputError
 from optprune.measure import perplexity
-from optprune.models import load, load_tokenizer
+from optprune.models import Weights, load, load_tokenizer
 from optprune.patterns import InGroups
 from optprune.recipe import load_recipe, make_recipe, recipe_names
+from optprune.recipe.groups import Refit
 from optprune.recipe.names import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
 from optprune.system.files import read_yaml
@@ -151,7 +152,8 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert code == 0, err
     recipe = json.loads((output / "report.json").read_text())["recipe"]
     assert (recipe["name"], recipe["seed"], recipe["propagation"]) == ("random", 3, "dense")
-    assert (recipe["width_multiple"], recipe["damping"], recipe["strict"]) == (16, 0.5, False)
+    assert recipe["allocation"] == {"kind": "uniform", "multiple": 16}
+    assert (recipe["damping"], recipe["strict"]) == (0.5, False)
     assert recipe["solver"] == [{"random": {"seed": 5}}, "restore"]
     assert json.loads((output / "config.json").read_text())["intermediate_size"] % 16 == 0
     # The recipe beside the weights makes the same model again.
@@ -307,14 +309,14 @@ def test_a_pattern_may_be_set_without_quotes(
     code, _, err = run([*command, "--set", "pattern=2:4", "--set", "damping=1e-3"], capsys)
     assert code == 0, err
     recipe = json.loads((output / "report.json").read_text())["recipe"]
-    assert (recipe["pattern"], recipe["damping"]) == ("2:4", 0.001)
+    assert (recipe["units"], recipe["damping"]) == ({"weights": "2:4"}, 0.001)
     file = tmp_path / "by_hand.yaml"
     file.write_text("units: weights\nsolver: wanda\nsparsity: 5e-1\npattern: 2:4\n")
-    assert load_recipe(str(file)).pattern == InGroups(2, 4)
+    assert load_recipe(str(file)).units == Weights(InGroups(2, 4))
 
 
 def test_one_damping_is_a_list_of_one() -> None:
-    assert load_recipe("fasp", {"refit_damping": 0.1, "held_out": 0.1}).refit_damping == (0.1,)
+    assert load_recipe("fasp", {"refit_damping": 0.1, "held_out": 0.1}).refit == Refit(held_out=0.1, dampings=(0.1,))
 
 
 @pytest.mark.parametrize(

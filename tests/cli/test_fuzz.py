@@ -17,7 +17,8 @@ import pytest
 from optprune.allocation.uniform import uniform
 from optprune.cli import main
 from optprune.models import Decoder, Mlp
-from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.recipe import load_recipe, recipe_names
+from optprune.recipe.fields import spellings
 from optprune.recipe.names import SOLVERS
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import save_tiny, tiny_llama
@@ -154,7 +155,7 @@ class Spoiler:
         elif how == 1:
             file.write_text(text + "".join(self.rng.choices(string.printable, k=30)), encoding="utf-8")
         else:
-            field = self.rng.choice(list(Recipe.model_fields))
+            field = self.rng.choice(spellings())
             value = self.solver() if field == "solver" else self.rng.choice(VALUES)
             data = {**load_recipe("fasp").to_dict(), field: value}
             file.write_text(json.dumps(data))
@@ -185,7 +186,7 @@ class Spoiler:
         value = self.rng.choice([*VALUES, "2:4", "rows", "all", "kv-groups", "blocks", "global", "cross"])
         text = value if isinstance(value, str) else json.dumps(value)
         if self.rng.random() < 0.3:
-            return self.attempt.command("--set", f"{self.rng.choice(list(Recipe.model_fields))}={text}")
+            return self.attempt.command("--set", f"{self.rng.choice(spellings())}={text}")
         names = ["--samples", "--seq-length", "--seed", "--dtype", "--save-dtype", "--device", "--units", "--pattern"]
         names += [
             "--propagation",

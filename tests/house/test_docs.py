@@ -12,12 +12,13 @@ import pytest
 import typer
 
 import optprune
-from benchmarks.readme import PAGES, RECIPES, put, tables
+from benchmarks.readme import FIELDS, PAGES, RECIPES, put, tables
 from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS
 from optprune.cli.app import app
 from optprune.models import LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from tests.helpers.pages import BLOCKS, ROOT, TEXTS
+from optprune.recipe.fields import spellings
+from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
 
 WHOLE_MODEL = "README.md"
 FIRST_BLOCKS = 2
@@ -71,6 +72,13 @@ def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(("page", "text"), [(page, text) for page, texts in RECIPE_FILES.items() for text in texts])
+def test_a_recipe_file_in_a_page_is_one(page: str, text: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    assert load_recipe(str(file)) == Recipe(load_recipe(str(file)).to_dict())
+
+
 @pytest.mark.parametrize(
     ("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 15), ("optprune.layer_loss(loaded", 20)]
 )
@@ -106,7 +114,7 @@ def test_what_a_shell_line_names_exists(page: str, line: str) -> None:
         given = dict(pairwise(rest))
         assert given.get("--recipe", "fasp") in recipe_names()
         if command == "recipes" and rest:
-            assert rest[0] in recipe_names()
+            assert rest[0] in (*recipe_names(), "--fields")
 
 
 def test_every_option_and_recipe_field_in_a_text_exists() -> None:
@@ -115,11 +123,11 @@ def test_every_option_and_recipe_field_in_a_text_exists() -> None:
     for page, text in TEXTS.items():
         plain = " ".join(text.split())
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain)) - known, page
-        assert not set(re.findall(r"--set ([a-z_]+)=", plain)) - set(Recipe.model_fields), page
+        assert not set(re.findall(r"--set ([a-z_.]+)=", plain)) - set(spellings()), page
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [(page, number) for page in (*PAGES, *RECIPES) for number in range(len(tables(page)))]
+    ("page", "number"), [(page, number) for page in (*PAGES, *RECIPES, FIELDS) for number in range(len(tables(page)))]
 )
 def test_a_table_is_what_the_rows_and_the_recipes_say(page: str, number: int) -> None:
     # A failure is mended by `python -m benchmarks.readme`, once the sentences beside the table are true too.

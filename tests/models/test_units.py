@@ -137,7 +137,7 @@ def test_a_pattern_family_of_ones_own() -> None:
     recipe = load_recipe("wanda", {"pattern": InColumns(), "sparsity": 0.5})
     assert recipe.units == Weights(InColumns())
     report = prune(model, batches(), recipe)
-    assert report.recipe["pattern"] == "columns" and report.sparsity_reached == 0.5
+    assert report.recipe["units"] == {"weights": "columns"} and report.sparsity_reached == 0.5
     decoder = Decoder(model)
     for path in decoder.paths(1):
         weight = decoder.layer(1, path).weight
@@ -149,6 +149,6 @@ def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
     recipe = Recipe(units="weights", pattern=pattern, sparsity=0.5)
     assert recipe.units == Weights(pattern_family(pattern)) == Recipe(**{**dict(recipe), "units": recipe.units}).units
     assert make_recipe(recipe.to_dict()) == recipe
-    if pattern != "unstructured":
-        with pytest.raises(InputError, match="the pattern of the units is not the recipe's"):
-            make_recipe({"units": recipe.units, "sparsity": 0.5})
+    for units in (recipe.units, {"weights": pattern}, "weights"):
+        more = {"pattern": pattern} if units == "weights" else {}
+        assert make_recipe({"units": units, "sparsity": 0.5, **more}) == recipe

@@ -10,7 +10,7 @@ from optprune.models import Decoder
 from optprune.objectives import linked
 from optprune.problems import SparseLeastSquares
 from optprune.pruning import prune
-from optprune.recipe import load_recipe, make_recipe
+from optprune.recipe import Recipe, load_recipe, make_recipe
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
 
@@ -103,7 +103,7 @@ def test_layers_wider_than_the_recipe_says_get_the_diagonal_and_a_note():
     wider = [path for path, width in widths.items() if width > limit]
     assert wider
     assert any(", ".join(wider) in note and "metric_width" in note for note in report.notes)
-    _, whole = problems_of(recipe.model_copy(update={"metric_width": max(widths.values())}), tiny_llama())
+    _, whole = problems_of(Recipe(recipe.to_dict(), metric_width=max(widths.values())), tiny_llama())
     assert not any("metric_width" in note for note in whole.notes)
 
 

@@ -75,7 +75,7 @@ def test_inspect_measures_a_folder_that_prune_wrote(tmp_path: Path) -> None:
     options = ["--pattern", "2:4", "--samples", "4", "--seq-length", "64", "--calibration", text, "--output", output]
     code = main(["prune", str(tmp_path / "dense"), "--recipe", "wanda", *options])
     assert code == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["pattern"] == "2:4"
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["units"] == {"weights": "2:4"}
     assert main(["inspect", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["sparsity"] == 0.5

@@ -74,7 +74,7 @@ def test_widths_are_multiples_of_eight_and_meet_the_budget(config: PretrainedCon
     one = decoder.weights_of(BlockShape(8, 1, 1)) - decoder.weights_of(BlockShape(0, 1, 1))
     for sparsity, value_dim in zip((0.1, 0.2, 0.3), value_dims, strict=True):
         recipe = load_recipe("fasp", {"sparsity": sparsity})
-        allocation = uniform(decoder, sparsity, recipe.units, recipe.width_multiple)
+        allocation = uniform(decoder, sparsity, recipe.units, recipe.allocation.multiple)
         shape = allocation.blocks[0].shape
         assert shape.value_dim == value_dim and shape.mlp_width % 8 == 0
         # Half a step of the MLP width, rounded last, in every block.
