@@ -23,6 +23,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {}),
     "fasp under cross": ("fasp", {"propagation": "cross", "recovery": 1, "held_out": 0.2}),
     "alps under intra": ("alps", {"propagation": "intra"}),
+    "sparse_best": ("sparse_best", {"held_out": 0.2}),
+    "structured_best without probes": ("structured_best", {"probe_tokens": 0, "budget": "flops", "budget_tokens": 64}),
 }
 CHANGING = ("seconds", "floor_seconds", "calibration", "model")
 """what two reports of the same run do not share"""

@@ -10,6 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,6 +50,40 @@ class ShardSink(BlockSink):
         if not file.exists():
             return None
         return Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(block, names)
+
+
+class Aside(ABC):
+    """Tensors put aside until they are asked for."""
+
+    @abstractmethod
+    def get(self) -> dict[str, Tensor]:
+        """The tensors, on their devices."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Aside):
+    """Tensors that stay in memory."""
+
+    tensors: dict[str, Tensor]
+
+    def get(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
+class Filed(Aside):
+    """Tensors in a file, which goes with this."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        number, name = tempfile.mkstemp(dir=folder)
+        os.close(number)
+        self._file = Path(name)
+        weakref.finalize(self, self._file.unlink, missing_ok=True)
+        write_whole(self._file, tensors)
+        self._devices = {name: tensor.device for name, tensor in tensors.items()}
+
+    def get(self) -> dict[str, Tensor]:
+        stored = stored_tensors(self._file, str(self._file.parent))
+        return {name: tensor.read().to(self._devices[name]) for name, tensor in stored.items()}
 
 
 class BlockStore:
@@ -100,6 +135,10 @@ class BlockStore:
             parent, _, own = name.rpartition(".")
             module = block.get_submodule(parent)
             _set(module, own, module._parameters[own], found[name].to(self.device))
+
+    def put_aside(self, tensors: Mapping[str, Tensor]) -> Aside:
+        """Tensors that are out of memory from now on, but where others refer to them."""
+        return Filed(tensors, self.scratch("aside"))
 
     @property
     def sink(self) -> BlockSink:
