@@ -115,16 +115,12 @@ def one_triangle(self):
     return replace(found, average=found.average.tril()) if self.full else found
 
 
-def wrong_way_round(self):
-    """KL(as it is now || dense)."""
-    self._dense, self._to_the_end = self._to_the_end(self.stream), lambda stream, dense=self._dense: dense
-    found = divergence(self)
-    self._dense = self._to_the_end(self.stream)
-    del self._to_the_end
-    return found
+def wrong_way_round(self, dense, changed):
+    """KL(changed || dense)."""
+    return divergence(self, changed, dense)
 
 
-whole_metric, divergence = MetricSums.metric, Probe.divergence
+whole_metric, divergence = MetricSums.metric, Probe._divergence
 budget_threshold = budget.global_threshold
 TEST_FAULTS = {
     "ADMM in the wrong basis": (
@@ -163,7 +159,7 @@ TEST_FAULTS = {
     ),
     "divergence the wrong way round": (
         Probe,
-        "divergence",
+        "_divergence",
         wrong_way_round,
         lambda: test_probe.test_it_is_the_divergence_of_the_whole_model(test_probe.tiny_llama),
     ),

@@ -1,7 +1,7 @@
 """Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -26,24 +26,33 @@ from tests.tiny_models import TINY_MODELS, tiny_llama
 
 @by_model
 def test_it_is_the_divergence_of_the_whole_model(make) -> None:
-    """Whatever was done to the current block; and what was done to a block before it is part of the model then."""
+    """Each with one block changed and all others dense."""
     model = make()
     decoder, dense, ids = Decoder(model), copy.deepcopy(model), torch.cat(batches())[:3, :20]
+    expected = []
 
-    def expected() -> float:
-        log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, model))
+    def measured(changes: list[Change]) -> float:
+        changed, names = copy.deepcopy(model), {id(module): name for name, module in model.named_modules()}
+        for change in changes:
+            changed.get_submodule(names[id(change.layer)]).weight.data.copy_(change.weight)
+        log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, changed))
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
     with calibrating(decoder):
         probe = Probe(decoder, [ids[:2], ids[2:]])
         for index in range(len(decoder.blocks)):
-            before = expected()
-            assert probe.divergence() == pytest.approx(before, rel=1e-3, abs=1e-6)
-            layer = decoder.layer(index, decoder.architecture.mlp_consumer)
-            layer.weight.data[:, ::2] *= 1.5
-            assert expected() > before + 1e-5
-            assert probe.divergence() == pytest.approx(expected(), rel=1e-3)
+            first, last = (decoder.layer(index, path) for path in decoder.architecture.layers[::3][:2])
+            for layers in ([last], [first, last]):
+                every = [1.5 ** torch.arange(layer.in_features).remainder(2) for layer in layers]
+                changes = [
+                    Change(layer, layer.weight * scale, None) for layer, scale in zip(layers, every, strict=True)
+                ]
+                probe.try_out(changes)
+                expected.append(measured(changes))
             probe.advance()
+        assert min(expected) > 1e-5
+        assert probe.divergences() == pytest.approx(expected, rel=1e-3)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_the_first_sequences_hold_the_tokens() -> None:
@@ -75,13 +84,16 @@ class Told(Probe):
     """Divergences that the test gives, block by block."""
 
     def __init__(self, values: list[float]) -> None:
-        self.values, self.block = values, 0
+        self.values, self.block, self.told = values, 0, list[float]()
 
-    def divergence(self) -> float:
-        return self.values[self.block]
+    def try_out(self, changes: Sequence[Change]) -> None:
+        self.told.append(self.values[self.block])
 
     def advance(self) -> None:
         self.block += 1
+
+    def divergences(self) -> list[float]:
+        return self.told
 
 
 def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric], probe: Probe) -> Allocation:
@@ -130,9 +142,9 @@ def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatc
 
     def look(probe, changes):
         shares.extend(float((change.weight != 0).double().mean()) for change in changes)
-        return 1.0
+        probe.told.append(1.0)
 
-    monkeypatch.setattr(Probe, "divergence_with", look)
+    monkeypatch.setattr(Told, "try_out", look)
     decoder = Decoder(tiny_llama())
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     with calibrating(decoder):
@@ -156,9 +168,9 @@ def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
     def look(probe, changes):
         [change] = changes
         seen.append(int((change.weight != 0).any(0).sum()))
-        return 1.0
+        probe.told.append(1.0)
 
-    monkeypatch.setattr(Probe, "divergence_with", look)
+    monkeypatch.setattr(Told, "try_out", look)
     divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
     assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
 
@@ -169,7 +181,7 @@ def test_a_real_probe_goes_through_the_model_and_leaves_it(name: str) -> None:
     with calibrating(decoder):
         probe = Probe(decoder, first_tokens(batches(), 60))
     assert divided(probe, decoder).sparsity >= 0.3
-    assert probe.stream.block == len(decoder.blocks)
+    assert probe.variants.stream.block == len(decoder.blocks)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -24,7 +24,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp under cross": ("fasp", {"propagation": "cross", "recovery": 1, "held_out": 0.2}),
     "alps under intra": ("alps", {"propagation": "intra"}),
     "sparse_best": ("sparse_best", {"held_out": 0.2}),
-    "structured_best without probes": ("structured_best", {"probe_tokens": 0, "budget": "flops", "budget_tokens": 64}),
+    "structured_best": ("structured_best", {"sparsity": 0.3, "least_kept": 0.1, "probe_tokens": 50}),
+    "N:M with probes": ("sparse_best", {"pattern": "2:4", "sparsity": 0.4, "probe_tokens": 50}),
+    "whole layers": ("depth", {"sparsity": 0.3, "depth_parts": "layers", "depth_score": "influence"}),
+    "sub-blocks": ("depth", {"sparsity": 0.3}),
+    "recovery": ("spap", {}),
 }
 CHANGING = ("seconds", "floor_seconds", "calibration", "model")
 """what two reports of the same run do not share"""
