@@ -63,9 +63,16 @@ def main() -> None:
 
 def model(hidden: int, blocks: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": hidden, "intermediate_size": 11 * hidden // 4, "vocab_size": 4096}
-    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=blocks, **shape, **heads))
+    heads = hidden // 64
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=11 * hidden // 4,
+        vocab_size=4096,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    return LlamaForCausalLM(config)
 
 
 def run(folder: Path, recipe: str, samples: int, length: int, whole: bool) -> None:

@@ -39,7 +39,7 @@ class StoredTensor:
         data = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.begin)
-            if file.readinto(data.numpy()) != self.bytes:
+            if file.readinto(data.numpy().data) != self.bytes:
                 raise InputError(f"{self.file.name} is cut short: {FETCH}")
         return data.view(self.dtype).reshape(self.shape)
 
@@ -105,8 +105,8 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else math.inf
-        if length > min(size - 8, LONGEST_HEADER):
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
             raise InputError(f"{what} is no whole safetensors file: {FETCH}")
         text = stream.read(length)
     try:
