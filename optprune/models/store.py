@@ -35,19 +35,24 @@ class BlockSink(ABC):
 class ShardSink(BlockSink):
     """One safetensors file for each block, in a folder: whole or not there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, done: Iterable[str] = ()) -> None:
+        """`done` are the blocks that are there already; files of other blocks do not count, whatever their names."""
+        self.folder, self.done = folder, set(done)
 
     def file(self, block: str) -> Path:
         """Where a block is, or will be."""
         return self.folder / f"{block}.safetensors"
 
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
-        write_whole(self.file(block), {f"{block}.{name}": tensor for name, tensor in tensors.items()})
+        file = self.file(block)
+        draft = file.with_name(f".{file.name}.part")
+        _write(draft, {f"{block}.{name}": tensor for name, tensor in tensors.items()}, lasting=True)
+        draft.replace(file)
+        self.done.add(block)
 
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
         file = self.file(block)
-        if not file.exists():
+        if block not in self.done:
             return None
         return Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(block, names)
 
@@ -78,7 +83,7 @@ class Filed(Aside):
         os.close(number)
         self._file = Path(name)
         weakref.finalize(self, self._file.unlink, missing_ok=True)
-        write_whole(self._file, tensors)
+        _write(self._file, tensors, lasting=False)
         self._devices = {name: tensor.device for name, tensor in tensors.items()}
 
     def get(self) -> dict[str, Tensor]:
@@ -96,9 +101,13 @@ class BlockStore:
         device: torch.device,
         dtype: torch.dtype,
         sink: BlockSink | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        """`blocks` by their names in the checkpoint. Without a `sink` there is a temporary folder for this store."""
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        """`blocks` by their names in the checkpoint. Without a `sink` they go where all goes that does not stay.
+
+        That is a folder of this store's own, made in `scratch` or in the system's folder of temporary files.
+        """
+        self.checkpoint, self.device, self.dtype, self._place = checkpoint, device, dtype, scratch
         self._names = {block: name for name, block in blocks.items()}
         self._sink = sink
         self._scratch: Path | None = None
@@ -150,7 +159,7 @@ class BlockStore:
     def scratch(self, name: str) -> Path:
         """A folder for what does not stay, which is deleted with the store at the latest."""
         if self._scratch is None:
-            holder = tempfile.TemporaryDirectory(prefix="optprune-", ignore_cleanup_errors=True)
+            holder = tempfile.TemporaryDirectory(prefix="optprune-", dir=self._place, ignore_cleanup_errors=True)
             weakref.finalize(self, holder.cleanup)
             self._scratch = Path(holder.name)
         folder = self._scratch / name
@@ -158,17 +167,16 @@ class BlockStore:
         return folder
 
 
-def write_whole(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that is there whole or not at all; InputError where there is no room for it."""
-    draft = file.with_name(f".{file.name}.part")
+def _write(file: Path, tensors: Mapping[str, Tensor], *, lasting: bool) -> None:
+    """Write a safetensors file, and have it on the disk where it is `lasting`; InputError where there is no room."""
     try:
-        with draft.open("wb") as stream:
+        with file.open("wb") as stream:
             write_tensors(stream, tensors)
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(file)
+            if lasting:
+                stream.flush()
+                os.fsync(stream.fileno())
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         full = no_room(error)
         if full is None:
             raise
