@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import write_table
 from optprune.allocation.uniform import uniform
-from optprune.measure.speed import Measured, Work, device_name, measure_speed
+from optprune.measure import Measured, Work, measure_speed
+from optprune.measure.speed import device_name
 from optprune.models import Decoder, Mlp, load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

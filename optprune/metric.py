@@ -10,7 +10,7 @@ token 0.06 to 5.3 times.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -186,36 +186,45 @@ class MetricSums:
         self.full, self.width = full, width
         self.tokens = 0
         first = (width + 1) // 2
-        self._diagonal = like.new_zeros(width)
+        self._sums = {"diagonal": like.new_zeros(width)}
         if full:
-            self._between = like.new_zeros(width - first, first)
-            self._triangles = like.new_zeros(first, first)
-            """below the diagonal that of the first half of the outputs, above it that of the second"""
+            self._sums["between"] = like.new_zeros(width - first, first)
+            # Below the diagonal that of the first half of the outputs, above it that of the second.
+            self._sums["triangles"] = like.new_zeros(first, first)
+        self._fetch = lambda: self._sums
 
     @full_precision()
     def add(self, gradients: Float[Tensor, "... out"]) -> None:
         """Add a batch of gradients g, one for each token."""
         rows = gradients.reshape(-1, gradients.shape[-1])
-        self._diagonal.add_(rows.square().sum(0))
+        self._sums["diagonal"].add_(rows.square().sum(0))
         if self.full:
-            first, second = torch.split(rows, list(self._between.shape[::-1]), dim=1)
-            self._between.addmm_(second.T, first)
-            self._triangles.add_((first.T @ first).tril_(-1))
+            between, triangles = self._sums["between"], self._sums["triangles"]
+            first, second = torch.split(rows, list(between.shape[::-1]), dim=1)
+            between.addmm_(second.T, first)
+            triangles.add_((first.T @ first).tril_(-1))
             width = second.shape[1]
-            self._triangles[:width, :width].add_((second.T @ second).triu_(1))
+            triangles[:width, :width].add_((second.T @ second).triu_(1))
         self.tokens += rows.shape[0]
+
+    def move(self, put: Callable[[dict[str, Tensor]], Callable[[], dict[str, Tensor]]]) -> None:
+        """Have the sums elsewhere from now on: `put` takes them, and gives what fetches them. No more can be added."""
+        self._fetch = put(self._sums)
+        self._sums = {}
 
     def metric(self) -> OutputMetric:
         """The average so far, not damped."""
         if self.tokens == 0:
             raise InputError("no tokens reached this layer, so it has no output metric")
-        average = self._diagonal.clone()
+        sums = self._fetch()
+        average = sums["diagonal"].clone()
         if self.full:
             average = torch.diag(average)
-            second, first = self._between.shape
-            average[first:, :first] = self._between
-            average[:first, :first] += self._triangles.tril(-1)
-            average[first:, first:] += self._triangles[:second, :second].triu(1).T
+            between, triangles = sums["between"], sums["triangles"]
+            second, first = between.shape
+            average[first:, :first] = between
+            average[:first, :first] += triangles.tril(-1)
+            average[first:, first:] += triangles[:second, :second].triu(1).T
             average += average.tril(-1).T
         average /= self.tokens
         return OutputMetric(average, average.new_zeros(self.width), self.tokens, average)

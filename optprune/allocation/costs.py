@@ -32,11 +32,11 @@ class Costs(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """All layers of a block are added: put their costs right, where a probe can tell them together only."""
+        """All layers of a block are added: try out together what a probe can tell together only."""
 
     @abstractmethod
     def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
-        """What every block keeps."""
+        """What every block keeps, once all blocks are closed, and the probe is at the end: it puts the costs right."""
 
 
 class CostBudget(ABC):

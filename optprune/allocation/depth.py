@@ -3,6 +3,7 @@
 Not a layer problem: removing a sub-block leaves nothing to solve. What is chosen is an `Allocation` with zeros.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, Division
-from optprune.calibration import DenseStatistics, first_inputs
+from optprune.calibration import DenseStatistics, calibrating, first_inputs
 from optprune.calibration.stream import run_block
-from optprune.errors import InputError
-from optprune.measure import perplexity
+from optprune.calibration.variants import Variants
+from optprune.errors import InputError, NumericalError
+from optprune.measure.evaluate import GIVES_NAN, TOKENS_AT_ONCE, of_surprise, surprise
 from optprune.metric import OutputMetric
 from optprune.models import BlockShape, Decoder
 from optprune.report import Event, PartsScored, RemovedPart
@@ -132,13 +134,28 @@ def _windows(batches: Sequence[Tensor], tokens: int) -> Tensor:
 def _perplexities(
     decoder: Decoder, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
 ) -> dict[Candidate, float]:
-    """The perplexity without each candidate, and without all that were removed before."""
-    scores = {}
-    with decoder.without((candidate.block, part) for candidate in removed for part in candidate.parts):
-        for candidate in candidates:
-            with decoder.without((candidate.block, part) for part in candidate.parts):
-                scores[candidate] = perplexity(decoder.model, windows).perplexity
-    return scores
+    """The perplexity without each candidate, and without all that were removed before, in one pass of the blocks."""
+    batches, tried = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])), list[Candidate]()
+    with calibrating(decoder), decoder.without((each.block, part) for each in removed for part in each.parts):
+        variants = Variants(decoder, batches)
+        for index in range(len(decoder.blocks)):
+            with decoder.resident(index):
+                for candidate in (each for each in candidates if each.block == index):
+                    with decoder.without((index, part) for part in candidate.parts):
+                        variants.add()
+                    tried.append(candidate)
+                variants.advance()
+        return {each: _perplexity(decoder, batches, ends) for each, ends in zip(tried, variants.ends(), strict=True)}
+
+
+def _perplexity(decoder: Decoder, batches: Sequence[Tensor], ends: Sequence[Tensor]) -> float:
+    """The perplexity of a model on windows, by what leaves its last block."""
+    total = 0.0
+    for ids, hidden in zip(batches, ends, strict=True):
+        total = surprise(ids.to(hidden.device), decoder.logits(hidden), total)
+    if math.isnan(total):
+        raise NumericalError(GIVES_NAN.format("the windows that choose what to remove"))
+    return of_surprise(total, sum(ids[:, 1:].numel() for ids in batches))
 
 
 def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequence[Candidate]) -> dict[Candidate, float]:
@@ -148,15 +165,16 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
     tokens = sum(hidden.shape[:-1].numel() for hidden in stream.hidden)
     for index, block in enumerate(decoder.blocks):
         here = [candidate for candidate in candidates if candidate.block == index]
-        for batch, (before, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
-            with decoder.without([(index, "mlp")]):
-                _, between = run_block(block, before, arguments)
-            _, after = run_block(block, before, arguments)
-            for candidate in here:
-                first = before if "attention" in candidate.parts else between
-                last = after if "mlp" in candidate.parts else between
-                cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
-                sums[candidate] += float((1 - cosine).sum())
-            stream.hidden[batch] = after
+        with decoder.resident(index):
+            for batch, (before, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
+                with decoder.without([(index, "mlp")]):
+                    _, between = run_block(block, before, arguments)
+                _, after = run_block(block, before, arguments)
+                for candidate in here:
+                    first = before if "attention" in candidate.parts else between
+                    last = after if "mlp" in candidate.parts else between
+                    cosine = torch.nn.functional.cosine_similarity(first.double(), last.double(), dim=-1)
+                    sums[candidate] += float((1 - cosine).sum())
+                stream.hidden[batch] = after
         stream.past(stream.hidden)
     return {candidate: total / tokens for candidate, total in sums.items()}

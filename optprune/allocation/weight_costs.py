@@ -58,6 +58,8 @@ class WeightCosts(Costs):
         """without the weights that a uniform share would remove, for the probe"""
         self.predicted = 0.0
         """what the losses say of those changes"""
+        self.tried: list[tuple[list[str], float]] = []
+        """what the probe has tried, block by block: the layers, and what the losses say"""
 
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         budget, name = self.budget, self.decoder.name(block, target.path)
@@ -78,15 +80,22 @@ class WeightCosts(Costs):
 
     def close(self) -> None:
         if self.probe is not None:
-            rate = rate_of(self.probe.divergence_with(self.changes), self.predicted, self.in_nats)
-            for name in self.names:
+            self.probe.try_out(self.changes)
+            self.tried.append((self.names, self.predicted))
+        self.names, self.changes, self.predicted = [], [], 0.0
+
+    def _put_right(self, probe: Probe) -> None:
+        for (names, predicted), measured in zip(self.tried, probe.divergences(), strict=True):
+            rate = rate_of(measured, predicted, self.in_nats)
+            for name in names:
                 if name in self.curves:
                     self.curves[name] = replace(self.curves[name], errors=rate * self.curves[name].errors)
                 else:
                     self.every[name] *= rate
-        self.names, self.changes, self.predicted = [], [], 0.0
 
     def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
+        if self.probe is not None:
+            self._put_right(self.probe)
         decoder, share = self.decoder, self._shares()
         return Allocation.of(
             decoder,

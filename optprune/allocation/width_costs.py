@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -28,14 +28,25 @@ class WidthCurve:
     there: int
     """how many there are, in every slot"""
     losses: Mapping[int, float]
-    """by the number of units kept; zero is the block without that sub-block"""
+    """by the number of units kept, not all; zero is the block without that sub-block"""
     notes: tuple[str, ...] = ()
+    tried: int | None = None
+    """the number of units kept that a probe has tried"""
+    in_nats: bool = False
+    """whether losses are already in the probe's unit"""
+
+    def put_right(self, measured: float) -> "WidthCurve":
+        """The curve scaled to what a probe measured."""
+        assert self.tried is not None
+        rate = rate_of(measured, self.losses[self.tried], self.in_nats)
+        return replace(self, losses={count: rate * lost for count, lost in self.losses.items()})
 
     def curve(self, least: float, prices: Prices) -> tuple[list[int], Curve]:
         """The numbers of units from a share `least` of all, and the curve of their losses by what is saved, below 0."""
-        counts = sorted(count for count in self.losses if count >= least * self.there)
+        every = {self.there: 0.0, **self.losses}
+        counts = sorted(count for count in every if count >= least * self.there)
         saved = [prices.narrowed(self.block, self.kind, count) - prices.whole[self.block] for count in counts]
-        losses = torch.tensor([self.losses[count] for count in counts], dtype=torch.float64)
+        losses = torch.tensor([every[count] for count in counts], dtype=torch.float64)
         return counts, Curve(torch.tensor(saved, dtype=torch.float64), losses)
 
 
@@ -124,21 +135,25 @@ class WidthCosts(Costs):
         # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
         after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
         allowed = {count: loss for count, loss in after.items() if count % multiple == 0}
-        rate = 1.0
+        tried = None
         between = [count for count in allowed if count]
         if self.probe is not None and between:
-            count = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
+            tried = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
             kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
-            kept[order[: (there - count) * slots]] = False
+            kept[order[: (there - tried) * slots]] = False
             mask = layers.link.column_mask(kept, loss.weight.shape[1])
             value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
-            change = Change.of(self.decoder.layer(block, layers.consumer), value, loss)
-            rate = rate_of(self.probe.divergence_with([change]), allowed[count], loss.metric is not None)
-        scaled = {there: 0.0, **{count: rate * lost for count, lost in allowed.items()}}
-        return WidthCurve(block, kind, there, scaled, notes)
+            self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
+        return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
+
+    def _put_right(self, probe: Probe) -> None:
+        measured = iter(probe.divergences())
+        self.widths = [width if width.tried is None else width.put_right(next(measured)) for width in self.widths]
 
     def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
         budget, shapes = self.budget, list(self.decoder.shapes())
+        if self.probe is not None:
+            self._put_right(self.probe)
 
         def on_timed(done: int, total: int) -> None:
             on_event(PhaseAdvanced("measuring the time of narrower blocks", "width", done, total))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE
-from optprune.calibration.stream import Stream, advance, first_inputs, run_block
+from optprune.calibration.variants import Variants
 from optprune.models import Decoder
 from optprune.models.decoder import write
 from optprune.problems import LayerLoss
@@ -40,49 +40,44 @@ class Change:
 
 
 class Probe:
-    """Goes through a dense model block by block; at each, what was done to that block can be measured.
+    """Goes through a dense model block by block; at each, changes of that block can be tried.
 
-    Keeps the hidden states of some sequences before the current block and behind the last: two tensors of their size.
+    The model is gone through once, whatever is tried, and all divergences are there at the end.
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
         """`batches` of token ids [batch, length], without padding."""
-        self.decoder = decoder
-        self.stream = first_inputs(decoder, batches)
-        self._dense = self._to_the_end(self.stream)
+        self.decoder, self.variants = decoder, Variants(decoder, batches)
 
-    def divergence(self) -> float:
-        """KL(dense || as it is now), in nats a token: the mean over the tokens' predictions; current block onwards."""
-        total, tokens = 0.0, 0
-        for dense, now in zip(self._dense, self._to_the_end(self.stream), strict=True):
-            parts = (hidden.flatten(0, 1).split(POSITIONS_AT_ONCE // 2) for hidden in (dense, now))
-            for expected, found in zip(*parts, strict=True):
-                # In one product with the head, which is slow for few rows at a time.
-                log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
-                total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
-                tokens += len(expected)
-        return max(total / tokens, 0.0)
-
-    def divergence_with(self, changes: Sequence[Change]) -> float:
-        """The divergence with some layers of the current block changed; they are left as they were."""
+    def try_out(self, changes: Sequence[Change]) -> None:
+        """Change some layers of the current block, for one divergence; they are left as they were."""
         before = [change.undo() for change in changes]
         try:
             for change in changes:
                 change.write()
-            return self.divergence()
+            self.variants.add()
         finally:
             for change in before:
                 change.write()
 
     def advance(self) -> None:
         """Go on to the next block, through the current one as it is now."""
-        advance(self.decoder.blocks[self.stream.block], self.stream)
+        self.variants.advance()
 
-    def _to_the_end(self, stream: Stream) -> list[Tensor]:
-        ends = []
-        for entry, blocks in zip(stream.hidden, stream.others, strict=True):
-            hidden = entry
-            for index in range(stream.block, len(self.decoder.blocks)):
-                _, hidden = run_block(self.decoder.blocks[index], hidden, blocks[index])
-            ends.append(hidden)
-        return ends
+    def divergences(self) -> list[float]:
+        """KL(dense || changed), in nats a token, of all that was tried: the mean over the tokens' predictions.
+
+        Asked for at the end, behind the last block.
+        """
+        return [self._divergence(self.variants.stream.hidden, changed) for changed in self.variants.ends()]
+
+    def _divergence(self, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
+        total, tokens = 0.0, 0
+        for pair in zip(dense, changed, strict=True):
+            parts = (hidden.flatten(0, 1).split(POSITIONS_AT_ONCE // 2) for hidden in pair)
+            for expected, found in zip(*parts, strict=True):
+                # In one product with the head, which is slow for few rows at a time.
+                log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
+                total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                tokens += len(expected)
+        return max(total / tokens, 0.0)

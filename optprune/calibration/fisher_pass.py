@@ -3,6 +3,9 @@
 Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences, what is inside one
 block, and the logits of a few positions. The metrics of all layers are there at the end, in the model's dtype and on
 its device: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32.
+
+Where blocks have to be read, all groups go through the model in one sweep forward and one backward, so that each block
+is read twice. The inputs of the blocks and the metrics are then put aside in files.
 """
 
 import math
@@ -12,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration.stream import calibrating, first_output
+from optprune.calibration.stream import calibrating, first_inputs, first_output, run_block
 from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
+from optprune.models.store import Aside
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""
@@ -78,25 +82,28 @@ def collect_metrics(
             f"gradients in {decoder.model.dtype} lose too many digits for a Fisher information: load the model with "
             "--dtype float32"
         )
-    sums: dict[str, MetricSums] = {}
-    with calibrating(decoder):
-        groups = list(_groups(batches))
-        for number, ids in enumerate(groups):
-            on_group(number, len(groups))
-            inputs, gradient = _forward(decoder, ids.to(decoder.model.device), labels)
-            for index in reversed(range(len(decoder.blocks))):
-                # Popped, so that the inputs of the blocks that are done are free.
-                by_path, gradient = _backward(decoder, index, *inputs.pop(), gradient)
-                for path, found in by_path.items():
-                    name = decoder.name(index, path)
-                    if name not in sums:
-                        width = found.shape[-1]
-                        sums[name] = MetricSums(width, found, full=path in full and width <= widest)
-                    sums[name].add(found)
-            release()
-        on_group(len(groups), len(groups))
-    if not sums:
+    groups = list(_groups(batches))
+    if not groups:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
+    sums: dict[str, MetricSums] = {}
+
+    def add(index: int, path: str, found: Tensor) -> None:
+        name = decoder.name(index, path)
+        if name not in sums:
+            width = found.shape[-1]
+            sums[name] = MetricSums(width, found, full=path in full and width <= widest)
+        sums[name].add(found)
+
+    with calibrating(decoder):
+        # The sums of a layer grow group by group in either case, so that they are the same.
+        sweeps = [[ids] for ids in groups] if decoder.store is None else [groups]
+        for number, sweep in enumerate(sweeps):
+            on_group(number, len(sweeps))
+            for index in _sweep(decoder, sweep, labels, add):
+                for path in decoder.paths(index) if number == len(sweeps) - 1 else ():
+                    sums[decoder.name(index, path)].move(lambda parts: decoder.put_aside(parts).get)
+            release()
+        on_group(len(sweeps), len(sweeps))
     names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
     return Metrics({name: sums[name] for name in names})
 
@@ -106,30 +113,35 @@ def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
         yield from batch.split(max(1, TOKENS_AT_ONCE // batch.shape[1]))
 
 
-def _forward(decoder: Decoder, ids: Tensor, labels: Labels) -> tuple[list[tuple[Tensor, dict[str, Any]]], Tensor]:
-    """What enters every block, with its other arguments, and the gradient of the loss at the last block's output."""
-    inputs: list[tuple[Tensor, dict[str, Any]]] = []
-    last: list[Tensor] = []
+def _sweep(
+    decoder: Decoder, groups: list[Tensor], labels: Labels, add: Callable[[int, str, Tensor], None]
+) -> Iterator[int]:
+    """Forward and backward through all blocks with some groups of sequences; tells which are done, from the last on.
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        inputs.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
-
-    def leave(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        last.append(first_output(output))
-
-    handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
-    handles.append(decoder.blocks[-1].register_forward_hook(leave))
-    try:
-        with torch.no_grad():
-            decoder.model.base_model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    gradient = _slope(decoder, last[0], labels, next_tokens(ids))
-    if not bool(torch.isfinite(gradient).all()):
-        raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
-    return inputs, gradient
+    `add` is given the gradients at the outputs of a block's layers, group by group.
+    """
+    stream, entries = first_inputs(decoder, groups), list[Aside]()
+    for index in range(len(decoder.blocks)):
+        entries.append(decoder.put_aside({str(group): hidden for group, hidden in enumerate(stream.hidden)}))
+        with decoder.resident(index) as block:
+            pairs = zip(stream.hidden, stream.arguments, strict=True)
+            stream.past([run_block(block, hidden, arguments)[1] for hidden, arguments in pairs])
+    gradients = []
+    for ids, hidden in zip(groups, stream.hidden, strict=True):
+        gradients.append(_slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device))))
+        if not bool(torch.isfinite(gradients[-1]).all()):
+            raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
+    stream.hidden = []
+    for index in reversed(range(len(decoder.blocks))):
+        # Popped, so that the inputs of the blocks that are done are free.
+        entry = entries.pop().get()
+        stream.block = index
+        with decoder.resident(index):
+            for group, arguments in enumerate(stream.arguments):
+                found, gradients[group] = _backward(decoder, index, entry.pop(str(group)), arguments, gradients[group])
+                for path, gradient in found.items():
+                    add(index, path, gradient)
+        yield index
 
 
 def _slope(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
     """Run the embeddings on token batches [batch, length] and stop where the first block begins.
 
-    Where the attention of some blocks is of another kind, the first batch of each shape goes on to the last block.
+    Where the attention of some blocks is of another kind, the first batch of each shape goes past all blocks, without
+    going through them.
     """
     if not batches:
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
@@ -116,7 +117,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
             last = 1 if alike or batch.shape in shared else count
-            with suppress(_Reached), decoder.running():
+            with suppress(_Reached), _passing(decoder.blocks):
                 decoder.model(input_ids=batch.to(device), use_cache=False)
             stream.hidden.append(caught[0][0])
             others = [arguments for _, arguments in caught]
@@ -125,6 +126,21 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
         for handle in handles:
             handle.remove()
     return stream
+
+
+@contextmanager
+def _passing(blocks: nn.ModuleList) -> Iterator[None]:
+    """Blocks that give back what they get, for as long as the context lasts."""
+    before = [vars(block).pop("forward", None) for block in blocks]  # where somebody has replaced it
+    for block in blocks:
+        vars(block)["forward"] = lambda hidden_states, *_, **__: hidden_states
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del vars(block)["forward"]
+            if own is not None:
+                vars(block)["forward"] = own
 
 
 def run_block(

@@ -11,7 +11,7 @@ from optprune.errors import InputError
 from optprune.system.files import json_text
 
 if TYPE_CHECKING:
-    from optprune.measure.speed import Measured, ModelSpeed
+    from optprune.measure import Measured, ModelSpeed
 
 
 def benchmark_model_command(
@@ -30,7 +30,8 @@ def benchmark_model_command(
 ) -> None:
     """Measure prefill and decoding speed, peak memory and file size; medians and quartiles over the repeats."""
     reporter = start()
-    from optprune.measure.speed import PEAK_MEMORY, Work, device_name, file_bytes, measure_speed
+    from optprune.measure import Work, measure_speed
+    from optprune.measure.speed import PEAK_MEMORY, device_name, file_bytes
     from optprune.models import check_dtype, device_of, load_config, load_model
 
     work = Work(prompt_tokens, new_tokens, batch, repeats)

@@ -14,6 +14,8 @@ from optprune.errors import InputError, NumericalError
 TOKENS_AT_ONCE = 2048
 """how many tokens go through the model together"""
 
+GIVES_NAN = "the model gives NaN within {}: look for damaged weights, or load it with --dtype float32"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -51,27 +53,34 @@ def perplexity(
     try:
         for batch in windows.split(max(1, TOKENS_AT_ONCE // length)):
             ids = batch.to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            # One window at a time: the float32 logits of a large vocabulary are the largest tensors here.
-            for window, scores in zip(ids, logits, strict=True):
-                log_probabilities = scores[:-1].float().log_softmax(dim=-1)
-                total -= float(log_probabilities.gather(1, window[1:, None]).double().sum())
+            total = surprise(ids, model(input_ids=ids, use_cache=False).logits, total)
             done += len(batch)
             if math.isnan(total):
-                raise NumericalError(
-                    f"the model gives NaN within the first {done} windows: look for damaged weights, "
-                    "or load it with --dtype float32"
-                )
+                raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
             if on_window is not None:
                 on_window(done, count)
     finally:
         model.train(training)
     tokens = count * (length - 1)
-    mean = total / tokens
     return Evaluation(
-        # A hopeless model's perplexity may be beyond the largest float.
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=of_surprise(total, tokens),
         tokens=tokens,
         windows=count,
         seconds=time.perf_counter() - began,
     )
+
+
+def surprise(ids: Tensor, logits: Tensor, total: float = 0.0) -> float:
+    """A total and the negative log-likelihood of the predictions of windows of token ids [n, length]."""
+    # One window at a time: the float32 logits of a large vocabulary are the largest tensors here.
+    for window, scores in zip(ids, logits, strict=True):
+        log_probabilities = scores[:-1].float().log_softmax(dim=-1)
+        total -= float(log_probabilities.gather(1, window[1:, None]).double().sum())
+    return total
+
+
+def of_surprise(total: float, tokens: int) -> float:
+    """The perplexity of a total over so many predictions."""
+    mean = total / tokens
+    # A hopeless model's may be beyond the largest float.
+    return math.exp(mean) if mean < 700 else math.inf

@@ -110,8 +110,8 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else LONGEST_HEADER + 1
-        if length > min(size - 8, LONGEST_HEADER):
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
             raise InputError(f"{what} is no whole safetensors file: {FETCH}")
         text = stream.read(length)
     try:

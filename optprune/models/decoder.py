@@ -14,7 +14,7 @@ from optprune.models.architecture import Architecture, BlockShape, Classes
 from optprune.models.llama import LLAMA
 from optprune.models.opt import OPT
 from optprune.models.qwen2 import QWEN2
-from optprune.models.store import BlockStore
+from optprune.models.store import Aside, BlockStore, Held
 from optprune.problems import Link
 
 ARCHITECTURES = {architecture.model_type: architecture for architecture in (LLAMA, OPT, QWEN2)}
@@ -95,6 +95,10 @@ class Decoder:
         block = self.blocks[index]
         with nullcontext() if self.store is None else self.store.resident(block, keep):
             yield block
+
+    def put_aside(self, tensors: dict[str, Tensor]) -> Aside:
+        """Tensors that nobody needs for a while: in a file where blocks are read from files, else they stay."""
+        return Held(tensors) if self.store is None else self.store.put_aside(tensors)
 
     @contextmanager
     def running(self) -> Iterator[None]:

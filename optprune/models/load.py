@@ -84,12 +84,18 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto")
 
 
 def open_model(
-    source: str | Path, *, dtype: str = "auto", device: str = "auto", sink: BlockSink | None = None
+    source: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    sink: BlockSink | None = None,
+    scratch: Path | None = None,
 ) -> LoadedModel:
     """A model whose blocks stay in its files until they are needed: its skeleton, and a store that reads them.
 
     Of a folder or a hub name, with the options and errors of `load_model`, but that NaN in a block is found when it is
-    read. What pruning makes of a block goes into the `sink`, by default a temporary folder. `prune` takes the store.
+    read. `prune` takes the store. What pruning makes of a block goes into the `sink`; without one, and with what else a
+    pass puts aside, into a folder in `scratch` (the system's for temporary files, which may be in memory itself).
     """
     source = str(source)
     check_dtype(dtype)
@@ -109,7 +115,7 @@ def open_model(
     with _reading("weights", source, where, options):
         checkpoint = fill(model, checkpoint, architecture.blocks, target)
     blocks = {f"{architecture.blocks}.{index}": block for index, block in enumerate(Decoder(model).blocks)}
-    store = BlockStore(blocks, checkpoint, target, floats, sink)
+    store = BlockStore(blocks, checkpoint, target, floats, sink, scratch)
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 
 

@@ -4,11 +4,13 @@ A skeleton is a model whose decoder blocks are on the meta device, where a tenso
 every pass needs (embeddings, norms, head, buffers) is there.
 """
 
+import os
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +29,10 @@ class BlockSink(ABC):
         """Take a block, called as in the checkpoint ("model.layers.3"), with its tensors by their names within it."""
 
     @abstractmethod
+    def take(self, block: str) -> None:
+        """Count a block as written that an earlier run has left there."""
+
+    @abstractmethod
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
         """These tensors of a block as it was written last; None where it was not."""
 
@@ -34,8 +40,9 @@ class BlockSink(ABC):
 class ShardSink(BlockSink):
     """One safetensors file for each block, in a folder: whole or not there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, done: Iterable[str] = ()) -> None:
+        """`done` are the blocks that are there already; files of other blocks do not count, whatever their names."""
+        self.folder, self.done = folder, set(done)
 
     def file(self, block: str) -> Path:
         """Where a block is, or will be."""
@@ -44,12 +51,50 @@ class ShardSink(BlockSink):
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
         named = {f"{block}.{name}": tensor for name, tensor in tensors.items()}
         write_whole(self.file(block), partial(write_tensors, tensors=named))
+        self.done.add(block)
+
+    def take(self, block: str) -> None:
+        self.done.add(block)
 
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
         file = self.file(block)
-        if not file.exists():
+        if block not in self.done:
             return None
         return Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(block, names)
+
+
+class Aside(ABC):
+    """Tensors put aside until they are asked for."""
+
+    @abstractmethod
+    def get(self) -> dict[str, Tensor]:
+        """The tensors, on their devices."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Aside):
+    """Tensors that stay in memory."""
+
+    tensors: dict[str, Tensor]
+
+    def get(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
+class Filed(Aside):
+    """Tensors in a file, which goes with this."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        number, name = tempfile.mkstemp(dir=folder)
+        os.close(number)
+        self._file = Path(name)
+        weakref.finalize(self, self._file.unlink, missing_ok=True)
+        write_whole(self._file, partial(write_tensors, tensors=tensors), lasting=False)
+        self._devices = {name: tensor.device for name, tensor in tensors.items()}
+
+    def get(self) -> dict[str, Tensor]:
+        stored = stored_tensors(self._file, str(self._file.parent))
+        return {name: tensor.read().to(self._devices[name]) for name, tensor in stored.items()}
 
 
 class BlockStore:
@@ -62,14 +107,17 @@ class BlockStore:
         device: torch.device,
         dtype: torch.dtype,
         sink: BlockSink | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        """`blocks` by their names in the checkpoint. Without a `sink` there is a temporary folder for this store."""
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        """`blocks` by their names in the checkpoint. Without a `sink` they go where all goes that does not stay.
+
+        That is a folder of this store's own, made in `scratch` or in the system's folder of temporary files.
+        """
+        self.checkpoint, self.device, self.dtype, self._place = checkpoint, device, dtype, scratch
         self._names = {block: name for name, block in blocks.items()}
         self._sink = sink
         self._scratch: Path | None = None
         self._in_use: set[nn.Module] = set()
-        self._in_sink: set[nn.Module] = set()
 
     @contextmanager
     def resident(self, block: nn.Module, keep: bool) -> Iterator[None]:
@@ -86,7 +134,6 @@ class BlockStore:
             yield
             if keep:
                 self.sink.write(self._names[block], {name: part.detach() for name, part in block.named_parameters()})
-                self._in_sink.add(block)
         finally:
             for module, name, weight in _weights(block):
                 _set(module, name, weight, torch.empty_like(weight, device="meta"))
@@ -96,7 +143,7 @@ class BlockStore:
         prefix = self._names[block]
         # A part that is removed meanwhile is not read.
         names = [name for name, _ in block.named_parameters()]
-        found = self.sink.read(prefix, names) if block in self._in_sink else None
+        found = None if self._sink is None else self._sink.read(prefix, names)
         if found is None:
             found = self.checkpoint.read(prefix, names, self.dtype)
         for name in names:
@@ -106,7 +153,11 @@ class BlockStore:
 
     def take_from_sink(self, block: nn.Module) -> None:
         """From now on a block is what an earlier run left of it in the sink; it has the shapes for it."""
-        self._in_sink.add(block)
+        self.sink.take(self._names[block])
+
+    def put_aside(self, tensors: Mapping[str, Tensor]) -> Aside:
+        """Tensors that are out of memory from now on, but where others refer to them."""
+        return Filed(tensors, self.scratch("aside"))
 
     @property
     def sink(self) -> BlockSink:
@@ -118,7 +169,7 @@ class BlockStore:
     def scratch(self, name: str) -> Path:
         """A folder for what does not stay, which is deleted with the store at the latest."""
         if self._scratch is None:
-            holder = tempfile.TemporaryDirectory(prefix="optprune-", ignore_cleanup_errors=True)
+            holder = tempfile.TemporaryDirectory(prefix="optprune-", dir=self._place, ignore_cleanup_errors=True)
             weakref.finalize(self, holder.cleanup)
             self._scratch = Path(holder.name)
         folder = self._scratch / name

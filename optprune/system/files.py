@@ -24,8 +24,8 @@ MOST_VALUES = 10_000
 """values that a YAML text stands for: a recipe has a few dozen"""
 
 
-def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have a file that is there whole or not at all, whatever kills the process or the machine meanwhile.
+def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: bool = True) -> None:
+    """Have a file that is there whole or not at all, and with `lasting` whatever becomes of the machine after that.
 
     InputError where there is no room for it.
     """
@@ -33,10 +33,12 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object]) -> None:
     try:
         with draft.open("wb") as stream:
             write(stream)
-            stream.flush()
-            os.fsync(stream.fileno())
+            if lasting:
+                stream.flush()
+                os.fsync(stream.fileno())
         draft.replace(file)
-        _sync_folder(file.parent)
+        if lasting:
+            _sync_folder(file.parent)
     except BaseException as error:
         with suppress(OSError):
             draft.unlink(missing_ok=True)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optprune.calibration import calibrating, collect_metrics, first_inputs
-from optprune.calibration.fisher_pass import sampled
+from optprune.calibration import calibrating, collect_metrics, first_inputs, sampled
 from optprune.calibration.moments_pass import collect
 from optprune.errors import InputError, NoSolver, NumericalError, StrictError
 from optprune.metric import OutputMetric

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from optprune.calibration import collect_metrics, fisher_pass
-from optprune.calibration.fisher_pass import NO_LABEL, from_text, next_tokens, sampled
+from optprune.calibration import collect_metrics, fisher_pass, from_text, sampled
+from optprune.calibration.fisher_pass import NO_LABEL, next_tokens
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from tests.helpers.faults import noticed

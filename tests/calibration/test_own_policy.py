@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration import OnePath, Path, Propagation, Stream, calibrating, first_inputs, hold_out
+from optprune.calibration import OnePath, Path, Propagation, Stream, advance, calibrating, first_inputs, hold_out
 from optprune.calibration.calls import calls_of
-from optprune.calibration.stream import advance
 from optprune.models import Decoder
 from optprune.objectives import LayerContext, linked
 from optprune.problems import LayerLoss, Problem

@@ -1,7 +1,7 @@
 """Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -16,8 +16,8 @@ from optprune.calibration import (
     collect_metrics,
     first_inputs,
     first_tokens,
+    sampled,
 )
-from optprune.calibration.fisher_pass import sampled
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
@@ -33,24 +33,33 @@ from tests.helpers.token_batches import batches
 
 @by_variant
 def test_it_is_the_divergence_of_the_whole_model(make) -> None:
-    """Whatever was done to the current block; and what was done to a block before it is part of the model then."""
+    """Each with one block changed and all others dense."""
     model = make()
     decoder, dense, ids = Decoder(model), copy.deepcopy(model), torch.cat(batches())[:3, :20]
+    expected = []
 
-    def expected() -> float:
-        log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, model))
+    def measured(changes: list[Change]) -> float:
+        changed, names = copy.deepcopy(model), {id(module): name for name, module in model.named_modules()}
+        for change in changes:
+            changed.get_submodule(names[id(change.layer)]).weight.data.copy_(change.weight)
+        log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, changed))
         return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
     with calibrating(decoder):
         probe = Probe(decoder, [ids[:2], ids[2:]])
         for index in range(len(decoder.blocks)):
-            before = expected()
-            assert probe.divergence() == pytest.approx(before, rel=1e-3, abs=1e-6)
-            layer = decoder.layer(index, decoder.architecture.mlp_consumer)
-            layer.weight.data[:, ::2] *= 1.5
-            assert expected() > before + 1e-5
-            assert probe.divergence() == pytest.approx(expected(), rel=1e-3)
+            first, last = (decoder.layer(index, path) for path in decoder.architecture.layers[::3][:2])
+            for layers in ([last], [first, last]):
+                every = [1.5 ** torch.arange(layer.in_features).remainder(2) for layer in layers]
+                changes = [
+                    Change(layer, layer.weight * scale, None) for layer, scale in zip(layers, every, strict=True)
+                ]
+                probe.try_out(changes)
+                expected.append(measured(changes))
             probe.advance()
+        assert min(expected) > 1e-5
+        assert probe.divergences() == pytest.approx(expected, rel=1e-3)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_the_first_sequences_hold_the_tokens() -> None:
@@ -82,13 +91,16 @@ class Told(Probe):
     """Divergences that the test gives, block by block."""
 
     def __init__(self, values: list[float]) -> None:
-        self.values, self.block = values, 0
+        self.values, self.block, self.told = values, 0, list[float]()
 
-    def divergence(self) -> float:
-        return self.values[self.block]
+    def try_out(self, changes: Sequence[Change]) -> None:
+        self.told.append(self.values[self.block])
 
     def advance(self) -> None:
         self.block += 1
+
+    def divergences(self) -> list[float]:
+        return self.told
 
 
 def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric], probe: Probe) -> Allocation:
@@ -137,9 +149,9 @@ def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatc
 
     def look(probe, changes):
         shares.extend(float((change.weight != 0).double().mean()) for change in changes)
-        return 1.0
+        probe.told.append(1.0)
 
-    monkeypatch.setattr(Probe, "divergence_with", look)
+    monkeypatch.setattr(Told, "try_out", look)
     decoder = Decoder(tiny_llama())
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     with calibrating(decoder):
@@ -163,9 +175,9 @@ def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
     def look(probe, changes):
         [change] = changes
         seen.append(int((change.weight != 0).any(0).sum()))
-        return 1.0
+        probe.told.append(1.0)
 
-    monkeypatch.setattr(Probe, "divergence_with", look)
+    monkeypatch.setattr(Told, "try_out", look)
     divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
     assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
 
@@ -176,7 +188,7 @@ def test_a_real_probe_goes_through_the_model_and_leaves_it(name: str) -> None:
     with calibrating(decoder):
         probe = Probe(decoder, first_tokens(batches(), 60))
     assert divided(probe, decoder).sparsity >= 0.3
-    assert probe.stream.block == len(decoder.blocks)
+    assert probe.variants.stream.block == len(decoder.blocks)
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -230,18 +242,14 @@ def test_half_precision_tells_too_little_for_a_probe() -> None:
 
 # -- faults planted
 
-divergence = Probe.divergence
+divergence = Probe._divergence
 
 
-def wrong_way_round(self):
-    """KL(as it is now || dense)."""
-    self._dense, self._to_the_end = self._to_the_end(self.stream), lambda stream, dense=self._dense: dense
-    found = divergence(self)
-    self._dense = self._to_the_end(self.stream)
-    del self._to_the_end
-    return found
+def wrong_way_round(self, dense, changed):
+    """KL(changed || dense)."""
+    return divergence(self, changed, dense)
 
 
 def test_a_divergence_the_wrong_way_round_is_noticed(monkeypatch):
     check = partial(test_it_is_the_divergence_of_the_whole_model, tiny_llama)
-    noticed(monkeypatch, Probe, "divergence", wrong_way_round, check)
+    noticed(monkeypatch, Probe, "_divergence", wrong_way_round, check)

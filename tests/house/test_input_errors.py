@@ -10,8 +10,7 @@ import pytest
 import optprune
 from optprune.errors import InputError, OptpruneError
 from optprune.penalties import L1
-from optprune.recipe import Recipe, load_recipe
-from optprune.recipe.files import make_recipe
+from optprune.recipe import Recipe, load_recipe, make_recipe
 from optprune.solvers import Chain, Fista, FistaPath, Magnitude, Random, Solver, Spap
 from optprune.testing import reference_optimum
 from tests.helpers.structured_cases import channels

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
-from optprune.measure import memory, speed
-from optprune.measure.speed import Measured, Work, file_bytes, measure_speed, weight_bytes
+from optprune.measure import Measured, Work, measure_speed, memory, speed
+from optprune.measure.speed import file_bytes, weight_bytes
 from optprune.models import Decoder, Mlp, Values, load
 from optprune.models.demo_file import demo_model_file
 from tests.helpers.memory import MIB, told

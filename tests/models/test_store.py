@@ -1,5 +1,6 @@
 """Models read block by block: the same weights, shapes, logits and errors as a model in memory."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def test_a_folder_of_the_model_without_its_head(tmp_path: Path) -> None:
 
 def test_what_a_context_did_is_forgotten_or_kept(tmp_path: Path) -> None:
     save_tiny(tiny_llama(), tmp_path / "model")
+    save_file({FIRST: torch.ones(64, 128)}, tmp_path / "model.layers.0.safetensors")  # of another run
     opened = open_model(tmp_path / "model", sink=ShardSink(tmp_path))
     decoder, source = opened.decoder(), tmp_path / "model" / "model.safetensors"
     before = {name: value.clone() for name, value in load_file(source).items()}
@@ -113,15 +115,35 @@ def test_a_block_with_less_in_it_comes_back_so(tmp_path: Path) -> None:
         assert in_memory(block) == 4
 
 
-def test_the_folder_of_pruned_blocks_goes_with_the_store(tmp_path: Path) -> None:
-    save_tiny(tiny_llama(), tmp_path)
-    opened = open_model(tmp_path)
+def test_what_does_not_stay_goes_with_the_store(tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path / "model")
+    opened = open_model(tmp_path / "model", scratch=tmp_path)
     with opened.decoder().resident(0, keep=True):
         pass
-    folder = store_of(opened).scratch("pruned")
-    assert len(list(folder.iterdir())) == 1
-    del opened
-    assert not folder.exists()
+    put, parts = store_of(opened), {"a": torch.randn(3, 2), "b": torch.tensor(1.0).bfloat16(), "c": torch.ones(0, 4)}
+    aside = put.put_aside(parts)
+    assert all(torch.equal(value, parts[name]) for name, value in aside.get().items())
+    folders = [put.scratch(name) for name in ("pruned", "aside")]
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 1]
+    del aside
+    assert [len(list(folder.iterdir())) for folder in folders] == [1, 0]
+    assert folders[0].is_relative_to(tmp_path)
+    del opened, put
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    decoder = open_model(tmp_path).decoder()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("optprune.models.store.write_tensors", full)
+    sentence = r"the disk is full, so .*model.layers.0.* was not written"
+    with pytest.raises(InputError, match=sentence), decoder.resident(0, keep=True):
+        pass
+    assert in_memory(decoder.blocks) == 0
 
 
 # -- what is refused

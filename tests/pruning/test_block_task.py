@@ -8,8 +8,7 @@ from torch import Tensor
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import load_recipe, prune
-from optprune.calibration import POLICIES, DenseStatistics, Path, Stream, calibrating, first_inputs
-from optprune.calibration.stream import advance
+from optprune.calibration import POLICIES, DenseStatistics, Path, Stream, advance, calibrating, first_inputs
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.pruning.block import BlockTask, prune_block

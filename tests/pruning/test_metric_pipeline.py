@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from optprune.calibration import collect_metrics
-from optprune.calibration.fisher_pass import sampled
+from optprune.calibration import collect_metrics, sampled
 from optprune.errors import InputError, NoSolver
 from optprune.models import Decoder
 from optprune.objectives import linked

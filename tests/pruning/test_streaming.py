@@ -1,6 +1,7 @@
 """Runs of a model whose blocks are read one at a time: the same bytes as in memory, and no more than one block."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 from optprune.errors import InputError
 from optprune.models import Decoder, load_model, open_model
+from optprune.models.checkpoint import Checkpoint
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.report import Report
@@ -23,6 +25,12 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {}),
     "fasp under cross": ("fasp", {"propagation": "cross", "recovery": 1, "held_out": 0.2}),
     "alps under intra": ("alps", {"propagation": "intra"}),
+    "sparse_best": ("sparse_best", {"held_out": 0.2}),
+    "structured_best": ("structured_best", {"sparsity": 0.3, "least_kept": 0.1, "probe_tokens": 50}),
+    "N:M with probes": ("sparse_best", {"pattern": "2:4", "sparsity": 0.4, "probe_tokens": 50}),
+    "whole layers": ("depth", {"sparsity": 0.3, "depth_parts": "layers", "depth_score": "influence"}),
+    "sub-blocks": ("depth", {"sparsity": 0.3}),
+    "recovery": ("spap", {}),
 }
 CHANGING = ("seconds", "floor_seconds", "calibration", "model")
 """what two reports of the same run do not share"""
@@ -98,3 +106,28 @@ def test_a_skeleton_without_its_store_is_refused(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="hand over the store that came with it from open_model"):
         prune(open_model(tmp_path).model, batches(), load_recipe("fasp"))
+
+
+READS = {
+    "fasp": ("fasp", {}, 1),
+    # The metric forward and backward, the costs with their probes, the run.
+    "structured_best": ("structured_best", {"probe_tokens": 50}, 4),
+    # Two removals, each chosen by a pass; the run.
+    "sub-blocks": ("depth", {"sparsity": 0.25}, 3),
+}
+
+
+@pytest.mark.parametrize("run", READS)
+def test_a_pass_reads_each_block_once(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(num_hidden_layers=4).save_pretrained(tmp_path)
+    recipe, settings, times = READS[run]
+    opened, read = open_model(tmp_path), Counter[str]()
+    load = Checkpoint.read
+
+    def counted(self: Checkpoint, prefix: str, *arguments: Any) -> Any:
+        read[prefix] += 1
+        return load(self, prefix, *arguments)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    prune(opened.model, batches(), load_recipe(recipe, settings), store=opened.store)
+    assert read == {f"model.layers.{index}": times for index in range(4)}
