@@ -34,7 +34,7 @@ def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
         advice = "see that those of the original are finite, or remove less"
         if model.dtype == torch.float16:
             advice = "save in bfloat16 or float32, whose range is larger"
-        raise InputError(f"the logits of the pruned model hold NaN or infinity in {dtype}: {advice}")
+        raise InputError(f"the logits of the saved model hold NaN or infinity in {dtype}: {advice}")
     return logits.float().cpu().contiguous()
 
 
@@ -67,24 +67,14 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch
         "places": places_of(decoder),
         "scratch": str(scratch),
     }
-    ours, theirs = os.pipe()  # its standard input ends with this process, however that ends, and so does it
+    # transformers copies a folder's code into its modules cache, where ours has no business to stay.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     try:
-        run = subprocess.run(
-            [sys.executable or "", "-P", reload_check.__file__, json.dumps(task)],
-            stdin=ours,
-            capture_output=True,
-            text=True,
-            check=False,
-            # transformers copies a folder's code into its modules cache, where ours has no business to stay.
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")},
-        )
+        run = run_alongside([sys.executable or "", "-P", reload_check.__file__, json.dumps(task)], environment)
     except OSError as error:
         raise OptpruneError(
             f"the process that reloads it cannot be started ({error}): run optprune with an ordinary Python interpreter"
         ) from error
-    finally:
-        os.close(ours)
-        os.close(theirs)
     if run.returncode < 0:
         raise OptpruneError(
             f"the process that reloads it was killed by signal {-run.returncode}, probably for want of memory: free "
@@ -106,3 +96,13 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch
             "rounding): please report this"
         )
     return difference
+
+
+def run_alongside(words: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """Run a process whose standard input ends with this one, however that ends: so it can end as well."""
+    ours, theirs = os.pipe()
+    try:
+        return subprocess.run(words, stdin=ours, capture_output=True, text=True, check=False, env=environment)
+    finally:
+        os.close(ours)
+        os.close(theirs)

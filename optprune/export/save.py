@@ -61,6 +61,7 @@ def save_model(
     logits = None if probe is None else logits_of(decoder, probe)
     created = _missing_parents(place)
     scratch: Scratch | None = None
+    committed = False
     try:
         with interrupts_held():
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,7 @@ def save_model(
         if probe is not None and logits is not None:
             with interrupts_held():
                 put_in_place(draft, unchecked, overwrite=True)
+                committed = True
                 record_done(f"the pruned model is in {unchecked}, and was not seen to load")
             draft = unchecked
             difference = _checked(decoder, unchecked, probe, logits, scratch.folder)
@@ -84,15 +86,28 @@ def save_model(
         with interrupts_held():
             if scratch is not None:
                 scratch.discard()
-            for parent in () if place.exists() or unchecked.exists() else created:
+            for parent in () if place.exists() or committed else created:
                 with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
                     parent.rmdir()
-        full = no_room(error)
-        if full is not None:
-            raise InputError(f"{full}, so {folder} was not written: make room and run again") from error
-        if isinstance(error, OptpruneError) and scratch is not None and scratch.folder.exists():
-            raise OptpruneError(f"{error}; of it {scratch.folder} could not be deleted: do that by hand") from error
-        raise
+        told = _told(error, folder, unchecked if committed else None, scratch)
+        if told is error:
+            raise
+        raise told from error
+
+
+def _told(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
+    """An error as the user is to see it: what is not there, what is, and what could not be taken away."""
+    full = no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
+    if full is not None:
+        return InputError(f"{full}, so {folder} was not written: make room and run again")
+    if not isinstance(error, OptpruneError):
+        return error
+    sentence = str(error)
+    if unchecked is not None and str(unchecked) not in sentence:
+        sentence += f"; the pruned model is in {unchecked}"
+    if scratch is not None and scratch.folder.exists():
+        sentence += f"; of it {scratch.folder} could not be deleted: do that by hand"
+    return error if sentence == str(error) else OptpruneError(sentence)
 
 
 def _checked(decoder: Decoder, folder: Path, probe: Tensor, logits: Tensor, scratch: Path) -> float:

@@ -284,7 +284,7 @@ def fuzz(attempt: Attempt, sharded: Path, inputs: range) -> None:
 @pytest.fixture
 def small_checks(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> Attempt:
     """The reload in a fresh process, which has tests of its own, takes as long as fifty inputs."""
-    monkeypatch.setattr("optprune.export.save._compare", lambda *_: 0.0)
+    monkeypatch.setattr("optprune.export.save.compare", lambda *_: 0.0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(attempt.folder)

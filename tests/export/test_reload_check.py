@@ -1,6 +1,7 @@
 """The reload check: every logit of every position counts, and the tolerances are those of rounding."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 
 from optprune.errors import OptpruneError
 from optprune.export import reload_check, save_model
+from optprune.export.check import places_of, run_alongside
+from optprune.models import Decoder
 from tests.helpers.tiny_models import tiny_llama
 
 PROBE = torch.arange(10, 42)[None]
@@ -27,10 +30,16 @@ def test_the_difference_is_the_largest_of_any_logit_of_any_position(tmp_path: Pa
     off[place] -= 0.25
     assert torch.equal(off.argmax(-1), logits.argmax(-1))
     save_file({"input_ids": PROBE, "logits": off}, tmp_path / "probe.safetensors")
-    words = [str(folder), str(tmp_path / "probe.safetensors"), "1", json.dumps(sys.path)]
-    run = subprocess.run(
-        [sys.executable, "-P", reload_check.__file__, *words], capture_output=True, text=True, check=True
-    )
+    task = {
+        "folder": str(folder),
+        "probe": str(tmp_path / "probe.safetensors"),
+        "threads": 1,
+        "paths": sys.path,
+        "places": places_of(Decoder(model)),
+        "scratch": str(tmp_path),
+    }
+    words = [sys.executable, "-P", reload_check.__file__, json.dumps(task)]
+    run = run_alongside(words, dict(os.environ))
     # One thread here and there, and the same kernels: the logits are the same, the difference is rounded.
     assert json.loads(run.stdout)["difference"] == pytest.approx(0.25, abs=1e-6)
 
@@ -53,4 +62,4 @@ def test_what_is_more_than_rounding_is_refused(
     for difference in (1.01 * limit, float("nan")):
         with pytest.raises(OptpruneError, match="logits differ by"):
             saved(difference, "more")
-    assert [path.name for path in tmp_path.iterdir()] == ["rounding"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rounding", "more.unchecked"}

@@ -205,17 +205,17 @@ def test_an_old_model_that_cannot_be_put_back_is_kept_and_named(
 
 
 def test_a_folder_that_another_run_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = optprune.export.save._compare
+    compare = optprune.export.save.compare
 
     def meanwhile(*args: Any) -> float:
-        monkeypatch.setattr("optprune.export.save._compare", compare)
+        monkeypatch.setattr("optprune.export.save.compare", compare)
         save_model(tiny_llama(), tmp_path / "out", files={"theirs": ""})
         return 0.0
 
-    monkeypatch.setattr("optprune.export.save._compare", meanwhile)
-    with pytest.raises(InputError, match="exists already"):
+    monkeypatch.setattr("optprune.export.save.compare", meanwhile)
+    with pytest.raises(OptpruneError, match=r"exists already: .*; the pruned model is in .*out\.unchecked"):
         save_model(tiny_llama(), tmp_path / "out", probe=tiny_llama().dummy_inputs["input_ids"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.unchecked"}
     assert (tmp_path / "out" / "theirs").exists()
 
 
