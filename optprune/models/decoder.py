@@ -254,6 +254,7 @@ class Decoder:
             self._take_classes(classes, block)
         if not stock:
             config.__class__, self.model.__class__ = classes.config, classes.model
+            vars(config).pop("auto_map", None)  # another owner's classes; saving names ours
             setattr(config, SHAPES_FIELD, [asdict(shape) for shape in shapes])
             self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
             return

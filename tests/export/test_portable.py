@@ -149,6 +149,14 @@ def test_a_stranger_who_names_our_file(where: Any, tmp_path: Path) -> None:
     assert set(written(tmp_path / "out")["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
 
 
+@pytest.mark.parametrize("listed", ["mallory/evil--code.Model", ["mallory/evil--code.Model"]], ids=["text", "list"])
+def test_an_auto_map_that_is_no_map(listed: Any, tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=4)
+    model.config.auto_map = listed
+    save_model(mixed(model), tmp_path / "out")
+    assert set(written(tmp_path / "out")["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+
+
 class OwnTokenizer(PreTrainedTokenizerFast):
     """A class whose file transformers copies into the folder."""
 

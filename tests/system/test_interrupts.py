@@ -1,6 +1,7 @@
 """Interrupts: one that comes at any moment leaves everything or nothing, and says which."""
 
 import contextlib
+import gc
 import os
 import signal
 import stat
@@ -65,6 +66,7 @@ def interrupted(action: Callable[[], object], files: tuple[str, ...], line: int,
                 signal.raise_signal(signal.SIGINT)
 
     before = sys.gettrace(), sys.getprofile()
+    gc.disable()  # hypothesis is called back by collections, where Python drops what is raised
     sys.settrace(trace)
     sys.setprofile(profile if again else None)
     try:
@@ -75,6 +77,7 @@ def interrupted(action: Callable[[], object], files: tuple[str, ...], line: int,
     finally:
         sys.settrace(before[0])
         sys.setprofile(before[1])
+        gc.enable()
     assert run < line, "the interrupt was swallowed"
     return False
 
