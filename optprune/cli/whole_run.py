@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.cli.run_folder import journalled
+from optprune.system.files import real_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,9 +43,13 @@ class WholeRun:
     ) -> "tuple[Report, SavedModel]":
         """Load, prune, save and check; `calibration` says in words where the batches are from."""
         from optprune.export import save_pruned
+        from optprune.export.place import discard, left_behind
         from optprune.models import load_model, open_model, reads_blocks
         from optprune.pruning import prune
 
+        for folder in left_behind(real_path(self.output)):
+            reporter.say(f"deleting {folder}, which a run that was killed has left behind")
+            discard(folder)
         reporter.say(f"loading {self.model}")
         with journalled(self.output, resume=self.resume, overwrite=self.overwrite) as journal:
             if reads_blocks(self.model):

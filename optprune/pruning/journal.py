@@ -55,7 +55,8 @@ class Journal:
             )
         self._made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.folder / LOCK)
+        # One for all journals of this process: one that is left lying about is no other process at work.
+        self._lock = FileLock(self.folder / LOCK, is_singleton=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -93,7 +94,7 @@ class Journal:
         """Delete the run, and the folders that were made for it as far as they are empty."""
         with interrupts_held():
             self._clear()
-            self._lock.release()
+            self._lock.release(force=True)
             with suppress(OSError):
                 (self.folder / LOCK).unlink(missing_ok=True)
                 for folder in self._made or [self.folder]:
