@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE
 from optprune.calibration.variants import Variants
 from optprune.models import Decoder
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from optprune.problems import LayerLoss
 
 

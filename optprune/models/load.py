@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from optprune.errors import InputError, is_out_of_memory
 from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
-from optprune.models.decoder import Decoder, architecture_called, architecture_of
+from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
+from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.store import BlockSink, BlockStore
 from optprune.models.weights_files import check_weights_files, check_weights_named

@@ -11,7 +11,7 @@ from optprune.calibration.moments_pass import Collected
 from optprune.errors import NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.problems import LayerLoss, Problem

@@ -16,7 +16,7 @@ import optprune
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, load_model
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import model_patterns
