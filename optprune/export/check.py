@@ -56,12 +56,12 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch
 
     OptpruneError when it is more than rounding, or the process cannot tell.
     """
-    record = scratch / "probe.safetensors"
+    record = scratch / "logits.safetensors"
     save_file({"input_ids": ids.cpu().contiguous(), "logits": logits}, record)
     # Without the script's folder (-P), but with everything that this process imports from, wherever it is.
     task = {
         "folder": str(folder),
-        "probe": str(record),
+        "record": str(record),
         "threads": torch.get_num_threads(),
         "paths": [path or str(Path.cwd()) for path in sys.path],
         "places": places_of(decoder),

@@ -9,7 +9,7 @@ from optprune.models import DTYPES, LoadedModel, check_dtype
 from optprune.recipe import Recipe
 from optprune.report import Report
 
-PROBE_TOKENS = 128
+CHECK_TOKENS = 128
 """how many tokens the logits of the saved model are compared on"""
 
 
@@ -36,6 +36,6 @@ def save_pruned(
         folder,
         tokenizer=loaded.tokenizer,
         files={"report.json": report.to_json(), "recipe.yaml": recipe.settled().to_yaml()},
-        probe=window[None, :PROBE_TOKENS],
+        check_tokens=window[None, :CHECK_TOKENS],
         overwrite=overwrite,
     )

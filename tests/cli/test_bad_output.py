@@ -116,7 +116,7 @@ def test_a_reload_that_fails_for_want_of_file_descriptors(
     held = descriptors()
     try:
         with pytest.raises(OptpruneError, match=r"cannot be started \(.*Too many open files\)"):
-            save_model(tiny_llama(), output, probe=torch.arange(8)[None])
+            save_model(tiny_llama(), output, check_tokens=torch.arange(8)[None])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         for leaked in descriptors() - held:
@@ -135,6 +135,6 @@ def test_a_draft_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(
         OptpruneError, match=r"was not seen to load: .*; of it .* could not be deleted: do that by hand"
     ) as told:
-        save_model(tiny_llama(), tmp_path / "out", probe=torch.arange(8)[None])
+        save_model(tiny_llama(), tmp_path / "out", check_tokens=torch.arange(8)[None])
     [draft] = tmp_path.glob(".out.*")
     assert str(draft) in str(told.value)
