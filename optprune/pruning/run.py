@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optprune.allocation import Allocation, Allocator, Division
+from optprune.allocation import Allocation, Allocator, DenseModel, Division
 from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
 from optprune.errors import StrictError
 from optprune.measure.memory import release
@@ -72,7 +72,7 @@ class Run:
         metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
         notes += idle + heeded(recipe, allocator.warnings)
         with calibrating(decoder):
-            division = _division(allocator, decoder, fitted, metrics, statistics, on_event, journal)
+            division = _division(allocator, DenseModel(decoder, fitted, metrics, statistics, on_event), journal)
             run = cls(decoder, recipe, division, fitted, on_event)
         run.metrics, run.held_out, run.journal = metrics, held_out, journal
         run.finished = set() if journal is None else set(journal.finished())
@@ -121,20 +121,12 @@ class Run:
         return record
 
 
-def _division(
-    allocator: Allocator,
-    decoder: Decoder,
-    batches: list[Tensor],
-    metrics: Metrics,
-    statistics: DenseStatistics,
-    on_event: Listener,
-    journal: Journal | None,
-) -> Division:
+def _division(allocator: Allocator, dense: DenseModel, journal: Journal | None) -> Division:
     """What every block keeps: as an earlier run has divided it, or as it is divided now."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
-    division = allocator.divide(decoder, batches, metrics, statistics, on_event)
+    division = allocator.divide(dense)
     if journal is not None:
         journal.divided(division)
     return division
