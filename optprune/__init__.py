@@ -71,7 +71,7 @@ __all__ = [
     "tokenise",
 ]
 __version__: str
-"""of the installed package"""
+"""the version of the installed package"""
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,7 @@ class Division:
     removed: tuple[RemovedPart, ...] = ()
     """the sub-blocks that a score chose"""
     warnings: tuple[str, ...] = ()
-    """what strict mode makes an error"""
+    """the sentences that strict mode makes errors"""
     notes: tuple[str, ...] = ()
 
 

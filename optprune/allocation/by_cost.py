@@ -40,7 +40,7 @@ class ByCost(Allocator):
     units: Units
     budget: CostBudget
     damping: float
-    """of the layers' losses"""
+    """the damping of the layers' losses"""
     fit_bias: bool
     weighed: bool
     """whether an output metric weighs the losses"""

@@ -44,9 +44,9 @@ class Depth(Allocator):
 
     sparsity: float
     parts: str
-    """attention, mlp, both, or layers: the two of a layer together"""
+    """which sub-blocks may go: attention, mlp, both, or layers, the two of a layer together"""
     score: str
-    """perplexity or influence"""
+    """the name of the score, perplexity or influence"""
     tokens: int
 
     def check(self, decoder: Decoder) -> None:

@@ -14,7 +14,7 @@ from optprune.problems import LinkedLeastSquares
 from optprune.solvers import removal_curve
 
 Removal = tuple[Tensor, Tensor, tuple[str, ...]]
-"""the order in which units go, the loss after each, and notes"""
+"""a removal curve: the order in which units go, the loss after each, and notes"""
 
 
 class DenseStatistics:
@@ -47,7 +47,7 @@ class Statistics(DenseStatistics):
 
     def __init__(self) -> None:
         self.spared = 0.0
-        """the seconds of measuring that were not spent again"""
+        """the seconds of measuring that were saved"""
         self._kept: dict[tuple[Any, ...], tuple[Any, float]] = {}
 
     def metrics(

@@ -46,7 +46,7 @@ class Probe:
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
-        """`batches` of token ids [batch, length], without padding."""
+        """The `batches` are token ids [batch, length], without padding."""
         self.decoder, self.variants = decoder, Variants(decoder, batches)
 
     def try_out(self, changes: Sequence[Change]) -> None:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from optprune.report import Event
 
 LINES_APART = 10.0
-"""seconds between two lines where there is no terminal"""
+"""the seconds between two lines where there is no terminal"""
 
 Update = Callable[[int, int], None]
-"""called with how many are done, and of how many"""
+"""a function that is called with how many are done, and of how many"""
 
 
 def _nothing(done: int, total: int) -> None:

@@ -27,11 +27,11 @@ class SavedModel:
 
     folder: Path
     bytes: int
-    """of the weights"""
+    """the size of the weights"""
     stock: bool
     """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load"""
     logits_difference: float | None
-    """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
+    """the largest difference between the logits in memory and those of the reloaded model; None when not checked"""
 
 
 def save_model(

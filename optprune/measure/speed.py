@@ -81,14 +81,14 @@ class ModelSpeed:
 
     name: str
     prefill: Measured
-    """prompt tokens a second, of all prompts of a batch together"""
+    """how many prompt tokens a second are read, of all prompts of a batch together"""
     decode: Measured
-    """new tokens a second, of all sequences of a batch together"""
+    """how many new tokens a second are decoded, of all sequences of a batch together"""
     parameters: int
     weight_bytes: int
-    """of parameters and buffers in memory"""
+    """the size of parameters and buffers in memory"""
     peak_bytes: int | None
-    """see PEAK_MEMORY; None where the system does not tell"""
+    """the peak that PEAK_MEMORY describes; None where the system does not tell"""
 
     def over(self, other: "ModelSpeed") -> "Ratios":
         """This model's figures over another's from the same measurement."""

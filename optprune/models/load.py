@@ -55,7 +55,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     source: str
     store: BlockStore | None = None
-    """where the blocks come from, of a model that `open_model` gave"""
+    """the store that the blocks come from, where `open_model` gave the model"""
 
     def decoder(self) -> Decoder:
         """Access to the model's blocks, wherever they are."""

@@ -94,7 +94,7 @@ class _Answer:
     solution: Solution
     held_out: InputMoments | None
     held_out_error: float | None
-    """where a refit measured it"""
+    """the layer's error on held-out tokens, where a refit measured it"""
 
     def error_apart(self, written: Tensor) -> float | None:
         """E|V x* - W x|^2 / E|W x|^2 on the tokens kept apart, where there are any."""

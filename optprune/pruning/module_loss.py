@@ -36,7 +36,7 @@ class ModuleLoss:
         return total / calls.tokens
 
     def signal(self, calls: Calls) -> float:
-        """The same of the targets themselves."""
+        """The mean over tokens of the squared targets themselves, in the metric."""
         return sum(float(self.energy(target)) for target in calls.targets) / calls.tokens
 
     def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
@@ -77,7 +77,7 @@ class Inside:
         self.fit_error = error / loss.fit.tokens
         self.gradient: Float[Tensor, "out in"] = total / loss.fit.tokens
         self.gram: Float[Tensor, "in in"] = sums.moments(total.dtype).gram
-        """of the layer's inputs"""
+        """the Gram matrix of the layer's inputs"""
 
     def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """H d: without biases the output is linear in the weight, so d takes its place."""
@@ -130,7 +130,8 @@ class Inside:
 
 
 class AtOutput:
-    """The same for the layer that gives the output: the moments of its inputs say all, from one pass."""
+    """Half the error as a quadratic of the weight of the layer that gives the output: one pass finds the moments of its
+    inputs, which say all."""
 
     def __init__(self, loss: ModuleLoss, layer: nn.Linear, held_out: float) -> None:
         self.loss, self.start, self.error = loss, layer.weight.detach().clone(), held_out

@@ -87,10 +87,10 @@ class _Taken:
 
     steps: int
     before: float
-    """on the batches fitted, with the weight that the turn began with"""
+    """the change on the batches fitted, with the weight that the turn began with"""
     after: float
     held_out: float
-    """on the batches kept apart, with the weight kept"""
+    """the change on the batches kept apart, with the weight kept"""
 
 
 @dataclass(frozen=True)

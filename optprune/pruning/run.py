@@ -39,11 +39,12 @@ class Run:
         self.records: list[BlockRecord] = []
         self.tokens = sum(batch.numel() for batch in batches)
         self.metrics = Metrics({})
-        """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
+        """the output metrics of the dense model, by the layer's full name, for the blocks to come; empty where outputs
+        count alike"""
         self.held_out = 0
         """how many batches, the last ones, are kept apart"""
         self.notes: tuple[str, ...] = ()
-        """on what was found before the first block"""
+        """the notes on what was found before the first block"""
         self.journal: Journal | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""

@@ -24,7 +24,7 @@ NAMED = {
     "units": f"{', '.join(UNITS)} or {{{Weights.name}: PATTERN}}",
     "propagation": f"{', '.join(POLICIES)} or {AUTO}",
 }
-"""what the fields hold that are told by name"""
+"""what the fields hold whose values are names"""
 PATTERN = "the pattern of single weights: over each matrix, the same count in every row, or N:M such as 2:4"
 BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
 
@@ -38,7 +38,7 @@ class RecipeField:
     kind: str
     """what its value may be"""
     default: str
-    """empty where there is none: the group is there once this is set"""
+    """its value where it is not set; empty where there is none: the group is there once this is set"""
     meaning: str
     flat: str
     """its other name, if it has one"""

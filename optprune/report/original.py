@@ -15,9 +15,9 @@ class Original:
     """The model that the last run pruned."""
 
     model: str
-    """as that run called it"""
+    """the name that the run called it by"""
     shapes: tuple[BlockShape, ...]
-    """of its blocks"""
+    """the shapes of its blocks"""
     left: tuple[int, ...]
     """the numbers of the blocks that are still there"""
 

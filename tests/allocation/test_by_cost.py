@@ -184,7 +184,7 @@ def test_a_gram_matrix_that_must_be_damped_is_told() -> None:
         ("structured_uniform_best", {"held_out": 0.9}, InputError, "none to calibrate on"),
         ("sparsegpt", {"output_metric": "full"}, NoSolver, "take its diagonal"),
         ("sparse_best", {"solver": ["admm", "restore"]}, NoSolver, "ConjugateGradients"),
-        ("fasp", {"solver": "sparsegpt", "output_metric": "diagonal"}, NoSolver, "prunes single weights"),
+        ("fasp", {"solver": "sparsegpt", "output_metric": "diagonal"}, NoSolver, "accepts sparse least squares"),
     ],
 )
 def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(
