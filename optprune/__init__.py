@@ -88,5 +88,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """With the names that are not imported yet."""
+    """All names, also those that are not imported yet."""
     return sorted({*globals(), *__all__, "__version__"})

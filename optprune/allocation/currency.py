@@ -1,7 +1,7 @@
 """What blocks cost, whole and narrower: in weights, in floating-point operations, or in seconds on this machine.
 
 A budget over the model is counted in one of these. Attention and MLP add up, so what a block costs with less of one is
-told for each alone.
+known for each alone.
 """
 
 import statistics

@@ -113,8 +113,8 @@ class WidthCosts(Costs):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        told = f"the budget was counted in {self.budget.currency}: the allocation saves {self.saves}"
-        return (told,) if self.saves else ()
+        note = f"the budget was counted in {self.budget.currency}: the allocation saves {self.saves}"
+        return (note,) if self.saves else ()
 
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         assert target.kind is not None

@@ -102,7 +102,7 @@ class Reporter:
 
 
 class _TimeLeft(ProgressColumn):
-    """From the mean speed so far: blocks take long, so the speed of the last seconds says nothing."""
+    """The time left by the mean speed so far: blocks take long, so the speed of the last seconds says nothing."""
 
     def render(self, task: Task) -> Text:
         """The time left, in words."""

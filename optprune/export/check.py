@@ -39,7 +39,7 @@ def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
 
 
 def places_of(decoder: Decoder) -> dict[str, Any]:
-    """Where a process that loads the folder keeps what: the blocks on the disk, all else on the device of the model."""
+    """The place of each part in a process that loads the folder: blocks on the disk, all else on the model's device."""
     device = decoder.model.device
     here = "cpu" if device.type == "cpu" else (device.index or 0)
     blocks = decoder.architecture.blocks

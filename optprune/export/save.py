@@ -89,13 +89,13 @@ def save_model(
             for parent in () if place.exists() or committed else created:
                 with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
                     parent.rmdir()
-        told = _told(error, folder, unchecked if committed else None, scratch)
-        if told is error:
+        described = _described(error, folder, unchecked if committed else None, scratch)
+        if described is error:
             raise
-        raise told from error
+        raise described from error
 
 
-def _told(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
+def _described(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
     """An error as the user is to see it: what is not there, what is, and what could not be taken away."""
     full = no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
     if full is not None:

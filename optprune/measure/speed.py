@@ -206,8 +206,8 @@ def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
         ("devices", {name: str(model.device) for name, model in models.items()}),
     ):
         if len(set(found.values())) > 1:
-            told = ", ".join(f"{value} of {name}" for name, value in found.items())
-            raise InputError(f"the models have different {what} ({told}), so speeds do not compare: choose one")
+            listed = ", ".join(f"{value} of {name}" for name, value in found.items())
+            raise InputError(f"the models have different {what} ({listed}), so speeds do not compare: choose one")
 
 
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:

@@ -285,5 +285,5 @@ def _cause(error: BaseException) -> str:
     if "weights_only" in text:  # torch's advice is to switch it off
         return "it is pickle, which is not read"
     first = text.splitlines()[0].strip() if text else type(error).__name__
-    told = " ".join(text.split()) if first.endswith(":") else first
-    return f"{type(error).__name__}: {told}" if isinstance(error, KeyError) else told.rstrip(".!")
+    reason = " ".join(text.split()) if first.endswith(":") else first
+    return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError) else reason.rstrip(".!")

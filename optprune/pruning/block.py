@@ -120,7 +120,7 @@ class _Work:
             self.decoder.remove(self.task.index, part)
 
     def taps(self, targets: Sequence[Target]) -> list[str]:
-        """Where the inputs of layers are seen, in the order of the forward pass."""
+        """The layers at which the inputs of all targets are seen, in the order of the forward pass."""
         return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
 
     def solve(self, target: Target, collected: Collected) -> None:

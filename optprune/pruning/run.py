@@ -181,7 +181,7 @@ def _metrics(
 
 
 def heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
-    """The same warnings, as notes; StrictError where a strict recipe has one."""
+    """Warnings as notes; StrictError where a strict recipe has one."""
     if warnings and recipe.strict:
         raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
     return warnings
