@@ -30,7 +30,7 @@ def nested(chain: Solver, _: int) -> Chain:
         (lambda: load_recipe("fasp", {"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: Recipe.model_validate({"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: Recipe(dampening=1), "no field 'dampening': it has name, "),  # type: ignore[call-arg]
-        (lambda: Recipe(recovery=1), "the recipe contradicts itself: recovery needs held-out tokens"),
+        (lambda: Recipe(recovery=1), "recovery needs held-out tokens to decide where to stop: set held_out"),
         (lambda: Recipe(solver={"spap": {"first": -1}}), "'solver' cannot be .*: first of Spap must be"),  # type: ignore[arg-type]
         (lambda: Recipe(pattern="2:x"), "'pattern' cannot be '2:x': the pattern '2:x' is not known"),  # type: ignore[arg-type]
         (lambda: Fista(-1.0), "tolerance of Fista must be between"),
