@@ -10,6 +10,7 @@ import typer
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import tokens_for
+from optprune.cli.whole_run import WholeRun
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
@@ -81,6 +82,12 @@ def prune_command(
         bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")
     ] = False,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="The most that a weights file holds, such as 5GB.")
+    ] = "5GB",
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,9 +110,9 @@ def prune_command(
     }
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
     reporter = start()
-    from optprune.export import check_output, save_pruned
-    from optprune.models import check_dtype, device_of, load_config, load_model, load_shapes, stored_dtype
-    from optprune.pruning import prune
+    from optprune.export import check_output
+    from optprune.export.shards import size_of
+    from optprune.models import check_dtype, device_of, load_config, load_shapes, stored_dtype
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
@@ -116,6 +123,7 @@ def prune_command(
     if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     check_output(output, overwrite)
+    size_of(max_shard_size)
     check_json(json_file, output=output, models=[model])
     for name in (dtype, save_dtype):
         check_dtype(name)
@@ -133,17 +141,9 @@ def prune_command(
     tokens = tokens_for(model, config, documents)
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
 
-    reporter.say(f"loading {model}")
-    loaded = load_model(model, dtype=dtype, device=device)
-    with reporter.blocks() as on_event:
-        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-        report = prune(
-            loaded.model, batches, chosen, allocation=divided, on_event=on_event, source=model, calibration=text
-        )
-    reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-    saved = save_pruned(
-        loaded, output, report, chosen, window=tokens[:seq_length], overwrite=overwrite, dtype=save_dtype
-    )
+    text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
+    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume)
+    report, saved = whole.run(reporter, batches, chosen, divided, text, window=tokens[:seq_length])
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)
 

@@ -117,17 +117,29 @@ def _checked(decoder: Decoder, folder: Path, tokens: Tensor, logits: Tensor, scr
         raise OptpruneError(f"the pruned model is in {folder}, but it was not seen to load: {error}") from error
 
 
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = None) -> None:
     """Round a model's weights to another dtype, in place; InputError when it has not the range for them.
 
-    What is not stored (the angles of rotary embeddings) stays as it is, as when a folder in that dtype is loaded.
+    What is not stored (the angles of rotary embeddings) stays as it is, as when a folder in that dtype is loaded. Of a
+    model whose blocks come from a `store`, every block is read once to see that it can be rounded.
     """
-    rounded = {parameter: parameter.detach().to(dtype) for parameter in model.parameters()}
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(rounded[parameter]).all()):
-            raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
+    decoder, names = Decoder(model, store), {parameter: name for name, parameter in model.named_parameters()}
+    rounded = {parameter: _rounded(name, parameter, dtype) for parameter, name in names.items()}
+    for index in range(0 if store is None else len(decoder.blocks)):
+        with decoder.resident(index) as block:
+            for name, parameter in block.named_parameters():
+                _rounded(decoder.name(index, name), parameter, dtype)
     for parameter, value in rounded.items():
         parameter.data = value
+    if store is not None:
+        store.dtype = dtype
+
+
+def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    value = parameter.detach().to(dtype)
+    if not value.is_meta and not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
+    return value
 
 
 def _missing_parents(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from optprune.models.load import (
     load_tokenizer,
     need_tokenizer,
     open_model,
+    reads_blocks,
     stored_dtype,
     using_tokenizer,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "load_tokenizer",
     "need_tokenizer",
     "open_model",
+    "reads_blocks",
     "stored_dtype",
     "using_tokenizer",
 ]

@@ -120,6 +120,11 @@ def open_model(
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 
 
+def reads_blocks(source: str | Path) -> bool:
+    """Whether a model source can be read block by block, as safetensors can; a GGUF file is read whole."""
+    return not _locate(str(source))[1]
+
+
 def load(folder: str | Path) -> PreTrainedModel:
     """The model in a folder that optprune wrote, whatever its shapes; also any model `load_model` accepts."""
     return load_model(folder, device="cpu").model

@@ -149,7 +149,7 @@ class BlockStore:
         for name in names:
             parent, _, own = name.rpartition(".")
             module = block.get_submodule(parent)
-            _set(module, own, module._parameters[own], found[name].to(self.device))
+            _set(module, own, module._parameters[own], found[name].to(self.device, self.dtype))
 
     def take_from_sink(self, block: nn.Module) -> None:
         """Let a block be what an earlier run left of it in the sink; it has the shapes for it already."""

@@ -9,13 +9,16 @@ pass, and does the rest: its weights are those of a run that was never stopped, 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -27,28 +30,41 @@ from optprune.models.store import ShardSink
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.report import RemovedPart
 from optprune.system.files import read_json, write_whole
+from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import shown
 
-FACTS, DIVISION = "run.json", "division.json"
+FACTS, DIVISION, LOCK = "run.json", "division.json", "in-use"
 
 
 class Journal:
     """What a run keeps in its folder. `prune` begins it, and writes what is finished."""
 
-    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
         """`resume` is to go on with the run in the folder, if there is one; else the folder must hold none.
 
-        InputError where it holds one all the same, or something that is no run.
+        InputError where it holds one all the same, unless `overwrite` is to delete it, or where it holds something that
+        is no run, or another process is at work on it.
         """
         self.folder, self.resume = Path(folder), resume
-        if self.begun and not resume:
+        if self.folder.exists() and not self.begun and any(file.name != LOCK for file in self.folder.iterdir()):
+            raise InputError(f"{self.folder} holds something other than a run: choose another folder, or delete it")
+        if self.begun and not resume and not overwrite:
             raise InputError(
                 f"{self.folder} holds an unfinished run ({len(self.finished())} blocks are done): go on with it by "
                 "--resume, or delete it"
             )
-        if self.folder.exists() and not self.begun and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} holds something other than a run: choose another folder, or delete it")
+        self._made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
+        # One for all journals of this process: one that is left lying about is no other process at work.
+        self._lock = FileLock(self.folder / LOCK, is_singleton=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(
+                f"another process is at work on the run in {self.folder}: wait for it, or stop it"
+            ) from error
+        if self.begun and not resume:
+            self._clear()
 
     @property
     def begun(self) -> bool:
@@ -59,6 +75,38 @@ class Journal:
     def sink(self) -> ShardSink:
         """Where the weights of finished blocks are, one file each: `open_model` takes it for the pruned blocks."""
         return ShardSink(self.folder)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks are finished."""
+        return self.begun and len(self.finished()) == int(self._read(FACTS).get("the blocks", -1))
+
+    @property
+    def told(self) -> str:
+        """How far the run is, in words."""
+        return f"{len(self.finished())} of {self._read(FACTS).get('the blocks')} blocks are done"
+
+    def shards(self) -> list[Path]:
+        """The files of the finished blocks' weights."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def discard(self) -> None:
+        """Delete the run, and the folders that were made for it as far as they are empty."""
+        with interrupts_held():
+            self._clear()
+            self._lock.release(force=True)
+            with suppress(OSError):
+                (self.folder / LOCK).unlink(missing_ok=True)
+                for folder in self._made or [self.folder]:
+                    folder.rmdir()
+
+    def _clear(self) -> None:
+        # The facts go last: until then it is a run that can be deleted again.
+        for file in sorted(self.folder.iterdir(), key=lambda file: file.name == FACTS):
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            elif file.name != LOCK:
+                file.unlink(missing_ok=True)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Note what decides the bytes of the run, or see that it is what the run in the folder began with.
@@ -124,6 +172,7 @@ class Journal:
         if decoder.store is None:
             self.sink.write(decoder.name(index, "").rstrip("."), result.weights)
         self._write(_record(index), asdict(result.record))
+        record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
 
     def _write(self, name: str, content: Any) -> None:
         # NaN and infinity, which a report may hold, are written as Python reads them.

@@ -143,6 +143,7 @@ def facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: A
         "the allocation": None if allocation is None else allocation.to_dict(),
         "the version": versions(),
         "the machine": machine(decoder),
+        "the blocks": len(decoder.blocks),
     }
 
 

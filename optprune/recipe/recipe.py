@@ -108,6 +108,11 @@ class Recipe(BaseModel):
                 raise given.refused(error) from error
             raise InputError(f"the recipe contradicts itself: {first['msg'].removeprefix('Value error, ')}") from error
 
+    @classmethod
+    def model_validate(cls, obj: Any, **_: Any) -> "Recipe":
+        # pydantic would wrap the sentence of `__init__` in an error of its own.
+        return obj if isinstance(obj, cls) else cls(obj)
+
     @model_validator(mode="after")
     def _fields_that_fit(self) -> "Recipe":
         single = self.units.family is not None

@@ -469,13 +469,15 @@ def test_a_full_disk(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, late: bo
         monkeypatch.setattr(Path, "write_text", full)
     else:
 
-        def half(_: PreTrainedModel, folder: Path) -> None:
+        def half(_: PreTrainedModel, folder: Path, **__: Any) -> None:
             folder.mkdir()
             (folder / "model.safetensors").write_bytes(b"half of it")
             raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
         monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
-    assert f"the disk is full, so {attempt.output} was not written" in attempt.fails(attempt.command())
+    sentence = attempt.fails(attempt.command(), keeps_run=True)
+    assert f"the disk is full, so {attempt.output} was not written" in sentence
+    assert "2 of 2 blocks are done, and kept in" in sentence
 
 
 def test_a_disk_that_is_full_for_the_json_file(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ def test_no_room(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, number: int,
         raise RuntimeError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
-    assert f"{reason}, so {attempt.output} was not written" in attempt.fails(attempt.command())
+    sentence = attempt.fails(attempt.command(), keeps_run=True)
+    assert f"{reason}, so {attempt.output} was not written" in sentence
 
 
 def test_a_limit_on_the_size_of_files(attempt: Attempt) -> None:

@@ -35,14 +35,16 @@ class Attempt:
         words = ("--text", str(self.text), "--seq-length", "64", "--windows", "2")
         return ["evaluate", str(self.model), *words, *more]
 
-    def fails(self, command: list[str], code: int = 2) -> str:
-        """The sentence; the test's folder must be as it was."""
+    def fails(self, command: list[str], code: int = 2, *, keeps_run: bool = False) -> str:
+        """The sentence; the test's folder must be as it was, but for the finished blocks where a run `keeps` them."""
         before = snapshot(self.folder)
         self.capsys.readouterr()  # what making the test's files has said
         assert main(command) == code
         captured = self.capsys.readouterr()
         assert captured.out == ""
-        assert snapshot(self.folder) == before
+        run = str(self.output.with_name(f"{self.output.name}.run"))
+        assert keeps_run == (run in snapshot(self.folder))
+        assert {name: data for name, data in snapshot(self.folder).items() if not name.startswith(run)} == before
         sentences = [line for line in captured.err.splitlines() if not line.startswith(PROGRESS)]
         assert len(sentences) == 1, captured.err
         assert sentences[0].startswith("error: ")

@@ -1,0 +1,48 @@
+"""The run folder of a command: the blocks that are done are in it until the output is whole, so that it can go on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room
+from optprune.system.files import real_path
+
+if TYPE_CHECKING:
+    from optprune.pruning.journal import Journal
+
+
+def run_folder_of(output: Path) -> Path:
+    """Where the run is that writes an output."""
+    place = real_path(output)
+    return place.with_name(f"{place.name}.run")
+
+
+@contextmanager
+def journalled(output: Path, *, resume: bool, overwrite: bool) -> Iterator["Journal"]:
+    """The journal of a run, whose folder goes when the output is whole, or when nothing in it is worth keeping.
+
+    A run that fails for what it was given, and would fail again, keeps nothing; one that was stopped or lacked room or
+    memory keeps its finished blocks, and the error says so.
+    """
+    from optprune.pruning.journal import Journal
+
+    journal = Journal(run_folder_of(output), resume=resume, overwrite=overwrite)
+    try:
+        yield journal
+    except BaseException as error:
+        kept = f"{journal.told}, and kept in {journal.folder}: go on with --resume"
+        if not journal.finished() or (isinstance(error, OptpruneError) and not journal.whole and not _for_want(error)):
+            journal.discard()
+        elif isinstance(error, OptpruneError):
+            raise type(error)(f"{error}; {kept}") from error
+        elif isinstance(error, Exception) and (is_out_of_memory(error) or no_room(error)):
+            raise InputError(f"{no_room(error) or 'the memory is not enough'}; {kept}") from error
+        raise
+    journal.discard()
+
+
+def _for_want(error: BaseException) -> bool:
+    """Whether an error, or what it came from, says that there is no room or no memory."""
+    causes = [cause for cause in (error, error.__cause__) if cause is not None]
+    return any(no_room(cause) is not None or is_out_of_memory(cause) for cause in causes)

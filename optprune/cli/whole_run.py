@@ -1,0 +1,84 @@
+"""A run of the command line: from a model source to a checked folder, with a journal beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optprune.cli.run_folder import journalled
+from optprune.system.files import real_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optprune.allocation import Allocation
+    from optprune.cli.progress import Reporter
+    from optprune.export import SavedModel
+    from optprune.recipe import Recipe
+    from optprune.report import Report
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """Where a run reads and where it writes."""
+
+    model: str
+    dtype: str
+    device: str
+    output: Path
+    overwrite: bool
+    save_dtype: str
+    max_shard_size: str
+    resume: bool
+
+    def run(
+        self,
+        reporter: "Reporter",
+        batches: "Sequence[Tensor]",
+        recipe: "Recipe",
+        allocation: "Allocation | None",
+        calibration: str,
+        *,
+        window: "Tensor",
+    ) -> "tuple[Report, SavedModel]":
+        """Load, prune, save and check; `calibration` says in words where the batches are from."""
+        from optprune.export import save_pruned
+        from optprune.export.place import discard, left_behind
+        from optprune.models import load_model, open_model, reads_blocks
+        from optprune.pruning import prune
+
+        for folder in left_behind(real_path(self.output)):
+            reporter.say(f"deleting {folder}, which a run that was killed has left behind")
+            discard(folder)
+        reporter.say(f"loading {self.model}")
+        with journalled(self.output, resume=self.resume, overwrite=self.overwrite) as journal:
+            if reads_blocks(self.model):
+                place = journal.folder
+                loaded = open_model(self.model, dtype=self.dtype, device=self.device, sink=journal.sink, scratch=place)
+            else:
+                loaded = load_model(self.model, dtype=self.dtype, device=self.device)
+            with reporter.blocks() as on_event:
+                report = prune(
+                    loaded.model,
+                    batches,
+                    recipe,
+                    allocation=allocation,
+                    on_event=on_event,
+                    source=self.model,
+                    calibration=calibration,
+                    store=loaded.store,
+                    journal=journal,
+                )
+            reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
+            saved = save_pruned(
+                loaded,
+                self.output,
+                report,
+                recipe,
+                window=window,
+                overwrite=self.overwrite,
+                dtype=self.save_dtype,
+                max_shard_size=self.max_shard_size,
+                made=journal.shards(),
+            )
+        return report, saved
