@@ -71,7 +71,7 @@ __all__ = [
     "tokenise",
 ]
 __version__: str
-"""of the installed package"""
+"""the version of the installed package"""
 
 
 def __getattr__(name: str) -> Any:
@@ -88,5 +88,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """With the names that are not imported yet."""
+    """All names, also those that are not imported yet."""
     return sorted({*globals(), *__all__, "__version__"})

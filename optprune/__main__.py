@@ -1,4 +1,4 @@
-"""So that `python -m optprune` runs the program."""
+"""The program, as `python -m optprune` runs it."""
 
 import sys
 

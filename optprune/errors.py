@@ -42,5 +42,5 @@ def no_room(error: BaseException) -> str | None:
     """What is used up, when an error says that there is no room to write: of Python's, or in a Rust library's words."""
     if isinstance(error, OSError):
         return NO_ROOM.get(error.errno or 0)
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return NO_ROOM.get(int(told[1])) if told else None
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return NO_ROOM.get(int(code[1])) if code else None

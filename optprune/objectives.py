@@ -16,14 +16,14 @@ class LayerContext:
     """the layer's full name, e.g. model.layers.3.mlp.down_proj"""
     block: int
     loss: LayerLoss
-    """over the layer's weight [out, in], damped as the recipe says"""
+    """the loss over the layer's weight [out, in], damped as the recipe says"""
     keep: int
     """how many units (with a link) or weights (without) the budget leaves"""
     link: Link | None
     """the units that this layer shares with the layers before it, where the recipe prunes units: whatever the problem,
     those are removed of which its answer reads no input (`Problem.inputs`), equally many in every slot"""
     pattern: Pattern | None = None
-    """what a mask of the layer may look like, where the recipe prunes single weights"""
+    """the pattern that a mask of the layer must have, where the recipe prunes single weights"""
 
 
 Objective = Callable[[LayerContext], Problem]

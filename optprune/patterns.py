@@ -103,7 +103,7 @@ class PatternFamily(ABC):
     """What the layers of a model are to look like: a pattern for the shape of a layer and the share that it keeps."""
 
     name: str
-    """as a recipe spells it"""
+    """the name that a recipe spells"""
     only_share: float | None = None
     """the share that a layer keeps unless it keeps all, or None where that may be any"""
     multiple: int = 1
@@ -153,7 +153,7 @@ class InRows(PatternFamily):
 @final
 @dataclass(frozen=True)
 class InGroups(PatternFamily):
-    """n of every m consecutive inputs of a row, or all."""
+    """The patterns that keep n of every m consecutive inputs of a row, or all."""
 
     n: int
     m: int

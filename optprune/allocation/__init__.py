@@ -1,10 +1,10 @@
 """Allocation: how a budget over the whole model is divided over its blocks."""
 
 from optprune.allocation.allocation import Allocation
-from optprune.allocation.base import Allocator, Division
+from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.allocation.by_cost import ByCost
 from optprune.allocation.depth import Depth
 from optprune.allocation.given import Given
 from optprune.allocation.uniform import Uniform
 
-__all__ = ["Allocation", "Allocator", "ByCost", "Depth", "Division", "Given", "Uniform"]
+__all__ = ["Allocation", "Allocator", "ByCost", "DenseModel", "Depth", "Division", "Given", "Uniform"]

@@ -78,9 +78,9 @@ class Allocation:
         """What blocks keep, a line for each number that is not the same in all of them."""
         counts = [asdict(block.shape) for block in self.blocks]
         paths = dict.fromkeys(path for block in self.blocks for path in block.shares)
-        told = {f"{name} by block": [str(count[name]) for count in counts] for name in counts[0]}
-        told |= {f"kept of {path} by block": [f"{block.share(path):.0%}" for block in self.blocks] for path in paths}
-        return [f"{what}: {' '.join(numbers)}" for what, numbers in told.items() if len(set(numbers)) > 1]
+        numbers = {name: [str(count[name]) for count in counts] for name in counts[0]}
+        numbers |= {f"kept of {path}": [f"{block.share(path):.0%}" for block in self.blocks] for path in paths}
+        return [f"{what} by block: {' '.join(each)}" for what, each in numbers.items() if len(set(each)) > 1]
 
     def to_dict(self) -> dict[str, Any]:
         """The allocation as plain data."""

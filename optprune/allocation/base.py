@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,6 +13,19 @@ from optprune.models import Decoder
 from optprune.report import Event, RemovedPart
 
 
+@dataclass(frozen=True, eq=False)
+class DenseModel:
+    """The model before anything is removed, and what may be asked of it to divide a budget over its blocks."""
+
+    decoder: Decoder
+    batches: Sequence[Tensor]
+    """the calibration tokens"""
+    metrics: Mapping[str, OutputMetric] = field(default_factory=dict)
+    """what weighs the outputs of a layer, by its full name; those of a layer without one count alike"""
+    statistics: DenseStatistics = field(default_factory=DenseStatistics)
+    on_event: Callable[[Event], None] = lambda event: None
+
+
 @dataclass(frozen=True)
 class Division:
     """What an allocator came to."""
@@ -21,7 +34,7 @@ class Division:
     removed: tuple[RemovedPart, ...] = ()
     """the sub-blocks that a score chose"""
     warnings: tuple[str, ...] = ()
-    """what strict mode makes an error"""
+    """the sentences that strict mode makes errors"""
     notes: tuple[str, ...] = ()
 
 
@@ -43,15 +56,5 @@ class Allocator(ABC):
         """Raise InputError when a model of these shapes cannot be divided so; it may be on the meta device."""
 
     @abstractmethod
-    def divide(
-        self,
-        decoder: Decoder,
-        batches: Sequence[Tensor],
-        metrics: Mapping[str, OutputMetric],
-        statistics: DenseStatistics,
-        on_event: Callable[[Event], None],
-    ) -> Division:
-        """Say what every block keeps. The model is left as it was.
-
-        `metrics` weigh the outputs of a layer, by its full name; a layer without one has outputs that count alike.
-        """
+    def divide(self, dense: DenseModel) -> Division:
+        """Say what every block keeps. The model is left as it was."""

@@ -4,22 +4,18 @@ The costs come from the dense model, in one pass of the calibration tokens, and 
 metric: without one a layer with large outputs seems important because they are large.
 """
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
-from optprune.allocation.base import Allocator, Division
+from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.allocation.costs import CostBudget
-from optprune.calibration import DenseStatistics, Probe, Stream, first_inputs, first_tokens
+from optprune.calibration import Probe, Stream, first_inputs, first_tokens
 from optprune.calibration.moments_pass import collect
 from optprune.errors import NumericalError
 from optprune.measure.memory import release
-from optprune.metric import OutputMetric
 from optprune.models import Decoder, Units
 from optprune.problems import LayerLoss
-from optprune.report import BlockMeasured, Event, PhaseAdvanced
+from optprune.report import BlockMeasured, PhaseAdvanced
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
@@ -44,7 +40,7 @@ class ByCost(Allocator):
     units: Units
     budget: CostBudget
     damping: float
-    """of the layers' losses"""
+    """the damping of the layers' losses"""
     fit_bias: bool
     weighed: bool
     """whether an output metric weighs the losses"""
@@ -61,28 +57,14 @@ class ByCost(Allocator):
     def check(self, decoder: Decoder) -> None:
         self.budget.check(decoder)
 
-    def divide(
-        self,
-        decoder: Decoder,
-        batches: Sequence[Tensor],
-        metrics: Mapping[str, OutputMetric],
-        statistics: DenseStatistics,
-        on_event: Callable[[Event], None],
-    ) -> Division:
-        probe = Probe(decoder, first_tokens(batches, self.probe_tokens)) if self.probes else None
-        return self.along(decoder, first_inputs(decoder, batches), metrics, statistics, on_event, probe)
+    def divide(self, dense: DenseModel) -> Division:
+        probe = Probe(dense.decoder, first_tokens(dense.batches, self.probe_tokens)) if self.probes else None
+        return self.along(dense, first_inputs(dense.decoder, dense.batches), probe)
 
-    def along(
-        self,
-        decoder: Decoder,
-        stream: Stream,
-        metrics: Mapping[str, OutputMetric],
-        statistics: DenseStatistics,
-        on_event: Callable[[Event], None],
-        probe: Probe | None = None,
-    ) -> Division:
+    def along(self, dense: DenseModel, stream: Stream, probe: Probe | None = None) -> Division:
         """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end."""
-        costs, blocks = self.budget.costs(decoder, statistics, probe, bool(metrics)), len(decoder.blocks)
+        decoder, metrics, on_event = dense.decoder, dense.metrics, dense.on_event
+        costs, blocks = self.budget.costs(decoder, dense.statistics, probe, bool(metrics)), len(decoder.blocks)
         for index in range(blocks):
             on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
             with decoder.resident(index):

@@ -10,7 +10,7 @@ from optprune.problems import LayerLoss
 from optprune.report import Event
 
 UNHEARD = 1e-5
-"""nats a token: a divergence in float32 arithmetic tells no less"""
+"""the smallest divergence, in nats a token, that float32 arithmetic tells from none"""
 
 
 class Costs(ABC):

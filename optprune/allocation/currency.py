@@ -1,7 +1,7 @@
 """What blocks cost, whole and narrower: in weights, in floating-point operations, or in seconds on this machine.
 
 A budget over the model is counted in one of these. Attention and MLP add up, so what a block costs with less of one is
-told for each alone.
+known for each alone.
 """
 
 import statistics
@@ -18,9 +18,9 @@ from optprune.measure.clock import clock
 from optprune.models import BlockShape, Decoder, LinkedUnits
 
 REPEATS = 5
-"""of which the median is taken"""
+"""the number of timings that a median is taken of"""
 MOST_TIMED = 8
-"""how many counts of a field are timed, whatever it has: times between them are interpolated"""
+"""how many counts of units are timed, however many there are: times between them are interpolated"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +28,10 @@ class Prices:
     """The cost of every block of a model, and what it is with another count of its units of one kind."""
 
     unit: str
-    """in words that follow a share, such as "the decoder's linear weights" """
+    """the words that follow a share, such as "the decoder's linear weights" """
     whole: tuple[float, ...]
     narrowed: Callable[[int, LinkedUnits, int], float]
-    """from a block, a kind of units and their count; a count of zero is a block without that sub-block"""
+    """the cost for a block, a kind of units and their count; a count of zero is a block without that sub-block"""
 
 
 def prices_of(

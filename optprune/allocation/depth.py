@@ -4,7 +4,7 @@ Not a layer problem: removing a sub-block leaves nothing to solve. What is chose
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from optprune.allocation.allocation import Allocation, everything
-from optprune.allocation.base import Allocator, Division
-from optprune.calibration import DenseStatistics, calibrating, first_inputs
+from optprune.allocation.base import Allocator, DenseModel, Division
+from optprune.calibration import calibrating, first_inputs
 from optprune.calibration.stream import run_block
 from optprune.calibration.variants import Variants
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import GIVES_NAN, TOKENS_AT_ONCE, of_surprise, surprise
-from optprune.metric import OutputMetric
 from optprune.models import BlockShape, Decoder
-from optprune.report import Event, PartsScored, RemovedPart
+from optprune.report import PartsScored, RemovedPart
 
 
 @dataclass(frozen=True)
@@ -45,27 +44,21 @@ class Depth(Allocator):
 
     sparsity: float
     parts: str
-    """attention, mlp, both, or layers: the two of a layer together"""
+    """which sub-blocks may go: attention, mlp, both, or layers, the two of a layer together"""
     score: str
-    """perplexity or influence"""
+    """the name of the score, perplexity or influence"""
     tokens: int
 
     def check(self, decoder: Decoder) -> None:
         return
 
-    def divide(
-        self,
-        decoder: Decoder,
-        batches: Sequence[Tensor],
-        metrics: Mapping[str, OutputMetric],
-        statistics: DenseStatistics,
-        on_event: Callable[[Event], None],
-    ) -> Division:
+    def divide(self, dense: DenseModel) -> Division:
+        decoder, on_event = dense.decoder, dense.on_event
         candidates = _candidates(decoder, self.parts)
         budget = self.sparsity * decoder.linear_weights()
         on_event(PartsScored(0, round(budget)))
-        influences = _influences(decoder, batches, candidates) if self.score == "influence" else None
-        windows = _windows(batches, self.tokens)
+        influences = _influences(decoder, dense.batches, candidates) if self.score == "influence" else None
+        windows = _windows(dense.batches, self.tokens)
         shapes = list(decoder.shapes())
         removed: list[tuple[Candidate, float]] = []
         gone = 0

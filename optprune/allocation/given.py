@@ -1,17 +1,11 @@
 """An allocation that is given."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from torch import Tensor
-
 from optprune.allocation.allocation import Allocation
-from optprune.allocation.base import Allocator, Division
-from optprune.calibration import DenseStatistics
-from optprune.metric import OutputMetric
+from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.models import Decoder, Units
-from optprune.report import Event
 
 
 @final
@@ -27,13 +21,6 @@ class Given(Allocator):
         for index, block in enumerate(self.allocation.blocks):
             self.units.check(decoder, index, block)
 
-    def divide(
-        self,
-        decoder: Decoder,
-        batches: Sequence[Tensor],
-        metrics: Mapping[str, OutputMetric],
-        statistics: DenseStatistics,
-        on_event: Callable[[Event], None],
-    ) -> Division:
+    def divide(self, dense: DenseModel) -> Division:
         # What a file says of its sparsity is not believed: it may have been edited.
-        return Division(Allocation.of(decoder, self.allocation.blocks, self.allocation.saves))
+        return Division(Allocation.of(dense.decoder, self.allocation.blocks, self.allocation.saves))

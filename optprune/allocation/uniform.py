@@ -1,18 +1,12 @@
 """The uniform allocator: the same share from every block."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from torch import Tensor
-
 from optprune.allocation.allocation import Allocation, everything
-from optprune.allocation.base import Allocator, Division
-from optprune.calibration import DenseStatistics
+from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.errors import InputError
-from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, LinkedUnits, Units, Weights
-from optprune.report import Event
 
 
 @final
@@ -27,15 +21,8 @@ class Uniform(Allocator):
     def check(self, decoder: Decoder) -> None:
         self._allocation(decoder)
 
-    def divide(
-        self,
-        decoder: Decoder,
-        batches: Sequence[Tensor],
-        metrics: Mapping[str, OutputMetric],
-        statistics: DenseStatistics,
-        on_event: Callable[[Event], None],
-    ) -> Division:
-        return Division(self._allocation(decoder))
+    def divide(self, dense: DenseModel) -> Division:
+        return Division(self._allocation(dense.decoder))
 
     def _allocation(self, decoder: Decoder) -> Allocation:
         return uniform(decoder, self.sparsity, self.units, self.width_multiple)

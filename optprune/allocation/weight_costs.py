@@ -55,11 +55,11 @@ class WeightCosts(Costs):
         self.names: list[str] = []
         """the layers of the present block"""
         self.changes: list[Change] = []
-        """without the weights that a uniform share would remove, for the probe"""
+        """the present block's layers without the weights that a uniform share would remove, for the probe"""
         self.predicted = 0.0
-        """what the losses say of those changes"""
+        """the sum of what those changes cost by the losses"""
         self.tried: list[tuple[list[str], float]] = []
-        """what the probe has tried, block by block: the layers, and what the losses say"""
+        """what the probe has tried, block by block: the layers, and what it costs by the losses"""
 
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         budget, name = self.budget, self.decoder.name(block, target.path)

@@ -26,9 +26,9 @@ class WidthCurve:
     block: int
     kind: LinkedUnits
     there: int
-    """how many there are, in every slot"""
+    """how many units there are, in every slot"""
     losses: Mapping[int, float]
-    """by the number of units kept, not all; zero is the block without that sub-block"""
+    """the loss by the number of units kept, which is not all; zero is the block without that sub-block"""
     notes: tuple[str, ...] = ()
     tried: int | None = None
     """the number of units kept that a probe has tried"""
@@ -70,7 +70,7 @@ class WidthBudget(CostBudget):
     """the tokens of the forward pass that operations and time are of"""
 
     def check(self, decoder: Decoder) -> None:
-        """As far as shapes tell, which is not the time."""
+        """Raise InputError where the shapes alone say that the budget is out of reach, which they do not of a time."""
         if self.currency != "parameters":
             check_tokens(decoder, self.tokens)
         if self.currency == "time":
@@ -102,7 +102,7 @@ class WidthCosts(Costs):
         self.budget, self.decoder, self.statistics, self.probe = budget, decoder, statistics, probe
         self.widths: list[WidthCurve] = []
         self.noted: dict[str, list[str]] = {}
-        """the layers of which a note is told"""
+        """the names of the layers that each note is about"""
         self.saves = ""
         """what the allocation saves, where that is not counted in weights"""
 
@@ -113,8 +113,8 @@ class WidthCosts(Costs):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        told = f"the budget was counted in {self.budget.currency}: the allocation saves {self.saves}"
-        return (told,) if self.saves else ()
+        note = f"the budget was counted in {self.budget.currency}: the allocation saves {self.saves}"
+        return (note,) if self.saves else ()
 
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         assert target.kind is not None

@@ -39,7 +39,7 @@ class Calls:
 
 @contextmanager
 def catching(block: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Calls]]:
-    """By path, what sub-modules of a block are called with meanwhile, one entry a pass, and what they answer."""
+    """The calls of sub-modules of a block meanwhile, by path: what goes in and what comes out, one entry a pass."""
     calls = {path: Calls([], []) for path in paths}
 
     def hook(of: Calls) -> Any:

@@ -14,7 +14,7 @@ from optprune.problems import LinkedLeastSquares
 from optprune.solvers import removal_curve
 
 Removal = tuple[Tensor, Tensor, tuple[str, ...]]
-"""the order in which units go, the loss after each, and notes"""
+"""a removal curve: the order in which units go, the loss after each, and notes"""
 
 
 class DenseStatistics:
@@ -38,16 +38,16 @@ class DenseStatistics:
 
 
 class Statistics(DenseStatistics):
-    """The same, each measured once and kept: given to `prune` for several recipes, it spares what those have in common.
+    """Dense statistics measured once and kept: `prune` need not measure again what several recipes have in common.
 
-    What was measured is told by its content: the model's weights, the tokens, the seed, the layer's problem. So one
+    What was measured goes by its content: the model's weights, the tokens, the seed, the layer's problem. So one
     object may serve copies of a model, other texts and other models, and a model that is changed is measured anew.
     Everything is kept, in memory and where it was measured, until `forget`.
     """
 
     def __init__(self) -> None:
         self.spared = 0.0
-        """the seconds of measuring that were not spent again"""
+        """the seconds of measuring that were saved"""
         self._kept: dict[tuple[Any, ...], tuple[Any, float]] = {}
 
     def metrics(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE
 from optprune.calibration.variants import Variants
 from optprune.models import Decoder
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from optprune.problems import LayerLoss
 
 
@@ -46,7 +46,7 @@ class Probe:
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
-        """`batches` of token ids [batch, length], without padding."""
+        """The `batches` are token ids [batch, length], without padding."""
         self.decoder, self.variants = decoder, Variants(decoder, batches)
 
     def try_out(self, changes: Sequence[Change]) -> None:

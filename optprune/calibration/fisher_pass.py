@@ -25,12 +25,12 @@ from optprune.models.store import Aside
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""
 POSITIONS_AT_ONCE = 128
-"""how many go through the head together: the logits of a large vocabulary would be the largest tensors here"""
+"""how many tokens go through the head together: the logits of a large vocabulary would be the largest tensors here"""
 NO_LABEL = -100
-"""marks a position whose prediction does not count"""
+"""the label of a position whose prediction does not count"""
 
 Labels = Callable[[Tensor, Tensor], Tensor]
-"""from logits [positions, vocabulary] and the text's next tokens [positions] to the labels, or NO_LABEL"""
+"""a function from logits [positions, vocabulary] and the text's next tokens [positions] to labels, some NO_LABEL"""
 
 
 def sampled(seed: int) -> Labels:

@@ -18,9 +18,9 @@ class Collected:
     held_out: dict[str, InputMoments]
     """the moments of the batches kept apart; empty when there were none"""
     gram_seconds: float
-    """of the Gram products of the inputs x*"""
+    """the seconds of the Gram products of the inputs x*"""
     forward_seconds: float
-    """of the forward pass on the stream alone: of the whole block where `output` was given"""
+    """the seconds of the forward pass on the stream alone, which is of the whole block where `output` was given"""
 
 
 def collect(

@@ -41,15 +41,15 @@ class Propagation(ABC):
     """
 
     name: str
-    """by which a file and a report tell the policy"""
+    """the name of the policy in a file and a report"""
     independent: bool
-    """every block gets what the dense model gives it, whatever becomes of the blocks before it, so that blocks can be
-    pruned in any order; else it gets what the pruned blocks before it give"""
+    """whether every block gets what the dense model gives it, whatever becomes of the blocks before it, so that blocks
+    can be pruned in any order; else it gets what the pruned blocks before it give"""
     sequential: bool
-    """inside a block, a layer's inputs are collected after the layers before it were pruned"""
+    """whether, inside a block, a layer's inputs are collected after the layers before it were pruned"""
     dense_target: bool
-    """the target is what the dense block gives, not what the original weight gives on the pruned block's inputs; so
-    layers that keep all their units are corrected too"""
+    """whether the target is what the dense block gives, not the original weight's answer to the pruned block's inputs;
+    then layers that keep all their units are corrected too"""
 
     @abstractmethod
     def start(self, stream: Stream) -> "Path":
@@ -106,7 +106,7 @@ class Path:
     actual: Stream
     """what the current block will really get"""
     dense: Stream
-    """what it gets in the dense model; the same stream where the policy follows only one"""
+    """what the current block gets in the dense model; the same stream where the policy follows only one"""
 
     def visit(
         self, block: nn.Module, *, held_out: int = 0, cut: bool = False, original: nn.Module | None = None
@@ -140,7 +140,8 @@ class Visit:
     def __init__(self, path: Path, block: nn.Module, held_out: int, cut: bool, original: nn.Module | None) -> None:
         self.path, self.block, self.held_out = path, block, held_out
         self.floor_seconds = 0.0
-        """of what no run of such a policy can spare: two passes of the block, and the Gram products of its inputs x*"""
+        """the seconds of what no run of such a policy can spare: two passes of the block, and the Gram products of its
+        inputs x*"""
         policy = path.policy
         if original is None:
             original = copy.deepcopy(block) if policy.dense_target or path.dense is not path.actual else block

@@ -19,7 +19,7 @@ class Stream:
 
     hidden: list[Tensor]
     others: list[list[dict[str, Any]]]
-    """by batch and block: blocks with a sliding window get another mask than the rest"""
+    """the arguments of each block by batch and block: blocks with a sliding window get another mask than the rest"""
     block: int = 0
     """the current block's number"""
 

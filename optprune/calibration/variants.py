@@ -16,13 +16,13 @@ class Variants:
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
-        """`batches` of token ids [batch, length], without padding."""
+        """The `batches` are token ids [batch, length], without padding."""
         self.decoder = decoder
         self.stream = first_inputs(decoder, batches)
-        """of the model without a change"""
+        """the hidden states of the model without a change"""
         self._along: list[Aside] = []
         self._fresh: list[Aside] = []
-        """of changes of the current block: they are behind it already"""
+        """the hidden states of the changes of the current block, which are behind it already"""
 
     def add(self) -> None:
         """Have what the current block gives, as it is now, go along as one more."""

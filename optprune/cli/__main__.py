@@ -1,4 +1,4 @@
-"""So that `python -m optprune.cli` runs the program."""
+"""The program, as `python -m optprune.cli` runs it."""
 
 import sys
 

@@ -69,7 +69,7 @@ def benchmark_model_command(
         result["ratios"] = {**ratios.to_dict(), "file": file_ratio}
         peak = "unknown" if ratios.peak_memory is None else f"{ratios.peak_memory:.3f}"
         lines.append(
-            f"{model} over {against}: prefill {_told(ratios.prefill, 3)}, decoding {_told(ratios.decode, 3)}, "
+            f"{model} over {against}: prefill {_spread(ratios.prefill, 3)}, decoding {_spread(ratios.decode, 3)}, "
             f"peak memory {peak}, weights {ratios.weights:.3f}, file {file_ratio:.3f}"
         )
     write_json(json_file, json_text(result), lines[-1])
@@ -80,12 +80,12 @@ def benchmark_model_command(
 def _model_line(speed: "ModelSpeed", file_size: int) -> str:
     peak = "unknown" if speed.peak_bytes is None else _mib(speed.peak_bytes)
     return (
-        f"{speed.name}: prefill {_told(speed.prefill, 1)} tokens/s, decoding {_told(speed.decode, 1)} tokens/s, "
+        f"{speed.name}: prefill {_spread(speed.prefill, 1)} tokens/s, decoding {_spread(speed.decode, 1)} tokens/s, "
         f"peak memory {peak}, weights {_mib(speed.weight_bytes)}, file {_mib(file_size)}"
     )
 
 
-def _told(measured: "Measured", digits: int) -> str:
+def _spread(measured: "Measured", digits: int) -> str:
     first, third = measured.quartiles
     return f"{measured.median:.{digits}f} ({first:.{digits}f} to {third:.{digits}f})"
 

@@ -33,10 +33,10 @@ class Measured:
     perplexity: float
     parameters: int
     linear_weights: int
-    """of the decoder blocks, which sparsity is counted over"""
+    """the number of linear weights in the decoder blocks, which sparsity is counted over"""
     weights_mib: float
     seconds: float
-    """of the evaluation"""
+    """the seconds of the evaluation"""
 
 
 @dataclass(frozen=True)

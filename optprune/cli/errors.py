@@ -18,7 +18,7 @@ from optprune.system.wording import one_line
 INTERRUPTED = 130
 FAILED = 2
 LONGEST = 4000
-"""characters of a sentence: one that lists every solver's reason has half of that"""
+"""the most characters of a sentence: one that lists every solver's reason has half of that"""
 
 P = ParamSpec("P")
 

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from optprune.report import Event
 
 LINES_APART = 10.0
-"""seconds between two lines where there is no terminal"""
+"""the seconds between two lines where there is no terminal"""
 
 Update = Callable[[int, int], None]
-"""called with how many are done, and of how many"""
+"""a function that is called with how many are done, and of how many"""
 
 
 def _nothing(done: int, total: int) -> None:
@@ -102,7 +102,7 @@ class Reporter:
 
 
 class _TimeLeft(ProgressColumn):
-    """From the mean speed so far: blocks take long, so the speed of the last seconds says nothing."""
+    """The time left by the mean speed so far: blocks take long, so the speed of the last seconds says nothing."""
 
     def render(self, task: Task) -> Text:
         """The time left, in words."""

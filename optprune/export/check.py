@@ -39,7 +39,7 @@ def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
 
 
 def places_of(decoder: Decoder) -> dict[str, Any]:
-    """Where a process that loads the folder keeps what: the blocks on the disk, all else on the device of the model."""
+    """The place of each part in a process that loads the folder: blocks on the disk, all else on the model's device."""
     device = decoder.model.device
     here = "cpu" if device.type == "cpu" else (device.index or 0)
     blocks = decoder.architecture.blocks
@@ -56,12 +56,12 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch
 
     OptpruneError when it is more than rounding, or the process cannot tell.
     """
-    record = scratch / "probe.safetensors"
+    record = scratch / "logits.safetensors"
     save_file({"input_ids": ids.cpu().contiguous(), "logits": logits}, record)
     # Without the script's folder (-P), but with everything that this process imports from, wherever it is.
     task = {
         "folder": str(folder),
-        "probe": str(record),
+        "record": str(record),
         "threads": torch.get_num_threads(),
         "paths": [path or str(Path.cwd()) for path in sys.path],
         "places": places_of(decoder),

@@ -11,7 +11,7 @@ from optprune.models import DTYPES, LoadedModel, check_dtype
 from optprune.recipe import Recipe
 from optprune.report import Report
 
-PROBE_TOKENS = 128
+CHECK_TOKENS = 128
 """how many tokens the logits of the saved model are compared on"""
 
 
@@ -40,7 +40,7 @@ def save_pruned(
         folder,
         tokenizer=loaded.tokenizer,
         files={"report.json": report.to_json(), "recipe.yaml": recipe.settled().to_yaml()},
-        probe=window[None, :PROBE_TOKENS],
+        check_tokens=window[None, :CHECK_TOKENS],
         overwrite=overwrite,
         store=loaded.store,
         max_shard_size=max_shard_size,

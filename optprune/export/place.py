@@ -14,9 +14,9 @@ from optprune.errors import InputError, OptpruneError
 from optprune.system.files import real_path
 
 UNCHECKED = ".unchecked"
-"""what the name of a folder ends with that was not seen to load"""
+"""the end of the name of a folder that was not seen to load"""
 LOCK = "in-use"
-"""a file in a draft that the process at work on it holds a lock of, which ends with the process"""
+"""the name of a file in a draft: the process that writes the draft holds a lock on it, which ends with the process"""
 
 
 def check_output(folder: str | Path, overwrite: bool) -> None:

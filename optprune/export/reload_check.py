@@ -2,9 +2,10 @@
 
 usage: python -P reload_check.py TASK
 
-TASK is JSON: the folder, the probe's file, the number of threads, the import path of the process that saved the folder,
-where the model's parts are to be ("disk" for what is read when it runs), and a scratch folder. It stands for a user
-without optprune: importing optprune is an error, and code in the folder, which optprune wrote a moment ago, is trusted.
+TASK is JSON: the folder, the record of token ids and logits, the number of threads, the import path of the process that
+saved the folder, where the model's parts are to be ("disk" for what is read when it runs), and a scratch folder. It
+stands for a user without optprune: importing optprune is an error, and code in the folder, which optprune wrote a
+moment ago, is trusted.
 """
 
 import json
@@ -32,7 +33,7 @@ def main(words: str) -> None:
         sys.exit(CANNOT_IMPORT)
 
     torch.set_num_threads(task["threads"])
-    recorded = load_file(task["probe"])
+    recorded = load_file(task["record"])
     config = json.loads((Path(task["folder"]) / "config.json").read_text(encoding="utf-8"))
     model = AutoModelForCausalLM.from_pretrained(
         task["folder"],

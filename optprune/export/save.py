@@ -27,11 +27,11 @@ class SavedModel:
 
     folder: Path
     bytes: int
-    """of the weights"""
+    """the size of the weights"""
     stock: bool
     """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load"""
     logits_difference: float | None
-    """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
+    """the largest difference between the logits in memory and those of the reloaded model; None when not checked"""
 
 
 def save_model(
@@ -40,7 +40,7 @@ def save_model(
     *,
     tokenizer: Tokenizer | None = None,
     files: Mapping[str, str] | None = None,
-    probe: Tensor | None = None,
+    check_tokens: Tensor | None = None,
     overwrite: bool = False,
     store: BlockStore | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
@@ -48,17 +48,17 @@ def save_model(
 ) -> SavedModel:
     """Write a model folder with safetensors weights, the tokenizer and extra text files, whole or not at all.
 
-    `probe` [batch, tokens] are token ids: a fresh Python process loads the folder without optprune, a block at a time,
-    with the modelling file in the folder where the shapes are not stock, and its logits must agree with those in
-    memory. Until then the folder's name ends with ".unchecked", and where they do not, or the process fails, that is
-    where it stays. A model that `open_model` gave comes with the `store` of its blocks. Where the weights are more than
-    `max_shard_size`, files `made` that hold a block each are linked and not copied.
+    With `check_tokens` [batch, tokens], token ids, a fresh Python process loads the folder without optprune, a block at
+    a time, with the modelling file in the folder where the shapes are not stock, and its logits on them must agree with
+    those in memory. Until then the folder's name ends with ".unchecked", and where they do not, or the process fails,
+    that is where it stays. A model that `open_model` gave comes with the `store` of its blocks. Where the weights are
+    more than `max_shard_size`, files `made` that hold a block each are linked and not copied.
     """
     folder, decoder, most = Path(folder), Decoder(model, store), size_of(max_shard_size)
     check_output(folder, overwrite)
     place = real_path(folder)  # a link stays a link to the new folder
     unchecked = place.with_name(f"{place.name}{UNCHECKED}")
-    logits = None if probe is None else logits_of(decoder, probe)
+    logits = None if check_tokens is None else logits_of(decoder, check_tokens)
     created = _missing_parents(place)
     scratch: Scratch | None = None
     committed = False
@@ -70,13 +70,13 @@ def save_model(
         _write(decoder, draft, tokenizer, files or {}, most, made)
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
         difference = None
-        if probe is not None and logits is not None:
+        if check_tokens is not None and logits is not None:
             with interrupts_held():
                 put_in_place(draft, unchecked, overwrite=True)
                 committed = True
                 record_done(f"the pruned model is in {unchecked}, and was not seen to load")
             draft = unchecked
-            difference = _checked(decoder, unchecked, probe, logits, scratch.folder)
+            difference = _checked(decoder, unchecked, check_tokens, logits, scratch.folder)
         with interrupts_held():
             put_in_place(draft, place, overwrite)
             record_done(f"the pruned model is in {folder}")
@@ -89,13 +89,13 @@ def save_model(
             for parent in () if place.exists() or committed else created:
                 with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
                     parent.rmdir()
-        told = _told(error, folder, unchecked if committed else None, scratch)
-        if told is error:
+        described = _described(error, folder, unchecked if committed else None, scratch)
+        if described is error:
             raise
-        raise told from error
+        raise described from error
 
 
-def _told(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
+def _described(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
     """An error as the user is to see it: what is not there, what is, and what could not be taken away."""
     full = no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
     if full is not None:
@@ -110,9 +110,9 @@ def _told(error: BaseException, folder: Path, unchecked: Path | None, scratch: S
     return error if sentence == str(error) else OptpruneError(sentence)
 
 
-def _checked(decoder: Decoder, folder: Path, probe: Tensor, logits: Tensor, scratch: Path) -> float:
+def _checked(decoder: Decoder, folder: Path, tokens: Tensor, logits: Tensor, scratch: Path) -> float:
     try:
-        return compare(decoder, folder, probe, logits, scratch)
+        return compare(decoder, folder, tokens, logits, scratch)
     except OptpruneError as error:
         raise OptpruneError(f"the pruned model is in {folder}, but it was not seen to load: {error}") from error
 

@@ -24,7 +24,7 @@ class Shard:
     """A weights file to be."""
 
     names: tuple[str, ...]
-    """of its tensors"""
+    """the bytes of its tensors"""
     made: Path | None = None
     """a file that holds just these already"""
 

@@ -23,7 +23,7 @@ class Evaluation:
 
     perplexity: float
     tokens: int
-    """next-token predictions: one fewer than its length for each window"""
+    """the number of next-token predictions: one fewer than its length for each window"""
     windows: int
     seconds: float
 

@@ -81,14 +81,14 @@ class ModelSpeed:
 
     name: str
     prefill: Measured
-    """prompt tokens a second, of all prompts of a batch together"""
+    """how many prompt tokens a second are read, of all prompts of a batch together"""
     decode: Measured
-    """new tokens a second, of all sequences of a batch together"""
+    """how many new tokens a second are decoded, of all sequences of a batch together"""
     parameters: int
     weight_bytes: int
-    """of parameters and buffers in memory"""
+    """the size of parameters and buffers in memory"""
     peak_bytes: int | None
-    """see PEAK_MEMORY; None where the system does not tell"""
+    """the peak that PEAK_MEMORY describes; None where the system does not tell"""
 
     def over(self, other: "ModelSpeed") -> "Ratios":
         """This model's figures over another's from the same measurement."""
@@ -206,8 +206,8 @@ def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
         ("devices", {name: str(model.device) for name, model in models.items()}),
     ):
         if len(set(found.values())) > 1:
-            told = ", ".join(f"{value} of {name}" for name, value in found.items())
-            raise InputError(f"the models have different {what} ({told}), so speeds do not compare: choose one")
+            listed = ", ".join(f"{value} of {name}" for name, value in found.items())
+            raise InputError(f"the models have different {what} ({listed}), so speeds do not compare: choose one")
 
 
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:

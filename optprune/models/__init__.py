@@ -1,7 +1,7 @@
 """Models: one architecture a file, mostly data; what can go together in them; loading."""
 
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
-from optprune.models.decoder import ARCHITECTURES, Decoder, LinkedLayers, architecture_of, is_stock
+from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
@@ -18,6 +18,7 @@ from optprune.models.load import (
     stored_dtype,
     using_tokenizer,
 )
+from optprune.models.registry import ARCHITECTURES, architecture_of, is_stock
 from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
 
 __all__ = [

@@ -16,7 +16,7 @@ from optprune.models.weights_files import weights_files
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LONGEST_HEADER = 100_000_000
-"""bytes: safetensors itself reads no longer one"""
+"""the most bytes of a header: safetensors itself reads no longer one"""
 FETCH = "fetch it again"
 
 
@@ -28,7 +28,7 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """the first byte, from the beginning of the file"""
+    """the place of the first byte, from the beginning of the file"""
 
     @property
     def bytes(self) -> int:
@@ -49,7 +49,7 @@ class Checkpoint:
     """The tensors of a model's safetensors files, by name; nothing of them is held."""
 
     source: str
-    """as the user calls it"""
+    """the name that the user calls it by"""
     tensors: Mapping[str, StoredTensor]
 
     @classmethod

@@ -18,7 +18,7 @@ LARGEST = {
     "vocab_size": 2**31,
     "max_position_embeddings": 2**40,
 }
-"""the fields that are counts, and more than any model has"""
+"""the fields that are counts, with a number that no model exceeds"""
 FIXED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """what the forward pass must return"""
 

@@ -7,45 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models.architecture import Architecture, BlockShape, Classes
-from optprune.models.llama import LLAMA
-from optprune.models.opt import OPT
-from optprune.models.qwen2 import QWEN2
+from optprune.models.architecture import BlockShape, Classes
+from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.store import Aside, BlockStore, Held
+from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
 from optprune.problems import Link
-
-ARCHITECTURES = {architecture.model_type: architecture for architecture in (LLAMA, OPT, QWEN2)}
-SHAPES_FIELD = "optprune_shapes"
-"""the config field that lists the blocks' shapes where the stock class cannot have them"""
-
-for _architecture in ARCHITECTURES.values():
-    # So that transformers' own Auto classes find them, wherever optprune is imported; exist_ok for a second import.
-    AutoConfig.register(_architecture.pruned.config.model_type, _architecture.pruned.config, exist_ok=True)
-    AutoModelForCausalLM.register(_architecture.pruned.config, _architecture.pruned.model, exist_ok=True)
-
-
-def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The architecture of a config, or an InputError that lists those known."""
-    return architecture_called(config.model_type)
-
-
-def architecture_called(model_type: object) -> Architecture:
-    """The architecture that config.json calls so, pruned or not; or an InputError that lists those known."""
-    for architecture in ARCHITECTURES.values():
-        if model_type in (architecture.model_type, architecture.pruned.config.model_type):
-            return architecture
-    raise InputError(
-        f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
-        "(an architecture is one file of data in optprune/models)"
-    )
-
-
-def is_stock(config: PretrainedConfig) -> bool:
-    """Whether plain transformers can hold a model of this config."""
-    return getattr(config, SHAPES_FIELD, None) is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,16 +162,11 @@ class Decoder:
 
     def put(self, block: int, shape: BlockShape, weights: Mapping[str, Tensor]) -> None:
         """Let a block be what a run made of it: of this shape, with these parameters by their names inside it."""
-        before, module = self.shape(block), self.blocks[block]
+        before = self.shape(block)
         for part in before.parts:
             if part not in shape.parts:
                 self.remove(block, part)
-        for name, weight in weights.items():
-            path, _, own = name.rpartition(".")
-            parent = module.get_submodule(path)
-            parent._parameters[own] = nn.Parameter(weight, parent._parameters[own].requires_grad)  # type: ignore[union-attr]
-            if isinstance(parent, nn.Linear) and own == "weight":
-                parent.out_features, parent.in_features = weight.shape
+        put_parameters(self.blocks[block], weights)
         if shape != before:
             self._take_classes(self.architecture.pruned, block)
 
@@ -213,20 +177,20 @@ class Decoder:
         try:
             for block, part in parts:
                 module = self.blocks[block]
-                taken.append((module, dict(module._modules), _classes(module)))
+                taken.append((module, dict(module._modules), classes_of(module)))
                 self.remove(block, part)
             yield
         finally:
             for module, before, classes in reversed(taken):
                 module._modules.update(before)
-                _set_classes(classes)
+                set_classes(classes)
 
     @contextmanager
     def narrowed(self, block: int, layers: LinkedLayers, choice: Tensor) -> Iterator[None]:
         """The model with only these units of a block, for as long as the context lasts."""
         linear = [self.layer(block, path) for path in (layers.consumer, *layers.producers)]
         before = [(layer, dict(layer._parameters), layer.in_features, layer.out_features) for layer in linear]
-        classes = _classes(self.blocks[block])
+        classes = classes_of(self.blocks[block])
         try:
             self.keep_units(block, layers, choice)
             yield
@@ -234,7 +198,7 @@ class Decoder:
             for layer, parameters, inputs, outputs in before:
                 layer._parameters.update(parameters)
                 layer.in_features, layer.out_features = inputs, outputs
-            _set_classes(classes)
+            set_classes(classes)
 
     # -- what the classes and the config must say
 
@@ -298,34 +262,3 @@ class Decoder:
         config.num_hidden_layers = len(kept)
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index] for index in kept]
-
-
-def _classes(module: nn.Module) -> list[tuple[nn.Module, type]]:
-    return [(part, part.__class__) for part in module.modules()]
-
-
-def _set_classes(classes: list[tuple[nn.Module, type]]) -> None:
-    for part, cls in classes:
-        part.__class__ = cls
-
-
-def keep_inputs(layer: nn.Linear, mask: Tensor) -> None:
-    """Delete the columns of a linear layer outside the mask, in place."""
-    layer.weight = nn.Parameter(layer.weight.detach()[:, mask].contiguous(), layer.weight.requires_grad)
-    layer.in_features = layer.weight.shape[1]
-
-
-def keep_outputs(layer: nn.Linear, mask: Tensor) -> None:
-    """Delete the rows of a linear layer, and their biases, outside the mask, in place."""
-    layer.weight = nn.Parameter(layer.weight.detach()[mask].contiguous(), layer.weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(layer.bias.detach()[mask].contiguous(), layer.bias.requires_grad)
-    layer.out_features = layer.weight.shape[0]
-
-
-def write(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Replace the values of a linear layer, in its own dtype."""
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from optprune.errors import InputError, is_out_of_memory
 from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
-from optprune.models.decoder import Decoder, architecture_called, architecture_of
+from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
+from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.store import BlockSink, BlockStore
 from optprune.models.weights_files import check_weights_files, check_weights_named
@@ -54,7 +55,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     source: str
     store: BlockStore | None = None
-    """where the blocks come from, of a model that `open_model` gave"""
+    """the store that the blocks come from, where `open_model` gave the model"""
 
     def decoder(self) -> Decoder:
         """Access to the model's blocks, wherever they are."""
@@ -289,5 +290,5 @@ def _cause(error: BaseException) -> str:
     if "weights_only" in text:  # torch's advice is to switch it off
         return "it is pickle, which is not read"
     first = text.splitlines()[0].strip() if text else type(error).__name__
-    told = " ".join(text.split()) if first.endswith(":") else first
-    return f"{type(error).__name__}: {told}" if isinstance(error, KeyError) else told.rstrip(".!")
+    reason = " ".join(text.split()) if first.endswith(":") else first
+    return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError) else reason.rstrip(".!")

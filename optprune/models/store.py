@@ -22,7 +22,7 @@ from optprune.system.files import write_whole
 
 
 class BlockSink(ABC):
-    """Where pruned blocks go, and come from when they are needed again."""
+    """A place that pruned blocks go to, and come from when they are needed again."""
 
     @abstractmethod
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
@@ -45,7 +45,7 @@ class ShardSink(BlockSink):
         self.folder, self.done = folder, set(done)
 
     def file(self, block: str) -> Path:
-        """Where a block is, or will be."""
+        """The file of a block, there or not."""
         return self.folder / f"{block}.safetensors"
 
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
@@ -152,7 +152,7 @@ class BlockStore:
             _set(module, own, module._parameters[own], found[name].to(self.device, self.dtype))
 
     def take_from_sink(self, block: nn.Module) -> None:
-        """From now on a block is what an earlier run left of it in the sink; it has the shapes for it."""
+        """Let a block be what an earlier run left of it in the sink; it has the shapes for it already."""
         self.sink.take(self._names[block])
 
     def put_aside(self, tensors: Mapping[str, Tensor]) -> Aside:
@@ -161,7 +161,7 @@ class BlockStore:
 
     @property
     def sink(self) -> BlockSink:
-        """Where pruned blocks go."""
+        """The place that pruned blocks go to."""
         if self._sink is None:
             self._sink = ShardSink(self.scratch("pruned"))
         return self._sink

@@ -28,7 +28,7 @@ class Target:
     kind: "LinkedUnits | None" = None
     """the units that its columns are, where units are pruned"""
     family: PatternFamily = ANYWHERE
-    """what it is to look like, where single weights are pruned"""
+    """the pattern that its mask is to have, where single weights are pruned"""
 
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
         """How many units or weights an allocation leaves of the layer, whose weight is [outputs, inputs]."""
@@ -45,11 +45,11 @@ class Units(ABC):
     """The granularity of a recipe."""
 
     name: str
-    """as a recipe spells it"""
+    """the name that a recipe spells"""
     objective: str = "linked"
     """the name of the objective of a recipe that has none of its own"""
     family: PatternFamily | None = None
-    """what layers are to look like, where single weights go"""
+    """the family of the layers' patterns, where single weights go"""
 
     @property
     @abstractmethod
@@ -216,7 +216,7 @@ class Composite(Units):
 
     name: str
     of: tuple[LinkedUnits, ...]
-    """the last one fills up what the others leave of a budget"""
+    """the kinds of units, of which the last one fills up what the others leave of a budget"""
 
     @property
     def kinds(self) -> tuple[LinkedUnits, ...]:

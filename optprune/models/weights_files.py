@@ -1,4 +1,4 @@
-"""Which files transformers would read a model's weights from: safetensors in the model's own folder, or InputError."""
+"""The files that transformers would read a model's weights from: safetensors in its own folder, or InputError."""
 
 from pathlib import Path, PurePath
 from typing import Any

@@ -29,7 +29,7 @@ class BlockTask:
     path: Path
     """what enters the block; it is used up, and moved on to the next block"""
     metrics: Mapping[str, OutputMetric]
-    """by the full name of the block's layers; none where outputs count alike"""
+    """the output metrics by the full name of the block's layers; none where outputs count alike"""
     held_out: int = 0
     """how many batches, the last ones, are kept apart"""
     onwards: bool = True
@@ -49,7 +49,7 @@ class BlockRecord:
     due: int
     """weights of the solved layers that the budget makes zero, but for rounding"""
     floor_seconds: float
-    """of what no run of such a policy can spare: two passes of the block, and the Gram products of its inputs"""
+    """the seconds of what no run of such a policy can spare: two passes of the block, and its inputs' Gram products"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class BlockResult:
     weights: dict[str, Tensor]
     """the block's parameters by their names inside it, as they are in the model: no copies"""
     path: Path
-    """what enters the next block; what entered this one where nothing needs it"""
+    """what enters the next block, or what entered this one where no later block needs it"""
 
 
 def prune_block(decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None]) -> BlockResult:
@@ -120,7 +120,7 @@ class _Work:
             self.decoder.remove(self.task.index, part)
 
     def taps(self, targets: Sequence[Target]) -> list[str]:
-        """Where the inputs of layers are seen, in the order of the forward pass."""
+        """The layers at which the inputs of all targets are seen, in the order of the forward pass."""
         return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
 
     def solve(self, target: Target, collected: Collected) -> None:

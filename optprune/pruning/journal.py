@@ -113,12 +113,12 @@ class Journal:
 
         InputError names the first fact that is another.
         """
-        told = json.loads(json.dumps(facts))
+        plain = json.loads(json.dumps(facts))
         if not self.begun:
-            self._write(FACTS, told)
+            self._write(FACTS, plain)
             return
         before = self._read(FACTS)
-        for what, old, new in _differences(before, told):
+        for what, old, new in _differences(before, plain):
             raise InputError(
                 f"the run in {self.folder} cannot go on: {what} was {shown(old)} and is {shown(new)}; run it as it was "
                 "begun, or delete the folder and begin anew"
@@ -174,9 +174,9 @@ class Journal:
         self._write(_record(index), asdict(result.record))
         record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
 
-    def _write(self, name: str, data: Any) -> None:
+    def _write(self, name: str, content: Any) -> None:
         # NaN and infinity, which a report may hold, are written as Python reads them.
-        text = json.dumps(data, indent=2).encode()
+        text = json.dumps(content, indent=2).encode()
         write_whole(self.folder / name, lambda stream: stream.write(text))
 
     def _read(self, name: str) -> Any:

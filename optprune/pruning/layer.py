@@ -11,7 +11,7 @@ from optprune.calibration.moments_pass import Collected
 from optprune.errors import NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.problems import LayerLoss, Problem
@@ -94,7 +94,7 @@ class _Answer:
     solution: Solution
     held_out: InputMoments | None
     held_out_error: float | None
-    """where a refit measured it"""
+    """the layer's error on held-out tokens, where a refit measured it"""
 
     def error_apart(self, written: Tensor) -> float | None:
         """E|V x* - W x|^2 / E|W x|^2 on the tokens kept apart, where there are any."""

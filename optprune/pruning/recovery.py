@@ -6,26 +6,21 @@ tokens, though not one over a Gram matrix, and the layers take turns. Tokens tha
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.calibration.stream import first_output
 from optprune.metric import OutputMetric
-from optprune.models.decoder import write
-from optprune.moments import MomentSums
+from optprune.models.surgery import write
+from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
 from optprune.report import RecoveredPart
 
 PATIENCE = 2
 """a turn ends after so many steps that made the error on the tokens kept apart no smaller"""
-TRACE_TOKENS = 2048
-"""about so many tokens, whole batches from the first, estimate the mean diagonal of a Hessian that takes passes"""
 
 
 def recover(
@@ -52,8 +47,9 @@ def recover(
     its inputs, from one pass, say all.
     """
     began = time.perf_counter()
-    turn = _Turn(module, fit, apart, metric, steps, damping)
-    held_out = held_out_before = turn.error(apart)
+    loss = ModuleLoss(module, fit, apart, metric)
+    turn = _Turn(loss, steps, damping)
+    held_out = held_out_before = loss.error(apart)
     # On the batches fitted, before and after every turn, which learns them on its way.
     errors, kept = list[float](), 0
     for _ in range(rounds):
@@ -66,8 +62,8 @@ def recover(
         kept += moved
         if not moved:
             break
-    signal, held_out_signal = turn.signal(fit), turn.signal(apart)
-    before, after = (errors[0], errors[-1]) if errors else (turn.error(fit),) * 2
+    signal, held_out_signal = loss.signal(fit), loss.signal(apart)
+    before, after = (errors[0], errors[-1]) if errors else (loss.error(fit),) * 2
     return RecoveredPart(
         name=name,
         layers=tuple(layers),
@@ -91,37 +87,34 @@ class _Taken:
 
     steps: int
     before: float
-    """on the batches fitted, with the weight that the turn began with"""
+    """the change on the batches fitted, with the weight that the turn began with"""
     after: float
     held_out: float
-    """on the batches kept apart, with the weight kept"""
+    """the change on the batches kept apart, with the weight kept"""
 
 
 @dataclass(frozen=True)
 class _Turn:
     """What one layer's least squares problem is made of."""
 
-    module: nn.Module
-    fit: Calls
-    apart: Calls
-    metric: OutputMetric | None
+    loss: ModuleLoss
     steps: int
     damping: float
 
     def take(self, layers: Sequence[str], held_out: float) -> _Taken | None:
         """Refit the first of the layers; None where it has no weight to refit."""
-        layer: nn.Linear = self.module.get_submodule(layers[0])  # type: ignore[assignment]
+        layer: nn.Linear = self.loss.module.get_submodule(layers[0])  # type: ignore[assignment]
         start = layer.weight.detach().clone()
         mask = start != 0
         if not bool(mask.any()):
             return None
-        problem = _Inside(self, layers) if len(layers) > 1 else _AtOutput(self, layer, held_out)
+        problem = Inside(self.loss, layers) if len(layers) > 1 else AtOutput(self.loss, layer, held_out)
         # Any vector of signs is an estimate of the trace: Hutchinson (1989).
         signs = torch.randint(0, 2, start.shape, generator=torch.Generator().manual_seed(0)).to(start) * 2 - 1
         ridge = self.damping * problem.trace(torch.where(mask, signs, 0.0)) / int(mask.sum())
-        inputs, outputs = (_damped_inverse(factor, self.damping) for factor in (problem.gram, problem.outputs()))
+        precondition = _preconditioner(problem.gram, problem.outputs(), self.damping)
         at, residual = start, -torch.where(mask, problem.gradient, 0.0)
-        direction = torch.where(mask, outputs @ residual @ inputs, 0.0)
+        direction = torch.where(mask, precondition(residual), 0.0)
         energy = float((residual * direction).sum())
         best, best_step, after = start, 0, problem.fit_error
         pulled = torch.zeros_like(start)  # H (at - start)
@@ -140,155 +133,20 @@ class _Turn:
                 best, best_step, held_out = at, step, error
                 after = problem.fit_error + float(((at - start) * (2 * problem.gradient + pulled)).sum())
             residual = residual - length * torch.where(mask, product + ridge * direction, 0.0)
-            preconditioned = torch.where(mask, outputs @ residual @ inputs, 0.0)
+            preconditioned = torch.where(mask, precondition(residual), 0.0)
             fresh = float((residual * preconditioned).sum())
             direction, energy = preconditioned + fresh / energy * direction, fresh
         write(layer, best)
         return _Taken(best_step, problem.fit_error, after, held_out)
 
-    def error(self, calls: Calls) -> float:
-        """The mean over tokens of the squared change of the output, in the metric."""
-        total = 0.0
-        for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
-            total += float(self.energy(first_output(self.module(*args, **kwargs)) - target))
-        return total / calls.tokens
 
-    def signal(self, calls: Calls) -> float:
-        """The same of the targets themselves."""
-        return sum(float(self.energy(target)) for target in calls.targets) / calls.tokens
-
-    def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
-        """The sum over tokens of e^T S e."""
-        columns = change.flatten(0, -2).T
-        return (columns * self.weigh(columns)).sum()
-
-    def rooted(self, signs: Float[Tensor, "... out"]) -> Float[Tensor, "... out"]:
-        """S^(1/2) z for every z."""
-        if self.metric is None:
-            return signs
-        return (
-            self.metric.whitening.into(signs.flatten(0, -2).T.to(self.metric.average)).T.reshape(signs.shape).to(signs)
-        )
-
-    def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """S V."""
-        return change if self.metric is None else self.metric.apply(change)
-
-
-class _Inside:
-    """Half the error as a quadratic of the weight of a layer inside the module: every product takes a pass."""
-
-    def __init__(self, turn: _Turn, layers: Sequence[str]) -> None:
-        self.turn, self.layers = turn, layers
-        self.layer: nn.Linear = turn.module.get_submodule(layers[0])  # type: ignore[assignment]
-        sums = MomentSums(self.layer.in_features, self.layer.weight.device)
-        total, error = torch.zeros_like(self.layer.weight), 0.0
-        handle = self.layer.register_forward_pre_hook(lambda _, args: sums.add(args[0].detach()))
-        try:
-            for (args, kwargs), target in zip(turn.fit.arguments, turn.fit.targets, strict=True):
-                with torch.enable_grad(), _weight(self.layer, self.layer.weight.detach().requires_grad_()) as weight:
-                    half = turn.energy(first_output(turn.module(*args, **kwargs)) - target) / 2
-                    total += torch.autograd.grad(half, weight)[0]
-                    error += 2 * float(half.detach())
-        finally:
-            handle.remove()
-        self.fit_error = error / turn.fit.tokens
-        self.gradient: Float[Tensor, "out in"] = total / turn.fit.tokens
-        self.gram: Float[Tensor, "in in"] = sums.moments(total.dtype).gram
-        """of the layer's inputs"""
-
-    def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """H d: without biases the output is linear in the weight, so d takes its place."""
-        turn, total = self.turn, torch.zeros_like(direction)
-        with _without_biases(turn.module, self.layers), torch.enable_grad():
-            for args, kwargs in turn.fit.arguments:
-                with _weight(self.layer, direction.detach().requires_grad_()) as weight:
-                    energy = turn.energy(first_output(turn.module(*args, **kwargs)))
-                    total += torch.autograd.grad(energy / 2, weight)[0]
-        return total / turn.fit.tokens
-
-    def trace(self, signs: Float[Tensor, "out in"]) -> float:
-        """<s, H s> over the first tokens, which for random signs s estimates the trace of H where s is not zero."""
-        turn, calls, value = self.turn, self.turn.fit.first(TRACE_TOKENS), 0.0
-        with _without_biases(turn.module, self.layers), _weight(self.layer, signs):
-            for args, kwargs in calls.arguments:
-                value += float(turn.energy(first_output(turn.module(*args, **kwargs))))
-        return value / calls.tokens
-
-    def outputs(self) -> Float[Tensor, "out out"]:
-        """E[b b^T] over the first tokens, b the effect of the layer's output on the module's in the metric's root.
-
-        With it H is near outputs (x) gram (K-FAC; Martens and Grosse, 2015): the effect is drawn with random signs.
-        """
-        turn, layer, calls = self.turn, self.layer, self.turn.fit.first(TRACE_TOKENS)
-        total = layer.weight.new_zeros(layer.out_features, layer.out_features)
-        generator = torch.Generator().manual_seed(0)
-        caught: list[Tensor] = []
-
-        def catch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            caught.append(output.detach().requires_grad_())
-            return caught[-1]
-
-        handle = layer.register_forward_hook(catch)
-        try:
-            for args, kwargs in calls.arguments:
-                with torch.enable_grad():
-                    answer = first_output(turn.module(*args, **kwargs))
-                    signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
-                    effect = torch.autograd.grad(answer, caught.pop(), turn.rooted(signs))[0].flatten(0, -2)
-                total += effect.T @ effect
-        finally:
-            handle.remove()
-        return total / calls.tokens
-
-    def held_out(self, weight: Float[Tensor, "out in"]) -> float:
-        """The error on the batches kept apart with another weight, which the layer then has."""
-        write(self.layer, weight)
-        return self.turn.error(self.turn.apart)
-
-
-class _AtOutput:
-    """The same for the layer that gives the output: the moments of its inputs say all, from one pass."""
-
-    def __init__(self, turn: _Turn, layer: nn.Linear, held_out: float) -> None:
-        self.turn, self.start, self.error = turn, layer.weight.detach().clone(), held_out
-        self.gradient, self.gram, self.fit_error = self._moments(layer, turn.fit)
-        self.apart = self._moments(layer, turn.apart)
-
-    def _moments(self, layer: nn.Linear, calls: Calls) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"], float]:
-        """S E[e x^T], which is the gradient, E[x x^T] and E[e^T S e], for the inputs x and the errors e."""
-        sums, total, error = MomentSums(layer.in_features, layer.weight.device), torch.zeros_like(layer.weight), 0.0
-        inputs: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
-        try:
-            for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
-                change = first_output(self.turn.module(*args, **kwargs)) - target
-                seen = inputs.pop()
-                sums.add(seen)
-                total += change.flatten(0, -2).T @ seen
-                error += float(self.turn.energy(change))
-        finally:
-            handle.remove()
-        return self.turn.weigh(total / calls.tokens), sums.moments(total.dtype).gram, error / calls.tokens
-
-    def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """H d = S d E[x x^T]."""
-        return self.turn.weigh(direction) @ self.gram
-
-    def trace(self, signs: Float[Tensor, "out in"]) -> float:
-        """<s, H s>, which for random signs s estimates the trace of H where s is not zero."""
-        return float((signs * self.product(signs)).sum())
-
-    def outputs(self) -> Float[Tensor, "out out"]:
-        """S: H is outputs (x) gram."""
-        metric, width = self.turn.metric, len(self.start)
-        return torch.eye(width).to(self.start) if metric is None else metric.matrix.to(self.start)
-
-    def held_out(self, weight: Float[Tensor, "out in"]) -> float:
-        """The error on the batches kept apart with another weight."""
-        gradient, gram, _ = self.apart
-        change = weight - self.start
-        return self.error + float((change * (2 * gradient + self.turn.weigh(change) @ gram)).sum())
+def _preconditioner(
+    gram: Float[Tensor, "in in"], outputs: Float[Tensor, "out out"] | None, damping: float
+) -> Callable[[Tensor], Tensor]:
+    """(outputs (x) gram)^-1 with both factors damped; no outputs stand for the identity, whose inverse is a number."""
+    left, right = (None if outputs is None else _damped_inverse(outputs, damping)), _damped_inverse(gram, damping)
+    alike = _damped_inverse(torch.ones(1, 1).to(gram), damping)
+    return lambda residual: (alike * residual if left is None else left @ residual) @ right
 
 
 def _damped_inverse(factor: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
@@ -301,28 +159,3 @@ def _damped_inverse(factor: Float[Tensor, "n n"], damping: float) -> Float[Tenso
         return torch.eye(len(factor)).to(factor)
     damped = factor + max(damping, 1e-3) ** 0.5 * mean * torch.eye(len(factor)).to(factor)
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
-
-
-@contextmanager
-def _weight(layer: nn.Linear, weight: Tensor) -> Iterator[Tensor]:
-    """The layer with another tensor in its weight's place."""
-    kept = layer._parameters["weight"]
-    layer._parameters["weight"] = weight  # type: ignore[assignment]  # not a leaf of the model
-    try:
-        yield weight
-    finally:
-        layer._parameters["weight"] = kept
-
-
-@contextmanager
-def _without_biases(module: nn.Module, layers: Sequence[str]) -> Iterator[None]:
-    """The sub-module without the biases of these layers."""
-    found = [module.get_submodule(path) for path in layers]
-    kept = [(layer, layer._parameters["bias"]) for layer in found]
-    try:
-        for layer in found:
-            layer._parameters["bias"] = None
-        yield
-    finally:
-        for layer, bias in kept:
-            layer._parameters["bias"] = bias

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optprune.allocation import Allocation, Allocator, Division
+from optprune.allocation import Allocation, Allocator, DenseModel, Division
 from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
 from optprune.errors import StrictError
 from optprune.measure.memory import release
@@ -39,11 +39,12 @@ class Run:
         self.records: list[BlockRecord] = []
         self.tokens = sum(batch.numel() for batch in batches)
         self.metrics = Metrics({})
-        """of the dense model, by the layer's full name, for the blocks to come; empty where outputs count alike"""
+        """the output metrics of the dense model, by the layer's full name, for the blocks to come; empty where outputs
+        count alike"""
         self.held_out = 0
         """how many batches, the last ones, are kept apart"""
         self.notes: tuple[str, ...] = ()
-        """on what was found before the first block"""
+        """the notes on what was found before the first block"""
         self.journal: Journal | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
@@ -72,7 +73,7 @@ class Run:
         metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
         notes += idle + heeded(recipe, allocator.warnings)
         with calibrating(decoder):
-            division = _division(allocator, decoder, fitted, metrics, statistics, on_event, journal)
+            division = _division(allocator, DenseModel(decoder, fitted, metrics, statistics, on_event), journal)
             run = cls(decoder, recipe, division, fitted, on_event)
         run.metrics, run.held_out, run.journal = metrics, held_out, journal
         run.finished = set() if journal is None else set(journal.finished())
@@ -121,20 +122,12 @@ class Run:
         return record
 
 
-def _division(
-    allocator: Allocator,
-    decoder: Decoder,
-    batches: list[Tensor],
-    metrics: Metrics,
-    statistics: DenseStatistics,
-    on_event: Listener,
-    journal: Journal | None,
-) -> Division:
+def _division(allocator: Allocator, dense: DenseModel, journal: Journal | None) -> Division:
     """What every block keeps: as an earlier run has divided it, or as it is divided now."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
-    division = allocator.divide(decoder, batches, metrics, statistics, on_event)
+    division = allocator.divide(dense)
     if journal is not None:
         journal.divided(division)
     return division
@@ -189,7 +182,7 @@ def _metrics(
 
 
 def heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
-    """The same warnings, as notes; StrictError where a strict recipe has one."""
+    """Warnings as notes; StrictError where a strict recipe has one."""
     if warnings and recipe.strict:
         raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
     return warnings

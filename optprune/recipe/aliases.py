@@ -30,4 +30,4 @@ NEEDS = {
     "refit.dampings": "refit_damping is chosen on held-out tokens: set held_out, such as 0.125",
     "refit.recovery.rounds": "recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125",
 }
-"""fields that ask for what only their group gives, however they are spelled: what to say where it is not there"""
+"""fields that ask for what only their group gives, however they are spelled, with what to say where it is not there"""

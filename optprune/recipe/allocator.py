@@ -1,4 +1,4 @@
-"""Which allocator a recipe asks for."""
+"""The allocator that a recipe asks for."""
 
 from optprune.allocation import Allocation, Allocator, ByCost, Depth, Given, Uniform
 from optprune.allocation.weight_costs import WeightBudget

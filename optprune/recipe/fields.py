@@ -24,7 +24,7 @@ NAMED = {
     "units": f"{', '.join(UNITS)} or {{{Weights.name}: PATTERN}}",
     "propagation": f"{', '.join(POLICIES)} or {AUTO}",
 }
-"""what the fields hold that are told by name"""
+"""what the fields hold whose values are names"""
 PATTERN = "the pattern of single weights: over each matrix, the same count in every row, or N:M such as 2:4"
 BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "to"}
 
@@ -38,7 +38,7 @@ class RecipeField:
     kind: str
     """what its value may be"""
     default: str
-    """empty where there is none: the group is there once this is set"""
+    """its value where it is not set; empty where there is none: the group is there once this is set"""
     meaning: str
     flat: str
     """its other name, if it has one"""
@@ -51,7 +51,7 @@ def recipe_fields() -> list[RecipeField]:
         if name in GROUPS:
             found += _group(name, info)
         else:
-            found.append(_field(name, info, NAMED.get(name) or _kind(info), _told(defaults[name])))
+            found.append(_field(name, info, NAMED.get(name) or _kind(info), _in_words(defaults[name])))
         if name == "units":
             path = ALIASES["pattern"]
             found.append(RecipeField(path, "unstructured, rows or N:M", ANYWHERE.name, PATTERN, "pattern"))
@@ -77,7 +77,7 @@ def _group(path: str, parent: FieldInfo) -> Iterator[RecipeField]:
         if inner in GROUPS:
             yield from _group(inner, info)
         elif name != choice.switch or not choice.kinds:
-            default = "" if info.is_required() else _told(info.default)
+            default = "" if info.is_required() else _in_words(info.default)
             every = len(owners) == len(choice.models)
             where = "" if every else f"of {_either([owner.model_fields[choice.switch].default for owner in owners])}: "
             yield _field(inner, info, _kind(info), default, inner, where)
@@ -108,5 +108,5 @@ def _either(names: list[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _told(value: Any) -> str:
+def _in_words(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)

@@ -29,10 +29,10 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         raise InputError(
             f"the recipe {shown(name_or_path)} is not known: use one of {', '.join(recipe_names())}, or a .yaml file"
         )
-    data = read_yaml(text, f"the recipe file {name_or_path}")
-    if not isinstance(data, dict):
+    fields = read_yaml(text, f"the recipe file {name_or_path}")
+    if not isinstance(fields, dict):
         raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
-    return Recipe(data, overrides or {})
+    return Recipe(fields, overrides or {})
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:

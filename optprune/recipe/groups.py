@@ -56,7 +56,7 @@ class DepthSearch(Group):
     parts: Literal["attention", "mlp", "both", "layers"] = "both"
     """which sub-blocks may go: attention, MLPs, either, or the two of a layer together"""
     score: Literal["perplexity", "influence"] = "perplexity"
-    """by which sub-blocks are chosen: the perplexity without them, or 1 - cos of the hidden states around them"""
+    """what sub-blocks are chosen by: the perplexity without them, or 1 - cos of the hidden states around them"""
     score_tokens: int = Field(default=1024, ge=2)
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
 
@@ -108,10 +108,10 @@ class Choice:
     """A group of fields, or one of several: which, and whether there is one at all, says its switch."""
 
     switch: str
-    """the field that a group is told by where it is told by one value, as in `metric: full` or `refit: 0.125`"""
+    """the field that one value stands for where a group is given as that, as in `metric: full` or `refit: 0.125`"""
     models: tuple[type[Group], ...]
     default: str | None = None
-    """of the switch; None where there may be no such group"""
+    """the value of the switch where none is given; None where there may be no such group"""
 
     @property
     def kinds(self) -> dict[str, type[Group]]:

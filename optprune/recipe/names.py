@@ -39,9 +39,9 @@ SOLVERS: dict[str, type[Solver]] = {
 AUTO = "auto"
 """the propagation policy that goes by the pattern"""
 NONE = "none"
-"""a group that is not there"""
+"""the name of a group that is not there"""
 SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-"""those that an option of a solver may name"""
+"""the solvers that an option of a solver may name"""
 
 
 def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:

@@ -96,41 +96,41 @@ class Settings:
         return given.refused(first["msg"].removeprefix("Value error, "), first["input"], *within)
 
     def _units(self) -> Units | None:
-        """The units; those of depth are whole sub-blocks, and whole sub-blocks are of depth, where one is not told."""
+        """The units; those of depth are whole sub-blocks, and whole sub-blocks are of depth, where one is not given."""
         units, kind = self._patterned(), self.given.get("allocation.kind")
-        told, depth = self.given.get("units"), kind is not None and kind.read(GROUPS["allocation"].of) is DepthSearch
-        if isinstance(units, Blocks) == depth or told is None:
+        chosen, depth = self.given.get("units"), kind is not None and kind.read(GROUPS["allocation"].of) is DepthSearch
+        if isinstance(units, Blocks) == depth or chosen is None:
             return UNITS["blocks"] if depth else units
         # A flat recipe of blocks was one of depth whatever its allocation.
         flat = kind is not None and kind.spelling == "allocation" and not depth
-        if kind is None or flat or told.layer > kind.layer:
-            self.given["allocation.kind"] = Given("uniform" if depth else "depth", "units", told.layer)
+        if kind is None or flat or chosen.layer > kind.layer:
+            self.given["allocation.kind"] = Given("uniform" if depth else "depth", "units", chosen.layer)
             return units
-        if told.layer == kind.layer or not depth:
+        if chosen.layer == kind.layer or not depth:
             raise InputError(
-                f"units 'blocks' and the allocation 'depth' go together, not {shown(told.value)} and "
+                f"units 'blocks' and the allocation 'depth' go together, not {shown(chosen.value)} and "
                 f"{shown(kind.value)}: leave one out"
             )
         return UNITS["blocks"]
 
     def _patterned(self) -> Units | None:
         """The units that were set, single weights in the pattern that was set."""
-        told, pattern = self.given.get("units"), self.given.get("units.weights")
-        units = None if told is None else told.read(read_units)
+        chosen, pattern = self.given.get("units"), self.given.get("units.weights")
+        units = None if chosen is None else chosen.read(read_units)
         if pattern is None:
             return units
         family = pattern.read(read_pattern)
-        if told is None or not isinstance(units, Weights):
-            replaced = told is not None and told.layer > pattern.layer and pattern.spelling not in ALIASES
+        if chosen is None or not isinstance(units, Weights):
+            replaced = chosen is not None and chosen.layer > pattern.layer and pattern.spelling not in ALIASES
             if replaced or family == ANYWHERE:
                 return units
             raise InputError(
                 f"the pattern {family.name} is one of single weights, but units are {(units or UNITS['mlp']).name}: "
                 "choose a recipe with units weights, such as sparsegpt"
             )
-        if units.family in (ANYWHERE, family) or told.layer < pattern.layer:
+        if units.family in (ANYWHERE, family) or chosen.layer < pattern.layer:
             return Weights(family)
-        if told.layer == pattern.layer:
+        if chosen.layer == pattern.layer:
             raise InputError(f"the pattern {family.name} is not {units.family.name}, that of the units: give one")
         return units
 

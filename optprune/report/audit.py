@@ -20,13 +20,13 @@ class LayerPattern:
     inputs: int
     zeros: int
     same_in_rows: bool
-    """every row has the same number of zeros"""
+    """whether every row has the same number of zeros"""
     patterns: tuple[str, ...]
     """the N:M patterns that hold in every group: at most N of M consecutive inputs are not zero"""
     zero_inputs: int
-    """columns that are zero altogether"""
+    """the number of columns that are zero altogether"""
     zero_outputs: int
-    """rows that are zero altogether"""
+    """the number of rows that are zero altogether"""
 
     @property
     def sparsity(self) -> float:

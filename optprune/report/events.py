@@ -11,7 +11,7 @@ class PhaseAdvanced:
 
     phase: str
     unit: str
-    """of what is counted"""
+    """the name of what is counted, such as block"""
     done: int
     total: int
 

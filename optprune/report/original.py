@@ -15,9 +15,9 @@ class Original:
     """The model that the last run pruned."""
 
     model: str
-    """as that run called it"""
+    """the name that the run called it by"""
     shapes: tuple[BlockShape, ...]
-    """of its blocks"""
+    """the shapes of its blocks"""
     left: tuple[int, ...]
     """the numbers of the blocks that are still there"""
 
@@ -66,7 +66,7 @@ def layer_sizes(decoder: Decoder, shape: BlockShape) -> dict[str, tuple[int, int
 def shares_kept(
     decoder: Decoder, layers: Sequence[LayerPattern], original: Original | None
 ) -> dict[str, tuple[float, ...]]:
-    """By kind of layer, the weights that are there and not zero in each block of the original, over what was there.
+    """The weights of each kind of layer that are there and not zero, a block of the original, as a share of its own.
 
     Where the original is not known: in each block that is there, over the most in any.
     """

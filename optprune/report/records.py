@@ -13,14 +13,14 @@ class LayerReport:
 
     name: str
     kind: str
-    """of problem"""
+    """the kind of problem"""
     solver: str
     """the chain of solvers"""
     relative_error: float
     """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, of the weights as they were written when
     the layer was solved: what recovery makes of them later is in `Report.recovered`"""
     held_out_error: float | None
-    """the same on held-out tokens, where the recipe holds some out"""
+    """the relative error on held-out tokens, where the recipe holds some out"""
     status: str
     objective: float
     lower_bound: float | None
@@ -31,11 +31,11 @@ class LayerReport:
     seconds: float
     kept: int
     units: int
-    """how many there were to choose from"""
+    """how many units there were to choose from"""
     dead_inputs: int
     notes: tuple[str, ...] = ()
     stages: tuple[dict[str, Any], ...] = ()
-    """of a chain, those before the last: label, steps, seconds, and the objective after it"""
+    """the solvers of a chain before the last: label, steps, seconds, and the objective after each"""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class RemovedPart:
     """A sub-block that was removed whole, and the score that chose it."""
 
     block: int
-    """as numbered in the model before"""
+    """the number of the block in the model before"""
     part: str
-    """attention or mlp"""
+    """the name of the sub-block, attention or mlp"""
     weights: int
     score: float
-    """what the recipe scores by, at the moment of removal; the lowest goes first"""
+    """the value of what the recipe scores by, at the moment of removal; the lowest goes first"""
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ class RecoveredPart:
 
     name: str
     layers: tuple[str, ...]
-    """that were refitted, in turn"""
+    """the layers that were refitted, in turn"""
     error_before: float
-    """on the batches that were fitted"""
+    """the relative error on the batches that were fitted"""
     error_after: float
     held_out_before: float
-    """on the batches that decided where to stop"""
+    """the relative error on the batches that decided where to stop"""
     held_out_after: float
     steps: int
-    """of conjugate gradients that were kept, over all layers and rounds"""
+    """the steps of conjugate gradients that were kept, over all layers and rounds"""
     seconds: float
 
 
@@ -85,10 +85,10 @@ class Report:
     recipe: dict[str, Any]
     sparsity_requested: float
     sparsity_reached: float
-    """over the decoder blocks' linear weights"""
+    """the share of the decoder blocks' linear weights that is gone"""
     seconds: float
     floor_seconds: float
-    """the two calibration passes with their Gram products, without which no run can do"""
+    """the seconds of the two calibration passes with their Gram products, without which no run can do"""
     tokens: int
     seed: int
     versions: dict[str, str]
@@ -103,7 +103,7 @@ class Report:
     recovered: tuple[RecoveredPart, ...] = ()
     """the sub-modules that were refitted against their dense output"""
     blocks: tuple[BlockChange, ...] = ()
-    """of the model that was pruned, all of them"""
+    """what became of each block of the model that was pruned"""
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""

@@ -24,7 +24,7 @@ class ChannelSwapsState:
     form: InverseForm
     start: Tensor
     tableau: Tableau
-    """that of A^-1"""
+    """the tableau of A^-1"""
     cost: float
     """f at the refitted weight of the choice, minus f at V0"""
     best: Bool[Tensor, " units"]

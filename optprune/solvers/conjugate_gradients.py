@@ -20,7 +20,7 @@ class GradientsState:
 
     mask: Bool[Tensor, "rows in"]
     diagonal: Float[Tensor, "*out in"]
-    """that of A, or of S (x) A"""
+    """the diagonal of A, or of S (x) A"""
     inverse_diagonal: Float[Tensor, "*out in"]
     weight: Float[Tensor, "out in"]
     residual: Float[Tensor, "out in"]

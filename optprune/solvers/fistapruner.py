@@ -26,7 +26,7 @@ class FistaPrunerState:
     """the error of the original weights, so that errors can be measured from the change alone"""
     best: Tensor
     error: float
-    """that of `best`: infinite while that is an infeasible start"""
+    """the error of `best`: infinite while that is an infeasible start"""
     low: float
     high: float
     failures: int

@@ -24,7 +24,7 @@ class Refitted:
     """A layer's answer refitted under the ridge that the held-out tokens chose."""
 
     problem: Problem
-    """with that ridge, over the tokens it was fitted on in the end"""
+    """the problem with that ridge, over the tokens it was fitted on in the end"""
     solution: Solution
     held_out_error: float
     """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, of the answer that was not fitted to them"""

@@ -17,7 +17,7 @@ from optprune.solvers.tableau import Tableau
 
 Scale = Literal["inverse", "gram", "unit"]
 SHARE = 64
-"""on an excursion one of so many dropped units goes at once"""
+"""the divisor of the units dropped: an excursion moves one part of so many at once"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class SpapState:
     scale: Float[Tensor, " in"]
     """omega"""
     tableau: Tableau
-    """that of A^-1 + diag(1 / (rho omega))"""
+    """the tableau of A^-1 + diag(1 / (rho omega))"""
     rho: float
     gain: float
     """what a lower F must be lower by"""

@@ -17,11 +17,11 @@ from optprune.errors import InputError, no_room
 from optprune.system.wording import one_line, shown
 
 LONGEST_NAME = 240
-"""bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
+"""the most bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
 DEEPEST = 20
-"""levels of lists and mappings in YAML: a recipe needs five"""
+"""the most levels of lists and mappings in YAML: a recipe needs five"""
 MOST_VALUES = 10_000
-"""values that a YAML text stands for: a recipe has a few dozen"""
+"""the most values that a YAML text may stand for: a recipe has a few dozen"""
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: bool = True) -> None:
@@ -82,7 +82,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.depth = 0
         self.extents: dict[yaml.Node, tuple[int, int]] = {}
-        """how deep a node is and how many values it stands for, aliases followed"""
+        """How deep a node is and how many values it stands for, with aliases followed."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)

@@ -4,7 +4,7 @@ import reprlib
 
 
 class _Short(reprlib.Repr):
-    """`repr` of a line at most, made without making all of it first."""
+    """The `repr` of a value, of a line at most, made without making all of it first."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from optprune.system.installed import installed_file
 
 Part = Literal["calibration", "evaluation", "speeches"]
 _CSV_FIELD_LIMIT = 2**24
-"""characters; Python's default of 131072 is less than the longest articles and documents people have"""
+"""the most characters of a field; Python's default of 131072 is less than the longest articles that people have"""
 
 
 def demo_articles(part: Part) -> list[str]:

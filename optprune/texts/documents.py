@@ -111,7 +111,7 @@ def _read_csv(path: Path, column: str) -> Iterator[str]:
 
 
 def _read_dataset(spec: str) -> list[str]:
-    """Without remote code: the data sets library has none since version 4."""
+    """The texts of a data set, without remote code: the data sets library has none since version 4."""
     # A split may hold a slice with a colon of its own, as in train[:100].
     parts = re.split(r":(?![^\[]*\])", spec)[1:]
     if len(parts) not in (2, 3) or not all(parts):

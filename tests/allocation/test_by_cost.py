@@ -184,7 +184,7 @@ def test_a_gram_matrix_that_must_be_damped_is_told() -> None:
         ("structured_uniform_best", {"held_out": 0.9}, InputError, "none to calibrate on"),
         ("sparsegpt", {"output_metric": "full"}, NoSolver, "take its diagonal"),
         ("sparse_best", {"solver": ["admm", "restore"]}, NoSolver, "ConjugateGradients"),
-        ("fasp", {"solver": "sparsegpt", "output_metric": "diagonal"}, NoSolver, "prunes single weights"),
+        ("fasp", {"solver": "sparsegpt", "output_metric": "diagonal"}, NoSolver, "accepts sparse least squares"),
     ],
 )
 def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(
@@ -194,7 +194,7 @@ def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(
         raise AssertionError("a pass over the text")
 
     monkeypatch.setattr("optprune.calibration.dense_statistics.collect_metrics", no_pass)
-    for module in ("pruning.pipeline", "allocation.by_cost"):
+    for module in ("pruning.run", "allocation.by_cost"):
         monkeypatch.setattr(f"optprune.{module}.first_inputs", no_pass)
     with pytest.raises(error, match=reason):
         prune(tiny_llama(), batches()[0][:1], load_recipe(recipe, settings))

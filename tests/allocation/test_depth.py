@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optprune.calibration import DenseStatistics
+from optprune.allocation import DenseModel
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
@@ -150,7 +150,7 @@ def test_choosing_changes_nothing_and_tells_how_far_it_is() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     events: list[object] = []
     division = allocator_of(load_recipe("depth", {"sparsity": 0.3})).divide(
-        Decoder(model), batches(), {}, DenseStatistics(), events.append
+        DenseModel(Decoder(model), batches(), on_event=events.append)
     )
     allocation, chosen = division.allocation, division.removed
     assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
@@ -165,7 +165,7 @@ def test_a_choice_of_depth_can_be_narrowed_further() -> None:
     """Depth gives an allocation like any other: it is given back with narrower MLPs."""
     model = tiny_llama(num_hidden_layers=3)
     recipe = load_recipe("depth", {"sparsity": 0.15, "depth_parts": "attention"})
-    division = allocator_of(recipe).divide(Decoder(model), batches(), {}, DenseStatistics(), lambda event: None)
+    division = allocator_of(recipe).divide(DenseModel(Decoder(model), batches()))
     allocation, chosen = division.allocation, division.removed
     blocks = tuple(
         type(block)(type(block.shape)(64, block.shape.kv_heads, block.shape.value_dim)) for block in allocation.blocks

@@ -7,10 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from optprune.allocation import Allocation
+from optprune.allocation import Allocation, DenseModel
 from optprune.calibration import (
     Change,
-    DenseStatistics,
     Probe,
     calibrating,
     collect_metrics,
@@ -105,7 +104,7 @@ class Told(Probe):
 
 def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric], probe: Probe) -> Allocation:
     stream = first_inputs(decoder, batches())
-    return by_cost(recipe).along(decoder, stream, metrics, DenseStatistics(), lambda event: None, probe).allocation
+    return by_cost(recipe).along(DenseModel(decoder, batches(), metrics), stream, probe).allocation
 
 
 def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocation:

@@ -77,7 +77,7 @@ def test_no_room(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, number: int,
 def test_a_limit_on_the_size_of_files(attempt: Attempt) -> None:
     with limited(resource.RLIMIT_FSIZE, 2**16):
         sentence = attempt.fails(attempt.command())
-    assert f"a limit (ulimit -f) allows, so {attempt.output} was not written" in sentence
+    assert f"a limit (ulimit -f) allows, so {attempt.output}.run" in sentence
 
 
 def test_weights_whose_logits_float16_cannot_hold(attempt: Attempt) -> None:
@@ -85,7 +85,7 @@ def test_weights_whose_logits_float16_cannot_hold(attempt: Attempt) -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(2e4)  # each of them is in the range of float16
     attempt.model = save_tiny(model, attempt.folder / "large")
-    sentence = attempt.fails(attempt.command("--save-dtype", "float16"))
+    sentence = attempt.fails(attempt.command("--save-dtype", "float16"), keeps_run=True)
     assert "logits of the saved model hold NaN or infinity" in sentence
     assert "save in bfloat16 or float32, whose range is larger" in sentence
     assert "report" not in sentence
@@ -117,7 +117,7 @@ def test_a_reload_that_fails_for_want_of_file_descriptors(
     held = descriptors()
     try:
         with pytest.raises(OptpruneError, match=r"cannot be started \(.*Too many open files\)"):
-            save_model(tiny_llama(), output, probe=torch.arange(8)[None])
+            save_model(tiny_llama(), output, check_tokens=torch.arange(8)[None])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         for leaked in descriptors() - held:
@@ -136,6 +136,6 @@ def test_a_draft_that_cannot_be_deleted_is_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(
         OptpruneError, match=r"was not seen to load: .*; of it .* could not be deleted: do that by hand"
     ) as told:
-        save_model(tiny_llama(), tmp_path / "out", probe=torch.arange(8)[None])
+        save_model(tiny_llama(), tmp_path / "out", check_tokens=torch.arange(8)[None])
     [draft] = tmp_path.glob(".out.*")
     assert str(draft) in str(told.value)

@@ -20,21 +20,21 @@ from tests.helpers.tiny_models import LLAMA3, SLIDING, TINY_MODELS, tiny_tokeniz
 OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 """with what this environment has, torch first of all, they are all that it takes"""
 TEXT = "The committee <s> met  on Monday."
-PROBE = torch.arange(600).remainder(500).reshape(2, 300)
+CHECK_TOKENS = torch.arange(600).remainder(500).reshape(2, 300)
 PROGRAM = """
 import json, sys
 sys.modules["optprune"] = None  # importing it is an error
 import torch, transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, text, probe = sys.argv[1], sys.argv[2], torch.arange(600).remainder(500).reshape(2, 300)
+folder, text, tokens = sys.argv[1], sys.argv[2], torch.arange(600).remainder(500).reshape(2, 300)
 config = json.load(open(f"{folder}/config.json"))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer(text, return_tensors="pt")
 prompt = torch.arange(10, 20)[None]
 with torch.no_grad():
-    save_file({"logits": model(probe).logits, "words": model(**inputs).logits}, f"{folder}/found.safetensors")
+    save_file({"logits": model(tokens).logits, "words": model(**inputs).logits}, f"{folder}/found.safetensors")
 new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
 print(json.dumps({
     "version": transformers.__version__, "new": new[0].tolist(), "tokens": inputs.input_ids[0].tolist(),
@@ -92,6 +92,6 @@ def test_a_folder_in_transformers_4(name: str, uneven: bool, older: Path, tmp_pa
     assert outside["chat"] == f"<x>{TEXT}"
     found = load_file(folder / "found.safetensors")
     with torch.no_grad():
-        for here, there in ((model(PROBE), found["logits"]), (model(**tokens), found["words"])):
+        for here, there in ((model(CHECK_TOKENS), found["logits"]), (model(**tokens), found["words"])):
             assert (here.logits - there).abs().max() <= TOLERANCE[torch.float32] * here.logits.abs().max()
     assert outside["new"] == generated(model)

@@ -16,7 +16,7 @@ from optprune.export.check import places_of, run_alongside
 from optprune.models import Decoder
 from tests.helpers.tiny_models import tiny_llama
 
-PROBE = torch.arange(10, 42)[None]
+CHECK_TOKENS = torch.arange(10, 42)[None]
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
@@ -25,14 +25,14 @@ def test_the_difference_is_the_largest_of_any_logit_of_any_position(tmp_path: Pa
     model = tiny_llama(num_hidden_layers=1)
     folder = save_model(model, tmp_path / "model").folder
     with torch.no_grad():
-        logits = model(input_ids=PROBE, use_cache=False).logits
+        logits = model(input_ids=CHECK_TOKENS, use_cache=False).logits
     off, place = logits.clone(), (0, 17, int(logits[0, 17].argmin()))
     off[place] -= 0.25
     assert torch.equal(off.argmax(-1), logits.argmax(-1))
-    save_file({"input_ids": PROBE, "logits": off}, tmp_path / "probe.safetensors")
+    save_file({"input_ids": CHECK_TOKENS, "logits": off}, tmp_path / "logits.safetensors")
     task = {
         "folder": str(folder),
-        "probe": str(tmp_path / "probe.safetensors"),
+        "record": str(tmp_path / "logits.safetensors"),
         "threads": 1,
         "paths": sys.path,
         "places": places_of(Decoder(model)),
@@ -50,12 +50,12 @@ def test_what_is_more_than_rounding_is_refused(
 ) -> None:
     model = tiny_llama(num_hidden_layers=1).to(dtype)
     with torch.no_grad():
-        largest = float(model(input_ids=PROBE, use_cache=False).logits.abs().max())
+        largest = float(model(input_ids=CHECK_TOKENS, use_cache=False).logits.abs().max())
 
     def saved(difference: float, name: str) -> float | None:
         told = subprocess.CompletedProcess([], 0, json.dumps({"difference": difference}), "")
         monkeypatch.setattr(subprocess, "run", lambda *_, **__: told)
-        return save_model(model, tmp_path / name, probe=PROBE).logits_difference
+        return save_model(model, tmp_path / name, check_tokens=CHECK_TOKENS).logits_difference
 
     limit = TOLERANCES[dtype] * largest
     assert saved(0.99 * limit, "rounding") == 0.99 * limit

@@ -20,7 +20,7 @@ from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
 from tests.helpers.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_tokenizer
 
-PROBE = torch.arange(10, 42)[None]
+CHECK_TOKENS = torch.arange(10, 42)[None]
 
 
 def pruned(name: str, units: str) -> torch.nn.Module:
@@ -35,7 +35,9 @@ def pruned(name: str, units: str) -> torch.nn.Module:
 def test_mlp_pruning_gives_a_folder_that_plain_transformers_loads(name: str, tmp_path: Path) -> None:
     dense_bytes = save_model(TINY_MODELS[name](), tmp_path / "dense").bytes
     model = pruned(name, "mlp")
-    saved = save_model(model, tmp_path / "out", probe=PROBE, tokenizer=tiny_tokenizer(), files={"report.json": "{}"})
+    saved = save_model(
+        model, tmp_path / "out", check_tokens=CHECK_TOKENS, tokenizer=tiny_tokenizer(), files={"report.json": "{}"}
+    )
     assert saved.stock and saved.logits_difference is not None
     width = {"opt": "ffn_dim"}.get(name, "intermediate_size")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -60,11 +62,11 @@ def test_mlp_pruning_gives_a_folder_that_plain_transformers_loads(name: str, tmp
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str, tmp_path: Path) -> None:
     model = pruned(name, units)
-    saved = save_model(model, tmp_path / "out", probe=PROBE)
+    saved = save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert not saved.stock
     again = optprune.load(tmp_path / "out")
     with torch.no_grad():
-        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
+        assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
 def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
         again = load_model(str(tmp_path / units)).model
         report = prune(again, [torch.randint(5, 500, (2, 48))], load_recipe("fasp", {"sparsity": 0.2}))
         assert report.sparsity_reached == pytest.approx(0.2, abs=0.03)
-        save_model(again, tmp_path / f"{units} twice", probe=PROBE)
+        save_model(again, tmp_path / f"{units} twice", check_tokens=CHECK_TOKENS)
 
 
 def test_an_existing_folder_is_kept_unless_asked(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_failure_while_writing_leaves_nothing(
     monkeypatch.setattr("optprune.export.save.make_portable", fail)
     for target in ("old", "new", "deep/er/new"):
         with pytest.raises((OptpruneError, KeyboardInterrupt, RuntimeError)):
-            save_model(model, tmp_path / target, probe=PROBE, overwrite=True)
+            save_model(model, tmp_path / target, check_tokens=CHECK_TOKENS, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert {path: path.read_bytes() for path in sorted((tmp_path / "old").iterdir())} == before
 
@@ -147,12 +149,12 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
 
     monkeypatch.setattr("optprune.export.save.write_weights", corrupt)
     with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked, but it was not seen to load: .* logits differ"):
-        save_model(model, tmp_path / "out", probe=PROBE, overwrite=True)
+        save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out.unchecked", *(["out"] if there else [])}
     assert not there or (tmp_path / "out" / "old").exists()
     # Once there is a good one, that of an earlier run is replaced and does not stay.
     monkeypatch.undo()
-    save_model(model, tmp_path / "out", probe=PROBE, overwrite=True)
+    save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -172,14 +174,14 @@ def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
     save_model(tiny_llama(), tmp_path / "dense")
     loaded = load_model(str(tmp_path / "dense"), dtype=dtype).model
     prune(loaded, [torch.randint(5, 500, (2, 48))], load_recipe("fasp"))
-    save_model(loaded, tmp_path / "out", probe=PROBE)
+    save_model(loaded, tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
 
 
 def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch in the user's site-packages or on PYTHONPATH: the interpreter itself does not know of it."""
     monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]  # knows no venv
-    assert save_model(tiny_llama(), tmp_path / "out", probe=PROBE).logits_difference is not None
+    assert save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS).logits_difference is not None
 
 
 @pytest.mark.parametrize(
@@ -194,22 +196,22 @@ def test_a_reload_check_that_cannot_run_says_so(
     name: str, value: object, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_llama()
-    model(PROBE)  # so that nothing is imported on the way
+    model(CHECK_TOKENS)  # so that nothing is imported on the way
     with monkeypatch.context() as patched:
         patched.setattr(sys, name, value)
         with pytest.raises(OptpruneError, match=reason) as caught:
-            save_model(model, tmp_path / "out", probe=PROBE)
+            save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["out.unchecked"]
     with torch.no_grad():
-        assert torch.equal(optprune.load(tmp_path / "out.unchecked")(PROBE).logits, model(PROBE).logits)
+        assert torch.equal(optprune.load(tmp_path / "out.unchecked")(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
 def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setattr("optprune.export.reload_check.__file__", str(tmp_path / "killed.py"))
     with pytest.raises(OptpruneError, match="killed by signal 9, probably for want of memory: free what a block and"):
-        save_model(tiny_llama(), tmp_path / "out", probe=PROBE)
+        save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.unchecked" / "config.json").is_file()
 
@@ -276,7 +278,7 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
 
 def test_a_model_in_float64(tmp_path: Path) -> None:
     model = tiny_llama().double()
-    assert save_model(model, tmp_path / "out", probe=PROBE).logits_difference is not None
+    assert save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS).logits_difference is not None
 
 
 def test_values_beyond_a_dtype_are_not_saved_as_infinity() -> None:
@@ -313,7 +315,7 @@ def test_paths_may_be_texts_or_paths(tmp_path: Path) -> None:
     for folder in (tmp_path / "out", str(tmp_path / "out")):
         loaded = load_model(folder)
         assert loaded.source == str(tmp_path / "out")
-        assert torch.equal(loaded.model(PROBE).logits, model(PROBE).logits)
+        assert torch.equal(loaded.model(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
 def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,11 @@ class Attempt:
         assert main(command) == code
         captured = self.capsys.readouterr()
         assert captured.out == ""
-        run = str(self.output.with_name(f"{self.output.name}.run"))
-        assert keeps_run == (run in snapshot(self.folder))
-        assert {name: data for name, data in snapshot(self.folder).items() if not name.startswith(run)} == before
+        run = self.output.with_name(f"{self.output.name}.run")
+        assert keeps_run == run.exists()
+        kept = {str(folder) for folder in run.parents} if keeps_run else set()
+        left = {name: data for name, data in snapshot(self.folder).items() if not name.startswith(str(run))}
+        assert {name: data for name, data in left.items() if name in before or name not in kept} == before
         sentences = [line for line in captured.err.splitlines() if not line.startswith(PROGRESS)]
         assert len(sentences) == 1, captured.err
         assert sentences[0].startswith("error: ")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from optprune.calibration import calibrating, first_inputs
 from optprune.calibration.calls import Calls, calls_of
 from optprune.models import Decoder
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from tests.helpers.tiny_models import TINY_MODELS
 from tests.helpers.token_batches import batches
 

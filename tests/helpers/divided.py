@@ -1,7 +1,7 @@
 """The division of one budget over the blocks of a model, as a run makes it."""
 
-from optprune.allocation import Allocation
-from optprune.calibration import DenseStatistics, calibrating, first_inputs
+from optprune.allocation import Allocation, DenseModel
+from optprune.calibration import calibrating, first_inputs
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.recipe import Recipe
@@ -14,6 +14,7 @@ def divided(decoder: Decoder, recipe: Recipe, metrics: dict[str, OutputMetric] |
     with calibrating(decoder):
         stream = first_inputs(decoder, batches())
         events: list[object] = []
-        allocation = by_cost(recipe).along(decoder, stream, metrics or {}, DenseStatistics(), events.append).allocation
+        dense = DenseModel(decoder, batches(), metrics or {}, on_event=events.append)
+        allocation = by_cost(recipe).along(dense, stream).allocation
     assert [event.block for event in events if isinstance(event, BlockMeasured)] == list(range(len(decoder.blocks)))
     return allocation

@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2
 
 LLAMA3_ROPE = {

@@ -14,7 +14,7 @@ from optprune.models import Decoder
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_opt, tiny_qwen2
 
-PROBE = torch.arange(10, 42)[None]
+TOKENS = torch.arange(10, 42)[None]
 SEEN: list[dict[str, Any]] = []
 """what a custom attention was called with, a block an entry"""
 
@@ -38,7 +38,7 @@ def asked(model: PreTrainedModel) -> list[dict[str, Any]]:
     SEEN.clear()
     model.set_attn_implementation("noted")
     with torch.no_grad():
-        model(PROBE, use_cache=False)
+        model(TOKENS, use_cache=False)
     return list(SEEN)
 
 
@@ -77,7 +77,7 @@ def test_a_custom_attention_gets_the_window_of_every_block_that_is_left() -> Non
 def logits(model: PreTrainedModel, seed: int) -> Tensor:
     torch.manual_seed(seed)
     with torch.no_grad():
-        return model(PROBE, use_cache=False).logits
+        return model(TOKENS, use_cache=False).logits
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["norm before", "norm after"])

@@ -16,7 +16,7 @@ import optprune
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, load_model
-from optprune.models.decoder import write
+from optprune.models.surgery import write
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import model_patterns
@@ -24,7 +24,7 @@ from tests.helpers.mixed_models import PROMPT, generated, mixed
 from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
 from tests.helpers.token_batches import batches
 
-PROBE = torch.arange(10, 42)[None]
+CHECK_TOKENS = torch.arange(10, 42)[None]
 
 
 PROGRAM = """
@@ -95,12 +95,12 @@ def test_optprune_loads_what_it_saved_and_never_runs_the_file_in_the_folder(name
     again = optprune.load(tmp_path / "out")
     assert type(again) is type(model)
     with torch.no_grad():
-        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
+        assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
     assert len(model_patterns(Decoder(again))) == sum(len(Decoder(model).paths(block)) for block in range(4))
 
 
 def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved = save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "out", probe=PROBE)
+    saved = save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert not saved.stock and saved.logits_difference is not None
     # A file that needs optprune would be of no use to anybody else.
     source = Path(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__].__file__)  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: py
     leaning.write_text("import optprune\n" + source.read_text())
     monkeypatch.setattr(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__], "__file__", str(leaning))
     with pytest.raises(optprune.errors.OptpruneError, match="cannot be reloaded in a fresh process"):
-        save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "leaning", probe=PROBE)
+        save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "leaning", check_tokens=CHECK_TOKENS)
     assert not (tmp_path / "leaning").exists()
 
 
@@ -135,7 +135,7 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
     assert model.config.optprune_shapes == [vars(shape) for shape in after]
     save_model(model, tmp_path / "twice")
     with torch.no_grad():
-        assert torch.equal(optprune.load(tmp_path / "twice")(PROBE).logits, model(PROBE).logits)
+        assert torch.equal(optprune.load(tmp_path / "twice")(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
 @pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
@@ -166,10 +166,10 @@ def test_a_cache_is_as_small_as_the_blocks_and_changes_nothing(variant: str, tmp
     save_model(model, tmp_path / "out")
     for each in (model, optprune.load(tmp_path / "out")):
         with torch.no_grad():
-            cache = each(PROBE, use_cache=True).past_key_values
-            assert cache.get_seq_length() == PROBE.shape[1]
+            cache = each(CHECK_TOKENS, use_cache=True).past_key_values
+            assert cache.get_seq_length() == CHECK_TOKENS.shape[1]
             step = each(PROMPT[:, :3], cache=cache).logits
-            whole = each(torch.cat([PROBE, PROMPT[:, :3]], 1), use_cache=False).logits[:, -3:]
+            whole = each(torch.cat([CHECK_TOKENS, PROMPT[:, :3]], 1), use_cache=False).logits[:, -3:]
         assert (step - whole).abs().max() <= 1e-5 * whole.abs().max()
         narrow = Decoder(each).shape(1)
         values = [layer.values for layer in cache.layers if layer.is_initialized]
@@ -188,15 +188,15 @@ def test_removing_a_sub_block_equals_zeroing_its_last_layer(name: str, part: str
     layer = decoder.layer(1, last)
     write(layer, torch.zeros_like(layer.weight), None if layer.bias is None else torch.zeros_like(layer.bias))
     with torch.no_grad():
-        small, full = removed(PROBE).logits, zeroed(PROBE).logits
+        small, full = removed(CHECK_TOKENS).logits, zeroed(CHECK_TOKENS).logits
     assert (small - full).abs().max() <= 1e-6 * full.abs().max()
     # A block's class alone must not change it, nor what is put back.
     whole = TINY_MODELS[name]()
     with torch.no_grad():
-        expected = whole(PROBE).logits
+        expected = whole(CHECK_TOKENS).logits
         with Decoder(whole).without([(1, part), (0, "mlp")]):
-            assert not torch.equal(whole(PROBE).logits, expected)
-        assert torch.equal(whole(PROBE).logits, expected)
+            assert not torch.equal(whole(CHECK_TOKENS).logits, expected)
+        assert torch.equal(whole(CHECK_TOKENS).logits, expected)
         assert all(parameter.grad is None for parameter in whole.parameters())
 
 
@@ -208,7 +208,7 @@ def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tm
     decoder.remove(1, "attention")
     decoder.remove(1, "mlp")
     with torch.no_grad():
-        expected = model(PROBE).logits
+        expected = model(CHECK_TOKENS).logits
     decoder.record_shapes()
     assert type(model) is ARCHITECTURES[name].stock.model
     assert model.config.num_hidden_layers == 3 == len(decoder.blocks)
@@ -216,7 +216,7 @@ def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tm
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     for each in (model, again):
         with torch.no_grad():
-            assert torch.equal(each(PROBE).logits, expected)
+            assert torch.equal(each(CHECK_TOKENS).logits, expected)
         assert generated(each) == generated(each, use_cache=False)
 
 
@@ -249,11 +249,11 @@ def test_fewer_kv_heads_are_stock_where_the_stock_class_can_say_so(
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again).__module__.startswith("transformers.") is stock
     with torch.no_grad():
-        assert torch.equal(again(PROBE).logits, model(PROBE).logits)
-        cache = again(PROBE, use_cache=True).past_key_values
+        assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
+        cache = again(CHECK_TOKENS, use_cache=True).past_key_values
     assert cache.layers[0].keys.shape[1] == cache.layers[0].values.shape[1] == count
     assert generated(again) == generated(model, use_cache=False)
-    again.train()(PROBE, labels=PROBE).loss.backward()
+    again.train()(CHECK_TOKENS, labels=CHECK_TOKENS).loss.backward()
     assert all(parameter.grad is not None for parameter in again.parameters() if parameter.requires_grad)
 
 

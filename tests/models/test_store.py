@@ -136,7 +136,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     save_tiny(tiny_llama(), tmp_path)
     decoder = open_model(tmp_path).decoder()
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
     monkeypatch.setattr("optprune.models.store.write_tensors", full)

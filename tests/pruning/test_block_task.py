@@ -8,7 +8,8 @@ from torch import Tensor
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import load_recipe, prune
-from optprune.calibration import POLICIES, DenseStatistics, Path, Stream, advance, calibrating, first_inputs
+from optprune.allocation import DenseModel
+from optprune.calibration import POLICIES, Path, Stream, advance, calibrating, first_inputs
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.pruning.block import BlockTask, prune_block
@@ -25,7 +26,7 @@ def batches() -> list[Tensor]:
 
 def task_of(decoder: Decoder, recipe: Recipe, index: int, path: Path) -> BlockTask:
     nothing = Metrics({})
-    wanted = allocator_of(recipe).divide(decoder, batches(), nothing, DenseStatistics(), lambda event: None).allocation
+    wanted = allocator_of(recipe).divide(DenseModel(decoder, batches(), nothing)).allocation
     return BlockTask(index, recipe, wanted.blocks[index], path, nothing)
 
 

@@ -15,7 +15,8 @@ from optprune.calibration.calls import Calls, calls_of
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder
-from optprune.pruning import prune, recovery
+from optprune.pruning import module_loss, prune, recovery
+from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
 from optprune.pruning.recovery import recover
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, answers, damaged, linearised
@@ -49,7 +50,7 @@ def check_one_layer(name: str, path: str, layers: tuple[str, ...], turn: int) ->
     least, before = least_squares(module, layers[turn], calls), error_of(module, calls)
     with torch.no_grad():
         # The tokens that decide are those fitted, so nothing stops early.
-        taken = recovery._Turn(module, calls, calls, None, 600, 0.0).take(layers[turn:], before)
+        taken = recovery._Turn(ModuleLoss(module, calls, calls, None), 600, 0.0).take(layers[turn:], before)
     assert taken is not None and taken.steps > 0
     # What the turn learns on its way is what passes before and after it say.
     assert taken.before == pytest.approx(before, rel=1e-9)
@@ -77,7 +78,7 @@ def test_a_metric_weighs_the_error(full: bool, turn: int) -> None:
     root = torch.linalg.cholesky(metric.matrix).T
     least, before = least_squares(module, layers[turn], calls, root), error_of(module, calls, root)
     with torch.no_grad():
-        recovery._Turn(module, calls, calls, metric, 600, 0.0).take(layers[turn:], before)
+        recovery._Turn(ModuleLoss(module, calls, calls, metric), 600, 0.0).take(layers[turn:], before)
     assert -1e-9 * before <= error_of(module, calls, root) - least <= 1e-5 * before
 
 
@@ -87,9 +88,9 @@ def test_a_metric_weighs_the_error(full: bool, turn: int) -> None:
 def test_the_moments_say_what_passes_would(name: str, path: str, layers: tuple[str, ...], full: bool | None) -> None:
     module, calls = damaged(name, path, layers, torch.float64)
     fit, apart = calls.split(1)
-    turn = recovery._Turn(module, fit, apart, None if full is None else some_metric(full), 8, 0.1)
+    loss = ModuleLoss(module, fit, apart, None if full is None else some_metric(full))
     layer: nn.Linear = module.get_submodule(layers[-1])  # type: ignore[assignment]
-    short, long = recovery._AtOutput(turn, layer, turn.error(apart)), recovery._Inside(turn, layers[-1:])
+    short, long = AtOutput(loss, layer, loss.error(apart)), Inside(loss, layers[-1:])
     step = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     exact = {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(short.gradient, long.gradient, **exact)
@@ -97,7 +98,7 @@ def test_the_moments_say_what_passes_would(name: str, path: str, layers: tuple[s
     torch.testing.assert_close(short.product(step), long.product(step), **exact)
     assert short.trace(step) == pytest.approx(long.trace(step), rel=1e-9)
     assert short.fit_error == pytest.approx(long.fit_error, rel=1e-9)
-    assert short.fit_error == pytest.approx(turn.error(fit), rel=1e-9)
+    assert short.fit_error == pytest.approx(loss.error(fit), rel=1e-9)
     moved = layer.weight.detach() + step
     assert short.held_out(moved) == pytest.approx(long.held_out(moved), rel=1e-9)
 
@@ -108,9 +109,11 @@ def test_the_effect_of_the_output_layer_is_the_metric(full: bool | None) -> None
     """Drawn with signs, within what so many tokens leave open: 5 / sqrt(tokens) of the largest variance."""
     module, calls = damaged("llama", "mlp", ("up_proj", "down_proj"), torch.float64)
     metric = None if full is None else some_metric(full)
-    turn = recovery._Turn(module, calls, calls, metric, 8, 0.1)
-    exact = recovery._AtOutput(turn, module.down_proj, 0.0).outputs()
-    drawn = recovery._Inside(turn, ("down_proj",)).outputs()
+    loss = ModuleLoss(module, calls, calls, metric)
+    known = AtOutput(loss, module.down_proj, 0.0).outputs()
+    assert (known is None) == (metric is None)
+    exact = torch.eye(16).double() if known is None else known
+    drawn = Inside(loss, ("down_proj",)).outputs()
     assert float((drawn - exact).abs().max()) <= 5 * calls.tokens**-0.5 * float(exact.diagonal().max())
 
 
@@ -122,10 +125,10 @@ def test_a_step_that_knows_its_outputs_goes_further(
     for known in (True, False):
         module, calls = damaged(name, path, layers, torch.float64)
         if not known:
-            monkeypatch.setattr(recovery._Inside, "outputs", lambda self: torch.eye(self.layer.out_features).double())
+            monkeypatch.setattr(Inside, "outputs", lambda self: torch.eye(self.layer.out_features).double())
         before = error_of(module, calls)
         with torch.no_grad():
-            recovery._Turn(module, calls, calls, None, 1, 0.01).take(layers, before)
+            recovery._Turn(ModuleLoss(module, calls, calls, None), 1, 0.01).take(layers, before)
         errors.append(error_of(module, calls) / before)
     assert errors[0] < errors[1]
 
@@ -136,9 +139,9 @@ FAULTS = ["biases are counted", "the step is doubled", "the last step is doubled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "biases are counted":
-        monkeypatch.setattr(recovery, "_without_biases", lambda module, layers: torch.no_grad())
+        monkeypatch.setattr(module_loss, "_without_biases", lambda module, layers: torch.no_grad())
     elif fault.endswith("is doubled"):
-        place = recovery._AtOutput if "last" in fault else recovery._Inside
+        place = AtOutput if "last" in fault else Inside
         honest = place.product
         monkeypatch.setattr(place, "product", lambda *args: honest(*args) / 2)
     else:

@@ -69,7 +69,7 @@ def test_the_objective_of_the_readme_shrinks_the_model(tmp_path: Path) -> None:
     assert abs(report.sparsity_reached - 0.2) <= 4 * 3 * 64 * 2 / 73728  # half a width multiple in two blocks
     assert before - sum(parameter.numel() for parameter in model.parameters()) == round(report.sparsity_reached * 73728)
     assert model.config.intermediate_size < 128 and type(model).__name__ == "LlamaForCausalLM"
-    saved = save_model(model, tmp_path / "out", probe=torch.arange(10, 42)[None])
+    saved = save_model(model, tmp_path / "out", check_tokens=torch.arange(10, 42)[None])
     assert saved.stock and saved.logits_difference is not None
 
 
@@ -87,9 +87,9 @@ def test_a_penalty_on_columns_shrinks_the_model_and_changes_no_output(
     assert any(shape.mlp_width < 128 for shape in shapes)
     monkeypatch.setattr(Decoder, "keep_units", lambda *_: None)
     prune(zeroed, batches(), recipe)
-    probe = batches(1)[0]
+    tokens = batches(1)[0]
     with torch.no_grad():
-        left, right = small(probe).logits, zeroed(probe).logits
+        left, right = small(tokens).logits, zeroed(tokens).logits
     assert (left - right).abs().max() <= 1e-4 * right.abs().max()
 
 
@@ -97,7 +97,7 @@ def test_blocks_that_a_penalty_left_unlike_are_saved_and_loaded(tmp_path: Path) 
     model = tiny_llama()
     prune(model, batches(), Recipe(objective=penalised(0.3), units="all", sparsity=0.05))
     assert len(set(Decoder(model).shapes())) == 2
-    assert save_model(model, tmp_path / "out", probe=torch.arange(10, 42)[None]).logits_difference is not None
+    assert save_model(model, tmp_path / "out", check_tokens=torch.arange(10, 42)[None]).logits_difference is not None
     assert Decoder(optprune.load(str(tmp_path / "out"))).shapes() == Decoder(model).shapes()
 
 

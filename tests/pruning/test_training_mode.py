@@ -52,7 +52,7 @@ def test_saving_compares_what_the_model_answers_in_evaluation(tmp_path: Path, mo
 
     monkeypatch.setattr(subprocess, "run", reload)
     model = with_dropout().train()
-    assert save_model(model, tmp_path / "out", probe=torch.arange(10, 42)[None]).logits_difference == 0
+    assert save_model(model, tmp_path / "out", check_tokens=torch.arange(10, 42)[None]).logits_difference == 0
     assert model.training
 
 

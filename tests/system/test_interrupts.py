@@ -217,7 +217,7 @@ def test_a_folder_that_another_run_made_meanwhile_stays(tmp_path: Path, monkeypa
 
     monkeypatch.setattr("optprune.export.save.compare", meanwhile)
     with pytest.raises(OptpruneError, match=r"exists already: .*; the pruned model is in .*out\.unchecked"):
-        save_model(tiny_llama(), tmp_path / "out", probe=tiny_llama().dummy_inputs["input_ids"])
+        save_model(tiny_llama(), tmp_path / "out", check_tokens=tiny_llama().dummy_inputs["input_ids"])
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.unchecked"}
     assert (tmp_path / "out" / "theirs").exists()
 
