@@ -31,12 +31,13 @@ def journalled(output: Path, *, resume: bool, overwrite: bool) -> Iterator["Jour
     try:
         yield journal
     except BaseException as error:
-        kept = f"{journal.told}, and kept in {journal.folder}: go on with --resume"
         if not journal.finished() or (isinstance(error, OptpruneError) and not journal.whole and not _for_want(error)):
             journal.discard()
-        elif isinstance(error, OptpruneError):
+            raise
+        kept = f"{journal.told}, and kept in {journal.folder}: go on with --resume"
+        if isinstance(error, OptpruneError):
             raise type(error)(f"{error}; {kept}") from error
-        elif isinstance(error, Exception) and (is_out_of_memory(error) or no_room(error)):
+        if isinstance(error, Exception) and (is_out_of_memory(error) or no_room(error)):
             raise InputError(f"{no_room(error) or 'the memory is not enough'}; {kept}") from error
         raise
     journal.discard()

@@ -154,7 +154,7 @@ def test_a_loop_of_ones_own_prunes_as_prune_does(policy: str) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
             loss = optprune.layer_loss(model, batches(), name, policy, dense=dense, damping=recipe.damping)
-            pattern = recipe.pattern.of(*layer.weight.shape, 0.5)
+            pattern = recipe.units.family.of(*layer.weight.shape, 0.5)
             layer.weight.data = optprune.solve(SparseLeastSquares(loss, pattern), recipe.solver).value
     assert all(torch.equal(value, pruned.state_dict()[name]) for name, value in model.state_dict().items())
 
