@@ -80,6 +80,18 @@ def prune_command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", help="How many processes prune blocks side by side, under dense or intra. [default: 1]"
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", help="Workers of the Ray cluster there; 'local' starts one for the run."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     settings: Annotated[
         list[str] | None,
@@ -107,6 +119,7 @@ def prune_command(
     from optprune.models import check_dtype, device_of, load_config, load_model, load_shapes, stored_dtype
     from optprune.pruning import prune
     from optprune.pruning.preflight import check_run
+    from optprune.pruning.workers import workers_of
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
     from optprune.texts import calibration_batches, check_seq_length, read_documents
@@ -115,6 +128,8 @@ def prune_command(
     chosen = load_recipe(recipe, overrides)
     if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
+    crew = workers_of(workers, ray)
+    crew.check(chosen)
     check_output(output, overwrite)
     check_json(json_file, output=output, models=[model])
     for name in (dtype, save_dtype):
@@ -138,7 +153,14 @@ def prune_command(
     with reporter.blocks() as on_event:
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
         report = prune(
-            loaded.model, batches, chosen, allocation=divided, on_event=on_event, source=model, calibration=text
+            loaded.model,
+            batches,
+            chosen,
+            allocation=divided,
+            on_event=on_event,
+            source=model,
+            calibration=text,
+            workers=crew,
         )
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
     saved = save_pruned(

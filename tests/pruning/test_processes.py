@@ -1,0 +1,97 @@
+"""Workers that are processes: the same bytes as one, and what is left when one is killed."""
+
+import copy
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.tiny_models import TINY_MODELS
+from optprune import LayerContext, load_recipe
+from optprune.errors import InputError, WorkerError
+from optprune.pruning import prune
+from optprune.pruning.errand import Kit
+from optprune.pruning.journal import Journal
+from optprune.pruning.processes import Processes
+from optprune.pruning.workers import Crew, SideBySide
+from optprune.report import BlockFinished, Event
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 500, (4, 32), generator=generator) for _ in range(2)]
+
+
+def tiny() -> PreTrainedModel:
+    return TINY_MODELS["llama"](num_hidden_layers=6)
+
+
+def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Lasting(SideBySide):
+    """Workers of several runs of models alike: to start processes takes longer than what they do here."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.hands = crew
+
+    @contextmanager
+    def crew(self, kit: Kit) -> Iterator[Crew]:
+        yield self.hands
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Lasting]:
+    from optprune.models import Decoder
+
+    with Processes(2).crew(Kit.of(Decoder(tiny()))) as crew:
+        yield Lasting(crew)
+
+
+@pytest.mark.parametrize("name", ["fasp", "alps", "fistapruner"])
+def test_two_processes_give_the_bytes_of_one(name: str, two: Lasting) -> None:
+    recipe, serial = load_recipe(name, {"propagation": "intra"}), tiny()
+    shared = copy.deepcopy(serial)
+    expected = prune(serial, batches(), recipe)
+    report = prune(shared, batches(), recipe, workers=two)
+    assert same(serial, shared)
+    assert [(layer.name, layer.objective) for layer in report.layers] == [
+        (layer.name, layer.objective) for layer in expected.layers
+    ]
+
+
+def test_a_killed_worker_is_told_and_the_run_goes_on_from_its_journal(tmp_path: Path) -> None:
+    recipe, whole = load_recipe("alps", {"propagation": "intra"}), tiny()
+    prune(whole, batches(), recipe)
+    before = set(multiprocessing.active_children())
+
+    def kill(event: Event) -> None:
+        workers = set(multiprocessing.active_children()) - before
+        if isinstance(event, BlockFinished) and event.done == 2:
+            os.kill(workers.pop().pid, signal.SIGKILL)
+
+    with pytest.raises(WorkerError, match="a worker process ended in the middle of its work"):
+        prune(tiny(), batches(), recipe, workers=Processes(2), journal=Journal(tmp_path / "run"), on_event=kill)
+    assert set(multiprocessing.active_children()) <= before, "the other worker has outlived the run"
+    journal, resumed = Journal(tmp_path / "run", resume=True), tiny()
+    assert len(journal.finished()) >= 2
+    prune(resumed, batches(), recipe, journal=journal)
+    assert same(whole, resumed)
+
+
+def test_a_recipe_that_cannot_travel_is_refused() -> None:
+    def mine(context: LayerContext):
+        return load_recipe("magnitude").state(context)
+
+    recipe = load_recipe("magnitude", {"propagation": "dense"}).model_copy(update={"objective": mine})
+    with pytest.raises(InputError, match="cannot be handed to another process .* top level of a module"):
+        prune(tiny(), batches(), recipe, workers=Processes(2))
