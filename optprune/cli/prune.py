@@ -117,9 +117,8 @@ def prune_command(
     reporter = start()
     from optprune.export import check_output, save_pruned
     from optprune.models import check_dtype, device_of, load_config, load_model, load_shapes, stored_dtype
-    from optprune.pruning import prune
+    from optprune.pruning import prune, workers_of
     from optprune.pruning.preflight import check_run
-    from optprune.pruning.workers import workers_of
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
     from optprune.texts import calibration_batches, check_seq_length, read_documents
@@ -128,8 +127,7 @@ def prune_command(
     chosen = load_recipe(recipe, overrides)
     if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
-    crew = workers_of(workers, ray)
-    crew.check(chosen)
+    crew = workers_of(chosen, workers, ray)
     check_output(output, overwrite)
     check_json(json_file, output=output, models=[model])
     for name in (dtype, save_dtype):
@@ -151,7 +149,6 @@ def prune_command(
     reporter.say(f"loading {model}")
     loaded = load_model(model, dtype=dtype, device=device)
     with reporter.blocks() as on_event:
-        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
         report = prune(
             loaded.model,
             batches,
@@ -159,7 +156,7 @@ def prune_command(
             allocation=divided,
             on_event=on_event,
             source=model,
-            calibration=text,
+            calibration=f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}",
             workers=crew,
         )
     reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")

@@ -2,5 +2,8 @@
 
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
+from optprune.pruning.processes import Processes
+from optprune.pruning.ray_workers import RayWorkers
+from optprune.pruning.workers import Serial, Workers, workers_of
 
-__all__ = ["layer_loss", "layer_problem", "prune"]
+__all__ = ["Processes", "RayWorkers", "Serial", "Workers", "layer_loss", "layer_problem", "prune", "workers_of"]

@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster: Ray places the blocks' tasks, keeps what they take, and repeats those of workers that died."""
+"""Workers of a Ray cluster: Ray places the blocks' tasks, keeps what they take, and repeats what died with a worker."""
 
 import importlib
 import os
@@ -39,18 +39,24 @@ class RayWorkers(SideBySide):
         mine = not ray.is_initialized()
         if mine:
             self._connect(ray, kit)
-        cluster = _Cluster(ray, kit, self.count or _room(ray, kit))
         try:
-            yield cluster
+            there = self._room(ray, kit)
+            cluster = _Cluster(ray, kit, there if self.count is None else min(self.count, there))
+            try:
+                yield cluster
+            finally:
+                cluster.stop()
         finally:
-            cluster.stop()
             if mine:
                 ray.shutdown()
 
     def _connect(self, ray: Any, kit: Kit) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own = self.address == LOCAL
-        size = {"num_cpus": self.count * kit.threads, "include_dashboard": False} if own and self.count else {}
+        size = (
+            {}
+            if self.address != LOCAL
+            else {"include_dashboard": False, "num_cpus": self.count and self.count * kit.threads}
+        )
         kernels = {name: os.environ[name] for name in KERNELS if name in os.environ}
         try:
             ray.init(self.address, log_to_driver=False, runtime_env={"env_vars": kernels}, **size)
@@ -58,19 +64,26 @@ class RayWorkers(SideBySide):
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"there is no Ray cluster at {self.address!r}: {first}") from error
 
+    def _room(self, ray: Any, kit: Kit) -> int:
+        """How many tasks the cluster has room for at a time; InputError where it has none, and a task would wait."""
+        gpu, found = kit.device == "cuda", 0
+        for node in ray.nodes():
+            there = node["Resources"] if node["Alive"] else {}
+            tasks = int(there.get("CPU", 0)) // kit.threads
+            found += min(tasks, int(there.get("GPU", 0))) if gpu else tasks
+        if not found:
+            raise InputError(
+                f"no machine of the Ray cluster at {self.address!r} has {kit.threads} CPUs{' and a GPU' * gpu} for a "
+                "worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
+            )
+        return found
+
 
 def _ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError as error:
         raise InputError("Ray is not installed: pip install optprune[ray]") from error
-
-
-def _room(ray: Any, kit: Kit) -> int:
-    """How many tasks a cluster has room for at a time."""
-    there = ray.cluster_resources()
-    cpus = int(there.get("CPU", 0)) // kit.threads
-    return max(1, min(cpus, int(there.get("GPU", 0))) if kit.device == "cuda" else cpus)
 
 
 class _Cluster(Crew[Any]):

@@ -99,11 +99,15 @@ def outcomes(crew: Crew[Handle], errands: Iterator[Errand]) -> Iterator[Outcome]
         under_way += [crew.send(errand) for errand in islice(errands, len(done))]
 
 
-def workers_of(count: int | None = None, ray: str | None = None) -> Workers:
-    """The workers that a command asks for: so many processes here, or those of a Ray cluster at an address."""
+def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None) -> Workers:
+    """The workers that a command asks for: so many processes here, or those of a Ray cluster at an address.
+
+    InputError where the recipe's blocks cannot be pruned so.
+    """
     from optprune.pruning.processes import Processes
     from optprune.pruning.ray_workers import RayWorkers
 
-    if ray is not None:
-        return RayWorkers(ray, count)
-    return Serial() if count is None or count == 1 else Processes(count)
+    alone = count is None or count == 1
+    workers = RayWorkers(ray, count) if ray is not None else Serial() if alone else Processes(count)
+    workers.check(recipe)
+    return workers

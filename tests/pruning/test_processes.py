@@ -93,5 +93,5 @@ def test_a_recipe_that_cannot_travel_is_refused() -> None:
         return load_recipe("magnitude").state(context)
 
     recipe = load_recipe("magnitude", {"propagation": "dense"}).model_copy(update={"objective": mine})
-    with pytest.raises(InputError, match="cannot be handed to another process .* top level of a module"):
+    with pytest.raises(InputError, match=r"cannot be handed to another process .* top level of a module"):
         prune(tiny(), batches(), recipe, workers=Processes(2))

@@ -71,9 +71,7 @@ def killing(folder: Path):
 def test_what_a_killed_worker_had_begun_is_done_by_another(tmp_path: Path, cluster: RayWorkers) -> None:
     recipe, serial, shared = load_recipe("alps", {"propagation": "intra"}), tiny(), tiny()
     prune(serial, batches(), recipe)
-    report = prune(
-        shared, batches(), recipe.model_copy(update={"objective": killing(tmp_path)}), workers=cluster
-    )
+    report = prune(shared, batches(), recipe.model_copy(update={"objective": killing(tmp_path)}), workers=cluster)
     assert (tmp_path / "killed").exists()
     assert same(serial, shared)
     assert len(report.layers) == 6 * 7

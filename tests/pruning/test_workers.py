@@ -21,7 +21,6 @@ from optprune.pruning import prune
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.journal import Journal
 from optprune.pruning.workers import AHEAD, Crew, SideBySide, workers_of
-from optprune.recipe import Recipe
 from optprune.report import BlockFinished, BlockStarted, Event, Report
 from tests.helpers.tiny_models import by_variant
 
@@ -205,7 +204,7 @@ def test_an_errand_holds_what_one_block_takes() -> None:
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in INDEPENDENT])
 def test_a_policy_that_lets_blocks_depend_on_each_other_is_refused(policy: str) -> None:
     with pytest.raises(InputError, match=f"under the policy {policy} every block depends .* dense or intra"):
-        prune(tiny(), batches(), load_recipe("fasp", {"propagation": policy}), workers=Here())
+        workers_of(load_recipe("fasp", {"propagation": policy}), 2)
 
 
 def test_what_stops_a_worker_stops_the_run_with_its_sentence() -> None:
@@ -232,4 +231,4 @@ def test_a_worker_that_would_round_otherwise_is_refused() -> None:
 @pytest.mark.parametrize("ray", [None, "local"])
 def test_no_worker_at_all_is_refused(count: int, ray: str | None) -> None:
     with pytest.raises(InputError, match=f"there must be a worker at least, not {count}"):
-        workers_of(count, ray)
+        workers_of(load_recipe("fasp", {"propagation": "dense"}), count, ray)
