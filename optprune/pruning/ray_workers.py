@@ -10,6 +10,7 @@ from typing import Any
 from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.workers import Crew, SideBySide
+from optprune.recipe import Recipe
 
 LOCAL = "local"
 RETRIES = 3
@@ -32,6 +33,10 @@ class RayWorkers(SideBySide):
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
             raise InputError(f"there must be a worker at least, not {self.count}")
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        _ray()
 
     @contextmanager
     def crew(self, kit: Kit) -> Iterator[Crew]:

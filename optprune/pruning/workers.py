@@ -107,7 +107,7 @@ def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None)
     from optprune.pruning.processes import Processes
     from optprune.pruning.ray_workers import RayWorkers
 
-    alone = count is None or count == 1
-    workers = RayWorkers(ray, count) if ray is not None else Serial() if alone else Processes(count)
+    here = Serial() if count is None or count == 1 else Processes(count)
+    workers = here if ray is None else RayWorkers(ray, count)
     workers.check(recipe)
     return workers

@@ -4,6 +4,9 @@ import copy
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +18,17 @@ from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import LayerContext, load_recipe
+from optprune.cli import main
 from optprune.errors import InputError, WorkerError
+from optprune.models import Decoder
+from optprune.problems import Problem
 from optprune.pruning import prune
 from optprune.pruning.errand import Kit
 from optprune.pruning.journal import Journal
 from optprune.pruning.processes import Processes
 from optprune.pruning.workers import Crew, SideBySide
 from optprune.report import BlockFinished, Event
+from tests.helpers.attempts import Attempt
 
 
 def batches() -> list[Tensor]:
@@ -51,8 +58,6 @@ class Lasting(SideBySide):
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Lasting]:
-    from optprune.models import Decoder
-
     with Processes(2).crew(Kit.of(Decoder(tiny()))) as crew:
         yield Lasting(crew)
 
@@ -95,3 +100,53 @@ def test_a_recipe_that_cannot_travel_is_refused() -> None:
     recipe = load_recipe("magnitude", {"propagation": "dense"}).model_copy(update={"objective": mine})
     with pytest.raises(InputError, match=r"cannot be handed to another process .* top level of a module"):
         prune(tiny(), batches(), recipe, workers=Processes(2))
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+import torch
+from benchmarks.tiny_models import tiny_llama
+from optprune import load_recipe, prune
+from optprune.pruning import Processes
+from tests.pruning.test_processes import waits
+
+if __name__ == "__main__":
+    recipe = load_recipe("magnitude", {"propagation": "dense"}).model_copy(update={"objective": waits})
+    prune(tiny_llama(), torch.ones(1, 8, dtype=torch.long), recipe, workers=Processes(1))
+"""
+
+
+def waits(context: LayerContext) -> Problem:
+    """An objective that says which process it is in, and does not come to an end."""
+    Path("worker").write_text(str(os.getpid()))
+    time.sleep(600)
+    raise AssertionError
+
+
+@pytest.mark.slow
+def test_a_worker_dies_with_the_process_that_started_it(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    parent = subprocess.Popen([sys.executable, "parent.py"], cwd=tmp_path)
+    told = tmp_path / "worker"
+    while not (told.exists() and told.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    worker = Path(f"/proc/{told.read_text()}")
+    assert worker.exists()
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not worker.exists():
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker has outlived its parent")
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_folder_that_it_writes_without_workers(attempt: Attempt) -> None:
+    folders = [attempt.folder / "one", attempt.folder / "two"]
+    for folder, more in zip(folders, ((), ("--workers", "2")), strict=True):
+        assert main(attempt.command(*more, output=folder, recipe="alps", propagation="intra")) == 0
+    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import LayerContext, load_recipe
-from optprune.errors import InputError
+from optprune.errors import InputError, StrictError
 from optprune.problems import Problem
-from optprune.pruning import prune
-from optprune.pruning.ray_workers import RayWorkers
+from optprune.pruning import RayWorkers, prune, workers_of
 
 
 def batches() -> list[Tensor]:
@@ -79,6 +78,33 @@ def test_what_a_killed_worker_had_begun_is_done_by_another(tmp_path: Path, clust
 
 def test_without_ray_its_extra_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    recipe = load_recipe("magnitude", {"propagation": "dense"})
     with pytest.raises(InputError, match=r"pip install optprune\[ray\]"):
-        prune(tiny(), batches(), recipe, workers=RayWorkers())
+        workers_of(load_recipe("magnitude", {"propagation": "dense"}), ray="local")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_or_too_small_is_told(cluster: RayWorkers, monkeypatch) -> None:
+    recipe, threads = load_recipe("magnitude", {"propagation": "dense"}), torch.get_num_threads()
+    torch.set_num_threads(3)  # of two CPUs
+    try:
+        with pytest.raises(InputError, match="no machine of the Ray cluster at 'local' has 3 CPUs for a worker"):
+            prune(tiny(), batches(), recipe, workers=cluster)
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", mock.Mock(side_effect=ConnectionError("nobody answers\nat all")))
+    with pytest.raises(InputError, match=r"there is no Ray cluster at 'ray.example:6379': nobody answers$"):
+        prune(tiny(), batches(), recipe, workers=RayWorkers("ray.example:6379"))
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_the_runs(cluster: RayWorkers) -> None:
+    recipe = load_recipe("fasp", {"propagation": "dense", "strict": True})
+    with pytest.raises(StrictError, match="strict mode makes this an error"):
+        prune(tiny(), [torch.ones(1, 8, dtype=torch.long)], recipe, workers=cluster)
+
+    def broken(context: LayerContext) -> Problem:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        prune(tiny(), batches(), recipe.model_copy(update={"objective": broken}), workers=cluster)
