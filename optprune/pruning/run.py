@@ -10,6 +10,7 @@ from torch import Tensor
 from optprune.allocation import Allocation, Allocator, Division
 from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
 from optprune.errors import StrictError
+from optprune.measure.clock import clock
 from optprune.measure.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder, Target
@@ -46,6 +47,8 @@ class Run:
         self.journal: Journal | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
+        self.walked: dict[int, float] = {}
+        """the seconds of the pass through a dense block that a worker prunes meanwhile"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self.targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
@@ -107,12 +110,15 @@ class Run:
                 self.records.append(self._passed_by(index))
                 continue
             with decoder.resident(index) as block:
-                wanted = self.allocation.blocks[index]
+                wanted, onwards = self.allocation.blocks[index], index < self.last
                 # The worker's path ends with the block: the next one's begins where this run's own path gets.
-                task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, onwards=False)
+                ends = {"onwards": False, "walked": onwards}
+                task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
                 errand = Errand.of(decoder, task)
-                if index < self.last:
+                if onwards:
+                    before = clock(decoder.model.device)
                     self.path.pass_by(block, lambda: None)
+                    self.walked[index] = clock(decoder.model.device) - before
             self.on_event(BlockStarted(index, len(decoder.blocks), done=len(self.records)))
             del metrics, task
             yield errand
@@ -122,6 +128,8 @@ class Run:
     def take(self, outcome: Outcome) -> None:
         """Let a block be what a worker made of it; they come in any order."""
         record, decoder = outcome.record, self.decoder
+        passes = 2 * self.walked.pop(record.index, 0.0)
+        record = replace(record, floor_seconds=record.floor_seconds + passes)
         weights = moved(outcome.weights, decoder.model.device)
         with decoder.resident(record.index, keep=True):
             decoder.put(record.index, record.shape, weights)

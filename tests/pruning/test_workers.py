@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import load_recipe
-from optprune.calibration import POLICIES
+from optprune.calibration import POLICIES, moments_pass, propagation, stream
+from optprune.calibration.stream import run_block
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
 from optprune.pruning import prune
+from optprune.pruning import run as pruning_run
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.journal import Journal
 from optprune.pruning.workers import AHEAD, Crew, SideBySide, workers_of
@@ -199,6 +201,28 @@ def test_an_errand_holds_what_one_block_takes() -> None:
         sizes.append(workers.packed[0].largest)
     hidden = 64 * sum(batch.numel() for batch in batches())
     assert sizes[1] < 1.01 * sizes[0] < 1.5 * 4 * (hidden + len(whole))
+
+
+@pytest.mark.parametrize("policy", INDEPENDENT)
+def test_every_block_is_passed_through_once_to_get_on_wherever_that_is(policy: str, monkeypatch) -> None:
+    """By a clock that counts passes: the floor is that of a serial run, and a worker spares the pass of the run."""
+    passes, whole = [0], [0]
+
+    def counted(block, hidden, arguments, taps=(), *, to_end=True):
+        passes[0] += 1
+        whole[0] += to_end
+        return run_block(block, hidden, arguments, taps, to_end=to_end)
+
+    for module in (moments_pass, stream):
+        monkeypatch.setattr(module, "run_block", counted)
+    for module in (moments_pass, propagation, pruning_run):
+        monkeypatch.setattr(module, "clock", lambda device: float(passes[0]))
+    found = []
+    for workers in (None, Here()):
+        whole[0] = 0
+        report = prune(tiny(), batches(), load_recipe("fasp", {"propagation": policy}), workers=workers)
+        found.append((report.floor_seconds, whole[0]))
+    assert found[0] == found[1] == (2 * BLOCKS * len(batches()), BLOCKS * len(batches()))
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in INDEPENDENT])
