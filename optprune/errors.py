@@ -30,6 +30,10 @@ class StrictError(OptpruneError):
     """Strict mode met a fallback, a dead input or too few tokens."""
 
 
+class WorkerError(OptpruneError):
+    """A process or a machine that did a part of the work is gone."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of Python's or of torch's, says that the memory is not enough."""
     words = str(error).lower()

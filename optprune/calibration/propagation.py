@@ -109,14 +109,20 @@ class Path:
     """what the current block gets in the dense model; the same stream where the policy follows only one"""
 
     def visit(
-        self, block: nn.Module, *, held_out: int = 0, cut: bool = False, original: nn.Module | None = None
+        self,
+        block: nn.Module,
+        *,
+        held_out: int = 0,
+        cut: bool = False,
+        original: nn.Module | None = None,
+        walked: bool = False,
     ) -> "Visit":
         """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
 
         The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
-        `original` there.
+        `original` there. With `walked` another path, through the dense model, goes on from here: this one ends.
         """
-        return Visit(self, block, held_out, cut, original)
+        return Visit(self, block, held_out, cut, original, walked)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
@@ -134,11 +140,13 @@ class Visit:
 
     What is removed whole is removed first; then come the stages, one after the other: `collect` its moments, prune its
     layers, and refit sub-modules on their `calls`. Closed, the visit has moved the path on to the next block, through
-    the block as it is then; a `with` statement closes it unless an error ended it.
+    the block as it is then, unless another path has walked on; a `with` statement closes it unless an error ended it.
     """
 
-    def __init__(self, path: Path, block: nn.Module, held_out: int, cut: bool, original: nn.Module | None) -> None:
-        self.path, self.block, self.held_out = path, block, held_out
+    def __init__(
+        self, path: Path, block: nn.Module, held_out: int, cut: bool, original: nn.Module | None, walked: bool
+    ) -> None:
+        self.path, self.block, self.held_out, self._walked = path, block, held_out, walked
         self.floor_seconds = 0.0
         """the seconds of what no run of such a policy can spare: two passes of the block, and the Gram products of its
         inputs x*"""
@@ -153,7 +161,7 @@ class Visit:
         self._caught: dict[str, Calls] = {}
         self._onwards: Stream | None = None
         """the inputs of the next block, where the block as it was has given them"""
-        if policy.independent and not self._untouched:
+        if policy.independent and not self._untouched and not walked:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
             self._onwards = path.actual.copy()
             self.floor_seconds += 2 * _advance(original, self._onwards)
@@ -171,7 +179,7 @@ class Visit:
         """
         policy, actual, dense = self.path.policy, self.path.actual, self._reference
         drifted = dense is not actual or not self._untouched
-        if self._untouched and policy.independent:
+        if self._untouched and policy.independent and not self._walked:
             # The block is still dense, so this pass also gives the next block's inputs.
             output = self._onwards = actual.copy()
         else:
@@ -193,7 +201,7 @@ class Visit:
         self.floor_seconds += collected.gram_seconds
         if output is not None:
             self.floor_seconds += 2 * collected.forward_seconds
-        elif self._onwards is None and not policy.sequential:
+        elif self._onwards is None and not policy.sequential and not self._walked:
             self.floor_seconds += collected.forward_seconds
         return collected
 
@@ -206,6 +214,8 @@ class Visit:
 
     def close(self) -> None:
         """Move the path on to the next block."""
+        if self._walked:
+            return
         actual, dense, policy = self.path.actual, self.path.dense, self.path.policy
         if self._onwards is not None:
             actual.past(self._onwards.hidden)

@@ -63,9 +63,9 @@ class Reporter:
                 if isinstance(event, PhaseAdvanced):
                     follow(event.phase, event.unit, event.done, event.total)
                 elif isinstance(event, BlockStarted):
-                    follow("pruning", "block", event.block, event.blocks)
+                    follow("pruning", "block", event.block if event.done is None else event.done, event.blocks)
                 elif isinstance(event, BlockFinished):
-                    follow("pruning", "block", event.block + 1, event.blocks)
+                    follow("pruning", "block", event.block + 1 if event.done is None else event.done, event.blocks)
                 elif isinstance(event, BlockMeasured):
                     follow("measuring what blocks would lose", "block", event.block + 1, event.blocks)
                     if event.block + 1 == event.blocks:

@@ -81,6 +81,18 @@ def prune_command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", help="How many processes prune blocks side by side, under dense or intra. [default: 1]"
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray", metavar="ADDRESS", help="Workers of the Ray cluster there; 'local' starts one for the run."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
@@ -113,6 +125,7 @@ def prune_command(
     from optprune.export import check_output
     from optprune.export.shards import size_of
     from optprune.models import check_dtype, device_of, load_config, load_shapes, stored_dtype
+    from optprune.pruning import workers_of
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
@@ -122,6 +135,7 @@ def prune_command(
     chosen = load_recipe(recipe, overrides)
     if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
+    crew = workers_of(chosen, workers, ray)
     check_output(output, overwrite)
     size_of(max_shard_size)
     check_json(json_file, output=output, models=[model])
@@ -142,7 +156,7 @@ def prune_command(
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
 
     text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume)
+    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew)
     report, saved = whole.run(reporter, batches, chosen, divided, text, window=tokens[:seq_length])
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.cli.progress import Reporter
     from optprune.export import SavedModel
+    from optprune.pruning import Workers
     from optprune.recipe import Recipe
     from optprune.report import Report
 
@@ -30,6 +31,7 @@ class WholeRun:
     save_dtype: str
     max_shard_size: str
     resume: bool
+    workers: "Workers"
 
     def run(
         self,
@@ -68,6 +70,7 @@ class WholeRun:
                     calibration=calibration,
                     store=loaded.store,
                     journal=journal,
+                    workers=self.workers,
                 )
             reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
             saved = save_pruned(

@@ -3,5 +3,18 @@
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
+from optprune.pruning.processes import Processes
+from optprune.pruning.ray_workers import RayWorkers
+from optprune.pruning.workers import Serial, Workers, workers_of
 
-__all__ = ["Journal", "layer_loss", "layer_problem", "prune"]
+__all__ = [
+    "Journal",
+    "Processes",
+    "RayWorkers",
+    "Serial",
+    "Workers",
+    "layer_loss",
+    "layer_problem",
+    "prune",
+    "workers_of",
+]

@@ -34,6 +34,8 @@ class BlockTask:
     """how many batches, the last ones, are kept apart"""
     onwards: bool = True
     """whether a later block needs what leaves this one"""
+    walked: bool = False
+    """whether somebody else gets what leaves it, from the dense model: then the path ends here, with its two passes"""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class _Work:
 
     def visit(self, removed: Sequence[str]) -> None:
         """Go through the block stage by stage, and on to the next one."""
-        block, held_out = self.decoder.blocks[self.task.index], self.task.held_out
-        with self.task.path.visit(block, held_out=held_out, cut=bool(removed)) as visit:
+        task, block = self.task, self.decoder.blocks[self.task.index]
+        with task.path.visit(block, held_out=task.held_out, cut=bool(removed), walked=task.walked) as visit:
             self.remove(removed)
             stages = visit.stages(by_stage(self.decoder, self.targets))
             for position, stage in enumerate(stages):

@@ -9,11 +9,13 @@ pass, and does the rest: its weights are those of a run that was never stopped, 
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ class Journal:
             self._write(FACTS, plain)
             return
         before = self._read(FACTS)
-        for what, old, new in _differences(before, plain):
+        for what, old, new in differences(before, plain):
             raise InputError(
                 f"the run in {self.folder} cannot go on: {what} was {shown(old)} and is {shown(new)}; run it as it was "
                 "begun, or delete the folder and begin anew"
@@ -193,11 +195,11 @@ def _record(index: int) -> str:
     return f"block-{index:05d}.json"
 
 
-def _differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:
     """What is another in two values of plain data, by its path in them."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys((*before, *now)):
-            yield from _differences(before.get(key), now.get(key), f"{what}.{key}" if what else key)
+            yield from differences(before.get(key), now.get(key), f"{what}.{key}" if what else key)
     elif before != now:
         yield what, before, now
 
@@ -225,9 +227,18 @@ def digest_of_batches(batches: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def machine(decoder: Decoder) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """The versions of what computes."""
+    return {
+        "optprune": version("optprune"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
     """What of a machine decides how sums are rounded."""
-    device = decoder.model.device
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",

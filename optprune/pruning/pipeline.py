@@ -12,9 +12,10 @@ from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.pruning.journal import Journal
+from optprune.pruning.journal import Journal, versions
 from optprune.pruning.layer import summary
-from optprune.pruning.run import Run, heeded, versions
+from optprune.pruning.run import Run, heeded
+from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, Report
 
@@ -38,6 +39,7 @@ def prune(
     calibration: str = "",
     store: BlockStore | None = None,
     journal: Journal | None = None,
+    workers: Workers | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -47,17 +49,19 @@ def prune(
     model, where runs share them; without, this run measures its own. `source` and `calibration` name the model and
     the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
     at a time; afterwards the store gives the pruned ones. With a `journal` every block is on the disk once it is
-    finished, and a run that was stopped goes on where it was.
+    finished, and a run that was stopped goes on where it was. `workers` prune blocks side by side, where blocks are
+    independent by the policy (dense, intra); the weights are those of a run without.
     """
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    began, decoder = time.perf_counter(), Decoder(model, store)
+    began, decoder, workers = time.perf_counter(), Decoder(model, store), workers or Serial()
+    workers.check(recipe)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal)
     with calibrating(decoder):
-        for index in range(len(decoder.blocks)):
-            run.prune_block(index)
-    recipe, divided, records, notes = run.recipe, run.allocation, run.records, run.notes
+        workers.prune(run)
+    recipe, divided, notes = run.recipe, run.allocation, run.notes
+    records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
     most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)

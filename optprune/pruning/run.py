@@ -1,27 +1,27 @@
 """A run: what all its blocks share, and where it stands between two of them."""
 
 import math
-import platform
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from optprune.allocation import Allocation, Allocator, DenseModel, Division
 from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
 from optprune.errors import StrictError
+from optprune.measure.clock import clock
 from optprune.measure.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder, Target
-from optprune.pruning.block import BlockRecord, BlockTask, prune_block
-from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine
+from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
+from optprune.pruning.errand import Errand, Outcome, moved
+from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.report import Event, PhaseAdvanced
+from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced
 
 Listener = Callable[[Event], None]
 
@@ -48,6 +48,8 @@ class Run:
         self.journal: Journal | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
+        self.walked: dict[int, float] = {}
+        """the seconds of the pass through a dense block that a worker prunes meanwhile"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self.targets(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
@@ -97,6 +99,48 @@ class Run:
         del metrics  # freed with the block's
         release()
 
+    def errands(self) -> Iterator[Errand]:
+        """The blocks that are left, for workers; the path moves on through the dense model, whatever becomes of them.
+
+        Blocks that an earlier run has finished are passed by when their turn comes.
+        """
+        decoder = self.decoder
+        for index in range(len(decoder.blocks)):
+            metrics = self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
+            if index in self.finished:
+                self.records.append(self._passed_by(index))
+                continue
+            with decoder.resident(index) as block:
+                wanted, onwards = self.allocation.blocks[index], index < self.last
+                # The worker's path ends with the block: the next one's begins where this run's own path gets.
+                ends = {"onwards": False, "walked": onwards}
+                task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
+                errand = Errand.of(decoder, task)
+                if onwards:
+                    before = clock(decoder.model.device)
+                    self.path.pass_by(block, lambda: None)
+                    self.walked[index] = clock(decoder.model.device) - before
+            self.on_event(BlockStarted(index, len(decoder.blocks), done=len(self.records)))
+            del metrics, task
+            yield errand
+            del errand
+            release()
+
+    def take(self, outcome: Outcome) -> None:
+        """Let a block be what a worker made of it; they come in any order."""
+        record, decoder = outcome.record, self.decoder
+        passes = 2 * self.walked.pop(record.index, 0.0)
+        record = replace(record, floor_seconds=record.floor_seconds + passes)
+        weights = moved(outcome.weights, decoder.model.device)
+        with decoder.resident(record.index, keep=True):
+            decoder.put(record.index, record.shape, weights)
+        if self.journal is not None:
+            self.journal.finish(decoder, BlockResult(record, weights, self.path))
+        self.records.append(record)
+        for event in outcome.events:
+            done = {"done": len(self.records)} if isinstance(event, BlockFinished) else {}
+            self.on_event(replace(event, **done))
+
     def _pruned(self, task: BlockTask) -> BlockRecord:
         result = prune_block(self.decoder, task, self.on_event)
         self.path = result.path
@@ -142,18 +186,8 @@ def facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: A
         "the recipe": recipe.to_dict(),
         "the allocation": None if allocation is None else allocation.to_dict(),
         "the version": versions(),
-        "the machine": machine(decoder),
+        "the machine": machine(decoder.model.device),
         "the blocks": len(decoder.blocks),
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    return {
-        "optprune": version("optprune"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
     }
 
 

@@ -22,6 +22,8 @@ class BlockStarted:
 
     block: int
     blocks: int
+    done: int | None = None
+    """how many blocks are done, where that is not all those before it"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class BlockFinished:
     block: int
     blocks: int
     seconds: float
+    done: int | None = None
+    """how many blocks are done, where that is not all up to it"""
 
 
 @dataclass(frozen=True)

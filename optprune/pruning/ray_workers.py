@@ -1,0 +1,124 @@
+"""Workers of a Ray cluster: Ray places the blocks' tasks, keeps what they take, and repeats what died with a worker."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from optprune.errors import InputError, OptpruneError, WorkerError
+from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
+from optprune.pruning.workers import Crew, SideBySide
+from optprune.recipe import Recipe
+
+LOCAL = "local"
+RETRIES = 3
+"""how often Ray repeats a task whose worker died"""
+KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
+
+
+@dataclass(frozen=True)
+class RayWorkers(SideBySide):
+    """Tasks on the Ray cluster at an address; "local" starts one here and ends it with the run.
+
+    A task takes as many CPUs as this process has threads, and one GPU where the model is on one. optprune is installed
+    on every machine of the cluster, in the same versions.
+    """
+
+    address: str = LOCAL
+    count: int | None = None
+    """how many workers; None: as many as the cluster has CPUs or GPUs for"""
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise InputError(f"there must be a worker at least, not {self.count}")
+
+    def check(self, recipe: Recipe) -> None:
+        super().check(recipe)
+        _ray()
+
+    @contextmanager
+    def crew(self, kit: Kit) -> Iterator[Crew]:
+        ray = _ray()
+        mine = not ray.is_initialized()
+        if mine:
+            self._connect(ray, kit)
+        try:
+            there = self._room(ray, kit)
+            cluster = _Cluster(ray, kit, there if self.count is None else min(self.count, there))
+            try:
+                yield cluster
+            finally:
+                cluster.stop()
+        finally:
+            if mine:
+                ray.shutdown()
+
+    def _connect(self, ray: Any, kit: Kit) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        size = (
+            {}
+            if self.address != LOCAL
+            else {"include_dashboard": False, "num_cpus": self.count and self.count * kit.threads}
+        )
+        kernels = {name: os.environ[name] for name in KERNELS if name in os.environ}
+        try:
+            ray.init(self.address, log_to_driver=False, runtime_env={"env_vars": kernels}, **size)
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"there is no Ray cluster at {self.address!r}: {first}") from error
+
+    def _room(self, ray: Any, kit: Kit) -> int:
+        """How many tasks the cluster has room for at a time; InputError where it has none, and a task would wait."""
+        gpu, found = kit.device == "cuda", 0
+        for node in ray.nodes():
+            there = node["Resources"] if node["Alive"] else {}
+            tasks = int(there.get("CPU", 0)) // kit.threads
+            found += min(tasks, int(there.get("GPU", 0))) if gpu else tasks
+        if not found:
+            raise InputError(
+                f"no machine of the Ray cluster at {self.address!r} has {kit.threads} CPUs{' and a GPU' * gpu} for a "
+                "worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
+            )
+        return found
+
+
+def _ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise InputError("Ray is not installed: pip install optprune[ray]") from error
+
+
+class _Cluster(Crew[Any]):
+    def __init__(self, ray: Any, kit: Kit, count: int) -> None:
+        self._ray, self.count = ray, count
+        gpus = 1 if kit.device == "cuda" else 0
+        self._kit, self._under_way = ray.put(kit), set[Any]()
+        self._run = ray.remote(num_cpus=kit.threads, num_gpus=gpus, max_retries=RETRIES)(run_errand)
+
+    def send(self, errand: Errand) -> Any:
+        handle = self._run.remote(self._kit, self._ray.put(errand))
+        self._under_way.add(handle)
+        return handle
+
+    def wait(self, handles: list[Any]) -> list[Any]:
+        return self._ray.wait(handles)[0]
+
+    def get(self, handle: Any) -> Outcome | OptpruneError:
+        self._under_way.discard(handle)
+        try:
+            return self._ray.get(handle)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayError as error:
+            raise WorkerError(
+                f"a Ray worker ended in the middle of its work, and {RETRIES} others after it, perhaps since the "
+                "memory is not enough: use fewer workers, or machines with more"
+            ) from error
+
+    def stop(self) -> None:
+        """Give up what is still under way."""
+        for handle in self._under_way:
+            self._ray.cancel(handle, force=True)

@@ -1,0 +1,113 @@
+"""Workers: who prunes the blocks of a run, one after the other here, or several side by side.
+
+Side by side is for the policies under which blocks are independent. The run walks through the dense model and gives out
+errands, each with what enters a block; a worker fills that block of a skeleton and prunes it. What comes back, in any
+order, is put into the model or its journal: the weights and the report are those of a run without workers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Generic, TypeVar
+
+from optprune.calibration import POLICIES
+from optprune.errors import InputError, OptpruneError
+from optprune.pruning.errand import Errand, Kit, Outcome
+from optprune.pruning.run import Run
+from optprune.recipe import Recipe
+
+AHEAD = 2
+"""errands that are under way for each worker: the one that it does, and the next"""
+Handle = TypeVar("Handle")
+
+
+class Workers(ABC):
+    """Who prunes the blocks of a run."""
+
+    @abstractmethod
+    def check(self, recipe: Recipe) -> None:
+        """Raise InputError where a recipe's blocks cannot be pruned so."""
+
+    @abstractmethod
+    def prune(self, run: Run) -> None:
+        """Prune all blocks of a run that has begun."""
+
+
+class Serial(Workers):
+    """One block after the other, in this process."""
+
+    def check(self, recipe: Recipe) -> None:
+        pass
+
+    def prune(self, run: Run) -> None:
+        for index in range(len(run.decoder.blocks)):
+            run.prune_block(index)
+
+
+class Crew(ABC, Generic[Handle]):
+    """Workers that are at work."""
+
+    count: int
+    """how many they are"""
+
+    @abstractmethod
+    def send(self, errand: Errand) -> Handle:
+        """Have an errand done some time."""
+
+    @abstractmethod
+    def wait(self, handles: list[Handle]) -> list[Handle]:
+        """Wait until one at least is done, and tell which are."""
+
+    @abstractmethod
+    def get(self, handle: Handle) -> Outcome | OptpruneError:
+        """What came of an errand that is done."""
+
+
+class SideBySide(Workers):
+    """Several blocks at a time, each by one of several workers."""
+
+    def check(self, recipe: Recipe) -> None:
+        if not recipe.policy.independent:
+            free = " or ".join(name for name, policy in POLICIES.items() if policy.independent)
+            raise InputError(
+                f"under the policy {recipe.policy.name} every block depends on those before it, so that workers have "
+                f"nothing to share: choose the propagation {free}, or leave the workers out"
+            )
+
+    def prune(self, run: Run) -> None:
+        with self.crew(Kit.of(run.decoder)) as crew:
+            for outcome in outcomes(crew, run.errands()):
+                run.take(outcome)
+
+    @abstractmethod
+    def crew(self, kit: Kit) -> AbstractContextManager[Crew]:
+        """The workers for a run, for as long as the context lasts."""
+
+
+def outcomes(crew: Crew[Handle], errands: Iterator[Errand]) -> Iterator[Outcome]:
+    """What comes of errands, as it comes; no more are made than workers soon need. An error of a worker's is raised."""
+    under_way = [crew.send(errand) for errand in islice(errands, AHEAD * crew.count)]
+    while under_way:
+        done = crew.wait(under_way)
+        for handle in done:
+            outcome = crew.get(handle)
+            if isinstance(outcome, OptpruneError):
+                raise outcome
+            yield outcome
+        under_way = [handle for handle in under_way if handle not in done]
+        under_way += [crew.send(errand) for errand in islice(errands, len(done))]
+
+
+def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None) -> Workers:
+    """The workers that a command asks for: so many processes here, or those of a Ray cluster at an address.
+
+    InputError where the recipe's blocks cannot be pruned so.
+    """
+    from optprune.pruning.processes import Processes
+    from optprune.pruning.ray_workers import RayWorkers
+
+    here = Serial() if count is None or count == 1 else Processes(count)
+    workers = here if ray is None else RayWorkers(ray, count)
+    workers.check(recipe)
+    return workers

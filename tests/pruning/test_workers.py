@@ -1,0 +1,258 @@
+"""Blocks pruned side by side: in whatever order they come back, the bytes and the report are those of a serial run."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks.tiny_models import TINY_MODELS
+from optprune import load_recipe
+from optprune.calibration import POLICIES, moments_pass, propagation, stream
+from optprune.calibration.stream import run_block
+from optprune.errors import InputError, OptpruneError, StrictError
+from optprune.models import Decoder, open_model
+from optprune.pruning import prune
+from optprune.pruning import run as pruning_run
+from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
+from optprune.pruning.journal import Journal
+from optprune.pruning.workers import AHEAD, Crew, SideBySide, workers_of
+from optprune.report import BlockFinished, BlockStarted, Event, Report
+from tests.helpers.tiny_models import by_variant
+
+INDEPENDENT = [name for name, policy in POLICIES.items() if policy.independent]
+BLOCKS = 5
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 500, (size, 32), generator=generator) for size in (4, 4, 2)]
+
+
+def tiny(**config) -> PreTrainedModel:
+    return TINY_MODELS["llama"](num_hidden_layers=BLOCKS, **config)
+
+
+class Packed(Crew[bytes]):
+    """Two workers of this process, whose errands travel as pickle and of which the newest is always done first."""
+
+    count = 2
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit, self.most, self.done, self.largest = kit, 0, 0, 0
+
+    def send(self, errand: Errand) -> bytes:
+        packed = pickle.dumps(errand)
+        self.largest = max(self.largest, len(packed))
+        return packed
+
+    def wait(self, handles: list[bytes]) -> list[bytes]:
+        self.most = max(self.most, len(handles))
+        return handles[-1:]
+
+    def get(self, handle: bytes) -> Outcome | OptpruneError:
+        self.done += 1
+        return pickle.loads(pickle.dumps(run_errand(self.kit, pickle.loads(handle))))
+
+
+class Here(SideBySide):
+    """Workers of this process."""
+
+    def __init__(self) -> None:
+        self.packed: list[Packed] = []
+
+    @contextmanager
+    def crew(self, kit: Kit) -> Iterator[Crew]:
+        self.packed.append(Packed(kit))
+        yield self.packed[-1]
+
+
+def told(report: Report) -> Report:
+    """A report without its times."""
+    layers = tuple(replace(layer, seconds=0.0, stages=()) for layer in report.layers)
+    recovered = tuple(replace(part, seconds=0.0) for part in report.recovered)
+    return replace(report, seconds=0.0, floor_seconds=0.0, layers=layers, recovered=recovered)
+
+
+def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    assert type(model) is type(other) and model.config.to_dict() == other.config.to_dict()
+    one, two = model.state_dict(), other.state_dict()
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        assert torch.equal(weight, two[name]), name
+
+
+RECIPES = [
+    ("fasp", {}),
+    ("sparsegpt", {}),
+    ("spap", {"recovery_tokens": 64}),
+    ("fasp", {"metric": "diagonal", "metric_tokens": 64}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), RECIPES, ids=["fasp", "sparsegpt", "recovery", "metric"])
+@pytest.mark.parametrize("policy", INDEPENDENT)
+@by_variant
+def test_the_bytes_and_the_report_are_those_of_a_serial_run(make, policy, recipe, settings) -> None:
+    serial = make()
+    chosen = load_recipe(recipe, {**settings, "propagation": policy})
+    shared = copy.deepcopy(serial)
+    expected = prune(serial, batches(), chosen)
+    report = prune(shared, batches(), chosen, workers=Here())
+    assert_same(serial, shared)
+    assert told(report) == told(expected)
+
+
+def test_sub_blocks_that_go_whole_go_at_the_workers_too() -> None:
+    serial, shared = tiny(), tiny()
+    recipe = load_recipe("depth", {"sparsity": 0.4, "depth_tokens": 64, "propagation": "dense"})
+    expected, report = prune(serial, batches(), recipe), prune(shared, batches(), recipe, workers=Here())
+    assert_same(serial, shared)
+    assert told(report) == told(expected) and report.removed
+
+
+def test_a_pruned_model_is_pruned_again_side_by_side() -> None:
+    serial = tiny()
+    prune(serial, batches(), load_recipe("fasp", {"sparsity": 0.3, "width_multiple": 1}))
+    shared = copy.deepcopy(serial)
+    again = load_recipe("fasp", {"sparsity": 0.1, "propagation": "intra"})
+    prune(serial, batches(), again)
+    prune(shared, batches(), again, workers=Here())
+    assert_same(serial, shared)
+
+
+def test_a_model_read_block_by_block_goes_on_with_its_journal(tmp_path: Path) -> None:
+    recipe, serial = load_recipe("sparsegpt", {"propagation": "intra"}), tiny()
+    serial.save_pretrained(tmp_path / "model")
+    expected = prune(serial, batches(), recipe)
+
+    def run(resume: bool, workers: Here, on_event) -> Report:
+        journal = Journal(tmp_path / "run", resume=resume)
+        opened = open_model(tmp_path / "model", sink=journal.sink)
+        report = prune(
+            opened.model,
+            batches(),
+            recipe,
+            store=opened.store,
+            journal=journal,
+            workers=workers,
+            on_event=on_event,
+        )
+        decoder = Decoder(opened.model, opened.store)
+        for index, block in enumerate(Decoder(serial).blocks):
+            with decoder.resident(index) as resident:
+                for name, weight in block.named_parameters():
+                    assert torch.equal(weight, resident.get_parameter(name)), name
+        return report
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockFinished) and event.done == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(False, Here(), stop)
+    # With two workers, the newest first: neither the first blocks nor any whole stretch of them.
+    assert Journal(tmp_path / "run", resume=True).finished() == [3, 4]
+    workers, events = Here(), list[Event]()
+    report = run(True, workers, events.append)
+    assert workers.packed[0].done == BLOCKS - 2
+    assert told(report).layers == told(expected).layers
+    assert [event.done for event in events if isinstance(event, BlockFinished)] == [3, 4, 5]
+
+
+def test_progress_counts_what_is_done_in_whatever_order() -> None:
+    events: list[Event] = []
+    prune(tiny(), batches(), load_recipe("magnitude", {"propagation": "dense"}), workers=Here(), on_event=events.append)
+    started = [event for event in events if isinstance(event, BlockStarted)]
+    finished = [event for event in events if isinstance(event, BlockFinished)]
+    assert [event.block for event in started] == list(range(BLOCKS))
+    assert [event.done for event in finished] == list(range(1, BLOCKS + 1))
+    assert sorted(event.block for event in finished) == list(range(BLOCKS)) != [event.block for event in finished]
+
+
+def test_no_more_is_under_way_than_workers_soon_need() -> None:
+    workers = Here()
+    model = TINY_MODELS["llama"](num_hidden_layers=12)
+    prune(model, batches(), load_recipe("magnitude", {"propagation": "dense"}), workers=workers)
+    assert workers.packed[0].most == AHEAD * Packed.count
+
+
+def test_an_errand_holds_what_one_block_takes() -> None:
+    """Of a view of a larger tensor its own part, and of the blocks' arguments those of the one block."""
+    sizes = []
+    for blocks in (2, 24):
+        model = TINY_MODELS["llama"](num_hidden_layers=blocks)
+        block = Decoder(model).blocks[0]
+        whole, at = torch.cat([weight.detach().reshape(-1) for weight in block.parameters()]), 0
+        for weight in block.parameters():
+            weight.data = whole[at : at + weight.numel()].view_as(weight)
+            at += weight.numel()
+        workers = Here()
+        prune(model, batches(), load_recipe("magnitude", {"propagation": "dense"}), workers=workers)
+        sizes.append(workers.packed[0].largest)
+    hidden = 64 * sum(batch.numel() for batch in batches())
+    assert sizes[1] < 1.01 * sizes[0] < 1.5 * 4 * (hidden + len(whole))
+
+
+@pytest.mark.parametrize("policy", INDEPENDENT)
+def test_every_block_is_passed_through_once_to_get_on_wherever_that_is(policy: str, monkeypatch) -> None:
+    """By a clock that counts passes: the floor is that of a serial run, and a worker spares the pass of the run."""
+    passes, whole = [0], [0]
+
+    def counted(block, hidden, arguments, taps=(), *, to_end=True):
+        passes[0] += 1
+        whole[0] += to_end
+        return run_block(block, hidden, arguments, taps, to_end=to_end)
+
+    for module in (moments_pass, stream):
+        monkeypatch.setattr(module, "run_block", counted)
+    for module in (moments_pass, propagation, pruning_run):
+        monkeypatch.setattr(module, "clock", lambda device: float(passes[0]))
+    found = []
+    for workers in (None, Here()):
+        whole[0] = 0
+        report = prune(tiny(), batches(), load_recipe("fasp", {"propagation": policy}), workers=workers)
+        found.append((report.floor_seconds, whole[0]))
+    assert found[0] == found[1] == (2 * BLOCKS * len(batches()), BLOCKS * len(batches()))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name not in INDEPENDENT])
+def test_a_policy_that_lets_blocks_depend_on_each_other_is_refused(policy: str) -> None:
+    with pytest.raises(InputError, match=f"under the policy {policy} every block depends .* dense or intra"):
+        workers_of(load_recipe("fasp", {"propagation": policy}), 2)
+
+
+def test_what_stops_a_worker_stops_the_run_with_its_sentence() -> None:
+    recipe, few = load_recipe("fasp", {"propagation": "dense", "strict": True}), [torch.ones(1, 8, dtype=torch.long)]
+    messages = []
+    for workers in (None, Here()):
+        with pytest.raises(StrictError, match="strict mode makes this an error") as caught:
+            prune(tiny(), few, recipe, workers=workers)
+        messages.append(str(caught.value).partition(": ")[2])
+    assert messages[0] == messages[1]
+
+
+def test_a_worker_that_would_round_otherwise_is_refused() -> None:
+    class Elsewhere(Here):
+        @contextmanager
+        def crew(self, kit: Kit) -> Iterator[Crew]:
+            yield Packed(replace(kit, facts=kit.facts.replace(torch.__version__, "1.13")))
+
+    with pytest.raises(InputError, match=r"the version\.torch is '1\.13' here and '.*' there"):
+        prune(tiny(), batches(), load_recipe("magnitude", {"propagation": "dense"}), workers=Elsewhere())
+
+
+@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("ray", [None, "local"])
+def test_no_worker_at_all_is_refused(count: int, ray: str | None) -> None:
+    with pytest.raises(InputError, match=f"there must be a worker at least, not {count}"):
+        workers_of(load_recipe("fasp", {"propagation": "dense"}), count, ray)
