@@ -248,5 +248,6 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
         return columns[n - k][:, None]
     if _for_numpy(score):
         # NumPy's partition is ten times as fast as torch's kthvalue.
-        return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None])
+        # A copy, for a view would keep all that was partitioned.
+        return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None].copy())
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

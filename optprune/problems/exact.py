@@ -24,7 +24,7 @@ Part: TypeAlias = Callable[[slice, slice], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class ExactLoss:
-    """The original weight, the statistics of the inputs and the metric, whose products and sums are those of float64."""
+    """A weight, the statistics of its inputs and the metric, whose products and sums are those of float64."""
 
     weight: Tensor
     moments: InputMoments
@@ -128,6 +128,11 @@ def pull_of(weight: Tensor, moments: InputMoments) -> Tensor | None:
 def double(matrix: Tensor) -> Part:
     """A matrix, part by part in float64."""
     return lambda rows, columns: matrix[rows, columns].double()
+
+
+def absolute_product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """|V| x in float64."""
+    return _rows_by(lambda rows: matrix[rows].abs().double() @ vector, len(matrix))
 
 
 def times(part: Part, out: int, right: Tensor) -> Tensor:

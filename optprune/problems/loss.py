@@ -12,7 +12,7 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics.precision import full_precision
-from optprune.problems.exact import ExactLoss, pull_of
+from optprune.problems.exact import ExactLoss, absolute_product, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
 """powers of two: of no larger or smaller sizes than these, squares of gradients keep all their digits in float32"""
@@ -223,7 +223,8 @@ class LayerLoss:
         ideal = size
         if drift is not None:
             ideal = size + (drift.covariance.diagonal().double() + drift.mean.double().square()).sqrt()
-        return self.entry_rounding * (weight.double().abs() @ size + self.weight.double().abs() @ (size + ideal))
+        terms = absolute_product(weight, size) + absolute_product(self.weight, size + ideal)
+        return self.entry_rounding * terms
 
     def rounding(self, weight: Float[Tensor, "out in"]) -> float:
         """How much of f(V) may be rounding: (in + 4) eps of the sizes of its terms, before they cancel.

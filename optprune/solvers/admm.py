@@ -82,7 +82,9 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
         loss = problem.loss
         scale = column_scale(loss.gram)
-        values, vectors = linalg.eigh(loss.gram / torch.outer(scale, scale))
+        unit = torch.outer(scale, scale)
+        # Its transpose is stored by columns, as the decomposition wants it.
+        values, vectors = linalg.eigh_in_place(torch.div(loss.gram.mT, unit, out=unit).mT)
         values, row_vectors = values.clamp(min=0), None
         target = loss.linear / scale
         if loss.coupled:
@@ -99,7 +101,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
             vectors=vectors,
             row_vectors=row_vectors,
             target=target,
-            inverse=None if loss.coupled else _inverse(values, vectors, self.rho),
+            inverse=None if loss.coupled else _inverse(values, vectors, self.rho, torch.empty_like(vectors)),
             sparse=dense,
             dual=torch.zeros_like(dense),
             rho=self.rho,
@@ -110,19 +112,20 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         )
 
     def step(self, problem: SelectionProblem, state: AdmmState) -> AdmmState:
-        point = torch.add(_dense(state), state.dual, alpha=1 / state.rho)
+        point = _dense(state).add_(state.dual, alpha=1 / state.rho)
         mask = problem.mask(problem.project(point.square()))
         sparse = within(mask, point)
         count = state.count + 1
         # U + rho (V' - Z) = rho (point - Z): the new dual is what the pattern dropped.
-        state = replace(state, sparse=sparse, dual=(point - sparse).mul_(state.rho), mask=mask, count=count)
+        state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
         moved = int(torch.count_nonzero(mask ^ state.looked_at)) / max(1, int(torch.count_nonzero(mask)))
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:
-            state = replace(state, inverse=_inverse(state.values, state.vectors, rho))
+            # Written over the one before: it is as large as the Gram matrix.
+            state = replace(state, inverse=_inverse(state.values, state.vectors, rho, state.inverse))
         return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
 
     def done(self, problem: SelectionProblem, state: AdmmState) -> Status | None:
@@ -134,9 +137,11 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         return torch.where(state.mask, state.sparse / state.scale, 0.0)
 
 
-def _inverse(values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float) -> Float[Tensor, "in in"]:
-    """(A' + rho I)^-1 from the eigendecomposition of A'."""
-    return (vectors / (values + rho)) @ vectors.T
+def _inverse(
+    values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float, room: Float[Tensor, "in in"]
+) -> Float[Tensor, "in in"]:
+    """(A' + rho I)^-1 from the eigendecomposition of A', written into `room`."""
+    return torch.mm(vectors / (values + rho), vectors.T, out=room)
 
 
 def _dense(state: AdmmState) -> Float[Tensor, "out in"]:

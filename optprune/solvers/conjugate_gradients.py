@@ -76,12 +76,13 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
             diagonal = torch.outer(loss.metric.diagonal, diagonal)
         inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
         scale = torch.where(mask, loss.gradient(torch.where(mask, loss.weight, 0.0)), 0.0)
-        residual = -torch.where(mask, loss.gradient(start), 0.0)
+        target = self.tolerance**2 * _by_system(loss, scale.square_().mul_(inverse))
+        del scale
+        residual = torch.where(mask, loss.gradient(start), 0.0).neg_()
         direction = residual * inverse
-        target = self.tolerance**2 * _by_system(loss, scale.square() * inverse)
         energy = _by_system(loss, residual * direction)
         # Original weights that are optimal as they are would ask for a residual of exactly zero.
-        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + _by_system(loss, loss.linear.square() * inverse))
+        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + _by_system(loss, loss.linear.square().mul_(inverse)))
         stuck = torch.zeros_like(energy, dtype=torch.bool)
         target, known = target.maximum(rounding), _rounding(loss, mask).to(energy)
         settled = energy <= known
