@@ -200,14 +200,16 @@ def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]
     rows, n = score.shape
     if not 0 <= keep <= n:
         raise InputError(f"cannot keep {keep} of {n} entries")
-    # The sum is one fast pass, and finite almost always.
-    if not bool(torch.isfinite(score.sum())) and bool(torch.isnan(score).any()):
-        raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
     if keep in (0, n):
-        return torch.full_like(score, keep > 0, dtype=torch.bool)
-    threshold = _kth_largest(score, keep)
-    mask = score >= threshold
-    if int(torch.count_nonzero(mask)) == rows * keep:
+        threshold, mask = score[:, :1], torch.full_like(score, keep > 0, dtype=torch.bool)
+    else:
+        threshold = _kth_largest(score, keep)
+        mask = score >= threshold
+    # The sum is one fast pass, and finite almost always. Both are looked at together: a GPU is waited for once.
+    finite, count = torch.stack([torch.isfinite(score.sum()).long(), torch.count_nonzero(mask)]).tolist()
+    if not finite and bool(torch.isnan(score).any()):
+        raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
+    if count == rows * keep:
         return mask
     above = score > threshold
     missing = keep - above.sum(1, keepdim=True)

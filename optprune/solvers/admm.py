@@ -120,7 +120,8 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
-        moved = int(torch.count_nonzero(mask ^ state.looked_at)) / max(1, int(torch.count_nonzero(mask)))
+        changed, kept = torch.stack([torch.count_nonzero(mask ^ state.looked_at), torch.count_nonzero(mask)]).tolist()
+        moved = changed / max(1, kept)
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:

@@ -117,9 +117,10 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
     def done(self, problem: Restorable, state: GradientsState) -> Status | None:
         # From a residual of rounding all directions are rounding: where A is singular they end without curvature.
         met = (state.energy <= state.target) | (state.stuck & state.settled)
-        if bool(met.all()):
+        converged, over = torch.stack([met.all(), (met | state.stuck).all()]).tolist()
+        if converged:
             return Status.CONVERGED
-        return Status.STALLED if bool((met | state.stuck).all()) else None
+        return Status.STALLED if over else None
 
     def value(self, problem: Restorable, state: GradientsState) -> Tensor:
         return state.weight

@@ -85,7 +85,8 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
         return replace(state, strength=strength, dense=dense, mask=mask, count=state.count + 1)
 
     def done(self, problem: SparseLeastSquares, state: PathState) -> Status | None:
-        if not bool(((state.dense != 0) & ~state.mask).any()) or not bool(state.mask.any()):
+        left, any_kept = torch.stack([((state.dense != 0) & ~state.mask).any(), state.mask.any()]).tolist()
+        if not left or not any_kept:
             return Status.CONVERGED
         return Status.STEP_LIMIT if state.count >= self.most else None
 
