@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.numerics import linalg
 from optprune.patterns import within
-from optprune.problems import SelectionProblem
+from optprune.problems import LayerLoss, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
@@ -82,9 +82,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
         loss = problem.loss
         scale = column_scale(loss.gram)
-        unit = torch.outer(scale, scale)
-        # Its transpose is stored by columns, as the decomposition wants it.
-        values, vectors = linalg.eigh_in_place(torch.div(loss.gram.mT, unit, out=unit).mT)
+        values, vectors = _decomposed(loss, scale)
         values, row_vectors = values.clamp(min=0), None
         target = loss.linear / scale
         if loss.coupled:
@@ -136,6 +134,17 @@ class Admm(Solver[SelectionProblem, AdmmState]):
 
     def value(self, problem: SelectionProblem, state: AdmmState) -> Tensor:
         return torch.where(state.mask, state.sparse / state.scale, 0.0)
+
+
+def _decomposed(loss: LayerLoss, scale: Float[Tensor, " in"]) -> tuple[Float[Tensor, " in"], Float[Tensor, "in in"]]:
+    """The eigendecomposition of A', once for all layers that read the same inputs under the same damping."""
+    known = loss.moments.decompositions
+    if loss.fit_bias not in known or not torch.equal(known[loss.fit_bias][0], loss.damping):
+        unit = torch.outer(scale, scale)
+        # Its transpose is stored by columns, as the decomposition wants it.
+        known[loss.fit_bias] = loss.damping, *linalg.eigh_in_place(torch.div(loss.gram.mT, unit, out=unit).mT)
+    _, values, vectors = known[loss.fit_bias]
+    return values, vectors
 
 
 def _inverse(
