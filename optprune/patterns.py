@@ -206,7 +206,7 @@ def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]
         threshold = _kth_largest(score, keep)
         mask = score >= threshold
     # The sum is one fast pass, and finite almost always. Both are looked at together: a GPU is waited for once.
-    finite, count = torch.stack([torch.isfinite(score.sum()).long(), torch.count_nonzero(mask)]).tolist()
+    finite, count = linalg.numbers(torch.isfinite(score.sum()).long(), torch.count_nonzero(mask))
     if not finite and bool(torch.isnan(score).any()):
         raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
     if count == rows * keep:

@@ -91,7 +91,7 @@ class WeightedL1(NormPenalty):
     weights: Float[Tensor, "*shape"]
 
     def __post_init__(self) -> None:
-        least, largest = torch.stack(torch.aminmax(self.weights)).tolist()
+        least, largest = linalg.numbers(*torch.aminmax(self.weights))
         _nonnegative("the least weight of an l1 penalty", least)
         _nonnegative("the largest weight of an l1 penalty", largest)
 

@@ -84,3 +84,8 @@ def from_numpy(values: "np.ndarray[Any, np.dtype[Any]]") -> Tensor:
 def unique(values: Tensor) -> Tensor:
     """The distinct values, ascending."""
     return values.unique()
+
+
+def numbers(*values: Tensor) -> list[Any]:
+    """The values of some tensors without dimensions, of one dtype, at one look at the device."""
+    return torch.stack(values).tolist()

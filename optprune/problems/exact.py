@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
+from optprune.numerics import linalg
 from optprune.numerics.precision import full_precision
 
 BLOCK = 512
@@ -92,7 +93,7 @@ class ExactLoss:
                 sums[1] += (weighed * self.pull[:, columns]).sum()
             sums[2] += (block * weighed).mul_(self.damping[columns].double()).sum()
         sums[0] += means[0] @ means[1]
-        error, drifted, ridge = sums.tolist()
+        error, drifted, ridge = linalg.numbers(*sums)
         return error, drifted, ridge
 
     def residual(self, weight: Tensor, gram: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
-        changed, kept = torch.stack([torch.count_nonzero(mask ^ state.looked_at), torch.count_nonzero(mask)]).tolist()
+        changed, kept = linalg.numbers(torch.count_nonzero(mask ^ state.looked_at), torch.count_nonzero(mask))
         moved = changed / max(1, kept)
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
 from optprune.solvers.base import Solver, check_options
@@ -117,7 +118,7 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
     def done(self, problem: Restorable, state: GradientsState) -> Status | None:
         # From a residual of rounding all directions are rounding: where A is singular they end without curvature.
         met = (state.energy <= state.target) | (state.stuck & state.settled)
-        converged, over = torch.stack([met.all(), (met | state.stuck).all()]).tolist()
+        converged, over = linalg.numbers(met.all(), (met | state.stuck).all())
         if converged:
             return Status.CONVERGED
         return Status.STALLED if over else None

@@ -177,7 +177,7 @@ def _compact(
     if not own:
         return matrix[rows[:, None], columns]
     room = matrix.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
-    for part in torch.arange(len(rows), device=rows.device).split(ROWS):
+    for part in torch.split(torch.arange(len(rows), device=rows.device), ROWS):
         # No row moves towards the end, so what is still to be read is not written over.
         room[part] = matrix[rows[part][:, None], columns]
     return room

@@ -76,7 +76,7 @@ def unit_blocks(
     """The diagonal blocks M_gg of a matrix and V_g^T V_g of some rows V, for units of `each` consecutive columns."""
     index = torch.arange(len(matrix), device=matrix.device).reshape(-1, each)
     if each == 1:
-        squares = torch.cat([part.square().sum(0) for part in rows.split(COLUMNS, 1)])
+        squares = torch.cat([part.square().sum(0) for part in torch.split(rows, COLUMNS, 1)])
         return matrix.diagonal()[:, None, None].clone(), squares[:, None, None]
     parts = rows.T.reshape(-1, each, len(rows))
     return matrix[index[:, :, None], index[:, None, :]], parts @ parts.transpose(1, 2)

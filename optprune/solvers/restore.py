@@ -145,7 +145,8 @@ def _shared_step(
     factor, scale = gram.factor(kept), gram.scale[kept]
     singular = factor is None
     # A few rows at a time: what they take in the factor's dtype is small.
-    for rows in torch.arange(len(residual), device=kept.device).split(len(residual) if singular else ROWS):
+    every = torch.arange(len(residual), device=kept.device)
+    for rows in torch.split(every, len(residual) if singular else ROWS):
         right = (residual[rows[:, None], kept] / scale).to(gram.dtype)
         if factor is None:
             solved = gram.solve_singular(gram.block(kept), right)
