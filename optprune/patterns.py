@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
+from optprune.numerics.selection import INTEGERS, kth_largest
 from optprune.system.wording import shown
 
 NETWORK = 16
@@ -252,4 +253,7 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
         # NumPy's partition is ten times as fast as torch's kthvalue.
         # A copy, for a view would keep all that was partitioned.
         return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None].copy())
+    if score.device.type == "cuda" and score.dtype in INTEGERS:
+        # There kthvalue gives one block of threads to a row, and that row may be all of a matrix.
+        return kth_largest(score, k)
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values
