@@ -112,6 +112,14 @@ class InputMoments:
         """The inputs that were zero on every token: [in], bool."""
         return self.mean_square == 0
 
+    @cached_property
+    def decompositions(self) -> "dict[bool, tuple[Tensor, Tensor, Tensor]]":
+        """What solvers keep here of these moments for the next layer that reads the same inputs, as q, k and v do.
+
+        By whether a bias is fitted: the damping, and the eigenvalues and eigenvectors of the scaled Gram matrix.
+        """
+        return {}
+
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors, in the order of the fields."""
         drift = () if self.drift is None else (self.drift.cross, self.drift.covariance, self.drift.mean)

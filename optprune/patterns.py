@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
+from optprune.numerics.selection import INTEGERS, kth_largest
 from optprune.system.wording import shown
 
 NETWORK = 16
@@ -200,14 +201,16 @@ def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]
     rows, n = score.shape
     if not 0 <= keep <= n:
         raise InputError(f"cannot keep {keep} of {n} entries")
-    # The sum is one fast pass, and finite almost always.
-    if not bool(torch.isfinite(score.sum())) and bool(torch.isnan(score).any()):
-        raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
     if keep in (0, n):
-        return torch.full_like(score, keep > 0, dtype=torch.bool)
-    threshold = _kth_largest(score, keep)
-    mask = score >= threshold
-    if int(torch.count_nonzero(mask)) == rows * keep:
+        threshold, mask = score[:, :1], torch.full_like(score, keep > 0, dtype=torch.bool)
+    else:
+        threshold = _kth_largest(score, keep)
+        mask = score >= threshold
+    # The sum is one fast pass, and finite almost always. Both are looked at together: a GPU is waited for once.
+    finite, count = linalg.numbers(torch.isfinite(score.sum()).long(), torch.count_nonzero(mask))
+    if not finite and bool(torch.isnan(score).any()):
+        raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
+    if count == rows * keep:
         return mask
     above = score > threshold
     missing = keep - above.sum(1, keepdim=True)
@@ -248,5 +251,9 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
         return columns[n - k][:, None]
     if _for_numpy(score):
         # NumPy's partition is ten times as fast as torch's kthvalue.
-        return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None])
+        # A copy, for a view would keep all that was partitioned.
+        return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None].copy())
+    if score.device.type == "cuda" and score.dtype in INTEGERS:
+        # There kthvalue gives one block of threads to a row, and that row may be all of a matrix.
+        return kth_largest(score, k)
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

@@ -91,8 +91,9 @@ class WeightedL1(NormPenalty):
     weights: Float[Tensor, "*shape"]
 
     def __post_init__(self) -> None:
-        _nonnegative("the least weight of an l1 penalty", float(self.weights.min()))
-        _nonnegative("the largest weight of an l1 penalty", float(self.weights.max()))
+        least, largest = linalg.numbers(*torch.aminmax(self.weights))
+        _nonnegative("the least weight of an l1 penalty", least)
+        _nonnegative("the largest weight of an l1 penalty", largest)
 
     @property
     def separable(self) -> bool:

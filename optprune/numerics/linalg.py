@@ -18,6 +18,28 @@ def try_cholesky(matrix: Tensor, *, upper: bool = False) -> tuple[Tensor, Tensor
     return factor, failed
 
 
+def cholesky_in_place(matrix: Tensor) -> Tensor:
+    """Write the lower Cholesky factor over a matrix; a number that is zero where it has one.
+
+    Of a matrix stored by columns it takes one copy beside it, otherwise two.
+    """
+    failed = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+    return failed
+
+
+def by_columns(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a matrix that is stored by columns, as LAPACK wants it."""
+    return matrix.mT.to(dtype, copy=True, memory_format=torch.contiguous_format).mT
+
+
+def eigh_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """As `eigh`, with the eigenvectors written over the matrix, which is stored by columns."""
+    values = matrix.new_empty(matrix.shape[:-1])
+    torch.linalg.eigh(matrix, out=(values, matrix))
+    return values, matrix
+
+
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns."""
     values, vectors = torch.linalg.eigh(matrix)
@@ -62,3 +84,8 @@ def from_numpy(values: "np.ndarray[Any, np.dtype[Any]]") -> Tensor:
 def unique(values: Tensor) -> Tensor:
     """The distinct values, ascending."""
     return values.unique()
+
+
+def numbers(*values: Tensor) -> list[Any]:
+    """The values of some tensors without dimensions, of one dtype, at one look at the device."""
+    return torch.stack(values).tolist()

@@ -1,57 +1,122 @@
-"""A layer's loss without its ridge, in float64: what every objective is measured by, whatever the dtype of a solver."""
+"""A layer's loss without its ridge, in float64: what every objective is measured by, whatever the dtype of a solver.
 
+Nothing is copied to float64 whole: blocks of columns are, and blocks of rows of what they are multiplied by.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
+from optprune.numerics import linalg
 from optprune.numerics.precision import full_precision
+
+BLOCK = 512
+"""columns, or rows, in float64 at a time: what that takes beside the layer is small"""
+ALL = slice(None)
+Part: TypeAlias = Callable[[slice, slice], Tensor]
+"""the rows and columns of a matrix in float64"""
 
 
 @dataclass(frozen=True, eq=False)
 class ExactLoss:
-    """The original weight, the statistics of the inputs and the metric, all in float64."""
+    """A weight, the statistics of its inputs and the metric, whose products and sums are those of float64."""
 
     weight: Tensor
     moments: InputMoments
+    damping: Tensor
     metric: OutputMetric | None
 
     def weigh(self, change: Tensor) -> Tensor:
-        """S V."""
-        return change if self.metric is None else self.metric.apply(change)
+        """S V, in float64."""
+        metric = self.metric
+        if metric is None:
+            return change
+        damping = metric.damping.double()
+        if not metric.full:
+            return (metric.average.double() + damping)[:, None] * change
+        product = _rows_by(lambda rows: metric.average[rows].double() @ change, len(damping))
+        return torch.addcmul(product, damping[:, None], change)
 
     @cached_property
     def pull(self) -> Tensor | None:
-        """W A - B = W E[(x* - x) x*^T]; None when it is zero."""
-        return pull_of(self.weight, self.moments)
+        """W A - B = W E[(x* - x) x*^T] in float64; None when it is zero."""
+        drift, original = self.moments.drift, double(self.weight)
+        if drift is None:
+            return None
+        pull = torch.empty_like(self.weight, dtype=torch.float64)
+        lag = _rows_by(lambda rows: original(rows, ALL) @ drift.mean.double(), len(self.weight))
+        for columns in _blocks(self.moments.width):
+            product = times(original, len(self.weight), drift.cross[:, columns].double())
+            pull[:, columns] = torch.addr(product, lag, self.moments.mean[columns].double())
+        return pull
 
     @cached_property
-    def weighed(self) -> Tensor:
-        """S W."""
-        return self.weigh(self.weight)
+    def at_zero(self) -> tuple[float, float]:
+        """E|W x|^2 (in the metric), and tr(S W D W^T)."""
+        return self.measured(self.weight.new_zeros(()).expand_as(self.weight))
 
-    @cached_property
-    def signal(self) -> float:
-        """E|W x|^2 (in the metric)."""
-        return self.squared_error(-self.weight)
+    def measured(self, weight: Tensor) -> tuple[float, float]:
+        """E|V x* - W x|^2 (in the metric), as E|(V - W) x* + W d|^2, and tr(S (V - W) D (V - W)^T)."""
 
-    def squared_error(self, change: Tensor) -> float:
-        """E|V x* - W x|^2 (in the metric) for V = W + change: E|change x* + W d|^2."""
-        weighed = self.weigh(change)
-        error = _product(change, self.moments.covariance, self.moments.mean, weighed)
+        def change(rows: slice, columns: slice) -> Tensor:
+            return weight[rows, columns].double() - self.weight[rows, columns].double()
+
+        error, drifted, ridge = self._products(change, self.moments.covariance, self.moments.mean)
         if self.pull is not None:
-            error += 2 * float((weighed * self.pull).sum()) + self._error_at_weight
-        return max(error, 0.0)
+            error += 2 * drifted + self._error_at_weight
+        return max(error, 0.0), max(ridge, 0.0)
 
     @cached_property
     def _error_at_weight(self) -> float:
         """E|W x* - W x|^2 (in the metric)."""
         drift = self.moments.drift
         assert drift is not None
-        return _product(self.weight, drift.covariance, drift.mean, self.weighed)
+        return self._products(double(self.weight), drift.covariance, drift.mean)[0]
+
+    def _products(self, part: Part, covariance: Tensor, mean: Tensor) -> tuple[float, float, float]:
+        """tr(S V E[z z^T] V^T) for a z of that covariance and mean, tr(S V (W A - B)^T) and tr(S V D V^T)."""
+        out = len(self.weight)
+        sums = torch.zeros(3, dtype=torch.float64, device=mean.device)
+        means = torch.zeros(2, out, dtype=torch.float64, device=mean.device)
+        for columns in _blocks(self.moments.width):
+            block, average = part(ALL, columns), mean[columns].double()
+            weighed = self.weigh(block)
+            sums[0] += times(part, out, covariance[:, columns].double()).mul_(weighed).sum()
+            means += torch.stack([block @ average, weighed @ average])
+            if self.pull is not None:
+                sums[1] += (weighed * self.pull[:, columns]).sum()
+            sums[2] += (block * weighed).mul_(self.damping[columns].double()).sum()
+        sums[0] += means[0] @ means[1]
+        error, drifted, ridge = linalg.numbers(*sums)
+        return error, drifted, ridge
+
+    def residual(self, weight: Tensor, gram: Tensor) -> Tensor:
+        """(V - W) A + (W A - B) in float64."""
+
+        def change(rows: slice, columns: slice) -> Tensor:
+            return weight[rows, columns].double() - self.weight[rows, columns].double()
+
+        residual = torch.empty_like(weight, dtype=torch.float64)
+        for columns in _blocks(self.moments.width):
+            residual[:, columns] = times(change, len(weight), gram[:, columns].double())
+        return residual if self.pull is None else residual.add_(self.pull)
+
+    def size(self, weight: Tensor, spread: Callable[[slice], Tensor]) -> float:
+        """tr(|S| |V| M |V|^T) for a matrix M of which `spread` gives columns in float64."""
+
+        def part(rows: slice, columns: slice) -> Tensor:
+            return weight[rows, columns].abs().double()
+
+        total = torch.zeros((), dtype=torch.float64, device=weight.device)
+        for columns in _blocks(self.moments.width):
+            total += times(part, len(weight), spread(columns)).mul_(self.weigh(part(ALL, columns))).sum()
+        return float(total)
 
 
 @full_precision()
@@ -61,6 +126,25 @@ def pull_of(weight: Tensor, moments: InputMoments) -> Tensor | None:
     return None if drift is None else torch.addr(weight @ drift.cross, weight @ drift.mean, moments.mean)
 
 
-def _product(left: Tensor, covariance: Tensor, mean: Tensor, weighed: Tensor) -> float:
-    """tr(weighed E[z z^T] left^T), for a z of that covariance and mean."""
-    return float(((left @ covariance) * weighed).sum() + (left @ mean) @ (weighed @ mean))
+def double(matrix: Tensor) -> Part:
+    """A matrix, part by part in float64."""
+    return lambda rows, columns: matrix[rows, columns].double()
+
+
+def absolute_product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """|V| x in float64."""
+    return _rows_by(lambda rows: matrix[rows].abs().double() @ vector, len(matrix))
+
+
+def times(part: Part, out: int, right: Tensor) -> Tensor:
+    """V R for a V of so many rows."""
+    return _rows_by(lambda rows: part(rows, ALL) @ right, out)
+
+
+def _rows_by(compute: Callable[[slice], Tensor], rows: int) -> Tensor:
+    parts = [compute(block) for block in _blocks(rows)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))

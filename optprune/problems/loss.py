@@ -12,7 +12,7 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics.precision import full_precision
-from optprune.problems.exact import ExactLoss, pull_of
+from optprune.problems.exact import ExactLoss, absolute_product, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
 """powers of two: of no larger or smaller sizes than these, squares of gradients keep all their digits in float32"""
@@ -223,7 +223,8 @@ class LayerLoss:
         ideal = size
         if drift is not None:
             ideal = size + (drift.covariance.diagonal().double() + drift.mean.double().square()).sqrt()
-        return self.entry_rounding * (weight.double().abs() @ size + self.weight.double().abs() @ (size + ideal))
+        terms = absolute_product(weight, size) + absolute_product(self.weight, size + ideal)
+        return self.entry_rounding * terms
 
     def rounding(self, weight: Float[Tensor, "out in"]) -> float:
         """How much of f(V) may be rounding: (in + 4) eps of the sizes of its terms, before they cancel.
@@ -232,16 +233,21 @@ class LayerLoss:
         output metric the same for the outputs.
         """
         unit = torch.finfo(self.moments.mean.dtype).eps
-        spread = self._statistics.gram.double().abs() + torch.diag(self.damping.double())
-        if self.fit_bias:
-            # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
-            spread += unit * self.moments.gram.double().abs()
-        metric = self._double.metric
-        metric = None if metric is None else replace(metric, average=metric.average.abs())
-        terms = 0.0
-        for size in (weight.double().abs(), self.weight.double().abs()):
-            weighed = size if metric is None else metric.apply(size)
-            terms += float(((size @ spread) * weighed).sum())
+        statistics, moments = self._statistics, self.moments
+
+        def spread(columns: slice) -> Tensor:
+            size = _gram_columns(statistics, columns).double().abs_()
+            size[columns].diagonal().add_(self.damping[columns].double())
+            if self.fit_bias:
+                # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
+                size += unit * _gram_columns(moments, columns).double().abs_()
+            return size
+
+        metric = self.metric
+        if metric is not None:
+            metric = replace(metric, average=metric.average.abs())
+        exact = replace(self._exact, metric=metric)
+        terms = sum(exact.size(size, spread) for size in (weight, self.weight))
         count = len(self.damping) + 4 + (len(self.weight) + 4 if self.coupled else 0)
         return count * unit * (terms + abs(self.constant))
 
@@ -249,38 +255,33 @@ class LayerLoss:
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
         """f(V), damping included."""
-        change = weight.double() - self._double.weight
-        ridge = float((change * self._double.weigh(change) * self.damping.double()).sum())
-        return self._double.squared_error(change) / 2 + max(ridge, 0.0) / 2
+        error, ridge = self._exact.measured(weight)
+        return error / 2 + ridge / 2
 
     def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B in float64, for certificates."""
-        pull = self._double.pull
-        residual = (weight.double() - self.weight.double()) @ self.gram.double()
-        return residual if pull is None else residual + pull
+        return self._exact.residual(weight, self.gram)
 
     def exact_gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S (V A - B) in float64, for certificates."""
-        return self._double.weigh(self.exact_residual(weight))
+        return self._exact.weigh(self.exact_residual(weight))
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """E|V x* - W x|^2 / E|W x|^2, without damping or metric (of the centred outputs when the bias is fitted)."""
         if self.metric is not None:
             return self.plain.relative_error(weight)
-        scale = self.signal
-        error = self._double.squared_error(weight.double() - self._double.weight)
+        scale, (error, _) = self.signal, self._exact.measured(weight)
         return error / scale if scale > 0 else float(error > 0)
 
     @property
     def signal(self) -> float:
         """E|W x|^2, what the relative error is relative to (in the metric, where there is one)."""
-        return self._double.signal
+        return self._exact.at_zero[0]
 
-    @cached_property
+    @property
     def constant(self) -> float:
         """c = E|W x|^2 + tr(W D W^T)."""
-        exact = self._double
-        return self.signal + float((exact.weight * exact.weighed * self.damping.double()).sum())
+        return sum(self._exact.at_zero)
 
     def bias_change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """W E[x] - V E[x*]: what to add to the layer's bias so that the mean output is unchanged."""
@@ -288,9 +289,12 @@ class LayerLoss:
         return change if self.moments.drift is None else change - self.weight @ self.moments.drift.mean
 
     @cached_property
-    def _double(self) -> ExactLoss:
-        metric = None if self.metric is None else self.metric.to(torch.float64)
-        return ExactLoss(self.weight.double(), self._statistics.to(torch.float64), metric)
+    def _exact(self) -> ExactLoss:
+        return ExactLoss(self.weight, self._statistics, self.damping, self.metric)
+
+
+def _gram_columns(moments: InputMoments, columns: slice) -> Tensor:
+    return torch.addr(moments.covariance[:, columns], moments.mean, moments.mean[columns])
 
 
 def _excess(size: float, most: int) -> float:

@@ -49,6 +49,9 @@ class SparseLeastSquares(SelectionProblem):
 
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         """The non-zero entries, completed to the exact count by the entries of largest original magnitude."""
+        used = weight != 0
+        if self.pattern.admits(used):
+            return used
         # In float64: next to the 1 of a used entry a small magnitude would be rounded away.
         size = self.loss.weight.abs().double()
-        return self.pattern.project((weight != 0).double() + size / (1 + size.max()))
+        return self.pattern.project(size.div_(1 + size.max()).add_(used))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.numerics import linalg
 from optprune.patterns import within
-from optprune.problems import SelectionProblem
+from optprune.problems import LayerLoss, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
@@ -82,7 +82,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
         loss = problem.loss
         scale = column_scale(loss.gram)
-        values, vectors = linalg.eigh(loss.gram / torch.outer(scale, scale))
+        values, vectors = _decomposed(loss, scale)
         values, row_vectors = values.clamp(min=0), None
         target = loss.linear / scale
         if loss.coupled:
@@ -99,7 +99,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
             vectors=vectors,
             row_vectors=row_vectors,
             target=target,
-            inverse=None if loss.coupled else _inverse(values, vectors, self.rho),
+            inverse=None if loss.coupled else _inverse(values, vectors, self.rho, torch.empty_like(vectors)),
             sparse=dense,
             dual=torch.zeros_like(dense),
             rho=self.rho,
@@ -110,19 +110,21 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         )
 
     def step(self, problem: SelectionProblem, state: AdmmState) -> AdmmState:
-        point = torch.add(_dense(state), state.dual, alpha=1 / state.rho)
+        point = _dense(state).add_(state.dual, alpha=1 / state.rho)
         mask = problem.mask(problem.project(point.square()))
         sparse = within(mask, point)
         count = state.count + 1
         # U + rho (V' - Z) = rho (point - Z): the new dual is what the pattern dropped.
-        state = replace(state, sparse=sparse, dual=(point - sparse).mul_(state.rho), mask=mask, count=count)
+        state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
-        moved = int(torch.count_nonzero(mask ^ state.looked_at)) / max(1, int(torch.count_nonzero(mask)))
+        changed, kept = linalg.numbers(torch.count_nonzero(mask ^ state.looked_at), torch.count_nonzero(mask))
+        moved = changed / max(1, kept)
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:
-            state = replace(state, inverse=_inverse(state.values, state.vectors, rho))
+            # Written over the one before: it is as large as the Gram matrix.
+            state = replace(state, inverse=_inverse(state.values, state.vectors, rho, state.inverse))
         return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
 
     def done(self, problem: SelectionProblem, state: AdmmState) -> Status | None:
@@ -134,9 +136,22 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         return torch.where(state.mask, state.sparse / state.scale, 0.0)
 
 
-def _inverse(values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float) -> Float[Tensor, "in in"]:
-    """(A' + rho I)^-1 from the eigendecomposition of A'."""
-    return (vectors / (values + rho)) @ vectors.T
+def _decomposed(loss: LayerLoss, scale: Float[Tensor, " in"]) -> tuple[Float[Tensor, " in"], Float[Tensor, "in in"]]:
+    """The eigendecomposition of A', once for all layers that read the same inputs under the same damping."""
+    known = loss.moments.decompositions
+    if loss.fit_bias not in known or not torch.equal(known[loss.fit_bias][0], loss.damping):
+        unit = torch.outer(scale, scale)
+        # Its transpose is stored by columns, as the decomposition wants it.
+        known[loss.fit_bias] = loss.damping, *linalg.eigh_in_place(torch.div(loss.gram.mT, unit, out=unit).mT)
+    _, values, vectors = known[loss.fit_bias]
+    return values, vectors
+
+
+def _inverse(
+    values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float, room: Float[Tensor, "in in"]
+) -> Float[Tensor, "in in"]:
+    """(A' + rho I)^-1 from the eigendecomposition of A', written into `room`."""
+    return torch.mm(vectors / (values + rho), vectors.T, out=room)
 
 
 def _dense(state: AdmmState) -> Float[Tensor, "out in"]:

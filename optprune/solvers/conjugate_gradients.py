@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
 from optprune.solvers.base import Solver, check_options
@@ -76,12 +77,13 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
             diagonal = torch.outer(loss.metric.diagonal, diagonal)
         inverse = torch.where(diagonal > 0, 1 / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
         scale = torch.where(mask, loss.gradient(torch.where(mask, loss.weight, 0.0)), 0.0)
-        residual = -torch.where(mask, loss.gradient(start), 0.0)
+        target = self.tolerance**2 * _by_system(loss, scale.square_().mul_(inverse))
+        del scale
+        residual = torch.where(mask, loss.gradient(start), 0.0).neg_()
         direction = residual * inverse
-        target = self.tolerance**2 * _by_system(loss, scale.square() * inverse)
         energy = _by_system(loss, residual * direction)
         # Original weights that are optimal as they are would ask for a residual of exactly zero.
-        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + _by_system(loss, loss.linear.square() * inverse))
+        rounding = torch.finfo(energy.dtype).eps ** 2 * (energy + _by_system(loss, loss.linear.square().mul_(inverse)))
         stuck = torch.zeros_like(energy, dtype=torch.bool)
         target, known = target.maximum(rounding), _rounding(loss, mask).to(energy)
         settled = energy <= known
@@ -116,9 +118,10 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
     def done(self, problem: Restorable, state: GradientsState) -> Status | None:
         # From a residual of rounding all directions are rounding: where A is singular they end without curvature.
         met = (state.energy <= state.target) | (state.stuck & state.settled)
-        if bool(met.all()):
+        converged, over = linalg.numbers(met.all(), (met | state.stuck).all())
+        if converged:
             return Status.CONVERGED
-        return Status.STALLED if bool((met | state.stuck).all()) else None
+        return Status.STALLED if over else None
 
     def value(self, problem: Restorable, state: GradientsState) -> Tensor:
         return state.weight

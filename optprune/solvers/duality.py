@@ -45,9 +45,9 @@ class DualMap:
         """In float64, with two Cholesky factorisations."""
         loss = problem.loss
         scaled = ScaledGram.of(loss)
-        factor, regular = scaled.factorised(scaled.matrix)
+        factor = scaled.factor()
         # In the units of A again: those of a Cholesky factor are those of its rows.
-        factor = scaled.scale[:, None] * factor if bool(regular) else None
+        factor = None if factor is None else scaled.scale[:, None] * factor
         row_factor = None
         if loss.metric is not None:
             rounding = len(loss.weight) * torch.finfo(loss.gram.dtype).eps
@@ -118,7 +118,7 @@ def _regular_factor(
     scale = column_scale(matrix)
     unit = matrix / torch.outer(scale, scale)
     factor, failed = linalg.try_cholesky(unit)
-    least = factor_rounding(unit) + (0.0 if bool((damping > 0).all()) else rounding)
+    least = factor_rounding(len(unit), unit.dtype) + (0.0 if bool((damping > 0).all()) else rounding)
     # A factor of less than that would invert rounding, and claim a bound that is none.
     regular = not bool(failed) and bool(exceeds(unit, least))
     return scale[:, None] * factor if regular else None

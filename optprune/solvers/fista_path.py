@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.numerics import linalg
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
@@ -85,7 +86,8 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
         return replace(state, strength=strength, dense=dense, mask=mask, count=state.count + 1)
 
     def done(self, problem: SparseLeastSquares, state: PathState) -> Status | None:
-        if not bool(((state.dense != 0) & ~state.mask).any()) or not bool(state.mask.any()):
+        left, any_kept = linalg.numbers(((state.dense != 0) & ~state.mask).any(), state.mask.any())
+        if not left or not any_kept:
             return Status.CONVERGED
         return Status.STEP_LIMIT if state.count >= self.most else None
 

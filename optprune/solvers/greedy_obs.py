@@ -16,6 +16,8 @@ from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 
 PENDING = 64
 """columns removed before their updates are carried out on the whole matrices, in one product"""
+ROWS = 512
+"""rows of those that move at a time, where they move within their place"""
 
 
 @final
@@ -79,7 +81,10 @@ def _eliminate(
     each = channels.columns.shape[1]
     names = torch.arange(channels.units, device=channels.columns.device)
     flat = channels.columns.reshape(-1)
-    work = _Left(form.inverse[flat[:, None], flat], form.minimiser[:, flat], each)
+    inverse, minimiser = form.inverse, form.minimiser
+    if not torch.equal(flat, torch.arange(len(inverse), device=flat.device)):
+        inverse, minimiser = inverse[flat[:, None], flat], minimiser[:, flat]
+    work = _Left(inverse, minimiser, each)
     for target in targets:
         while True:
             slots = channels.slots[names]
@@ -109,8 +114,12 @@ def _cheapest(
 class _Left:
     """What is left of H and V while units go: H = inverse - L L^T and V = minimiser - C L^T, formed only in part."""
 
-    def __init__(self, inverse: Float[Tensor, "n n"], minimiser: Float[Tensor, "out n"], each: int) -> None:
+    def __init__(
+        self, inverse: Float[Tensor, "n n"], minimiser: Float[Tensor, "out n"], each: int, *, own: bool = False
+    ) -> None:
         self.inverse, self.minimiser, self.each = inverse, minimiser, each
+        self.own = own
+        """whether the matrices may be written over"""
         width = len(inverse)
         self.lower = inverse.new_zeros(width, 0)
         """L"""
@@ -152,8 +161,23 @@ class _Left:
         return coefficients.square().sum(1).reshape(len(units), self.each).sum(1) / 2
 
     def flushed(self) -> "_Left":
-        """The same state with nothing pending, and nothing kept of what is gone."""
-        rows = self.alive.repeat_interleave(self.each)
-        lower = self.lower[rows]
-        inverse = self.inverse[rows][:, rows].addmm_(lower, lower.T, alpha=-1)
-        return _Left(inverse, self.minimiser[:, rows].addmm_(self.coefficients, lower.T, alpha=-1), self.each)
+        """The same state with nothing pending, and nothing kept of what is gone; it writes over this one's matrices."""
+        kept = self.alive.repeat_interleave(self.each).nonzero()[:, 0]
+        every = torch.arange(len(self.minimiser), device=kept.device)
+        lower = self.lower[kept]
+        inverse = _compact(self.inverse, kept, kept, self.own).addmm_(lower, lower.T, alpha=-1)
+        minimiser = _compact(self.minimiser, every, kept, self.own).addmm_(self.coefficients, lower.T, alpha=-1)
+        return _Left(inverse, minimiser, self.each, own=True)
+
+
+def _compact(
+    matrix: Float[Tensor, "m n"], rows: Int[Tensor, " k"], columns: Int[Tensor, " l"], own: bool
+) -> Float[Tensor, "k l"]:
+    """Some rows and columns of a matrix, ascending; written over its beginning where it may be."""
+    if not own:
+        return matrix[rows[:, None], columns]
+    room = matrix.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
+    for part in torch.split(torch.arange(len(rows), device=rows.device), ROWS):
+        # No row moves towards the end, so what is still to be read is not written over.
+        room[part] = matrix[rows[part][:, None], columns]
+    return room

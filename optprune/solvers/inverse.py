@@ -9,9 +9,11 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss
-from optprune.solvers.spectrum import exceeds
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
+
+COLUMNS = 1024
+"""how many columns are squared at a time"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,21 +33,23 @@ class InverseForm:
 
     @classmethod
     def of(cls, loss: LayerLoss) -> "InverseForm":
-        # A copy, for a ridge.
-        gram = loss.gram.to(torch.float64, copy=True)
-        size = gram.diagonal().mean()
+        size = loss.gram.diagonal().double().mean()
         # An eigenvalue of A is known to about this share of its size in the dtype that A was given in.
         unit = torch.finfo(torch.float64 if bool((loss.damping > 0).all()) else loss.gram.dtype).eps
-        ridge = 4 * len(gram) * unit
+        ridge = 4 * len(loss.gram) * unit
+        gram = linalg.by_columns(loss.gram, torch.float64)
+        gram.diagonal().sub_(float(ridge * size))
+        singular = bool(linalg.cholesky_in_place(gram))
+        # Anew in the same place: there is no more than one copy but what a factorisation takes.
+        gram.copy_(loss.gram)
         notes = ()
-        if not bool(exceeds(gram, float(ridge * size))):
+        if singular:
             # Nothing but zeros is as good as the identity.
             gram.diagonal().add_(ridge * size if bool(size > 0) else 1.0)
             notes = (SINGULAR.format(ridge),)
-        factor, failed = linalg.try_cholesky(gram)
-        if bool(failed):
+        if bool(linalg.cholesky_in_place(gram)):
             raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
-        inverse = torch.cholesky_inverse(factor)
+        inverse = torch.cholesky_inverse(gram, out=gram)
         weight = loss.weight.double()
         # The ridge pulls to the original weights, like damping, so V0 = W - (W A - B) A^-1 holds with it too.
         return cls(inverse, weight if loss.pull is None else weight - loss.pull.double() @ inverse, notes)
@@ -54,7 +58,8 @@ class InverseForm:
         """The best weight whose given columns are zero."""
         factor = linalg.cholesky(self.inverse[columns[:, None], columns])
         multiplier = torch.cholesky_solve(self.minimiser[:, columns].T, factor).T
-        weight = self.minimiser - multiplier @ self.inverse[columns]
+        made_up = multiplier @ self.inverse[columns]
+        weight = torch.sub(self.minimiser, made_up, out=made_up)
         # The update has left rounding where there is to be nothing.
         weight[:, columns] = 0
         return weight
@@ -71,7 +76,8 @@ def unit_blocks(
     """The diagonal blocks M_gg of a matrix and V_g^T V_g of some rows V, for units of `each` consecutive columns."""
     index = torch.arange(len(matrix), device=matrix.device).reshape(-1, each)
     if each == 1:
-        return matrix.diagonal()[:, None, None].clone(), rows.square().sum(0)[:, None, None]
+        squares = torch.cat([part.square().sum(0) for part in torch.split(rows, COLUMNS, 1)])
+        return matrix.diagonal()[:, None, None].clone(), squares[:, None, None]
     parts = rows.T.reshape(-1, each, len(rows))
     return matrix[index[:, :, None], index[:, None, :]], parts @ parts.transpose(1, 2)
 

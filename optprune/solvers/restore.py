@@ -26,6 +26,8 @@ Restorable: TypeAlias = MaskedLeastSquares | SelectionProblem
 """a problem with a mask, or with a choice that a start makes"""
 BATCH_BYTES = 1 << 28
 """how much memory one batch of rows may take when every row has a mask of its own"""
+ROWS = 512
+"""how many rows that share a mask are solved for at a time"""
 
 
 @final
@@ -80,8 +82,8 @@ class Restore(DirectSolver[Restorable]):
 
     def _restore(self, problem: MaskedLeastSquares, certify: bool = True) -> Answer:
         value, gram = problem.start(), ScaledGram.of(problem.loss, self.factor_dtype)
-        change, singular = _newton_step(gram, problem.loss.residual(value), problem.mask)
-        value = value + change.to(value)
+        change, singular = _newton_step(gram, problem.loss.residual(value), problem.mask, value.dtype)
+        value = change.add_(value)
         certificate = _certificate(problem, gram, value) if certify else None
         return Answer(value, certificate, (SINGULAR,) if singular else ())
 
@@ -109,7 +111,7 @@ def _certificate(problem: MaskedLeastSquares, gram: ScaledGram, value: Tensor) -
     if bool((loss.damping > 0).all()):
         excess = float((residual * weighed / loss.damping.double()).sum()) / 2
     else:
-        step, singular = _newton_step(gram, residual, mask)
+        step, singular = _newton_step(gram, residual, mask, residual.dtype)
         left = torch.where(mask, residual + step @ loss.gram.double(), 0.0)
         unsolved = singular and not only_rounding(loss, value, left)
         excess = math.inf if unsolved else -float((weighed * step).sum()) / 2
@@ -124,28 +126,33 @@ def only_rounding(loss: LayerLoss, weight: Float[Tensor, "out in"], residual: Fl
 
 
 def _newton_step(
-    gram: ScaledGram, residual: Float[Tensor, "out in"], mask: Bool[Tensor, "rows in"]
+    gram: ScaledGram, residual: Float[Tensor, "out in"], mask: Bool[Tensor, "rows in"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "out in"], bool]:
-    """-(G_M A_MM^-1) on the mask and zero elsewhere; and whether some A_MM was singular."""
-    gradient = (residual / gram.scale).to(gram.matrix)
+    """-(G_M A_MM^-1) on the mask and zero elsewhere, rounded to a dtype; and whether some A_MM was singular."""
     if mask.shape[0] == 1:
-        step, singular = _shared_step(gram, gradient, mask[0])
-    else:
-        step, singular = _row_steps(gram, gradient, mask)
-    return step / gram.scale, singular
+        return _shared_step(gram, residual, mask[0], dtype)
+    step, singular = _row_steps(gram, (residual / gram.scale).to(gram.dtype), mask)
+    return (step / gram.scale).to(dtype), singular
 
 
 def _shared_step(
-    gram: ScaledGram, gradient: Float[Tensor, "out in"], mask: Bool[Tensor, " in"]
+    gram: ScaledGram, residual: Float[Tensor, "out in"], mask: Bool[Tensor, " in"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "out in"], bool]:
-    step = torch.zeros_like(gradient)
+    step = torch.zeros_like(residual, dtype=dtype)
     kept = mask.nonzero()[:, 0]
     if kept.numel() == 0:
         return step, False
-    block, right = gram.matrix[kept[:, None], kept], gradient[:, kept]
-    factor, regular = gram.factorised(block)
-    singular = not bool(regular)
-    step[:, kept] = -(gram.solve_singular(block, right) if singular else torch.cholesky_solve(right.T, factor).T)
+    factor, scale = gram.factor(kept), gram.scale[kept]
+    singular = factor is None
+    # A few rows at a time: what they take in the factor's dtype is small.
+    every = torch.arange(len(residual), device=kept.device)
+    for rows in torch.split(every, len(residual) if singular else ROWS):
+        right = (residual[rows[:, None], kept] / scale).to(gram.dtype)
+        if factor is None:
+            solved = gram.solve_singular(gram.block(kept), right)
+        else:
+            solved = torch.cholesky_solve(right.T, factor).T
+        step[rows[:, None], kept] = (-solved / scale).to(dtype)
     return step, singular
 
 

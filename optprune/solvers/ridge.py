@@ -92,16 +92,18 @@ def refit(
             "name a solver that ends with restore or conjugate_gradients"
         )
     apart = HeldOut.of(loss, held_out)
-    values, value = list[Tensor](), solution.value
+    value = best_value = solution.value
+    losses = list[float]()
     for damping in dampings:
         # A path: each answer is near the one before. Only one damped Gram matrix is there at a time.
         value = answer(replace(problem, loss=loss.damped(damping)), last, value)
-        values.append(value)
-    losses = [apart.value(value) for value in values]
+        losses.append(apart.value(value))
+        if losses[-1] == min(losses) and losses.index(losses[-1]) == len(losses) - 1:
+            best_value = value
     best = losses.index(min(losses))
     tokens = replace(loss, moments=loss.moments.merge(held_out)) if join else loss
     fitted = replace(problem, loss=tokens.damped(dampings[best]))
-    refitted = solve(fitted, last, start=values[best])
+    refitted = solve(fitted, last, start=best_value)
     record = Record("before the refit", solution.steps, solution.seconds, fitted.objective(solution.value))
     return Refitted(
         fitted,
@@ -112,5 +114,5 @@ def refit(
             # What both say is said once.
             notes=tuple(dict.fromkeys((*solution.notes, *refitted.notes))),
         ),
-        apart.relative_error(values[best]),
+        apart.relative_error(best_value),
     )

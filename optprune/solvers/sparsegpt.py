@@ -93,12 +93,12 @@ def _block_mask(
 def inverse_gram(loss: LayerLoss) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
     """A^-1 and the unpruned minimiser B A^-1, a fresh tensor, in float64; NumericalError where A is singular."""
     scaled = ScaledGram.of(loss)
-    factor, regular = scaled.factorised(scaled.matrix)
-    if not bool(regular):
+    factor = scaled.factor()
+    if factor is None:
         raise NumericalError(
             "the Gram matrix is not positive definite by more than rounding (fewer tokens than inputs, or dead inputs, "
             "without damping): damp the loss, e.g. by 0.01"
         )
-    inverse = (torch.cholesky_inverse(factor) / scaled.scale[:, None]).div_(scaled.scale)
+    inverse = torch.cholesky_inverse(factor, out=factor).div_(scaled.scale[:, None]).div_(scaled.scale)
     weight = loss.weight.double()
     return inverse, weight.clone() if loss.pull is None else weight - loss.pull.double() @ inverse

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.numerics import linalg
@@ -20,8 +20,12 @@ class ScaledGram:
     small input looks like the rounding of a large one.
     """
 
-    matrix: Float[Tensor, "in in"]
+    gram: Float[Tensor, "in in"]
+    """A as the loss has it"""
     scale: Float[Tensor, " in"]
+    """s"""
+    dtype: torch.dtype
+    """that of the scaled matrix and its factors"""
     least: float
     """an eigenvalue of A, or of a block of it, that is no larger could be nothing but rounding"""
     resolution: float
@@ -29,13 +33,38 @@ class ScaledGram:
 
     @classmethod
     def of(cls, loss: LayerLoss, dtype: torch.dtype = torch.float64) -> "ScaledGram":
-        # Divided before it is narrowed: squares of small units leave the range of float32.
         scale = loss.input_scale
-        matrix = (loss.gram / scale[:, None]).div_(scale).to(dtype)
         # A damped A is regular by construction: only what the factorisation itself rounds is in doubt.
         damped = bool((loss.damping > 0).all())
-        least = factor_rounding(matrix) + (0.0 if damped else loss.resolution)
-        return cls(matrix, scale, least, loss.resolution)
+        least = factor_rounding(len(scale), dtype) + (0.0 if damped else loss.resolution)
+        return cls(loss.gram, scale, dtype, least, loss.resolution)
+
+    @cached_property
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """All of the scaled A, for those that take many blocks of it."""
+        # Divided before it is narrowed: squares of small units leave the range of float32.
+        return (self.gram / self.scale[:, None]).div_(self.scale).to(self.dtype)
+
+    def block(self, kept: Int[Tensor, " k"] | None = None) -> Float[Tensor, "k k"]:
+        """The same numbers for some inputs alone, or for all: a fresh matrix, stored by columns."""
+        gram, scale = self.gram.mT, self.scale
+        if kept is not None:
+            gram, scale = gram[kept[:, None], kept], scale[kept]
+        room = torch.empty(gram.shape, dtype=torch.float64, device=gram.device)
+        return torch.div(gram, scale, out=room).div_(scale[:, None]).to(self.dtype).mT
+
+    def factor(self, kept: Int[Tensor, " k"] | None = None) -> Float[Tensor, "k k"] | None:
+        """The Cholesky factor of a block of A; None where an eigenvalue of it could be rounding.
+
+        Forms the block twice, so that no more than two copies of it are there at a time.
+        """
+        shifted = self.block(kept)
+        shifted.diagonal().sub_(self.least)
+        if bool(linalg.cholesky_in_place(shifted)):
+            return None
+        del shifted
+        factor = self.block(kept)
+        return None if bool(linalg.cholesky_in_place(factor)) else factor
 
     @cached_property
     def regular(self) -> bool:
@@ -73,12 +102,12 @@ def exceeds(blocks: Float[Tensor, "*b n n"], least: float) -> Bool[Tensor, "*b"]
     return linalg.try_cholesky(shifted)[1] == 0
 
 
-def factor_rounding(matrix: Float[Tensor, "*b n n"]) -> float:
+def factor_rounding(count: int, dtype: torch.dtype) -> float:
     """What an eigenvalue of a matrix with unit diagonal is known to by its Cholesky factors: n eps, and as much again.
 
     The errors of its entries are at most n eps, and add up to no more than that unless they all agree.
     """
-    return 2 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    return 2 * count * torch.finfo(dtype).eps
 
 
 def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -> float:

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from optprune.metric import OutputMetric
-from optprune.problems import SparseLeastSquares
+from optprune.moments import InputMoments
+from optprune.numerics import linalg
+from optprune.patterns import Unstructured
+from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers import Admm, Status, solve
 from tests.helpers.sparse_cases import PATTERN_NAMES, correlated, correlated_loss, half
 
@@ -99,3 +102,22 @@ def test_the_step_limit_is_no_convergence():
     cut = solve(problem, Admm(most=steps - 1))
     assert (cut.status, cut.steps) == (Status.STEP_LIMIT, steps - 1)
     assert solve(problem, Admm(most=steps)).status is Status.CONVERGED
+
+
+def test_layers_of_the_same_inputs_are_decomposed_once(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    moments = InputMoments.from_samples(torch.randn(64, 8, generator=generator))
+    decompose, sizes = linalg.eigh_in_place, []
+    monkeypatch.setattr(linalg, "eigh_in_place", lambda matrix: sizes.append(len(matrix)) or decompose(matrix))
+
+    def answer(moments, damping, **more):
+        loss = LayerLoss.of(torch.ones(4, 8).cumsum(1), moments, damping, **more)
+        return solve(SparseLeastSquares(loss, Unstructured(16)), Admm()).value
+
+    first, second = answer(moments, 0.01), answer(moments, 0.01)
+    assert sizes == [8]
+    answer(moments, 0.1)
+    answer(moments, 0.1, fit_bias=True)
+    assert sizes == [8, 8, 8]
+    assert torch.equal(first, second)
+    assert torch.equal(first, answer(moments.to(torch.float32), 0.01))

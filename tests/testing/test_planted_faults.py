@@ -183,7 +183,7 @@ def half_value(self, weight):
 
 
 def value_without_damping(self, weight):
-    return self._double.squared_error(weight.double() - self._double.weight) / 2
+    return self._exact.measured(weight)[0] / 2
 
 
 def gradient_without_pull(self, weight):

@@ -1,0 +1,55 @@
+"""Measuring in float64 block by block: the same numbers, and no copies of whole matrices."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optprune.measure.memory import memory_increase
+from optprune.metric import OutputMetric
+from optprune.moments import InputMoments
+from optprune.problems import LayerLoss, exact
+from optprune.testing.loss_strategies import METRIC_KINDS, losses, metrics, weights
+from optprune.testing.quadratic import Quadratic, array
+from tests.helpers.memory import MIB, told
+
+
+@given(losses(), st.data())
+def test_blocks_of_any_size_measure_the_same(loss, data):
+    rows, width = loss.weight.shape
+    weight = data.draw(weights(width, rows=rows))
+    loss = replace(loss, metric=data.draw(metrics(rows, data.draw(st.sampled_from(METRIC_KINDS)))))
+    reference = Quadratic.of(loss)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "BLOCK", data.draw(st.integers(1, 3)))
+        slack = loss.rounding(weight)
+        assert abs(loss.value(weight) - reference.value(array(weight))) <= slack
+        assert abs(loss.constant - reference.constant) <= slack
+        residual = loss.exact_residual(weight)
+    whole = replace(loss).exact_residual(weight)
+    sizes = loss.residual_rounding(weight)[:, None] * loss.input_scale
+    assert bool(((residual - whole).abs() <= loss.moments.width * sizes).all())
+
+
+@told
+@pytest.mark.parametrize("full", [False, True])
+def test_measuring_takes_a_few_blocks_and_no_copy_of_the_layer(full):
+    out, width = 512, 3072
+    generator = torch.Generator().manual_seed(0)
+    moments = InputMoments.from_samples(torch.randn(256, width, generator=generator))
+    metric = OutputMetric.from_samples(torch.randn(2 * out, out, generator=generator)) if full else None
+    loss = LayerLoss.of(torch.randn(out, width, generator=generator), moments, 0.01, metric=metric)
+    other = torch.randn(out, width, generator=generator)
+    loss.value(other)
+
+    def measure():
+        loss.value(other)
+        loss.relative_error(other)
+        loss.rounding(other)
+
+    taken = memory_increase(torch.device("cpu"), measure)
+    # That much are copies of the Gram matrix and of one weight in float64.
+    copies = 8 * width * (width + out)
+    assert taken < copies, f"{taken / MIB:.0f} MiB"
