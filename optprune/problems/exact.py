@@ -148,3 +148,8 @@ def _rows_by(compute: Callable[[slice], Tensor], rows: int) -> Tensor:
 
 def _blocks(count: int) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
+
+
+def gram_columns(moments: InputMoments, columns: slice) -> Tensor:
+    """Some columns of E[x* x*^T]."""
+    return torch.addr(moments.covariance[:, columns], moments.mean, moments.mean[columns])

@@ -12,7 +12,7 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics.precision import full_precision
-from optprune.problems.exact import ExactLoss, absolute_product, pull_of
+from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
 """powers of two: of no larger or smaller sizes than these, squares of gradients keep all their digits in float32"""
@@ -236,11 +236,11 @@ class LayerLoss:
         statistics, moments = self._statistics, self.moments
 
         def spread(columns: slice) -> Tensor:
-            size = _gram_columns(statistics, columns).double().abs_()
+            size = gram_columns(statistics, columns).double().abs_()
             size[columns].diagonal().add_(self.damping[columns].double())
             if self.fit_bias:
                 # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
-                size += unit * _gram_columns(moments, columns).double().abs_()
+                size += unit * gram_columns(moments, columns).double().abs_()
             return size
 
         metric = self.metric
@@ -291,10 +291,6 @@ class LayerLoss:
     @cached_property
     def _exact(self) -> ExactLoss:
         return ExactLoss(self.weight, self._statistics, self.damping, self.metric)
-
-
-def _gram_columns(moments: InputMoments, columns: slice) -> Tensor:
-    return torch.addr(moments.covariance[:, columns], moments.mean, moments.mean[columns])
 
 
 def _excess(size: float, most: int) -> float:

@@ -547,7 +547,9 @@ sys.exit(main())
     ("moment", "sent"),
     [("pruning, block", signal.SIGINT), ("saving to", signal.SIGINT), ("pruning, block", signal.SIGTERM)],
 )
-def test_an_interrupted_run_leaves_nothing(attempt: Attempt, moment: str, sent: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_nothing_but_finished_blocks(
+    attempt: Attempt, moment: str, sent: signal.Signals
+) -> None:
     if moment.startswith("pruning"):
         # Deep enough that the run is still in its first blocks when the signal comes.
         attempt.model = save_tiny(tiny_llama(num_hidden_layers=DEEP), attempt.folder / "deep")
@@ -565,7 +567,17 @@ def test_an_interrupted_run_leaves_nothing(attempt: Attempt, moment: str, sent: 
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert (process.returncode, err.splitlines()[-1]) == (130, "interrupted; nothing was written")
+    run, unchecked = (attempt.output.with_name(f"{attempt.output.name}.{end}") for end in ("run", "unchecked"))
+    done = len(list(run.glob("block-*.json")))
+    expected = "nothing was written"
+    if unchecked.exists():
+        expected = f"the pruned model is in {unchecked}, and was not seen to load"
+    elif run.exists():
+        assert done
+        expected = f"{done} of {DEEP if moment.startswith('pruning') else 2} blocks are done, and kept in {run}"
+        expected += ": go on with --resume"
+    assert (process.returncode, err.splitlines()[-1]) == (130, f"interrupted; {expected}")
     assert out == ""
     assert "Traceback" not in err
-    assert snapshot(attempt.folder) == before
+    left = [name for name in snapshot(attempt.folder) if not name.startswith((str(run), str(unchecked)))]
+    assert set(left) - {str(attempt.output.parent)} == set(before)
