@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optprune.calibration import Statistics
     from optprune.export import save_model, save_pruned
     from optprune.measure import perplexity
-    from optprune.models import load, load_model
+    from optprune.models import load, load_model, open_model
     from optprune.objectives import LayerContext
     from optprune.pruning import layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
@@ -40,6 +40,7 @@ _HOMES = {
     "load": "optprune.models",
     "load_model": "optprune.models",
     "load_recipe": "optprune.recipe",
+    "open_model": "optprune.models",
     "perplexity": "optprune.measure",
     "prune": "optprune.pruning",
     "read_documents": "optprune.texts",
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "load_model",
     "load_recipe",
+    "open_model",
     "perplexity",
     "prune",
     "read_documents",
