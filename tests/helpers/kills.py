@@ -36,13 +36,18 @@ def moments(at: int | None, how: str = KILL) -> Iterator[list[str]]:
 
         return wrapped
 
+    # In a worker of pytest-xdist SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
         mock.patch.object(os, "fsync", around("fsync", os.fsync)),
         mock.patch.object(Path, "replace", around("replace", Path.replace)),
         mock.patch.object(Path, "rename", around("rename", Path.rename)),
         mock.patch.object(layer, "solve", around("solve", layer.solve)),
     ):
-        yield seen
+        try:
+            yield seen
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def end(how: str) -> None:
