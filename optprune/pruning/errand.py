@@ -30,12 +30,12 @@ class Kit:
     """What a worker needs once: the model without its blocks' weights, and how it is to compute."""
 
     config: bytes
-    """of the model, as one of our processes hands it to another"""
+    """the config of the model, as one of our processes hands it to another"""
     dtype: torch.dtype
     device: str
     """cpu, or cuda: the GPU that the worker has been given"""
     threads: int
-    """of each worker, as many as a run without workers has: an eigh of two threads rounds otherwise than that of one"""
+    """the threads of each worker, as many as a run without workers has: an eigh of two threads rounds otherwise"""
     facts: str
     """what else decides how sums are rounded"""
 
@@ -55,7 +55,7 @@ class Errand:
     task: BlockTask
     shape: BlockShape
     weights: dict[str, Tensor]
-    """of the dense block, by their names inside it"""
+    """the parameters of the dense block, by their names inside it"""
 
     @classmethod
     def of(cls, decoder: Decoder, task: BlockTask) -> "Errand":

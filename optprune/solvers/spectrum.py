@@ -25,7 +25,7 @@ class ScaledGram:
     scale: Float[Tensor, " in"]
     """s"""
     dtype: torch.dtype
-    """that of the scaled matrix and its factors"""
+    """the dtype of the scaled matrix and its factors"""
     least: float
     """an eigenvalue of A, or of a block of it, that is no larger could be nothing but rounding"""
     resolution: float
