@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 
-from optprune.metric import OutputMetric
 from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
+from optprune.problems.exact import ExactLoss
 from optprune.solvers import ConjugateGradients, Fista, PerspectiveBound, Restore
 from optprune.solvers.duality import DualMap
 from optprune.testing import laws
@@ -17,7 +17,7 @@ from optprune.testing.strategies import weighted
 run = importlib.import_module("optprune.solvers.run")
 perspective = importlib.import_module("optprune.solvers.perspective")
 
-apply, row_scaled, dual_map, product = OutputMetric.apply, LayerLoss.row_scaled, DualMap.of, perspective._product
+weigh, row_scaled, dual_map, product = ExactLoss.weigh, LayerLoss.row_scaled, DualMap.of, perspective._product
 
 
 def keep_laws(solver, kind, metric):
@@ -31,7 +31,8 @@ def keep_laws(solver, kind, metric):
 
 
 def damping_forgotten(self, change):
-    return apply(replace(self, damping=torch.zeros_like(self.damping)), change)
+    metric = self.metric and replace(self.metric, damping=torch.zeros_like(self.metric.damping))
+    return weigh(replace(self, metric=metric), change)
 
 
 def not_scaled_back(solver, posed, state):
@@ -52,7 +53,7 @@ def split_forgotten(loss, split, rest, point):
 
 
 LAW_FAULTS = {
-    "damping forgotten": (OutputMetric, "apply", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
+    "damping forgotten": (ExactLoss, "weigh", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
     "rows not scaled": (LayerLoss, "row_scaled", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
     "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
