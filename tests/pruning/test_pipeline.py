@@ -216,7 +216,7 @@ def test_a_solver_that_refuses_the_problem_says_why() -> None:
     def masked(context: LayerContext) -> Problem:
         return MaskedLeastSquares(context.loss, torch.ones(1, context.loss.weight.shape[1], dtype=torch.bool))
 
-    with pytest.raises(NoSolver, match="ranks units of columns"):
+    with pytest.raises(NoSolver, match="accepts column selection problems, and this is a masked least squares problem"):
         prune(tiny_llama(), batches(), Recipe(objective=masked, solver=FaspMetric()))
 
 

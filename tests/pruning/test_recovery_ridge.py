@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
 from optprune.pruning import prune, recovery
+from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, damaged, linearised
 from tests.helpers.tiny_models import tiny_llama
@@ -25,7 +26,7 @@ def normal_equations(module: nn.Module, path: str, calls: Calls) -> tuple[Tensor
 def every_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it does on the tokens kept apart, which would otherwise stop a turn where the ridge is not met yet."""
     errors = count(-1, -1)
-    for place in (recovery._AtOutput, recovery._Inside):
+    for place in (AtOutput, Inside):
         monkeypatch.setattr(place, "held_out", lambda *_: float(next(errors)))
 
 
@@ -36,7 +37,7 @@ def step_of(name: str, path: str, layers: tuple[str, ...], turn: int, damping: f
     mask, hessian, slope = normal_equations(module, layers[turn], calls)
     layer: nn.Linear = module.get_submodule(layers[turn])  # type: ignore[assignment]
     start = layer.weight.clone()
-    taken = recovery._Turn(module, calls, calls, None, 300, damping).take(layers[turn:], 0.0)
+    taken = recovery._Turn(ModuleLoss(module, calls, calls, None), 300, damping).take(layers[turn:], 0.0)
     assert taken is not None and taken.steps > 50
     return (layer.weight - start)[mask], hessian, slope
 

@@ -42,7 +42,8 @@ def test_pruning_does_the_same_in_training_mode(recipe: str) -> None:
 def test_saving_compares_what_the_model_answers_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reload(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         """What the fresh process does, here: a loaded model is in evaluation mode."""
-        recorded, again = load_file(words[4]), load_model(words[3]).model
+        task = json.loads(words[3])
+        recorded, again = load_file(task["record"]), load_model(task["folder"]).model
         assert not again.training
         with torch.no_grad():
             logits = again(recorded["input_ids"], use_cache=False).logits
