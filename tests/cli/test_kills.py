@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on, and ends with the bytes of a run that was not."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from optprune.cli.app import main
 from optprune.texts import demo_articles
@@ -68,9 +70,10 @@ def test_a_killed_run_ends_with_the_same_bytes(name: str, seed: int, command: Co
     expected, count = whole(name)
     moment = random.Random(f"{name} {seed}").randrange(count)
     words = command(name, f"killed {name} {seed}")
-    killed = subprocess.run(
-        [sys.executable, "-m", kills.__name__, str(moment), *words], capture_output=True, check=False
-    )
+    # A run goes on with as many threads as it began with: here, those of this process.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    words_of_it = [sys.executable, "-m", kills.__name__, str(moment), *words]
+    killed = subprocess.run(words_of_it, capture_output=True, check=False, env={**os.environ, **threads})
     assert killed.returncode == -9, killed.stderr.decode()
     resumed(words, expected)
 
