@@ -42,6 +42,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def no_room_behind(error: BaseException) -> str | None:
+    """What is used up, when an error or the one that it came from says so."""
+    return no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
+
+
 def no_room(error: BaseException) -> str | None:
     """What is used up, when an error says that there is no room to write: of Python's, or in a Rust library's words."""
     if isinstance(error, OSError):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room
+from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room, no_room_behind
 from optprune.system.files import real_path
 
 if TYPE_CHECKING:
@@ -46,4 +46,4 @@ def journalled(output: Path, *, resume: bool, overwrite: bool) -> Iterator["Jour
 def _for_want(error: BaseException) -> bool:
     """Whether an error, or what it came from, says that there is no room or no memory."""
     causes = [cause for cause in (error, error.__cause__) if cause is not None]
-    return any(no_room(cause) is not None or is_out_of_memory(cause) for cause in causes)
+    return no_room_behind(error) is not None or any(map(is_out_of_memory, causes))

@@ -43,7 +43,7 @@ def places_of(decoder: Decoder) -> dict[str, Any]:
     device = decoder.model.device
     here = "cpu" if device.type == "cpu" else (device.index or 0)
     blocks = decoder.architecture.blocks
-    placed: dict[str, Any] = {f"{blocks}.{index}": "disk" for index in range(len(decoder.blocks))}
+    placed: dict[str, Any] = {decoder.block_name(index): "disk" for index in range(len(decoder.blocks))}
     for name, module in decoder.model.named_modules():
         inside = f"{name}.".startswith(f"{blocks}.") or not name
         if not inside and (not any(module.children()) or dict(module.named_parameters(recurse=False))):

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.errors import InputError, OptpruneError, no_room
+from optprune.errors import InputError, OptpruneError, no_room_behind
 from optprune.export.check import compare, logits_of
 from optprune.export.place import UNCHECKED, Scratch, check_output, put_in_place
 from optprune.export.portable import make_portable
@@ -97,7 +97,7 @@ def save_model(
 
 def _described(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
     """An error as the user is to see it: what is not there, what is, and what could not be taken away."""
-    full = no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
+    full = no_room_behind(error)
     if full is not None:
         return InputError(f"{full}, so {folder} was not written: make room and run again")
     if not isinstance(error, OptpruneError):

@@ -24,7 +24,7 @@ class Shard:
     """A weights file to be."""
 
     names: tuple[str, ...]
-    """the bytes of its tensors"""
+    """the names of its tensors"""
     made: Path | None = None
     """a file that holds just these already"""
 
@@ -41,21 +41,17 @@ def size_of(text: str) -> int:
 def write_weights(decoder: Decoder, folder: Path, most: int, made: Sequence[Path] = ()) -> None:
     """Write a model's tensors into a folder, in files of at most so many bytes unless one tensor has more.
 
-    Where one file is not enough, files `made` that hold a block each, under its names, are linked and not copied. A
-    file that is there already, from a call that was interrupted, is not written again.
+    Where one file is not enough, files `made` that hold a block each, under its names, are linked and not copied.
     """
     tensors = _tensors(decoder)
-    shards = _shards(decoder, tensors, most, made)
+    shards = _shards(tensors, most, made)
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         stem, ending = SAFE_WEIGHTS_NAME.split(".")
         names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        file = folder / name
-        if file.exists():
-            continue
-        if shard.made is None or not _linked(shard.made, file):
-            _write(decoder, file, {name: tensors[name] for name in shard.names})
+        if shard.made is None or not _linked(shard.made, folder / name):
+            _write(decoder, folder / name, {name: tensors[name] for name in shard.names})
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
@@ -77,7 +73,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _shards(decoder: Decoder, tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> list[Shard]:
+def _shards(tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> list[Shard]:
     if sum(map(_bytes, tensors.values())) <= most:
         return [Shard(tuple(tensors))]
     ready = {first: shard for shard in _ready(tensors, most, made) for first in shard.names}
@@ -118,7 +114,7 @@ def _linked(file: Path, name: Path) -> bool:
 
 def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file; of blocks that are on the disk, one at a time is in memory."""
-    places = {f"{decoder.name(index, '')}": index for index in range(len(decoder.blocks))}
+    places = {f"{decoder.block_name(index)}.": index for index in range(len(decoder.blocks))}
 
     def values() -> Iterator[Tensor]:
         with ExitStack() as resident:

@@ -49,7 +49,11 @@ class Decoder:
 
     def name(self, block: int, path: str) -> str:
         """The full name of a layer, as in the checkpoint."""
-        return f"{self.architecture.blocks}.{block}.{path}"
+        return f"{self.block_name(block)}.{path}"
+
+    def block_name(self, block: int) -> str:
+        """The full name of a block, as in the checkpoint."""
+        return f"{self.architecture.blocks}.{block}"
 
     def layer(self, block: int, path: str) -> nn.Linear:
         """One linear layer; its weight is [out, in]."""

@@ -115,7 +115,8 @@ def open_model(
             model.generation_config = GenerationConfig.from_pretrained(where)
     with _reading("weights", source, where, options):
         checkpoint = fill(model, checkpoint, architecture.blocks, target)
-    blocks = {f"{architecture.blocks}.{index}": block for index, block in enumerate(Decoder(model).blocks)}
+    decoder = Decoder(model)
+    blocks = {decoder.block_name(index): block for index, block in enumerate(decoder.blocks)}
     store = BlockStore(blocks, checkpoint, target, floats, sink, scratch)
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
+from optprune.models.surgery import put_parameters
 from optprune.system.files import write_whole
 
 
@@ -135,8 +136,7 @@ class BlockStore:
             if keep:
                 self.sink.write(self._names[block], {name: part.detach() for name, part in block.named_parameters()})
         finally:
-            for module, name, weight in _weights(block):
-                _set(module, name, weight, torch.empty_like(weight, device="meta"))
+            put_parameters(block, {name: torch.empty_like(w, device="meta") for name, w in block.named_parameters()})
             self._in_use.discard(block)
 
     def _load(self, block: nn.Module) -> None:
@@ -146,10 +146,7 @@ class BlockStore:
         found = None if self._sink is None else self._sink.read(prefix, names)
         if found is None:
             found = self.checkpoint.read(prefix, names, self.dtype)
-        for name in names:
-            parent, _, own = name.rpartition(".")
-            module = block.get_submodule(parent)
-            _set(module, own, module._parameters[own], found[name].to(self.device, self.dtype))
+        put_parameters(block, {name: found[name].to(self.device, self.dtype) for name in names})
 
     def take_from_sink(self, block: nn.Module) -> None:
         """Let a block be what an earlier run left of it in the sink; it has the shapes for it already."""
@@ -175,16 +172,3 @@ class BlockStore:
         folder = self._scratch / name
         folder.mkdir(exist_ok=True)
         return folder
-
-
-def _weights(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    return [
-        (module, name, weight)
-        for module in block.modules()
-        for name, weight in module._parameters.items()
-        if weight is not None
-    ]
-
-
-def _set(module: nn.Module, name: str, before: Tensor | None, value: Tensor) -> None:
-    module._parameters[name] = nn.Parameter(value, requires_grad=before is None or before.requires_grad)

@@ -29,6 +29,7 @@ from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.checkpoint import Checkpoint, stored_tensors
 from optprune.models.store import ShardSink
+from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.report import RemovedPart
 from optprune.system.files import read_json, write_whole
@@ -36,6 +37,8 @@ from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import shown
 
 FACTS, DIVISION, LOCK = "run.json", "division.json", "in-use"
+KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
+"""the variables that choose kernels, which round differently"""
 
 
 class Journal:
@@ -161,7 +164,7 @@ class Journal:
 
     def weights(self, decoder: Decoder, index: int) -> dict[str, Tensor]:
         """The weights of a finished block, by their names inside it, on the decoder's device."""
-        name, device = decoder.name(index, "").rstrip("."), decoder.model.device
+        name, device = decoder.block_name(index), decoder.model.device
         file = self.sink.file(name)
         if not file.is_file():
             raise self._damaged(file.name)
@@ -172,7 +175,7 @@ class Journal:
         """Have a block on the disk: its weights, unless the decoder's store has put them there, then its record."""
         index = result.record.index
         if decoder.store is None:
-            self.sink.write(decoder.name(index, "").rstrip("."), result.weights)
+            self.sink.write(decoder.block_name(index), result.weights)
         self._write(_record(index), asdict(result.record))
         record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
 
@@ -206,24 +209,12 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
 
 def digest_of_model(decoder: Decoder) -> str:
     """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there."""
+    if decoder.store is None:
+        return fingerprint(list(decoder.model.state_dict().items()))
     digest = hashlib.sha256()
-    if decoder.store is not None:
-        for file in decoder.store.checkpoint.files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
-    for name, weight in decoder.model.state_dict().items():
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def digest_of_batches(batches: list[Tensor]) -> str:
-    """A SHA-256 hex digest of token ids."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(f"{tuple(batch.shape)}".encode())
-        digest.update(batch.cpu().contiguous().numpy().astype("<i8").tobytes())
+    for file in decoder.store.checkpoint.files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -243,5 +234,5 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
-        "kernels": {key: os.environ[key] for key in ("MKL_CBWR", "ATEN_CPU_CAPABILITY") if key in os.environ},
+        "kernels": {key: os.environ[key] for key in KERNELS if key in os.environ},
     }

@@ -9,13 +9,13 @@ from typing import Any
 
 from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
+from optprune.pruning.journal import KERNELS
 from optprune.pruning.workers import Crew, SideBySide
 from optprune.recipe import Recipe
 
 LOCAL = "local"
 RETRIES = 3
 """how often Ray repeats a task whose worker died"""
-KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from optprune.measure.clock import clock
 from optprune.measure.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder, Target
+from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
 from optprune.pruning.errand import Errand, Outcome, moved
-from optprune.pruning.journal import Journal, digest_of_batches, digest_of_model, machine, versions
+from optprune.pruning.journal import Journal, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
@@ -88,8 +89,7 @@ class Run:
 
     def prune_block(self, index: int) -> None:
         """Prune the block that comes next, or let it be what an earlier run made of it."""
-        decoder = self.decoder
-        metrics = self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
+        metrics = self._metrics_of(index)
         if index in self.finished:
             self.records.append(self._passed_by(index))
         else:
@@ -106,7 +106,7 @@ class Run:
         """
         decoder = self.decoder
         for index in range(len(decoder.blocks)):
-            metrics = self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
+            metrics = self._metrics_of(index)
             if index in self.finished:
                 self.records.append(self._passed_by(index))
                 continue
@@ -140,6 +140,11 @@ class Run:
         for event in outcome.events:
             done = {"done": len(self.records)} if isinstance(event, BlockFinished) else {}
             self.on_event(replace(event, **done))
+
+    def _metrics_of(self, index: int) -> Metrics:
+        """The metrics of a block's layers, which the run no longer holds."""
+        decoder = self.decoder
+        return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
     def _pruned(self, task: BlockTask) -> BlockRecord:
         result = prune_block(self.decoder, task, self.on_event)
@@ -182,7 +187,7 @@ def facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: A
     return {
         "the model": digest_of_model(decoder),
         "its dtype": str(decoder.model.dtype),
-        "the calibration tokens": digest_of_batches(batches),
+        "the calibration tokens": fingerprint(batches),
         "the recipe": recipe.to_dict(),
         "the allocation": None if allocation is None else allocation.to_dict(),
         "the version": versions(),
@@ -196,7 +201,7 @@ def _metrics(
     batches: list[Tensor],
     recipe: Recipe,
     statistics: DenseStatistics,
-    on_event: Callable[[Event], None],
+    on_event: Listener,
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     asked = recipe.metric

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import load_recipe, prune
@@ -15,13 +14,9 @@ from optprune.models import Decoder
 from optprune.pruning.block import BlockTask, prune_block
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
+from tests.helpers.short_runs import batches
 
 INDEPENDENT = [name for name, policy in POLICIES.items() if policy.independent]
-
-
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 500, (4, 32), generator=generator) for _ in range(2)]
 
 
 def task_of(decoder: Decoder, recipe: Recipe, index: int, path: Path) -> BlockTask:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
@@ -17,6 +16,7 @@ from optprune.models import Decoder, open_model
 from optprune.pruning import prune
 from optprune.pruning.journal import Journal
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
+from tests.helpers.short_runs import batches, same
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {"sparsity": 0.3}),
@@ -28,11 +28,6 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "spap": ("spap", {"recovery_tokens": 64}),
 }
 BLOCKS = 3
-
-
-def batches(seed: int = 3) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 500, (4, 32), generator=generator) for _ in range(2)]
 
 
 def tiny(name: str = "llama") -> PreTrainedModel:
@@ -56,14 +51,6 @@ class Stop:
                 raise Stopped
 
 
-def weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in model.state_dict().items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.mark.parametrize(("kind", "number"), [(BlockFinished, 1), (LayerSolved, -1)], ids=["block", "layer"])
 @pytest.mark.parametrize("run", RUNS)
 def test_a_stopped_run_ends_with_the_same_bytes(run: str, kind: type, number: int, tmp_path: Path) -> None:
@@ -76,7 +63,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(run: str, kind: type, number: in
     with pytest.raises(Stopped):
         prune(first, batches(), recipe, journal=Journal(tmp_path / "run"), on_event=stop)
     report = prune(second, batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
-    assert same(weights(whole), weights(second))
+    assert same(whole, second)
     assert whole.config.to_dict() == second.config.to_dict()
     assert type(whole) is type(second)
     assert [(layer.name, layer.objective) for layer in report.layers] == [
@@ -116,7 +103,7 @@ def test_a_model_read_block_by_block_goes_on_too(run: str, architecture: str, tm
     assert decoder.shapes() == expected.shapes()
     for index in range(len(expected.blocks)):
         with decoder.resident(index) as block:
-            assert same(weights(block), weights(expected.blocks[index]))  # type: ignore[arg-type]
+            assert same(block, expected.blocks[index])
 
 
 def test_a_finished_run_solves_nothing_again(tmp_path: Path) -> None:
@@ -124,7 +111,7 @@ def test_a_finished_run_solves_nothing_again(tmp_path: Path) -> None:
     prune(first, batches(), recipe, journal=Journal(tmp_path / "run"))
     events: list[Event] = []
     prune(second, batches(), recipe, journal=Journal(tmp_path / "run", resume=True), on_event=events.append)
-    assert same(weights(first), weights(second))
+    assert same(first, second)
     assert not any(isinstance(event, LayerSolved | BlockStarted) for event in events)
 
 
@@ -149,7 +136,7 @@ def test_to_resume_where_nothing_was_begun_is_to_begin(tmp_path: Path) -> None:
     model, again = tiny(), tiny()
     prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
     prune(again, batches(), load_recipe("fasp"))
-    assert same(weights(model), weights(again))
+    assert same(model, again)
 
 
 def other_weight() -> PreTrainedModel:

@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
@@ -29,20 +27,11 @@ from optprune.pruning.processes import Processes
 from optprune.pruning.workers import Crew, SideBySide
 from optprune.report import BlockFinished, Event
 from tests.helpers.attempts import Attempt
-
-
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 500, (4, 32), generator=generator) for _ in range(2)]
+from tests.helpers.short_runs import batches, same
 
 
 def tiny() -> PreTrainedModel:
     return TINY_MODELS["llama"](num_hidden_layers=6)
-
-
-def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Lasting(SideBySide):

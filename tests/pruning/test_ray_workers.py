@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
@@ -16,20 +15,11 @@ from optprune import LayerContext, load_recipe
 from optprune.errors import InputError, StrictError
 from optprune.problems import Problem
 from optprune.pruning import RayWorkers, prune, workers_of
-
-
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 500, (4, 32), generator=generator) for _ in range(2)]
+from tests.helpers.short_runs import batches, same
 
 
 def tiny() -> PreTrainedModel:
     return TINY_MODELS["llama"](num_hidden_layers=6)
-
-
-def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
