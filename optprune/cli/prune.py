@@ -84,7 +84,8 @@ def prune_command(
     workers: Annotated[
         int | None,
         typer.Option(
-            "--workers", help="How many processes prune blocks side by side, under dense or intra. [default: 1]"
+            "--workers",
+            help="How many work side by side: under dense or intra on blocks, else on the layers of one. [default: 1]",
         ),
     ] = None,
     ray: Annotated[

@@ -7,6 +7,7 @@ Removing column j of the second of two consecutive linear layers makes row j of 
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -32,6 +33,12 @@ class Link(Channels):
         for rows in self.rows:
             if len(rows) != self.units:
                 raise InputError(f"a link of {self.units} units has {len(rows)} rows: give one for each unit")
+
+    def to(self, device: torch.device) -> "Link":
+        """The same link on another device."""
+        if device == self.slots.device:
+            return self
+        return Link(self.columns.to(device), self.slots.to(device), tuple(rows.to(device) for rows in self.rows))
 
 
 @final

@@ -5,10 +5,11 @@ from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
-from optprune.pruning.workers import Serial, Workers, workers_of
+from optprune.pruning.workers import Layers, Serial, Workers, workers_of
 
 __all__ = [
     "Journal",
+    "Layers",
     "Processes",
     "RayWorkers",
     "Serial",

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from optprune.calibration import Path
 from optprune.calibration.calls import Calls
-from optprune.calibration.moments_pass import Collected
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
-from optprune.pruning.layer import LayerTask, prune_layer
+from optprune.pruning.hands import Hands, OneAfterTheOther
+from optprune.pruning.layer import LayerTask, SolvedLayer, write_layer
 from optprune.pruning.recovery import recover
 from optprune.pruning.targets import by_stage, parts_removed, targets_of
 from optprune.recipe import Recipe
@@ -65,12 +65,17 @@ class BlockResult:
     """what enters the next block, or what entered this one where no later block needs it"""
 
 
-def prune_block(decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None]) -> BlockResult:
-    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
+def prune_block(
+    decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], hands: Hands | None = None
+) -> BlockResult:
+    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it.
+
+    `hands` solve the layers of a stage: one after the other, where nobody says otherwise.
+    """
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks))
     with decoder.resident(index, keep=True):
-        work = _Work(decoder, task, on_event)
+        work = _Work(decoder, task, on_event, hands or OneAfterTheOther())
         removed = parts_removed(decoder.shape(index), task.wanted.shape)
         if task.onwards or work.targets:
             work.visit(removed)
@@ -84,8 +89,8 @@ def prune_block(decoder: Decoder, task: BlockTask, on_event: Callable[[Event], N
 class _Work:
     """What was done so far inside a block."""
 
-    def __init__(self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None]) -> None:
-        self.decoder, self.task, self.on_event = decoder, task, on_event
+    def __init__(self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], hands: Hands) -> None:
+        self.decoder, self.task, self.on_event, self.hands = decoder, task, on_event, hands
         self.targets = targets_of(decoder, task.recipe, task.wanted, task.index)
         self.layers: list[LayerReport] = []
         self.recovered: list[RecoveredPart] = []
@@ -108,8 +113,7 @@ class _Work:
             for position, stage in enumerate(stages):
                 places = self.recovered_by(stage)
                 collected = visit.collect(self.taps(stage), places)
-                for target in stage:
-                    self.solve(target, collected)
+                self.hands.solve([self.layer_task(target) for target in stage], collected, self.take)
                 later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
                 for place in places:
                     if place not in later:
@@ -125,11 +129,14 @@ class _Work:
         """The layers at which the inputs of all targets are seen, in the order of the forward pass."""
         return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
 
-    def solve(self, target: Target, collected: Collected) -> None:
-        """Prune one layer."""
-        task, metric = self.task, self.task.metrics.get(self.decoder.name(self.task.index, target.path))
-        layer = LayerTask(self.decoder, task.index, target, task.wanted, task.recipe, metric)
-        pruned = prune_layer(layer, collected)
+    def layer_task(self, target: Target) -> LayerTask:
+        """What is to become of one layer."""
+        task = self.task
+        return LayerTask(self.decoder, task.index, target, task.wanted, task.recipe, task.metrics)
+
+    def take(self, layer: LayerTask, solved: SolvedLayer) -> None:
+        """Write what became of one layer."""
+        pruned = write_layer(layer, solved)
         self.layers.append(pruned.report)
         self.zeros += pruned.zeros
         self.due += pruned.due

@@ -1,13 +1,13 @@
 """One layer: its problem stated, solved, the answer checked, written into the model, and put into words."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
-from optprune.calibration.moments_pass import Collected
 from optprune.errors import NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target
@@ -31,7 +31,8 @@ class LayerTask:
     wanted: BlockAllocation
     """what its block is to keep"""
     recipe: Recipe
-    metric: OutputMetric | None
+    metrics: Mapping[str, OutputMetric]
+    """the output metrics by the full name of the block's layers"""
 
     @property
     def name(self) -> str:
@@ -39,18 +40,44 @@ class LayerTask:
         return self.decoder.name(self.block, self.target.path)
 
     @property
+    def layer(self) -> nn.Linear:
+        """The layer as it is now."""
+        return self.decoder.layer(self.block, self.target.path)
+
+    @property
     def units(self) -> LinkedLayers | None:
         """How its units link it with other layers, where units are pruned."""
         return None if self.target.kind is None else self.target.kind.layers(self.decoder, self.block)
 
     def context(self, moments: InputMoments) -> LayerContext:
-        """What an objective is given, with the moments of the layer's inputs."""
-        layer, recipe, units = self.decoder.layer(self.block, self.target.path), self.recipe, self.units
+        """What an objective is given, with the moments of the layer's inputs and on their device."""
+        layer, recipe, units = self.layer, self.recipe, self.units
         fit_bias = recipe.fit_bias and layer.bias is not None
-        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=self.metric)
+        metric = self.metrics.get(self.name)
+        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
         asked = layer.out_features, layer.in_features, self.wanted
-        link = None if units is None else units.link
+        link = None if units is None else units.link.to(moments.mean.device)
         return LayerContext(self.name, self.block, loss, self.target.keep(*asked), link, self.target.pattern(*asked))
+
+
+@dataclass(frozen=True, eq=False)
+class SolvedLayer:
+    """A layer's answer, before it is in the model."""
+
+    weight: Float[Tensor, "out in"]
+    """in the layer's dtype"""
+    bias: Float[Tensor, " out"] | None
+    """None where it stays"""
+    reads: Bool[Tensor, " in"]
+    """the inputs that the answer may need"""
+    keep: int
+    """how many units or weights the budget leaves"""
+    report: LayerReport
+
+    def to(self, device: torch.device) -> "SolvedLayer":
+        """The same on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, reads=self.reads.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,23 +91,42 @@ class PrunedLayer:
     """how many the budget makes zero, but for rounding, where single weights go"""
 
 
-def prune_layer(task: LayerTask, collected: Collected) -> PrunedLayer:
-    """Solve a layer from what was collected of its inputs, and write the answer into the model.
+def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments | None) -> SolvedLayer:
+    """Solve a layer from the moments of its inputs, and of those of the tokens kept apart; the model stays as it is.
 
-    NumericalError where the answer is not finite or breaks its pattern, StrictError where a strict recipe has a note.
+    All is done on the device of the moments, and the answer is there. NumericalError where it is not finite or breaks
+    its pattern.
     """
-    began, layer = time.perf_counter(), task.decoder.layer(task.block, task.target.path)
-    context = task.context(collected.moments[task.target.tap])
-    answer = _answer(task, context, collected.held_out.get(task.target.tap))
+    began, layer = time.perf_counter(), task.layer
+    context = task.context(moments)
+    answer = _answer(task, context, held_out)
     value = answer.solution.value.to(layer.weight.dtype)
     bias = None
     if layer.bias is not None and answer.problem.loss.fit_bias:
-        bias = layer.bias + answer.problem.loss.bias_change(value.to(context.loss.weight))
-    write(layer, value, bias)
-    kept, total = _narrow(task, answer, value)
-    # A pattern that is not the recipe's may round the count of every row.
-    due = total - context.keep - layer.out_features // 2 if task.target.kind is None else 0
-    report = _report(task, answer, value, kept, total, began)
+        change = answer.problem.loss.bias_change(value.to(context.loss.weight))
+        bias = layer.bias.detach().to(change.device) + change
+    # What an input with a weight makes stays whatever the problem says of it: the outputs do not change here.
+    reads = (value != 0).any(0)
+    if task.target.kind is not None:
+        reads = answer.problem.inputs(answer.solution.value) | reads
+    return SolvedLayer(value, bias, reads, context.keep, _report(task, answer, value, began))
+
+
+def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
+    """Write a layer's answer into the model, and delete the units that it does not need from their block.
+
+    StrictError where a strict recipe has a note.
+    """
+    layer, units, report = task.layer, task.units, solved.report
+    write(layer, solved.weight, solved.bias)
+    due = 0
+    if units is None:
+        # A pattern that is not the recipe's may round the count of every row.
+        due = solved.weight.numel() - solved.keep - layer.out_features // 2
+    else:
+        choice = units.link.reading(solved.reads)
+        task.decoder.keep_units(task.block, units, choice)
+        report = replace(report, kept=int(choice.sum()), units=choice.numel())
     if task.recipe.strict and report.notes:
         raise StrictError(f"{task.name}: {report.notes[0]} (strict mode makes this an error)")
     return PrunedLayer(report, int((layer.weight == 0).sum()), due)
@@ -123,19 +169,11 @@ def _check(solution: Solution, name: str) -> None:
         raise NumericalError(f"{name}: the solver's answer breaks the pattern by {solution.violation:g}")
 
 
-def _narrow(task: LayerTask, answer: _Answer, written: Tensor) -> tuple[int, int]:
-    """How many units or weights are kept, and of how many; units that are not kept are deleted from the block."""
-    units = task.units
-    if units is None:
-        return int((written != 0).sum()), written.numel()
-    # What an input with a weight makes stays whatever the problem says of it: the outputs do not change here.
-    choice = units.link.reading(answer.problem.inputs(answer.solution.value) | (written != 0).any(0))
-    task.decoder.keep_units(task.block, units, choice)
-    return int(choice.sum()), choice.numel()
+def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> LayerReport:
+    """What there is to say of a layer: `value` is the weight to be written, `began` a perf_counter.
 
-
-def _report(task: LayerTask, answer: _Answer, value: Tensor, kept: int, total: int, began: float) -> LayerReport:
-    """What there is to say of a layer: `value` is the weight as it was written, `began` a perf_counter."""
+    Of a layer whose units go, the number kept is known once they are gone.
+    """
     problem, solution, solver = answer.problem, answer.solution, task.recipe.solver
     loss = problem.loss
     written = value.to(loss.weight)
@@ -152,8 +190,8 @@ def _report(task: LayerTask, answer: _Answer, value: Tensor, kept: int, total: i
         damping=float(loss.damping.mean()),
         tokens=loss.moments.tokens,
         seconds=time.perf_counter() - began,
-        kept=kept,
-        units=total,
+        kept=int((value != 0).sum()),
+        units=value.numel(),
         dead_inputs=int(loss.moments.dead.sum()),
         notes=_notes(loss, solution),
         stages=tuple(asdict(record) for record in solution.history),

@@ -17,7 +17,7 @@ import torch
 
 from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
-from optprune.pruning.workers import Crew, SideBySide
+from optprune.pruning.workers import Crew, SideBySide, check_count
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class Processes(SideBySide):
     count: int
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InputError(f"there must be a worker at least, not {self.count}")
+        check_count(self.count)
 
     @contextmanager
     def crew(self, kit: Kit) -> Iterator[Crew]:

@@ -10,7 +10,7 @@ from typing import Any
 from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.journal import KERNELS
-from optprune.pruning.workers import Crew, SideBySide
+from optprune.pruning.workers import Crew, SideBySide, check_count
 from optprune.recipe import Recipe
 
 LOCAL = "local"
@@ -31,8 +31,8 @@ class RayWorkers(SideBySide):
     """how many workers; None: as many as the cluster has CPUs or GPUs for"""
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise InputError(f"there must be a worker at least, not {self.count}")
+        if self.count is not None:
+            check_count(self.count)
 
     def check(self, recipe: Recipe) -> None:
         super().check(recipe)

@@ -17,6 +17,7 @@ from optprune.models import Decoder, Target
 from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
 from optprune.pruning.errand import Errand, Outcome, moved
+from optprune.pruning.hands import Hands, OneAfterTheOther
 from optprune.pruning.journal import Journal, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.targets import targets_of
@@ -49,6 +50,8 @@ class Run:
         self.journal: Journal | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
+        self.hands: Hands = OneAfterTheOther()
+        """who solves the layers of a stage"""
         self.walked: dict[int, float] = {}
         """the seconds of the pass through a dense block that a worker prunes meanwhile"""
         blocks = range(len(decoder.blocks))
@@ -147,7 +150,7 @@ class Run:
         return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
     def _pruned(self, task: BlockTask) -> BlockRecord:
-        result = prune_block(self.decoder, task, self.on_event)
+        result = prune_block(self.decoder, task, self.on_event, self.hands)
         self.path = result.path
         if self.journal is not None:
             self.journal.finish(self.decoder, result)

@@ -24,6 +24,7 @@ from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.journal import Journal
 from optprune.pruning.workers import AHEAD, Crew, SideBySide, workers_of
 from optprune.report import BlockFinished, BlockStarted, Event, Report
+from tests.helpers.short_runs import told
 from tests.helpers.tiny_models import by_variant
 
 INDEPENDENT = [name for name, policy in POLICIES.items() if policy.independent]
@@ -71,13 +72,6 @@ class Here(SideBySide):
     def crew(self, kit: Kit) -> Iterator[Crew]:
         self.packed.append(Packed(kit))
         yield self.packed[-1]
-
-
-def told(report: Report) -> Report:
-    """A report without its times."""
-    layers = tuple(replace(layer, seconds=0.0, stages=()) for layer in report.layers)
-    recovered = tuple(replace(part, seconds=0.0) for part in report.recovered)
-    return replace(report, seconds=0.0, floor_seconds=0.0, layers=layers, recovered=recovered)
 
 
 def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -228,7 +222,7 @@ def test_every_block_is_passed_through_once_to_get_on_wherever_that_is(policy: s
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in INDEPENDENT])
 def test_a_policy_that_lets_blocks_depend_on_each_other_is_refused(policy: str) -> None:
     with pytest.raises(InputError, match=f"under the policy {policy} every block depends .* dense or intra"):
-        workers_of(load_recipe("fasp", {"propagation": policy}), 2)
+        workers_of(load_recipe("fasp", {"propagation": policy}), 2, ray="local")
 
 
 def test_what_stops_a_worker_stops_the_run_with_its_sentence() -> None:
