@@ -10,7 +10,7 @@ token 0.06 to 5.3 times.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -206,6 +206,22 @@ class MetricSums:
             width = second.shape[1]
             triangles[:width, :width].add_((second.T @ second).triu_(1))
         self.tokens += rows.shape[0]
+
+    def join(self, later: "MetricSums") -> None:
+        """Add the sums of tokens that come after these."""
+        for part, other in zip(self._sums.values(), later._sums.values(), strict=True):
+            part.add_(other)
+        self.tokens += later.tokens
+
+    def state(self) -> list[Tensor]:
+        """All there is to the sums, to travel to another process."""
+        count = torch.tensor([self.tokens], dtype=torch.int64, device=self._sums["diagonal"].device)
+        return [count, *self._sums.values()]
+
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Become the sums of a state, of the same width and as whole."""
+        self.tokens = int(state[0])
+        self._sums = dict(zip(self._sums, state[1:], strict=True))
 
     def move(self, put: Callable[[dict[str, Tensor]], Callable[[], dict[str, Tensor]]]) -> None:
         """Have the sums elsewhere from now on: `put` takes them, and gives what fetches them. No more can be added."""

@@ -16,10 +16,6 @@ from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
 from optprune.numerics.definite import check_average
-from optprune.numerics.precision import full_precision
-
-AT_ONCE = 2048
-"""tokens whose deviations are formed at a time: what that takes beside the sums is small"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,83 +205,11 @@ class InputMoments:
         cls, inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"] | None = None
     ) -> "InputMoments":
         """The moments of a matrix of inputs x*, one token a row, and of the dense inputs x if they differ."""
+        from optprune.moment_sums import MomentSums, floats
+
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
         sums.add(inputs, dense)
-        return sums.moments(_rows(inputs).dtype)
-
-
-class MomentSums:
-    """Accumulates InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
-
-    What is multiplied are deviations from the mean of the first batch, so that no product is large because a mean is.
-    """
-
-    def __init__(self, width: int, device: torch.device, *, with_dense: bool = False) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
-
-        self._sums = [zeros(width, width), zeros(width)]
-        if with_dense:
-            self._sums += [zeros(width, width), zeros(width, width), zeros(width)]
-        self._origins: list[Tensor] = []
-        self.tokens = 0
-
-    @full_precision()
-    def add(self, inputs: Float[Tensor, "... in"], dense: Float[Tensor, "... in"] | None = None) -> None:
-        """Add a batch of inputs x*, and of the dense inputs x of the same tokens."""
-        if (dense is not None) != (len(self._sums) > 2):
-            raise InputError("every batch of moments must come with dense inputs, or none of them")
-        actual, ideal = _rows(inputs), None if dense is None else _rows(dense)
-        for first in range(0, len(actual), AT_ONCE):
-            part = slice(first, first + AT_ONCE)
-            self._add(actual[part], None if ideal is None else ideal[part])
-
-    def _add(self, actual: Float[Tensor, "tokens in"], ideal: Float[Tensor, "tokens in"] | None) -> None:
-        drift = None if ideal is None else actual - ideal
-        if not self._origins:
-            self._origins = [sample.mean(0) for sample in (actual, drift) if sample is not None]
-        actual = actual - self._origins[0]
-        self._sums[1].add_(actual.sum(0))
-        if drift is not None:
-            drift -= self._origins[1]
-            self._sums[2].add_(drift.T @ actual)
-            self._sums[3].add_(drift.T @ drift)
-            self._sums[4].add_(drift.sum(0))
-        self.tokens += len(actual)
-        product = actual.T @ actual
-        # Adding to float64 copies the product into it: not beside the deviations.
-        del actual, drift
-        self._sums[0].add_(product)
-
-    def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:
-        """The averages so far, centred in float64."""
-        if self.tokens == 0:
-            raise InputError("no calibration tokens reached this layer")
-        square, total, *others = self._sums
-        mean = total / self.tokens
-        drift = None
-        if others:
-            cross, drift_square, drift_total = others
-            drift_mean = drift_total / self.tokens
-            drift = Drift(
-                (cross / self.tokens).addr_(drift_mean, mean, alpha=-1).to(dtype),
-                self._covariance(drift_square, drift_mean, dtype),
-                (self._origins[1] + drift_mean).to(dtype),
-            )
-        covariance = self._covariance(square, mean, dtype)
-        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance).cleared()
-
-    def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-        """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
-        covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
-        # A constant input has variance zero; what rounding leaves of it must not be negative.
-        covariance.diagonal().clamp_(min=0)
-        return covariance.to(dtype)
-
-
-def _rows(inputs: Tensor) -> Tensor:
-    flat = inputs.reshape(-1, inputs.shape[-1])
-    return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        return sums.moments(floats(inputs).dtype)
 
 
 def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:

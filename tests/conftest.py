@@ -6,7 +6,14 @@ import jaxtyping
 
 # Before anything imports optprune: every shape in an annotation becomes an assertion.
 jaxtyping.install_import_hook(
-    ["optprune.metric", "optprune.moments", "optprune.patterns", "optprune.problems", "optprune.solvers"],
+    [
+        "optprune.metric",
+        "optprune.moments",
+        "optprune.moment_sums",
+        "optprune.patterns",
+        "optprune.problems",
+        "optprune.solvers",
+    ],
     "beartype.beartype",
 )
 

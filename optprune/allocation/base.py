@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optprune.allocation.allocation import Allocation
 from optprune.calibration import DenseStatistics
+from optprune.calibration.lanes import Lanes
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.report import Event, RemovedPart
@@ -24,6 +25,8 @@ class DenseModel:
     """what weighs the outputs of a layer, by its full name; those of a layer without one count alike"""
     statistics: DenseStatistics = field(default_factory=DenseStatistics)
     on_event: Callable[[Event], None] = lambda event: None
+    lanes: Lanes = field(default_factory=Lanes)
+    """how passes over all batches divide them"""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class ByCost(Allocator):
 
     def divide(self, dense: DenseModel) -> Division:
         probe = Probe(dense.decoder, first_tokens(dense.batches, self.probe_tokens)) if self.probes else None
-        return self.along(dense, first_inputs(dense.decoder, dense.batches), probe)
+        return self.along(dense, first_inputs(dense.decoder, dense.batches, dense.lanes), probe)
 
     def along(self, dense: DenseModel, stream: Stream, probe: Probe | None = None) -> Division:
         """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from optprune.calibration.fisher_pass import collect_metrics, sampled
+from optprune.calibration.fisher_pass import collect_metrics, positions_before, sampled
+from optprune.calibration.lanes import Lanes
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
@@ -28,9 +29,12 @@ class DenseStatistics:
         full: Collection[str],
         widest: float,
         on_group: Callable[[int, int], None],
+        lanes: Lanes | None = None,
     ) -> Metrics:
         """The output metrics of a model, not damped, with labels drawn by a seed: see `collect_metrics`."""
-        return collect_metrics(decoder, batches, sampled(seed), full=full, widest=widest, on_group=on_group)
+        batches, lanes = list(batches), lanes or Lanes()
+        labels = sampled(seed, positions_before(batches, lanes))
+        return collect_metrics(decoder, batches, labels, full=full, widest=widest, on_group=on_group, lanes=lanes)
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         """The removal curve of a layer's units: see `removal_curve`."""
@@ -58,11 +62,14 @@ class Statistics(DenseStatistics):
         full: Collection[str],
         widest: float,
         on_group: Callable[[int, int], None],
+        lanes: Lanes | None = None,
     ) -> Metrics:
         batches, model = list(batches), decoder.model
         content = fingerprint((model.config.to_json_string(), list(model.parameters()), batches))
-        key = ("metrics", content, model.device, seed, *sorted(full), widest)
-        kept = self._once(key, lambda: super(Statistics, self).metrics(decoder, batches, seed, full, widest, on_group))
+        lanes = lanes or Lanes()
+        key = ("metrics", content, model.device, seed, *sorted(full), widest, lanes.count)
+        measure = super().metrics
+        kept = self._once(key, lambda: measure(decoder, batches, seed, full, widest, on_group, lanes))
         # A view: a run forgets layer by layer what it needs no longer.
         return kept.damped(0.0)
 

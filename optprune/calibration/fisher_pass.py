@@ -10,11 +10,13 @@ is read twice. The inputs of the blocks and the metrics are then put aside in fi
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optprune.calibration.lanes import Lanes, LaneSums, Share
 from optprune.calibration.stream import calibrating, first_inputs, first_output, run_block
 from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
@@ -33,9 +35,13 @@ Labels = Callable[[Tensor, Tensor], Tensor]
 """a function from logits [positions, vocabulary] and the text's next tokens [positions] to labels, some NO_LABEL"""
 
 
-def sampled(seed: int) -> Labels:
-    """Labels drawn from the model's own predictions, at every position: the true Fisher information."""
+def sampled(seed: int, before: int = 0) -> Labels:
+    """Labels drawn from the model's own predictions, at every position: the true Fisher information.
+
+    Those of the positions after the first `before`, which are drawn elsewhere.
+    """
     generator = torch.Generator().manual_seed(seed)
+    torch.rand(before, generator=generator, dtype=torch.float64)
 
     def draw(logits: Tensor, _: Tensor) -> Tensor:
         # By inversion with one number a position, so that a seed means the same on every device and in any grouping.
@@ -66,13 +72,15 @@ def collect_metrics(
     full: Collection[str] = (),
     widest: float = math.inf,
     on_group: Callable[[int, int], None] = lambda done, total: None,
+    lanes: Lanes | None = None,
 ) -> Metrics:
     """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
 
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
     is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
-    it was. `on_group` hears how many groups of sequences are done, and of how many.
+    it was. `on_group` hears how many groups of sequences are done, and of how many. The sums are added over `lanes` of
+    those groups, of which this process goes over its own; `positions_before` says where its labels begin.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
@@ -85,27 +93,61 @@ def collect_metrics(
     groups = list(_groups(batches))
     if not groups:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
-    sums: dict[str, MetricSums] = {}
-
-    def add(index: int, path: str, found: Tensor) -> None:
-        name = decoder.name(index, path)
-        if name not in sums:
-            width = found.shape[-1]
-            sums[name] = MetricSums(width, found, full=path in full and width <= widest)
-        sums[name].add(found)
-
+    share = (lanes or Lanes()).share(len(groups))
+    groups, sums = share.of(groups), _LayerSums(decoder, full, widest, share)
     with calibrating(decoder):
         # The sums of a layer grow group by group in either case, so that they are the same.
-        sweeps = [[ids] for ids in groups] if decoder.store is None else [groups]
-        for number, sweep in enumerate(sweeps):
+        sweeps = list(range(len(groups))) if decoder.store is None else [0] * bool(groups)
+        together = 1 if decoder.store is None else len(groups)
+        for number, first in enumerate(sweeps):
             on_group(number, len(sweeps))
-            for index in _sweep(decoder, sweep, labels, add):
-                for path in decoder.paths(index) if number == len(sweeps) - 1 else ():
-                    sums[decoder.name(index, path)].move(lambda parts: decoder.put_aside(parts).get)
+            for index in _sweep(decoder, groups[first : first + together], labels, partial(sums.add, first)):
+                if number == len(sweeps) - 1:
+                    sums.finish(index)
             release()
         on_group(len(sweeps), len(sweeps))
-    names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
-    return Metrics({name: sums[name] for name in names})
+        return sums.metrics()
+
+
+class _LayerSums:
+    """The sums of all layers, lane by lane."""
+
+    def __init__(self, decoder: Decoder, full: Collection[str], widest: float, share: Share) -> None:
+        self._decoder, self._share, self._names = decoder, share, list[str]()
+        self._sums: dict[str, LaneSums[MetricSums]] = {}
+        self._done: dict[str, MetricSums] = {}
+        for index in range(len(decoder.blocks)):
+            for path in decoder.paths(index):
+                layer = decoder.layer(index, path)
+                like = torch.empty(0, dtype=layer.weight.dtype, device=decoder.model.device)
+                whole = path in full and layer.out_features <= widest
+                fresh = partial(MetricSums, layer.out_features, like, full=whole)
+                self._names.append(decoder.name(index, path))
+                self._sums[self._names[-1]] = LaneSums(share.lanes, fresh)
+
+    def add(self, first: int, index: int, path: str, group: int, gradients: Tensor) -> None:
+        """Add the gradients of a group, which is the `group`-th after the first of its sweep."""
+        self._sums[self._decoder.name(index, path)].at(self._share.lane(first + group)).add(gradients)
+
+    def finish(self, index: int) -> None:
+        """No more comes of a block: add up its lanes."""
+        decoder = self._decoder
+        for name in (decoder.name(index, path) for path in decoder.paths(index)):
+            self._done[name] = self._sums.pop(name).total()
+            self._done[name].move(lambda parts: decoder.put_aside(parts).get)
+
+    def metrics(self) -> Metrics:
+        """What all blocks come to; those of which nothing came here are finished now."""
+        if not self._done:
+            for index in reversed(range(len(self._decoder.blocks))):
+                self.finish(index)
+        return Metrics({name: self._done[name] for name in self._names})
+
+
+def positions_before(batches: Iterable[Tensor], lanes: Lanes) -> int:
+    """How many positions of the batches come before those of this process."""
+    groups = list(_groups(batches))
+    return sum(ids.numel() for ids in groups[: lanes.share(len(groups)).before])
 
 
 def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -114,11 +156,11 @@ def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _sweep(
-    decoder: Decoder, groups: list[Tensor], labels: Labels, add: Callable[[int, str, Tensor], None]
+    decoder: Decoder, groups: list[Tensor], labels: Labels, add: Callable[[int, str, int, Tensor], None]
 ) -> Iterator[int]:
     """Forward and backward through all blocks with some groups of sequences; tells which are done, from the last on.
 
-    `add` is given the gradients at the outputs of a block's layers, group by group.
+    `add` is given the gradients at the outputs of a block's layers, group by group: block, path, group, gradients.
     """
     stream, entries = first_inputs(decoder, groups), list[Aside]()
     for index in range(len(decoder.blocks)):
@@ -140,7 +182,7 @@ def _sweep(
             for group, arguments in enumerate(stream.arguments):
                 found, gradients[group] = _backward(decoder, index, entry.pop(str(group)), arguments, gradients[group])
                 for path, gradient in found.items():
-                    add(index, path, gradient)
+                    add(index, path, group, gradient)
         yield index
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
+from optprune.calibration.lanes import LaneSums
 from optprune.calibration.stream import Stream, run_block
 from optprune.measure.clock import clock
-from optprune.moments import InputMoments, MomentSums
+from optprune.moment_sums import MomentSums
+from optprune.moments import InputMoments
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,16 @@ def collect(
     output: Stream | None = None,
     to_end: bool = False,
 ) -> Collected:
-    """The moments of the inputs x* of the tapped layers of a block, over all batches of a stream.
+    """The moments of the inputs x* of the tapped layers of a block, over all batches, added lane by lane.
 
     `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
     `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
     may be the stream itself. A pass ends at the last tap unless there is an `output`, or with `to_end`.
     """
-    calibration: dict[str, MomentSums] = {}
-    kept_apart: dict[str, MomentSums] = {}
-    count, device = len(stream.hidden), stream.hidden[0].device
+    count, device, share = len(stream.hidden), stream.hidden[0].device, stream.share
+    first_apart = count - share.apart(count, held_out)
+    calibration: dict[str, LaneSums[MomentSums]] = {}
+    kept_apart: dict[str, LaneSums[MomentSums]] = {}
     gram_seconds = forward_seconds = 0.0
     arguments = stream.arguments
     for index in range(count):
@@ -54,12 +58,13 @@ def collect(
         if reference is not None:
             dense_block, dense = reference
             ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
-        sums = calibration if index < count - held_out else kept_apart
+        sums = calibration if index < first_apart else kept_apart
         before = clock(device)
         for path, inputs in actual.items():
-            if path not in sums:
-                sums[path] = MomentSums(inputs.shape[-1], inputs.device, with_dense=reference is not None)
-            sums[path].add(inputs, ideal.get(path))
+            if path not in calibration:
+                fresh = partial(MomentSums, inputs.shape[-1], inputs.device, with_dense=reference is not None)
+                calibration[path], kept_apart[path] = LaneSums(share.lanes, fresh), LaneSums(share.lanes, fresh)
+            sums[path].at(share.lane(index)).add(inputs, ideal.get(path))
         # With dense inputs two more products of the same size are made.
         gram_seconds += (clock(device) - before) / (1 if reference is None else 3)
         if output is not None:
@@ -67,6 +72,6 @@ def collect(
     if output is not None:
         output.past(output.hidden)
     # Popped, so that no more than one layer's sums and its averages are there together.
-    moments = {path: calibration.pop(path).moments() for path in list(calibration)}
-    held = {path: kept_apart.pop(path).moments() for path in list(kept_apart)}
+    moments = {path: calibration.pop(path).total().moments() for path in list(calibration)}
+    held = {path: kept_apart.pop(path).total().moments() for path in list(kept_apart) if held_out}
     return Collected(moments, held, gram_seconds, forward_seconds)

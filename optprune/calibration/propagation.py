@@ -186,7 +186,7 @@ class Visit:
             output = None
         # Where the target is no dense block's, the pass that collects the statistics also calls the sub-modules.
         fresh = [place for place in places if place not in self._caught] if dense is None else []
-        with catching(self.block, fresh) as calls:
+        with catching(self.block, fresh, actual.share) as calls:
             collected = collect(
                 self.block,
                 actual,
@@ -210,7 +210,7 @@ class Visit:
         if self._reference is None:
             return self._caught[place]
         ideal = calls_of(self._original, place, self._reference)
-        return Calls(calls_of(self.block, place, self.path.actual).arguments, ideal.targets)
+        return Calls(calls_of(self.block, place, self.path.actual).arguments, ideal.targets, ideal.share)
 
     def close(self) -> None:
         """Move the path on to the next block."""

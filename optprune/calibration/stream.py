@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optprune.calibration.lanes import Lanes, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from optprune.numerics.precision import full_precision
@@ -15,13 +16,18 @@ from optprune.numerics.precision import full_precision
 
 @dataclass
 class Stream:
-    """The hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks."""
+    """The hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks.
+
+    Where processes share the batches, those of this one.
+    """
 
     hidden: list[Tensor]
     others: list[list[dict[str, Any]]]
     """the arguments of each block by batch and block: blocks with a sliding window get another mask than the rest"""
     block: int = 0
     """the current block's number"""
+    share: Share = field(default_factory=Share)
+    """which batches of all these are"""
 
     @property
     def arguments(self) -> list[dict[str, Any]]:
@@ -34,7 +40,7 @@ class Stream:
 
     def with_hidden(self, hidden: list[Tensor]) -> "Stream":
         """A second stream at the same block, from other hidden states."""
-        return Stream(list(hidden), self.others, self.block)
+        return Stream(list(hidden), self.others, self.block, self.share)
 
     def past(self, hidden: list[Tensor]) -> None:
         """Go to the next block, which gets these hidden states."""
@@ -89,15 +95,18 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return taken
 
 
-def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
+def first_inputs(decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes | None = None) -> Stream:
     """Run the embeddings on token batches [batch, length] and stop where the first block begins.
+
+    Of all batches, on those in this process's `lanes`: without, on all of them, in one lane.
 
     Where the attention of some blocks is of another kind, the first batch of each shape goes past all blocks, without
     going through them.
     """
     if not batches:
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
-    stream, count = Stream([], []), len(decoder.blocks)
+    share = Share() if lanes is None else lanes.share(len(batches))
+    stream, count = Stream([], [], share=share), len(decoder.blocks)
     kinds = decoder.model.config.to_dict().get("layer_types") or []
     alike = len(set(kinds[:count])) < 2
     shared: dict[torch.Size, list[dict[str, Any]]] = {}
@@ -113,7 +122,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
     device = next(decoder.model.get_input_embeddings().parameters()).device
     handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in decoder.blocks]
     try:
-        for batch in batches:
+        for batch in share.of(batches):
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
             last = 1 if alike or batch.shape in shared else count

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from optprune.errors import InputError, OptpruneError
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
+from optprune.system.launched import is_first
 
 if TYPE_CHECKING:
     from optprune.cli.progress import Reporter
@@ -25,6 +26,8 @@ OF_A_MODEL = re.compile(
 
 def start() -> "Reporter":
     """Import and quieten what is heavy; the command's own progress goes to stderr."""
+    from rich.console import Console
+
     from optprune.cli.progress import Reporter
 
     # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
@@ -39,7 +42,7 @@ def start() -> "Reporter":
     logging.disable_progress_bar()
     # This one bar is not made by transformers' own tqdm, which can be switched off.
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
-    return Reporter()
+    return Reporter(Console(stderr=True, quiet=not is_first()))
 
 
 def check_json(file: Path | None, *, output: Path | None = None, models: Sequence[str] = ()) -> None:

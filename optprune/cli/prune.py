@@ -9,6 +9,7 @@ import typer
 
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import tokens_for
 from optprune.cli.whole_run import WholeRun
 from optprune.errors import InputError
@@ -94,6 +95,12 @@ def prune_command(
             "--ray", metavar="ADDRESS", help="Workers of the Ray cluster there; 'local' starts one for the run."
         ),
     ] = None,
+    lanes: Annotated[
+        int | None,
+        typer.Option(
+            "--lanes", help="Of how many parts sums over batches are; processes share them. [default: torchrun's, or 1]"
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
@@ -158,9 +165,10 @@ def prune_command(
 
     text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
     whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew)
-    report, saved = whole.run(reporter, batches, chosen, divided, text, window=tokens[:seq_length])
-    write_json(json_file, report.to_json(), f"the pruned model is in {output}")
-    _summarise(chosen, report, saved)
+    done = shared_run(whole, lanes, reporter, batches, chosen, divided, text, window=tokens[:seq_length])
+    if done is not None:
+        write_json(json_file, done[0].to_json(), f"the pruned model is in {output}")
+        _summarise(chosen, *done)
 
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room, no_room_behind
+from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
 from optprune.system.files import real_path
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def run_folder_of(output: Path) -> Path:
 def journalled(output: Path, *, resume: bool, overwrite: bool) -> Iterator["Journal"]:
     """The journal of a run, whose folder goes when the output is whole, or when nothing in it is worth keeping.
 
-    A run that fails for what it was given, and would fail again, keeps nothing; one that was stopped or lacked room or
-    memory keeps its finished blocks, and the error says so.
+    A run that fails for what it was given, and would fail again, keeps nothing; one that was stopped, lost a worker or
+    lacked room or memory keeps its finished blocks, and the error says so.
     """
     from optprune.pruning.journal import Journal
 
@@ -44,6 +44,6 @@ def journalled(output: Path, *, resume: bool, overwrite: bool) -> Iterator["Jour
 
 
 def _for_want(error: BaseException) -> bool:
-    """Whether an error, or what it came from, says that there is no room or no memory."""
+    """Whether an error, or what it came from, says that there is no room or no memory, or that a worker is gone."""
     causes = [cause for cause in (error, error.__cause__) if cause is not None]
-    return no_room_behind(error) is not None or any(map(is_out_of_memory, causes))
+    return isinstance(error, WorkerError) or no_room_behind(error) is not None or any(map(is_out_of_memory, causes))

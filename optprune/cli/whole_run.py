@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.cli.progress import Reporter
     from optprune.export import SavedModel
-    from optprune.pruning import Workers
+    from optprune.pruning import Lanes, Workers
     from optprune.recipe import Recipe
     from optprune.report import Report
 
@@ -42,6 +42,7 @@ class WholeRun:
         calibration: str,
         *,
         window: "Tensor",
+        lanes: "Lanes | None" = None,
     ) -> "tuple[Report, SavedModel]":
         """Load, prune, save and check; `calibration` says in words where the batches are from."""
         from optprune.export import save_pruned
@@ -71,6 +72,7 @@ class WholeRun:
                     store=loaded.store,
                     journal=journal,
                     workers=self.workers,
+                    lanes=lanes,
                 )
             reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
             saved = save_pruned(

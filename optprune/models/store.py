@@ -64,6 +64,19 @@ class ShardSink(BlockSink):
         return Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(block, names)
 
 
+class Nowhere(BlockSink):
+    """Keeps nothing: for a process whose pruned blocks another one keeps."""
+
+    def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    def take(self, block: str) -> None:
+        pass
+
+    def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
+        return None
+
+
 class Aside(ABC):
     """Tensors put aside until they are asked for."""
 

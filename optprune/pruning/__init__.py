@@ -1,5 +1,7 @@
 """Pruning: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
+from optprune.calibration.lanes import Lanes
+from optprune.calibration.peers import joined
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
@@ -9,11 +11,13 @@ from optprune.pruning.workers import Layers, Serial, Workers, workers_of
 
 __all__ = [
     "Journal",
+    "Lanes",
     "Layers",
     "Processes",
     "RayWorkers",
     "Serial",
     "Workers",
+    "joined",
     "layer_loss",
     "layer_problem",
     "prune",

@@ -121,7 +121,8 @@ def _entering(stream: Stream, device: torch.device) -> Stream:
     """What enters the current block, with no other block's arguments: batches of one shape go on sharing theirs."""
     arguments = {id(one): one for one in stream.arguments}
     there = {key: moved(one, device) for key, one in arguments.items()}
-    return Stream(moved(stream.hidden, device), [[there[id(one)]] for one in stream.arguments])
+    others = [[there[id(one)]] for one in stream.arguments]
+    return Stream(moved(stream.hidden, device), others, share=stream.share)
 
 
 def moved(value: Value, device: torch.device) -> Value:

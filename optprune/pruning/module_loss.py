@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
+from optprune.calibration.lanes import LaneSums, TensorSums
 from optprune.calibration.stream import first_output
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
-from optprune.moments import MomentSums
+from optprune.moment_sums import MomentSums
 
 TRACE_TOKENS = 2048
 """about so many tokens, whole batches from the first, estimate the mean diagonal of a Hessian that takes passes"""
@@ -30,14 +32,27 @@ class ModuleLoss:
 
     def error(self, calls: Calls) -> float:
         """The mean over tokens of the squared change of the output, in the metric."""
-        total = 0.0
-        for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
-            total += float(self.energy(first_output(self.module(*args, **kwargs)) - target))
-        return total / calls.tokens
+        sums = self.numbers(calls)
+        for lane, args, kwargs, target in calls.each():
+            sums.at(lane).add(self.energy(first_output(self.module(*args, **kwargs)) - target))
+        return float(sums.total().tensors[0]) / calls.tokens
 
     def signal(self, calls: Calls) -> float:
         """The mean over tokens of the squared targets themselves, in the metric."""
-        return sum(float(self.energy(target)) for target in calls.targets) / calls.tokens
+        sums = self.numbers(calls)
+        for lane, _, _, target in calls.each():
+            sums.at(lane).add(self.energy(target))
+        return float(sums.total().tensors[0]) / calls.tokens
+
+    def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> LaneSums[TensorSums]:
+        """Sums over calls, of numbers in float64, and of tensors of these shapes in the dtype of the module."""
+        like = next(self.module.parameters())
+
+        def fresh() -> TensorSums:
+            number = like.new_zeros((), dtype=torch.float64, requires_grad=False)
+            return TensorSums(number, *(like.new_zeros(shape, requires_grad=False) for shape in shapes))
+
+        return LaneSums(calls.share.lanes, fresh)
 
     def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
         """The sum over tokens of e^T S e."""
@@ -63,39 +78,41 @@ class Inside:
     def __init__(self, loss: ModuleLoss, layers: Sequence[str]) -> None:
         self.loss, self.layers = loss, layers
         self.layer: nn.Linear = loss.module.get_submodule(layers[0])  # type: ignore[assignment]
-        sums = MomentSums(self.layer.in_features, self.layer.weight.device)
-        total, error = torch.zeros_like(self.layer.weight), 0.0
-        handle = self.layer.register_forward_pre_hook(lambda _, args: sums.add(args[0].detach()))
+        moments, sums = _moments_of(self.layer, loss.fit), loss.numbers(loss.fit, tuple(self.layer.weight.shape))
+        inputs: list[Tensor] = []
+        handle = self.layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
         try:
-            for (args, kwargs), target in zip(loss.fit.arguments, loss.fit.targets, strict=True):
+            for lane, args, kwargs, target in loss.fit.each():
                 with torch.enable_grad(), _weight(self.layer, self.layer.weight.detach().requires_grad_()) as weight:
                     half = loss.energy(first_output(loss.module(*args, **kwargs)) - target) / 2
-                    total += torch.autograd.grad(half, weight)[0]
-                    error += 2 * float(half.detach())
+                    sums.at(lane).add(2 * half.detach().double(), torch.autograd.grad(half, weight)[0])
+                moments.at(lane).add(inputs.pop())
         finally:
             handle.remove()
-        self.fit_error = error / loss.fit.tokens
+        error, total = sums.total().tensors
+        self.fit_error = float(error) / loss.fit.tokens
         self.gradient: Float[Tensor, "out in"] = total / loss.fit.tokens
-        self.gram: Float[Tensor, "in in"] = sums.moments(total.dtype).gram
+        self.gram: Float[Tensor, "in in"] = moments.total().moments(total.dtype).gram
         """the Gram matrix of the layer's inputs"""
 
     def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """H d: without biases the output is linear in the weight, so d takes its place."""
-        loss, total = self.loss, torch.zeros_like(direction)
+        loss, sums = self.loss, self.loss.numbers(self.loss.fit, tuple(direction.shape))
         with _without_biases(loss.module, self.layers), torch.enable_grad():
-            for args, kwargs in loss.fit.arguments:
+            for lane, args, kwargs, _ in loss.fit.each():
                 with _weight(self.layer, direction.detach().requires_grad_()) as weight:
                     energy = loss.energy(first_output(loss.module(*args, **kwargs)))
-                    total += torch.autograd.grad(energy / 2, weight)[0]
-        return total / loss.fit.tokens
+                    sums.at(lane).add(energy.detach(), torch.autograd.grad(energy / 2, weight)[0])
+        return sums.total().tensors[1] / loss.fit.tokens
 
     def trace(self, signs: Float[Tensor, "out in"]) -> float:
         """<s, H s> over the first tokens, which for random signs s estimates the trace of H where s is not zero."""
-        loss, calls, value = self.loss, self.loss.fit.first(TRACE_TOKENS), 0.0
+        loss, calls = self.loss, self.loss.fit.first(TRACE_TOKENS)
+        sums = loss.numbers(calls)
         with _without_biases(loss.module, self.layers), _weight(self.layer, signs):
-            for args, kwargs in calls.arguments:
-                value += float(loss.energy(first_output(loss.module(*args, **kwargs))))
-        return value / calls.tokens
+            for lane, args, kwargs, _ in calls.each():
+                sums.at(lane).add(loss.energy(first_output(loss.module(*args, **kwargs))))
+        return float(sums.total().tensors[0]) / calls.tokens
 
     def outputs(self) -> Float[Tensor, "out out"]:
         """E[b b^T] over the first tokens, b the effect of the layer's output on the module's in the metric's root.
@@ -103,8 +120,9 @@ class Inside:
         With it H is near outputs (x) gram (K-FAC; Martens and Grosse, 2015): the effect is drawn with random signs.
         """
         loss, layer, calls = self.loss, self.layer, self.loss.fit.first(TRACE_TOKENS)
-        total = layer.weight.new_zeros(layer.out_features, layer.out_features)
-        generator = torch.Generator().manual_seed(0)
+        sums = loss.numbers(calls, (layer.out_features, layer.out_features))
+        # Each lane draws its own signs.
+        generators = [torch.Generator().manual_seed(lane) for lane in calls.share.lanes.numbers]
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -113,15 +131,15 @@ class Inside:
 
         handle = layer.register_forward_hook(catch)
         try:
-            for args, kwargs in calls.arguments:
+            for lane, args, kwargs, _ in calls.each():
                 with torch.enable_grad():
                     answer = first_output(loss.module(*args, **kwargs))
-                    signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
+                    signs = torch.randint(0, 2, answer.shape, generator=generators[lane]).to(answer) * 2 - 1
                     effect = torch.autograd.grad(answer, caught.pop(), loss.rooted(signs))[0].flatten(0, -2)
-                total += effect.T @ effect
+                sums.at(lane).tensors[1].add_(effect.T @ effect)
         finally:
             handle.remove()
-        return total / calls.tokens
+        return sums.total().tensors[1] / calls.tokens
 
     def held_out(self, weight: Float[Tensor, "out in"]) -> float:
         """The error on the batches kept apart with another weight, which the layer then has."""
@@ -140,19 +158,20 @@ class AtOutput:
 
     def _moments(self, layer: nn.Linear, calls: Calls) -> tuple[Float[Tensor, "out in"], Float[Tensor, "in in"], float]:
         """S E[e x^T], which is the gradient, E[x x^T] and E[e^T S e], for the inputs x and the errors e."""
-        sums, total, error = MomentSums(layer.in_features, layer.weight.device), torch.zeros_like(layer.weight), 0.0
+        moments, sums = _moments_of(layer, calls), self.loss.numbers(calls, tuple(layer.weight.shape))
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
         try:
-            for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
+            for lane, args, kwargs, target in calls.each():
                 change = first_output(self.loss.module(*args, **kwargs)) - target
                 seen = inputs.pop()
-                sums.add(seen)
-                total += change.flatten(0, -2).T @ seen
-                error += float(self.loss.energy(change))
+                moments.at(lane).add(seen)
+                sums.at(lane).add(self.loss.energy(change), change.flatten(0, -2).T @ seen)
         finally:
             handle.remove()
-        return self.loss.weigh(total / calls.tokens), sums.moments(total.dtype).gram, error / calls.tokens
+        error, total = sums.total().tensors
+        gradient = self.loss.weigh(total / calls.tokens)
+        return gradient, moments.total().moments(total.dtype).gram, float(error) / calls.tokens
 
     def product(self, direction: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """H d = S d E[x x^T]."""
@@ -172,6 +191,11 @@ class AtOutput:
         gradient, gram, _ = self.apart
         change = weight - self.start
         return self.error + float((change * (2 * gradient + self.loss.weigh(change) @ gram)).sum())
+
+
+def _moments_of(layer: nn.Linear, calls: Calls) -> LaneSums[MomentSums]:
+    """The sums of the moments of a layer's inputs over calls."""
+    return LaneSums(calls.share.lanes, partial(MomentSums, layer.in_features, layer.weight.device))
 
 
 @contextmanager

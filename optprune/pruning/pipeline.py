@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
 from optprune.calibration import DenseStatistics, calibrating
+from optprune.calibration.lanes import Lanes
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
@@ -40,6 +41,7 @@ def prune(
     store: BlockStore | None = None,
     journal: Journal | None = None,
     workers: Workers | None = None,
+    lanes: Lanes | None = None,
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -50,14 +52,19 @@ def prune(
     the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
     at a time; afterwards the store gives the pruned ones. With a `journal` every block is on the disk once it is
     finished, and a run that was stopped goes on where it was. `workers` prune blocks side by side, where blocks are
-    independent by the policy (dense, intra); the weights are those of a run without.
+    independent by the policy (dense, intra), or share the layers of a block; the weights are those of a run without.
+    Sums over batches are added over `lanes`, which processes may share: each calls this with the same arguments, but
+    for the first one's journal.
     """
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     began, decoder, workers = time.perf_counter(), Decoder(model, store), workers or Serial()
+    lanes = lanes or Lanes()
     workers.check(recipe)
+    if lanes.peers.size > 1 and not isinstance(workers, Serial):
+        raise InputError("the processes that share the lanes are the workers: leave other workers out")
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal)
+    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal, lanes)
     with calibrating(decoder):
         workers.prune(run)
     recipe, divided, notes = run.recipe, run.allocation, run.notes

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optprune.allocation import Allocation, Allocator, DenseModel, Division
 from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
+from optprune.calibration.lanes import Lanes
 from optprune.errors import StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import release
@@ -21,6 +22,7 @@ from optprune.pruning.hands import Hands, OneAfterTheOther
 from optprune.pruning.journal import Journal, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.targets import targets_of
+from optprune.pruning.together import Diary, OverProcesses, SharedDiary
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced
@@ -32,11 +34,17 @@ class Run:
     """A run between two blocks: what enters the next one, and the records of those that are done."""
 
     def __init__(
-        self, decoder: Decoder, recipe: Recipe, division: Division, batches: list[Tensor], on_event: Listener
+        self,
+        decoder: Decoder,
+        recipe: Recipe,
+        division: Division,
+        batches: list[Tensor],
+        on_event: Listener,
+        lanes: Lanes | None = None,
     ) -> None:
         self.decoder, self.recipe, self.division, self.on_event = decoder, recipe, division, on_event
         self.allocation = division.allocation
-        self.path = recipe.policy.start(first_inputs(decoder, batches))
+        self.path = recipe.policy.start(first_inputs(decoder, batches, lanes))
         """what enters the next block"""
         self.records: list[BlockRecord] = []
         self.tokens = sum(batch.numel() for batch in batches)
@@ -47,7 +55,7 @@ class Run:
         """how many batches, the last ones, are kept apart"""
         self.notes: tuple[str, ...] = ()
         """the notes on what was found before the first block"""
-        self.journal: Journal | None = None
+        self.journal: Diary | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
         self.hands: Hands = OneAfterTheOther()
@@ -68,21 +76,30 @@ class Run:
         statistics: DenseStatistics | None,
         on_event: Listener,
         journal: Journal | None = None,
+        lanes: Lanes | None = None,
     ) -> "Run":
         """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
         idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
-        if journal is not None:
-            journal.begin(facts(decoder, every, recipe, allocation))
-        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+        lanes = lanes or Lanes()
+        lanes.check(fitted)
+        diary = journal if lanes.peers.size == 1 else SharedDiary(journal, lanes.peers)
+        if diary is not None:
+            diary.begin(facts(decoder, every, recipe, allocation, lanes))
+        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, lanes)
+        if lanes.count > 1:
+            notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
         notes += idle + heeded(recipe, allocator.warnings)
         with calibrating(decoder):
-            division = _division(allocator, DenseModel(decoder, fitted, metrics, statistics, on_event), journal)
-            run = cls(decoder, recipe, division, fitted, on_event)
-        run.metrics, run.held_out, run.journal = metrics, held_out, journal
-        run.finished = set() if journal is None else set(journal.finished())
+            dense = DenseModel(decoder, fitted, metrics, statistics, on_event, lanes)
+            division = _division(allocator, dense, diary)
+            run = cls(decoder, recipe, division, fitted, on_event, lanes)
+        run.metrics, run.held_out, run.journal = metrics, held_out, diary
+        run.finished = set() if diary is None else set(diary.finished())
+        if lanes.peers.size > 1:
+            run.hands = OverProcesses(lanes.peers)
         run.notes = notes + heeded(recipe, division.warnings) + division.notes
         return run
 
@@ -174,23 +191,26 @@ class Run:
         return record
 
 
-def _division(allocator: Allocator, dense: DenseModel, journal: Journal | None) -> Division:
+def _division(allocator: Allocator, dense: DenseModel, journal: Diary | None) -> Division:
     """What every block keeps: as an earlier run has divided it, or as it is divided now."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
-    division = allocator.divide(dense)
+    division = dense.lanes.peers.exchange(allocator.divide(dense))[0]
     if journal is not None:
         journal.divided(division)
     return division
 
 
-def facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
+def facts(
+    decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None, lanes: Lanes
+) -> dict[str, Any]:
     """What decides the bytes of a run."""
     return {
         "the model": digest_of_model(decoder),
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
+        "the lanes": lanes.count,
         "the recipe": recipe.to_dict(),
         "the allocation": None if allocation is None else allocation.to_dict(),
         "the version": versions(),
@@ -205,6 +225,7 @@ def _metrics(
     recipe: Recipe,
     statistics: DenseStatistics,
     on_event: Listener,
+    lanes: Lanes,
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
     asked = recipe.metric
@@ -217,7 +238,7 @@ def _metrics(
     def on_group(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
 
-    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group, lanes)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(asked.damping), (note,) if cut else ()

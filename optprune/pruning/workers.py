@@ -21,6 +21,7 @@ from optprune.pruning.errand import Errand, Kit, Outcome
 from optprune.pruning.hands import OverDevices
 from optprune.pruning.run import Run
 from optprune.recipe import Recipe
+from optprune.system.launched import started_by_torchrun
 
 AHEAD = 2
 """errands that are under way for each worker: the one that it does, and the next"""
@@ -151,6 +152,8 @@ def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None)
     from optprune.pruning.processes import Processes
     from optprune.pruning.ray_workers import RayWorkers
 
+    if started_by_torchrun() and (count is not None or ray is not None):
+        raise InputError("the processes that torchrun started are the workers: leave --workers and --ray out")
     several = Processes if recipe.policy.independent else Layers
     here = Serial() if count is None or count == 1 else several(count)
     workers = here if ray is None else RayWorkers(ray, count)

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optprune import prune
 from optprune.metric import OutputMetric
-from optprune.moments import InputMoments, MomentSums
+from optprune.moment_sums import MomentSums
+from optprune.moments import InputMoments
 from optprune.patterns import Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.recipe import load_recipe

@@ -1,0 +1,74 @@
+"""A run of the command line among the processes that torchrun started: the first writes and speaks, the others help."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from optprune.cli.whole_run import WholeRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optprune.allocation import Allocation
+    from optprune.cli.progress import Reporter
+    from optprune.export import SavedModel
+    from optprune.pruning import Lanes
+    from optprune.recipe import Recipe
+    from optprune.report import Report
+
+
+def shared_run(
+    whole: WholeRun,
+    lanes: int | None,
+    reporter: "Reporter",
+    batches: "Sequence[Tensor]",
+    recipe: "Recipe",
+    allocation: "Allocation | None",
+    calibration: str,
+    *,
+    window: "Tensor",
+) -> "tuple[Report, SavedModel] | None":
+    """The run, over so many lanes, or as many as there are processes; None in all processes but the first."""
+    from optprune.calibration.peers import joined
+    from optprune.pruning import Lanes
+
+    with joined(whole.device) as peers:
+        shared = Lanes(peers.size if lanes is None else lanes, peers)
+        batches = _one_a_lane(batches, shared.count)
+        shared.check(batches)
+        if peers.rank:
+            _help(whole, batches, recipe, allocation, shared)
+            return None
+        return whole.run(reporter, batches, recipe, allocation, calibration, window=window, lanes=shared)
+
+
+def _one_a_lane(batches: "Sequence[Tensor]", lanes: int) -> "list[Tensor]":
+    """The batches, of fewer windows where there would not be one for each lane."""
+    import torch
+
+    windows = [window for batch in batches for window in batch.split(1)]
+    if len(batches) >= lanes or len(windows) < lanes:
+        return list(batches)
+    return list(torch.cat(windows).split(len(windows) // lanes))
+
+
+def _help(
+    whole: WholeRun, batches: "Sequence[Tensor]", recipe: "Recipe", allocation: "Allocation | None", lanes: "Lanes"
+) -> None:
+    """Take part in a run, of which nothing is kept here."""
+    from optprune.models import load_model, open_model, reads_blocks
+    from optprune.models.store import Nowhere
+    from optprune.pruning import prune
+
+    if reads_blocks(whole.model):
+        loaded = open_model(whole.model, dtype=whole.dtype, device=whole.device, sink=Nowhere())
+    else:
+        loaded = load_model(whole.model, dtype=whole.dtype, device=whole.device)
+    prune(
+        loaded.model,
+        batches,
+        recipe,
+        allocation=allocation,
+        store=loaded.store,
+        workers=whole.workers,
+        lanes=lanes,
+    )

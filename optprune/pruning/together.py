@@ -1,0 +1,170 @@
+"""Together: a run that the processes of torchrun share. Each goes over its lanes of the batches; all hold the model.
+
+The layers of a stage are shared among them too: each is solved by one process, and all write the same bytes. The first
+process alone has the journal; what it finds there the others are told.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from optprune.allocation import Division
+from optprune.calibration.lanes import Peers
+from optprune.calibration.moments_pass import Collected
+from optprune.errors import InputError, OptpruneError
+from optprune.models import Decoder
+from optprune.pruning.block import BlockRecord, BlockResult
+from optprune.pruning.hands import Hands, Take
+from optprune.pruning.journal import Journal, differences
+from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
+from optprune.system.wording import shown
+
+Value = TypeVar("Value")
+
+
+def agreed(peers: Peers, make: Callable[[], Value]) -> Value:
+    """What the first process makes, for all of them; an OptpruneError that it meets is raised in all."""
+    made: Value | OptpruneError | None = None
+    if peers.rank == 0:
+        try:
+            made = make()
+        except OptpruneError as error:
+            made = error
+    found: Any = peers.exchange(made)[0]
+    if isinstance(found, OptpruneError):
+        raise found
+    return found
+
+
+def check_alike(peers: Peers, facts: Mapping[str, Any]) -> None:
+    """Raise InputError, in all processes, unless all have the same facts that decide the bytes of a run."""
+    found = peers.exchange(json.loads(json.dumps(facts)))
+    for number, other in enumerate(found):
+        for what, first, own in differences(found[0], other):
+            raise InputError(
+                f"the processes of the run are not alike: {what} is {shown(first)} in the first and {shown(own)} in "
+                f"number {number}; give all the same command, model and kind of machine"
+            )
+
+
+@dataclass(frozen=True)
+class OverProcesses(Hands):
+    """Each process solves its share of the layers, one after the other, and tells the others the answers.
+
+    The layers with most inputs, which take longest, are dealt out first.
+    """
+
+    peers: Peers
+
+    def solve(self, tasks: Sequence[LayerTask], collected: Collected, take: Take) -> None:
+        peers, own = self.peers, dict[int, SolvedLayer]()
+        order = sorted(range(len(tasks)), key=lambda number: -tasks[number].layer.in_features)
+        owner = {number: place % peers.size for place, number in enumerate(order)}
+        errors: dict[int, OptpruneError] = {}
+        for number in (number for number in order if owner[number] == peers.rank):
+            tap = tasks[number].target.tap
+            try:
+                solved = solve_layer(tasks[number], collected.moments[tap], collected.held_out.get(tap))
+                own[number] = solved
+            except OptpruneError as error:
+                errors[number] = error
+        failed = {number: error for found in peers.exchange(errors) for number, error in found.items()}
+        told = peers.exchange({number: _Told.of(solved) for number, solved in own.items()})
+        for number, task in enumerate(tasks):
+            if number in failed:
+                raise failed[number]
+            source = owner[number]
+            answer = own.pop(number, None) or told[source][number].empty(task)
+            take(task, _spread(peers, answer, source))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A solved layer without its tensors."""
+
+    bias: torch.dtype | None
+    """the dtype of the new bias, where there is one"""
+    keep: int
+    report: Any
+
+    @classmethod
+    def of(cls, solved: SolvedLayer) -> "_Told":
+        return cls(None if solved.bias is None else solved.bias.dtype, solved.keep, solved.report)
+
+    def empty(self, task: LayerTask) -> SolvedLayer:
+        """The solved layer, whose tensors are still to be filled."""
+        weight = torch.empty(task.layer.weight.shape, dtype=task.layer.weight.dtype, device=task.layer.weight.device)
+        reads = torch.empty(weight.shape[1], dtype=torch.bool, device=weight.device)
+        bias = None if self.bias is None else torch.empty(weight.shape[0], dtype=self.bias, device=weight.device)
+        return SolvedLayer(weight, bias, reads, self.keep, self.report)
+
+
+def _spread(peers: Peers, solved: SolvedLayer, source: int) -> SolvedLayer:
+    """A layer as the process that solved it has it."""
+    bias = None if solved.bias is None else solved.bias.contiguous()
+    whole = replace(solved, weight=solved.weight.contiguous(), bias=bias, reads=solved.reads.contiguous())
+    peers.spread([part for part in (whole.weight, whole.bias, whole.reads) if part is not None], source)
+    return whole
+
+
+class Diary(Protocol):
+    """What a run asks of its journal."""
+
+    def begin(self, facts: Mapping[str, Any]) -> None: ...
+    def division(self) -> Division | None: ...
+    def divided(self, division: Division) -> None: ...
+    def finished(self) -> list[int]: ...
+    def record(self, index: int) -> BlockRecord: ...
+    def weights(self, decoder: Decoder, index: int) -> dict[str, Tensor]: ...
+    def finish(self, decoder: Decoder, result: BlockResult) -> None: ...
+
+
+class SharedDiary:
+    """The journal of the first process, if it has one, as all processes of a run see it."""
+
+    def __init__(self, journal: Journal | None, peers: Peers) -> None:
+        if journal is not None and peers.rank:
+            raise InputError("the first process alone has a journal: give the others of the run none")
+        self._journal, self._peers = journal, peers
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        check_alike(self._peers, facts)
+        self._agreed(lambda journal: journal.begin(facts), None)
+
+    def division(self) -> Division | None:
+        return self._agreed(lambda journal: journal.division(), None)
+
+    def divided(self, division: Division) -> None:
+        self._agreed(lambda journal: journal.divided(division), None)
+
+    def finished(self) -> list[int]:
+        return self._agreed(lambda journal: journal.finished(), [])
+
+    def record(self, index: int) -> BlockRecord:
+        found = self._agreed(lambda journal: journal.record(index), None)
+        assert found is not None, "the journal holds the block"
+        return found
+
+    def weights(self, decoder: Decoder, index: int) -> dict[str, Tensor]:
+        read: dict[str, Tensor] = {}
+
+        def forms(journal: Journal) -> dict[str, tuple[torch.Size, torch.dtype]]:
+            read.update(journal.weights(decoder, index))
+            return {name: (part.shape, part.dtype) for name, part in read.items()}
+
+        told, device = self._agreed(forms, {}), decoder.model.device
+        parts = read or {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in told.items()}
+        self._peers.spread(list(parts.values()), 0)
+        return parts
+
+    def finish(self, decoder: Decoder, result: BlockResult) -> None:
+        if self._journal is not None:
+            self._journal.finish(decoder, result)
+
+    def _agreed(self, ask: Callable[[Journal], Value], otherwise: Value) -> Value:
+        journal = self._journal
+        return agreed(self._peers, lambda: otherwise if journal is None else ask(journal))

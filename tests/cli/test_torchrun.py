@@ -1,0 +1,67 @@
+"""The command under torchrun: two processes write the folder that one writes with as many lanes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optprune.cli import main
+from optprune.cli.run_folder import journalled, run_folder_of
+from optprune.errors import InputError, WorkerError
+from optprune.pruning import joined
+from tests.helpers.attempts import Attempt
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkeypatch) -> None:
+    one, two = attempt.folder / "one", attempt.folder / "two"
+    options = {"recipe": "sparsegpt", "device": "cpu"}
+    assert main(attempt.command("--lanes", "2", output=one, **options)) == 0
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "optprune"]
+    words = [*start, *attempt.command(output=two, **options)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    layers = [
+        [(layer["name"], layer["objective"]) for layer in json.loads((folder / "report.json").read_text())["layers"]]
+        for folder in (one, two)
+    ]
+    assert layers[0] == layers[1]
+    assert done.stdout.count("reload check passed") == 1, "the first process alone speaks"
+    assert done.stderr.count(f"saving to {two}") == 1
+    assert not run_folder_of(two).exists()
+
+
+def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> None:
+    told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: go on with --resume")
+    with told, journalled(tmp_path / "out", resume=False, overwrite=False) as journal:
+        (journal.folder / "run.json").write_text('{"the blocks": 2}')
+        (journal.folder / "block-00000.json").write_text("{}")
+        raise WorkerError("gone")
+    assert run_folder_of(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--workers", "--ray"])
+def test_workers_of_processes_that_are_workers_are_refused(option: str, attempt: Attempt, monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    sentence = attempt.fails(attempt.command(option, "2"))
+    assert "the processes that torchrun started are the workers: leave --workers and --ray out" in sentence
+
+
+def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="give the device cpu or cuda, not cuda:1"), joined("cuda:1"):
+        pass
+
+
+def test_more_lanes_than_windows_are_refused(attempt: Attempt) -> None:
+    assert "9 lanes need as many calibration batches, and there are" in attempt.fails(attempt.command("--lanes", "9"))

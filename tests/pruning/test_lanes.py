@@ -1,0 +1,151 @@
+"""Calibration batches divided into lanes: the bytes hang on the number of lanes, and not on who goes over which."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optprune import load_recipe
+from optprune.calibration.lanes import Lanes
+from optprune.pruning import prune
+from optprune.report import Report
+from tests.helpers.short_runs import same, told
+from tests.helpers.thread_peers import ThreadPeers, together
+from tests.helpers.tiny_models import tiny_llama, tiny_opt
+
+
+def batches() -> list[Tensor]:
+    """Six batches, which four lanes have one or two of each."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, 500, (2, 24), generator=generator) for _ in range(6)]
+
+
+RUNS = {
+    "fasp": ("fasp", {}),
+    "alps": ("alps", {}),
+    "fistapruner": ("fistapruner", {}),
+    "wanda": ("wanda", {"propagation": "local"}),
+    "sparsegpt": ("sparsegpt", {"propagation": "cross"}),
+    "metric": ("sparse_best", {"metric_tokens": 200}),
+    "probes": ("structured_best", {"held_out": 0.2, "metric_tokens": 600}),
+    "recovery": ("spap", {"recovery_tokens": 96}),
+    "recovery in a metric": ("sparse_best", {"held_out": 0.2, "recovery": 1, "metric_tokens": 96, "sparsity": 0.3}),
+    "dense": ("sparsegpt", {"propagation": "dense"}),
+    "intra": ("fasp", {"propagation": "intra", "held_out": 0.2, "refit_damping": 0.1}),
+}
+
+
+def run(model: PreTrainedModel, name: str, lanes: Lanes, **more) -> Report:
+    recipe, settings = RUNS[name]
+    return prune(model, batches(), load_recipe(recipe, settings), lanes=lanes, **more)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_give_the_bytes_of_one_process_with_as_many_lanes(name: str) -> None:
+    make = tiny_opt if name in ("sparsegpt", "intra") else tiny_llama
+    one, models = make(), dict[int, PreTrainedModel]()
+    expected = run(one, name, Lanes(4))
+
+    def shared(peers: ThreadPeers) -> Report:
+        models[peers.rank] = make()
+        report = run(models[peers.rank], name, Lanes(4, peers))
+        assert peers.sent or peers.rank == 1
+        return report
+
+    for report in together(2, shared):
+        assert told(report) == told(expected)
+    assert same(models[0], one) and same(models[1], one)
+
+
+def stopping(event: Event) -> None:
+    if isinstance(event, BlockFinished) and event.block == 1:
+        raise KeyboardInterrupt
+
+
+def quiet(event: Event) -> None:
+    pass
+
+
+def test_a_run_that_was_stopped_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    whole = tiny_llama()
+    expected = run(whole, "alps", Lanes(4))
+
+    def part(folder: Path, on_event, resume: bool, models: dict[int, PreTrainedModel]):
+        def shared(peers: ThreadPeers) -> Report:
+            models[peers.rank] = tiny_llama()
+            first = peers.rank == 0
+            journal = Journal(folder, resume=resume) if first else None
+            return run(models[peers.rank], "alps", Lanes(4, peers), journal=journal, on_event=on_event)
+
+        return shared
+
+    with pytest.raises(KeyboardInterrupt):
+        together(2, part(tmp_path / "run", stopping, False, {}))
+    assert Journal(tmp_path / "run", resume=True).finished() == [0]
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for size, folder in ((2, tmp_path / "run"), (1, tmp_path / "again")):
+        models: dict[int, PreTrainedModel] = {}
+        for report in together(size, part(folder, quiet, True, models)):
+            assert told(report).layers == told(expected).layers
+        assert all(same(model, whole) for model in models.values())
+    with pytest.raises(InputError, match="the lanes was 4 and is 3"):
+        run(tiny_llama(), "alps", Lanes(3), journal=Journal(tmp_path / "run", resume=True))
+
+
+def test_an_error_at_one_layer_is_raised_in_all_processes() -> None:
+    def fails(context: LayerContext) -> Problem:
+        if context.name.endswith("up_proj"):
+            raise NumericalError(f"no problem at {context.name}")
+        return load_recipe("magnitude").state(context)
+
+    recipe = load_recipe("magnitude").model_copy(update={"objective": fails})
+
+    def shared(peers: ThreadPeers) -> str:
+        with pytest.raises(NumericalError) as caught:
+            prune(tiny_llama(), batches(), recipe, lanes=Lanes(2, peers))
+        return str(caught.value)
+
+    assert together(2, shared) == ["no problem at model.layers.0.mlp.up_proj"] * 2
+
+
+def test_processes_that_are_not_alike_are_refused() -> None:
+    def shared(peers: ThreadPeers) -> str:
+        tokens = [batch + peers.rank for batch in batches()]
+        with pytest.raises(InputError) as caught:
+            prune(tiny_llama(), tokens, load_recipe("magnitude"), lanes=Lanes(2, peers))
+        return str(caught.value)
+
+    for message in together(2, shared):
+        assert "not alike: the calibration tokens is" in message and "number 1" in message
+
+
+def test_lanes_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there must be a lane at least, not 0"):
+        Lanes(0)
+    with pytest.raises(InputError, match="7 lanes need as many calibration batches, and there are 6"):
+        run(tiny_llama(), "wanda", Lanes(7))
+
+    def shared(peers: ThreadPeers) -> None:
+        with pytest.raises(InputError, match="3 lanes cannot be shared equally by 2 processes"):
+            Lanes(3, peers)
+        with pytest.raises(InputError, match="the processes that share the lanes are the workers"):
+            run(tiny_llama(), "wanda", Lanes(2, peers), workers=Layers(2))
+        if peers.rank:
+            with pytest.raises(InputError, match="the first process alone has a journal"):
+                run(tiny_llama(), "wanda", Lanes(2, peers), journal=Journal(tmp_path / "run"))
+
+    together(2, shared)
+
+
+def test_the_lanes_of_one_process_go_to_workers_too() -> None:
+    one, shared = tiny_llama(), tiny_llama()
+    expected = run(one, "alps", Lanes(3))
+    report = run(shared, "alps", Lanes(3), workers=Layers(2, ("cpu", "cpu")))
+    assert same(one, shared) and told(report) == told(expected)
+    assert not same(run_with_one_lane(), one)
+
+
+def run_with_one_lane() -> PreTrainedModel:
+    model = tiny_llama()
+    run(model, "alps", Lanes())
+    return model
