@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from jaxtyping import Float
@@ -53,7 +52,7 @@ class Calls:
         for number, ((args, kwargs), target) in enumerate(zip(self.arguments, self.targets, strict=True)):
             yield self.lane(number), args, kwargs, target
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """The tokens of the calls of all processes, which ask for it together."""
         own = sum(target.shape[:-1].numel() for target in self.targets)

@@ -10,7 +10,7 @@ from torch import Tensor
 from optprune.calibration.lanes import Peers
 
 Result = TypeVar("Result")
-LONGEST = 120
+LONGEST = 60
 """the seconds after which a thread no longer waits for another"""
 
 

@@ -1,14 +1,19 @@
 """Calibration batches divided into lanes: the bytes hang on the number of lanes, and not on who goes over which."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optprune import load_recipe
+from optprune import LayerContext, load_recipe
 from optprune.calibration.lanes import Lanes
-from optprune.pruning import prune
-from optprune.report import Report
+from optprune.errors import InputError, NumericalError
+from optprune.problems import Problem
+from optprune.pruning import Journal, Layers, prune
+from optprune.report import BlockFinished, Event, Report
 from tests.helpers.short_runs import same, told
 from tests.helpers.thread_peers import ThreadPeers, together
 from tests.helpers.tiny_models import tiny_llama, tiny_opt
@@ -70,22 +75,21 @@ def test_a_run_that_was_stopped_goes_on_with_any_number_of_processes(tmp_path: P
     whole = tiny_llama()
     expected = run(whole, "alps", Lanes(4))
 
-    def part(folder: Path, on_event, resume: bool, models: dict[int, PreTrainedModel]):
+    def part(journal: Journal, on_event, models: dict[int, PreTrainedModel]):
         def shared(peers: ThreadPeers) -> Report:
             models[peers.rank] = tiny_llama()
-            first = peers.rank == 0
-            journal = Journal(folder, resume=resume) if first else None
-            return run(models[peers.rank], "alps", Lanes(4, peers), journal=journal, on_event=on_event)
+            own = None if peers.rank else journal
+            return run(models[peers.rank], "alps", Lanes(4, peers), journal=own, on_event=on_event)
 
         return shared
 
     with pytest.raises(KeyboardInterrupt):
-        together(2, part(tmp_path / "run", stopping, False, {}))
+        together(2, part(Journal(tmp_path / "run"), stopping, {}))
     assert Journal(tmp_path / "run", resume=True).finished() == [0]
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for size, folder in ((2, tmp_path / "run"), (1, tmp_path / "again")):
         models: dict[int, PreTrainedModel] = {}
-        for report in together(size, part(folder, quiet, True, models)):
+        for report in together(size, part(Journal(folder, resume=True), quiet, models)):
             assert told(report).layers == told(expected).layers
         assert all(same(model, whole) for model in models.values())
     with pytest.raises(InputError, match="the lanes was 4 and is 3"):
