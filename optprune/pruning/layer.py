@@ -65,7 +65,7 @@ class SolvedLayer:
     """A layer's answer, before it is in the model."""
 
     weight: Float[Tensor, "out in"]
-    """in the layer's dtype"""
+    """the answer, in the layer's dtype"""
     bias: Float[Tensor, " out"] | None
     """None where it stays"""
     reads: Bool[Tensor, " in"]
