@@ -205,7 +205,7 @@ class InputMoments:
         cls, inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"] | None = None
     ) -> "InputMoments":
         """The moments of a matrix of inputs x*, one token a row, and of the dense inputs x if they differ."""
-        from optprune.moment_sums import MomentSums, floats
+        from optprune.sums import MomentSums, floats
 
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
         sums.add(inputs, dense)

@@ -9,7 +9,7 @@ jaxtyping.install_import_hook(
     [
         "optprune.metric",
         "optprune.moments",
-        "optprune.moment_sums",
+        "optprune.sums",
         "optprune.patterns",
         "optprune.problems",
         "optprune.solvers",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from optprune.calibration.lanes import LaneSums
 from optprune.calibration.stream import Stream, run_block
 from optprune.measure.clock import clock
-from optprune.moment_sums import MomentSums
 from optprune.moments import InputMoments
+from optprune.sums import MomentSums
 
 
 @dataclass(frozen=True)

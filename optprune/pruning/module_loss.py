@@ -15,7 +15,7 @@ from optprune.calibration.lanes import LaneSums, TensorSums
 from optprune.calibration.stream import first_output
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
-from optprune.moment_sums import MomentSums
+from optprune.sums import MomentSums
 
 TRACE_TOKENS = 2048
 """about so many tokens, whole batches from the first, estimate the mean diagonal of a Hessian that takes passes"""

@@ -119,7 +119,11 @@ def test_what_a_shell_line_names_exists(page: str, line: str) -> None:
 
 def test_every_option_and_recipe_field_in_a_text_exists() -> None:
     scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
-    known = set().union(*OPTIONS.values()) | set(re.findall(r'"(--[a-z-]+)"', scripts)) | {"--no-deps", "--strict"}
+    known = (
+        set().union(*OPTIONS.values())
+        | set(re.findall(r'"(--[a-z-]+)"', scripts))
+        | {"--no-deps", "--strict", "--nproc-per-node"}
+    )
     for page, text in TEXTS.items():
         plain = " ".join(text.split())
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain)) - known, page
