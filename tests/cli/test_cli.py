@@ -231,13 +231,13 @@ def test_evaluate_measures_what_the_library_measures(
     code, out, err = run(command, capsys)
     assert code == 0, err
     result = json.loads(record.read_text())
-    assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds"}
+    assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
     tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
     expected = perplexity(load(source), evaluation_windows(tokens, 64, 5))
     assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
     assert (result["tokens"], result["windows"], result["seq_length"]) == (5 * 63, 5, 64)
     assert (result["model"], result["text"]) == (source, text)
-    assert f"perplexity {result['perplexity']:.4f} over 315 tokens" in out
+    assert f"perplexity {result['perplexity']:.4f}, {result['bits_per_byte']:.4f} bits per byte, over 315 tokens" in out
     assert record.stat().st_mode & 0o400
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
@@ -254,7 +254,7 @@ def test_a_hopeless_model_gives_json_too(
     command = ["evaluate", models["opt"], "--text", text, "--seq-length", "64", "--windows", "2", "--json", str(record)]
     code, out, err = run(command, capsys)
     assert code == 0, err
-    assert out.startswith("perplexity inf ")
+    assert out.startswith("perplexity inf, inf bits per byte, ")
     assert json.loads(record.read_text(), parse_constant=pytest.fail)["perplexity"] is None
 
 
