@@ -93,6 +93,9 @@ def prune_command(
             "--ray", metavar="ADDRESS", help="Workers of the Ray cluster there; 'local' starts one for the run."
         ),
     ] = None,
+    states: Annotated[
+        str, typer.Option("--states", help="Where hidden states wait for a block: device, host, disk or auto, by size.")
+    ] = "auto",
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
@@ -125,7 +128,7 @@ def prune_command(
     from optprune.export import check_output
     from optprune.export.shards import size_of
     from optprune.models import check_dtype, device_of, load_config, load_shapes, stored_dtype
-    from optprune.pruning import workers_of
+    from optprune.pruning import check_states, workers_of
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
@@ -142,6 +145,7 @@ def prune_command(
     for name in (dtype, save_dtype):
         check_dtype(name)
     device_of(device)
+    check_states(states)
     divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
@@ -156,7 +160,7 @@ def prune_command(
     batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
 
     text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew)
+    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
     report, saved = whole.run(reporter, batches, chosen, divided, text, window=tokens[:seq_length])
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)

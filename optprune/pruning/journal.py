@@ -70,6 +70,9 @@ class Journal:
             ) from error
         if self.begun and not resume:
             self._clear()
+        for place in self.folder.iterdir():
+            if place.is_dir():  # what an earlier run has put aside
+                shutil.rmtree(place, ignore_errors=True)
 
     @property
     def begun(self) -> bool:

@@ -19,6 +19,7 @@ from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_bl
 from optprune.pruning.errand import Errand, Outcome, moved
 from optprune.pruning.journal import Journal, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
@@ -65,9 +66,11 @@ class Run:
         statistics: DenseStatistics | None,
         on_event: Listener,
         journal: Journal | None = None,
+        states: str = "auto",
     ) -> "Run":
         """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
+        decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
         idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
