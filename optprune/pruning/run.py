@@ -76,7 +76,7 @@ class Run:
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         if journal is not None:
             journal.begin(facts(decoder, every, recipe, allocation))
-        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal)
         notes += idle + heeded(recipe, allocator.warnings)
         with calibrating(decoder):
             division = _division(allocator, DenseModel(decoder, fitted, metrics, statistics, on_event), journal)
@@ -205,8 +205,12 @@ def _metrics(
     recipe: Recipe,
     statistics: DenseStatistics,
     on_event: Listener,
+    journal: Journal | None,
 ) -> tuple[Metrics, tuple[str, ...]]:
-    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
+    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
+
+    A run that goes on has those that were measured before it was stopped.
+    """
     asked = recipe.metric
     if asked is None:
         return Metrics({}), ()
@@ -217,7 +221,10 @@ def _metrics(
     def on_group(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
 
-    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+    metrics = None if journal is None else journal.metrics.read(decoder, journal.finished())
+    if metrics is None:
+        metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+        metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(asked.damping), (note,) if cut else ()

@@ -170,12 +170,6 @@ def test_auto_is_the_first_place_with_room_enough(
     assert isinstance(place, InFile) == (not isinstance(place, OnDevice))
 
 
-def test_what_is_on_the_device_comes_back_to_it_from_everywhere(tmp_path: Path) -> None:
-    for place in (InFile(tmp_path), OnHost()):
-        fetch = place.keep(torch.ones(2, device="meta") if isinstance(place, OnHost) else torch.ones(2))
-        assert fetch().shape == (2,)
-
-
 def test_a_run_has_no_file_in_its_folder_beside_the_journal_s(tmp_path: Path) -> None:
     seen: list[set[str]] = []
 
