@@ -4,8 +4,8 @@
 
 The models have random weights in the shape of Llama. Each run is the command `optprune prune`, from the import to the
 reload check in a process of its own; of all its processes together the proportional set size (PSS: a page that
-processes share counts once) is read every 30 ms, and the largest sum is told. For models of --blocks blocks on --samples
-windows, and for one of --few blocks on --windows windows, with --states disk; --states says another place.
+processes share counts once) is read every 30 ms, and the largest sum is told. For models of --blocks blocks on
+--samples windows, and for one of --few blocks on --windows windows, with --states disk; --states says another place.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def evaluate_command(
     config = load_config(model)
     check_seq_length(config, seq_length)
     reporter.say(f"tokenising {text}")
-    tokens = tokens_for(model, config, documents)
+    tokens = tokens_for(model, config, documents, None if windows is None else max(windows, 1) * seq_length)
     ids = evaluation_windows(tokens, seq_length, windows)
 
     reporter.say(f"loading {model}")

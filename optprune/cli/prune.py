@@ -9,7 +9,7 @@ import typer
 
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
-from optprune.cli.tokens import tokens_for
+from optprune.cli.tokens import calibration_for
 from optprune.cli.whole_run import WholeRun
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
@@ -132,7 +132,7 @@ def prune_command(
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
-    from optprune.texts import calibration_batches, check_seq_length, read_documents
+    from optprune.texts import check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
@@ -156,12 +156,12 @@ def prune_command(
             allocator_of(chosen, divided).check(shapes)
     check_run(shapes, chosen, divided, stored_dtype(model, dtype))
     reporter.say(f"tokenising {calibration}")
-    tokens = tokens_for(model, config, documents)
-    batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
+    batches, window = calibration_for(model, config, documents, samples, seq_length, chosen.seed)
+    del documents
 
     text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
     whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
-    report, saved = whole.run(reporter, batches, chosen, divided, text, window=tokens[:seq_length])
+    report, saved = whole.run(reporter, batches, chosen, divided, text, window=window)
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)
 
