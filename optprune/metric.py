@@ -207,6 +207,17 @@ class MetricSums:
             triangles[:width, :width].add_((second.T @ second).triu_(1))
         self.tokens += rows.shape[0]
 
+    @classmethod
+    def elsewhere(cls, width: int, tokens: int, fetch: Callable[[], dict[str, Tensor]], *, full: bool) -> "MetricSums":
+        """Sums over tokens that were made before and are fetched when they are asked for. No more can be added."""
+        sums = cls(0, torch.empty(0), full=full)
+        sums.width, sums.tokens, sums._sums, sums._fetch = width, tokens, {}, fetch
+        return sums
+
+    def parts(self) -> dict[str, Tensor]:
+        """The sums by their names: the diagonal [out], and what else of a matrix is held."""
+        return self._fetch()
+
     def move(self, put: Callable[[dict[str, Tensor]], Callable[[], dict[str, Tensor]]]) -> None:
         """Have the sums elsewhere from now on: `put` takes them, and gives what fetches them. No more can be added."""
         self._fetch = put(self._sums)
@@ -248,6 +259,10 @@ class Metrics(Mapping[str, OutputMetric]):
 
     def __len__(self) -> int:
         return len(self._sums)
+
+    def sums(self, name: str) -> MetricSums:
+        """What a layer's metric is made from."""
+        return self._sums[name]
 
     def damped(self, fraction: float) -> "Metrics":
         """The same metrics with another damping; the sums are shared."""

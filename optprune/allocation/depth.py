@@ -155,7 +155,7 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
     """1 - cos between the hidden states before and after each candidate, the mean over tokens, in one pass."""
     stream = first_inputs(decoder, batches)
     sums = dict.fromkeys(candidates, 0.0)
-    tokens = sum(hidden.shape[:-1].numel() for hidden in stream.hidden)
+    tokens = stream.hidden.tokens
     for index, block in enumerate(decoder.blocks):
         here = [candidate for candidate in candidates if candidate.block == index]
         with decoder.resident(index):

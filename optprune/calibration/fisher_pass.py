@@ -20,7 +20,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
-from optprune.models.store import Aside
+from optprune.models.places import States
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""
@@ -101,7 +101,7 @@ def collect_metrics(
             on_group(number, len(sweeps))
             for index in _sweep(decoder, sweep, labels, add):
                 for path in decoder.paths(index) if number == len(sweeps) - 1 else ():
-                    sums[decoder.name(index, path)].move(lambda parts: decoder.put_aside(parts).get)
+                    sums[decoder.name(index, path)].move(decoder.aside.keep_all)
             release()
         on_group(len(sweeps), len(sweeps))
     names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
@@ -120,25 +120,26 @@ def _sweep(
 
     `add` is given the gradients at the outputs of a block's layers, group by group.
     """
-    stream, entries = first_inputs(decoder, groups), list[Aside]()
+    stream, entries = first_inputs(decoder, groups), list[States[Tensor]]()
     for index in range(len(decoder.blocks)):
-        entries.append(decoder.put_aside({str(group): hidden for group, hidden in enumerate(stream.hidden)}))
+        entries.append(stream.hidden.to(decoder.aside))
         with decoder.resident(index) as block:
             pairs = zip(stream.hidden, stream.arguments, strict=True)
-            stream.past([run_block(block, hidden, arguments)[1] for hidden, arguments in pairs])
-    gradients = []
+            stream.past(stream.hidden.anew(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs))
+    gradients = stream.hidden.anew(())
     for ids, hidden in zip(groups, stream.hidden, strict=True):
-        gradients.append(_slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device))))
-        if not bool(torch.isfinite(gradients[-1]).all()):
+        slope = _slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
+        if not bool(torch.isfinite(slope).all()):
             raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
-    stream.hidden = []
+        gradients.append(slope)
+    stream.hidden = stream.hidden.anew(())
     for index in reversed(range(len(decoder.blocks))):
         # Popped, so that the inputs of the blocks that are done are free.
-        entry = entries.pop().get()
+        entry = entries.pop()
         stream.block = index
         with decoder.resident(index):
             for group, arguments in enumerate(stream.arguments):
-                found, gradients[group] = _backward(decoder, index, entry.pop(str(group)), arguments, gradients[group])
+                found, gradients[group] = _backward(decoder, index, entry[group], arguments, gradients[group])
                 for path, gradient in found.items():
                     add(index, path, gradient)
         yield index

@@ -41,14 +41,13 @@ def collect(
     """
     calibration: dict[str, MomentSums] = {}
     kept_apart: dict[str, MomentSums] = {}
-    count, device = len(stream.hidden), stream.hidden[0].device
+    count, device = len(stream.hidden), stream.hidden.device
     gram_seconds = forward_seconds = 0.0
     arguments = stream.arguments
     for index in range(count):
+        hidden = stream.hidden[index]
         before = clock(device)
-        actual, after = run_block(
-            block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None
-        )
+        actual, after = run_block(block, hidden, arguments[index], taps, to_end=to_end or output is not None)
         forward_seconds += clock(device) - before
         ideal: dict[str, Tensor] = {}
         if reference is not None:

@@ -1,6 +1,6 @@
 """Streams: the hidden states that calibration keeps, those between two blocks, and how a block moves them on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
+from optprune.models.places import States
 from optprune.numerics.precision import full_precision
 
 
@@ -17,7 +18,7 @@ from optprune.numerics.precision import full_precision
 class Stream:
     """The hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks."""
 
-    hidden: list[Tensor]
+    hidden: States[Tensor]
     others: list[list[dict[str, Any]]]
     """the arguments of each block by batch and block: blocks with a sliding window get another mask than the rest"""
     block: int = 0
@@ -30,13 +31,13 @@ class Stream:
 
     def copy(self) -> "Stream":
         """A second stream from the same hidden states."""
-        return self.with_hidden(self.hidden)
+        return Stream(self.hidden[:], self.others, self.block)
 
-    def with_hidden(self, hidden: list[Tensor]) -> "Stream":
-        """A second stream at the same block, from other hidden states."""
-        return Stream(list(hidden), self.others, self.block)
+    def with_hidden(self, hidden: Iterable[Tensor]) -> "Stream":
+        """A second stream at the same block, from other hidden states, which are taken one at a time."""
+        return Stream(self.hidden.anew(hidden), self.others, self.block)
 
-    def past(self, hidden: list[Tensor]) -> None:
+    def past(self, hidden: States[Tensor]) -> None:
         """Go to the next block, which gets these hidden states."""
         self.hidden, self.block = hidden, self.block + 1
 
@@ -97,7 +98,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
     """
     if not batches:
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
-    stream, count = Stream([], []), len(decoder.blocks)
+    stream, count = Stream(States(decoder.states), []), len(decoder.blocks)
     kinds = decoder.model.config.to_dict().get("layer_types") or []
     alike = len(set(kinds[:count])) < 2
     shared: dict[torch.Size, list[dict[str, Any]]] = {}

@@ -1,5 +1,6 @@
 """optprune evaluate: what a model predicts on a text, by itself and beside the dense model."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,9 +72,10 @@ def evaluate_command(
     config = load_config(model)
     check_seq_length(config, seq_length)
     reporter.say(f"tokenising {text}")
-    tokens = tokens_for(model, config, documents)
+    most = None if windows is None else max(windows, 1) * seq_length
+    tokens = tokens_for(model, config, documents, most)
     if against is not None:
-        _check_alike(model, config, against, documents, tokens)
+        _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
     ids = evaluation_windows(tokens, seq_length, windows)
 
     reporter.say(f"loading {model}")
@@ -168,7 +170,13 @@ def _in_words(found: "Divergence") -> list[str]:
     ]
 
 
-def _check_alike(model: str, config: "PretrainedConfig", against: str, documents: list[str], tokens: "Tensor") -> None:
+def _check_alike(
+    model: str,
+    config: "PretrainedConfig",
+    against: str,
+    tokens: "Tensor",
+    others: "Callable[[PretrainedConfig], Tensor]",
+) -> None:
     """Raise InputError when two models cannot be compared, since their vocabularies or tokenizers differ."""
     import torch
 
@@ -178,7 +186,7 @@ def _check_alike(model: str, config: "PretrainedConfig", against: str, documents
     sizes = [one.get_text_config().vocab_size for one in (config, other)]
     same = sizes[0] == sizes[1]
     if same and load_tokenizer(against) is not None:
-        same = torch.equal(tokens_for(against, other, documents), tokens)
+        same = torch.equal(others(other), tokens)
     if not same:
         raise InputError(
             f"{model} and {against} do not have the same tokens, so that their predictions cannot be compared: "

@@ -9,7 +9,7 @@ import typer
 
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
-from optprune.cli.tokens import tokens_for
+from optprune.cli.tokens import calibration_for
 from optprune.cli.whole_run import WholeRun
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
@@ -93,6 +93,9 @@ def prune_command(
             "--ray", metavar="ADDRESS", help="Workers of the Ray cluster there; 'local' starts one for the run."
         ),
     ] = None,
+    states: Annotated[
+        str, typer.Option("--states", help="Where hidden states wait for a block: device, host, disk or auto, by size.")
+    ] = "auto",
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
@@ -125,11 +128,11 @@ def prune_command(
     from optprune.export import check_output
     from optprune.export.shards import size_of
     from optprune.models import check_dtype, device_of, load_config, load_shapes, stored_dtype
-    from optprune.pruning import workers_of
+    from optprune.pruning import check_states, workers_of
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
-    from optprune.texts import calibration_batches, check_seq_length, read_documents
+    from optprune.texts import check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
@@ -142,6 +145,7 @@ def prune_command(
     for name in (dtype, save_dtype):
         check_dtype(name)
     device_of(device)
+    check_states(states)
     divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
@@ -152,12 +156,12 @@ def prune_command(
             allocator_of(chosen, divided).check(shapes)
     check_run(shapes, chosen, divided, stored_dtype(model, dtype))
     reporter.say(f"tokenising {calibration}")
-    tokens = tokens_for(model, config, documents)
-    batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
+    batches, window = calibration_for(model, config, documents, samples, seq_length, chosen.seed)
+    del documents
 
     text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew)
-    report, saved = whole.run(reporter, batches, chosen, divided, text, window=tokens[:seq_length])
+    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
+    report, saved = whole.run(reporter, batches, chosen, divided, text, window=window)
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)
 

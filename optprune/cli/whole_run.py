@@ -32,6 +32,7 @@ class WholeRun:
     max_shard_size: str
     resume: bool
     workers: "Workers"
+    states: str
 
     def run(
         self,
@@ -71,6 +72,7 @@ class WholeRun:
                     store=loaded.store,
                     journal=journal,
                     workers=self.workers,
+                    states=self.states,
                 )
             reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
             saved = save_pruned(

@@ -3,12 +3,18 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
+GROUP = ("memory.max", "memory.current", "inactive_file")
+"""the files of a control group that tell its limit and what it uses, and the row of its statistics that can be had"""
+OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""those of the first version"""
 RESET_PEAK = "5"
 """what Linux takes as the order to forget the peak of the resident size (proc(5))"""
 
@@ -48,6 +54,45 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     before = _status("VmRSS")
     run()
     return max(0, _status("VmHWM") - before)
+
+
+def free_memory(device: torch.device | None = None) -> int | None:
+    """The bytes that this process can still have of a device's memory, or of the host's; None where nobody tells.
+
+    The host's is what Linux calls available, within the limits of the control groups that the process is in.
+    """
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch holds and does not use is free as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if (device is not None and device.type != "cpu") or not MEMORY.exists():
+        return None
+    available = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min([int(available.split()[1]) * 1024, *group_rooms(Path("/"))])
+
+
+def group_rooms(root: Path) -> Iterator[int]:
+    """What is left to each control group of this process and those around it, in bytes, below a root folder.
+
+    Of both versions (cgroups(7)); pages of files that nobody uses can be had.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        first = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        most, used, unused = OLD_GROUP if controllers else GROUP
+        place = Path(path.lstrip("/"))
+        for folder in (first / place, *(first / parent for parent in place.parents)):
+            # A container may show its own group only, as the root.
+            with suppress(OSError, ValueError):
+                limit = int((folder / most).read_text())
+                counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, limit - int((folder / used).read_text()) + int(counts.get(unused, 0)))
 
 
 def _status(field: str) -> int:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models.architecture import BlockShape, Classes
+from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
-from optprune.models.store import Aside, BlockStore, Held
+from optprune.models.store import BlockStore
 from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
 from optprune.problems import Link
 
@@ -34,6 +35,8 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, store: BlockStore | None = None) -> None:
         self.model, self.store = model, store
+        self.states: Place = OnDevice()
+        """where hidden states are kept while no block needs them"""
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
@@ -69,9 +72,10 @@ class Decoder:
         with nullcontext() if self.store is None else self.store.resident(block, keep):
             yield block
 
-    def put_aside(self, tensors: dict[str, Tensor]) -> Aside:
-        """Tensors that nobody needs for a while: in a file where blocks are read from files, else they stay."""
-        return Held(tensors) if self.store is None else self.store.put_aside(tensors)
+    @property
+    def aside(self) -> Place:
+        """Where tensors are kept that nobody needs for a while: in a file where blocks are read from files."""
+        return self.states if self.store is None or isinstance(self.states, InFile) else self.store.aside
 
     @contextmanager
     def running(self) -> Iterator[None]:

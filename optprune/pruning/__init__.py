@@ -5,6 +5,7 @@ from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
+from optprune.pruning.states import check_states
 from optprune.pruning.workers import Serial, Workers, workers_of
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "RayWorkers",
     "Serial",
     "Workers",
+    "check_states",
     "layer_loss",
     "layer_problem",
     "prune",

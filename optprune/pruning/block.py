@@ -1,5 +1,6 @@
 """One block's work as a value: a `BlockTask` goes in, a `BlockResult` comes out, wherever it is run."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optprune.calibration import Path
-from optprune.calibration.calls import Calls
+from optprune.calibration.calls import Calls, Wanted
 from optprune.calibration.moments_pass import Collected
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
@@ -102,7 +103,10 @@ class _Work:
     def visit(self, removed: Sequence[str]) -> None:
         """Go through the block stage by stage, and on to the next one."""
         task, block = self.task, self.decoder.blocks[self.task.index]
-        with task.path.visit(block, held_out=task.held_out, cut=bool(removed), walked=task.walked) as visit:
+        recovery = task.recipe.recovery
+        most = math.inf if recovery is None or recovery.tokens is None else recovery.tokens
+        wanted = {"held_out": task.held_out, "calls": Wanted(most, task.held_out)}
+        with task.path.visit(block, cut=bool(removed), walked=task.walked, **wanted) as visit:
             self.remove(removed)
             stages = visit.stages(by_stage(self.decoder, self.targets))
             for position, stage in enumerate(stages):
@@ -149,7 +153,7 @@ class _Work:
         part = recover(
             decoder.blocks[task.index].get_submodule(path),
             [name.removeprefix(f"{path}.") for name in layers],
-            fit if recovery.tokens is None else fit.first(recovery.tokens),
+            fit,
             apart,
             rounds=recovery.rounds,
             steps=recovery.steps,

@@ -15,6 +15,7 @@ from optprune.calibration import Path, Stream, calibrating
 from optprune.errors import InputError, OptpruneError
 from optprune.measure.memory import release
 from optprune.models import BlockShape, Decoder
+from optprune.models.places import OnDevice, States
 from optprune.models.skeleton import skeleton
 from optprune.pruning.block import BlockRecord, BlockTask, prune_block
 from optprune.pruning.journal import differences, machine, versions
@@ -121,7 +122,8 @@ def _entering(stream: Stream, device: torch.device) -> Stream:
     """What enters the current block, with no other block's arguments: batches of one shape go on sharing theirs."""
     arguments = {id(one): one for one in stream.arguments}
     there = {key: moved(one, device) for key, one in arguments.items()}
-    return Stream(moved(stream.hidden, device), [[there[id(one)]] for one in stream.arguments])
+    hidden = States(OnDevice(), (moved(batch, device) for batch in stream.hidden))
+    return Stream(hidden, [[there[id(one)]] for one in stream.arguments])
 
 
 def moved(value: Value, device: torch.device) -> Value:

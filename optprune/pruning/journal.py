@@ -1,9 +1,10 @@
 """The journal: the blocks that a run has finished, on the disk, and what decided them, so that it can go on later.
 
-A run folder holds `run.json`, the facts that decide the bytes; `division.json`, what every block keeps; and for each
-finished block a safetensors file of its weights and a JSON file of its record. Every file is there whole or not at all,
-and a block is finished once its record is there. A run that goes on passes the finished blocks by, with one forward
-pass, and does the rest: its weights are those of a run that was never stopped, bit for bit.
+A run folder holds `run.json`, the facts that decide the bytes; `division.json`, what every block keeps; for each
+finished block a safetensors file of its weights and a JSON file of its record, and for each other one its output
+metric, where there is one. Every file is there whole or not at all, and a block is finished once its record is there.
+A run that goes on passes the finished blocks by, with one forward pass, and does the rest: its weights are those of a
+run that was never stopped, bit for bit.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ from optprune.models.checkpoint import Checkpoint, stored_tensors
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult
+from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
 from optprune.system.files import read_json, write_whole
 from optprune.system.interrupts import interrupts_held, record_done
@@ -70,6 +72,9 @@ class Journal:
             ) from error
         if self.begun and not resume:
             self._clear()
+        for place in self.folder.iterdir():
+            if place.is_dir():  # what an earlier run has put aside
+                shutil.rmtree(place, ignore_errors=True)
 
     @property
     def begun(self) -> bool:
@@ -80,6 +85,11 @@ class Journal:
     def sink(self) -> ShardSink:
         """Where the weights of finished blocks are, one file each: `open_model` takes it for the pruned blocks."""
         return ShardSink(self.folder)
+
+    @cached_property
+    def metrics(self) -> MetricFiles:
+        """The output metrics of the dense model, for the blocks that are not finished."""
+        return MetricFiles(self.folder)
 
     @property
     def whole(self) -> bool:
@@ -177,6 +187,7 @@ class Journal:
         if decoder.store is None:
             self.sink.write(decoder.block_name(index), result.weights)
         self._write(_record(index), asdict(result.record))
+        self.metrics.drop(index)
         record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
 
     def _write(self, name: str, content: Any) -> None:

@@ -40,6 +40,7 @@ def prune(
     store: BlockStore | None = None,
     journal: Journal | None = None,
     workers: Workers | None = None,
+    states: str = "auto",
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -50,14 +51,16 @@ def prune(
     the text in the report. A model that `open_model` gave comes with the `store` of its blocks, which are in memory one
     at a time; afterwards the store gives the pruned ones. With a `journal` every block is on the disk once it is
     finished, and a run that was stopped goes on where it was. `workers` prune blocks side by side, where blocks are
-    independent by the policy (dense, intra); the weights are those of a run without.
+    independent by the policy (dense, intra); the weights are those of a run without. `states` says where the hidden
+    states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
+    where there is one), or auto, which is the first of these that has room enough.
     """
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     began, decoder, workers = time.perf_counter(), Decoder(model, store), workers or Serial()
     workers.check(recipe)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal)
+    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal, states)
     with calibrating(decoder):
         workers.prune(run)
     recipe, divided, notes = run.recipe, run.allocation, run.notes

@@ -19,6 +19,7 @@ from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_bl
 from optprune.pruning.errand import Errand, Outcome, moved
 from optprune.pruning.journal import Journal, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
@@ -65,15 +66,17 @@ class Run:
         statistics: DenseStatistics | None,
         on_event: Listener,
         journal: Journal | None = None,
+        states: str = "auto",
     ) -> "Run":
         """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
+        decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
         idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         if journal is not None:
             journal.begin(facts(decoder, every, recipe, allocation))
-        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event)
+        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal)
         notes += idle + heeded(recipe, allocator.warnings)
         with calibrating(decoder):
             division = _division(allocator, DenseModel(decoder, fitted, metrics, statistics, on_event), journal)
@@ -202,8 +205,12 @@ def _metrics(
     recipe: Recipe,
     statistics: DenseStatistics,
     on_event: Listener,
+    journal: Journal | None,
 ) -> tuple[Metrics, tuple[str, ...]]:
-    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
+    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
+
+    A run that goes on has those that were measured before it was stopped.
+    """
     asked = recipe.metric
     if asked is None:
         return Metrics({}), ()
@@ -214,7 +221,10 @@ def _metrics(
     def on_group(done: int, total: int) -> None:
         on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
 
-    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+    metrics = None if journal is None else journal.metrics.read(decoder, journal.finished())
+    if metrics is None:
+        metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+        metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(asked.damping), (note,) if cut else ()
