@@ -105,7 +105,7 @@ class _Turn:
     loss: ModuleLoss
     steps: int
     damping: float
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None = None
     """what iterates are rounded to, where that is not the module's own"""
 
     def take(self, layers: Sequence[str], held_out: float) -> _Taken | None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from optprune.models import LoadedModel, load_model, open_model
+from optprune.allocation import currency
+from optprune.calibration import Stream
+from optprune.models import Decoder, LoadedModel, load_model, open_model
 from optprune.pruning import Journal, Processes, layer_problem, prune
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from optprune.report import Report
+from optprune.report import Event, LayerSolved, Report
 from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.weights import weights_of
@@ -64,6 +66,37 @@ def test_the_weights_are_those_of_a_run_in_float32_rounded(run: str, dtype: torc
     expected, single = pruned(load_model(folder, dtype="float32"), recipe)
     assert report.allocation == expected.allocation
     assert equal(found, {key: value.to(dtype) for key, value in single.items()})
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_later_layers_and_blocks_see_answers_as_they_are_rounded(name: str) -> None:
+    model = TINY_MODELS[name]().to(torch.bfloat16)
+    solved, settings = [], {"propagation": "cross", "output_metric": "diagonal"}
+
+    def look(event: Event) -> None:
+        if isinstance(event, LayerSolved):
+            layer = model.get_submodule(event.layer.name)
+            solved.append(layer)
+            for value in layer.parameters():
+                assert value.dtype == torch.float32
+                assert torch.equal(value, value.bfloat16().float())
+
+    prune(model, batches(), load_recipe("sparsegpt", settings), on_event=look)
+    assert len(solved) == 2 * len(Decoder(model).architecture.layers)
+
+
+def test_time_is_measured_in_the_dtype_that_the_model_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def seconds(decoder: Decoder, block: int, stream: Stream) -> float:
+        weights = list(decoder.blocks[block].parameters())
+        seen.update([stream.hidden[0].dtype, *(weight.dtype for weight in weights)])
+        return float(sum(weight.numel() for weight in weights))
+
+    monkeypatch.setattr(currency, "_seconds", seconds)
+    settings = {**SETTINGS["structured_best"], "budget": "time", "budget_tokens": 16}
+    prune(tiny_llama().to(torch.bfloat16), batches(), load_recipe("structured_best", settings))
+    assert seen == {torch.bfloat16}
 
 
 def test_what_is_not_pruned_is_not_touched(tmp_path: Path) -> None:
