@@ -158,7 +158,9 @@ class WidthCosts(Costs):
         def on_timed(done: int, total: int) -> None:
             on_event(PhaseAdvanced("measuring the time of narrower blocks", "width", done, total))
 
-        prices = prices_of(self.decoder, budget.currency, budget.tokens, budget.units.kinds, on_timed)
+        # Of the model as it will be used, in its own dtype.
+        stored = self.decoder.as_stored()
+        prices = prices_of(stored, budget.currency, budget.tokens, budget.units.kinds, on_timed)
         total, counts, curves = sum(prices.whole), {}, {}
         for width in self.widths:
             name = _name(width)

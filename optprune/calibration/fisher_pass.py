@@ -1,8 +1,9 @@
 """The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
 
 Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences, what is inside one
-block, and the logits of a few positions. The metrics of all layers are there at the end, in the model's dtype and on
-its device: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32.
+block, and the logits of a few positions. The metrics of all layers are there at the end, on the model's device and in
+its dtype: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32. A model in half precision is
+computed in float32, and its metrics are those of the same weights in float32, bit for bit.
 
 Where blocks have to be read, all groups go through the model in one sweep forward and one backward, so that each block
 is read twice. The inputs of the blocks and the metrics are then put aside in files.
@@ -20,6 +21,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
+from optprune.models.digits import readout
 from optprune.models.places import States
 
 TOKENS_AT_ONCE = 512
@@ -77,11 +79,7 @@ def collect_metrics(
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
         raise InputError(f"no linear layer of a block is called {sorted(unknown)}: {list(decoder.architecture.layers)}")
-    if decoder.model.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"gradients in {decoder.model.dtype} lose too many digits for a Fisher information: load the model with "
-            "--dtype float32"
-        )
+    decoder = decoder.precise()
     groups = list(_groups(batches))
     if not groups:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
@@ -127,11 +125,12 @@ def _sweep(
             pairs = zip(stream.hidden, stream.arguments, strict=True)
             stream.past(stream.hidden.anew(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs))
     gradients = stream.hidden.anew(())
-    for ids, hidden in zip(groups, stream.hidden, strict=True):
-        slope = _slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
-        if not bool(torch.isfinite(slope).all()):
-            raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
-        gradients.append(slope)
+    with readout(decoder):
+        for ids, hidden in zip(groups, stream.hidden, strict=True):
+            slope = _slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
+            if not bool(torch.isfinite(slope).all()):
+                raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
+            gradients.append(slope)
     stream.hidden = stream.hidden.anew(())
     for index in reversed(range(len(decoder.blocks))):
         # Popped, so that the inputs of the blocks that are done are free.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
+from optprune.models.digits import entrance
 from optprune.models.places import States
 from optprune.numerics.precision import full_precision
 
@@ -118,7 +119,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor]) -> Stream:
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
             last = 1 if alike or batch.shape in shared else count
-            with suppress(_Reached), _passing(decoder.blocks):
+            with suppress(_Reached), _passing(decoder.blocks), entrance(decoder):
                 decoder.model(input_ids=batch.to(device), use_cache=False)
             stream.hidden.append(caught[0][0])
             others = [arguments for _, arguments in caught]

@@ -127,7 +127,7 @@ def prune_command(
     reporter = start()
     from optprune.export import check_output
     from optprune.export.shards import size_of
-    from optprune.models import check_dtype, device_of, load_config, load_shapes, stored_dtype
+    from optprune.models import check_dtype, device_of, load_config, load_shapes
     from optprune.pruning import check_states, workers_of
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
@@ -154,7 +154,7 @@ def prune_command(
     if divided is not None:
         with _named(given_blocks, "does not fit"):
             allocator_of(chosen, divided).check(shapes)
-    check_run(shapes, chosen, divided, stored_dtype(model, dtype))
+    check_run(shapes, chosen, divided)
     reporter.say(f"tokenising {calibration}")
     batches, window = calibration_for(model, config, documents, samples, seq_length, chosen.seed)
     del documents

@@ -47,7 +47,7 @@ class WholeRun:
         """Load, prune, save and check; `calibration` says in words where the batches are from."""
         from optprune.export import save_pruned
         from optprune.export.place import discard, left_behind
-        from optprune.models import load_model, open_model, reads_blocks
+        from optprune.models import open_model
         from optprune.pruning import prune
 
         for folder in left_behind(real_path(self.output)):
@@ -55,11 +55,8 @@ class WholeRun:
             discard(folder)
         reporter.say(f"loading {self.model}")
         with journalled(self.output, resume=self.resume, overwrite=self.overwrite) as journal:
-            if reads_blocks(self.model):
-                place = journal.folder
-                loaded = open_model(self.model, dtype=self.dtype, device=self.device, sink=journal.sink, scratch=place)
-            else:
-                loaded = load_model(self.model, dtype=self.dtype, device=self.device)
+            place = journal.folder
+            loaded = open_model(self.model, dtype=self.dtype, device=self.device, sink=journal.sink, scratch=place)
             with reporter.blocks() as on_event:
                 report = prune(
                     loaded.model,

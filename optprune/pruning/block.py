@@ -61,7 +61,7 @@ class BlockResult:
 
     record: BlockRecord
     weights: dict[str, Tensor]
-    """the block's parameters by their names inside it, as they are in the model: no copies"""
+    """the block's parameters by their names inside it, as they are stored: copies only if need be"""
     path: Path
     """what enters the next block, or what entered this one where no later block needs it"""
 
@@ -97,8 +97,8 @@ class _Work:
         """What became of the block."""
         index, decoder = self.task.index, self.decoder
         done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.floor_seconds
-        weights = {name: weight.detach() for name, weight in decoder.blocks[index].named_parameters()}
-        return BlockResult(BlockRecord(index, decoder.shape(index), *done), weights, self.task.path)
+        record = BlockRecord(index, decoder.shape(index), *done)
+        return BlockResult(record, decoder.weights(index), self.task.path)
 
     def visit(self, removed: Sequence[str]) -> None:
         """Go through the block stage by stage, and on to the next one."""
@@ -159,6 +159,7 @@ class _Work:
             steps=recovery.steps,
             damping=recovery.damping,
             metric=task.metrics.get(decoder.name(task.index, layers[-1])),
+            dtype=None if decoder.computes_in is None else decoder.model.dtype,
             name=decoder.name(task.index, path),
         )
         self.recovered.append(part)

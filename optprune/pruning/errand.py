@@ -33,6 +33,8 @@ class Kit:
     config: bytes
     """the config of the model, as one of our processes hands it to another"""
     dtype: torch.dtype
+    precise: bool
+    """whether it is computed in float32 where that is half precision"""
     device: str
     """cpu, or cuda: the GPU that the worker has been given"""
     threads: int
@@ -46,7 +48,8 @@ class Kit:
         model = decoder.model
         facts = json.dumps({"the version": versions(), "the machine": machine(model.device)})
         threads = torch.get_num_threads()
-        return cls(pickle.dumps(model.config), model.dtype, model.device.type, threads, facts)
+        precise = decoder.computes_in is not None
+        return cls(pickle.dumps(model.config), model.dtype, precise, model.device.type, threads, facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +65,7 @@ class Errand:
     def of(cls, decoder: Decoder, task: BlockTask) -> "Errand":
         """To prune a block, which is in memory, as it is now; what the task holds is copied to the host."""
         index = task.index
-        weights = {name: weight.detach() for name, weight in decoder.blocks[index].named_parameters()}
-        return cls(task, decoder.shape(index), weights).on(HOST)
+        return cls(task, decoder.shape(index), decoder.weights(index)).on(HOST)
 
     def on(self, device: torch.device) -> "Errand":
         """The same with its tensors on another device."""
@@ -115,7 +117,8 @@ def _decoder(kit: Kit) -> Decoder:
             f"a worker would not give the bytes of this run: {what} is {shown(asked)} here and {shown(found)} there; "
             "have the same software and the same kind of machine for all workers and for the command itself"
         )
-    return Decoder(skeleton(pickle.loads(kit.config), kit.dtype).eval())
+    decoder = Decoder(skeleton(pickle.loads(kit.config), kit.dtype).eval())
+    return decoder.precise() if kit.precise else decoder
 
 
 def _entering(stream: Stream, device: torch.device) -> Stream:

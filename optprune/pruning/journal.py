@@ -29,6 +29,7 @@ from optprune.allocation import Allocation, Division
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.checkpoint import Checkpoint, stored_tensors
+from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult
@@ -53,7 +54,8 @@ class Journal:
         is no run, or another process is at work on it.
         """
         self.folder, self.resume = Path(folder), resume
-        if self.folder.exists() and not self.begun and any(file.name != LOCK for file in self.folder.iterdir()):
+        before = {LOCK, CONVERTED}  # what a run that is killed leaves before it has begun
+        if self.folder.exists() and not self.begun and any(file.name not in before for file in self.folder.iterdir()):
             raise InputError(f"{self.folder} holds something other than a run: choose another folder, or delete it")
         if self.begun and not resume and not overwrite:
             raise InputError(

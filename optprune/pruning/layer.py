@@ -72,10 +72,10 @@ def prune_layer(task: LayerTask, collected: Collected) -> PrunedLayer:
     began, layer = time.perf_counter(), task.decoder.layer(task.block, task.target.path)
     context = task.context(collected.moments[task.target.tap])
     answer = _answer(task, context, collected.held_out.get(task.target.tap))
-    value = answer.solution.value.to(layer.weight.dtype)
+    value = task.decoder.rounded(answer.solution.value).to(layer.weight.dtype)
     bias = None
     if layer.bias is not None and answer.problem.loss.fit_bias:
-        bias = layer.bias + answer.problem.loss.bias_change(value.to(context.loss.weight))
+        bias = task.decoder.rounded(layer.bias + answer.problem.loss.bias_change(value.to(context.loss.weight)))
     write(layer, value, bias)
     kept, total = _narrow(task, answer, value)
     # A pattern that is not the recipe's may round the count of every row.

@@ -70,9 +70,12 @@ class Run:
     ) -> "Run":
         """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
-        decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
-        idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
+        idle = check_run(decoder, recipe, allocation)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
+        # Gradients, and what differs little from what it is taken from, have too few digits in half precision.
+        if recipe.metric is not None or recipe.recovery is not None or allocator.probes:
+            decoder = decoder.precise()
+        decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         if journal is not None:
             journal.begin(facts(decoder, every, recipe, allocation))

@@ -48,7 +48,7 @@ def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: 
 def _by_size(decoder: Decoder, tokens: int) -> str:
     """The first place with room enough; where the system tells nothing, there is."""
     model = decoder.model
-    size = COPIES * tokens * model.config.hidden_size * model.dtype.itemsize
+    size = COPIES * tokens * model.config.hidden_size * (decoder.computes_in or model.dtype).itemsize
     for name, device in (("device", model.device.type), ("host", "cpu")):
         free = free_memory(model.device if device != "cpu" else None)
         if free is None or size <= SHARE * free:

@@ -164,13 +164,14 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
 
 
-def test_a_model_is_pruned_in_one_dtype_and_saved_in_another(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("dtypes", [[], ["--dtype", "float32", "--save-dtype", "bfloat16"]], ids=["auto", "by hand"])
+def test_a_bfloat16_checkpoint_is_pruned_in_float32_and_saved_as_it_was(
+    dtypes: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_tiny(TINY_MODELS["llama"]().to(torch.bfloat16), tmp_path / "half")
     output = tmp_path / "out"
     command = ["prune", str(source), "--calibration", text, "--output", str(output), *SMALL, "--recipe", "sparse_best"]
-    code, out, err = run([*command, "--dtype", "float32", "--save-dtype", "bfloat16"], capsys)
+    code, out, err = run([*command, *dtypes], capsys)
     assert code == 0, err
     saved = weights(output)
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}

@@ -238,9 +238,3 @@ def test_a_weight_beyond_a_dtype_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"{FIRST} of .* holds NaN or infinity"):
         logits(open_model(tmp_path, dtype="float16"))
-
-
-def test_a_gguf_file_is_loaded_whole(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(InputError, match="cannot be read block by block: load it whole"):
-        open_model(tmp_path / "model.gguf")
