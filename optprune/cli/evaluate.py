@@ -29,9 +29,9 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows."""
     reporter = start()
-    from optprune.cli.progress import duration
     from optprune.measure import perplexity
     from optprune.models import check_dtype, device_of, load_config, load_model
+    from optprune.report.progress import duration
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
     check_json(json_file, models=[model])
