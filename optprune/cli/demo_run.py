@@ -122,7 +122,8 @@ def run_demo(
     measured_on = evaluation_windows(held_out, seq_length, windows)
 
     before = _measure(loaded.model, measured_on, "evaluating the original", reporter)
-    with reporter.events(expected_computing(loaded.decoder(), chosen, samples * seq_length)) as on_event:
+    expected = expected_computing(loaded.decoder(), chosen, None, samples * seq_length, loaded.model.device)
+    with reporter.events(expected) as on_event:
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
         report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)

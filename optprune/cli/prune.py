@@ -154,13 +154,21 @@ def prune_command(
         with _named(given_blocks, "does not fit"):
             allocator_of(chosen, divided).check(shapes)
     check_run(shapes, chosen, divided, stored_dtype(model, dtype))
-    with reporter.events(expected_seconds(shapes, chosen, samples * seq_length, sum(map(len, documents)))) as on_event:
+    sizes = samples * seq_length, sum(map(len, documents))
+    with reporter.events(expected_seconds(shapes, chosen, divided, *sizes, device_of(device))) as on_event:
         phases = PhaseRecorder(device_of(device), on_event)
         with phases.step(TOKENISING, f"tokenising {calibration}"):
             tokens = tokens_for(model, config, documents)
         batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
-        text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-        report, saved = whole.run(reporter, phases, batches, chosen, divided, text, window=tokens[:seq_length])
+        report, saved = whole.run(
+            reporter,
+            phases,
+            batches,
+            chosen,
+            divided,
+            f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}",
+            window=tokens[:seq_length],
+        )
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)
 

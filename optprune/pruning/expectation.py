@@ -1,23 +1,25 @@
 """What the phases of a run may take, from its recipe and the shapes of the model alone: a guess, put right on the way.
 
-Passes of tokens through blocks, Gram products and factorisations are counted in multiplications; how fast a machine is,
-and how long solvers search, is assumed. `TimeLeft` corrects the first of that as soon as it sees a phase at work.
+Passes of tokens through blocks, Gram products and factorisations are counted in multiplications, which a product of
+matrices is timed for. How long solvers search is a rule of thumb. `TimeLeft` corrects all that once it sees work.
 """
 
+import math
 import time
 from collections.abc import Iterable
 
 import torch
 
-from optprune.allocation import ByCost, Depth
+from optprune.allocation import Allocation, Allocator, ByCost, Depth
 from optprune.calibration.fisher_pass import PASSES_BACK
+from optprune.measure.clock import clock
 from optprune.models import Decoder, Target
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
 
-PER_SECOND = {"cpu": 1.5e10, "cuda": 5e12}
-"""multiplications a second, of each thread on the CPU"""
+WIDTH, TIMES = 512, 5
+"""the width of the matrices whose product is timed, and how often it is"""
 BYTES_PER_SECOND = 5e8
 """what a disk reads and writes"""
 START = 3.0, 20.0
@@ -30,27 +32,42 @@ CURVE = 12
 """how many times in^3 the cost of every unit or weight of a layer takes"""
 
 
-def expected_seconds(decoder: Decoder, recipe: Recipe, tokens: int, characters: int) -> dict[str, float]:
+def expected_seconds(
+    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, characters: int, device: torch.device
+) -> dict[str, float]:
     """The seconds of every phase of a run from a folder and a text to a folder, by its name.
 
     `decoder` may be on the meta device; so many `tokens` are drawn from a text of so many `characters`.
     """
-    size = sum(weight.nbytes for weight in decoder.model.parameters())
-    files = size / BYTES_PER_SECOND
-    computing = expected_computing(decoder, recipe, tokens)
-    before = {TOKENISING: 0.5 + characters / CHARACTERS_PER_SECOND, LOADING: 0.5 + 2 * files}
+    files = sum(weight.nbytes for weight in decoder.model.parameters()) / BYTES_PER_SECOND
     # This process has hardly done anything until now but to import the same.
     start = min(max(time.process_time(), START[0]), START[1])
-    return before | computing | {SAVING: 0.5 + 2 * files, CHECKING: start + files}
+    before = {TOKENISING: 0.5 + characters / CHARACTERS_PER_SECOND, LOADING: 0.5 + 2 * files}
+    after = {SAVING: 0.5 + 2 * files, CHECKING: start + files}
+    return before | expected_computing(decoder, recipe, allocation, tokens, device) | after
 
 
-def expected_computing(decoder: Decoder, recipe: Recipe, tokens: int) -> dict[str, float]:
+def expected_computing(
+    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, device: torch.device
+) -> dict[str, float]:
     """The seconds of the phases of `prune` by their names."""
-    device = decoder.model.device.type
-    rate = PER_SECOND["cuda"] if device == "cuda" else PER_SECOND["cpu"] * torch.get_num_threads()
-    work = {METRIC: _metric(decoder, recipe, tokens), BUDGET: _budget(decoder, recipe, tokens)}
-    work[PRUNING] = _pruning(decoder, recipe, tokens)
+    recipe, rate = recipe.settled(), products_per_second(device)
+    work = {
+        METRIC: _metric(decoder, recipe, tokens),
+        BUDGET: _budget(decoder, recipe, allocator_of(recipe, allocation), tokens),
+        PRUNING: _pruning(decoder, recipe, tokens),
+    }
     return {phase: count / rate for phase, count in work.items()}
+
+
+def products_per_second(device: torch.device) -> float:
+    """The multiplications a second in a product of matrices, the best of a few."""
+    matrix, best = torch.ones(WIDTH, WIDTH, device=device), math.inf
+    for _ in range(TIMES):
+        began = clock(device)
+        torch.matmul(matrix, matrix)
+        best = min(best, clock(device) - began)
+    return WIDTH**3 / max(best, 1e-9)
 
 
 def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
@@ -65,8 +82,8 @@ def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
     return seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * _head(decoder) + squares)
 
 
-def _budget(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
-    allocator, blocks, weights = allocator_of(recipe), len(decoder.blocks), decoder.linear_weights()
+def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int) -> float:
+    blocks, weights = len(decoder.blocks), decoder.linear_weights()
     if isinstance(allocator, Depth):
         if allocator.score == "influence":
             return 2.0 * tokens * weights

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from optprune.allocation import Allocation
 from optprune.models import Decoder
 from optprune.pruning.expectation import expected_computing
 from optprune.recipe import Recipe
@@ -15,7 +16,12 @@ Listener = Callable[[Event], None]
 
 @contextmanager
 def followed(
-    progress: bool, listener: Listener | None, decoder: Decoder, batches: list[Tensor], recipe: Recipe
+    progress: bool,
+    listener: Listener | None,
+    decoder: Decoder,
+    batches: list[Tensor],
+    recipe: Recipe,
+    allocation: Allocation | None,
 ) -> Iterator[Listener]:
     """What is to hear of a run's events: the listener, if there is one, and with `progress` what shows them too."""
     listener = listener or (lambda event: None)
@@ -24,7 +30,8 @@ def followed(
         return
     from optprune.report.progress import Reporter
 
-    expected = expected_computing(decoder, recipe.settled(), sum(batch.numel() for batch in batches))
+    tokens = sum(batch.numel() for batch in batches)
+    expected = expected_computing(decoder, recipe, allocation, tokens, decoder.model.device)
     with Reporter().events(expected) as show:
 
         def on_event(event: Event) -> None:

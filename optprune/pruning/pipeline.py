@@ -63,7 +63,7 @@ def prune(
     workers.check(recipe)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     every = check_batches(model.config, batches)
-    with followed(progress, on_event, decoder, every, recipe) as listener:
+    with followed(progress, on_event, decoder, every, recipe, allocation) as listener:
         phases = PhaseRecorder(model.device, listener)
         run = Run.begin(decoder, every, recipe, allocation, statistics, phases, journal)
         with phases.phase(PRUNING), calibrating(decoder):
