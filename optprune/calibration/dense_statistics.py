@@ -27,10 +27,10 @@ class DenseStatistics:
         seed: int,
         full: Collection[str],
         widest: float,
-        on_group: Callable[[int, int], None],
+        on_pass: Callable[[int, int], None],
     ) -> Metrics:
         """The output metrics of a model, not damped, with labels drawn by a seed: see `collect_metrics`."""
-        return collect_metrics(decoder, batches, sampled(seed), full=full, widest=widest, on_group=on_group)
+        return collect_metrics(decoder, batches, sampled(seed), full=full, widest=widest, on_pass=on_pass)
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         """The removal curve of a layer's units: see `removal_curve`."""
@@ -57,12 +57,12 @@ class Statistics(DenseStatistics):
         seed: int,
         full: Collection[str],
         widest: float,
-        on_group: Callable[[int, int], None],
+        on_pass: Callable[[int, int], None],
     ) -> Metrics:
         batches, model = list(batches), decoder.model
         content = fingerprint((model.config.to_json_string(), list(model.parameters()), batches))
         key = ("metrics", content, model.device, seed, *sorted(full), widest)
-        kept = self._once(key, lambda: super(Statistics, self).metrics(decoder, batches, seed, full, widest, on_group))
+        kept = self._once(key, lambda: super(Statistics, self).metrics(decoder, batches, seed, full, widest, on_pass))
         # A view: a run forgets layer by layer what it needs no longer.
         return kept.damped(0.0)
 

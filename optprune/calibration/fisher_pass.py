@@ -28,6 +28,8 @@ TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""
 POSITIONS_AT_ONCE = 128
 """how many tokens go through the head together: the logits of a large vocabulary would be the largest tensors here"""
+PASSES_BACK = 3
+"""the passes through a block that the way back takes, roughly: forward again, back, and the products of gradients"""
 NO_LABEL = -100
 """the label of a position whose prediction does not count"""
 
@@ -67,14 +69,14 @@ def collect_metrics(
     *,
     full: Collection[str] = (),
     widest: float = math.inf,
-    on_group: Callable[[int, int], None] = lambda done, total: None,
+    on_pass: Callable[[int, int], None] = lambda done, total: None,
 ) -> Metrics:
     """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
 
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
     is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
-    it was. `on_group` hears how many groups of sequences are done, and of how many.
+    it was. `on_pass` hears how many passes through a block are done, and of how many; a way back counts as several.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
@@ -92,16 +94,23 @@ def collect_metrics(
             sums[name] = MetricSums(width, found, full=path in full and width <= widest)
         sums[name].add(found)
 
+    done = 0
+
+    def passed(more: int) -> None:
+        nonlocal done
+        done += more
+        on_pass(done, len(sweeps) * len(decoder.blocks) * (1 + PASSES_BACK))
+
     with calibrating(decoder):
         # The sums of a layer grow group by group in either case, so that they are the same.
         sweeps = [[ids] for ids in groups] if decoder.store is None else [groups]
+        passed(0)
         for number, sweep in enumerate(sweeps):
-            on_group(number, len(sweeps))
-            for index in _sweep(decoder, sweep, labels, add):
+            for index in _sweep(decoder, sweep, labels, add, lambda: passed(1)):
+                passed(PASSES_BACK)
                 for path in decoder.paths(index) if number == len(sweeps) - 1 else ():
                     sums[decoder.name(index, path)].move(decoder.aside.keep_all)
             release()
-        on_group(len(sweeps), len(sweeps))
     names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
     return Metrics({name: sums[name] for name in names})
 
@@ -112,11 +121,16 @@ def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _sweep(
-    decoder: Decoder, groups: list[Tensor], labels: Labels, add: Callable[[int, str, Tensor], None]
+    decoder: Decoder,
+    groups: list[Tensor],
+    labels: Labels,
+    add: Callable[[int, str, Tensor], None],
+    on_forward: Callable[[], None],
 ) -> Iterator[int]:
     """Forward and backward through all blocks with some groups of sequences; tells which are done, from the last on.
 
-    `add` is given the gradients at the outputs of a block's layers, group by group.
+    `add` is given the gradients at the outputs of a block's layers, group by group. `on_forward` hears of each block
+    that the groups have gone through on the way there.
     """
     stream, entries = first_inputs(decoder, groups), list[States[Tensor]]()
     for index in range(len(decoder.blocks)):
@@ -124,6 +138,7 @@ def _sweep(
         with decoder.resident(index) as block:
             pairs = zip(stream.hidden, stream.arguments, strict=True)
             stream.past(stream.hidden.anew(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs))
+        on_forward()
     gradients = stream.hidden.anew(())
     with readout(decoder):
         for ids, hidden in zip(groups, stream.hidden, strict=True):

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from optprune.cli.progress import Reporter
     from optprune.measure import Divergence, Question
     from optprune.models import LoadedModel
+    from optprune.report.progress import Reporter
 
 PROMPT = 32
 """how many tokens of a window a generation goes on from"""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from optprune.cli.log import LogFile
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.tokens import calibration_for
@@ -110,6 +111,9 @@ def prune_command(
         ),
     ] = None,
     json_file: JsonFile = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="Add the lines of progress to a file, with the time.")
+    ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
     given_blocks = allocation if allocation is not None and allocation.endswith(".json") else None
@@ -124,14 +128,15 @@ def prune_command(
         "strict": strict or None,
     }
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
-    reporter = start()
-    from optprune.export import check_output
-    from optprune.export.shards import size_of
-    from optprune.models import check_dtype, device_of, load_config, load_shapes
-    from optprune.pruning import check_states, workers_of
+    reporter = start(lines := LogFile(log))
+    from optprune.models import device_of, load_config, load_shapes
+    from optprune.pruning import workers_of
+    from optprune.pruning.expectation import expected_seconds
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
+    from optprune.report import PhaseRecorder
+    from optprune.report.phases import TOKENISING
     from optprune.texts import check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
@@ -139,13 +144,10 @@ def prune_command(
     if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     crew = workers_of(chosen, workers, ray)
-    check_output(output, overwrite)
-    size_of(max_shard_size)
+    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
+    whole.check()
     check_json(json_file, output=output, models=[model])
-    for name in (dtype, save_dtype):
-        check_dtype(name)
-    device_of(device)
-    check_states(states)
+    lines.check(output, model)
     divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
@@ -155,13 +157,21 @@ def prune_command(
         with _named(given_blocks, "does not fit"):
             allocator_of(chosen, divided).check(shapes)
     check_run(shapes, chosen, divided)
-    reporter.say(f"tokenising {calibration}")
-    batches, window = calibration_for(model, config, documents, samples, seq_length, chosen.seed)
-    del documents
-
-    text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
-    report, saved = whole.run(reporter, batches, chosen, divided, text, window=window)
+    sizes = samples * seq_length, sum(map(len, documents))
+    with reporter.events(expected_seconds(shapes, chosen, divided, *sizes, device_of(device))) as on_event:
+        phases = PhaseRecorder(device_of(device), on_event)
+        with phases.step(TOKENISING, f"tokenising {calibration}"):
+            batches, window = calibration_for(model, config, documents, samples, seq_length, chosen.seed)
+        del documents
+        report, saved = whole.run(
+            reporter,
+            phases,
+            batches,
+            chosen,
+            divided,
+            f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}",
+            window=window,
+        )
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     _summarise(chosen, report, saved)
 
@@ -205,8 +215,8 @@ def _named(file: str | None, what: str) -> Iterator[None]:
 
 def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     from optprune.allocation import Allocation
-    from optprune.cli.progress import duration
     from optprune.recipe.groups import GlobalBudget
+    from optprune.report.progress import duration
 
     folder = saved.folder
     errors = [layer.relative_error for layer in report.layers]

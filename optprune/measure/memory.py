@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -37,10 +38,12 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak, before = DevicePeak(device), torch.cuda.memory_allocated(device)
+        try:
+            run()
+        finally:
+            highest = peak.close()
+        return highest - before
     if device.type != "cpu" or not CLEAR.exists():
         run()
         return None
@@ -51,9 +54,9 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     except OSError:
         run()
         return None
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
@@ -95,7 +98,31 @@ def group_rooms(root: Path) -> Iterator[int]:
                 yield max(0, limit - int((folder / used).read_text()) + int(counts.get(unused, 0)))
 
 
-def _status(field: str) -> int:
-    """A field of the process's status in bytes."""
+class DevicePeak:
+    """The most that tensors take on a CUDA device from here on; several may be at work, one within the other."""
+
+    _at_work: ClassVar[list["DevicePeak"]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._highest = device, 0
+        self._note()
+        torch.cuda.reset_peak_memory_stats(device)
+        self._at_work.append(self)
+
+    def close(self) -> int:
+        """The peak, in bytes."""
+        self._note()
+        self._at_work.remove(self)
+        return self._highest
+
+    @classmethod
+    def _note(cls) -> None:
+        """Have each that is at work know what torch is about to forget."""
+        for peak in cls._at_work:
+            peak._highest = max(peak._highest, torch.cuda.max_memory_allocated(peak.device))
+
+
+def status_bytes(field: str) -> int:
+    """A field of this process's /proc/self/status (proc(5)), such as VmRSS, in bytes; OSError where there is none."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

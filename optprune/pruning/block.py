@@ -69,7 +69,7 @@ class BlockResult:
 def prune_block(decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None]) -> BlockResult:
     """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
-    on_event(BlockStarted(index, blocks))
+    on_event(BlockStarted(index, blocks, layers=len(targets_of(decoder, task.recipe, task.wanted, index))))
     with decoder.resident(index, keep=True):
         work = _Work(decoder, task, on_event)
         removed = parts_removed(decoder.shape(index), task.wanted.shape)

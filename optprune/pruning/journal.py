@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -40,6 +40,8 @@ from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import shown
 
 FACTS, DIVISION, LOCK = "run.json", "division.json", "in-use"
+PIECE = 1 << 24
+"""how many bytes of a file are in memory while it is hashed"""
 KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
 """the variables that choose kernels, which round differently"""
 
@@ -220,14 +222,27 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
         yield what, before, now
 
 
-def digest_of_model(decoder: Decoder) -> str:
-    """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there."""
+def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there.
+
+    `on_bytes` hears how many bytes are read, and of how many.
+    """
     if decoder.store is None:
-        return fingerprint(list(decoder.model.state_dict().items()))
-    digest = hashlib.sha256()
-    for file in decoder.store.checkpoint.files:
+        weights = list(decoder.model.state_dict().items())
+        size = sum(weight.nbytes for _, weight in weights)
+        on_bytes(0, size)
+        found = fingerprint(weights)
+        on_bytes(size, size)
+        return found
+    digest, files, done = hashlib.sha256(), decoder.store.checkpoint.files, 0
+    size = sum(file.stat().st_size for file in files)
+    for file in files:
+        of_file = hashlib.sha256()
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            while piece := stream.read(PIECE):
+                of_file.update(piece)
+                on_bytes(done := done + len(piece), size)
+        digest.update(of_file.digest())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from optprune.pruning.preflight import check_batches
 from optprune.pruning.run import Run
 from optprune.pruning.targets import parts_removed
 from optprune.recipe import Recipe, make_recipe
+from optprune.report import PhaseRecorder
 from optprune.system.wording import shown
 
 
@@ -82,7 +83,7 @@ def layer_problem(
     block, _ = place_of(Decoder(model), name)
     independent = recipe.policy.independent
     own = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
-    run = Run.begin(own, batches, recipe, allocation, statistics, lambda event: None)
+    run = Run.begin(own, batches, recipe, allocation, statistics, PhaseRecorder(own.model.device))
     decoder = run.decoder
     solved = [decoder.name(block, target.path) for target in run.targets(block)]
     if name not in solved:

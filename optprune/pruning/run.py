@@ -23,9 +23,12 @@ from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced
+from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
+from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
 
 Listener = Callable[[Event], None]
+OPENED = 0.5
+"""the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""
 
 
 class Run:
@@ -50,6 +53,8 @@ class Run:
         self.journal: Journal | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
+        self.passed_by = 0
+        """how many of them this run has passed by"""
         self.walked: dict[int, float] = {}
         """the seconds of the pass through a dense block that a worker prunes meanwhile"""
         blocks = range(len(decoder.blocks))
@@ -64,11 +69,14 @@ class Run:
         recipe: Recipe,
         allocation: Allocation | None,
         statistics: DenseStatistics | None,
-        on_event: Listener,
+        phases: PhaseRecorder,
         journal: Journal | None = None,
         states: str = "auto",
     ) -> "Run":
-        """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
+        """A run before its first block: all fits together, the budget is divided, and no weight is changed.
+
+        The recorder has the phases until then; the first is to read all weights, where a journal must know them.
+        """
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
         idle = check_run(decoder, recipe, allocation)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
@@ -78,10 +86,13 @@ class Run:
         decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         if journal is not None:
-            journal.begin(facts(decoder, every, recipe, allocation))
-        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal)
+            with phases.phase(LOADING):
+                journal.begin(facts(decoder, every, recipe, allocation, phases.on_event))
+        with phases.phase(METRIC):
+            metrics, notes = _metrics(decoder, every, recipe, statistics, phases.on_event, journal)
         notes += idle + heeded(recipe, allocator.warnings)
-        with calibrating(decoder):
+        with phases.phase(BUDGET), calibrating(decoder):
+            on_event = phases.on_event
             division = _division(allocator, DenseModel(decoder, fitted, metrics, statistics, on_event), journal)
             run = cls(decoder, recipe, division, fitted, on_event)
         run.metrics, run.held_out, run.journal = metrics, held_out, journal
@@ -162,7 +173,7 @@ class Run:
     def _passed_by(self, index: int) -> BlockRecord:
         assert self.journal is not None
         decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
-        self.on_event(PhaseAdvanced("passing finished blocks by", "block", index, len(decoder.blocks)))
+        self._tell_passed_by(0)
 
         def finish() -> None:
             decoder.put(index, record.shape, journal.weights(decoder, index))
@@ -174,7 +185,15 @@ class Run:
                 finish()
         if decoder.store is not None:
             decoder.store.take_from_sink(block)
+        self._tell_passed_by(1)
         return record
+
+    def _tell_passed_by(self, more: int) -> None:
+        """Tell how many finished blocks are passed by, the present one as well with `more`."""
+        self.passed_by += more
+        blocks, finished = len(self.decoder.blocks), len(self.finished)
+        counts = self.passed_by, finished, 0.0, finished / blocks
+        self.on_event(PhaseAdvanced(PRUNING, "passing finished blocks by", "block", *counts))
 
 
 def _division(allocator: Allocator, dense: DenseModel, journal: Journal | None) -> Division:
@@ -188,10 +207,16 @@ def _division(allocator: Allocator, dense: DenseModel, journal: Journal | None) 
     return division
 
 
-def facts(decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
-    """What decides the bytes of a run."""
+def facts(
+    decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None, on_event: Listener
+) -> dict[str, Any]:
+    """What decides the bytes of a run. All weights are read for it, which the events tell of."""
+
+    def on_bytes(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
+
     return {
-        "the model": digest_of_model(decoder),
+        "the model": digest_of_model(decoder, on_bytes),
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
         "the recipe": recipe.to_dict(),
@@ -221,12 +246,12 @@ def _metrics(
     widest = asked.width or math.inf
     used = first_tokens(batches, asked.tokens)
 
-    def on_group(done: int, total: int) -> None:
-        on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
+    def on_pass(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
 
     metrics = None if journal is None else journal.metrics.read(decoder, journal.finished())
     if metrics is None:
-        metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group)
+        metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_pass)
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
