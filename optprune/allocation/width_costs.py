@@ -16,7 +16,8 @@ from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.report import Event, PhaseAdvanced
-from optprune.solvers import Restore, solve
+from optprune.solvers import Restore
+from optprune.solvers.run import answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,8 @@ class WidthCosts(Costs):
             kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
             kept[order[: (there - tried) * slots]] = False
             mask = layers.link.column_mask(kept, loss.weight.shape[1])
-            value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
+            restored = MaskedLeastSquares(loss.plain, mask)
+            value = answer(restored, Restore(), restored.start())
             self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
         return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
 
