@@ -7,14 +7,14 @@
 A row is a process of its own, which opens the folder, prunes it a block at a time, saves it, and has it checked by
 another process; one that takes longer than --seconds is stopped, and the row says so. The calibration tokens are drawn
 at random too: what is measured is time and memory. Host memory is the largest resident size that the system tells
-(ru_maxrss), of the process and of the one that checks; device memory is what torch has had allocated at most there.
+(ru_maxrss) of the process that prunes; device memory is what torch has had allocated at most there.
 
 Phases are those that a run tells of; the passes of blocks are what is left of their time without the solves. The floor
 is the run's own, two passes and the Gram products of each block. Where not all blocks were run, or fewer tokens than
---target-tokens, two columns say what the whole would take: that is an extrapolation. The blocks' seconds, and those of
-the metric and the budget, grow with the blocks; the passes, and those of the budget, grow with the tokens too; the
-metric grows with them up to the number that its recipe caps it at. The probes of a budget grow with the square of the
-blocks, which it leaves out.
+--target-tokens, two columns say what the whole would take: that is an extrapolation. All seconds grow with the blocks,
+but those of starting the process that checks, which are counted as if they did; the passes, and those of the budget,
+grow with the tokens too; the metric grows with them up to the number that its recipe caps it at. The probes of a budget
+grow with the square of the blocks, which it leaves out.
 """
 
 import argparse
@@ -149,7 +149,6 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> dict[str, float
     phases.enter("")
     after, whole = os.times(), time.perf_counter() - began
     spent = sum(after[:4]) - sum(processor[:4])
-    unit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     device = loaded.model.device
     return {
         "whole": whole,
@@ -157,8 +156,7 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> dict[str, float
         **{phase: phases.seconds.get(phase, 0.0) for phase in ("open", METRIC, BUDGET, BLOCKS, "save and check")},
         "solves": phases.solving,
         "floor": report.floor_seconds,
-        "host": unit[0] / 1024,
-        "checker": unit[1] / 1024,
+        "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "device": torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else 0.0,
         "removed": report.sparsity_reached,
     }
@@ -167,7 +165,7 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> dict[str, float
 def told(found: dict[str, float] | None, recipe: str, share: float, options: argparse.Namespace) -> dict[str, Any]:
     """A row's measurements in words and numbers, with what the whole model would take."""
     names = ("s", "processor s", "open", "metric", "budget", "passes", "solves", "save and check")
-    names += ("floors", "host MiB", "checker MiB", "device MiB", "all blocks, s", "and all tokens, s")
+    names += ("floors", "host MiB", "device MiB", "all blocks, s", "and all tokens, s")
     if found is None:
         return {**dict.fromkeys(names, ""), "s": f"stopped after {options.seconds:g}"}
     passes, tokens = found[BLOCKS] - found["solves"], options.samples * options.seq_length
@@ -178,7 +176,7 @@ def told(found: dict[str, float] | None, recipe: str, share: float, options: arg
     grown = found["metric"] * max(cap / tokens, 1.0) + (found["budget"] + passes) * more + found["solves"]
     values = (found["whole"], found["processor"], found["open"], found["metric"], found["budget"], passes)
     values += (found["solves"], found["save and check"], found["whole"] / found["floor"])
-    values += (found["host"], found["checker"], found["device"], (once + each) / share, (once + grown) / share)
+    values += (found["host"], found["device"], (once + each) / share, (once + grown) / share)
     return dict(zip(names, values, strict=True))
 
 
