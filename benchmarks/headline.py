@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import with_earlier, write_table
-from benchmarks.shapes import SHAPES, write_checkpoint
+from benchmarks.random_checkpoints import SHAPES, write_checkpoint
 from optprune import load_recipe, prune
 from optprune.export import save_pruned
 from optprune.models import DTYPES, open_model
