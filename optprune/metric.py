@@ -21,6 +21,7 @@ from torch import Tensor
 from optprune.errors import InputError, NumericalError
 from optprune.numerics import linalg
 from optprune.numerics.definite import check_average
+from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import full_precision
 
 
@@ -141,7 +142,7 @@ class OutputMetric:
 
         Those that our own sums over tokens made are; for others that costs a Cholesky factor.
         """
-        if not all(bool(torch.isfinite(part).all()) for part in (self.average, self.damping)):
+        if not all(map(all_finite, (self.average, self.damping))):
             raise NumericalError(
                 "the output metric holds NaN or infinity: look for damaged weights, or use --dtype float32"
             )

@@ -15,7 +15,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
+from optprune.numerics import symmetric
 from optprune.numerics.definite import check_average
+from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import full_precision
 
 AT_ONCE = 2048
@@ -130,7 +132,7 @@ class InputMoments:
 
         Those that our own sums over tokens made are; for others that costs a Cholesky factor, once.
         """
-        if not all(bool(torch.isfinite(part).all()) for part in self.parts()):
+        if not all(map(all_finite, self.parts())):
             raise NumericalError(
                 "the input moments hold NaN or infinity: look for NaN weights or an overflow of the activations "
                 "(a float16 model may need --dtype float32)"
@@ -249,13 +251,10 @@ class MomentSums:
         if drift is not None:
             drift -= self._origins[1]
             self._sums[2].add_(drift.T @ actual)
-            self._sums[3].add_(drift.T @ drift)
+            symmetric.add_square(self._sums[3], drift)
             self._sums[4].add_(drift.sum(0))
         self.tokens += len(actual)
-        product = actual.T @ actual
-        # Adding to float64 copies the product into it: not beside the deviations.
-        del actual, drift
-        self._sums[0].add_(product)
+        symmetric.add_square(self._sums[0], actual)
 
     def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:
         """The averages so far, centred in float64."""
@@ -277,6 +276,7 @@ class MomentSums:
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
+        symmetric.mirror(total)
         covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         covariance.diagonal().clamp_(min=0)

@@ -17,7 +17,8 @@ from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
-from optprune.solvers import Restore, solve
+from optprune.solvers import Restore
+from optprune.solvers.run import answer
 
 TIMING = 0.8
 """the share of the work of a budget in time that is done, roughly, when the times of widths are measured"""
@@ -146,7 +147,8 @@ class WidthCosts(Costs):
             kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
             kept[order[: (there - tried) * slots]] = False
             mask = layers.link.column_mask(kept, loss.weight.shape[1])
-            value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
+            restored = MaskedLeastSquares(loss.plain, mask)
+            value = answer(restored, Restore(), restored.start())
             self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
         return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
+from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import full_precision
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
@@ -57,7 +58,7 @@ class LayerLoss:
                 f"a weight with {width} inputs needs moments and a damping of that width, "
                 f"not {self.moments.width} and {tuple(self.damping.shape)}"
             )
-        if not bool(torch.isfinite(self.weight).all()):
+        if not all_finite(self.weight):
             raise InputError("the weight holds NaN or infinity: the model is damaged, load it again from its source")
         if not bool(((self.damping >= 0) & torch.isfinite(self.damping)).all()):
             raise InputError(
