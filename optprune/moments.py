@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
-from optprune.numerics import symmetric
-from optprune.numerics.definite import check_average
+from optprune.numerics import gram, symmetric
+from optprune.numerics.definite import check_average, clear_small
 from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import full_precision
 
@@ -184,10 +184,10 @@ class InputMoments:
 
     def cleared(self) -> "InputMoments":
         """Itself, with zeros, in place, for inputs and deviations whose squares have no digits: 1e-16 in float32."""
-        constant = _clear(self.covariance, self.mean)
+        constant = clear_small(self.covariance, self.mean)
         if self.drift is not None:
             self.drift.cross[:, constant] = 0
-            self.drift.cross[_clear(self.drift.covariance, self.drift.mean)] = 0
+            self.drift.cross[clear_small(self.drift.covariance, self.drift.mean)] = 0
         return self
 
     def times(self, factor: float) -> "InputMoments":
@@ -220,6 +220,7 @@ class MomentSums:
     """Accumulates InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
 
     What is multiplied are deviations from the mean of the first batch, so that no product is large because a mean is.
+    On a GPU those of bfloat16 inputs from a mean in bfloat16 are multiplied on its tensor cores (`gram_product`).
     """
 
     def __init__(self, width: int, device: torch.device, *, with_dense: bool = False) -> None:
@@ -230,6 +231,7 @@ class MomentSums:
         if with_dense:
             self._sums += [zeros(width, width), zeros(width, width), zeros(width)]
         self._origins: list[Tensor] = []
+        self._split = False
         self.tokens = 0
 
     @full_precision()
@@ -237,6 +239,7 @@ class MomentSums:
         """Add a batch of inputs x*, and of the dense inputs x of the same tokens."""
         if (dense is not None) != (len(self._sums) > 2):
             raise InputError("every batch of moments must come with dense inputs, or none of them")
+        self._split = gram.on_tensor_cores(inputs)
         actual, ideal = _rows(inputs), None if dense is None else _rows(dense)
         for first in range(0, len(actual), AT_ONCE):
             part = slice(first, first + AT_ONCE)
@@ -246,6 +249,9 @@ class MomentSums:
         drift = None if ideal is None else actual - ideal
         if not self._origins:
             self._origins = [sample.mean(0) for sample in (actual, drift) if sample is not None]
+            if self._split:
+                # The difference of two numbers with few digits has few.
+                self._origins[0] = self._origins[0].bfloat16().float()
         actual = actual - self._origins[0]
         self._sums[1].add_(actual.sum(0))
         if drift is not None:
@@ -254,7 +260,10 @@ class MomentSums:
             symmetric.add_square(self._sums[3], drift)
             self._sums[4].add_(drift.sum(0))
         self.tokens += len(actual)
-        symmetric.add_square(self._sums[0], actual)
+        if self._split:
+            self._sums[0].add_(gram.gram_product(actual))
+        else:
+            symmetric.add_square(self._sums[0], actual)
 
     def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:
         """The averages so far, centred in float64."""
@@ -286,14 +295,3 @@ class MomentSums:
 def _rows(inputs: Tensor) -> Tensor:
     flat = inputs.reshape(-1, inputs.shape[-1])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-
-
-def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
-    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
-    limits = torch.finfo(mean.dtype)
-    least = limits.tiny / limits.eps
-    constant = covariance.diagonal().abs() < least
-    covariance[constant] = 0
-    covariance[:, constant] = 0
-    mean[constant & (mean.square() < least)] = 0
-    return constant

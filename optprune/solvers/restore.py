@@ -126,7 +126,7 @@ def _certificate(problem: MaskedLeastSquares, gram: ScaledGram, value: Tensor) -
         unsolved = singular and not only_rounding(loss, value, left)
         excess = math.inf if unsolved else -float((weighed * step).sum()) / 2
     # No loss is negative, so zero is a lower bound too.
-    return Certificate(max(loss.value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
+    return Certificate(max(loss.exact_value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
 
 
 def only_rounding(loss: LayerLoss, weight: Float[Tensor, "out in"], residual: Float[Tensor, "out in"]) -> bool:
