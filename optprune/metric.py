@@ -21,6 +21,7 @@ from torch import Tensor
 from optprune.errors import InputError, NumericalError
 from optprune.numerics import linalg
 from optprune.numerics.definite import check_average
+from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import full_precision
 
 
@@ -94,8 +95,7 @@ class OutputMetric:
     @cached_property
     def row_scaling(self) -> OutputBasis:
         """The basis diag(sqrt(S_ii)), in which S has a unit diagonal."""
-        diagonal = self.diagonal
-        floored = _floored(diagonal, self.average.dtype)
+        floored = _floored(diagonal := self.diagonal, self.average.dtype)
         scale = floored.sqrt()
         # Where outputs are coupled, `row_scaled` keeps what the scale leaves of S, so nothing is in excess.
         return OutputBasis(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
@@ -141,7 +141,7 @@ class OutputMetric:
 
         Those that our own sums over tokens made are; for others that costs a Cholesky factor.
         """
-        if not all(bool(torch.isfinite(part).all()) for part in (self.average, self.damping)):
+        if not all(map(all_finite, (self.average, self.damping))):
             raise NumericalError(
                 "the output metric holds NaN or infinity: look for damaged weights, or use --dtype float32"
             )
@@ -183,8 +183,7 @@ class MetricSums:
 
     def __init__(self, width: int, like: Tensor, *, full: bool) -> None:
         """Sums for gradients of a width, with the dtype and on the device of the tensor `like`."""
-        self.full, self.width = full, width
-        self.tokens = 0
+        self.full, self.width, self.tokens = full, width, 0
         first = (width + 1) // 2
         self._sums = {"diagonal": like.new_zeros(width)}
         if full:
@@ -220,8 +219,18 @@ class MetricSums:
 
     def restore(self, state: Sequence[Tensor]) -> None:
         """Become the sums of a state, of the same width and as whole."""
-        self.tokens = int(state[0])
-        self._sums = dict(zip(self._sums, state[1:], strict=True))
+        self.tokens, self._sums = int(state[0]), dict(zip(self._sums, state[1:], strict=True))
+
+    @classmethod
+    def elsewhere(cls, width: int, tokens: int, fetch: Callable[[], dict[str, Tensor]], *, full: bool) -> "MetricSums":
+        """Sums over tokens that were made before and are fetched when they are asked for. No more can be added."""
+        sums = cls(0, torch.empty(0), full=full)
+        sums.width, sums.tokens, sums._sums, sums._fetch = width, tokens, {}, fetch
+        return sums
+
+    def parts(self) -> dict[str, Tensor]:
+        """The sums by their names: the diagonal [out], and what else of a matrix is held."""
+        return self._fetch()
 
     def move(self, put: Callable[[dict[str, Tensor]], Callable[[], dict[str, Tensor]]]) -> None:
         """Have the sums elsewhere from now on: `put` takes them, and gives what fetches them. No more can be added."""
@@ -264,6 +273,10 @@ class Metrics(Mapping[str, OutputMetric]):
 
     def __len__(self) -> int:
         return len(self._sums)
+
+    def sums(self, name: str) -> MetricSums:
+        """What a layer's metric is made from."""
+        return self._sums[name]
 
     def damped(self, fraction: float) -> "Metrics":
         """The same metrics with another damping; the sums are shared."""

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
-from optprune.numerics.definite import check_average
+from optprune.numerics.definite import check_average, clear_small
+from optprune.numerics.finite import all_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,7 @@ class InputMoments:
 
         Those that our own sums over tokens made are; for others that costs a Cholesky factor, once.
         """
-        if not all(bool(torch.isfinite(part).all()) for part in self.parts()):
+        if not all(map(all_finite, self.parts())):
             raise NumericalError(
                 "the input moments hold NaN or infinity: look for NaN weights or an overflow of the activations "
                 "(a float16 model may need --dtype float32)"
@@ -178,10 +179,10 @@ class InputMoments:
 
     def cleared(self) -> "InputMoments":
         """Itself, with zeros, in place, for inputs and deviations whose squares have no digits: 1e-16 in float32."""
-        constant = _clear(self.covariance, self.mean)
+        constant = clear_small(self.covariance, self.mean)
         if self.drift is not None:
             self.drift.cross[:, constant] = 0
-            self.drift.cross[_clear(self.drift.covariance, self.drift.mean)] = 0
+            self.drift.cross[clear_small(self.drift.covariance, self.drift.mean)] = 0
         return self
 
     def times(self, factor: float) -> "InputMoments":
@@ -210,14 +211,3 @@ class InputMoments:
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
         sums.add(inputs, dense)
         return sums.moments(floats(inputs).dtype)
-
-
-def _clear(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
-    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
-    limits = torch.finfo(mean.dtype)
-    least = limits.tiny / limits.eps
-    constant = covariance.diagonal().abs() < least
-    covariance[constant] = 0
-    covariance[:, constant] = 0
-    mean[constant & (mean.square() < least)] = 0
-    return constant

@@ -3,6 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import numpy as np
@@ -89,15 +90,18 @@ class SlotWise(Pattern):
 
     def project(self, score: Float[Tensor, " units"]) -> Bool[Tensor, " units"]:
         order = torch.argsort(self.slots, stable=True)
-        count = int(self.slots.max()) + 1
         mask = torch.zeros_like(self.slots, dtype=torch.bool)
-        mask[order] = largest(score[order].reshape(count, -1), self.keep).reshape(-1)
+        mask[order] = largest(score[order].reshape(self._count, -1), self.keep).reshape(-1)
         return mask
 
     def admits(self, mask: Bool[Tensor, " units"]) -> bool:
-        counts = torch.zeros(int(self.slots.max()) + 1, dtype=torch.long, device=mask.device)
+        counts = torch.zeros(self._count, dtype=torch.long, device=mask.device)
         counts.scatter_add_(0, self.slots, mask.long())
         return bool((counts == self.keep).all())
+
+    @cached_property
+    def _count(self) -> int:
+        return int(self.slots.max()) + 1
 
 
 class PatternFamily(ABC):
@@ -253,7 +257,7 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
         # NumPy's partition is ten times as fast as torch's kthvalue.
         # A copy, for a view would keep all that was partitioned.
         return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None].copy())
-    if score.device.type == "cuda" and score.dtype in INTEGERS:
-        # There kthvalue gives one block of threads to a row, and that row may be all of a matrix.
+    if score.device.type != "cpu" and score.dtype in INTEGERS:
+        # On a GPU kthvalue gives one block of threads to a row, and that row may be all of a matrix.
         return kth_largest(score, k)
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.moments import Drift, InputMoments
+from optprune.numerics import gram, symmetric
 from optprune.numerics.precision import full_precision
 
 AT_ONCE = 2048
@@ -18,6 +19,7 @@ class MomentSums:
     """Accumulates InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
 
     What is multiplied are deviations from the mean of the first batch, so that no product is large because a mean is.
+    On a GPU those of bfloat16 inputs from a mean in bfloat16 are multiplied on its tensor cores (`gram_product`).
     """
 
     def __init__(self, width: int, device: torch.device, *, with_dense: bool = False) -> None:
@@ -28,6 +30,7 @@ class MomentSums:
         if with_dense:
             self._sums += [zeros(width, width), zeros(width, width), zeros(width)]
         self._origins: list[Tensor] = []
+        self._split = False
         self.tokens = 0
 
     @full_precision()
@@ -35,6 +38,7 @@ class MomentSums:
         """Add a batch of inputs x*, and of the dense inputs x of the same tokens."""
         if (dense is not None) != (len(self._sums) > 2):
             raise InputError("every batch of moments must come with dense inputs, or none of them")
+        self._split = gram.on_tensor_cores(inputs)
         actual, ideal = floats(inputs), None if dense is None else floats(dense)
         for first in range(0, len(actual), AT_ONCE):
             part = slice(first, first + AT_ONCE)
@@ -44,18 +48,21 @@ class MomentSums:
         drift = None if ideal is None else actual - ideal
         if not self._origins:
             self._origins = [sample.mean(0) for sample in (actual, drift) if sample is not None]
+            if self._split:
+                # The difference of two numbers with few digits has few.
+                self._origins[0] = self._origins[0].bfloat16().float()
         actual = actual - self._origins[0]
         self._sums[1].add_(actual.sum(0))
         if drift is not None:
             drift -= self._origins[1]
             self._sums[2].add_(drift.T @ actual)
-            self._sums[3].add_(drift.T @ drift)
+            symmetric.add_square(self._sums[3], drift)
             self._sums[4].add_(drift.sum(0))
         self.tokens += len(actual)
-        product = actual.T @ actual
-        # Adding to float64 copies the product into it: not beside the deviations.
-        del actual, drift
-        self._sums[0].add_(product)
+        if self._split:
+            self._sums[0].add_(gram.gram_product(actual))
+        else:
+            symmetric.add_square(self._sums[0], actual)
 
     def join(self, later: "MomentSums") -> None:
         """Add the sums of tokens that come after these, moved to the deviations' origin here, in float64."""
@@ -110,6 +117,7 @@ class MomentSums:
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
+        symmetric.mirror(total)
         covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         covariance.diagonal().clamp_(min=0)

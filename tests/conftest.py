@@ -35,6 +35,20 @@ settings.load_profile(os.environ.get("OPTPRUNE_HYPOTHESIS", "ci"))
 torch.set_num_threads(int(os.environ.get("OPTPRUNE_THREADS", "1")))
 
 
+def pytest_configure(config):
+    """The device of the tests, which OPTPRUNE_TEST_DEVICE names: cpu, cuda, or one that is pretended on the CPU."""
+    from optprune.errors import InputError
+    from optprune.testing.place import VARIABLE, place
+    from tests.helpers.pretend import NAME, set_up
+
+    if os.environ.get(VARIABLE) == NAME:
+        set_up()
+    try:
+        place()
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warnings_are_errors_in_other_processes():
     """As pytest makes them here."""

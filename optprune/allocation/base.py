@@ -51,7 +51,7 @@ class Allocator(ABC):
 
     @property
     def probes(self) -> bool:
-        """Whether the model itself is tried with less, which half precision is too coarse for."""
+        """Whether the model itself is tried with less: half precision is too coarse for that, and float32 is used."""
         return False
 
     @abstractmethod

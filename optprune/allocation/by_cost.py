@@ -15,7 +15,8 @@ from optprune.errors import NumericalError
 from optprune.measure.memory import release
 from optprune.models import Decoder, Units
 from optprune.problems import LayerLoss
-from optprune.report import BlockMeasured, PhaseAdvanced
+from optprune.report import PhaseAdvanced
+from optprune.report.phases import BUDGET
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
@@ -65,8 +66,12 @@ class ByCost(Allocator):
         """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end."""
         decoder, metrics, on_event = dense.decoder, dense.metrics, dense.on_event
         costs, blocks = self.budget.costs(decoder, dense.statistics, probe, bool(metrics)), len(decoder.blocks)
+
+        def measured(done: int) -> None:
+            on_event(PhaseAdvanced(BUDGET, "measuring what blocks would lose", "block", done, blocks))
+
+        measured(0)
         for index in range(blocks):
-            on_event(PhaseAdvanced("measuring what blocks would lose", "block", index, blocks))
             with decoder.resident(index):
                 targets = self.units.candidates(decoder, index)
                 taps = sorted({target.tap for target in targets}, key=decoder.architecture.layers.index)
@@ -85,6 +90,6 @@ class ByCost(Allocator):
                 if probe is not None:
                     probe.advance()
             release()
-            on_event(BlockMeasured(index, blocks))
+            measured(index + 1)
         allocation = costs.allocation(on_event)
         return Division(allocation, warnings=costs.warnings, notes=costs.notes)

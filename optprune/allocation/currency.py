@@ -115,11 +115,11 @@ def _measured(decoder: Decoder, tokens: int, kinds: list[LinkedUnits], on_timed:
 
 
 def _seconds(decoder: Decoder, block: int, stream: Stream) -> float:
-    times = []
+    times, hidden = [], stream.hidden[0]
     for _ in range(REPEATS + 1):
-        before = clock(stream.hidden[0].device)
-        run_block(decoder.blocks[block], stream.hidden[0], stream.arguments[0])
-        times.append(clock(stream.hidden[0].device) - before)
+        before = clock(hidden.device)
+        run_block(decoder.blocks[block], hidden, stream.arguments[0])
+        times.append(clock(hidden.device) - before)
     # The first is to warm up.
     return statistics.median(times[1:])
 

@@ -19,7 +19,8 @@ from optprune.calibration.variants import Variants
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import GIVES_NAN, TOKENS_AT_ONCE, of_surprise, surprise
 from optprune.models import BlockShape, Decoder
-from optprune.report import PartsScored, RemovedPart
+from optprune.report import PhaseAdvanced, RemovedPart
+from optprune.report.phases import BUDGET
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,11 @@ class Depth(Allocator):
         decoder, on_event = dense.decoder, dense.on_event
         candidates = _candidates(decoder, self.parts)
         budget = self.sparsity * decoder.linear_weights()
-        on_event(PartsScored(0, round(budget)))
+
+        def scored(gone: int) -> None:
+            on_event(PhaseAdvanced(BUDGET, "choosing sub-blocks to remove", "weight", gone, round(budget)))
+
+        scored(0)
         influences = _influences(decoder, dense.batches, candidates) if self.score == "influence" else None
         windows = _windows(dense.batches, self.tokens)
         shapes = list(decoder.shapes())
@@ -78,7 +83,7 @@ class Depth(Allocator):
             candidates.remove(chosen)
             shapes = _without(shapes, chosen)
             gone += chosen.weights
-            on_event(PartsScored(gone, round(budget)))
+            scored(gone)
         if not removed:
             least = min((candidate.weights for candidate in candidates), default=0)
             raise InputError(
@@ -155,7 +160,7 @@ def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequenc
     """1 - cos between the hidden states before and after each candidate, the mean over tokens, in one pass."""
     stream = first_inputs(decoder, batches)
     sums = dict.fromkeys(candidates, 0.0)
-    tokens = sum(hidden.shape[:-1].numel() for hidden in stream.hidden)
+    tokens = stream.hidden.tokens
     for index, block in enumerate(decoder.blocks):
         here = [candidate for candidate in candidates if candidate.block == index]
         with decoder.resident(index):

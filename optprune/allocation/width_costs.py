@@ -16,7 +16,12 @@ from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.report import Event, PhaseAdvanced
-from optprune.solvers import Restore, solve
+from optprune.report.phases import BUDGET
+from optprune.solvers import Restore
+from optprune.solvers.run import answer
+
+TIMING = 0.8
+"""the share of the work of a budget in time that is done, roughly, when the times of widths are measured"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +147,8 @@ class WidthCosts(Costs):
             kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
             kept[order[: (there - tried) * slots]] = False
             mask = layers.link.column_mask(kept, loss.weight.shape[1])
-            value = solve(MaskedLeastSquares(loss.plain, mask), Restore()).value
+            restored = MaskedLeastSquares(loss.plain, mask)
+            value = answer(restored, Restore(), restored.start())
             self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
         return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
 
@@ -156,9 +162,11 @@ class WidthCosts(Costs):
             self._put_right(self.probe)
 
         def on_timed(done: int, total: int) -> None:
-            on_event(PhaseAdvanced("measuring the time of narrower blocks", "width", done, total))
+            on_event(PhaseAdvanced(BUDGET, "measuring the time of narrower blocks", "width", done, total, TIMING))
 
-        prices = prices_of(self.decoder, budget.currency, budget.tokens, budget.units.kinds, on_timed)
+        # Of the model as it will be used, in its own dtype.
+        stored = self.decoder.as_stored()
+        prices = prices_of(stored, budget.currency, budget.tokens, budget.units.kinds, on_timed)
         total, counts, curves = sum(prices.whole), {}, {}
         for width in self.widths:
             name = _name(width)

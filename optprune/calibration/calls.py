@@ -1,23 +1,29 @@
 """Calls: what a sub-module of a block is called with during calibration, and what it answers."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxtyping import Float
+import torch
 from torch import Tensor, nn
 
 from optprune.calibration.lanes import Share
 from optprune.calibration.stream import Stream, first_output, run_block
+from optprune.models.places import States
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""what a module is called with: the positional arguments, and the named ones"""
 
 
 @dataclass(frozen=True)
 class Calls:
     """What a sub-module is called with, and what it should answer, one entry a batch; those of this process's lanes."""
 
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    targets: list[Float[Tensor, "... out"]]
+    arguments: States[Arguments]
+    targets: States[Tensor]
+    """the answers [..., out]"""
     share: Share = field(default_factory=Share)
     """which batches of all the calls were"""
     places: Sequence[int] | None = None
@@ -34,43 +40,85 @@ class Calls:
         return self._taken(every[:count]), self._taken(every[count:])
 
     def first(self, tokens: int) -> "Calls":
-        """The first batches of each lane, as many as hold its share of that many tokens, or all."""
-        each, held, taken = tokens / self.share.lanes.count, dict[int, int](), list[int]()
-        for number, target in enumerate(self.targets):
-            lane = self.lane(number)
-            if held.get(lane, 0) < each:
-                held[lane] = held.get(lane, 0) + target.shape[:-1].numel()
-                taken.append(number)
-        return self._taken(taken)
+        """The first batches of each lane, as many as hold its part of that many tokens, or all."""
+        lanes = [self.lane(number) for number in range(len(self.targets))]
+        return self._taken(_first(lanes, self.targets.shapes, tokens / self.share.lanes.count))
 
     def _taken(self, numbers: Sequence[int]) -> "Calls":
         places = [number if self.places is None else self.places[number] for number in numbers]
-        return Calls([self.arguments[n] for n in numbers], [self.targets[n] for n in numbers], self.share, places)
+        return Calls(self.arguments.part(numbers), self.targets.part(numbers), self.share, places)
 
     def each(self) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any], Tensor]]:
-        """The lane, the arguments and the target of every entry."""
+        """The lane, the arguments and the target of every entry, of which one is in memory at a time."""
         for number, ((args, kwargs), target) in enumerate(zip(self.arguments, self.targets, strict=True)):
             yield self.lane(number), args, kwargs, target
 
     @property
     def tokens(self) -> int:
         """The tokens of the calls of all processes, which ask for it together."""
-        own = sum(target.shape[:-1].numel() for target in self.targets)
-        return sum(self.share.lanes.peers.exchange(own))
+        return sum(self.share.lanes.peers.exchange(self.targets.tokens))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The batches that calls are wanted of: the first, as many as hold some tokens, and the last.
+
+    Of the tokens each lane has an equal part.
+    """
+
+    tokens: float = math.inf
+    apart: int = 0
+    """how many of the last batches are wanted, and do not count among the first"""
+
+    def of(self, stream: Stream) -> list[int]:
+        """The numbers of those that are in a stream."""
+        share, count = stream.share, len(stream.hidden)
+        first = count - share.apart(count, self.apart)
+        lanes = [share.lane(number) for number in range(first)]
+        chosen = _first(lanes, stream.hidden.shapes[:first], self.tokens / share.lanes.count)
+        return chosen + list(range(first, count))
+
+
+EVERY = Wanted()
+"""all batches"""
+
+
+def _first(lanes: Sequence[int], shapes: Sequence[torch.Size], tokens: float) -> list[int]:
+    """Which entries are the first of each lane, as many as hold so many tokens, by the lane and the shape of each."""
+    held, taken = dict[int, int](), list[int]()
+    for number, (lane, shape) in enumerate(zip(lanes, shapes, strict=True)):
+        if held.get(lane, 0) < tokens:
+            held[lane] = held.get(lane, 0) + shape[:-1].numel()
+            taken.append(number)
+    return taken
 
 
 @contextmanager
-def catching(block: nn.Module, paths: Sequence[str], share: Share) -> Iterator[dict[str, Calls]]:
+def catching(block: nn.Module, paths: Sequence[str], stream: Stream, wanted: Wanted) -> Iterator[dict[str, Calls]]:
     """The calls of sub-modules of a block meanwhile, by path: what goes in and what comes out, one entry a pass.
 
-    The passes are over the batches of a `share`, one after the other.
+    There is a pass for each batch of a stream; what the stream holds anyway is not kept twice.
     """
-    calls = {path: Calls([], [], share) for path in paths}
+    with _catching(block, paths, stream, range(len(stream.hidden)), wanted.of(stream)) as calls:
+        yield calls
+
+
+@contextmanager
+def _catching(
+    block: nn.Module, paths: Sequence[str], stream: Stream, passes: Sequence[int], numbers: Sequence[int]
+) -> Iterator[dict[str, Calls]]:
+    """The calls with the batches of these numbers, where the passes are over others of the stream too."""
+    place, batches = stream.hidden.place, set(numbers)
+    besides = _tensors(stream.arguments)
+    calls = {path: Calls(States(place, besides=besides), States(place), stream.share, numbers) for path in paths}
 
     def hook(of: Calls) -> Any:
+        passing = iter(passes)
+
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            of.arguments.append((args, kwargs))
-            of.targets.append(first_output(output))
+            if next(passing) in batches:
+                of.arguments.append((args, kwargs))
+                of.targets.append(first_output(output))
 
         return catch
 
@@ -84,9 +132,18 @@ def catching(block: nn.Module, paths: Sequence[str], share: Share) -> Iterator[d
             handle.remove()
 
 
-def calls_of(block: nn.Module, path: str, stream: Stream) -> Calls:
-    """What a sub-module of a block is called with on every batch of a stream, and what it answers."""
-    with catching(block, [path], stream.share) as calls:
-        for hidden, others in zip(stream.hidden, stream.arguments, strict=True):
-            run_block(block, hidden, others)
+def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY) -> Calls:
+    """What a sub-module of a block is called with on batches of a stream, and what it answers."""
+    numbers, arguments = wanted.of(stream), stream.arguments
+    with _catching(block, [path], stream, numbers, numbers) as calls:
+        for number in numbers:
+            run_block(block, stream.hidden[number], arguments[number])
     return calls[path]
+
+
+def _tensors(value: Any) -> set[int]:
+    """The `id`s of the tensors in nested values."""
+    if isinstance(value, Tensor):
+        return {id(value)}
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_tensors, parts))

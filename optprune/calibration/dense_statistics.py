@@ -28,13 +28,13 @@ class DenseStatistics:
         seed: int,
         full: Collection[str],
         widest: float,
-        on_group: Callable[[int, int], None],
+        on_pass: Callable[[int, int], None],
         lanes: Lanes | None = None,
     ) -> Metrics:
         """The output metrics of a model, not damped, with labels drawn by a seed: see `collect_metrics`."""
         batches, lanes = list(batches), lanes or Lanes()
         labels = sampled(seed, positions_before(batches, lanes))
-        return collect_metrics(decoder, batches, labels, full=full, widest=widest, on_group=on_group, lanes=lanes)
+        return collect_metrics(decoder, batches, labels, full=full, widest=widest, on_pass=on_pass, lanes=lanes)
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         """The removal curve of a layer's units: see `removal_curve`."""
@@ -61,7 +61,7 @@ class Statistics(DenseStatistics):
         seed: int,
         full: Collection[str],
         widest: float,
-        on_group: Callable[[int, int], None],
+        on_pass: Callable[[int, int], None],
         lanes: Lanes | None = None,
     ) -> Metrics:
         batches, model = list(batches), decoder.model
@@ -69,7 +69,7 @@ class Statistics(DenseStatistics):
         lanes = lanes or Lanes()
         key = ("metrics", content, model.device, seed, *sorted(full), widest, lanes.count)
         measure = super().metrics
-        kept = self._once(key, lambda: measure(decoder, batches, seed, full, widest, on_group, lanes))
+        kept = self._once(key, lambda: measure(decoder, batches, seed, full, widest, on_pass, lanes))
         # A view: a run forgets layer by layer what it needs no longer.
         return kept.damped(0.0)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE
 from optprune.calibration.variants import Variants
 from optprune.models import Decoder
+from optprune.models.digits import readout
 from optprune.models.surgery import write
 from optprune.problems import LayerLoss
 
@@ -69,7 +70,8 @@ class Probe:
 
         Asked for at the end, behind the last block.
         """
-        return [self._divergence(self.variants.stream.hidden, changed) for changed in self.variants.ends()]
+        with readout(self.decoder):
+            return [self._divergence(self.variants.stream.hidden, changed) for changed in self.variants.ends()]
 
     def _divergence(self, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
         total, tokens = 0.0, 0

@@ -1,8 +1,9 @@
 """The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
 
 Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences, what is inside one
-block, and the logits of a few positions. The metrics of all layers are there at the end, in the model's dtype and on
-its device: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32.
+block, and the logits of a few positions. The metrics of all layers are there at the end, on the model's device and in
+its dtype: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32. A model in half precision is
+computed in float32, and its metrics are those of the same weights in float32, bit for bit.
 
 Where blocks have to be read, all groups go through the model in one sweep forward and one backward, so that each block
 is read twice. The inputs of the blocks and the metrics are then put aside in files.
@@ -22,12 +23,15 @@ from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
-from optprune.models.store import Aside
+from optprune.models.digits import readout
+from optprune.models.places import States
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""
 POSITIONS_AT_ONCE = 128
 """how many tokens go through the head together: the logits of a large vocabulary would be the largest tensors here"""
+PASSES_BACK = 3
+"""the passes through a block that the way back takes, roughly: forward again, back, and the products of gradients"""
 NO_LABEL = -100
 """the label of a position whose prediction does not count"""
 
@@ -71,7 +75,7 @@ def collect_metrics(
     *,
     full: Collection[str] = (),
     widest: float = math.inf,
-    on_group: Callable[[int, int], None] = lambda done, total: None,
+    on_pass: Callable[[int, int], None] = lambda done, total: None,
     lanes: Lanes | None = None,
 ) -> Metrics:
     """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
@@ -79,33 +83,37 @@ def collect_metrics(
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
     is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
-    it was. `on_group` hears how many groups of sequences are done, and of how many. The sums are added over `lanes` of
-    those groups, of which this process goes over its own; `positions_before` says where its labels begin.
+    it was. `on_pass` hears how many passes through a block are done, and of how many; a way back counts as several. The
+    sums are added over `lanes` of groups of sequences, of which this process goes over its own; `positions_before` says
+    where its labels begin.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
         raise InputError(f"no linear layer of a block is called {sorted(unknown)}: {list(decoder.architecture.layers)}")
-    if decoder.model.dtype not in (torch.float32, torch.float64):
-        raise InputError(
-            f"gradients in {decoder.model.dtype} lose too many digits for a Fisher information: load the model with "
-            "--dtype float32"
-        )
+    decoder = decoder.precise()
     groups = list(_groups(batches))
     if not groups:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
     share = (lanes or Lanes()).share(len(groups))
     groups, sums = share.of(groups), _LayerSums(decoder, full, widest, share)
+    # The sums of a layer grow group by group in either case, so that they are the same.
+    together = 1 if decoder.store is None else max(1, len(groups))
+    sweeps, done = range(0, len(groups), together), 0
+
+    def passed(more: int) -> None:
+        nonlocal done
+        done += more
+        on_pass(done, len(sweeps) * len(decoder.blocks) * (1 + PASSES_BACK))
+
     with calibrating(decoder):
-        # The sums of a layer grow group by group in either case, so that they are the same.
-        sweeps = list(range(len(groups))) if decoder.store is None else [0] * bool(groups)
-        together = 1 if decoder.store is None else len(groups)
-        for number, first in enumerate(sweeps):
-            on_group(number, len(sweeps))
-            for index in _sweep(decoder, groups[first : first + together], labels, partial(sums.add, first)):
-                if number == len(sweeps) - 1:
+        passed(0)
+        for first in sweeps:
+            sweep, add = groups[first : first + together], partial(sums.add, first)
+            for index in _sweep(decoder, sweep, labels, add, lambda: passed(1)):
+                passed(PASSES_BACK)
+                if first == sweeps[-1]:
                     sums.finish(index)
             release()
-        on_group(len(sweeps), len(sweeps))
         return sums.metrics()
 
 
@@ -119,7 +127,8 @@ class _LayerSums:
         for index in range(len(decoder.blocks)):
             for path in decoder.paths(index):
                 layer = decoder.layer(index, path)
-                like = torch.empty(0, dtype=layer.weight.dtype, device=decoder.model.device)
+                dtype = decoder.computes_in or layer.weight.dtype
+                like = torch.empty(0, dtype=dtype, device=decoder.model.device)
                 whole = path in full and layer.out_features <= widest
                 fresh = partial(MetricSums, layer.out_features, like, full=whole)
                 self._names.append(decoder.name(index, path))
@@ -134,7 +143,7 @@ class _LayerSums:
         decoder = self._decoder
         for name in (decoder.name(index, path) for path in decoder.paths(index)):
             self._done[name] = self._sums.pop(name).total()
-            self._done[name].move(lambda parts: decoder.put_aside(parts).get)
+            self._done[name].move(decoder.aside.keep_all)
 
     def metrics(self) -> Metrics:
         """What all blocks come to; those of which nothing came here are finished now."""
@@ -156,31 +165,39 @@ def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _sweep(
-    decoder: Decoder, groups: list[Tensor], labels: Labels, add: Callable[[int, str, int, Tensor], None]
+    decoder: Decoder,
+    groups: list[Tensor],
+    labels: Labels,
+    add: Callable[[int, str, int, Tensor], None],
+    on_forward: Callable[[], None],
 ) -> Iterator[int]:
     """Forward and backward through all blocks with some groups of sequences; tells which are done, from the last on.
 
     `add` is given the gradients at the outputs of a block's layers, group by group: block, path, group, gradients.
+    `on_forward` hears of each block that the groups have gone through on the way there.
     """
-    stream, entries = first_inputs(decoder, groups), list[Aside]()
+    stream, entries = first_inputs(decoder, groups), list[States[Tensor]]()
     for index in range(len(decoder.blocks)):
-        entries.append(decoder.put_aside({str(group): hidden for group, hidden in enumerate(stream.hidden)}))
+        entries.append(stream.hidden.to(decoder.aside))
         with decoder.resident(index) as block:
             pairs = zip(stream.hidden, stream.arguments, strict=True)
-            stream.past([run_block(block, hidden, arguments)[1] for hidden, arguments in pairs])
-    gradients = []
-    for ids, hidden in zip(groups, stream.hidden, strict=True):
-        gradients.append(_slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device))))
-        if not bool(torch.isfinite(gradients[-1]).all()):
-            raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
-    stream.hidden = []
+            stream.past(stream.hidden.anew(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs))
+        on_forward()
+    gradients = stream.hidden.anew(())
+    with readout(decoder):
+        for ids, hidden in zip(groups, stream.hidden, strict=True):
+            slope = _slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
+            if not bool(torch.isfinite(slope).all()):
+                raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
+            gradients.append(slope)
+    stream.hidden = stream.hidden.anew(())
     for index in reversed(range(len(decoder.blocks))):
         # Popped, so that the inputs of the blocks that are done are free.
-        entry = entries.pop().get()
+        entry = entries.pop()
         stream.block = index
         with decoder.resident(index):
             for group, arguments in enumerate(stream.arguments):
-                found, gradients[group] = _backward(decoder, index, entry.pop(str(group)), arguments, gradients[group])
+                found, gradients[group] = _backward(decoder, index, entry[group], arguments, gradients[group])
                 for path, gradient in found.items():
                     add(index, path, group, gradient)
         yield index

@@ -42,17 +42,16 @@ def collect(
     `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
     may be the stream itself. A pass ends at the last tap unless there is an `output`, or with `to_end`.
     """
-    count, device, share = len(stream.hidden), stream.hidden[0].device, stream.share
+    count, device, share = len(stream.hidden), stream.hidden.device, stream.share
     first_apart = count - share.apart(count, held_out)
     calibration: dict[str, LaneSums[MomentSums]] = {}
     kept_apart: dict[str, LaneSums[MomentSums]] = {}
     gram_seconds = forward_seconds = 0.0
     arguments = stream.arguments
     for index in range(count):
+        hidden = stream.hidden[index]
         before = clock(device)
-        actual, after = run_block(
-            block, stream.hidden[index], arguments[index], taps, to_end=to_end or output is not None
-        )
+        actual, after = run_block(block, hidden, arguments[index], taps, to_end=to_end or output is not None)
         forward_seconds += clock(device) - before
         ideal: dict[str, Tensor] = {}
         if reference is not None:

@@ -7,13 +7,13 @@ what is solved together there, the moments and the calls that it is solved from,
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeVar
 
 from torch import nn
 
-from optprune.calibration.calls import Calls, calls_of, catching
+from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
 from optprune.measure.clock import clock
@@ -37,7 +37,7 @@ class Propagation(ABC):
 
             def reference(self, path):
                 pairs = zip(path.actual.hidden, path.dense.hidden, strict=True)
-                return path.actual.with_hidden([(actual + dense) / 2 for actual, dense in pairs])
+                return path.actual.with_hidden((actual + dense) / 2 for actual, dense in pairs)
     """
 
     name: str
@@ -116,13 +116,15 @@ class Path:
         cut: bool = False,
         original: nn.Module | None = None,
         walked: bool = False,
+        calls: Wanted = EVERY,
     ) -> "Visit":
         """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
 
         The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
-        `original` there. With `walked` another path, through the dense model, goes on from here: this one ends.
+        `original` there. With `walked` another path, through the dense model, goes on from here: this one ends. `calls`
+        says of which batches the visit tells the calls of sub-modules.
         """
-        return Visit(self, block, held_out, cut, original, walked)
+        return Visit(self, block, held_out, cut, original, walked, calls)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
@@ -144,9 +146,16 @@ class Visit:
     """
 
     def __init__(
-        self, path: Path, block: nn.Module, held_out: int, cut: bool, original: nn.Module | None, walked: bool
+        self,
+        path: Path,
+        block: nn.Module,
+        held_out: int,
+        cut: bool,
+        original: nn.Module | None,
+        walked: bool,
+        calls: Wanted,
     ) -> None:
-        self.path, self.block, self.held_out, self._walked = path, block, held_out, walked
+        self.path, self.block, self.held_out, self._walked, self._wanted = path, block, held_out, walked, calls
         self.floor_seconds = 0.0
         """the seconds of what no run of such a policy can spare: two passes of the block, and the Gram products of its
         inputs x*"""
@@ -186,7 +195,7 @@ class Visit:
             output = None
         # Where the target is no dense block's, the pass that collects the statistics also calls the sub-modules.
         fresh = [place for place in places if place not in self._caught] if dense is None else []
-        with catching(self.block, fresh, actual.share) as calls:
+        with catching(self.block, fresh, actual, self._wanted) as calls:
             collected = collect(
                 self.block,
                 actual,
@@ -206,11 +215,14 @@ class Visit:
         return collected
 
     def calls(self, place: str) -> Calls:
-        """What a sub-module is called with on the path, and what it should answer: the stages' targets, whole."""
+        """What a sub-module is called with on the path, and what it should answer: the stages' targets, whole.
+
+        Of the batches wanted.
+        """
         if self._reference is None:
             return self._caught[place]
-        ideal = calls_of(self._original, place, self._reference)
-        return Calls(calls_of(self.block, place, self.path.actual).arguments, ideal.targets, ideal.share)
+        ideal = calls_of(self._original, place, self._reference, self._wanted)
+        return replace(calls_of(self.block, place, self.path.actual, self._wanted), targets=ideal.targets)
 
     def close(self) -> None:
         """Move the path on to the next block."""
@@ -237,7 +249,6 @@ class Visit:
 
 def _advance(block: nn.Module, stream: Stream) -> float:
     """The seconds in which a block moves a stream on."""
-    device = stream.hidden[0].device
-    before = clock(device)
+    before = clock(stream.hidden.device)
     advance(block, stream)
-    return clock(device) - before
+    return clock(stream.hidden.device) - before

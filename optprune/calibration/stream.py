@@ -1,6 +1,6 @@
 """Streams: the hidden states that calibration keeps, those between two blocks, and how a block moves them on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from optprune.calibration.lanes import Lanes, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
+from optprune.models.digits import entrance
+from optprune.models.places import States
 from optprune.numerics.precision import full_precision
 
 
@@ -21,7 +23,7 @@ class Stream:
     Where processes share the batches, those of this one.
     """
 
-    hidden: list[Tensor]
+    hidden: States[Tensor]
     others: list[list[dict[str, Any]]]
     """the arguments of each block by batch and block: blocks with a sliding window get another mask than the rest"""
     block: int = 0
@@ -36,13 +38,13 @@ class Stream:
 
     def copy(self) -> "Stream":
         """A second stream from the same hidden states."""
-        return self.with_hidden(self.hidden)
+        return Stream(self.hidden[:], self.others, self.block, self.share)
 
-    def with_hidden(self, hidden: list[Tensor]) -> "Stream":
-        """A second stream at the same block, from other hidden states."""
-        return Stream(list(hidden), self.others, self.block, self.share)
+    def with_hidden(self, hidden: Iterable[Tensor]) -> "Stream":
+        """A second stream at the same block, from other hidden states, which are taken one at a time."""
+        return Stream(self.hidden.anew(hidden), self.others, self.block, self.share)
 
-    def past(self, hidden: list[Tensor]) -> None:
+    def past(self, hidden: States[Tensor]) -> None:
         """Go to the next block, which gets these hidden states."""
         self.hidden, self.block = hidden, self.block + 1
 
@@ -106,7 +108,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes | Non
     if not batches:
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
     share = Share() if lanes is None else lanes.share(len(batches))
-    stream, count = Stream([], [], share=share), len(decoder.blocks)
+    stream, count = Stream(States(decoder.states), [], share=share), len(decoder.blocks)
     kinds = decoder.model.config.to_dict().get("layer_types") or []
     alike = len(set(kinds[:count])) < 2
     shared: dict[torch.Size, list[dict[str, Any]]] = {}
@@ -126,7 +128,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes | Non
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
             last = 1 if alike or batch.shape in shared else count
-            with suppress(_Reached), _passing(decoder.blocks):
+            with suppress(_Reached), _passing(decoder.blocks), entrance(decoder):
                 decoder.model(input_ids=batch.to(device), use_cache=False)
             stream.hidden.append(caught[0][0])
             others = [arguments for _, arguments in caught]

@@ -1,12 +1,12 @@
 """Variants: a model with one block changed, for many changes, in one pass of its blocks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from optprune.calibration.stream import advance, first_inputs, run_block
 from optprune.models import Decoder
-from optprune.models.store import Aside
+from optprune.models.places import States
 
 
 class Variants:
@@ -20,8 +20,8 @@ class Variants:
         self.decoder = decoder
         self.stream = first_inputs(decoder, batches)
         """the hidden states of the model without a change"""
-        self._along: list[Aside] = []
-        self._fresh: list[Aside] = []
+        self._along: list[States[Tensor]] = []
+        self._fresh: list[States[Tensor]] = []
         """the hidden states of the changes of the current block, which are behind it already"""
 
     def add(self) -> None:
@@ -32,18 +32,16 @@ class Variants:
         """Go on to the next block, through the current one as it is now."""
         with self.decoder.resident(self.stream.block) as block:
             for number, entries in enumerate(self._along):
-                self._along[number] = self._behind(list(entries.get().values()))
+                self._along[number] = self._behind(entries)
             advance(block, self.stream)
         self._along += self._fresh
         self._fresh = []
 
-    def ends(self) -> Iterator[list[Tensor]]:
+    def ends(self) -> list[States[Tensor]]:
         """What has come out of the last block, in the order in which they were added: the hidden states by batch."""
-        for entries in self._along:
-            yield list(entries.get().values())
+        return self._along
 
-    def _behind(self, hidden: list[Tensor]) -> Aside:
+    def _behind(self, hidden: States[Tensor]) -> States[Tensor]:
         with self.decoder.resident(self.stream.block) as block:
-            batches = enumerate(zip(hidden, self.stream.arguments, strict=True))
-            outputs = {str(number): run_block(block, entry, arguments)[1] for number, (entry, arguments) in batches}
-        return self.decoder.put_aside(outputs)
+            batches = zip(hidden, self.stream.arguments, strict=True)
+            return States(self.decoder.aside, (run_block(block, entry, arguments)[1] for entry, arguments in batches))

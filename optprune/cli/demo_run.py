@@ -10,14 +10,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optprune.cli.progress import Reporter, duration
 from optprune.errors import InputError, OptpruneError
 from optprune.export import check_output, save_pruned
 from optprune.measure import perplexity
 from optprune.models import Decoder, load_model, need_tokenizer
 from optprune.models.load import DEMO
 from optprune.pruning import prune
+from optprune.pruning.expectation import expected_computing
 from optprune.recipe import load_recipe
+from optprune.report.progress import Reporter, duration
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
 FOLDER = Path(".demo/smollm2-fasp")
@@ -121,7 +122,8 @@ def run_demo(
     measured_on = evaluation_windows(held_out, seq_length, windows)
 
     before = _measure(loaded.model, measured_on, "evaluating the original", reporter)
-    with reporter.blocks() as on_event:
+    expected = expected_computing(loaded.decoder(), chosen, None, samples * seq_length, loaded.model.device)
+    with reporter.events(expected) as on_event:
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
         report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
     after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -15,7 +15,7 @@ from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.launched import is_first
 
 if TYPE_CHECKING:
-    from optprune.cli.progress import Reporter
+    from optprune.report.progress import Reporter
 
 OF_A_MODEL = re.compile(
     r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
@@ -24,11 +24,14 @@ OF_A_MODEL = re.compile(
 """the names that files of a saved folder may have"""
 
 
-def start() -> "Reporter":
-    """Import and quieten what is heavy; the command's own progress goes to stderr."""
+def start(log: Callable[[str], None] | None = None) -> "Reporter":
+    """Import and quieten what is heavy; the command's own progress goes to stderr, and its lines to a log as well.
+
+    Of processes that share a run the first one tells, and the others nothing.
+    """
     from rich.console import Console
 
-    from optprune.cli.progress import Reporter
+    from optprune.report.progress import Reporter
 
     # Before transformers is imported, because its tokenizers warn when a process is forked after they ran.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -42,7 +45,7 @@ def start() -> "Reporter":
     logging.disable_progress_bar()
     # This one bar is not made by transformers' own tqdm, which can be switched off.
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
-    return Reporter(Console(stderr=True, quiet=not is_first()))
+    return Reporter(Console(stderr=True, quiet=not is_first()), log=log if is_first() else None)
 
 
 def check_json(file: Path | None, *, output: Path | None = None, models: Sequence[str] = ()) -> None:

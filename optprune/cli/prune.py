@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from optprune.cli.log import LogFile
 from optprune.cli.options import Device, Dtype, JsonFile, Model, Overwrite, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.shared_run import shared_run
-from optprune.cli.tokens import tokens_for
+from optprune.cli.tokens import calibration_for
 from optprune.cli.whole_run import WholeRun
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
@@ -101,6 +102,9 @@ def prune_command(
             "--lanes", help="Of how many parts sums over batches are; processes share them. [default: torchrun's, or 1]"
         ),
     ] = None,
+    states: Annotated[
+        str, typer.Option("--states", help="Where hidden states wait for a block: device, host, disk or auto, by size.")
+    ] = "auto",
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
@@ -115,6 +119,9 @@ def prune_command(
         ),
     ] = None,
     json_file: JsonFile = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="Add the lines of progress to a file, with the time.")
+    ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
     given_blocks = allocation if allocation is not None and allocation.endswith(".json") else None
@@ -129,27 +136,26 @@ def prune_command(
         "strict": strict or None,
     }
     overrides = _overrides({key: value for key, value in given.items() if value is not None}, settings or ())
-    reporter = start()
-    from optprune.export import check_output
-    from optprune.export.shards import size_of
-    from optprune.models import check_dtype, device_of, load_config, load_shapes, stored_dtype
-    from optprune.pruning import workers_of
+    reporter = start(lines := LogFile(log))
+    from optprune.models import device_of, load_config, load_shapes
+    from optprune.pruning import joined, workers_of
+    from optprune.pruning.expectation import expected_seconds
     from optprune.pruning.preflight import check_run
     from optprune.recipe import load_recipe
     from optprune.recipe.allocator import allocator_of
-    from optprune.texts import calibration_batches, check_seq_length, read_documents
+    from optprune.report import PhaseRecorder
+    from optprune.report.phases import TOKENISING
+    from optprune.texts import check_seq_length, read_documents
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = load_recipe(recipe, overrides)
     if given_blocks is not None and "sparsity" in overrides and chosen.only_share is None:
         raise InputError(f"the sparsity is what the allocation file {given_blocks} comes to: leave out --sparsity")
     crew = workers_of(chosen, workers, ray)
-    check_output(output, overwrite)
-    size_of(max_shard_size)
+    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
+    whole.check()
     check_json(json_file, output=output, models=[model])
-    for name in (dtype, save_dtype):
-        check_dtype(name)
-    device_of(device)
+    lines.check(output, model)
     divided = None if given_blocks is None else _read_allocation(given_blocks)
     documents = read_documents(calibration)
     config = load_config(model)
@@ -158,17 +164,30 @@ def prune_command(
     if divided is not None:
         with _named(given_blocks, "does not fit"):
             allocator_of(chosen, divided).check(shapes)
-    check_run(shapes, chosen, divided, stored_dtype(model, dtype))
-    reporter.say(f"tokenising {calibration}")
-    tokens = tokens_for(model, config, documents)
-    batches = calibration_batches(tokens, samples, seq_length, chosen.seed)
-
-    text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew)
-    done = shared_run(whole, lanes, reporter, batches, chosen, divided, text, window=tokens[:seq_length])
-    if done is not None:
-        write_json(json_file, done[0].to_json(), f"the pruned model is in {output}")
-        _summarise(chosen, *done)
+    check_run(shapes, chosen, divided)
+    sizes = samples * seq_length, sum(map(len, documents))
+    # Joined first, so that each process has its own GPU for whatever follows.
+    with (
+        joined(device) as peers,
+        reporter.events(expected_seconds(shapes, chosen, divided, *sizes, device_of(device))) as on_event,
+    ):
+        phases = PhaseRecorder(device_of(device), on_event)
+        with phases.step(TOKENISING, f"tokenising {calibration}"):
+            batches, window = calibration_for(model, config, documents, samples, seq_length, chosen.seed)
+        del documents
+        done = shared_run(
+            whole,
+            lanes,
+            peers,
+            reporter,
+            phases,
+            batches,
+            chosen,
+            divided,
+            f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}",
+            window=window,
+        )
+    _tell(chosen, done, json_file, output)
 
 
 def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -208,10 +227,17 @@ def _named(file: str | None, what: str) -> Iterator[None]:
         raise InputError(f"the allocation file {file} {what}: {error}") from error
 
 
+def _tell(recipe: "Recipe", done: "tuple[Report, SavedModel] | None", json_file: Path | None, output: Path) -> None:
+    """Write and say what a run came to, in the process that has it."""
+    if done is not None:
+        write_json(json_file, done[0].to_json(), f"the pruned model is in {output}")
+        _summarise(recipe, *done)
+
+
 def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     from optprune.allocation import Allocation
-    from optprune.cli.progress import duration
     from optprune.recipe.groups import GlobalBudget
+    from optprune.report.progress import duration
 
     folder = saved.folder
     errors = [layer.relative_error for layer in report.layers]

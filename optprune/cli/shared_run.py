@@ -9,17 +9,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optprune.allocation import Allocation
-    from optprune.cli.progress import Reporter
+    from optprune.calibration.lanes import Peers
     from optprune.export import SavedModel
     from optprune.pruning import Lanes
     from optprune.recipe import Recipe
-    from optprune.report import Report
+    from optprune.report import PhaseRecorder, Report
+    from optprune.report.progress import Reporter
 
 
 def shared_run(
     whole: WholeRun,
     lanes: int | None,
+    peers: "Peers",
     reporter: "Reporter",
+    phases: "PhaseRecorder",
     batches: "Sequence[Tensor]",
     recipe: "Recipe",
     allocation: "Allocation | None",
@@ -28,17 +31,15 @@ def shared_run(
     window: "Tensor",
 ) -> "tuple[Report, SavedModel] | None":
     """The run, over so many lanes, or as many as there are processes; None in all processes but the first."""
-    from optprune.calibration.peers import joined
     from optprune.pruning import Lanes
 
-    with joined(whole.device) as peers:
-        shared = Lanes(peers.size if lanes is None else lanes, peers)
-        batches = _one_a_lane(batches, shared.count)
-        shared.check(batches)
-        if peers.rank:
-            _help(whole, batches, recipe, allocation, shared)
-            return None
-        return whole.run(reporter, batches, recipe, allocation, calibration, window=window, lanes=shared)
+    shared = Lanes(peers.size if lanes is None else lanes, peers)
+    batches = _one_a_lane(batches, shared.count)
+    shared.check(batches)
+    if peers.rank:
+        _help(whole, batches, recipe, allocation, shared)
+        return None
+    return whole.run(reporter, phases, batches, recipe, allocation, calibration, window=window, lanes=shared)
 
 
 def _one_a_lane(batches: "Sequence[Tensor]", lanes: int) -> "list[Tensor]":
@@ -55,14 +56,11 @@ def _help(
     whole: WholeRun, batches: "Sequence[Tensor]", recipe: "Recipe", allocation: "Allocation | None", lanes: "Lanes"
 ) -> None:
     """Take part in a run, of which nothing is kept here."""
-    from optprune.models import load_model, open_model, reads_blocks
+    from optprune.models import open_model
     from optprune.models.store import Nowhere
     from optprune.pruning import prune
 
-    if reads_blocks(whole.model):
-        loaded = open_model(whole.model, dtype=whole.dtype, device=whole.device, sink=Nowhere())
-    else:
-        loaded = load_model(whole.model, dtype=whole.dtype, device=whole.device)
+    loaded = open_model(whole.model, dtype=whole.dtype, device=whole.device, sink=Nowhere())
     prune(
         loaded.model,
         batches,
@@ -71,4 +69,5 @@ def _help(
         store=loaded.store,
         workers=whole.workers,
         lanes=lanes,
+        states=whole.states,
     )

@@ -1,7 +1,7 @@
 """A run of the command line: from a model source to a checked folder, with a journal beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optprune.allocation import Allocation
-    from optprune.cli.progress import Reporter
     from optprune.export import SavedModel
     from optprune.pruning import Lanes, Workers
     from optprune.recipe import Recipe
-    from optprune.report import Report
+    from optprune.report import PhaseRecorder, Report
+    from optprune.report.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,26 @@ class WholeRun:
     max_shard_size: str
     resume: bool
     workers: "Workers"
+    states: str
+
+    def check(self) -> None:
+        """Raise InputError where the options do not work, whatever the model and the text."""
+        from optprune.export import check_output
+        from optprune.export.shards import size_of
+        from optprune.models import check_dtype, device_of
+        from optprune.pruning import check_states
+
+        check_output(self.output, self.overwrite)
+        size_of(self.max_shard_size)
+        for name in (self.dtype, self.save_dtype):
+            check_dtype(name)
+        device_of(self.device)
+        check_states(self.states)
 
     def run(
         self,
         reporter: "Reporter",
+        phases: "PhaseRecorder",
         batches: "Sequence[Tensor]",
         recipe: "Recipe",
         allocation: "Allocation | None",
@@ -44,36 +60,40 @@ class WholeRun:
         window: "Tensor",
         lanes: "Lanes | None" = None,
     ) -> "tuple[Report, SavedModel]":
-        """Load, prune, save and check; `calibration` says in words where the batches are from."""
+        """Load, prune, save and check; `calibration` says in words where the batches are from.
+
+        The report has the phases that the recorder has, and those that follow.
+        """
         from optprune.export import save_pruned
         from optprune.export.place import discard, left_behind
-        from optprune.models import load_model, open_model, reads_blocks
+        from optprune.models import open_model
         from optprune.pruning import prune
+        from optprune.pruning.run import OPENED
+        from optprune.report import joined
+        from optprune.report.phases import LOADING
 
         for folder in left_behind(real_path(self.output)):
             reporter.say(f"deleting {folder}, which a run that was killed has left behind")
             discard(folder)
-        reporter.say(f"loading {self.model}")
         with journalled(self.output, resume=self.resume, overwrite=self.overwrite) as journal:
-            if reads_blocks(self.model):
+            with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 place = journal.folder
                 loaded = open_model(self.model, dtype=self.dtype, device=self.device, sink=journal.sink, scratch=place)
-            else:
-                loaded = load_model(self.model, dtype=self.dtype, device=self.device)
-            with reporter.blocks() as on_event:
-                report = prune(
-                    loaded.model,
-                    batches,
-                    recipe,
-                    allocation=allocation,
-                    on_event=on_event,
-                    source=self.model,
-                    calibration=calibration,
-                    store=loaded.store,
-                    journal=journal,
-                    workers=self.workers,
-                    lanes=lanes,
-                )
+            report = prune(
+                loaded.model,
+                batches,
+                recipe,
+                allocation=allocation,
+                on_event=phases.on_event,
+                source=self.model,
+                calibration=calibration,
+                store=loaded.store,
+                journal=journal,
+                workers=self.workers,
+                lanes=lanes,
+                states=self.states,
+            )
+            report = replace(report, phases=joined(phases.done, report.phases))
             reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
             saved = save_pruned(
                 loaded,
@@ -85,5 +105,6 @@ class WholeRun:
                 dtype=self.save_dtype,
                 max_shard_size=self.max_shard_size,
                 made=journal.shards(),
+                on_event=phases.on_event,
             )
-        return report, saved
+        return saved.report or report, saved

@@ -1,7 +1,8 @@
 """Export: folders of pruned models, whole or not at all, that are checked by loading them."""
 
 from optprune.export.folder import save_pruned
+from optprune.export.gguf_file import GgufFile, export_gguf
 from optprune.export.place import check_output
 from optprune.export.save import SavedModel, cast, save_model
 
-__all__ = ["SavedModel", "cast", "check_output", "save_model", "save_pruned"]
+__all__ = ["GgufFile", "SavedModel", "cast", "check_output", "export_gguf", "save_model", "save_pruned"]

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,32 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, tor
 """the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
 rotations are in float32 in a float64 model too"""
 
+OnBlock = Callable[[int, int], None]
+"""a function that is called with how many blocks are done, and of how many"""
 
-def logits_of(decoder: Decoder, ids: Tensor) -> Tensor:
-    """The logits of a model on token ids [batch, tokens]; InputError where they are not finite."""
-    model, training = decoder.model, decoder.model.training
+
+def logits_of(decoder: Decoder, ids: Tensor, on_block: OnBlock = lambda done, blocks: None) -> Tensor:
+    """The logits of a model on token ids [batch, tokens]; InputError where they are not finite.
+
+    `on_block` hears how many blocks are done, and of how many.
+    """
+    model, training, done = decoder.model, decoder.model.training, 0
+
+    def passed(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        on_block(done, len(decoder.blocks))
+
     model.eval()
+    on_block(0, len(decoder.blocks))
+    handles = [block.register_forward_hook(passed) for block in decoder.blocks]
     try:
         with torch.no_grad(), decoder.running():
             logits = model(input_ids=ids.to(model.device), use_cache=False).logits
     finally:
         model.train(training)
+        for handle in handles:
+            handle.remove()
     if not bool(torch.isfinite(logits).all()):
         dtype = str(model.dtype).removeprefix("torch.")
         advice = "see that those of the original are finite, or remove less"
@@ -51,10 +70,18 @@ def places_of(decoder: Decoder) -> dict[str, Any]:
     return placed
 
 
-def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch: Path) -> float:
+def compare(
+    decoder: Decoder,
+    folder: Path,
+    ids: Tensor,
+    logits: Tensor,
+    scratch: Path,
+    on_block: OnBlock = lambda done, blocks: None,
+) -> float:
     """The largest difference between logits and those of a fresh process that loads a folder.
 
-    OptpruneError when it is more than rounding, or the process cannot tell.
+    OptpruneError when it is more than rounding, or the process cannot tell. `on_block` hears how many blocks that
+    process is through, from none on when it has loaded the folder, and of how many.
     """
     record = scratch / "logits.safetensors"
     save_file({"input_ids": ids.cpu().contiguous(), "logits": logits}, record)
@@ -69,8 +96,14 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch
     }
     # transformers copies a folder's code into its modules cache, where ours has no business to stay.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
+
+    def on_line(line: str) -> None:
+        with suppress(ValueError, KeyError, TypeError):
+            on_block(json.loads(line)["blocks"], len(decoder.blocks))
+
+    words = [sys.executable or "", "-P", reload_check.__file__, json.dumps(task)]
     try:
-        run = run_alongside([sys.executable or "", "-P", reload_check.__file__, json.dumps(task)], environment)
+        run = run_alongside(words, environment, on_line)
     except OSError as error:
         raise OptpruneError(
             f"the process that reloads it cannot be started ({error}): run optprune with an ordinary Python interpreter"
@@ -98,11 +131,31 @@ def compare(decoder: Decoder, folder: Path, ids: Tensor, logits: Tensor, scratch
     return difference
 
 
-def run_alongside(words: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run a process whose standard input ends with this one, however that ends: so it can end as well."""
+def run_alongside(
+    words: list[str], environment: dict[str, str], on_line: Callable[[str], None] = lambda line: None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a process whose standard input ends with this one, however that ends: so it can end as well.
+
+    `on_line` hears each line of its output as it comes.
+    """
     ours, theirs = os.pipe()
+    lines: list[str] = []
     try:
-        return subprocess.run(words, stdin=ours, capture_output=True, text=True, check=False, env=environment)
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+            process = subprocess.Popen(
+                words, stdin=ours, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+            with process:
+                try:
+                    assert process.stdout is not None
+                    for line in process.stdout:
+                        lines.append(line)
+                        on_line(line)
+                except BaseException:
+                    process.kill()
+                    raise
+            errors.seek(0)
+            return subprocess.CompletedProcess(words, process.returncode, "".join(lines), errors.read())
     finally:
         os.close(ours)
         os.close(theirs)

@@ -1,6 +1,7 @@
 """The folder of a pruned model: its weights, and beside them the report and the recipe that made them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -9,7 +10,8 @@ from optprune.export.save import SavedModel, cast, save_model
 from optprune.export.shards import MAX_SHARD_SIZE
 from optprune.models import DTYPES, LoadedModel, check_dtype
 from optprune.recipe import Recipe
-from optprune.report import Report
+from optprune.report import Event, PhaseRecorder, Report, joined
+from optprune.report.phases import SAVING
 
 CHECK_TOKENS = 128
 """how many tokens the logits of the saved model are compared on"""
@@ -26,20 +28,26 @@ def save_pruned(
     dtype: str = "auto",
     max_shard_size: str = MAX_SHARD_SIZE,
     made: Sequence[Path] = (),
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> SavedModel:
     """Write a pruned model with its tokenizer, report.json and recipe.yaml, whole or not at all.
 
     A fresh process reloads the folder, and its logits on the first tokens of `window` [length] must agree with those
     in memory. A `dtype` other than auto (float32, bfloat16 or float16) rounds the model to it before, in place.
+    report.json, and `SavedModel.report`, have what saving and checking took as well.
     """
     check_dtype(dtype)
+    phases = PhaseRecorder(loaded.model.device, on_event)
     if dtype != "auto":
-        cast(loaded.model, DTYPES[dtype], loaded.store)
+        with phases.phase(SAVING):
+            cast(loaded.model, DTYPES[dtype], loaded.store)
     return save_model(
         loaded.model,
         folder,
         tokenizer=loaded.tokenizer,
-        files={"report.json": report.to_json(), "recipe.yaml": recipe.settled().to_yaml()},
+        files={"recipe.yaml": recipe.settled().to_yaml()},
+        report=replace(report, phases=joined(report.phases, phases.done)),
+        on_event=on_event,
         check_tokens=window[None, :CHECK_TOKENS],
         overwrite=overwrite,
         store=loaded.store,

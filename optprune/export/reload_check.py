@@ -19,7 +19,7 @@ CANNOT_IMPORT = 3
 
 
 def main(words: str) -> None:
-    """Print one line of JSON with the largest difference of logits."""
+    """Print lines of JSON: the blocks that are done, from none on when it is loaded, and the difference of logits."""
     task = json.loads(words)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.path[:] = task["paths"]
@@ -41,6 +41,17 @@ def main(words: str) -> None:
         device_map=task["places"],
         offload_folder=task["scratch"],
     )
+    done = 0
+
+    def passed(*_: object) -> None:
+        nonlocal done
+        done += 1
+        print(json.dumps({"blocks": done}), flush=True)
+
+    for name, place in task["places"].items():
+        if place == "disk":
+            model.get_submodule(name).register_forward_hook(passed)
+    print(json.dumps({"blocks": done}), flush=True)
     with torch.no_grad():
         logits = model(input_ids=recorded["input_ids"].to(model.device), use_cache=False).logits
     print(json.dumps({"difference": float((logits.float().cpu() - recorded["logits"]).abs().max())}))

@@ -1,8 +1,8 @@
 """Saving: a folder appears whole or not at all, and under its name once a fresh process has loaded it and agreed."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +14,13 @@ from optprune.errors import InputError, OptpruneError, no_room_behind
 from optprune.export.check import compare, logits_of
 from optprune.export.place import UNCHECKED, Scratch, check_output, put_in_place
 from optprune.export.portable import make_portable
+from optprune.export.progress import Progress
 from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
 from optprune.models import Decoder, is_stock
 from optprune.models.store import BlockStore
-from optprune.system.files import real_path
+from optprune.report import Event, PhaseRecorder, PhaseReport, Report, joined
+from optprune.report.phases import CHECKING, SAVING
+from optprune.system.files import real_path, write_whole
 from optprune.system.interrupts import interrupts_held, record_done
 
 
@@ -32,6 +35,8 @@ class SavedModel:
     """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load"""
     logits_difference: float | None
     """the largest difference between the logits in memory and those of the reloaded model; None when not checked"""
+    report: Report | None = None
+    """the report as it is in the folder, with what saving and checking took"""
 
 
 def save_model(
@@ -45,6 +50,8 @@ def save_model(
     store: BlockStore | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     made: Sequence[Path] = (),
+    report: Report | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> SavedModel:
     """Write a model folder with safetensors weights, the tokenizer and extra text files, whole or not at all.
 
@@ -52,36 +59,39 @@ def save_model(
     a time, with the modelling file in the folder where the shapes are not stock, and its logits on them must agree with
     those in memory. Until then the folder's name ends with ".unchecked", and where they do not, or the process fails,
     that is where it stays. A model that `open_model` gave comes with the `store` of its blocks. Where the weights are
-    more than `max_shard_size`, files `made` that hold a block each are linked and not copied.
+    more than `max_shard_size`, files `made` that hold a block each are linked and not copied. A `report` is written as
+    report.json with what saving took and, once the folder is checked, checking.
     """
     folder, decoder, most = Path(folder), Decoder(model, store), size_of(max_shard_size)
     check_output(folder, overwrite)
     place = real_path(folder)  # a link stays a link to the new folder
     unchecked = place.with_name(f"{place.name}{UNCHECKED}")
-    logits = None if check_tokens is None else logits_of(decoder, check_tokens)
-    created = _missing_parents(place)
     scratch: Scratch | None = None
-    committed = False
+    created, difference, committed = _missing_parents(place), None, False
+    phases, progress = PhaseRecorder(model.device, on_event), Progress(on_event, check_tokens is not None)
     try:
-        with interrupts_held():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Scratch(place)
-        draft = scratch.folder / "model"
-        _write(decoder, draft, tokenizer, files or {}, most, made)
+        with phases.phase(SAVING):
+            logits = None if check_tokens is None else logits_of(decoder, check_tokens, progress.computed)
+            with interrupts_held():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                scratch = Scratch(place)
+            draft = _write(decoder, scratch.folder / "model", tokenizer, files or {}, most, made, progress.written)
+        told = _put_report(draft, report, phases.done)
         size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
-        difference = None
         if check_tokens is not None and logits is not None:
             with interrupts_held():
                 put_in_place(draft, unchecked, overwrite=True)
                 committed = True
                 record_done(f"the pruned model is in {unchecked}, and was not seen to load")
             draft = unchecked
-            difference = _checked(decoder, unchecked, check_tokens, logits, scratch.folder)
+            with phases.phase(CHECKING):
+                difference = _checked(decoder, unchecked, check_tokens, logits, scratch.folder, progress)
+            told = _put_report(draft, report, phases.done)
         with interrupts_held():
             put_in_place(draft, place, overwrite)
             record_done(f"the pruned model is in {folder}")
             scratch.discard()
-            return SavedModel(folder, size, is_stock(model.config), difference)
+            return SavedModel(folder, size, is_stock(model.config), difference, told)
     except BaseException as error:
         with interrupts_held():
             if scratch is not None:
@@ -110,9 +120,10 @@ def _described(error: BaseException, folder: Path, unchecked: Path | None, scrat
     return error if sentence == str(error) else OptpruneError(sentence)
 
 
-def _checked(decoder: Decoder, folder: Path, tokens: Tensor, logits: Tensor, scratch: Path) -> float:
+def _checked(decoder: Decoder, folder: Path, tokens: Tensor, logits: Tensor, aside: Path, progress: Progress) -> float:
+    progress.process_starts()
     try:
-        return compare(decoder, folder, tokens, logits, scratch)
+        return compare(decoder, folder, tokens, logits, aside, progress.checked)
     except OptpruneError as error:
         raise OptpruneError(f"the pruned model is in {folder}, but it was not seen to load: {error}") from error
 
@@ -142,6 +153,15 @@ def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return value
 
 
+def _put_report(folder: Path, report: Report | None, phases: tuple[PhaseReport, ...]) -> Report | None:
+    """Write a report with more phases into a folder, in place of one that is there."""
+    if report is None:
+        return None
+    whole = replace(report, phases=joined(report.phases, phases))
+    write_whole(folder / "report.json", lambda stream: stream.write(whole.to_json().encode()), lasting=False)
+    return whole
+
+
 def _missing_parents(folder: Path) -> list[Path]:
     """The parents that do not exist yet, innermost first."""
     return [parent for parent in folder.parents if not parent.exists()]
@@ -154,9 +174,10 @@ def _write(
     files: Mapping[str, str],
     most: int,
     made: Sequence[Path],
-) -> None:
+    on_tensor: Callable[[int, int], None],
+) -> Path:
     decoder.model.save_pretrained(draft, state_dict={})  # all but the weights, which it would want in memory
-    write_weights(decoder, draft, most, made)
+    write_weights(decoder, draft, most, made, on_tensor)
     if tokenizer is not None:
         tokenizer.save_pretrained(draft)
     make_portable(draft, tokenizer)
@@ -167,3 +188,4 @@ def _write(
         # Some files are made private, which a folder that is shared should not have by surprise.
         if file.is_file():
             file.chmod(usual)
+    return draft

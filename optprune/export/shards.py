@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,20 +38,36 @@ def size_of(text: str) -> int:
     raise InputError(f"the shard size {text!r} is not a number of KB, MB, GB or TB, such as {MAX_SHARD_SIZE}")
 
 
-def write_weights(decoder: Decoder, folder: Path, most: int, made: Sequence[Path] = ()) -> None:
+def write_weights(
+    decoder: Decoder,
+    folder: Path,
+    most: int,
+    made: Sequence[Path] = (),
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Write a model's tensors into a folder, in files of at most so many bytes unless one tensor has more.
 
     Where one file is not enough, files `made` that hold a block each, under its names, are linked and not copied.
+    `on_tensor` hears how many tensors are written, and of how many.
     """
-    tensors = _tensors(decoder)
+    tensors, done = _tensors(decoder), 0
+
+    def written(more: int) -> None:
+        nonlocal done
+        done += more
+        on_tensor(done, len(tensors))
+
+    written(0)
     shards = _shards(tensors, most, made)
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         stem, ending = SAFE_WEIGHTS_NAME.split(".")
         names = [f"{stem}-{number:05d}-of-{len(shards):05d}.{ending}" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
-        if shard.made is None or not _linked(shard.made, folder / name):
-            _write(decoder, folder / name, {name: tensors[name] for name in shard.names})
+        if shard.made is not None and _linked(shard.made, folder / name):
+            written(len(shard.names))
+        else:
+            _write(decoder, folder / name, {name: tensors[name] for name in shard.names}, lambda: written(1))
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
@@ -112,8 +128,8 @@ def _linked(file: Path, name: Path) -> bool:
     return False
 
 
-def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file; of blocks that are on the disk, one at a time is in memory."""
+def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tensor: Callable[[], None]) -> None:
+    """Write a file; of blocks that are on the disk, one at a time is in memory. Hears of each tensor."""
     places = {f"{decoder.block_name(index)}.": index for index in range(len(decoder.blocks))}
 
     def values() -> Iterator[Tensor]:
@@ -127,6 +143,7 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor]) -> None:
                     if index is not None:
                         resident.enter_context(decoder.resident(index))
                 yield decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
+                on_tensor()
 
     parameters = dict(decoder.model.named_parameters(remove_duplicate=False)).keys()
     write_whole(file, lambda stream: write_tensors(stream, tensors, values()))

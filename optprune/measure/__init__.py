@@ -1,6 +1,26 @@
-"""Measures of a model: perplexity, speed, memory, time."""
+"""Measures of a model: perplexity, divergence from the dense one, answers, generations, speed, memory, time."""
 
-from optprune.measure.evaluate import Evaluation, perplexity
+from optprune.measure.divergence import Divergence, Stretch, divergence_from
+from optprune.measure.evaluate import Evaluation, bits_per_byte, perplexity
+from optprune.measure.generations import generate
+from optprune.measure.questions import Answers, Question, answer_questions, read_questions
 from optprune.measure.speed import Measured, ModelSpeed, Ratios, Work, measure_speed
 
-__all__ = ["Evaluation", "Measured", "ModelSpeed", "Ratios", "Work", "measure_speed", "perplexity"]
+__all__ = [
+    "Answers",
+    "Divergence",
+    "Evaluation",
+    "Measured",
+    "ModelSpeed",
+    "Question",
+    "Ratios",
+    "Stretch",
+    "Work",
+    "answer_questions",
+    "bits_per_byte",
+    "divergence_from",
+    "generate",
+    "measure_speed",
+    "perplexity",
+    "read_questions",
+]

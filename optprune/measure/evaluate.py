@@ -2,12 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, NumericalError
 
@@ -41,26 +43,19 @@ def perplexity(
     It is the exponential of the mean negative log-likelihood of all length - 1 predictions of each window; windows do
     not see each other. `on_window(done, n)` is called after each pass. NumericalError when the model gives NaN.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise InputError(f"windows are token ids [n, length >= 2], not a tensor of shape {list(windows.shape)}")
+    check_windows(windows)
     began = time.perf_counter()
     count, length = windows.shape
-    device = model.device
-    training = model.training
-    model.eval()
     total = 0.0
     done = 0
-    try:
-        for batch in windows.split(max(1, TOKENS_AT_ONCE // length)):
-            ids = batch.to(device)
-            total = surprise(ids, model(input_ids=ids, use_cache=False).logits, total)
-            done += len(batch)
+    with evaluating(model):
+        for ids, logits in passes(model, windows):
+            total = surprise(ids, logits, total)
+            done += len(ids)
             if math.isnan(total):
                 raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
             if on_window is not None:
                 on_window(done, count)
-    finally:
-        model.train(training)
     tokens = count * (length - 1)
     return Evaluation(
         perplexity=of_surprise(total, tokens),
@@ -68,6 +63,39 @@ def perplexity(
         windows=count,
         seconds=time.perf_counter() - began,
     )
+
+
+def check_windows(windows: Tensor) -> None:
+    """Raise InputError when these are no windows of token ids in which something is predicted."""
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise InputError(f"windows are token ids [n, length >= 2], not a tensor of shape {list(windows.shape)}")
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, for as long as the context lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def passes(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The windows on the model's device, some at once, and the model's logits [some, length, vocabulary]."""
+    for batch in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])):
+        ids = batch.to(model.device)
+        yield ids, model(input_ids=ids, use_cache=False).logits
+
+
+def bits_per_byte(evaluation: Evaluation, windows: Tensor, tokenizer: Tokenizer) -> float:
+    """The mean surprise in bits for each byte of UTF-8 that the windows [n, length] stand for.
+
+    Unlike perplexity it can be compared between models with different tokenizers.
+    """
+    (text,) = tokenizer.batch_decode(windows.flatten()[None], clean_up_tokenization_spaces=False)
+    return math.log2(evaluation.perplexity) * windows.numel() / max(len(text.encode()), 1)
 
 
 def surprise(ids: Tensor, logits: Tensor, total: float = 0.0) -> float:

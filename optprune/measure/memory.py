@@ -3,12 +3,19 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MEMORY = Path("/proc/meminfo")
+GROUP = ("memory.max", "memory.current", "inactive_file")
+"""the files of a control group that tell its limit and what it uses, and the row of its statistics that can be had"""
+OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+"""those of the first version"""
 RESET_PEAK = "5"
 """what Linux takes as the order to forget the peak of the resident size (proc(5))"""
 
@@ -31,10 +38,12 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
+        peak, before = DevicePeak(device), torch.cuda.memory_allocated(device)
+        try:
+            run()
+        finally:
+            highest = peak.close()
+        return highest - before
     if device.type != "cpu" or not CLEAR.exists():
         run()
         return None
@@ -45,12 +54,75 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     except OSError:
         run()
         return None
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
-def _status(field: str) -> int:
-    """A field of the process's status in bytes."""
+def free_memory(device: torch.device | None = None) -> int | None:
+    """The bytes that this process can still have of a device's memory, or of the host's; None where nobody tells.
+
+    The host's is what Linux calls available, within the limits of the control groups that the process is in.
+    """
+    if device is not None and device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch holds and does not use is free as well.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if (device is not None and device.type != "cpu") or not MEMORY.exists():
+        return None
+    available = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return min([int(available.split()[1]) * 1024, *group_rooms(Path("/"))])
+
+
+def group_rooms(root: Path) -> Iterator[int]:
+    """What is left to each control group of this process and those around it, in bytes, below a root folder.
+
+    Of both versions (cgroups(7)); pages of files that nobody uses can be had.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        first = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        most, used, unused = OLD_GROUP if controllers else GROUP
+        place = Path(path.lstrip("/"))
+        for folder in (first / place, *(first / parent for parent in place.parents)):
+            # A container may show its own group only, as the root.
+            with suppress(OSError, ValueError):
+                limit = int((folder / most).read_text())
+                counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, limit - int((folder / used).read_text()) + int(counts.get(unused, 0)))
+
+
+class DevicePeak:
+    """The most that tensors take on a CUDA device from here on; several may be at work, one within the other."""
+
+    _at_work: ClassVar[list["DevicePeak"]] = []
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._highest = device, 0
+        self._note()
+        torch.cuda.reset_peak_memory_stats(device)
+        self._at_work.append(self)
+
+    def close(self) -> int:
+        """The peak, in bytes."""
+        self._note()
+        self._at_work.remove(self)
+        return self._highest
+
+    @classmethod
+    def _note(cls) -> None:
+        """Have each that is at work know what torch is about to forget."""
+        for peak in cls._at_work:
+            peak._highest = max(peak._highest, torch.cuda.max_memory_allocated(peak.device))
+
+
+def status_bytes(field: str) -> int:
+    """A field of this process's /proc/self/status (proc(5)), such as VmRSS, in bytes; OSError where there is none."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024

@@ -14,7 +14,6 @@ from optprune.models.load import (
     load_tokenizer,
     need_tokenizer,
     open_model,
-    reads_blocks,
     stored_dtype,
     using_tokenizer,
 )
@@ -52,7 +51,6 @@ __all__ = [
     "load_tokenizer",
     "need_tokenizer",
     "open_model",
-    "reads_blocks",
     "stored_dtype",
     "using_tokenizer",
 ]

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models.architecture import BlockShape, Classes
+from optprune.models.digits import HALF, parameters_in
+from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
-from optprune.models.store import Aside, BlockStore, Held
+from optprune.models.store import BlockStore
 from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
 from optprune.problems import Link
 
@@ -29,11 +31,16 @@ class LinkedLayers:
 class Decoder:
     """Access to the parts of a model that pruning reads and writes. Nothing is copied; writing changes the model.
 
-    The blocks of a skeleton come from a `store` and have values only while they are `resident`.
+    The blocks of a skeleton come from a `store` and have values only while they are `resident`. Where it `computes_in`
+    another dtype than the weights are stored in, a block is of that dtype while it is resident, and rounded then.
     """
 
-    def __init__(self, model: PreTrainedModel, store: BlockStore | None = None) -> None:
-        self.model, self.store = model, store
+    def __init__(
+        self, model: PreTrainedModel, store: BlockStore | None = None, computes_in: torch.dtype | None = None
+    ) -> None:
+        self.model, self.store, self.computes_in = model, store, computes_in
+        self.states: Place = OnDevice()
+        """where hidden states are kept while no block needs them"""
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
@@ -46,6 +53,20 @@ class Decoder:
                         f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without "
                         "quantisation or adapters"
                     )
+
+    def precise(self) -> "Decoder":
+        """Access to the same model in float32 where it is in half precision: for gradients and small differences."""
+        wider = self.model.dtype in HALF and self.computes_in is None
+        return self._computing_in(torch.float32) if wider else self
+
+    def as_stored(self) -> "Decoder":
+        """Access to the same model in the dtype that it has."""
+        return self._computing_in(None)
+
+    def _computing_in(self, dtype: torch.dtype | None) -> "Decoder":
+        other = Decoder(self.model, self.store, dtype)
+        other.states = self.states
+        return other
 
     def name(self, block: int, path: str) -> str:
         """The full name of a layer, as in the checkpoint."""
@@ -66,12 +87,14 @@ class Decoder:
         With `keep` what became of it is what a later context has; else that is as if it had never been.
         """
         block = self.blocks[index]
-        with nullcontext() if self.store is None else self.store.resident(block, keep):
+        present = nullcontext() if self.store is None else self.store.resident(block, keep)
+        with present, parameters_in(self.computes_in, block):
             yield block
 
-    def put_aside(self, tensors: dict[str, Tensor]) -> Aside:
-        """Tensors that nobody needs for a while: in a file where blocks are read from files, else they stay."""
-        return Held(tensors) if self.store is None else self.store.put_aside(tensors)
+    @property
+    def aside(self) -> Place:
+        """Where tensors are kept that nobody needs for a while: in a file where blocks are read from files."""
+        return self.states if self.store is None or isinstance(self.states, InFile) else self.store.aside
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -95,13 +118,23 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits [..., vocabulary] of what leaves the last block [..., hidden]."""
-        for path in self.architecture.after_blocks:
-            parent, _, name = path.rpartition(".")
-            module = getattr(self.model.get_submodule(parent), name)
-            hidden = hidden if module is None else module(hidden)
-        head = self.model.get_output_embeddings()
-        assert head is not None
-        return head(hidden)
+        for module in self.after_blocks():
+            hidden = module(hidden)
+        return hidden
+
+    def after_blocks(self) -> list[nn.Module]:
+        """What hidden states go through behind the last block, one after the other, to the head."""
+        places = [path.rpartition(".") for path in self.architecture.after_blocks]
+        found = [getattr(self.model.get_submodule(parent), name) for parent, _, name in places]
+        return [module for module in (*found, self.model.get_output_embeddings()) if module is not None]
+
+    def weights(self, block: int) -> dict[str, Tensor]:
+        """A block's parameters by their names inside it, as they are stored: copies only if need be."""
+        return {name: self.rounded(weight.detach()) for name, weight in self.blocks[block].named_parameters()}
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """A weight with the digits that will be stored of it."""
+        return weight if self.computes_in is None else weight.to(self.model.dtype)
 
     def paths(self, block: int) -> tuple[str, ...]:
         """The linear layers that a block has, in the order of the forward pass."""
@@ -170,7 +203,8 @@ class Decoder:
         for part in before.parts:
             if part not in shape.parts:
                 self.remove(block, part)
-        put_parameters(self.blocks[block], weights)
+        wide = {name: weight.to(self.computes_in or weight.dtype) for name, weight in weights.items()}
+        put_parameters(self.blocks[block], wide)
         if shape != before:
             self._take_classes(self.architecture.pruned, block)
 

@@ -24,6 +24,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
+from optprune.models.gguf import converted
 from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.store import BlockSink, BlockStore
@@ -94,36 +95,33 @@ def open_model(
 ) -> LoadedModel:
     """A model whose blocks stay in its files until they are needed: its skeleton, and a store that reads them.
 
-    Of a folder or a hub name, with the options and errors of `load_model`, but that NaN in a block is found when it is
-    read. `prune` takes the store. What pruning makes of a block goes into the `sink`; without one, and with what else a
-    pass puts aside, into a folder in `scratch` (the system's for temporary files, which may be in memory itself).
+    With the sources, options and errors of `load_model`, but that NaN in a block is found when it is read. `prune`
+    takes the store. What pruning makes of a block goes into the `sink`; without one, and with what else a pass puts
+    aside, into a folder in `scratch` (the system's for temporary files, which may be in memory itself). A GGUF file is
+    turned into safetensors there first, which stay in `scratch` for another call.
     """
     source = str(source)
     check_dtype(dtype)
     target = device_of(device)
     where, options = _locate(source)
-    if options:
-        raise InputError(f"{source} cannot be read block by block: load it whole, and save it as a model folder")
-    config = _config(source, where, options)
+    config, gguf = _config(source, where, options), options.get("gguf_file")
     architecture = architecture_of(config)
     with _reading("weights", source, where, options):
-        checkpoint = Checkpoint.open(where, source)
+        checkpoint = None if gguf else Checkpoint.open(where, source)
     with _reading("config", source, where, options):
-        floats = DTYPES.get(dtype) or getattr(config, "dtype", None) or checkpoint.dtype
+        stored = torch.float32 if checkpoint is None else getattr(config, "dtype", None) or checkpoint.dtype
+        floats = DTYPES.get(dtype, stored)
         model = skeleton(config, floats)
         with suppress(OSError):  # there need not be one
-            model.generation_config = GenerationConfig.from_pretrained(where)
+            model.generation_config = model.generation_config if gguf else GenerationConfig.from_pretrained(where)
     with _reading("weights", source, where, options):
+        if checkpoint is None:
+            checkpoint = converted(Path(where, str(gguf)), model, floats, scratch, source)
         checkpoint = fill(model, checkpoint, architecture.blocks, target)
     decoder = Decoder(model)
     blocks = {decoder.block_name(index): block for index, block in enumerate(decoder.blocks)}
     store = BlockStore(blocks, checkpoint, target, floats, sink, scratch)
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
-
-
-def reads_blocks(source: str | Path) -> bool:
-    """Whether a model source can be read block by block, as safetensors can; a GGUF file is read whole."""
-    return not _locate(str(source))[1]
 
 
 def load(folder: str | Path) -> PreTrainedModel:
@@ -248,7 +246,7 @@ def check_dtype(name: str) -> None:
 
 
 def stored_dtype(source: str, dtype: str = "auto") -> torch.dtype | None:
-    """What `load_model` will compute in; None where only the weights say it."""
+    """The dtype that `load_model` and `open_model` give a model; None where only the weights say it."""
     if dtype != "auto":
         return DTYPES[dtype]
     where, options = _locate(source)

@@ -4,20 +4,19 @@ A skeleton is a model whose decoder blocks are on the meta device, where a tenso
 every pass needs (embeddings, norms, head, buffers) is there.
 """
 
-import os
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
+from optprune.models.places import InFile
 from optprune.models.surgery import put_parameters
 from optprune.system.files import write_whole
 
@@ -77,40 +76,6 @@ class Nowhere(BlockSink):
         return None
 
 
-class Aside(ABC):
-    """Tensors put aside until they are asked for."""
-
-    @abstractmethod
-    def get(self) -> dict[str, Tensor]:
-        """The tensors, on their devices."""
-
-
-@dataclass(frozen=True, eq=False)
-class Held(Aside):
-    """Tensors that stay in memory."""
-
-    tensors: dict[str, Tensor]
-
-    def get(self) -> dict[str, Tensor]:
-        return self.tensors
-
-
-class Filed(Aside):
-    """Tensors in a file, which goes with this."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], folder: Path) -> None:
-        number, name = tempfile.mkstemp(dir=folder)
-        os.close(number)
-        self._file = Path(name)
-        weakref.finalize(self, self._file.unlink, missing_ok=True)
-        write_whole(self._file, partial(write_tensors, tensors=tensors), lasting=False)
-        self._devices = {name: tensor.device for name, tensor in tensors.items()}
-
-    def get(self) -> dict[str, Tensor]:
-        stored = stored_tensors(self._file, str(self._file.parent))
-        return {name: tensor.read().to(self._devices[name]) for name, tensor in stored.items()}
-
-
 class BlockStore:
     """The blocks of a skeleton: from a checkpoint, or once pruned from a sink. Only those in use take memory."""
 
@@ -165,9 +130,10 @@ class BlockStore:
         """Let a block be what an earlier run left of it in the sink; it has the shapes for it already."""
         self.sink.take(self._names[block])
 
-    def put_aside(self, tensors: Mapping[str, Tensor]) -> Aside:
-        """Tensors that are out of memory from now on, but where others refer to them."""
-        return Filed(tensors, self.scratch("aside"))
+    @cached_property
+    def aside(self) -> InFile:
+        """Where what nobody needs for a while is out of memory."""
+        return InFile(self.scratch("aside"))
 
     @property
     def sink(self) -> BlockSink:

@@ -1,7 +1,7 @@
-"""Whether a matrix can be an average of outer products z z^T at all."""
+"""Whether a matrix can be an average of outer products z z^T at all, and what of one has no digits."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.errors import NumericalError
@@ -38,3 +38,14 @@ def check_average(
             f"{what} is indefinite: scaled to a unit diagonal its least eigenvalue is {least:.3g}, which rounding does "
             f"not explain; {source}"
         )
+
+
+def clear_small(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
+    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
+    limits = torch.finfo(mean.dtype)
+    least = limits.tiny / limits.eps
+    constant = covariance.diagonal().abs() < least
+    covariance[constant] = 0
+    covariance[:, constant] = 0
+    mean[constant & (mean.square() < least)] = 0
+    return constant

@@ -56,14 +56,19 @@ def spectral_norm(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, 2))
 
 
-def inverse(matrix: Tensor) -> Tensor:
-    """The inverse of a matrix."""
-    return torch.linalg.inv(matrix)
-
-
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """The X of A X = B."""
     return torch.linalg.solve(matrix, right)
+
+
+def try_solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The X of A X = B without a look at the device: no numbers, or large ones, where A is singular."""
+    return torch.linalg.solve_ex(matrix, right).result
+
+
+def try_inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a matrix without a look at the device: no numbers, or large ones, where there is none."""
+    return torch.linalg.inv_ex(matrix).inverse
 
 
 def solve_lower(factor: Tensor, right: Tensor) -> Tensor:

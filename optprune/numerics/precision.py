@@ -1,5 +1,6 @@
-"""float32 that is float32: torch may have been told to multiply it in TF32 or bfloat16."""
+"""float32 that is float32, whatever torch was told to multiply it in, and sizes that stay in its range."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,12 @@ import torch
 
 FLOAT32 = "ieee"
 """torch's word for products of float32 in float32"""
+
+
+def excess(size: float, most: int) -> float:
+    """The power of two that takes a size to about 1 if it is above 2^most or below 2^-most, else 1."""
+    exponent = math.frexp(size)[1] if size > 0 else 0
+    return 1.0 if abs(exponent) <= most else 2.0**-exponent
 
 
 @contextmanager

@@ -1,18 +1,33 @@
-"""The k-th largest value by bisection on the bits: a few counts over all values, for devices that sort slowly."""
+"""Selections for which nothing waits for the device: the k-th largest value, the median of some, places of a mask."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """the integers that share the size of a float"""
 
 
-def kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
+def places(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
+    """The indices, ascending, of the entries that are True, of which there are `count`."""
+    return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+
+
+def median_among(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """The median of the values where the mask is true, the lower one of two; on a CPU by torch's own median."""
+    if values.device.type == "cpu":
+        return values[mask].median()
+    # Of n values the lower median is that with n // 2 above it.
+    count = mask.sum()
+    return kth_largest(torch.where(mask, values, -torch.inf).reshape(1, -1), count // 2 + 1)[0, 0]
+
+
+def kth_largest(score: Float[Tensor, "rows n"], k: int | Int[Tensor, ""]) -> Float[Tensor, "rows 1"]:
     """The k-th largest value of every row, of numbers that are not NaN: exactly that value, whatever is tied with it.
 
     As integers the bits of floats that are not negative have their order, and those of negative ones the opposite. One
-    count for each bit, from the sign on, tells whether it is set in the answer; nothing waits for the device.
+    count for each bit, from the sign on, tells whether it is set in the answer: a few passes over all values, for
+    devices that sort slowly.
     """
     kind = INTEGERS[score.dtype]
     most = torch.iinfo(kind).max

@@ -1,10 +1,12 @@
 """A layer's loss without its ridge, in float64: what every objective is measured by, whatever the dtype of a solver.
 
-Nothing is copied to float64 whole: blocks of columns are, and blocks of rows of what they are multiplied by.
+Nothing is copied to float64 whole: blocks of columns are, and blocks of rows of what they are multiplied by. A GPU
+multiplies in float64 at a fraction of its speed in float32, down to a sixty-fourth, so that there an objective may be
+measured by float32 products of at most BLOCK terms, whose results are added up in float64 (`ExactLoss.products`).
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -31,6 +33,23 @@ class ExactLoss:
     moments: InputMoments
     damping: Tensor
     metric: OutputMetric | None
+    products: torch.dtype = torch.float64
+    r"""what products of matrices are made in: float32 is for moments and weights of that dtype
+
+    Then a product of BLOCK terms is off by at most gamma = BLOCK u / (1 - BLOCK u), u = 2^-24, of the sum of the sizes
+    of its terms, and rounding V - W by u of each; what is added up, the products with V - W and the means are in
+    float64. With e = (1 + u) (1 + gamma) - 1 for a product with an operand that was rounded, the error of tr(S D M D^T)
+    is at most (1 + e)^2 - 1 of tr(|S| |D| |M| |D|^T), where there is no full metric e of it, D = V - W. As D is formed
+    before anything is multiplied, that is small where V is near W, however large W is. The moments are known to no
+    more: `LayerLoss.rounding` is above it, since |D| <= |V| + |W|. With a drift d two terms come on top, the same share
+    of 2 tr(|S| |D| (|W| |Cov(d, x*)|)^T) and of tr(|S| |W| |Cov(d)| |W|^T).
+    """
+
+    @property
+    def fast(self) -> "ExactLoss":
+        """The same loss, by float32 products where float64 ones are slow and the moments are float32."""
+        single = self.weight.device.type != "cpu" and self.moments.mean.dtype == torch.float32
+        return replace(self, products=torch.float32) if single else self
 
     def weigh(self, change: Tensor) -> Tensor:
         """S V, in float64."""
@@ -40,7 +59,7 @@ class ExactLoss:
         damping = metric.damping.double()
         if not metric.full:
             return (metric.average.double() + damping)[:, None] * change
-        product = _rows_by(lambda rows: metric.average[rows].double() @ change, len(damping))
+        product = times(double(metric.average), len(damping), change, self.products)
         return torch.addcmul(product, damping[:, None], change)
 
     @cached_property
@@ -52,7 +71,7 @@ class ExactLoss:
         pull = torch.empty_like(self.weight, dtype=torch.float64)
         lag = _rows_by(lambda rows: original(rows, ALL) @ drift.mean.double(), len(self.weight))
         for columns in _blocks(self.moments.width):
-            product = times(original, len(self.weight), drift.cross[:, columns].double())
+            product = times(original, len(self.weight), drift.cross[:, columns].double(), self.products)
             pull[:, columns] = torch.addr(product, lag, self.moments.mean[columns].double())
         return pull
 
@@ -87,7 +106,8 @@ class ExactLoss:
         for columns in _blocks(self.moments.width):
             block, average = part(ALL, columns), mean[columns].double()
             weighed = self.weigh(block)
-            sums[0] += times(part, out, covariance[:, columns].double()).mul_(weighed).sum()
+            product = times(part, out, covariance[:, columns].double(), self.products)
+            sums[0] += product.mul_(weighed).sum()
             means += torch.stack([block @ average, weighed @ average])
             if self.pull is not None:
                 sums[1] += (weighed * self.pull[:, columns]).sum()
@@ -104,7 +124,7 @@ class ExactLoss:
 
         residual = torch.empty_like(weight, dtype=torch.float64)
         for columns in _blocks(self.moments.width):
-            residual[:, columns] = times(change, len(weight), gram[:, columns].double())
+            residual[:, columns] = times(change, len(weight), gram[:, columns].double(), self.products)
         return residual if self.pull is None else residual.add_(self.pull)
 
     def size(self, weight: Tensor, spread: Callable[[slice], Tensor]) -> float:
@@ -115,7 +135,8 @@ class ExactLoss:
 
         total = torch.zeros((), dtype=torch.float64, device=weight.device)
         for columns in _blocks(self.moments.width):
-            total += times(part, len(weight), spread(columns)).mul_(self.weigh(part(ALL, columns))).sum()
+            product = times(part, len(weight), spread(columns), self.products)
+            total += product.mul_(self.weigh(part(ALL, columns))).sum()
         return float(total)
 
 
@@ -136,9 +157,16 @@ def absolute_product(matrix: Tensor, vector: Tensor) -> Tensor:
     return _rows_by(lambda rows: matrix[rows].abs().double() @ vector, len(matrix))
 
 
-def times(part: Part, out: int, right: Tensor) -> Tensor:
-    """V R for a V of so many rows."""
-    return _rows_by(lambda rows: part(rows, ALL) @ right, out)
+def times(part: Part, out: int, right: Tensor, products: torch.dtype = torch.float64) -> Tensor:
+    """V R in float64 for a V of so many rows: by products in float64, or by float32 ones of at most BLOCK terms."""
+    if products == torch.float64:
+        return _rows_by(lambda rows: part(rows, ALL) @ right, out)
+    with full_precision():
+        total = right.new_zeros(out, right.shape[1])
+        # All rows at once: where products are fast, it is starting them that takes time.
+        for terms in _blocks(len(right)):
+            total += part(ALL, terms).to(products) @ right[terms].to(products)
+        return total
 
 
 def _rows_by(compute: Callable[[slice], Tensor], rows: int) -> Tensor:

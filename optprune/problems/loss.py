@@ -11,7 +11,8 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.numerics.precision import full_precision
+from optprune.numerics.finite import all_finite
+from optprune.numerics.precision import excess, full_precision
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
@@ -57,7 +58,7 @@ class LayerLoss:
                 f"a weight with {width} inputs needs moments and a damping of that width, "
                 f"not {self.moments.width} and {tuple(self.damping.shape)}"
             )
-        if not bool(torch.isfinite(self.weight).all()):
+        if not all_finite(self.weight):
             raise InputError("the weight holds NaN or infinity: the model is damaged, load it again from its source")
         if not bool(((self.damping >= 0) & torch.isfinite(self.damping)).all()):
             raise InputError(
@@ -149,7 +150,7 @@ class LayerLoss:
         With the factor of the weights, and that of f. It is the loss itself, unless its numbers are extreme.
         """
         size = float(self._statistics.mean_square.double().mean()) ** 0.5
-        inputs, weights = _excess(size, MODERATE_INPUTS), _excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
+        inputs, weights = excess(size, MODERATE_INPUTS), excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
         if inputs == weights == 1:
             return self, 1.0, 1.0
         moments = self.moments if inputs == 1 else self.moments.times(inputs)
@@ -246,7 +247,7 @@ class LayerLoss:
         metric = self.metric
         if metric is not None:
             metric = replace(metric, average=metric.average.abs())
-        exact = replace(self._exact, metric=metric)
+        exact = replace(self._measuring, metric=metric)
         terms = sum(exact.size(size, spread) for size in (weight, self.weight))
         count = len(self.damping) + 4 + (len(self.weight) + 4 if self.coupled else 0)
         return count * unit * (terms + abs(self.constant))
@@ -254,9 +255,12 @@ class LayerLoss:
     # -- measurements, in float64
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
-        """f(V), damping included."""
-        error, ridge = self._exact.measured(weight)
-        return error / 2 + ridge / 2
+        """f(V), damping included; off the CPU by float32 products where the moments are float32 (`ExactLoss`)."""
+        return sum(self._measuring.measured(weight)) / 2
+
+    def exact_value(self, weight: Float[Tensor, "out in"]) -> float:
+        """f(V) by float64 products on every device, for certificates."""
+        return sum(self._exact.measured(weight)) / 2
 
     def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B in float64, for certificates."""
@@ -270,18 +274,18 @@ class LayerLoss:
         """E|V x* - W x|^2 / E|W x|^2, without damping or metric (of the centred outputs when the bias is fitted)."""
         if self.metric is not None:
             return self.plain.relative_error(weight)
-        scale, (error, _) = self.signal, self._exact.measured(weight)
+        scale, (error, _) = self.signal, self._measuring.measured(weight)
         return error / scale if scale > 0 else float(error > 0)
 
     @property
     def signal(self) -> float:
         """E|W x|^2, what the relative error is relative to (in the metric, where there is one)."""
-        return self._exact.at_zero[0]
+        return self._measuring.at_zero[0]
 
     @property
     def constant(self) -> float:
         """c = E|W x|^2 + tr(W D W^T)."""
-        return sum(self._exact.at_zero)
+        return sum(self._measuring.at_zero)
 
     def bias_change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """W E[x] - V E[x*]: what to add to the layer's bias so that the mean output is unchanged."""
@@ -292,8 +296,6 @@ class LayerLoss:
     def _exact(self) -> ExactLoss:
         return ExactLoss(self.weight, self._statistics, self.damping, self.metric)
 
-
-def _excess(size: float, most: int) -> float:
-    """The power of two that takes a size to about 1 if it is above 2^most or below 2^-most, else 1."""
-    exponent = math.frexp(size)[1] if size > 0 else 0
-    return 1.0 if abs(exponent) <= most else 2.0**-exponent
+    @cached_property
+    def _measuring(self) -> ExactLoss:
+        return self._exact.fast

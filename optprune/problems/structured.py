@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
@@ -39,14 +40,19 @@ class Channels(ABC):
     def units(self) -> int:
         return self.columns.shape[0]
 
-    @property
+    @cached_property
     def slot_count(self) -> int:
         return int(self.slots.max()) + 1
+
+    @cached_property
+    def by_slot(self) -> Int[Tensor, "slots size"]:
+        """The units of every slot, in their order."""
+        return self.slots.argsort(stable=True).reshape(self.slot_count, -1)
 
     def column_mask(self, units: Bool[Tensor, " units"], width: int) -> Bool[Tensor, "1 in"]:
         """The columns that stay when the units of the mask stay; columns of no unit always stay."""
         mask = torch.ones(width, dtype=torch.bool, device=units.device)
-        mask[self.columns[~units].reshape(-1)] = False
+        mask[self.columns] = units[:, None]
         return mask[None]
 
     def reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
@@ -107,7 +113,7 @@ class StructuredProblem(SelectionProblem):
                 f"{self.keep} units cannot be shared equally by {channels.slot_count} slots: keep a multiple"
             )
 
-    @property
+    @cached_property
     def pattern(self) -> SlotWise:
         """The admissible choices: equally many units of every slot."""
         return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)

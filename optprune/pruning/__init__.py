@@ -7,6 +7,7 @@ from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
+from optprune.pruning.states import check_states
 from optprune.pruning.workers import Layers, Serial, Workers, workers_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RayWorkers",
     "Serial",
     "Workers",
+    "check_states",
     "joined",
     "layer_loss",
     "layer_problem",

@@ -1,5 +1,6 @@
 """One block's work as a value: a `BlockTask` goes in, a `BlockResult` comes out, wherever it is run."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optprune.calibration import Path
-from optprune.calibration.calls import Calls
+from optprune.calibration.calls import Calls, Wanted
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
 from optprune.pruning.hands import Hands, OneAfterTheOther
@@ -60,7 +61,7 @@ class BlockResult:
 
     record: BlockRecord
     weights: dict[str, Tensor]
-    """the block's parameters by their names inside it, as they are in the model: no copies"""
+    """the block's parameters by their names inside it, as they are stored: copies only if need be"""
     path: Path
     """what enters the next block, or what entered this one where no later block needs it"""
 
@@ -73,7 +74,7 @@ def prune_block(
     `hands` solve the layers of a stage: one after the other, where nobody says otherwise.
     """
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
-    on_event(BlockStarted(index, blocks))
+    on_event(BlockStarted(index, blocks, layers=len(targets_of(decoder, task.recipe, task.wanted, index))))
     with decoder.resident(index, keep=True):
         work = _Work(decoder, task, on_event, hands or OneAfterTheOther())
         removed = parts_removed(decoder.shape(index), task.wanted.shape)
@@ -101,13 +102,16 @@ class _Work:
         """What became of the block."""
         index, decoder = self.task.index, self.decoder
         done = tuple(self.layers), tuple(self.recovered), self.zeros, self.due, self.floor_seconds
-        weights = {name: weight.detach() for name, weight in decoder.blocks[index].named_parameters()}
-        return BlockResult(BlockRecord(index, decoder.shape(index), *done), weights, self.task.path)
+        record = BlockRecord(index, decoder.shape(index), *done)
+        return BlockResult(record, decoder.weights(index), self.task.path)
 
     def visit(self, removed: Sequence[str]) -> None:
         """Go through the block stage by stage, and on to the next one."""
         task, block = self.task, self.decoder.blocks[self.task.index]
-        with task.path.visit(block, held_out=task.held_out, cut=bool(removed), walked=task.walked) as visit:
+        recovery = task.recipe.recovery
+        most = math.inf if recovery is None or recovery.tokens is None else recovery.tokens
+        wanted = {"held_out": task.held_out, "calls": Wanted(most, task.held_out)}
+        with task.path.visit(block, cut=bool(removed), walked=task.walked, **wanted) as visit:
             self.remove(removed)
             stages = visit.stages(by_stage(self.decoder, self.targets))
             for position, stage in enumerate(stages):
@@ -156,12 +160,13 @@ class _Work:
         part = recover(
             decoder.blocks[task.index].get_submodule(path),
             [name.removeprefix(f"{path}.") for name in layers],
-            fit if recovery.tokens is None else fit.first(recovery.tokens),
+            fit,
             apart,
             rounds=recovery.rounds,
             steps=recovery.steps,
             damping=recovery.damping,
             metric=task.metrics.get(decoder.name(task.index, layers[-1])),
+            dtype=None if decoder.computes_in is None else decoder.model.dtype,
             name=decoder.name(task.index, path),
         )
         self.recovered.append(part)

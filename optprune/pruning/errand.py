@@ -15,6 +15,7 @@ from optprune.calibration import Path, Stream, calibrating
 from optprune.errors import InputError, OptpruneError
 from optprune.measure.memory import release
 from optprune.models import BlockShape, Decoder
+from optprune.models.places import OnDevice, States
 from optprune.models.skeleton import skeleton
 from optprune.pruning.block import BlockRecord, BlockTask, prune_block
 from optprune.pruning.journal import differences, machine, versions
@@ -32,6 +33,8 @@ class Kit:
     config: bytes
     """the config of the model, as one of our processes hands it to another"""
     dtype: torch.dtype
+    precise: bool
+    """whether it is computed in float32 where that is half precision"""
     device: str
     """cpu, or cuda: the GPU that the worker has been given"""
     threads: int
@@ -45,7 +48,8 @@ class Kit:
         model = decoder.model
         facts = json.dumps({"the version": versions(), "the machine": machine(model.device)})
         threads = torch.get_num_threads()
-        return cls(pickle.dumps(model.config), model.dtype, model.device.type, threads, facts)
+        precise = decoder.computes_in is not None
+        return cls(pickle.dumps(model.config), model.dtype, precise, model.device.type, threads, facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +65,7 @@ class Errand:
     def of(cls, decoder: Decoder, task: BlockTask) -> "Errand":
         """To prune a block, which is in memory, as it is now; what the task holds is copied to the host."""
         index = task.index
-        weights = {name: weight.detach() for name, weight in decoder.blocks[index].named_parameters()}
-        return cls(task, decoder.shape(index), weights).on(HOST)
+        return cls(task, decoder.shape(index), decoder.weights(index)).on(HOST)
 
     def on(self, device: torch.device) -> "Errand":
         """The same with its tensors on another device."""
@@ -114,15 +117,16 @@ def _decoder(kit: Kit) -> Decoder:
             f"a worker would not give the bytes of this run: {what} is {shown(asked)} here and {shown(found)} there; "
             "have the same software and the same kind of machine for all workers and for the command itself"
         )
-    return Decoder(skeleton(pickle.loads(kit.config), kit.dtype).eval())
+    decoder = Decoder(skeleton(pickle.loads(kit.config), kit.dtype).eval())
+    return decoder.precise() if kit.precise else decoder
 
 
 def _entering(stream: Stream, device: torch.device) -> Stream:
     """What enters the current block, with no other block's arguments: batches of one shape go on sharing theirs."""
     arguments = {id(one): one for one in stream.arguments}
     there = {key: moved(one, device) for key, one in arguments.items()}
-    others = [[there[id(one)]] for one in stream.arguments]
-    return Stream(moved(stream.hidden, device), others, share=stream.share)
+    hidden = States(OnDevice(), (moved(batch, device) for batch in stream.hidden))
+    return Stream(hidden, [[there[id(one)]] for one in stream.arguments], share=stream.share)
 
 
 def moved(value: Value, device: torch.device) -> Value:

@@ -1,9 +1,10 @@
 """The journal: the blocks that a run has finished, on the disk, and what decided them, so that it can go on later.
 
-A run folder holds `run.json`, the facts that decide the bytes; `division.json`, what every block keeps; and for each
-finished block a safetensors file of its weights and a JSON file of its record. Every file is there whole or not at all,
-and a block is finished once its record is there. A run that goes on passes the finished blocks by, with one forward
-pass, and does the rest: its weights are those of a run that was never stopped, bit for bit.
+A run folder holds `run.json`, the facts that decide the bytes; `division.json`, what every block keeps; for each
+finished block a safetensors file of its weights and a JSON file of its record, and for each other one its output
+metric, where there is one. Every file is there whole or not at all, and a block is finished once its record is there.
+A run that goes on passes the finished blocks by, with one forward pass, and does the rest: its weights are those of a
+run that was never stopped, bit for bit.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -28,15 +29,19 @@ from optprune.allocation import Allocation, Division
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.checkpoint import Checkpoint, stored_tensors
+from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult
+from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
 from optprune.system.files import read_json, write_whole
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import shown
 
 FACTS, DIVISION, LOCK = "run.json", "division.json", "in-use"
+PIECE = 1 << 24
+"""how many bytes of a file are in memory while it is hashed"""
 KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
 """the variables that choose kernels, which round differently"""
 
@@ -51,7 +56,8 @@ class Journal:
         is no run, or another process is at work on it.
         """
         self.folder, self.resume = Path(folder), resume
-        if self.folder.exists() and not self.begun and any(file.name != LOCK for file in self.folder.iterdir()):
+        before = {LOCK, CONVERTED}  # what a run that is killed leaves before it has begun
+        if self.folder.exists() and not self.begun and any(file.name not in before for file in self.folder.iterdir()):
             raise InputError(f"{self.folder} holds something other than a run: choose another folder, or delete it")
         if self.begun and not resume and not overwrite:
             raise InputError(
@@ -70,6 +76,9 @@ class Journal:
             ) from error
         if self.begun and not resume:
             self._clear()
+        for place in self.folder.iterdir():
+            if place.is_dir():  # what an earlier run has put aside
+                shutil.rmtree(place, ignore_errors=True)
 
     @property
     def begun(self) -> bool:
@@ -80,6 +89,11 @@ class Journal:
     def sink(self) -> ShardSink:
         """Where the weights of finished blocks are, one file each: `open_model` takes it for the pruned blocks."""
         return ShardSink(self.folder)
+
+    @property
+    def metrics(self) -> MetricFiles:
+        """The output metrics of the dense model, for the blocks that are not finished."""
+        return MetricFiles(self.folder)
 
     @property
     def whole(self) -> bool:
@@ -177,6 +191,7 @@ class Journal:
         if decoder.store is None:
             self.sink.write(decoder.block_name(index), result.weights)
         self._write(_record(index), asdict(result.record))
+        self.metrics.drop(index)
         record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
 
     def _write(self, name: str, content: Any) -> None:
@@ -207,14 +222,27 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
         yield what, before, now
 
 
-def digest_of_model(decoder: Decoder) -> str:
-    """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there."""
+def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
+    """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there.
+
+    `on_bytes` hears how many bytes are read, and of how many.
+    """
     if decoder.store is None:
-        return fingerprint(list(decoder.model.state_dict().items()))
-    digest = hashlib.sha256()
-    for file in decoder.store.checkpoint.files:
+        weights = list(decoder.model.state_dict().items())
+        size = sum(weight.nbytes for _, weight in weights)
+        on_bytes(0, size)
+        found = fingerprint(weights)
+        on_bytes(size, size)
+        return found
+    digest, files, done = hashlib.sha256(), decoder.store.checkpoint.files, 0
+    size = sum(file.stat().st_size for file in files)
+    for file in files:
+        of_file = hashlib.sha256()
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            while piece := stream.read(PIECE):
+                of_file.update(piece)
+                on_bytes(done := done + len(piece), size)
+        digest.update(of_file.digest())
     return digest.hexdigest()
 
 

@@ -100,11 +100,11 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     began, layer = time.perf_counter(), task.layer
     context = task.context(moments)
     answer = _answer(task, context, held_out)
-    value = answer.solution.value.to(layer.weight.dtype)
+    value = task.decoder.rounded(answer.solution.value).to(layer.weight.dtype)
     bias = None
     if layer.bias is not None and answer.problem.loss.fit_bias:
         change = answer.problem.loss.bias_change(value.to(context.loss.weight))
-        bias = layer.bias.detach().to(change.device) + change
+        bias = task.decoder.rounded(layer.bias.detach().to(change.device) + change)
     # What an input with a weight makes stays whatever the problem says of it: the outputs do not change here.
     reads = (value != 0).any(0)
     if task.target.kind is not None:

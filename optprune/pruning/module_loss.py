@@ -40,8 +40,8 @@ class ModuleLoss:
     def signal(self, calls: Calls) -> float:
         """The mean over tokens of the squared targets themselves, in the metric."""
         sums = self.numbers(calls)
-        for lane, _, _, target in calls.each():
-            sums.at(lane).add(self.energy(target))
+        for number, target in enumerate(calls.targets):
+            sums.at(calls.lane(number)).add(self.energy(target))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> LaneSums[TensorSums]:

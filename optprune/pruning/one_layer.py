@@ -20,6 +20,7 @@ from optprune.pruning.preflight import check_batches
 from optprune.pruning.run import Run
 from optprune.pruning.targets import parts_removed
 from optprune.recipe import Recipe, make_recipe
+from optprune.report import PhaseRecorder
 from optprune.system.wording import shown
 
 
@@ -81,8 +82,9 @@ def layer_problem(
     """
     block, _ = place_of(Decoder(model), name)
     independent = recipe.policy.independent
-    decoder = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
-    run = Run.begin(decoder, batches, recipe, allocation, statistics, lambda event: None)
+    own = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
+    run = Run.begin(own, batches, recipe, allocation, statistics, PhaseRecorder(own.model.device))
+    decoder = run.decoder
     solved = [decoder.name(block, target.path) for target in run.targets(block)]
     if name not in solved:
         raise InputError(
@@ -101,7 +103,8 @@ def layer_problem(
         with calibrating(decoder):
             for index in range(block + 1):
                 if independent and index < block:
-                    run.path.pass_by(decoder.blocks[index], lambda: None)
+                    with decoder.resident(index) as passed:
+                        run.path.pass_by(passed, lambda: None)
                 else:
                     run.prune_block(index)
     except _Stated as reached:

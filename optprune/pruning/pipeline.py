@@ -13,12 +13,15 @@ from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
+from optprune.pruning.following import followed
 from optprune.pruning.journal import Journal, versions
 from optprune.pruning.layer import summary
+from optprune.pruning.preflight import check_batches
 from optprune.pruning.run import Run, heeded
 from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
-from optprune.report import BlockChange, Event, Report
+from optprune.report import BlockChange, Event, PhaseRecorder, Report
+from optprune.report.phases import PRUNING
 
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
@@ -36,12 +39,14 @@ def prune(
     allocation: Allocation | None = None,
     statistics: DenseStatistics | None = None,
     on_event: Callable[[Event], None] | None = None,
+    progress: bool = False,
     source: str = "",
     calibration: str = "",
     store: BlockStore | None = None,
     journal: Journal | None = None,
     workers: Workers | None = None,
     lanes: Lanes | None = None,
+    states: str = "auto",
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
@@ -54,7 +59,10 @@ def prune(
     finished, and a run that was stopped goes on where it was. `workers` prune blocks side by side, where blocks are
     independent by the policy (dense, intra), or share the layers of a block; the weights are those of a run without.
     Sums over batches are added over `lanes`, which processes may share: each calls this with the same arguments, but
-    for the first one's journal.
+    for the first one's journal. `states` says where the hidden states of the tokens are between two blocks: device,
+    host, disk (in a file without a name, in the journal's folder where there is one), or auto, which is the first of
+    these that has room enough. `on_event` hears how far the run is, and with `progress` that is shown on stderr, with
+    the time left.
     """
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
@@ -64,9 +72,12 @@ def prune(
     if lanes.peers.size > 1 and not isinstance(workers, Serial):
         raise InputError("the processes that share the lanes are the workers: leave other workers out")
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    run = Run.begin(decoder, batches, recipe, allocation, statistics, on_event or (lambda event: None), journal, lanes)
-    with calibrating(decoder):
-        workers.prune(run)
+    every = check_batches(model.config, batches)
+    with followed(progress, on_event, decoder, every, recipe, allocation) as listener:
+        phases = PhaseRecorder(model.device, listener)
+        run = Run.begin(decoder, every, recipe, allocation, statistics, phases, journal, states, lanes)
+        with phases.phase(PRUNING), calibrating(decoder):
+            workers.prune(run)
     recipe, divided, notes = run.recipe, run.allocation, run.notes
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
@@ -94,4 +105,5 @@ def prune(
         removed=run.division.removed,
         recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
+        phases=phases.done,
     )

@@ -22,30 +22,14 @@ from optprune.recipe.allocator import allocator_of
 from optprune.solvers.run import check_accepted
 
 
-def check_run(
-    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, dtype: torch.dtype | None
-) -> tuple[str, ...]:
+def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> tuple[str, ...]:
     """Raise InputError when a model of these shapes cannot be pruned so; it may be on the meta device.
 
     Returns notes on what of the recipe will do nothing there, which in strict mode is an error too.
 
-    NoSolver when the recipe's solver does not solve what the recipe states. `dtype` is what the run computes in, or
-    None where that is not known yet.
+    NoSolver when the recipe's solver does not solve what the recipe states.
     """
-    allocator = allocator_of(recipe, allocation)
-    if dtype not in (None, torch.float32, torch.float64):
-        digits = {
-            "an output metric": recipe.metric is not None,
-            "a probe": allocator.probes,
-            "recovery": recipe.recovery is not None,
-        }
-        for what, asked in digits.items():
-            if asked:
-                raise InputError(
-                    f"{what} in {str(dtype).removeprefix('torch.')} loses too many digits: load the model with "
-                    f"--dtype float32 (--save-dtype writes the folder in another)"
-                )
-    allocator.check(decoder)
+    allocator_of(recipe, allocation).check(decoder)
     pruned = _pruned(decoder, recipe, allocation)
     family = recipe.units.family or ANYWHERE
     for index, path in pruned:

@@ -33,6 +33,7 @@ def recover(
     steps: int = 8,
     damping: float = 0.1,
     metric: OutputMetric | None = None,
+    dtype: torch.dtype | None = None,
     name: str = "",
 ) -> RecoveredPart:
     """Refit the nonzero weights of the layers of a sub-module in place, each in turn, so that it answers the targets.
@@ -43,12 +44,14 @@ def recover(
     `steps` steps of conjugate gradients. The preconditioner is the Kronecker product of the Gram matrix of the layer's
     inputs and that of its outputs' effects on the answer, both damped (K-FAC). Of all iterates the one with the least
     error on the batches kept apart is written: that error never rises, and neither does the one on the batches fitted.
+    Where weights will be stored in a `dtype` of fewer digits than the module has, iterates are tried as rounded to it:
+    the error on the batches fitted may then rise by what that costs.
     A step costs a forward and a backward pass of the module, but in the turn of the last layer nothing: the moments of
     its inputs, from one pass, say all.
     """
     began = time.perf_counter()
     loss = ModuleLoss(module, fit, apart, metric)
-    turn = _Turn(loss, steps, damping)
+    turn = _Turn(loss, steps, damping, dtype)
     held_out = held_out_before = loss.error(apart)
     # On the batches fitted, before and after every turn, which learns them on its way.
     errors, kept = list[float](), 0
@@ -64,6 +67,8 @@ def recover(
             break
     signal, held_out_signal = loss.signal(fit), loss.signal(apart)
     before, after = (errors[0], errors[-1]) if errors else (loss.error(fit),) * 2
+    if kept and dtype is not None:
+        after = loss.error(fit)
     return RecoveredPart(
         name=name,
         layers=tuple(layers),
@@ -100,6 +105,8 @@ class _Turn:
     loss: ModuleLoss
     steps: int
     damping: float
+    dtype: torch.dtype | None = None
+    """what iterates are rounded to, where that is not the module's own"""
 
     def take(self, layers: Sequence[str], held_out: float) -> _Taken | None:
         """Refit the first of the layers; None where it has no weight to refit."""
@@ -128,9 +135,10 @@ class _Turn:
                 break
             length = energy / curvature
             at, pulled = at + length * direction, pulled + length * product
-            error = problem.held_out(at)
+            tried = at if self.dtype is None else at.to(self.dtype).to(at)
+            error = problem.held_out(tried)
             if error < held_out:
-                best, best_step, held_out = at, step, error
+                best, best_step, held_out = tried, step, error
                 after = problem.fit_error + float(((at - start) * (2 * problem.gradient + pulled)).sum())
             residual = residual - length * torch.where(mask, product + ridge * direction, 0.0)
             preconditioned = torch.where(mask, precondition(residual), 0.0)

@@ -21,13 +21,17 @@ from optprune.pruning.errand import Errand, Outcome, moved
 from optprune.pruning.hands import Hands, OneAfterTheOther
 from optprune.pruning.journal import Journal, digest_of_model, machine, versions
 from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
 from optprune.pruning.together import Diary, OverProcesses, SharedDiary
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced
+from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
+from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
 
 Listener = Callable[[Event], None]
+OPENED = 0.5
+"""the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""
 
 
 class Run:
@@ -58,6 +62,8 @@ class Run:
         self.journal: Diary | None = None
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
+        self.passed_by = 0
+        """how many of them this run has passed by"""
         self.hands: Hands = OneAfterTheOther()
         """who solves the layers of a stage"""
         self.walked: dict[int, float] = {}
@@ -74,25 +80,36 @@ class Run:
         recipe: Recipe,
         allocation: Allocation | None,
         statistics: DenseStatistics | None,
-        on_event: Listener,
+        phases: PhaseRecorder,
         journal: Journal | None = None,
+        states: str = "auto",
         lanes: Lanes | None = None,
     ) -> "Run":
-        """A run before its first block: all fits together, the budget is divided, and no weight is changed."""
+        """A run before its first block: all fits together, the budget is divided, and no weight is changed.
+
+        The recorder has the phases until then; the first is to read all weights, where a journal must know them.
+        """
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
-        idle = check_run(decoder, recipe, allocation, decoder.model.dtype)
+        idle = check_run(decoder, recipe, allocation)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
+        # Gradients, and what differs little from what it is taken from, have too few digits in half precision.
+        if recipe.metric is not None or recipe.recovery is not None or allocator.probes:
+            decoder = decoder.precise()
+        decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         lanes = lanes or Lanes()
         lanes.check(fitted)
         diary = journal if lanes.peers.size == 1 else SharedDiary(journal, lanes.peers)
+        on_event = phases.on_event
         if diary is not None:
-            diary.begin(facts(decoder, every, recipe, allocation, lanes))
-        metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, lanes)
+            with phases.phase(LOADING):
+                diary.begin(facts(decoder, every, recipe, allocation, lanes, on_event))
+        with phases.phase(METRIC):
+            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, diary, lanes)
         if lanes.count > 1:
             notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
         notes += idle + heeded(recipe, allocator.warnings)
-        with calibrating(decoder):
+        with phases.phase(BUDGET), calibrating(decoder):
             dense = DenseModel(decoder, fitted, metrics, statistics, on_event, lanes)
             division = _division(allocator, dense, diary)
             run = cls(decoder, recipe, division, fitted, on_event, lanes)
@@ -176,7 +193,7 @@ class Run:
     def _passed_by(self, index: int) -> BlockRecord:
         assert self.journal is not None
         decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
-        self.on_event(PhaseAdvanced("passing finished blocks by", "block", index, len(decoder.blocks)))
+        self._tell_passed_by(0)
 
         def finish() -> None:
             decoder.put(index, record.shape, journal.weights(decoder, index))
@@ -188,7 +205,15 @@ class Run:
                 finish()
         if decoder.store is not None:
             decoder.store.take_from_sink(block)
+        self._tell_passed_by(1)
         return record
+
+    def _tell_passed_by(self, more: int) -> None:
+        """Tell how many finished blocks are passed by, the present one as well with `more`."""
+        self.passed_by += more
+        blocks, finished = len(self.decoder.blocks), len(self.finished)
+        counts = self.passed_by, finished, 0.0, finished / blocks
+        self.on_event(PhaseAdvanced(PRUNING, "passing finished blocks by", "block", *counts))
 
 
 def _division(allocator: Allocator, dense: DenseModel, journal: Diary | None) -> Division:
@@ -203,11 +228,20 @@ def _division(allocator: Allocator, dense: DenseModel, journal: Diary | None) ->
 
 
 def facts(
-    decoder: Decoder, batches: list[Tensor], recipe: Recipe, allocation: Allocation | None, lanes: Lanes
+    decoder: Decoder,
+    batches: list[Tensor],
+    recipe: Recipe,
+    allocation: Allocation | None,
+    lanes: Lanes,
+    on_event: Listener,
 ) -> dict[str, Any]:
-    """What decides the bytes of a run."""
+    """What decides the bytes of a run. All weights are read for it, which the events tell of."""
+
+    def on_bytes(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
+
     return {
-        "the model": digest_of_model(decoder),
+        "the model": digest_of_model(decoder, on_bytes),
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
         "the lanes": lanes.count,
@@ -225,9 +259,13 @@ def _metrics(
     recipe: Recipe,
     statistics: DenseStatistics,
     on_event: Listener,
+    journal: Diary | None,
     lanes: Lanes,
 ) -> tuple[Metrics, tuple[str, ...]]:
-    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for."""
+    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
+
+    A run that goes on has those that were measured before it was stopped.
+    """
     asked = recipe.metric
     if asked is None:
         return Metrics({}), ()
@@ -235,10 +273,13 @@ def _metrics(
     widest = asked.width or math.inf
     used = first_tokens(batches, asked.tokens)
 
-    def on_group(done: int, total: int) -> None:
-        on_event(PhaseAdvanced("measuring the output metric", "group", done, total))
+    def on_pass(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
 
-    metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_group, lanes)
+    metrics = None if journal is None else journal.metrics.read(decoder, journal.finished())
+    if metrics is None:
+        metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_pass, lanes)
+        metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(asked.damping), (note,) if cut else ()

@@ -5,7 +5,7 @@ process alone has the journal; what it finds there the others are told.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -16,11 +16,13 @@ from optprune.allocation import Division
 from optprune.calibration.lanes import Peers
 from optprune.calibration.moments_pass import Collected
 from optprune.errors import InputError, OptpruneError
+from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.hands import Hands, Take
 from optprune.pruning.journal import Journal, differences
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
+from optprune.pruning.metric_files import MetricFiles
 from optprune.system.wording import shown
 
 Value = TypeVar("Value")
@@ -111,9 +113,18 @@ def _spread(peers: Peers, solved: SolvedLayer, source: int) -> SolvedLayer:
     return whole
 
 
+class MetricsKept(Protocol):
+    """What a run asks of the place of its output metrics."""
+
+    def read(self, decoder: Decoder, finished: Collection[int]) -> Metrics | None: ...
+    def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics: ...
+
+
 class Diary(Protocol):
     """What a run asks of its journal."""
 
+    @property
+    def metrics(self) -> MetricsKept: ...
     def begin(self, facts: Mapping[str, Any]) -> None: ...
     def division(self) -> Division | None: ...
     def divided(self, division: Division) -> None: ...
@@ -123,6 +134,66 @@ class Diary(Protocol):
     def finish(self, decoder: Decoder, result: BlockResult) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A layer's sums without their tensors."""
+
+    width: int
+    tokens: int
+    full: bool
+    forms: dict[str, tuple[torch.Size, torch.dtype]]
+    """the shape and the dtype of each part"""
+
+
+@dataclass(frozen=True)
+class SharedMetrics:
+    """The metrics in the first process's run folder, if it has one, as all processes of a run have them."""
+
+    files: MetricFiles | None
+    peers: Peers
+
+    def read(self, decoder: Decoder, finished: Collection[int]) -> Metrics | None:
+        """Those that an earlier run has measured: the others get them from the first, and put them aside."""
+        own: list[Metrics] = []
+
+        def names() -> list[str] | None:
+            found = None if self.files is None else self.files.read(decoder, finished)
+            own.extend([] if found is None else [found])
+            return None if found is None else list(found)
+
+        told = agreed(self.peers, names)
+        if told is None:
+            return None
+        # The files of finished blocks are gone, and nobody asks for what was in them.
+        gone = {decoder.name(block, path) for block in finished for path in decoder.paths(block)}
+        first = own[0] if own else None
+        return Metrics({name: self._of_all(decoder, name, first, name not in gone) for name in told})
+
+    def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics:
+        """Have metrics that all have measured on the disk, where there is a folder."""
+        return metrics if self.files is None else self.files.keep(decoder, metrics)
+
+    def _of_all(self, decoder: Decoder, name: str, first: Metrics | None, there: bool) -> MetricSums:
+        """A layer's sums in every process, with their tensors where those are still there."""
+        sums = None if first is None else first.sums(name)
+        parts = sums.parts() if sums is not None and there else {}
+
+        def described() -> _Kept | None:
+            forms = {part: (value.shape, value.dtype) for part, value in parts.items()}
+            return None if sums is None else _Kept(sums.width, sums.tokens, sums.full, forms)
+
+        told = agreed(self.peers, described)
+        assert told is not None, "the first process has the sums"
+        if sums is None:
+            device = decoder.model.device
+            forms = told.forms.items()
+            parts = {part: torch.empty(shape, dtype=dtype, device=device) for part, (shape, dtype) in forms}
+        self.peers.spread(list(parts.values()), 0)
+        if sums is not None:
+            return sums
+        return MetricSums.elsewhere(told.width, told.tokens, decoder.aside.keep_all(parts), full=told.full)
+
+
 class SharedDiary:
     """The journal of the first process, if it has one, as all processes of a run see it."""
 
@@ -130,6 +201,10 @@ class SharedDiary:
         if journal is not None and peers.rank:
             raise InputError("the first process alone has a journal: give the others of the run none")
         self._journal, self._peers = journal, peers
+
+    @property
+    def metrics(self) -> MetricsKept:
+        return SharedMetrics(None if self._journal is None else self._journal.metrics, self._peers)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         check_alike(self._peers, facts)

@@ -3,31 +3,37 @@
 from optprune.report.audit import LayerPattern, layer_pattern, model_patterns
 from optprune.report.events import (
     BlockFinished,
-    BlockMeasured,
     BlockStarted,
     Event,
     LayerSolved,
-    PartsScored,
     PhaseAdvanced,
+    PhaseFinished,
+    PhaseStarted,
 )
 from optprune.report.original import Original, layer_sizes, original_of, shares_kept
+from optprune.report.phases import PHASES, PhaseReport, joined
+from optprune.report.recorder import PhaseRecorder
 from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report
 
 __all__ = [
+    "PHASES",
     "BlockChange",
     "BlockFinished",
-    "BlockMeasured",
     "BlockStarted",
     "Event",
     "LayerPattern",
     "LayerReport",
     "LayerSolved",
     "Original",
-    "PartsScored",
     "PhaseAdvanced",
+    "PhaseFinished",
+    "PhaseRecorder",
+    "PhaseReport",
+    "PhaseStarted",
     "RecoveredPart",
     "RemovedPart",
     "Report",
+    "joined",
     "layer_pattern",
     "layer_sizes",
     "model_patterns",

@@ -2,18 +2,45 @@
 
 from dataclasses import dataclass
 
+from optprune.report.phases import PhaseReport
 from optprune.report.records import LayerReport
 
 
 @dataclass(frozen=True)
-class PhaseAdvanced:
-    """How far a phase is that comes before the blocks are pruned; nothing is done when it begins."""
+class PhaseStarted:
+    """A phase of the run begins, or goes on after another; its name is one of `PHASES`."""
 
     phase: str
+
+
+@dataclass(frozen=True)
+class PhaseAdvanced:
+    """How far a step of a phase is; nothing is done when it begins."""
+
+    phase: str
+    """the name of the phase, one of `PHASES`"""
+    step: str
+    """what is being done, in words such as "measuring the output metric" """
     unit: str
     """the name of what is counted, such as block"""
     done: int
     total: int
+    begins: float = 0.0
+    """the share of the phase's work that comes before this step"""
+    ends: float = 1.0
+    """the share that is done after it"""
+
+    @property
+    def share(self) -> float:
+        """The share of the phase's work that is done."""
+        return self.begins + (self.ends - self.begins) * (self.done / self.total if self.total else 1.0)
+
+
+@dataclass(frozen=True)
+class PhaseFinished:
+    """A phase is over, for now: what it took."""
+
+    phase: PhaseReport
 
 
 @dataclass(frozen=True)
@@ -24,6 +51,8 @@ class BlockStarted:
     blocks: int
     done: int | None = None
     """how many blocks are done, where that is not all those before it"""
+    layers: int = 0
+    """how many layers will be solved in it"""
 
 
 @dataclass(frozen=True)
@@ -44,20 +73,4 @@ class BlockFinished:
     """how many blocks are done, where that is not all up to it"""
 
 
-@dataclass(frozen=True)
-class PartsScored:
-    """A round of scores of whole sub-blocks is done; what is removed so far, of what is to be removed."""
-
-    weights: int
-    budget: int
-
-
-@dataclass(frozen=True)
-class BlockMeasured:
-    """It is known what the layers of a dense block would lose by pruning, for a budget over the whole model."""
-
-    block: int
-    blocks: int
-
-
-Event = PhaseAdvanced | BlockStarted | LayerSolved | BlockFinished | PartsScored | BlockMeasured
+Event = PhaseStarted | PhaseAdvanced | PhaseFinished | BlockStarted | LayerSolved | BlockFinished

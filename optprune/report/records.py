@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from optprune.models import BlockShape
+from optprune.report.phases import PhaseReport
 from optprune.system.files import json_text
 
 
@@ -104,6 +105,8 @@ class Report:
     """the sub-modules that were refitted against their dense output"""
     blocks: tuple[BlockChange, ...] = ()
     """what became of each block of the model that was pruned"""
+    phases: tuple[PhaseReport, ...] = ()
+    """what each phase of the run took; in the report.json of a folder that a fresh process has loaded, all of them"""
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""

@@ -56,7 +56,8 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
     choice so far (Kernighan and Lin); if not, that choice is the answer. Monotone: begins with the units of its start.
     Accepts structured and linked problems.
 
-    A round costs a few passes over [in, in] and [out, in] in float64; memory 2 in^2 + 2 out in.
+    A round looks at the device twice, and costs a few passes over [in, in] and [out, in] in float64; memory 2 in^2 +
+    2 out in.
     Reference: the local search of OSSCAR (arXiv 2403.12983); exact gains by sweeping and the depth are ours.
     """
 

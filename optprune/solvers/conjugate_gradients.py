@@ -139,7 +139,7 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
             if not bool((damping > 0).all()):
                 return None
         excess = float((residual.square() / damping).sum()) / 2
-        return Certificate(loss.value(state.weight) - excess, "residual of the normal equations and the damping")
+        return Certificate(loss.exact_value(state.weight) - excess, "residual of the normal equations and the damping")
 
 
 def _rounding(loss: LayerLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, " out"]:

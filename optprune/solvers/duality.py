@@ -61,7 +61,7 @@ class DualMap:
                 step = torch.cholesky_solve(pull.T, factor).T
             minimiser = minimiser - step
         attained = factor is not None or only_rounding(loss, minimiser, loss.exact_residual(minimiser))
-        least = loss.value(minimiser) if attained else 0.0
+        least = loss.exact_value(minimiser) if attained else 0.0
         return cls(problem.penalty, loss, factor, row_factor, minimiser, least, attained)
 
     def bound(self, weight: Float[Tensor, "out in"]) -> float:
@@ -84,7 +84,7 @@ class DualMap:
         scale at which P* becomes infinite, for other penalties s = 1 or the largest s below with a finite conjugate.
         """
         slope = float((dual * self.minimiser).sum())
-        curve = max(self.loss.value(weight) - self.least, 0.0)
+        curve = max(self.loss.exact_value(weight) - self.least, 0.0)
         penalty = self.penalty
         if isinstance(penalty, NormPenalty):
             norm = penalty.dual_norm(dual)
@@ -108,7 +108,7 @@ class DualMap:
         inside = dual - cut
         # A norm's conjugate is zero on its domain, where the proximal point lies up to rounding.
         conjugate = 0.0 if isinstance(self.penalty, NormPenalty) else self.penalty.conjugate(inside)
-        return self.loss.value(nearest) + float((inside * nearest).sum()) - conjugate
+        return self.loss.exact_value(nearest) + float((inside * nearest).sum()) - conjugate
 
 
 def _regular_factor(

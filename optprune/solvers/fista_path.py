@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
+from optprune.numerics.selection import median_among
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
@@ -49,7 +50,7 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
     them, which ends lower than adding them from zero. The start is not used. Follow it with a refit and swaps
     (`fistapruner_plus`).
 
-    A step is `inner_steps` products [out, in] x [in, in].
+    A step is `inner_steps` products [out, in] x [in, in], and looks at the device three times.
     Reference: FISTAPruner (arXiv 2408.03728) for the model; Candes, Wakin and Boyd (2008) for reweighting. The
     scaling, the path and its direction are ours.
     """
@@ -74,7 +75,7 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
 
     def step(self, problem: SparseLeastSquares, state: PathState) -> PathState:
         size = state.dense.abs() * state.scale
-        middle = (size[state.mask].median() / 2).clamp(min=torch.finfo(size.dtype).tiny ** 0.25)
+        middle = (median_among(size, state.mask) / 2).clamp(min=torch.finfo(size.dtype).tiny ** 0.25)
         size = size / middle
         # What the pattern drops is small by definition, even where all weights of an N:M group are large.
         size = torch.where(state.mask, size, size.clamp(max=1))

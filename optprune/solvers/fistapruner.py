@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.penalties import L1
 from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
@@ -22,6 +23,8 @@ class FistaPrunerState:
     """The best feasible weight, and the bracket of the strength in logarithms."""
 
     descent: GradientStep
+    strongest: float
+    """the strength of the penalty at which zero is the answer"""
     floor: float
     """the error of the original weights, so that errors can be measured from the change alone"""
     best: Tensor
@@ -48,7 +51,7 @@ class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
     Monotone; as published, it depends on its start: in a chain that is the answer before it, in the paper SparseGPT's
     for OPT (the recipe fistapruner) and Wanda's for LLaMA (fistapruner_wanda). An infeasible start,
     such as the dense weights, has an infinite error, so that the first rounding replaces it. A step is K products
-    [out, in] x [in, in] and two more to measure.
+    [out, in] x [in, in] and two more to measure, and looks at the device twice.
 
     Reference: FISTAPruner (arXiv 2408.03728), Algorithm 1, reconstructed from public reviews: K = 20, T = 3, xi = 0.3.
     """
@@ -69,17 +72,18 @@ class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
     def init(self, problem: SparseLeastSquares, start: Tensor) -> FistaPrunerState:
         descent = GradientStep.of(problem.loss, scale_columns=False)
         floor = problem.objective(problem.loss.weight)
-        error = _error(problem, floor, start) if problem.violation(start) == 0 else math.inf
-        return FistaPrunerState(descent, floor, start, error, math.log(LEAST), 0.0, 0)
+        (error,) = _errors(problem, floor, start) if problem.violation(start) == 0 else (math.inf,)
+        strongest = float(problem.loss.linear.abs().max())
+        return FistaPrunerState(descent, strongest, floor, start, error, math.log(LEAST), 0.0, 0)
 
     def step(self, problem: SparseLeastSquares, state: FistaPrunerState) -> FistaPrunerState:
         middle = (state.low + state.high) / 2
-        penalty = L1(math.exp(middle) * float(problem.loss.linear.abs().max()))
+        penalty = L1(math.exp(middle) * state.strongest)
         fista = Fista(scale_columns=False, restart=False)
         dense = fista.iterate(PenalisedLeastSquares(problem.loss, penalty), state.best, self.inner_steps, state.descent)
         rounded = _rounded(problem, dense)
-        total = _error(problem, state.floor, rounded)
-        from_rounding = total - _error(problem, state.floor, dense)
+        total, before = _errors(problem, state.floor, rounded, dense)
+        from_rounding = total - before
         if total > 0 and from_rounding / total > self.share:
             state = replace(state, low=middle)
         else:
@@ -103,11 +107,12 @@ def _rounded(problem: SparseLeastSquares, weight: Tensor) -> Tensor:
     return torch.where(problem.pattern.project(weight.abs()), weight, 0.0)
 
 
-def _error(problem: Problem, floor: float, weight: Tensor) -> float:
-    """sqrt(2 f(V)) from f(V) = f(W) + <V - W, gradient at V + gradient at W> / 2."""
-    loss = problem.loss
-    gradient = loss.gradient(weight)
-    if loss.pull is not None:
-        gradient = gradient + loss.weigh(loss.pull)
-    rise = float(((weight - loss.weight) * gradient).sum(dtype=torch.float64)) / 2
-    return math.sqrt(2 * max(floor + rise, 0.0))
+def _errors(problem: Problem, floor: float, *weights: Tensor) -> list[float]:
+    """sqrt(2 f(V)) from f(V) = f(W) + <V - W, gradient at V + gradient at W> / 2, for each V."""
+    loss, rises = problem.loss, list[Tensor]()
+    for weight in weights:
+        gradient = loss.gradient(weight)
+        if loss.pull is not None:
+            gradient = gradient + loss.weigh(loss.pull)
+        rises.append(((weight - loss.weight) * gradient).sum(dtype=torch.float64))
+    return [math.sqrt(2 * max(floor + rise / 2, 0.0)) for rise in linalg.numbers(*rises)]

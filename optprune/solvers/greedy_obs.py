@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
+from optprune.numerics.selection import places
 from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
@@ -31,7 +32,8 @@ class GreedyObs(DirectSolver[StructuredProblem]):
 
     a Schur complement of rank k. `batch` 1 is one at a time; a larger one is faster and ranks the units of a batch
     as if they were alone. No slot loses more than its share. Accepts structured and linked problems; the start is
-    not used. Not optimal: follow it with ChannelSwaps.
+    not used. Not optimal: follow it with ChannelSwaps. The device is looked at once for every PENDING columns, when it
+    is asked whether all costs were numbers.
 
     Cost: in^3 / 3 to invert, then about out in reads for each batch and (out + in) in PENDING products for every
     PENDING columns; memory 2 in^2 + 2 out in in float64.
@@ -80,35 +82,45 @@ def _eliminate(
     """
     each = channels.columns.shape[1]
     names = torch.arange(channels.units, device=channels.columns.device)
+    count = channels.slot_count
+    left = torch.full((count,), channels.units // count, device=names.device)
     flat = channels.columns.reshape(-1)
     inverse, minimiser = form.inverse, form.minimiser
     if not torch.equal(flat, torch.arange(len(inverse), device=flat.device)):
         inverse, minimiser = inverse[flat[:, None], flat], minimiser[:, flat]
     work = _Left(inverse, minimiser, each)
+    there = channels.units
     for target in targets:
-        while True:
+        while there > target * count:
             slots = channels.slots[names]
-            left = torch.bincount(slots[work.alive], minlength=channels.slot_count)
-            if not bool((left > target).any()):
-                break
-            gone = _cheapest(work.costs(), slots, left - target, batch)
-            if not len(gone):
-                raise NumericalError("the cost of removing a unit is not finite: raise the damping, e.g. to 0.01")
+            # How many go is known without a look at which.
+            gone, few = _cheapest(work.costs(), slots, left - target, min(batch, there - target * count))
+            work.note(0, few)
+            there -= len(gone)
+            left = left.index_add(0, slots[gone], torch.ones_like(gone), alpha=-1)
             yield names[gone], work.remove(gone)
             if work.pending >= PENDING:
-                names = names[work.alive]
+                work.check()
+                names = names[work.stay]
                 work = work.flushed()
+    work.check()
 
 
 def _cheapest(
     cost: Float[Tensor, " n"], slots: Int[Tensor, " n"], quota: Int[Tensor, " slots"], batch: int
-) -> Int[Tensor, " removed"]:
-    """The `batch` cheapest units, but of each slot no more than its quota; removed units cost infinity."""
+) -> tuple[Int[Tensor, " removed"], Bool[Tensor, ""]]:
+    """The `batch` cheapest units, but of each slot no more than its quota; removed units cost infinity.
+
+    The quotas add up to no less than a batch. Where too few costs are numbers, which is the second answer, other units
+    fill up.
+    """
     order = cost.argsort(stable=True)
-    member = torch.nn.functional.one_hot(slots[order], len(quota))
+    member = (slots[order][:, None] == torch.arange(len(quota), device=order.device)).long()
     rank = (member.cumsum(0) * member).sum(1)
-    allowed = order[(rank <= quota[slots[order]]) & (cost[order] < torch.inf)]
-    return allowed[:batch]
+    refused = (rank > quota[slots[order]]) | ~(cost[order] < torch.inf)
+    place = torch.arange(len(order), device=order.device) + len(order) * refused
+    first = place.topk(batch, largest=False).values
+    return order[first % len(order)], (first >= len(order)).any()
 
 
 class _Left:
@@ -126,6 +138,10 @@ class _Left:
         self.coefficients = minimiser.new_zeros(len(minimiser), 0)
         """C"""
         self.alive = torch.ones(width // each, dtype=torch.bool, device=inverse.device)
+        self.count = width // each
+        """how many are alive"""
+        self.wrong = torch.zeros(2, dtype=torch.bool, device=inverse.device)
+        """whether a unit went whose cost was no number, and whether one repeated others: only what came first"""
         self.blocks, self.grams = unit_blocks(inverse, minimiser, each)
 
     @property
@@ -138,13 +154,29 @@ class _Left:
         blocks = torch.where(self.alive[:, None, None], self.blocks, identity)
         return torch.where(self.alive, half_trace(blocks, self.grams), torch.inf)
 
+    @property
+    def stay(self) -> Int[Tensor, " stay"]:
+        """The units that are alive, ascending."""
+        return places(self.alive, self.count)
+
+    def note(self, what: int, happened: Bool[Tensor, ""]) -> None:
+        """Take down one of the two things that can be wrong, without a look at it."""
+        self.wrong[what] = happened & ~self.wrong.any() | self.wrong[what]
+
+    def check(self) -> None:
+        """NumericalError where a removal had no meaning."""
+        nothing, repeated = linalg.numbers(*self.wrong)
+        if nothing:
+            raise NumericalError("the cost of removing a unit is not finite: raise the damping, e.g. to 0.01")
+        if repeated:
+            raise NumericalError("a unit repeats others to the last digit: raise the damping, e.g. to 0.01")
+
     def remove(self, units: Int[Tensor, " removed"]) -> Float[Tensor, " removed"]:
         """Remove units, in this order; what each adds to the loss."""
         columns = (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
         part = self.inverse[:, columns] - self.lower @ self.lower[columns].T
         pivot, failed = linalg.try_cholesky(part[columns])
-        if bool(failed):
-            raise NumericalError("a unit repeats others to the last digit: raise the damping, e.g. to 0.01")
+        self.note(1, failed != 0)
         lower = linalg.solve_lower(pivot, part.T)
         right = (self.minimiser[:, columns] - self.coefficients @ self.lower[columns].T).T
         coefficients = linalg.solve_lower(pivot, right)
@@ -158,11 +190,12 @@ class _Left:
         self.lower = torch.cat([self.lower, lower.T], 1)
         self.coefficients = torch.cat([self.coefficients, coefficients.T], 1)
         self.alive[units] = False
+        self.count -= len(units)
         return coefficients.square().sum(1).reshape(len(units), self.each).sum(1) / 2
 
     def flushed(self) -> "_Left":
         """The same state with nothing pending, and nothing kept of what is gone; it writes over this one's matrices."""
-        kept = self.alive.repeat_interleave(self.each).nonzero()[:, 0]
+        kept = (self.stay[:, None] * self.each + torch.arange(self.each, device=self.alive.device)).reshape(-1)
         every = torch.arange(len(self.minimiser), device=kept.device)
         lower = self.lower[kept]
         inverse = _compact(self.inverse, kept, kept, self.own).addmm_(lower, lower.T, alpha=-1)

@@ -105,12 +105,11 @@ def _bound(
     product = _product(problem.loss, split, rest, point)
     dual = problem.loss.linear.double() - product
     usable = split > 0
-    if bool(((dual.abs() > 0) & ~usable).any()):
-        return 0.0
+    boundless = ((dual != 0) & ~usable).any()
     score = dual.square() / torch.where(usable, split, 1.0)
     chosen = torch.where(problem.mask(problem.project(score)), score, 0.0)
-    value = problem.loss.constant / 2 - float((product * point).sum()) / 2 - float(chosen.sum()) / 2
-    return max(value, 0.0)
+    quadratic, linear, nothing = linalg.numbers((product * point).sum(), chosen.sum(), boundless.double())
+    return 0.0 if nothing else max(problem.loss.constant / 2 - quadratic / 2 - linear / 2, 0.0)
 
 
 def _product(

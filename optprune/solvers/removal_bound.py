@@ -64,5 +64,5 @@ def _bound(problem: StructuredProblem) -> float:
     # The inverse is known to about this share of itself, and V0 up to its residual.
     known = 1 - 8 * epsilon * float(loss.gram.double().diagonal().sum() * form.inverse.diagonal().sum())
     residual = loss.exact_gradient(form.minimiser)
-    base = loss.value(form.minimiser) - float(((residual @ form.inverse) * residual).sum()) / 2
+    base = loss.exact_value(form.minimiser) - float(((residual @ form.inverse) * residual).sum()) / 2
     return max(base + max(known, 0.0) * rise, 0.0)

@@ -1,7 +1,7 @@
 """Restoration in closed form: the best weights on a fixed mask, with its certificate from the normal equations."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, final
 
 import torch
@@ -28,6 +28,14 @@ BATCH_BYTES = 1 << 28
 """how much memory one batch of rows may take when every row has a mask of its own"""
 ROWS = 512
 """how many rows that share a mask are solved for at a time"""
+
+
+@dataclass(frozen=True, eq=False)
+class Restored(Answer):
+    """What was restored, or a start that is better, and what a certificate is taken from."""
+
+    restored: Tensor = field(kw_only=True)
+    """the solution of the normal equations"""
 
 
 @final
@@ -70,22 +78,24 @@ class Restore(DirectSolver[Restorable]):
     def monotone(self, problem: Restorable) -> bool:
         return self.factor_dtype == torch.float64
 
-    def answer(self, problem: Restorable, start: Tensor) -> Answer:
-        if isinstance(problem, MaskedLeastSquares):
-            found = self._restore(problem)
-        else:
-            # A bound would hold for this choice only, not for the best choice.
-            found = self._restore(problem.restrict(problem.support(start)), certify=False)
+    def answer(self, problem: Restorable, start: Tensor) -> Restored:
+        masked = isinstance(problem, MaskedLeastSquares)
+        found = self._restore(problem if masked else problem.restrict(problem.support(start)))
         if found.notes and _is_better(problem, start, found.value):
             return replace(found, value=start.clone())
         return found
 
-    def _restore(self, problem: MaskedLeastSquares, certify: bool = True) -> Answer:
+    def certify(self, problem: Restorable, state: Answer) -> Certificate | None:
+        # Of a choice a bound would hold for this one only, not for the best.
+        if not isinstance(problem, MaskedLeastSquares) or not isinstance(state, Restored):
+            return None
+        return _certificate(problem, ScaledGram.of(problem.loss, self.factor_dtype), state.restored)
+
+    def _restore(self, problem: MaskedLeastSquares) -> Restored:
         value, gram = problem.start(), ScaledGram.of(problem.loss, self.factor_dtype)
         change, singular = _newton_step(gram, problem.loss.residual(value), problem.mask, value.dtype)
         value = change.add_(value)
-        certificate = _certificate(problem, gram, value) if certify else None
-        return Answer(value, certificate, (SINGULAR,) if singular else ())
+        return Restored(value, notes=(SINGULAR,) if singular else (), restored=value)
 
 
 def _is_better(problem: Problem, start: Tensor, found: Tensor) -> bool:
@@ -116,7 +126,7 @@ def _certificate(problem: MaskedLeastSquares, gram: ScaledGram, value: Tensor) -
         unsolved = singular and not only_rounding(loss, value, left)
         excess = math.inf if unsolved else -float((weighed * step).sum()) / 2
     # No loss is negative, so zero is a lower bound too.
-    return Certificate(max(loss.value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
+    return Certificate(max(loss.exact_value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
 
 
 def only_rounding(loss: LayerLoss, weight: Float[Tensor, "out in"], residual: Float[Tensor, "out in"]) -> bool:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.patterns import SlotWise
+from optprune.numerics import linalg
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.inverse import InverseForm, cost_rounding
@@ -68,8 +68,8 @@ class Spap(Solver[StructuredProblem, SpapState]):
     omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured and linked problems; the
     start is not used. Follow it with a refit.
 
-    A new penalty costs n^2 |P| + n |P| out, n the columns of units, a change of the choice as much for the columns that
-    change; memory 4 n^2 + 4 out n, all in float64.
+    A z-step looks at the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units, a
+    change of the choice as much for the columns that change; memory 4 n^2 + 4 out n, all in float64.
     Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and excursions are ours.
     """
 
@@ -148,11 +148,13 @@ class Spap(Solver[StructuredProblem, SpapState]):
         """The tableau after a z-step and the V-step that follows; None where no exchange lowers F."""
         enough = self._enough(tableau, gain)
         leaving, entering = _pairs(tableau)
-        count = len(leaving)
-        while count:
-            if tableau.change(leaving[:count], entering[:count]) < -enough:
-                return tableau.exchanged(leaving[:count], entering[:count])
-            count //= 2
+        halves = [len(leaving) >> turn for turn in range(len(leaving).bit_length())]
+        # All pairs at a look of their own: the halves, which cost less than that together, are mostly not needed.
+        for counts in (halves[:1], halves[1:]):
+            changes = [tableau.change(leaving[:count], entering[:count]) for count in counts]
+            for count, change in zip(counts, linalg.numbers(*changes) if changes else (), strict=True):
+                if change < -enough:
+                    return tableau.exchanged(leaving[:count], entering[:count])
         found = tableau.best_exchange(self.candidates)
         if found is None or not found.change < -enough:
             return None
@@ -160,19 +162,19 @@ class Spap(Solver[StructuredProblem, SpapState]):
 
     def _excursion(self, tableau: Tableau, depth: int, *, drop_first: bool) -> Tableau | None:
         """The tableau after units of every slot were dropped and others returned; None where there are too few."""
-        slots = tableau.channels.slots
-        kept = int(tableau.choice.sum()) // tableau.channels.slot_count
-        dropped = len(slots) // tableau.channels.slot_count - kept
-        together = SlotWise(slots, max(dropped // SHARE, 1))
-        if min(kept, dropped) < depth * together.keep:
+        slots = tableau.channels.slot_count
+        kept, dropped = tableau.kept // slots, (tableau.channels.units - tableau.kept) // slots
+        together = max(dropped // SHARE, 1)
+        if min(kept, dropped) < depth * together:
             return None
         barred = torch.zeros_like(tableau.choice)
         for drop in [drop_first] * depth + [not drop_first] * depth:
             free = (tableau.choice if drop else ~tableau.choice) & ~barred
             worth = tableau.worth()
-            moving = together.project(torch.where(free, -worth if drop else worth, -torch.inf))
-            tableau = tableau.with_choice(tableau.choice ^ moving)
-            barred = barred | moving
+            moving = tableau.best_of_slots(torch.where(free, -worth if drop else worth, -torch.inf), together)
+            nothing = moving[:0]
+            tableau = tableau.exchanged(*((moving, nothing) if drop else (nothing, moving)))
+            barred[moving] = True
         return tableau
 
 
@@ -186,8 +188,8 @@ def _penalised(
 def penalised_minimiser(state: SpapState) -> Float[Tensor, "out in"]:
     """argmin_V F(V, z) for the state's choice and penalty: its V."""
     tableau = state.tableau
-    dropped = ~tableau.choice
-    multiplier = tableau.rows[:, dropped.repeat_interleave(tableau.each)]
+    dropped = (~tableau.choice).nonzero()[:, 0]
+    multiplier = tableau.rows.reshape(len(tableau.rows), -1, tableau.each)[:, dropped].flatten(1)
     return state.form.minimiser - multiplier @ state.form.inverse[tableau.channels.columns[dropped].reshape(-1)]
 
 
@@ -197,9 +199,9 @@ def _pairs(tableau: Tableau) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs
     In every slot the cheapest kept unit goes with the most valuable dropped one, and so on.
     """
     worth, channels = tableau.worth(), tableau.channels
-    order = channels.slots.argsort(stable=True).reshape(channels.slot_count, -1)
+    order = channels.by_slot
     kept, value = tableau.choice[order], worth[order]
-    pairs = min(int(kept[0].sum()), int((~kept[0]).sum()))
+    pairs = min(tableau.kept, channels.units - tableau.kept) // channels.slot_count
     cost, cheapest = torch.where(kept, value, torch.inf).sort(dim=1, stable=True)
     gain, most_valuable = torch.where(kept, -torch.inf, value).sort(dim=1, descending=True, stable=True)
     better = (gain - cost)[:, :pairs].reshape(-1)

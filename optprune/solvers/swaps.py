@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.numerics import linalg
+from optprune.numerics.selection import places
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import SparseLeastSquares
 from optprune.solvers.base import Solver, check_options
@@ -46,8 +46,9 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
     also moves weights between rows, from those with the cheapest p to those with the most gainful q. All other
     weights stay, so the method is monotone; follow it with a refit and repeat.
 
-    A round costs a few passes over the rows that changed in the last one, and with an unstructured pattern over
-    [out, in]. Stops when no row gains.
+    A round looks at the device once, to know which rows gain, and with an unstructured pattern twice more, for those
+    that change places with others. It costs a few passes over the rows that changed in the last one, and with an
+    unstructured pattern over [out, in]. Stops when no row gains.
     Reference: SparseSwaps (arXiv 2512.10922) for the exact gains with fixed weights; the entering value is ours.
     """
 
@@ -92,7 +93,8 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         _drop(state, gram, active, leaving[gains])
         _enter(state, gram, active, entering[gains])
         if isinstance(pattern, Unstructured):
-            active = linalg.unique(torch.cat([active, _between_rows(state, gram)]))
+            changed = torch.cat([active, _between_rows(state, gram)])
+            active = torch.zeros_like(state.mask[:, 0]).index_fill_(0, changed, True).nonzero()[:, 0]
         rounds = state.rounds + 1
         gradient = problem.loss.gradient(state.weight) if rounds % REFRESH == 0 else state.gradient
         return replace(state, gradient=gradient, rounds=rounds, active=active)
@@ -182,13 +184,14 @@ def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> Int[Tensor
     cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
     gain, entering = _entry_gain(state, gram).max(1)
     givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
-    # The t cheapest and the t most gainful rows: every pairing of them gains.
-    count = int((cost[givers] + state.threshold < gain[takers]).long().cumprod(0).sum())
-    givers, takers = givers[:count], takers[:count]
-    takers = takers[~torch.isin(takers, givers)]
-    givers = givers[: takers.numel()]
-    if givers.numel() == 0:
-        return givers
+    # The t cheapest and the t most gainful rows: every pairing of them gains. A row does not give and take.
+    first = (cost[givers] + state.threshold < gain[takers]).long().cumprod(0).bool()
+    gives = torch.zeros_like(first).index_put_((givers,), first)
+    free = first & ~gives[takers]
+    count = int(free.sum())
+    if count == 0:
+        return givers[:0]
+    givers, takers = givers[:count], takers[places(free, count)]
     _drop(state, gram, givers, leaving[givers])
     _enter(state, gram, takers, entering[takers])
     return torch.cat([givers, takers])

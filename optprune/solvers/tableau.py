@@ -1,13 +1,14 @@
 """The sweep tableau of a choice of units: what dropping, returning and exchanging units costs, all else refitted."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.numerics import linalg
-from optprune.patterns import SlotWise
+from optprune.numerics.selection import places
 from optprune.problems import Channels
 from optprune.solvers.inverse import half_trace, unit_blocks
 
@@ -17,8 +18,8 @@ class Exchange:
     """A kept and a dropped unit that change places, and by how much the loss changes."""
 
     change: float
-    leaving: Int[Tensor, ""]
-    entering: Int[Tensor, ""]
+    leaving: Int[Tensor, " 1"]
+    entering: Int[Tensor, " 1"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,8 @@ class Tableau:
 
     The choice costs F = 1/2 tr(V0_P N V0_P^T), N = (M_PP)^-1. With M = A^-1 that is the rise of a layer's loss when P
     is dropped and the rest refitted; a ridge rho omega on dropped columns, in place of dropping them, makes it
-    M = A^-1 + diag(1 / (rho omega)). A sweep is a principal pivot: the tableau of another choice follows from it.
+    M = A^-1 + diag(1 / (rho omega)). A sweep is a principal pivot: the tableau of another choice follows from it. How
+    many units change sides is known to Python, so that no sweep waits for the device.
     """
 
     channels: Channels
@@ -38,6 +40,8 @@ class Tableau:
     rows: Float[Tensor, "out n"]
     """Y = V0_P N on P, and V0_K - Y M_PK, the best weight of the choice, on what is kept"""
     choice: Bool[Tensor, " units"]
+    kept: int
+    """how many units the choice keeps"""
 
     @classmethod
     def of(
@@ -50,78 +54,89 @@ class Tableau:
         """The tableau of a choice, from scratch: n^2 |P| products."""
         flat = channels.columns.reshape(-1)
         weight = minimiser[:, flat]
-        everything = torch.ones_like(choice)
-        return cls(channels, weight, inverse[flat[:, None], flat], weight, everything).with_choice(choice)
+        everything, dropped = torch.ones_like(choice), len(choice) - int(choice.sum())
+        tableau = cls(channels, weight, inverse[flat[:, None], flat], weight, everything, len(choice))
+        return tableau.exchanged(places(~choice, dropped), flat[:0])
 
     @property
     def each(self) -> int:
         """The columns of a unit."""
         return self.channels.columns.shape[1]
 
-    @property
+    @cached_property
     def cost(self) -> float:
-        """F of the choice."""
-        dropped = (~self.choice).repeat_interleave(self.each)
+        """F of the choice: one look at the device."""
+        dropped = self._columns(self.dropped)
         return float((self.minimiser[:, dropped] * self.rows[:, dropped]).sum()) / 2
+
+    @property
+    def dropped(self) -> Int[Tensor, " dropped"]:
+        """The units that are dropped, ascending."""
+        return places(~self.choice, len(self.choice) - self.kept)
 
     def worth(self) -> Float[Tensor, " units"]:
         """What F rises by when a kept unit alone is dropped, and falls by when a dropped one alone returns."""
         return half_trace(*self._blocks())
 
-    def with_choice(self, choice: Bool[Tensor, " units"]) -> "Tableau":
-        """The tableau of another choice: n^2 products for every column that changes sides."""
-        entering, leaving = (choice & ~self.choice), (self.choice & ~choice)
-        matrix, rows = self.matrix, self.rows
-        for units, sign in ((entering, -1), (leaving, 1)):
-            if bool(units.any()):
-                matrix, rows = _sweep(matrix, rows, self._columns(units.nonzero()[:, 0]), sign)
-        return replace(self, matrix=matrix, rows=rows, choice=choice)
-
-    def exchanged(self, leaving: Int[Tensor, "*p"], entering: Int[Tensor, "*q"]) -> "Tableau":
-        """The tableau after some kept units leave and some dropped ones enter."""
+    def exchanged(self, leaving: Int[Tensor, " p"], entering: Int[Tensor, " q"]) -> "Tableau":
+        """The tableau after some kept units leave and some dropped ones enter: n^2 products for each column of them."""
         choice = self.choice.clone()
         choice[leaving], choice[entering] = False, True
-        return self.with_choice(choice)
+        matrix, rows = self.matrix, self.rows
+        for units, sign in ((entering, -1), (leaving, 1)):
+            if len(units):
+                matrix, rows = _sweep(matrix, rows, self._columns(units.sort().values), sign)
+        kept = self.kept + len(entering) - len(leaving)
+        return replace(self, matrix=matrix, rows=rows, choice=choice, kept=kept)
 
-    def change(self, leaving: Int[Tensor, " p"], entering: Int[Tensor, " q"]) -> float:
+    def change(self, leaving: Int[Tensor, " p"], entering: Int[Tensor, " q"]) -> Float[Tensor, ""]:
         """What F changes by when these units leave and those enter, together: p^3 + q^3 + out (p + q)^2 products."""
         p, q = self._columns(leaving), self._columns(entering)
         pivot = -self.matrix[q[:, None], q]
         across = self.matrix[q[:, None], p]
-        pulled = linalg.solve(pivot, torch.cat([across, self.rows[:, q].T], 1))
-        gained = float((pulled[:, len(p) :] * self.rows[:, q].T).sum()) / 2
+        pulled = linalg.try_solve(pivot, torch.cat([across, self.rows[:, q].T], 1))
+        gained = (pulled[:, len(p) :] * self.rows[:, q].T).sum() / 2
         block = self.matrix[p[:, None], p] + across.T @ pulled[:, : len(p)]
         weight = self.rows[:, p] + self.rows[:, q] @ pulled[:, : len(p)]
-        return float((linalg.solve(block, weight.T) * weight.T).sum()) / 2 - gained
+        return (linalg.try_solve(block, weight.T) * weight.T).sum() / 2 - gained
+
+    def best_of_slots(self, score: Float[Tensor, " units"], count: int) -> Int[Tensor, " best"]:
+        """The `count` units of every slot with the largest scores, ascending; of equal ones the first."""
+        by_slot = self.channels.by_slot
+        rank = score[by_slot].argsort(dim=1, descending=True, stable=True)[:, :count]
+        return by_slot.gather(1, rank).reshape(-1).sort().values
 
     def best_exchange(self, candidates: int, barred: Bool[Tensor, " units"] | None = None) -> Exchange | None:
         """The best exchange of two units of a slot, both among its candidates and not barred; None if there is none.
 
-        The candidates are the kept units that cost least and the dropped ones that would gain most.
+        The candidates are the kept units that cost least and the dropped ones that would gain most. All slots keep
+        equally many. One look at the device.
         """
         channels, each = self.channels, self.each
         blocks, grams = self._blocks()
         value = half_trace(blocks, grams)
-        shortlist = SlotWise(channels.slots, min(candidates, channels.units // channels.slot_count))
         free = torch.ones_like(self.choice) if barred is None else ~barred
         kept, dropped = self.choice & free, ~self.choice & free
-        leaving = shortlist.project(torch.where(kept, -value, -torch.inf)) & kept
-        entering = shortlist.project(torch.where(dropped, value, -torch.inf)) & dropped
-        p, q = leaving.nonzero()[:, 0], entering.nonzero()[:, 0]
-        if p.numel() == 0 or q.numel() == 0:
+        sides = self.kept // channels.slot_count, (channels.units - self.kept) // channels.slot_count
+        if min(sides) == 0:
             return None
+        p, q = (
+            self.best_of_slots(torch.where(side, score, -torch.inf), min(candidates, most))
+            for side, score, most in zip((kept, dropped), (-value, value), sides, strict=True)
+        )
         columns_p, columns_q = self._columns(p), self._columns(q)
         across = self.matrix[columns_q[:, None], columns_p].reshape(len(q), each, len(p), each).transpose(1, 2)
         product = (self.rows[:, columns_q].T @ self.rows[:, columns_p]).reshape(len(q), each, len(p), each)
-        pulled = linalg.solve(blocks[q][:, None], across)
+        pulled = linalg.try_solve(blocks[q][:, None], across)
         mixed = product.transpose(1, 2).transpose(2, 3) @ pulled
         after = blocks[p] + across.transpose(2, 3) @ pulled
         gram = grams[p] + mixed + mixed.transpose(2, 3) + pulled.transpose(2, 3) @ grams[q][:, None] @ pulled
         change = half_trace(after, gram) - value[q][:, None]
-        change = torch.where(channels.slots[q][:, None] == channels.slots[p], change, torch.inf)
-        best = change.argmin()
+        # Candidates of different slots have no exchange between them, and what is barred fills up where others are few.
+        together = (channels.slots[q][:, None] == channels.slots[p]) & dropped[q][:, None] & kept[p]
+        change = torch.where(together, change, torch.inf)
+        best = change.argmin()[None]
         least = float(change.reshape(-1)[best])
-        # Candidates of different slots have no exchange between them.
         return None if least == torch.inf else Exchange(least, p[best % len(p)], q[best // len(p)])
 
     def _blocks(self) -> tuple[Float[Tensor, "units each each"], Float[Tensor, "units each each"]]:
@@ -137,7 +152,7 @@ def _sweep(
     matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], pivots: Int[Tensor, " k"], sign: int
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
     """Take the pivots from the kept to the dropped columns (sign 1) or back (sign -1)."""
-    inverse = linalg.inverse(matrix[pivots[:, None], pivots])
+    inverse = linalg.try_inverse(matrix[pivots[:, None], pivots])
     across = inverse @ matrix[pivots]
     down = rows[:, pivots] @ inverse
     matrix = torch.addmm(matrix, matrix[:, pivots], across, alpha=-1)

@@ -10,6 +10,7 @@ from torch import Tensor
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss
+from optprune.testing.place import here
 
 SHAPES = ("gaussian", "ties", "low rank", "inputs in different units", "few tokens", "ill-conditioned")
 DAMPINGS = (0.0, 1e-6, 1e-2, 1.0)
@@ -86,7 +87,7 @@ def samples(
         # Dead in the pruned model only: the dense inputs may well be alive.
         inputs = inputs.clone()
         inputs[:, sorted(dead)] = 0
-    return Samples(inputs.to(dtype), None if ideal is None else ideal.to(dtype))
+    return Samples(here(inputs.to(dtype)), None if ideal is None else here(ideal.to(dtype)))
 
 
 @st.composite
@@ -109,7 +110,7 @@ def weights(
             weight = weight.round()
         for row in draw(st.sets(st.integers(0, rows - 1), max_size=1), label="zero rows"):
             weight[row] = 0
-    return weight.to(dtype)
+    return here(weight.to(dtype))
 
 
 @st.composite
@@ -130,7 +131,7 @@ def losses(
     fraction = draw(st.sampled_from(fractions), label="damping")
     loss = LayerLoss.of(weight, statistics, fraction, fit_bias=draw(st.booleans(), label="fit bias"))
     if draw(st.booleans(), label="uneven damping"):
-        uneven = torch.arange(width, dtype=torch.float64).remainder(3).to(dtype)
+        uneven = here(torch.arange(width, dtype=torch.float64).remainder(3).to(dtype))
         loss = LayerLoss(loss.weight, statistics, loss.damping * uneven, loss.fit_bias)
     return loss
 
@@ -154,5 +155,5 @@ def metrics(
     gradients = _normal(generator, tokens, width) * spread * draw(st.sampled_from((1e-3, 1.0)), label="size")
     if not generic and draw(st.booleans(), label="an output that costs nothing"):
         gradients[:, 0] = 0
-    metric = OutputMetric.from_samples(gradients, full=kind == "full").to(dtype)
+    metric = OutputMetric.from_samples(here(gradients), full=kind == "full").to(dtype)
     return metric.damped(draw(st.sampled_from((0.0, 1e-2, 1.0)), label="metric damping"))

@@ -1,9 +1,9 @@
 """Hypothesis strategies: the awkward problems that a pruning solver must survive.
 
 Numbers come from a seeded generator, structure (shapes, ranks, ties, dead inputs) from hypothesis, so a failing
-example shrinks to a small one whose structure is the reason. `dtype` is float64 unless asked for; float32 instances
-stay where 1e-4 of the loss is attainable (see `samples` in loss_strategies.py). `generic` instances have no ties and
-full rank, so that a method that ranks has one answer.
+example shrinks to a small one whose structure is the reason. They are where OPTPRUNE_TEST_DEVICE says (see place.py).
+`dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples` in
+loss_strategies.py). `generic` instances have no ties and full rank, so that a method that ranks has one answer.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from optprune.problems import (
     StructuredLeastSquares,
 )
 from optprune.testing.loss_strategies import MetricKind, generator_of, losses, metrics
+from optprune.testing.place import here
 
 MOST_COUPLED = 8
 """weights of a sparse problem whose rows are coupled: its reference solves each of its 2^8 masks jointly"""
@@ -62,7 +63,7 @@ def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
     rows, width = loss.weight.shape
     rows = 1 if draw(st.booleans(), label="shared mask") else rows
     bits = draw(st.lists(st.booleans(), min_size=rows * width, max_size=rows * width), label="mask")
-    return MaskedLeastSquares(loss, torch.tensor(bits).reshape(rows, width))
+    return MaskedLeastSquares(loss, here(torch.tensor(bits).reshape(rows, width)))
 
 
 @st.composite
@@ -76,7 +77,7 @@ def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tup
     loss = draw(losses(width, dtype=dtype, generic=generic))
     columns = torch.tensor(draw(st.permutations(range(width)), label="columns")[: units * each]).reshape(units, each)
     slot_of = torch.tensor(draw(st.permutations([slot for slot in range(slots) for _ in range(size)]), label="slot of"))
-    return loss, columns, slot_of, slots * draw(st.integers(1, size), label="keep per slot")
+    return loss, here(columns), here(slot_of), slots * draw(st.integers(1, size), label="keep per slot")
 
 
 @st.composite
@@ -85,7 +86,7 @@ def linked(
 ) -> LinkedLeastSquares:
     """A choice among at most `most` units, each with a row of a layer before it."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
-    return LinkedLeastSquares(loss, Link(columns, slots, (torch.arange(len(slots))[:, None],)), keep)
+    return LinkedLeastSquares(loss, Link(columns, slots, (here(torch.arange(len(slots)))[:, None],)), keep)
 
 
 @st.composite
@@ -124,7 +125,7 @@ def _weighted_l1(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
     if draw(st.booleans(), label="zero weights"):
         weights.view(-1)[::3] = 0
     # In float64 also where the problem is not: a penalty need not know the dtype of the problem.
-    return WeightedL1(share * _largest(loss) * weights)
+    return WeightedL1(share * _largest(loss) * here(weights))
 
 
 @st.composite
@@ -202,7 +203,7 @@ def scores(draw: st.DrawFn, *shape: int) -> Tensor:
     """Scores with many ties: small integers, so that sums of them are exact."""
     count = int(torch.Size(shape).numel())
     numbers = draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count), label="scores")
-    return torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+    return here(torch.tensor(numbers, dtype=torch.float64).reshape(shape))
 
 
 @st.composite
@@ -228,7 +229,7 @@ def _n_of_m(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
 def _slot_wise(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
     slots, size = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     slot_of = draw(st.permutations([slot for slot in range(slots) for _ in range(size)]))
-    return SlotWise(torch.tensor(slot_of), draw(st.integers(0, size))), draw(scores(slots * size))
+    return SlotWise(here(torch.tensor(slot_of)), draw(st.integers(0, size))), draw(scores(slots * size))
 
 
 PATTERNS: dict[type[Pattern], st.SearchStrategy[tuple[Pattern, Tensor]]] = {

@@ -1,22 +1,37 @@
 """Windows: a text tokenised once, and cut into windows for calibration or evaluation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
+from optprune.texts.pieces import NoCut, token_pieces
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from torch import LongTensor, Tensor
+    from torch import IntTensor, LongTensor, Tensor
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def tokenise(tokenizer: "Tokenizer", documents: Iterable[str]) -> "LongTensor":
-    """The token ids [tokens] of the documents joined by blank lines and tokenised once, as the papers do."""
+def tokenise(tokenizer: "Tokenizer", documents: Iterable[str], most: int | None = None) -> "IntTensor":
+    """The token ids [tokens] of the documents joined by blank lines and tokenised once, as the papers do.
+
+    `most` is how many are needed: there are as many or a few more, or all. A piece of the text is tokenised at a time
+    where that is seen to give the same tokens, so that ids take four bytes each.
+    """
     import torch
 
-    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)  # type: ignore[return-value]  # LongTensor is only a name
+    documents = documents if isinstance(documents, Sequence) else list(documents)
+    pieces, held = list[torch.Tensor](), 0
+    try:
+        for ids in token_pieces(tokenizer, documents):
+            pieces.append(torch.tensor(ids, dtype=torch.int32))
+            held += len(ids)
+            if most is not None and held >= most:
+                break
+    except NoCut:
+        whole = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+        pieces = [torch.tensor(whole, dtype=torch.int32)]
+    return torch.cat(pieces)  # type: ignore[return-value]  # IntTensor is only a name
 
 
 def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = None) -> "LongTensor":
@@ -31,7 +46,7 @@ def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = 
     wanted = fitting if windows is None else windows
     if fitting < max(wanted, 1):
         raise InputError(_too_short("evaluation", len(tokens), fitting, max(wanted, 1), seq_length, "--windows"))
-    return tokens[: wanted * seq_length].view(wanted, seq_length)  # type: ignore[return-value]
+    return tokens[: wanted * seq_length].view(wanted, seq_length).long()  # type: ignore[return-value]
 
 
 def calibration_batches(
@@ -52,7 +67,7 @@ def calibration_batches(
     # Where the first window begins is drawn too, so that the tokens beyond the last whole window have their chance.
     start = int(torch.randint(len(tokens) - fitting * seq_length + 1, (), generator=generator))
     windows = tokens[start : start + fitting * seq_length].view(fitting, seq_length)
-    drawn = windows[torch.randperm(fitting, generator=generator)[:samples]]
+    drawn = windows[torch.randperm(fitting, generator=generator)[:samples]].long()
     return list(drawn.split(max(1, tokens_per_batch // seq_length)))  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ from optprune.models import Decoder, load
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.report import PartsScored, Report
+from optprune.report import PhaseAdvanced, Report
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
 
@@ -155,9 +155,12 @@ def test_choosing_changes_nothing_and_tells_how_far_it_is() -> None:
     allocation, chosen = division.allocation, division.removed
     assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in before.items()}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [type(event) for event in events] == [PartsScored] * (1 + len(chosen))  # the first: none is chosen yet
-    weights = sum(entry.weights for entry in chosen)
-    assert events[-1] == PartsScored(weights, round(0.3 * Decoder(model).linear_weights()))
+    weights, budget = sum(entry.weights for entry in chosen), round(0.3 * Decoder(model).linear_weights())
+    counts = [0]  # none is chosen yet
+    for entry in chosen:
+        counts.append(counts[-1] + entry.weights)
+    step = "choosing sub-blocks to remove"
+    assert events == [PhaseAdvanced("budget", step, "weight", count, budget) for count in counts]
     assert allocation.sparsity == pytest.approx(weights / Decoder(model).linear_weights())
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from optprune.calibration import collect_metrics, fisher_pass, from_text, sampled
 from optprune.calibration.fisher_pass import NO_LABEL, next_tokens
 from optprune.errors import InputError, NumericalError
-from optprune.models import Decoder
+from optprune.models import Decoder, load_model, open_model
 from tests.helpers.faults import noticed
 from tests.helpers.tiny_models import by_variant, tiny_llama, tiny_opt, tiny_qwen2
 
@@ -207,14 +207,25 @@ def test_layers_that_are_too_wide_get_the_diagonal():
         assert torch.equal(metric.average, expected.average)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@by_variant
+def test_in_half_precision_it_is_that_of_the_same_weights_in_float32(make, dtype, tmp_path):
+    make().to(dtype).save_pretrained(tmp_path)
+    layers = Decoder(make()).architecture.layers
+    expected = collect_metrics(load_model(tmp_path, dtype="float32").decoder(), [tokens()], sampled(0), full=layers)
+    for loaded in (load_model(tmp_path), open_model(tmp_path)):
+        found = collect_metrics(loaded.decoder(), [tokens()], sampled(0), full=layers)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(metric.average, expected[name].average) for name, metric in found.items())
+        assert {weight.dtype for weight in loaded.model.parameters()} == {dtype}
+
+
 def test_what_is_refused():
     decoder = Decoder(tiny_llama())
     with pytest.raises(InputError, match="no batches"):
         collect_metrics(decoder, [], sampled(0))
     with pytest.raises(InputError, match=r"mlp\.up"):
         collect_metrics(decoder, [tokens()], sampled(0), full=["mlp.up"])
-    with pytest.raises(InputError, match="float32"):
-        collect_metrics(Decoder(tiny_llama().to(torch.bfloat16)), [tokens()], sampled(0))
     damaged = tiny_llama()
     nn.init.constant_(damaged.lm_head.weight, torch.nan)
     with pytest.raises(NumericalError, match="NaN"):

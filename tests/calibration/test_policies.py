@@ -12,6 +12,7 @@ from optprune.allocation import Allocation
 from optprune.calibration import POLICIES, Stream, moments_pass, propagation, stream
 from optprune.calibration.stream import run_block
 from optprune.models import BlockAllocation, Decoder
+from optprune.models.places import OnDevice, States
 from optprune.objectives import LayerContext, linked
 from optprune.problems import LayerLoss, Problem
 from optprune.pruning import prune
@@ -43,7 +44,7 @@ SEES = {
 def test_the_facts_of_every_policy() -> None:
     assert POLICIES.keys() == FACTS.keys()
     for name, policy in POLICIES.items():
-        path = policy.start(Stream([torch.zeros(1, 1, 1)], [[{}]]))
+        path = policy.start(Stream(States(OnDevice(), [torch.zeros(1, 1, 1)]), [[{}]]))
         two_paths = path.dense is not path.actual
         assert (policy.independent, policy.sequential, policy.dense_target, two_paths) == FACTS[name]
         assert policy.name == name

@@ -103,16 +103,6 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
             "a 2:5 pattern needs a multiple of 5 inputs, not 6",
         ),
         (
-            {"recipe": "sparse_best", "dtype": "bfloat16"},
-            (),
-            "an output metric in bfloat16 loses too many digits: load",
-        ),
-        (
-            {"recipe": "fasp", "dtype": "float16"},
-            ("--set", "recovery=1", "--set", "held_out=0.1"),
-            "recovery in float16",
-        ),
-        (
             {"pattern": "2:4"},
             (),
             "the pattern 2:4 is one of single weights, but units are all: choose a recipe with units weights, such as",
@@ -246,14 +236,6 @@ def test_code_in_a_model_folder_is_not_run_whatever_is_answered(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_not_there(attempt: Attempt) -> None:
     assert "the device 'cuda' cannot be used" in attempt.fails(attempt.command(device="cuda"))
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_a_checkpoint_whose_digits_are_too_few_for_the_recipe(attempt: Attempt) -> None:
-    half: Any = tiny_llama().to(torch.bfloat16)  # type: ignore[arg-type]
-    attempt.model = save_tiny(half, attempt.folder / "half")
-    sentence = attempt.fails(attempt.command(recipe="structured_best"))
-    assert "an output metric in bfloat16 loses too many digits: load the model with --dtype float32" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -106,13 +106,13 @@ def free_descriptors(most: int) -> int:
 def test_a_reload_that_fails_for_want_of_file_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:
-    start, output = subprocess.run, tmp_path / "new" / "out"
+    start, output = subprocess.Popen, tmp_path / "new" / "out"
 
     def limited_start(*args: Any, **options: Any) -> Any:
         resource.setrlimit(resource.RLIMIT_NOFILE, (free_descriptors(free), before[1]))
         return start(*args, **options)
 
-    monkeypatch.setattr(subprocess, "run", limited_start)
+    monkeypatch.setattr(subprocess, "Popen", limited_start)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     held = descriptors()
     try:

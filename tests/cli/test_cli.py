@@ -164,13 +164,14 @@ def test_options_and_settings_reach_the_recipe_and_overwrite_replaces(
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(output).items())
 
 
-def test_a_model_is_pruned_in_one_dtype_and_saved_in_another(
-    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("dtypes", [[], ["--dtype", "float32", "--save-dtype", "bfloat16"]], ids=["auto", "by hand"])
+def test_a_bfloat16_checkpoint_is_pruned_in_float32_and_saved_as_it_was(
+    dtypes: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_tiny(TINY_MODELS["llama"]().to(torch.bfloat16), tmp_path / "half")
     output = tmp_path / "out"
     command = ["prune", str(source), "--calibration", text, "--output", str(output), *SMALL, "--recipe", "sparse_best"]
-    code, out, err = run([*command, "--dtype", "float32", "--save-dtype", "bfloat16"], capsys)
+    code, out, err = run([*command, *dtypes], capsys)
     assert code == 0, err
     saved = weights(output)
     assert {value.dtype for value in saved.values()} == {torch.bfloat16}
@@ -231,13 +232,13 @@ def test_evaluate_measures_what_the_library_measures(
     code, out, err = run(command, capsys)
     assert code == 0, err
     result = json.loads(record.read_text())
-    assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds"}
+    assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
     tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
     expected = perplexity(load(source), evaluation_windows(tokens, 64, 5))
     assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
     assert (result["tokens"], result["windows"], result["seq_length"]) == (5 * 63, 5, 64)
     assert (result["model"], result["text"]) == (source, text)
-    assert f"perplexity {result['perplexity']:.4f} over 315 tokens" in out
+    assert f"perplexity {result['perplexity']:.4f}, {result['bits_per_byte']:.4f} bits per byte, over 315 tokens" in out
     assert record.stat().st_mode & 0o400
     assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
@@ -254,7 +255,7 @@ def test_a_hopeless_model_gives_json_too(
     command = ["evaluate", models["opt"], "--text", text, "--seq-length", "64", "--windows", "2", "--json", str(record)]
     code, out, err = run(command, capsys)
     assert code == 0, err
-    assert out.startswith("perplexity inf ")
+    assert out.startswith("perplexity inf, inf bits per byte, ")
     assert json.loads(record.read_text(), parse_constant=pytest.fail)["perplexity"] is None
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from optprune.errors import OptpruneError
-from optprune.export import reload_check, save_model
+from optprune.export import check, reload_check, save_model
 from optprune.export.check import places_of, run_alongside
 from optprune.models import Decoder
 from tests.helpers.tiny_models import tiny_llama
@@ -39,9 +39,13 @@ def test_the_difference_is_the_largest_of_any_logit_of_any_position(tmp_path: Pa
         "scratch": str(tmp_path),
     }
     words = [sys.executable, "-P", reload_check.__file__, json.dumps(task)]
-    run = run_alongside(words, dict(os.environ))
+    lines: list[str] = []
+    run = run_alongside(words, dict(os.environ), lines.append)
     # One thread here and there, and the same kernels: the logits are the same, the difference is rounded.
-    assert json.loads(run.stdout)["difference"] == pytest.approx(0.25, abs=1e-6)
+    *blocks, last = map(json.loads, lines)
+    assert last["difference"] == pytest.approx(0.25, abs=1e-6)
+    assert blocks == [{"blocks": done} for done in range(len(model.model.layers) + 1)]
+    assert "".join(lines) == run.stdout
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -54,7 +58,7 @@ def test_what_is_more_than_rounding_is_refused(
 
     def saved(difference: float, name: str) -> float | None:
         told = subprocess.CompletedProcess([], 0, json.dumps({"difference": difference}), "")
-        monkeypatch.setattr(subprocess, "run", lambda *_, **__: told)
+        monkeypatch.setattr(check, "run_alongside", lambda *_: told)
         return save_model(model, tmp_path / name, check_tokens=CHECK_TOKENS).logits_difference
 
     limit = TOLERANCES[dtype] * largest

@@ -6,7 +6,7 @@ from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import by_cost
-from optprune.report import BlockMeasured
+from optprune.report import PhaseAdvanced
 from tests.helpers.token_batches import batches
 
 
@@ -16,5 +16,6 @@ def divided(decoder: Decoder, recipe: Recipe, metrics: dict[str, OutputMetric] |
         events: list[object] = []
         dense = DenseModel(decoder, batches(), metrics or {}, on_event=events.append)
         allocation = by_cost(recipe).along(dense, stream).allocation
-    assert [event.block for event in events if isinstance(event, BlockMeasured)] == list(range(len(decoder.blocks)))
+    measured = [event.done for event in events if isinstance(event, PhaseAdvanced)]
+    assert measured == list(range(len(decoder.blocks) + 1))
     return allocation

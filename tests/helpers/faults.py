@@ -36,7 +36,7 @@ def halved_group_prox(self, weight, step):
 
 def unclipped(self, weight, dual):
     """In the place of `DualMap._projected`."""
-    return self.loss.value(weight) + float((dual * weight).sum())
+    return self.loss.exact_value(weight) + float((dual * weight).sum())
 
 
 def not_refitted(self, columns):

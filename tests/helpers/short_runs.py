@@ -23,4 +23,4 @@ def told(report: Report) -> Report:
     """A report without its times."""
     layers = tuple(replace(layer, seconds=0.0, stages=()) for layer in report.layers)
     recovered = tuple(replace(part, seconds=0.0) for part in report.recovered)
-    return replace(report, seconds=0.0, floor_seconds=0.0, layers=layers, recovered=recovered)
+    return replace(report, seconds=0.0, floor_seconds=0.0, phases=(), layers=layers, recovered=recovered)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from optprune.errors import InputError, NumericalError
-from optprune.measure import perplexity
-from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+from optprune.measure import bits_per_byte, perplexity
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
 
 
 def literal(model: torch.nn.Module, windows: torch.Tensor) -> float:
@@ -72,3 +72,13 @@ def test_nan_is_an_error() -> None:
 def test_windows_without_predictions(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="windows are token ids"):
         perplexity(tiny_llama(), torch.zeros(shape, dtype=torch.long))
+
+
+def test_bits_per_byte_do_not_depend_on_how_the_text_is_cut_into_tokens() -> None:
+    """A uniform model over V tokens needs log2 V bits a token, and the bytes are those of the text."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    text = "Der Minister läuft über die Brücke, naïve façade. " * 4
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    bits = bits_per_byte(perplexity(model, ids), ids, tokenizer)
+    assert bits == pytest.approx(9 * ids.numel() / len(text.encode()), rel=1e-6)

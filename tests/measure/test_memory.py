@@ -1,11 +1,13 @@
 """The memory of a run: the increase is what is allocated, and what was freed goes back to the system."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from optprune.measure.memory import memory_increase, release
+from optprune.measure.memory import free_memory, group_rooms, memory_increase, release
 from tests.helpers.memory import MIB, told
 
 
@@ -64,3 +66,30 @@ def test_other_systems_keep_what_they_keep(system: str, monkeypatch: pytest.Monk
 def test_a_c_library_without_the_function_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda name: object())
     release()
+
+
+def group(root: Path, folder: str, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        file = root / "sys/fs/cgroup" / folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def test_what_control_groups_leave_is_told(tmp_path: Path) -> None:
+    """Of both versions; a group without a limit, or that is not shown, tells nothing."""
+    assert list(group_rooms(tmp_path)) == []
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("12:cpu,cpuacct:/a\n5:memory:/a/b\n0::/c/d\n")
+    group(tmp_path, "memory/a", {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "700"})
+    group(tmp_path, "memory/a", {"memory.stat": "cache 5\ntotal_inactive_file 50\n"})
+    group(tmp_path, "c/d", {"memory.max": "max\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"})
+    group(tmp_path, "c", {"memory.max": "2000\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"})
+    assert list(group_rooms(tmp_path)) == [350, 1350]
+
+
+@told
+def test_free_memory_is_less_than_the_machine_s() -> None:
+    free = free_memory()
+    assert free is not None
+    assert 0 < free < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert free_memory(torch.device("meta")) is None

@@ -21,7 +21,7 @@ from optprune.objectives import LayerContext, Objective, linked
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved
+from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved, PhaseFinished, PhaseStarted
 from optprune.solvers import Chain, FaspMetric, Restore, Solver
 from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
@@ -123,7 +123,13 @@ def test_restoration_lowers_the_error_of_the_same_choice() -> None:
 def test_events_come_in_order() -> None:
     events: list[object] = []
     prune(tiny_llama(), batches(), load_recipe("fasp"), on_event=events.append)
-    assert [type(event) for event in events] == [BlockStarted, LayerSolved, LayerSolved, BlockFinished] * 2
+    blocks = [BlockStarted, LayerSolved, LayerSolved, BlockFinished] * 2
+    assert [type(event) for event in events] == [
+        *[PhaseStarted, PhaseFinished] * 2,
+        PhaseStarted,
+        *blocks,
+        PhaseFinished,
+    ]
 
 
 def test_training_mode_and_gradients_come_back() -> None:

@@ -32,7 +32,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sub-blocks": ("depth", {"sparsity": 0.3}),
     "recovery": ("spap", {}),
 }
-CHANGING = ("seconds", "floor_seconds", "calibration", "model")
+CHANGING = ("seconds", "floor_seconds", "phases", "calibration", "model")
 """what two reports of the same run do not share"""
 
 

@@ -80,7 +80,7 @@ def rows_not_swept(matrix, rows, pivots, sign):
 
 def worst_exchange(self, candidates, barred=None):
     found = best(self, candidates, barred)
-    return None if found is None else replace(found, leaving=self.choice.nonzero()[0, 0])
+    return None if found is None else replace(found, leaving=self.choice.nonzero()[0])
 
 
 def predicted():

@@ -16,7 +16,7 @@ from optprune.patterns import RowWise
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
-from optprune.solvers.run import DEAD
+from optprune.solvers.run import DEAD, answer
 from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver, convex_optimum, reference
 from optprune.testing.quadratic import Quadratic, rounding
@@ -232,6 +232,21 @@ def test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for(rows):
     again = solve(problem, Restore(), start=start)
     assert torch.equal(again.value, start)
     assert again.certificate.lower_bound == 0
+
+
+def test_an_inner_step_measures_and_proves_nothing(monkeypatch):
+    loss = barely_apart()
+    loss = replace(loss, damping=torch.full_like(loss.damping, 0.1))
+    problem = MaskedLeastSquares(loss, torch.tensor([[True, False]]))
+    expected = solve(problem, Restore())
+    assert expected.certificate is not None
+
+    def refuse(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(LayerLoss, "value", refuse)
+    monkeypatch.setattr(LayerLoss, "exact_residual", refuse)
+    assert torch.equal(answer(problem, Restore(), problem.start()), expected.value)
 
 
 @pytest.fixture

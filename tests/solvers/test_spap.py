@@ -114,7 +114,7 @@ def test_a_unit_is_worth_what_its_absence_costs_and_a_set_the_change_it_makes(ma
     for leaving, entering in ((kept[:2], dropped[1:3]), (kept[:1], dropped[:0]), (kept[:0], dropped[:2])):
         other = flipped(choice, *leaving, *entering)
         change = of_choice(problem, scale, rho, other) - here
-        assert tableau.change(leaving, entering) == pytest.approx(change, rel=1e-7)
+        assert float(tableau.change(leaving, entering)) == pytest.approx(change, rel=1e-7)
         moved = tableau.exchanged(leaving, entering)
         assert torch.equal(moved.choice, other)
         assert moved.cost - tableau.cost == pytest.approx(change, rel=1e-7)

@@ -125,7 +125,7 @@ def test_a_column_without_a_file_is_not_the_current_folder(
 def test_documents_are_joined_and_tokenised_once() -> None:
     tokenizer = tiny_tokenizer()
     tokens = tokenise(tokenizer, ["One document.", "And another."])
-    assert tokens.dtype == torch.long
+    assert tokens.dtype == torch.int32
     assert tokens.tolist() == tokenizer("One document.\n\nAnd another.")["input_ids"]
     assert tokenizer.decode(tokens) == "One document.\n\nAnd another."
 
@@ -134,6 +134,7 @@ def test_evaluation_windows_are_consecutive_and_drop_the_rest() -> None:
     tokens = torch.arange(23)
     assert evaluation_windows(tokens, 5).tolist() == torch.arange(20).view(4, 5).tolist()
     assert evaluation_windows(tokens, 5, 2).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert evaluation_windows(tokens.int(), 5, 2).dtype == torch.long
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,7 @@ def test_calibration_windows_are_distinct_whole_and_seeded() -> None:
     batches = calibration_batches(tokens, samples=80, seq_length=10, seed=3, tokens_per_batch=64)
     assert [len(batch) for batch in batches] == [6] * 13 + [2]
     windows = torch.cat(batches)
+    assert torch.equal(windows, torch.cat(calibration_batches(tokens.int(), 80, 10, seed=3)))
     assert windows.flatten().unique().numel() == 800  # none overlap
     assert torch.equal(windows, windows[:, :1] + torch.arange(10))  # each is a piece of the text
     again = torch.cat(calibration_batches(tokens, 80, 10, seed=3))

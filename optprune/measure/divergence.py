@@ -1,0 +1,124 @@
+"""How far a model's predictions are from those of the dense model, which perplexity alone does not say."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optprune.errors import InputError, NumericalError
+from optprune.measure.evaluate import GIVES_NAN, check_windows, evaluating, of_surprise, passes
+
+STRETCHES = 8
+"""into how many parts a window's predictions are cut at most, to see what grows along the context"""
+POSITIONS_AT_ONCE = 256
+"""how many predictions over the whole vocabulary are held at once, of each model"""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of every window, and the means over the predictions made there."""
+
+    first: int
+    """how many tokens the first of these predictions sees"""
+    last: int
+    """how many tokens the last of them sees"""
+    perplexity: float
+    divergence: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A model beside the dense one, over all next-token predictions of some windows."""
+
+    divergence: float
+    """KL(dense || model), in nats a prediction"""
+    agreement: float
+    """the share of predictions in which both hold the same token for the most likely"""
+    perplexity: float
+    dense_perplexity: float
+    along: tuple[Stretch, ...]
+    """the same along the context"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def divergence_from(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    windows: Tensor,
+    *,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Divergence:
+    """The divergence of a model from the dense one on windows of token ids [n, length], which do not see each other.
+
+    Means are over the length - 1 predictions of each window, as for `perplexity`; log-probabilities in float32, sums
+    in float64. `on_window(done, n)` is called after each pass. InputError when the vocabularies differ in size,
+    NumericalError when a model gives NaN.
+    """
+    check_windows(windows)
+    own, other = model.config.get_text_config().vocab_size, dense.config.get_text_config().vocab_size
+    if own != other:
+        raise InputError(
+            f"the two models have vocabularies of {own} and {other} tokens, so that their predictions cannot be "
+            "compared: name the model that this one was made from"
+        )
+    count, length = windows.shape
+    sums = torch.zeros(4, length - 1, dtype=torch.float64)
+    with ExitStack() as contexts:
+        for one in (model, dense):
+            contexts.enter_context(evaluating(one))
+        pairs = zip(passes(model, windows), passes(dense, windows), strict=True)
+        done = 0
+        for (ids, logits), (_, expected) in pairs:
+            for window, scores, dense_scores in zip(ids, logits, expected.to(logits.device), strict=True):
+                sums += _sums(window, scores, dense_scores)
+            done += len(ids)
+            if bool(sums.isnan().any()):
+                raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
+            if on_window is not None:
+                on_window(done, count)
+    total = Stretch(1, length - 1, *_means(sums, count))
+    along = (Stretch(first + 1, last, *_means(sums[:, first:last], count)) for first, last in _stretches(length - 1))
+    return Divergence(
+        max(total.divergence, 0.0),
+        total.agreement,
+        total.perplexity,
+        of_surprise(float(sums[1].sum()), count * (length - 1)),
+        tuple(along),
+    )
+
+
+def _sums(window: Tensor, scores: Tensor, dense_scores: Tensor) -> Tensor:
+    """By prediction of a window [length]: both models' surprise, the divergence, the agreement [4, length - 1]."""
+    found = list[Tensor]()
+    whole = (window[1:], scores[:-1], dense_scores[:-1])
+    for following, part, dense_part in zip(*(x.split(POSITIONS_AT_ONCE) for x in whole), strict=True):
+        log_q, log_p = part.float().log_softmax(-1), dense_part.float().log_softmax(-1)
+        surprises = [-x.gather(1, following[:, None])[:, 0] for x in (log_q, log_p)]
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+        agreement = log_q.argmax(-1) == log_p.argmax(-1)
+        found.append(torch.stack([*(x.double() for x in surprises), divergence, agreement.double()]))
+    return torch.cat(found, dim=1).cpu()
+
+
+def _means(sums: Tensor, count: int) -> tuple[float, float, float]:
+    """The perplexity, divergence and agreement of some predictions of so many windows."""
+    surprise, _, divergence, agreement = (float(x) for x in sums.sum(1))
+    predictions = count * sums.shape[1]
+    return of_surprise(surprise, predictions), divergence / predictions, agreement / predictions
+
+
+def _stretches(predictions: int) -> Iterator[tuple[int, int]]:
+    parts = min(STRETCHES, predictions)
+    edges = [math.floor(predictions * part / parts) for part in range(parts + 1)]
+    return pairwise(edges)

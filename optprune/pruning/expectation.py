@@ -1,0 +1,124 @@
+"""What the phases of a run may take, from its recipe and the shapes of the model alone: a guess, put right on the way.
+
+Passes of tokens through blocks, Gram products and factorisations are counted in multiplications, which a product of
+matrices is timed for. How long solvers search is a rule of thumb. `TimeLeft` corrects all that once it sees work.
+"""
+
+import math
+import time
+from collections.abc import Iterable
+
+import torch
+
+from optprune.allocation import Allocation, Allocator, ByCost, Depth
+from optprune.calibration.fisher_pass import PASSES_BACK
+from optprune.measure.clock import clock
+from optprune.models import Decoder, Target
+from optprune.recipe import Recipe
+from optprune.recipe.allocator import allocator_of
+from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+
+WIDTH, TIMES = 512, 5
+"""the width of the matrices whose product is timed, and how often it is"""
+BYTES_PER_SECOND = 5e8
+"""what a disk reads and writes"""
+START = 3.0, 20.0
+"""the least and the most seconds in which a process imports torch and transformers"""
+CHARACTERS_PER_SECOND = 1e6
+"""what a tokenizer reads"""
+SEARCH = 25
+"""how many times in^2 (in + out) multiplications the solve of a layer takes"""
+CURVE = 12
+"""how many times in^3 the cost of every unit or weight of a layer takes"""
+
+
+def expected_seconds(
+    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, characters: int, device: torch.device
+) -> dict[str, float]:
+    """The seconds of every phase of a run from a folder and a text to a folder, by its name.
+
+    `decoder` may be on the meta device; so many `tokens` are drawn from a text of so many `characters`.
+    """
+    files = sum(weight.nbytes for weight in decoder.model.parameters()) / BYTES_PER_SECOND
+    # This process has hardly done anything until now but to import the same.
+    start = min(max(time.process_time(), START[0]), START[1])
+    before = {TOKENISING: 0.5 + characters / CHARACTERS_PER_SECOND, LOADING: 0.5 + 2 * files}
+    after = {SAVING: 0.5 + 2 * files, CHECKING: start + files}
+    return before | expected_computing(decoder, recipe, allocation, tokens, device) | after
+
+
+def expected_computing(
+    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, device: torch.device
+) -> dict[str, float]:
+    """The seconds of the phases of `prune` by their names."""
+    recipe, rate = recipe.settled(), products_per_second(device)
+    work = {
+        METRIC: _metric(decoder, recipe, tokens),
+        BUDGET: _budget(decoder, recipe, allocator_of(recipe, allocation), tokens),
+        PRUNING: _pruning(decoder, recipe, tokens),
+    }
+    return {phase: count / rate for phase, count in work.items()}
+
+
+def products_per_second(device: torch.device) -> float:
+    """The multiplications a second in a product of matrices, the best of a few."""
+    matrix, best = torch.ones(WIDTH, WIDTH, device=device), math.inf
+    for _ in range(TIMES):
+        began = clock(device)
+        torch.matmul(matrix, matrix)
+        best = min(best, clock(device) - began)
+    return WIDTH**3 / max(best, 1e-9)
+
+
+def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
+    if recipe.metric is None:
+        return 0.0
+    seen, widest, squares = min(tokens, recipe.metric.tokens), recipe.metric.width, 0
+    whole = recipe.units.whole_metric(decoder.architecture) if recipe.metric.kind == "full" else ()
+    for block in range(len(decoder.blocks)):
+        for path in whole if widest is None else decoder.paths(block):
+            outputs = decoder.layer(block, path).out_features
+            squares += outputs**2 if path in whole and outputs <= (widest or outputs) else 0
+    return seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * _head(decoder) + squares)
+
+
+def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int) -> float:
+    blocks, weights = len(decoder.blocks), decoder.linear_weights()
+    if isinstance(allocator, Depth):
+        if allocator.score == "influence":
+            return 2.0 * tokens * weights
+        # As many rounds as sub-blocks go, with a pass of half the model for each that is left, on average.
+        parts = 2 * blocks
+        gone = allocator.sparsity * parts
+        return min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + _head(decoder))
+    if not isinstance(allocator, ByCost):
+        return 0.0
+    work, changes = float(tokens * weights), 0
+    for block in range(blocks):
+        targets = allocator.units.candidates(decoder, block)
+        work += tokens * _grams(decoder, block, targets)
+        work += sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
+        changes += 1 if recipe.units.family is not None else len(targets)
+    return work + allocator.probe_tokens * changes * (weights / 2 + 2 * _head(decoder))
+
+
+def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
+    work = 0.0
+    for block, shape in enumerate(decoder.shapes()):
+        targets = recipe.units.candidates(decoder, block)
+        passes = 3 if recipe.policy.sequential else 2
+        work += tokens * (passes * decoder.weights_of(shape) + _grams(decoder, block, targets))
+        for target in targets if recipe.solver is not None else ():
+            layer = decoder.layer(block, target.path)
+            work += SEARCH * layer.in_features**2 * (layer.in_features + layer.out_features)
+    return work
+
+
+def _grams(decoder: Decoder, block: int, targets: Iterable[Target]) -> int:
+    """The multiplications a token that the Gram matrices of the inputs take."""
+    return sum(decoder.layer(block, tap).in_features ** 2 for tap in {target.tap for target in targets})
+
+
+def _head(decoder: Decoder) -> int:
+    head = decoder.model.get_output_embeddings()
+    return 0 if head is None else sum(weight.numel() for weight in head.parameters())

@@ -1,0 +1,112 @@
+"""The time left of a whole run: what its phases were expected to take, put right by what they have taken."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from optprune.report.phases import BUDGET, METRIC, PRUNING
+
+COMPUTING = (METRIC, BUDGET, PRUNING)
+"""the phases that are slow or fast together; the others read and write files, or start a process"""
+ENOUGH = 0.01
+"""the share of the work from which on its own speed is believed, and not what was expected of it"""
+
+
+@dataclass
+class _Step:
+    """A step of a phase: the shares of it that were done when it was met first and last, and the time between."""
+
+    width: float
+    """the share of the phase's work that the whole step is"""
+    first: float
+    last: float
+    seconds: float = 0.0
+    item: float = 0.0
+    """the share that was done last at one go, such as a block's"""
+
+    @property
+    def done(self) -> float:
+        """The share of the step that was seen being done."""
+        return self.last - self.first
+
+
+class TimeLeft:
+    """An estimate of the seconds that are left of a run.
+
+    `expected` has the seconds of every phase by its name, in the order of the phases, as good or as bad as they may be
+    known: one that is missing counts for nothing until it begins. The phase at work is extrapolated from its own speed;
+    until a hundredth of it is done, from the geometric mean of that and of what was expected. The phases to come are
+    what was expected of them; the metric, the budget and the blocks, which are slow or fast together, times how much
+    longer than expected they have taken so far.
+    """
+
+    def __init__(self, expected: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        self.expected, self.clock = dict(expected), clock
+        self._begun: set[str] = set()
+        self._steps: dict[tuple[str, str], _Step] = {}
+        self._phase: str | None = None
+        self._step: _Step | None = None
+        self._since = clock()
+        """when it was last heard of progress"""
+
+    def begin(self, phase: str) -> None:
+        """A phase begins."""
+        self._begun.add(phase)
+        self._phase, self._step, self._since = phase, None, self.clock()
+
+    def advance(self, phase: str, step: str, done: float, begins: float = 0.0, ends: float = 1.0) -> None:
+        """A share of a step is done, in 0 to 1; the step goes from one share of its phase's work to another."""
+        now = self.clock()
+        if phase != self._phase:
+            self.begin(phase)
+        found = self._steps.setdefault((phase, step), _Step(ends - begins, done, done))
+        if done > found.last:
+            found.item, found.last = done - found.last, done
+        if self._step is not None:
+            self._step.seconds += now - self._since
+        self._step, self._since, self._ends = found, now, ends
+
+    def end(self) -> None:
+        """The phase at work is over."""
+        self._phase = self._step = None
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to estimate from."""
+        return any(self.expected.values()) or (self._step is not None and self._step.done > 0)
+
+    def seconds(self) -> float:
+        """The seconds that are left now."""
+        to_come = (phase for phase in self.expected if phase not in self._begun)
+        return self._left_of_phase() + sum(self.expected[phase] * self._pace(phase) for phase in to_come)
+
+    def _left_of_phase(self) -> float:
+        """What is left of the phase at work."""
+        if self._phase is None:
+            return 0.0
+        waited, whole = self.clock() - self._since, self.expected.get(self._phase, 0.0) * self._pace(self._phase)
+        step = self._step
+        # What nothing was seen of yet, and is late by so much, is late by as much again.
+        if step is None:
+            return abs(whole - waited)
+        # The seconds of the whole step: by what was expected, and by its own speed.
+        rate = whole * step.width
+        if step.done > 0:
+            believed = min(1.0, step.done / ENOUGH) if rate > 0 else 1.0
+            rate = (step.seconds / step.done) ** believed * rate ** (1 - believed)
+        left = rate * (1 - step.last)
+        # However long the part at work takes, those behind it are still to do.
+        behind = max(left - rate * step.item, 0.0) if step.item else 0.0
+        own = max(left - waited, behind) if step.done else abs(left - waited)
+        return own + (1 - self._ends) * whole
+
+    def _pace(self, phase: str) -> float:
+        """How much longer a phase takes than expected, by the steps that were seen of all that go with it."""
+        kind = [name for name in COMPUTING if name in self.expected] if phase in COMPUTING else [phase]
+        steps = [(self.expected.get(name, 0.0), step) for (name, _), step in list(self._steps.items()) if name in kind]
+        expected = sum(seconds * step.width * step.done for seconds, step in steps)
+        taken = sum(step.seconds for seconds, step in steps if seconds * step.width * step.done > 0)
+        if not expected or not taken:
+            return 1.0
+        believed = min(1.0, expected / sum(self.expected[name] for name in kind) / ENOUGH)
+        return (taken / expected) ** believed

@@ -1,0 +1,53 @@
+"""Where a run stands, by what it tells: the position that progress is drawn from and time left is estimated by."""
+
+from dataclasses import dataclass
+
+from optprune.report.events import BlockFinished, BlockStarted, Event, LayerSolved, PhaseAdvanced
+from optprune.report.phases import PRUNING
+
+
+@dataclass(frozen=True)
+class Position:
+    """A step of a phase, and how far it is."""
+
+    phase: str
+    step: str
+    """what is being done, in words"""
+    unit: str
+    """the name of what is counted"""
+    done: int
+    total: int
+    share: float
+    """the share of the step that is done, parts of what is counted too"""
+    begins: float = 0.0
+    """the share of the phase's work that comes before this step"""
+    ends: float = 1.0
+    """the share that is done after it"""
+
+
+class Positions:
+    """Tells the position after each event of a run."""
+
+    def __init__(self) -> None:
+        self._done = self._layers = self._solved = 0
+
+    def after(self, event: Event) -> Position | None:
+        """Where the run stands now; None where the event tells nothing of it."""
+        if isinstance(event, PhaseAdvanced):
+            share = event.done / event.total if event.total else 1.0
+            counts = event.unit, event.done, event.total, min(share, 1.0)
+            return Position(event.phase, event.step, *counts, event.begins, event.ends)
+        if isinstance(event, BlockStarted):
+            self._blocks, self._done = event.blocks, event.block if event.done is None else event.done
+            self._layers, self._solved = event.layers, 0
+        elif isinstance(event, BlockFinished):
+            self._blocks, self._done = event.blocks, event.block + 1 if event.done is None else event.done
+            self._layers = self._solved = 0
+        elif isinstance(event, LayerSolved) and self._solved < self._layers:
+            self._solved += 1
+        else:
+            return None
+        # Behind the last layer there is still the way to the next block.
+        within = self._solved / (self._layers + 1)
+        share = (self._done + within) / self._blocks
+        return Position(PRUNING, "pruning", "block", self._done, self._blocks, share)

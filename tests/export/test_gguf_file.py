@@ -1,0 +1,149 @@
+"""A folder as a GGUF file: llama.cpp gives the logits and the greedy text that transformers gives."""
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+import optprune
+from optprune.cli import main
+from optprune.errors import InputError
+from optprune.export import export_gguf, save_model
+from optprune.export.gguf_vocabulary import Vocabulary
+from optprune.models import Decoder, KvGroups, Mlp, Values, load_tokenizer
+from optprune.models.architecture import BlockShape
+from tests.helpers.llama_cpp import LlamaCpp
+from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, VOCABULARY, save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+
+TEXT = "The minister said on Monday that 2500 people's houses,\nwhich they'd built"
+UNEVEN = (BlockShape(96, 2, 16), BlockShape(0, 1, 16), BlockShape(64, 0, 0))
+NARROW = (BlockShape(96, 2, 8), BlockShape(96, 2, 8), BlockShape(96, 2, 12))
+
+
+def folder_of(model, folder: Path, shapes: tuple[BlockShape, ...] = ()) -> Path:
+    decoder = Decoder(model)
+    for block, shape in enumerate(shapes):
+        for part in {"attention", "mlp"} - set(shape.parts):
+            decoder.remove(block, part)
+        kept = {KvGroups(): shape.kv_heads, Values(): shape.value_dim, Mlp(): shape.mlp_width}
+        for units, count in kept.items():
+            if count:
+                layers = units.layers(decoder, block)
+                heads = shape.kv_heads if isinstance(units, Values) else 1
+                decoder.keep_units(
+                    block, layers, torch.arange(layers.link.units) % (layers.link.units // heads) < count
+                )
+    decoder.record_shapes()
+    save_model(model, folder, tokenizer=tiny_tokenizer())
+    return folder
+
+
+def check_alike(folder: Path, file: Path, tolerance: float) -> None:
+    """The log-probabilities of the token behind a text, all of them, and what goes on from it."""
+    model, tokenizer = optprune.load(folder).float().eval(), load_tokenizer(folder)
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"])  # type: ignore[misc]
+    with torch.no_grad():
+        expected = model(input_ids=ids[None]).logits[0, -1].double().log_softmax(-1)
+    other = LlamaCpp(file)
+    found = other.log_probabilities(ids, VOCABULARY)
+    assert len(found) == VOCABULARY
+    assert max(abs(found[token] - float(expected[token])) for token in found) < tolerance
+    assert other.tokens(TEXT) == len(ids)
+
+
+@pytest.mark.parametrize("shapes", [(), UNEVEN, NARROW], ids=["whole", "uneven", "fewer value dimensions"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_llama_cpp_gives_the_same_probabilities(family: str, shapes: tuple[BlockShape, ...], tmp_path: Path) -> None:
+    folder = folder_of(TINY_MODELS[family](num_hidden_layers=3), tmp_path / "model", shapes)
+    written = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
+    assert written.architecture == ("deci" if shapes == UNEVEN else family)
+    assert bool(written.notes) == (shapes == NARROW)
+    check_alike(folder, written.file, 1e-4)
+
+
+@pytest.mark.parametrize("rotary", [LLAMA3, {"rope_type": "linear", "factor": 4.0}], ids=["llama3", "linear"])
+def test_rotary_embeddings_that_are_scaled(rotary: dict, tmp_path: Path) -> None:
+    parameters = {**rotary, "rope_theta": 50000.0}
+    folder = folder_of(tiny_llama(rope_parameters=parameters, max_position_embeddings=1024), tmp_path / "model")
+    check_alike(folder, export_gguf(folder, tmp_path / "model.gguf", kind="f32").file, 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("f16", 16.0), ("q8_0", 8.5)])
+def test_smaller_types(kind: str, bits: float, tmp_path: Path) -> None:
+    """What is stored is the weight within the type's rounding; rows that q8_0 cannot hold are float16, and told."""
+    folder = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "model", UNEVEN)
+    written = export_gguf(folder, tmp_path / "model.gguf", kind=kind)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(written.file).tensors}
+    up = optprune.load(folder).model.layers[0].mlp.up_proj.weight.detach()
+    tensor = stored["blk.0.ffn_up.weight"]
+    numbers = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(up.shape)
+    block = up.view(-1, 32).abs().amax(1).max()
+    assert float((numbers - up).abs().max()) <= float(block) * (2**-11 if kind == "f16" else 0.51 / 127)
+    assert tensor.n_bytes == up.numel() * bits / 8
+    assert stored["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    assert not written.notes
+    odd = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "odd", (BlockShape(88, 2, 16),) * 3)
+    told = export_gguf(odd, tmp_path / "odd.gguf", kind=kind).notes
+    assert ("rows of 88 numbers are no multiple of 32 and stay float16" in "".join(told)) == (kind == "q8_0")
+
+
+def test_the_vocabulary_and_the_template_go_along(tmp_path: Path) -> None:
+    folder = save_tiny(tiny_llama(vocab_size=VOCABULARY + 8), tmp_path / "model")
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # type: ignore[union-attr]
+    tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+    fields = gguf.GGUFReader(export_gguf(folder, tmp_path / "model.gguf").file).fields
+    assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template  # type: ignore[union-attr]
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert tokens[:VOCABULARY] == tokenizer.convert_ids_to_tokens(range(VOCABULARY))  # type: ignore[union-attr]
+    assert tokens[VOCABULARY:] == [f"[PAD{index}]" for index in range(VOCABULARY, VOCABULARY + 8)]
+    assert {kinds[index] for index in (0, 1)} == {int(gguf.TokenType.CONTROL)}
+    assert set(kinds[VOCABULARY:]) == {int(gguf.TokenType.UNUSED)}
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id  # type: ignore[union-attr]
+
+
+def test_pieces_are_merged_by_their_rank() -> None:
+    """As in Llama 2: byte fallback, a space before the text; the earlier a merge, the higher its score."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<0x0A>": 1, "▁": 2, "a": 3, "b": 4, "ab": 5, "▁ab": 6}
+    made = Tokenizer(BPE(vocabulary, [("a", "b"), ("▁", "ab")], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.ByteFallback()
+    found = Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), 7)
+    assert (found.model, found.space_first) == ("llama", True)
+    assert found.scores[5] == 0.0 and found.scores[6] == -1.0 and found.scores[3] < -1.0
+    kinds = [gguf.TokenType(kind).name for kind in found.kinds]
+    assert kinds == ["UNKNOWN", "BYTE", "NORMAL", "NORMAL", "NORMAL", "NORMAL", "NORMAL"]
+
+
+def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"llama\.cpp does not know models of the kind opt"):
+        export_gguf(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf")
+    folder = save_tiny(tiny_llama(), tmp_path / "llama")
+    with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0"):
+        export_gguf(folder, tmp_path / "x.gguf", kind="q9")
+    other = json.loads((folder / "tokenizer.json").read_text())
+    other["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="the tokenizer cuts text by Whitespace, which is not among the ways"):
+        export_gguf(folder, tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
+    assert main(["export", str(folder), "--output", str(file), "--type", "q8_0"]) == 0
+    assert "architecture llama" in capsys.readouterr().out
+    before = file.read_bytes()
+    assert main(["export", str(folder), "--output", str(file)]) == 2
+    assert "exists: pass --overwrite" in capsys.readouterr().err
+    assert main(["export", str(folder), "--output", str(file), "--format", "onnx"]) == 2
+    assert "the format 'onnx' is unknown" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert main(["export", str(folder), "--output", str(file), "--overwrite"]) == 0
+    assert len(file.read_bytes()) > len(before)

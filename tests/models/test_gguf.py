@@ -1,0 +1,128 @@
+"""GGUF files read block by block: turned into safetensors once, with the numbers that transformers reads from them."""
+
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+
+from optprune.errors import InputError
+from optprune.models import DTYPES, load_model, open_model
+from optprune.models import gguf as gguf_files
+from optprune.models.demo_file import demo_model_file
+from tests.helpers.tiny_gguf import write_gguf
+from tests.helpers.tiny_models import tiny_llama, tiny_qwen2
+from tests.helpers.weights import weights_of
+
+MAKERS = {
+    "llama": tiny_llama,
+    "llama, tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "qwen2": tiny_qwen2,
+}
+KINDS = pytest.mark.parametrize(
+    "kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name
+)
+
+
+def files_in(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
+@KINDS
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_is_the_model_that_transformers_loads(name: str, kind: Kind, tmp_path: Path) -> None:
+    file = write_gguf(MAKERS[name](), tmp_path / "tiny.gguf", kind)
+    for dtype in ("auto", "bfloat16"):
+        whole, opened = load_model(file, dtype=dtype), open_model(file, dtype=dtype, scratch=tmp_path / "scratch")
+        expected, found = weights_of(whole.decoder()), weights_of(opened.decoder())
+        assert found.keys() == expected.keys()
+        for key, value in found.items():
+            assert value.dtype == expected[key].dtype == DTYPES.get(dtype, torch.float32)
+            assert torch.equal(value.view(torch.uint8), expected[key].view(torch.uint8))
+        assert type(opened.model) is type(whole.model)
+        assert opened.model.config.to_dict() == whole.model.config.to_dict()
+        assert opened.model.generation_config.to_dict() == whole.model.generation_config.to_dict()
+        assert opened.tokenizer is not None
+        assert all(torch.equal(a, b) for a, b in zip(opened.model.buffers(), whole.model.buffers(), strict=True))
+    if kind is Kind.F32:
+        assert all(
+            torch.equal(value, MAKERS[name]().state_dict()[key])
+            for key, value in weights_of(load_model(file).decoder()).items()
+        )
+
+
+def test_the_demo_model_is_the_one_that_transformers_loads(tmp_path: Path) -> None:
+    expected = dict(load_model("demo").model.named_parameters())
+    decoder = open_model("demo", scratch=tmp_path).decoder()
+    for name, weight in decoder.model.named_parameters():
+        if not weight.is_meta:
+            assert torch.equal(weight, expected.pop(name))
+    for index in range(len(decoder.blocks)):
+        with decoder.resident(index) as block:
+            for name, weight in block.named_parameters():
+                assert torch.equal(weight, expected.pop(decoder.name(index, name)))
+    assert not expected
+
+
+def test_a_file_is_turned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, scratch = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), tmp_path / "scratch"
+    turned: list[str] = []
+    write = gguf_files.write_tensors
+    monkeypatch.setattr(gguf_files, "write_tensors", lambda *args: (turned.append(args[0].name), write(*args)))
+    first = weights_of(open_model(file, scratch=scratch).decoder())
+    assert all(
+        torch.equal(value, first[name])
+        for name, value in weights_of(open_model(file, scratch=scratch).decoder()).items()
+    )
+    assert len(turned) == len(files_in(scratch)) == 1
+    open_model(file, scratch=scratch, dtype="bfloat16")
+    # The same name, other bytes.
+    write_gguf(tiny_llama(seed=1), file)
+    other = weights_of(open_model(file, scratch=scratch).decoder())
+    assert not torch.equal(other["lm_head.weight"], first["lm_head.weight"])
+    assert len(turned) == len(files_in(scratch)) == 3
+
+
+def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, alive, most = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), weakref.WeakSet[torch.Tensor](), [0]
+    read = gguf_files._Part.read
+
+    def watched(part: gguf_files._Part) -> torch.Tensor:
+        alive.add(tensor := read(part))
+        most[0] = max(most[0], len(alive))
+        return tensor
+
+    monkeypatch.setattr(gguf_files._Part, "read", watched)
+    open_model(file, scratch=tmp_path)
+    # The one that is being written, and the next.
+    assert 1 <= most[0] <= 2
+
+
+def test_without_a_scratch_folder_it_goes_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    opened = open_model(file)
+    assert len(files_in(tmp_path)) == 2
+    del opened
+    assert files_in(tmp_path) == [file]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(gguf_files, "write_tensors", full)
+    with pytest.raises(InputError, match=r"the disk is full, so .* was not written"):
+        open_model(file, scratch=tmp_path / "scratch")
+    assert files_in(tmp_path) == [file]
+
+
+def test_a_file_that_is_cut_short_behind_its_header(tmp_path: Path) -> None:
+    file = tmp_path / "cut.gguf"
+    data = demo_model_file().read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"cannot be loaded: .*; see that the file is whole"):
+        open_model(file, scratch=tmp_path / "scratch")
