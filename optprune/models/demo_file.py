@@ -7,7 +7,7 @@ from optprune.system.installed import installed_file
 DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """the name on the hub of the model that the file was made from"""
 DEMO_LICENCE = "apache-2.0"
-"""as the file says itself"""
+"""the licence, by the file itself"""
 
 
 def demo_model_file() -> Path:

@@ -21,7 +21,7 @@ class Measured:
 
     layers: Sequence[LayerPattern]
     breaks: Mapping[str, Sequence[BrokenGroups]]
-    """by the names of layers: the groups that break each N:M that was asked for"""
+    """the groups that break each N:M that was asked for, by the names of layers"""
     widths: Sequence[int]
     """the MLP units of each block"""
     dead: int

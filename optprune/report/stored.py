@@ -68,7 +68,7 @@ class Stored:
     source: str
     config: PretrainedConfig
     tensors: Mapping[str, Readable]
-    """by the names that the model has for them"""
+    """the tensors, by the names that the model has for them"""
     decoder: Decoder
     """a model of the shapes that are stored, whose weights are views of a single number"""
     faults: tuple[Fault, ...]

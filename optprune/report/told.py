@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from optprune.errors import InputError
 from optprune.patterns import InGroups, InRows, PatternFamily, pattern_family
 from optprune.report.expectations import Measured, told_of
 from optprune.report.original import original_of
@@ -86,7 +85,4 @@ def _family(units: Any) -> PatternFamily | None:
     """The pattern of a recipe of single weights; None for other units."""
     if not (isinstance(units, dict) and "weights" in units):
         return pattern_family("unstructured") if units == "weights" else None
-    try:
-        return pattern_family(str(units["weights"]))
-    except InputError as error:
-        raise ValueError(str(error)) from error
+    return pattern_family(str(units["weights"]))
