@@ -77,7 +77,10 @@ def prune_command(
     ] = None,
     width_multiple: Annotated[
         int | None,
-        typer.Option("--width-multiple", help="What MLP widths and value dimensions are multiples of. [default: 8]"),
+        typer.Option(
+            "--width-multiple",
+            help="What MLP widths and value dimensions are multiples of. [default: 64 for MLPs from 4096 on, else 8]",
+        ),
     ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")

@@ -30,14 +30,8 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
     Returns the checkpoint with the names that the model has for its tensors. InputError where it is not one of it.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
-    # A folder of the model without its head names everything from there on.
-    prefix = f"{model.base_model_prefix}."
-    if not any(name.startswith(prefix) for name in checkpoint.tensors):
-        named = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
-        checkpoint = replace(checkpoint, tensors={name: t for name, t in named.items() if name in weights} or named)
-    there = checkpoint.tensors
-    passed_over = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
-    unknown = [name for name in there if name not in weights and not passed_over.search(name)]
+    checkpoint = named_as_in(model, checkpoint)
+    there, unknown = checkpoint.tensors, unknown_to(model, checkpoint)
     absent = weights.keys() - there.keys()
     misshapen = [
         f"{name} ({list(there[name].shape)}, not {list(weight.shape)})"
@@ -57,6 +51,23 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return checkpoint
+
+
+def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names that a model has: a folder of one without its head names all from there on."""
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in checkpoint.tensors):
+        return checkpoint
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    named = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors={name: tensor for name, tensor in named.items() if name in weights} or named)
+
+
+def unknown_to(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    """The tensors of a checkpoint that a model has no place for, but for those that transformers passes over too."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    passed_over = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    return [name for name in checkpoint.tensors if name not in weights and not passed_over.search(name)]
 
 
 def check_whole(source: str, model_type: str, absent: Collection[str], unknown: Collection[str]) -> None:
