@@ -11,6 +11,7 @@ from optprune.cli.demo import demo_command
 from optprune.cli.errors import reported, tell, terminate_as_interrupt
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.inspect import inspect_command
+from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 
@@ -39,6 +40,7 @@ def program(
 
 
 app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
+app.command("plan", short_help="Tell the memory and the time that prune would take.")(reported(plan_command))
 app.command("inspect", short_help="Measure what is zero in a model, whoever pruned it.")(reported(inspect_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(

@@ -50,6 +50,16 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     return max(0, _status("VmHWM") - before)
 
 
+def resident_bytes() -> int:
+    """What this process has in memory now; at most so much, where the system tells the most it has had only."""
+    if STATUS.exists():
+        return _status("VmRSS")
+    import resource  # not on Windows
+
+    # In KiB, but for macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def _status(field: str) -> int:
     """A field of the process's status in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))

@@ -3,18 +3,23 @@
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
+from optprune.pruning.plan import Measuring, Plan, PlannedPhase, plan
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
 from optprune.pruning.workers import Serial, Workers, workers_of
 
 __all__ = [
     "Journal",
+    "Measuring",
+    "Plan",
+    "PlannedPhase",
     "Processes",
     "RayWorkers",
     "Serial",
     "Workers",
     "layer_loss",
     "layer_problem",
+    "plan",
     "prune",
     "workers_of",
 ]

@@ -8,7 +8,7 @@ import pytest
 from optprune.cli import main
 
 SMALL = {"--samples": "8", "--seq-length": "64"}
-PROGRESS = ("tokenising", "loading", "measuring", "pruning", "saving", "reading", "evaluating")
+PROGRESS = ("planned", "tokenising", "loading", "measuring", "pruning", "saving", "reading", "evaluating")
 """how the lines begin that are no sentence about an error"""
 
 
