@@ -58,8 +58,6 @@ class Workload:
     """what every block keeps, where that is given"""
     whole: bool = False
     """whether the model is in memory as a whole, and not read block by block"""
-    save_itemsize: int | None = None
-    """the bytes of a number in the folder written; None is that of the dtype"""
     max_shard: int = MAX_SHARD
     """the most bytes of a weights file"""
 
