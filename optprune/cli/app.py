@@ -12,6 +12,7 @@ from optprune.cli.demo import demo_command
 from optprune.cli.errors import reported, tell, terminate_as_interrupt
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
+from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 
@@ -40,6 +41,7 @@ def program(
 
 
 app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
+app.command("plan", short_help="Tell the memory and the time that prune would take.")(reported(plan_command))
 app.command("audit", short_help="Measure what a model's weights are, and whether that is as expected.")(
     reported(audit_command)
 )

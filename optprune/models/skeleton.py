@@ -1,5 +1,6 @@
 """The skeleton of a model: everything but its decoder blocks, which have shapes only."""
 
+import copy
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -22,6 +23,24 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         return cls.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def drawn(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of a config with one block, of random weights: what takes as long as one that was trained."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    model = skeleton(config, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        value = torch.ones(weight.shape, dtype=dtype, device=device)
+        if weight.ndim > 1:
+            value.normal_(0, 0.02, generator=generator)
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent)._parameters[own] = nn.Parameter(value)
+    model.tie_weights()
+    return model.eval()
 
 
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: torch.device) -> Checkpoint:

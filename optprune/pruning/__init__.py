@@ -3,6 +3,7 @@
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
+from optprune.pruning.plan import Measuring, Plan, PlannedPhase, plan
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
 from optprune.pruning.states import check_states
@@ -10,6 +11,9 @@ from optprune.pruning.workers import Serial, Workers, workers_of
 
 __all__ = [
     "Journal",
+    "Measuring",
+    "Plan",
+    "PlannedPhase",
     "Processes",
     "RayWorkers",
     "Serial",
@@ -17,6 +21,7 @@ __all__ = [
     "check_states",
     "layer_loss",
     "layer_problem",
+    "plan",
     "prune",
     "workers_of",
 ]
