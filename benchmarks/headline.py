@@ -35,7 +35,7 @@ from benchmarks.random_checkpoints import SHAPES, write_checkpoint
 from optprune import load_recipe, prune
 from optprune.export import save_pruned
 from optprune.models import DTYPES, open_model
-from optprune.report import BlockMeasured, BlockStarted, Event, LayerSolved, PhaseAdvanced
+from optprune.report.phases import BUDGET, CHECKING, METRIC, PRUNING, SAVING
 
 SPARSITY = {
     "fasp": 0.2,
@@ -45,7 +45,6 @@ SPARSITY = {
     "alps": 0.5,
     "sparse_best": 0.5,
 }
-METRIC, BUDGET, BLOCKS = "metric", "budget", "blocks"
 MIB = 2**20
 
 
@@ -104,57 +103,30 @@ def apart(folder: Path, recipe: str, options: argparse.Namespace) -> dict[str, f
     return json.loads(found.stdout.splitlines()[-1])
 
 
-class Phases:
-    """The seconds of a run's phases, by what it tells on the way; the time between two of them is the former's."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.solving = 0.0
-        self._now, self._since = "", time.perf_counter()
-
-    def enter(self, phase: str) -> None:
-        """Another phase begins, unless it is this one."""
-        if phase != self._now:
-            moment = time.perf_counter()
-            self.seconds[self._now] = self.seconds.get(self._now, 0.0) + moment - self._since
-            self._now, self._since = phase, moment
-
-    def hear(self, event: Event) -> None:
-        """What a run tells."""
-        if isinstance(event, PhaseAdvanced):
-            self.enter(METRIC if "metric" in event.phase else BUDGET)
-        elif isinstance(event, BlockMeasured):
-            self.enter(BUDGET)
-        elif isinstance(event, BlockStarted):
-            self.enter(BLOCKS)
-        elif isinstance(event, LayerSolved):
-            self.solving += event.layer.seconds
-
-
 def run(folder: Path, name: str, options: argparse.Namespace) -> dict[str, float]:
     """A whole run: open, prune, save, check."""
-    began, processor, phases = time.perf_counter(), os.times(), Phases()
-    phases.enter("open")
+    began, processor = time.perf_counter(), os.times()
     recipe = load_recipe(name, {"sparsity": SPARSITY[name]})
     loaded = open_model(folder, device=options.device, scratch=folder.parent)
+    opened = time.perf_counter() - began
     generator = torch.Generator().manual_seed(0)
     shape = (options.samples, options.seq_length)
     tokens = torch.randint(0, loaded.model.config.vocab_size, shape, generator=generator)
     batches = list(tokens.split(max(1, 2048 // options.seq_length)))
-    phases.enter("begin")
-    report = prune(loaded.model, batches, recipe, on_event=phases.hear, store=loaded.store)
-    phases.enter("save and check")
+    report = prune(loaded.model, batches, recipe, store=loaded.store)
     output = folder.parent / "pruned"
-    save_pruned(loaded, output, report, recipe, window=tokens[0], overwrite=True)
-    phases.enter("")
+    saved = save_pruned(loaded, output, report, recipe, window=tokens[0], overwrite=True)
     after, whole = os.times(), time.perf_counter() - began
     spent = sum(after[:4]) - sum(processor[:4])
+    phases = {phase.name: phase.seconds for phase in saved.report.phases} if saved.report else {}
     device = loaded.model.device
     return {
         "whole": whole,
         "processor": spent,
-        **{phase: phases.seconds.get(phase, 0.0) for phase in ("open", METRIC, BUDGET, BLOCKS, "save and check")},
-        "solves": phases.solving,
+        "open": opened,
+        **{phase: phases.get(phase, 0.0) for phase in (METRIC, BUDGET, PRUNING)},
+        "save and check": phases.get(SAVING, 0.0) + phases.get(CHECKING, 0.0),
+        "solves": sum(layer.seconds for layer in report.layers),
         "floor": report.floor_seconds,
         "host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "device": torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else 0.0,
@@ -168,11 +140,11 @@ def told(found: dict[str, float] | None, recipe: str, share: float, options: arg
     names += ("floors", "host MiB", "device MiB", "all blocks, s", "and all tokens, s")
     if found is None:
         return {**dict.fromkeys(names, ""), "s": f"stopped after {options.seconds:g}"}
-    passes, tokens = found[BLOCKS] - found["solves"], options.samples * options.seq_length
+    passes, tokens = found[PRUNING] - found["solves"], options.samples * options.seq_length
     asked, more = load_recipe(recipe).metric, max(options.target_tokens / tokens, 1.0)
     cap = options.target_tokens if asked is None else min(asked.tokens, options.target_tokens)
     once = found["open"] + found["save and check"]
-    each = found["metric"] + found["budget"] + found[BLOCKS]
+    each = found["metric"] + found["budget"] + found[PRUNING]
     grown = found["metric"] * max(cap / tokens, 1.0) + (found["budget"] + passes) * more + found["solves"]
     values = (found["whole"], found["processor"], found["open"], found["metric"], found["budget"], passes)
     values += (found["solves"], found["save and check"], found["whole"] / found["floor"])

@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from optprune import load_recipe
+from optprune.models.units import MULTIPLE
 from optprune.recipe.names import NONE
 
 Settings = dict[str, Any]
@@ -135,6 +136,8 @@ def digest(recipe: str, settings: Settings, tokens: int) -> str:
 @cache
 def _digest(recipe: str, settings: str, tokens: int) -> str:
     fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).settled().to_dict()))
+    if "allocation.multiple" in fields and fields["allocation.multiple"] is None:
+        fields["allocation.multiple"] = MULTIPLE  # which null is here: no model of the tables has a wide MLP
     told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}
     # What is off, or as it was before there was such a field, is left out: so a field that is added changes no digest.
     told = {

@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     from optprune.objectives import LayerContext
     from optprune.pruning import layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
+    from optprune.report import Audit, audit
     from optprune.solvers import choose, solve
     from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
 _HOMES = {
     "Allocation": "optprune.allocation",
+    "Audit": "optprune.report",
     "LayerContext": "optprune.objectives",
     "Recipe": "optprune.recipe",
     "Statistics": "optprune.calibration",
+    "audit": "optprune.report",
     "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
     "evaluation_windows": "optprune.texts",
@@ -52,9 +55,11 @@ _HOMES = {
 
 __all__ = [
     "Allocation",
+    "Audit",
     "LayerContext",
     "Recipe",
     "Statistics",
+    "audit",
     "calibration_batches",
     "choose",
     "evaluation_windows",

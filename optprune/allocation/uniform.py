@@ -16,7 +16,7 @@ class Uniform(Allocator):
 
     units: Units
     sparsity: float
-    width_multiple: int
+    width_multiple: int | None
 
     def check(self, decoder: Decoder) -> None:
         self._allocation(decoder)
@@ -28,13 +28,14 @@ class Uniform(Allocator):
         return uniform(decoder, self.sparsity, self.units, self.width_multiple)
 
 
-def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int) -> Allocation:
+def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int | None) -> Allocation:
     """The same share from every block, for a sparsity over all linear weights of the decoder blocks.
 
     What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
     value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
-    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can. Value dimensions
-    are multiples of it too, since attention has fast kernels for multiples of 8, but in small heads.
+    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can; None leaves that
+    to the kind of units (`LinkedUnits.multiple`). Value dimensions are multiples of it too, since attention has fast
+    kernels for multiples of 8, but in small heads.
     Units 'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
@@ -59,8 +60,9 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
         kept = [_narrower(shape, kind, ratio, kind.multiple(shape, width_multiple, alike=True)) for shape in kept]
     if tuple(kept) == shapes:
         last = units.kinds[-1]
+        multiple = last.multiple(shapes[0], width_multiple, alike=True)
         raise InputError(
-            f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {width_multiple}: a block has "
+            f"a sparsity of {sparsity:g} rounds to nothing with a width multiple of {multiple}: a block has "
             f"{last.field} {last.there(shapes[0])}; ask for more, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))

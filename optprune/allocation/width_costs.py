@@ -68,7 +68,7 @@ class WidthBudget(CostBudget):
     sparsity: float
     least: float
     """the least share of its units that a layer keeps"""
-    multiple: int
+    multiple: int | None
     currency: str
     """what the sparsity is a share of: parameters, flops or time"""
     tokens: int

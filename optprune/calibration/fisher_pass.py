@@ -186,7 +186,7 @@ def _sweep(
     gradients = stream.hidden.anew(())
     with readout(decoder):
         for ids, hidden in zip(groups, stream.hidden, strict=True):
-            slope = _slope(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
+            slope = head_gradient(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
             if not bool(torch.isfinite(slope).all()):
                 raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
             gradients.append(slope)
@@ -203,7 +203,7 @@ def _sweep(
         yield index
 
 
-def _slope(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
+def head_gradient(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
     """The gradient of the summed negative log-likelihood behind the last block, a few positions at a time."""
     slope = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     parts = (tensor.flatten(0, 1).split(POSITIONS_AT_ONCE) for tensor in (hidden, slope, following))

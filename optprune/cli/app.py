@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.demo import demo_command
 from optprune.cli.errors import reported, tell, terminate_as_interrupt
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
-from optprune.cli.inspect import inspect_command
+from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 
@@ -40,7 +41,11 @@ def program(
 
 
 app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
-app.command("inspect", short_help="Measure what is zero in a model, whoever pruned it.")(reported(inspect_command))
+app.command("plan", short_help="Tell the memory and the time that prune would take.")(reported(plan_command))
+app.command("audit", short_help="Measure what a model's weights are, and whether that is as expected.")(
+    reported(audit_command)
+)
+app.command("inspect", short_help="The same, by its older name.")(reported(audit_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
 app.command("export", short_help="Write a model folder as a GGUF file for llama.cpp.")(reported(export_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from optprune.export.card import ModelCard
+from optprune.export.origin import CARD, origin_of
 from optprune.export.save import SavedModel, cast, save_model
 from optprune.export.shards import MAX_SHARD_SIZE
 from optprune.models import DTYPES, LoadedModel, check_dtype
 from optprune.recipe import Recipe
 from optprune.report import Event, PhaseRecorder, Report, joined
 from optprune.report.phases import SAVING
+from optprune.system.files import real_path
 
 CHECK_TOKENS = 128
 """how many tokens the logits of the saved model are compared on"""
@@ -30,7 +33,9 @@ def save_pruned(
     made: Sequence[Path] = (),
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> SavedModel:
-    """Write a pruned model with its tokenizer, report.json and recipe.yaml, whole or not at all.
+    """Write a pruned model with its tokenizer, report.json, recipe.yaml and a model card, whole or not at all.
+
+    The card and the licence files go by what the source's own card says.
 
     A fresh process reloads the folder, and its logits on the first tokens of `window` [length] must agree with those
     in memory. A `dtype` other than auto (float32, bfloat16 or float16) rounds the model to it before, in place.
@@ -41,11 +46,17 @@ def save_pruned(
     if dtype != "auto":
         with phases.phase(SAVING):
             cast(loaded.model, DTYPES[dtype], loaded.store)
+    origin = origin_of(loaded.source)
+    card = ModelCard(real_path(Path(folder)).name, origin, report, loaded.model)
     return save_model(
         loaded.model,
         folder,
         tokenizer=loaded.tokenizer,
-        files={"recipe.yaml": recipe.settled().to_yaml()},
+        files={
+            **origin.licence_files,
+            CARD: card.text(),
+            "recipe.yaml": recipe.settled().to_yaml(),
+        },
         report=replace(report, phases=joined(report.phases, phases.done)),
         on_event=on_event,
         check_tokens=window[None, :CHECK_TOKENS],

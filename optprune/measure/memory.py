@@ -122,6 +122,16 @@ class DevicePeak:
             peak._highest = max(peak._highest, torch.cuda.max_memory_allocated(peak.device))
 
 
+def resident_bytes() -> int:
+    """What this process has in memory now; at most so much, where the system tells the most it has had only."""
+    if STATUS.exists():
+        return status_bytes("VmRSS")
+    import resource  # not on Windows
+
+    # In KiB, but for macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def status_bytes(field: str) -> int:
     """A field of this process's /proc/self/status (proc(5)), such as VmRSS, in bytes; OSError where there is none."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))

@@ -39,7 +39,8 @@ class PeakMemory:
         self._over = threading.Event()
         self._watch = threading.Thread(target=self._look, name="optprune-memory", daemon=True)
         if self._seen is not None:
-            self._watch.start()
+            with suppress(RuntimeError):  # where there may be no more threads
+                self._watch.start()
         return self
 
     def __exit__(

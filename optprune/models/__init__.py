@@ -7,6 +7,7 @@ from optprune.models.load import (
     LoadedModel,
     check_dtype,
     device_of,
+    is_gguf,
     load,
     load_config,
     load_model,
@@ -19,6 +20,7 @@ from optprune.models.load import (
 )
 from optprune.models.registry import ARCHITECTURES, architecture_of, is_stock
 from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
+from optprune.models.weights_files import has_weights
 
 __all__ = [
     "ARCHITECTURES",
@@ -43,6 +45,8 @@ __all__ = [
     "architecture_of",
     "check_dtype",
     "device_of",
+    "has_weights",
+    "is_gguf",
     "is_stock",
     "load",
     "load_config",

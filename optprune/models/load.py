@@ -124,6 +124,11 @@ def open_model(
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 
 
+def is_gguf(source: str | Path) -> bool:
+    """Whether a model source is a GGUF file, as "demo" is; InputError where there is none."""
+    return "gguf_file" in _locate(str(source))[1]
+
+
 def load(folder: str | Path) -> PreTrainedModel:
     """The model in a folder that optprune wrote, whatever its shapes; also any model `load_model` accepts."""
     return load_model(folder, device="cpu").model

@@ -1,5 +1,6 @@
 """The skeleton of a model: everything but its decoder blocks, which have shapes only."""
 
+import copy
 import re
 from collections.abc import Collection
 from dataclasses import replace
@@ -24,20 +25,32 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         return cls.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
+def drawn(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of a config with one block, of random weights: what takes as long as one that was trained."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    model = skeleton(config, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, weight in model.named_parameters():
+        value = torch.ones(weight.shape, dtype=dtype, device=device)
+        if weight.ndim > 1:
+            value.normal_(0, 0.02, generator=generator)
+        parent, _, own = name.rpartition(".")
+        model.get_submodule(parent)._parameters[own] = nn.Parameter(value)
+    model.tie_weights()
+    return model.eval()
+
+
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: torch.device) -> Checkpoint:
     """Read the weights of a skeleton outside its `blocks`, and tie those that are tied; the rest is only checked.
 
     Returns the checkpoint with the names that the model has for its tensors. InputError where it is not one of it.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
-    # A folder of the model without its head names everything from there on.
-    prefix = f"{model.base_model_prefix}."
-    if not any(name.startswith(prefix) for name in checkpoint.tensors):
-        named = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
-        checkpoint = replace(checkpoint, tensors={name: t for name, t in named.items() if name in weights} or named)
-    there = checkpoint.tensors
-    passed_over = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
-    unknown = [name for name in there if name not in weights and not passed_over.search(name)]
+    checkpoint = named_as_in(model, checkpoint)
+    there, unknown = checkpoint.tensors, unknown_to(model, checkpoint)
     absent = weights.keys() - there.keys()
     misshapen = [
         f"{name} ({list(there[name].shape)}, not {list(weight.shape)})"
@@ -57,6 +70,23 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
     return checkpoint
+
+
+def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the names that a model has: a folder of one without its head names all from there on."""
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in checkpoint.tensors):
+        return checkpoint
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    named = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors={name: tensor for name, tensor in named.items() if name in weights} or named)
+
+
+def unknown_to(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    """The tensors of a checkpoint that a model has no place for, but for those that transformers passes over too."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    passed_over = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    return [name for name in checkpoint.tensors if name not in weights and not passed_over.search(name)]
 
 
 def check_whole(source: str, model_type: str, absent: Collection[str], unknown: Collection[str]) -> None:

@@ -13,6 +13,13 @@ from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
 from optprune.problems import Link
 
+MULTIPLE = 8
+"""what counts are multiples of where a recipe does not say: matrix kernels are slower on other sizes"""
+WIDE = 4096
+"""an MLP of so many units is wide"""
+WIDE_MULTIPLE = 64
+"""the multiple of a wide MLP where a recipe does not say: kernels for GPUs read tiles of 64, and to round to half of
+those moves less than 1 percent of its units; of a narrow one it would be several percent, which a budget notices"""
 STEPS = 5
 """where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples: in a
 smaller one a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
@@ -122,8 +129,8 @@ class LinkedUnits(Units):
         """The shape with so many in every slot; with none the sub-block is gone."""
         return replace(shape, **{self.field: count}) if count else shape.without(self.part)
 
-    def multiple(self, shape: BlockShape, asked: int, alike: bool = False) -> int:
-        """What a count is a multiple of, unless all stay, where a recipe asks for multiples.
+    def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
+        """What a count is a multiple of, unless all stay, where a recipe asks for multiples, or leaves them open.
 
         `alike` where the same share is to go from every block.
         """
@@ -150,8 +157,8 @@ class Mlp(LinkedUnits):
         link = Link(every[:, None], torch.zeros_like(every), rows)
         return LinkedLayers(architecture.mlp_consumer, architecture.mlp_producers, link)
 
-    def multiple(self, shape: BlockShape, asked: int, alike: bool = False) -> int:
-        return asked
+    def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
+        return asked or (WIDE_MULTIPLE if shape.mlp_width >= WIDE else MULTIPLE)
 
 
 @final
@@ -179,7 +186,8 @@ class Values(LinkedUnits):
     def total(self, shape: BlockShape) -> int:
         return shape.value_dim * shape.kv_heads
 
-    def multiple(self, shape: BlockShape, asked: int, alike: bool = False) -> int:
+    def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
+        asked = asked or MULTIPLE
         coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
         return asked if coarse else 1
 

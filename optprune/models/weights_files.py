@@ -24,6 +24,11 @@ def check_weights_named(config: PretrainedConfig, source: str) -> None:
         )
 
 
+def has_weights(source: str) -> bool:
+    """Whether a model source is more than a folder with a config."""
+    return not Path(source).is_dir() or any(Path(source).glob(f"*{ENDING}"))
+
+
 def check_weights_files(source: str, where: str) -> None:
     """Raise InputError when a folder or hub name would have its weights read from anything but safetensors of its own.
 

@@ -5,6 +5,7 @@ from optprune.calibration.peers import joined
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
+from optprune.pruning.plan import Measuring, Plan, PlannedPhase, plan
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
 from optprune.pruning.states import check_states
@@ -14,6 +15,9 @@ __all__ = [
     "Journal",
     "Lanes",
     "Layers",
+    "Measuring",
+    "Plan",
+    "PlannedPhase",
     "Processes",
     "RayWorkers",
     "Serial",
@@ -22,6 +26,7 @@ __all__ = [
     "joined",
     "layer_loss",
     "layer_problem",
+    "plan",
     "prune",
     "workers_of",
 ]

@@ -74,7 +74,7 @@ def prune_block(
     `hands` solve the layers of a stage: one after the other, where nobody says otherwise.
     """
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
-    on_event(BlockStarted(index, blocks, layers=len(targets_of(decoder, task.recipe, task.wanted, index))))
+    on_event(BlockStarted(index, blocks, layers=_shares(decoder, task)))
     with decoder.resident(index, keep=True):
         work = _Work(decoder, task, on_event, hands or OneAfterTheOther())
         removed = parts_removed(decoder.shape(index), task.wanted.shape)
@@ -85,6 +85,14 @@ def prune_block(
         result = work.result()
     on_event(BlockFinished(index, blocks, time.perf_counter() - began))
     return result
+
+
+def _shares(decoder: Decoder, task: BlockTask) -> tuple[float, ...]:
+    """The share of the solving that each layer is, in the order of the forward pass, if solvers go by products."""
+    targets = targets_of(decoder, task.recipe, task.wanted, task.index)
+    sizes = [decoder.layer(task.index, target.path).weight.shape for target in targets]
+    work = [outputs * inputs * (outputs + inputs) for outputs, inputs in sizes]
+    return tuple(each / sum(work) for each in work)
 
 
 class _Work:

@@ -17,6 +17,18 @@ from optprune.models import Decoder, Target
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+from optprune.solvers import (
+    Admm,
+    Chain,
+    ConjugateGradients,
+    FistaPruner,
+    GreedyObs,
+    Restore,
+    Spap,
+    SparseGpt,
+    Swaps,
+)
+from optprune.solvers.base import AnySolver
 
 WIDTH, TIMES = 512, 5
 """the width of the matrices whose product is timed, and how often it is"""
@@ -26,10 +38,23 @@ START = 3.0, 20.0
 """the least and the most seconds in which a process imports torch and transformers"""
 CHARACTERS_PER_SECOND = 1e6
 """what a tokenizer reads"""
-SEARCH = 25
-"""how many times in^2 (in + out) multiplications the solve of a layer takes"""
-CURVE = 12
-"""how many times in^3 the cost of every unit or weight of a layer takes"""
+SLOW = 6
+"""how many times as long as in a product of matrices a multiplication takes in a pass of tokens"""
+SEARCH: dict[type, float] = {
+    Admm: 250,
+    ConjugateGradients: 150,
+    FistaPruner: 700,
+    GreedyObs: 200,
+    Restore: 130,
+    SparseGpt: 70,
+    Spap: 300,
+    Swaps: 300,
+}
+"""how many times out in (out + in) multiplications a solver takes: on the shapes of SmolLM2-135M, as a rule of thumb"""
+RANKING = 30
+"""the same of solvers that rank and do not search"""
+CURVE = 27
+"""how many times in^3 multiplications the cost of every unit or weight of a layer takes"""
 
 
 def expected_seconds(
@@ -79,39 +104,44 @@ def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
         for path in whole if widest is None else decoder.paths(block):
             outputs = decoder.layer(block, path).out_features
             squares += outputs**2 if path in whole and outputs <= (widest or outputs) else 0
-    return seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * _head(decoder) + squares)
+    return SLOW * seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * _head(decoder) + squares)
 
 
 def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int) -> float:
     blocks, weights = len(decoder.blocks), decoder.linear_weights()
     if isinstance(allocator, Depth):
         if allocator.score == "influence":
-            return 2.0 * tokens * weights
+            return 2.0 * SLOW * tokens * weights
         # As many rounds as sub-blocks go, with a pass of half the model for each that is left, on average.
         parts = 2 * blocks
         gone = allocator.sparsity * parts
-        return min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + _head(decoder))
+        return SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + _head(decoder))
     if not isinstance(allocator, ByCost):
         return 0.0
-    work, changes = float(tokens * weights), 0
+    work, changes = float(SLOW * tokens * weights), 0
     for block in range(blocks):
         targets = allocator.units.candidates(decoder, block)
-        work += tokens * _grams(decoder, block, targets)
+        work += SLOW * tokens * _grams(decoder, block, targets)
         work += sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
         changes += 1 if recipe.units.family is not None else len(targets)
-    return work + allocator.probe_tokens * changes * (weights / 2 + 2 * _head(decoder))
+    return work + SLOW * allocator.probe_tokens * changes * (weights / 2 + 2 * _head(decoder))
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
-    work = 0.0
+    work, search = 0.0, _search(recipe.solver)
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
         passes = 3 if recipe.policy.sequential else 2
-        work += tokens * (passes * decoder.weights_of(shape) + _grams(decoder, block, targets))
-        for target in targets if recipe.solver is not None else ():
-            layer = decoder.layer(block, target.path)
-            work += SEARCH * layer.in_features**2 * (layer.in_features + layer.out_features)
+        work += SLOW * tokens * (passes * decoder.weights_of(shape) + _grams(decoder, block, targets))
+        for outputs, inputs in (decoder.layer(block, target.path).weight.shape for target in targets):
+            work += search * outputs * inputs * (outputs + inputs)
     return work
+
+
+def _search(solver: AnySolver | None) -> float:
+    if solver is None:
+        return 0.0
+    return sum(map(_search, solver.stages)) if isinstance(solver, Chain) else SEARCH.get(type(solver), RANKING)
 
 
 def _grams(decoder: Decoder, block: int, targets: Iterable[Target]) -> int:

@@ -46,7 +46,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
         full = recipe.metric is not None and recipe.metric.kind == "full"
         widest = (recipe.metric and recipe.metric.width) or math.inf
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
-        small = _small_problem(recipe, full=full and whole)
+        small = small_problem(recipe, full=full and whole)
         check_accepted(small.in_output_basis()[0], recipe.solver)
     return idle
 
@@ -62,7 +62,7 @@ def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str
     )
 
 
-def _small_problem(recipe: Recipe, full: bool) -> Problem:
+def small_problem(recipe: Recipe, full: bool) -> Problem:
     """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
     family = recipe.units.family
     inputs = 2 * math.lcm(4, (family or ANYWHERE).multiple)

@@ -23,9 +23,9 @@ class UniformShares(Group):
 
     kind: Literal["uniform"] = "uniform"
     """uniform: the same share from every block"""
-    multiple: int = Field(default=8, ge=1)
+    multiple: int | None = Field(default=None, ge=1)
     """the MLP width is a multiple of this; the value dimensions too where all of them are, but for small heads that are
-    all to keep the same number"""
+    all to keep the same number; null takes 64 for MLPs of 4096 units or more, and 8 elsewhere"""
 
 
 class GlobalBudget(Group):
@@ -44,8 +44,8 @@ class GlobalBudget(Group):
     """the least share of its weights or units that a layer keeps; with zero whole sub-blocks may go"""
     most: float = Field(default=0.8, gt=0, le=1)
     """the most of its weights that a layer keeps, where single weights go"""
-    multiple: int = Field(default=8, ge=1)
-    """the MLP width is a multiple of this, and the value dimensions too where all of them are"""
+    multiple: int | None = Field(default=None, ge=1)
+    """the MLP width is a multiple of this, and the value dimensions too where all of them are; null as under uniform"""
 
 
 class DepthSearch(Group):

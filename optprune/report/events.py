@@ -51,8 +51,8 @@ class BlockStarted:
     blocks: int
     done: int | None = None
     """how many blocks are done, where that is not all those before it"""
-    layers: int = 0
-    """how many layers will be solved in it"""
+    layers: tuple[float, ...] = ()
+    """the layers that will be solved in it, in their order: the share of the solving that each is, roughly"""
 
 
 @dataclass(frozen=True)

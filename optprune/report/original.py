@@ -1,4 +1,4 @@
-"""What a pruned model was before, as the report.json in its folder tells, and how much of it each block still has."""
+"""What a pruned model was before, by its report.json or the model itself, and how much of it each block still has."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,16 +6,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from optprune.models import BlockShape, Decoder
-from optprune.report.audit import LayerPattern
+from optprune.report.layer_pattern import LayerPattern
+from optprune.report.stored import Fault, Stored
+from optprune.system.wording import shown
+
+KEPT_FIELDS = (
+    "hidden_size",
+    "vocab_size",
+    "rope_parameters",
+    "rms_norm_eps",
+    "hidden_act",
+    "activation_function",
+    "tie_word_embeddings",
+    "do_layer_norm_before",
+    "word_embed_proj_dim",
+    "sliding_window",
+)
+"""fields of a config that decide what the weights mean, and that pruning leaves alone"""
 
 
 @dataclass(frozen=True)
 class Original:
-    """The model that the last run pruned."""
+    """The model that a folder was made from."""
 
     model: str
-    """the name that the run called it by"""
+    """the name that it is called by"""
     shapes: tuple[BlockShape, ...]
     """the shapes of its blocks"""
     left: tuple[int, ...]
@@ -47,6 +65,54 @@ def original_of(decoder: Decoder, folder: str) -> Original | None:
         return Original(str(report["model"]), tuple(before), left)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def original_in(before: Stored, stored: Stored) -> Original | None:
+    """The original, where it is at hand; None where it is not clear which of its blocks are left.
+
+    Where blocks are gone, those that are left are told by their norms, which pruning leaves as they are.
+    """
+    shapes, there = before.decoder.shapes(), stored.decoder.shapes()
+    left: list[int] = list(range(len(shapes))) if len(shapes) == len(there) else []
+    for index in range(0 if left else len(there)):
+        start = left[-1] + 1 if left else 0
+        same = (number for number in range(start, len(shapes)) if _same_norms(before, number, stored, index))
+        number = next(same, None)
+        if number is None:
+            return None
+        left.append(number)
+    return Original(before.source, shapes, tuple(left))
+
+
+def _same_norms(before: Stored, number: int, stored: Stored, index: int) -> bool:
+    norms = [name for name, weight in stored.decoder.blocks[index].named_parameters() if weight.ndim == 1]
+    pairs = [
+        (before.tensors.get(before.decoder.name(number, name)), stored.tensors.get(stored.decoder.name(index, name)))
+        for name in norms
+        if name.endswith("norm.weight")
+    ]
+    return bool(pairs) and all(
+        was is not None and now is not None and torch.equal(was.read().to(torch.float64), now.read().to(torch.float64))
+        for was, now in pairs
+    )
+
+
+def config_faults(before: Stored, stored: Stored) -> list[Fault]:
+    """What a model cannot have from pruning the original: other numbers of its config, blocks that have grown."""
+    faults = []
+    for name in KEPT_FIELDS:
+        was, now = (getattr(each.config, name, None) for each in (before, stored))
+        if was != now:
+            faults.append(f"{name} is {shown(now)} in config.json, and {shown(was)} in {before.source}")
+    original = original_in(before, stored)
+    if original is None:
+        faults.append(f"the {len(stored.decoder.blocks)} blocks are not known by their norms among {before.source}'s")
+    else:
+        for index, (number, shape) in enumerate(zip(original.left, stored.decoder.shapes(), strict=True)):
+            was = original.shapes[number]
+            if any(new > old for old, new in zip(_counts(was), _counts(shape), strict=True)):
+                faults.append(f"block {index} holds {shape}, more than the {was} of {before.source}")
+    return [Fault("original", "config.json", sentence) for sentence in faults]
 
 
 def layer_sizes(decoder: Decoder, shape: BlockShape) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from optprune.report.events import BlockFinished, BlockStarted, Event, LayerSolved, PhaseAdvanced
 from optprune.report.phases import PRUNING
 
+SOLVING = 0.9
+"""the share of a block's work that is done, roughly, when its last layer is solved; then comes the way to the next"""
+
 
 @dataclass(frozen=True)
 class Position:
@@ -29,7 +32,10 @@ class Positions:
     """Tells the position after each event of a run."""
 
     def __init__(self) -> None:
-        self._done = self._layers = self._solved = 0
+        self._done = self._blocks = 0
+        self._layers: list[float] = []
+        """the shares of the layers that are still to be solved in the block at work"""
+        self._within = 0.0
 
     def after(self, event: Event) -> Position | None:
         """Where the run stands now; None where the event tells nothing of it."""
@@ -39,15 +45,13 @@ class Positions:
             return Position(event.phase, event.step, *counts, event.begins, event.ends)
         if isinstance(event, BlockStarted):
             self._blocks, self._done = event.blocks, event.block if event.done is None else event.done
-            self._layers, self._solved = event.layers, 0
+            self._layers, self._within = list(event.layers), 0.0
         elif isinstance(event, BlockFinished):
             self._blocks, self._done = event.blocks, event.block + 1 if event.done is None else event.done
-            self._layers = self._solved = 0
-        elif isinstance(event, LayerSolved) and self._solved < self._layers:
-            self._solved += 1
+            self._layers, self._within = [], 0.0
+        elif isinstance(event, LayerSolved) and self._layers:
+            self._within += SOLVING * self._layers.pop(0)
         else:
             return None
-        # Behind the last layer there is still the way to the next block.
-        within = self._solved / (self._layers + 1)
-        share = (self._done + within) / self._blocks
+        share = (self._done + self._within) / self._blocks
         return Position(PRUNING, "pruning", "block", self._done, self._blocks, share)

@@ -13,6 +13,7 @@ from optprune.problems import LayerLoss, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
+from optprune.solvers.workspace import Workspace
 
 SCHEDULE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """(share of the kept weights that moved, factor for rho): the first share that was exceeded applies"""
@@ -70,6 +71,8 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     """
 
     accepts = (SelectionProblem,)
+    workspace = Workspace(16.1, 48.1, 3.0)
+    coupled_workspace = Workspace(10.3, 75.6, 19.0)
 
     rho: float = 0.1
     haste: float = 1.0
@@ -78,6 +81,10 @@ class Admm(Solver[SelectionProblem, AdmmState]):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def keeps(self) -> int:
+        return 4  # the eigenvectors, in float32
 
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
         loss = problem.loss

@@ -9,6 +9,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
+from optprune.solvers.workspace import Workspace
 from optprune.system.wording import shown
 
 P = TypeVar("P", bound=Problem)
@@ -76,6 +77,20 @@ class Solver(ABC, Generic[P, State]):
     def monotone(self, problem: P) -> bool:
         """A promise that the answer is never worse than a feasible start; held to it unconditionally."""
         return self.exact(problem)
+
+    workspace: ClassVar[Workspace] = Workspace(24.0, 80.0, 2.0)
+    """what a solve takes beside the weight and the moments; a solver without a fit of its own states the most"""
+    coupled_workspace: ClassVar[Workspace] = Workspace(24.0, 80.0, 30.0)
+    """the same where a whole metric couples the outputs"""
+
+    def takes(self, outputs: int, inputs: int, coupled: bool) -> int:
+        """The bytes that a solve takes at most beside the weight [outputs, inputs], the moments and the metric."""
+        return (self.coupled_workspace if coupled else self.workspace).bytes(outputs, inputs)
+
+    @property
+    def keeps(self) -> int:
+        """The bytes over in^2 that stay with the moments, for the next layer that reads the same inputs."""
+        return 0
 
     @property
     def label(self) -> str:

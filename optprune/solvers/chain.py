@@ -54,6 +54,13 @@ class Chain(Solver[Problem, ChainState]):
     def label(self) -> str:
         return " > ".join(stage.label for stage in self.stages)
 
+    @property
+    def keeps(self) -> int:
+        return max((stage.keeps for stage in self.stages), default=0)
+
+    def takes(self, outputs: int, inputs: int, coupled: bool) -> int:
+        return max((stage.takes(outputs, inputs, coupled) for stage in self.stages), default=0)
+
     def why_not(self, problem: Problem) -> str | None:
         if not self.stages:
             return "it is an empty chain"

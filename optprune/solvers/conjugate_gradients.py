@@ -13,6 +13,7 @@ from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
 from optprune.solvers.base import Solver, check_options
 from optprune.solvers.restore import Restorable, fixed_mask
 from optprune.solvers.solution import Certificate, Status
+from optprune.solvers.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,8 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
     """
 
     accepts = (MaskedLeastSquares, SelectionProblem)
+    workspace = Workspace(16.1, 48.1, 3.0)
+    coupled_workspace = Workspace(10.3, 75.6, 19.0)
 
     tolerance: float = 1e-4
 

@@ -14,6 +14,7 @@ from optprune.numerics.selection import places
 from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
+from optprune.solvers.workspace import Workspace
 
 PENDING = 64
 """columns removed before their updates are carried out on the whole matrices, in one product"""
@@ -41,6 +42,8 @@ class GreedyObs(DirectSolver[StructuredProblem]):
     """
 
     accepts = (StructuredProblem,)
+    workspace = Workspace(23.0, 41.2, 1.2)
+    coupled_workspace = Workspace(23.0, 41.2, 27.9)
 
     batch: int = 1
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
+from optprune.solvers.workspace import Workspace
 from optprune.system.wording import shown
 
 P = TypeVar("P", bound=SelectionProblem)
@@ -26,6 +27,8 @@ class Ranking(DirectSolver[P]):
     """
 
     accepts = (SelectionProblem,)
+    workspace = Workspace(3.6, 44.0)
+    coupled_workspace = Workspace(6.8, 62.5, 27.0)
 
     @abstractmethod
     def scores(self, problem: P) -> Float[Tensor, "out in"]:

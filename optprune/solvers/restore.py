@@ -13,6 +13,7 @@ from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionP
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.solution import Certificate
 from optprune.solvers.spectrum import ScaledGram
+from optprune.solvers.workspace import Workspace
 
 SINGULAR = (
     "singular Gram matrix on the kept inputs: the solution nearest the original weights, each measured by the size of "
@@ -65,6 +66,8 @@ class Restore(DirectSolver[Restorable]):
     """
 
     accepts = (MaskedLeastSquares, SelectionProblem)
+    workspace = Workspace(15.2, 34.7, 1.2)
+    coupled_workspace = Workspace(16.9, 55.5, 25.0)
 
     factor_dtype: torch.dtype = torch.float64
 

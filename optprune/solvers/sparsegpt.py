@@ -13,6 +13,7 @@ from optprune.patterns import NM, RowWise, Unstructured, largest
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options
 from optprune.solvers.spectrum import ScaledGram
+from optprune.solvers.workspace import Workspace
 
 
 @final
@@ -35,6 +36,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
     """
 
     accepts = (SparseLeastSquares,)
+    workspace = Workspace(24.3, 20.5, 7.4)
 
     block: int = 128
 

@@ -29,3 +29,10 @@ def one_line(text: object, longest: int = 300) -> str:
     """What an error or a value says, as one line of bounded length that every terminal can be sent."""
     line = " ".join(str(text)[: 2 * longest].split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
+
+
+def amount(size: int) -> str:
+    """A number of bytes in words, such as 12 MB or 3.4 GB."""
+    if size < 10**9:
+        return f"{size / 10**6:.0f} MB"
+    return f"{size / 10**9:.1f} GB" if size < 10**12 else f"{size / 10**12:.1f} TB"

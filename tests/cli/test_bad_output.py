@@ -102,7 +102,7 @@ def free_descriptors(most: int) -> int:
     return next(number for position, number in enumerate(free) if position == most)
 
 
-@pytest.mark.parametrize("free", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("free", [0, 1, 2])  # more are enough for it to start
 def test_a_reload_that_fails_for_want_of_file_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
 ) -> None:

@@ -9,7 +9,7 @@ from optprune.cli import main
 
 SMALL = {"--samples": "8", "--seq-length": "64"}
 PROGRESS = (
-    *("tokenising", "loading", "reading", "measuring", "choosing", "passing", "pruning"),
+    *("planned", "tokenising", "loading", "reading", "measuring", "choosing", "passing", "pruning"),
     *("computing", "saving", "starting", "checking", "evaluating"),
 )
 """how the lines begin that are no sentence about an error"""

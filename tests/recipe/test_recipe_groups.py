@@ -53,7 +53,7 @@ FLAT: dict[str, Any] = {
     "probe_tokens": 0,
     "least_kept": 0.2,
     "most_kept": 0.8,
-    "width_multiple": 8,
+    "width_multiple": None,
     "depth_parts": "both",
     "depth_score": "perplexity",
     "depth_tokens": 1024,

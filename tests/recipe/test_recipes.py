@@ -11,7 +11,7 @@ from optprune.allocation.uniform import uniform
 from optprune.calibration import POLICIES, calibrating, first_inputs
 from optprune.calibration.moments_pass import collect
 from optprune.errors import StrictError
-from optprune.models import UNITS, BlockShape, Decoder
+from optprune.models import UNITS, BlockShape, Decoder, Mlp, Values
 from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
@@ -65,20 +65,29 @@ def test_where_the_rows_cannot_be_refitted_spap_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "value_dims"),
-    [(LLAMA_7B, (112, 96, 80)), (SMOLLM2, (56, 48, 40)), (OPT_3B, (72, 64, 48))],
+    ("config", "multiple", "value_dims"),
+    [(LLAMA_7B, 64, (112, 96, 80)), (SMOLLM2, 8, (56, 48, 40)), (OPT_3B, 64, (72, 64, 48))],
     ids=["LLaMA-7B", "SmolLM2", "OPT-2.7B"],
 )
-def test_widths_are_multiples_of_eight_and_meet_the_budget(config: PretrainedConfig, value_dims: tuple[int]) -> None:
+def test_widths_are_multiples_and_meet_the_budget(
+    config: PretrainedConfig, multiple: int, value_dims: tuple[int]
+) -> None:
     decoder = shapes_only(config)
-    one = decoder.weights_of(BlockShape(8, 1, 1)) - decoder.weights_of(BlockShape(0, 1, 1))
+    one = decoder.weights_of(BlockShape(multiple, 1, 1)) - decoder.weights_of(BlockShape(0, 1, 1))
     for sparsity, value_dim in zip((0.1, 0.2, 0.3), value_dims, strict=True):
         recipe = load_recipe("fasp", {"sparsity": sparsity})
         allocation = uniform(decoder, sparsity, recipe.units, recipe.allocation.multiple)
         shape = allocation.blocks[0].shape
-        assert shape.value_dim == value_dim and shape.mlp_width % 8 == 0
+        assert shape.value_dim == value_dim and shape.mlp_width % multiple == 0
         # Half a step of the MLP width, rounded last, in every block.
         assert abs(allocation.sparsity - sparsity) <= one * len(decoder.blocks) / 2 / decoder.linear_weights()
+
+
+def test_the_width_alone_says_what_a_default_width_is_a_multiple_of() -> None:
+    for width, multiple in ((4095, 8), (4096, 64), (14336, 64)):
+        assert Mlp().multiple(BlockShape(width, 8, 128), None) == multiple
+        assert Mlp().multiple(BlockShape(width, 8, 128), 16) == 16
+    assert Values().multiple(BlockShape(14336, 8, 128), None) == 8
 
 
 def test_a_small_head_loses_value_dimensions_at_ten_percent_as_well() -> None:

@@ -71,15 +71,16 @@ def test_the_plot_draws_the_shares_of_the_original(
     drawn: dict[str, list[float]] = {}
 
     def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
-        [axes] = self.axes
-        drawn.update({str(line.get_label()): list(line.get_ydata()) for line in axes.lines})
-        drawn[axes.get_title()] = drawn[axes.get_ylabel()] = []
+        for axes in self.axes:
+            drawn.update({str(line.get_label()): list(line.get_ydata()) for line in axes.lines})
+            drawn[axes.get_title()] = drawn[axes.get_ylabel()] = []
 
     monkeypatch.setattr(Figure, "savefig", keep)
     assert main(["inspect", str(folder), "--plot", str(tmp_path / "kept.png")]) == 0
     width = next(layer["inputs"] for layer in found["layers"] if layer["name"].endswith("down_proj"))
     assert drawn["mlp.down_proj"] == drawn["mlp.up_proj"] == [width / 128] * 2
     assert drawn["self_attn.q_proj"] == [1.0, 1.0]
+    assert (drawn["MLP units"], drawn["MLP units before"]) == ([width] * 2, [128] * 2)
     assert {f"out: {found['removed']:.1%} removed", "weights kept of the original's"} < set(drawn)
 
 

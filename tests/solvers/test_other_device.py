@@ -39,7 +39,7 @@ def test_a_solver_gives_the_same_weights_on_the_other_device(solver):
                 return
             there = moved(problem, set_up())
             found = solve(there, solver)
-            tried.append(kind)
+            tried.append(type(problem))
             assert found.value.device.type == NAME
             assert torch.equal(found.value.cpu(), expected.value)
             assert found.status == expected.status

@@ -34,12 +34,43 @@ class LayerPattern:
         return self.zeros / (self.outputs * self.inputs)
 
 
+@dataclass(frozen=True)
+class BrokenGroups:
+    """The groups of a layer that keep more than an N:M pattern lets them."""
+
+    pattern: str
+    groups: int
+    """how many groups there are, of M consecutive inputs of a row; none where M does not divide the inputs"""
+    broken: int
+    """how many of them keep more than N"""
+    row: int = 0
+    """the row of the first one"""
+    first_input: int = 0
+    """the input that it begins with"""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the pattern holds in every group."""
+        return self.groups > 0 and not self.broken
+
+
+def broken_groups(weight: Tensor, n: int, m: int) -> BrokenGroups:
+    """The groups of a weight [out, in] that break N:M."""
+    inputs = weight.shape[1]
+    if inputs % m:
+        return BrokenGroups(f"{n}:{m}", 0, 0)
+    over = (weight != 0).reshape(-1, m).sum(1, dtype=torch.int32) > n
+    broken = int(over.sum())
+    first = int(over.int().argmax()) * m if broken else 0
+    return BrokenGroups(f"{n}:{m}", over.numel(), broken, *divmod(first, inputs))
+
+
 def layer_pattern(name: str, weight: Tensor) -> LayerPattern:
     """Measure one weight [out, in]."""
     kept = weight != 0
     by_row = kept.sum(1)
     outputs, inputs = weight.shape
-    held = tuple(f"{n}:{m}" for n, m in NAMED if inputs % m == 0 and bool((kept.reshape(-1, m).sum(1) <= n).all()))
+    held = tuple(f"{n}:{m}" for n, m in NAMED if broken_groups(weight, n, m).holds)
     return LayerPattern(
         name=name,
         outputs=outputs,

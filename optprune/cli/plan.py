@@ -1,0 +1,172 @@
+"""optprune plan: what a run of `prune` would take, before it is begun."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optprune.cli.options import (
+    Allocation,
+    Device,
+    Dtype,
+    JsonFile,
+    MaxShardSize,
+    Model,
+    Pattern,
+    Propagation,
+    Ray,
+    RecipeName,
+    Samples,
+    SaveDtype,
+    Seed,
+    SeqLength,
+    Settings,
+    Sparsity,
+    States,
+    Strict,
+    Units,
+    WidthMultiple,
+    Workers,
+)
+from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.request import Request, Settled
+from optprune.cli.tokens import tokens_for
+from optprune.report.progress import duration
+from optprune.system.files import json_text
+from optprune.system.wording import amount
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optprune.pruning.plan import Measuring, Plan
+    from optprune.pruning.workload import Workload
+
+CHARACTERS = 8
+"""the characters of a text that surely hold a token, on average"""
+PIECE = 200_000
+"""the fewest characters that the speed of a tokenizer is measured on"""
+
+
+def plan_command(
+    model: Model,
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", metavar="TEXT", help="As of prune; without, tokens are drawn."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="The folder that the run will write.")
+    ] = None,
+    recipe: RecipeName = "fasp",
+    sparsity: Sparsity = None,
+    samples: Samples = 128,
+    seq_length: SeqLength = 2048,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    save_dtype: SaveDtype = "auto",
+    propagation: Propagation = None,
+    units: Units = None,
+    pattern: Pattern = None,
+    allocation: Allocation = None,
+    width_multiple: WidthMultiple = None,
+    strict: Strict = False,
+    workers: Workers = None,
+    ray: Ray = None,
+    states: States = "auto",
+    max_shard_size: MaxShardSize = "5GB",
+    settings: Settings = None,
+    no_probe: Annotated[
+        bool,
+        typer.Option("--no-probe", help="Tell no times: nothing is run, and the device need not be here."),
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Tell the memory, the disk and the time that prune would take by phase, without pruning.
+
+    A folder with a config.json alone is enough: the block that is timed then has random weights.
+    """
+    fields = {
+        "sparsity": sparsity,
+        "seed": seed,
+        "propagation": propagation,
+        "units": units,
+        "pattern": pattern,
+        "width_multiple": width_multiple,
+        "strict": strict or None,
+    }
+    places = device, dtype, save_dtype, workers, ray, max_shard_size, states
+    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places)
+    reporter = start()
+    from optprune.models import check_dtype, device_of
+    from optprune.pruning import workers_of
+    from optprune.pruning.plan import planned_memory, timed
+
+    chosen = request.chosen()
+    workers_of(chosen, workers, ray)
+    check_json(json_file, models=[model])
+    for name in (dtype, save_dtype):
+        check_dtype(name)
+    if not no_probe:
+        device_of(device)
+    settled = request.settled(chosen, request.divided())
+    work = settled.workload()
+    if no_probe:
+        planned = planned_memory(work)
+    else:
+        reporter.say("measuring one block")
+        planned = timed(work, model, _measuring(settled, work, calibration, output))
+    write_json(json_file, json_text(planned.to_dict()), "nothing else is written")
+    for line in lines(planned):
+        typer.echo(line)
+
+
+def _measuring(settled: Settled, work: "Workload", calibration: str | None, output: Path | None) -> "Measuring":
+    """What a probe is fed with: the text's first tokens, and the time that all of them take."""
+    from optprune.pruning.block_probe import probe_batches
+    from optprune.pruning.plan import Measuring
+    from optprune.pruning.room import existing_folder
+    from optprune.texts import read_documents
+
+    place = None if output is None else existing_folder(output)
+    if calibration is None:
+        return Measuring(place=place)
+    began = time.perf_counter()
+    documents = read_documents(calibration)
+    reading = time.perf_counter() - began
+    needed = max(PIECE, CHARACTERS * probe_batches(work) * work.batch_tokens)
+    taken, some = list[str](), 0
+    for document in documents:
+        if some < needed:
+            taken.append(document[: needed - some])
+            some += len(taken[-1])
+
+    def tokenised(texts: list[str]) -> "tuple[Tensor, float]":
+        began = time.perf_counter()
+        return tokens_for(settled.request.model, settled.config, texts), time.perf_counter() - began
+
+    # The first use of a tokenizer takes longer, and each needs it loaded.
+    (_, first), (_, again), (tokens, whole) = tokenised([""]), tokenised([""]), tokenised(taken)
+    share = sum(map(len, documents)) / max(1, some)
+    return Measuring(tokens, reading + first + max(0.0, whole - again) * share, place=place)
+
+
+def lines(planned: "Plan") -> Sequence[str]:
+    """The plan as lines: a phase each, then the peaks."""
+    gpu = planned.device_bytes > 0
+    rows: list[tuple[str, ...]] = [("", "time", "memory", *(["GPU"] if gpu else []), "disk")]
+    for phase in planned.phases:
+        if phase.host_bytes or phase.device_bytes:
+            time_taken = "" if phase.seconds is None else duration(phase.seconds)
+            sizes = (phase.host_bytes, *([phase.device_bytes] if gpu else []), phase.disk_bytes)
+            rows.append((phase.name, time_taken, *(amount(size) if size else "" for size in sizes)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    peak = max(planned.phases, key=lambda phase: phase.device_bytes if gpu else phase.host_bytes)
+    largest = sorted(peak.parts, key=lambda name: -peak.parts[name])[:4]
+    made_of = ", ".join(f"{name} {amount(peak.parts[name])}" for name in largest)
+    whole = "" if planned.seconds is None else f"{duration(planned.seconds)}; "
+    sizes = f"{amount(planned.host_bytes)} of memory" + (f", {amount(planned.device_bytes)} of the GPU" if gpu else "")
+    disk = amount(planned.disk_bytes)
+    return [*table, f"{whole}at most {sizes} and {disk} of the disk", f"the most is in {peak.name}: {made_of}"]

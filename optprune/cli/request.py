@@ -1,0 +1,148 @@
+"""A request: what the options of `prune` and `plan` ask for, checked before anything costs."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optprune.errors import InputError
+from optprune.system.files import read_yaml
+from optprune.system.wording import one_line, shown
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from optprune.allocation import Allocation
+    from optprune.models import Decoder
+    from optprune.pruning.workload import Workload
+    from optprune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options as they are spelled."""
+
+    model: str
+    recipe: str
+    fields: Mapping[str, Any]
+    """the recipe fields that have an option of their own; None for those not given"""
+    settings: Sequence[str]
+    """the recipe fields as KEY=VALUE"""
+    allocation: str | None
+    samples: int
+    seq_length: int
+    device: str
+    dtype: str
+    save_dtype: str
+    workers: int | None
+    ray: str | None
+    max_shard_size: str
+    states: str
+
+    @property
+    def allocation_file(self) -> str | None:
+        """The file that says what every block keeps."""
+        return self.allocation if self.allocation is not None and self.allocation.endswith(".json") else None
+
+    def chosen(self) -> "Recipe":
+        """The recipe, with what is set of it."""
+        from optprune.recipe import load_recipe
+
+        fields = dict(self.fields) | {"allocation": None if self.allocation_file is not None else self.allocation}
+        overrides = _overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
+        recipe = load_recipe(self.recipe, overrides)
+        if self.allocation_file is not None and "sparsity" in overrides and recipe.only_share is None:
+            raise InputError(
+                f"the sparsity is what the allocation file {self.allocation_file} comes to: leave out --sparsity"
+            )
+        return recipe
+
+    def divided(self) -> "Allocation | None":
+        """What every block keeps, where a file says it."""
+        return None if self.allocation_file is None else _read_allocation(self.allocation_file)
+
+    def settled(self, recipe: "Recipe", divided: "Allocation | None") -> "Settled":
+        """The request against the model's shapes; InputError where they do not go together."""
+        from optprune.models import load_config, load_shapes
+        from optprune.pruning.preflight import check_run
+        from optprune.recipe.allocator import allocator_of
+        from optprune.texts import check_seq_length
+
+        config = load_config(self.model)
+        check_seq_length(config, self.seq_length)
+        shapes = load_shapes(self.model, config)
+        if divided is not None:
+            with _named(self.allocation_file, "does not fit"):
+                allocator_of(recipe, divided).check(shapes)
+        check_run(shapes, recipe, divided)
+        return Settled(self, recipe, divided, config, shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A request that fits the model's shapes."""
+
+    request: Request
+    recipe: "Recipe"
+    divided: "Allocation | None"
+    config: "PretrainedConfig"
+    shapes: "Decoder"
+
+    def workload(self, processes: int = 1) -> "Workload":
+        """What the run will be, for each of so many processes that share its samples."""
+        from optprune.export.shards import size_of
+        from optprune.pruning.plan import workload_of
+
+        asked = self.request
+        return workload_of(
+            asked.model,
+            self.shapes,
+            self.recipe,
+            samples=-(-asked.samples // processes),
+            seq_length=asked.seq_length,
+            device=asked.device,
+            dtype=asked.dtype,
+            allocation=self.divided,
+            workers=asked.workers or 1,
+            ray=asked.ray is not None,
+            max_shard=size_of(asked.max_shard_size),
+            states=asked.states,
+        )
+
+
+def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The recipe fields that the user gave, by option or as --set key=value."""
+    fields = dict(options)
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise InputError(f"--set {shown(setting)} is not of the form KEY=VALUE, such as damping=0.05")
+        if key in fields:
+            raise InputError(
+                f"the recipe field {shown(key)} is given twice, the second time by --set {one_line(setting)}: give one"
+            )
+        fields[key] = read_yaml(text, f"the value in --set {one_line(setting)}")
+    return fields
+
+
+def _read_allocation(file: str) -> "Allocation":
+    """An allocation from its own file, or from the report of an earlier run."""
+    from optprune.allocation import Allocation
+
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the allocation file {file} cannot be read: {error}") from error
+    with _named(file, "cannot be used"):
+        return Allocation.from_json(text)
+
+
+@contextmanager
+def _named(file: str | None, what: str) -> Iterator[None]:
+    """What is wrong with an allocation, with the name of its file."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"the allocation file {file} {what}: {error}") from error

@@ -1,0 +1,125 @@
+"""Room: what memory and disk there are, and the refusal of a run that cannot fit, with what would."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from optprune.calibration import POLICIES
+from optprune.errors import InputError
+from optprune.measure.memory import free_memory, resident_bytes
+from optprune.pruning.plan import Plan, PlannedPhase, planned_memory
+from optprune.pruning.workload import Workload
+from optprune.system.wording import amount
+
+MARGIN = 1.25
+"""a run is refused where the plan is more than so many times what there is: it is right within a fifth"""
+FEWEST = 8
+"""the fewest sequences that a refusal proposes"""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run may take, with what this process has already; None where the system does not tell."""
+
+    host: int | None = None
+    """the memory of this machine"""
+    process: int | None = None
+    """the memory of one process, by its limit (ulimit -v)"""
+    device: int | None = None
+    """the memory of the GPU"""
+    disk: int | None = None
+    """the disk of the output"""
+
+    @classmethod
+    def measured(cls, device: torch.device, output: Path) -> "Room":
+        """What there is now, of a device and of the disk where an output is to be."""
+        held = resident_bytes()
+        free = free_memory()
+        gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        return cls(
+            None if free is None else held + free,
+            _of_process(held),
+            gpu,
+            shutil.disk_usage(existing_folder(output)).free,
+        )
+
+
+def check_room(work: Workload, room: Room) -> str:
+    """A line on what a run takes at most; InputError where it cannot fit, which says what would."""
+    plan = planned_memory(work)
+    lacking = _lacking(plan, work, room)
+    if lacking is None:
+        parts = [(plan.host_bytes, "memory"), (plan.device_bytes, "the GPU"), (plan.disk_bytes, "the disk")]
+        told = ", ".join(f"{amount(bytes)} of {what}" for bytes, what in parts if bytes)
+        return f"planned: at most {told} (optprune plan tells more, and the time)"
+    what, needed, there, phase = lacking
+    largest = max(phase.parts, key=lambda name: phase.parts[name])
+    fitting = [words for words, other in alternatives(work) if _lacking(planned_memory(other), other, room) is None]
+    advice = f"{' or '.join(fitting)} would fit" if fitting else "use a machine with more"
+    raise InputError(
+        f"the run would take {amount(needed)} of {what} in the phase {phase.name}, the most of it for the {largest} "
+        f"({amount(phase.parts[largest])}), and {amount(there)} are there: {advice} (--no-plan begins all the same)"
+    )
+
+
+def _lacking(plan: Plan, work: Workload, room: Room) -> tuple[str, int, int, PlannedPhase] | None:
+    """What there is not enough of, how much a run takes of it and how much there is, and the phase that takes it."""
+    # The process that reloads and those that work have a limit of their own.
+    alone = [phase for phase in plan.phases if phase.name != "checking" and work.workers == 1]
+    kinds = [
+        ("memory", room.host, plan.phases, "host_bytes"),
+        ("the memory that a process may have (ulimit -v)", room.process, alone, "host_bytes"),
+        ("the GPU's memory", room.device, plan.phases, "device_bytes"),
+        ("the disk", room.disk, plan.phases, "disk_bytes"),
+    ]
+    for what, there, phases, field in kinds:
+        most = max(phases, key=lambda phase: getattr(phase, field), default=None)
+        if there is not None and most is not None and getattr(most, field) > MARGIN * there:
+            return what, getattr(most, field), there, most
+    return None
+
+
+def alternatives(work: Workload) -> Iterator[tuple[str, Workload]]:
+    """Other runs that take less, each with the option that asks for it."""
+    recipe = work.recipe
+    if work.states != "disk":
+        yield "--states disk", replace(work, states="disk")
+    if work.workers > 1 or work.layers > 1:
+        yield "--workers 1", replace(work, workers=1, layers=1)
+    fewer = work.samples // 2
+    while fewer >= FEWEST:
+        yield f"--samples {fewer}", replace(work, samples=fewer)
+        fewer //= 4
+    if work.streams > 1 or work.keeps_original:
+        yield (
+            "--propagation pruned",
+            replace(work, recipe=recipe.model_copy(update={"propagation": POLICIES["pruned"]}), workers=1),
+        )
+    if recipe.metric is not None and recipe.metric.kind == "full":
+        metric = recipe.metric.model_copy(update={"kind": "diagonal"})
+        yield "--set metric=diagonal", replace(work, recipe=recipe.model_copy(update={"metric": metric}))
+
+
+def _of_process(held: int) -> int | None:
+    """What this process may have by its limit on addresses, of which many stay without memory."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        if limit != resource.RLIM_INFINITY:
+            return max(0, limit - pages * os.sysconf("SC_PAGE_SIZE")) + held
+    return None
+
+
+def existing_folder(place: Path) -> Path:
+    """The folder that an output would be in, or the nearest one that is there."""
+    place = Path(os.path.realpath(place))
+    while not place.is_dir():
+        place = place.parent
+    return place

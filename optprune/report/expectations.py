@@ -1,0 +1,158 @@
+"""What somebody expects of a model's weights, in words such as 2:4 or sparsity=0.5, and whether they are so."""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from optprune.errors import InputError
+from optprune.report.layer_pattern import BrokenGroups, LayerPattern
+from optprune.system.wording import shown
+
+FORMS = "N:M such as 2:4, rows, sparsity=0.5, sparsity=0.19..0.21, multiple=64, or dead=0"
+NUMBER = r"(?:[01]|[01]?\.\d+)"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a model, as far as expectations go."""
+
+    layers: Sequence[LayerPattern]
+    breaks: Mapping[str, Sequence[BrokenGroups]]
+    """the groups that break each N:M that was asked for, by the names of layers"""
+    widths: Sequence[int]
+    """the MLP units of each block"""
+    dead: int
+    """the units that could go for free"""
+    original: int | None
+    """the linear weights that the original had, where that is known"""
+
+    @property
+    def there(self) -> int:
+        """The linear weights that are stored."""
+        return sum(layer.outputs * layer.inputs for layer in self.layers)
+
+    @property
+    def removed(self) -> int:
+        """The linear weights that are cut off, as far as is known, or zero."""
+        return (self.original or self.there) - self.there + sum(layer.zeros for layer in self.layers)
+
+
+class Expectation(ABC):
+    """Something that is expected of a model."""
+
+    @abstractmethod
+    def unmet(self, found: Measured) -> list[str]:
+        """A sentence for each place where it is not so; none where it is met."""
+
+
+@final
+@dataclass(frozen=True)
+class InEveryGroup(Expectation):
+    """At most n of every m consecutive inputs of every linear layer are not zero."""
+
+    n: int
+    m: int
+
+    def unmet(self, found: Measured) -> list[str]:
+        return [
+            said
+            for layer in found.layers
+            for broken in found.breaks[layer.name]
+            if broken.pattern == f"{self.n}:{self.m}" and (said := told_of(layer, broken))
+        ]
+
+
+@final
+@dataclass(frozen=True)
+class SameInRows(Expectation):
+    """Every row of a layer has the same number of zeros."""
+
+    def unmet(self, found: Measured) -> list[str]:
+        return [f"the rows of {layer.name} differ in their zeros" for layer in found.layers if not layer.same_in_rows]
+
+
+@final
+@dataclass(frozen=True)
+class Share(Expectation):
+    """A share of all linear weights is removed: cut off or zero."""
+
+    low: float
+    high: float
+
+    def unmet(self, found: Measured) -> list[str]:
+        removed, whole = found.removed, found.original or found.there
+        if self.low < self.high:
+            least, most = self.low * whole, self.high * whole
+        else:  # a whole number of entries: rows may be rounded, where the share of a row is not a whole number
+            exact = [self.low * layer.inputs for layer in found.layers]
+            least = sum(layer.outputs * math.floor(e + 1e-9) for layer, e in zip(found.layers, exact, strict=True))
+            most = sum(layer.outputs * math.ceil(e - 1e-9) for layer, e in zip(found.layers, exact, strict=True))
+            if whole != found.there:
+                least, most = math.floor(self.low * whole + 1e-9), math.ceil(self.low * whole - 1e-9)
+        if least <= removed <= most:
+            return []
+        wanted = f"{least:.12g}" if least == most else f"{least:.12g} to {most:.12g}"
+        return [f"{removed} of {whole} linear weights ({removed / whole:.4%}) are removed, not {wanted}"]
+
+
+@final
+@dataclass(frozen=True)
+class MultipleOf(Expectation):
+    """The MLP width of every block is a multiple."""
+
+    of: int
+
+    def unmet(self, found: Measured) -> list[str]:
+        return [
+            f"the MLP of block {block} has {width} units, which is no multiple of {self.of}"
+            for block, width in enumerate(found.widths)
+            if width % self.of
+        ]
+
+
+@final
+@dataclass(frozen=True)
+class DeadAtMost(Expectation):
+    """No more than so many units could go for free."""
+
+    most: int
+
+    def unmet(self, found: Measured) -> list[str]:
+        return [f"{found.dead} units could go for free, not {self.most}"] if found.dead > self.most else []
+
+
+def told_of(layer: LayerPattern, broken: BrokenGroups) -> str:
+    """Where a pattern does not hold in a layer, in words; nothing where it does."""
+    if broken.holds:
+        return ""
+    n, m = broken.pattern.split(":")
+    if not broken.groups:
+        return f"{layer.name} has {layer.inputs} inputs, which are no groups of {m}"
+    last = broken.first_input + int(m) - 1
+    return (
+        f"{broken.broken} of the {broken.groups} groups of {layer.name} keep more than {n} of {m}, the first is "
+        f"row {broken.row}, inputs {broken.first_input} to {last}"
+    )
+
+
+def read_expectation(text: str) -> Expectation:
+    """The expectation that a text states; InputError when it states none."""
+    groups = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", text, re.ASCII)
+    if groups is not None and int(groups[1]) < int(groups[2]):
+        return InEveryGroup(int(groups[1]), int(groups[2]))
+    if text == "rows":
+        return SameInRows()
+    share = re.fullmatch(rf"sparsity=({NUMBER})(?:\.\.({NUMBER}))?", text, re.ASCII)
+    if share is not None:
+        low, high = float(share[1]), float(share[2] or share[1])
+        if 0 <= low <= high <= 1:
+            return Share(low, high)
+    count = re.fullmatch(r"(multiple|dead)=(\d{1,9})", text, re.ASCII)
+    if count is not None and count[1] == "dead":
+        return DeadAtMost(int(count[2]))
+    if count is not None and int(count[2]):
+        return MultipleOf(int(count[2]))
+    raise InputError(f"the expectation {shown(text)} is not known: use {FORMS}")

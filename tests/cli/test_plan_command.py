@@ -1,0 +1,102 @@
+"""optprune plan: what it prints and writes; and what prune makes of a plan that does not fit."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from optprune.cli import main
+from optprune.cli.app import app
+from optprune.errors import InputError
+from optprune.pruning.room import Room
+from tests.helpers.attempts import Attempt
+from tests.helpers.tiny_models import tiny_llama
+
+PHASES = ["loading", "tokenising", "metric", "budget", "pruning", "saving", "checking"]
+SMALL = ("--samples", "8", "--seq-length", "64", "--device", "cpu")
+ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--no-plan"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A folder with a config.json and nothing else."""
+    folder = tmp_path / "config"
+    tiny_llama().config.save_pretrained(folder)
+    return folder
+
+
+def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    words = ["--calibration", str(attempt.text), "--recipe", "structured_best", "--json", str(file), *SMALL]
+    before = attempt.model.stat().st_mtime_ns
+    assert main(["plan", str(attempt.model), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    written = json.loads(file.read_text())
+    assert set(written) == {"device_bytes", "host_bytes", "disk_bytes", "seconds", "phases"}
+    assert [phase["name"] for phase in written["phases"]] == PHASES
+    for field in ("host_bytes", "disk_bytes"):
+        assert written[field] == max(phase[field] for phase in written["phases"]) > 0
+    assert written["device_bytes"] == 0
+    assert written["seconds"] == pytest.approx(sum(phase["seconds"] for phase in written["phases"]))
+    assert all(phase["seconds"] > 0 for phase in written["phases"])
+    assert [line.split()[0] for line in lines[1:8]] == PHASES
+    assert lines[-2].count("at most") == 1 and lines[-1].startswith("the most is in ")
+    assert attempt.model.stat().st_mtime_ns == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_without_a_probe_a_config_is_enough_and_a_gpu_need_not_be_there(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "plan.json"
+    more = ["--no-probe", "--json", str(file), "--samples", "8", "--seq-length", "64"]
+    assert main(["plan", str(config), "--device", "cuda", *more]) == 0
+    written = json.loads(file.read_text())
+    assert written["seconds"] is None and written["device_bytes"] > 0
+    assert "of the GPU" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_plan_of_what_prune_refuses_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(config), "--recipe", "alps", "--workers", "2", *SMALL]) == 2
+    assert "under the policy pruned every block depends on those before it" in capsys.readouterr().err
+    assert main(["plan", str(config), "--set", "dampening=1", *SMALL]) == 2
+    assert "no field 'dampening'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_prune_refuses_what_cannot_fit_before_it_begins(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Room, "measured", lambda *_: Room(host=10**8))
+    sentence = attempt.fails(attempt.command())
+    assert "B of memory in the phase checking" in sentence and "100 MB are there" in sentence
+    assert "use a machine with more (--no-plan begins all the same)" in sentence
+
+
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends with an error where it would go on after its plan."""
+
+    def stop(*_: object) -> None:
+        raise InputError("this is behind the plan")
+
+    monkeypatch.setattr("optprune.cli.prune.tokens_for", stop)
+
+
+@pytest.mark.usefixtures("stopped")
+def test_prune_begins_all_the_same_where_it_is_told_to(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Room, "measured", lambda *_: Room(host=10**8))
+    assert "this is behind the plan" in attempt.fails(attempt.command("--no-plan"))
+
+
+@pytest.mark.usefixtures("stopped")
+def test_prune_says_its_plan_in_one_line(attempt: Attempt, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(attempt.command()) == 2
+    planned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("planned: ")]
+    assert len(planned) == 1 and "of memory" in planned[0] and "of the disk" in planned[0]
+
+
+def test_plan_has_the_options_of_prune() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+    plan, prune = ({text for one in commands[name].params for text in one.opts} for name in ("plan", "prune"))
+    assert plan - prune == ONLY_PLAN and prune - plan == ONLY_PRUNE

@@ -1,0 +1,80 @@
+"""The model card of a pruned folder: what a hub reads, what a reader sees, and nothing of this machine."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from optprune.export import save_pruned
+from optprune.export.origin import origin_of
+from optprune.models import Decoder, LoadedModel, load_model
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
+from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama
+from tests.helpers.token_batches import batches
+
+LICENSED = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\nlanguage: [en, fr]\n---\n# Theirs\n"
+
+
+def pruned(source: Path, folder: Path, **options: Any) -> tuple[Path, LoadedModel]:
+    loaded = load_model(source)
+    recipe = load_recipe("fasp", {"width_multiple": 1, **options})
+    report = prune(loaded.model, batches(), recipe, source=str(source), calibration=f"{source}/news.txt, 4 windows")
+    return save_pruned(loaded, folder, report, recipe, window=batches()[0][0]).folder, loaded
+
+
+@pytest.mark.parametrize(("name", "units"), [("llama", "mlp"), ("opt", "all")])
+def test_the_card_tells_the_run_the_base_and_its_licence(name: str, units: str, tmp_path: Path) -> None:
+    source = save_tiny(TINY_MODELS[name](), tmp_path / "secret" / "tiny-base")
+    (source / "README.md").write_text(LICENSED)
+    for file, text in (("LICENSE", "Do as you like."), ("NOTICE.txt", "By us."), ("notes.txt", "not for you")):
+        (source / file).write_text(text)
+    folder, loaded = pruned(source, tmp_path / "secret" / "smaller", units=units)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "tiny-base",
+        "language": ["en", "fr"],
+        "library_name": "transformers",
+        "license": "other",
+        "license_link": "LICENSE",
+        "license_name": "llama3",
+        "pipeline_tag": "text-generation",
+        "tags": ["optprune", "pruning", "fasp"],
+    }
+    assert (folder / "LICENSE").read_text() == "Do as you like." and (folder / "NOTICE.txt").is_file()
+    assert not (folder / "notes.txt").exists()
+    left = Decoder(loaded.model)
+    assert f"| {left.linear_weights():,} |" in card.text
+    assert f"| MLP width | 128 | {left.shape(0).mlp_width} |" in card.text
+    assert ('from_pretrained("smaller", trust_remote_code=True)' in card.text) == (units == "all")
+    assert str(tmp_path) not in card.content and "secret" not in card.content and "news.txt" not in card.content
+
+
+def test_a_source_without_a_card_or_with_one_that_is_none(tmp_path: Path) -> None:
+    for text in (
+        None,
+        "---\n[: no yaml\n---\n",
+        "---\n- a list\n---\n",
+        "---\nlicense: [1]\nlicense_link: ../up\n---\n",
+    ):
+        if text is not None:
+            (tmp_path / "README.md").write_text(text)
+        origin = origin_of(str(tmp_path))
+        assert (origin.name, origin.licence, origin.licence_link) == (tmp_path.name, None, None)
+    assert not origin_of(str(tmp_path / "my folder")).is_repository_name
+
+
+def test_the_demo_is_called_by_its_public_name() -> None:
+    origin = origin_of("demo")
+    assert (origin.name, origin.licence) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+
+
+def test_a_text_of_the_hub_is_named(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(), tmp_path / "base")
+    loaded, recipe = load_model(source), load_recipe("wanda", {"pattern": "2:4", "sparsity": 0.5})
+    report = prune(loaded.model, batches(), recipe, source=str(source), calibration="hf:owner/news:train, 4 windows")
+    text = (
+        save_pruned(loaded, tmp_path / "out", report, recipe, window=batches()[0][0]).folder / "README.md"
+    ).read_text()
+    assert "(hf:owner/news:train, 4 windows)" in text and "pattern of the zeros: 2:4" in text

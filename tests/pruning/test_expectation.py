@@ -1,0 +1,61 @@
+"""The guess of what a run's phases take: there for every recipe and architecture, and in proportion to the work."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optprune.allocation.uniform import uniform
+from optprune.models import Decoder, Mlp
+from optprune.pruning import expectation
+from optprune.pruning.expectation import expected_computing, expected_seconds, products_per_second
+from optprune.recipe import load_recipe, recipe_names
+from optprune.report import PHASES
+from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def as_fast_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expectation, "products_per_second", lambda device: 1e9)
+
+
+def shapes(name: str = "llama", **config: int) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(AutoModelForCausalLM.from_config(TINY_MODELS[name](**config).config))
+
+
+@pytest.mark.parametrize("architecture", TINY_MODELS)
+def test_every_recipe_has_an_expectation_of_every_phase(architecture: str) -> None:
+    decoder = shapes(architecture)
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        found = expected_seconds(decoder, recipe, None, 4096, 10**6, CPU)
+        assert sorted(found) == sorted(PHASES)
+        assert all(0 <= seconds < 1e4 for seconds in found.values()), name
+        assert (found["metric"] > 0) == (recipe.metric is not None)
+        assert (found["budget"] > 0) == (recipe.allocation.kind != "uniform"), name
+        assert found["pruning"] > 0
+
+
+def test_it_grows_with_the_tokens_and_the_blocks() -> None:
+    recipe = load_recipe("structured_best", {"metric_tokens": 10**6})
+
+    def expected(tokens: int, **config: int) -> dict[str, float]:
+        return expected_computing(shapes(**config), recipe, None, tokens, CPU)
+
+    some, more, deeper = expected(10**5), expected(2 * 10**5), expected(10**5, num_hidden_layers=4)
+    for phase in ("metric", "budget", "pruning"):
+        assert 1.5 < more[phase] / some[phase] < 2.1
+        assert 1.3 < deeper[phase] / some[phase] < 2.1
+
+
+def test_an_allocation_that_is_given_leaves_no_budget_to_divide() -> None:
+    decoder, recipe = Decoder(tiny_llama()), load_recipe("structured_best")
+    allocation = uniform(decoder, 0.25, Mlp(), 8)
+    found = expected_computing(decoder, recipe, allocation, 4096, CPU)
+    assert found["budget"] == 0 < found["pruning"]
+
+
+def test_a_machine_is_as_fast_as_its_products() -> None:
+    assert 1e7 < products_per_second(CPU) < 1e13
