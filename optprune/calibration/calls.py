@@ -49,8 +49,10 @@ class Calls:
         return Calls(self.arguments.part(numbers), self.targets.part(numbers), self.share, places)
 
     def each(self) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any], Tensor]]:
-        """The lane, the arguments and the target of every entry, of which one is in memory at a time."""
-        for number, ((args, kwargs), target) in enumerate(zip(self.arguments, self.targets, strict=True)):
+        """The lane, the arguments and the target of every entry, one after the other."""
+        # By number: to enumerate a zip would keep the first entry in memory to the end.
+        for number in range(len(self.targets)):
+            (args, kwargs), target = self.arguments[number], self.targets[number]
             yield self.lane(number), args, kwargs, target
 
     @property

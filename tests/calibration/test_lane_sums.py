@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optprune.calibration import calibrating, collect_metrics, first_inputs, sampled
-from optprune.calibration.calls import calls_of
+from optprune.calibration.calls import Wanted, calls_of, catching
 from optprune.calibration.dense_statistics import DenseStatistics
 from optprune.calibration.lanes import Lanes, LaneSums
 from optprune.calibration.moments_pass import collect
@@ -73,6 +73,26 @@ def test_every_batch_is_in_one_lane_of_one_process(total: int, count: int) -> No
 def test_batches_kept_apart_are_the_last_of_all() -> None:
     shares = together(3, lambda peers: Lanes(3, peers).share(6))
     assert [share.apart(2, 3) for share in shares] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "fewer"), [(1, [0, 1], [0]), (2, [0, 3], [0, 3]), (5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])]
+)
+def test_calls_are_wanted_of_the_first_batches_of_each_lane(count: int, first: list[int], fewer: list[int]) -> None:
+    """Of six batches of 24 tokens each, of which the last is kept apart: 48 tokens, and then 24 of those."""
+    decoder, wanted = Decoder(tiny_llama()), Wanted(tokens=48, apart=1)
+    with calibrating(decoder):
+        stream = first_inputs(decoder, batches(count=6, length=12), Lanes(count))
+        assert wanted.of(stream) == [*first, 5]
+        calls = calls_of(decoder.blocks[0], "mlp", stream, wanted)
+        with catching(decoder.blocks[0], ["mlp"], stream, wanted) as caught:
+            collect(decoder.blocks[0], stream, ["mlp.down_proj"], to_end=True)
+    fit, apart = calls.split(1)
+    assert [fit.places, apart.places, fit.first(24).places] == [first, [5], fewer]
+    assert [lane for lane, *_ in fit.each()] == [stream.share.lane(batch) for batch in first]
+    assert caught["mlp"].places == calls.places
+    for one, other in zip(calls.targets, caught["mlp"].targets, strict=True):
+        assert torch.equal(one, other)
 
 
 def drawn(seed: int, tokens: int) -> Tensor:

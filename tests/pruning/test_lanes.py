@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune import LayerContext, load_recipe
+from optprune.calibration import DenseStatistics
 from optprune.calibration.lanes import Lanes
 from optprune.errors import InputError, NumericalError
 from optprune.problems import Problem
@@ -94,6 +95,49 @@ def test_a_run_that_was_stopped_goes_on_with_any_number_of_processes(tmp_path: P
         assert all(same(model, whole) for model in models.values())
     with pytest.raises(InputError, match="the lanes was 4 and is 3"):
         run(tiny_llama(), "alps", Lanes(3), journal=Journal(tmp_path / "run", resume=True))
+
+
+class Unasked(DenseStatistics):
+    """For a run that has nothing left to measure of its metrics."""
+
+    def metrics(self, *_, **__):
+        raise AssertionError("the metrics are in the run folder")
+
+
+def test_processes_that_go_on_are_told_the_metrics_in_the_folder(tmp_path: Path) -> None:
+    whole = tiny_llama()
+    expected = run(whole, "metric", Lanes(4))
+
+    def part(journal: Journal, on_event, models: dict[int, PreTrainedModel], statistics: DenseStatistics):
+        def shared(peers: ThreadPeers) -> Report:
+            models[peers.rank] = tiny_llama()
+            more = {"on_event": on_event, "statistics": statistics}
+            return run(models[peers.rank], "metric", Lanes(4, peers), journal=None if peers.rank else journal, **more)
+
+        return shared
+
+    with pytest.raises(KeyboardInterrupt):
+        together(2, part(Journal(tmp_path / "run"), stopping, {}, DenseStatistics()))
+    assert Journal(tmp_path / "run", resume=True).finished() == [0]
+    models: dict[int, PreTrainedModel] = {}
+    for report in together(2, part(Journal(tmp_path / "run", resume=True), quiet, models, Unasked())):
+        assert told(report).layers == told(expected).layers and report.notes == expected.notes
+    assert len(models) == 2 and all(same(model, whole) for model in models.values())
+
+
+def test_where_hidden_states_wait_changes_no_byte_of_a_shared_run_in_half_precision() -> None:
+    one, models = tiny_llama().bfloat16(), dict[int, PreTrainedModel]()
+    expected = run(one, "recovery in a metric", Lanes(4), states="device")
+
+    def shared(peers: ThreadPeers) -> Report:
+        models[peers.rank] = tiny_llama().bfloat16()
+        states = ("disk", "host")[peers.rank]
+        return run(models[peers.rank], "recovery in a metric", Lanes(4, peers), states=states)
+
+    for report in together(2, shared):
+        assert told(report) == told(expected)
+        assert [phase.name for phase in report.phases] == ["loading", "metric", "budget", "pruning"]
+    assert one.dtype == torch.bfloat16 and same(models[0], one) and same(models[1], one)
 
 
 def test_an_error_at_one_layer_is_raised_in_all_processes() -> None:
