@@ -12,7 +12,6 @@ from optprune.export.shards import MAX_SHARD_SIZE
 from optprune.models import DTYPES, LoadedModel, check_dtype
 from optprune.recipe import Recipe
 from optprune.report import Report
-from optprune.system.files import real_path
 
 CHECK_TOKENS = 128
 """how many tokens the logits of the saved model are compared on"""
@@ -41,7 +40,7 @@ def save_pruned(
     if dtype != "auto":
         cast(loaded.model, DTYPES[dtype], loaded.store)
     origin = origin_of(loaded.source)
-    card = ModelCard(real_path(Path(folder)).name, origin, report, loaded.model)
+    card = ModelCard(origin, report, loaded.model)
     return save_model(
         loaded.model,
         folder,
