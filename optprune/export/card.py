@@ -25,7 +25,7 @@ class ModelCard:
     """the pruned model, of which shapes and class count"""
 
     def text(self) -> str:
-        """The card, in Markdown below the metadata of a hub; no path of this machine is in it, nor its folder's name."""
+        """The card, in Markdown below the metadata of a hub; without a path of this machine or its folder's name."""
         return f"---\n{self._metadata().to_yaml()}\n---\n\n{self._body()}"
 
     def _metadata(self) -> ModelCardData:
