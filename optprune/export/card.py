@@ -1,6 +1,5 @@
 """The model card of a pruned folder: README.md, with what a hub reads and what a reader wants to know first."""
 
-import json
 from dataclasses import dataclass
 
 from huggingface_hub import ModelCardData
@@ -20,15 +19,13 @@ ABSENT = "not known: it is that of the base model"
 class ModelCard:
     """What a card is made of."""
 
-    name: str
-    """the folder's own name"""
     origin: Origin
     report: Report
     model: PreTrainedModel
     """the pruned model, of which shapes and class count"""
 
     def text(self) -> str:
-        """The card, in Markdown below the metadata of a hub; no path of this machine is in it."""
+        """The card, in Markdown below the metadata of a hub; without a path of this machine or its folder's name."""
         return f"---\n{self._metadata().to_yaml()}\n---\n\n{self._body()}"
 
     def _metadata(self) -> ModelCardData:
@@ -50,7 +47,7 @@ class ModelCard:
         version = report.versions.get("optprune", "")
         return "\n".join(
             [
-                f"# {one_line(self.name)}",
+                f"# {one_line(origin.name.rpartition('/')[2])}, pruned by {recipe}",
                 "",
                 f"{one_line(origin.name)} pruned by optprune {version} with the recipe `{recipe}`: "
                 f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed.",
@@ -104,7 +101,6 @@ class ModelCard:
 
     def _use(self) -> list[str]:
         stock = is_stock(self.model.config)
-        name = json.dumps(self.name, ensure_ascii=False)
         trust = "" if stock else ", trust_remote_code=True"
         why = (
             "It has the stock classes of transformers."
@@ -119,8 +115,9 @@ class ModelCard:
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"tokenizer = AutoTokenizer.from_pretrained({name})",
-            f"model = AutoModelForCausalLM.from_pretrained({name}{trust})",
+            'folder = "."  # the one that this file is in',
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
             "```",
             "",
             "`recipe.yaml` makes it again, `report.json` tells of every layer, and `optprune audit` holds the weights "

@@ -14,7 +14,6 @@ from optprune.models import DTYPES, LoadedModel, check_dtype
 from optprune.recipe import Recipe
 from optprune.report import Event, PhaseRecorder, Report, joined
 from optprune.report.phases import SAVING
-from optprune.system.files import real_path
 
 CHECK_TOKENS = 128
 """how many tokens the logits of the saved model are compared on"""
@@ -47,7 +46,7 @@ def save_pruned(
         with phases.phase(SAVING):
             cast(loaded.model, DTYPES[dtype], loaded.store)
     origin = origin_of(loaded.source)
-    card = ModelCard(real_path(Path(folder)).name, origin, report, loaded.model)
+    card = ModelCard(origin, report, loaded.model)
     return save_model(
         loaded.model,
         folder,

@@ -47,8 +47,13 @@ def test_the_card_tells_the_run_the_base_and_its_licence(name: str, units: str, 
     left = Decoder(loaded.model)
     assert f"| {left.linear_weights():,} |" in card.text
     assert f"| MLP width | 128 | {left.shape(0).mlp_width} |" in card.text
-    assert ('from_pretrained("smaller", trust_remote_code=True)' in card.text) == (units == "all")
-    assert str(tmp_path) not in card.content and "secret" not in card.content and "news.txt" not in card.content
+    assert ("from_pretrained(folder, trust_remote_code=True)" in card.text) == (units == "all")
+    assert (
+        str(tmp_path) not in card.content
+        and "secret" not in card.content
+        and "smaller" not in card.content
+        and "news.txt" not in card.content
+    )
 
 
 def test_a_source_without_a_card_or_with_one_that_is_none(tmp_path: Path) -> None:
