@@ -14,7 +14,8 @@ from optprune.calibration import Statistics, dense_statistics
 from optprune.errors import InputError
 from optprune.models import open_model
 from optprune.pruning import Journal, prune
-from optprune.report import BlockMeasured, BlockStarted, Event
+from optprune.report import BlockStarted, Event, PhaseAdvanced
+from optprune.report.phases import BUDGET
 from tests.helpers.short_runs import batches, same
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.weights import weights_of
@@ -36,7 +37,7 @@ def between_blocks(event: Event) -> None:
 
 
 def before_the_division(event: Event) -> None:
-    if isinstance(event, BlockMeasured):
+    if isinstance(event, PhaseAdvanced) and event.phase == BUDGET and event.done:
         raise Stopped
 
 
