@@ -33,7 +33,6 @@ from optprune.cli.options import (
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.request import Request, Settled
 from optprune.cli.tokens import tokens_for
-from optprune.report.progress import duration
 from optprune.system.files import json_text
 from optprune.system.wording import amount
 
@@ -154,6 +153,8 @@ def _measuring(settled: Settled, work: "Workload", calibration: str | None, outp
 
 def lines(planned: "Plan") -> Sequence[str]:
     """The plan as lines: a phase each, then the peaks."""
+    from optprune.report.progress import duration
+
     gpu = planned.device_bytes > 0
     rows: list[tuple[str, ...]] = [("", "time", "memory", *(["GPU"] if gpu else []), "disk")]
     for phase in planned.phases:

@@ -107,13 +107,10 @@ class Decoder:
             def enter(block: nn.Module, _: tuple[Any, ...]) -> None:
                 present.enter_context(self.resident(places[block]))
 
-            def leave(*_: Any) -> None:
-                present.close()
-
             places = {block: index for index, block in enumerate(self.blocks)}
             for block in self.blocks:
                 handles.callback(block.register_forward_pre_hook(enter).remove)
-                handles.callback(block.register_forward_hook(leave).remove)
+                handles.callback(block.register_forward_hook(lambda *_: present.close()).remove)
             yield
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -137,8 +137,6 @@ class LayerLoss:
     def _without_metric(self) -> "LayerLoss":
         return replace(self, metric=None)
 
-    # -- sizes
-
     @property
     def dead(self) -> bool:
         """Whether A is zero: every weight costs the same."""

@@ -77,7 +77,7 @@ class Journal:
         if self.begun and not resume:
             self._clear()
         for place in self.folder.iterdir():
-            if place.is_dir():  # what an earlier run has put aside
+            if place.is_dir() and place.name != CONVERTED:  # what an earlier run has put aside
                 shutil.rmtree(place, ignore_errors=True)
 
     @property

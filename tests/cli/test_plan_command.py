@@ -15,7 +15,7 @@ from tests.helpers.tiny_models import tiny_llama
 
 PHASES = ["loading", "tokenising", "metric", "budget", "pruning", "saving", "checking"]
 SMALL = ("--samples", "8", "--seq-length", "64", "--device", "cpu")
-ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--no-plan"}
+ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--no-plan", "--log"}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise InputError("this is behind the plan")
 
-    monkeypatch.setattr("optprune.cli.prune.tokens_for", stop)
+    monkeypatch.setattr("optprune.cli.prune.calibration_for", stop)
 
 
 @pytest.mark.usefixtures("stopped")
