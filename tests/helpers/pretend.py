@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -191,6 +192,8 @@ def _by_way_of_the_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch
 def set_up() -> torch.device:
     """The pretended device, which torch knows from the first call on."""
     if not _library:
+        # `with torch.device(...)` looks up once, at its first use, which functions it is about: those of before.
+        _device_constructors()
         for name in (*COPIED, *MADE):
             setattr(torch, name, _by_way_of_the_cpu(getattr(torch, name)))
         _setup_privateuseone_for_python_backend(NAME)
