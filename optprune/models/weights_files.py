@@ -57,7 +57,11 @@ def _shards(source: str, where: str) -> list[str]:
     if index is None:
         return []
     what = f"{SAFE_WEIGHTS_INDEX_NAME} of {source}"
-    data = read_json(Path(index).read_text(encoding="utf-8"), what)
+    try:
+        text = Path(index).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not UTF-8: fetch it again") from error
+    data = read_json(text, what)
     shards = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{what} has no weight_map that says which tensor is in which file: fetch it again")

@@ -15,7 +15,7 @@ from tests.helpers.tiny_models import tiny_llama
 
 PHASES = ["loading", "tokenising", "metric", "budget", "pruning", "saving", "checking"]
 SMALL = ("--samples", "8", "--seq-length", "64", "--device", "cpu")
-ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--no-plan", "--log"}
+ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--no-plan", "--log", "--lanes"}
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_without_a_probe_a_config_is_enough_and_a_gpu_need_not_be_there(
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_plan_of_what_prune_refuses_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(config), "--recipe", "alps", "--workers", "2", *SMALL]) == 2
+    assert main(["plan", str(config), "--recipe", "alps", "--ray", "local", *SMALL]) == 2
     assert "under the policy pruned every block depends on those before it" in capsys.readouterr().err
     assert main(["plan", str(config), "--set", "dampening=1", *SMALL]) == 2
     assert "no field 'dampening'" in capsys.readouterr().err
