@@ -9,7 +9,6 @@ processes, the seconds, and what the command said last.
 """
 
 import argparse
-import json
 import math
 import resource
 import subprocess
@@ -19,9 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.random_checkpoints import write_checkpoint
 from benchmarks.train_small import new_tokenizer
 from optprune.texts import demo_articles
 
@@ -42,7 +41,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         source, output = Path(scratch) / "model", Path(scratch) / "output"
         config = shape(options.hidden, options.gigabytes)
-        write_checkpoint(config, source)
+        write_checkpoint(source, config, torch.bfloat16)
+        trained = new_tokenizer(demo_articles("calibration")[:200], VOCABULARY).backend_tokenizer
+        PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>").save_pretrained(source)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         print(
             f"{size / 1e9:.2f} GB in {config.num_hidden_layers} blocks of hidden {config.hidden_size}, "
@@ -80,41 +81,12 @@ def shape(hidden: int, gigabytes: float) -> LlamaConfig:
         "num_key_value_heads": max(1, heads // 4),
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
-        "dtype": "bfloat16",
     }
     with torch.device("meta"):
         one = LlamaForCausalLM(LlamaConfig(**fields, num_hidden_layers=1))
     block = sum(parameter.numel() for parameter in one.model.layers.parameters())
     rest = sum(parameter.numel() for parameter in one.parameters()) - block
     return LlamaConfig(**fields, num_hidden_layers=max(1, math.ceil((gigabytes * 1e9 / 2 - rest) / block)))
-
-
-def write_checkpoint(config: LlamaConfig, folder: Path, *, blocks_a_shard: int = 16) -> None:
-    """Random weights in shards of so many blocks, with an index, a config and a tokenizer."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    folder.mkdir(parents=True)
-    generator, index = torch.Generator().manual_seed(0), dict[str, str]()
-    shards = dict[str, list[tuple[str, torch.Size]]]()
-    for name, parameter in model.named_parameters():
-        words = name.split(".")
-        part = str(int(words[2]) // blocks_a_shard) if "layers" in words else "rest"
-        shards.setdefault(part, []).append((name, parameter.shape))
-    for number, tensors in enumerate(shards.values()):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: _drawn(name, size, generator) for name, size in tensors}, folder / file)
-        index |= {name: file for name, _ in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    trained = new_tokenizer(demo_articles("calibration")[:200], VOCABULARY).backend_tokenizer
-    PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-
-
-def _drawn(name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    if name.endswith("norm.weight"):
-        return torch.ones(size, dtype=torch.bfloat16)
-    return (torch.randn(size, generator=generator) / size[-1] ** 0.5).to(torch.bfloat16)
 
 
 if __name__ == "__main__":

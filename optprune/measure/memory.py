@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import ClassVar
 import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MEMORY = Path("/proc/meminfo")
+STATM, MEMORY = Path("/proc/self/statm"), Path("/proc/meminfo")
 GROUP = ("memory.max", "memory.current", "inactive_file")
 """the files of a control group that tell its limit and what it uses, and the row of its statistics that can be had"""
 OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -122,14 +123,27 @@ class DevicePeak:
             peak._highest = max(peak._highest, torch.cuda.max_memory_allocated(peak.device))
 
 
-def resident_bytes() -> int:
-    """What this process has in memory now; at most so much, where the system tells the most it has had only."""
-    if STATUS.exists():
-        return status_bytes("VmRSS")
-    import resource  # not on Windows
+def resident_bytes() -> int | None:
+    """The resident size of this process; None where the system does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
 
-    # In KiB, but for macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def highest_bytes() -> int | None:
+    """The largest resident size of this process so far; None where the system does not tell."""
+    with suppress(OSError, StopIteration):
+        return status_bytes("VmHWM")
+    with suppress(ImportError, OSError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
+
+
+def held_bytes() -> int:
+    """What this process has in memory now; at most so much, where the system tells the most it has had only."""
+    return resident_bytes() or highest_bytes() or 0
 
 
 def status_bytes(field: str) -> int:

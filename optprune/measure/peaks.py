@@ -3,18 +3,14 @@
 Nothing that others read is changed on the host: what `time` or `getrusage` tell of the process stays what it was.
 """
 
-import os
-import sys
 import threading
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from optprune.measure.memory import DevicePeak, status_bytes
+from optprune.measure.memory import DevicePeak, highest_bytes, resident_bytes
 
-STATM = Path("/proc/self/statm")
 APART = 0.02
 """the seconds between two looks at the resident size"""
 
@@ -65,21 +61,3 @@ class PeakMemory:
     def _look(self) -> None:
         while not self._over.wait(APART):
             self._seen = max(self._seen or 0, resident_bytes() or 0)
-
-
-def resident_bytes() -> int | None:
-    """The resident size of this process; None where the system does not tell."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-def highest_bytes() -> int | None:
-    """The largest resident size of this process so far; None where the system does not tell."""
-    with suppress(OSError, StopIteration):
-        return status_bytes("VmHWM")
-    with suppress(ImportError, OSError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return None

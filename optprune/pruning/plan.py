@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optprune.allocation import Allocation
-from optprune.measure.memory import resident_bytes
+from optprune.measure.memory import held_bytes
 from optprune.models import (
     DTYPES,
     Decoder,
@@ -84,7 +84,7 @@ def planned_memory(work: Workload, base: int | None = None, fresh: int = RELOADI
     `base` is what the process has with its imports, in bytes: without, what this one has now. `fresh` is what another
     one has for itself with its own.
     """
-    base = resident_bytes() if base is None else base
+    base = held_bytes() if base is None else base
     base += FIRST_USE
     fresh += FIRST_USE
     return Plan.of([_phase(work, name, parts_of(work, name, base, fresh)) for name in PHASES])
@@ -154,7 +154,7 @@ def plan(
 def timed(work: Workload, source: str, measuring: Measuring) -> Plan:
     """The plan with times, measured on this machine in about the time of one block."""
     around = Surroundings.measured(measuring.place)
-    base = resident_bytes()
+    base = held_bytes()
     decoder, opening = _opened(work, source)
     index = work.largest if len(decoder.blocks) == work.blocks else 0
     count = probe_batches(work)

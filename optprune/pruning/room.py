@@ -11,7 +11,7 @@ import torch
 
 from optprune.calibration import POLICIES
 from optprune.errors import InputError
-from optprune.measure.memory import free_memory, resident_bytes
+from optprune.measure.memory import free_memory, held_bytes
 from optprune.pruning.plan import Plan, PlannedPhase, planned_memory
 from optprune.pruning.workload import Workload
 from optprune.system.wording import amount
@@ -38,7 +38,7 @@ class Room:
     @classmethod
     def measured(cls, device: torch.device, output: Path) -> "Room":
         """What there is now, of a device and of the disk where an output is to be."""
-        held = resident_bytes()
+        held = held_bytes()
         free = free_memory()
         gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         return cls(
