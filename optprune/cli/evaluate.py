@@ -1,5 +1,6 @@
 """optprune evaluate: what a model predicts on a text, by itself and beside the dense model."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from optprune.measure import Divergence, Question
+    from optprune.measure import Divergence, Evaluation, Question
     from optprune.models import LoadedModel
     from optprune.report.progress import Reporter
 
@@ -58,8 +59,8 @@ def evaluate_command(
     Against the dense model also the divergence of the predictions in nats, and how often the first choice agrees.
     """
     reporter = start()
-    from optprune.measure import bits_per_byte, perplexity, read_questions
-    from optprune.models import check_dtype, device_of, load_config, load_model, need_tokenizer
+    from optprune.measure import bits_per_byte, read_questions
+    from optprune.models import check_dtype, device_of, load_config, need_tokenizer
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
     check_json(json_file, models=[model, *([] if against is None else [against])])
@@ -78,23 +79,18 @@ def evaluate_command(
         _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
     ids = evaluation_windows(tokens, seq_length, windows)
 
-    reporter.say(f"loading {model}")
-    loaded = load_model(model, dtype=dtype, device=device)
-    with reporter.count("evaluating", "window") as update:
-        evaluation = perplexity(loaded.model, ids, on_window=update)
+    loaded, *others = [_loaded(reporter, source, dtype, device) for source in (model, against) if source is not None]
+    beside = Beside(reporter, loaded, others[0] if others else None, ids)
+    evaluation, more, said = beside.predictions()
     bits = bits_per_byte(evaluation, ids, need_tokenizer(loaded.tokenizer, model))
     about = {"model": model, "text": text, "seq_length": seq_length}
-    result: dict[str, Any] = {**about, **evaluation.to_dict(), "bits_per_byte": bits}
+    result: dict[str, Any] = {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}
     lines = [
         f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-        f"({evaluation.windows} windows of {seq_length}) in {evaluation.seconds:.0f} s"
+        f"({evaluation.windows} windows of {seq_length}) in {evaluation.seconds:.0f} s",
+        *said,
     ]
-    dense = None
-    if against is not None:
-        reporter.say(f"loading {against}")
-        dense = load_model(against, dtype=dtype, device=device)
-    beside = Beside(reporter, loaded, dense, ids)
-    for more, said in (beside.divergence(), beside.answers(asked), beside.generations(generations)):
+    for more, said in (beside.answers(asked), beside.generations(generations)):
         result |= more
         lines += said
     write_json(json_file, json_text(result), f"the perplexity is {evaluation.perplexity:.4f}")
@@ -111,16 +107,21 @@ class Beside:
     dense: "LoadedModel | None"
     windows: "Tensor"
 
-    def divergence(self) -> tuple[dict[str, Any], list[str]]:
-        """How far the predictions are from the dense model's."""
-        from optprune.measure import divergence_from
+    def predictions(self) -> "tuple[Evaluation, dict[str, Any], list[str]]":
+        """The perplexity, and how far the predictions are from the dense model's; each reads the text once."""
+        from optprune.measure import Evaluation, divergence_from, perplexity
 
+        model, windows = self.loaded.model, self.windows
         if self.dense is None:
-            return {}, []
+            with self.reporter.count("evaluating", "window") as update:
+                return perplexity(model, windows, on_window=update), {}, []
+        began = time.perf_counter()
         with self.reporter.count("evaluating against the dense model", "window") as update:
-            found = divergence_from(self.loaded.model, self.dense.model, self.windows, on_window=update)
+            found = divergence_from(model, self.dense.model, windows, on_window=update)
+        count, length = windows.shape
+        evaluation = Evaluation(found.perplexity, count * (length - 1), count, time.perf_counter() - began)
         result = {key: value for key, value in found.to_dict().items() if key != "perplexity"}
-        return {"against": self.dense.source, **result}, _in_words(found)
+        return evaluation, {"against": self.dense.source, **result}, _in_words(found)
 
     def answers(self, questions: "list[Question]") -> tuple[dict[str, Any], list[str]]:
         """How many questions are answered right."""
@@ -158,6 +159,13 @@ class Beside:
     def _both(self, key: str) -> "list[tuple[str, LoadedModel]]":
         """The model and the dense one, with the keys of what is found of them."""
         return [(key, self.loaded)] + ([] if self.dense is None else [(f"dense_{key}", self.dense)])
+
+
+def _loaded(reporter: "Reporter", source: str, dtype: str, device: str) -> "LoadedModel":
+    from optprune.models import load_model
+
+    reporter.say(f"loading {source}")
+    return load_model(source, dtype=dtype, device=device)
 
 
 def _in_words(found: "Divergence") -> list[str]:

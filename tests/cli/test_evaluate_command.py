@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from optprune.cli import main
-from optprune.measure import divergence_from, generate
+from optprune.measure import divergence_from, generate, perplexity
 from optprune.models import load_model
 from optprune.texts import evaluation_windows, read_documents, tokenise
 from tests.helpers.attempts import Attempt
@@ -34,6 +34,8 @@ def test_beside_the_dense_model(attempt: Attempt, dense: Path) -> None:
     windows = evaluation_windows(tokenise(model.tokenizer, read_documents(str(attempt.text))), 64, 2)  # type: ignore[arg-type]
     expected = divergence_from(model.model, other.model, windows)
     assert result["divergence"] == pytest.approx(expected.divergence, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(perplexity(model.model, windows).perplexity, rel=1e-5)
+    assert (result["tokens"], result["windows"]) == (2 * 63, 2)
     assert result["agreement"] == expected.agreement
     assert result["dense_perplexity"] == pytest.approx(expected.dense_perplexity, rel=1e-5)
     assert len(result["along"]) == 8
