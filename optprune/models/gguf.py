@@ -1,25 +1,24 @@
-"""GGUF files: turned into one file of plain weights once, so that their blocks can be read one at a time.
+"""GGUF files: read by transformers, and turned into plain weights once, so that blocks can be read one at a time.
 
 The names and the order of rows are those of transformers, whose own tables say them, and so is every number.
 """
 
+import copy
 import hashlib
 import tempfile
 import weakref
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-    load_gguf_checkpoint,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
@@ -27,6 +26,32 @@ from optprune.system.files import write_whole
 
 CONVERTED = "converted"
 """the folder of converted files, in a scratch folder"""
+
+
+def gguf_config(folder: str, gguf_file: str) -> PretrainedConfig:
+    """The config in a GGUF file, as transformers reads it. Parsing takes seconds, so the last one is kept."""
+    return copy.deepcopy(_config(*_version(Path(folder, gguf_file))))
+
+
+def gguf_tokenizer(folder: str, gguf_file: str) -> Tokenizer:
+    """The tokenizer in a GGUF file, as transformers reads it; the last one is kept as well."""
+    return copy.deepcopy(_tokenizer(*_version(Path(folder, gguf_file))))
+
+
+def _version(file: Path) -> tuple[Path, int, int]:
+    """A file as it is now: where it has changed, what was kept of it is not used."""
+    told = file.stat()
+    return file, told.st_size, told.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _config(file: Path, size: int, changed: int) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(file: Path, size: int, changed: int) -> Tokenizer:
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
 
 
 def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: Path | None, source: str) -> Checkpoint:
@@ -71,9 +96,11 @@ class _Part:
 
 def _parts(file: Path, model: PreTrainedModel) -> dict[str, _Part]:
     """The tensors of a file that have a place in a model, by their names there."""
-    reader, config = GGUFReader(file), load_gguf_checkpoint(str(file))["config"]
+    reader, config = GGUFReader(file), model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(config["model_type"], TensorProcessor)(config=config)
-    names = get_gguf_hf_weights_map(model, processor)
+    # transformers asks every module inside the model for its names too, which takes seconds and finds the same ones.
+    whole: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+    names = get_gguf_hf_weights_map(whole, processor)
     found = {names[tensor.name]: _Part(file, tensor, processor) for tensor in reader.tensors if tensor.name in names}
     if not found:
         raise InputError(f"{file} holds no weights of a {model.config.model_type} model: fetch it again")

@@ -24,7 +24,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
-from optprune.models.gguf import converted
+from optprune.models.gguf import converted, gguf_config, gguf_tokenizer
 from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.store import BlockSink, BlockStore
@@ -32,6 +32,7 @@ from optprune.models.weights_files import check_weights_files, check_weights_nam
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = "demo"
+NO_CODE = {"trust_remote_code": False}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 FORMS = "a model folder, a .gguf file, a hub name (OWNER/NAME) or 'demo'"
 """what a model source may be, in words"""
@@ -142,7 +143,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
         return None
     with _reading("tokenizer", source, where, options):
         try:
-            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+            return gguf_tokenizer(where, **options) if options else AutoTokenizer.from_pretrained(where, **NO_CODE)
         except ValueError as error:
             if "trust_remote_code" in str(error):
                 raise InputError(
@@ -207,7 +208,7 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
                 raise InputError(
                     f"the config of {source} has a text_config, as models that read images have: give one of text alone"
                 )
-        config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
+        config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
         check_config(config, architecture_of(config), source)
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)

@@ -2,13 +2,15 @@
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader
 
 from optprune.errors import InputError
-from optprune.models import DTYPES, load_model, open_model
+from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
 from optprune.models.demo_file import demo_model_file
 from tests.helpers.tiny_gguf import write_gguf
@@ -126,3 +128,32 @@ def test_a_file_that_is_cut_short_behind_its_header(tmp_path: Path) -> None:
     file.write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=r"cannot be loaded: .*; see that the file is whole"):
         open_model(file, scratch=tmp_path / "scratch")
+
+
+def test_a_file_that_has_changed_is_parsed_anew(tmp_path: Path) -> None:
+    file = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    first = load_config(file)
+    assert first.num_hidden_layers != 5
+    first.num_hidden_layers = 7  # a caller's own copy
+    assert load_config(file).num_hidden_layers != 7
+    write_gguf(tiny_llama(num_hidden_layers=5), file)
+    assert load_config(file).num_hidden_layers == 5
+
+
+def test_a_file_is_parsed_once_for_its_config_and_once_for_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, parsed = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), list[str]()
+    read = GGUFReader.__init__
+
+    def counted(self: GGUFReader, path: str, *args: Any) -> None:
+        parsed.append(str(path))
+        read(self, path, *args)
+
+    monkeypatch.setattr(GGUFReader, "__init__", counted)
+    for _ in range(2):
+        load_config(file)
+        load_tokenizer(file)
+        open_model(file, scratch=tmp_path / "scratch")
+    # And once for the weights, which stay in the scratch folder.
+    assert len(parsed) == 3
