@@ -34,6 +34,7 @@ from optprune.cli.options import (
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.request import Request, Settled
 from optprune.cli.tokens import tokens_for
+from optprune.errors import InputError
 from optprune.system.files import json_text
 from optprune.system.wording import amount
 
@@ -109,6 +110,8 @@ def plan_command(
     # Whole ones take as much, but that tokenising them may end sooner.
     check_sequences(sequences)
     chosen = request.chosen()
+    if not chosen.sparsity and request.allocation_file is None:
+        raise InputError("a sparsity of 0 has nothing to plan: the model is read and written as it is")
     workers_of(chosen, workers, ray)
     check_json(json_file, models=[model])
     for name in (dtype, save_dtype):

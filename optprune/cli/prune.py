@@ -166,7 +166,7 @@ def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
         typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
-    if recipe.units.family is not None:
+    if recipe.units.family is not None and report.sparsity_reached:
         typer.echo(
             "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
             f"pattern {recipe.units.family.name}"

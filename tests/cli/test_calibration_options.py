@@ -1,6 +1,7 @@
 """Calibration and evaluation from the shell: chat data, several texts with shares, whole documents."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_a_plan_measures_the_tokens_of_all_texts(
         asked.append(measuring)
         raise InputError("that is enough")
 
-    monkeypatch.setattr("optprune.pruning.plan.timed", stop)
+    monkeypatch.setattr(import_module("optprune.pruning.plan"), "timed", stop)
     words = ["--samples", "8", "--seq-length", "64", "--calibration", f"{chats}=0.5,{attempt.text}=0.5"]
     assert main(["plan", str(attempt.model), *words]) == 2
     tokenizer = load_tokenizer(attempt.model)
