@@ -7,12 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from optprune.allocation import Allocation
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_pruned
 from optprune.models import load_model
 from optprune.pruning import Processes, prune
 from optprune.recipe import load_recipe, recipe_names
+from optprune.report import LayerSolved, PhaseAdvanced
 from tests.helpers.attempts import Attempt
 from tests.helpers.short_runs import batches, same
 from tests.helpers.tiny_models import save_tiny, tiny_llama
@@ -25,7 +27,9 @@ def test_no_recipe_does_anything(name: str) -> None:
     model = tiny_llama(intermediate_size=100)  # no multiple of 8
     before = copy.deepcopy(model)
     recipe = load_recipe(name, {"sparsity": 0, "strict": True})
-    report = prune(model, batches(), recipe)
+    events = []
+    report = prune(model, batches(), recipe, on_event=events.append)
+    assert not [event for event in events if isinstance(event, PhaseAdvanced | LayerSolved)]  # no pass, no solve
     assert same(model, before)
     assert (report.sparsity_requested, report.sparsity_reached) == (0, 0)
     assert report.layers == report.removed == report.recovered == ()
@@ -49,13 +53,12 @@ def test_a_pattern_of_zeros_has_none_either(pattern: str) -> None:
 def test_an_allocation_comes_before_it() -> None:
     model, other = tiny_llama(), tiny_llama()
     divided = prune(other, batches(), load_recipe("fasp", {"sparsity": 0.3})).allocation
-    from optprune.allocation import Allocation
-
     report = prune(model, batches(), load_recipe("fasp", {"sparsity": 0}), allocation=Allocation.from_dict(divided))
     assert same(model, other)
     assert report.sparsity_reached > 0.2 and report.layers
 
 
+@pytest.mark.slow
 def test_workers_have_nothing_to_do() -> None:
     model = tiny_llama()
     before = copy.deepcopy(model)
