@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from optprune.measure import perplexity
-from optprune.texts import evaluation_windows, read_documents, tokenise
+from optprune.texts import demo_articles, evaluation_windows, read_documents, tokenise
 
 VOCABULARY, LENGTH, BATCH = 2048, 256, 8
 SHAPE = {
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    documents = read_documents("demo:calibration")
+    documents = demo_articles("calibration")
     tokenizer = new_tokenizer(documents)
     windows = evaluation_windows(tokenise(tokenizer, documents), LENGTH)
     model = new_model(options.architecture).train()

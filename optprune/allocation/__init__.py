@@ -3,8 +3,9 @@
 from optprune.allocation.allocation import Allocation
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.allocation.by_cost import ByCost
+from optprune.allocation.dense import Dense
 from optprune.allocation.depth import Depth
 from optprune.allocation.given import Given
 from optprune.allocation.uniform import Uniform
 
-__all__ = ["Allocation", "Allocator", "ByCost", "DenseModel", "Depth", "Division", "Given", "Uniform"]
+__all__ = ["Allocation", "Allocator", "ByCost", "Dense", "DenseModel", "Depth", "Division", "Given", "Uniform"]

@@ -33,7 +33,7 @@ def evaluate_command(
         typer.Option(
             "--text",
             metavar="TEXT",
-            help="FILE.txt, FILE.jsonl[:COLUMN], FILE.csv[:COLUMN], a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
+            help="FILE.txt, FILE.jsonl[:COLUMN], also .csv and .parquet, a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
             "or demo:evaluation.",
         ),
     ],

@@ -19,8 +19,16 @@ Calibration = Annotated[
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="FILE.txt, FILE.jsonl[:COLUMN], FILE.csv[:COLUMN], a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
-        "or demo:calibration.",
+        help="FILE.txt, FILE.jsonl[:COLUMN], also .csv and .parquet, a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
+        "demo:calibration, or several with shares: a.jsonl:text=0.7,b.txt=0.3.",
+    ),
+]
+Sequences = Annotated[
+    str,
+    typer.Option(
+        "--sequences",
+        help="packed: windows lie anywhere in the documents one after the other; whole: each begins where a document "
+        "does and ends within it.",
     ),
 ]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a .yaml file.")]

@@ -22,6 +22,7 @@ from optprune.cli.options import (
     SaveDtype,
     Seed,
     SeqLength,
+    Sequences,
     Settings,
     Sparsity,
     States,
@@ -33,6 +34,7 @@ from optprune.cli.options import (
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.cli.request import Request, Settled
 from optprune.cli.tokens import tokens_for
+from optprune.errors import InputError
 from optprune.system.files import json_text
 from optprune.system.wording import amount
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from optprune.pruning.plan import Measuring, Plan
     from optprune.pruning.workload import Workload
+    from optprune.texts import Document
 
 CHARACTERS = 8
 """the characters of a text that surely hold a token, on average"""
@@ -61,6 +64,7 @@ def plan_command(
     sparsity: Sparsity = None,
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
+    sequences: Sequences = "packed",
     seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -101,8 +105,13 @@ def plan_command(
     from optprune.models import check_dtype, device_of
     from optprune.pruning import workers_of
     from optprune.pruning.plan import planned_memory, timed
+    from optprune.texts import check_sequences
 
+    # Whole ones take as much, but that tokenising them may end sooner.
+    check_sequences(sequences)
     chosen = request.chosen()
+    if not chosen.sparsity and request.allocation_file is None:
+        raise InputError("a sparsity of 0 has nothing to plan: the model is read and written as it is")
     workers_of(chosen, workers, ray)
     check_json(json_file, models=[model])
     for name in (dtype, save_dtype):
@@ -122,33 +131,45 @@ def plan_command(
 
 
 def _measuring(settled: Settled, work: "Workload", calibration: str | None, output: Path | None) -> "Measuring":
-    """What a probe is fed with: the text's first tokens, and the time that all of them take."""
+    """What a probe is fed with: the first tokens of each text, and the time that all of them take."""
     from optprune.pruning.block_probe import probe_batches
     from optprune.pruning.plan import Measuring
     from optprune.pruning.room import existing_folder
-    from optprune.texts import read_documents
+    from optprune.texts import read_texts
 
     place = None if output is None else existing_folder(output)
     if calibration is None:
         return Measuring(place=place)
     began = time.perf_counter()
-    documents = read_documents(calibration)
+    texts = read_texts(calibration)
     reading = time.perf_counter() - began
     needed = max(PIECE, CHARACTERS * probe_batches(work) * work.batch_tokens)
-    taken, some = list[str](), 0
-    for document in documents:
-        if some < needed:
-            taken.append(document[: needed - some])
-            some += len(taken[-1])
 
-    def tokenised(texts: list[str]) -> "tuple[Tensor, float]":
+    def tokenised(documents: "Sequence[Document]") -> "tuple[Tensor, float]":
         began = time.perf_counter()
-        return tokens_for(settled.request.model, settled.config, texts), time.perf_counter() - began
+        return tokens_for(settled.request.model, settled.config, documents), time.perf_counter() - began
 
     # The first use of a tokenizer takes longer, and each needs it loaded.
-    (_, first), (_, again), (tokens, whole) = tokenised([""]), tokenised([""]), tokenised(taken)
-    share = sum(map(len, documents)) / max(1, some)
-    return Measuring(tokens, reading + first + max(0.0, whole - again) * share, place=place)
+    (_, first), (_, again) = tokenised([""]), tokenised([""])
+    parts, seconds = list["Tensor"](), reading + first
+    for text in texts:
+        taken = _beginning(text.documents, needed)
+        tokens, some = tokenised(taken)
+        parts.append(tokens)
+        seconds += max(0.0, some - again) * text.characters / max(1, sum(map(len, taken)))
+    import torch
+
+    return Measuring(torch.cat(parts), seconds, place=place)
+
+
+def _beginning(documents: "Sequence[Document]", characters: int) -> "list[Document]":
+    """The first documents, about so many characters of them; the last text is cut, and a conversation is not."""
+    taken, some = list["Document"](), 0
+    for document in documents:
+        if some < characters:
+            taken.append(document[: characters - some] if isinstance(document, str) else document)
+            some += len(taken[-1])
+    return taken
 
 
 def lines(planned: "Plan") -> Sequence[str]:

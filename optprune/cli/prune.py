@@ -24,6 +24,7 @@ from optprune.cli.options import (
     SaveDtype,
     Seed,
     SeqLength,
+    Sequences,
     Settings,
     Sparsity,
     States,
@@ -55,6 +56,7 @@ def prune_command(
     sparsity: Sparsity = None,
     samples: Samples = 128,
     seq_length: SeqLength = 2048,
+    sequences: Sequences = "packed",
     seed: Seed = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -102,7 +104,7 @@ def prune_command(
     from optprune.pruning.room import Room, check_room
     from optprune.report import PhaseRecorder
     from optprune.report.phases import TOKENISING
-    from optprune.texts import read_documents
+    from optprune.texts import check_sequences, read_texts
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = request.chosen()
@@ -112,9 +114,10 @@ def prune_command(
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     divided = request.divided()
-    documents = read_documents(calibration)
+    check_sequences(sequences)
+    texts = read_texts(calibration)
     settled = request.settled(chosen, divided)
-    sizes = samples * seq_length, sum(map(len, documents))
+    sizes = samples * seq_length, sum(text.characters for text in texts)
     # Joined first, so that each process has its own GPU for whatever follows.
     with joined(device) as peers:
         if not no_plan:
@@ -122,10 +125,10 @@ def prune_command(
         with reporter.events(expected_seconds(settled.shapes, chosen, divided, *sizes, device_of(device))) as on_event:
             phases = PhaseRecorder(device_of(device), on_event)
             with phases.step(TOKENISING, f"tokenising {calibration}"):
-                batches, window = calibration_for(model, settled.config, documents, samples, seq_length, chosen.seed)
-            del documents
-            text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {chosen.seed}"
-            done = shared_run(whole, lanes, peers, reporter, phases, batches, chosen, divided, text, window=window)
+                drawn = calibration_for(model, settled.config, texts, samples, seq_length, chosen.seed, sequences)
+            del texts
+            batches, told, window = drawn.batches, drawn.told, drawn.first
+            done = shared_run(whole, lanes, peers, reporter, phases, batches, chosen, divided, told, window=window)
     _tell(chosen, done, json_file, output)
 
 
@@ -163,7 +166,7 @@ def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
         typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
-    if recipe.units.family is not None:
+    if recipe.units.family is not None and report.sparsity_reached:
         typer.echo(
             "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
             f"pattern {recipe.units.family.name}"

@@ -5,14 +5,23 @@ from typing import Annotated
 
 import typer
 
+LINE = 110
+"""the characters of a line of the list"""
+LEGEND = """\
+x      how many times as long as its two calibration passes a run took, on SmolLM2-135M with 8192 tokens; less with
+       more tokens, and - where it was not measured
+stock  AutoModelForCausalLM.from_pretrained(DIR) loads the folder
+code   so does it with trust_remote_code=True, or optprune.load(DIR), which runs nothing from the folder; with --units
+       mlp fasp is stock, and so is depth with --set depth_parts=layers"""
+
 
 def recipes_command(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print as YAML.")] = None,
     fields: Annotated[bool, typer.Option("--fields", help="Tell every field that a recipe has.")] = False,
 ) -> None:
-    """List the recipes, print one as YAML, or tell the fields that --set and a recipe file may set."""
+    """List the recipes by what they prune, print one as YAML, or tell the fields that --set and a file may set."""
     from optprune.errors import InputError
-    from optprune.recipe import load_recipe, recipe_names
+    from optprune.recipe import load_recipe
     from optprune.recipe.fields import recipe_fields
 
     if name is not None and fields:
@@ -27,7 +36,20 @@ def recipes_command(
     if name is not None:
         typer.echo(load_recipe(name).to_yaml(), nl=False)
         return
-    names = recipe_names()
-    width = max(map(len, names))
-    for each in names:
-        typer.echo(f"{each:<{width}}  {load_recipe(each).summary}")
+    _overview()
+
+
+def _overview() -> None:
+    from optprune.recipe.overview import FLOORS, KINDS, loads_stock
+
+    groups = {kind.title: kind.recipes() for kind in KINDS}
+    width = max(len(recipe.name) for recipes in groups.values() for recipe in recipes)
+    for title, recipes in groups.items():
+        typer.echo(f"{title}\n")
+        for recipe in recipes:
+            cost = f"{FLOORS[recipe.name]:.3g}x" if recipe.name in FLOORS else "-"
+            loads = "stock" if loads_stock(recipe) else "code"
+            head = f"  {recipe.name:<{width}}  {cost:>5}  {loads:<5}  "
+            typer.echo(textwrap.fill(recipe.summary, LINE, initial_indent=head, subsequent_indent=" " * len(head)))
+        typer.echo("")
+    typer.echo(LEGEND)

@@ -1,33 +1,55 @@
 """Tokenising for a model: what prune and evaluate share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import LongTensor, Tensor
+    from torch import Tensor
     from transformers import PretrainedConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+    from optprune.texts import Document, Drawn, Text
 
 
-def tokens_for(model: str, config: "PretrainedConfig", documents: Sequence[str], most: int | None = None) -> "Tensor":
+def tokens_for(
+    model: str, config: "PretrainedConfig", documents: "Sequence[Document]", most: int | None = None
+) -> "Tensor":
     """The tokens of a text by the tokenizer of a model, which must have an embedding for each of them.
 
     All of them, or `most`.
     """
-    from optprune.models import load_tokenizer, need_tokenizer, using_tokenizer
     from optprune.texts import check_vocabulary, tokenise
 
-    tokenizer = need_tokenizer(load_tokenizer(model), model)
-    with using_tokenizer(model):
+    with _tokenizer_of(model) as tokenizer:
         tokens = tokenise(tokenizer, documents, most)
     check_vocabulary(config, tokens)
     return tokens
 
 
 def calibration_for(
-    model: str, config: "PretrainedConfig", documents: Sequence[str], samples: int, seq_length: int, seed: int
-) -> "tuple[list[LongTensor], Tensor]":
-    """The batches of windows that are drawn from a text, and its first window; the other tokens are gone."""
-    from optprune.texts import calibration_batches
+    model: str,
+    config: "PretrainedConfig",
+    texts: "Sequence[Text]",
+    samples: int,
+    seq_length: int,
+    seed: int,
+    sequences: str = "packed",
+) -> "Drawn":
+    """The windows that are drawn from texts by the tokenizer of a model; the other tokens are gone."""
+    from optprune.texts import check_vocabulary, draw_windows
 
-    tokens = tokens_for(model, config, documents)
-    return calibration_batches(tokens, samples, seq_length, seed), tokens[:seq_length].long()
+    with _tokenizer_of(model) as tokenizer:
+        drawn = draw_windows(tokenizer, texts, samples, seq_length, seed, sequences=sequences)
+    for tokens in (drawn.first, *drawn.batches):
+        check_vocabulary(config, tokens.flatten())
+    return drawn
+
+
+@contextmanager
+def _tokenizer_of(model: str) -> "Iterator[Tokenizer]":
+    from optprune.models import load_tokenizer, need_tokenizer, using_tokenizer
+
+    tokenizer = need_tokenizer(load_tokenizer(model), model)
+    with using_tokenizer(model):
+        yield tokenizer

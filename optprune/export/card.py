@@ -85,7 +85,7 @@ class ModelCard:
 
     def _figures(self) -> list[str]:
         report = self.report
-        text = f" ({one_line(report.calibration)})" if report.calibration.startswith(PUBLIC_TEXT) else ""
+        text = f" ({one_line(report.calibration)})" if is_public(report.calibration) else ""
         lines = [f"- calibration: {report.tokens:,} tokens{text}, seed {report.seed}"]
         errors = [layer.relative_error for layer in report.layers]
         apart = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
@@ -143,3 +143,10 @@ def _range(shapes: list[BlockShape], field: str) -> str:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def is_public(calibration: str) -> bool:
+    """Whether there is no path of the user's machine in what a report says of the calibration."""
+    # Of several texts each is a part, and the last part says how many windows there are.
+    texts = calibration.split("; ")[:-1] or [calibration]
+    return all(text.startswith(PUBLIC_TEXT) for text in texts)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
 from optprune.models.gguf import converted, gguf_config, gguf_tokenizer
+from optprune.models.loaded import LoadedModel
 from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.store import BlockSink, BlockStore
@@ -49,24 +49,10 @@ WHOLE_GGUF = "see that the file is whole, and that its architecture is one that 
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A model ready to be pruned or evaluated, with its tokenizer where the source has one."""
-
-    model: PreTrainedModel
-    tokenizer: Tokenizer | None
-    source: str
-    store: BlockStore | None = None
-    """the store that the blocks come from, where `open_model` gave the model"""
-
-    def decoder(self) -> Decoder:
-        """Access to the model's blocks, wherever they are."""
-        return Decoder(self.model, self.store)
-
-
 def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """Load a model from a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
+    """Load a model with its tokenizer, to prune, evaluate and save it; `load` gives the transformers model alone.
 
+    The source is a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
     `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16; `device` is auto, cpu, cuda or
     cuda:N. Raises InputError for a path that is not there, an unknown architecture, damaged or missing weights.
     """
@@ -130,9 +116,13 @@ def is_gguf(source: str | Path) -> bool:
     return "gguf_file" in _locate(str(source))[1]
 
 
-def load(folder: str | Path) -> PreTrainedModel:
-    """The model in a folder that optprune wrote, whatever its shapes; also any model `load_model` accepts."""
-    return load_model(folder, device="cpu").model
+def load(folder: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """The transformers model alone that is in a folder that optprune wrote, whatever its shapes.
+
+    It is for use, in place of `AutoModelForCausalLM.from_pretrained`. It takes every source of `load_model`, raises its
+    errors, and is that one's `model`: on the CPU where no device is named, and without a tokenizer.
+    """
+    return load_model(folder, dtype=dtype, device=device).model
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer | None:

@@ -73,12 +73,13 @@ def prune(
         raise InputError("the processes that share the lanes are the workers: leave other workers out")
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     every = check_batches(model.config, batches)
-    with followed(progress, on_event, decoder, every, recipe, allocation) as listener:
+    recipe, work = recipe.settled(), recipe.worked() if allocation is None else recipe
+    with followed(progress, on_event, decoder, every, work, allocation) as listener:
         phases = PhaseRecorder(model.device, listener)
-        run = Run.begin(decoder, every, recipe, allocation, statistics, phases, journal, states, lanes)
+        run = Run.begin(decoder, every, work, allocation, statistics, phases, journal, states, lanes)
         with phases.phase(PRUNING), calibrating(decoder):
             workers.prune(run)
-    recipe, divided, notes = run.recipe, run.allocation, run.notes
+    divided, notes = run.allocation, run.notes
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)

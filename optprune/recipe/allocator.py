@@ -1,6 +1,6 @@
 """The allocator that a recipe asks for."""
 
-from optprune.allocation import Allocation, Allocator, ByCost, Depth, Given, Uniform
+from optprune.allocation import Allocation, Allocator, ByCost, Dense, Depth, Given, Uniform
 from optprune.allocation.weight_costs import WeightBudget
 from optprune.allocation.width_costs import WidthBudget
 from optprune.errors import InputError
@@ -12,6 +12,8 @@ def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Alloca
     """The allocator of a run; an allocation that is given comes before what the recipe says."""
     if allocation is not None:
         return Given(recipe.units, allocation)
+    if not recipe.sparsity:
+        return Dense()
     match recipe.allocation:
         case DepthSearch() as depth:
             return Depth(recipe.sparsity, depth.parts, depth.score, depth.score_tokens)

@@ -1,5 +1,6 @@
 """Recipes: everything a pruning run decides, as one validated object, readable from and writable to YAML."""
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -36,11 +37,12 @@ from optprune.recipe.names import (
 from optprune.recipe.settings import Settings
 from optprune.solvers import Solver
 from optprune.solvers.ridge import refitting
+from optprune.system.facts import Facts, Telling
 from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import one_line
 
 
-class Recipe(BaseModel):
+class Recipe(Telling, BaseModel):
     """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
 
     Fields are given by name, a field of a group by its path or by the flat name that it had: `Recipe(units="mlp",
@@ -74,8 +76,8 @@ class Recipe(BaseModel):
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]
     """the path of the statistics from block to block; auto goes by the pattern: intra under N:M, pruned elsewhere"""
-    sparsity: float = Field(default=0.2, gt=0, lt=1)
-    """the share of the decoder blocks' linear weights to remove"""
+    sparsity: float = Field(default=0.2, ge=0, lt=1)
+    """the share of the decoder blocks' linear weights to remove; with zero the model stays as it is"""
     damping: float = Field(default=0.01, ge=0)
     """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
     fit_bias: bool = True
@@ -141,7 +143,7 @@ class Recipe(BaseModel):
             )
         if share is None or (divided and self.sparsity < 1 - share):  # then some layers stay dense
             return self
-        if abs(self.sparsity - (1 - share)) > 1e-9:
+        if self.sparsity and abs(self.sparsity - (1 - share)) > 1e-9:
             pattern = "" if self.units.family is None else self.units.family.name
             raise ValueError(f"the pattern {pattern} has a sparsity of {1 - share:g}, not {self.sparsity:g}")
         return self
@@ -149,6 +151,17 @@ class Recipe(BaseModel):
     @field_serializer("metric", "refit")
     def _none(self, group: Group | None) -> Any:
         return NONE if group is None else group.model_dump(mode="json")
+
+    def facts(self) -> Facts:
+        """What the recipe sets, field by field, for a terminal or a notebook."""
+        fields = self.to_dict()
+        title = f"recipe {fields.pop('name')}" + (f": {self.summary}" if self.summary else "")
+        told = [
+            (name, one_line(value if isinstance(value, str) else json.dumps(value)))
+            for name, value in fields.items()
+            if name != "summary"
+        ]
+        return Facts(one_line(title), told)
 
     @property
     def recovery(self) -> Recovery | None:
@@ -175,6 +188,12 @@ class Recipe(BaseModel):
     def settled(self) -> "Recipe":
         """The recipe as it is run: with the policy that it leaves to the pattern."""
         return self.model_copy(update={"propagation": self.policy})
+
+    def worked(self) -> "Recipe":
+        """The settled recipe, of which only what its sparsity leaves to do is left: with zero, nothing."""
+        if self.sparsity:
+            return self.settled()
+        return self.model_copy(update={"propagation": POLICIES["dense"], "metric": None, "refit": None})
 
     @property
     def divides(self) -> bool:

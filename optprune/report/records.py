@@ -5,6 +5,8 @@ from typing import Any
 
 from optprune.models import BlockShape
 from optprune.report.phases import PhaseReport
+from optprune.report.table import facts_of
+from optprune.system.facts import Facts, Telling
 from optprune.system.files import json_text
 
 
@@ -78,8 +80,8 @@ class RecoveredPart:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Telling):
     """What a pruning run did; written as report.json beside the weights."""
 
     model: str
@@ -107,6 +109,13 @@ class Report:
     """what became of each block of the model that was pruned"""
     phases: tuple[PhaseReport, ...] = ()
     """what each phase of the run took; in the report.json of a folder that a fresh process has loaded, all of them"""
+
+    def __repr__(self) -> str:
+        removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"
+        return f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {len(self.layers)} layers solved)"
+
+    def facts(self) -> Facts:
+        return facts_of(self)
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""

@@ -1,16 +1,26 @@
 """Texts: documents from files, data sets or the demo, tokenised once and cut into windows."""
 
+from optprune.texts.calibration import SEQUENCES, Drawn, Text, check_sequences, draw_windows, read_texts
+from optprune.texts.conversations import Conversation
 from optprune.texts.demo import demo_articles
-from optprune.texts.documents import FORMS, read_documents
+from optprune.texts.documents import FORMS, Document, read_documents
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 
 __all__ = [
     "FORMS",
+    "SEQUENCES",
+    "Conversation",
+    "Document",
+    "Drawn",
+    "Text",
     "calibration_batches",
     "check_seq_length",
+    "check_sequences",
     "check_vocabulary",
     "demo_articles",
+    "draw_windows",
     "evaluation_windows",
     "read_documents",
+    "read_texts",
     "tokenise",
 ]

@@ -1,39 +1,50 @@
-"""Texts: read from files, data sets or the demo, tokenised once, and cut into windows for calibration or evaluation."""
+"""Texts: read from files, data sets or the demo, as documents that are texts or conversations."""
 
 import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from optprune.errors import InputError
 from optprune.system.files import read_json
 from optprune.system.wording import one_line, shown
+from optprune.texts.conversations import MESSAGES, Conversation
 from optprune.texts.demo import demo_articles, raise_csv_limit
 
-if TYPE_CHECKING:  # torch and transformers take seconds to import, and a text that is not there needs neither
-    pass
-
-FORMS = "a .txt, .jsonl or .csv file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, or demo:PART"
+Document = str | Conversation
+"""a text, or the messages of a conversation"""
+FORMS = (
+    "a .txt, .jsonl, .csv or .parquet file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, or demo:PART"
+)
 """what a text may be, in words"""
 DEFAULT_COLUMN = "text"
 
 
-def read_documents(spec: str) -> list[str]:
+def read_documents(spec: str) -> list[Document]:
     """The documents of a text; empty ones are dropped.
 
-    `spec` is a .txt file (one document), a .jsonl or .csv file with the column named after a colon ("text" when none
-    is), a folder of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT with a column "text", or demo:calibration,
-    demo:evaluation or demo:speeches. InputError, in one sentence, when it cannot be read or holds nothing.
+    `spec` is a .txt file (one document), a .jsonl, .csv or .parquet file with the column named after a colon, a folder
+    of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT, or demo:calibration, demo:evaluation or demo:speeches.
+    Where no column is named it is "text", or "messages" where there is none: a list of messages with role and content
+    is a conversation, which `tokenise` writes by the chat template of the tokenizer. InputError, in one sentence, when
+    it cannot be read, holds nothing, or has texts as well as conversations.
     """
-    documents = [text for text in _read(spec) if text.strip()]
+    documents = [document for document in _read(spec) if _says_something(document)]
     if not documents:
         raise InputError(f"the text {spec} is empty: give one that holds words")
+    if len({type(document) for document in documents}) > 1:
+        raise InputError(f"the text {spec} has texts as well as messages: give two texts, one of each kind")
     return documents
 
 
-def _read(spec: str) -> Iterable[str]:
+def _says_something(document: Document) -> bool:
+    parts = (document,) if isinstance(document, str) else document.contents
+    return any(part.strip() for part in parts)
+
+
+def _read(spec: str) -> Iterable[Document]:
     if spec.startswith("demo:"):
         return demo_articles(spec.removeprefix("demo:"))  # type: ignore[arg-type]  # it checks the name
     if spec.startswith("hf:"):
@@ -50,11 +61,11 @@ def _read(spec: str) -> Iterable[str]:
         raise InputError(f"the text {name} has no columns: leave out ':{column}'")
     if path.is_dir():
         return _read_folder(path)
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
     if path.suffix.lower() not in readers:
         raise InputError(f"the text {path} has an unknown ending {path.suffix!r}: give {FORMS}")
     try:
-        return list(readers[path.suffix.lower()](path, DEFAULT_COLUMN if column is None else column))
+        return list(readers[path.suffix.lower()](path, column))
     except UnicodeDecodeError as error:
         raise InputError(
             f"the text {path} is not UTF-8 (byte {_not_utf8(path)} cannot be decoded): convert it first"
@@ -63,7 +74,7 @@ def _read(spec: str) -> Iterable[str]:
         raise InputError(f"the text {path} cannot be read: {error.strerror}") from error
 
 
-def _read_folder(folder: Path) -> list[str]:
+def _read_folder(folder: Path) -> list[Document]:
     files = sorted(folder.glob("*.txt"))
     if not files:
         raise InputError(f"the folder {folder} holds no .txt file: give another text")
@@ -79,11 +90,11 @@ def _not_utf8(path: Path) -> int | None:
     return None
 
 
-def _read_txt(path: Path, _: str) -> Iterator[str]:
+def _read_txt(path: Path, _: str | None) -> Iterator[Document]:
     yield path.read_text(encoding="utf-8-sig")
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -91,18 +102,18 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             where = f"line {number} of {path}"
             record = read_json(line, where)
             if not isinstance(record, dict):
-                raise InputError(f"{where} is not a JSON object: write one such as {{{json.dumps(column)}: ...}}")
-            if column not in record:
-                raise InputError(_no_column(where, column, record))
-            yield _as_text(record[column], where, column)
+                example = json.dumps(DEFAULT_COLUMN if column is None else column)
+                raise InputError(f"{where} is not a JSON object: write one such as {{{example}: ...}}")
+            # The first record decides for all of them.
+            column = _column_of(column, record, where)
+            yield _as_document(record[column], where, column)
 
 
-def _read_csv(path: Path, column: str) -> Iterator[str]:
+def _read_csv(path: Path, column: str | None) -> Iterator[Document]:
     raise_csv_limit()
     with path.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines)
-        if column not in (rows.fieldnames or ()):
-            raise InputError(_no_column(path, column, rows.fieldnames or ()))
+        column = _column_of(DEFAULT_COLUMN if column is None else column, rows.fieldnames or (), path)
         try:
             for row in rows:
                 yield row[column] or ""
@@ -110,7 +121,23 @@ def _read_csv(path: Path, column: str) -> Iterator[str]:
             raise InputError(f"line {rows.line_num} of {path} is not valid CSV: {error}") from error
 
 
-def _read_dataset(spec: str) -> list[str]:
+def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            column = _column_of(column, file.schema_arrow.names, path)
+            row = 0
+            for batch in file.iter_batches(columns=[column]):
+                for value in batch.column(column).to_pylist():
+                    row += 1
+                    yield _as_document(value, f"row {row} of {path}", column)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"the text {path} cannot be read as Parquet: {one_line(error)}") from error
+
+
+def _read_dataset(spec: str) -> list[Document]:
     """The texts of a data set, without remote code: the data sets library has none since version 4."""
     # A split may hold a slice with a colon of its own, as in train[:100].
     parts = re.split(r":(?![^\[]*\])", spec)[1:]
@@ -124,21 +151,41 @@ def _read_dataset(spec: str) -> list[str]:
     except Exception as error:  # the library raises errors of many kinds for a name, a config or a connection
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the data set {spec} cannot be loaded: {reason[0]}") from error
-    if DEFAULT_COLUMN not in data.column_names:
+    column = next((column for column in (DEFAULT_COLUMN, MESSAGES) if column in data.column_names), None)
+    if column is None:
         raise InputError(
             f"the data set {spec} has no column {DEFAULT_COLUMN!r} (it has {', '.join(data.column_names)}): write the "
             "column you want to a file and give FILE.jsonl:COLUMN"
         )
-    return [_as_text(text, spec, DEFAULT_COLUMN) for text in data[DEFAULT_COLUMN]]
+    return [_as_document(value, f"row {row} of {spec}", column) for row, value in enumerate(data[column], start=1)]
 
 
-def _as_text(value: Any, where: str, column: str) -> str:
+def _column_of(column: str | None, columns: Iterable[str], where: Any) -> str:
+    """The column that is read: the one that was named, else text, else messages; InputError where it is not there."""
+    known = list(columns)
+    for choice in (DEFAULT_COLUMN, MESSAGES) if column is None else (column,):
+        if choice in known:
+            return choice
+    raise InputError(_no_column(where, DEFAULT_COLUMN if column is None else column, known))
+
+
+def _as_document(value: Any, where: str, column: str) -> Document:
     if value is None:
         return ""
+    if isinstance(value, list):
+        conversation = Conversation.read(value, where, column)
+        for content in conversation.contents:
+            _check_whole(content, where, column)
+        return conversation
     if not isinstance(value, str):
         raise InputError(
             f"the column {column!r} in {where} holds {shown(value)}, which is not a text: name another column"
         )
+    _check_whole(value, where, column)
+    return value
+
+
+def _check_whole(value: str, where: str, column: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -146,7 +193,6 @@ def _as_text(value: Any, where: str, column: str) -> str:
         raise InputError(
             f"the column {column!r} in {where} holds {value[error.start]!r}, half a character: repair or remove it"
         ) from error
-    return value
 
 
 def _no_column(where: Any, column: str, columns: Iterable[str]) -> str:

@@ -43,7 +43,6 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ({"ray": "local"}, (), "under the policy pruned every block depends on those before it"),
         ({"workers": 0, "propagation": "intra"}, (), "there must be a worker at least, not 0"),
         ({"ray": "local"}, (), "choose the propagation dense or intra, or --workers without --ray"),
-        ({"sparsity": 0}, (), "'sparsity' cannot be 0.0"),
         ({"sparsity": 1}, (), "'sparsity' cannot be 1.0"),
         ({"sparsity": 1.5}, (), "'sparsity' cannot be 1.5"),
         ({"sparsity": -0.2}, (), "'sparsity' cannot be -0.2"),

@@ -265,7 +265,7 @@ def test_a_hopeless_model_gives_json_too(
 def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(["recipes"], capsys)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == recipe_names()
+    assert {line.split()[0] for line in out.splitlines() if line.startswith("  ")} >= set(recipe_names())
     for name in recipe_names():
         code, out, _ = run(["recipes", name], capsys)
         assert code == 0

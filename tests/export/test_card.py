@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optprune.export import save_pruned
+from optprune.export.card import is_public
 from optprune.export.origin import origin_of
 from optprune.models import Decoder, LoadedModel, load_model
 from optprune.pruning import prune
@@ -83,3 +84,18 @@ def test_a_text_of_the_hub_is_named(tmp_path: Path) -> None:
         save_pruned(loaded, tmp_path / "out", report, recipe, window=batches()[0][0]).folder / "README.md"
     ).read_text()
     assert "(hf:owner/news:train, 4 windows)" in text and "pattern of the zeros: 2:4" in text
+
+
+@pytest.mark.parametrize(
+    ("calibration", "public"),
+    [
+        ("demo:calibration, 8 windows of 64 tokens, seed 0", True),
+        ("demo:calibration (share 0.7, 6 windows); hf:a/b:train (share 0.3, 2 windows); 8 windows of 64 tokens", True),
+        ("demo:calibration (share 0.7, 6 windows); /home/me/a.txt (share 0.3, 2 windows); 8 windows of 64", False),
+        ("/home/me/a.txt (share 0.3, 2 windows); demo:calibration (share 0.7, 6 windows); 8 windows of 64", False),
+        ("/home/me/a; demo:b.txt, 8 windows of 64 tokens, seed 0", False),
+        ("", False),
+    ],
+)
+def test_the_card_names_a_calibration_only_if_all_its_texts_are_public(calibration: str, public: bool) -> None:
+    assert is_public(calibration) == public

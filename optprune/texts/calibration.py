@@ -1,0 +1,158 @@
+"""Calibration windows drawn from one text or several with shares, packed or each from the start of a document."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from optprune.errors import InputError
+from optprune.texts.documents import Document, read_documents
+from optprune.texts.shares import check_shares, divided, interleaved, read_shares
+from optprune.texts.windows import at_least, batched, drawn_windows, tokenise
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import
+    from torch import LongTensor
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+SEQUENCES = ("packed", "whole")
+"""how windows lie in a text: anywhere in the documents one after the other, or at the start of a document each"""
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Documents to draw windows from, and the share of the windows that they give."""
+
+    name: str
+    documents: Sequence[Document]
+    share: float | Fraction = 1.0
+
+    @property
+    def characters(self) -> int:
+        """How long all its documents are."""
+        return sum(map(len, self.documents))
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Calibration windows, and where they are from."""
+
+    batches: "list[LongTensor]"
+    """the windows in batches of token ids [batch, length]"""
+    first: "LongTensor"
+    """a window [length] that stands first in the first text, to compare logits on"""
+    counts: tuple[int, ...]
+    """how many windows each text gave"""
+    told: str
+    """all of it in words, for the report"""
+
+
+def read_texts(spec: str) -> list[Text]:
+    """The texts that a calibration names: one as `read_documents` takes it, or several with shares.
+
+    Several are written as in `a.jsonl:text=0.7,b.txt=0.3`; the shares come to 1, to a hundredth. InputError, in one
+    sentence, when one cannot be read or the shares are none.
+    """
+    # The names and shares are checked before the first text is read.
+    return [Text(text.name, read_documents(text.name), text.share) for text in read_shares(spec)]
+
+
+def check_sequences(sequences: str) -> None:
+    """Raise InputError when `sequences` is not known."""
+    if sequences not in SEQUENCES:
+        raise InputError(f"--sequences cannot be {sequences!r}: use {' or '.join(SEQUENCES)}")
+
+
+def draw_windows(
+    tokenizer: "Tokenizer",
+    texts: Sequence[Text],
+    samples: int,
+    seq_length: int,
+    seed: int,
+    *,
+    sequences: str = "packed",
+    tokens_per_batch: int = 2048,
+) -> Drawn:
+    """`samples` windows, from each text as many as its share is, by largest remainders; the same for the same seed.
+
+    Packed, the windows of a text do not overlap, and lie anywhere in its documents, one after the other as `tokenise`
+    has them. Whole, each begins where a document does, tokenised by itself, and ends within it: a document gives one
+    window, and one that is shorter than a window gives none; no more documents are tokenised than that takes. A text
+    gives the windows that it would give alone, and those of all are spread evenly over the batches. InputError where
+    a text is too short, or its share is less than a window.
+    """
+    check_sequences(sequences)
+    at_least("--samples", samples, 1)
+    at_least("--seq-length", seq_length, 2)
+    shares = _shares(texts)
+    counts = divided(samples, shares)
+    if 0 in counts:
+        name = texts[counts.index(0)].name
+        raise InputError(f"the share of the text {name} is none of {samples} windows: raise --samples, or leave it out")
+    import torch
+
+    draw = _packed if sequences == "packed" else _whole
+    several = len(texts) > 1
+    drawn, firsts = list[torch.Tensor](), list[torch.Tensor]()
+    for text, count in zip(texts, counts, strict=True):
+        what = f"calibration text {text.name}" if several else "calibration text"
+        windows, first = draw(tokenizer, text.documents, count, seq_length, seed, what)
+        drawn.append(windows)
+        firsts.append(first)
+    mixed = torch.stack([drawn[text][number] for text, number in interleaved(counts)])
+    told = _in_words(texts, counts, seq_length, seed, sequences)
+    return Drawn(batched(mixed, tokens_per_batch), firsts[0], counts, told)  # type: ignore[arg-type]
+
+
+def _shares(texts: Sequence[Text]) -> list[Fraction]:
+    try:
+        # As they are written: 0.7 is seven tenths, and not the float that is nearest to them.
+        shares = [Fraction(str(text.share)) for text in texts]
+    except ValueError as error:
+        raise InputError(f"a share is no number: {error}; give shares that come to 1") from error
+    check_shares(shares)
+    return shares
+
+
+def _packed(
+    tokenizer: "Tokenizer", documents: Sequence[Document], count: int, seq_length: int, seed: int, what: str
+) -> "tuple[LongTensor, LongTensor]":
+    tokens = tokenise(tokenizer, documents)
+    return drawn_windows(tokens, count, seq_length, seed, what), tokens[:seq_length].long()  # type: ignore[return-value]
+
+
+def _whole(
+    tokenizer: "Tokenizer", documents: Sequence[Document], count: int, seq_length: int, seed: int, what: str
+) -> "tuple[LongTensor, LongTensor]":
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    windows, lengths = list[torch.Tensor](), list[int]()
+    for number in torch.randperm(len(documents), generator=generator).tolist():
+        tokens = tokenise(tokenizer, [documents[number]], seq_length)
+        lengths.append(len(tokens))
+        if len(tokens) >= seq_length:
+            windows.append(tokens[:seq_length].long())
+        if len(windows) == count:
+            return torch.stack(windows), windows[0]  # type: ignore[return-value]
+    raise InputError(_too_few(what, lengths, len(windows), count, seq_length))
+
+
+def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length: int) -> str:
+    # None of the others is as long as a window, so that their lengths are told in full.
+    enough = sorted(lengths, reverse=True)[count - 1] if count <= len(lengths) else 0
+    advice = f"lower --seq-length to {enough}" if enough >= 2 else "lower --samples, give more documents"
+    return (
+        f"the {what} has {len(lengths)} documents, of which {fitting} have the {seq_length} tokens of a window, but "
+        f"{count} are needed: {advice}, or use --sequences packed"
+    )
+
+
+def _in_words(texts: Sequence[Text], counts: Sequence[int], seq_length: int, seed: int, sequences: str) -> str:
+    start = "" if sequences == "packed" else ", each from the start of a document"
+    every = f"{sum(counts)} windows of {seq_length} tokens{start}, seed {seed}"
+    if len(texts) == 1:
+        return f"{texts[0].name}, {every}"
+    parts = [
+        f"{text.name} (share {float(text.share):g}, {count} windows)" for text, count in zip(texts, counts, strict=True)
+    ]
+    return "; ".join([*parts, every])
