@@ -1,7 +1,9 @@
-"""Tokenising for a model: what prune and evaluate share."""
+"""Tokenising for a model: what prune, evaluate and heal share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from optprune.errors import InputError
 
 if TYPE_CHECKING:
     from torch import LongTensor, Tensor
@@ -31,3 +33,30 @@ def calibration_for(
 
     tokens = tokens_for(model, config, documents)
     return calibration_batches(tokens, samples, seq_length, seed), tokens[:seq_length].long()
+
+
+def check_alike(
+    model: str,
+    config: "PretrainedConfig",
+    against: str,
+    tokens: "Tensor",
+    others: "Callable[[PretrainedConfig], Tensor]",
+) -> None:
+    """Raise InputError when two models cannot be compared, since their vocabularies or tokenizers differ.
+
+    `tokens` are those of a text by the first model's tokenizer; `others` gives those by the second's.
+    """
+    import torch
+
+    from optprune.models import load_config, load_tokenizer
+
+    other = load_config(against)
+    sizes = [one.get_text_config().vocab_size for one in (config, other)]
+    same = sizes[0] == sizes[1]
+    if same and load_tokenizer(against) is not None:
+        same = torch.equal(others(other), tokens)
+    if not same:
+        raise InputError(
+            f"{model} and {against} do not have the same tokens, so that their predictions cannot be compared: "
+            "give the model that this one was made from"
+        )
