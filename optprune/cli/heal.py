@@ -87,8 +87,8 @@ def _summarise(report: "HealReport", saved: "SavedModel") -> None:
         f"{duration(report.seconds)}; what step {after.step} came to is kept"
     )
     typer.echo(
-        f"on held-out windows: divergence {before.divergence:.4f} nats before, {after.divergence:.4f} after; perplexity "
-        f"{before.perplexity:.2f} before, {after.perplexity:.2f} after, {report.dense_perplexity:.2f} dense"
+        f"on held-out windows: divergence {before.divergence:.4f} nats before, {after.divergence:.4f} after; "
+        f"perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after, {report.dense_perplexity:.2f} dense"
     )
     typer.echo(f"{report.zeros} zeros are where they were")
     typer.echo(f"{saved.folder}: {saved.bytes / 2**20:.1f} MiB of weights")

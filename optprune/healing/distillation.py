@@ -9,9 +9,10 @@ largest tensors of all, are never held as a whole, of neither model.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -40,7 +41,7 @@ class Reader:
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
         """The log-probabilities [..., vocabulary] in float32 of the next token at hidden states [..., hidden]."""
-        head: nn.Module = self.model.get_output_embeddings()
+        head: Any = self.model.get_output_embeddings()
         with self.precision():
             logits = head(hidden)
         return logits.float().log_softmax(-1)

@@ -20,7 +20,7 @@ class Settings:
     warmup: float = 0.1
     """the share of the steps over which the learning rate rises"""
     weight_decay: float = 0.01
-    """that of matrices; norms and biases have none"""
+    """the decay of matrices; norms and biases have none"""
     clip: float = 1.0
     """the largest Euclidean norm of a step's gradient"""
     dtype: str = "float32"
@@ -32,7 +32,7 @@ class Settings:
     patience: int = 3
     """after how many measurements that found no less divergence the training ends"""
     seed: int = 0
-    """of dropout, in models that have it"""
+    """the seed of dropout, in models that have it"""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -18,7 +18,7 @@ from optprune.healing.zeros import Masks, keep_zeros
 from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, of_surprise
 
 BETAS = (0.9, 0.95)
-"""of AdamW, as for language models: the second moment of 0.999 would take longer than the whole training"""
+"""the decay rates of AdamW's moments; with the usual 0.999 the second would take longer than the whole training"""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """the tensors that AdamW has for each parameter, beside the number of steps"""
 
@@ -30,7 +30,7 @@ class Windows:
     ids: Sequence[Tensor]
     hidden: Sequence[Tensor]
     predictions: int
-    """of all processes"""
+    """the number of predictions in the windows of all processes"""
 
     @classmethod
     @torch.no_grad()
