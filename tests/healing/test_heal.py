@@ -48,7 +48,7 @@ def test_a_pruned_model_is_healed() -> None:
     found = list[Any]()
     report, model = healed(60, model, on_event=found.append)
     after = divergence_from(model, dense, held_out())
-    assert before.perplexity > 1.1 * before.dense_perplexity, "nothing was lost by pruning"
+    assert before.perplexity > 1.05 * before.dense_perplexity, "nothing was lost by pruning"
     assert after.divergence < before.divergence * 2 / 3
     assert after.perplexity < before.perplexity
     for told, measured in ((report.before, before), (report.after, after)):
@@ -72,8 +72,13 @@ def test_ties_and_uneven_widths_stay(make: Callable[[], Any]) -> None:
     prune(model, batches(), load_recipe("structured_best", {"sparsity": 0.3, "width_multiple": 1}))
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    with torch.no_grad():  # restoration has left too little to heal
+        for name, weight in model.named_parameters():
+            if "layers" in name and weight.ndim == 2:
+                weight *= 0.8
     before = copy.deepcopy(model)
-    heal(model, dense, batches()[:3], held_out=batches()[3], learning_rate=RATE)
+    report = heal(model, dense, batches()[:3], held_out=batches()[3], learning_rate=RATE / 10)
+    assert report.after.step
     assert {name: weight.shape for name, weight in model.named_parameters()} == shapes
     assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
     if model.config.tie_word_embeddings:
@@ -223,9 +228,10 @@ def test_what_is_drawn_hangs_on_the_seed_alone() -> None:
     """Dropout, in a model that has it: the same by the same seed, and torch's generator is left as it was."""
 
     def with_dropout(seed: int) -> Any:
-        model = tiny_opt(dropout=0.3)
+        model, teacher = tiny_opt(dropout=0.3), tiny_opt(1)
         state = torch.get_rng_state()
-        heal(model, tiny_opt(1), batches()[:2], held_out=batches()[3], learning_rate=RATE, seed=seed)
+        report = heal(model, teacher, batches()[:2], held_out=batches()[3], learning_rate=RATE / 10, seed=seed)
+        assert report.after.step
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
         return model

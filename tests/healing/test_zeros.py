@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -61,7 +61,7 @@ def test_zeros_stay_zeros_in_weights_and_momentum(make: Callable[..., torch.opti
         if name in kept:
             assert bits_are_zero(weight, kept[name]), name
             moments = [value for value in optimizer.state[weight].values() if value.shape == weight.shape]
-            assert moments and all(bits_are_zero(value, kept[name]) for value in moments), name
+            assert moments and not any(value.view(torch.int32)[~kept[name]].any() for value in moments), name
     handle.remove()
     train(model, optimizer, 1)
     assert not any(bits_are_zero(model.get_parameter(name), mask) for name, mask in kept.items())
@@ -107,7 +107,7 @@ def test_zeros_that_were_filled_are_told_and_put_back() -> None:
 def test_the_optimizer_inside_that_of_accelerate_is_the_one_that_steps() -> None:
     model = halved(tiny_llama())
     kept = kept_of(model)
-    optimizer = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2))
+    optimizer = Accelerator(cpu=True).prepare(torch.optim.AdamW(model.parameters(), lr=1e-2))
     keep_zeros(optimizer, masks(model))
     train(model, optimizer)
     assert all(bits_are_zero(model.get_parameter(name), mask) for name, mask in kept.items())
