@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.calibration import Statistics
     from optprune.export import save_model, save_pruned
+    from optprune.healing import HealReport, KeepZeros, Masks, heal, keep_zeros, masks
     from optprune.measure import perplexity
     from optprune.models import load, load_model, open_model
     from optprune.objectives import LayerContext
@@ -31,18 +32,24 @@ if TYPE_CHECKING:
 _HOMES = {
     "Allocation": "optprune.allocation",
     "Audit": "optprune.report",
+    "HealReport": "optprune.healing",
+    "KeepZeros": "optprune.healing",
     "LayerContext": "optprune.objectives",
+    "Masks": "optprune.healing",
     "Recipe": "optprune.recipe",
     "Statistics": "optprune.calibration",
     "audit": "optprune.report",
     "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
     "evaluation_windows": "optprune.texts",
+    "heal": "optprune.healing",
+    "keep_zeros": "optprune.healing",
     "layer_loss": "optprune.pruning",
     "layer_problem": "optprune.pruning",
     "load": "optprune.models",
     "load_model": "optprune.models",
     "load_recipe": "optprune.recipe",
+    "masks": "optprune.healing",
     "open_model": "optprune.models",
     "perplexity": "optprune.measure",
     "prune": "optprune.pruning",
@@ -56,18 +63,24 @@ _HOMES = {
 __all__ = [
     "Allocation",
     "Audit",
+    "HealReport",
+    "KeepZeros",
     "LayerContext",
+    "Masks",
     "Recipe",
     "Statistics",
     "audit",
     "calibration_batches",
     "choose",
     "evaluation_windows",
+    "heal",
+    "keep_zeros",
     "layer_loss",
     "layer_problem",
     "load",
     "load_model",
     "load_recipe",
+    "masks",
     "open_model",
     "perplexity",
     "prune",

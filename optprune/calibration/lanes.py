@@ -38,6 +38,10 @@ class Peers(ABC):
         """Fill contiguous tensors with those of one process, bit for bit."""
 
     @abstractmethod
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by their sums over all processes: the same numbers in each of them."""
+
+    @abstractmethod
     def exchange(self, value: Value) -> list[Value]:
         """What all processes have given, in their order; a value is small, and can be pickled."""
 
@@ -56,6 +60,9 @@ class Alone(Peers):
         raise AssertionError("no process is after the last")
 
     def spread(self, tensors: Sequence[Tensor], source: int) -> None:
+        pass
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
         pass
 
     def exchange(self, value: Value) -> list[Value]:

@@ -41,6 +41,11 @@ class Group(Peers):
             for tensor in tensors:
                 distributed.broadcast(_bytes(tensor), source)
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        with _others_alive():
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+
     def exchange(self, value: Value) -> list[Value]:
         found: list[Value | None] = [None] * self.size
         with _others_alive():

@@ -1,7 +1,6 @@
 """optprune evaluate: what a model predicts on a text, by itself and beside the dense model."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,13 +9,12 @@ import typer
 
 from optprune.cli.options import Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
-from optprune.cli.tokens import tokens_for
+from optprune.cli.tokens import check_alike, tokens_for
 from optprune.errors import InputError
 from optprune.system.files import json_text
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PretrainedConfig
 
     from optprune.measure import Divergence, Evaluation, Question
     from optprune.models import LoadedModel
@@ -76,7 +74,7 @@ def evaluate_command(
     most = None if windows is None else max(windows, 1) * seq_length
     tokens = tokens_for(model, config, documents, most)
     if against is not None:
-        _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
+        check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
     ids = evaluation_windows(tokens, seq_length, windows)
 
     loaded, *others = [_loaded(reporter, source, dtype, device) for source in (model, against) if source is not None]
@@ -176,27 +174,3 @@ def _in_words(found: "Divergence") -> list[str]:
         f"along the context: {first.divergence:.4f} nats and {first.agreement:.1%} over the first {first.last} "
         f"predictions, {last.divergence:.4f} and {last.agreement:.1%} from the {last.first}th on",
     ]
-
-
-def _check_alike(
-    model: str,
-    config: "PretrainedConfig",
-    against: str,
-    tokens: "Tensor",
-    others: "Callable[[PretrainedConfig], Tensor]",
-) -> None:
-    """Raise InputError when two models cannot be compared, since their vocabularies or tokenizers differ."""
-    import torch
-
-    from optprune.models import load_config, load_tokenizer
-
-    other = load_config(against)
-    sizes = [one.get_text_config().vocab_size for one in (config, other)]
-    same = sizes[0] == sizes[1]
-    if same and load_tokenizer(against) is not None:
-        same = torch.equal(others(other), tokens)
-    if not same:
-        raise InputError(
-            f"{model} and {against} do not have the same tokens, so that their predictions cannot be compared: "
-            "give the model that this one was made from"
-        )

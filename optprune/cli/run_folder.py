@@ -1,15 +1,18 @@
-"""The run folder of a command: the blocks that are done are in it until the output is whole, so that it can go on."""
+"""The run folder of a command: what is done is in it until the output is whole, so that it can go on."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
 from optprune.system.files import real_path
 
 if TYPE_CHECKING:
     from optprune.pruning.journal import Journal
+    from optprune.system.run_folder import RunFolder
+
+Folder = TypeVar("Folder", bound="RunFolder")
 
 
 def run_folder_of(output: Path) -> Path:
@@ -20,14 +23,20 @@ def run_folder_of(output: Path) -> Path:
 
 @contextmanager
 def journalled(output: Path, *, resume: bool, overwrite: bool) -> Iterator["Journal"]:
-    """The journal of a run, whose folder goes when the output is whole, or when nothing in it is worth keeping.
-
-    A run that fails for what it was given, and would fail again, keeps nothing; one that was stopped, lost a worker or
-    lacked room or memory keeps its finished blocks, and the error says so.
-    """
+    """The journal of a run of pruning in its run folder."""
     from optprune.pruning.journal import Journal
 
-    journal = Journal(run_folder_of(output), resume=resume, overwrite=overwrite)
+    with kept_in(Journal(run_folder_of(output), resume=resume, overwrite=overwrite)) as journal:
+        yield journal
+
+
+@contextmanager
+def kept_in(journal: Folder) -> Iterator[Folder]:
+    """A run whose folder goes when the output is whole, or when nothing in it is worth keeping.
+
+    A run that fails for what it was given, and would fail again, keeps nothing; one that was stopped, lost a worker or
+    lacked room or memory keeps what is finished, and the error says so.
+    """
     try:
         yield journal
     except BaseException as error:

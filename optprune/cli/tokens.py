@@ -1,8 +1,10 @@
-"""Tokenising for a model: what prune and evaluate share."""
+"""Tokenising for a model: what prune, evaluate and heal share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from optprune.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,3 +55,30 @@ def _tokenizer_of(model: str) -> "Iterator[Tokenizer]":
     tokenizer = need_tokenizer(load_tokenizer(model), model)
     with using_tokenizer(model):
         yield tokenizer
+
+
+def check_alike(
+    model: str,
+    config: "PretrainedConfig",
+    against: str,
+    tokens: "Tensor",
+    others: "Callable[[PretrainedConfig], Tensor]",
+) -> None:
+    """Raise InputError when two models cannot be compared, since their vocabularies or tokenizers differ.
+
+    `tokens` are those of a text by the first model's tokenizer; `others` gives those by the second's.
+    """
+    import torch
+
+    from optprune.models import load_config, load_tokenizer
+
+    other = load_config(against)
+    sizes = [one.get_text_config().vocab_size for one in (config, other)]
+    same = sizes[0] == sizes[1]
+    if same and load_tokenizer(against) is not None:
+        same = torch.equal(others(other), tokens)
+    if not same:
+        raise InputError(
+            f"{model} and {against} do not have the same tokens, so that their predictions cannot be compared: "
+            "give the model that this one was made from"
+        )

@@ -14,7 +14,7 @@ from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.pruning.following import followed
-from optprune.pruning.journal import Journal, versions
+from optprune.pruning.journal import Journal
 from optprune.pruning.layer import summary
 from optprune.pruning.preflight import check_batches
 from optprune.pruning.run import Run, heeded
@@ -22,6 +22,7 @@ from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
 from optprune.report.phases import PRUNING
+from optprune.system.facts import versions
 
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "

@@ -9,9 +9,9 @@ from typing import Any
 
 from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
-from optprune.pruning.journal import KERNELS
 from optprune.pruning.workers import Crew, SideBySide, check_count
 from optprune.recipe import Recipe
+from optprune.system.facts import KERNELS
 
 LOCAL = "local"
 RETRIES = 3

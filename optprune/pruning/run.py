@@ -19,7 +19,7 @@ from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
 from optprune.pruning.errand import Errand, Outcome, moved
 from optprune.pruning.hands import Hands, OneAfterTheOther
-from optprune.pruning.journal import Journal, digest_of_model, machine, versions
+from optprune.pruning.journal import Journal, digest_of_model
 from optprune.pruning.preflight import check_batches, check_run
 from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
@@ -28,6 +28,7 @@ from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
+from optprune.system.facts import machine, versions
 
 Listener = Callable[[Event], None]
 OPENED = 0.5

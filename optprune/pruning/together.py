@@ -20,9 +20,10 @@ from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.hands import Hands, Take
-from optprune.pruning.journal import Journal, differences
+from optprune.pruning.journal import Journal
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
 from optprune.pruning.metric_files import MetricFiles
+from optprune.system.facts import differences
 from optprune.system.wording import shown
 
 Value = TypeVar("Value")

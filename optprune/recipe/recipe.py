@@ -37,8 +37,8 @@ from optprune.recipe.names import (
 from optprune.recipe.settings import Settings
 from optprune.solvers import Solver
 from optprune.solvers.ridge import refitting
-from optprune.system.facts import Facts, Telling
 from optprune.system.interrupts import interrupts_held
+from optprune.system.telling import Facts, Telling
 from optprune.system.wording import one_line
 
 

@@ -4,6 +4,7 @@ from optprune.report.dead_units import DeadUnits
 from optprune.report.events import (
     BlockFinished,
     BlockStarted,
+    DivergenceMeasured,
     Event,
     LayerSolved,
     PhaseAdvanced,
@@ -26,6 +27,7 @@ __all__ = [
     "BlockStarted",
     "BrokenGroups",
     "DeadUnits",
+    "DivergenceMeasured",
     "Event",
     "Fault",
     "LayerPattern",

@@ -73,4 +73,18 @@ class BlockFinished:
     """how many blocks are done, where that is not all up to it"""
 
 
-Event = PhaseStarted | PhaseAdvanced | PhaseFinished | BlockStarted | LayerSolved | BlockFinished
+@dataclass(frozen=True)
+class DivergenceMeasured:
+    """The predictions on held-out windows were held against the dense model's, while a model is healed."""
+
+    step: int
+    """how many steps were done by then"""
+    steps: int
+    divergence: float
+    """KL(dense || model), in nats a prediction"""
+    perplexity: float
+    best: bool
+    """whether no measurement before gave less"""
+
+
+Event = PhaseStarted | PhaseAdvanced | PhaseFinished | BlockStarted | LayerSolved | BlockFinished | DivergenceMeasured

@@ -14,6 +14,8 @@ LOADING, TOKENISING, METRIC, BUDGET, PRUNING, SAVING, CHECKING = PHASES = (
 )
 """the names of the phases: the model is loaded, the text tokenised, the output metric measured, the budget divided over
 the blocks, the blocks pruned, the folder saved, and what was saved checked; `prune` by itself has three to five"""
+HEALING = "healing"
+"""the name of the phase in which a pruned model is trained, which is no part of pruning one"""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 from optprune.models import BlockShape
 from optprune.report.phases import PhaseReport
 from optprune.report.table import facts_of
-from optprune.system.facts import Facts, Telling
 from optprune.system.files import json_text
+from optprune.system.telling import Facts, Telling
 
 
 @dataclass(frozen=True)

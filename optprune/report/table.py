@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from optprune.system.facts import Facts
+from optprune.system.telling import Facts
 from optprune.system.wording import one_line
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Told:
 def told_in(stored: Stored) -> Told:
     """What the report.json of a source says, if it has one that tells of these weights."""
     silent, file = Told({}, None, False), Path(stored.source) / REPORT
-    if not file.is_file():
+    if not file.is_file() or _of_healing(file):
         return silent
     original = original_of(stored.decoder, stored.source)
     if original is None:
@@ -70,6 +71,13 @@ def told_in(stored: Stored) -> Told:
         return Told({}, None, False, (f"{REPORT} does not say what its layers keep, so it is not believed",))
     rounded = any(tensor.dtype == torch.float16 for tensor in stored.tensors.values())
     return Told(kept, family, rounded) if family is not None else silent
+
+
+def _of_healing(file: Path) -> bool:
+    """Whether a report tells of healing alone, as that of a folder does which something else has pruned."""
+    with suppress(OSError, ValueError, RecursionError):
+        return json.loads(file.read_text(encoding="utf-8")).keys() == {"healing"}
+    return False
 
 
 def _kept(layers: list[dict[str, Any]], blocks: str, now: Mapping[int, int]) -> list[tuple[str, int]]:

@@ -4,6 +4,7 @@ from optprune.texts.calibration import SEQUENCES, Drawn, Text, check_sequences, 
 from optprune.texts.conversations import Conversation
 from optprune.texts.demo import demo_articles
 from optprune.texts.documents import FORMS, Document, read_documents
+from optprune.texts.held_out import TrainingText, with_held_out
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Document",
     "Drawn",
     "Text",
+    "TrainingText",
     "calibration_batches",
     "check_seq_length",
     "check_sequences",
@@ -23,4 +25,5 @@ __all__ = [
     "read_documents",
     "read_texts",
     "tokenise",
+    "with_held_out",
 ]

@@ -47,6 +47,11 @@ class ThreadPeers(Peers):
         for tensor, other in zip(tensors, found[source], strict=True):
             tensor.copy_(other)
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        found = self.exchange([tensor.clone() for tensor in tensors])
+        for tensor, others in zip(tensors, zip(*found, strict=True), strict=True):
+            tensor.copy_(sum(others[1:], others[0]))
+
     def exchange(self, value: Any) -> list[Any]:
         self.meeting.table[self.rank] = value
         self.meeting.barrier.wait()

@@ -1,0 +1,203 @@
+"""Healing: perplexity of the demo model on held-out news and on speeches after pruning, and after a short distillation.
+
+    .venv/bin/python -m benchmarks.healing                       # hours on one core
+    .venv/bin/python -m benchmarks.healing --only fasp --tokens 40000 --learning-rate 1e-4
+    .venv/bin/python -m benchmarks.healing --tables              # only write the table of what has been run
+
+A model is pruned on calibration news and healed on no more than 200 thousand tokens of it, of which it holds out other
+articles; it is evaluated on the other half of the news, and on speeches, which neither has seen. `excess lost` is the
+share of what pruning added to the perplexity that healing took off again. Rows are added to results/healing.json one by
+one, and what is there already is not run again. The pruned models, and the state of a row that was stopped, are in the
+folder of `--work`, from which it goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
+from optprune import load_recipe, prune
+from optprune.export import save_pruned
+from optprune.healing import HealingFolder, heal
+from optprune.healing.settings import LEARNING_RATE
+from optprune.measure import perplexity
+from optprune.models import LoadedModel, load_model
+from optprune.report import DivergenceMeasured, Event
+from optprune.texts import TrainingText, calibration_batches, read_documents, tokenise, with_held_out
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fasp 30%": ("fasp", {"sparsity": 0.3}),
+    "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
+    "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "pattern": "2:4"}),
+}
+KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="fasp, structured_best, sparse_best; all otherwise")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--held-out", type=int, default=16, help="windows that decide what is kept")
+    parser.add_argument("--samples", type=int, default=16, help="windows that are pruned by")
+    parser.add_argument("--windows", type=int, default=16, help="of each text that is evaluated on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", type=int, help="only so many of the model's blocks, to see that it works")
+    parser.add_argument("--work", type=Path, default=Path(".demo/healing"))
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    if not options.tables:
+        run(options)
+    if read():
+        (RESULTS / "healing.md").write_text(table(read()), encoding="utf-8")
+
+
+def run(options: argparse.Namespace) -> None:
+    dense = whole(options)
+    tokenizer = tokenizer_of(dense)
+    windows = evaluation_texts(tokenizer, options.seq_length, options.windows)
+    documents = read_documents("demo:calibration")
+    text: TrainingText | None = None
+    expected: dict[str, float] = {}
+    for name, (recipe, settings) in CASES.items():
+        model = name if options.blocks is None else f"{name}, {options.blocks} blocks"
+        evaluated = options.windows * options.seq_length
+        values = model, options.tokens, options.learning_rate, options.batch_size, options.seed, evaluated
+        key = dict(zip(KEY, values, strict=True))
+        if (options.only and recipe not in options.only) or any(key.items() <= row.items() for row in read()):
+            continue
+        if text is None:
+            text = with_held_out(
+                documents,
+                lambda some: tokenise(tokenizer, some),
+                tokens=options.tokens,
+                most=options.tokens,
+                seq_length=options.seq_length,
+                batch_size=options.batch_size,
+                held_out=options.held_out,
+                seed=options.seed,
+            )
+            expected = score(dense, windows)
+        place = options.work / model.replace(" ", "-").replace("%", "").replace(",", "").replace(":", "-")
+        student = pruned(place, recipe, {**settings, "seed": options.seed}, documents, options)
+        row = {**key, **healed(student, dense, text, windows, expected, place, options), "machine": machine()}
+        RESULTS.mkdir(exist_ok=True)
+        # Read again: another run of this script may have added rows meanwhile.
+        data = json.dumps({"rows": [*read(), row]}, indent=1) + "\n"
+        (RESULTS / "healing.json").write_text(data, encoding="utf-8")
+        print(row, flush=True)
+
+
+def whole(options: argparse.Namespace) -> LoadedModel:
+    """The dense model, or its first blocks."""
+    loaded = load_model("demo", dtype="float32")
+    if options.blocks is not None:
+        loaded.model.model.layers = loaded.model.model.layers[: options.blocks]  # type: ignore[union-attr,index]
+        loaded.model.config.num_hidden_layers = options.blocks
+    return loaded
+
+
+def pruned(
+    place: Path, recipe: str, settings: dict[str, Any], documents: Sequence[str], options: argparse.Namespace
+) -> LoadedModel:
+    """The pruned model, in its folder from now on."""
+    folder = place / "pruned"
+    if not folder.exists():
+        loaded = whole(options)
+        tokens = tokenise(tokenizer_of(loaded), documents)
+        batches = calibration_batches(tokens, options.samples, options.seq_length, options.seed)
+        chosen = load_recipe(recipe, settings)
+        report = prune(loaded.model, batches, chosen)
+        save_pruned(loaded, folder, report, chosen, window=batches[0][0])
+    return load_model(folder, dtype="float32")
+
+
+def healed(
+    student: LoadedModel,
+    dense: LoadedModel,
+    text: TrainingText,
+    windows: dict[str, Tensor],
+    expected: dict[str, float],
+    place: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Heal a pruned model: what it was before, what it is after."""
+    before = score(student, windows)
+    kept = zeros(student)
+    run_name = f"{options.tokens}-{options.learning_rate}-{options.batch_size}-{options.seed}.run"
+    folder = HealingFolder(place / run_name, resume=True)
+    report = heal(
+        student.model,
+        dense.model,
+        text.batches,
+        held_out=text.held_out,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        folder=folder,
+        on_event=tell,
+    )
+    after = score(student, windows)
+    folder.discard()
+    found: dict[str, Any] = {}
+    for name in TEXTS:
+        excess = before[name] - expected[name]
+        lost = (before[name] - after[name]) / excess if excess > 0 else None
+        values = expected[name], before[name], after[name], lost
+        found |= dict(
+            zip((f"{name}, {what}" for what in ("dense", "pruned", "healed", "excess lost")), values, strict=True)
+        )
+    now = zeros(student)
+    same = now.keys() == kept.keys() and all(torch.equal(now[name], mask) for name, mask in kept.items())
+    return {
+        **found,
+        "divergence, pruned": report.before.divergence,
+        "divergence, healed": report.after.divergence,
+        "zeros and widths the same": same,
+        "steps": f"{report.after.step} of {report.steps_planned}",
+        "seconds": report.seconds,
+    }
+
+
+def zeros(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Which linear weights of the blocks are zero, by layer; embeddings of a file in 8 bits have zeros by chance."""
+    decoder = loaded.decoder()
+    places = [(block, path) for block in range(len(decoder.blocks)) for path in decoder.paths(block)]
+    return {decoder.name(*place): decoder.layer(*place).weight.detach() == 0 for place in places}
+
+
+def tell(event: Event) -> None:
+    if isinstance(event, DivergenceMeasured):
+        print(f"  step {event.step} of {event.steps}: divergence {event.divergence:.4f} held out", flush=True)
+
+
+def score(loaded: LoadedModel, windows: dict[str, Tensor]) -> dict[str, float]:
+    return {text: perplexity(loaded.model, ids).perplexity for text, ids in windows.items()}
+
+
+def read() -> list[dict[str, Any]]:
+    file = RESULTS / "healing.json"
+    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    machines = sorted({row["machine"] for row in rows})
+    shown = [{key: _shown(key, value) for key, value in row.items() if key != "machine"} for row in rows]
+    parts = ["# Healing", "", "`python -m benchmarks.healing`", "", *machines, "", markdown(shown)]
+    return "\n".join(parts)
+
+
+def _shown(key: str, value: Any) -> Any:
+    if key.endswith("excess lost") and value is not None:
+        return f"{value:.0%}"
+    return f"{value:g}" if key == "learning rate" else value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""optprune heal: from a pruned folder and the dense model to a folder that is closer to it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optprune.cli.options import Device, JsonFile, Overwrite
+from optprune.cli.outputs import check_json, start, write_json
+from optprune.system.files import json_text
+
+if TYPE_CHECKING:
+    from optprune.export import SavedModel
+    from optprune.healing import HealReport
+
+TOKENS = 200_000
+"""how many tokens are trained on at most, where nobody says"""
+
+
+def heal_command(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="The pruned model: a folder, or what else is a model.")],
+    teacher: Annotated[
+        str,
+        typer.Option("--teacher", metavar="MODEL", help="The dense model: a folder, a .gguf file, a hub name, 'demo'."),
+    ],
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="FILE.txt, FILE.jsonl[:COLUMN], FILE.csv[:COLUMN], a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
+            "or demo:calibration.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The folder to write.")],
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="How many to train on. [default: 200000, or what there is]")
+    ] = None,
+    seq_length: Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")] = 512,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Windows in a step.")] = 4,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="The highest of the run. [default: 2e-4]")
+    ] = None,
+    held_out: Annotated[
+        int, typer.Option("--held-out", help="Windows, of documents apart, that decide what is kept.")
+    ] = 16,
+    device: Device = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="What is computed in: float32, bfloat16 or auto (bfloat16 on a GPU)."),
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
+    ] = False,
+    overwrite: Overwrite = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train a pruned model for a while to predict what the dense one does; zeros and widths stay as they are."""
+    reporter = start()
+    from optprune.cli.healing_run import HealingRun
+    from optprune.healing.settings import LEARNING_RATE, Settings
+    from optprune.models import device_of
+
+    computes = dtype if dtype != "auto" else "bfloat16" if device_of(device).type == "cuda" else "float32"
+    rate = LEARNING_RATE if learning_rate is None else learning_rate
+    settings = Settings(rate, dtype=computes, gradient_checkpointing=gradient_checkpointing, seed=seed)
+    run = HealingRun(model, teacher, text, output, settings, device, resume, overwrite)
+    check_json(json_file, output=output, models=[model, teacher])
+    done = run.go(reporter, tokens, TOKENS, seq_length, batch_size, held_out)
+    if done is not None:
+        report, saved = done
+        write_json(json_file, json_text(report.to_dict()), f"the healed model is in {output}")
+        _summarise(report, saved)
+
+
+def _summarise(report: "HealReport", saved: "SavedModel") -> None:
+    from optprune.report.progress import duration
+
+    before, after = report.before, report.after
+    early = " (the divergence fell no further)" if report.stopped_early else ""
+    typer.echo(
+        f"{report.steps} of {report.steps_planned} steps{early} on {report.tokens} tokens in "
+        f"{duration(report.seconds)}; what step {after.step} came to is kept"
+    )
+    typer.echo(
+        f"on held-out windows: divergence {before.divergence:.4f} nats before, {after.divergence:.4f} after; "
+        f"perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after, {report.dense_perplexity:.2f} dense"
+    )
+    typer.echo(f"{report.zeros} zeros are where they were")
+    typer.echo(f"{saved.folder}: {saved.bytes / 2**20:.1f} MiB of weights")
+    typer.echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")

@@ -1,0 +1,140 @@
+"""A run of `optprune heal`: from a folder, the dense model and a text to a checked folder, by one process or more."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optprune.cli.run_folder import kept_in, run_folder_of
+from optprune.cli.tokens import check_alike, tokens_for
+from optprune.system.files import real_path
+
+if TYPE_CHECKING:
+    from optprune.calibration.lanes import Peers
+    from optprune.export import SavedModel
+    from optprune.healing import HealReport
+    from optprune.healing.settings import Settings
+    from optprune.models import LoadedModel
+    from optprune.report import Event, PhaseRecorder
+    from optprune.report.progress import Reporter
+    from optprune.texts import TrainingText
+
+
+@dataclass(frozen=True)
+class HealingRun:
+    """What is read, where it is written, and how it is trained."""
+
+    model: str
+    teacher: str
+    text: str
+    output: Path
+    settings: "Settings"
+    device: str
+    resume: bool
+    overwrite: bool
+
+    def go(
+        self,
+        reporter: "Reporter",
+        tokens: int | None,
+        most: int,
+        seq_length: int,
+        batch_size: int,
+        held_out: int,
+    ) -> "tuple[HealReport, SavedModel] | None":
+        """Tokenise, load, train, save and check; None in all processes but the first."""
+        from optprune.calibration.peers import joined
+        from optprune.export import check_output
+        from optprune.models import device_of, load_config
+        from optprune.report import PhaseRecorder
+        from optprune.report.phases import TOKENISING
+        from optprune.texts import check_seq_length, read_documents, with_held_out
+
+        # What costs nothing is checked first.
+        check_output(self.output, self.overwrite)
+        documents, config = read_documents(self.text), load_config(self.model)
+        for one in (config, load_config(self.teacher)):
+            check_seq_length(one, seq_length)
+        with joined(self.device) as peers, reporter.events({}) as on_event:
+            phases = PhaseRecorder(device_of(self.device), self._telling(reporter, on_event))
+            with phases.step(TOKENISING, f"tokenising {self.text}"):
+                sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
+                drawn = {"tokens": tokens, "most": most, "seed": self.settings.seed}
+                parts = with_held_out(documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn)
+                few = documents[:8]
+                check_alike(
+                    self.model,
+                    config,
+                    self.teacher,
+                    tokens_for(self.model, config, few),
+                    lambda other: tokens_for(self.teacher, other, few),
+                )
+            del documents
+            return self._healed(reporter, phases, parts, peers)
+
+    def _healed(
+        self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
+    ) -> "tuple[HealReport, SavedModel] | None":
+        from optprune.export.healed import save_healed
+        from optprune.export.place import discard, left_behind
+        from optprune.healing import HealingFolder, heal
+
+        first = not peers.rank
+        with ExitStack() as contexts:
+            folder: HealingFolder | None = None
+            if first:
+                for left in left_behind(real_path(self.output)):
+                    reporter.say(f"deleting {left}, which a run that was killed has left behind")
+                    discard(left)
+                place = run_folder_of(self.output)
+                folder = contexts.enter_context(
+                    kept_in(HealingFolder(place, resume=self.resume, overwrite=self.overwrite))
+                )
+            student, dense = self._loaded(phases)
+            report = heal(
+                student.model,
+                dense.model,
+                parts.batches,
+                held_out=parts.held_out,
+                **asdict(self.settings),
+                folder=folder,
+                peers=peers,
+                on_event=phases.on_event,
+            )
+            if not first:
+                return None
+            reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
+            saved = save_healed(
+                student,
+                self.output,
+                {**report.to_dict(), "held_out_documents": parts.documents},
+                teacher=self.teacher,
+                window=parts.held_out[0],
+                overwrite=self.overwrite,
+                on_event=phases.on_event,
+            )
+        return report, saved
+
+    def _loaded(self, phases: "PhaseRecorder") -> "tuple[LoadedModel, LoadedModel]":
+        from optprune.models import load_model
+        from optprune.report.phases import LOADING
+
+        with phases.step(LOADING, f"loading {self.model} and {self.teacher}"):
+            student = load_model(self.model, device=self.device)
+            return student, load_model(self.teacher, dtype=self.settings.dtype, device=self.device)
+
+    def _telling(self, reporter: "Reporter", on_event: "Callable[[Event], None]") -> "Callable[[Event], None]":
+        """What hears the events, and tells of each measurement in a line."""
+        from optprune.report import DivergenceMeasured
+
+        def hear(event: "Event") -> None:
+            on_event(event)
+            if isinstance(event, DivergenceMeasured):
+                best = ", the least so far" if event.best and event.step else ""
+                reporter.say(
+                    f"after {event.step} of {event.steps} steps: divergence {event.divergence:.4f}, perplexity "
+                    f"{event.perplexity:.2f} on held-out windows{best}"
+                )
+
+        return hear

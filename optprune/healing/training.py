@@ -1,0 +1,185 @@
+"""The training of a model that is healed: its steps, its measurements, and the state that both come to."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from optprune.calibration.lanes import Peers
+from optprune.errors import NumericalError
+from optprune.healing.distillation import Reader, add_gradient, surprise_and_divergence
+from optprune.healing.records import HeldOut
+from optprune.healing.settings import Settings
+from optprune.healing.zeros import Masks, keep_zeros
+from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, of_surprise
+
+BETAS = (0.9, 0.95)
+"""the decay rates of AdamW's moments; with the usual 0.999 the second would take longer than the whole training"""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""the tensors that AdamW has for each parameter, beside the number of steps"""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The held-out windows of one process, and the hidden states that the dense model has on them."""
+
+    ids: Sequence[Tensor]
+    hidden: Sequence[Tensor]
+    predictions: int
+    """the number of predictions in the windows of all processes"""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: Reader, windows: Tensor, peers: Peers) -> "Windows":
+        """Every process has its part of the windows [n, length]."""
+        mine = _at_once(windows[peers.rank :: peers.size])
+        return cls(mine, [teacher.hidden(ids) for ids in mine], windows.shape[0] * (windows.shape[1] - 1))
+
+
+class Training:
+    """A student in float32, its teacher, and the optimizer. One process of several has a part of every batch."""
+
+    def __init__(self, student: Reader, teacher: Reader, masks: Masks, settings: Settings, peers: Peers) -> None:
+        self.student, self.teacher, self.masks, self.settings, self.peers = student, teacher, masks, settings, peers
+        self.parameters: dict[str, nn.Parameter] = dict(student.model.named_parameters())
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        matrices, others = (
+            [weight for weight in self.parameters.values() if (weight.ndim > 1) == wanted] for wanted in (True, False)
+        )
+        groups = [
+            {"params": matrices, "weight_decay": settings.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
+        keep_zeros(self.optimizer, masks)
+        peers.spread(list(self._data()), 0)
+
+    def step(self, number: int, steps: int, windows: Tensor) -> None:
+        """Take one step, on windows of token ids [n, length]."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(number, steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        # What is drawn hangs on the number of the step alone, so that a run can begin at any.
+        torch.manual_seed((self.settings.seed * steps + number) * self.peers.size + self.peers.rank)
+        predictions = windows.shape[0] * (windows.shape[1] - 1)
+        found = 0.0
+        self.student.model.train()
+        for part in _at_once(windows[self.peers.rank :: self.peers.size]):
+            found += add_gradient(self.student, self.teacher, part, predictions)
+        self.student.model.eval()
+        gradients = {name: self._gradient(weight) for name, weight in self.parameters.items()}
+        self.peers.add_up(list(gradients.values()))
+        for name in self.masks.kept:  # what will not move must not count when the rest is clipped
+            self.masks.clear(name, gradients[name])
+        norm = clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        if not bool(torch.isfinite(norm)):
+            raise NumericalError(
+                f"the gradient of step {number + 1} is NaN or infinite (the divergence was {found:.3g}): lower the "
+                "learning rate, or compute in float32"
+            )
+        self.optimizer.step()
+
+    def measure(self, held_out: Windows, step: int) -> tuple[HeldOut, float]:
+        """The divergence and the perplexity on held-out windows, and the dense model's perplexity."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        with evaluating(self.student.model):
+            for ids, hidden in zip(held_out.ids, held_out.hidden, strict=True):
+                sums += surprise_and_divergence(self.student, self.teacher, ids, hidden)
+        total = [sum(numbers) for numbers in zip(*self.peers.exchange(sums.tolist()), strict=True)]
+        if not all(number < float("inf") for number in total):
+            raise NumericalError(f"the model gives NaN on held-out windows after {step} steps: lower the learning rate")
+        own, dense, divergence = total
+        count = held_out.predictions
+        return HeldOut(step, max(divergence / count, 0.0), of_surprise(own, count)), of_surprise(dense, count)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the weights."""
+        return {name: weight.detach().clone() for name, weight in self.parameters.items()}
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights; every process gets those of the first."""
+        for name, weight in weights.items():
+            self.parameters[name].copy_(weight)
+        self.peers.spread(list(self._data()), 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights and the moments of the optimizer, not copied."""
+        found = {f"weight {name}": weight.detach() for name, weight in self.parameters.items()}
+        for name, weight in self.parameters.items():
+            own = self.optimizer.state.get(weight, {})
+            found |= {f"{moment} {name}": own[moment] for moment in MOMENTS if moment in own}
+        return found
+
+    def restore(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Take a state, which the first process alone need have."""
+        self.put({name: state[f"weight {name}"] for name in self.parameters} if state else {})
+        if not step:
+            return
+        for name, weight in self.parameters.items():
+            moments = {
+                moment: state[f"{moment} {name}"].to(weight) if state else torch.zeros_like(weight)
+                for moment in MOMENTS
+            }
+            self.peers.spread(list(moments.values()), 0)
+            self.optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+
+    def _gradient(self, weight: nn.Parameter) -> Tensor:
+        if weight.grad is None:  # of a process that had no window
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
+    def _data(self) -> Iterator[Tensor]:
+        return (weight.detach() for weight in self.parameters.values())
+
+
+@contextmanager
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing, for as long as the context lasts."""
+    if not wanted:
+        yield
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]  # transformers' models
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()  # type: ignore[operator]
+
+
+@contextmanager
+def trainable(model: nn.Module) -> Iterator[None]:
+    """What is changed of a model's parameters for its training, but for their values, is as it was afterwards."""
+    before = [(weight, weight.requires_grad) for weight in model.parameters()]
+    training = model.training
+    try:
+        yield
+    finally:
+        model.train(training)
+        for weight, required in before:
+            weight.grad = None
+            weight.requires_grad_(required)
+
+
+@dataclass
+class Clock:
+    """The seconds of a run, with those before it was stopped."""
+
+    before: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """All of them."""
+        return self.before + time.perf_counter() - self._began
+
+
+def _at_once(windows: Tensor) -> list[Tensor]:
+    """The windows [n, length], as many at a time as go through a model together."""
+    return list(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))) if len(windows) else []

@@ -1,0 +1,87 @@
+"""Telling: what an object tells of itself, as a table in a terminal and in a notebook."""
+
+import html
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # who prints no table does not wait for rich
+    from rich.console import Group
+
+WIDTH = 100
+"""how many characters a line of a printed table has at most"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A title, facts by their names, and rows of more under the heads of their columns."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+    def drawn(self) -> "Group":
+        """The facts for a console of rich. Nothing in them is read as markup."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        facts = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in self.facts:
+            facts.add_row(Text(printable(name), style="bold"), Text(printable(value)))
+        parts = [Text(printable(self.title), style="bold"), facts]
+        if self.rows:
+            table = Table()
+            for column in self.columns:
+                table.add_column(Text(printable(column)), overflow="fold")
+            for row in self.rows:
+                table.add_row(*(Text(printable(value)) for value in row))
+            parts.append(table)
+        return Group(*parts)
+
+    def text(self) -> str:
+        """The facts as lines of plain text."""
+        from rich.console import Console
+
+        stream = io.StringIO()
+        Console(file=stream, width=WIDTH, color_system=None).print(self.drawn())
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+    def html(self) -> str:
+        """The facts as a table of HTML, in which nothing of what they say is read as HTML."""
+        facts = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self.facts
+        )
+        parts = [f"<table><caption>{html.escape(self.title)}</caption>{facts}</table>"]
+        if self.rows:
+            head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+            body = "".join(
+                f"<tr>{''.join(f'<td>{html.escape(value)}</td>' for value in row)}</tr>" for row in self.rows
+            )
+            parts.append(f"<table><tr>{head}</tr>{body}</table>")
+        return "".join(parts)
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+class Telling(ABC):
+    """An object that prints as a table, in a terminal and in a notebook; its `repr` stays one line."""
+
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What the object tells of itself."""
+
+    def __str__(self) -> str:
+        return self.facts().text()
+
+    def __rich__(self) -> "Group":
+        return self.facts().drawn()
+
+    def _repr_html_(self) -> str:
+        return self.facts().html()

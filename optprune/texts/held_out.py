@@ -1,0 +1,87 @@
+"""Documents held out: a part of a text that training never sees, whole documents where there are several."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from optprune.errors import InputError
+from optprune.texts.documents import Document
+from optprune.texts.windows import calibration_batches, evaluation_windows
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import LongTensor, Tensor
+
+Tokenise = Callable[[Sequence[Document]], "Tensor"]
+"""what gives the tokens [tokens] of documents"""
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """A text for training, and windows of it that are held out."""
+
+    batches: "list[LongTensor]"
+    """the batches of windows to train on"""
+    held_out: "LongTensor"
+    """the windows [n, length] of other documents"""
+    documents: int
+    """how many documents are held out; 0 where the text is a single one, whose end it is"""
+
+
+def with_held_out(
+    documents: Sequence[Document],
+    tokenise: Tokenise,
+    *,
+    tokens: int | None,
+    most: int,
+    seq_length: int,
+    batch_size: int,
+    held_out: int,
+    seed: int,
+) -> TrainingText:
+    """Cut a text into training batches of `batch_size` windows, and so many windows of documents that are held out.
+
+    The seed draws both. `tokens` are trained on: InputError where there are fewer; None is for `most`, or as many as
+    there are. Of a single document its end is held out.
+    """
+    import torch
+
+    for option, value, least in (
+        ("--tokens", tokens, seq_length),
+        ("--batch-size", batch_size, 1),
+        ("--held-out", held_out, 1),
+        ("--seq-length", seq_length, 2),
+    ):
+        if value is not None and value < least:
+            raise InputError(f"{option} cannot be {value}: it is at least {least}")
+    wanted = held_out * seq_length
+    # A document that is there twice would be trained on and held out.
+    distinct = list({text if isinstance(text, str) else repr(text.messages): text for text in documents}.values())
+    if len(distinct) == 1:
+        found = tokenise(distinct)
+        own, others, count = found[-wanted:], found[:-wanted], 0
+    else:
+        order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = _enough([distinct[number] for number in order], tokenise, wanted)
+        own = tokenise([distinct[number] for number in order[:count]])
+        others = tokenise([distinct[number] for number in sorted(order[count:])])
+    there = len(others) // seq_length
+    least = 1 if tokens is None else tokens // seq_length
+    if len(own) < wanted or there < least:
+        raise InputError(
+            f"beside {held_out} held-out windows the text has {there} windows of {seq_length} tokens, and "
+            f"{least} are needed: lower {'--held-out or --seq-length' if tokens is None else '--tokens'}, or give a "
+            "longer text"
+        )
+    samples = min(there, (most if tokens is None else tokens) // seq_length)
+    batches = calibration_batches(others, samples, seq_length, seed, batch_size * seq_length)
+    return TrainingText(batches, evaluation_windows(own, seq_length, held_out), count)
+
+
+def _enough(documents: Sequence[Document], tokenise: Tokenise, wanted: int) -> int:
+    """How many documents from the first on have so many tokens; at most all but one."""
+    held = 0
+    for count, document in enumerate(documents[:-1], start=1):
+        held += len(tokenise([document]))
+        if held >= wanted:
+            return count
+    return len(documents) - 1

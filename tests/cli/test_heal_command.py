@@ -1,0 +1,150 @@
+"""optprune heal: from a folder to a checked one, after a kill too, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from optprune import load, prune
+from optprune.cli import main
+from optprune.cli.run_folder import run_folder_of
+from optprune.export import save_pruned
+from optprune.models import load_model
+from optprune.recipe import load_recipe
+from optprune.report import audit
+from optprune.texts import demo_articles
+from tests.helpers import kills
+from tests.helpers.attempts import Attempt
+from tests.helpers.kills import moments
+from tests.helpers.tiny_models import save_tiny, tiny_llama
+from tests.helpers.token_batches import batches
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"--tokens": "1024", "--seq-length": "32", "--batch-size": "4", "--held-out": "4", "--learning-rate": "1e-3"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, one that was pruned to uneven widths and zeros, and a text of many documents."""
+    place = tmp_path_factory.mktemp("healing")
+    save_tiny(tiny_llama(num_hidden_layers=2), place / "dense")
+    loaded = load_model(place / "dense")
+    recipe = load_recipe("structured_best", {"sparsity": 0.3, "width_multiple": 1})
+    report = prune(loaded.model, batches(), recipe)
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    save_pruned(loaded, place / "pruned", report, recipe, window=batches()[0][0])
+    rows = [json.dumps({"text": article}) for article in demo_articles("calibration")[:30]]
+    (place / "text.jsonl").write_text("\n".join(rows))
+    return place
+
+
+def words(folder: Path, output: Path, *more: str, model: str = "pruned", **options: Any) -> list[str]:
+    given = {"--teacher": folder / "dense", "--text": folder / "text.jsonl", "--output": output, **SMALL}
+    given |= {"--" + name.replace("_", "-"): value for name, value in options.items()}
+    return ["heal", str(folder / model), *(str(word) for pair in given.items() for word in pair), *more]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[Path, int]:
+    """The folder of a run that was not stopped, and how many moments it had."""
+    with moments(None) as seen:
+        assert main(words(folder, folder / "healed", "--json", str(folder / "record.json"))) == 0
+    return folder / "healed", len(seen)
+
+
+def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: tuple[Path, int]) -> None:
+    healed, _ = whole
+    before, after = (load_file(place / "model.safetensors") for place in (folder / "pruned", healed))
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        assert weight.dtype == before[name].dtype and torch.equal(weight != 0, before[name] != 0), name
+        assert not torch.equal(weight, before[name]), name
+    assert load(healed).config.optprune_shapes == load(folder / "pruned").config.optprune_shapes
+    report, old = (json.loads((place / "report.json").read_text()) for place in (healed, folder / "pruned"))
+    healing = report.pop("healing")
+    assert report == old
+    record = json.loads((folder / "record.json").read_text())
+    assert record.items() <= healing.items()
+    assert (healing["steps"], healing["tokens"], healing["held_out_tokens"]) == (8, 1024, 4 * 32)
+    assert healing["after"]["divergence"] < healing["before"]["divergence"]
+    assert healing["held_out_documents"] >= 1
+    card = (healed / "README.md").read_text()
+    assert card.startswith((folder / "pruned" / "README.md").read_text().rstrip())
+    assert f"| {healing['before']['divergence']:.4f} | {healing['after']['divergence']:.4f} | 0 |" in card
+    assert (healed / "recipe.yaml").read_bytes() == (folder / "pruned" / "recipe.yaml").read_bytes()
+    assert not audit(healed).faults
+    assert not run_folder_of(healed).exists()
+
+
+def test_a_killed_run_ends_with_the_same_bytes(folder: Path, whole: tuple[Path, int], capsys: Any) -> None:
+    expected, count = whole
+    given = words(folder, folder / "killed")
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", kills.__name__, str(count // 2), *given]
+    killed = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert (run_folder_of(folder / "killed") / "progress.json").is_file(), "it was killed before anything was kept"
+    assert main([*given, "--resume"]) == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (folder / "killed" / name).read_bytes() == (expected / name).read_bytes()
+    assert not [path for path in folder.iterdir() if path.name.startswith((".killed", "killed."))]
+
+
+@pytest.mark.slow
+def test_a_plain_model_is_healed_too(folder: Path, capsys: Any) -> None:
+    save_tiny(tiny_llama(5), folder / "other")
+    assert main(words(folder, folder / "plain", model="other", tokens=128)) == 0
+    told = capsys.readouterr()
+    assert "0 zeros are where they were" in told.out and "reload check passed" in told.out
+    assert "after 1 of 1 steps: divergence" in told.err
+    assert json.loads((folder / "plain" / "report.json").read_text()).keys() == {"healing"}
+    assert not audit(folder / "plain").faults and not audit(folder / "plain").notes
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"tokens": 8}, "--tokens cannot be 8: it is at least 32"),
+        ({"tokens": 10**7}, "lower --tokens, or give a longer text"),
+        ({"held_out": 0}, "--held-out cannot be 0"),
+        ({"batch_size": 0}, "--batch-size cannot be 0"),
+        ({"learning_rate": -1}, "the learning rate cannot be -1.0"),
+        ({"dtype": "float16"}, "healing computes in float32 or bfloat16"),
+        ({"seq_length": 4096}, "windows of 4096 tokens are longer than the 512 positions"),
+        ({"teacher": "missing"}, "there is no model folder 'missing'"),
+        ({"text": "missing.txt"}, "there is no text 'missing.txt'"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_loaded(
+    options: dict[str, Any], sentence: str, folder: Path, attempt: Attempt, no_weights: None
+) -> None:
+    assert sentence in attempt.fails(words(folder, attempt.output, **options))
+
+
+def test_a_teacher_of_other_tokens_is_refused(folder: Path, attempt: Attempt, no_weights: None) -> None:
+    teacher = save_tiny(tiny_llama(vocab_size=600), folder / "wider")
+    sentence = attempt.fails(words(folder, attempt.output, teacher=teacher))
+    assert "do not have the same tokens, so that their predictions cannot be compared" in sentence
+
+
+@pytest.mark.slow
+def test_two_processes_heal_as_one_does(folder: Path, whole: tuple[Path, int], monkeypatch: Any) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "optprune"]
+    done = subprocess.run(
+        [*start, *words(folder, folder / "two", device="cpu")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reload check passed") == 1, "the first process alone speaks"
+    one, two = (load_file(place / "model.safetensors") for place in (whole[0], folder / "two"))
+    for name, weight in two.items():
+        torch.testing.assert_close(weight, one[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert not run_folder_of(folder / "two").exists()

@@ -1,0 +1,283 @@
+"""Healing: what a tiny pruned model gains by it, what stays as it was, what is kept, and what is refused."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from optprune import heal, load_recipe, prune
+from optprune.errors import InputError, NumericalError
+from optprune.healing import HealingFolder, HealReport
+from optprune.healing.settings import Settings
+from optprune.healing.training import Training
+from optprune.measure import divergence_from
+from optprune.report import DivergenceMeasured, PhaseFinished
+from tests.helpers.faults import noticed
+from tests.helpers.short_runs import same
+from tests.helpers.thread_peers import together
+from tests.helpers.tiny_models import tiny_llama, tiny_opt, tiny_qwen2
+from tests.helpers.token_batches import batches
+from tests.helpers.trained_tiny import halved, news, trained
+
+RATE = 2e-3
+
+
+def held_out() -> Tensor:
+    """Windows of articles that nothing was trained on."""
+    return news(60, 70)[:16]
+
+
+def text(steps: int, size: int = 8) -> list[Tensor]:
+    return list(news(10, 60)[: steps * size].split(size))
+
+
+def healed(steps: int = 6, model: Any = None, **settings: Any) -> tuple[HealReport, Any]:
+    """A pruned tiny model after a few steps, and the report."""
+    model = halved(trained()) if model is None else model
+    report = heal(model, trained(), text(steps), held_out=held_out(), **{"learning_rate": RATE, **settings})
+    return report, model
+
+
+def test_a_pruned_model_is_healed() -> None:
+    dense, model = trained(), halved(trained())
+    before, kept = divergence_from(model, dense, held_out()), {n: w != 0 for n, w in model.named_parameters()}
+    found = list[Any]()
+    report, model = healed(60, model, on_event=found.append)
+    after = divergence_from(model, dense, held_out())
+    assert before.perplexity > 1.05 * before.dense_perplexity, "nothing was lost by pruning"
+    assert after.divergence < before.divergence * 2 / 3
+    assert after.perplexity < before.perplexity
+    for told, measured in ((report.before, before), (report.after, after)):
+        assert told.divergence == pytest.approx(measured.divergence, rel=1e-4)
+        assert told.perplexity == pytest.approx(measured.perplexity, rel=1e-4)
+    assert report.dense_perplexity == pytest.approx(after.dense_perplexity, rel=1e-4)
+    for name, weight in model.named_parameters():
+        zeros = weight.view(torch.int32)[~kept[name]]
+        assert torch.equal(weight != 0, kept[name]) and not bool(zeros.any()), name
+        assert weight.requires_grad and weight.grad is None
+    assert not model.training
+    assert (report.steps, report.tokens, report.held_out_tokens) == (60, 60 * 8 * 64, 16 * 64)
+    told = [event for event in found if isinstance(event, DivergenceMeasured)]
+    assert [event.step for event in told] == list(range(0, 61, 6)) == [one.step for one in report.measured]
+    assert [event.phase.name for event in found if isinstance(event, PhaseFinished)] == ["healing"]
+
+
+@pytest.mark.parametrize("make", [tiny_opt, tiny_qwen2, lambda: tiny_llama(tie_word_embeddings=True)])
+def test_ties_and_uneven_widths_stay(make: Callable[[], Any]) -> None:
+    dense, model = make(), make()
+    prune(model, batches(), load_recipe("structured_best", {"sparsity": 0.3, "width_multiple": 1}))
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    with torch.no_grad():  # restoration has left too little to heal
+        for name, weight in model.named_parameters():
+            if "layers" in name and weight.ndim == 2:
+                weight.mul_(0.8)
+    before = copy.deepcopy(model)
+    report = heal(model, dense, batches()[:3], held_out=batches()[3], learning_rate=RATE / 10)
+    assert report.after.step
+    assert {name: weight.shape for name, weight in model.named_parameters()} == shapes
+    assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
+    if model.config.tie_word_embeddings:
+        assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not same(model, before)
+
+
+def test_checkpointing_and_autocast_and_half_precision() -> None:
+    report, model = healed(gradient_checkpointing=True)
+    plain, other = healed()
+    assert same(model, other)
+    rough, _ = healed(dtype="bfloat16")
+    assert rough.after.divergence == pytest.approx(plain.after.divergence, rel=0.05)
+    half = halved(trained()).to(torch.bfloat16)
+    kept = {name: weight != 0 for name, weight in half.named_parameters()}
+    report, half = healed(model=half)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(weight != 0, kept[name]) for name, weight in half.named_parameters())
+    assert report.after.divergence < report.before.divergence
+    found = divergence_from(copy.deepcopy(half).float(), trained(), held_out())
+    assert report.after.divergence == pytest.approx(found.divergence, rel=1e-4), "told of what is stored"
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    rates = [Settings(1.0, warmup=0.2).rate(step, 10) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[2:] == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(8)])
+    assert Settings(1.0, warmup=0.0).rate(0, 1) == 1.0
+
+
+def test_steps_have_the_rates_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = list[float]()
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        assert [group["weight_decay"] for group in self.param_groups] == [0.01, 0.0]
+        assert all(
+            (weight.ndim > 1) == (group["weight_decay"] > 0)
+            for group in self.param_groups
+            for weight in group["params"]
+        )
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+
+    def test() -> None:
+        rates.clear()
+        healed(4, warmup=0.25)
+        assert rates == pytest.approx([RATE, RATE, RATE * 0.75, RATE * 0.25])
+
+    test()
+    noticed(monkeypatch, Settings, "rate", lambda self, step, steps: self.learning_rate, test)
+
+
+def test_the_state_of_the_least_divergence_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate that destroys the model, what it was before any step; and no step more than patience allows."""
+    before = halved(trained())
+
+    def test() -> None:
+        report, model = healed(8, learning_rate=1.0, clip=1e9, patience=2, warmup=0.0)
+        assert report.after == report.before == report.measured[0]
+        assert report.stopped_early and report.steps == 2
+        assert same(model, before)
+
+    test()
+    noticed(monkeypatch, Training, "put", lambda self, weights: None, test)
+
+
+def test_gradients_are_clipped_without_those_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = list[float]()
+
+    def step(self: Any, *_: Any) -> None:
+        squares = [w.grad.double().square().sum() for group in self.param_groups for w in group["params"]]
+        norms.append(float(torch.stack(squares).sum().sqrt()))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    healed(2, clip=1e-3)
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_that_share_batches_do_what_one_does(count: int) -> None:
+    alone, model = healed(3, halved(trained()))
+    reports = together(count, lambda peers: healed(3, halved(trained()), peers=peers))
+    for report, other in reports:
+        assert [one.divergence for one in report.measured] == pytest.approx(
+            [one.divergence for one in alone.measured], rel=1e-4
+        )
+        assert same(other, reports[0][1]), "all processes have the same model in the end"
+        for weight, expected in zip(other.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-3, atol=RATE / 10)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step: int) -> Callable[[Any], None]:
+    def hear(event: Any) -> None:
+        if isinstance(event, DivergenceMeasured) and event.step == step:
+            raise Stopped
+
+    return hear
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, whole = healed(6, every=2)
+
+    def test() -> None:
+        first = HealingFolder(tmp_path / "run")
+        with pytest.raises(Stopped):
+            healed(6, every=2, folder=first, on_event=stop_at(6))
+        assert (first.finished(), first.told, first.whole) == ([4], "4 of 6 steps are done", False)
+        with pytest.raises(InputError, match=r"holds an unfinished run \(4 of 6 steps are done\): go on with it by"):
+            HealingFolder(tmp_path / "run")
+        again = HealingFolder(tmp_path / "run", resume=True)
+        report, model = healed(6, every=2, folder=again)
+        assert again.whole
+        assert report.measured == expected.measured and same(model, whole)
+        once_more, model = healed(6, every=2, folder=HealingFolder(tmp_path / "run", resume=True))
+        assert once_more.measured == expected.measured and same(model, whole)
+        again.discard()
+        assert not (tmp_path / "run").exists()
+
+    test()
+    restore = Training.restore
+    lost = lambda self, state, step: restore(self, state, 0)  # noqa: E731
+    noticed(monkeypatch, Training, "restore", lost, test)
+
+
+def test_a_run_begun_otherwise_does_not_go_on(tmp_path: Any) -> None:
+    with pytest.raises(Stopped):
+        healed(4, every=1, folder=HealingFolder(tmp_path / "run"), on_event=stop_at(2))
+    folder = HealingFolder(tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match=r"cannot go on: the settings.clip was 1.0 and is 2.0"):
+        healed(4, every=1, folder=folder, clip=2.0)
+    with pytest.raises(InputError, match="cannot go on: the text was"):
+        healed(5, every=1, folder=folder)
+    (tmp_path / "run" / "progress.json").write_text("{}")
+    with pytest.raises(InputError, match=r"progress.json of the run in .* is damaged"):
+        healed(4, every=1, folder=folder)
+    folder.discard()
+
+
+def test_what_is_drawn_hangs_on_the_seed_alone() -> None:
+    """Dropout, in a model that has it: the same by the same seed, and torch's generator is left as it was."""
+
+    def with_dropout(seed: int) -> Any:
+        model, teacher = tiny_opt(dropout=0.3), tiny_opt(1)
+        state = torch.get_rng_state()
+        report = heal(model, teacher, batches()[:2], held_out=batches()[3], learning_rate=RATE / 10, seed=seed)
+        assert report.after.step
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        return model
+
+    one, again, other = with_dropout(0), with_dropout(0), with_dropout(1)
+    assert same(one, again) and not same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"learning_rate": 0.0}, "the learning rate cannot be 0.0"),
+        ({"learning_rate": math.nan}, "the learning rate cannot be nan"),
+        ({"warmup": 1.5}, "the warm-up cannot be 1.5 of the steps"),
+        ({"weight_decay": -1.0}, "the weight decay cannot be -1.0"),
+        ({"clip": 0.0}, "clipped to a norm of 0.0"),
+        ({"dtype": "float16"}, "healing computes in float32 or bfloat16: 'float16' has not the range"),
+        ({"dtype": "int"}, "healing computes in float32 or bfloat16: not 'int'"),
+        ({"every": 0}, "after every 0 steps"),
+        ({"patience": 0}, "the patience cannot be 0"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        heal(tiny_llama(), tiny_llama(1), batches(1), held_out=batches(2)[1], **settings)
+
+
+def test_models_and_texts_that_do_not_go_together() -> None:
+    model, ids, apart = tiny_llama(), batches()[:2], batches()[3]
+    with pytest.raises(InputError, match="the model is its own teacher"):
+        heal(model, model, ids, held_out=apart)
+    with pytest.raises(InputError, match="a vocabulary of 512 tokens and its teacher one of 600"):
+        heal(model, tiny_llama(vocab_size=600), ids, held_out=apart)
+    with pytest.raises(InputError, match="there are no batches"):
+        heal(model, tiny_llama(1), [], held_out=apart)
+    with pytest.raises(InputError, match="a held-out window is among those that are trained on"):
+        heal(model, tiny_llama(1), ids, held_out=ids[1][1:])
+    with pytest.raises(InputError, match="windows are token ids"):
+        heal(model, tiny_llama(1), ids, held_out=apart[0])
+    with pytest.raises(InputError, match="token 700"):
+        heal(model, tiny_llama(1), ids, held_out=torch.full((1, 8), 700))
+
+
+def test_training_that_gives_nan_is_told() -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    with pytest.raises(NumericalError, match="the model gives NaN on held-out windows after 0 steps"):
+        heal(model, tiny_llama(1), batches()[:2], held_out=batches()[3])
