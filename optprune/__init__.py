@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optprune.measure import perplexity
     from optprune.models import load, load_model, open_model
     from optprune.objectives import LayerContext
-    from optprune.pruning import layer_loss, layer_problem, prune
+    from optprune.pruning import collect, layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.report import Audit, audit
     from optprune.solvers import choose, solve
@@ -37,6 +37,7 @@ _HOMES = {
     "audit": "optprune.report",
     "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
+    "collect": "optprune.pruning",
     "evaluation_windows": "optprune.texts",
     "layer_loss": "optprune.pruning",
     "layer_problem": "optprune.pruning",
@@ -62,6 +63,7 @@ __all__ = [
     "audit",
     "calibration_batches",
     "choose",
+    "collect",
     "evaluation_windows",
     "layer_loss",
     "layer_problem",

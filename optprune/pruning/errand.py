@@ -13,12 +13,13 @@ from torch import Tensor
 
 from optprune.calibration import Path, Stream, calibrating
 from optprune.errors import InputError, OptpruneError
+from optprune.measure.machine import machine, versions
 from optprune.measure.memory import release
 from optprune.models import BlockShape, Decoder
 from optprune.models.places import OnDevice, States
 from optprune.models.skeleton import skeleton
 from optprune.pruning.block import BlockRecord, BlockTask, prune_block
-from optprune.pruning.journal import differences, machine, versions
+from optprune.pruning.journal import differences
 from optprune.report import BlockStarted, Event
 from optprune.system.wording import shown
 

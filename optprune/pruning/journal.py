@@ -9,18 +9,14 @@ run that was never stopped, bit for bit.
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -42,8 +38,6 @@ from optprune.system.wording import shown
 FACTS, DIVISION, LOCK = "run.json", "division.json", "in-use"
 PIECE = 1 << 24
 """how many bytes of a file are in memory while it is hashed"""
-KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
-"""the variables that choose kernels, which round differently"""
 
 
 class Journal:
@@ -244,23 +238,3 @@ def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lam
                 on_bytes(done := done + len(piece), size)
         digest.update(of_file.digest())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """The versions of what computes."""
-    return {
-        "optprune": version("optprune"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-    }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What of a machine decides how sums are rounded."""
-    gpu = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "kernels": {key: os.environ[key] for key in KERNELS if key in os.environ},
-    }

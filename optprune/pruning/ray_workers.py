@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from optprune.errors import InputError, OptpruneError, WorkerError
+from optprune.measure.machine import KERNELS
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
-from optprune.pruning.journal import KERNELS
 from optprune.pruning.workers import Crew, SideBySide, check_count
 from optprune.recipe import Recipe
 
