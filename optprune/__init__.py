@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.calibration import Statistics
+    from optprune.comparison import Comparison, compare
     from optprune.export import save_model, save_pruned
     from optprune.measure import perplexity
     from optprune.models import load, load_model, open_model
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Allocation": "optprune.allocation",
     "Audit": "optprune.report",
+    "Comparison": "optprune.comparison",
     "LayerContext": "optprune.objectives",
     "Recipe": "optprune.recipe",
     "Statistics": "optprune.calibration",
@@ -38,6 +40,7 @@ _HOMES = {
     "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
     "collect": "optprune.pruning",
+    "compare": "optprune.comparison",
     "evaluation_windows": "optprune.texts",
     "layer_loss": "optprune.pruning",
     "layer_problem": "optprune.pruning",
@@ -57,6 +60,7 @@ _HOMES = {
 __all__ = [
     "Allocation",
     "Audit",
+    "Comparison",
     "LayerContext",
     "Recipe",
     "Statistics",
@@ -64,6 +68,7 @@ __all__ = [
     "calibration_batches",
     "choose",
     "collect",
+    "compare",
     "evaluation_windows",
     "layer_loss",
     "layer_problem",

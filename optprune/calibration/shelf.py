@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,8 +116,9 @@ class InFolder(Shelf):
         file = self._file(key)
         told = self._json(file.with_suffix(".json"))
         try:
-            return Kept(form.whole(_Stored(file, device), told["rest"]), float(told["seconds"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            stored = _Stored(file, device, self._damaged(file))
+            return Kept(form.whole(stored, told["rest"]), float(told["seconds"]))
+        except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(file) from error
 
     def put(self, key: Key, kept: Kept[Value], form: Form[Value]) -> None:
@@ -152,8 +154,9 @@ class InFolder(Shelf):
 class _Stored(Mapping[str, Tensor]):
     """The tensors of a file, each read when it is asked for."""
 
-    def __init__(self, file: Path, device: torch.device) -> None:
-        self._file, self._device = file, str(device)
+    def __init__(self, file: Path, device: torch.device, damaged: InputError) -> None:
+        """InputError, the one that is given, where the file is not whole."""
+        self._file, self._device, self._damaged = file, str(device), damaged
         with self._open() as stored:
             self._names = tuple(stored.keys())
 
@@ -168,8 +171,13 @@ class _Stored(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _open(self) -> Any:
-        return safe_open(self._file, framework="pt", device=self._device)
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._file, framework="pt", device=self._device) as stored:
+                yield stored
+        except (OSError, SafetensorError) as error:
+            raise self._damaged from error
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -132,6 +132,8 @@ class _Needs:
             taps = [sorted(walk.taps[index], key=order) for index in sorted(walk.taps) if walk.taps[index]]
             entering = partial(first_inputs, decoder, walk.batches, self.lanes)
             way = DenseWalk(decoder, entering, walk.known, taps, walk.held_out)
+            if way.stream is None:
+                continue
             what = f"measuring the dense model's moments, {number + 1} of {len(self._walks)}"
             for index in range(len(taps)):
                 on_event(PhaseAdvanced(BUDGET, what, "block", index, len(taps)))
