@@ -4,10 +4,10 @@
     .venv/bin/python -m benchmarks.comparison_cost --policies dense --blocks 4
     .venv/bin/python -m benchmarks.comparison_cost --demo --blocks 2
 
-Alone, each of the twelve models is pruned without statistics and evaluated beside the dense model, which is gone through
-again; `compare` does both for all of them. Loading and tokenising are in neither, nor saving, which only a run alone
-does. The model is a random Llama with the proportions of SmolLM2-135M, or the first blocks of that (`--demo`). Processor
-seconds do not depend on what else the machine does.
+Alone, each of the twelve models is pruned without statistics and evaluated beside the dense model, which is gone
+through again; `compare` does both for all of them. Loading and tokenising are in neither, nor saving, which only a
+run alone does. The model is a random Llama with the proportions of SmolLM2-135M, or the first blocks of that
+(`--demo`). Processor seconds do not depend on what else the machine does.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def runs_alone(loaded: LoadedModel, policy: str, options: argparse.Namespace) ->
 
 def in_comparison(loaded: LoadedModel, policy: str, options: argparse.Namespace) -> dict[str, float]:
     """The seconds of the parts of a comparison, by what it says when each of them begins and ends."""
-    parts = dict.fromkeys((*options.recipes, "measuring", "evaluating", "rest"), 0.0)
+    parts: dict[str, float] = dict.fromkeys([*options.recipes, "measuring", "evaluating", "rest"], 0.0)
     last, doing = time.process_time(), "tokenising"
 
     def say(text: str) -> None:

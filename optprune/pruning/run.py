@@ -140,9 +140,9 @@ class Run:
         else:
             wanted, onwards = self.allocation.blocks[index], index < self.last
             # With all that enters any block known, nothing has to go on.
-            ends = {"onwards": onwards and not self.walks_nowhere, "walked": self.walks_nowhere}
-            known = self.recalled.block(index)
-            task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, known=known, **ends)
+            walked, known = self.walks_nowhere, self.recalled.block(index)
+            more = self.held_out, onwards and not walked, walked, known
+            task = BlockTask(index, self.recipe, wanted, self.path, metrics, *more)
             self.records.append(self._pruned(task))
         del metrics  # freed with the block's
         release()
