@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ class ComparisonFolder:
     def __init__(self, folder: str | Path) -> None:
         """A folder that is new, empty, or has a comparison; InputError otherwise, or where another is at work."""
         self.folder = real_path(Path(folder))
-        strange = [file for file in self.folder.iterdir() if file.name != LOCK] if self.folder.is_dir() else []
+        found = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        strange = [file for file in found if file.name not in (LOCK, CELLS, WORK)]
         if (self.folder.exists() and not self.folder.is_dir()) or (strange and not self._file(OPTIONS).is_file()):
             raise InputError(f"{folder} holds something other than a comparison: choose another folder")
+        self._made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
         self._cells.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._file(LOCK), is_singleton=True)
         try:
@@ -62,10 +65,14 @@ class ComparisonFolder:
             )
 
     def close(self) -> None:
-        """Let the next one have the folder."""
+        """Let the next one have the folder, which is gone where it was made for a comparison that did not begin."""
         shutil.rmtree(self.work, ignore_errors=True)
         self._lock.release(force=True)
         self._file(LOCK).unlink(missing_ok=True)
+        if not self._file(OPTIONS).is_file():
+            with suppress(OSError):
+                for empty in (self._cells, *self._made):
+                    empty.rmdir()
 
     def cell(self, cell: Cell) -> CellResult | None:
         """What came of a cell, where it is finished."""

@@ -1,5 +1,6 @@
 """A session: the cells of a comparison that are missing, measured one after the other."""
 
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ class Session:
             done = sum(self.folder.cell(each) is not None for each in self.asked.cells())
             every = sum(1 for _ in self.asked.cells())
             record_done(f"{done} of {every} cells are done, and kept in {self.folder.folder}: run again to go on")
+            gc.collect()  # a model holds itself by its hooks
             release()
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)

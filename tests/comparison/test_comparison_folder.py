@@ -133,6 +133,23 @@ def test_a_folder_of_something_else_stays_as_it_is(texts: TwoTexts, tmp_path: Pa
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_one_that_could_not_begin_leaves_nothing(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise InputError("the weights are damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "digest_of_weights", broken)
+        with pytest.raises(InputError, match="the weights are damaged"):
+            compared(texts, tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+    # What one leaves that was killed as early is no obstacle.
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    (tmp_path / "out" / "work").mkdir()
+    assert not compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2]).failures
+
+
 def test_a_damaged_cell_is_told(texts: TwoTexts, tmp_path: Path) -> None:
     place = tmp_path / "out"
     compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
