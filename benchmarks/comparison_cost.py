@@ -132,7 +132,8 @@ def in_comparison(loaded: LoadedModel, policy: str, options: argparse.Namespace)
         ended = next((name for name in options.recipes if text.startswith(f"{name} at ")), doing)
         if ended in parts:
             parts[ended] += now - last
-        last, doing = now, next((part for part in ("measuring", "evaluating") if text.startswith(part)), "rest")
+        begun = ("tokenising", "measuring", "evaluating")
+        last, doing = now, next((part for part in begun if text.startswith(part)), "rest")
 
     with tempfile.TemporaryDirectory() as folder:
         found = compare(

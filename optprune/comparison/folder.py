@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
@@ -19,6 +19,8 @@ from optprune.system.files import json_text, read_json, real_path, write_whole
 from optprune.system.wording import shown
 
 OPTIONS, CELLS, LOCK, WORK, MODELS = "options.json", "cells", "in-use", "work", "models"
+Value = TypeVar("Value")
+RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
 JSON, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.svg"
 
 
@@ -74,10 +76,13 @@ class ComparisonFolder:
                 for empty in (self._cells, *self._made):
                     empty.rmdir()
 
+    def has(self, cell: Cell) -> bool:
+        """Whether a cell is finished."""
+        return (self._cells / f"{cell.name}.json").is_file()
+
     def cell(self, cell: Cell) -> CellResult | None:
         """What came of a cell, where it is finished."""
-        file = self._cells / f"{cell.name}.json"
-        return self._as(CellResult, file) if file.is_file() else None
+        return self._as(RESULT, self._cells / f"{cell.name}.json") if self.has(cell) else None
 
     def finish(self, result: CellResult) -> None:
         """Keep what came of a cell; one that failed is tried again by the next call."""
@@ -87,7 +92,7 @@ class ComparisonFolder:
     def dense(self) -> Figures | None:
         """The figures of the dense model, where they are known."""
         file = self._cells / f"{DENSE}.json"
-        return self._as(Figures, file) if file.is_file() else None
+        return self._as(FIGURES, file) if file.is_file() else None
 
     def keep_dense(self, figures: Figures) -> None:
         """Keep them."""
@@ -112,9 +117,9 @@ class ComparisonFolder:
         text = json.dumps(content, indent=2) if name != OPTIONS else json_text(content)
         write_whole(self._file(name), lambda stream: stream.write(text.encode()))
 
-    def _as(self, kind: Any, file: Path) -> Any:
+    def _as(self, kind: TypeAdapter[Value], file: Path) -> Value:
         try:
-            return TypeAdapter(kind).validate_python(self._read(file))
+            return kind.validate_python(self._read(file))
         except ValidationError as error:
             raise self._damaged(file) from error
 

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,7 @@ class Session:
     def measure(self) -> tuple[CellResult, ...]:
         """All cells, of which those that are finished are not measured again."""
         for seed in self.asked.seeds:
-            missing = [cell for cell in self.asked.cells() if cell.seed == seed and self.folder.cell(cell) is None]
+            missing = [cell for cell in self.asked.cells() if cell.seed == seed and not self.folder.has(cell)]
             if missing:
                 self._measure_of(seed, missing)
         found = [self.folder.cell(cell) or self.failed[cell] for cell in self.asked.cells()]
@@ -95,7 +96,9 @@ class Session:
         recipes = [self.asked.recipe(cell) for cell in missing]
         place = self.scratch() / f"statistics-{seed}" if self._is_much(self.loaded.decoder()) else None
         self.say(f"measuring the dense model for seed {seed}")
+        began = time.perf_counter()
         statistics = self._collected(batches, recipes, place)
+        self.say(f"measured the dense model for seed {seed}, in {duration(time.perf_counter() - began)}")
         for cell, recipe in zip(missing, recipes, strict=True):
             result = self._result(cell, recipe, batches, statistics)
             if result.figures is None:
@@ -105,9 +108,9 @@ class Session:
                 self.folder.finish(result)
                 said = f"perplexity {result.figures.perplexity:.2f}, pruned in {duration(result.spent)}"
                 self.say(f"{cell}: {said}")
-            done = sum(self.folder.cell(each) is not None for each in self.asked.cells())
-            every = sum(1 for _ in self.asked.cells())
-            record_done(f"{done} of {every} cells are done, and kept in {self.folder.folder}: run again to go on")
+            cells = list(self.asked.cells())
+            done = sum(map(self.folder.has, cells))
+            record_done(f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: run again to go on")
             gc.collect()  # a model holds itself by its hooks
             release()
         if place is not None:
