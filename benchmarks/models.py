@@ -27,9 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
-from benchmarks.shared import Shared
 from benchmarks.studies import NAMES, STUDIES, Settings, digest
-from optprune import Recipe, load_recipe, prune
+from optprune import Recipe, Statistics, collect, load_recipe, prune
 from optprune.errors import InputError
 from optprune.measure import perplexity
 from optprune.measure.memory import memory_increase
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16, help="of each text")
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--share", action="store_true", help="compute once what rows have in common (shared.py)")
+    parser.add_argument("--share", action="store_true", help="measure once what rows have in common (optprune.collect)")
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
     unknown = set(options.studies) - set(STUDIES)
@@ -60,14 +59,14 @@ def main() -> None:
         cases = [case for study in options.studies or STUDIES for case in STUDIES[study]]
         cases = [case for case in cases if not options.only or case[0] in options.only]
         cases = [case for case in cases if not options.sparsities or case[1]["sparsity"] in options.sparsities]
-        run(cases, options, Shared())
+        run(cases, options)
     for study in STUDIES:
         text = table(study, read())
         if text:
             (RESULTS / f"models_{study.replace(':', '_')}.md").write_text(text, encoding="utf-8")
 
 
-def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, common: Shared) -> None:
+def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> None:
     loaded = load_model(options.model)
     model, name = loaded.model, "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name
     original = copy.deepcopy(model.state_dict())
@@ -93,6 +92,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, comm
     if missing(key):
         add({**dict(zip(KEY, key, strict=True)), "recipe": "dense", **score(model), "machine": machine()})
     for seed in options.seeds:
+        common: Statistics | None = None
         for recipe, settings in cases:
             key = (name, digest(recipe, settings, tokens), seed, tokens, evaluated)
             if not missing(key):
@@ -103,12 +103,15 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, comm
             batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
             try:
                 chosen = load_recipe(recipe, {**settings, "seed": seed})
-                common.begin(chosen)
-                report, taken = measured(pruned, batches, chosen, common if options.share else None)
+                if options.share and common is None:
+                    common = collect(model, batches, recipes=[])  # what a run needs is added to them
+                spared = 0.0 if common is None else common.spared
+                report, taken = measured(pruned, batches, chosen, common)
             except InputError as error:
                 print(f"{recipe} {settings} is not for {name}: {error}", flush=True)
                 continue
-            seconds = report.seconds + common.spared
+            # As long as the run would have taken alone.
+            seconds = report.seconds + (0.0 if common is None else common.spared - spared)
             add(
                 {
                     **dict(zip(KEY, key, strict=True)),
@@ -126,7 +129,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace, comm
 
 
 def measured(
-    model: PreTrainedModel, batches: Iterable[Tensor], recipe: Recipe, statistics: Shared | None
+    model: PreTrainedModel, batches: Iterable[Tensor], recipe: Recipe, statistics: Statistics | None
 ) -> tuple[Report, int | None]:
     """Prune: the report, and the bytes that the run took on top of the model."""
     reports: list[Report] = []

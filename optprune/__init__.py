@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.calibration import Statistics
+    from optprune.comparison import Comparison, compare
     from optprune.export import save_model, save_pruned
     from optprune.healing import HealReport, KeepZeros, Masks, heal, keep_zeros, masks
     from optprune.measure import perplexity
     from optprune.models import load, load_model, open_model
     from optprune.objectives import LayerContext
-    from optprune.pruning import layer_loss, layer_problem, prune
+    from optprune.pruning import collect, layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
     from optprune.report import Audit, audit
     from optprune.solvers import choose, solve
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Allocation": "optprune.allocation",
     "Audit": "optprune.report",
+    "Comparison": "optprune.comparison",
     "HealReport": "optprune.healing",
     "KeepZeros": "optprune.healing",
     "LayerContext": "optprune.objectives",
@@ -41,6 +43,8 @@ _HOMES = {
     "audit": "optprune.report",
     "calibration_batches": "optprune.texts",
     "choose": "optprune.solvers",
+    "collect": "optprune.pruning",
+    "compare": "optprune.comparison",
     "evaluation_windows": "optprune.texts",
     "heal": "optprune.healing",
     "keep_zeros": "optprune.healing",
@@ -63,6 +67,7 @@ _HOMES = {
 __all__ = [
     "Allocation",
     "Audit",
+    "Comparison",
     "HealReport",
     "KeepZeros",
     "LayerContext",
@@ -72,6 +77,8 @@ __all__ = [
     "audit",
     "calibration_batches",
     "choose",
+    "collect",
+    "compare",
     "evaluation_windows",
     "heal",
     "keep_zeros",

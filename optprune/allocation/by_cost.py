@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import final
 
 from optprune.allocation.base import Allocator, DenseModel, Division
-from optprune.allocation.costs import CostBudget
-from optprune.calibration import Probe, Stream, first_inputs, first_tokens
-from optprune.calibration.moments_pass import collect
+from optprune.allocation.costs import CostBudget, Costs
+from optprune.calibration import DenseWalk, Probe, Stream, first_inputs, first_tokens
 from optprune.errors import NumericalError
 from optprune.measure.memory import release
 from optprune.models import Decoder, Units
@@ -60,12 +59,31 @@ class ByCost(Allocator):
 
     def divide(self, dense: DenseModel) -> Division:
         probe = Probe(dense.decoder, first_tokens(dense.batches, self.probe_tokens)) if self.probes else None
-        return self.along(dense, first_inputs(dense.decoder, dense.batches, dense.lanes), probe)
+        return self.along(dense, None, probe)
 
-    def along(self, dense: DenseModel, stream: Stream, probe: Probe | None = None) -> Division:
-        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end."""
+    def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
+        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end.
+
+        Without one, the batches are gone through as far as their moments are not known.
+        """
+        costs = self.gathered(dense, stream, probe)
+        return Division(costs.allocation(dense.on_event), warnings=costs.warnings, notes=costs.notes)
+
+    def gathered(self, dense: DenseModel, stream: Stream | None = None, probe: Probe | None = None) -> Costs:
+        """What the layers would lose, which only a probe may let hang on the sparsity."""
         decoder, metrics, on_event = dense.decoder, dense.metrics, dense.on_event
         costs, blocks = self.budget.costs(decoder, dense.statistics, probe, bool(metrics)), len(decoder.blocks)
+        candidates = [self.units.candidates(decoder, index) for index in range(blocks)]
+        order = decoder.architecture.layers.index
+        taps = [sorted({target.tap for target in targets}, key=order) for targets in candidates]
+        known = None
+        if stream is None:
+            known = dense.statistics.known(decoder, dense.batches, 0, dense.lanes)
+
+        def entering() -> Stream:
+            return stream or first_inputs(decoder, dense.batches, dense.lanes)
+
+        walk = DenseWalk(decoder, entering, known, taps)
 
         def measured(done: int) -> None:
             on_event(PhaseAdvanced(BUDGET, "measuring what blocks would lose", "block", done, blocks))
@@ -73,10 +91,8 @@ class ByCost(Allocator):
         measured(0)
         for index in range(blocks):
             with decoder.resident(index):
-                targets = self.units.candidates(decoder, index)
-                taps = sorted({target.tap for target in targets}, key=decoder.architecture.layers.index)
-                moments = collect(decoder.blocks[index], stream, taps, output=stream).moments
-                for target in targets:
+                moments = walk.visit(index).moments
+                for target in candidates[index]:
                     layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
                     fit_bias = self.fit_bias and layer.bias is not None
                     loss = LayerLoss.of(
@@ -91,5 +107,4 @@ class ByCost(Allocator):
                     probe.advance()
             release()
             measured(index + 1)
-        allocation = costs.allocation(on_event)
-        return Division(allocation, warnings=costs.warnings, notes=costs.notes)
+        return costs

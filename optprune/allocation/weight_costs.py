@@ -41,14 +41,17 @@ class WeightBudget(CostBudget):
         return
 
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
-        return WeightCosts(self, decoder, probe, in_nats)
+        return WeightCosts(self, decoder, statistics, probe, in_nats)
 
 
 class WeightCosts(Costs):
     """The costs of the weights of each layer, or the curve of its two choices, by its full name."""
 
-    def __init__(self, budget: WeightBudget, decoder: Decoder, probe: Probe | None, in_nats: bool) -> None:
+    def __init__(
+        self, budget: WeightBudget, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool
+    ) -> None:
         self.budget, self.decoder, self.probe, self.in_nats = budget, decoder, probe, in_nats
+        self.statistics = statistics
         self.stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
         self.every: dict[str, Tensor] = {}
         self.curves: dict[str, Curve] = {}
@@ -63,11 +66,13 @@ class WeightCosts(Costs):
 
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         budget, name = self.budget, self.decoder.name(block, target.path)
-        entries = entry_costs(loss)
         self.names.append(name)
+        if budget.family.only_share is None and self.probe is None:
+            self.every[name] = self.statistics.entries(loss, self.stride, lambda: self._some(entry_costs(loss)))
+            return
+        entries = entry_costs(loss)
         if budget.family.only_share is None:
-            # A copy: a slice would keep all of them in memory.
-            self.every[name] = in_order(entries.flatten())[self.stride // 2 :: self.stride].clone().cpu()
+            self.every[name] = self._some(entries)
         else:
             self.curves[name] = _curve(entries, budget.family, budget.family.only_share)
         if self.probe is not None:
@@ -77,6 +82,11 @@ class WeightCosts(Costs):
             value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
             self.predicted += loss.value(value)
             self.changes.append(Change.of(self.decoder.layer(block, target.path), value, loss))
+
+    def _some(self, entries: Tensor) -> Tensor:
+        """Every so many of a layer's costs, in order of size."""
+        # A copy: a slice would keep all of them in memory.
+        return in_order(entries.flatten())[self.stride // 2 :: self.stride].clone().cpu()
 
     def close(self) -> None:
         if self.probe is not None:

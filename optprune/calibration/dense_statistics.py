@@ -1,25 +1,41 @@
 """What is measured of the dense model before anything is removed, and may be measured once for several recipes."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from optprune.calibration.fisher_pass import collect_metrics, positions_before, sampled
+from optprune.calibration.known_moments import KnownMoments
 from optprune.calibration.lanes import Lanes
-from optprune.metric import Metrics
+from optprune.calibration.shelf import Form, InFolder, InMemory, Kept, Key
+from optprune.calibration.source import Source
+from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
-from optprune.problems import LinkedLeastSquares
+from optprune.problems import LayerLoss, LinkedLeastSquares
 from optprune.solvers import removal_curve
 
 Removal = tuple[Tensor, Tensor, tuple[str, ...]]
 """a removal curve: the order in which units go, the loss after each, and notes"""
+Value = TypeVar("Value")
 
 
 class DenseStatistics:
-    """Output metrics and removal curves, measured whenever they are asked for."""
+    """Output metrics, moments and removal curves, measured whenever they are asked for."""
+
+    def begin(self, decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes) -> None:
+        """A run on all these batches begins: InputError where it is not one that these statistics are for."""
+
+    def known(self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, lanes: Lanes) -> KnownMoments | None:
+        """What is known of the moments of the dense blocks on these batches; None where nothing is kept of them.
+
+        The last `held_out` batches are kept apart.
+        """
+        return None
 
     def metrics(
         self,
@@ -40,19 +56,41 @@ class DenseStatistics:
         """The removal curve of a layer's units: see `removal_curve`."""
         return removal_curve(problem, batch=batch)
 
+    def entries(self, loss: LayerLoss, stride: int, measure: Callable[[], Tensor]) -> Tensor:
+        """What every `stride`-th of a layer's weights costs, in order of size: [n], as `measure` finds it."""
+        return measure()
+
 
 class Statistics(DenseStatistics):
     """Dense statistics measured once and kept: `prune` need not measure again what several recipes have in common.
 
-    What was measured goes by its content: the model's weights, the tokens, the seed, the layer's problem. So one
-    object may serve copies of a model, other texts and other models, and a model that is changed is measured anew.
-    Everything is kept, in memory and where it was measured, until `forget`.
+    `optprune.collect` makes those of one model on one text, which refuse any other. Without a source, what was measured
+    goes by its content: the model's weights, the tokens, the seed, the layer's problem; so one object may serve copies
+    of a model, other texts and other models, and a model that is changed is measured anew. Everything is kept until
+    `forget`: in memory where it was measured, or in a folder.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source | None = None, folder: str | Path | None = None) -> None:
+        """Those of one `source`, where it is named; a `folder`, which only such a one has, is made or gone on with."""
+        self.source = source
+        """what the statistics are of; None where they go by content"""
         self.spared = 0.0
         """the seconds of measuring that were saved"""
-        self._kept: dict[tuple[Any, ...], tuple[Any, float]] = {}
+        self._present: Source | None = source
+        self._shelf = InMemory() if folder is None or source is None else InFolder(folder, source.facts)
+
+    def begin(self, decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes) -> None:
+        self._present = Source.of(decoder, batches, lanes)
+        if self.source is not None:
+            self.source.check(self._present)
+
+    def known(self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, lanes: Lanes) -> KnownMoments | None:
+        # Of processes that share the batches, all measure or none does.
+        if self._present is None or lanes.peers.size > 1:
+            return None
+        computed = str(decoder.computes_in or decoder.model.dtype)
+        scope = (self._present.digest, fingerprint(list(batches)), held_out, lanes.count, computed)
+        return KnownMoments(self._shelf, scope, decoder.model.device, self._spare)
 
     def metrics(
         self,
@@ -64,30 +102,83 @@ class Statistics(DenseStatistics):
         on_pass: Callable[[int, int], None],
         lanes: Lanes | None = None,
     ) -> Metrics:
-        batches, model = list(batches), decoder.model
-        content = fingerprint((model.config.to_json_string(), list(model.parameters()), batches))
-        lanes = lanes or Lanes()
-        key = ("metrics", content, model.device, seed, *sorted(full), widest, lanes.count)
-        measure = super().metrics
-        kept = self._once(key, lambda: measure(decoder, batches, seed, full, widest, on_pass, lanes))
-        # A view: a run forgets layer by layer what it needs no longer.
-        return kept.damped(0.0)
+        batches, lanes = list(batches), lanes or Lanes()
+        source = self._present or Source.of(decoder, batches, lanes)
+        tokens, device = fingerprint(batches), decoder.model.device
+        scope = ("metric", source.digest, tokens, str(device), seed, *sorted(full), float(widest), lanes.count)
+        names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
+        if not all(self._shelf.has((*scope, name)) for name in names):
+            began = time.perf_counter()
+            found = super().metrics(decoder, batches, seed, full, widest, on_pass, lanes)
+            seconds = (time.perf_counter() - began) / max(1, len(names))
+            for name in names:
+                self._shelf.put((*scope, name), Kept(found.sums(name), seconds), SUMS)
+            return found
+        sums = {}
+        for name in names:
+            kept = self._shelf.get((*scope, name), SUMS, device)
+            assert kept is not None
+            self._spare(kept.seconds)
+            sums[name] = kept.value
+        return Metrics(sums)
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
-        key = ("removal", problem.fingerprint(), problem.loss.weight.device, batch)
-        return self._once(key, lambda: super(Statistics, self).removal(problem, batch))
+        device = problem.loss.weight.device
+        key = ("removal", problem.fingerprint(), str(device), batch)
+        return self._once(key, CURVE, device, lambda: super(Statistics, self).removal(problem, batch))
+
+    def entries(self, loss: LayerLoss, stride: int, measure: Callable[[], Tensor]) -> Tensor:
+        device = torch.device("cpu")
+        key = ("entries", fingerprint(loss), str(loss.weight.device), stride)
+        # A copy, which may be scaled.
+        return self._once(key, COSTS, device, measure).clone()
 
     def forget(self) -> None:
         """Free all that is kept."""
-        self._kept.clear()
+        self._shelf.clear()
 
-    def _once(self, key: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
+    def _once(self, key: Key, form: Form[Value], device: torch.device, measure: Callable[[], Value]) -> Value:
         """What was measured under this key, or is now."""
-        if key in self._kept:
-            value, seconds = self._kept[key]
-            self.spared += seconds
-            return value
+        kept = self._shelf.get(key, form, device)
+        if kept is not None:
+            self._spare(kept.seconds)
+            return kept.value
         began = time.perf_counter()
         value = measure()
-        self._kept[key] = value, time.perf_counter() - began
+        self._shelf.put(key, Kept(value, time.perf_counter() - began), form)
         return value
+
+    def _spare(self, seconds: float) -> None:
+        self.spared += seconds
+
+
+@final
+class _SumsForm(Form[MetricSums]):
+    def parts(self, value: MetricSums) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return value.parts(), {"width": value.width, "tokens": value.tokens, "full": value.full}
+
+    def whole(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> MetricSums:
+        # Whole matrices of all layers are too much to hold: each is read when its block is pruned.
+        width, tokens, full = int(rest["width"]), int(rest["tokens"]), bool(rest["full"])
+        return MetricSums.elsewhere(width, tokens, lambda: dict(tensors), full=full)
+
+
+@final
+class _CurveForm(Form[Removal]):
+    def parts(self, value: Removal) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"order": value[0], "losses": value[1]}, {"notes": list(value[2])}
+
+    def whole(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Removal:
+        return tensors["order"], tensors["losses"], tuple(map(str, rest["notes"]))
+
+
+@final
+class _CostsForm(Form[Tensor]):
+    def parts(self, value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {"costs": value}, {}
+
+    def whole(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Tensor:
+        return tensors["costs"]
+
+
+SUMS, CURVE, COSTS = _SumsForm(), _CurveForm(), _CostsForm()

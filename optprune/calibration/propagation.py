@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching
+from optprune.calibration.known_moments import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
 from optprune.measure.clock import clock
@@ -117,14 +118,16 @@ class Path:
         original: nn.Module | None = None,
         walked: bool = False,
         calls: Wanted = EVERY,
+        known: BlockMoments | None = None,
     ) -> "Visit":
         """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
 
         The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
         `original` there. With `walked` another path, through the dense model, goes on from here: this one ends. `calls`
-        says of which batches the visit tells the calls of sub-modules.
+        says of which batches the visit tells the calls of sub-modules. `known` are moments of the block in the dense
+        model, where it gets on this path what it gets there.
         """
-        return Visit(self, block, held_out, cut, original, walked, calls)
+        return Visit(self, block, held_out, cut, original, walked, calls, known)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
@@ -154,8 +157,10 @@ class Visit:
         original: nn.Module | None,
         walked: bool,
         calls: Wanted,
+        known: BlockMoments | None,
     ) -> None:
         self.path, self.block, self.held_out, self._walked, self._wanted = path, block, held_out, walked, calls
+        self._known = known
         self.floor_seconds = 0.0
         """the seconds of what no run of such a policy can spare: two passes of the block, and the Gram products of its
         inputs x*"""
@@ -188,13 +193,18 @@ class Visit:
         """
         policy, actual, dense = self.path.policy, self.path.actual, self._reference
         drifted = dense is not actual or not self._untouched
+        # Where the target is no dense block's, the pass that collects the statistics also calls the sub-modules.
+        fresh = [place for place in places if place not in self._caught] if dense is None else []
+        known = self._known if self._untouched and (dense is None or dense is actual) else None
+        if known is not None and not fresh:
+            found = known.found(taps, passing=policy.independent and not self._walked)
+            if found is not None:
+                return self._recalled(found)
         if self._untouched and policy.independent and not self._walked:
             # The block is still dense, so this pass also gives the next block's inputs.
             output = self._onwards = actual.copy()
         else:
             output = None
-        # Where the target is no dense block's, the pass that collects the statistics also calls the sub-modules.
-        fresh = [place for place in places if place not in self._caught] if dense is None else []
         with catching(self.block, fresh, actual, self._wanted) as calls:
             collected = collect(
                 self.block,
@@ -212,7 +222,22 @@ class Visit:
             self.floor_seconds += 2 * collected.forward_seconds
         elif self._onwards is None and not policy.sequential and not self._walked:
             self.floor_seconds += collected.forward_seconds
+        if known is not None:
+            known.keep(collected)
         return collected
+
+    def _recalled(self, found: Collected) -> Collected:
+        """What is known of the block as it is in the dense model, in place of a pass that collects it."""
+        policy, self._untouched = self.path.policy, False
+        self.floor_seconds += found.gram_seconds
+        if self._walked:
+            self.floor_seconds += 2 * found.forward_seconds
+        elif policy.independent:
+            self._onwards = self.path.actual.copy()
+            self.floor_seconds += 2 * _advance(self.block, self._onwards)
+        elif not policy.sequential:
+            self.floor_seconds += found.forward_seconds
+        return found
 
     def calls(self, place: str) -> Calls:
         """What a sub-module is called with on the path, and what it should answer: the stages' targets, whole.

@@ -8,6 +8,7 @@ import typer
 
 from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
+from optprune.cli.compare import compare_command
 from optprune.cli.demo import demo_command
 from optprune.cli.errors import reported, tell, terminate_as_interrupt
 from optprune.cli.evaluate import evaluate_command
@@ -49,6 +50,9 @@ app.command("audit", short_help="Measure what a model's weights are, and whether
 app.command("inspect", short_help="The same, by its older name.")(reported(audit_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
 app.command("heal", short_help="Train a pruned model towards the dense one; zeros stay.")(reported(heal_command))
+app.command("compare", short_help="Prune by several recipes, and tell quality against size and time.")(
+    reported(compare_command)
+)
 app.command("export", short_help="Write a model folder as a GGUF file for llama.cpp.")(reported(export_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
     reported(benchmark_model_command)

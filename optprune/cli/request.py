@@ -50,9 +50,9 @@ class Request:
         from optprune.recipe import load_recipe
 
         fields = dict(self.fields) | {"allocation": None if self.allocation_file is not None else self.allocation}
-        overrides = _overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
-        recipe = load_recipe(self.recipe, overrides)
-        if self.allocation_file is not None and "sparsity" in overrides and recipe.only_share is None:
+        given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
+        recipe = load_recipe(self.recipe, given)
+        if self.allocation_file is not None and "sparsity" in given and recipe.only_share is None:
             raise InputError(
                 f"the sparsity is what the allocation file {self.allocation_file} comes to: leave out --sparsity"
             )
@@ -111,7 +111,7 @@ class Settled:
         )
 
 
-def _overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+def overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """The recipe fields that the user gave, by option or as --set key=value."""
     fields = dict(options)
     for setting in settings:

@@ -68,7 +68,7 @@ class WholeRun:
         from optprune.export.place import discard, left_behind
         from optprune.models import open_model
         from optprune.pruning import prune
-        from optprune.pruning.run import OPENED
+        from optprune.pruning.facts import OPENED
         from optprune.report import joined
         from optprune.report.phases import LOADING
 

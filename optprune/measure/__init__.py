@@ -1,6 +1,6 @@
 """Measures of a model: perplexity, divergence from the dense one, answers, generations, speed, memory, time."""
 
-from optprune.measure.divergence import Divergence, Stretch, divergence_from
+from optprune.measure.divergence import Divergence, Stretch, divergence_from, divergence_of
 from optprune.measure.evaluate import Evaluation, bits_per_byte, perplexity
 from optprune.measure.generations import generate
 from optprune.measure.questions import Answers, Question, answer_questions, read_questions
@@ -19,6 +19,7 @@ __all__ = [
     "answer_questions",
     "bits_per_byte",
     "divergence_from",
+    "divergence_of",
     "generate",
     "measure_speed",
     "perplexity",

@@ -1,7 +1,7 @@
 """How far a model's predictions are from those of the dense model, which perplexity alone does not say."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -72,21 +72,34 @@ def divergence_from(
             f"the two models have vocabularies of {own} and {other} tokens, so that their predictions cannot be "
             "compared: name the model that this one was made from"
         )
-    count, length = windows.shape
-    sums = torch.zeros(4, length - 1, dtype=torch.float64)
     with ExitStack() as contexts:
         for one in (model, dense):
             contexts.enter_context(evaluating(one))
         pairs = zip(passes(model, windows), passes(dense, windows), strict=True)
-        done = 0
-        for (ids, logits), (_, expected) in pairs:
-            for window, scores, dense_scores in zip(ids, logits, expected.to(logits.device), strict=True):
-                sums += _sums(window, scores, dense_scores)
-            done += len(ids)
-            if bool(sums.isnan().any()):
-                raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
-            if on_window is not None:
-                on_window(done, count)
+        return divergence_of(windows, ((logits, expected) for (_, logits), (_, expected) in pairs), on_window)
+
+
+@torch.no_grad()
+def divergence_of(
+    windows: Tensor,
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    on_window: Callable[[int, int], None] | None = None,
+) -> Divergence:
+    """The divergence of logits from the dense model's, which come in pairs, each of the next few of some windows.
+
+    Windows are token ids [n, length], logits [some, length, vocabulary]; the rest is as in `divergence_from`.
+    """
+    count, length = windows.shape
+    sums, done = torch.zeros(4, length - 1, dtype=torch.float64), 0
+    for logits, expected in pairs:
+        ids = windows[done : done + len(logits)].to(logits.device)
+        for window, scores, dense_scores in zip(ids, logits, expected.to(logits.device), strict=True):
+            sums += _sums(window, scores, dense_scores)
+        done += len(ids)
+        if bool(sums.isnan().any()):
+            raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
+        if on_window is not None:
+            on_window(done, count)
     total = Stretch(1, length - 1, *_means(sums, count))
     along = (Stretch(first + 1, last, *_means(sums[:, first:last], count)) for first, last in _stretches(length - 1))
     return Divergence(

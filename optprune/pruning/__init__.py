@@ -2,6 +2,7 @@
 
 from optprune.calibration.lanes import Lanes
 from optprune.calibration.peers import joined
+from optprune.pruning.collecting import collect
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
 from optprune.pruning.pipeline import prune
@@ -23,6 +24,7 @@ __all__ = [
     "Serial",
     "Workers",
     "check_states",
+    "collect",
     "joined",
     "layer_loss",
     "layer_problem",

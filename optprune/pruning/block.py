@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optprune.calibration import Path
+from optprune.calibration import BlockMoments, Path
 from optprune.calibration.calls import Calls, Wanted
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
@@ -37,6 +37,8 @@ class BlockTask:
     """whether a later block needs what leaves this one"""
     walked: bool = False
     """whether somebody else gets what leaves it, from the dense model: then the path ends here, with its two passes"""
+    known: BlockMoments | None = None
+    """moments of the block in the dense model, where it gets what it gets there; for this process only"""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class _Work:
         task, block = self.task, self.decoder.blocks[self.task.index]
         recovery = task.recipe.recovery
         most = math.inf if recovery is None or recovery.tokens is None else recovery.tokens
-        wanted = {"held_out": task.held_out, "calls": Wanted(most, task.held_out)}
+        wanted = {"held_out": task.held_out, "calls": Wanted(most, task.held_out), "known": task.known}
         with task.path.visit(block, cut=bool(removed), walked=task.walked, **wanted) as visit:
             self.remove(removed)
             stages = visit.stages(by_stage(self.decoder, self.targets))

@@ -3,24 +3,26 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
 
 from torch import Tensor
 
 from optprune.allocation import Allocation, Allocator, DenseModel, Division
-from optprune.calibration import DenseStatistics, calibrating, first_inputs, first_tokens, hold_out
+from optprune.calibration import DenseStatistics, calibrating, first_inputs, hold_out
 from optprune.calibration.lanes import Lanes
 from optprune.errors import StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import release
 from optprune.metric import Metrics
 from optprune.models import Decoder, Target
-from optprune.numerics.fingerprint import fingerprint
+from optprune.pruning.asked_metrics import asked_metrics, whole_in
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
 from optprune.pruning.errand import Errand, Outcome, moved
+from optprune.pruning.facts import facts
 from optprune.pruning.hands import Hands, OneAfterTheOther
-from optprune.pruning.journal import Journal, digest_of_model
+from optprune.pruning.journal import Journal
 from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.recalled import Recalled
 from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
 from optprune.pruning.together import Diary, OverProcesses, SharedDiary
@@ -28,11 +30,8 @@ from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
-from optprune.system.facts import machine, versions
 
 Listener = Callable[[Event], None]
-OPENED = 0.5
-"""the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""
 
 
 class Run:
@@ -49,8 +48,13 @@ class Run:
     ) -> None:
         self.decoder, self.recipe, self.division, self.on_event = decoder, recipe, division, on_event
         self.allocation = division.allocation
-        self.path = recipe.policy.start(first_inputs(decoder, batches, lanes))
+        entering = first_inputs(decoder, batches, lanes)
+        self.path = recipe.policy.start(entering)
         """what enters the next block"""
+        self.from_dense = self.path.actual is entering
+        """whether the path begins as that of the dense model"""
+        self.recalled = Recalled(decoder, recipe, None, self.from_dense)
+        """the moments of the dense model that need not be measured"""
         self.records: list[BlockRecord] = []
         self.tokens = sum(batch.numel() for batch in batches)
         self.metrics = Metrics({})
@@ -100,6 +104,7 @@ class Run:
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         lanes = lanes or Lanes()
         lanes.check(fitted)
+        statistics.begin(decoder, every, lanes)
         diary = journal if lanes.peers.size == 1 else SharedDiary(journal, lanes.peers)
         on_event = phases.on_event
         if diary is not None:
@@ -115,6 +120,8 @@ class Run:
             division = _division(allocator, dense, diary)
             run = cls(decoder, recipe, division, fitted, on_event, lanes)
         run.metrics, run.held_out, run.journal = metrics, held_out, diary
+        known = statistics.known(decoder, fitted, held_out, lanes)
+        run.recalled = Recalled(decoder, recipe, known, run.from_dense)
         run.finished = set() if diary is None else set(diary.finished())
         if lanes.peers.size > 1:
             run.hands = OverProcesses(lanes.peers)
@@ -132,10 +139,20 @@ class Run:
             self.records.append(self._passed_by(index))
         else:
             wanted, onwards = self.allocation.blocks[index], index < self.last
-            task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, onwards)
+            # With all that enters any block known, nothing has to go on.
+            walked, known = self.walks_nowhere, self.recalled.block(index)
+            more = self.held_out, onwards and not walked, walked, known
+            task = BlockTask(index, self.recipe, wanted, self.path, metrics, *more)
             self.records.append(self._pruned(task))
         del metrics  # freed with the block's
         release()
+
+    @cached_property
+    def walks_nowhere(self) -> bool:
+        """Whether the run recalls all that it needs of the dense model; asked before the first block."""
+        targets = [self.targets(index) for index in range(len(self.decoder.blocks))]
+        shapes = [block.shape for block in self.allocation.blocks]
+        return not self.finished and self.recalled.whole(targets, shapes)
 
     def errands(self) -> Iterator[Errand]:
         """The blocks that are left, for workers; the path moves on through the dense model, whatever becomes of them.
@@ -228,32 +245,6 @@ def _division(allocator: Allocator, dense: DenseModel, journal: Diary | None) ->
     return division
 
 
-def facts(
-    decoder: Decoder,
-    batches: list[Tensor],
-    recipe: Recipe,
-    allocation: Allocation | None,
-    lanes: Lanes,
-    on_event: Listener,
-) -> dict[str, Any]:
-    """What decides the bytes of a run. All weights are read for it, which the events tell of."""
-
-    def on_bytes(done: int, total: int) -> None:
-        on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
-
-    return {
-        "the model": digest_of_model(decoder, on_bytes),
-        "its dtype": str(decoder.model.dtype),
-        "the calibration tokens": fingerprint(batches),
-        "the lanes": lanes.count,
-        "the recipe": recipe.to_dict(),
-        "the allocation": None if allocation is None else allocation.to_dict(),
-        "the version": versions(),
-        "the machine": machine(decoder.model.device),
-        "the blocks": len(decoder.blocks),
-    }
-
-
 def _metrics(
     decoder: Decoder,
     batches: list[Tensor],
@@ -270,18 +261,13 @@ def _metrics(
     asked = recipe.metric
     if asked is None:
         return Metrics({}), ()
-    full = recipe.units.whole_metric(decoder.architecture) if asked.kind == "full" else ()
-    widest = asked.width or math.inf
-    used = first_tokens(batches, asked.tokens)
-
-    def on_pass(done: int, total: int) -> None:
-        on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
-
     metrics = None if journal is None else journal.metrics.read(decoder, journal.finished())
     if metrics is None:
-        metrics = statistics.metrics(decoder, used, recipe.seed, full, widest, on_pass, lanes)
+        metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, lanes)
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
-    cut = [path for path in full if any(name.endswith(f".{path}") for name in metrics.diagonal_only())]
+    small = metrics.diagonal_only()
+    cut = [path for path in whole_in(decoder, recipe) if any(name.endswith(f".{path}") for name in small)]
+    widest = asked.width or math.inf
     note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
     return metrics.damped(asked.damping), (note,) if cut else ()
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shared import Shared
 from optprune import Statistics, load_recipe, prune
 from optprune.calibration import DenseStatistics
 from optprune.metric import Metrics
@@ -85,13 +84,3 @@ def test_another_text_and_another_model_are_measured_anew(asked: list[str]) -> N
     shared.forget()
     pruned(shared, reversed_text, 0)
     assert asked == ALL
-
-
-def test_a_benchmark_keeps_what_belongs_to_its_seed(asked: list[str]) -> None:
-    shared = Shared()
-    for seed, expected in ((0, ALL), (0, []), (1, ALL), (0, ALL)):
-        asked.clear()
-        shared.begin(load_recipe("structured_best", {"seed": seed}))
-        assert shared.spared == 0
-        pruned(shared, seed=seed)
-        assert asked == expected and (shared.spared > 0) == (not expected)

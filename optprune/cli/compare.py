@@ -1,0 +1,125 @@
+"""optprune compare: several recipes and sparsities beside each other."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from optprune.cli.options import (
+    Calibration,
+    Device,
+    Dtype,
+    JsonFile,
+    Model,
+    Pattern,
+    Propagation,
+    Samples,
+    SeqLength,
+    Settings,
+    Strict,
+    Units,
+)
+from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.request import overrides
+from optprune.errors import InputError
+from optprune.system.wording import shown
+
+FAILED = 1
+"""the exit status where a cell has failed"""
+
+Value = TypeVar("Value")
+
+
+def compare_command(
+    model: Model,
+    recipes: Annotated[str, typer.Option("--recipes", metavar="A,B,...", help="Recipes' names, or .yaml files.")],
+    sparsities: Annotated[
+        str, typer.Option("--sparsities", metavar="X,Y,...", help="Shares of the decoder's linear weights to remove.")
+    ],
+    calibration: Calibration,
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="TEXT",
+            help="What to evaluate on, with no document of the calibration text; forms as of --calibration.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="The folder of the comparison, which a second call goes on.")
+    ],
+    seeds: Annotated[int, typer.Option("--seeds", help="How many draws of the calibration text, from seed 0.")] = 1,
+    samples: Samples = 128,
+    seq_length: SeqLength = 2048,
+    windows: Annotated[int | None, typer.Option("--windows", help="How many to evaluate on. [default: all]")] = None,
+    propagation: Propagation = None,
+    units: Units = None,
+    pattern: Pattern = None,
+    strict: Strict = False,
+    settings: Settings = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep each pruned model, in DIR/models/, saved and checked.")
+    ] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure prefill and decoding too, of models whole in memory.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Prune by every recipe at every sparsity, in memory, and tell quality against size and time in one table.
+
+    What cells have in common of the dense model is measured once. Each cell is kept once it is finished.
+    """
+    reporter = start()
+    from optprune.comparison import compare
+    from optprune.comparison.folder import JSON, PICTURE, TABLE
+    from optprune.comparison.run import NO_PICTURE
+    from optprune.measure import Work
+
+    check_json(json_file, models=[model])
+    fields = {"propagation": propagation, "units": units, "pattern": pattern, "strict": strict or None}
+    if seeds < 1:
+        raise InputError(f"--seeds cannot be {seeds}: it is at least 1")
+    with reporter.events({}) as on_event:
+        found = compare(
+            model,
+            _listed(recipes, "--recipes", str),
+            _listed(sparsities, "--sparsities", float),
+            calibration=calibration,
+            text=text,
+            samples=samples,
+            seq_length=seq_length,
+            windows=windows,
+            seeds=seeds,
+            settings=overrides({key: value for key, value in fields.items() if value is not None}, settings or ()),
+            folder=output,
+            dtype=dtype,
+            device=device,
+            keep_models=keep_models,
+            speed=Work() if speed else None,
+            say=reporter.say,
+            on_event=on_event,
+        )
+    write_json(json_file, found.to_json(), f"the comparison is in {output}")
+    typer.echo(str(found))
+    picture = (output / PICTURE).is_file()
+    typer.echo(f"{output}: {TABLE}, {JSON}{f', {PICTURE}' if picture else ''}")
+    if not picture:
+        typer.echo(NO_PICTURE)
+    if found.failures:
+        raise typer.Exit(FAILED)
+
+
+def _listed(text: str, option: str, read: Callable[[str], Value]) -> list[Value]:
+    """The values of a list with commas."""
+    values: list[Any] = []
+    for word in text.split(","):
+        try:
+            if not word.strip():
+                raise ValueError
+            values.append(read(word.strip()))
+        except ValueError:
+            raise InputError(f"{option} {shown(text)} is not a list such as a,b,c: {shown(word)} is wrong") from None
+    return values

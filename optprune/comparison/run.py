@@ -1,0 +1,124 @@
+"""Comparing: every recipe at every sparsity on the same statistics, text and evaluator, in one table."""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from optprune.calibration.source import digest_of_weights
+from optprune.comparison.asked import Asked, texts_apart
+from optprune.comparison.folder import ComparisonFolder
+from optprune.comparison.origins import origin_of
+from optprune.comparison.picture import picture_of
+from optprune.comparison.results import Comparison
+from optprune.comparison.session import Session
+from optprune.errors import InputError
+from optprune.measure import Work
+from optprune.models import LoadedModel, check_dtype, device_of, using_tokenizer
+from optprune.numerics.fingerprint import fingerprint
+from optprune.recipe import Recipe
+from optprune.report import Event
+from optprune.system.facts import machine, versions
+from optprune.texts import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
+
+NO_PICTURE = "there is no picture, which needs matplotlib: pip install 'optprune[plot]'"
+
+
+def compare(
+    model: str | Path | LoadedModel,
+    recipes: Sequence[str | Recipe],
+    sparsities: Sequence[float],
+    *,
+    calibration: str,
+    text: str,
+    samples: int = 128,
+    seq_length: int = 2048,
+    windows: int | None = None,
+    seeds: int | Sequence[int] = 1,
+    settings: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    keep_models: bool = False,
+    speed: Work | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Comparison:
+    """Prune a model by each recipe at each sparsity, and tell what each costs in quality, and saves in size.
+
+    `recipes` are names, .yaml files or recipes, of which `settings` set more fields; `calibration` and `text` are texts
+    as `read_documents` takes them, without a document in common. A seed draws the `samples` windows of `seq_length`
+    tokens; for `seeds` a number stands for the first ones from 0. Each model is evaluated on the first `windows`
+    windows of the text, or all, and beside the dense model, whose predictions are computed once. What the cells of a
+    seed have in common of the dense model is measured once (see `collect`). A cell that fails has its sentence in the
+    table. With a `folder` each cell is kept once it is finished, a second call with the same options goes on, and the
+    table is written there as comparison.md, comparison.json and, with matplotlib, comparison.svg. Models are kept, in
+    models/ there, only with `keep_models`; speed is measured only by a `Work`. `say` hears what is done, a line
+    at a time, and `on_event` how far each run is.
+    """
+    asked = Asked.of(recipes, sparsities, seeds, settings)
+    check_dtype(dtype)
+    device_of(device)
+    if keep_models and folder is None:
+        raise InputError("models are kept in the folder of the comparison: name one")
+    fitted, told = texts_apart(calibration, text)
+    origin = origin_of(model, dtype, device)
+    config, tokenizer = origin.config(), origin.tokenizer()
+    check_seq_length(config, seq_length)
+    if speed is not None:
+        speed.check(origin.source, config)
+    say(f"tokenising {calibration} and {text}")
+    most = None if windows is None else max(windows, 1) * seq_length
+    tokens, evaluated = (
+        _tokens(origin.source, tokenizer, config, documents, limit)
+        for documents, limit in ((fitted, None), (told, most))
+    )
+    held = evaluation_windows(evaluated, seq_length, windows)
+    draw = partial(calibration_batches, tokens, samples, seq_length)
+    draw(asked.seeds[0])  # where the text is too short, that is told before anything is loaded
+    with ExitStack() as contexts:
+        if folder is None:
+            folder = contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
+        place = ComparisonFolder(folder)
+        contexts.callback(place.close)
+        place.work.mkdir()
+        say(f"loading {origin.source}")
+        dense = origin.dense(place.work, whole=speed is not None)
+        options = {
+            "the model": origin.source,
+            "the weights": digest_of_weights(dense.decoder()),
+            "the dtype": str(dense.model.dtype),
+            "the calibration text": calibration,
+            "the evaluation text": text,
+            "the samples": samples,
+            "the length of a window": seq_length,
+            "the windows evaluated": len(held),
+            "the tokens": fingerprint([tokens, held]),
+            **asked.facts(),
+            "whether speed is measured": speed is not None,
+            "whether models are kept": keep_models,
+            "the version": versions(),
+            "the machine": machine(dense.model.device),
+        }
+        place.begin(options)
+        words = f"{calibration}, {samples} windows of {seq_length} tokens"
+        session = Session(asked, origin, place, draw, held, keep_models, speed, say, on_event, words, dense)
+        comparison = Comparison(origin.source, session.dense(), session.measure(), options)
+        place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
+    return comparison
+
+
+def _tokens(
+    source: str, tokenizer: Tokenizer, config: PretrainedConfig, documents: list[str], most: int | None
+) -> Tensor:
+    with using_tokenizer(source):
+        tokens = tokenise(tokenizer, documents, most)
+    check_vocabulary(config, tokens)
+    return tokens

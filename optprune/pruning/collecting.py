@@ -1,0 +1,162 @@
+"""Collecting: what several runs need of the dense model, measured once."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optprune.allocation import ByCost, DenseModel
+from optprune.calibration import DenseWalk, KnownMoments, Statistics, calibrating, first_inputs, hold_out
+from optprune.calibration.lanes import Lanes
+from optprune.calibration.source import Source
+from optprune.errors import InputError
+from optprune.measure.memory import release
+from optprune.models import UNITS, Decoder
+from optprune.models.store import BlockStore
+from optprune.numerics.precision import full_precision
+from optprune.pruning.asked_metrics import asked_metrics
+from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.states import place_for
+from optprune.recipe import Recipe
+from optprune.recipe.allocator import allocator_of
+from optprune.report import Event, PhaseAdvanced
+from optprune.report.phases import BUDGET
+
+
+@full_precision()
+def collect(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor],
+    *,
+    recipes: Sequence[Recipe] | None = None,
+    store: BlockStore | None = None,
+    folder: str | Path | None = None,
+    lanes: Lanes | None = None,
+    states: str = "auto",
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Statistics:
+    """Measure once what runs on this model and these batches of token ids [batch, length] have in common.
+
+    `prune(model, batches, recipe, statistics=...)` of a copy of the model then gives the weights that it gives without,
+    bit for bit, and sooner. Of `recipes` these are the output metric, the costs that a budget is divided by, and the
+    moments of the layers' inputs: of all blocks where they are independent by the policy (dense, of intra the first
+    stage) or a budget is divided, and else of the first. Without recipes they are the moments of all layers of all
+    blocks. What a run needs beside them it measures and adds. Statistics know the model, its dtype, the tokens, the
+    lanes, the versions and the machine that they are from, and refuse any other by an InputError that names what
+    differs. They are in memory, 4 in^2 bytes for each different input of a layer, and as much again for what solvers
+    keep with it; or in a `folder`, whose files are there whole or not at all, and which a later call goes on with.
+    """
+    decoder, lanes = Decoder(model, store), lanes or Lanes()
+    if lanes.peers.size > 1:
+        raise InputError("statistics are collected by one process: collect them before the run is shared")
+    every = check_batches(model.config, batches)
+    decoder.states = place_for(states, decoder, every, None)
+    statistics = Statistics(Source.of(decoder, every, lanes), folder)
+    needs = _Needs(decoder, every, statistics, lanes)
+    for recipe in recipes or ():
+        check_run(decoder, recipe.settled(), None)
+        needs.add(recipe.settled())
+    if recipes is None:
+        needs.add_everything()
+    for recipe in recipes or ():
+        if recipe.metric is not None:
+            asked_metrics(needs.access(recipe), every, recipe, statistics, on_event, lanes)
+    with calibrating(decoder):
+        needs.walk(on_event)
+        for recipe in _of_any_sparsity(recipes or ()):
+            needs.measure_costs(recipe.settled(), on_event)
+    statistics.spared = 0.0
+    return statistics
+
+
+def _of_any_sparsity(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """One of all recipes that differ in their sparsity only, on which no cost hangs."""
+    return list({json.dumps(recipe.to_dict() | {"sparsity": 0}): recipe for recipe in recipes}.values())
+
+
+@dataclass(eq=False)
+class _Walk:
+    """The layers whose moments are wanted on some batches, by block."""
+
+    decoder: Decoder
+    batches: list[Tensor]
+    held_out: int
+    known: KnownMoments
+    taps: dict[int, set[str]] = field(default_factory=dict)
+
+
+class _Needs:
+    """What recipes need of the dense model."""
+
+    def __init__(self, decoder: Decoder, every: list[Tensor], statistics: Statistics, lanes: Lanes) -> None:
+        self.decoder, self.every, self.statistics, self.lanes = decoder, every, statistics, lanes
+        self._walks: dict[tuple[object, ...], _Walk] = {}
+
+    def access(self, recipe: Recipe) -> Decoder:
+        """The model in the dtype that a run of a recipe computes in."""
+        probes = allocator_of(recipe, None).probes
+        precise = recipe.metric is not None or recipe.recovery is not None or probes
+        return self.decoder.precise() if precise else self.decoder
+
+    def add(self, recipe: Recipe) -> None:
+        """The moments that a run of a recipe recalls."""
+        decoder, policy = self.access(recipe), recipe.policy
+        fitted, held_out = hold_out(self.every, 0.0 if recipe.refit is None else recipe.refit.held_out)
+        blocks = range(len(decoder.blocks))
+        taps = {index: [target.tap for target in recipe.units.candidates(decoder, index)] for index in blocks}
+        if isinstance(allocator_of(recipe, None), ByCost):
+            self._want(decoder, fitted, 0, taps)
+        if recipe.recovery is not None and not policy.dense_target:
+            return  # the pass that collects them also calls the sub-modules
+        first = {index: of for index, of in taps.items() if index == 0 or policy.independent}
+        if policy.sequential:
+            stage = decoder.architecture.stage_of
+            first = {index: [tap for tap in of if stage(tap) == min(map(stage, of))] for index, of in first.items()}
+        self._want(decoder, fitted, held_out, first)
+
+    def add_everything(self) -> None:
+        """The moments of all layers of all blocks."""
+        blocks, decoder = range(len(self.decoder.blocks)), self.decoder
+        taps = {index: [target.tap for target in UNITS["weights"].candidates(decoder, index)] for index in blocks}
+        self._want(decoder, self.every, 0, taps)
+
+    def _want(self, decoder: Decoder, batches: list[Tensor], held_out: int, taps: dict[int, list[str]]) -> None:
+        known = self.statistics.known(decoder, batches, held_out, self.lanes)
+        assert known is not None
+        walk = self._walks.setdefault(known.scope, _Walk(decoder, batches, held_out, known))
+        for index, of in taps.items():
+            walk.taps.setdefault(index, set()).update(of)
+
+    def walk(self, on_event: Callable[[Event], None]) -> None:
+        """Measure all moments that are wanted and not known: once through the blocks for each way to hold out."""
+        for number, walk in enumerate(self._walks.values()):
+            decoder, order = walk.decoder, walk.decoder.architecture.layers.index
+            taps = [sorted(walk.taps[index], key=order) for index in sorted(walk.taps) if walk.taps[index]]
+            entering = partial(first_inputs, decoder, walk.batches, self.lanes)
+            way = DenseWalk(decoder, entering, walk.known, taps, walk.held_out)
+            if way.stream is None:
+                continue
+            what = f"measuring the dense model's moments, {number + 1} of {len(self._walks)}"
+            for index in range(len(taps)):
+                on_event(PhaseAdvanced(BUDGET, what, "block", index, len(taps)))
+                with decoder.resident(index):
+                    way.visit(index)
+                release()
+
+    def measure_costs(self, recipe: Recipe, on_event: Callable[[Event], None]) -> None:
+        """Measure what a recipe divides a budget by, but for its probes."""
+        allocator = allocator_of(recipe, None)
+        if not isinstance(allocator, ByCost):
+            return
+        decoder = self.access(recipe)
+        fitted, _ = hold_out(self.every, 0.0 if recipe.refit is None else recipe.refit.held_out)
+        asked, metrics = recipe.metric, {}
+        if asked is not None:
+            metrics = asked_metrics(decoder, self.every, recipe, self.statistics, on_event, self.lanes)
+            metrics = metrics.damped(asked.damping)
+        dense = DenseModel(decoder, fitted, metrics, self.statistics, on_event, self.lanes)
+        replace(allocator, probe_tokens=0).gathered(dense)

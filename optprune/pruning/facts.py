@@ -1,0 +1,45 @@
+"""The facts of a run: what decides its bytes, so that it goes on only as it was begun."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from optprune.allocation import Allocation
+from optprune.calibration.lanes import Lanes
+from optprune.models import Decoder
+from optprune.numerics.fingerprint import fingerprint
+from optprune.pruning.journal import digest_of_model
+from optprune.recipe import Recipe
+from optprune.report import Event, PhaseAdvanced
+from optprune.report.phases import LOADING
+from optprune.system.facts import machine, versions
+
+OPENED = 0.5
+"""the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""
+
+
+def facts(
+    decoder: Decoder,
+    batches: list[Tensor],
+    recipe: Recipe,
+    allocation: Allocation | None,
+    lanes: Lanes,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """What decides the bytes of a run. All weights are read for it, which the events tell of."""
+
+    def on_bytes(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
+
+    return {
+        "the model": digest_of_model(decoder, on_bytes),
+        "its dtype": str(decoder.model.dtype),
+        "the calibration tokens": fingerprint(batches),
+        "the lanes": lanes.count,
+        "the recipe": recipe.to_dict(),
+        "the allocation": None if allocation is None else allocation.to_dict(),
+        "the version": versions(),
+        "the machine": machine(decoder.model.device),
+        "the blocks": len(decoder.blocks),
+    }

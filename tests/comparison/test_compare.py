@@ -1,0 +1,206 @@
+"""A comparison: what it measures, what it shares, and what it does about cells that fail."""
+
+import copy
+import json
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+import optprune
+from optprune.calibration import dense_statistics
+from optprune.comparison import Cell, session
+from optprune.errors import InputError, NumericalError
+from optprune.measure import Work, divergence_from
+from optprune.models import load, load_model
+from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+from tests.helpers.short_runs import same
+from tests.helpers.two_texts import SMALL, TwoTexts, loaded
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> TwoTexts:
+    return TwoTexts.into(tmp_path_factory.mktemp("texts"))
+
+
+def test_each_cell_is_what_its_run_alone_gives(texts: TwoTexts) -> None:
+    model = loaded()
+    before = copy.deepcopy(model.model)
+    recipes, sparsities = ["fasp", "structured_best"], [0.2, 0.3]
+    found = optprune.compare(model, recipes, sparsities, seeds=[3, 1], **texts.asked())
+    assert same(model.model, before)
+    assert [result.cell for result in found.results] == [
+        Cell(recipe, sparsity, seed) for seed in (3, 1) for recipe in recipes for sparsity in sparsities
+    ]
+    tokens, told = (tokenise(model.tokenizer, read_documents(str(file))) for file in (texts.calibration, texts.text))  # type: ignore[arg-type]
+    windows = evaluation_windows(told, SMALL["seq_length"], SMALL["windows"])
+    for result in found.results[1:6:2]:
+        cell, figures, alone = result.cell, result.figures, copy.deepcopy(before)
+        recipe = optprune.load_recipe(cell.recipe, {"sparsity": cell.sparsity, "seed": cell.seed})
+        report = optprune.prune(alone, calibration_batches(tokens, 8, 64, cell.seed), recipe)
+        expected = divergence_from(alone, before, windows)
+        assert figures is not None
+        assert figures.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
+        assert figures.divergence == pytest.approx(expected.divergence, rel=1e-4)
+        assert (figures.agreement, figures.sparsity) == (expected.agreement, report.sparsity_reached)
+        parts = [*alone.parameters(), *alone.buffers()]
+        assert figures.bytes == sum(part.numel() * part.element_size() for part in parts)
+        linear = [layer.weight for layer in alone.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+        assert figures.weights == sum(int(torch.count_nonzero(weight)) for weight in linear)
+        assert figures.notes == report.notes
+        assert figures.seconds >= result.spent > 0
+
+
+def test_rows_draw_the_seeds_together_and_the_dense_model_is_first(texts: TwoTexts) -> None:
+    found = optprune.compare(loaded(), ["magnitude"], [0.2], seeds=3, settings={"units": "mlp"}, **texts.asked())
+    dense, row = found.rows()
+    assert (dense.recipe, dense.figures[0].agreement, dense.figures[0].divergence) == ("dense", 1.0, 0.0)
+    values = [result.figures.perplexity for result in found.results if result.figures is not None]
+    assert len(values) == 3
+    assert row.mean("perplexity") == mean(values) and row.deviation("perplexity") == stdev(values)
+    assert dense.deviation("perplexity") is None
+    lines = str(found).splitlines()
+    assert lines[0].split()[:4] == ["recipe", "asked", "seeds", "removed"] and "tokens/s" not in lines[0]
+    assert lines[1].startswith("dense ")
+    assert f"{mean(values):.2f} ± {stdev(values):.2f}" in lines[2]
+    assert found.markdown().splitlines()[2].startswith("| recipe | asked | seeds | removed | perplexity |")
+    assert f"| {mean(values):.2f} ± {stdev(values):.2f} |" in found._repr_markdown_()
+    data = json.loads(found.to_json())
+    assert data["rows"][1]["perplexity"] == {"mean": mean(values), "deviation": stdev(values)}
+    assert data["rows"][0]["recipe"] == "dense" and len(data["cells"]) == 3
+
+
+def test_what_the_cells_of_a_seed_share_is_measured_once(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, predicted = list[str](), list[object]()
+    metrics, curve = dense_statistics.collect_metrics, dense_statistics.removal_curve
+    predictions = session.DensePredictions
+    for name, real in (("collect_metrics", metrics), ("removal_curve", curve)):
+
+        def counted(*arguments: object, name: str = name, real: object = real, **more: object) -> object:
+            measured.append(name)
+            return real(*arguments, **more)  # type: ignore[operator]
+
+        monkeypatch.setattr(dense_statistics, name, counted)
+
+    def counted_predictions(*arguments: object) -> object:
+        predicted.append(arguments)
+        return predictions(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(session, "DensePredictions", counted_predictions)
+    optprune.compare(loaded(), ["structured_best"], [0.1, 0.2, 0.3], seeds=2, **texts.asked())
+    assert measured.count("collect_metrics") == 2  # a seed draws other tokens
+    assert measured.count("removal_curve") == 2 * 4
+    assert len(predicted) == 1
+
+
+def test_statistics_that_are_too_large_are_in_the_folder_meanwhile(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = optprune.compare(loaded(), ["alps"], [0.3], **texts.asked())
+    folders = list[Path]()
+    shelf = dense_statistics.InFolder
+
+    def noted(folder: Path, facts: dict) -> object:
+        folders.append(folder)
+        return shelf(folder, facts)
+
+    monkeypatch.setattr(dense_statistics, "InFolder", noted)
+    monkeypatch.setattr(session, "free_memory", lambda device: 1000)
+    found = optprune.compare(loaded(), ["alps"], [0.3], folder=tmp_path / "out", **texts.asked())
+    assert len(folders) == 1 and not folders[0].exists()
+    assert found.results[0].figures.perplexity == expected.results[0].figures.perplexity  # type: ignore[union-attr]
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_cell_that_fails_says_so_and_the_others_go_on(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune = session.prune
+
+    def failing(model, batches, recipe, **more):
+        if recipe.name == "alps":
+            raise NumericalError("the moments\nare damaged")
+        return prune(model, batches, recipe, **more)
+
+    monkeypatch.setattr(session, "prune", failing)
+    found = optprune.compare(loaded(), ["alps", "structured_best"], [0.2, 0.7], **texts.asked())
+    assert [result.figures is None for result in found.results] == [True, True, False, True]
+    first, second, third = found.failures
+    assert first == "alps at 0.2, seed 0: the moments are damaged" and second.startswith("alps at 0.7")
+    assert third.startswith("structured_best at 0.7, seed 0: a sparsity of 0.7 is out of reach")
+    lines = str(found).splitlines()
+    assert [line.split()[-1] == "failed" for line in lines[1:6]] == [False, True, True, False, True]
+    assert f"failed: {third}" in lines
+
+
+def test_an_error_of_ours_is_no_failed_cell(texts: TwoTexts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(session, "prune", broken)
+    with pytest.raises(ZeroDivisionError):
+        optprune.compare(loaded(), ["fasp"], [0.2], **texts.asked())
+
+
+def test_models_are_kept_and_speed_is_measured_only_where_asked(texts: TwoTexts, tmp_path: Path) -> None:
+    work = Work(prompt_tokens=8, new_tokens=2, repeats=1)
+    more = {"folder": tmp_path / "out", "keep_models": True, "speed": work}
+    found = optprune.compare(texts.model, ["fasp"], [0.2], device="cpu", **more, **texts.asked())
+    figures = found.results[0].figures
+    assert figures is not None and figures.prefill > 0 and figures.decode > 0  # type: ignore[operator]
+    assert found.dense.prefill > 0 and "decoding, tokens/s" in str(found)  # type: ignore[operator]
+    kept = tmp_path / "out" / "models" / "fasp-0.2-seed0"
+    tokens = tokenise(load_model(kept).tokenizer, read_documents(str(texts.text)))  # type: ignore[arg-type]
+    windows = evaluation_windows(tokens, SMALL["seq_length"], SMALL["windows"])
+    assert optprune.perplexity(load(kept), windows).perplexity == pytest.approx(figures.perplexity, rel=1e-5)
+
+
+def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_path: Path) -> None:
+    own = optprune.Recipe(name="mine", units="mlp", solver="magnitude", damping=0.1)
+    file = tmp_path / "other.yaml"
+    file.write_text(own.to_yaml())
+    found = optprune.compare(loaded(), [own, str(file)], [0.2], settings={"damping": 0.2}, **texts.asked())
+    mine, other = found.results
+    assert (mine.cell.recipe, other.cell.recipe) == ("mine", "other")
+    assert mine.figures is not None and other.figures is not None
+    assert mine.figures.perplexity == other.figures.perplexity
+    assert {recipe["damping"] for recipe in found.options["the recipes"].values()} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"recipes": []}, "give at least one"),
+        ({"recipes": ["fasp", "fasp"]}, "the recipes fasp, fasp: give at least one, and each by a name of its own"),
+        ({"recipes": ["fast"]}, "the recipe 'fast' is not known"),
+        ({"sparsities": [0.2, 0.2]}, "the sparsities 0.2, 0.2 hold one twice"),
+        ({"sparsities": []}, "needs one sparsity and one seed at least"),
+        ({"seeds": 0}, "needs one sparsity and one seed at least"),
+        ({"sparsities": [1.5]}, "'sparsity' cannot be 1.5"),
+        ({"settings": {"sparsity": 0.3}}, "'sparsity' is what the cells differ in"),
+        ({"settings": {"dampening": 0.3}}, "no field 'dampening'"),
+        ({"keep_models": True}, "models are kept in the folder of the comparison: name one"),
+        ({"samples": 10**6}, "the calibration text has"),
+        ({"windows": 10**6}, "the evaluation text has"),
+        ({"dtype": "float8"}, "the dtype 'float8' is not known"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(
+    more: dict, reason: str, texts: TwoTexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "DensePredictions", None)
+    asked = texts.asked(recipes=["fasp"], sparsities=[0.2]) | more
+    with pytest.raises(InputError, match=reason):
+        optprune.compare(loaded(), asked.pop("recipes"), asked.pop("sparsities"), **asked)
+
+
+def test_texts_with_an_article_in_common_are_refused(texts: TwoTexts, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"shares 6 of its 6 documents with the calibration text"):
+        optprune.compare(loaded(), ["fasp"], [0.2], **texts.asked(text=str(texts.calibration)))
+    # One article among others, with other spaces, is as bad.
+    mixed = tmp_path / "mixed.jsonl"
+    first, other = (file.read_text().splitlines()[0] for file in (texts.calibration, texts.text))
+    again = json.loads(first)["text"].replace(" ", "  ")
+    mixed.write_text("\n".join([other, json.dumps({"text": again})]))
+    with pytest.raises(InputError, match=r"shares 1 of its 2 documents"):
+        optprune.compare(loaded(), ["fasp"], [0.2], **texts.asked(text=str(mixed)))

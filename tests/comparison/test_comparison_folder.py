@@ -1,0 +1,170 @@
+"""The folder of a comparison: it goes on where it was, and only as it was begun."""
+
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import optprune
+from optprune.comparison import Comparison, run, session
+from optprune.errors import InputError
+from tests.helpers.two_texts import TwoTexts, loaded
+
+RECIPES, SPARSITIES = ["fasp", "magnitude"], [0.2, 0.3]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> TwoTexts:
+    return TwoTexts.into(tmp_path_factory.mktemp("texts"))
+
+
+def compared(texts: TwoTexts, place: Path, **more: object) -> Comparison:
+    asked = texts.asked(recipes=RECIPES, sparsities=SPARSITIES, settings={"units": "mlp"}) | more
+    return optprune.compare(loaded(), asked.pop("recipes"), asked.pop("sparsities"), folder=place, **asked)
+
+
+@pytest.fixture(scope="module")
+def finished(texts: TwoTexts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    place = tmp_path_factory.mktemp("comparisons") / "new" / "one"
+    return place, compared(texts, place)
+
+
+def test_it_holds_the_table_the_figures_and_the_picture(finished: tuple[Path, Comparison]) -> None:
+    place, found = finished
+    assert {file.name for file in place.iterdir()} == {
+        *("cells", "comparison.json", "comparison.md", "comparison.svg", "options.json"),
+    }
+    assert (place / "comparison.md").read_text() == found.markdown()
+    assert (place / "comparison.json").read_text() == found.to_json()
+    picture = (place / "comparison.svg").read_text()
+    assert ElementTree.fromstring(picture).tag.endswith("svg")
+    for word in ("fasp", "magnitude", "dense", "seconds of pruning"):
+        assert f"<!-- {word} -->" in picture
+
+
+def test_a_finished_one_measures_nothing_again(
+    finished: tuple[Path, Comparison], texts: TwoTexts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, found = finished
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    monkeypatch.setattr(session, "prune", None)
+    monkeypatch.setattr(session, "DensePredictions", None)
+    monkeypatch.setattr(session, "collect", None)
+    assert compared(texts, place) == found
+    assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
+
+
+def test_one_that_was_stopped_goes_on(
+    finished: tuple[Path, Comparison], texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune, runs = session.prune, list[tuple[str, float]]()
+
+    def stopping(model, batches, recipe, **more):
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        runs.append((recipe.name, recipe.sparsity))
+        return prune(model, batches, recipe, **more)
+
+    monkeypatch.setattr(session, "prune", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compared(texts, tmp_path / "out")
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    assert len(list((tmp_path / "out" / "cells").glob("*-seed0.json"))) == 2
+    runs.clear()
+
+    def noted(model, batches, recipe, **more):
+        runs.append((recipe.name, recipe.sparsity))
+        return prune(model, batches, recipe, **more)
+
+    monkeypatch.setattr(session, "prune", noted)
+    found = compared(texts, tmp_path / "out")
+    assert runs == [("magnitude", 0.2), ("magnitude", 0.3)]
+    # But for the seconds it is what it would have been.
+    of = [(each.cell, each.figures.perplexity, each.figures.divergence) for each in found.results]  # type: ignore[union-attr]
+    whole = finished[1].results
+    assert of == [(each.cell, each.figures.perplexity, each.figures.divergence) for each in whole]  # type: ignore[union-attr]
+
+
+def test_a_cell_that_failed_is_tried_again(texts: TwoTexts, tmp_path: Path) -> None:
+    for _ in range(2):
+        found = compared(texts, tmp_path / "out", recipes=["structured_best"], sparsities=[0.7])
+        assert len(found.failures) == 1
+        assert [file.name for file in (tmp_path / "out" / "cells").iterdir()] == ["dense.json"]
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"sparsities": [0.2, 0.25]}, "the sparsities was [0.2, 0.3] and is [0.2, 0.25]"),
+        ({"recipes": ["fasp"]}, "the recipes.magnitude was"),
+        ({"settings": {"units": "mlp", "damping": 0.02}}, "the recipes.fasp.damping was 0.01 and is 0.02"),
+        ({"seeds": 2}, "the seeds was [0] and is [0, 1]"),
+        ({"samples": 7}, "the samples was 8 and is 7"),
+        ({"windows": 2}, "the windows evaluated was 3 and is 2"),
+        ({"keep_models": True}, "whether models are kept was False and is True"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_changed_options_are_refused_by_name(
+    more: dict, what: str, finished: tuple[Path, Comparison], texts: TwoTexts
+) -> None:
+    place, _ = finished
+    before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=f"cannot go on: {re.escape(what)}"):
+        compared(texts, place, **more)
+    assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
+
+
+def test_another_model_of_the_same_name_is_refused(finished: tuple[Path, Comparison], texts: TwoTexts) -> None:
+    other = loaded()
+    other.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    asked = texts.asked(settings={"units": "mlp"}, folder=finished[0])
+    with pytest.raises(InputError, match="cannot go on: the weights was"):
+        optprune.compare(other, RECIPES, SPARSITIES, **asked)
+
+
+def test_a_folder_of_something_else_stays_as_it_is(texts: TwoTexts, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(InputError, match="holds something other than a comparison: choose another folder"):
+            compared(texts, place)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_one_that_could_not_begin_leaves_nothing(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> str:
+        raise InputError("the weights are damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "digest_of_weights", broken)
+        with pytest.raises(InputError, match="the weights are damaged"):
+            compared(texts, tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+    # What one leaves that was killed as early is no obstacle.
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    (tmp_path / "out" / "work").mkdir()
+    assert not compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2]).failures
+
+
+def test_a_damaged_cell_is_told(texts: TwoTexts, tmp_path: Path) -> None:
+    place = tmp_path / "out"
+    compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
+    file = place / "cells" / "magnitude-0.2-seed0.json"
+    for text in (file.read_text()[:20], json.dumps({"cell": 1})):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"magnitude-0.2-seed0.json of the comparison .* is damaged: delete it"):
+            compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
+    file.unlink()
+    assert not compared(texts, place, recipes=["magnitude"], sparsities=[0.2]).failures
+
+
+def test_without_matplotlib_there_is_a_table_all_the_same(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2])
+    assert {file.suffix for file in (tmp_path / "out").glob("comparison.*")} == {".md", ".json"}
