@@ -47,7 +47,7 @@ app.command("audit", short_help="Measure what a model's weights are, and whether
 )
 app.command("inspect", short_help="The same, by its older name.")(reported(audit_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
-app.command("export", short_help="Write a model folder as a GGUF file for llama.cpp.")(reported(export_command))
+app.command("export", short_help="Write a model folder for llama.cpp (GGUF) or as ONNX.")(reported(export_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
     reported(benchmark_model_command)
 )

@@ -2,7 +2,18 @@
 
 from optprune.export.folder import save_pruned
 from optprune.export.gguf_file import GgufFile, export_gguf
+from optprune.export.onnx_folder import OnnxFolder, export_onnx
 from optprune.export.place import check_output
 from optprune.export.save import SavedModel, cast, save_model
 
-__all__ = ["GgufFile", "SavedModel", "cast", "check_output", "export_gguf", "save_model", "save_pruned"]
+__all__ = [
+    "GgufFile",
+    "OnnxFolder",
+    "SavedModel",
+    "cast",
+    "check_output",
+    "export_gguf",
+    "export_onnx",
+    "save_model",
+    "save_pruned",
+]
