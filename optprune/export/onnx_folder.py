@@ -22,6 +22,7 @@ from optprune.export.origin import origin_of
 from optprune.export.place import Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, load_config, load_model
+from optprune.recipe import RUNTIMES
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import one_line
@@ -33,8 +34,6 @@ LARGEST = 1_500_000_000
 """the most bytes of weights that are written into the graph's own file: no such file can have over 2 GiB"""
 TOLERANCE = 1e-3
 """the largest difference of logits with which a graph is believed"""
-MOVING = ("dynamic", "longrope")
-"""the scalings of rotary embeddings that go by the length of the text, which is a branch that a graph has not"""
 EXAMPLE = (2, 7, 5)
 """the batch, the tokens and the tokens before them that the graph is traced with: all different, and none is 1"""
 
@@ -77,10 +76,10 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
         raise InputError(f"the output folder {output} holds the model that is read: name another")
     check_output(output, overwrite)
     rotary = getattr(load_config(source), "rope_parameters", None) or {}
-    if rotary.get("rope_type") in MOVING:
+    if rotary.get("rope_type", "default") not in RUNTIMES["onnx"].rotary:
         raise InputError(
-            f"rotary embeddings scaled by {rotary['rope_type']} change with the length of a text, which is not "
-            "exported to ONNX: export a model whose scaling is default, linear or llama3"
+            f"rotary embeddings scaled by {rotary['rope_type']} change with the length of a text, which a graph "
+            f"cannot: the scalings {', '.join(RUNTIMES['onnx'].rotary)} are exported to ONNX"
         )
     loaded = load_model(source, dtype="float32", device="cpu")
     return _written(loaded, output, place, cache, overwrite)
