@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from optprune.measure import Divergence, Evaluation, Question
+    from optprune.measure import Divergence, Evaluation, Question, Tasks
     from optprune.models import LoadedModel
     from optprune.report.progress import Reporter
 
@@ -29,14 +29,14 @@ PROMPT = 32
 def evaluate_command(
     model: Model,
     text: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--text",
             metavar="TEXT",
             help="FILE.txt, FILE.jsonl[:COLUMN], FILE.csv[:COLUMN], a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
             "or demo:evaluation.",
         ),
-    ],
+    ] = None,
     seq_length: SeqLength = 2048,
     windows: Annotated[int | None, typer.Option("--windows", help="How many windows. [default: all]")] = None,
     against: Annotated[
@@ -47,6 +47,15 @@ def evaluate_command(
         Path | None,
         typer.Option("--questions", metavar="FILE.jsonl", help="Multiple choice: question, choices, answer in a line."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval: names or .yaml files, commas between them."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with tasks of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Questions of a task, at most. [default: all]")] = None,
+    task_batch: Annotated[int, typer.Option("--task-batch", help="How many texts of a task are read at once.")] = 1,
     generations: Annotated[
         int, typer.Option("--generations", help="How many greedy continuations of the text to show.")
     ] = 0,
@@ -56,44 +65,42 @@ def evaluate_command(
 ) -> None:
     """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows.
 
-    Against the dense model also the divergence of the predictions in nats, and how often the first choice agrees.
+    Against the dense model also the divergence of the predictions in nats, and how often the first choice agrees. Of
+    questions and of lm-eval's tasks, how many are answered right; they need no text.
     """
     reporter = start()
-    from optprune.measure import bits_per_byte, read_questions
-    from optprune.models import check_dtype, device_of, load_config, need_tokenizer
-    from optprune.texts import check_seq_length, evaluation_windows, read_documents
+    from optprune.measure import read_questions
+    from optprune.models import check_dtype, device_of
 
     check_json(json_file, models=[model, *([] if against is None else [against])])
     check_dtype(dtype)
     device_of(device)
-    if generations < 0:
-        raise InputError(f"--generations cannot be {generations}: it is at least 0")
+    for name, number, least in (("generations", generations, 0), ("limit", limit, 1), ("task-batch", task_batch, 1)):
+        if number is not None and number < least:
+            raise InputError(f"--{name} cannot be {number}: it is at least {least}")
+    if text is None and questions is None and tasks is None:
+        raise InputError("there is nothing to measure the model on: give --text, --questions or --tasks")
+    if text is None and generations:
+        raise InputError("--generations go on from a text: give one by --text")
     asked = [] if questions is None else read_questions(questions)
-    documents = read_documents(text)
-    config = load_config(model)
-    check_seq_length(config, seq_length)
-    reporter.say(f"tokenising {text}")
-    most = None if windows is None else max(windows, 1) * seq_length
-    tokens = tokens_for(model, config, documents, most)
-    if against is not None:
-        _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
-    ids = evaluation_windows(tokens, seq_length, windows)
+    ids = _windows(reporter, model, against, text, seq_length, windows)
+    named = _named(reporter, tasks, include_path)
 
     loaded, *others = [_loaded(reporter, source, dtype, device) for source in (model, against) if source is not None]
     beside = Beside(reporter, loaded, others[0] if others else None, ids)
-    evaluation, more, said = beside.predictions()
-    bits = bits_per_byte(evaluation, ids, need_tokenizer(loaded.tokenizer, model))
-    about = {"model": model, "text": text, "seq_length": seq_length}
-    result: dict[str, Any] = {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}
-    lines = [
-        f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-        f"({evaluation.windows} windows of {seq_length}) in {evaluation.seconds:.0f} s",
-        *said,
-    ]
-    for more, said in (beside.answers(asked), beside.generations(generations)):
+    result: dict[str, Any] = {"model": model}
+    if text is not None:
+        result |= {"text": text, "seq_length": seq_length}
+    lines = list[str]()
+    for more, said in (
+        beside.on_text(),
+        beside.answers(asked),
+        beside.tasks(named, limit, task_batch),
+        beside.generations(generations),
+    ):
         result |= more
         lines += said
-    write_json(json_file, json_text(result), f"the perplexity is {evaluation.perplexity:.4f}")
+    write_json(json_file, json_text(result), lines[0])
     for line in lines:
         typer.echo(line)
 
@@ -105,13 +112,28 @@ class Beside:
     reporter: "Reporter"
     loaded: "LoadedModel"
     dense: "LoadedModel | None"
-    windows: "Tensor"
+    windows: "Tensor | None"
 
-    def predictions(self) -> "tuple[Evaluation, dict[str, Any], list[str]]":
+    def on_text(self) -> tuple[dict[str, Any], list[str]]:
+        """What the model predicts on the text, if there is one."""
+        from optprune.measure import bits_per_byte
+        from optprune.models import need_tokenizer
+
+        if self.windows is None:
+            return {}, []
+        evaluation, more, said = self.predictions(self.windows)
+        bits = bits_per_byte(evaluation, self.windows, need_tokenizer(self.loaded.tokenizer, self.loaded.source))
+        first = (
+            f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
+            f"({evaluation.windows} windows of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
+        )
+        return {**evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *said]
+
+    def predictions(self, windows: "Tensor") -> "tuple[Evaluation, dict[str, Any], list[str]]":
         """The perplexity, and how far the predictions are from the dense model's; each reads the text once."""
         from optprune.measure import Evaluation, divergence_from, perplexity
 
-        model, windows = self.loaded.model, self.windows
+        model = self.loaded.model
         if self.dense is None:
             with self.reporter.count("evaluating", "window") as update:
                 return perplexity(model, windows, on_window=update), {}, []
@@ -141,12 +163,27 @@ class Beside:
                 )
         return result, lines
 
+    def tasks(self, tasks: "Tasks | None", limit: int | None, batch: int) -> tuple[dict[str, Any], list[str]]:
+        """The scores of lm-eval's tasks."""
+        from optprune.models import need_tokenizer
+
+        result, lines = dict[str, Any](), list[str]()
+        for key, one in self._both("tasks"):
+            if tasks is not None:
+                self.reporter.say(f"running tasks, {one.source}")
+                found = tasks.run(one.model, need_tokenizer(one.tokenizer, one.source), limit=limit, batch=batch)
+                result[key] = found
+                for task, scores in found.items():
+                    told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
+                    lines.append(f"{one.source}, {task}: {told}")
+        return result, lines
+
     def generations(self, count: int) -> tuple[dict[str, Any], list[str]]:
         """Greedy continuations of the first windows."""
         from optprune.measure import generate
         from optprune.models import need_tokenizer
 
-        if not count:
+        if not count or self.windows is None:
             return {}, []
         prompts = [window[:PROMPT] for window in self.windows[:count]]
         tokenizer = need_tokenizer(self.loaded.tokenizer, self.loaded.source)
@@ -159,6 +196,39 @@ class Beside:
     def _both(self, key: str) -> "list[tuple[str, LoadedModel]]":
         """The model and the dense one, with the keys of what is found of them."""
         return [(key, self.loaded)] + ([] if self.dense is None else [(f"dense_{key}", self.dense)])
+
+
+def _windows(
+    reporter: "Reporter", model: str, against: str | None, text: str | None, seq_length: int, windows: int | None
+) -> "Tensor | None":
+    """The windows [count, length] of the text, if there is one; InputError where it cannot compare two models."""
+    from optprune.models import load_config
+    from optprune.texts import check_seq_length, evaluation_windows, read_documents
+
+    documents, config = None if text is None else read_documents(text), load_config(model)
+    if documents is None:
+        if against is not None:
+            load_config(against)
+        return None
+    check_seq_length(config, seq_length)
+    reporter.say(f"tokenising {text}")
+    most = None if windows is None else max(windows, 1) * seq_length
+    tokens = tokens_for(model, config, documents, most)
+    if against is not None:
+        _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
+    return evaluation_windows(tokens, seq_length, windows)
+
+
+def _named(reporter: "Reporter", tasks: str | None, include: Path | None) -> "Tasks | None":
+    """The tasks that were asked for; InputError where they are not there."""
+    from optprune.measure import Tasks
+
+    if tasks is None and include is not None:
+        raise InputError("--include-path says where tasks lie: name some by --tasks")
+    if tasks is None:
+        return None
+    reporter.say(f"reading the tasks {tasks}")
+    return Tasks.found(tasks.split(","), include)
 
 
 def _loaded(reporter: "Reporter", source: str, dtype: str, device: str) -> "LoadedModel":
