@@ -100,7 +100,8 @@ def evaluate_command(
     ):
         result |= more
         lines += said
-    write_json(json_file, json_text(result), lines[0])
+    already = f"the perplexity is {result['perplexity']:.4f}" if text is not None else lines[0]
+    write_json(json_file, json_text(result), already)
     for line in lines:
         typer.echo(line)
 

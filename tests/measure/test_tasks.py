@@ -18,6 +18,8 @@ from tests.helpers.mixed_models import mixed
 from tests.helpers.pages import ROOT
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
+QUIET = {"PYTHONWARNINGS": "ignore"}
+"""the warnings of pip and of lm-eval's many packages are not ours"""
 HARNESS = "lm-eval==0.4.13"
 QUESTIONS = [
     {
@@ -98,18 +100,21 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages / "shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     interpreter = place / "bin" / "python"
     install = [str(interpreter), "-m", "pip", "install", "--quiet", HARNESS]
-    run = subprocess.run(install, capture_output=True, text=True, check=False)
+    run = subprocess.run(install, capture_output=True, text=True, check=False, env=os.environ | QUIET)
     assert run.returncode == 0, run.stderr
     return interpreter
 
 
 def evaluated(harness: Path, folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "ignore",  # those of its many packages are not ours
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "hub"),
-    }
+    environment = (
+        os.environ
+        | QUIET
+        | {
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "hub"),
+        }
+    )
     command = [str(harness), "-m", "optprune", "evaluate", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
