@@ -41,7 +41,8 @@ class Tasks:
             raise InputError(f"the tasks {shown(','.join(names))} name none: give names such as hellaswag,arc_easy")
         if include is not None and not include.is_dir():
             raise InputError(f"there is no folder of tasks {include}: give one that holds .yaml files")
-        from lm_eval.tasks import TaskManager
+        # An extra that the environment of the checks has not: it would lower a package there.
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         given = tuple(str(Path(name).absolute()) if name.endswith(".yaml") else name for name in names)
@@ -72,8 +73,8 @@ class Tasks:
         The model may be uneven: it is handed over as it is. `limit` takes the first questions of each task only, and
         `batch` is how many texts are read at once. Seeds of Python, numpy and torch are those of lm-eval afterwards.
         """
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
         with evaluating(model):
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
