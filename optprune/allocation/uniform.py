@@ -19,12 +19,13 @@ class Uniform(Allocator):
     width_multiple: int | None
 
     def check(self, decoder: Decoder) -> None:
-        self._allocation(decoder)
+        self.allocation(decoder)
 
     def divide(self, dense: DenseModel) -> Division:
-        return Division(self._allocation(dense.decoder))
+        return Division(self.allocation(dense.decoder))
 
-    def _allocation(self, decoder: Decoder) -> Allocation:
+    def allocation(self, decoder: Decoder) -> Allocation:
+        """What every block keeps; shapes are enough."""
         return uniform(decoder, self.sparsity, self.units, self.width_multiple)
 
 

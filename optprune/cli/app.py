@@ -53,7 +53,7 @@ app.command("heal", short_help="Train a pruned model towards the dense one; zero
 app.command("compare", short_help="Prune by several recipes, and tell quality against size and time.")(
     reported(compare_command)
 )
-app.command("export", short_help="Write a model folder as a GGUF file for llama.cpp.")(reported(export_command))
+app.command("export", short_help="Write a model folder for llama.cpp (GGUF) or as ONNX.")(reported(export_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
     reported(benchmark_model_command)
 )

@@ -66,6 +66,14 @@ WidthMultiple = Annotated[
     int | None,
     typer.Option("--width-multiple", help="What MLP widths and value dimensions are multiples of. [default: 8]"),
 ]
+Runs = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="RUNTIME",
+        help="Make only what transformers (without trust_remote_code), vllm, gguf (llama.cpp) or onnx takes.",
+    ),
+]
 States = Annotated[
     str, typer.Option("--states", help="Where hidden states wait for a block: device, host, disk or auto, by size.")
 ]

@@ -18,6 +18,7 @@ from optprune.cli.options import (
     Propagation,
     Ray,
     RecipeName,
+    Runs,
     Samples,
     SaveDtype,
     Seed,
@@ -74,6 +75,7 @@ def plan_command(
     pattern: Pattern = None,
     allocation: Allocation = None,
     width_multiple: WidthMultiple = None,
+    target: Runs = None,
     strict: Strict = False,
     workers: Workers = None,
     ray: Ray = None,
@@ -100,7 +102,7 @@ def plan_command(
         "strict": strict or None,
     }
     places = device, dtype, save_dtype, workers, ray, max_shard_size, states
-    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places)
+    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target)
     reporter = start()
     from optprune.models import check_dtype, device_of
     from optprune.pruning import workers_of
@@ -119,6 +121,7 @@ def plan_command(
     if not no_probe:
         device_of(device)
     settled = request.settled(chosen, request.divided())
+    settled.tell(reporter.say)
     work = settled.workload()
     if no_probe:
         planned = planned_memory(work)

@@ -20,6 +20,7 @@ from optprune.cli.options import (
     Propagation,
     Ray,
     RecipeName,
+    Runs,
     Samples,
     SaveDtype,
     Seed,
@@ -66,6 +67,7 @@ def prune_command(
     pattern: Pattern = None,
     allocation: Allocation = None,
     width_multiple: WidthMultiple = None,
+    target: Runs = None,
     strict: Strict = False,
     workers: Workers = None,
     ray: Ray = None,
@@ -96,7 +98,7 @@ def prune_command(
         "strict": strict or None,
     }
     places = device, dtype, save_dtype, workers, ray, max_shard_size, states
-    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places)
+    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target)
     reporter = start(lines := LogFile(log))
     from optprune.models import device_of
     from optprune.pruning import joined, workers_of
@@ -117,6 +119,8 @@ def prune_command(
     check_sequences(sequences)
     texts = read_texts(calibration)
     settled = request.settled(chosen, divided)
+    settled.tell(reporter.say)
+    chosen = settled.recipe
     sizes = samples * seq_length, sum(text.characters for text in texts)
     # Joined first, so that each process has its own GPU for whatever follows.
     with joined(device) as peers:
@@ -129,6 +133,8 @@ def prune_command(
             del texts
             batches, told, window = drawn.batches, drawn.told, drawn.first
             done = shared_run(whole, lanes, peers, reporter, phases, batches, chosen, divided, told, window=window)
+    if done is not None:
+        settled.check(output)
     _tell(chosen, done, json_file, output)
 
 

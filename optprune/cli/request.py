@@ -1,6 +1,6 @@
 """A request: what the options of `prune` and `plan` ask for, checked before anything costs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from optprune.allocation import Allocation
     from optprune.models import Decoder
     from optprune.pruning.workload import Workload
-    from optprune.recipe import Recipe
+    from optprune.recipe import Recipe, Runtime
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Request:
     ray: str | None
     max_shard_size: str
     states: str
+    target: str | None = None
+    """the runtime that the model is for"""
 
     @property
     def allocation_file(self) -> str | None:
@@ -49,6 +51,7 @@ class Request:
         """The recipe, with what is set of it."""
         from optprune.recipe import load_recipe
 
+        self.runtime()
         fields = dict(self.fields) | {"allocation": None if self.allocation_file is not None else self.allocation}
         given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
         recipe = load_recipe(self.recipe, given)
@@ -61,6 +64,12 @@ class Request:
     def divided(self) -> "Allocation | None":
         """What every block keeps, where a file says it."""
         return None if self.allocation_file is None else _read_allocation(self.allocation_file)
+
+    def runtime(self) -> "Runtime | None":
+        """The runtime that the model is for; InputError where it is not known."""
+        from optprune.recipe.runtimes import runtime_called
+
+        return None if self.target is None else runtime_called(self.target)
 
     def settled(self, recipe: "Recipe", divided: "Allocation | None") -> "Settled":
         """The request against the model's shapes; InputError where they do not go together."""
@@ -75,8 +84,13 @@ class Request:
         if divided is not None:
             with _named(self.allocation_file, "does not fit"):
                 allocator_of(recipe, divided).check(shapes)
+        runtime, told = self.runtime(), tuple[str, ...]()
+        if runtime is not None:
+            recipe, told = runtime.fitted(recipe, shapes, divided)
+            if runtime.own_vocabulary:
+                _check_vocabulary(self.model, config)
         check_run(shapes, recipe, divided)
-        return Settled(self, recipe, divided, config, shapes)
+        return Settled(self, recipe, divided, config, shapes, runtime, told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +102,19 @@ class Settled:
     divided: "Allocation | None"
     config: "PretrainedConfig"
     shapes: "Decoder"
+    runtime: "Runtime | None" = None
+    told: tuple[str, ...] = ()
+    """what was set of the recipe for the runtime"""
+
+    def tell(self, say: Callable[[str], None]) -> None:
+        """Say what was set of the recipe for the runtime that it is for."""
+        for sentence in self.told:
+            say(f"for the target {self.request.target}: {sentence}")
+
+    def check(self, folder: Path) -> None:
+        """Raise OptpruneError when the folder that came of it is not what its runtime takes."""
+        if self.runtime is not None:
+            self.runtime.check_folder(self.shapes, folder)
 
     def workload(self, processes: int = 1) -> "Workload":
         """What the run will be, for each of so many processes that share its samples."""
@@ -109,6 +136,14 @@ class Settled:
             max_shard=size_of(asked.max_shard_size),
             states=asked.states,
         )
+
+
+def _check_vocabulary(model: str, config: "PretrainedConfig") -> None:
+    """Raise InputError when llama.cpp would not cut text as the model's tokenizer does."""
+    from optprune.export.gguf_vocabulary import Vocabulary
+    from optprune.models import load_tokenizer, need_tokenizer
+
+    Vocabulary.of(need_tokenizer(load_tokenizer(model), model), config.vocab_size)
 
 
 def overrides(options: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

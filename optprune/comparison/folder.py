@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from optprune.comparison.asked import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
 from optprune.errors import InputError
-from optprune.pruning.journal import differences
+from optprune.system.facts import differences
 from optprune.system.files import json_text, read_json, real_path, write_whole
 from optprune.system.wording import shown
 

@@ -19,6 +19,7 @@ from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.models import Decoder, load_config, load_shapes, load_tokenizer, need_tokenizer
 from optprune.models.architecture import BlockShape
 from optprune.models.checkpoint import Checkpoint
+from optprune.recipe import RUNTIMES
 from optprune.system.files import real_path, write_whole
 
 TYPES = {
@@ -30,8 +31,8 @@ BLOCK_OF_Q8 = 32
 """how many numbers share a scale in q8_0: rows of another length are float16"""
 IDLE_WIDTH = 32
 """the width of the MLP of zeros in a block that has none: under deci such a block would lose its attention, too"""
-FAMILIES = ("llama", "qwen2")
-"""the models that llama.cpp knows, of those that are pruned here"""
+LLAMA_CPP = RUNTIMES["gguf"]
+"""what llama.cpp takes"""
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> G
     config = load_config(folder)
     family = config.model_type.removeprefix("pruned_")
     decoder = load_shapes(folder, config)
-    if decoder.architecture.model_type not in FAMILIES:
+    if decoder.architecture.model_type not in LLAMA_CPP.families:
         raise InputError(
-            f"llama.cpp does not know models of the kind {family}: {', '.join(FAMILIES)} can be exported to GGUF"
+            f"llama.cpp does not know models of the kind {family}: {', '.join(LLAMA_CPP.families)} can be exported to "
+            "GGUF"
         )
     tokenizer = need_tokenizer(load_tokenizer(folder), str(folder))
     vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
@@ -183,9 +185,9 @@ class _Plan:
     def _rotary(self) -> dict[str, Any]:
         rotary: dict[str, Any] = dict(self.config.rope_parameters or {})
         kind = rotary.get("rope_type", "default")
-        if kind not in ("default", "linear", "llama3"):
+        if kind not in LLAMA_CPP.rotary:
             raise InputError(
-                f"rotary embeddings scaled by {kind} are not exported to GGUF: default, linear and llama3 are"
+                f"rotary embeddings scaled by {kind} are not exported to GGUF: {', '.join(LLAMA_CPP.rotary)} are"
             )
         if rotary.get("partial_rotary_factor", 1.0) != 1.0:
             raise InputError("rotary embeddings of a part of a head are not exported to GGUF")

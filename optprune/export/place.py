@@ -49,6 +49,11 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
         raise InputError(f"the output folder {folder} cannot be created: {parent} is not writable")
 
 
+def missing_parents(place: Path) -> list[Path]:
+    """The parents of an output that do not exist yet, innermost first."""
+    return [parent for parent in place.parents if not parent.exists()]
+
+
 class Scratch:
     """A folder beside an output, which goes when it is discarded, or at the latest when nothing refers to it."""
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, OptpruneError, no_room_behind
 from optprune.export.check import compare, logits_of
-from optprune.export.place import UNCHECKED, Scratch, check_output, put_in_place
+from optprune.export.place import UNCHECKED, Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.export.progress import Progress
 from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
@@ -67,7 +67,7 @@ def save_model(
     place = real_path(folder)  # a link stays a link to the new folder
     unchecked = place.with_name(f"{place.name}{UNCHECKED}")
     scratch: Scratch | None = None
-    created, difference, committed = _missing_parents(place), None, False
+    created, difference, committed = missing_parents(place), None, False
     phases, progress = PhaseRecorder(model.device, on_event), Progress(on_event, check_tokens is not None)
     try:
         with phases.phase(SAVING):
@@ -160,11 +160,6 @@ def _put_report(folder: Path, report: Report | None, phases: tuple[PhaseReport, 
     whole = replace(report, phases=joined(report.phases, phases))
     write_whole(folder / "report.json", lambda stream: stream.write(whole.to_json().encode()), lasting=False)
     return whole
-
-
-def _missing_parents(folder: Path) -> list[Path]:
-    """The parents that do not exist yet, innermost first."""
-    return [parent for parent in folder.parents if not parent.exists()]
 
 
 def _write(

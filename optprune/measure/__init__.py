@@ -5,6 +5,7 @@ from optprune.measure.evaluate import Evaluation, bits_per_byte, perplexity
 from optprune.measure.generations import generate
 from optprune.measure.questions import Answers, Question, answer_questions, read_questions
 from optprune.measure.speed import Measured, ModelSpeed, Ratios, Work, measure_speed
+from optprune.measure.tasks import Scores, Tasks
 
 __all__ = [
     "Answers",
@@ -14,7 +15,9 @@ __all__ = [
     "ModelSpeed",
     "Question",
     "Ratios",
+    "Scores",
     "Stretch",
+    "Tasks",
     "Work",
     "answer_questions",
     "bits_per_byte",

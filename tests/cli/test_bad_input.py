@@ -374,7 +374,7 @@ def test_nan_weights(attempt: Attempt) -> None:
             "longer than the 512 positions of the model: pass --seq-length 512",
         ),
         (["--text", "TEXT", "--seq-length", "64", "--windows", "9999"], "but 9999 are needed: lower --windows"),
-        ([], "Missing option '--text'"),
+        ([], "there is nothing to measure the model on: give --text, --questions or --tasks"),
     ],
 )
 def test_evaluate(attempt: Attempt, options: list[str], reason: str) -> None:

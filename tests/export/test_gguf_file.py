@@ -142,8 +142,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = file.read_bytes()
     assert main(["export", str(folder), "--output", str(file)]) == 2
     assert "exists: pass --overwrite" in capsys.readouterr().err
-    assert main(["export", str(folder), "--output", str(file), "--format", "onnx"]) == 2
-    assert "the format 'onnx' is unknown" in capsys.readouterr().err
+    assert main(["export", str(folder), "--output", str(file), "--format", "mlx"]) == 2
+    assert "the format 'mlx' is unknown" in capsys.readouterr().err
     assert file.read_bytes() == before
     assert main(["export", str(folder), "--output", str(file), "--overwrite"]) == 0
     assert len(file.read_bytes()) > len(before)

@@ -1,0 +1,211 @@
+"""A model beside the dense one: what `evaluate` and `report` measure of the two, in figures and in words."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from optprune.cli.tokens import check_alike, tokens_for
+from optprune.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optprune.measure import Divergence, Evaluation, Question, Tasks
+    from optprune.models import LoadedModel
+    from optprune.report.progress import Reporter
+
+PROMPT = 32
+"""how many tokens of a window a generation goes on from"""
+
+
+def check_generations(count: int) -> None:
+    """Raise InputError when there cannot be so many continuations."""
+    if count < 0:
+        raise InputError(f"--generations cannot be {count}: it is at least 0")
+
+
+@dataclass(frozen=True)
+class AskedTasks:
+    """Tasks of lm-eval, and how they are run."""
+
+    tasks: "Tasks"
+    limit: int | None
+    """the questions of a task, at most"""
+    batch: int
+    """how many texts are read at once"""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A model, and the dense one if it is named; each measure gives what goes into the JSON file, and lines to read."""
+
+    reporter: "Reporter"
+    loaded: "LoadedModel"
+    dense: "LoadedModel | None"
+    windows: "Tensor | None"
+    """the windows [n, length] of the text, where there is one"""
+    text: str | None
+
+    @classmethod
+    def loaded_for(
+        cls,
+        reporter: "Reporter",
+        model: str,
+        against: str | None,
+        text: str | None,
+        seq_length: int,
+        windows: int | None,
+        *,
+        device: str,
+        dtype: str,
+    ) -> "Beside":
+        """Both models and the windows of a text; InputError, before either is loaded, where they do not go together."""
+        ids = _windows(reporter, model, against, text, seq_length, windows)
+        loaded, *others = [_loaded(reporter, name, dtype, device) for name in (model, against) if name is not None]
+        return cls(reporter, loaded, others[0] if others else None, ids, text)
+
+    def measured(
+        self, questions: "Sequence[Question]", generations: int, tasks: AskedTasks | None = None
+    ) -> tuple[dict[str, Any], list[str]]:
+        """All of it: what the JSON file holds, and lines to read."""
+        result, lines = dict[str, Any](model=self.loaded.source), list[str]()
+        measures = self.on_text, lambda: self.answers(questions), lambda: self.tasks(tasks)
+        for measure in (*measures, lambda: self.generations(generations)):
+            more, said = measure()
+            result |= more
+            lines += said
+        return result, lines
+
+    def on_text(self) -> tuple[dict[str, Any], list[str]]:
+        """What the model predicts on the text, if there is one."""
+        from optprune.measure import bits_per_byte
+        from optprune.models import need_tokenizer
+
+        if self.windows is None:
+            return {}, []
+        evaluation, more, said = self.predictions(self.windows)
+        bits = bits_per_byte(evaluation, self.windows, need_tokenizer(self.loaded.tokenizer, self.loaded.source))
+        first = (
+            f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
+            f"({evaluation.windows} windows of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
+        )
+        about = {"text": self.text, "seq_length": self.windows.shape[1]}
+        return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *said]
+
+    def predictions(self, windows: "Tensor") -> "tuple[Evaluation, dict[str, Any], list[str]]":
+        """The perplexity, and how far the predictions are from the dense model's; each reads the text once."""
+        from optprune.measure import Evaluation, divergence_from, perplexity
+
+        model = self.loaded.model
+        if self.dense is None:
+            with self.reporter.count("evaluating", "window") as update:
+                return perplexity(model, windows, on_window=update), {}, []
+        began = time.perf_counter()
+        with self.reporter.count("evaluating against the dense model", "window") as update:
+            found = divergence_from(model, self.dense.model, windows, on_window=update)
+        count, length = windows.shape
+        evaluation = Evaluation(found.perplexity, count * (length - 1), count, time.perf_counter() - began)
+        result = {key: value for key, value in found.to_dict().items() if key != "perplexity"}
+        return evaluation, {"against": self.dense.source, **result}, _in_words(found)
+
+    def answers(self, questions: "Sequence[Question]") -> tuple[dict[str, Any], list[str]]:
+        """How many questions are answered right."""
+        from optprune.measure import answer_questions
+        from optprune.models import need_tokenizer
+
+        result, lines = dict[str, Any](), list[str]()
+        for key, one in self._both("questions"):
+            if questions:
+                with self.reporter.count(f"answering, {one.source}", "question") as update:
+                    tokenizer = need_tokenizer(one.tokenizer, one.source)
+                    found = answer_questions(one.model, tokenizer, questions, on_question=update)
+                result[key] = asdict(found)
+                lines.append(
+                    f"{one.source}: {found.accuracy:.1%} of {found.questions} questions right, "
+                    f"{found.accuracy_by_byte:.1%} by the likelihood of a byte"
+                )
+        return result, lines
+
+    def tasks(self, asked: "AskedTasks | None") -> tuple[dict[str, Any], list[str]]:
+        """The scores of lm-eval's tasks."""
+        from optprune.models import need_tokenizer
+
+        result, lines = dict[str, Any](), list[str]()
+        for key, one in self._both("tasks"):
+            if asked is not None:
+                self.reporter.say(f"running tasks, {one.source}")
+                tokenizer = need_tokenizer(one.tokenizer, one.source)
+                found = asked.tasks.run(one.model, tokenizer, limit=asked.limit, batch=asked.batch)
+                result[key] = found
+                for task, scores in found.items():
+                    told = ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
+                    lines.append(f"{one.source}, {task}: {told}")
+        return result, lines
+
+    def generations(self, count: int) -> tuple[dict[str, Any], list[str]]:
+        """Greedy continuations of the first tokens of windows, or of places in them where there are fewer."""
+        from optprune.measure import generate
+        from optprune.models import need_tokenizer
+
+        if not count or self.windows is None:
+            return {}, []
+        prompts = list(prompts_of(self.windows, count))
+        tokenizer = need_tokenizer(self.loaded.tokenizer, self.loaded.source)
+        texts = {key: generate(one.model, tokenizer, prompts) for key, one in self._both("text")}
+        shown = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        rows = [dict(zip(("prompt", *texts), row, strict=True)) for row in zip(shown, *texts.values(), strict=True)]
+        lines = [f"{key}: {' '.join(text.split())}" for row in rows for key, text in row.items()]
+        return {"generations": rows}, lines
+
+    def _both(self, key: str) -> "list[tuple[str, LoadedModel]]":
+        """The model and the dense one, with the keys of what is found of them."""
+        return [(key, self.loaded)] + ([] if self.dense is None else [(f"dense_{key}", self.dense)])
+
+
+def _windows(
+    reporter: "Reporter", model: str, against: str | None, text: str | None, seq_length: int, windows: int | None
+) -> "Tensor | None":
+    """The windows [count, length] of the text, if there is one; InputError where it cannot compare two models."""
+    from optprune.models import load_config
+    from optprune.texts import check_seq_length, evaluation_windows, read_documents
+
+    documents, config = None if text is None else read_documents(text), load_config(model)
+    if documents is None:
+        if against is not None:
+            load_config(against)
+        return None
+    check_seq_length(config, seq_length)
+    reporter.say(f"tokenising {text}")
+    most = None if windows is None else max(windows, 1) * seq_length
+    tokens = tokens_for(model, config, documents, most)
+    if against is not None:
+        check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
+    return evaluation_windows(tokens, seq_length, windows)
+
+
+def prompts_of(windows: "Tensor", count: int) -> "Iterator[Tensor]":
+    """The first tokens of so many windows [n, length], or of places that lie evenly in them where there are fewer."""
+    tokens, length = windows.flatten(), windows.shape[1]
+    if count > len(windows):
+        count = min(count, max(1, len(tokens) // PROMPT))
+        length = len(tokens) // count
+    for begin in range(0, count * length, length):
+        yield tokens[begin : begin + min(PROMPT, length)]
+
+
+def _loaded(reporter: "Reporter", source: str, dtype: str, device: str) -> "LoadedModel":
+    from optprune.models import load_model
+
+    reporter.say(f"loading {source}")
+    return load_model(source, dtype=dtype, device=device)
+
+
+def _in_words(found: "Divergence") -> list[str]:
+    first, last = found.along[0], found.along[-1]
+    return [
+        f"dense perplexity {found.dense_perplexity:.4f}; divergence {found.divergence:.4f} nats, "
+        f"first choice the same in {found.agreement:.1%}",
+        f"along the context: {first.divergence:.4f} nats and {first.agreement:.1%} over the first {first.last} "
+        f"predictions, {last.divergence:.4f} and {last.agreement:.1%} from the {last.first}th on",
+    ]

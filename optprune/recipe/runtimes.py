@@ -1,0 +1,217 @@
+"""Runtimes: what each of them takes, as data, so that a run is fitted to one of them before any weight is read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from optprune.allocation import Allocation
+from optprune.allocation.uniform import Uniform
+from optprune.errors import InputError, OptpruneError
+from optprune.models import (
+    ARCHITECTURES,
+    BlockShape,
+    Decoder,
+    Mlp,
+    Values,
+    Weights,
+    is_stock,
+    load_config,
+    load_shapes,
+)
+from optprune.recipe.allocator import allocator_of
+from optprune.recipe.groups import DepthSearch, GlobalBudget, UniformShares
+from optprune.recipe.recipe import Recipe
+
+NARROW_MLPS = "prune with --units mlp, as --recipe structured_uniform_best does"
+LAYERS = "remove whole layers, --recipe depth --set depth_parts=layers"
+ALIKE = "let all blocks keep the same, --allocation uniform"
+FIXED = ("default", "linear", "llama3", "yarn")
+"""the scalings of rotary embeddings whose angles do not go by the length of the text"""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What a runtime takes of the models that are pruned here."""
+
+    name: str
+    families: tuple[str, ...] = tuple(ARCHITECTURES)
+    rotary: tuple[str, ...] = (*FIXED, "dynamic", "longrope")
+    """the scalings of rotary embeddings that it knows"""
+    uneven: bool = False
+    """whether blocks may differ in shape, lack a sub-block, or have fewer value dimensions than key dimensions"""
+    fewer_heads: tuple[str, ...] = tuple(name for name, one in ARCHITECTURES.items() if one.head_dim_is_free)
+    """the families whose heads may be fewer than the hidden size says, where blocks are alike"""
+    multiple: int = 1
+    """what MLP widths that are chosen should be multiples of"""
+    must: bool = False
+    """whether other widths are refused"""
+    own_vocabulary: bool = False
+    """whether it cuts text by rules of its own, so that the tokenizer must be one that it knows"""
+    of_values: str = ""
+    """what is to be said where value dimensions go"""
+    of_zeros: str = ""
+    """what is to be said where single weights go"""
+
+    def fitted(
+        self, recipe: Recipe, decoder: Decoder, allocation: Allocation | None = None
+    ) -> tuple[Recipe, tuple[str, ...]]:
+        """A recipe as it is run for this runtime, and what was set of it, in words.
+
+        The model's weights need not be there. InputError where the runtime does not take the model, or what the
+        recipe, or an allocation that is given, would make of it; the sentence says what it would take.
+        """
+        self._check_model(decoder)
+        told: list[str] = []
+        if allocation is None and not self.uneven:
+            recipe = self._alike(recipe, told)
+        if allocation is None:
+            recipe = self._aligned(recipe, decoder, told)
+        wrong = self.refuses(decoder, _expected(recipe, decoder, allocation))
+        if wrong:
+            raise InputError(f"the target {self.name} does not take {wrong}")
+        if any(isinstance(kind, Values) for kind in recipe.units.kinds) and self.of_values:
+            told.append(self.of_values)
+        if isinstance(recipe.units, Weights) and self.of_zeros:
+            told.append(self.of_zeros)
+        return recipe, tuple(told)
+
+    def refuses(self, before: Decoder, shapes: Sequence[BlockShape]) -> str | None:
+        """What it does not take of a model with these blocks, and what would be; None where it takes them all.
+
+        `before` is the model that is pruned: the widths that it has are no choice. Blocks without anything are gone.
+        """
+        left = [shape for shape in shapes if shape.parts]
+        wrong = None if self.uneven else self._refuses_shapes(before, left)
+        known = {shape.mlp_width for shape in before.shapes()}
+        odd = sorted({shape.mlp_width for shape in left if shape.mlp_width % self.multiple} - known)
+        if wrong is None and odd and self.must:
+            wrong = (
+                f"MLPs of {odd[0]} units: let widths be multiples of {self.multiple}, --width-multiple {self.multiple}"
+            )
+        return wrong
+
+    def _refuses_shapes(self, before: Decoder, left: Sequence[BlockShape]) -> str | None:
+        """What a class whose blocks are all alike cannot hold."""
+        if any(len(shape.parts) < 2 for shape in left):
+            return f"blocks without attention or without an MLP: {LAYERS}"
+        if any(shape.value_dim != before.heads.dim for shape in left):
+            return f"heads with fewer value dimensions than key dimensions: {NARROW_MLPS}"
+        if len(set(left)) > 1:
+            return f"blocks of different shapes: {ALIKE}"
+        return self._refuses_heads(before, left[0].kv_heads) if left else None
+
+    def check_folder(self, before: Decoder, folder: Path) -> None:
+        """Raise OptpruneError when what is in a folder, of the model `before`, is not what the runtime takes."""
+        config = load_config(folder)
+        wrong = self.refuses(before, load_shapes(folder, config).shapes())
+        if not wrong and not self.uneven and not is_stock(config):
+            wrong = "classes of optprune's own: please report this"
+        if wrong:
+            raise OptpruneError(f"the pruned model is in {folder}, but the target {self.name} does not take {wrong}")
+
+    def _refuses_heads(self, before: Decoder, kv_heads: int) -> str | None:
+        family, heads = before.architecture.model_type, kv_heads * before.heads.group
+        hidden = before.model.config.hidden_size
+        if heads * before.heads.dim == hidden:
+            return None
+        if family not in self.fewer_heads:
+            return f"models of the kind {family} with fewer heads than the hidden size says: {NARROW_MLPS}"
+        if hidden % heads:
+            return f"{heads} heads, which do not divide the hidden size of {hidden}: ask for another sparsity"
+        return None
+
+    def _check_model(self, decoder: Decoder) -> None:
+        family, config = decoder.architecture.model_type, decoder.model.config
+        if family not in self.families:
+            raise InputError(
+                f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
+            )
+        rotary = getattr(config, "rope_parameters", None) or {}
+        kind = rotary.get("rope_type", "default")
+        if kind not in self.rotary:
+            raise InputError(
+                f"the target {self.name} does not take rotary embeddings scaled by {kind}: it takes "
+                f"{', '.join(self.rotary)}"
+            )
+
+    def _alike(self, recipe: Recipe, told: list[str]) -> Recipe:
+        """The recipe with blocks that are alike: a budget for the whole model is divided evenly, where that will do."""
+        asked = recipe.allocation
+        if isinstance(asked, DepthSearch) and asked.parts != "layers":
+            raise InputError(
+                f"the target {self.name} does not take blocks without attention or without an MLP: {LAYERS}"
+            )
+        if not isinstance(asked, GlobalBudget) or not recipe.units.kinds:
+            return recipe
+        wrong = (
+            f"the target {self.name} does not take blocks of different shapes, as the recipe {recipe.name} makes them"
+        )
+        if any(isinstance(kind, Values) for kind in recipe.units.kinds):
+            raise InputError(f"{wrong}: {NARROW_MLPS}")
+        if asked.currency != "parameters":
+            raise InputError(f"{wrong} for a budget of {asked.currency}: {ALIKE}")
+        told.append(f"the allocation is uniform in place of {asked.kind}, since all blocks are to be alike")
+        return recipe.model_copy(update={"allocation": UniformShares(multiple=asked.multiple)})
+
+    def _aligned(self, recipe: Recipe, decoder: Decoder, told: list[str]) -> Recipe:
+        """The recipe with MLP widths that the runtime likes, where it leaves them open."""
+        asked, kinds = recipe.allocation, recipe.units.kinds
+        if isinstance(asked, DepthSearch) or not any(isinstance(kind, Mlp) for kind in kinds) or asked.multiple:
+            return recipe
+        if all(Mlp().multiple(shape, None) % self.multiple == 0 for shape in decoder.shapes()):
+            return recipe
+        # The same number would be asked of value dimensions, of which a head has few.
+        if any(isinstance(kind, Values) for kind in kinds):
+            return recipe
+        told.append(f"MLP widths are multiples of {self.multiple}")
+        return recipe.model_copy(update={"allocation": asked.model_copy(update={"multiple": self.multiple})})
+
+
+def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -> tuple[BlockShape, ...]:
+    """What blocks will hold, as far as that is known before the run: what a budget divides is as the model has it."""
+    allocator = allocator_of(recipe, allocation)
+    if allocation is None and isinstance(allocator, Uniform):
+        allocation = allocator.allocation(decoder)
+    return decoder.shapes() if allocation is None else tuple(block.shape for block in allocation.blocks)
+
+
+RUNTIMES = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("transformers"),
+        Runtime(
+            "vllm",
+            # LlamaAttention reads head_dim from the config, Qwen2Attention divides the hidden size.
+            fewer_heads=("llama",),
+            # GPTQ_MARLIN_MIN_THREAD_N in vLLM's marlin_utils.py.
+            multiple=64,
+            must=True,
+            of_zeros="vLLM has no kernel for zeros since it gave up 2:4 (vllm#36799): they bring no speed there",
+        ),
+        Runtime(
+            "gguf",
+            families=("llama", "qwen2"),
+            rotary=("default", "linear", "llama3"),
+            uneven=True,
+            # The numbers that share a scale in q8_0.
+            multiple=32,
+            own_vocabulary=True,
+            of_values="value dimensions that go are zeros in a GGUF file: with --units mlp it is smaller, and has MLP "
+            "widths for q8_0",
+            of_zeros="llama.cpp has no kernel for zeros: they bring no speed there",
+        ),
+        Runtime(
+            "onnx",
+            rotary=FIXED,
+            uneven=True,
+            of_zeros="ONNX Runtime has no kernel for zeros: they bring no speed there",
+        ),
+    )
+}
+
+
+def runtime_called(name: str) -> Runtime:
+    """The runtime of that name; InputError when there is none."""
+    if name not in RUNTIMES:
+        raise InputError(f"the target {name!r} is unknown: give {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]

@@ -1,0 +1,71 @@
+"""--target: what a runtime would not take is refused before any weight is read; what is set for it is told."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from optprune.cli import main
+from optprune.recipe import Runtime
+from tests.helpers.attempts import Attempt
+from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
+
+WIDE = 256
+
+
+@pytest.fixture
+def no_weights_opened(monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None:
+    """Opening weights is a failure, too."""
+    monkeypatch.setattr("optprune.models.open_model", lambda *_, **__: pytest.fail("the weights were opened"))
+
+
+@pytest.mark.usefixtures("no_weights_opened")
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--target", "tensorrt"], "the target 'tensorrt' is unknown: give transformers, vllm, gguf, onnx"),
+        (["--target", "vllm", "--recipe", "structured_best"], "as --recipe structured_uniform_best does"),
+        (["--target", "vllm"], "heads with fewer value dimensions than key dimensions: prune with --units mlp"),
+        (["--target", "transformers", "--recipe", "depth"], "--recipe depth --set depth_parts=layers"),
+    ],
+)
+def test_what_is_refused_by_prune_and_plan(
+    attempt: Attempt, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in attempt.fails(attempt.command(*words, sparsity=0.3))
+    assert main(["plan", str(attempt.model), "--no-probe", "--seq-length", "64", "--sparsity", "0.3", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_weights_opened")
+def test_what_llama_cpp_cannot_read_is_refused(attempt: Attempt, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("models")
+    attempt.model = save_tiny(tiny_opt(), folder / "opt")
+    assert "the target gguf does not take models of the kind opt" in attempt.fails(attempt.command("--target", "gguf"))
+    attempt.model = save_tiny(tiny_llama(), folder / "llama")
+    file = attempt.model / "tokenizer.json"
+    file.write_text(file.read_text().replace('"ByteLevel"', '"Whitespace"', 1))
+    assert "the tokenizer cuts text by Whitespace" in attempt.fails(attempt.command("--target", "gguf"))
+
+
+def test_a_run_for_vllm(
+    attempt: Attempt, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is set is told, and the folder is held to the rules, as a rule that it breaks shows."""
+    attempt.model = save_tiny(tiny_llama(intermediate_size=WIDE), tmp_path / "wide")
+    real = Runtime.check_folder
+
+    def check(self: Runtime, before: Any, folder: Path) -> None:
+        real(self, before, folder)
+        real(replace(self, multiple=96), before, folder)
+
+    monkeypatch.setattr(Runtime, "check_folder", check)
+    assert main(attempt.command("--target", "vllm", "--units", "mlp", "--sparsity", "0.3")) == 2
+    told = capsys.readouterr().err
+    assert "for the target vllm: MLP widths are multiples of 64" in told
+    assert "out, but the target vllm does not take MLPs of 128 units: let widths be multiples of 96" in told
+    config = AutoConfig.from_pretrained(attempt.output)
+    assert config.model_type == "llama" and config.intermediate_size == 128
+    assert "multiple: 64" in (attempt.output / "recipe.yaml").read_text()

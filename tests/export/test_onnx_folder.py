@@ -1,0 +1,217 @@
+"""A folder as ONNX: ONNX Runtime gives the logits of transformers, and what does not is not written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+import optprune
+from optprune.cli import main
+from optprune.errors import InputError, OptpruneError
+from optprune.export import export_onnx, onnx_folder, save_model
+from tests.helpers.mixed_models import PROMPT, generated, mixed
+from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_sliding, tiny_tokenizer
+
+WITHIN = 1e-3
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A pruned folder and what was made of it."""
+
+    source: Path
+    folder: Path
+    program: Any
+
+
+def saved(model: PreTrainedModel, folder: Path, uneven: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    if uneven:
+        mixed(model)
+    return save_model(model.to(dtype), folder, tokenizer=tiny_tokenizer()).folder  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
+    """An uneven OPT in float16, exported with its cache; exporting takes seconds, so that its graph is kept."""
+    place, programs = tmp_path_factory.mktemp("onnx"), []
+    source = saved(tiny_opt(num_hidden_layers=4), place / "model", uneven=True, dtype=torch.float16)
+    real = onnx_folder.program_of
+
+    def recorded(model: PreTrainedModel, cache: bool) -> Any:
+        programs.append(real(model, cache))
+        return programs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_folder, "program_of", recorded)
+        written = export_onnx(source, place / "onnx", cache=True)
+    assert written.cache and written.logits_difference < WITHIN
+    yield Exported(source, written.folder, programs[0])
+
+
+def session_of(folder: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+
+
+def step(
+    session: onnxruntime.InferenceSession, ids: Tensor, mask: Tensor, past: dict[str, Any] | None
+) -> tuple[Tensor, dict[str, Any]]:
+    """Logits of the last tokens of texts, and what the next step takes."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), "position_ids": positions.numpy()}
+    for one in session.get_inputs():
+        if one.name not in feed:
+            batch, heads, _, dim = len(ids), one.shape[1], 0, one.shape[3]
+            feed[one.name] = torch.zeros(batch, heads, 0, dim).numpy() if past is None else past[one.name]
+    names = [output.name for output in session.get_outputs()]
+    found = dict(zip(names, session.run(names, feed), strict=True))
+    logits = torch.from_numpy(found.pop("logits"))
+    return logits, {name.replace("present", "past_key_values"): value for name, value in found.items()}
+
+
+def check_alike(source: Path, folder: Path) -> None:
+    """The logits of batches of several sizes, one of them padded, read at once."""
+    model, session = optprune.load(source).float().eval(), session_of(folder)
+    generator = torch.Generator().manual_seed(1)
+    for batch, length, padding in ((1, 1, 0), (1, 50, 0), (4, 9, 2)):
+        ids = torch.randint(500, (batch, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        with torch.no_grad():
+            # With the positions of transformers' own choice.
+            expected = model(input_ids=ids, attention_mask=mask).logits
+        found, _ = step(session, ids, mask, None)
+        assert (found - expected)[mask.bool()].abs().max() < WITHIN
+
+
+def check_generates(source: Path, folder: Path) -> None:
+    """The greedy tokens, one by one from the cache."""
+    model, session = optprune.load(source).float().eval(), session_of(folder)
+    said, past, new = PROMPT, None, PROMPT
+    for _ in range(12):
+        logits, past = step(session, new, torch.ones_like(said), past)
+        new = logits[:, -1:].argmax(-1)
+        said = torch.cat([said, new], dim=1)
+    assert said[0].tolist() == generated(model)
+
+
+def test_an_uneven_folder(uneven: Exported) -> None:
+    check_alike(uneven.source, uneven.folder)
+    check_generates(uneven.source, uneven.folder)
+    assert len(session_of(uneven.folder).get_inputs()) == 3 + 2 * 3  # one block of four has no attention
+    names = {file.name for file in uneven.folder.iterdir()}
+    assert names >= {"model.onnx", "config.json", "generation_config.json", "tokenizer.json"}
+    text = "The minister said"
+    own = AutoTokenizer.from_pretrained(uneven.folder)
+    assert own(text)["input_ids"] == tiny_tokenizer()(text)["input_ids"]
+
+
+def test_a_stock_folder_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, folder = save_tiny(tiny_llama(num_hidden_layers=1), tmp_path / "model"), tmp_path / "new" / "onnx"
+    words = ["export", str(source), "--format", "onnx", "--output", str(folder)]
+    assert main(words) == 0
+    assert "without a key/value cache\ncheck passed: logits differ by at most" in capsys.readouterr().out
+    check_alike(source, folder)
+    before = (folder / "model.onnx").read_bytes()
+    assert main(words) == 2
+    assert "exists already: choose another, or pass --overwrite" in capsys.readouterr().err
+    assert (folder / "model.onnx").read_bytes() == before
+
+
+def test_a_graph_that_answers_otherwise_is_not_written(
+    uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_folder, "program_of", lambda model, cache: uneven.program)
+    other = saved(tiny_opt(seed=1, num_hidden_layers=4), tmp_path / "other", uneven=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OptpruneError, match=r"nothing was written, since the logits of ONNX Runtime differ by \d"):
+        export_onnx(other, tmp_path / "new" / "onnx", cache=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_cache_in_the_wrong_order_is_not_written(
+    uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read at once it answers rightly."""
+    program = uneven.program
+    outputs = {value.name: value for value in program.model.graph.outputs}
+    first, third = outputs["present.1.key"], outputs["present.2.key"]
+    first.name, third.name = "swapped", "present.1.key"
+    first.name = "present.2.key"
+    monkeypatch.setattr(onnx_folder, "program_of", lambda model, cache: program)
+    try:
+        with pytest.raises(OptpruneError, match="nothing was written"):
+            export_onnx(uneven.source, tmp_path / "onnx", cache=True)
+    finally:
+        first.name, third.name = "swapped", "present.2.key"
+        first.name = "present.1.key"
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_too_large_for_one_file_lie_beside_the_graph(
+    uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_folder, "program_of", lambda model, cache: uneven.program)
+    monkeypatch.setattr(onnx_folder, "LARGEST", 1000)
+    written = export_onnx(uneven.source, tmp_path / "onnx", cache=True)
+    graph, beside = written.folder / "model.onnx", written.folder / "model.onnx.data"
+    assert written.bytes == graph.stat().st_size + beside.stat().st_size
+    weights = sum(weight.numel() for weight in optprune.load(uneven.source).parameters())
+    assert 0.9 * 4 * weights < beside.stat().st_size <= 4 * weights
+    check_generates(uneven.source, written.folder)
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None:
+    monkeypatch.setattr(onnx_folder, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    source = save_tiny(tiny_llama(), tmp_path / "llama")
+    for output, sentence in (
+        (tmp_path / "x.onnx", "ONNX is written as a folder with model.onnx in it: name one in place of"),
+        (source, "holds the model that is read: name another"),
+        (tmp_path, "holds the model that is read: name another"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            export_onnx(source, output, overwrite=True)
+    rotary = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    moving = save_tiny(tiny_llama(**rotary), tmp_path / "moving")
+    with pytest.raises(InputError, match="rotary embeddings scaled by dynamic change with the length of a text"):
+        export_onnx(moving, tmp_path / "onnx")
+    monkeypatch.setattr(onnx_folder, "find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(
+        InputError, match=r"takes the package onnxscript, .* not installed: run pip install 'optprune\[onnx\]'$"
+    ):
+        export_onnx(source, tmp_path / "onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "moving"}
+
+
+def test_options_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main([*words, "--format", "onnx", "--type", "q8_0"]) == 2
+    assert "ONNX is written in float32, not in 'q8_0': leave out --type" in capsys.readouterr().err
+    assert main([*words, "--cache"]) == 2
+    assert "--cache is of --format onnx" in capsys.readouterr().err
+
+
+SCALED = {"rope_parameters": {**LLAMA3, "rope_theta": 5e4}}
+MODELS = {
+    **{name: lambda make=make: make(num_hidden_layers=4) for name, make in TINY_MODELS.items()},
+    "qwen2, sliding window": tiny_sliding,
+    "llama3's rotary embeddings": lambda: tiny_llama(num_hidden_layers=4, **SCALED),
+    "opt, norm after attention": lambda: tiny_opt(num_hidden_layers=4, do_layer_norm_before=False),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [False, True], ids=["no cache", "cache"])
+@pytest.mark.parametrize("other", [False, True], ids=["stock", "uneven, bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architecture(name: str, other: bool, cache: bool, tmp_path: Path) -> None:
+    source = saved(MODELS[name](), tmp_path / "model", other, torch.bfloat16 if other else torch.float32)
+    written = export_onnx(source, tmp_path / "onnx", cache=cache)
+    check_alike(source, written.folder)
+    if cache:
+        check_generates(source, written.folder)
