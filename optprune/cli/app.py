@@ -15,6 +15,7 @@ from optprune.cli.export import export_command
 from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
+from optprune.cli.report import report_command
 
 app = typer.Typer(
     add_completion=False,
@@ -47,6 +48,9 @@ app.command("audit", short_help="Measure what a model's weights are, and whether
 )
 app.command("inspect", short_help="The same, by its older name.")(reported(audit_command))
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
+app.command("report", short_help="Make the page about a pruned folder, with what was measured since.")(
+    reported(report_command)
+)
 app.command("export", short_help="Write a model folder as a GGUF file for llama.cpp.")(reported(export_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
     reported(benchmark_model_command)

@@ -1,7 +1,7 @@
 """optprune evaluate: what a model predicts on a text, by itself and beside the dense model."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,43 +59,25 @@ def evaluate_command(
     Against the dense model also the divergence of the predictions in nats, and how often the first choice agrees.
     """
     reporter = start()
-    from optprune.measure import bits_per_byte, read_questions
-    from optprune.models import check_dtype, device_of, load_config, need_tokenizer
-    from optprune.texts import check_seq_length, evaluation_windows, read_documents
+    from optprune.measure import read_questions
+    from optprune.models import check_dtype, device_of
 
     check_json(json_file, models=[model, *([] if against is None else [against])])
     check_dtype(dtype)
     device_of(device)
-    if generations < 0:
-        raise InputError(f"--generations cannot be {generations}: it is at least 0")
+    check_generations(generations)
     asked = [] if questions is None else read_questions(questions)
-    documents = read_documents(text)
-    config = load_config(model)
-    check_seq_length(config, seq_length)
-    reporter.say(f"tokenising {text}")
-    most = None if windows is None else max(windows, 1) * seq_length
-    tokens = tokens_for(model, config, documents, most)
-    if against is not None:
-        _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
-    ids = evaluation_windows(tokens, seq_length, windows)
-
-    loaded, *others = [_loaded(reporter, source, dtype, device) for source in (model, against) if source is not None]
-    beside = Beside(reporter, loaded, others[0] if others else None, ids)
-    evaluation, more, said = beside.predictions()
-    bits = bits_per_byte(evaluation, ids, need_tokenizer(loaded.tokenizer, model))
-    about = {"model": model, "text": text, "seq_length": seq_length}
-    result: dict[str, Any] = {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}
-    lines = [
-        f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-        f"({evaluation.windows} windows of {seq_length}) in {evaluation.seconds:.0f} s",
-        *said,
-    ]
-    for more, said in (beside.answers(asked), beside.generations(generations)):
-        result |= more
-        lines += said
-    write_json(json_file, json_text(result), f"the perplexity is {evaluation.perplexity:.4f}")
+    beside = Beside.loaded_for(reporter, model, against, text, seq_length, windows, device=device, dtype=dtype)
+    result, lines = beside.measured(asked, generations)
+    write_json(json_file, json_text(result), f"the perplexity is {result['perplexity']:.4f}")
     for line in lines:
         typer.echo(line)
+
+
+def check_generations(count: int) -> None:
+    """Raise InputError when there cannot be so many continuations."""
+    if count < 0:
+        raise InputError(f"--generations cannot be {count}: it is at least 0")
 
 
 @dataclass(frozen=True)
@@ -106,6 +88,56 @@ class Beside:
     loaded: "LoadedModel"
     dense: "LoadedModel | None"
     windows: "Tensor"
+    text: str
+
+    @classmethod
+    def loaded_for(
+        cls,
+        reporter: "Reporter",
+        model: str,
+        against: str | None,
+        text: str,
+        seq_length: int,
+        windows: int | None,
+        *,
+        device: str,
+        dtype: str,
+    ) -> "Beside":
+        """Both models and the windows of a text; InputError, before either is loaded, where they do not go together."""
+        from optprune.models import load_config
+        from optprune.texts import check_seq_length, evaluation_windows, read_documents
+
+        documents = read_documents(text)
+        config = load_config(model)
+        check_seq_length(config, seq_length)
+        reporter.say(f"tokenising {text}")
+        most = None if windows is None else max(windows, 1) * seq_length
+        tokens = tokens_for(model, config, documents, most)
+        if against is not None:
+            _check_alike(model, config, against, tokens, lambda other: tokens_for(against, other, documents, most))
+        ids = evaluation_windows(tokens, seq_length, windows)
+        loaded, *others = [_loaded(reporter, name, dtype, device) for name in (model, against) if name is not None]
+        return cls(reporter, loaded, others[0] if others else None, ids, text)
+
+    def measured(self, questions: "list[Question]", generations: int) -> tuple[dict[str, Any], list[str]]:
+        """All of it: what the JSON file holds, and lines to read."""
+        from optprune.measure import bits_per_byte
+        from optprune.models import need_tokenizer
+
+        model, seq_length = self.loaded.source, self.windows.shape[1]
+        evaluation, more, said = self.predictions()
+        bits = bits_per_byte(evaluation, self.windows, need_tokenizer(self.loaded.tokenizer, model))
+        about = {"model": model, "text": self.text, "seq_length": seq_length}
+        result: dict[str, Any] = {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}
+        lines = [
+            f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
+            f"({evaluation.windows} windows of {seq_length}) in {evaluation.seconds:.0f} s",
+            *said,
+        ]
+        for more, said in (self.answers(questions), self.generations(generations)):
+            result |= more
+            lines += said
+        return result, lines
 
     def predictions(self) -> "tuple[Evaluation, dict[str, Any], list[str]]":
         """The perplexity, and how far the predictions are from the dense model's; each reads the text once."""
@@ -142,13 +174,13 @@ class Beside:
         return result, lines
 
     def generations(self, count: int) -> tuple[dict[str, Any], list[str]]:
-        """Greedy continuations of the first windows."""
+        """Greedy continuations of the first tokens of windows, or of places in them where there are fewer."""
         from optprune.measure import generate
         from optprune.models import need_tokenizer
 
         if not count:
             return {}, []
-        prompts = [window[:PROMPT] for window in self.windows[:count]]
+        prompts = list(prompts_of(self.windows, count))
         tokenizer = need_tokenizer(self.loaded.tokenizer, self.loaded.source)
         texts = {key: generate(one.model, tokenizer, prompts) for key, one in self._both("text")}
         shown = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
@@ -159,6 +191,16 @@ class Beside:
     def _both(self, key: str) -> "list[tuple[str, LoadedModel]]":
         """The model and the dense one, with the keys of what is found of them."""
         return [(key, self.loaded)] + ([] if self.dense is None else [(f"dense_{key}", self.dense)])
+
+
+def prompts_of(windows: "Tensor", count: int) -> "Iterator[Tensor]":
+    """The first tokens of so many windows [n, length], or of places that lie evenly in them where there are fewer."""
+    tokens, length = windows.flatten(), windows.shape[1]
+    if count > len(windows):
+        count = min(count, max(1, len(tokens) // PROMPT))
+        length = len(tokens) // count
+    for begin in range(0, count * length, length):
+        yield tokens[begin : begin + min(PROMPT, length)]
 
 
 def _loaded(reporter: "Reporter", source: str, dtype: str, device: str) -> "LoadedModel":
