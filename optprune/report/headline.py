@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from optprune.report.by_block import pattern_of, widths
 from optprune.report.evaluated import Evaluated, Speed
 from optprune.report.held import Held
-from optprune.report.page_tables import Table, mib, number
-from optprune.report.progress import duration
+from optprune.report.page_tables import Table, mib, number, time_of
 from optprune.report.records import Report
 
 
@@ -43,7 +42,7 @@ class Headline:
         if self.held is not None:
             found.append(("size of the weights", mib(self.held.bytes), f"{self.held.parameters:,} parameters"))
         took = sum(phase.seconds for phase in report.phases) or report.seconds
-        found.append(("time", duration(took), f"on {report.tokens:,} tokens"))
+        found.append(("time", time_of(took), f"on {report.tokens:,} tokens"))
         return found
 
     @property

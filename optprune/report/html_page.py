@@ -28,9 +28,9 @@ from optprune.report.page_tables import (
     recipe_table,
     recovered_table,
     removed_table,
+    time_of,
 )
 from optprune.report.pictures import can_draw, pictures
-from optprune.report.progress import duration
 from optprune.report.records import Report
 from optprune.system.wording import one_line
 
@@ -117,7 +117,7 @@ def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, spee
         "sections": _sections(report, evaluation),
         "measured": _measured(report, evaluation, speed),
         "floor": f"The two calibration passes with their Gram products, without which no run can do, took "
-        f"{duration(report.floor_seconds)}.",
+        f"{time_of(report.floor_seconds)}.",
         "kept_sentence": _kept(report),
         "error_sentence": _errors(report),
         "gap_sentence": _gaps(report),

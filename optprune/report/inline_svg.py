@@ -102,6 +102,7 @@ def _named(value: str, name: str) -> str:
 def _themed(value: str) -> str:
     """A value with the page's colours for those of the picture, and of a font the size only."""
     value = re.sub(r"font: [^;]*?([\d.]+px)[^;]*", r"font-size: \1", value)
+    value = re.sub(r"font-family: [^;]*; ?", "", value)
     names = {code: f"var(--{name})" for name, code in COLOURS.items()}
     return re.sub(r"(?<=[ :])#[0-9a-f]{6}", lambda found: names.get(found[0], "currentColor"), value)
 

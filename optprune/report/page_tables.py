@@ -30,7 +30,7 @@ def phases_table(report: Report) -> Table:
     rows = [
         (
             phase.name,
-            duration(phase.seconds),
+            time_of(phase.seconds),
             f"{phase.seconds / whole:.1%}" if whole else "",
             _size(phase.host_bytes),
             *([_size(phase.device_bytes)] if device else []),
@@ -41,7 +41,7 @@ def phases_table(report: Report) -> Table:
         _size(max((size for size in sizes if size is not None), default=None))
         for sizes in zip(*((phase.host_bytes, phase.device_bytes) for phase in report.phases), strict=True)
     ]
-    rows.append(("all", duration(whole), "100.0%", *peaks[: 1 + device]))
+    rows.append(("all", time_of(whole), "100.0%", *peaks[: 1 + device]))
     head = ("phase", "time", "share", "peak memory", *(["peak on the device"] if device else []))
     return Table("Time and largest memory of each phase", head, tuple(rows))
 
@@ -85,7 +85,7 @@ def layers_table(report: Report) -> Table:
             *([number(layer.held_out_error)] if held else []),
             "no bound" if layer.gap is None else percent(layer.gap),
             number(layer.damping),
-            duration(layer.seconds) if math.isfinite(layer.seconds) else "",
+            time_of(layer.seconds),
             layer.status.replace("_", " ").lower(),
             layer.solver,
         )
@@ -106,7 +106,7 @@ def recovered_table(report: Report) -> Table:
             number(part.held_out_before),
             number(part.held_out_after),
             str(part.steps),
-            duration(part.seconds),
+            time_of(part.seconds),
         )
         for part in report.recovered
     )
@@ -160,6 +160,11 @@ def _fields(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
 def number(value: float | None, form: str = ".3g") -> str:
     """A number in words; one that is not known, or none, is a dash."""
     return "-" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def time_of(seconds: float) -> str:
+    """A time in words; one that is not known is a dash."""
+    return duration(seconds) if math.isfinite(seconds) else "-"
 
 
 def percent(share: float) -> str:
