@@ -27,7 +27,7 @@ def phases_table(report: Report) -> Table:
     """What each phase took; a column of a device's memory where one was told."""
     whole = sum(phase.seconds for phase in report.phases)
     device = any(phase.device_bytes is not None for phase in report.phases)
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             phase.name,
             time_of(phase.seconds),

@@ -103,7 +103,7 @@ def _strips(name: str, title: str, kept: Sequence[Kept], *, shares_of: bool) -> 
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_yticks([0, 0.5, 1])
         else:
-            axes.set_yticks(sorted({0, *([most // 2] if most >= 8 else []), most}))
+            axes.set_yticks([0.0, most // 2, most] if most >= 8 else [0.0, most])
     panels[-1].set_xlabel("block")
     return inline_svg(figure, name, title, _kept_in_words(kept, shares_of=shares_of))
 
