@@ -17,6 +17,7 @@ from optprune.cli.heal import heal_command
 from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
+from optprune.cli.report import report_command
 
 app = typer.Typer(
     add_completion=False,
@@ -52,6 +53,9 @@ app.command("evaluate", short_help="Measure a model's perplexity on a text.")(re
 app.command("heal", short_help="Train a pruned model towards the dense one; zeros stay.")(reported(heal_command))
 app.command("compare", short_help="Prune by several recipes, and tell quality against size and time.")(
     reported(compare_command)
+)
+app.command("report", short_help="Make the page about a pruned folder, with what was measured since.")(
+    reported(report_command)
 )
 app.command("export", short_help="Write a model folder for llama.cpp (GGUF) or as ONNX.")(reported(export_command))
 app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OF_A_MODEL = re.compile(
     r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
-    r"|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
+    r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
     r"|.*\.(safetensors|model|jinja|py)"
 )
 """the names that files of a saved folder may have"""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,12 +15,14 @@ from optprune.export.check import compare, logits_of
 from optprune.export.place import UNCHECKED, Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.export.progress import Progress
+from optprune.export.report_files import ReportFiles
 from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
+from optprune.measure.speed import file_bytes
 from optprune.models import Decoder, is_stock
 from optprune.models.store import BlockStore
-from optprune.report import Event, PhaseRecorder, PhaseReport, Report, joined
+from optprune.report import Event, PhaseRecorder, Report
 from optprune.report.phases import CHECKING, SAVING
-from optprune.system.files import real_path, write_whole
+from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
 
 
@@ -60,7 +62,7 @@ def save_model(
     those in memory. Until then the folder's name ends with ".unchecked", and where they do not, or the process fails,
     that is where it stays. A model that `open_model` gave comes with the `store` of its blocks. Where the weights are
     more than `max_shard_size`, files `made` that hold a block each are linked and not copied. A `report` is written as
-    report.json with what saving took and, once the folder is checked, checking.
+    report.json, and as a page, report.html, with what saving took and, once the folder is checked, checking.
     """
     folder, decoder, most = Path(folder), Decoder(model, store), size_of(max_shard_size)
     check_output(folder, overwrite)
@@ -76,8 +78,8 @@ def save_model(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 scratch = Scratch(place)
             draft = _write(decoder, scratch.folder / "model", tokenizer, files or {}, most, made, progress.written)
-        told = _put_report(draft, report, phases.done)
-        size = sum(file.stat().st_size for file in draft.glob("*.safetensors"))
+        reports = None if report is None else ReportFiles.of(report, decoder, draft, tokenizer=tokenizer is not None)
+        told = reports and reports.put(draft, phases.done)
         if check_tokens is not None and logits is not None:
             with interrupts_held():
                 put_in_place(draft, unchecked, overwrite=True)
@@ -86,12 +88,12 @@ def save_model(
             draft = unchecked
             with phases.phase(CHECKING):
                 difference = _checked(decoder, unchecked, check_tokens, logits, scratch.folder, progress)
-            told = _put_report(draft, report, phases.done)
+            told = reports and reports.put(draft, phases.done)
         with interrupts_held():
             put_in_place(draft, place, overwrite)
             record_done(f"the pruned model is in {folder}")
             scratch.discard()
-            return SavedModel(folder, size, is_stock(model.config), difference, told)
+            return SavedModel(folder, file_bytes(str(place)), is_stock(model.config), difference, told)
     except BaseException as error:
         with interrupts_held():
             if scratch is not None:
@@ -151,15 +153,6 @@ def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if not value.is_meta and not bool(torch.isfinite(value).all()):
         raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
     return value
-
-
-def _put_report(folder: Path, report: Report | None, phases: tuple[PhaseReport, ...]) -> Report | None:
-    """Write a report with more phases into a folder, in place of one that is there."""
-    if report is None:
-        return None
-    whole = replace(report, phases=joined(report.phases, phases))
-    write_whole(folder / "report.json", lambda stream: stream.write(whole.to_json().encode()), lasting=False)
-    return whole
 
 
 def _write(

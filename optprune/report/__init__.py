@@ -1,6 +1,7 @@
 """What a run reports, on the way and at the end, and what a folder of weights says of itself."""
 
 from optprune.report.dead_units import DeadUnits
+from optprune.report.evaluated import Evaluated, Speed, evaluation_in, read_evaluation, read_speed
 from optprune.report.events import (
     BlockFinished,
     BlockStarted,
@@ -12,9 +13,13 @@ from optprune.report.events import (
     PhaseStarted,
 )
 from optprune.report.folder_audit import Audit, audit
+from optprune.report.held import Held, held_in
+from optprune.report.html_page import page
 from optprune.report.layer_pattern import BrokenGroups, LayerPattern, broken_groups, layer_pattern, model_patterns
 from optprune.report.original import Original, layer_sizes, original_of, shares_kept
 from optprune.report.phases import PHASES, PhaseReport, joined
+from optprune.report.pictures import pictures
+from optprune.report.reading import read_report
 from optprune.report.recorder import PhaseRecorder
 from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report
 from optprune.report.stored import Fault
@@ -28,8 +33,10 @@ __all__ = [
     "BrokenGroups",
     "DeadUnits",
     "DivergenceMeasured",
+    "Evaluated",
     "Event",
     "Fault",
+    "Held",
     "LayerPattern",
     "LayerReport",
     "LayerSolved",
@@ -42,12 +49,20 @@ __all__ = [
     "RecoveredPart",
     "RemovedPart",
     "Report",
+    "Speed",
     "audit",
     "broken_groups",
+    "evaluation_in",
+    "held_in",
     "joined",
     "layer_pattern",
     "layer_sizes",
     "model_patterns",
     "original_of",
+    "page",
+    "pictures",
+    "read_evaluation",
+    "read_report",
+    "read_speed",
     "shares_kept",
 ]

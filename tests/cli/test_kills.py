@@ -46,7 +46,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "report.json"}
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.stem != "report"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""optprune report: the page about a run again, with what was measured since."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from optprune.cli.beside import Beside, check_generations
+from optprune.cli.options import Device, Dtype, SeqLength
+from optprune.cli.outputs import check_file, start, write_file
+from optprune.errors import InputError
+from optprune.system.files import real_path
+
+if TYPE_CHECKING:
+    from optprune.report import Evaluated
+
+PAGE = "report.html"
+
+
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that optprune prune wrote.")],
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="MODEL", help="The model before pruning, to compare with.")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option("--text", metavar="TEXT", help="A held-out text, as optprune evaluate takes it: measures on it."),
+    ] = None,
+    seq_length: SeqLength = 2048,
+    windows: Annotated[int | None, typer.Option("--windows", help="How many windows. [default: all]")] = None,
+    generations: Annotated[
+        int, typer.Option("--generations", help="How many greedy continuations of the text to show.")
+    ] = 10,
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", metavar="FILE", help="What optprune evaluate --json wrote.")
+    ] = None,
+    speed: Annotated[
+        Path | None, typer.Option("--speed", metavar="FILE", help="What optprune benchmark-model --json wrote.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The page. [default: DIR/report.html]")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Make report.html of a pruned folder again from its report.json, with evaluation and speed where they are given.
+
+    It is one file that needs no other. With --text both models are in memory, as for optprune evaluate.
+    """
+    reporter = start()
+    from optprune.models import check_dtype, device_of
+    from optprune.report import held_in, page, read_evaluation, read_report, read_speed
+    from optprune.report.pictures import can_draw
+
+    _check_together(against, text, evaluation)
+    check_generations(generations)
+    check_dtype(dtype)
+    device_of(device)
+    report = read_report(folder)
+    place = _place(folder, output, against)
+    measured = None if evaluation is None else read_evaluation(evaluation)
+    speeds = None if speed is None else read_speed(speed)
+    held = held_in(folder, report)
+    if text is not None:
+        beside = Beside.loaded_for(
+            reporter, str(folder), against, text, seq_length, windows, device=device, dtype=dtype
+        )
+        measured = _evaluated(beside, generations)
+    if not can_draw():
+        reporter.say("matplotlib is not installed: tables stand in place of pictures (pip install 'optprune[plot]')")
+    drawn = page(report, held=held, evaluation=measured, speed=speeds)
+    write_file(place, drawn.encode(), "page", f"{folder} is as it was")
+    typer.echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")
+
+
+def _check_together(against: str | None, text: str | None, evaluation: Path | None) -> None:
+    if against is not None and text is None:
+        raise InputError("--against compares predictions on a text: give one by --text")
+    if evaluation is not None and text is not None:
+        raise InputError("--evaluation is what was measured before, and --text measures now: give one of them")
+
+
+def _place(folder: Path, output: Path | None, against: str | None) -> Path:
+    """Where the page goes: into the folder, or to a file that is none of a model's."""
+    place = folder / PAGE if output is None else output
+    own = real_path(place) == real_path(folder / PAGE)
+    others = [] if against is None else [against]
+    check_file(place, "page", models=others if own else [str(folder), *others])
+    return place
+
+
+def _evaluated(beside: "Beside", generations: int) -> "Evaluated":
+    """What is measured now, with the size of the dense model."""
+    from optprune.measure.speed import file_bytes
+    from optprune.report import evaluation_in
+
+    result, _ = beside.measured([], generations)
+    if beside.dense is not None:
+        result["dense_parameters"] = sum(parameter.numel() for parameter in beside.dense.model.parameters())
+        result["dense_bytes"] = file_bytes(beside.dense.source)
+    return evaluation_in(result, "the evaluation")

@@ -1,0 +1,140 @@
+"""The headline of a page about a run: the model before and after, as far as it was measured."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from optprune.report.by_block import pattern_of, widths
+from optprune.report.evaluated import Evaluated, Speed
+from optprune.report.held import Held
+from optprune.report.page_tables import Table, mib, number, time_of
+from optprune.report.records import Report
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What is known of a run and of the model that it made."""
+
+    report: Report
+    held: Held | None = None
+    evaluation: Evaluated | None = None
+    speed: Speed | None = None
+
+    @property
+    def key_figures(self) -> list[tuple[str, str, str]]:
+        """The few figures to read first: what it is, the figure, and what belongs to it."""
+        report, evaluation = self.report, self.evaluation
+        found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} asked")]
+        if evaluation is not None:
+            before = evaluation.dense_perplexity
+            small = "" if before is None else f"{number(before, '.2f')} before"
+            found.append(("perplexity", number(evaluation.perplexity, ".2f"), small))
+            if evaluation.divergence is not None and evaluation.agreement is not None:
+                small = f"nats; first choice the same in {evaluation.agreement:.1%}"
+                found.append(("divergence", number(evaluation.divergence), small))
+        if self.speed is not None and len(self.speed.models) == 2:
+            now, was = (model.decode.median for model in self.speed.models)
+            found.append(("decoding speed", f"{now / was:.2f} times", f"{now:.1f} tokens a second, {was:.1f} before"))
+        if report.layers and evaluation is None:
+            mean = statistics.fmean(layer.relative_error for layer in report.layers)
+            when = ", before recovery" if report.recovered else ""
+            found.append(("mean relative error", number(mean), f"of {len(report.layers)} layers' outputs{when}"))
+        if self.held is not None:
+            found.append(("size of the weights", mib(self.held.bytes), f"{self.held.parameters:,} parameters"))
+        took = sum(phase.seconds for phase in report.phases) or report.seconds
+        found.append(("time", time_of(took), f"on {report.tokens:,} tokens"))
+        return found
+
+    @property
+    def table(self) -> Table:
+        """All that is known of the model before and after."""
+        rows = (*self._shapes(), *self._sizes(), *self._predictions(), *self._speeds())
+        return Table("The model before and after", ("", "before", "after", "change"), rows)
+
+    def _shapes(self) -> Iterator[tuple[str, str, str, str]]:
+        blocks = self.report.blocks
+        if blocks:
+            counts = [sum(bool(shape.parts) for shape in shapes) for shapes in self._before_and_after()]
+            yield ("decoder blocks", *_counted(*counts))
+        for kept in widths(self.report):
+            before, after = (_range(values) for values in (kept.before, kept.after))
+            yield (f"{kept.name} in a block", before, after, "")
+
+    def _before_and_after(self) -> tuple[list, list]:
+        return [change.before for change in self.report.blocks], [change.after for change in self.report.blocks]
+
+    def _sizes(self) -> Iterator[tuple[str, str, str, str]]:
+        held = self.held
+        if held is None:
+            return
+        yield ("linear weights of the blocks", *_counted(held.linear_before or None, held.linear_weights))
+        if pattern_of(self.report) is not None and held.linear_before:
+            kept = round(held.linear_before * (1 - self.report.sparsity_reached))
+            yield ("of them not zero", *_counted(held.linear_before, kept))
+        yield ("parameters in all", *_counted(self._dense("parameters"), held.parameters))
+        before = self._dense("bytes")
+        yield (
+            "size of the weights",
+            "-" if before is None else mib(before),
+            mib(held.bytes),
+            _change(before, held.bytes),
+        )
+
+    def _dense(self, what: str) -> int | None:
+        """The parameters or the bytes of the model before, where something was measured of it."""
+        if self.evaluation is not None and self.evaluation.dense_bytes is not None:
+            return self.evaluation.dense_parameters if what == "parameters" else self.evaluation.dense_bytes
+        if self.speed is not None and len(self.speed.models) == 2:
+            dense = self.speed.models[1]
+            return dense.parameters if what == "parameters" else dense.file_bytes
+        return None
+
+    def _predictions(self) -> Iterator[tuple[str, str, str, str]]:
+        found = self.evaluation
+        if found is None:
+            return
+        before, after = found.dense_perplexity, found.perplexity
+        yield ("perplexity", number(before, ".4f"), number(after, ".4f"), _change(before, after))
+        yield ("bits per byte", "-", number(found.bits_per_byte, ".4f"), "")
+        if found.divergence is not None and found.agreement is not None:
+            yield ("divergence, nats a prediction", "0", number(found.divergence, ".4f"), "")
+            yield ("first choice the same", "100.0%", f"{found.agreement:.1%}", "")
+        if found.questions is not None:
+            was = "-" if found.dense_questions is None else f"{found.dense_questions.accuracy:.1%}"
+            yield (f"of {found.questions.questions} questions right", was, f"{found.questions.accuracy:.1%}", "")
+
+    def _speeds(self) -> Iterator[tuple[str, str, str, str]]:
+        if self.speed is None:
+            return
+        after, before = self.speed.models[0], (*self.speed.models, None)[1]
+        for name, now, was in (
+            ("prefill, tokens a second", after.prefill, before and before.prefill),
+            ("decoding, tokens a second", after.decode, before and before.decode),
+        ):
+            medians = was and was.median, now.median
+            yield (name, number(medians[0], ".1f"), number(medians[1], ".1f"), _change(*medians))
+        if after.peak_bytes is not None:
+            was = before.peak_bytes if before else None
+            yield (
+                "peak memory",
+                "-" if was is None else mib(was),
+                mib(after.peak_bytes),
+                _change(was, after.peak_bytes),
+            )
+
+
+def _counted(before: int | None, after: int) -> tuple[str, str, str]:
+    return "-" if before is None else f"{before:,}", f"{after:,}", _change(before, after)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """How much more or less, in percent; nothing where it is the same or one is not known."""
+    if not before or after is None or before == after:
+        return ""
+    return f"{after / before - 1:+.1%}"
+
+
+def _range(values: tuple[float, ...]) -> str:
+    """The least and the most that a block has, of those that have any."""
+    there = [value for value in values if value] or [0.0]
+    return " to ".join(f"{value:,.0f}" for value in dict.fromkeys((min(there), max(there))))

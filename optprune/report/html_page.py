@@ -1,0 +1,260 @@
+"""The page about a run: report.html, one file that needs no other and no script."""
+
+import re
+import statistics
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import PurePath
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from optprune.models.demo_file import DEMO_NAME
+from optprune.models.load import DEMO
+from optprune.report.by_block import pattern_of, shares, widths
+from optprune.report.evaluated import Evaluated, Speed
+from optprune.report.headline import Headline
+from optprune.report.held import Held, loading_code
+from optprune.report.page_tables import (
+    Table,
+    along_table,
+    environment_table,
+    kept_tables,
+    layers_table,
+    number,
+    percent,
+    phases_table,
+    recipe_table,
+    recovered_table,
+    removed_table,
+    time_of,
+)
+from optprune.report.pictures import can_draw, pictures
+from optprune.report.records import Report
+from optprune.system.wording import one_line
+
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""characters that HTML does not allow"""
+
+
+def page(
+    report: Report,
+    *,
+    held: Held | None = None,
+    evaluation: Evaluated | None = None,
+    speed: Speed | None = None,
+    drawn: Mapping[str, str] | None = None,
+) -> str:
+    """The page about a run as HTML: the same bytes for the same figures, with nothing to fetch and no script.
+
+    It has what is known: what the folder `held`, what `evaluate` and `benchmark-model` measured. `drawn` are the
+    pictures where they were made before; without matplotlib there are none, and tables stand in their place.
+    """
+    found = pictures(report, evaluation) if drawn is None else drawn
+    template = _environment().from_string(_text("page.html"))
+    return template.render(
+        **_texts(report, held, evaluation, speed),
+        **_tables(report, held, evaluation),
+        report=report,
+        headline=Headline(report, held, evaluation, speed),
+        evaluation=evaluation,
+        style=Markup(_text("page.css")),
+        pictures={name: Markup(svg) for name, svg in found.items()},
+        drawn_kept={"widths", "shares"} & found.keys(),
+        undrawn=drawn is None and not can_draw(),
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        finalize=_seen,
+    )
+
+
+def _seen(value: Any) -> Any:
+    """A text with a sign in place of each character that a page cannot hold."""
+    return UNSEEN.sub("\ufffd", value) if type(value) is str else value
+
+
+def _text(name: str) -> str:
+    return (files("optprune.report") / name).read_text(encoding="utf-8")
+
+
+def _tables(report: Report, held: Held | None, evaluation: Evaluated | None) -> dict[str, Any]:
+    notes = [(layer.name, "; ".join(layer.notes)) for layer in report.layers if layer.notes]
+    return {
+        "phases": phases_table(report) if report.phases else None,
+        "kept": kept_tables(report),
+        "removed": removed_table(report),
+        "layers": layers_table(report),
+        "recovered": recovered_table(report),
+        "along": along_table(evaluation) if evaluation is not None else None,
+        "recipe": recipe_table(report),
+        "environment": environment_table(report, None if held is None else held.dtype),
+        "layer_notes": notes,
+        "notes_table": Table("Notes by layer", ("layer", "notes"), tuple(notes), (0, 1)),
+    }
+
+
+def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, speed: Speed | None) -> dict[str, Any]:
+    recipe = one_line(report.recipe.get("name", "custom"))
+    source = DEMO_NAME if report.model == DEMO else report.model
+    name = one_line(PurePath(source).name or source)
+    return {
+        "title": f"{name}, pruned by {recipe}",
+        "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed "
+        f"({report.sparsity_requested:.2%} asked), by optprune {report.versions.get('optprune', '')}".strip()
+        + ".",
+        "summary": " ".join(
+            f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
+        ),
+        "sections": _sections(report, evaluation),
+        "measured": _measured(report, evaluation, speed),
+        "floor": f"The two calibration passes with their Gram products, without which no run can do, took "
+        f"{time_of(report.floor_seconds)}.",
+        "kept_sentence": _kept(report),
+        "error_sentence": _errors(report),
+        "gap_sentence": _gaps(report),
+        "damping": _damping(report),
+        "statuses": _statuses(report),
+        "evaluated_on": "" if evaluation is None else _evaluated_on(evaluation),
+        "code": None if held is None else loading_code(held),
+        "load_sentence": _load(held),
+    }
+
+
+def _sections(report: Report, evaluation: Evaluated | None) -> list[tuple[str, str]]:
+    there = {
+        ("figures", "Before and after"): True,
+        ("time", "Time"): bool(report.phases),
+        ("kept", "Blocks"): bool(report.blocks or shares(report)),
+        ("layers", "Layers"): bool(report.layers),
+        ("notes", "Notes"): True,
+        ("predictions", "Predictions"): evaluation is not None,
+        ("generations", "Continuations"): evaluation is not None and bool(evaluation.generations),
+        ("recipe", "Recipe"): True,
+        ("environment", "Environment"): True,
+        ("load", "Load"): True,
+    }
+    return [section for section, is_there in there.items() if is_there]
+
+
+def _measured(report: Report, evaluation: Evaluated | None, speed: Speed | None) -> list[str]:
+    """What was not measured and how to have it, and on what speed was."""
+    said = []
+    if evaluation is None:
+        said.append(
+            "Perplexity and divergence are not measured while a model is pruned: optprune report DIR --against MODEL "
+            "--text TEXT makes this page again with them and with continuations side by side."
+        )
+    if speed is None:
+        said.append(
+            "Speed was not measured: optprune benchmark-model DIR --against MODEL --json FILE does that, and optprune "
+            "report DIR --speed FILE puts it here."
+        )
+    else:
+        said.append(
+            f"Speed on {speed.device} in {speed.dtype}: batch {speed.batch}, prompts of {speed.prompt_tokens} tokens, "
+            f"{speed.new_tokens} new ones, medians of {speed.repeats} repeats."
+        )
+    if (pattern := pattern_of(report)) is not None:
+        said.append(
+            "Zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
+            f"pattern {pattern}."
+        )
+    return said
+
+
+def _kept(report: Report) -> str:
+    """What changed, in a sentence: the same in every block, or from the least to the most."""
+    changed = [each for each in widths(report) if each.changed]
+    said = []
+    for each in changed:
+        pairs = {(was, now) for was, now in zip(each.before, each.after, strict=True) if now}
+        gone = sum(bool(was) and not now for was, now in zip(each.before, each.after, strict=True))
+        least, most = (pick((now for _, now in pairs), default=0) for pick in (min, max))
+        if len(pairs) == 1 and not gone:
+            ((was, now),) = pairs
+            said.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
+        else:
+            tail = f", none in {gone} blocks" if gone else ""
+            said.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
+    pattern = pattern_of(report)
+    if pattern is not None:
+        every = [share for each in shares(report) for share in each.after] or [1.0]
+        stay = " to ".join(dict.fromkeys(f"{share:.2%}" for share in (min(every), max(every))))
+        said.append(f"{stay} of the weights of a layer are not zero, in the pattern {pattern}")
+    unchanged = [each.name for each in widths(report) if not each.changed]
+    sentence = "; ".join(said) or "Every block keeps all that it had"
+    if said and unchanged and pattern is None:
+        sentence += f"; all {' and '.join(unchanged)} stay"
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _errors(report: Report) -> str:
+    errors = [layer.relative_error for layer in report.layers]
+    apart = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
+    if not errors:
+        return ""
+    worst = max(report.layers, key=lambda layer: layer.relative_error)
+    when = " before recovery" if report.recovered else ""
+    held = f" On held-out tokens the mean is {number(statistics.fmean(apart))}." if apart else ""
+    return (
+        f"The mean relative error of {len(errors)} layers{when} is {number(statistics.fmean(errors))}, the largest "
+        f"{number(worst.relative_error)} ({worst.name}).{held}"
+    )
+
+
+def _gaps(report: Report) -> str:
+    gaps = [layer.gap for layer in report.layers if layer.gap is not None]
+    if not gaps:
+        return "No layer has a proved bound: its solver gives an answer and does not tell how far it is from the best."
+    return (
+        f"{len(gaps)} of {len(report.layers)} layers have a proved bound: their answers are at most "
+        f"{percent(max(gaps))} from the best, half of them at most {percent(statistics.median(gaps))}."
+    )
+
+
+def _damping(report: Report) -> str:
+    ridges = [layer.damping for layer in report.layers]
+    dead = sum(layer.dead_inputs for layer in report.layers)
+    if not ridges:
+        return ""
+    range_of = " to ".join(dict.fromkeys((number(min(ridges)), number(max(ridges)))))
+    zero = f" {dead:,} inputs of layers were zero on every calibration token." if dead else ""
+    return f"Damping added to the diagonals of the Gram matrices: {range_of}, by layer.{zero}"
+
+
+def _statuses(report: Report) -> list[str]:
+    """The layers whose solver stopped for another reason than that it was done, by reason."""
+    found: dict[str, int] = {}
+    for layer in report.layers:
+        if layer.status.lower() != "converged":
+            found[layer.status] = found.get(layer.status, 0) + 1
+    return [
+        f"{status.replace('_', ' ').lower()}: {count} of {len(report.layers)} layers" for status, count in found.items()
+    ]
+
+
+def _evaluated_on(found: Evaluated) -> str:
+    beside = "" if found.against is None else f", beside {found.against}"
+    return (
+        f"{found.text}, {found.windows:,} windows of {found.seq_length:,} tokens, {found.tokens:,} predictions{beside}."
+    )
+
+
+def _load(held: Held | None) -> str:
+    if held is None:
+        return ""
+    if held.stock:
+        return "It has the stock classes of transformers."
+    return (
+        "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder, which it "
+        "does with trust_remote_code=True only; optprune.load(folder) needs no such trust."
+    )

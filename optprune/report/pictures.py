@@ -1,0 +1,209 @@
+"""The pictures of a page about a run: what blocks keep, errors, gaps, divergence along the context."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from optprune.report.by_block import Kept, by_path, of_attention, shares, widths
+from optprune.report.evaluated import Evaluated
+from optprune.report.inline_svg import COLOURS, SETTINGS, inline_svg
+from optprune.report.records import LayerReport, Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.6
+"""the width of a picture in inches, so that it can be read on a phone without scrolling"""
+LEFT, RIGHT, BELOW = 0.52, 0.06, 0.42
+"""the room beside and below the panels for numbers and words, in inches"""
+LOOKS = (("first", "o"), ("second", "s"), ("third", "^"), ("fourth", "D"))
+"""colours and marks of the layers in one panel"""
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def pictures(report: Report, evaluation: Evaluated | None = None) -> dict[str, str]:
+    """The pictures that the data are there for, as <svg> elements by name; none without matplotlib."""
+    if not can_draw():
+        return {}
+    drawn = dict[str, str]()
+    with _own_settings():
+        if kept := [each for each in widths(report) if each.changed]:
+            title = "Widths of every block, before and after"
+            drawn["widths"] = _strips("widths", title, kept, shares_of=False)
+        if kept := list(shares(report)):
+            drawn["shares"] = _strips("shares", "Weights of every layer that are not zero", kept, shares_of=True)
+        if report.layers:
+            what = "Relative error of every layer's output"
+            if svg := _by_layer("errors", what, report, lambda layer: layer.relative_error, logarithmic=True):
+                drawn["errors"] = svg
+            what = "Gap to the proved bound of every certified layer"
+            if svg := _by_layer("gaps", what, report, lambda layer: layer.gap, logarithmic=False):
+                drawn["gaps"] = svg
+        if evaluation is not None and len(evaluation.along) > 1:
+            drawn["along"] = _along(evaluation)
+    return drawn
+
+
+@contextmanager
+def _own_settings() -> Iterator[None]:
+    """matplotlib's defaults and ours, whatever the user has set: the same report gives the same bytes."""
+    import matplotlib
+
+    mine = {"backend", "backend_fallback", "interactive", "webagg.port", "webagg.port_retries"}
+    defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key not in mine}
+    with matplotlib.rc_context({**defaults, **SETTINGS}):  # type: ignore[arg-type]
+        yield
+
+
+def _figure(heights: Sequence[float], above: float) -> "tuple[Figure, list[Axes]]":
+    """A figure with panels of these heights in inches, one below the other, and so much room above each for its words.
+
+    Placed by hand: a layout that measures its texts takes longer than all the drawing.
+    """
+    from matplotlib.figure import Figure  # not through pyplot: no window, no state
+
+    whole = sum(heights) + above * len(heights) + BELOW
+    figure, panels, top = Figure(figsize=(WIDTH, whole)), list["Axes"](), whole
+    for height in heights:
+        top -= above + height
+        place = (LEFT / WIDTH, top / whole, (WIDTH - LEFT - RIGHT) / WIDTH, height / whole)
+        panels.append(figure.add_axes(place, sharex=panels[0] if panels else None))
+    for axes in panels[:-1]:
+        axes.tick_params(labelbottom=False)
+    return figure, panels
+
+
+def _strips(name: str, title: str, kept: Sequence[Kept], *, shares_of: bool) -> str:
+    """A panel for each number: what a block had as a line, what it keeps filled, a cross where all is gone."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, panels = _figure([0.5 if shares_of else 1.0] * len(kept), above=0.25)
+    for axes, each in zip(panels, kept, strict=True):
+        edges = [index - 0.5 for index in range(len(each.after) + 1)]
+        gone = [index for index, (was, now) in enumerate(zip(each.before, each.after, strict=True)) if was and not now]
+        axes.stairs(each.after, edges, fill=True, color=COLOURS["first"], alpha=0.85, linewidth=0)
+        axes.stairs(each.before, edges, color=COLOURS["muted"], linewidth=0.9, linestyle=(0, (2, 1.5)))
+        most = max(*each.before, *each.after, 1e-9)
+        axes.plot(gone, [most * 0.12] * len(gone), "x", color=COLOURS["second"], markeredgewidth=1.4, markersize=5)
+        axes.set_title(each.name, pad=3)
+        axes.set_ylim(0, most * 1.08)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if shares_of:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_yticks([0, 0.5, 1])
+        else:
+            axes.set_yticks([0.0, most // 2, most] if most >= 8 else [0.0, most])
+    panels[-1].set_xlabel("block")
+    return inline_svg(figure, name, title, _kept_in_words(kept, shares_of=shares_of))
+
+
+def _kept_in_words(kept: Sequence[Kept], *, shares_of: bool) -> str:
+    said = []
+    for each in kept:
+        least, most = min(each.after), max(each.after)
+        form: Callable[[float], str] = (lambda x: f"{x:.1%}") if shares_of else (lambda x: f"{x:.0f}")
+        said.append(f"{each.name}: {form(least) if least == most else f'{form(least)} to {form(most)}'} by block")
+    return "; ".join(said) + ". The table below the picture has the numbers."
+
+
+def _by_layer(
+    name: str, title: str, report: Report, value: Callable[[LayerReport], float | None], *, logarithmic: bool
+) -> str | None:
+    """A number of every layer by its block; None where there is none to draw.
+
+    A filled mark is a layer with a proved bound, a hollow one has none.
+    """
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+    groups = [group for group in _groups(report) if any(_points(each, value, logarithmic) for each in group.values())]
+    if not groups:
+        return None
+    figure, panels = _figure([1.6] * len(groups), above=0.42)
+    for axes, group in zip(panels, groups, strict=True):
+        for place, (path, layers) in enumerate(group.items()):
+            points = _points(layers, value, logarithmic)
+            colour, mark = LOOKS[place % len(LOOKS)]
+            drawn = [number for number, _ in points]
+            axes.plot(drawn, [y for _, y in points], "-", color=COLOURS[colour], linewidth=0.9, alpha=0.6)
+            for certified in (True, False):
+                some = [(number, y) for number, y in points if (layers[number].gap is not None) == certified]
+                fill = COLOURS[colour] if certified else "none"
+                label = path if certified == (sum(layer.gap is not None for layer in layers.values()) > 0) else None
+                axes.plot(
+                    [number for number, _ in some],
+                    [y for _, y in some],
+                    mark,
+                    markeredgecolor=COLOURS[colour],
+                    markerfacecolor=fill,
+                    label=label,
+                )
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=6))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(visible=True, axis="y", color=COLOURS["line"], linewidth=0.5)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0, handletextpad=0.2)
+    panels[-1].set_xlabel("block")
+    certified = sum(layer.gap is not None for layer in report.layers)
+    words = f"{len(report.layers)} layers, {certified} with a proved bound (filled marks). The table has the numbers."
+    return inline_svg(figure, name, title, words)
+
+
+def _groups(report: Report) -> list[dict[str, Mapping[int, LayerReport]]]:
+    """The layers of attention, and those of MLPs; as one where there are few."""
+    found = by_path(report)
+    attention = {path: layers for path, layers in found.items() if of_attention(path)}
+    others = {path: layers for path, layers in found.items() if not of_attention(path)}
+    return [dict(found)] if len(found) <= 2 else [group for group in (attention, others) if group]
+
+
+def _points(
+    layers: Mapping[int, LayerReport], value: Callable[[LayerReport], float | None], logarithmic: bool
+) -> list[tuple[int, float]]:
+    """The numbers that can be drawn, by block."""
+    found = ((number, value(layers[number])) for number in sorted(layers))
+    return [(n, y) for n, y in found if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]
+
+
+def _along(evaluation: Evaluated) -> str:
+    """The divergence and the agreement of the predictions along the context."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    along = [each for each in evaluation.along if each.divergence is not None]
+    edges = [along[0].first, *(each.last for each in along)]
+    figure, (upper, lower) = _figure([1.0, 1.0], above=0.25)
+    for axes, values, colour, title in (
+        (upper, [each.divergence or 0.0 for each in along], "first", "divergence, nats a prediction"),
+        (lower, [each.agreement for each in along], "second", "first choice the same"),
+    ):
+        axes.stairs(values, edges, color=COLOURS[colour], linewidth=1.6, baseline=None)
+        axes.set_title(title, pad=3)
+        axes.set_ylim(0, max(values) * 1.15 or 1.0)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+        axes.grid(visible=True, axis="y", color=COLOURS["line"], linewidth=0.5)
+    lower.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    lower.set_xlabel("tokens that a prediction sees")
+    first, last = along[0], along[-1]
+    words = (
+        f"Divergence from {first.divergence:.4f} nats over the first {first.last} predictions to {last.divergence:.4f} "
+        f"from the {last.first}th on; first choice the same in {first.agreement:.1%} and {last.agreement:.1%}."
+    )
+    return inline_svg(figure, "along", "Divergence and agreement along the context", words)

@@ -1,0 +1,200 @@
+"""report.html: prune writes it with the folder, and optprune report makes it again with what was measured since."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from optprune.cli import main
+from optprune.measure import divergence_from, generate
+from optprune.models import load_model
+from optprune.report import page, read_report
+from optprune.texts import evaluation_windows, read_documents, tokenise
+from tests.helpers.html_pages import loaded, parsed
+from tests.helpers.reports import evaluated, narrowed, speed
+from tests.helpers.tiny_models import save_tiny, tiny_llama
+
+UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SMALL = ["--samples", "8", "--seq-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tiny_llama(), tmp_path_factory.mktemp("dense") / "model")
+
+
+@pytest.fixture(scope="module")
+def pruned(dense: Path, attempted_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run wrote: widths that only the modelling file knows."""
+    output = tmp_path_factory.mktemp("pruned") / "out"
+    words = ["prune", str(dense), "--calibration", str(attempted_text), "--output", str(output), *SMALL]
+    assert main([*words, "--recipe", "fasp", "--sparsity", "0.3", "--width-multiple", "8"]) == 0
+    return output
+
+
+@pytest.fixture
+def folder(pruned: Path, tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    return Path(shutil.copytree(pruned, tmp_path / "out"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*words: str) -> str:
+        before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+        capsys.readouterr()
+        assert main(["report", *words]) == 2
+        assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+        told = capsys.readouterr()
+        assert told.out == ""
+        (sentence,) = [line for line in told.err.splitlines() if line.startswith("error: ")]
+        return sentence
+
+    return run
+
+
+def test_a_run_writes_the_page_of_its_report(pruned: Path, dense: Path, attempted_text: Path) -> None:
+    report = json.loads((pruned / "report.json").read_text())
+    root = parsed((pruned / "report.html").read_text())
+    assert loaded(root) == []
+    assert [row[0] for row in root.tables()["Every layer that was solved"][1:]] == [
+        layer["name"] for layer in report["layers"]
+    ]
+    phases = root.tables()["Time and largest memory of each phase"]
+    assert [row[0] for row in phases[1:-1]] == [phase["name"] for phase in report["phases"]]
+    assert {"saving", "checking"} <= {row[0] for row in phases}
+    rows = {row[0]: row[1:3] for row in root.tables()["The model before and after"]}
+    decoder, before = load_model(pruned).decoder(), load_model(dense).decoder()
+    assert rows["linear weights of the blocks"] == [f"{one.linear_weights():,}" for one in (before, decoder)]
+    count = sum(parameter.numel() for parameter in decoder.model.parameters())
+    assert rows["parameters in all"] == ["-", f"{count:,}"]
+    size = (pruned / "model.safetensors").stat().st_size
+    assert rows["size of the weights"] == ["-", f"{size / 2**20:,.1f} MiB"]
+    assert "trust_remote_code=True" in root.all("code")[0].text
+    assert f"{attempted_text}, 8 windows of 64 tokens" in root.text
+    assert (pruned / "report.html").stat().st_mode == (pruned / "config.json").stat().st_mode
+
+
+def test_made_again_it_has_the_same_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "report.html").read_bytes()
+    (folder / "report.html").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_bytes() == before
+    assert capsys.readouterr().out == f"{folder / 'report.html'}: {len(before) / 1024:.0f} KiB\n"
+
+
+def test_other_commands_take_the_folder_as_before(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(folder)]) == 0
+    assert "fault" not in capsys.readouterr().out
+    assert main(["export", str(folder), "--output", str(folder.parent / "x.gguf"), "--type", "f32"]) == 0
+
+
+def test_beside_the_dense_model_it_has_what_was_measured(folder: Path, dense: Path, attempted_text: Path) -> None:
+    words = ["--against", str(dense), "--text", str(attempted_text), "--seq-length", "64", "--windows", "2"]
+    output = folder.parent / "page.html"
+    before = (folder / "report.html").read_bytes()
+    assert main(["report", str(folder), *words, "--output", str(output)]) == 0
+    assert (folder / "report.html").read_bytes() == before
+    root = parsed(output.read_text())
+    model, other = load_model(folder), load_model(dense)
+    windows = evaluation_windows(tokenise(model.tokenizer, read_documents(str(attempted_text))), 64, 2)  # type: ignore[arg-type]
+    expected = divergence_from(model.model, other.model, windows)
+    rows = {row[0]: row[1:3] for row in root.tables()["The model before and after"]}
+    found = [float(cell) for cell in rows["perplexity"]]
+    assert found == pytest.approx([expected.dense_perplexity, expected.perplexity], abs=1e-4, rel=1e-4)
+    assert float(rows["divergence, nats a prediction"][1]) == pytest.approx(expected.divergence, abs=1e-4)
+    assert rows["first choice the same"][1] == f"{expected.agreement:.1%}"
+    assert rows["parameters in all"][0] == f"{sum(part.numel() for part in other.model.parameters()):,}"
+    assert rows["size of the weights"][0] == f"{(dense / 'model.safetensors').stat().st_size / 2**20:,.1f} MiB"
+    # Two windows of 64 tokens have room for four prompts of 32.
+    said = [part for part in root.all("div") if part.attributes.get("class") == "said"]
+    prompts = list(windows.flatten().split(32))
+    assert len(said) == len(prompts) == 4
+    for name, one in (("before", other), ("after", model)):
+        # A tiny model says characters that HTML does not allow.
+        texts = [UNSEEN.sub("\ufffd", text) for text in generate(one.model, one.tokenizer, prompts)]  # type: ignore[arg-type]
+        assert [
+            pair.all("dd")[0].text for each in said for pair in each.all("div") if pair.all("dt")[0].text == name
+        ] == texts
+
+
+def test_with_figures_from_files_nothing_is_measured(folder: Path, no_weights: None) -> None:
+    files = {"evaluation": evaluated(), "speed": speed()}
+    words: list[str] = []
+    for name, data in files.items():
+        (folder.parent / f"{name}.json").write_text(json.dumps(data))
+        words += [f"--{name}", str(folder.parent / f"{name}.json")]
+    assert main(["report", str(folder), *words]) == 0
+    rows = {
+        row[0]: row[1:3] for row in parsed((folder / "report.html").read_text()).tables()["The model before and after"]
+    }
+    assert rows["perplexity"] == ["29.4321", "35.0123"]
+    assert rows["decoding, tokens a second"] == ["20.0", "30.0"]
+
+
+def test_a_folder_with_only_a_report_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(narrowed().to_json())
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text() == page(narrowed())
+    assert "there is nothing to load" in parsed((tmp_path / "report.html").read_text()).text
+
+
+def test_a_report_of_other_weights_says_nothing_of_these(folder: Path) -> None:
+    told = read_report(folder)
+    changed = json.loads(told.to_json())
+    changed["blocks"][0]["after"]["mlp_width"] += 8
+    (folder / "report.json").write_text(json.dumps(changed))
+    assert main(["report", str(folder)]) == 0
+    text = parsed((folder / "report.html").read_text()).text
+    assert "No model of these shapes lies beside this report" in text and "parameters in all" not in text
+
+
+def test_what_cannot_be_is_refused_in_a_sentence(
+    folder: Path, refused: Callable[..., str], dense: Path, attempted_text: Path, no_weights: None
+) -> None:
+    page_file = folder / "report.html"
+    assert "has no report.json: give one that optprune prune wrote" in refused(str(dense))
+    assert "has no report.json" in refused(str(folder / "nowhere"))
+    assert "--against compares predictions on a text: give one by --text" in refused(
+        str(folder), "--against", str(dense)
+    )
+    assert "give one of them" in refused(
+        str(folder), "--text", str(attempted_text), "--evaluation", str(folder / "report.json")
+    )
+    assert "--generations cannot be -1" in refused(str(folder), "--generations", "-1")
+    assert "is not what optprune evaluate --json writes" in refused(
+        str(folder), "--evaluation", str(folder / "report.json")
+    )
+    assert "is not what optprune benchmark-model --json writes" in refused(
+        str(folder), "--speed", str(folder / "report.json")
+    )
+    assert "there is no text" in refused(str(folder), "--text", "missing.txt")
+    for name in ("config.json", "report.json", "README.md"):
+        assert "has a name that a file of the model" in refused(str(folder), "--output", str(folder / name))
+    assert "is a folder: name a file" in refused(str(folder), "--output", str(folder))
+    assert "there is no folder" in refused(str(folder), "--output", str(folder / "no" / "page.html"))
+    assert page_file.is_file()
+
+
+def test_the_page_is_a_file_of_the_model_for_other_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(folder), "--json", str(folder / "report.html")]) == 2
+    assert "has a name that a file of the model" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_leaves_the_old_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (folder / "report.html").read_bytes()
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert main(["report", str(folder)]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert (folder / "report.html").read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
