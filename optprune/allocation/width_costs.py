@@ -17,7 +17,7 @@ from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
-from optprune.solvers import Restore
+from optprune.solvers import Restore, nested_basis
 from optprune.solvers.run import answer
 
 TIMING = 0.8
@@ -135,7 +135,9 @@ class WidthCosts(Costs):
         """The losses of one block by greedy elimination of its units, a multiple at a time."""
         shape, layers = self.decoder.shape(block), kind.layers(self.decoder, block)
         there, slots, multiple = kind.there(shape), layers.link.slot_count, kind.multiple(shape, self.budget.multiple)
-        problem = LinkedLeastSquares(loss.whitened(), layers.link, layers.link.units)
+        rotation = nested_basis(loss, layers.link) if kind.rotated else None
+        stated = loss if rotation is None else rotation.loss(loss)
+        problem = LinkedLeastSquares(stated.whitened(), layers.link, layers.link.units)
         order, losses, notes = self.statistics.removal(problem, multiple)
         # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
         after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
@@ -147,8 +149,9 @@ class WidthCosts(Costs):
             kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
             kept[order[: (there - tried) * slots]] = False
             mask = layers.link.column_mask(kept, loss.weight.shape[1])
-            restored = MaskedLeastSquares(loss.plain, mask)
+            restored = MaskedLeastSquares(stated.plain, mask)
             value = answer(restored, Restore(), restored.start())
+            value = value if rotation is None else rotation.back(value)
             self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
         return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
 

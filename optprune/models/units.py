@@ -104,6 +104,8 @@ class LinkedUnits(Units):
     """the field of a block's shape that counts them, in every slot"""
     part: str
     """the sub-block that is gone without any of them"""
+    rotated: bool = False
+    """whether they are directions, taken from a rotated basis of each slot, and not coordinates"""
 
     @property
     def kinds(self) -> "tuple[LinkedUnits, ...]":
@@ -166,9 +168,13 @@ class Mlp(LinkedUnits):
 class Values(LinkedUnits):
     """The value dimensions of the heads: a slot for each KV head, tied over its query heads."""
 
-    name = "vo"
+    rotated: bool = False
     field = "value_dim"
     part = "attention"
+
+    @property
+    def name(self) -> str:
+        return "rotated-vo" if self.rotated else "vo"
 
     def consumer(self, architecture: Architecture) -> str:
         return architecture.output
@@ -282,6 +288,10 @@ def _in_order(decoder: Decoder, kinds: list[LinkedUnits]) -> list[Target]:
 
 UNITS: dict[str, Units] = {
     units.name: units
-    for units in (Mlp(), Values(), KvGroups(), Composite("all", (Values(), Mlp())), Weights(), Blocks())
+    for units in (
+        *(Mlp(), Values(), Values(rotated=True), KvGroups()),
+        *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
+        *(Weights(), Blocks()),
+    )
 }
 """the units of a recipe, by name"""

@@ -5,6 +5,7 @@ from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares
 from optprune.problems.penalised import PenalisedLeastSquares
+from optprune.problems.rotation import Rotation
 from optprune.problems.selection import SelectionProblem
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
@@ -18,6 +19,7 @@ __all__ = [
     "MaskedLeastSquares",
     "PenalisedLeastSquares",
     "Problem",
+    "Rotation",
     "SelectionProblem",
     "SparseLeastSquares",
     "StructuredLeastSquares",

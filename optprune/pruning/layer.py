@@ -14,10 +14,10 @@ from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target
 from optprune.models.surgery import write
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
-from optprune.problems import LayerLoss, Problem
+from optprune.problems import LayerLoss, Problem, Rotation
 from optprune.recipe import Recipe
 from optprune.report import LayerReport
-from optprune.solvers import Solution, Status, solve
+from optprune.solvers import Solution, Status, best_basis, solve
 from optprune.solvers.ridge import HeldOut, refit
 
 
@@ -73,11 +73,15 @@ class SolvedLayer:
     keep: int
     """how many units or weights the budget leaves"""
     report: LayerReport
+    rotation: Rotation | None = None
+    """what the inputs are turned by, where the answer is for rotated ones"""
 
     def to(self, device: torch.device) -> "SolvedLayer":
         """The same on another device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias, reads=self.reads.to(device))
+        rotation = None if self.rotation is None else self.rotation.to(device)
+        weight, reads = self.weight.to(device), self.reads.to(device)
+        return replace(self, weight=weight, bias=bias, reads=reads, rotation=rotation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     """
     began, layer = time.perf_counter(), task.layer
     context = task.context(moments)
-    answer = _answer(task, context, held_out)
+    answer, rotation = _best_answer(task, context, held_out)
     value = task.decoder.rounded(answer.solution.value).to(layer.weight.dtype)
     bias = None
     if layer.bias is not None and answer.problem.loss.fit_bias:
@@ -109,7 +113,8 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     reads = (value != 0).any(0)
     if task.target.kind is not None:
         reads = answer.problem.inputs(answer.solution.value) | reads
-    return SolvedLayer(value, bias, reads, context.keep, _report(task, answer, value, began))
+    report = replace(_report(task, answer, value, began), dead_inputs=int(moments.dead.sum()))
+    return SolvedLayer(value, bias, reads, context.keep, report, rotation)
 
 
 def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
@@ -119,6 +124,8 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
     """
     layer, units, report = task.layer, task.units, solved.report
     write(layer, solved.weight, solved.bias)
+    if units is not None and solved.rotation is not None:
+        _rotate(task, units, solved.rotation)
     due = 0
     if units is None:
         # A pattern that is not the recipe's may round the count of every row.
@@ -130,6 +137,15 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
     if task.recipe.strict and report.notes:
         raise StrictError(f"{task.name}: {report.notes[0]} (strict mode makes this an error)")
     return PrunedLayer(report, int((layer.weight == 0).sum()), due)
+
+
+def _rotate(task: LayerTask, units: LinkedLayers, rotation: Rotation) -> None:
+    """Have the layers before a layer make its inputs rotated: slots by slots their rows are the units."""
+    rounded = task.decoder.rounded
+    for path in units.producers:
+        layer = task.decoder.layer(task.block, path)
+        bias = None if layer.bias is None else rounded(rotation.rows(layer.bias.detach()))
+        write(layer, rounded(rotation.rows(layer.weight.detach())), bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +163,23 @@ class _Answer:
         if self.held_out is None or self.held_out_error is not None:
             return self.held_out_error
         return HeldOut.of(self.problem.loss, self.held_out).relative_error(written)
+
+
+def _best_answer(
+    task: LayerTask, context: LayerContext, held_out: InputMoments | None
+) -> tuple[_Answer, Rotation | None]:
+    """The layer's solution, and what its inputs are rotated by: of directions only where those lose less."""
+    plain, kind, link = _answer(task, context, held_out), task.target.kind, context.link
+    if kind is None or link is None or not kind.rotated or not 0 < context.keep < link.units:
+        return plain, None
+    loss = context.loss
+    rotation = best_basis(loss, link, context.keep // link.slot_count)
+    apart = None if held_out is None else rotation.moments(held_out)
+    rotated = _answer(task, replace(context, loss=rotation.loss(loss)), apart)
+    # Both by the loss as it was stated: a refit may have chosen another ridge.
+    if loss.value(rotation.back(rotated.solution.value)) < loss.value(plain.solution.value):
+        return rotated, rotation
+    return plain, None
 
 
 def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | None) -> _Answer:

@@ -70,8 +70,9 @@ class Recipe(Telling, BaseModel):
     """what solves the problems: a name, {name: {option: value}}, or a list of those; null lets optprune choose by the
     problem"""
     units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
-    """what is pruned: MLP units, value dimensions, KV heads with their query heads, MLP units and value dimensions,
-    single weights of every linear layer, in a pattern where it is {weights: 2:4}, or whole sub-blocks"""
+    """what is pruned: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
+    query heads, MLP units and value dimensions, single weights of every linear layer, in a pattern where it is
+    {weights: 2:4}, or whole sub-blocks"""
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]

@@ -20,6 +20,7 @@ from optprune.solvers.solution import Certificate, Record, Solution, Status
 from optprune.solvers.spap import Spap
 from optprune.solvers.sparsegpt import SparseGpt
 from optprune.solvers.swaps import Swaps
+from optprune.solvers.value_basis import best_basis, nested_basis
 
 __all__ = [
     "Admm",
@@ -52,7 +53,9 @@ __all__ = [
     "Swaps",
     "UnitRanking",
     "Wanda",
+    "best_basis",
     "choose",
+    "nested_basis",
     "removal_curve",
     "solve",
 ]

@@ -1,0 +1,119 @@
+"""Value dimensions from a rotated basis: the same shapes as coordinates, smaller errors, and a model that has them."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import optprune
+from optprune.models import Decoder
+from optprune.report import Report
+from tests.helpers.tiny_models import TINY_MODELS
+from tests.helpers.token_batches import batches
+
+POLICIES = ("dense", "pruned", "intra", "cross", "local")
+by_model = pytest.mark.parametrize("make", TINY_MODELS.values(), ids=TINY_MODELS)
+
+
+def pruned(model: PreTrainedModel, units: str, **fields: object) -> tuple[PreTrainedModel, Report]:
+    model = copy.deepcopy(model)
+    recipe = optprune.Recipe(units=units, **{"sparsity": 0.08, **fields})
+    return model, optprune.prune(model, batches(), recipe)
+
+
+def attention_outputs(model: PreTrainedModel, block: int) -> list[Tensor]:
+    """What the attention of a block answers, for the batches."""
+    decoder, answers = Decoder(model), list[Tensor]()
+    layer = decoder.layer(block, decoder.architecture.output)
+    handle = layer.register_forward_hook(lambda _, __, output: answers.append(output.flatten(0, -2)))
+    try:
+        with torch.no_grad():
+            for batch in batches():
+                model(input_ids=batch)
+    finally:
+        handle.remove()
+    return answers
+
+
+@by_model
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_layer_loses_less_than_by_coordinates(make, policy: str) -> None:
+    model = make()
+    _, plain = pruned(model, "vo", propagation=policy)
+    _, rotated = pruned(model, "rotated-vo", propagation=policy)
+    assert [layer.kept for layer in rotated.layers] == [layer.kept for layer in plain.layers]
+    assert rotated.sparsity_reached == plain.sparsity_reached
+    # The first layer has the same inputs in both.
+    assert rotated.layers[0].objective < 0.9 * plain.layers[0].objective
+
+
+@by_model
+def test_the_model_answers_as_the_report_says(make) -> None:
+    """The error of the first block's attention, by a forward pass of what was written, is the one solved for."""
+    model = make()
+    found, report = pruned(model, "rotated-vo", propagation="dense")
+    error = signal = 0.0
+    dense = torch.cat(attention_outputs(model, 0)).double()
+    change = torch.cat(attention_outputs(found, 0)).double() - dense
+    if Decoder(model).layer(0, Decoder(model).architecture.output).bias is not None:
+        # A fitted bias: of centred outputs.
+        change, dense = change - change.mean(0), dense - dense.mean(0)
+    error, signal = float(change.square().sum()), float(dense.square().sum())
+    assert error / signal == pytest.approx(report.layers[0].relative_error, rel=1e-3)
+    assert report.layers[0].relative_error > 0.01
+
+
+@by_model
+def test_one_budget_with_probes_and_a_metric(make) -> None:
+    model = make()
+    fields = {"allocation": "global", "probe_tokens": 64, "metric": "full", "sparsity": 0.2}
+    _, plain = pruned(model, "all", **fields)
+    found, rotated = pruned(model, "rotated-all", **fields)
+    assert rotated.sparsity_reached == pytest.approx(plain.sparsity_reached, abs=0.02)
+    with torch.no_grad():
+        assert bool(torch.isfinite(found(input_ids=batches()[0]).logits).all())
+
+
+def test_a_basis_that_loses_more_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the directions, no layer loses more than by coordinates, and the model is then the same."""
+    from optprune.problems import Rotation
+    from optprune.pruning import layer as module
+
+    def senseless(loss, channels, keep):
+        matrices = torch.full((channels.slot_count, *2 * (channels.units // channels.slot_count,)), 0.0)
+        generator = torch.Generator().manual_seed(1)
+        matrices += torch.linalg.qr(torch.randn(matrices.shape, generator=generator))[0]
+        return Rotation.of(matrices, channels)
+
+    model = TINY_MODELS["llama"]()
+    with torch.no_grad():  # what a few value dimensions make, by coordinates, is nothing: nothing beats those
+        for block in model.model.layers:
+            block.self_attn.v_proj.weight[8:16] *= 1e-3
+            block.self_attn.v_proj.weight[24:] *= 1e-3
+    plain, _ = pruned(model, "vo")
+    monkeypatch.setattr(module, "best_basis", senseless)
+    rotated, _ = pruned(model, "rotated-vo")
+    for one, other in zip(plain.parameters(), rotated.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_all_dimensions_stay_as_they_are() -> None:
+    """Where an allocation keeps them all, nothing is rotated."""
+    model = TINY_MODELS["llama"]()
+    found, report = pruned(model, "rotated-all", propagation="local", sparsity=0.01, allocation="global", metric="full")
+    shapes = list(Decoder(found).shapes())
+    for block, shape in enumerate(shapes):
+        if shape.value_dim == 16:
+            before = model.model.layers[block].self_attn.v_proj.weight
+            assert torch.equal(found.model.layers[block].self_attn.v_proj.weight, before)
+    assert any(shape.value_dim == 16 for shape in shapes), report
+
+
+def test_half_precision_models_hold_rounded_rotated_rows() -> None:
+    model = TINY_MODELS["qwen2"]().to(torch.bfloat16)
+    found, report = pruned(model, "rotated-vo")
+    assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
+    _, plain = pruned(model, "vo")
+    assert report.layers[0].relative_error < plain.layers[0].relative_error
