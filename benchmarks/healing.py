@@ -13,7 +13,6 @@ folder of `--work`, from which it goes on.
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
 from optprune.report import DivergenceMeasured, Event
-from optprune.texts import TrainingText, calibration_batches, read_documents, tokenise, with_held_out
+from optprune.texts import Document, TrainingText, calibration_batches, read_documents, tokenise, with_held_out
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
@@ -105,7 +104,7 @@ def whole(options: argparse.Namespace) -> LoadedModel:
 
 
 def pruned(
-    place: Path, recipe: str, settings: dict[str, Any], documents: Sequence[str], options: argparse.Namespace
+    place: Path, recipe: str, settings: dict[str, Any], documents: list[Document], options: argparse.Namespace
 ) -> LoadedModel:
     """The pruned model, in its folder from now on."""
     folder = place / "pruned"

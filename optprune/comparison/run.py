@@ -26,7 +26,14 @@ from optprune.numerics.fingerprint import fingerprint
 from optprune.recipe import Recipe
 from optprune.report import Event
 from optprune.system.facts import machine, versions
-from optprune.texts import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
+from optprune.texts import (
+    Document,
+    calibration_batches,
+    check_seq_length,
+    check_vocabulary,
+    evaluation_windows,
+    tokenise,
+)
 
 NO_PICTURE = "there is no picture, which needs matplotlib: pip install 'optprune[plot]'"
 
@@ -116,7 +123,7 @@ def compare(
 
 
 def _tokens(
-    source: str, tokenizer: Tokenizer, config: PretrainedConfig, documents: list[str], most: int | None
+    source: str, tokenizer: Tokenizer, config: PretrainedConfig, documents: list[Document], most: int | None
 ) -> Tensor:
     with using_tokenizer(source):
         tokens = tokenise(tokenizer, documents, most)

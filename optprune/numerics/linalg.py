@@ -76,6 +76,16 @@ def solve_lower(factor: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, right, upper=False)
 
 
+def pinv(matrix: Tensor) -> Tensor:
+    """The pseudo-inverse of a symmetric matrix."""
+    return torch.linalg.pinv(matrix, hermitian=True)
+
+
+def orthonormal(columns: Tensor, *, whole: bool = False) -> Tensor:
+    """Orthonormal columns, the first k of which span what the first k given ones do; with `whole` as many as rows."""
+    return torch.linalg.qr(columns, mode="complete" if whole else "reduced")[0]
+
+
 def norm(values: Tensor, dim: int | None = None) -> Tensor:
     """The Euclidean norms along a dimension, or the one of all values."""
     return values.norm(dim=dim)

@@ -168,7 +168,7 @@ class Run:
             with decoder.resident(index) as block:
                 wanted, onwards = self.allocation.blocks[index], index < self.last
                 # The worker's path ends with the block: the next one's begins where this run's own path gets.
-                ends = {"onwards": False, "walked": onwards}
+                ends: dict[str, Any] = {"onwards": False, "walked": onwards}
                 task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
                 errand = Errand.of(decoder, task)
                 if onwards:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.numerics.precision import full_precision
 from optprune.problems import Channels, LayerLoss, Rotation
 
@@ -43,8 +44,8 @@ def best_basis(loss: LayerLoss, channels: Channels, keep: int) -> Rotation:
     basis = _leading(pull)
     directions = basis[..., :keep]
     for _ in range(ROUNDS):
-        directions = torch.linalg.qr(pull.turn(directions))[0]
-    whole = torch.linalg.qr(directions, mode="complete")[0]
+        directions = linalg.orthonormal(pull.turn(directions))
+    whole = linalg.orthonormal(directions, whole=True)
     return Rotation.of(whole.to(loss.weight.dtype), channels)
 
 
@@ -69,7 +70,7 @@ class _Pull:
         """Columns of no unit stay and are fitted freely: what is left for the others is a Schur complement."""
         gram, target = plain.gram.double(), plain.target.double()
         across = gram[rest[:, None], order]
-        solved = torch.linalg.pinv(gram[rest[:, None], rest], hermitian=True) @ across
+        solved = linalg.pinv(gram[rest[:, None], rest]) @ across
         self.gram = self.gram - across.T @ solved
         self.target = self.target - target[:, rest] @ solved
 
@@ -93,9 +94,9 @@ class _Pull:
         right = torch.einsum("ohi,hik->ohk", self.target.reshape(-1, heads, self.size), each).flatten(1)
         gram = (gram + gram.T) / 2
         gram.diagonal().add_(torch.finfo(gram.dtype).eps * heads * kept * gram.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(gram)
+        factor, failed = linalg.try_cholesky(gram)
         # Inputs that are linear in each other, without damping: the least of all best answers.
-        inverse = torch.linalg.pinv(gram, hermitian=True) if bool(failed) else torch.cholesky_inverse(factor)
+        inverse = linalg.pinv(gram) if bool(failed) else torch.cholesky_inverse(factor)
         return (right @ inverse).reshape(-1, heads, kept)
 
     def turn(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
@@ -129,12 +130,12 @@ def _leading(pull: _Pull) -> Float[Tensor, "slots size size"]:
     Directions in which there are no inputs come last.
     """
     square, gram = pull.blocks()
-    sizes, vectors = torch.linalg.eigh(gram)
+    sizes, vectors = linalg.eigh(gram)
     least = torch.finfo(gram.dtype).eps * pull.size * sizes[:, -1:].clamp(min=0)
     seen = sizes > least
     scaled = vectors * torch.where(seen, sizes, 1.0).rsqrt()[:, None, :] * seen[:, None, :]
-    _, mixed = torch.linalg.eigh(scaled.mT @ square @ scaled)
+    _, mixed = linalg.eigh(scaled.mT @ square @ scaled)
     ordered = (scaled @ mixed).flip(-1)
-    norms = ordered.norm(dim=1, keepdim=True)
+    norms = linalg.norm(ordered, 1)[:, None]
     # Their order alone counts. What has no length is what no input reaches: the QR puts there what is left.
-    return torch.linalg.qr(ordered / torch.where(norms > 0, norms, 1.0))[0]
+    return linalg.orthonormal(ordered / torch.where(norms > 0, norms, 1.0))

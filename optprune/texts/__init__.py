@@ -3,7 +3,7 @@
 from optprune.texts.calibration import SEQUENCES, Drawn, Text, check_sequences, draw_windows, read_texts
 from optprune.texts.conversations import Conversation
 from optprune.texts.demo import demo_articles
-from optprune.texts.documents import FORMS, Document, read_documents
+from optprune.texts.documents import FORMS, Document, read_documents, words_of
 from optprune.texts.held_out import TrainingText, with_held_out
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 
@@ -26,4 +26,5 @@ __all__ = [
     "read_texts",
     "tokenise",
     "with_held_out",
+    "words_of",
 ]

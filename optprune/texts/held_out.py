@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
-from optprune.texts.documents import Document
+from optprune.texts.documents import Document, words_of
 from optprune.texts.windows import calibration_batches, evaluation_windows
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -55,7 +55,7 @@ def with_held_out(
             raise InputError(f"{option} cannot be {value}: it is at least {least}")
     wanted = held_out * seq_length
     # A document that is there twice would be trained on and held out.
-    distinct = list({text if isinstance(text, str) else repr(text.messages): text for text in documents}.values())
+    distinct = list({words_of(document): document for document in documents}.values())
     if len(distinct) == 1:
         found = tokenise(distinct)
         own, others, count = found[-wanted:], found[:-wanted], 0
