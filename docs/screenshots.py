@@ -21,7 +21,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LARGEST = 200 * 1024
 """the most bytes of a picture"""
 PRUNE = ("--calibration", "demo:calibration", "--recipe", "fasp", "--sparsity", "0.2", "--samples", "8")
-EVALUATE = ("--against", "demo", "--text", "demo:evaluation", "--windows", "10", "--seq-length", "256")
+EVALUATE = ("--against", "demo", "--text", "demo:evaluation", "--windows", "8", "--seq-length", "256")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ SHOTS = (
     Shot("report_light", 1000, 1120),
     Shot("report_dark", 1000, 1240, begins="kept", dark=True),
     Shot("report_phone", 390, 1150),
-    Shot("report_generations", 1000, 900, begins="generations"),
 )
 
 
@@ -84,7 +83,7 @@ def take(shot: Shot, page: Path, folder: Path) -> Path:
     window = [f"--window-size={shot.width},{shot.height}", f"--screenshot={raw}"]
     subprocess.run([browser(), *words, *scheme, *window, narrowed.as_uri()], check=True, capture_output=True)
     with Image.open(raw) as image:
-        small = image.convert("RGB").quantize(48, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     file = PICTURES / f"{shot.name}.png"
     small.save(file, optimize=True)
     if file.stat().st_size > LARGEST:
