@@ -47,7 +47,8 @@ class Facts:
         from rich.console import Console
 
         stream = io.StringIO()
-        Console(file=stream, width=WIDTH, color_system=None).print(self.drawn())
+        # In a notebook it would be shown there, and not be written.
+        Console(file=stream, width=WIDTH, color_system=None, force_jupyter=False).print(self.drawn())
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
     def html(self) -> str:

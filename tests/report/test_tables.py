@@ -88,6 +88,12 @@ def test_nothing_in_a_table_is_read_as_markup(name: str, objects: dict[str, Any]
     assert "\n" not in repr(objects[name])
 
 
+def test_a_table_is_text_in_a_notebook_too(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = str(report)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(report) == told
+
+
 def test_a_table_prints_alike_by_rich_and_by_print(report: Report) -> None:
     stream = io.StringIO()
     Console(file=stream, width=100, color_system=None).print(report)
