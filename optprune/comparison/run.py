@@ -75,7 +75,7 @@ def compare(
     device_of(device)
     if keep_models and folder is None:
         raise InputError("models are kept in the folder of the comparison: name one")
-    fitted, told = texts_apart(calibration, text)
+    documents = texts_apart(calibration, text)
     origin = origin_of(model, dtype, device)
     config, tokenizer = origin.config(), origin.tokenizer()
     check_seq_length(config, seq_length)
@@ -83,10 +83,8 @@ def compare(
         speed.check(origin.source, config)
     say(f"tokenising {calibration} and {text}")
     most = None if windows is None else max(windows, 1) * seq_length
-    tokens, evaluated = (
-        _tokens(origin.source, tokenizer, config, documents, limit)
-        for documents, limit in ((fitted, None), (told, most))
-    )
+    limits = zip(documents, (None, most), strict=True)
+    tokens, evaluated = (_tokens(origin.source, tokenizer, config, of, limit) for of, limit in limits)
     held = evaluation_windows(evaluated, seq_length, windows)
     draw = partial(calibration_batches, tokens, samples, seq_length)
     draw(asked.seeds[0])  # where the text is too short, that is told before anything is loaded
@@ -115,8 +113,8 @@ def compare(
             "the machine": machine(dense.model.device),
         }
         place.begin(options)
-        words = f"{calibration}, {samples} windows of {seq_length} tokens"
-        session = Session(asked, origin, place, draw, held, keep_models, speed, say, on_event, words, dense)
+        told = say, on_event, f"{calibration}, {samples} windows of {seq_length} tokens"
+        session = Session(asked, origin, place, draw, held, keep_models, speed, *told, dense)
         comparison = Comparison(origin.source, session.dense(), session.measure(), options)
         place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
     return comparison
