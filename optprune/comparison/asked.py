@@ -36,7 +36,7 @@ class Asked:
     """The cells of a comparison, with the recipe of each."""
 
     recipes: Mapping[str, str | Recipe]
-    """by the name that the table has"""
+    """the names or the recipes, by what the table calls them"""
     sparsities: tuple[float, ...]
     seeds: tuple[int, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
