@@ -50,7 +50,7 @@ def report_command(
     reporter = start()
     from optprune.models import check_dtype, device_of
     from optprune.report import held_in, page, read_evaluation, read_report, read_speed
-    from optprune.report.pictures import can_draw
+    from optprune.report.drawings import can_draw
 
     _check_together(against, text, evaluation)
     check_generations(generations)

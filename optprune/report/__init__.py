@@ -1,6 +1,7 @@
 """What a run reports, on the way and at the end, and what a folder of weights says of itself."""
 
 from optprune.report.dead_units import DeadUnits
+from optprune.report.drawings import pictures
 from optprune.report.evaluated import Evaluated, Speed, evaluation_in, read_evaluation, read_speed
 from optprune.report.events import (
     BlockFinished,
@@ -18,7 +19,6 @@ from optprune.report.html_page import page
 from optprune.report.layer_pattern import BrokenGroups, LayerPattern, broken_groups, layer_pattern, model_patterns
 from optprune.report.original import Original, layer_sizes, original_of, shares_kept
 from optprune.report.phases import PHASES, PhaseReport, joined
-from optprune.report.pictures import pictures
 from optprune.report.reading import read_report
 from optprune.report.recorder import PhaseRecorder
 from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from optprune.models.demo_file import DEMO_NAME
 from optprune.models.load import DEMO
 from optprune.report.by_block import pattern_of, shares, widths
+from optprune.report.drawings import can_draw, pictures
 from optprune.report.evaluated import Evaluated, Speed
 from optprune.report.headline import Headline
 from optprune.report.held import Held, loading_code
@@ -30,7 +31,6 @@ from optprune.report.page_tables import (
     removed_table,
     time_of,
 )
-from optprune.report.pictures import can_draw, pictures
 from optprune.report.records import Report
 from optprune.system.wording import one_line
 
