@@ -5,8 +5,8 @@
 
 Moments of SmolLM2's output projections in the dense model: calibrated on one half of the news articles, held out from
 the other. Coordinates go by exact elimination with swaps; directions by the nested basis, whose first are kept, and by
-the one that is turned on for the number kept. Each is refitted to the same loss (1 percent of the mean diagonal); errors
-are without damping. The last columns are the errors of directions over those of coordinates.
+the one that is turned on for the number kept. Each is refitted to one loss (1 percent of the mean diagonal); errors are
+without damping. The last columns are the errors of directions over those of coordinates.
 """
 
 import argparse
