@@ -76,7 +76,8 @@ def told_in(stored: Stored) -> Told:
 def _of_healing(file: Path) -> bool:
     """Whether a report tells of healing alone, as that of a folder does which something else has pruned."""
     with suppress(OSError, ValueError, RecursionError):
-        return json.loads(file.read_text(encoding="utf-8")).keys() == {"healing"}
+        told = json.loads(file.read_text(encoding="utf-8"))
+        return isinstance(told, dict) and told.keys() == {"healing"}
     return False
 
 

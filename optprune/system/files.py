@@ -29,7 +29,7 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: boo
 
     InputError where there is no room for it.
     """
-    draft = file.with_name(f".{file.name}.part")
+    draft = draft_of(file)
     try:
         with draft.open("wb") as stream:
             write(stream)
@@ -46,6 +46,11 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: boo
         if full is None:
             raise
         raise InputError(f"{full}, so {file} was not written: make room and run again") from error
+
+
+def draft_of(file: Path) -> Path:
+    """Where `write_whole` writes a file first: what it leaves when it is killed."""
+    return file.with_name(f".{file.name}.part")
 
 
 def _sync_folder(folder: Path) -> None:

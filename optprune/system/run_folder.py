@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from optprune.errors import InputError
 from optprune.system.facts import differences
-from optprune.system.files import read_json, write_whole
+from optprune.system.files import draft_of, read_json, write_whole
 from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import shown
 
@@ -35,7 +35,7 @@ class RunFolder(ABC):
         is no run, or another process is at work on it.
         """
         self.folder, self.resume = Path(folder), resume
-        before = {LOCK, *self.stays}
+        before = {LOCK, draft_of(self.folder / FACTS).name, *self.stays}
         if self.folder.exists() and not self.begun and any(file.name not in before for file in self.folder.iterdir()):
             raise InputError(f"{self.folder} holds something other than a run: choose another folder, or delete it")
         if self.begun and not resume and not overwrite:

@@ -105,7 +105,8 @@ def test_units_are_spelled_as_before(name: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["heads", 3, None, ["mlp"]])
 def test_units_that_are_not_known(wrong: object) -> None:
-    with pytest.raises(InputError, match="use one of all, blocks, kv-groups, mlp, vo, weights"):
+    known = "all, blocks, kv-groups, mlp, rotated-all, rotated-vo, vo, weights"
+    with pytest.raises(InputError, match=f"use one of {known}"):
         make_recipe({"units": wrong})
 
 

@@ -132,6 +132,16 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         Journal(tmp_path, resume=True)
 
 
+def test_a_run_that_was_killed_while_it_noted_its_facts_has_left_nothing_in_the_way(tmp_path: Path) -> None:
+    """The draft of the first file is no run, and no folder of something else."""
+    (tmp_path / ".run.json.part").write_text("{")
+    journal = Journal(tmp_path)
+    journal.begin({"the blocks": 2})
+    assert journal.begun
+    assert not journal.finished()
+    assert {file.name for file in tmp_path.iterdir() if not file.name.startswith("in-use")} == {"run.json"}
+
+
 def test_to_resume_where_nothing_was_begun_is_to_begin(tmp_path: Path) -> None:
     model, again = tiny(), tiny()
     prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))

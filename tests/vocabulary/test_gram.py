@@ -78,7 +78,8 @@ def test_moments_of_bfloat16_inputs_are_those_of_float32_ones(monkeypatch):
     size = expected.covariance.diagonal().sqrt()
     off = (found.covariance.double() - expected.covariance).abs()
     assert asked == [torch.bfloat16] * 4
-    assert bool((off <= 2e-6 * torch.outer(size, size)).all())
+    # The bound of a float32 sum of 1500 products, in whatever order a machine adds them.
+    assert bool((off <= 1500 * 2.0**-24 * torch.outer(size, size)).all())
     assert torch.allclose(found.mean.double(), expected.mean, rtol=1e-6)
     assert not found.covariance[4].any()
     # Three products of parts, in place of one of float32.
