@@ -11,6 +11,7 @@ without damping. The last columns are the errors of directions over those of coo
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def measured(block: int, loss: LayerLoss, link: Link, apart: InputMoments, share
     began = time.perf_counter()
     by = {"coordinates": solve(LinkedLeastSquares(loss, link, keep * link.slot_count)).value}
     seconds = [time.perf_counter() - began]
-    for name, basis in (("nested", nested_basis), ("turned", lambda *given: best_basis(*given, keep))):
+    for name, basis in (("nested", nested_basis), ("turned", partial(best_basis, keep=keep))):
         began = time.perf_counter()
         by[name] = kept(loss, link, basis(loss, link), keep)
         seconds.append(time.perf_counter() - began)
