@@ -113,8 +113,7 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     reads = (value != 0).any(0)
     if task.target.kind is not None:
         reads = answer.problem.inputs(answer.solution.value) | reads
-    report = replace(_report(task, answer, value, began), dead_inputs=int(moments.dead.sum()))
-    return SolvedLayer(value, bias, reads, context.keep, report, rotation)
+    return SolvedLayer(value, bias, reads, context.keep, _report(task, answer, value, began), rotation)
 
 
 def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
@@ -157,6 +156,8 @@ class _Answer:
     held_out: InputMoments | None
     held_out_error: float | None
     """the layer's error on held-out tokens, where a refit measured it"""
+    dead: int
+    """how many inputs were zero on every token, as inputs are in the model: rotated ones would be zero to rounding"""
 
     def error_apart(self, written: Tensor) -> float | None:
         """E|V x* - W x|^2 / E|W x|^2 on the tokens kept apart, where there are any."""
@@ -178,7 +179,7 @@ def _best_answer(
     rotated = _answer(task, replace(context, loss=rotation.loss(loss)), apart)
     # Both by the loss as it was stated: a refit may have chosen another ridge.
     if loss.value(rotation.back(rotated.solution.value)) < loss.value(plain.solution.value):
-        return rotated, rotation
+        return replace(rotated, dead=plain.dead), rotation
     return plain, None
 
 
@@ -187,11 +188,15 @@ def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | Non
     solution = solve(problem, recipe.solver)
     _check(solution, task.name)
     if held_out is None or recipe.refit is None or not recipe.refit.dampings:
-        return _Answer(problem, solution, held_out, None)
+        return _Answer(problem, solution, held_out, None, _dead(problem))
     dampings, join = recipe.refit.dampings, recipe.recovery is None
     refitted = refit(problem, solution, held_out, dampings, recipe.solver, join=join)
     _check(refitted.solution, task.name)
-    return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error)
+    return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error, _dead(refitted.problem))
+
+
+def _dead(problem: Problem) -> int:
+    return int(problem.loss.moments.dead.sum())
 
 
 def _check(solution: Solution, name: str) -> None:
@@ -225,14 +230,14 @@ def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> La
         seconds=time.perf_counter() - began,
         kept=int((value != 0).sum()),
         units=value.numel(),
-        dead_inputs=int(loss.moments.dead.sum()),
-        notes=_notes(loss, solution),
+        dead_inputs=answer.dead,
+        notes=_notes(loss, solution, answer.dead),
         stages=tuple(asdict(record) for record in solution.history),
     )
 
 
-def _notes(loss: LayerLoss, solution: Solution) -> tuple[str, ...]:
-    dead, notes = int(loss.moments.dead.sum()), list(solution.notes)
+def _notes(loss: LayerLoss, solution: Solution, dead: int) -> tuple[str, ...]:
+    notes = list(solution.notes)
     if solution.status is not Status.CONVERGED:
         notes.append(solution.status.value)
     if dead:

@@ -117,3 +117,15 @@ def test_half_precision_models_hold_rounded_rotated_rows() -> None:
     assert {weight.dtype for weight in found.parameters()} == {torch.bfloat16}
     _, plain = pruned(model, "vo")
     assert report.layers[0].relative_error < plain.layers[0].relative_error
+
+
+def test_dead_inputs_are_told_as_they_are_in_the_model() -> None:
+    """A value dimension that is zero on every token is two dead inputs; rotated they would be zero to rounding."""
+    model = TINY_MODELS["llama"]()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight[3] = 0
+    found, report = pruned(model, "rotated-vo")
+    assert not torch.equal(found.model.layers[0].self_attn.v_proj.weight, model.model.layers[0].self_attn.v_proj.weight)
+    first = report.layers[0]
+    assert first.dead_inputs == 2
+    assert "2 inputs were zero on every calibration token" in first.notes
