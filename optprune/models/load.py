@@ -1,5 +1,6 @@
 """Loading: a local folder, a hub name, a .gguf file, or the packaged demo model. No pickle, no remote code."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -213,8 +214,9 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
 
 def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
-    if "gguf_file" not in options:
-        options = {**options, "use_safetensors": True}
+    # To parse a GGUF file takes seconds, so its config is handed on.
+    given = {"config": copy.deepcopy(config)} if "gguf_file" in options else {"use_safetensors": True}
+    options = {**options, **given}
     with _reading("weights", source, where, options):
         if "gguf_file" not in options:
             check_weights_files(source, where)
