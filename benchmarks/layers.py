@@ -51,8 +51,8 @@ def pattern(name: str, weights: int) -> Pattern:
     return Unstructured(round(weights * (1 - float(name.rstrip("%")) / 100)))
 
 
-def layers(samples: int, held_out: int, seq_length: int, blocks: list[int], seed: int):
-    """(name, weight, calibration moments, held-out moments) of every stage's first layer and of all projections."""
+def layers(samples: int, held_out: int, seq_length: int, blocks: list[int], seed: int, *, first: bool = True):
+    """(name, weight, calibration moments, held-out moments) of the first layer of every stage, or of all layers."""
     here = setting(samples, seq_length, held_out, seed)
     decoder = Decoder(here.loaded.model)
     apart = [window[None] for window in here.windows]
@@ -64,8 +64,10 @@ def layers(samples: int, held_out: int, seq_length: int, blocks: list[int], seed
             taps = [stage[0] for stage in decoder.architecture.stages] if index in blocks else []
             seen = collect(decoder.blocks[index], stream, taps, held_out=len(apart), output=following)
             for stage in decoder.architecture.stages if index in blocks else ():
-                weight = decoder.layer(index, stage[0]).weight.detach().clone()
-                found.append((decoder.name(index, stage[0]), weight, seen.moments[stage[0]], seen.held_out[stage[0]]))
+                tap = stage[0]
+                for path in stage[:1] if first else stage:
+                    weight = decoder.layer(index, path).weight.detach().clone()
+                    found.append((decoder.name(index, path), weight, seen.moments[tap], seen.held_out[tap]))
             stream = following
     return found
 

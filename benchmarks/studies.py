@@ -30,6 +30,8 @@ PROBED: Settings = {"probe_tokens": 1024}
 MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
+ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
+"""the units of the same shapes, by coordinates and by directions"""
 LATER: Settings = {"allocation.currency": "parameters", "allocation.tokens": 512, "fit_bias": True}
 """the values that say what recipes did before they had these fields"""
 WIDEST = 4096
@@ -89,6 +91,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for more in (NOT_RESTORED, CHOSEN_RIDGE)
     ]
     + [("spap_plus", {"sparsity": sparsity, **GIVEN_RIDGE}) for sparsity in (0.2, 0.1, 0.3)],
+    "rotated": [
+        ("structured_best", {"sparsity": sparsity, "units": units})
+        for sparsity, pair in ((0.3, ALL), (0.2, ALL), (0.1, ALL), (0.03125, VALUES))
+        for units in pair
+    ],
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
@@ -122,6 +129,7 @@ NAMES = {
     "policies": "Sparse weights at 50 percent under every propagation policy",
     "policies-2:4": "2:4 under every propagation policy",
     "structured": "Whole units",
+    "rotated": "Value dimensions that are removed as coordinates, and as directions",
     "recovery": "Recovery of the pruned sub-modules",
     "ablation": "What the output metric, the global budget and probes do for whole units",
     "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",

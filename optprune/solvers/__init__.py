@@ -12,6 +12,7 @@ from optprune.solvers.fistapruner import FistaPruner
 from optprune.solvers.greedy_obs import GreedyObs, removal_curve
 from optprune.solvers.hard_threshold import HardThreshold
 from optprune.solvers.perspective import PerspectiveBound
+from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
 from optprune.solvers.removal_bound import RemovalBound
 from optprune.solvers.restore import Restore
@@ -40,6 +41,7 @@ __all__ = [
     "HardThreshold",
     "Magnitude",
     "PerspectiveBound",
+    "ProximalAdmm",
     "Random",
     "Ranking",
     "Record",

@@ -10,14 +10,14 @@ from optprune.solvers.base import AnySolver
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
-from optprune.solvers.fista import Fista
 from optprune.solvers.greedy_obs import GreedyObs
+from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
 
 CANDIDATES: tuple[AnySolver, ...] = (
     Chain((GreedyObs(), ChannelSwaps(), Restore())),
-    Fista(),
+    ProximalAdmm(),
     Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
     Chain((Admm(haste=0.3), ConjugateGradients())),
     Restore(),

@@ -103,12 +103,36 @@ class DualMap:
         """
         assert self.factor is not None
         cut = self.penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
-        step = torch.cholesky_solve(cut.T, self.factor).T
-        nearest = weight + (step if self.row_factor is None else torch.cholesky_solve(step, self.row_factor))
+        nearest = weight + self._inverse(cut)
         inside = dual - cut
         # A norm's conjugate is zero on its domain, where the proximal point lies up to rounding.
         conjugate = 0.0 if isinstance(self.penalty, NormPenalty) else self.penalty.conjugate(inside)
         return self.loss.exact_value(nearest) + float((inside * nearest).sum()) - conjugate
+
+    def bound_at(self, point: Float[Tensor, "out in"]) -> float | None:
+        """The bound of any dual point T, brought into the domain of P*; None where A or S is singular.
+
+        f(X) + <T, X> is least at X = V0 - S^-1 T A^-1. A norm's domain is a ball, onto which T is projected; any other
+        T is scaled down as far as it must be.
+        """
+        if self.factor is None or (self.loss.metric is not None and self.row_factor is None):
+            return None
+        dual = point.double()
+        if isinstance(self.penalty, NormPenalty):
+            dual = dual - self.penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
+            conjugate = 0.0
+        else:
+            dual = dual * _largest_finite(self.penalty, dual)
+            conjugate = self.penalty.conjugate(dual)
+        nearest = self.minimiser - self._inverse(dual)
+        bound = self.loss.exact_value(nearest) + float((dual * nearest).sum()) - conjugate
+        return max(bound, 0.0) if bound < math.inf else 0.0
+
+    def _inverse(self, value: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """S^-1 X A^-1."""
+        assert self.factor is not None
+        step = torch.cholesky_solve(value.T, self.factor).T
+        return step if self.row_factor is None else torch.cholesky_solve(step, self.row_factor)
 
 
 def _regular_factor(

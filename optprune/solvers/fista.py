@@ -1,6 +1,5 @@
 """FISTA: accelerated proximal gradient for any penalty, with a duality gap from any iterate."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -9,18 +8,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.metric import OutputMetric
-from optprune.penalties import NormPenalty
-from optprune.problems import LayerLoss, PenalisedLeastSquares, Problem
+from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.duality import DualMap
+from optprune.solvers.measured_gap import MeasuredGap, provable
 from optprune.solvers.solution import Certificate, Status
 from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 
-FIRST_CHECK = 10
-GROWTH = 1.2
-"""a check costs a few steps, so checks lie further and further apart"""
-PATIENCE = 12
-"""checks without a smaller gap after which the precision is exhausted"""
 RESTART_EVERY = 4
 """steps between two tests for a restart: a test costs as much memory traffic as the rest of a step"""
 
@@ -85,18 +78,10 @@ class Motion:
 
 @dataclass(frozen=True, eq=False)
 class FistaState:
-    """The motion, and the best iterate and bound seen at a check."""
+    """The motion, and what was measured on the way."""
 
     motion: Motion
-    dual: DualMap
-    next_check: int
-    best: Float[Tensor, "out in"]
-    objective: float
-    bound: float
-    gap: float
-    """the relative gap between the two"""
-    stale: int
-    """checks since the gap last became smaller"""
+    measured: MeasuredGap
 
 
 @final
@@ -128,23 +113,13 @@ class Fista(Solver[PenalisedLeastSquares, FistaState]):
         check_options(self)
 
     def promised_gap(self, problem: PenalisedLeastSquares) -> float | None:
-        """The tolerance, in float64, but for a penalty that is free somewhere on an undamped, so maybe singular, A."""
-        loss, penalty = problem.loss, problem.penalty
-        free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
-        damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
-        if loss.weight.dtype != torch.float64 or (free and not damped):
-            return None
-        return self.tolerance
+        return provable(problem, self.tolerance)
 
     def monotone(self, problem: PenalisedLeastSquares) -> bool:
         return True
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> FistaState:
-        motion = self._begin(problem, start)
-        dual = DualMap.of(problem)
-        objective, bound = problem.objective(start), dual.bound(start)
-        gap = _gap(problem, start, objective, bound)
-        return FistaState(motion, dual, FIRST_CHECK, start, objective, bound, gap, 0)
+        return FistaState(self._begin(problem, start), MeasuredGap.of(problem, start))
 
     def iterate(
         self, problem: PenalisedLeastSquares, start: Tensor, steps: int, descent: GradientStep | None = None
@@ -189,45 +164,19 @@ class Fista(Solver[PenalisedLeastSquares, FistaState]):
         )
 
     def step(self, problem: PenalisedLeastSquares, state: FistaState) -> FistaState:
-        state = replace(state, motion=self._move(problem, state.motion))
-        return self._check(problem, state) if state.motion.count >= state.next_check else state
-
-    def _check(self, problem: PenalisedLeastSquares, state: FistaState) -> FistaState:
-        objective = problem.objective(state.motion.weight)
-        bound = max(state.dual.bound(state.motion.weight), state.bound)
-        better = objective < state.objective
-        best = state.motion.weight if better else state.best
-        gap = _gap(problem, best, min(objective, state.objective), bound)
-        improved = gap < 0.99 * state.gap
-        # Where nothing can be proved (see DualMap) it is the objective that must still fall.
-        improved |= state.objective - objective > self.tolerance * abs(objective)
-        return replace(
-            state,
-            best=best,
-            objective=objective if better else state.objective,
-            bound=bound,
-            gap=gap,
-            stale=0 if improved else state.stale + 1,
-            next_check=max(state.motion.count + FIRST_CHECK, math.ceil(GROWTH * state.motion.count)),
-        )
+        motion, measured = self._move(problem, state.motion), state.measured
+        if motion.count >= measured.next_check:
+            measured = measured.after(problem, motion.weight, motion.count, self.tolerance)
+        return FistaState(motion, measured)
 
     def done(self, problem: PenalisedLeastSquares, state: FistaState) -> Status | None:
-        if state.gap <= self.tolerance:
-            return Status.CONVERGED
-        return Status.STALLED if state.stale >= PATIENCE else None
+        return state.measured.status(self.tolerance)
 
     def value(self, problem: PenalisedLeastSquares, state: FistaState) -> Float[Tensor, "out in"]:
-        return state.best
+        return state.measured.best
 
     def certify(self, problem: PenalisedLeastSquares, state: FistaState) -> Certificate | None:
-        return Certificate(state.bound, "Fenchel duality")
-
-
-def _gap(problem: Problem, weight: Tensor, objective: float, bound: float) -> float:
-    """(objective - bound) / |objective|; where the bound is above by more than rounding nothing is proved: infinity."""
-    if objective > bound:
-        return (objective - bound) / abs(objective)
-    return 0.0 if bound == objective or bound <= objective + problem.loss.rounding(weight) else math.inf
+        return state.measured.certificate
 
 
 def _overshot(state: "Motion", weight: Tensor, ahead: Float[Tensor, ""]) -> Bool[Tensor, ""]:

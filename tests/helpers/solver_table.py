@@ -78,6 +78,7 @@ ACCEPTED = {
         )
     ),
     ("PenalisedLeastSquares", "Fista"),
+    ("PenalisedLeastSquares", "ProximalAdmm"),
     ("MaskedLeastSquares", "ConjugateGradients"),
     *(
         (kind, solver)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from optprune.errors import NumericalError
 from optprune.moments import InputMoments
-from optprune.penalties import L1, ColumnGroups, ElasticNet, NormPenalty, Penalty, WeightedL1
+from optprune.penalties import L1, NormPenalty, Penalty
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers import Fista, Status, duality, solve
 from optprune.solvers.duality import DualMap
@@ -22,40 +22,11 @@ from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import penalised
 from tests.helpers.barely_apart import barely_apart
+from tests.helpers.convex_cases import PENALTY_NAMES, ROWS, WIDTH, ill_conditioned, penalty_of
 from tests.helpers.faults import noticed, one_scale_for_all, unclipped
 
-WIDTH, ROWS, TOKENS = 12, 3, 60
 MOST_STEPS = 200_000
 FEWER = settings(max_examples=max(settings().max_examples // 2, 1))
-
-
-def ill_conditioned(seed, *, dense):
-    """A loss whose Gram matrix has condition 1e8, of a weight [3, 12]."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    left, right = torch.linalg.qr(normal(TOKENS, WIDTH))[0], torch.linalg.qr(normal(WIDTH, WIDTH))[0]
-    inputs = TOKENS**0.5 * left * torch.logspace(0, -4, WIDTH, dtype=torch.float64) @ right.T
-    ideal = inputs + 0.1 * normal(TOKENS, WIDTH) if dense else None
-    return LayerLoss.of(normal(ROWS, WIDTH), InputMoments.from_samples(inputs, ideal))
-
-
-def penalty_of(kind, loss, share):
-    largest = float(loss.target.abs().max())
-    spread = torch.rand(loss.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    spread[0, ::4] = 0
-    return {
-        "l1": L1(share * largest),
-        "weighted l1": WeightedL1(share * largest * spread),
-        "elastic net": ElasticNet(share * largest, share * float(loss.gram.diagonal().mean())),
-        "elastic net without ridge": ElasticNet(share * largest, 0.0),
-        "column groups": ColumnGroups(share * float(loss.target.norm(dim=0).max())),
-    }[kind]
-
-
-PENALTY_NAMES = ("l1", "weighted l1", "elastic net", "elastic net without ridge", "column groups")
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["same inputs", "dense inputs"])

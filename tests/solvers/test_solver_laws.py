@@ -17,6 +17,7 @@ from optprune.solvers import (
     Chain,
     FaspMetric,
     Fista,
+    ProximalAdmm,
     Restore,
     Solver,
     solve,
@@ -150,7 +151,7 @@ def test_promises(kind):
             if solver.refusal(problem) is None:
                 assert solver.exact(problem) == (solver.label == "Restore" and masked), solver.label
                 assert solver.monotone(problem) == (solver.label in MONOTONE), solver.label
-                assert solver.promised_gap(problem) is None or solver.label == "Fista", solver.label
+                assert solver.promised_gap(problem) is None or solver.label in CERTIFYING, solver.label
 
     check()
 
@@ -162,20 +163,25 @@ MONOTONE = {
     "FistaPruner",
     "HardThreshold",
     "PerspectiveBound",
+    "ProximalAdmm",
     "RemovalBound",
     "Restore",
     "Swaps",
 }
 
 
-@given(STRATEGIES[PenalisedLeastSquares]())
-def test_fista_promises_its_tolerance(problem):
+CERTIFYING = {"Fista", "ProximalAdmm"}
+
+
+@pytest.mark.parametrize("solver", [Fista(1e-3), ProximalAdmm(1e-3)], ids=lambda solver: solver.label)
+@given(problem=STRATEGIES[PenalisedLeastSquares]())
+def test_convex_solvers_promise_their_tolerance(solver, problem):
     free = isinstance(problem.penalty, WeightedL1) and bool((problem.penalty.weights == 0).any())
     if free and not bool((problem.loss.damping > 0).all()):
         # A may be singular where weights cost nothing; see optprune/solvers/duality.py.
-        assert Fista(1e-3).promised_gap(problem) is None
+        assert solver.promised_gap(problem) is None
     else:
-        assert Fista(1e-3).promised_gap(problem) == 1e-3
+        assert solver.promised_gap(problem) == 1e-3
 
 
 def test_every_kind_of_problem_has_a_strategy_a_reference_and_its_transformations():

@@ -29,6 +29,7 @@ from optprune.solvers import (
     GreedyObs,
     HardThreshold,
     PerspectiveBound,
+    ProximalAdmm,
     Spap,
     SparseGpt,
     Swaps,
@@ -74,6 +75,8 @@ MOST = {
     ConjugateGradients: 1,
     # Only where it measures, seven times at two of the first twenty steps.
     Fista: 0.7,
+    # The same, and the sizes of two residuals.
+    ProximalAdmm: 1,
     # The mask, the new weights of the penalty, the end.
     FistaPath: 3,
     # The mask, the two errors.
@@ -95,8 +98,8 @@ def looks(problem, solver):
     with watched() as found:
         state = solver.init(problem, problem.start())
         before, steps = len(found.waits), 0
-        # A measurement of Fista comes every ten steps.
-        while steps < (20 if isinstance(solver, Fista) else 8) and solver.done(problem, state) is None:
+        # A measurement of the gap comes every ten steps.
+        while steps < (20 if isinstance(solver, Fista | ProximalAdmm) else 8) and solver.done(problem, state) is None:
             state = solver.step(problem, state)
             steps += 1
     # The last look finds that it is over, or that it is not.
