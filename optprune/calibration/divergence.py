@@ -11,6 +11,7 @@ from optprune.calibration.variants import Variants
 from optprune.models import Decoder
 from optprune.models.digits import readout
 from optprune.models.surgery import write
+from optprune.numerics.kullback_leibler import divergence_terms
 from optprune.problems import LayerLoss
 
 
@@ -80,6 +81,6 @@ class Probe:
             for expected, found in zip(*parts, strict=True):
                 # In one product with the head, which is slow for few rows at a time.
                 log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
-                total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                total += float(divergence_terms(log_p, log_q).sum(dtype=torch.float64))
                 tokens += len(expected)
         return max(total / tokens, 0.0)
