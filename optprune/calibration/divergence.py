@@ -1,6 +1,6 @@
 """What a change of one block really costs the model: the divergence of its predictions from the dense model's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,13 +66,18 @@ class Probe:
         """Go on to the next block, through the current one as it is now."""
         self.variants.advance()
 
-    def divergences(self) -> list[float]:
+    def divergences(self, on_change: Callable[[int, int], None] = lambda done, total: None) -> list[float]:
         """KL(dense || changed), in nats a token, of all that was tried: the mean over the tokens' predictions.
 
-        Asked for at the end, behind the last block.
+        Asked for at the end, behind the last block. `on_change` hears how many are known, and of how many.
         """
+        found, ends = list[float](), self.variants.ends()
+        on_change(0, len(ends))
         with readout(self.decoder):
-            return [self._divergence(self.variants.stream.hidden, changed) for changed in self.variants.ends()]
+            for changed in ends:
+                found.append(self._divergence(self.variants.stream.hidden, changed))
+                on_change(len(found), len(ends))
+        return found
 
     def _divergence(self, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
         total, tokens = 0.0, 0
