@@ -81,6 +81,14 @@ def attempted_text(tmp_path_factory):
     return file
 
 
+@pytest.fixture(scope="session")
+def pruned_demo(tmp_path_factory):
+    """The demo's model as recipes prune it, which takes minutes a recipe."""
+    from tests.helpers.pruned_demo import PrunedDemo
+
+    return PrunedDemo(tmp_path_factory.mktemp("pruned"))
+
+
 @pytest.fixture
 def attempt(attempted_model, attempted_text, tmp_path, capsys):
     """A prune command that would work."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import final
 
 from optprune.allocation.base import Allocator, DenseModel, Division
+from optprune.allocation.cost_work import CostWork
 from optprune.allocation.costs import CostBudget, Costs
 from optprune.calibration import DenseWalk, Probe, Stream, first_inputs, first_tokens
 from optprune.errors import NumericalError
@@ -67,7 +68,12 @@ class ByCost(Allocator):
         Without one, the batches are gone through as far as their moments are not known.
         """
         costs = self.gathered(dense, stream, probe)
-        return Division(costs.allocation(dense.on_event), warnings=costs.warnings, notes=costs.notes)
+        allocation = costs.allocation(dense.on_event, self._work(dense, probe).before_ending)
+        return Division(allocation, warnings=costs.warnings, notes=costs.notes)
+
+    def _work(self, dense: DenseModel, probe: Probe | None) -> CostWork:
+        tokens = sum(batch.numel() for batch in dense.batches)
+        return CostWork.of(dense.decoder, self.units, tokens, 0 if probe is None else self.probe_tokens)
 
     def gathered(self, dense: DenseModel, stream: Stream | None = None, probe: Probe | None = None) -> Costs:
         """What the layers would lose, which only a probe may let hang on the sparsity."""
@@ -85,8 +91,11 @@ class ByCost(Allocator):
 
         walk = DenseWalk(decoder, entering, known, taps)
 
+        work, what = self._work(dense, probe), "measuring what blocks would lose"
+
         def measured(done: int) -> None:
-            on_event(PhaseAdvanced(BUDGET, "measuring what blocks would lose", "block", done, blocks))
+            shares = {"ends": work.before_ending, "within": work.done(done)}
+            on_event(PhaseAdvanced(BUDGET, what, "block", done, blocks, **shares))
 
         measured(0)
         for index in range(blocks):

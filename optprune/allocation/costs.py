@@ -7,7 +7,8 @@ from optprune.allocation.allocation import Allocation
 from optprune.calibration import DenseStatistics, Probe
 from optprune.models import Decoder, Target
 from optprune.problems import LayerLoss
-from optprune.report import Event
+from optprune.report import Event, PhaseAdvanced
+from optprune.report.phases import BUDGET
 
 UNHEARD = 1e-5
 """the smallest divergence, in nats a token, that float32 arithmetic tells from none"""
@@ -35,8 +36,20 @@ class Costs(ABC):
         """All layers of a block are added: try out together what a probe can tell together only."""
 
     @abstractmethod
-    def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
-        """What every block keeps, once all blocks are closed, and the probe is at the end: it puts the costs right."""
+    def allocation(self, on_event: Callable[[Event], None], begins: float = 0.0) -> Allocation:
+        """What every block keeps, once all blocks are closed, and the probe is at the end: it puts the costs right.
+
+        `begins` is the share of the budget's work that was done before.
+        """
+
+    @staticmethod
+    def divergences(probe: Probe, on_event: Callable[[Event], None], begins: float) -> list[float]:
+        """What all that a probe has tried does to the predictions; it is told how far that is."""
+
+        def measured(done: int, total: int) -> None:
+            on_event(PhaseAdvanced(BUDGET, "measuring what changes do to predictions", "change", done, total, begins))
+
+        return probe.divergences(measured)
 
 
 class CostBudget(ABC):

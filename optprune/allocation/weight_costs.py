@@ -1,7 +1,7 @@
 """What single weights cost, and one budget divided by that: how many each layer keeps, or which layers stay dense."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -94,8 +94,8 @@ class WeightCosts(Costs):
             self.tried.append((self.names, self.predicted))
         self.names, self.changes, self.predicted = [], [], 0.0
 
-    def _put_right(self, probe: Probe) -> None:
-        for (names, predicted), measured in zip(self.tried, probe.divergences(), strict=True):
+    def _put_right(self, divergences: Sequence[float]) -> None:
+        for (names, predicted), measured in zip(self.tried, divergences, strict=True):
             rate = rate_of(measured, predicted, self.in_nats)
             for name in names:
                 if name in self.curves:
@@ -103,9 +103,9 @@ class WeightCosts(Costs):
                 else:
                     self.every[name] *= rate
 
-    def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
+    def allocation(self, on_event: Callable[[Event], None], begins: float = 0.0) -> Allocation:
         if self.probe is not None:
-            self._put_right(self.probe)
+            self._put_right(self.divergences(self.probe, on_event, begins))
         decoder, share = self.decoder, self._shares()
         return Allocation.of(
             decoder,

@@ -1,7 +1,7 @@
 """What units cost, and one budget divided by that: how many of them each block keeps."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -155,14 +155,14 @@ class WidthCosts(Costs):
             self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
         return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
 
-    def _put_right(self, probe: Probe) -> None:
-        measured = iter(probe.divergences())
+    def _put_right(self, divergences: Sequence[float]) -> None:
+        measured = iter(divergences)
         self.widths = [width if width.tried is None else width.put_right(next(measured)) for width in self.widths]
 
-    def allocation(self, on_event: Callable[[Event], None]) -> Allocation:
+    def allocation(self, on_event: Callable[[Event], None], begins: float = 0.0) -> Allocation:
         budget, shapes = self.budget, list(self.decoder.shapes())
         if self.probe is not None:
-            self._put_right(self.probe)
+            self._put_right(self.divergences(self.probe, on_event, begins))
 
         def on_timed(done: int, total: int) -> None:
             on_event(PhaseAdvanced(BUDGET, "measuring the time of narrower blocks", "width", done, total, TIMING))

@@ -1,6 +1,6 @@
 """What a change of one block really costs the model: the divergence of its predictions from the dense model's."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from optprune.calibration.variants import Variants
 from optprune.models import Decoder
 from optprune.models.digits import readout
 from optprune.models.surgery import write
+from optprune.numerics.kullback_leibler import divergence_terms
 from optprune.problems import LayerLoss
 
 
@@ -65,13 +66,18 @@ class Probe:
         """Go on to the next block, through the current one as it is now."""
         self.variants.advance()
 
-    def divergences(self) -> list[float]:
+    def divergences(self, on_change: Callable[[int, int], None] = lambda done, total: None) -> list[float]:
         """KL(dense || changed), in nats a token, of all that was tried: the mean over the tokens' predictions.
 
-        Asked for at the end, behind the last block.
+        Asked for at the end, behind the last block. `on_change` hears how many are known, and of how many.
         """
+        found, ends = list[float](), self.variants.ends()
+        on_change(0, len(ends))
         with readout(self.decoder):
-            return [self._divergence(self.variants.stream.hidden, changed) for changed in self.variants.ends()]
+            for changed in ends:
+                found.append(self._divergence(self.variants.stream.hidden, changed))
+                on_change(len(found), len(ends))
+        return found
 
     def _divergence(self, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
         total, tokens = 0.0, 0
@@ -80,6 +86,6 @@ class Probe:
             for expected, found in zip(*parts, strict=True):
                 # In one product with the head, which is slow for few rows at a time.
                 log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
-                total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+                total += float(divergence_terms(log_p, log_q).sum(dtype=torch.float64))
                 tokens += len(expected)
         return max(total / tokens, 0.0)

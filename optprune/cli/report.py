@@ -49,7 +49,7 @@ def report_command(
     """
     reporter = start()
     from optprune.models import check_dtype, device_of
-    from optprune.report import held_in, page, read_evaluation, read_report, read_speed
+    from optprune.report import healed_in, held_in, page, read_evaluation, read_report, read_speed
     from optprune.report.drawings import can_draw
 
     _check_together(against, text, evaluation)
@@ -60,7 +60,7 @@ def report_command(
     place = _place(folder, output, against)
     measured = None if evaluation is None else read_evaluation(evaluation)
     speeds = None if speed is None else read_speed(speed)
-    held = held_in(folder, report)
+    held, healed = held_in(folder, report), healed_in(folder)
     if text is not None:
         beside = Beside.loaded_for(
             reporter, str(folder), against, text, seq_length, windows, device=device, dtype=dtype
@@ -68,7 +68,7 @@ def report_command(
         measured = _evaluated(beside, generations)
     if not can_draw():
         reporter.say("matplotlib is not installed: tables stand in place of pictures (pip install 'optprune[plot]')")
-    drawn = page(report, held=held, evaluation=measured, speed=speeds)
+    drawn = page(report, held=held, evaluation=measured, speed=speeds, healing=healed)
     write_file(place, drawn.encode(), "page", f"{folder} is as it was")
     typer.echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")
 

@@ -3,12 +3,10 @@
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -27,9 +25,11 @@ from optprune.recipe import Recipe
 from optprune.report import Event
 from optprune.system.facts import machine, versions
 from optprune.texts import (
-    Document,
-    calibration_batches,
+    Drawn,
+    Draws,
+    Text,
     check_seq_length,
+    check_sequences,
     check_vocabulary,
     evaluation_windows,
     tokenise,
@@ -49,6 +49,7 @@ def compare(
     seq_length: int = 2048,
     windows: int | None = None,
     seeds: int | Sequence[int] = 1,
+    sequences: str = "packed",
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     dtype: str = "auto",
@@ -60,34 +61,37 @@ def compare(
 ) -> Comparison:
     """Prune a model by each recipe at each sparsity, and tell what each costs in quality, and saves in size.
 
-    `recipes` are names, .yaml files or recipes, of which `settings` set more fields; `calibration` and `text` are texts
-    as `read_documents` takes them, without a document in common. A seed draws the `samples` windows of `seq_length`
-    tokens; for `seeds` a number stands for the first ones from 0. Each model is evaluated on the first `windows`
-    windows of the text, or all, and beside the dense model, whose predictions are computed once. What the cells of a
-    seed have in common of the dense model is measured once (see `collect`). A cell that fails has its sentence in the
-    table. With a `folder` each cell is kept once it is finished, a second call with the same options goes on, and the
-    table is written there as comparison.md, comparison.json and, with matplotlib, comparison.svg. Models are kept, in
-    models/ there, only with `keep_models`; speed is measured only by a `Work`. `say` hears what is done, a line
-    at a time, and `on_event` how far each run is.
+    `recipes` are names, .yaml files or recipes, of which `settings` set more fields; `calibration` is one text or
+    several with shares as `read_texts` takes them, and `text` as `read_documents` does, without a document in common. A
+    seed draws the `samples` windows of `seq_length` tokens, by `sequences` as `draw_windows` does; for `seeds` a number
+    stands for the first ones from 0. Each model is evaluated on the first `windows` windows of the text, or all, and
+    beside the dense model, whose predictions are computed once. What the cells of a seed have in common of the dense
+    model is measured once (see `collect`). A cell that fails has its sentence in the table. With a `folder` each cell
+    is kept once it is finished, a second call with the same options goes on, and the table is written there as
+    comparison.md, comparison.json and, with matplotlib, comparison.svg. Models are kept, in models/ there, only with
+    `keep_models`; speed is measured only by a `Work`. `say` hears what is done, a line at a time, and `on_event` how
+    far each run is.
     """
     asked = Asked.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
     device_of(device)
     if keep_models and folder is None:
         raise InputError("models are kept in the folder of the comparison: name one")
-    documents = texts_apart(calibration, text)
+    check_sequences(sequences)
+    texts, documents = texts_apart(calibration, text)
     origin = origin_of(model, dtype, device)
     config, tokenizer = origin.config(), origin.tokenizer()
     check_seq_length(config, seq_length)
     if speed is not None:
         speed.check(origin.source, config)
     say(f"tokenising {calibration} and {text}")
-    most = None if windows is None else max(windows, 1) * seq_length
-    limits = zip(documents, (None, most), strict=True)
-    tokens, evaluated = (_tokens(origin.source, tokenizer, config, of, limit) for of, limit in limits)
+    with using_tokenizer(origin.source):
+        # Where a text is too short, that is told before anything is loaded.
+        drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, asked.seeds)
+        most = None if windows is None else max(windows, 1) * seq_length
+        evaluated = tokenise(tokenizer, documents, most)
+    check_vocabulary(config, evaluated)
     held = evaluation_windows(evaluated, seq_length, windows)
-    draw = partial(calibration_batches, tokens, samples, seq_length)
-    draw(asked.seeds[0])  # where the text is too short, that is told before anything is loaded
     with ExitStack() as contexts:
         if folder is None:
             folder = contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
@@ -102,28 +106,37 @@ def compare(
             "the dtype": str(dense.model.dtype),
             "the calibration text": calibration,
             "the evaluation text": text,
+            "the sequences": sequences,
             "the samples": samples,
             "the length of a window": seq_length,
             "the windows evaluated": len(held),
-            "the tokens": fingerprint([tokens, held]),
             **asked.facts(),
+            "the tokens": fingerprint([held, *(batch for each in drawn.values() for batch in each.batches)]),
             "whether speed is measured": speed is not None,
             "whether models are kept": keep_models,
             "the version": versions(),
             "the machine": machine(dense.model.device),
         }
         place.begin(options)
-        told = say, on_event, f"{calibration}, {samples} windows of {seq_length} tokens"
-        session = Session(asked, origin, place, draw, held, keep_models, speed, *told, dense)
+        session = Session(asked, origin, place, drawn, held, keep_models, speed, say, on_event, dense)
         comparison = Comparison(origin.source, session.dense(), session.measure(), options)
         place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
     return comparison
 
 
-def _tokens(
-    source: str, tokenizer: Tokenizer, config: PretrainedConfig, documents: list[Document], most: int | None
-) -> Tensor:
-    with using_tokenizer(source):
-        tokens = tokenise(tokenizer, documents, most)
-    check_vocabulary(config, tokens)
-    return tokens
+def _drawn(
+    tokenizer: Tokenizer,
+    config: PretrainedConfig,
+    texts: Sequence[Text],
+    sequences: str,
+    samples: int,
+    seq_length: int,
+    seeds: Sequence[int],
+) -> dict[int, Drawn]:
+    """What each seed draws of the calibration texts."""
+    draws = Draws(tokenizer, texts, sequences)
+    drawn = {seed: draws.draw(samples, seq_length, seed) for seed in seeds}
+    for each in drawn.values():
+        for tokens in each.batches:
+            check_vocabulary(config, tokens.flatten())
+    return drawn

@@ -3,7 +3,7 @@
 import gc
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from optprune.report import Event, Report
 from optprune.report.progress import duration
 from optprune.system.interrupts import record_done
 from optprune.system.wording import one_line
+from optprune.texts import Drawn
 
 SHARE = 0.25
 """the share of the free memory that statistics may have: else they are in the folder"""
@@ -43,16 +44,14 @@ class Session:
     asked: Asked
     origin: Origin
     folder: ComparisonFolder
-    batches: Callable[[int], Sequence[Tensor]]
-    """what a seed draws of the calibration text"""
+    drawn: Mapping[int, Drawn]
+    """what each seed draws of the calibration texts"""
     windows: Tensor
     """the windows to evaluate on: [n, length]"""
     keep_models: bool
     speed: Work | None
     say: Callable[[str], None]
     on_event: Callable[[Event], None]
-    calibration: str
-    """where the batches are from, in words"""
     loaded: LoadedModel
     """the dense model"""
     failed: dict[Cell, CellResult] = field(default_factory=dict)
@@ -92,7 +91,7 @@ class Session:
 
     def _measure_of(self, seed: int, missing: list[Cell]) -> None:
         """The cells of a seed, with what they share of the dense model on its tokens."""
-        batches = self.batches(seed)
+        batches = self.drawn[seed].batches
         recipes = [self.asked.recipe(cell) for cell in missing]
         place = self.scratch() / f"statistics-{seed}" if self._is_much(self.loaded.decoder()) else None
         self.say(f"measuring the dense model for seed {seed}")
@@ -100,7 +99,7 @@ class Session:
         statistics = self._collected(batches, recipes, place)
         self.say(f"measured the dense model for seed {seed}, in {duration(time.perf_counter() - began)}")
         for cell, recipe in zip(missing, recipes, strict=True):
-            result = self._result(cell, recipe, batches, statistics)
+            result = self._result(cell, recipe, statistics)
             if result.figures is None:
                 self.failed[cell] = result
                 self.say(f"{cell} failed: {result.failure}")
@@ -137,18 +136,18 @@ class Session:
             return False
         return True
 
-    def _result(self, cell: Cell, recipe: Recipe, batches: Sequence[Tensor], statistics: Statistics) -> CellResult:
-        before = statistics.spared
+    def _result(self, cell: Cell, recipe: Recipe, statistics: Statistics) -> CellResult:
+        before, drawn = statistics.spared, self.drawn[cell.seed]
         try:
             loaded = self.origin.fresh(self.scratch(), whole=self.speed is not None)
             report = prune(
                 loaded.model,
-                batches,
+                drawn.batches,
                 recipe,
                 statistics=statistics,
                 store=loaded.store,
                 source=self.origin.source,
-                calibration=self.calibration,
+                calibration=drawn.told,
                 on_event=self.on_event,
             )
             found = self.predictions.beside(loaded.decoder())

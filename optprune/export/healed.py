@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from optprune.errors import InputError
 from optprune.export.folder import CHECK_TOKENS
 from optprune.export.origin import CARD, origin_of
 from optprune.export.save import SavedModel, save_model
 from optprune.models import LoadedModel
-from optprune.report import Event
-from optprune.system.files import json_text
+from optprune.report import Event, healed_in, held_in, page, read_report
+from optprune.system.files import json_text, write_whole
 from optprune.system.wording import one_line
 
-REPORT, RECIPE = "report.json", "recipe.yaml"
+REPORT, RECIPE, PAGE = "report.json", "recipe.yaml", "report.html"
 
 
 def save_healed(
@@ -33,7 +34,7 @@ def save_healed(
     report.json, recipe.yaml, the model card and the licence files are those of the source, where it is a folder that
     has them; report.json gets a section `healing`, and the card one with its figures, in which `teacher` is the source
     of the dense model. A fresh process reloads the folder, and its logits on the first tokens of `window` [length] must
-    agree with those in memory.
+    agree with those in memory. The page of it all, report.html, follows once the folder is in its place.
     """
     source = Path(loaded.source)
     texts = {name: _text(source / name) for name in (REPORT, RECIPE, CARD)} if source.is_dir() else {}
@@ -50,7 +51,7 @@ def save_healed(
         CARD: f"{card.rstrip()}\n\n{_section(healing, origin_of(teacher).name)}",
     }
     recipe = texts.get(RECIPE)
-    return save_model(
+    saved = save_model(
         loaded.model,
         folder,
         tokenizer=loaded.tokenizer,
@@ -59,6 +60,18 @@ def save_healed(
         overwrite=overwrite,
         on_event=on_event,
     )
+    _put_page(saved.folder)
+    return saved
+
+
+def _put_page(folder: Path) -> None:
+    """Write the page of a folder, whose report may be of healing alone: then there is none."""
+    try:
+        report = read_report(folder)
+    except InputError:
+        return
+    data = page(report, held=held_in(folder, report), healing=healed_in(folder)).encode()
+    write_whole(folder / PAGE, lambda stream: stream.write(data))
 
 
 def _section(healing: Mapping[str, Any], teacher: str) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError
+from optprune.numerics.kullback_leibler import divergence_terms
 
 POSITIONS_AT_ONCE = 256
 """how many predictions over the whole vocabulary are held at once, of each model"""
@@ -85,7 +85,7 @@ def add_gradient(student: Reader, teacher: Reader, ids: Tensor, predictions: int
 
 def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
     """The sum over predictions of KL(p || q), of log-probabilities [predictions, vocabulary]."""
-    return functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return divergence_terms(log_p, log_q).sum()
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def surprise_and_divergence(student: Reader, teacher: Reader, ids: Tensor, expec
         log_q = student.log_probabilities(part)
         log_p = teacher.log_probabilities(dense).to(log_q.device)
         surprises = [-float(x.gather(1, tokens.to(x.device)[:, None]).double().sum()) for x in (log_q, log_p)]
-        exact = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).sum()
+        exact = divergence_terms(log_p, log_q).sum(-1, dtype=torch.float64).sum()
         sums += torch.tensor([*surprises, float(exact)], dtype=torch.float64)
     return sums
 

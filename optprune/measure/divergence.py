@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import GIVES_NAN, check_windows, evaluating, of_surprise, passes
+from optprune.numerics.kullback_leibler import divergence_terms
 
 STRETCHES = 8
 """into how many parts a window's predictions are cut at most, to see what grows along the context"""
@@ -118,7 +119,7 @@ def _sums(window: Tensor, scores: Tensor, dense_scores: Tensor) -> Tensor:
     for following, part, dense_part in zip(*(x.split(POSITIONS_AT_ONCE) for x in whole), strict=True):
         log_q, log_p = part.float().log_softmax(-1), dense_part.float().log_softmax(-1)
         surprises = [-x.gather(1, following[:, None])[:, 0] for x in (log_q, log_p)]
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+        divergence = divergence_terms(log_p, log_q).sum(-1, dtype=torch.float64)
         agreement = log_q.argmax(-1) == log_p.argmax(-1)
         found.append(torch.stack([*(x.double() for x in surprises), divergence, agreement.double()]))
     return torch.cat(found, dim=1).cpu()

@@ -71,19 +71,20 @@ def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: P
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{digest}-{str(dtype).removeprefix('torch.')}.safetensors"
     if not place.is_file():
-        parts = _parts(file, model)
+        parts = tensors_in(file, model)
         tensors = {name: torch.empty(part.shape, dtype=dtype, device="meta") for name, part in parts.items()}
         values = (part.read().to(dtype) for part in parts.values())
         write_whole(place, lambda stream: write_tensors(stream, tensors, values))
     return Checkpoint(source, stored_tensors(place, source))
 
 
-class _Part:
+class GgufTensor:
     """One tensor of a GGUF file."""
 
     def __init__(self, file: Path, tensor: Any, processor: TensorProcessor) -> None:
         self._file, self._tensor, self._processor = file, tensor, processor
         self.shape = tuple(int(size) for size in reversed(tensor.shape))
+        self.dtype = torch.float32
 
     def read(self) -> Tensor:
         """The tensor in memory of its own: a map of the file would count as this process's memory, all of it."""
@@ -94,14 +95,16 @@ class _Part:
         return torch.from_numpy(np.ascontiguousarray(weights.weights))
 
 
-def _parts(file: Path, model: PreTrainedModel) -> dict[str, _Part]:
-    """The tensors of a file that have a place in a model, by their names there."""
+def tensors_in(file: Path, model: PreTrainedModel) -> dict[str, GgufTensor]:
+    """The tensors of a file that have a place in a model (which may be a skeleton), by their names there."""
     reader, config = GGUFReader(file), model.config.to_dict()
     processor = TENSOR_PROCESSORS.get(config["model_type"], TensorProcessor)(config=config)
     # transformers asks every module inside the model for its names too, which takes seconds and finds the same ones.
     whole: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
     names = get_gguf_hf_weights_map(whole, processor)
-    found = {names[tensor.name]: _Part(file, tensor, processor) for tensor in reader.tensors if tensor.name in names}
+    found = {
+        names[tensor.name]: GgufTensor(file, tensor, processor) for tensor in reader.tensors if tensor.name in names
+    }
     if not found:
         raise InputError(f"{file} holds no weights of a {model.config.model_type} model: fetch it again")
     return found

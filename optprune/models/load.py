@@ -24,7 +24,7 @@ from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
-from optprune.models.gguf import converted, gguf_config, gguf_tokenizer
+from optprune.models.gguf import GgufTensor, converted, gguf_config, gguf_tokenizer, tensors_in
 from optprune.models.loaded import LoadedModel
 from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
@@ -115,6 +115,13 @@ def open_model(
 def is_gguf(source: str | Path) -> bool:
     """Whether a model source is a GGUF file, as "demo" is; InputError where there is none."""
     return "gguf_file" in _locate(str(source))[1]
+
+
+def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
+    """The tensors of a GGUF source that have a place in a model, by their names there; none is read yet."""
+    where, options = _locate(source)
+    with _reading("weights", source, where, options):
+        return tensors_in(Path(where, str(options["gguf_file"])), model)
 
 
 def load(folder: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:

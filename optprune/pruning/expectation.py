@@ -6,14 +6,14 @@ matrices is timed for. How long solvers search is a rule of thumb. `TimeLeft` co
 
 import math
 import time
-from collections.abc import Iterable
 
 import torch
 
 from optprune.allocation import Allocation, Allocator, ByCost, Depth
+from optprune.allocation.cost_work import SLOW, CostWork, grams, head_weights
 from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.measure.clock import clock
-from optprune.models import Decoder, Target
+from optprune.models import Decoder
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
@@ -38,8 +38,6 @@ START = 3.0, 20.0
 """the least and the most seconds in which a process imports torch and transformers"""
 CHARACTERS_PER_SECOND = 1e6
 """what a tokenizer reads"""
-SLOW = 6
-"""how many times as long as in a product of matrices a multiplication takes in a pass of tokens"""
 SEARCH: dict[type, float] = {
     Admm: 250,
     ConjugateGradients: 150,
@@ -53,8 +51,6 @@ SEARCH: dict[type, float] = {
 """how many times out in (out + in) multiplications a solver takes: on the shapes of SmolLM2-135M, as a rule of thumb"""
 RANKING = 30
 """the same of solvers that rank and do not search"""
-CURVE = 27
-"""how many times in^3 multiplications the cost of every unit or weight of a layer takes"""
 
 
 def expected_seconds(
@@ -106,7 +102,7 @@ def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
         for path in whole if widest is None else decoder.paths(block):
             outputs = decoder.layer(block, path).out_features
             squares += outputs**2 if path in whole and outputs <= (widest or outputs) else 0
-    return SLOW * seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * _head(decoder) + squares)
+    return SLOW * seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * head_weights(decoder) + squares)
 
 
 def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int) -> float:
@@ -117,24 +113,18 @@ def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int)
         # As many rounds as sub-blocks go, with a pass of half the model for each that is left, on average.
         parts = 2 * blocks
         gone = allocator.sparsity * parts
-        return SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + _head(decoder))
+        return SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + head_weights(decoder))
     if not isinstance(allocator, ByCost):
         return 0.0
-    work, changes = float(SLOW * tokens * weights), 0
-    for block in range(blocks):
-        targets = allocator.units.candidates(decoder, block)
-        work += SLOW * tokens * _grams(decoder, block, targets)
-        work += sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
-        changes += 1 if recipe.units.family is not None else len(targets)
-    return work + SLOW * allocator.probe_tokens * changes * (weights / 2 + 2 * _head(decoder))
+    return CostWork.of(decoder, allocator.units, tokens, allocator.probe_tokens).whole
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
     work, search = 0.0, _search(recipe.solver)
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
-        passes = 3 if recipe.policy.sequential else 2
-        work += SLOW * tokens * (passes * decoder.weights_of(shape) + _grams(decoder, block, targets))
+        passes, taps = 3 if recipe.policy.sequential else 2, {target.tap for target in targets}
+        work += SLOW * tokens * (passes * decoder.weights_of(shape) + grams(decoder, block, taps))
         for outputs, inputs in (decoder.layer(block, target.path).weight.shape for target in targets):
             work += search * outputs * inputs * (outputs + inputs)
     return work
@@ -144,13 +134,3 @@ def _search(solver: AnySolver | None) -> float:
     if solver is None:
         return 0.0
     return sum(map(_search, solver.stages)) if isinstance(solver, Chain) else SEARCH.get(type(solver), RANKING)
-
-
-def _grams(decoder: Decoder, block: int, targets: Iterable[Target]) -> int:
-    """The multiplications a token that the Gram matrices of the inputs take."""
-    return sum(decoder.layer(block, tap).in_features ** 2 for tap in {target.tap for target in targets})
-
-
-def _head(decoder: Decoder) -> int:
-    head = decoder.model.get_output_embeddings()
-    return 0 if head is None else sum(weight.numel() for weight in head.parameters())

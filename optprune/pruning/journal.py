@@ -26,7 +26,8 @@ from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
 from optprune.system.interrupts import record_done
-from optprune.system.run_folder import FACTS, RunFolder
+from optprune.system.kept_folder import FACTS
+from optprune.system.run_folder import RunFolder
 
 DIVISION = "division.json"
 PIECE = 1 << 24

@@ -14,6 +14,7 @@ from optprune.report.events import (
     PhaseStarted,
 )
 from optprune.report.folder_audit import Audit, audit
+from optprune.report.healed import Healed, healed_in
 from optprune.report.held import Held, held_in
 from optprune.report.html_page import page
 from optprune.report.layer_pattern import BrokenGroups, LayerPattern, broken_groups, layer_pattern, model_patterns
@@ -36,6 +37,7 @@ __all__ = [
     "Evaluated",
     "Event",
     "Fault",
+    "Healed",
     "Held",
     "LayerPattern",
     "LayerReport",
@@ -53,6 +55,7 @@ __all__ = [
     "audit",
     "broken_groups",
     "evaluation_in",
+    "healed_in",
     "held_in",
     "joined",
     "layer_pattern",

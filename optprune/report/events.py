@@ -29,11 +29,18 @@ class PhaseAdvanced:
     """the share of the phase's work that comes before this step"""
     ends: float = 1.0
     """the share that is done after it"""
+    within: float | None = None
+    """the share of the step that is done, where what is counted is not all alike"""
+
+    @property
+    def share_of_step(self) -> float:
+        """The share of the step that is done."""
+        return self.within if self.within is not None else self.done / self.total if self.total else 1.0
 
     @property
     def share(self) -> float:
         """The share of the phase's work that is done."""
-        return self.begins + (self.ends - self.begins) * (self.done / self.total if self.total else 1.0)
+        return self.begins + (self.ends - self.begins) * self.share_of_step
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from optprune.report.by_block import pattern_of, shares, widths
 from optprune.report.drawings import can_draw, pictures
 from optprune.report.evaluated import Evaluated, Speed
 from optprune.report.headline import Headline
+from optprune.report.healed import Healed
 from optprune.report.held import Held, loading_code
 from optprune.report.page_tables import (
     Table,
@@ -44,21 +45,25 @@ def page(
     held: Held | None = None,
     evaluation: Evaluated | None = None,
     speed: Speed | None = None,
+    healing: Healed | None = None,
     drawn: Mapping[str, str] | None = None,
 ) -> str:
     """The page about a run as HTML: the same bytes for the same figures, with nothing to fetch and no script.
 
-    It has what is known: what the folder `held`, what `evaluate` and `benchmark-model` measured. `drawn` are the
-    pictures where they were made before; without matplotlib there are none, and tables stand in their place.
+    It has what is known: what the folder `held`, what `evaluate` and `benchmark-model` measured, what `healing` did
+    since. `drawn` are the pictures where they were made before; without matplotlib there are none, and tables stand in
+    their place.
     """
     found = pictures(report, evaluation) if drawn is None else drawn
     template = _environment().from_string(_text("page.html"))
     return template.render(
         **_texts(report, held, evaluation, speed),
+        sections=_sections(report, evaluation, healing),
         **_tables(report, held, evaluation),
         report=report,
         headline=Headline(report, held, evaluation, speed),
         evaluation=evaluation,
+        healing=healing,
         style=Markup(_text("page.css")),
         pictures={name: Markup(svg) for name, svg in found.items()},
         drawn_kept={"widths", "shares"} & found.keys(),
@@ -114,7 +119,6 @@ def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, spee
         "summary": " ".join(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
         ),
-        "sections": _sections(report, evaluation),
         "measured": _measured(report, evaluation, speed),
         "floor": f"The two calibration passes with their Gram products, without which no run can do, took "
         f"{time_of(report.floor_seconds)}.",
@@ -129,9 +133,10 @@ def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, spee
     }
 
 
-def _sections(report: Report, evaluation: Evaluated | None) -> list[tuple[str, str]]:
+def _sections(report: Report, evaluation: Evaluated | None, healing: Healed | None) -> list[tuple[str, str]]:
     there = {
         ("figures", "Before and after"): True,
+        ("healing", "Healing"): healing is not None,
         ("time", "Time"): bool(report.phases),
         ("kept", "Blocks"): bool(report.blocks or shares(report)),
         ("layers", "Layers"): bool(report.layers),

@@ -40,8 +40,7 @@ class Positions:
     def after(self, event: Event) -> Position | None:
         """Where the run stands now; None where the event tells nothing of it."""
         if isinstance(event, PhaseAdvanced):
-            share = event.done / event.total if event.total else 1.0
-            counts = event.unit, event.done, event.total, min(share, 1.0)
+            counts = event.unit, event.done, event.total, min(event.share_of_step, 1.0)
             return Position(event.phase, event.step, *counts, event.begins, event.ends)
         if isinstance(event, BlockStarted):
             self._blocks, self._done = event.blocks, event.block if event.done is None else event.done

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optprune.models import Decoder, is_gguf, load_config, load_model, load_shapes
+from optprune.models import Decoder, gguf_tensors, is_gguf, load_config, load_shapes
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.skeleton import named_as_in, unknown_to
 from optprune.models.surgery import put_parameters
@@ -30,24 +30,6 @@ class Readable(Protocol):
     def read(self) -> Tensor:
         """Its values, in memory."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class InMemory:
-    """A tensor that is in memory, as all are that come from a GGUF file."""
-
-    tensor: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    def read(self) -> Tensor:
-        return self.tensor
 
 
 @dataclass(frozen=True)
@@ -90,18 +72,18 @@ def stored_of(source: str) -> Stored:
     config = load_config(source)
     decoder = load_shapes(source, config)
     model, faults = decoder.model, list[Fault]()
-    if not is_gguf(source):
+    tensors: Mapping[str, Readable]
+    if is_gguf(source):
+        tensors = gguf_tensors(source, model)
+    else:
         checkpoint = named_as_in(model, Checkpoint.open(source))
-        tensors: Mapping[str, Readable] = checkpoint.tensors
+        tensors = checkpoint.tensors
         faults += [
             Fault(
                 "unknown", name, f"{name} is stored, and a {config.model_type} model of config.json has no such tensor"
             )
             for name in unknown_to(model, checkpoint)
         ]
-    else:
-        whole = load_model(source, device="cpu").model
-        tensors = {name: InMemory(tensor.detach()) for name, tensor in whole.named_parameters(remove_duplicate=False)}
     ties = _ties(model)
     for name, weight in model.named_parameters(remove_duplicate=False):
         wanted, there = list(weight.shape), tensors.get(name)

@@ -1,6 +1,6 @@
 """Texts: documents from files, data sets or the demo, tokenised once and cut into windows."""
 
-from optprune.texts.calibration import SEQUENCES, Drawn, Text, check_sequences, draw_windows, read_texts
+from optprune.texts.calibration import SEQUENCES, Drawn, Draws, Text, check_sequences, draw_windows, read_texts
 from optprune.texts.conversations import Conversation
 from optprune.texts.demo import demo_articles
 from optprune.texts.documents import FORMS, Document, read_documents, words_of
@@ -13,6 +13,7 @@ __all__ = [
     "Conversation",
     "Document",
     "Drawn",
+    "Draws",
     "Text",
     "TrainingText",
     "calibration_batches",

@@ -1,7 +1,7 @@
 """Calibration windows drawn from one text or several with shares, packed or each from the start of a document."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from optprune.texts.shares import check_shares, divided, interleaved, read_share
 from optprune.texts.windows import at_least, batched, drawn_windows, tokenise
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from torch import LongTensor
+    from torch import IntTensor, LongTensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 SEQUENCES = ("packed", "whole")
@@ -80,27 +80,53 @@ def draw_windows(
     gives the windows that it would give alone, and those of all are spread evenly over the batches. InputError where
     a text is too short, or its share is less than a window.
     """
-    check_sequences(sequences)
-    at_least("--samples", samples, 1)
-    at_least("--seq-length", seq_length, 2)
-    shares = _shares(texts)
-    counts = divided(samples, shares)
-    if 0 in counts:
-        name = texts[counts.index(0)].name
-        raise InputError(f"the share of the text {name} is none of {samples} windows: raise --samples, or leave it out")
-    import torch
+    return Draws(tokenizer, texts, sequences).draw(samples, seq_length, seed, tokens_per_batch)
 
-    draw = _packed if sequences == "packed" else _whole
-    several = len(texts) > 1
-    drawn, firsts = list[torch.Tensor](), list[torch.Tensor]()
-    for text, count in zip(texts, counts, strict=True):
-        what = f"calibration text {text.name}" if several else "calibration text"
-        windows, first = draw(tokenizer, text.documents, count, seq_length, seed, what)
-        drawn.append(windows)
-        firsts.append(first)
-    mixed = torch.stack([drawn[text][number] for text, number in interleaved(counts)])
-    told = _in_words(texts, counts, seq_length, seed, sequences)
-    return Drawn(batched(mixed, tokens_per_batch), firsts[0], counts, told)  # type: ignore[arg-type]
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What `draw_windows` gives for one seed after the other; packed texts are tokenised once for all of them."""
+
+    tokenizer: "Tokenizer"
+    texts: Sequence[Text]
+    sequences: str = "packed"
+    _packed_tokens: "dict[str, IntTensor]" = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_sequences(self.sequences)
+
+    def draw(self, samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048) -> Drawn:
+        """The windows of a seed: see `draw_windows`."""
+        at_least("--samples", samples, 1)
+        at_least("--seq-length", seq_length, 2)
+        texts = self.texts
+        counts = divided(samples, _shares(texts))
+        if 0 in counts:
+            name = texts[counts.index(0)].name
+            raise InputError(
+                f"the share of the text {name} is none of {samples} windows: raise --samples, or leave it out"
+            )
+        import torch
+
+        several, drawn, firsts = len(texts) > 1, list[torch.Tensor](), list[torch.Tensor]()
+        for text, count in zip(texts, counts, strict=True):
+            what = f"calibration text {text.name}" if several else "calibration text"
+            if self.sequences == "packed":
+                tokens = self._tokens(text)
+                windows, first = drawn_windows(tokens, count, seq_length, seed, what), tokens[:seq_length].long()
+            else:
+                windows, first = _whole(self.tokenizer, text.documents, count, seq_length, seed, what)
+            drawn.append(windows)
+            firsts.append(first)
+        mixed = torch.stack([drawn[text][number] for text, number in interleaved(counts)])
+        told = _in_words(texts, counts, seq_length, seed, self.sequences)
+        return Drawn(batched(mixed, tokens_per_batch), firsts[0], counts, told)  # type: ignore[arg-type]
+
+    def _tokens(self, text: Text) -> "IntTensor":
+        """All tokens of a text."""
+        if text.name not in self._packed_tokens:
+            self._packed_tokens[text.name] = tokenise(self.tokenizer, text.documents)
+        return self._packed_tokens[text.name]
 
 
 def _shares(texts: Sequence[Text]) -> list[Fraction]:
@@ -111,13 +137,6 @@ def _shares(texts: Sequence[Text]) -> list[Fraction]:
         raise InputError(f"a share is no number: {error}; give shares that come to 1") from error
     check_shares(shares)
     return shares
-
-
-def _packed(
-    tokenizer: "Tokenizer", documents: Sequence[Document], count: int, seq_length: int, seed: int, what: str
-) -> "tuple[LongTensor, LongTensor]":
-    tokens = tokenise(tokenizer, documents)
-    return drawn_windows(tokens, count, seq_length, seed, what), tokens[:seq_length].long()  # type: ignore[return-value]
 
 
 def _whole(

@@ -1,6 +1,7 @@
 """Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -24,6 +25,8 @@ from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from optprune.recipe.allocator import by_cost
+from optprune.report import Event, PhaseAdvanced
+from optprune.report.phases import BUDGET
 from tests.helpers.faults import noticed
 from tests.helpers.tiny_models import TINY_MODELS, by_variant, tiny_llama
 from tests.helpers.token_batches import batches
@@ -97,7 +100,7 @@ class Told(Probe):
     def advance(self) -> None:
         self.block += 1
 
-    def divergences(self) -> list[float]:
+    def divergences(self, on_change: object = None) -> list[float]:
         return self.told
 
 
@@ -245,3 +248,23 @@ def wrong_way_round(self, dense, changed):
 def test_a_divergence_the_wrong_way_round_is_noticed(monkeypatch):
     check = partial(test_it_is_the_divergence_of_the_whole_model, tiny_llama)
     noticed(monkeypatch, Probe, "_divergence", wrong_way_round, check)
+
+
+@pytest.mark.parametrize("recipe", ["structured_best", "sparse_best"])
+def test_how_far_the_budget_is_is_told_to_its_end(recipe: str) -> None:
+    """Also while divergences are measured, and with what blocks behind the first ones take more."""
+    told = list[PhaseAdvanced]()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, PhaseAdvanced) and event.phase == BUDGET:
+            told.append(event)
+
+    prune(tiny_llama(num_hidden_layers=3), batches(), load_recipe(recipe, {"probe_tokens": 64}), on_event=hear)
+    shares = [event.share for event in told]
+    assert shares == sorted(shares) and (shares[0], shares[-1]) == (0.0, 1.0)
+    blocks, changes = ([event for event in told if event.unit == unit] for unit in ("block", "change"))
+    assert [event.done for event in blocks] == [0, 1, 2, 3]
+    assert [event.done for event in changes] == list(range(1 + (6 if recipe == "structured_best" else 3)))
+    first, second, third = (later.share - before.share for before, later in itertools.pairwise(blocks))
+    assert 0 < first < second < third
+    assert changes[0].share == blocks[-1].share < 1

@@ -21,6 +21,7 @@ from optprune.report import audit
 from optprune.texts import demo_articles
 from tests.helpers import kills
 from tests.helpers.attempts import Attempt
+from tests.helpers.html_pages import parsed
 from tests.helpers.kills import moments
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
@@ -75,6 +76,13 @@ def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: tuple[Path, 
     assert (healing["steps"], healing["tokens"], healing["held_out_tokens"]) == (8, 1024, 4 * 32)
     assert healing["after"]["divergence"] < healing["before"]["divergence"]
     assert healing["held_out_documents"] >= 1
+    root = parsed((healed / "report.html").read_text())
+    (section,) = (part for part in root.all("section") if part.attributes.get("aria-labelledby") == "healing")
+    told = section.text
+    assert "8 steps on 1,024 tokens" in told and f"{healing['zeros']:,} zeros" in told
+    for when in ("before", "after"):
+        assert f"{healing[when]['divergence']:.4f}" in told and f"{healing[when]['perplexity']:.2f}" in told
+    assert "healing" not in (folder / "pruned" / "report.html").read_text()
     card = (healed / "README.md").read_text()
     assert card.startswith((folder / "pruned" / "README.md").read_text().rstrip())
     assert f"| {healing['before']['divergence']:.4f} | {healing['after']['divergence']:.4f} | 0 |" in card
@@ -105,6 +113,7 @@ def test_a_plain_model_is_healed_too(folder: Path, capsys: Any) -> None:
     assert "0 zeros are where they were" in told.out and "reload check passed" in told.out
     assert "after 1 of 1 steps: divergence" in told.err
     assert json.loads((folder / "plain" / "report.json").read_text()).keys() == {"healing"}
+    assert not (folder / "plain" / "report.html").exists(), "there is no run that a page would be about"
     assert not audit(folder / "plain").faults and not audit(folder / "plain").notes
 
 

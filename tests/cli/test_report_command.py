@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,6 +152,23 @@ def test_a_report_of_other_weights_says_nothing_of_these(folder: Path) -> None:
     assert main(["report", str(folder)]) == 0
     text = parsed((folder / "report.html").read_text()).text
     assert "No model of these shapes lies beside this report" in text and "parameters in all" not in text
+
+
+def test_a_healed_folder_tells_of_it_and_a_damaged_section_is_refused(folder: Path, capsys: Any) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    state = {"divergence": 0.25, "perplexity": 30.5}
+    healing = {"steps": 7, "tokens": 99, "held_out_tokens": 55, "seconds": 1.0, "dense_perplexity": 29.0}
+    healing |= {"before": state, "after": {"divergence": 0.125, "perplexity": None}}
+    (folder / "report.json").write_text(json.dumps({**report, "healing": healing}))
+    assert main(["report", str(folder)]) == 0
+    rows = parsed((folder / "report.html").read_text()).tables()["On 55 held-out tokens"]
+    assert rows[1:] == [
+        ["divergence, nats a prediction", "0.2500", "0.1250", "0"],
+        ["perplexity", "30.50", "-", "29.00"],
+    ]
+    (folder / "report.json").write_text(json.dumps({**report, "healing": {**healing, "steps": "many"}}))
+    assert main(["report", str(folder)]) == 2
+    assert "the section healing of" in capsys.readouterr().err
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(

@@ -14,7 +14,15 @@ from optprune.comparison import Cell, session
 from optprune.errors import InputError, NumericalError
 from optprune.measure import Work, divergence_from
 from optprune.models import load, load_model
-from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
+from optprune.texts import (
+    calibration,
+    calibration_batches,
+    draw_windows,
+    evaluation_windows,
+    read_documents,
+    read_texts,
+    tokenise,
+)
 from tests.helpers.short_runs import same
 from tests.helpers.two_texts import SMALL, TwoTexts, loaded
 
@@ -50,6 +58,35 @@ def test_each_cell_is_what_its_run_alone_gives(texts: TwoTexts) -> None:
         assert figures.weights == sum(int(torch.count_nonzero(weight)) for weight in linear)
         assert figures.notes == report.notes
         assert figures.seconds >= result.spent > 0
+
+
+@pytest.mark.parametrize("sequences", ["packed", "whole"])
+def test_several_texts_are_drawn_from_by_their_shares(
+    sequences: str, texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, tokenised = texts.calibration.read_text().splitlines(), list[object]()
+    first, second = (tmp_path / f"{name}.jsonl" for name in ("first", "second"))
+    first.write_text("\n".join(lines[:4]))
+    second.write_text("\n".join(lines[4:]))
+    spec, model = f"{first}=0.75,{second}=0.25", loaded()
+    asked = texts.asked(calibration=spec, sequences=sequences) | {"samples": 4}
+    with monkeypatch.context() as patch:
+        real = calibration.tokenise
+        patch.setattr(calibration, "tokenise", lambda *given: (tokenised.append(given[1]), real(*given))[1])
+        found = optprune.compare(model, ["fasp"], [0.3], seeds=2, settings={"units": "mlp"}, **asked)
+    assert sequences == "whole" or len(tokenised) == 2, "each text once, for all seeds"
+    assert found.options["the calibration text"] == spec and found.options["the sequences"] == sequences
+    told = tokenise(model.tokenizer, read_documents(str(texts.text)))  # type: ignore[arg-type]
+    windows = evaluation_windows(told, SMALL["seq_length"], SMALL["windows"])
+    for seed, result in enumerate(found.results):
+        recipe = optprune.load_recipe("fasp", {"sparsity": 0.3, "seed": seed, "units": "mlp"})
+        drawn = draw_windows(model.tokenizer, read_texts(spec), 4, 64, seed, sequences=sequences)  # type: ignore[arg-type]
+        assert drawn.counts == (3, 1)
+        alone = copy.deepcopy(model.model)
+        optprune.prune(alone, drawn.batches, recipe)
+        expected = divergence_from(alone, model.model, windows)
+        assert result.figures is not None and result.figures.agreement == expected.agreement
+        assert result.figures.perplexity == pytest.approx(expected.perplexity, rel=1e-6)
 
 
 def test_rows_draw_the_seeds_together_and_the_dense_model_is_first(texts: TwoTexts) -> None:
@@ -182,6 +219,7 @@ def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_pa
         ({"samples": 10**6}, "the calibration text has"),
         ({"windows": 10**6}, "the evaluation text has"),
         ({"dtype": "float8"}, "the dtype 'float8' is not known"),
+        ({"sequences": "loose"}, "--sequences cannot be 'loose'"),
     ],
     ids=str,
 )
@@ -197,6 +235,9 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 def test_texts_with_an_article_in_common_are_refused(texts: TwoTexts, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"shares 6 of its 6 documents with the calibration text"):
         optprune.compare(loaded(), ["fasp"], [0.2], **texts.asked(text=str(texts.calibration)))
+    shared = f"{texts.text}=0.5,{texts.calibration}=0.5"
+    with pytest.raises(InputError, match=r"shares 3 of its 3 documents with the calibration text"):
+        optprune.compare(loaded(), ["fasp"], [0.2], **texts.asked(calibration=shared))
     # One article among others, with other spaces, is as bad.
     mixed = tmp_path / "mixed.jsonl"
     first, other = (file.read_text().splitlines()[0] for file in (texts.calibration, texts.text))

@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from filelock import FileLock
 
 import optprune
 from optprune.comparison import Comparison, run, session
@@ -34,7 +35,7 @@ def finished(texts: TwoTexts, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_it_holds_the_table_the_figures_and_the_picture(finished: tuple[Path, Comparison]) -> None:
     place, found = finished
     assert {file.name for file in place.iterdir()} == {
-        *("cells", "comparison.json", "comparison.md", "comparison.svg", "options.json"),
+        *("cells", "comparison.json", "comparison.md", "comparison.svg", "run.json"),
     }
     assert (place / "comparison.md").read_text() == found.markdown()
     assert (place / "comparison.json").read_text() == found.to_json()
@@ -85,6 +86,22 @@ def test_one_that_was_stopped_goes_on(
     of = [(each.cell, each.figures.perplexity, each.figures.divergence) for each in found.results]  # type: ignore[union-attr]
     whole = finished[1].results
     assert of == [(each.cell, each.figures.perplexity, each.figures.divergence) for each in whole]  # type: ignore[union-attr]
+
+
+def test_what_the_user_has_put_beside_it_stays(texts: TwoTexts, tmp_path: Path) -> None:
+    place, notes = tmp_path / "out", tmp_path / "out" / "mine" / "notes.txt"
+    compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
+    assert notes.read_text() == "mine"
+
+
+def test_one_that_another_process_is_at_work_on_is_refused(texts: TwoTexts, tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "out" / "in-use")  # of another kind than ours, and so as if of another process
+    (tmp_path / "out").mkdir()
+    with lock, pytest.raises(InputError, match="another process is at work on the comparison in"):
+        compared(texts, tmp_path / "out")
 
 
 def test_a_cell_that_failed_is_tried_again(texts: TwoTexts, tmp_path: Path) -> None:

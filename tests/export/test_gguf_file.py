@@ -47,10 +47,23 @@ def check_alike(folder: Path, file: Path, tolerance: float) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids[None]).logits[0, -1].double().log_softmax(-1)
     other = LlamaCpp(file)
-    found = other.log_probabilities(ids, VOCABULARY)
+    found = other.log_probabilities(ids)
     assert len(found) == VOCABULARY
     assert max(abs(found[token] - float(expected[token])) for token in found) < tolerance
     assert other.tokens(TEXT) == len(ids)
+
+
+def test_the_likelihood_of_each_token_is_that_of_the_whole_vocabulary(tmp_path: Path) -> None:
+    """Of what the tests of real models ask llama.cpp for, since the vocabulary takes too long."""
+    folder = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "model", UNEVEN)
+    windows = torch.randint(5, 500, (3, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = optprune.load(folder).float()(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+    file = export_gguf(folder, tmp_path / "model.gguf", kind="f32").file
+    found = LlamaCpp(file, slots=3).log_likelihoods(windows)
+    assert (found - expected.gather(2, windows[:, 1:, None])[..., 0]).abs().max() < 1e-4
+    whole = LlamaCpp(file).log_probabilities(windows[1, :9])
+    assert float(found[1, 8]) == pytest.approx(whole[int(windows[1, 9])], abs=1e-4)
 
 
 @pytest.mark.parametrize("shapes", [(), UNEVEN, NARROW], ids=["whole", "uneven", "fewer value dimensions"])

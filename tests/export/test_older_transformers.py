@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+import optprune
 from optprune.export import save_model
 from optprune.export.check import TOLERANCE
+from optprune.models import load_tokenizer, need_tokenizer
 from tests.helpers.mixed_models import generated, mixed
+from tests.helpers.pruned_demo import PrunedDemo
 from tests.helpers.tiny_models import LLAMA3, SLIDING, TINY_MODELS, tiny_tokenizer
 
 OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
@@ -27,14 +31,14 @@ sys.modules["optprune"] = None  # importing it is an error
 import torch, transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, text, tokens = sys.argv[1], sys.argv[2], torch.arange(600).remainder(500).reshape(2, 300)
+folder, place, text, tokens = *sys.argv[1:], torch.arange(600).remainder(500).reshape(2, 300)
 config = json.load(open(f"{folder}/config.json"))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer(text, return_tensors="pt")
 prompt = torch.arange(10, 20)[None]
 with torch.no_grad():
-    save_file({"logits": model(tokens).logits, "words": model(**inputs).logits}, f"{folder}/found.safetensors")
+    save_file({"logits": model(tokens).logits, "words": model(**inputs).logits}, f"{place}/found.safetensors")
 new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
 print(json.dumps({
     "version": transformers.__version__, "new": new[0].tolist(), "tokens": inputs.input_ids[0].tolist(),
@@ -54,17 +58,34 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def in_older(older: Path, folder: Path) -> dict[str, Any]:
+def in_older(older: Path, folder: Path, place: Path) -> dict[str, Any]:
+    """What the older version says of a folder; its logits go to a place beside."""
     environment = os.environ | {
         "PYTHONPATH": str(older),
         "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_MODULES_CACHE": str(place / "modules"),
     }
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), TEXT], capture_output=True, text=True, check=False, env=environment
-    )
+    words = [sys.executable, "-c", PROGRAM, str(folder), str(place), TEXT]
+    run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def check_alike(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, older: Path, place: Path) -> None:
+    """The folder of a model is in the older version what the model is here."""
+    outside = in_older(older, folder, place)
+    assert outside["version"].startswith("4.57.")
+    tokens = tokenizer(TEXT, return_tensors="pt")
+    assert outside["tokens"] == tokens.input_ids[0].tolist()
+    assert outside["again"] == tokenizer.decode(tokens.input_ids[0])
+    assert sorted(outside["special"]) == sorted(tokenizer.all_special_tokens)
+    message = [{"role": "user", "content": TEXT}]
+    assert outside["chat"] == tokenizer.apply_chat_template(message, tokenize=False)
+    found = load_file(place / "found.safetensors")
+    with torch.no_grad():
+        for here, there in ((model(CHECK_TOKENS), found["logits"]), (model(**tokens), found["words"])):
+            assert (here.logits - there).abs().max() <= TOLERANCE[torch.float32] * here.logits.abs().max()
+    assert outside["new"] == generated(model)
 
 
 def model_of(name: str) -> PreTrainedModel:
@@ -83,15 +104,16 @@ def test_a_folder_in_transformers_4(name: str, uneven: bool, older: Path, tmp_pa
     tokenizer.add_special_tokens({"extra_special_tokens": ["<x>"]})
     tokenizer.chat_template = "{% for message in messages %}<x>{{ message['content'] }}{% endfor %}"
     folder = save_model(model, tmp_path / "out", tokenizer=tokenizer).folder
-    outside = in_older(older, folder)
-    assert outside["version"].startswith("4.57.")
-    tokens = tokenizer(TEXT, return_tensors="pt")
-    assert outside["tokens"] == tokens.input_ids[0].tolist()
-    assert outside["again"] == tokenizer.decode(tokens.input_ids[0])
-    assert sorted(outside["special"]) == sorted(tokenizer.all_special_tokens)
-    assert outside["chat"] == f"<x>{TEXT}"
-    found = load_file(folder / "found.safetensors")
-    with torch.no_grad():
-        for here, there in ((model(CHECK_TOKENS), found["logits"]), (model(**tokens), found["words"])):
-            assert (here.logits - there).abs().max() <= TOLERANCE[torch.float32] * here.logits.abs().max()
-    assert outside["new"] == generated(model)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False) == f"<x>{TEXT}"
+    check_alike(model, tokenizer, folder, older, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["fasp", "structured_best"])
+def test_a_pruned_model_in_transformers_4(recipe: str, pruned_demo: PrunedDemo, older: Path, tmp_path: Path) -> None:
+    """Of its own modelling file, where its blocks differ in shape."""
+    folder = pruned_demo.by(recipe)
+    uneven = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert uneven or recipe != "structured_best"
+    tokenizer = need_tokenizer(load_tokenizer(folder), str(folder))
+    check_alike(optprune.load(folder).float(), tokenizer, folder, older, tmp_path)

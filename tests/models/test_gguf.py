@@ -88,14 +88,14 @@ def test_a_file_is_turned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, alive, most = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), weakref.WeakSet[torch.Tensor](), [0]
-    read = gguf_files._Part.read
+    read = gguf_files.GgufTensor.read
 
-    def watched(part: gguf_files._Part) -> torch.Tensor:
+    def watched(part: gguf_files.GgufTensor) -> torch.Tensor:
         alive.add(tensor := read(part))
         most[0] = max(most[0], len(alive))
         return tensor
 
-    monkeypatch.setattr(gguf_files._Part, "read", watched)
+    monkeypatch.setattr(gguf_files.GgufTensor, "read", watched)
     open_model(file, scratch=tmp_path)
     # The one that is being written, and the next.
     assert 1 <= most[0] <= 2

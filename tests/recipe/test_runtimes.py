@@ -223,7 +223,7 @@ def test_what_is_pruned_for_llama_cpp_is_read_there(tmp_path: Path) -> None:
     folder = pruned("gguf", load_recipe("structured_best"), tiny_llama(), tmp_path / "out")
     written = export_gguf(folder, tmp_path / "out.gguf", kind="f32")
     prompt = torch.arange(20, 40)
-    found = LlamaCpp(written.file).log_probabilities(prompt, 512)
+    found = LlamaCpp(written.file).log_probabilities(prompt)
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder)
         expected = model(prompt[None]).logits[0, -1].double().log_softmax(-1)

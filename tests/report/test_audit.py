@@ -1,6 +1,7 @@
 """The audit finds every fault that is planted in a folder, and none in folders as people write them."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.models.checkpoint import StoredTensor
+from optprune.models.gguf import GgufTensor
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report.expectations import FORMS, read_expectation
 from tests.helpers.mixed_models import mixed
+from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
 
@@ -292,18 +295,37 @@ def test_an_expectation_that_is_none(text: str) -> None:
     assert all(form in FORMS for form in ("2:4", "rows", "sparsity=0.5", "multiple=64", "dead=0"))
 
 
-def test_one_tensor_is_in_memory_at_a_time(narrow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import weakref
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """By tensor that was read, how many were in memory then."""
+    alive, counts = list[weakref.ref[Tensor]](), list[int]()
 
-    alive: list[weakref.ref[Tensor]] = []
-    most, read = [0], StoredTensor.read
+    def watch(kind: type) -> None:
+        read = kind.read  # type: ignore[attr-defined]
 
-    def counted(self: StoredTensor) -> Tensor:
-        tensor = read(self)
-        alive.append(weakref.ref(tensor))
-        most[0] = max(most[0], sum(each() is not None for each in alive))
-        return tensor
+        def counted(self: Any) -> Tensor:
+            tensor = read(self)
+            alive.append(weakref.ref(tensor))
+            counts.append(sum(each() is not None for each in alive))
+            return tensor
 
-    monkeypatch.setattr(StoredTensor, "read", counted)
+        monkeypatch.setattr(kind, "read", counted)
+
+    watch(StoredTensor)
+    watch(GgufTensor)
+    return counts
+
+
+def test_one_tensor_is_in_memory_at_a_time(narrow: Path, in_memory: list[int]) -> None:
     assert optprune.audit(narrow).passed
-    assert len(alive) == len(load_file(narrow / "model.safetensors")) and most[0] <= 2
+    assert len(in_memory) == len(load_file(narrow / "model.safetensors")) and max(in_memory) <= 2
+
+
+def test_a_gguf_file_is_what_a_folder_of_its_weights_is(tmp_path: Path, in_memory: list[int]) -> None:
+    folder, file = save_tiny(tiny_llama(), tmp_path / "model"), write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    expected = optprune.audit(folder)
+    in_memory.clear()
+    found = optprune.audit(file, expect=["sparsity=0"])
+    assert found.passed and (found.layers, found.blocks, found.dead) == (expected.layers, expected.blocks, ())
+    assert len(in_memory) == len(load_file(folder / "model.safetensors")) and max(in_memory) <= 2
+    assert optprune.audit(folder, file).original_weights == expected.weights

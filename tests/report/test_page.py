@@ -24,6 +24,7 @@ from optprune.report import (
     page,
 )
 from optprune.report.evaluated import read_speed
+from optprune.report.healed import Healed, State
 from tests.helpers.html_pages import Element, ids, loaded, parsed, references
 from tests.helpers.reports import evaluated, layer, narrowed, speed, zeroed
 
@@ -161,6 +162,17 @@ def test_the_headline_is_what_was_measured(measured: Evaluated, fast: Speed) -> 
     assert rows["prefill, tokens a second"] == ["100.0", "150.0", "+50.0%"]
     assert rows["peak memory"] == ["7.0 MiB", "7.0 MiB", ""]
     assert "heldout.txt, 10 windows of 512 tokens, 5,110 predictions, beside models/Small-1B" in root.text
+
+
+def test_healing_is_told_where_there_was_any() -> None:
+    states = State(0.5432, 35.0123), State(0.4321, 32.1098)
+    root = made(narrowed(), healing=Healed(12, 24576, 8192, 90.0, *states, 29.4321, zeros=1234, stopped_early=True))
+    assert "healing" in headings(root) and "healing" not in headings(made(narrowed()))
+    rows = {row[0]: row[1:] for row in root.tables()["On 8,192 held-out tokens"]}
+    assert rows["divergence, nats a prediction"] == ["0.5432", "0.4321", "0"]
+    assert rows["perplexity"] == ["35.01", "32.11", "29.43"]
+    assert "12 steps on 24,576 tokens, in 1 min 30 s, until the divergence fell no further" in root.text
+    assert "all 1,234 zeros and every width are as pruning left them" in root.text
 
 
 @pytest.mark.parametrize("make", [narrowed, zeroed])

@@ -1,0 +1,60 @@
+"""What measuring costs takes by block, in multiplications as a product of matrices counts them: a guess, to go by."""
+
+from dataclasses import dataclass
+
+from optprune.models import Decoder, Units
+
+SLOW = 6
+"""how many times as long as in a product of matrices a multiplication takes in a pass of tokens"""
+CURVE = 27
+"""how many times in^3 multiplications the cost of every unit or weight of a layer takes"""
+
+
+@dataclass(frozen=True)
+class CostWork:
+    """The work of gathering costs."""
+
+    blocks: tuple[float, ...]
+    """that of each block: its pass and Gram products, its curves, and what was changed before going through it"""
+    ending: float
+    """that of the divergences at the end, which a probe asks for"""
+
+    @classmethod
+    def of(cls, decoder: Decoder, units: Units, tokens: int, probe_tokens: int) -> "CostWork":
+        """The work of so many tokens, and of changes that so many tokens go through; none of these without a probe."""
+        found, changes = list[float](), 0
+        for block, shape in enumerate(decoder.shapes()):
+            targets, weights = units.candidates(decoder, block), decoder.weights_of(shape)
+            passes = tokens * (weights + grams(decoder, block, {target.tap for target in targets}))
+            # Units are changed a layer at a time, single weights a block at a time.
+            own = len(targets) if units.kinds else 1
+            along = probe_tokens * weights * (changes + own)
+            curves = sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
+            found.append(SLOW * (passes + along) + curves)
+            changes += own
+        return cls(tuple(found), SLOW * probe_tokens * changes * 2 * head_weights(decoder))
+
+    @property
+    def whole(self) -> float:
+        """All of it."""
+        return sum(self.blocks) + self.ending
+
+    @property
+    def before_ending(self) -> float:
+        """The share of all of it that is done when the last block is."""
+        return sum(self.blocks) / self.whole
+
+    def done(self, blocks: int) -> float:
+        """The share of the work of all blocks that the first ones are."""
+        return sum(self.blocks[:blocks]) / sum(self.blocks)
+
+
+def grams(decoder: Decoder, block: int, taps: set[str]) -> int:
+    """The multiplications a token that the Gram matrices of these layers' inputs take."""
+    return sum(decoder.layer(block, tap).in_features ** 2 for tap in taps)
+
+
+def head_weights(decoder: Decoder) -> int:
+    """The weights of the head."""
+    head = decoder.model.get_output_embeddings()
+    return 0 if head is None else sum(weight.numel() for weight in head.parameters())
