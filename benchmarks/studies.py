@@ -29,6 +29,7 @@ BELIEVED: Settings = {"probe_tokens": 0}
 PROBED: Settings = {"probe_tokens": 1024}
 MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
+MATCHED: Settings = {"held_out": 0.125, "matching": 8}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
 LATER: Settings = {"allocation.currency": "parameters", "allocation.tokens": 512, "fit_bias": True}
 """the values that say what recipes did before they had these fields"""

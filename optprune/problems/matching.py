@@ -71,7 +71,7 @@ class BlockMatching:
     activation, which the first token has, by no more than any other. A mean of squares would be that token's alone.
 
     Zeros of the weights of linear layers stay zero; biases and norms are free as they are. Not convex, but for a block
-    that is affine in its parameters. Memory of a gradient: one of every tensor, and what is inside the block during a
+    that is affine in its parameters. Memory of a gradient: two of every tensor, and what is inside the block during a
     pass there and back of one example.
 
     Reference: the whole-block matching of 3BASiL (2026), there with plain squares; the weighing of tokens is ours.
@@ -83,7 +83,7 @@ class BlockMatching:
     names: tuple[str, ...]
     """the parameters by their names inside the block"""
     anchor: Point
-    """a, where it begins"""
+    """a, where it begins: the block's own parameters, which stay as they are meanwhile"""
     support: tuple[Tensor | None, ...]
     """masks of what may be other than zero; None where all may be"""
     examples: Examples
@@ -108,7 +108,7 @@ class BlockMatching:
                 )
         linear = {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, nn.Linear)}
         linear |= {"weight"} if isinstance(module, nn.Linear) else set()
-        anchor = tuple(weight.detach().clone() for weight in found.values())
+        anchor = tuple(weight.detach() for weight in found.values())
         support = tuple(weight != 0 if name in linear else None for name, weight in zip(found, anchor, strict=True))
         return cls(module, tuple(found), anchor, support, examples, metric, pull)
 

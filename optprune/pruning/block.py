@@ -130,6 +130,7 @@ class _Work:
                 places = self.recovered_by(stage)
                 collected = visit.collect(self.taps(stage), places)
                 self.hands.solve([self.layer_task(target) for target in stage], collected, self.take)
+                del collected
                 later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
                 for place in places:
                     if place not in later:

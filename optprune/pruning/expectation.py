@@ -134,6 +134,8 @@ def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
         passes = 3 if recipe.policy.sequential else 2
+        if recipe.matching is not None:
+            passes += recipe.matching.epochs * (1 + PASSES_BACK)
         work += SLOW * tokens * (passes * decoder.weights_of(shape) + _grams(decoder, block, targets))
         for outputs, inputs in (decoder.layer(block, target.path).weight.shape for target in targets):
             work += search * outputs * inputs * (outputs + inputs)

@@ -77,7 +77,7 @@ def match(
     and a weight that this would make zero is what it was at first.
     """
     judge: Callable[[Point], float] = problem.on(apart).error if apart is not None else _twice(problem.objective)
-    best, best_step = problem.start(), 0
+    best, best_step = problem.anchor, 0
     before, held_out_before = problem.error(best), judge(best)
     state, steps, held_out, looked = solver.begin(problem, problem.start()), 0, held_out_before, 0
     every = solver.looks(problem)
