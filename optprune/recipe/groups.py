@@ -95,7 +95,7 @@ class Matching(Group):
     the held-out tokens decide where to stop"""
     solver: Literal["adam", "lbfgs"] = "adam"
     """what moves the weights: Adam a few sequences at a time, or L-BFGS all of them at every step"""
-    rate: float = Field(default=0.01, gt=0, le=1)
+    rate: float = Field(default=0.003, gt=0, le=1)
     """the largest share of its layer's root mean square by which a step of Adam moves a weight"""
     sequences: int = Field(default=1, ge=1)
     """the sequences of a step of Adam"""

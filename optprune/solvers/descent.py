@@ -39,6 +39,10 @@ class Descent(ABC, Generic[State]):
     def point(self, state: State) -> Point:
         """The parameters that the state stands for; a later step may change their tensors."""
 
+    def back(self, problem: BlockMatching, state: State, best: Point) -> State:
+        """The state from which to go on after a look that found no smaller error than at the point kept."""
+        return state
+
     @abstractmethod
     def looks(self, problem: BlockMatching) -> int:
         """After how many steps the held-out examples are looked at again."""
@@ -72,26 +76,28 @@ def match(
     """Solve a block matching problem.
 
     Of what the descent comes by, at the looks that the solver asks for, the value is what has the least error on the
-    examples kept `apart`, the start among it; after three looks in a row without a smaller one it ends. Where none are
-    kept apart the objective decides, twice which then stands for that error. Points are tried as they are `rounded`,
-    and a weight that this would make zero is what it was at first.
+    examples kept `apart`, the start among it; after a look without a smaller one the solver may go back, and after three
+    in a row it ends. Where none are kept apart the objective decides, twice which then stands for that error. Points are
+    tried as they are `rounded`, and a weight that this would make zero is what it was at first.
     """
     judge: Callable[[Point], float] = problem.on(apart).error if apart is not None else _twice(problem.objective)
     best, best_step = problem.anchor, 0
     before, held_out_before = problem.error(best), judge(best)
-    state, steps, held_out, looked = solver.begin(problem, problem.start()), 0, held_out_before, 0
+    state, steps, held_out, misses = solver.begin(problem, problem.start()), 0, held_out_before, 0
     every = solver.looks(problem)
     while (status := solver.done(problem, state)) is None:
         state, steps = solver.step(problem, state), steps + 1
         if steps % every and solver.done(problem, state) is None:
             continue
         tried = _rounded(problem, solver.point(state), rounded)
-        error, looked = judge(tried), looked + 1
+        error, misses = judge(tried), misses + 1
         if error < held_out:
-            best, best_step, held_out, looked = tuple(weight.clone() for weight in tried), steps, error, 0
-        if looked >= PATIENCE:
+            best, best_step, held_out, misses = tuple(weight.clone() for weight in tried), steps, error, 0
+        elif misses >= PATIENCE:
             status = Status.CONVERGED
             break
+        else:
+            state = solver.back(problem, state, best)
     after = problem.error(best) if best_step else before
     return Matched(best, before, after, held_out_before, held_out, best_step, steps, status)
 

@@ -19,6 +19,8 @@ from optprune.testing import Listed, matchings
 from tests.helpers.damaged_blocks import LAYERS, damaged_block
 
 WIDTH = 16
+SINGLE = 2.0**-23
+"""a rounding of float32, in which the norms of Llama and Qwen2 compute whatever they are given"""
 by_family = pytest.mark.parametrize("name", LAYERS)
 by_metric = pytest.mark.parametrize("full", [None, False, True])
 
@@ -91,21 +93,23 @@ def test_the_gradient_is_that_of_the_objective(name: str, full: bool | None) -> 
     value, found = problem.gradient(point)
     assert value == pytest.approx(problem.objective(point), rel=1e-9)
     for slope, wanted, mask in zip(found, expected, problem.support, strict=True):
-        torch.testing.assert_close(slope, wanted if mask is None else wanted * mask, rtol=1e-8, atol=1e-12)
+        apart = slope - (wanted if mask is None else wanted * mask)
+        rounding = 1e-10 if name == "opt" else 100 * SINGLE
+        assert float(apart.abs().max()) <= rounding * float(wanted.abs().max())
 
 
-@by_family
-def test_the_gradient_is_what_finite_differences_say(name: str) -> None:
+@given(matchings(affine=False))
+def test_the_gradient_is_what_finite_differences_say(problem: BlockMatching) -> None:
     """Central differences: their error is h^2 of a third derivative, and a rounding over h."""
-    problem, h = problem_of(name, True, pull=0.3), 1e-5
+    h = 1e-5
     at, towards = moved(problem, 0.1), moved(problem, 0.2)
     direction = tuple(b - a for a, b in zip(at, towards, strict=True))
-    _, slope = problem.gradient(at)
+    value, slope = problem.gradient(at)
     values = [
         problem.objective(tuple(a + sign * h * d for a, d in zip(at, direction, strict=True))) for sign in (1, -1)
     ]
     along = sum(float((one * other).sum()) for one, other in zip(slope, direction, strict=True))
-    assert (values[0] - values[1]) / (2 * h) == pytest.approx(along, rel=1e-6)
+    assert abs((values[0] - values[1]) / (2 * h) - along) <= 1e-6 * (abs(along) + value)
 
 
 @by_family
@@ -182,7 +186,7 @@ def test_a_token_that_answers_nothing_divides_by_nothing() -> None:
     linear, zero = nn.Linear(3, 3).double(), torch.zeros(1, 2, 3, dtype=torch.float64)
     problem = BlockMatching.of(linear, Listed((Example((zero,), {}, zero),)))
     value, slope = problem.gradient(problem.start())
-    assert value == pytest.approx(float(linear.bias.square().sum()), rel=1e-12)
+    assert value == pytest.approx(float(linear.bias.detach().square().sum()), rel=1e-12)
     assert all(bool(torch.isfinite(part).all()) for part in slope)
 
 
