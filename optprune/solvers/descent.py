@@ -76,9 +76,9 @@ def match(
     """Solve a block matching problem.
 
     Of what the descent comes by, at the looks that the solver asks for, the value is what has the least error on the
-    examples kept `apart`, the start among it; after a look without a smaller one the solver may go back, and after three
-    in a row it ends. Where none are kept apart the objective decides, twice which then stands for that error. Points are
-    tried as they are `rounded`, and a weight that this would make zero is what it was at first.
+    examples kept `apart`, the start among it; after a look without a smaller one the solver may go back, and after
+    three in a row it ends. Where none are kept apart the objective decides, twice which then stands for that error.
+    Points are tried as they are `rounded`, and a weight that this would make zero is what it was at first.
     """
     judge: Callable[[Point], float] = problem.on(apart).error if apart is not None else _twice(problem.objective)
     best, best_step = problem.anchor, 0
