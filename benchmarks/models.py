@@ -49,7 +49,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16, help="of each text")
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--share", action="store_true", help="measure once what rows have in common (optprune.collect)")
+    parser.add_argument(
+        "--share",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure once what rows have in common (optprune.collect), and keep it in a folder where one is named",
+    )
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
     unknown = set(options.studies) - set(STUDIES)
@@ -103,8 +109,9 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
             batches = calibration_batches(calibration, options.samples, options.seq_length, seed)
             try:
                 chosen = load_recipe(recipe, {**settings, "seed": seed})
-                if options.share and common is None:
-                    common = collect(model, batches, recipes=[])  # what a run needs is added to them
+                if options.share is not None and common is None:
+                    folder = Path(options.share) / f"{name}-{seed}-{tokens}" if options.share else None
+                    common = collect(model, batches, recipes=[], folder=folder)  # what a run needs is added to them
                 spared = 0.0 if common is None else common.spared
                 report, taken = measured(pruned, batches, chosen, common)
             except InputError as error:
@@ -122,7 +129,7 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
                     "mean layer error": mean(layer.relative_error for layer in report.layers),
                     "seconds": seconds,
                     "run / floor": seconds / report.floor_seconds,
-                    "memory, MiB": None if taken is None or options.share else taken / 2**20,
+                    "memory, MiB": None if taken is None or options.share is not None else taken / 2**20,
                     "machine": machine(),
                 }
             )

@@ -29,6 +29,8 @@ BELIEVED: Settings = {"probe_tokens": 0}
 PROBED: Settings = {"probe_tokens": 1024}
 MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
 RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
+MATCHED: Settings = {"held_out": 0.125, "matching": 4}
+CROSS: Settings = {"propagation": "cross"}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
 ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
 """the units of the same shapes, by coordinates and by directions"""
@@ -99,6 +101,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
+    "matching": [
+        *(("wanda", PAIRS | more) for more in (CROSS, CROSS | MATCHED)),
+        *(("sparse_best", settings | more) for settings in (PAIRS, HALF) for more in (CROSS, CROSS | MATCHED)),
+        *(("structured_best", {"sparsity": sparsity, **MATCHED}) for sparsity in (0.3, 0.2)),
+    ],
     "ablation": [
         case
         for sparsity in (0.2, 0.1, 0.3)
@@ -125,6 +132,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
 }
 NAMES = {
+    "matching": "Whole blocks matched to the dense ones",
     "sparse": "Sparse weights",
     "policies": "Sparse weights at 50 percent under every propagation policy",
     "policies-2:4": "2:4 under every propagation policy",

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.lanes import Share
-from optprune.calibration.stream import Stream, first_output, run_block
+from optprune.calibration.stream import Stream, run_block
 from optprune.models.places import States
+from optprune.numerics.modules import first_output
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """what a module is called with: the positional arguments, and the named ones"""
@@ -141,6 +142,13 @@ def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY
         for number in numbers:
             run_block(block, stream.hidden[number], arguments[number])
     return calls[path]
+
+
+def block_calls(stream: Stream, targets: States[Tensor], wanted: Wanted) -> Calls:
+    """What the current block is called with on the batches wanted of a stream, which is to answer these targets."""
+    numbers, arguments = wanted.of(stream), stream.arguments
+    called = (((stream.hidden[number],), arguments[number]) for number in numbers)
+    return Calls(States(stream.hidden.place, called, _tensors(arguments)), targets, stream.share, numbers)
 
 
 def _tensors(value: Any) -> set[int]:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.lanes import Lanes, LaneSums, Share
-from optprune.calibration.stream import calibrating, first_inputs, first_output, run_block
+from optprune.calibration.stream import calibrating, first_inputs, run_block
 from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.models.digits import readout
 from optprune.models.places import States
+from optprune.numerics.modules import first_output
 
 TOKENS_AT_ONCE = 512
 """how many tokens go through the blocks together"""

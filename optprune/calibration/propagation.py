@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from optprune.calibration.calls import EVERY, Calls, Wanted, calls_of, catching
+from optprune.calibration.calls import EVERY, Calls, Wanted, block_calls, calls_of, catching
 from optprune.calibration.known_moments import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
@@ -119,15 +119,17 @@ class Path:
         walked: bool = False,
         calls: Wanted = EVERY,
         known: BlockMoments | None = None,
+        whole: bool = False,
     ) -> "Visit":
         """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
 
         The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
         `original` there. With `walked` another path, through the dense model, goes on from here: this one ends. `calls`
         says of which batches the visit tells the calls of sub-modules. `known` are moments of the block in the dense
-        model, where it gets on this path what it gets there.
+        model, where it gets on this path what it gets there. With `whole` the calls of the block itself may be asked
+        for.
         """
-        return Visit(self, block, held_out, cut, original, walked, calls, known)
+        return Visit(self, block, held_out, cut, original, walked, calls, known, whole)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
@@ -158,6 +160,7 @@ class Visit:
         walked: bool,
         calls: Wanted,
         known: BlockMoments | None,
+        whole: bool,
     ) -> None:
         self.path, self.block, self.held_out, self._walked, self._wanted = path, block, held_out, walked, calls
         self._known = known
@@ -166,7 +169,8 @@ class Visit:
         inputs x*"""
         policy = path.policy
         if original is None:
-            original = copy.deepcopy(block) if policy.dense_target or path.dense is not path.actual else block
+            copied = policy.dense_target or path.dense is not path.actual or whole
+            original = copy.deepcopy(block) if copied else block
             self._untouched = not cut
         else:
             self._untouched = not cut and original is block
@@ -248,6 +252,18 @@ class Visit:
             return self._caught[place]
         ideal = calls_of(self._original, place, self._reference, self._wanted)
         return replace(calls_of(self.block, place, self.path.actual, self._wanted), targets=ideal.targets)
+
+    def whole_calls(self, wanted: Wanted) -> Calls:
+        """What the block itself is called with on the path, and what the dense block answers to the policy's inputs.
+
+        Of the batches wanted; the visit was opened for `whole` blocks.
+        """
+        actual, reference = self.path.actual, self._reference or self.path.actual
+        if self._onwards is not None and reference is actual:
+            targets = self._onwards.hidden.part(wanted.of(actual))
+        else:
+            targets = calls_of(self._original, "", reference, wanted).targets
+        return block_calls(actual, targets, wanted)
 
     def close(self) -> None:
         """Move the path on to the next block."""

@@ -13,6 +13,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from optprune.models.digits import entrance
 from optprune.models.places import States
+from optprune.numerics.modules import first_output
 from optprune.numerics.precision import full_precision
 
 
@@ -181,11 +182,6 @@ def run_block(
         for handle in handles:
             handle.remove()
     return caught, first_output(output)
-
-
-def first_output(output: Any) -> Tensor:
-    """The tensor of a module's output, which some versions of some modules wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def advance(block: nn.Module, stream: Stream) -> None:

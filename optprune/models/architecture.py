@@ -107,6 +107,8 @@ class Architecture:
     stock: Classes
     pruned: Classes
     """the classes whose blocks may differ in shape"""
+    ends_with_norm: Callable[[PretrainedConfig], bool] = lambda config: False
+    """whether a norm follows what a block adds last, whose output is not the block's then"""
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ OPT = Architecture(
     # In fc1 the MLP is not affine, and fc2 is what restoration refits.
     recoverable=(("self_attn", ("self_attn.v_proj", "self_attn.out_proj")),),
     stock=Classes(OPTConfig, stock.OPTForCausalLM, stock.OPTDecoderLayer, stock.OPTAttention),
+    ends_with_norm=lambda config: not config.do_layer_norm_before,
     pruned=Classes(
         pruned.PrunedOPTConfig, pruned.PrunedOPTForCausalLM, pruned.PrunedOPTDecoderLayer, pruned.PrunedOPTAttention
     ),

@@ -4,6 +4,7 @@ from optprune.problems.base import Problem
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares
+from optprune.problems.matching import BlockMatching, Example, Examples
 from optprune.problems.penalised import PenalisedLeastSquares
 from optprune.problems.rotation import Rotation
 from optprune.problems.selection import SelectionProblem
@@ -11,8 +12,11 @@ from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
 
 __all__ = [
+    "BlockMatching",
     "ChannelGroups",
     "Channels",
+    "Example",
+    "Examples",
     "LayerLoss",
     "Link",
     "LinkedLeastSquares",

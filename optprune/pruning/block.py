@@ -13,9 +13,11 @@ from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
 from optprune.pruning.hands import Hands, OneAfterTheOther
 from optprune.pruning.layer import LayerTask, SolvedLayer, write_layer
+from optprune.pruning.matching import descent_of, match_block
 from optprune.pruning.recovery import recover
 from optprune.pruning.targets import by_stage, parts_removed, targets_of
 from optprune.recipe import Recipe
+from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 
 
@@ -118,21 +120,28 @@ class _Work:
     def visit(self, removed: Sequence[str]) -> None:
         """Go through the block stage by stage, and on to the next one."""
         task, block = self.task, self.decoder.blocks[self.task.index]
-        recovery = task.recipe.recovery
-        most = math.inf if recovery is None or recovery.tokens is None else recovery.tokens
-        wanted = {"held_out": task.held_out, "calls": Wanted(most, task.held_out), "known": task.known}
-        with task.path.visit(block, cut=bool(removed), walked=task.walked, **wanted) as visit:
+        wanted = {"held_out": task.held_out, "calls": self.wanted(task.recipe.recovery), "known": task.known}
+        matching = task.recipe.matching if self.targets or removed else None
+        whole = matching is not None
+        with task.path.visit(block, cut=bool(removed), walked=task.walked, whole=whole, **wanted) as visit:
             self.remove(removed)
             stages = visit.stages(by_stage(self.decoder, self.targets))
             for position, stage in enumerate(stages):
                 places = self.recovered_by(stage)
                 collected = visit.collect(self.taps(stage), places)
                 self.hands.solve([self.layer_task(target) for target in stage], collected, self.take)
+                del collected
                 later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
                 for place in places:
                     if place not in later:
                         self.recover(place, visit.calls(place))
+            if matching is not None:
+                self.match(matching, visit.whole_calls(self.wanted(matching)))
         self.floor_seconds += visit.floor_seconds
+
+    def wanted(self, of: Recovery | Matching | None) -> Wanted:
+        """The batches whose calls are wanted: the first that hold so many tokens, and those that are held out."""
+        return Wanted(math.inf if of is None or of.tokens is None else of.tokens, self.task.held_out)
 
     def remove(self, parts: Sequence[str]) -> None:
         """Remove sub-blocks whole."""
@@ -178,5 +187,28 @@ class _Work:
             metric=task.metrics.get(decoder.name(task.index, layers[-1])),
             dtype=None if decoder.computes_in is None else decoder.model.dtype,
             name=decoder.name(task.index, path),
+        )
+        self.recovered.append(part)
+
+    def match(self, matching: Matching, calls: Calls) -> None:
+        """Match the block as a whole, once its layers are pruned.
+
+        What leaves it has the metric of the layer that it adds last, unless a norm follows.
+        """
+        decoder, task = self.decoder, self.task
+        architecture = decoder.architecture
+        last = decoder.name(task.index, architecture.mlp_consumer)
+        metric = None if architecture.ends_with_norm(decoder.model.config) else task.metrics.get(last)
+        fit, apart = calls.split(task.held_out)
+        part = match_block(
+            decoder.blocks[task.index],
+            fit,
+            apart,
+            descent_of(matching),
+            at_once=matching.sequences,
+            pull=matching.pull,
+            metric=metric,
+            dtype=None if decoder.computes_in is None else decoder.model.dtype,
+            name=decoder.block_name(task.index),
         )
         self.recovered.append(part)

@@ -223,7 +223,11 @@ def probe_batches(work: Workload) -> int:
 def _cheap(recipe: Recipe) -> Recipe:
     """A recipe of the same passes, with solves that take next to nothing."""
     solver = FaspMetric() if recipe.units.kinds else Magnitude()
-    refit = None if recipe.refit is None else recipe.refit.model_copy(update={"dampings": (), "recovery": None})
+    refit = (
+        None
+        if recipe.refit is None
+        else recipe.refit.model_copy(update={"dampings": (), "recovery": None, "matching": None})
+    )
     return recipe.model_copy(update={"solver": solver, "refit": refit, "objective": None})
 
 

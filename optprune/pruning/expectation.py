@@ -124,6 +124,8 @@ def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
         passes, taps = 3 if recipe.policy.sequential else 2, {target.tap for target in targets}
+        if recipe.matching is not None:
+            passes += recipe.matching.epochs * (1 + PASSES_BACK)
         work += SLOW * tokens * (passes * decoder.weights_of(shape) + grams(decoder, block, taps))
         for outputs, inputs in (decoder.layer(block, target.path).weight.shape for target in targets):
             work += search * outputs * inputs * (outputs + inputs)

@@ -189,7 +189,7 @@ def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | Non
     _check(solution, task.name)
     if held_out is None or recipe.refit is None or not recipe.refit.dampings:
         return _Answer(problem, solution, held_out, None, _dead(problem))
-    dampings, join = recipe.refit.dampings, recipe.recovery is None
+    dampings, join = recipe.refit.dampings, not recipe.recovers
     refitted = refit(problem, solution, held_out, dampings, recipe.solver, join=join)
     _check(refitted.solution, task.name)
     return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error, _dead(refitted.problem))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
 from optprune.calibration.lanes import LaneSums, TensorSums
-from optprune.calibration.stream import first_output
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
+from optprune.numerics.modules import first_output
 from optprune.sums import MomentSums
 
 TRACE_TOKENS = 2048

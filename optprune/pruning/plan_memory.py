@@ -10,6 +10,8 @@ from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from optprune.pruning.workers import AHEAD
 from optprune.pruning.workload import AVERAGE, Workload
+from optprune.recipe.groups import Matching
+from optprune.solvers import Lbfgs
 from optprune.sums import AT_ONCE
 
 PHASES = ("loading", "tokenising", "metric", "budget", "pruning", "saving", "checking")
@@ -202,8 +204,21 @@ def _inside(work: Workload, worker: bool = False) -> Iterator[Part]:
     yield Part("solving, beyond that", max(0, solving - max(gathering, batch)))
     if recipe.recovery is not None:
         # Of a sub-module: its inputs and its answers, in the dense block and in the pruned one.
-        tokens = work.tokens if recipe.recovery.tokens is None else work.first_tokens(recipe.recovery.tokens)
+        tokens = work.fitted_tokens(recipe.recovery)
         yield Part("inputs and answers of sub-modules", 4 * tokens * work.hidden * work.itemsize)
+    if recipe.matching is not None:
+        asked = recipe.matching
+        yield Part("answers of the dense block", work.fitted_tokens(asked) * work.hidden * work.computed_itemsize)
+        matching = numbers_of(asked) * work.block_bytes + activations(work, work.length, backward=True)
+        yield Part("matching, beyond solving", max(0, matching - max(gathering, batch, solving)))
+
+
+def numbers_of(matching: Matching) -> int:
+    """What a block is matched with beside itself, in blocks: the present point, the one kept, a gradient and its sum.
+
+    Then the averages of Adam, or the pairs of L-BFGS, its direction, and a point that is tried with its gradient.
+    """
+    return 4 + (2 * Lbfgs().pairs + 3 if matching.solver == "lbfgs" else 2)
 
 
 def _saving(work: Workload) -> Iterator[Part]:

@@ -140,8 +140,8 @@ def _depth(work: Workload, allocator: Depth, pace: Pace, scale: float) -> float:
 
 
 def _pruning(work: Workload, pace: Pace, around: Surroundings, scale: float) -> float:
-    recovery = work.recipe.recovery
-    fitted = work.tokens if recovery is None or recovery.tokens is None else work.first_tokens(recovery.tokens)
+    asked = [one for one in (work.recipe.recovery, work.recipe.matching) if one is not None]
+    fitted = max(map(work.fitted_tokens, asked), default=0)
     kept = work.pruned_bytes / work.blocks * around.write + 2 * around.write_file
     block = pace.fixed + pace.passes * work.tokens + pace.solves + pace.recovery * fitted
     if work.workers == 1:

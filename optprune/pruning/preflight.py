@@ -39,7 +39,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
                 f"a {family.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
                 f"{decoder.name(index, path)}: choose another pattern"
             )
-    idle = _idle_recovery(decoder, recipe, pruned)
+    idle = _idle_recovery(decoder, recipe, pruned) + _idle_matching(recipe, pruned)
     if idle and recipe.strict:
         raise StrictError(f"{idle[0]} (strict mode makes this an error)")
     if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
@@ -60,6 +60,13 @@ def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str
         f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
         f"layer is pruned, and units {recipe.units.name} prune none there",
     )
+
+
+def _idle_matching(recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
+    """A note where no layer is pruned, so that there is no block to match."""
+    if recipe.matching is None or pruned:
+        return ()
+    return (f"matching has nothing to match: units {recipe.units.name} prune no layer of a block",)
 
 
 def small_problem(recipe: Recipe, full: bool) -> Problem:

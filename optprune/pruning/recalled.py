@@ -29,7 +29,7 @@ class Recalled:
         It must be one in which nothing but the moments of the dense model enters a block.
         """
         known, recipe, policy = self._known, self._recipe, self._recipe.policy
-        if known is None or recipe.recovery is not None:
+        if known is None or recipe.recovers:
             return False
         if policy.sequential or policy.dense_target or not policy.independent:
             return False

@@ -16,6 +16,7 @@ from optprune.pruning.preflight import small_problem
 from optprune.pruning.targets import by_stage, targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
+from optprune.recipe.groups import Matching, Recovery
 from optprune.solvers import GreedyObs, choose
 from optprune.solvers.workspace import Workspace
 
@@ -86,6 +87,10 @@ class Workload:
         """The tokens of the first whole sequences that hold as many as asked for, or of all."""
         return min(self.tokens, -(-asked // self.length) * self.length)
 
+    def fitted_tokens(self, asked: Recovery | Matching) -> int:
+        """The tokens that recovery or matching fits."""
+        return self.tokens if asked.tokens is None else self.first_tokens(asked.tokens)
+
     # -- the model
 
     @property
@@ -97,7 +102,7 @@ class Workload:
     def computed_itemsize(self) -> int:
         """The bytes of a number in what is computed: gradients, probes and recovery take float32 at least."""
         recipe = self.recipe
-        precise = recipe.metric is not None or recipe.recovery is not None or self.probe_tokens > 0
+        precise = recipe.metric is not None or recipe.recovers or self.probe_tokens > 0
         return max(self.itemsize, torch.float32.itemsize) if precise else self.itemsize
 
     @property
@@ -165,7 +170,7 @@ class Workload:
     @property
     def keeps_original(self) -> bool:
         """Whether the dense block is kept beside the one that is pruned."""
-        return self.recipe.policy.dense_target or self.two_paths
+        return self.recipe.policy.dense_target or self.two_paths or self.recipe.matching is not None
 
     @cached_property
     def wanted(self) -> BlockAllocation:

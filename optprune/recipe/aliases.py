@@ -21,6 +21,12 @@ ALIASES = {
     "recovery_steps": "refit.recovery.steps",
     "recovery_tokens": "refit.recovery.tokens",
     "recovery_damping": "refit.recovery.damping",
+    "matching": "refit.matching",
+    "matching_solver": "refit.matching.solver",
+    "matching_rate": "refit.matching.rate",
+    "matching_sequences": "refit.matching.sequences",
+    "matching_pull": "refit.matching.pull",
+    "matching_tokens": "refit.matching.tokens",
 }
 """fields by the flat names that they had: either may be set; by a flat one, what its group has no use for does nothing,
 as it always did"""
@@ -29,5 +35,6 @@ NEEDS = {
     "kv-groups or all",
     "refit.dampings": "refit_damping is chosen on held-out tokens: set held_out, such as 0.125",
     "refit.recovery.rounds": "recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125",
+    "refit.matching.epochs": "matching needs held-out tokens to decide where to stop: set held_out, such as 0.125",
 }
 """fields that ask for what only their group gives, however they are spelled, with what to say where it is not there"""

@@ -87,6 +87,24 @@ class Recovery(Group):
     """the ridge of recovery towards the weights it begins with, as a share of the mean diagonal of its Hessian"""
 
 
+class Matching(Group):
+    """All kept weights of a pruned block moved by gradients until it answers what the dense block does."""
+
+    epochs: int = Field(ge=1)
+    """how often the calibration tokens are gone through to match a pruned block's output to the dense block's, at most:
+    the held-out tokens decide where to stop"""
+    solver: Literal["adam", "lbfgs"] = "adam"
+    """what moves the weights: Adam a few sequences at a time, or L-BFGS all of them at every step"""
+    rate: float = Field(default=0.003, gt=0, le=1)
+    """the largest share of its layer's root mean square by which a step of Adam moves a weight"""
+    sequences: int = Field(default=1, ge=1)
+    """the sequences of a step of Adam"""
+    pull: float = Field(default=0.0, ge=0)
+    """the weight of the mean squared move of the weights, in such shares, beside the block's relative error"""
+    tokens: int | None = Field(default=None, ge=1)
+    """about how many of the calibration tokens matching fits: whole batches, from the first; null takes all"""
+
+
 class Refit(Group):
     """What is done with calibration sequences that are kept apart."""
 
@@ -97,10 +115,12 @@ class Refit(Group):
     then fitted too (not where recovery needs them); needs a solver that ends with a refit"""
     recovery: Recovery | None = None
     """whether and how the kept weights of pruned sub-modules are refitted: none, or rounds of it"""
+    matching: Matching | None = None
+    """whether and how pruned blocks are then matched as a whole: none, or how often the tokens are gone through"""
 
-    @field_serializer("recovery")
-    def _none(self, recovery: Recovery | None) -> Any:
-        return NONE if recovery is None else recovery.model_dump(mode="json")
+    @field_serializer("recovery", "matching")
+    def _none(self, group: Group | None) -> Any:
+        return NONE if group is None else group.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
@@ -145,4 +165,5 @@ GROUPS = {
     "metric": Choice("kind", (FisherMetric,)),
     "refit": Choice("held_out", (Refit,)),
     "refit.recovery": Choice("rounds", (Recovery,)),
+    "refit.matching": Choice("epochs", (Matching,)),
 }

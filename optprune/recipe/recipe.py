@@ -22,7 +22,16 @@ from optprune.models import UNITS, Units
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.problems import Problem
 from optprune.recipe.aliases import NEEDS
-from optprune.recipe.groups import DepthSearch, FisherMetric, GlobalBudget, Group, Recovery, Refit, UniformShares
+from optprune.recipe.groups import (
+    DepthSearch,
+    FisherMetric,
+    GlobalBudget,
+    Group,
+    Matching,
+    Recovery,
+    Refit,
+    UniformShares,
+)
 from optprune.recipe.names import (
     NONE,
     read_objective,
@@ -168,6 +177,16 @@ class Recipe(Telling, BaseModel):
     def recovery(self) -> Recovery | None:
         """How pruned sub-modules are refitted against their dense outputs, if they are."""
         return None if self.refit is None else self.refit.recovery
+
+    @property
+    def matching(self) -> Matching | None:
+        """How pruned blocks are matched as a whole to what the dense ones answer, if they are."""
+        return None if self.refit is None else self.refit.matching
+
+    @property
+    def recovers(self) -> bool:
+        """Whether weights are moved again after their layers are solved."""
+        return self.recovery is not None or self.matching is not None
 
     def state(self, context: LayerContext) -> Problem:
         """The problem to solve at a layer."""

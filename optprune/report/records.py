@@ -64,11 +64,14 @@ class RemovedPart:
 
 @dataclass(frozen=True)
 class RecoveredPart:
-    """What the recovery of a sub-module did; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric."""
+    """What the recovery of a sub-module did; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric.
+
+    Of a block that was matched as a whole the squares are those of every token as shares of its size.
+    """
 
     name: str
     layers: tuple[str, ...]
-    """the layers that were refitted, in turn"""
+    """the layers that were refitted, in turn; of a block all its parameters"""
     error_before: float
     """the relative error on the batches that were fitted"""
     error_after: float
@@ -76,7 +79,7 @@ class RecoveredPart:
     """the relative error on the batches that decided where to stop"""
     held_out_after: float
     steps: int
-    """the steps of conjugate gradients that were kept, over all layers and rounds"""
+    """the steps that were kept: of conjugate gradients, over all layers and rounds, or of what matches a whole block"""
     seconds: float
 
 

@@ -1,16 +1,19 @@
 """Solvers: one algorithm a file. A solver knows problems, never models; `solve` runs it and the problem measures."""
 
+from optprune.solvers.adam import Adam
 from optprune.solvers.admm import Admm
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Answer, AnySolver, DirectSolver, Solver
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
+from optprune.solvers.descent import Descent, Matched, match
 from optprune.solvers.fista import Fista
 from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
 from optprune.solvers.greedy_obs import GreedyObs, removal_curve
 from optprune.solvers.hard_threshold import HardThreshold
+from optprune.solvers.lbfgs import Lbfgs
 from optprune.solvers.perspective import PerspectiveBound
 from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
@@ -24,6 +27,7 @@ from optprune.solvers.swaps import Swaps
 from optprune.solvers.value_basis import best_basis, nested_basis
 
 __all__ = [
+    "Adam",
     "Admm",
     "Answer",
     "AnySolver",
@@ -31,6 +35,7 @@ __all__ = [
     "Chain",
     "ChannelSwaps",
     "ConjugateGradients",
+    "Descent",
     "DirectSolver",
     "FaspMetric",
     "Fista",
@@ -39,7 +44,9 @@ __all__ = [
     "FlapMetric",
     "GreedyObs",
     "HardThreshold",
+    "Lbfgs",
     "Magnitude",
+    "Matched",
     "PerspectiveBound",
     "ProximalAdmm",
     "Random",
@@ -57,6 +64,7 @@ __all__ = [
     "Wanda",
     "best_basis",
     "choose",
+    "match",
     "nested_basis",
     "removal_curve",
     "solve",

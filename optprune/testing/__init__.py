@@ -6,17 +6,22 @@ Needs the extra `optprune[testing]` (hypothesis, scipy, cvxpy); a missing one is
 from optprune.testing.check import check_solver
 from optprune.testing.convex_references import Reference, convex_optimum
 from optprune.testing.laws import SOLVER_LAWS, keep_laws
+from optprune.testing.matching import MATCHING_LAWS, Listed, check_descent, matchings
 from optprune.testing.references import REFERENCES, reference, reference_optimum
 from optprune.testing.strategies import STRATEGIES
 
 __all__ = [
+    "MATCHING_LAWS",
     "REFERENCES",
     "SOLVER_LAWS",
     "STRATEGIES",
+    "Listed",
     "Reference",
+    "check_descent",
     "check_solver",
     "convex_optimum",
     "keep_laws",
+    "matchings",
     "reference",
     "reference_optimum",
 ]

@@ -26,6 +26,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp under cross": ("fasp", {"propagation": "cross"}),
     "depth": ("depth", {"sparsity": 0.4, "depth_tokens": 64}),
     "spap": ("spap", {"recovery_tokens": 64}),
+    "matching under cross": ("wanda", {"propagation": "cross", "held_out": 0.25, "matching": 2}),
 }
 BLOCKS = 3
 

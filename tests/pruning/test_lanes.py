@@ -36,6 +36,7 @@ RUNS = {
     "probes": ("structured_best", {"held_out": 0.2, "metric_tokens": 600}),
     "recovery": ("spap", {"recovery_tokens": 96}),
     "recovery in a metric": ("sparse_best", {"held_out": 0.2, "recovery": 1, "metric_tokens": 96, "sparsity": 0.3}),
+    "matching": ("wanda", {"held_out": 0.2, "matching": 2}),
     "dense": ("sparsegpt", {"propagation": "dense"}),
     "intra": ("fasp", {"propagation": "intra", "held_out": 0.2, "refit_damping": 0.1}),
 }

@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_best under intra": ("sparse_best", {"propagation": "intra", "held_out": 0.25, "recovery": 1}),
     "structured_best": ("structured_best", {"sparsity": 0.3, "least_kept": 0.1, "probe_tokens": 64}),
     "spap": ("spap", {"recovery_tokens": 100, "held_out": 0.25}),
+    "matching": ("wanda", {"held_out": 0.25, "matching": 2, "matching_tokens": 100}),
 }
 """recipes with the Fisher pass, probes, recovery, and scores that passes give"""
 

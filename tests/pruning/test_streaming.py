@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole layers": ("depth", {"sparsity": 0.3, "depth_parts": "layers", "depth_score": "influence"}),
     "sub-blocks": ("depth", {"sparsity": 0.3}),
     "recovery": ("spap", {}),
+    "matching": ("sparsegpt", {"propagation": "intra", "held_out": 0.2, "matching": 2}),
 }
 CHANGING = ("seconds", "floor_seconds", "phases", "calibration", "model")
 """what two reports of the same run do not share"""

@@ -87,10 +87,11 @@ RECIPES = [
     ("sparsegpt", {}),
     ("spap", {"recovery_tokens": 64}),
     ("fasp", {"metric": "diagonal", "metric_tokens": 64}),
+    ("wanda", {"held_out": 0.2, "matching": 2}),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "settings"), RECIPES, ids=["fasp", "sparsegpt", "recovery", "metric"])
+@pytest.mark.parametrize(("recipe", "settings"), RECIPES, ids=["fasp", "sparsegpt", "recovery", "metric", "matching"])
 @pytest.mark.parametrize("policy", INDEPENDENT)
 @by_variant
 def test_the_bytes_and_the_report_are_those_of_a_serial_run(make, policy, recipe, settings) -> None:

@@ -1,0 +1,98 @@
+"""Adam on all kept weights of a block, in units of their own sizes, with a warm-up and a cosine to zero."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from optprune.problems.matching import BlockMatching, Point
+from optprune.solvers.descent import Descent
+from optprune.solvers.solution import Status
+
+TINY = 1e-12
+"""a gradient far below that, in units of the problem and of its weights, moves nothing: it may be rounding"""
+CARE = 1 / 3
+"""what the rate is multiplied by when the descent goes back"""
+
+
+@dataclass(eq=False)
+class AdamState:
+    """The parameters with the averages of their gradients, in units of the problem; steps change the tensors."""
+
+    point: Point
+    mean: Point
+    square: Point
+    steps: int = 0
+    fresh: int = 0
+    """the steps since the average of the gradients was begun"""
+    care: float = 1.0
+    """what the rate is multiplied by"""
+
+
+@final
+@dataclass(frozen=True)
+class Adam(Descent[AdamState]):
+    """v <- v - rate_k u m_k / sqrt(s_k), with averages m of the gradient u g and s of its square, made unbiased.
+
+    u is the root mean square of each tensor's kept entries, so that the rate is the share of that by which a weight
+    moves in a step, of whatever layer. The rate grows over the first tenth of the steps, and then goes to zero along a
+    cosine. A step goes through one draw of the examples, `epochs` times all of them in all; the held-out examples are
+    looked at after each time, and where that made nothing better, the descent goes back to the best point, with a third
+    of the rate. Memory: three numbers a parameter, beside the gradient.
+
+    Reference: Kingma and Ba (2015).
+    """
+
+    epochs: int = 8
+    """how often all examples are gone through"""
+    rate: float = 0.003
+    """the largest share of a weight's root mean square that a step moves it by, about"""
+    memory: tuple[float, float] = (0.9, 0.95)
+    """what the averages of the gradient and of its square keep from step to step"""
+    warm: float = 0.1
+    """the share of the steps over which the rate grows"""
+
+    def begin(self, problem: BlockMatching, start: Point) -> AdamState:
+        zeros = tuple(torch.zeros_like(weight) for weight in start)
+        return AdamState(start, zeros, tuple(torch.zeros_like(weight) for weight in start))
+
+    def step(self, problem: BlockMatching, state: AdamState) -> AdamState:
+        _, gradient = problem.gradient(state.point, state.steps)
+        rate, (first, second) = state.care * self.rate_at(state.steps, self._steps(problem)), self.memory
+        state.steps, state.fresh = state.steps + 1, state.fresh + 1
+        scale, spread = 1 - first**state.fresh, 1 - second**state.steps
+        for weight, mean, square, raw, unit in zip(
+            state.point, state.mean, state.square, gradient, problem.units, strict=True
+        ):
+            slope = raw * unit
+            mean.lerp_(slope, 1 - first)
+            square.mul_(second).addcmul_(slope, slope, value=1 - second)
+            weight.addcdiv_(mean, (square / spread).sqrt_().add_(TINY), value=-rate * unit / scale)
+        return state
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The rate of a step, of so many."""
+        warm = max(1, round(self.warm * steps))
+        if step < warm:
+            return self.rate * (step + 1) / warm
+        return self.rate * (1 + math.cos(math.pi * (step + 1 - warm) / (steps + 1 - warm))) / 2
+
+    def back(self, problem: BlockMatching, state: AdamState, best: Point) -> AdamState:
+        for weight, mean, kept in zip(state.point, state.mean, best, strict=True):
+            weight.copy_(kept)
+            mean.zero_()
+        state.fresh, state.care = 0, state.care * CARE
+        return state
+
+    def done(self, problem: BlockMatching, state: AdamState) -> Status | None:
+        return Status.CONVERGED if state.steps >= self._steps(problem) else None
+
+    def point(self, state: AdamState) -> Point:
+        return state.point
+
+    def looks(self, problem: BlockMatching) -> int:
+        return problem.examples.draws
+
+    def _steps(self, problem: BlockMatching) -> int:
+        return self.epochs * problem.examples.draws

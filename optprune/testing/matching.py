@@ -1,0 +1,243 @@
+"""Block matching under the laws: small blocks drawn at random, a reference for those that are affine, and the laws.
+
+A descent is held to them by `check_descent`: on blocks whose answers are affine in their parameters, where the problem
+is a least squares problem that numpy solves, and on gated blocks with a norm, where it is not convex.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from optprune.metric import OutputMetric
+from optprune.problems import BlockMatching, Example, Examples
+from optprune.problems.matching import Point, Terms, order
+from optprune.solvers import Descent, match
+from optprune.testing.loss_strategies import generator_of
+from optprune.testing.place import here, place
+
+ROUNDING = 1e-9
+"""by what share of the error at the start two sums of the same terms in float64 may differ, and more"""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Listed(Examples):
+    """Examples in a list, of which a draw has a few."""
+
+    examples: tuple[Example, ...]
+    at_once: int = 1
+
+    @property
+    def draws(self) -> int:  # type: ignore[override]
+        return -(-len(self.examples) // self.at_once)
+
+    def sums(self, terms: Terms, zeros: Callable[[], Point], draw: int | None = None) -> Point:
+        chosen = list(range(len(self.examples)))
+        if draw is not None:
+            epoch, turn = divmod(draw, self.draws)
+            chosen = order(len(chosen), epoch)[turn * self.at_once : (turn + 1) * self.at_once]
+        total = zeros()
+        for number in chosen:
+            for one, more in zip(total, terms(self.examples[number]), strict=True):
+                one.add_(more)
+        return total
+
+
+class Gated(nn.Module):
+    """x + down(silu(gate n) * (up n)), n = norm x: a block in small."""
+
+    def __init__(self, width: int, units: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.gate, self.up, self.down = nn.Linear(width, units), nn.Linear(width, units), nn.Linear(units, width)
+        self.to(device=place(), dtype=torch.float64)
+        _draw(self, generator)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        normed = self.norm(hidden)
+        return hidden + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+
+
+def _draw(module: nn.Module, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+
+
+@st.composite
+def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
+    """A problem in float64 whose block has lost about a third of its weights; the dense block's answers are targets.
+
+    Tokens differ in size, the first of each sequence by a hundred times: a massive activation.
+    """
+    generator = generator_of(draw)
+    width, out = draw(st.integers(2, 5), label="width"), draw(st.integers(2, 4), label="out")
+    block: nn.Module
+    if affine:
+        block = nn.Linear(width, out, bias=draw(st.booleans(), label="bias")).to(device=place(), dtype=torch.float64)
+        _draw(block, generator)
+    else:
+        block, out = Gated(width, out, generator), width
+    examples = []
+    for _ in range(draw(st.integers(2, 4), label="examples")):
+        hidden = torch.randn((1, 3 * width + 4, width), generator=generator, dtype=torch.float64)
+        hidden[:, 0] *= 100
+        with torch.no_grad():
+            examples.append(Example((here(hidden),), {}, block(here(hidden))))
+    with torch.no_grad():
+        for part in block.modules():
+            if isinstance(part, nn.Linear):
+                part.weight *= here(torch.rand(part.weight.shape, generator=generator) > 1 / 3)
+    full = draw(st.sampled_from((None, False, True)), label="metric")
+    metric = None
+    if full is not None:
+        gradients = torch.randn((4 * out, out), generator=generator, dtype=torch.float64)
+        metric = OutputMetric.from_samples(here(gradients), full=full)
+    pull = draw(st.sampled_from((0.0, 0.01)), label="pull")
+    return BlockMatching.of(block, Listed(tuple(examples)), metric, pull)
+
+
+def affine_optimum(problem: BlockMatching) -> float:
+    """The least objective of a problem whose block is affine in its parameters: its Jacobian, and numpy's SVD.
+
+    Residuals are S^(1/2) e_t / |y_t|, token by token, and the pull is more rows; nothing of the problem's own measures.
+    """
+    examples = cast(Listed, problem.examples).examples
+    free = [np.flatnonzero(_free(problem, number)) for number in range(len(problem.anchor))]
+    root = np.eye(examples[0].target.shape[-1])
+    if problem.metric is not None:
+        root = np.linalg.cholesky(problem.metric.matrix.cpu().numpy()).T
+
+    def answers(point: Point) -> np.ndarray[Any, Any]:
+        rows = []
+        for example in examples:
+            named = dict(zip(problem.names, point, strict=True))
+            output = functional_call(problem.module, named, example.args, dict(example.kwargs)).detach()
+            sizes = example.target.norm(dim=-1, keepdim=True)
+            rows.append((output / sizes).flatten(0, -2).cpu().numpy() @ root.T)
+        return np.concatenate(rows).reshape(-1)
+
+    wanted = []
+    for example in examples:
+        sizes = example.target.norm(dim=-1, keepdim=True)
+        wanted.append((example.target / sizes).flatten(0, -2).cpu().numpy() @ root.T)
+    target = np.concatenate(wanted).reshape(-1)
+    base, columns, ridge = answers(problem.anchor), [], []
+    count = sum(map(len, free))
+    for number, entries in enumerate(free):
+        kept = problem.anchor[number].reshape(-1)[here(torch.from_numpy(entries))]
+        unit = float(kept.square().mean().sqrt()) if len(entries) else 1.0
+        for entry in entries:
+            moved = [weight.clone() for weight in problem.anchor]
+            moved[number].view(-1)[entry] += 1
+            columns.append(answers(tuple(moved)) - base)
+            ridge.append((problem.pull / count) ** 0.5 / unit)
+    if not columns:
+        return float(np.square(base - target).sum() / np.square(target).sum() / 2)
+    scale = np.square(target).sum() ** 0.5
+    rows = np.vstack([np.stack(columns, 1) / scale, np.diag(ridge)])
+    right = np.concatenate([(target - base) / scale, np.zeros(len(ridge))])
+    change = np.linalg.lstsq(rows, right, rcond=1e-13)[0]
+    return float(np.square(rows @ change - right).sum() / 2)
+
+
+def _free(problem: BlockMatching, number: int) -> np.ndarray[Any, Any]:
+    anchor = problem.anchor[number]
+    linear = isinstance(problem.module, nn.Linear) or anchor.ndim == 2
+    return ((anchor != 0) if linear and anchor.ndim == 2 else torch.ones_like(anchor).bool()).reshape(-1).cpu().numpy()
+
+
+def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """What is zero of a linear layer's weight stays zero, and nothing else becomes it."""
+    found = match(problem, solver)
+    assert problem.violation(found.value) == 0, f"{_named(solver)}: a weight that was removed is back"
+    for name, before, after in zip(problem.names, problem.anchor, found.value, strict=True):
+        if before.ndim == 2:
+            assert torch.equal(before != 0, after != 0), f"{_named(solver)}: other weights of {name} are zero"
+
+
+def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """What is kept has no larger objective than the start, as the problem measures it, nor a larger error apart."""
+    found, start = match(problem, solver), problem.start()
+    assert problem.objective(found.value) <= problem.objective(start), f"{_named(solver)}: it made its start worse"
+    examples = cast(Listed, problem.examples).examples
+    apart, fit = Listed(examples[-1:]), problem.on(Listed(examples[:-1]))
+    held = match(fit, solver, apart)
+    judge = fit.on(apart)
+    assert judge.error(held.value) <= judge.error(start), f"{_named(solver)}: worse on the examples kept apart"
+    assert held.held_out == judge.error(held.value), f"{_named(solver)}: the error apart was not measured so"
+    assert held.error == fit.error(held.value), f"{_named(solver)}: the error was not measured so"
+
+
+def leaves_all_as_it_was(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """The block's own parameters, the anchor and the global random state stay, bit for bit."""
+    own = [weight.detach().clone() for weight in problem.module.parameters()]
+    anchor, state = problem.start(), torch.get_rng_state()
+    match(problem, solver)
+    same = zip([*problem.module.parameters(), *problem.anchor], [*own, *anchor], strict=True)
+    assert all(torch.equal(now, before) for now, before in same), f"{_named(solver)}: it changed the block or its start"
+    assert torch.equal(torch.get_rng_state(), state), f"{_named(solver)}: it touched the global random state"
+
+
+def repeats_itself(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """The same problem gives the same parameters, bit for bit."""
+    first, second = match(problem, solver), match(problem, solver)
+    assert all(map(torch.equal, first.value, second.value)), f"{_named(solver)}: it gives different answers"
+
+
+def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """Where a gradient is not zero by more than rounding, some of the objective goes."""
+    value, slope = problem.gradient(problem.start())
+    size = sum(float((part * unit).square().sum()) for part, unit in zip(slope, problem.units, strict=True)) ** 0.5
+    if size > 1e-3 * value > 0:
+        found = match(problem, solver)
+        assert problem.objective(found.value) < value * (1 - ROUNDING), f"{_named(solver)}: it gains nothing"
+
+
+def never_below_the_optimum(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """On an affine block no objective is below the least, else the problem measures wrongly."""
+    if isinstance(problem.module, nn.Linear):
+        found, best = problem.objective(match(problem, solver).value), affine_optimum(problem)
+        slack = ROUNDING * problem.objective(problem.start())
+        assert found >= best - slack, f"{_named(solver)}: its objective {found} is below the optimum {best}"
+
+
+MATCHING_LAWS: tuple[Callable[[BlockMatching, Descent[Any]], None], ...] = (
+    keeps_the_support,
+    no_worse_than_the_start,
+    leaves_all_as_it_was,
+    repeats_itself,
+    gains_on_a_damaged_block,
+    never_below_the_optimum,
+)
+
+
+def check_descent(solver: Descent[Any], *, examples: int = 10) -> None:
+    """Raise AssertionError unless a descent keeps every law on small blocks, affine and gated, the same ones always."""
+
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.nested_given],
+    )
+    @given(st.booleans().flatmap(lambda affine: matchings(affine=affine)))
+    def check(problem: BlockMatching) -> None:
+        for law in MATCHING_LAWS:
+            law(problem, solver)
+
+    check()
+
+
+def _named(solver: Descent[Any]) -> str:
+    return f"{type(solver).__name__} on block matching"

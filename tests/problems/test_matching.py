@@ -1,0 +1,222 @@
+"""Block matching as a problem: its value and gradient by plain loops, on real blocks, in float64."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from optprune.errors import InputError, NumericalError
+from optprune.metric import OutputMetric
+from optprune.problems import BlockMatching, Example
+from optprune.problems import matching as problem_module
+from optprune.pruning.matching import Sequences
+from optprune.testing import Listed, matchings
+from tests.helpers.damaged_blocks import LAYERS, damaged_block
+
+WIDTH = 16
+SINGLE = 2.0**-23
+"""a rounding of float32, in which the norms of Llama and Qwen2 compute whatever they are given"""
+by_family = pytest.mark.parametrize("name", LAYERS)
+by_metric = pytest.mark.parametrize("full", [None, False, True])
+
+
+def some_metric(full: bool | None) -> OutputMetric | None:
+    if full is None:
+        return None
+    generator = torch.Generator().manual_seed(5)
+    gradients = torch.randn(100, WIDTH, generator=generator, dtype=torch.float64) * torch.logspace(-1, 1, WIDTH)
+    return OutputMetric.from_samples(gradients.double(), full=full)
+
+
+def problem_of(name: str, full: bool | None, pull: float = 0.0) -> BlockMatching:
+    block, calls = damaged_block(name, torch.float64)
+    return BlockMatching.of(block, Sequences(calls, 1), some_metric(full), pull)
+
+
+def moved(problem: BlockMatching, by: float) -> tuple[Tensor, ...]:
+    """A feasible point off the start, each weight by about so many of its units."""
+    generator = torch.Generator().manual_seed(7)
+    found = []
+    for weight, mask, unit in zip(problem.anchor, problem.support, problem.units, strict=True):
+        step = by * unit * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        found.append(weight + (step if mask is None else step * mask))
+    return tuple(found)
+
+
+def plain(problem: BlockMatching, point: tuple[Tensor, ...]) -> Tensor:
+    """The objective as the docstring has it, token by token."""
+    calls = problem.examples.calls  # type: ignore[attr-defined]
+    matrix = torch.eye(WIDTH).double() if problem.metric is None else problem.metric.matrix
+    error = signal = torch.zeros((), dtype=torch.float64)
+    for (args, kwargs), target in zip(calls.arguments, calls.targets, strict=True):
+        output = functional_call(problem.module, dict(zip(problem.names, point, strict=True)), args, kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        for answer, wanted in zip(output.reshape(-1, WIDTH), target.reshape(-1, WIDTH), strict=True):
+            weight = 1 / (wanted @ wanted)
+            error = error + weight * (answer - wanted) @ matrix @ (answer - wanted)
+            signal = signal + weight * wanted @ matrix @ wanted
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for name, weight, anchor in zip(problem.names, point, problem.anchor, strict=True):
+        kept = anchor != 0 if name.rpartition(".")[0] in linear_layers(problem.module) and anchor.ndim == 2 else None
+        free = weight.new_ones(weight.shape) if kept is None else kept.to(weight)
+        unit = (anchor.square().sum() / free.sum()).sqrt()
+        total = total + ((weight - anchor) / unit).square().sum()
+        count += int(free.sum())
+    return error / signal / 2 + problem.pull / 2 * total / count
+
+
+def linear_layers(module: nn.Module) -> list[str]:
+    return [path for path, part in module.named_modules() if isinstance(part, nn.Linear)]
+
+
+@by_metric
+@by_family
+def test_the_objective_is_that_of_its_docstring(name: str, full: bool | None) -> None:
+    problem = problem_of(name, full, pull=0.3)
+    for point in (problem.start(), moved(problem, 0.1)):
+        assert problem.objective(point) == pytest.approx(float(plain(problem, point)), rel=1e-9)
+
+
+@by_metric
+@by_family
+def test_the_gradient_is_that_of_the_objective(name: str, full: bool | None) -> None:
+    """By autograd through the plain loops, every tensor."""
+    problem = problem_of(name, full, pull=0.3)
+    point = moved(problem, 0.1)
+    leaves = [weight.clone().requires_grad_() for weight in point]
+    expected = torch.autograd.grad(plain(problem, tuple(leaves)), leaves)
+    value, found = problem.gradient(point)
+    assert value == pytest.approx(problem.objective(point), rel=1e-9)
+    for slope, wanted, mask in zip(found, expected, problem.support, strict=True):
+        apart = slope - (wanted if mask is None else wanted * mask)
+        rounding = 1e-10 if name == "opt" else 100 * SINGLE
+        assert float(apart.abs().max()) <= rounding * float(wanted.abs().max())
+
+
+@given(matchings(affine=False))
+def test_the_gradient_is_what_finite_differences_say(problem: BlockMatching) -> None:
+    """Central differences: their error is h^2 of a third derivative, and a rounding over h."""
+    h = 1e-5
+    at, towards = moved(problem, 0.1), moved(problem, 0.2)
+    direction = tuple(b - a for a, b in zip(at, towards, strict=True))
+    value, slope = problem.gradient(at)
+    values = [
+        problem.objective(tuple(a + sign * h * d for a, d in zip(at, direction, strict=True))) for sign in (1, -1)
+    ]
+    along = sum(float((one * other).sum()) for one, other in zip(slope, direction, strict=True))
+    assert abs((values[0] - values[1]) / (2 * h) - along) <= 1e-6 * (abs(along) + value)
+
+
+@by_family
+def test_all_parameters_of_a_block_have_a_gradient(name: str) -> None:
+    problem = problem_of(name, None)
+    _, slope = problem.gradient(problem.start())
+    paths = {path.rpartition(".")[0] for path in problem.names}
+    assert set(LAYERS[name]) < paths and len([path for path in paths if "norm" in path]) == 2
+    for path, part in zip(problem.names, slope, strict=True):
+        # A bias of the keys changes all scores of a token alike, which a softmax does not see.
+        if path != "self_attn.k_proj.bias" or name != "opt":
+            assert float(part.abs().max()) > 0, path
+
+
+@by_family
+def test_what_was_removed_has_no_gradient_and_is_a_violation(name: str) -> None:
+    problem = problem_of(name, None)
+    point = problem.start()
+    _, slope = problem.gradient(point)
+    assert problem.violation(point) == 0
+    masks = [mask for mask in problem.support if mask is not None]
+    assert len(masks) == len(LAYERS[name]) and not any(bool(mask.all()) for mask in masks)
+    for part, mask, weight in zip(slope, problem.support, point, strict=True):
+        if mask is not None:
+            assert not bool(part[~mask].any())
+            weight[~mask] = 1.0
+    assert problem.violation(point) == sum(int((~mask).sum()) for mask in masks)
+
+
+def test_draws_go_through_all_examples_once_an_epoch() -> None:
+    block, calls = damaged_block("llama", torch.float64)
+    problem = BlockMatching.of(block, Sequences(calls, 2))
+    point, count = moved(problem, 0.1), len(torch.cat(list(calls.targets)))
+    assert problem.examples.draws == -(-count // 2)
+    _, whole = problem.gradient(point)
+    orders = []
+    for epoch in range(2):
+        drawn = [problem.gradient(point, epoch * problem.examples.draws + k) for k in range(problem.examples.draws)]
+        sizes = [min(2, count - 2 * k) for k in range(problem.examples.draws)]
+        for number, slope in enumerate(whole):
+            mean = sum(size * found[number] for size, (_, found) in zip(sizes, drawn, strict=True)) / count
+            torch.testing.assert_close(mean, slope, rtol=1e-9, atol=1e-14)
+        orders.append([value for value, _ in drawn])
+    assert orders[0] != orders[1]
+
+
+def massive(problem: BlockMatching, size: float) -> float:
+    """The error where the first token of every example is so many times as large, with its error."""
+    linear = nn.Linear(4, 4, bias=False).double()
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(2, 1, 9, 4, generator=generator, dtype=torch.float64)
+    target = torch.randn(2, 1, 9, 4, generator=generator, dtype=torch.float64)
+    hidden[:, :, 0] *= size
+    target[:, :, 0] *= size
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(4))
+    examples = Listed(tuple(Example((x,), {}, y) for x, y in zip(hidden, target, strict=True)))
+    found = BlockMatching.of(linear, examples)
+    return found.error(found.start())
+
+
+def test_a_massive_activation_counts_as_any_other_token() -> None:
+    errors = [massive(problem_of("llama", None), size) for size in (1.0, 1e3, 1e6)]
+    assert all(one == pytest.approx(other, rel=1e-9) for one, other in pairwise(errors))
+
+
+def test_tokens_that_are_not_weighed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "_root_weights", lambda target: torch.ones_like(target[..., :1]))
+    with pytest.raises(AssertionError):
+        test_a_massive_activation_counts_as_any_other_token()
+
+
+def test_a_token_that_answers_nothing_divides_by_nothing() -> None:
+    linear, zero = nn.Linear(3, 3).double(), torch.zeros(1, 2, 3, dtype=torch.float64)
+    problem = BlockMatching.of(linear, Listed((Example((zero,), {}, zero),)))
+    value, slope = problem.gradient(problem.start())
+    assert value == pytest.approx(float(linear.bias.detach().square().sum()), rel=1e-12)
+    assert all(bool(torch.isfinite(part).all()) for part in slope)
+
+
+def test_units_are_the_sizes_of_kept_weights() -> None:
+    linear = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+        linear.bias.zero_()
+    problem = BlockMatching.of(linear, Listed(()))
+    assert problem.units == pytest.approx((12.5**0.5, 12.5**0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(InputError, match="loses small steps: match a copy of the block in float32"):
+        BlockMatching.of(nn.Linear(2, 2).to(dtype), Listed(()))
+
+
+def test_targets_that_are_no_numbers_are_told() -> None:
+    linear, hidden = nn.Linear(2, 2), torch.ones(1, 3, 2)
+    problem = BlockMatching.of(linear, Listed((Example((hidden,), {}, hidden * torch.nan),)))
+    with pytest.raises(NumericalError, match="look for damaged weights"):
+        problem.error(problem.start())
+
+
+@given(st.booleans().flatmap(lambda affine: matchings(affine=affine)))
+def test_the_targets_in_other_units_change_nothing(problem: BlockMatching) -> None:
+    """A metric a thousand times as large is the same relative error."""
+    if problem.metric is not None:
+        larger = replace(problem.metric, average=problem.metric.average * 1000, proved=None)
+        other = replace(problem, metric=larger)
+        start = problem.start()
+        assert other.objective(start) == pytest.approx(problem.objective(start), rel=1e-9)

@@ -1,0 +1,216 @@
+"""Descents on block matching: every concrete one keeps the laws, and meets references on small cases."""
+
+import inspect
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+from torch import Tensor, nn
+
+from optprune.problems import BlockMatching, Example
+from optprune.solvers import Adam, Descent, Lbfgs, Status, descent, match
+from optprune.testing import Listed, check_descent, matchings
+from optprune.testing.matching import Gated, affine_optimum
+from tests.helpers.solver_table import concrete
+
+DESCENTS = {"Adam": Adam(), "Lbfgs": Lbfgs(), "Adam, slow": Adam(2, 1e-3), "Lbfgs, one pair": Lbfgs(5, 1)}
+FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
+
+
+def test_every_descent_is_in_the_table() -> None:
+    assert {cls for cls in concrete(Descent) if not inspect.isabstract(cls)} == {type(one) for one in DESCENTS.values()}
+
+
+@pytest.mark.parametrize("solver", DESCENTS.values(), ids=DESCENTS)
+def test_it_keeps_every_law(solver: Descent) -> None:
+    check_descent(solver)
+
+
+@FEWER
+@given(matchings(affine=True))
+def test_lbfgs_meets_least_squares(problem: BlockMatching) -> None:
+    """What the problem's own reference finds, within the square of the gradient that is left."""
+    before, best = problem.objective(problem.start()), affine_optimum(problem)
+    found = problem.objective(match(problem, Lbfgs(400, 20, 1e-10)).value)
+    assert -1e-9 * before <= found - best <= 1e-6 * (before - best) + 1e-12 * before
+
+
+@FEWER
+@given(matchings(affine=True))
+def test_adam_comes_close_to_least_squares(problem: BlockMatching) -> None:
+    before, best = problem.objective(problem.start()), affine_optimum(problem)
+    found = problem.objective(match(problem, Adam(400, 0.1)).value)
+    assert found - best <= 0.1 * (before - best) + 1e-9 * before
+
+
+def gated() -> BlockMatching:
+    generator = torch.Generator().manual_seed(3)
+    block, examples = Gated(6, 8, generator), []
+    for _ in range(4):
+        hidden = torch.randn(1, 12, 6, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            examples.append(Example((hidden,), {}, block(hidden)))
+    with torch.no_grad():
+        for part in block.modules():
+            if isinstance(part, nn.Linear):
+                part.weight *= torch.rand(part.weight.shape, generator=generator) > 1 / 3
+    return BlockMatching.of(block, Listed(tuple(examples)), None, 0.01)
+
+
+def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:
+    """On a block that is not convex, from the same start, with as many steps: about the same objective."""
+    problem = gated()
+    shapes = [weight.shape for weight in problem.anchor]
+
+    def unpacked(flat: np.ndarray) -> tuple[Tensor, ...]:
+        parts = torch.from_numpy(flat).split([shape.numel() for shape in shapes])
+        pairs = zip(parts, shapes, problem.units, strict=True)
+        return tuple(part.reshape(shape) * unit for part, shape, unit in pairs)
+
+    def packed(point: tuple[Tensor, ...], power: int) -> np.ndarray:
+        pairs = zip(point, problem.units, strict=True)
+        return torch.cat([(part * unit**power).reshape(-1) for part, unit in pairs]).numpy()
+
+    def measured(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = problem.gradient(unpacked(flat))
+        return value, packed(slope, 1)
+
+    theirs = scipy.optimize.minimize(
+        measured, packed(problem.start(), -1), jac=True, method="L-BFGS-B", options={"maxiter": 300, "maxcor": 8}
+    )
+    before, ours = problem.objective(problem.start()), problem.objective(match(problem, Lbfgs(300)).value)
+    assert float(theirs.fun) < before / 10
+    assert ours <= 1.1 * float(theirs.fun)
+
+
+def test_adam_is_that_of_torch_in_units() -> None:
+    problem, solver = gated(), Adam(3, 0.02)
+    steps = 3 * problem.examples.draws
+    theirs = [weight.clone().requires_grad_() for weight in problem.anchor]
+    groups = [{"params": [weight], "lr": unit} for weight, unit in zip(theirs, problem.units, strict=True)]
+    optimiser = torch.optim.Adam(groups, betas=solver.memory, eps=1e-20)
+    state = solver.begin(problem, problem.start())
+    for step in range(steps):
+        _, slope = problem.gradient(tuple(weight.detach() for weight in theirs), step)
+        for weight, part in zip(theirs, slope, strict=True):
+            weight.grad = part.clone()
+        for group, unit in zip(optimiser.param_groups, problem.units, strict=True):
+            group["lr"] = unit * solver.rate_at(step, steps)
+        optimiser.step()
+        state = solver.step(problem, state)
+    for ours, other in zip(solver.point(state), theirs, strict=True):
+        torch.testing.assert_close(ours, other.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_the_rate_grows_and_goes_to_zero() -> None:
+    solver = Adam(10, 0.5)
+    rates = [solver.rate_at(step, 50) for step in range(50)]
+    assert max(rates) == pytest.approx(0.5) and rates.index(max(rates)) in (4, 5)
+    assert rates[:5] == sorted(rates[:5]) and rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 0.01
+
+
+def overfitting() -> tuple[BlockMatching, Listed]:
+    """Targets with noise, fewer examples than weights: what fits them is worse elsewhere sooner or later."""
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(12, 4, bias=False).double()
+    truth = torch.randn(4, 12, generator=generator, dtype=torch.float64)
+
+    def example() -> Example:
+        hidden = torch.randn(1, 6, 12, generator=generator, dtype=torch.float64)
+        noise = torch.randn(1, 6, 4, generator=generator, dtype=torch.float64)
+        return Example((hidden,), {}, hidden @ truth.T + 4 * noise)
+
+    with torch.no_grad():
+        linear.weight.copy_(truth + 0.6 * torch.randn(4, 12, generator=generator, dtype=torch.float64))
+    return BlockMatching.of(linear, Listed((example(), example()))), Listed(tuple(example() for _ in range(8)))
+
+
+def check_held_out() -> None:
+    problem, apart = overfitting()
+    found = match(problem, Lbfgs(60), apart)
+    judge = problem.on(apart)
+    last = match(problem, Lbfgs(60))
+    assert found.held_out == judge.error(found.value) <= found.held_out_before
+    assert judge.error(last.value) > found.held_out
+    assert found.steps < found.tried < last.tried
+    assert found.tried - found.steps == descent.PATIENCE and found.status is Status.CONVERGED
+
+
+def test_the_examples_apart_decide_what_is_kept_and_when_it_ends() -> None:
+    check_held_out()
+
+
+@pytest.mark.parametrize("fault", ["it never stops", "the last state is kept", "the fit decides"])
+def test_a_descent_that_does_not_heed_them_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "it never stops":
+        monkeypatch.setattr(descent, "PATIENCE", 1000)
+    elif fault == "the last state is kept":
+        errors = iter(range(0, -1000, -1))
+        monkeypatch.setattr(BlockMatching, "error", lambda self, point: float(next(errors)))
+    else:
+        monkeypatch.setattr(BlockMatching, "on", lambda self, examples: self)
+    with pytest.raises(AssertionError):
+        check_held_out()
+
+
+def test_a_start_that_is_the_answer_stays() -> None:
+    problem = gated()
+    dense = problem.on(Listed(tuple(replaced(problem, example) for example in problem.examples.examples)))  # type: ignore[attr-defined]
+    for solver in DESCENTS.values():
+        found = match(dense, solver)
+        assert found.steps == 0 and found.error == 0
+        assert all(map(torch.equal, found.value, dense.anchor))
+
+
+def replaced(problem: BlockMatching, example: Example) -> Example:
+    """The example with what the damaged block answers."""
+    with torch.no_grad():
+        return Example(example.args, example.kwargs, problem.module(*example.args))
+
+
+def test_points_are_tried_as_they_are_rounded_and_kept_weights_stay() -> None:
+    problem = gated()
+
+    def coarse(weight: Tensor) -> Tensor:
+        return (weight * 2).round() / 2
+
+    with torch.no_grad():
+        for weight in problem.anchor:
+            weight.copy_(coarse(weight))
+    found = match(problem, Adam(10, 0.05), rounded=coarse)
+    assert found.steps > 0
+    for before, after, mask in zip(problem.anchor, found.value, problem.support, strict=True):
+        assert torch.equal(after, coarse(after))
+        assert mask is None or torch.equal(before != 0, after != 0)
+
+
+FAULTS = ["no mask", "no units", "wrong sign", "the metric is forgotten", "the start is moved"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_breaks_a_law(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient, solver = BlockMatching.gradient, Adam(4, 0.05)
+
+    def unmasked(self: BlockMatching, point: tuple[Tensor, ...], draw: int | None = None):
+        value, slope = gradient(self, point, draw)
+        return value, tuple(part + 0.1 for part in slope)
+
+    def upwards(self: BlockMatching, point: tuple[Tensor, ...], draw: int | None = None):
+        value, slope = gradient(self, point, draw)
+        return value, tuple(-part for part in slope)
+
+    if fault == "no mask":
+        monkeypatch.setattr(BlockMatching, "gradient", unmasked)
+    elif fault == "no units":
+        monkeypatch.setattr(BlockMatching, "units", property(lambda self: tuple(1e3 for _ in self.anchor)))
+    elif fault == "wrong sign":
+        monkeypatch.setattr(BlockMatching, "gradient", upwards)
+    elif fault == "the metric is forgotten":
+        monkeypatch.setattr(BlockMatching, "_weigh", lambda self, columns: columns)
+    else:
+        monkeypatch.setattr(BlockMatching, "start", lambda self: self.anchor)
+    with pytest.raises(AssertionError):
+        check_descent(solver, examples=20)
