@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError
+from optprune.models import answer_of
 
 POSITIONS_AT_ONCE = 256
 """how many predictions over the whole vocabulary are held at once, of each model"""
@@ -43,7 +44,7 @@ class Reader:
         """The log-probabilities [..., vocabulary] in float32 of the next token at hidden states [..., hidden]."""
         head: Any = self.model.get_output_embeddings()
         with self.precision():
-            logits = head(hidden)
+            logits = answer_of(self.model.config, head(hidden))
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()

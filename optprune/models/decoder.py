@@ -117,7 +117,7 @@ class Decoder:
         """The logits [..., vocabulary] of what leaves the last block [..., hidden]."""
         for module in self.after_blocks():
             hidden = module(hidden)
-        return hidden
+        return self.architecture.answer(self.model.config, hidden)
 
     def after_blocks(self) -> list[nn.Module]:
         """What hidden states go through behind the last block, one after the other, to the head."""
@@ -295,5 +295,6 @@ class Decoder:
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
         config.num_hidden_layers = len(kept)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[index] for index in kept]
+        for field in self.architecture.by_block:
+            if getattr(config, field, None):
+                setattr(config, field, [getattr(config, field)[index] for index in kept])

@@ -212,6 +212,7 @@ class KvGroups(LinkedUnits):
 
     def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
+        architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
         device = decoder.layer(block, architecture.output).weight.device
         unit = torch.arange(shape.kv_heads, device=device)
 

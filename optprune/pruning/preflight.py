@@ -29,6 +29,8 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
 
     NoSolver when the recipe's solver does not solve what the recipe states.
     """
+    for kind in recipe.units.kinds:
+        decoder.architecture.check_divisible(kind.field, f"units {kind.name} remove {kind.field}")
     allocator_of(recipe, allocation).check(decoder)
     pruned = _pruned(decoder, recipe, allocation)
     family = recipe.units.family or ANYWHERE

@@ -24,6 +24,14 @@ KEPT_FIELDS = (
     "do_layer_norm_before",
     "word_embed_proj_dim",
     "sliding_window",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "residual_multiplier",
 )
 """fields of a config that decide what the weights mean, and that pruning leaves alone"""
 
