@@ -52,12 +52,14 @@ FOUR_NORMS = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
+    "gpt_neox": {"attention_bias": True},
     "granite": {
         **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
         **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
     },
     "mistral": {"sliding_window": 8},
     "olmo2": {},
+    "phi3": {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     "qwen3": {
         **{"head_dim": 24, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
         "tie_word_embeddings": True,

@@ -117,12 +117,18 @@ class Architecture:
     stock: Classes
     pruned: Classes
     """the classes whose blocks may differ in shape"""
+    joined: str = ""
+    """how queries, keys and values lie in the layer that makes them all, where one does: see `rows`"""
+    rows_of_unit: int = 1
+    """how many rows of each MLP producer a unit has, as far apart as there are units"""
     by_block: tuple[str, ...] = ("layer_types",)
     """the config fields that list something for each block"""
     indivisible: Mapping[str, str] = field(default_factory=dict)
     """the counts of a block's shape of which all stay, or none, and why"""
     off: tuple[str, ...] = ()
     """the config fields that must be off: with them a model computes something else"""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """what checkpoints of the stock class call a tensor, where that is not its name in the model"""
     logits_divisor: str = ""
     """the config field by which what the head gives is divided, where there is one"""
     logits_cap: str = ""
@@ -137,6 +143,10 @@ class Architecture:
     def taps(self) -> dict[str, str]:
         """For every linear layer of a block the first one that reads the same input."""
         return {path: stage[0] for stage in self.stages for path in stage}
+
+    def modules_of(self, part: str) -> tuple[str, ...]:
+        """The modules that make up a sub-block, "attention" or "mlp"."""
+        return self.attention_parts if part == "attention" else self.mlp_parts
 
     def answer(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
         """The logits of a model whose head gives these; the operations are those of the stock class."""

@@ -14,8 +14,9 @@ from optprune.models.architecture import BlockShape, Classes
 from optprune.models.digits import HALF, parameters_in
 from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
+from optprune.models.rows import counts_of_heads
 from optprune.models.store import BlockStore
-from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
+from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes, tell
 from optprune.problems import Link
 
 
@@ -151,8 +152,9 @@ class Decoder:
         width = self.layer(block, architecture.mlp_consumer).in_features if self._has_part(block, "mlp") else 0
         if not self._has_part(block, "attention"):
             return BlockShape(width, 0, 0)
-        kv_heads = self.layer(block, architecture.key).out_features // self.heads.dim
-        return BlockShape(width, kv_heads, self.layer(block, architecture.value).out_features // kv_heads)
+        keys, mixed = self.layer(block, architecture.key), self.layer(block, architecture.output)
+        counts = counts_of_heads(architecture.joined, self.heads, keys.out_features, mixed.in_features)
+        return BlockShape(width, *counts)
 
     def shapes(self) -> tuple[BlockShape, ...]:
         """What every block holds."""
@@ -162,17 +164,14 @@ class Decoder:
         """The linear weights of a block of this shape: rows of Q, K and V, columns of O; MLP rows and columns."""
         heads = self.heads
         attention = shape.kv_heads * (heads.group + 1) * (heads.dim + shape.value_dim)
-        mlp = shape.mlp_width * (len(self.architecture.mlp_producers) + 1)
+        mlp = shape.mlp_width * (len(self.architecture.mlp_producers) * self.architecture.rows_of_unit + 1)
         return self.model.config.hidden_size * (attention + mlp)
 
     def _has(self, block: int, path: str) -> bool:
         return self.blocks[block]._modules[path.partition(".")[0]] is not None
 
     def _has_part(self, block: int, part: str) -> bool:
-        return all(self._has(block, module) for module in self._modules_of(part))
-
-    def _modules_of(self, part: str) -> tuple[str, ...]:
-        return self.architecture.attention_parts if part == "attention" else self.architecture.mlp_parts
+        return all(self._has(block, module) for module in self.architecture.modules_of(part))
 
     # -- units
 
@@ -190,7 +189,7 @@ class Decoder:
 
     def remove(self, block: int, part: str) -> None:
         """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states pass it by."""
-        for name in self._modules_of(part):
+        for name in self.architecture.modules_of(part):
             self.blocks[block]._modules[name] = None
         self._take_classes(self.architecture.pruned, block)
 
@@ -267,10 +266,11 @@ class Decoder:
             config.num_attention_heads = shapes[0].kv_heads * self.heads.group
             self.heads = architecture.heads(config)
         for index, block in enumerate(self.blocks):
-            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
+            attention = block.get_submodule(architecture.attention)
+            attention.layer_idx = index  # type: ignore[assignment]
             mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
-            if architecture.mlp_width in vars(mlp):
-                setattr(mlp, architecture.mlp_width, shapes[0].mlp_width)
+            tell(mlp, architecture.mlp_width, shapes[0].mlp_width)
+            tell(attention, "num_key_value_heads", shapes[0].kv_heads)
 
     def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
         heads, first = self.heads, shapes[0]

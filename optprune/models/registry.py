@@ -7,11 +7,13 @@ from optprune.errors import InputError
 from optprune.models.architecture import Architecture
 from optprune.models.gemma2 import GEMMA2
 from optprune.models.gemma3 import GEMMA3
+from optprune.models.gpt_neox import GPT_NEOX
 from optprune.models.granite import GRANITE
 from optprune.models.llama import LLAMA
 from optprune.models.mistral import MISTRAL
 from optprune.models.olmo2 import OLMO2
 from optprune.models.opt import OPT
+from optprune.models.phi3 import PHI3
 from optprune.models.qwen2 import QWEN2
 from optprune.models.qwen3 import QWEN3
 from optprune.models.smollm3 import SMOLLM3
@@ -19,7 +21,7 @@ from optprune.models.unknown import not_understood
 
 ARCHITECTURES = {
     architecture.model_type: architecture
-    for architecture in (GEMMA2, GEMMA3, GRANITE, LLAMA, MISTRAL, OLMO2, OPT, QWEN2, QWEN3, SMOLLM3)
+    for architecture in (GEMMA2, GEMMA3, GPT_NEOX, GRANITE, LLAMA, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3)
 }
 SHAPES_FIELD = "optprune_shapes"
 """the config field that lists the blocks' shapes where the stock class cannot have them"""

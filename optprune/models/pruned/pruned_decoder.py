@@ -24,6 +24,17 @@ class PrunedAttention:
         """What else the family tells its attention."""
         return {}
 
+    def projected(self, hidden_states):
+        """The queries, keys and values of all heads."""
+        return self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+
+    def shrink(self, queries, keys, values, mixed):
+        """Give it layers of so many outputs, and one of so many inputs behind them."""
+        self.q_proj = resized(self.q_proj, outputs=queries)
+        self.k_proj = resized(self.k_proj, outputs=keys)
+        self.v_proj = resized(self.v_proj, outputs=values)
+        self.o_proj = resized(self.o_proj, inputs=mixed)
+
     def forward(
         self,
         hidden_states,
@@ -34,13 +45,13 @@ class PrunedAttention:
         **kwargs,
     ):
         shape = hidden_states.shape[:-1]
-        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        query, key, value = self.projected(hidden_states)
         if self.norms == "row":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = (states.view(*shape, -1, self.head_dim) for states in (query, key))
         if self.norms == "head":
             query, key = self.q_norm(query), self.k_norm(key)
-        value = self.v_proj(hidden_states).view(*shape, key.shape[-2], -1).transpose(1, 2)
+        value = value.view(*shape, key.shape[-2], -1).transpose(1, 2)
         query, key = query.transpose(1, 2), key.transpose(1, 2)
         if self.use_rope:
             query, key = self.stock.apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -83,21 +94,23 @@ class PrunedBlock:
 
     def shrink(self, shape, group):
         """Give a block that the stock class made the layers of a shape, with `group` query heads to a KV head."""
-        attention, mlp, kv_heads = self.self_attn, self.mlp, shape["kv_heads"]
+        attention, kv_heads = self.self_attn, shape["kv_heads"]
         if kv_heads:
             attention.__class__ = self.attention_class
-            attention.q_proj = resized(attention.q_proj, outputs=kv_heads * group * attention.head_dim)
-            attention.k_proj = resized(attention.k_proj, outputs=kv_heads * attention.head_dim)
-            attention.v_proj = resized(attention.v_proj, outputs=kv_heads * shape["value_dim"])
-            attention.o_proj = resized(attention.o_proj, inputs=kv_heads * group * shape["value_dim"])
+            keys, values = kv_heads * attention.head_dim, kv_heads * shape["value_dim"]
+            attention.shrink(group * keys, keys, values, group * values)
         else:
             self.remove("self_attn", *self.attention_norms)
         if shape["mlp_width"]:
-            mlp.gate_proj = resized(mlp.gate_proj, outputs=shape["mlp_width"])
-            mlp.up_proj = resized(mlp.up_proj, outputs=shape["mlp_width"])
-            mlp.down_proj = resized(mlp.down_proj, inputs=shape["mlp_width"])
+            self.shrink_mlp(shape["mlp_width"])
         else:
             self.remove("mlp", *self.mlp_norms)
+
+    def shrink_mlp(self, width):
+        """Give the MLP so many units."""
+        self.mlp.gate_proj = resized(self.mlp.gate_proj, outputs=width)
+        self.mlp.up_proj = resized(self.mlp.up_proj, outputs=width)
+        self.mlp.down_proj = resized(self.mlp.down_proj, inputs=width)
 
     def remove(self, *names):
         """Leave out sub-modules."""
