@@ -16,7 +16,7 @@ from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.rows import counts_of_heads
 from optprune.models.store import BlockStore
-from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes, tell
+from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
 from optprune.problems import Link
 
 
@@ -266,11 +266,10 @@ class Decoder:
             config.num_attention_heads = shapes[0].kv_heads * self.heads.group
             self.heads = architecture.heads(config)
         for index, block in enumerate(self.blocks):
-            attention = block.get_submodule(architecture.attention)
-            attention.layer_idx = index  # type: ignore[assignment]
+            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
             mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
-            tell(mlp, architecture.mlp_width, shapes[0].mlp_width)
-            tell(attention, "num_key_value_heads", shapes[0].kv_heads)
+            if architecture.mlp_width in vars(mlp):
+                setattr(mlp, architecture.mlp_width, shapes[0].mlp_width)
 
     def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
         heads, first = self.heads, shapes[0]

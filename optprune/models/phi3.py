@@ -18,6 +18,8 @@ PHI3 = replace(
     key="self_attn.qkv_proj",
     value="self_attn.qkv_proj",
     joined="parts",
+    # With the long rotary scaling the config insists on heads that make up the hidden size.
+    head_dim_is_free=False,
     # In a layer that also makes what multiplies its output a sub-module is not affine.
     recoverable=(),
     stock=Classes.called("Phi3", stock),

@@ -38,12 +38,6 @@ def keep_outputs(layer: nn.Linear, mask: Tensor) -> None:
     layer.out_features = layer.weight.shape[0]
 
 
-def tell(module: nn.Module, name: str, count: int) -> None:
-    """Give a module a count that it keeps beside its config, where it does."""
-    if name in vars(module):
-        setattr(module, name, count)
-
-
 def classes_of(module: nn.Module) -> list[tuple[nn.Module, type]]:
     """A module and all that is in it, each with its class."""
     return [(part, part.__class__) for part in module.modules()]

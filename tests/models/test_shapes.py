@@ -26,6 +26,8 @@ from tests.helpers.tiny_models import ALL_MODELS, SLIDING, TINY_MODELS, tiny_lla
 from tests.helpers.token_batches import batches
 
 CHECK_TOKENS = torch.arange(10, 42)[None]
+OTHERS = {name: make for name, make in ALL_MODELS.items() if name not in (*TINY_MODELS, "olmo2")}
+"""the other families whose heads may go"""
 
 
 PROGRAM = """
@@ -247,8 +249,9 @@ def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
         (lambda: tiny_llama(num_key_value_heads=4), 2, True),
         (lambda: tiny_llama(num_key_value_heads=4), 3, False),  # 3 heads do not divide a hidden size of 64
         (tiny_opt, 2, False),  # OPT's head_dim is hidden_size / heads
+        *((make, 1, name not in ("gpt_neox", "phi3")) for name, make in OTHERS.items()),
     ],
-    ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt"],
+    ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt", *OTHERS],
 )
 def test_fewer_kv_heads_are_stock_where_the_stock_class_can_say_so(
     build: Any, count: int, stock: bool, tmp_path: Path
