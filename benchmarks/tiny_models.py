@@ -1,9 +1,12 @@
 """Small random models of every architecture, for tests and for comparisons of weights bit by bit."""
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -43,6 +46,38 @@ def tiny_qwen2(seed: int = 0, **config: Any) -> Qwen2ForCausalLM:
 
 
 TINY_MODELS = {"llama": tiny_llama, "opt": tiny_opt, "qwen2": tiny_qwen2}
+"""the models on which everything is tried"""
+NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+FOUR_NORMS = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8}
+OTHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
+    "gpt_neox": {"attention_bias": True},
+    "granite": {
+        **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},
+        **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
+    },
+    "mistral": {"sliding_window": 8},
+    "olmo2": {},
+    "phi3": {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    "qwen3": {
+        **{"head_dim": 24, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+        "tie_word_embeddings": True,
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 8, "use_sliding_window": True},
+}
+"""what is said of every other family beside the shape, so that all that it has does something"""
+
+
+def tiny(family: str, seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A model of a family by its config's name, with 2 KV heads; keywords replace fields of the config."""
+    shape = {**SHAPE, "num_key_value_heads": 2, "intermediate_size": 128, **NO_TOKENS}
+    fields = {**shape, **OTHER_FAMILIES[family], **config}
+    return randomise(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)), seed)
+
+
+ALL_MODELS = TINY_MODELS | {family: partial(tiny, family) for family in OTHER_FAMILIES}
+"""one of every family: what an architecture must do is tried on each"""
 
 
 def randomise(model: Model, seed: int) -> Model:

@@ -71,10 +71,7 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> G
     family = config.model_type.removeprefix("pruned_")
     decoder = load_shapes(folder, config)
     if decoder.architecture.model_type not in LLAMA_CPP.families:
-        raise InputError(
-            f"llama.cpp does not know models of the kind {family}: {', '.join(LLAMA_CPP.families)} can be exported to "
-            "GGUF"
-        )
+        raise InputError(f"models of the kind {family} are not exported to GGUF: {', '.join(LLAMA_CPP.families)} are")
     tokenizer = need_tokenizer(load_tokenizer(folder), str(folder))
     vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
     plan = _Plan(config, decoder, Checkpoint.open(folder), kind)

@@ -22,6 +22,7 @@ from optprune.export.origin import origin_of
 from optprune.export.place import Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, load_config, load_model
+from optprune.models.rotary import scalings
 from optprune.recipe import RUNTIMES
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
@@ -75,12 +76,12 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
     if real_path(Path(source)).is_relative_to(place):
         raise InputError(f"the output folder {output} holds the model that is read: name another")
     check_output(output, overwrite)
-    rotary = getattr(load_config(source), "rope_parameters", None) or {}
-    if rotary.get("rope_type", "default") not in RUNTIMES["onnx"].rotary:
-        raise InputError(
-            f"rotary embeddings scaled by {rotary['rope_type']} change with the length of a text, which a graph "
-            f"cannot: the scalings {', '.join(RUNTIMES['onnx'].rotary)} are exported to ONNX"
-        )
+    for kind in scalings(load_config(source)):
+        if kind not in RUNTIMES["onnx"].rotary:
+            raise InputError(
+                f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "
+                f"scalings {', '.join(RUNTIMES['onnx'].rotary)} are exported to ONNX"
+            )
     loaded = load_model(source, dtype="float32", device="cpu")
     return _written(loaded, output, place, cache, overwrite)
 

@@ -36,6 +36,9 @@ def _say_config(fields: dict[str, Any]) -> None:
     rotary = fields.get("rope_parameters")
     if not rotary:
         return
+    if "full_attention" in rotary:  # each kind of attention has its own, as in Gemma 3
+        fields["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
+        rotary = rotary["full_attention"]
     kind = rotary["rope_type"]
     fields |= {name: rotary[name] for name in ROTARY if name in rotary}
     fields["rope_scaling"] = None

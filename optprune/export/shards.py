@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from optprune.errors import InputError
-from optprune.models import Decoder
+from optprune.models import Decoder, is_stock
 from optprune.models.checkpoint import stored_tensors, write_tensors
 from optprune.system.files import write_whole
 
@@ -71,7 +71,11 @@ def write_weights(
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(_bytes, tensors.values()))},
-            "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.names},
+            "weight_map": {
+                _stored(decoder, tensor): name
+                for name, shard in zip(names, shards, strict=True)
+                for tensor in shard.names
+            },
         }
         text = json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"
         write_whole(folder / SAFE_WEIGHTS_INDEX_NAME, lambda stream: stream.write(text))
@@ -146,4 +150,10 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tenso
                 on_tensor()
 
     parameters = dict(decoder.model.named_parameters(remove_duplicate=False)).keys()
-    write_whole(file, lambda stream: write_tensors(stream, tensors, values()))
+    stored = {_stored(decoder, name): tensor for name, tensor in tensors.items()}
+    write_whole(file, lambda stream: write_tensors(stream, stored, values()))
+
+
+def _stored(decoder: Decoder, name: str) -> str:
+    """What a file calls a tensor: of classes of ours it has the name that it has in the model."""
+    return decoder.architecture.stored_names.get(name, name) if is_stock(decoder.model.config) else name

@@ -19,7 +19,7 @@ from optprune.models.load import (
     stored_dtype,
     using_tokenizer,
 )
-from optprune.models.registry import ARCHITECTURES, architecture_of, is_stock
+from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_stock
 from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
 from optprune.models.weights_files import has_weights
 
@@ -43,6 +43,7 @@ __all__ = [
     "Units",
     "Values",
     "Weights",
+    "answer_of",
     "architecture_of",
     "check_dtype",
     "device_of",

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from optprune.errors import InputError
 
 PARTS = ("attention", "mlp")
 """the sub-blocks of a block, which can be removed whole"""
@@ -66,6 +70,12 @@ class Classes:
     block: type[nn.Module]
     attention: type[nn.Module]
 
+    @classmethod
+    def called(cls, family: str, module: ModuleType) -> Self:
+        """Those of a modelling file that are called as most families call theirs, after the family."""
+        kinds = ("Config", "ForCausalLM", "DecoderLayer", "Attention")
+        return cls(*(getattr(module, f"{family}{kind}") for kind in kinds))
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -109,6 +119,22 @@ class Architecture:
     """the classes whose blocks may differ in shape"""
     ends_with_norm: Callable[[PretrainedConfig], bool] = lambda config: False
     """whether a norm follows what a block adds last, whose output is not the block's then"""
+    joined: str = ""
+    """how queries, keys and values lie in the layer that makes them all, where one does: see `rows`"""
+    rows_of_unit: int = 1
+    """how many rows of each MLP producer a unit has, as far apart as there are units"""
+    by_block: tuple[str, ...] = ("layer_types",)
+    """the config fields that list something for each block"""
+    indivisible: Mapping[str, str] = field(default_factory=dict)
+    """the counts of a block's shape of which all stay, or none, and why"""
+    off: tuple[str, ...] = ()
+    """the config fields that must be off: with them a model computes something else"""
+    stored_names: Mapping[str, str] = field(default_factory=dict)
+    """what checkpoints of the stock class call a tensor, where that is not its name in the model"""
+    logits_divisor: str = ""
+    """the config field by which what the head gives is divided, where there is one"""
+    logits_cap: str = ""
+    """the config field c, where logits x are c tanh(x / c) in the end"""
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -119,6 +145,22 @@ class Architecture:
     def taps(self) -> dict[str, str]:
         """For every linear layer of a block the first one that reads the same input."""
         return {path: stage[0] for stage in self.stages for path in stage}
+
+    def modules_of(self, part: str) -> tuple[str, ...]:
+        """The modules that make up a sub-block, "attention" or "mlp"."""
+        return self.attention_parts if part == "attention" else self.mlp_parts
+
+    def answer(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
+        """The logits of a model whose head gives these; the operations are those of the stock class."""
+        divisor, cap = (getattr(config, name) if name else None for name in (self.logits_divisor, self.logits_cap))
+        if divisor is not None:
+            logits = logits / divisor
+        return logits if cap is None else (logits / cap).tanh() * cap
+
+    def check_divisible(self, count: str, what: str) -> None:
+        """Raise InputError where some of a count of a block's shape cannot go; `what` asks for it, in words."""
+        if count in self.indivisible:
+            raise InputError(f"{what}, but of a {self.model_type} model all stay or none: {self.indivisible[count]}")
 
     def stage_of(self, path: str) -> int:
         """The position in the forward pass of a layer's input."""

@@ -39,6 +39,12 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
     for name, value in FIXED.items():
         if getattr(config, name, value) is not value:
             refuse(name, getattr(config, name), f"{value}, as it is here")
+    for name in architecture.off:
+        if getattr(config, name, None):
+            raise InputError(
+                f"the config of {source} has {name} {shown(getattr(config, name))}, and what a "
+                f"{architecture.model_type} model computes then is not known: give one without it"
+            )
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         refuse("dtype", dtype, "a floating-point dtype")

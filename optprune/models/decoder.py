@@ -14,6 +14,7 @@ from optprune.models.architecture import BlockShape, Classes
 from optprune.models.digits import HALF, parameters_in
 from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
+from optprune.models.rows import counts_of_heads
 from optprune.models.store import BlockStore
 from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
 from optprune.problems import Link
@@ -117,7 +118,7 @@ class Decoder:
         """The logits [..., vocabulary] of what leaves the last block [..., hidden]."""
         for module in self.after_blocks():
             hidden = module(hidden)
-        return hidden
+        return self.architecture.answer(self.model.config, hidden)
 
     def after_blocks(self) -> list[nn.Module]:
         """What hidden states go through behind the last block, one after the other, to the head."""
@@ -151,8 +152,9 @@ class Decoder:
         width = self.layer(block, architecture.mlp_consumer).in_features if self._has_part(block, "mlp") else 0
         if not self._has_part(block, "attention"):
             return BlockShape(width, 0, 0)
-        kv_heads = self.layer(block, architecture.key).out_features // self.heads.dim
-        return BlockShape(width, kv_heads, self.layer(block, architecture.value).out_features // kv_heads)
+        keys, mixed = self.layer(block, architecture.key), self.layer(block, architecture.output)
+        counts = counts_of_heads(architecture.joined, self.heads, keys.out_features, mixed.in_features)
+        return BlockShape(width, *counts)
 
     def shapes(self) -> tuple[BlockShape, ...]:
         """What every block holds."""
@@ -162,17 +164,14 @@ class Decoder:
         """The linear weights of a block of this shape: rows of Q, K and V, columns of O; MLP rows and columns."""
         heads = self.heads
         attention = shape.kv_heads * (heads.group + 1) * (heads.dim + shape.value_dim)
-        mlp = shape.mlp_width * (len(self.architecture.mlp_producers) + 1)
+        mlp = shape.mlp_width * (len(self.architecture.mlp_producers) * self.architecture.rows_of_unit + 1)
         return self.model.config.hidden_size * (attention + mlp)
 
     def _has(self, block: int, path: str) -> bool:
         return self.blocks[block]._modules[path.partition(".")[0]] is not None
 
     def _has_part(self, block: int, part: str) -> bool:
-        return all(self._has(block, module) for module in self._modules_of(part))
-
-    def _modules_of(self, part: str) -> tuple[str, ...]:
-        return self.architecture.attention_parts if part == "attention" else self.architecture.mlp_parts
+        return all(self._has(block, module) for module in self.architecture.modules_of(part))
 
     # -- units
 
@@ -190,7 +189,7 @@ class Decoder:
 
     def remove(self, block: int, part: str) -> None:
         """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states pass it by."""
-        for name in self._modules_of(part):
+        for name in self.architecture.modules_of(part):
             self.blocks[block]._modules[name] = None
         self._take_classes(self.architecture.pruned, block)
 
@@ -295,5 +294,6 @@ class Decoder:
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
         config.num_hidden_layers = len(kept)
-        if getattr(config, "layer_types", None):
-            config.layer_types = [config.layer_types[index] for index in kept]
+        for field in self.architecture.by_block:
+            if getattr(config, field, None):
+                setattr(config, field, [getattr(config, field)[index] for index in kept])

@@ -98,7 +98,8 @@ class GgufTensor:
 def tensors_in(file: Path, model: PreTrainedModel) -> dict[str, GgufTensor]:
     """The tensors of a file that have a place in a model (which may be a skeleton), by their names there."""
     reader, config = GGUFReader(file), model.config.to_dict()
-    processor = TENSOR_PROCESSORS.get(config["model_type"], TensorProcessor)(config=config)
+    kind = reader.fields["general.architecture"].contents()  # another word than the config's: gemma3 for gemma3_text
+    processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config)
     # transformers asks every module inside the model for its names too, which takes seconds and finds the same ones.
     whole: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
     names = get_gguf_hf_weights_map(whole, processor)

@@ -201,7 +201,7 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
         if not options:
             # Asked before AutoConfig is, for which an architecture it does not know is code to run.
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
-            architecture_called(fields.get("model_type") if isinstance(fields, dict) else None)
+            architecture_called(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
             if isinstance(fields, dict) and "text_config" in fields:
                 raise InputError(
                     f"the config of {source} has a text_config, as models that read images have: give one of text alone"

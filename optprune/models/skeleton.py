@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint
+from optprune.models.registry import architecture_of
 
 OLD_BUFFER = r"rotary_emb\.inv_freq"
 """what older checkpoints hold in every block, and transformers passes over"""
@@ -73,7 +74,12 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
 
 
 def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the names that a model has: a folder of one without its head names all from there on."""
+    """The checkpoint with the names that a model has, which its architecture may store otherwise.
+
+    A folder of a model without its head names all from there on.
+    """
+    given = {stored: name for name, stored in architecture_of(model.config).stored_names.items()}
+    checkpoint = replace(checkpoint, tensors={given.get(name, name): at for name, at in checkpoint.tensors.items()})
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in checkpoint.tensors):
         return checkpoint

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.models.architecture import Architecture, BlockAllocation, BlockShape
 from optprune.models.decoder import Decoder, LinkedLayers
+from optprune.models.rows import rows_of_heads
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
 from optprune.problems import Link
 
@@ -155,7 +155,8 @@ class Mlp(LinkedUnits):
         architecture = decoder.architecture
         layer = decoder.layer(block, architecture.mlp_consumer)
         every = torch.arange(layer.in_features, device=layer.weight.device)
-        rows = tuple(every[:, None] for _ in architecture.mlp_producers)
+        apart = torch.arange(architecture.rows_of_unit, device=every.device) * len(every)
+        rows = tuple(every[:, None] + apart for _ in architecture.mlp_producers)
         link = Link(every[:, None], torch.zeros_like(every), rows)
         return LinkedLayers(architecture.mlp_consumer, architecture.mlp_producers, link)
 
@@ -186,7 +187,8 @@ class Values(LinkedUnits):
         unit = torch.arange(shape.kv_heads * dim, device=device)
         slot = unit // dim
         query_head = slot[:, None] * group + torch.arange(group, device=device)
-        link = Link(query_head * dim + (unit % dim)[:, None], slot, (unit[:, None],))
+        *_, rows = rows_of_heads(architecture.joined, decoder.heads, shape, device)
+        link = Link(query_head * dim + (unit % dim)[:, None], slot, (rows.reshape(-1, 1),))
         return LinkedLayers(architecture.output, (architecture.value,), link)
 
     def total(self, shape: BlockShape) -> int:
@@ -212,15 +214,16 @@ class KvGroups(LinkedUnits):
 
     def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
+        architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
         device = decoder.layer(block, architecture.output).weight.device
         unit = torch.arange(shape.kv_heads, device=device)
 
-        def lanes(width: int) -> Tensor:  # unit j owns width consecutive rows or columns
-            return unit[:, None] * width + torch.arange(width, device=device)
-
-        rows = (lanes(heads.group * heads.dim), lanes(heads.dim), lanes(shape.value_dim))
-        link = Link(lanes(heads.group * shape.value_dim), torch.zeros_like(unit), rows)
-        return LinkedLayers(architecture.output, (architecture.query, architecture.key, architecture.value), link)
+        width = heads.group * shape.value_dim
+        columns = unit[:, None] * width + torch.arange(width, device=device)
+        rows = rows_of_heads(architecture.joined, heads, shape, device)
+        rows = (torch.cat(rows, 1),) if architecture.joined else rows
+        paths = tuple(dict.fromkeys((architecture.query, architecture.key, architecture.value)))
+        return LinkedLayers(architecture.output, paths, Link(columns, torch.zeros_like(unit), rows))
 
 
 @final

@@ -138,7 +138,7 @@ class BlockProbe:
         shared[id(decoder.blocks)].train(False)  # type: ignore[attr-defined]
         one = copy.deepcopy(model, shared)
         one.config.num_hidden_layers = 1
-        for field in ("layer_types", SHAPES_FIELD):
+        for field in (*decoder.architecture.by_block, SHAPES_FIELD):
             every = getattr(one.config, field, None)
             if every:
                 setattr(one.config, field, [every[self.index]])

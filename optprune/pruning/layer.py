@@ -141,10 +141,11 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
 def _rotate(task: LayerTask, units: LinkedLayers, rotation: Rotation) -> None:
     """Have the layers before a layer make its inputs rotated: slots by slots their rows are the units."""
     rounded = task.decoder.rounded
-    for path in units.producers:
-        layer = task.decoder.layer(task.block, path)
-        bias = None if layer.bias is None else rounded(rotation.rows(layer.bias.detach()))
-        write(layer, rounded(rotation.rows(layer.weight.detach())), bias)
+    for path, rows in zip(units.producers, units.link.rows, strict=True):
+        layer, own = task.decoder.layer(task.block, path), rows.reshape(-1)
+        for parameter in (layer.weight, layer.bias):
+            if parameter is not None:
+                parameter.data[own] = rounded(rotation.rows(parameter.detach()[own])).to(parameter.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,6 +29,8 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
 
     NoSolver when the recipe's solver does not solve what the recipe states.
     """
+    for kind in recipe.units.kinds:
+        decoder.architecture.check_divisible(kind.field, f"units {kind.name} remove {kind.field}")
     allocator_of(recipe, allocation).check(decoder)
     pruned = _pruned(decoder, recipe, allocation)
     family = recipe.units.family or ANYWHERE
@@ -56,9 +58,12 @@ def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str
     parts = [part for part, _ in decoder.architecture.recoverable]
     if recipe.recovery is None or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
         return ()
+    family = decoder.architecture.model_type
+    if not parts:
+        return (f"recovery has nothing to refit: no sub-module of {family} is affine in a layer before its last one",)
     return (
-        f"recovery has nothing to refit: of {decoder.architecture.model_type} it knows {', '.join(parts)} where a "
-        f"layer is pruned, and units {recipe.units.name} prune none there",
+        f"recovery has nothing to refit: of {family} it knows {', '.join(parts)} where a layer is pruned, and units "
+        f"{recipe.units.name} prune none there",
     )
 
 

@@ -18,6 +18,7 @@ from optprune.models import (
     load_config,
     load_shapes,
 )
+from optprune.models.rotary import scalings
 from optprune.recipe.allocator import allocator_of
 from optprune.recipe.groups import DepthSearch, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe
@@ -126,13 +127,12 @@ class Runtime:
             raise InputError(
                 f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
             )
-        rotary = getattr(config, "rope_parameters", None) or {}
-        kind = rotary.get("rope_type", "default")
-        if kind not in self.rotary:
-            raise InputError(
-                f"the target {self.name} does not take rotary embeddings scaled by {kind}: it takes "
-                f"{', '.join(self.rotary)}"
-            )
+        for kind in scalings(config):
+            if kind not in self.rotary:
+                raise InputError(
+                    f"the target {self.name} does not take rotary embeddings scaled by {kind}: it takes "
+                    f"{', '.join(self.rotary)}"
+                )
 
     def _alike(self, recipe: Recipe, told: list[str]) -> Recipe:
         """The recipe with blocks that are alike: a budget for the whole model is divided evenly, where that will do."""
@@ -181,8 +181,8 @@ RUNTIMES = {
         Runtime("transformers"),
         Runtime(
             "vllm",
-            # LlamaAttention reads head_dim from the config, Qwen2Attention divides the hidden size.
-            fewer_heads=("llama",),
+            # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.
+            fewer_heads=("gemma2", "gemma3_text", "granite", "llama", "mistral", "qwen3"),
             # GPTQ_MARLIN_MIN_THREAD_N in vLLM's marlin_utils.py.
             multiple=64,
             must=True,

@@ -24,6 +24,14 @@ KEPT_FIELDS = (
     "do_layer_norm_before",
     "word_embed_proj_dim",
     "sliding_window",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "residual_multiplier",
 )
 """fields of a config that decide what the weights mean, and that pruning leaves alone"""
 
@@ -119,12 +127,9 @@ def layer_sizes(decoder: Decoder, shape: BlockShape) -> dict[str, tuple[int, int
     """The outputs and inputs of every linear layer in a block of this shape, zeros where the layer is not there."""
     names, heads, hidden = decoder.architecture, decoder.heads, int(decoder.model.config.hidden_size)
     queries = shape.kv_heads * heads.group
-    outputs = {
-        names.query: queries * heads.dim,
-        names.key: shape.kv_heads * heads.dim,
-        names.value: shape.kv_heads * shape.value_dim,
-        **dict.fromkeys(names.mlp_producers, shape.mlp_width),
-    }
+    outputs = dict.fromkeys(names.mlp_producers, shape.mlp_width * names.rows_of_unit)
+    for path, width in ((names.query, heads.group * heads.dim), (names.key, heads.dim), (names.value, shape.value_dim)):
+        outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
     inputs = {names.output: queries * shape.value_dim, names.mlp_consumer: shape.mlp_width}
     return {path: (outputs[path], hidden) if path in outputs else (hidden, inputs[path]) for path in names.layers}
 

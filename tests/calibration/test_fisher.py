@@ -13,8 +13,9 @@ from optprune.calibration.fisher_pass import NO_LABEL, next_tokens
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder, load_model, open_model
 from tests.helpers.faults import noticed
-from tests.helpers.tiny_models import by_variant, tiny_llama, tiny_opt, tiny_qwen2
+from tests.helpers.tiny_models import ALL_MODELS, VARIANTS, by_variant, tiny_llama, tiny_opt, tiny_qwen2
 
+EVERY = VARIANTS | ALL_MODELS
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 3, "pad_token_id": 0}
 
 
@@ -42,7 +43,7 @@ def gradients_of_the_whole_model(decoder, ids, labels):
     return {name: g.reshape(-1, g.shape[-1]) for name, g in zip(outputs, found, strict=True)}
 
 
-@by_variant
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("labels", [lambda: sampled(3), lambda: from_text], ids=["sampled", "of the text"])
 def test_block_by_block_equals_one_pass_through_the_model(make, labels):
     decoder, ids = Decoder(make().double()), tokens()

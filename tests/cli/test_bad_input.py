@@ -189,7 +189,8 @@ def test_an_unknown_architecture(attempt: Attempt) -> None:
     config = GPT2Config(vocab_size=512, n_positions=512, n_embd=32, n_layer=1, n_head=2)
     attempt.model = save_tiny(GPT2LMHeadModel(config), attempt.folder / "gpt2")
     sentence = attempt.fails(attempt.command())
-    assert "the architecture 'gpt2' is not known: optprune prunes llama, opt, qwen2" in sentence
+    assert "the architecture 'gpt2' is not known: optprune prunes gemma2, " in sentence
+    assert "does not account for attn.c_attn (Conv1D)" in sentence
 
 
 CODE = """
@@ -210,7 +211,7 @@ class FooTokenizer(PreTrainedTokenizerFast):
         (
             "config.json",
             {"model_type": "foo", "auto_map": {"AutoConfig": "foo.FooConfig"}},
-            "the architecture 'foo' is not known: optprune prunes llama, opt, qwen2",
+            "the architecture 'foo' is not known: optprune prunes gemma2, ",
         ),
         (
             "tokenizer_config.json",

@@ -19,7 +19,7 @@ from optprune.export.check import TOLERANCE
 from optprune.models import load_tokenizer, need_tokenizer
 from tests.helpers.mixed_models import generated, mixed
 from tests.helpers.pruned_demo import PrunedDemo
-from tests.helpers.tiny_models import LLAMA3, SLIDING, TINY_MODELS, tiny_tokenizer
+from tests.helpers.tiny_models import ALL_MODELS, LLAMA3, SLIDING, TINY_MODELS, tiny_tokenizer
 
 OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 """with what this environment has, torch first of all, they are all that it takes"""
@@ -91,12 +91,12 @@ def check_alike(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, olde
 def model_of(name: str) -> PreTrainedModel:
     rotary = {} if name == "opt" else {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
     window = {"layer_types": ["full_attention", "sliding_attention"] * 2, **SLIDING} if name == "qwen2" else {}
-    return TINY_MODELS[name](num_hidden_layers=4, **rotary, **window)
+    return ALL_MODELS[name](num_hidden_layers=4, **(rotary if name in TINY_MODELS else {}), **window)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_a_folder_in_transformers_4(name: str, uneven: bool, older: Path, tmp_path: Path) -> None:
     model, tokenizer = model_of(name), tiny_tokenizer()
     if uneven:

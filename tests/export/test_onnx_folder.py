@@ -16,7 +16,7 @@ from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import export_onnx, onnx_folder, save_model
 from tests.helpers.mixed_models import PROMPT, generated, mixed
-from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_sliding, tiny_tokenizer
+from tests.helpers.tiny_models import ALL_MODELS, LLAMA3, save_tiny, tiny_llama, tiny_opt, tiny_sliding, tiny_tokenizer
 
 WITHIN = 1e-3
 
@@ -198,7 +198,7 @@ def test_options_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture
 
 SCALED = {"rope_parameters": {**LLAMA3, "rope_theta": 5e4}}
 MODELS = {
-    **{name: lambda make=make: make(num_hidden_layers=4) for name, make in TINY_MODELS.items()},
+    **{name: lambda make=make: make(num_hidden_layers=4) for name, make in ALL_MODELS.items()},
     "qwen2, sliding window": tiny_sliding,
     "llama3's rotary embeddings": lambda: tiny_llama(num_hidden_layers=4, **SCALED),
     "opt, norm after attention": lambda: tiny_opt(num_hidden_layers=4, do_layer_norm_before=False),

@@ -12,8 +12,10 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     """Four blocks: no attention, everything narrower, no MLP, intact."""
     decoder = Decoder(model)
     decoder.remove(0, "attention")
-    groups, mlp = KvGroups().layers(decoder, 1), Mlp().layers(decoder, 1)
-    decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
+    if "kv_heads" not in decoder.architecture.indivisible:
+        groups = KvGroups().layers(decoder, 1)
+        decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
+    mlp = Mlp().layers(decoder, 1)
     values = Values().layers(decoder, 1)
     decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
     decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < 50)

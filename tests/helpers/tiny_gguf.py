@@ -15,8 +15,9 @@ def write_gguf(model: PreTrainedModel, file: Path, kind: Kind = Kind.F32) -> Pat
     """Write a model, with the tiny tokenizer; its matrices are of a kind. Returns the file."""
     config = model.config
     kinds = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[config.model_type], config.num_hidden_layers)
-    writer = gguf.GGUFWriter(file, config.model_type)
+    family = config.model_type.removesuffix("_text")
+    names = gguf.get_tensor_name_map(kinds[family], config.num_hidden_layers)
+    writer = gguf.GGUFWriter(file, family)
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -26,13 +27,16 @@ def write_gguf(model: PreTrainedModel, file: Path, kind: Kind = Kind.F32) -> Pat
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer)
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = weight.float().numpy()
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1  # where transformers adds it as it runs
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name and config.model_type == "llama":
                 # llama.cpp rotates neighbours, transformers the two halves of a head.

@@ -7,11 +7,12 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from benchmarks.tiny_models import TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
+from benchmarks.tiny_models import ALL_MODELS, TINY_MODELS, VOCABULARY, tiny_llama, tiny_opt, tiny_qwen2
 from benchmarks.train_small import new_tokenizer
 from optprune.texts import demo_articles
 
 __all__ = [
+    "ALL_MODELS",
     "LLAMA3",
     "SLIDING",
     "TINY_MODELS",

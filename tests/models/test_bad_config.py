@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tiny_models import tiny
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import save_tiny, tiny_opt, tiny_sliding
 
@@ -54,6 +55,13 @@ def test_a_sliding_window_of_nothing(attempt: Attempt, window: int) -> None:
     spoiled(attempt, {"sliding_window": window})
     sentence = attempt.fails(attempt.evaluate())
     assert f"has sliding_window {window}, which is not a whole number of at least 1" in sentence
+
+
+def test_attention_in_both_directions(attempt: Attempt) -> None:
+    attempt.model = save_tiny(tiny("gemma2"), attempt.folder / "gemma2")
+    spoiled(attempt, {"use_bidirectional_attention": True})
+    sentence = attempt.fails(attempt.evaluate())
+    assert "has use_bidirectional_attention True, and what a gemma2 model computes then is not known" in sentence
 
 
 def test_a_width_of_opt(attempt: Attempt) -> None:

@@ -9,6 +9,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 
+from benchmarks.tiny_models import tiny
 from optprune.errors import InputError
 from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
@@ -21,6 +22,9 @@ MAKERS = {
     "llama": tiny_llama,
     "llama, tied": lambda: tiny_llama(tie_word_embeddings=True),
     "qwen2": tiny_qwen2,
+    # Whose config and file call the family by two names, and whose norms are stored one higher.
+    "gemma3_text": lambda: tiny("gemma3_text"),
+    "gemma2": lambda: tiny("gemma2"),
 }
 KINDS = pytest.mark.parametrize(
     "kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name
@@ -48,10 +52,11 @@ def test_it_is_the_model_that_transformers_loads(name: str, kind: Kind, tmp_path
         assert opened.tokenizer is not None
         assert all(torch.equal(a, b) for a, b in zip(opened.model.buffers(), whole.model.buffers(), strict=True))
     if kind is Kind.F32:
-        assert all(
-            torch.equal(value, MAKERS[name]().state_dict()[key])
-            for key, value in weights_of(load_model(file).decoder()).items()
-        )
+        for key, value in weights_of(load_model(file).decoder()).items():
+            # What is stored one higher, at most 4, is rounded by half of the last digit.
+            stored_higher = name.startswith("gemma") and key.endswith("norm.weight")
+            difference = (value - MAKERS[name]().state_dict()[key]).abs().max()
+            assert difference <= (4 * 2**-24 if stored_higher else 0)
 
 
 def test_the_demo_model_is_the_one_that_transformers_loads(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 from optprune.models import Decoder
 from tests.helpers.mixed_models import mixed
-from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_opt, tiny_qwen2
+from tests.helpers.tiny_models import ALL_MODELS, SLIDING, tiny_opt, tiny_qwen2
 
 TOKENS = torch.arange(10, 42)[None]
 SEEN: list[dict[str, Any]] = []
@@ -55,7 +55,7 @@ def sliding() -> PreTrainedModel:
     return tiny_qwen2(num_hidden_layers=4, layer_types=["full_attention", "sliding_attention"] * 2, **SLIDING)
 
 
-@pytest.mark.parametrize("make", [*TINY_MODELS.values(), sliding], ids=[*TINY_MODELS, "sliding window"])
+@pytest.mark.parametrize("make", [*ALL_MODELS.values(), sliding], ids=[*ALL_MODELS, "sliding window"])
 def test_a_custom_attention_is_asked_what_the_stock_class_asks(make: Any) -> None:
     stock, pruned = asked(make()), asked(as_pruned(make()))
     assert len(stock) == len(pruned) > 1

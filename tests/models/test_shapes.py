@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,12 @@ from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.report import model_patterns
 from tests.helpers.mixed_models import PROMPT, generated, mixed
-from tests.helpers.tiny_models import SLIDING, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
+from tests.helpers.tiny_models import ALL_MODELS, SLIDING, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
 from tests.helpers.token_batches import batches
 
 CHECK_TOKENS = torch.arange(10, 42)[None]
+OTHERS = {name: make for name, make in ALL_MODELS.items() if name not in (*TINY_MODELS, "olmo2")}
+"""the other families whose heads may go"""
 
 
 PROGRAM = """
@@ -59,7 +62,7 @@ print(json.dumps(result))
 
 
 def test_mixed_folders_load_generate_and_train_without_optprune(tmp_path: Path) -> None:
-    models = {name: mixed(build(num_hidden_layers=4)) for name, build in TINY_MODELS.items()}
+    models = {name: mixed(build(num_hidden_layers=4)) for name, build in ALL_MODELS.items()}
     for name, model in models.items():
         assert not save_model(model, tmp_path / name, tokenizer=tiny_tokenizer()).stock
     folders = [str(tmp_path / name) for name in models]
@@ -87,9 +90,9 @@ def test_mixed_folders_load_generate_and_train_without_optprune(tmp_path: Path) 
         assert Decoder(load_model(str(again)).model).shapes() == Decoder(model).shapes()
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_optprune_loads_what_it_saved_and_never_runs_the_file_in_the_folder(name: str, tmp_path: Path) -> None:
-    model = mixed(TINY_MODELS[name](num_hidden_layers=4))
+    model = mixed(ALL_MODELS[name](num_hidden_layers=4))
     save_model(model, tmp_path / "out")
     (tmp_path / "out" / f"modeling_pruned_{name}.py").write_text("raise SystemExit('the folder ran its own code')")
     again = optprune.load(tmp_path / "out")
@@ -106,25 +109,34 @@ def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: py
     source = Path(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__].__file__)  # type: ignore[arg-type]
     leaning = tmp_path / source.name
     leaning.write_text("import optprune\n" + source.read_text())
+    shutil.copy(source.with_name("pruned_decoder.py"), tmp_path)
     monkeypatch.setattr(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__], "__file__", str(leaning))
     with pytest.raises(optprune.errors.OptpruneError, match="cannot be reloaded in a fresh process"):
         save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "leaning", check_tokens=CHECK_TOKENS)
     assert not (tmp_path / "leaning").exists()
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_the_file_is_short_and_imports_torch_and_transformers_only(name: str) -> None:
-    source = Path(sys.modules[ARCHITECTURES[name].pruned.model.__module__].__file__).read_text()  # type: ignore[arg-type]
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    homes = {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
-    homes |= {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    assert {home.partition(".")[0] for home in homes} == {"torch", "transformers"}
-    assert len(source.splitlines()) < 140
+    file = Path(sys.modules[ARCHITECTURES[name].pruned.model.__module__].__file__)  # type: ignore[arg-type]
+    lengths = []
+    for part in (file, *(file.with_name(f"{home[1:]}.py") for home in imported(file) if home.startswith("."))):
+        homes = {home.partition(".")[0] for home in imported(part)}
+        assert homes <= {"torch", "transformers", ""} and "transformers" in homes
+        lengths.append(len(part.read_text().splitlines()))
+    assert max(lengths) < 170 and lengths[0] < (120 if name in ("opt", "gpt_neox") else 60)
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+def imported(file: Path) -> set[str]:
+    """The modules that a file imports; a dot is before those beside it."""
+    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    homes = {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
+    return homes | {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
-    save_model(mixed(TINY_MODELS[name](num_hidden_layers=4)), tmp_path / "once")
+    save_model(mixed(ALL_MODELS[name](num_hidden_layers=4)), tmp_path / "once")
     model = load_model(str(tmp_path / "once")).model
     before = Decoder(model).shapes()
     report = prune(model, batches(3), load_recipe("fasp", {"units": "all", "sparsity": 0.2, "width_multiple": 1}))
@@ -141,7 +153,7 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_blocks_without_a_part_are_pruned_under_a_metric(name: str, recipe: str) -> None:
-    model = mixed(TINY_MODELS[name](num_hidden_layers=4))
+    model = mixed(ALL_MODELS[name](num_hidden_layers=4))
     settings = {"held_out": 0.25} if recipe == "structured_best" else {}
     report = prune(model, batches(), load_recipe(recipe, {"sparsity": 0.2, **settings}))
     assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
@@ -178,10 +190,10 @@ def test_a_cache_is_as_small_as_the_blocks_and_changes_nothing(variant: str, tmp
         assert generated(each) == generated(each, use_cache=False)
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 @pytest.mark.parametrize("part", ["attention", "mlp"])
 def test_removing_a_sub_block_equals_zeroing_its_last_layer(name: str, part: str) -> None:
-    removed, zeroed = TINY_MODELS[name](), TINY_MODELS[name]()
+    removed, zeroed = ALL_MODELS[name](), ALL_MODELS[name]()
     Decoder(removed).remove(1, part)
     decoder = Decoder(zeroed)
     last = decoder.architecture.output if part == "attention" else decoder.architecture.mlp_consumer
@@ -191,7 +203,7 @@ def test_removing_a_sub_block_equals_zeroing_its_last_layer(name: str, part: str
         small, full = removed(CHECK_TOKENS).logits, zeroed(CHECK_TOKENS).logits
     assert (small - full).abs().max() <= 1e-6 * full.abs().max()
     # A block's class alone must not change it, nor what is put back.
-    whole = TINY_MODELS[name]()
+    whole = ALL_MODELS[name]()
     with torch.no_grad():
         expected = whole(CHECK_TOKENS).logits
         with Decoder(whole).without([(1, part), (0, "mlp")]):
@@ -200,10 +212,10 @@ def test_removing_a_sub_block_equals_zeroing_its_last_layer(name: str, part: str
         assert all(parameter.grad is None for parameter in whole.parameters())
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tmp_path: Path) -> None:
     extra = {} if name != "qwen2" else {"layer_types": ["full_attention", "sliding_attention"] * 2, **SLIDING}
-    model = TINY_MODELS[name](num_hidden_layers=4, **extra)
+    model = ALL_MODELS[name](num_hidden_layers=4, **extra)
     decoder = Decoder(model)
     decoder.remove(1, "attention")
     decoder.remove(1, "mlp")
@@ -237,8 +249,9 @@ def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
         (lambda: tiny_llama(num_key_value_heads=4), 2, True),
         (lambda: tiny_llama(num_key_value_heads=4), 3, False),  # 3 heads do not divide a hidden size of 64
         (tiny_opt, 2, False),  # OPT's head_dim is hidden_size / heads
+        *((make, 1, name not in ("gpt_neox", "phi3")) for name, make in OTHERS.items()),
     ],
-    ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt"],
+    ids=["llama", "qwen2", "llama, 2 of 4", "llama, 3 of 4", "opt", *OTHERS],
 )
 def test_fewer_kv_heads_are_stock_where_the_stock_class_can_say_so(
     build: Any, count: int, stock: bool, tmp_path: Path
@@ -274,9 +287,9 @@ def test_shapes_that_become_even_again_are_stock_again(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_weights_of_a_shape_are_those_of_its_layers(name: str) -> None:
-    decoder = Decoder(mixed(TINY_MODELS[name](num_hidden_layers=4)))
+    decoder = Decoder(mixed(ALL_MODELS[name](num_hidden_layers=4)))
     for block, shape in enumerate(decoder.shapes()):
         assert decoder.weights_of(shape) == sum(
             decoder.layer(block, path).weight.numel() for path in decoder.paths(block)

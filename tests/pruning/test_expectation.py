@@ -10,7 +10,7 @@ from optprune.pruning import expectation
 from optprune.pruning.expectation import expected_computing, expected_seconds, products_per_second
 from optprune.recipe import load_recipe, recipe_names
 from optprune.report import PHASES
-from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -22,10 +22,10 @@ def as_fast_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shapes(name: str = "llama", **config: int) -> Decoder:
     with torch.device("meta"):
-        return Decoder(AutoModelForCausalLM.from_config(TINY_MODELS[name](**config).config))
+        return Decoder(AutoModelForCausalLM.from_config(ALL_MODELS[name](**config).config))
 
 
-@pytest.mark.parametrize("architecture", TINY_MODELS)
+@pytest.mark.parametrize("architecture", ALL_MODELS)
 def test_every_recipe_has_an_expectation_of_every_phase(architecture: str) -> None:
     decoder = shapes(architecture)
     for name in recipe_names():

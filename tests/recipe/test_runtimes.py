@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.tiny_models import tiny
 from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
 from optprune.export import export_gguf, export_onnx, save_model
@@ -58,6 +59,14 @@ def test_a_rotary_scaling_that_it_does_not_know(runtime: str, kind: str, known: 
     sentence = refused(runtime, Recipe(units="mlp"), model)
     assert f"rotary embeddings scaled by {kind}: it takes default, linear, llama3" in sentence and known in sentence
     taken("transformers", Recipe(units="mlp"), model)
+
+
+def test_a_scaling_of_one_kind_of_attention_only() -> None:
+    rotary = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    rotary["full_attention"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    assert "rotary embeddings scaled by dynamic" in refused(
+        "onnx", Recipe(units="mlp"), tiny("gemma3_text", **{"rope_parameters": rotary})
+    )
 
 
 @pytest.mark.parametrize("runtime", STOCK)

@@ -24,7 +24,7 @@ from optprune.recipe import load_recipe
 from optprune.report.expectations import FORMS, read_expectation
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_gguf import write_gguf
-from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
+from tests.helpers.tiny_models import ALL_MODELS, save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -82,25 +82,25 @@ def kinds(found: optprune.Audit) -> set[str]:
 # -- clean folders
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_what_transformers_saved_passes(name: str, tmp_path: Path) -> None:
-    for number, model in enumerate((TINY_MODELS[name](), TINY_MODELS[name]().bfloat16())):
+    for number, model in enumerate((ALL_MODELS[name](), ALL_MODELS[name]().bfloat16())):
         folder = save_tiny(model, tmp_path / str(number))
         found = optprune.audit(folder, expect=["sparsity=0", "dead=0", "rows"])
         assert found.passed and not found.notes and found.original is None
-    model.model.save_pretrained(tmp_path / "headless")
+    model.base_model.save_pretrained(tmp_path / "headless")
     if model.config.tie_word_embeddings:
         assert optprune.audit(tmp_path / "headless").passed
     model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     assert optprune.audit(tmp_path / "shards").layers == found.layers
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
+@pytest.mark.parametrize("name", ALL_MODELS)
 def test_what_we_saved_passes(name: str, tmp_path: Path) -> None:
-    save_model(mixed(TINY_MODELS[name](num_hidden_layers=4)), tmp_path / "mixed")
+    save_model(mixed(ALL_MODELS[name](num_hidden_layers=4)), tmp_path / "mixed")
     assert optprune.audit(tmp_path / "mixed").passed
-    save_tiny(TINY_MODELS[name](), tmp_path / "dense")
-    folder = pruned(tmp_path / "out", "fasp", TINY_MODELS[name](), units="all", sparsity=0.3)
+    save_tiny(ALL_MODELS[name](), tmp_path / "dense")
+    folder = pruned(tmp_path / "out", "fasp", ALL_MODELS[name](), units="all", sparsity=0.3)
     for against in (None, tmp_path / "dense"):
         found = optprune.audit(folder, against, expect=["sparsity=0.27..0.33", "multiple=8", "dead=0"])
         assert found.passed and found.removed is not None and 0.27 <= found.removed <= 0.33

@@ -1,130 +1,40 @@
-"""Qwen2 with decoder blocks of different shapes, pruned by optprune; needs torch and transformers, nothing else.
+"""Qwen2 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
 
-`config.optprune_shapes` says what each block holds: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block with
-kv_heads 0 has no attention, one with mlp_width 0 no MLP. The config's other fields are those of the stock class.
-"""
+from transformers.models.qwen2 import modeling_qwen2 as stock
 
-from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen2.modeling_qwen2 import (
-    Qwen2Attention,
-    Qwen2DecoderLayer,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
-
-ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
+from .pruned_decoder import PrunedAttention, PrunedBlock, PrunedModel
 
 
-class PrunedQwen2Config(Qwen2Config):
-    """A Qwen2 config with a shape for each block."""
+class PrunedQwen2Config(stock.Qwen2Config):
+    """The stock config with a shape for each block."""
 
     model_type = "pruned_qwen2"
     optprune_shapes: list[dict[str, int]] | None = None
 
 
-class PrunedQwen2Attention(Qwen2Attention):
-    """Reads the numbers of heads and of value dimensions off the weights; the cache is as small as they are."""
+class PrunedQwen2Attention(PrunedAttention, stock.Qwen2Attention):
+    """Of any number of heads and of value dimensions."""
 
-    def forward(
-        self,
-        hidden_states,
-        position_embeddings=None,
-        attention_mask=None,
-        cache=None,
-        past_key_values=None,  # what older versions of transformers call the cache
-        **kwargs,
-    ):
-        shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, key.shape[1], -1).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        cache = past_key_values if cache is None else cache
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
-        attend = ATTENTION(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.o_proj(mixed.reshape(*shape, -1)), weights
+    stock = stock
+
+    def options(self):
+        return {"sliding_window": self.sliding_window}
 
 
-class PrunedQwen2DecoderLayer(Qwen2DecoderLayer):
-    """A decoder block in which the attention or the MLP may be missing, with the norm before it."""
+class PrunedQwen2DecoderLayer(PrunedBlock, stock.Qwen2DecoderLayer):
+    """Of any width, with or without its sub-blocks."""
 
-    def forward(self, hidden_states, **kwargs):
-        if self.self_attn is not None:
-            mixed, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = hidden_states + mixed
-        if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states
+    attention_class = PrunedQwen2Attention
 
 
-class PrunedQwen2ForCausalLM(Qwen2ForCausalLM):
-    """Built as the stock class builds it, then narrowed block by block."""
+class PrunedQwen2ForCausalLM(PrunedModel, stock.Qwen2ForCausalLM):
+    """Whose blocks may differ in shape."""
 
     config_class = PrunedQwen2Config
+    block_class = PrunedQwen2DecoderLayer
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        group = config.num_attention_heads // config.num_key_value_heads
-        for block, shape in zip(self.model.layers, config.optprune_shapes, strict=True):
-            block.__class__ = PrunedQwen2DecoderLayer
-            attention, mlp, kv_heads = block.self_attn, block.mlp, shape["kv_heads"]
-            if kv_heads:
-                attention.__class__ = PrunedQwen2Attention
-                attention.q_proj = resized(attention.q_proj, outputs=kv_heads * group * attention.head_dim)
-                attention.k_proj = resized(attention.k_proj, outputs=kv_heads * attention.head_dim)
-                attention.v_proj = resized(attention.v_proj, outputs=kv_heads * shape["value_dim"])
-                attention.o_proj = resized(attention.o_proj, inputs=kv_heads * group * shape["value_dim"])
-            else:
-                block.self_attn = block.input_layernorm = None
-            if shape["mlp_width"]:
-                mlp.gate_proj = resized(mlp.gate_proj, outputs=shape["mlp_width"])
-                mlp.up_proj = resized(mlp.up_proj, outputs=shape["mlp_width"])
-                mlp.down_proj = resized(mlp.down_proj, inputs=shape["mlp_width"])
-            else:
-                block.mlp = block.post_attention_layernorm = None
-        self.number_caches()
 
-    def number_caches(self):
-        """Give caches to the blocks with attention, those of each kind (full, sliding window) from its first on.
-
-        transformers reads the length off the first cache of a kind, so a block without attention takes the kind of
-        the next one that has it, and of the last one at the end.
-        """
-        kinds, blocks = self.config.layer_types, self.model.layers
-        present = [index for index, block in enumerate(blocks) if block.self_attn is not None]
-        kinds[:] = [kinds[next((i for i in present if i >= index), present[-1])] for index in range(len(blocks))]
-        free = {kind: [index for index, other in enumerate(kinds) if other == kind] for kind in kinds}
-        for index in present:
-            blocks[index].self_attn.layer_idx = free[kinds[index]].pop(0)
-
-
-def resized(layer, inputs=None, outputs=None):
-    """A fresh linear layer like another one, with another number of inputs or outputs."""
-    return nn.Linear(
-        layer.in_features if inputs is None else inputs,
-        layer.out_features if outputs is None else outputs,
-        bias=layer.bias is not None,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-    )
-
-
-# Saving such a model copies this file into the folder and names it in the config.
+# Saving such a model copies this file, and the one it imports, into the folder and names it in the config.
 PrunedQwen2Config.register_for_auto_class()
 PrunedQwen2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

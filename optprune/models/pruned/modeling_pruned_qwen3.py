@@ -1,0 +1,41 @@
+"""Qwen3 with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says how."""
+
+from transformers.models.qwen3 import modeling_qwen3 as stock
+
+from .pruned_decoder import PrunedAttention, PrunedBlock, PrunedModel
+
+
+class PrunedQwen3Config(stock.Qwen3Config):
+    """The stock config with a shape for each block."""
+
+    model_type = "pruned_qwen3"
+    optprune_shapes: list[dict[str, int]] | None = None
+
+
+class PrunedQwen3Attention(PrunedAttention, stock.Qwen3Attention):
+    """Of any number of heads and of value dimensions."""
+
+    stock = stock
+    norms = "head"
+
+    def options(self):
+        return {"sliding_window": self.sliding_window}
+
+
+class PrunedQwen3DecoderLayer(PrunedBlock, stock.Qwen3DecoderLayer):
+    """Of any width, with or without its sub-blocks."""
+
+    attention_class = PrunedQwen3Attention
+
+
+class PrunedQwen3ForCausalLM(PrunedModel, stock.Qwen3ForCausalLM):
+    """Whose blocks may differ in shape."""
+
+    config_class = PrunedQwen3Config
+    block_class = PrunedQwen3DecoderLayer
+    _no_split_modules = ["PrunedQwen3DecoderLayer"]
+
+
+# Saving such a model copies this file, and the one it imports, into the folder and names it in the config.
+PrunedQwen3Config.register_for_auto_class()
+PrunedQwen3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,120 @@
+"""Every architecture: the walk block by block, whole runs, recovery, the folders, and what healing reads."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import optprune
+from optprune.calibration import calibrating, first_inputs
+from optprune.calibration.stream import advance
+from optprune.errors import InputError
+from optprune.export import save_model
+from optprune.healing.distillation import Reader
+from optprune.models import Decoder, open_model
+from optprune.models.checkpoint import Checkpoint
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
+from tests.helpers.mixed_models import mixed
+from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
+from tests.helpers.token_batches import batches
+
+TOKENS = torch.arange(10, 58)[None]
+OTHERS = [name for name in ALL_MODELS if name not in TINY_MODELS]
+by_family = pytest.mark.parametrize("name", OTHERS)
+
+
+def walked(decoder: Decoder) -> torch.Tensor:
+    """The logits of what leaves the last block, where each block gets what the walk hands it."""
+    with calibrating(decoder):
+        stream = first_inputs(decoder, [TOKENS])
+        for index in range(len(decoder.blocks)):
+            with decoder.resident(index) as block:
+                advance(block, stream)
+        return decoder.logits(stream.hidden[0])
+
+
+@pytest.mark.parametrize("name", ALL_MODELS)
+def test_a_walk_block_by_block_gives_the_models_own_logits(name: str, tmp_path: Path) -> None:
+    """Each block gets its own mask and its own rotary embeddings, and the head its scales and caps."""
+    model = ALL_MODELS[name](num_hidden_layers=4)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(TOKENS, use_cache=False).logits
+    assert torch.equal(walked(Decoder(model)), expected)
+    assert torch.equal(walked(open_model(tmp_path).decoder()), expected)
+
+
+@by_family
+def test_healing_reads_the_models_own_logits(name: str) -> None:
+    model = ALL_MODELS[name]()
+    reader = Reader(model, lambda: torch.autocast("cpu", enabled=False))
+    reader.check(TOKENS)
+    with torch.no_grad():
+        found, expected = reader.log_probabilities(reader.hidden(TOKENS)), model(TOKENS).logits.log_softmax(-1)
+    assert torch.equal(found, expected)
+
+
+RUNS = {
+    "value dimensions and MLP units, recovered": ("fasp", {"recovery": 1, "held_out": 0.25, "sparsity": 0.2}),
+    "a budget over all blocks": ("structured_best", {"held_out": 0.25, "sparsity": 0.2, "width_multiple": 1}),
+    "single weights in a metric": ("sparse_best", {"pattern": "2:4", "sparsity": 0.4}),
+    "sub-blocks": ("depth", {"sparsity": 0.3}),
+}
+
+
+FEW = ("gemma3_text", "olmo2")
+"""the families whose blocks are least alike Llama's"""
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [(name, run) for name in OTHERS for run in list(RUNS)[: None if name in FEW else 2]]
+)
+def test_a_run_leaves_a_folder_that_answers_as_the_model_does(name: str, run: str, tmp_path: Path) -> None:
+    model = ALL_MODELS[name](num_hidden_layers=3)
+    before = Decoder(model).linear_weights()
+    recipe, settings = RUNS[run]
+    report = prune(model, batches(), load_recipe(recipe, settings))
+    decoder = Decoder(model)
+    zeros = sum(
+        int((decoder.layer(block, path).weight == 0).sum())
+        for block in range(len(decoder.blocks))
+        for path in decoder.paths(block)
+    )
+    assert report.sparsity_reached == pytest.approx(1 - (decoder.linear_weights() - zeros) / before)
+    assert report.sparsity_reached == pytest.approx(settings["sparsity"], abs=0.07)
+    affine = len(decoder.architecture.recoverable)
+    assert len(report.recovered) == (3 * affine if "recovered" in run else 0)
+    assert any("recovery has nothing to refit" in note for note in report.notes) == (affine == 0 and "recovered" in run)
+    for part in report.recovered:
+        assert part.held_out_after <= part.held_out_before
+    save_model(model, tmp_path / "out")
+    # Under the names that transformers writes.
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (Checkpoint.open(tmp_path / folder).tensors.keys() for folder in ("out", "theirs"))
+    assert ours == theirs
+    with torch.no_grad():
+        assert torch.equal(optprune.load(tmp_path / "out")(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_the_fresh_process_checks_a_folder_of_two_files(tmp_path: Path) -> None:
+    saved = save_model(mixed(ALL_MODELS["gemma3_text"](num_hidden_layers=4)), tmp_path / "out", check_tokens=TOKENS)
+    assert not saved.stock and saved.logits_difference is not None
+
+
+@pytest.mark.parametrize("settings", [{}, {"allocation": "global"}], ids=str)
+def test_heads_under_one_norm_are_refused_before_anything_is_computed(settings: dict) -> None:
+    decoder = Decoder(ALL_MODELS["olmo2"]().to("meta"))  # type: ignore[arg-type]
+    sentence = "units kv-groups remove kv_heads, but of a olmo2 model all stay or none: one norm"
+    with pytest.raises(InputError, match=sentence):
+        optprune.pruning.preflight.check_run(decoder, load_recipe("osscar", {"units": "kv-groups", **settings}), None)
+
+
+def test_an_allocation_that_narrows_heads_under_one_norm_is_refused() -> None:
+    decoder = Decoder(ALL_MODELS["olmo2"]())
+    shapes = decoder.shapes()
+    whole, narrow = ({"mlp_width": 128, "kv_heads": heads, "value_dim": 16} for heads in (2, 1))
+    assert shapes[0].kv_heads == 2
+    allocation = optprune.Allocation.from_dict({"sparsity": 0.1, "blocks": [whole, narrow]})
+    with pytest.raises(InputError, match="keeps kv_heads 1 in block 1, which has 2, but of a olmo2 model"):
+        prune(decoder.model, batches(), load_recipe("fasp"), allocation=allocation)
