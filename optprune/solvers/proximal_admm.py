@@ -68,16 +68,11 @@ class ByEigenvectors(Resolvent):
     @classmethod
     def of(cls, loss: LayerLoss, metric: OutputMetric, rho: float, *, by_column: bool) -> "ByEigenvectors":
         """In float64 by two eigendecompositions."""
-        found = []
-        for matrix in (metric.matrix, loss.gram):
-            scale = _scale(matrix.diagonal(), by_column)
-            values, vectors = linalg.eigh(matrix.double() / torch.outer(scale, scale))
-            found.append((scale, values.clamp(min=0), vectors / scale[:, None]))
-        (outputs, high, rows), (inputs, wide, columns) = found
+        outputs, high, rows = _spectrum(metric.matrix, by_column)
+        inputs, wide, columns = _spectrum(loss.gram, by_column)
         weights = _coupling(rho * torch.outer(outputs, inputs).square(), by_column)
-        spectrum = torch.outer(high, wide) + rho
-        gram = loss.gram
-        return cls(rho, weights.to(gram), rows.to(gram), columns.to(gram), spectrum.to(gram))
+        values, gram = torch.outer(high, wide) + rho, loss.gram
+        return cls(rho, weights.to(gram), rows.to(gram), columns.to(gram), values.to(gram))
 
     def solved(self, right: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         inside = (self.rows.T @ right @ self.columns).div_(self.values)
@@ -182,6 +177,15 @@ def _resolvent(problem: PenalisedLeastSquares, rho: float) -> Resolvent:
     if loss.metric is None:
         return ByInverse.of(loss, rho, by_column=by_column)
     return ByEigenvectors.of(loss, loss.metric, rho, by_column=by_column)
+
+
+def _spectrum(
+    matrix: Float[Tensor, "n n"], by_column: bool
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """The scale of a matrix, its eigenvalues in these units, and its eigenvectors over the scale."""
+    scale = _scale(matrix.diagonal(), by_column)
+    values, vectors = linalg.eigh(matrix.double() / torch.outer(scale, scale))
+    return scale, values.clamp(min=0), vectors / scale[:, None]
 
 
 def _scale(diagonal: Float[Tensor, " n"], each: bool) -> Float[Tensor, " n"]:
