@@ -9,6 +9,7 @@ objective is with it. Every choice is refitted, except where the name says other
 
 import argparse
 from collections import defaultdict
+from statistics import mean, median
 
 from benchmarks.common import write_table
 from benchmarks.layers import layers
@@ -48,7 +49,7 @@ def main() -> None:
     ]
     rows = []
     for removed in options.removed:
-        sums: dict[str, dict[str, float]] = {name: defaultdict(float) for name in options.solvers}
+        seen: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in options.solvers}
         for _, weight, moments, apart in found:
             loss, width = LayerLoss.of(weight, moments, options.damping), weight.shape[1]
             groups = ChannelGroups.of(width, device=loss.weight.device)
@@ -67,9 +68,11 @@ def main() -> None:
                 if bound is not None:
                     measured["gap"] = 1 - bound.lower_bound / solution.objective
                 for key, value in measured.items():
-                    sums[name][key] += value / len(found)
-        for name, means in sums.items():
-            rows.append({"units removed": f"{removed:.0%}", "solver": name, **means})
+                    seen[name][key].append(value)
+        for name, values in seen.items():
+            means = {key: mean(of) for key, of in values.items()}
+            middle = {"gap, median": median(values["gap"])} if options.bound else {}
+            rows.append({"units removed": f"{removed:.0%}", "solver": name, **means, **middle})
             print(rows[-1], flush=True)
     tokens = options.samples * options.seq_length
     title = (

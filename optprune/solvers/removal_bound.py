@@ -22,13 +22,15 @@ class RemovalBound(DirectSolver[StructuredProblem]):
 
         sum_{g in P} <Y_g, V0_g> - 1/2 sum_{g, h in P} Q_gh,   Q_gh = sum_{c in g, d in h} (A^-1)_cd <Y_c, Y_d>,
 
-    so one Y for all P gives a lower bound. Y_g = t V0_g (A^-1_gg)^-1 makes <Y_g, V0_g> = 2 t s_g and Q_gg = 2 t^2 s_g
-    with s_g the exact cost of dropping g alone. As Q <= lambda diag(Q), lambda the largest eigenvalue of Q scaled to
-    a unit diagonal, t = 1 / lambda leaves
+    so one Y for all P gives a lower bound. Y_g = t_g V0_g (A^-1_gg)^-1 makes <Y_g, V0_g> = 2 t_g s_g and Q_gg = 2 t_g^2
+    s_g with s_g the exact cost of dropping g alone. Where Q of t = 1 is at most diag(2 s_g lambda / y_g), t_g = y_g /
+    lambda leaves
 
-        min f >= f(V0) + 1 / lambda  min_P sum_{g in P} s_g,
+        min f >= f(V0) + 1 / lambda  min_P sum_{g in P} y_g s_g,
 
-    and the inner minimum is a projection. Columns of W that point in different directions make Q nearly diagonal even
+    and the inner minimum is a projection. y_g = min(1, s / s_g), with s the dearest of the cheapest P, changes nothing
+    about that minimum, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units which
+    could go: those that will not, however much they are coupled, hardly count. Columns of W that point in different directions make Q nearly diagonal even
     where inputs are correlated: that is why this bound says something where a split of A does not. Where A is singular
     it proves 0. Accepts structured and linked problems. Cost: in^3 + out in^2 + units^3, in float64.
     """
@@ -56,11 +58,13 @@ def _bound(problem: StructuredProblem) -> float:
     parts = linalg.solve(blocks, weight.T.reshape(units, each, -1))
     multiplier = parts.reshape(units * each, -1)
     coupling = (inverse * (multiplier @ multiplier.T)).reshape(units, each, units, each).sum((1, 3))
-    scale = torch.where(alone > 0, 2 * alone, 1.0).sqrt()
-    size = float(linalg.eigvalsh(coupling / torch.outer(scale, scale))[-1])
+    gone = ~problem.pattern.project(alone)
+    capped = alone.clamp(max=float(alone[gone].max())) if bool(gone.any()) else alone
+    scale = torch.where(alone > 0, capped / alone, 1.0).sqrt() / torch.where(alone > 0, 2 * alone, 1.0).sqrt()
+    size = float(linalg.eigvalsh(coupling * torch.outer(scale, scale))[-1])
     epsilon = torch.finfo(torch.float64).eps
     largest = max(size, 1.0) * (1 + units * epsilon)
-    rise = float(alone[~problem.pattern.project(alone)].sum()) / largest
+    rise = float(capped[~problem.pattern.project(capped)].sum()) / largest
     # The inverse is known to about this share of itself, and V0 up to its residual.
     known = 1 - 8 * epsilon * float(loss.gram.double().diagonal().sum() * form.inverse.diagonal().sum())
     residual = loss.exact_gradient(form.minimiser)
