@@ -1,20 +1,25 @@
-"""What a comparison costs beside its runs alone: four recipes and three sparsities, in processor seconds of one thread.
+"""What a comparison costs beside its runs alone: four recipes and three sparsities, whole commands of one thread.
 
-    .venv/bin/python -m benchmarks.comparison_cost
-    .venv/bin/python -m benchmarks.comparison_cost --policies dense --blocks 4
-    .venv/bin/python -m benchmarks.comparison_cost --demo --blocks 2
+    .venv/bin/python -m benchmarks.comparison_cost --demo --policies recipe
+    .venv/bin/python -m benchmarks.comparison_cost --policies recipe dense
+    .venv/bin/python -m benchmarks.comparison_cost --demo --blocks 4 --samples 8 --alone 0.2
 
-Alone, each of the twelve models is pruned without statistics and evaluated beside the dense model, which is gone
-through again; `compare` does both for all of them. Loading and tokenising are in neither, nor saving, which only a
-run alone does. The model is a random Llama with the proportions of SmolLM2-135M, or the first blocks of that
-(`--demo`). Processor seconds do not depend on what else the machine does.
+Alone, each of the twelve models is what `optprune prune` makes, and is evaluated by `optprune evaluate --against` the
+dense one: both commands import, load and tokenise, the first saves a folder and checks it in a fresh process, the
+second goes through both models. `optprune compare` gives the same figures of the same models by one command, which
+saves none of them. The seconds are those of the processor, with those of the processes that a command waits for: they
+do not depend on what else the machine does. With `--alone 0.2` only the runs at that sparsity are made alone, and the
+others are taken to cost as much. The policy "recipe" is what each recipe says. The model is a random Llama
+with the proportions of SmolLM2-135M, or that model or its first blocks (`--demo`).
 """
 
 import argparse
-import copy
 import json
+import os
+import resource
+import subprocess
+import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +30,50 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.common import write_table
 from benchmarks.tiny_models import randomise
 from benchmarks.train_small import new_tokenizer
-from optprune import load_recipe, prune
-from optprune.comparison import compare
-from optprune.measure import divergence_from
-from optprune.models import LoadedModel, load_model, need_tokenizer
-from optprune.texts import calibration_batches, demo_articles, evaluation_windows, read_documents, tokenise
+from optprune.export import save_model
+from optprune.models import load_model
+from optprune.texts import demo_articles
 
-RECIPES = ("fasp", "wanda", "alps", "structured_best")
-SPARSITIES = (0.1, 0.2, 0.3)
+RECIPES = ("structured_best", "structured_uniform_best", "fasp", "flap")
+SPARSITIES = ("0.1", "0.2", "0.3")
 VOCABULARY = 4096
-CALIBRATION, TEXT = "demo:calibration", "demo:evaluation"
+OWN = "recipe"
+"""the policy of each recipe's own"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true")
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, help="default: all of the demo's, and 8 of the random model")
     parser.add_argument("--width", type=int, default=256, help="of the hidden states of the random model")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--policies", nargs="+", default=["pruned", "dense"])
+    parser.add_argument("--alone", nargs="+", default=list(SPARSITIES), choices=SPARSITIES)
+    parser.add_argument("--policies", nargs="+", default=[OWN, "dense"])
     parser.add_argument("--name", default="comparison_cost", help="of the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    loaded = demo(options.blocks) if options.demo else random_model(options.blocks, options.width)
-    rows = []
-    for policy in options.policies:
-        alone = runs_alone(loaded, policy, options)
-        shared = in_comparison(loaded, policy, options)
-        total, whole = sum(map(sum, alone.values())), sum(shared.values())
-        for recipe in options.recipes:
-            pruned, evaluated = alone[recipe]
-            rows.append(row(policy, recipe, pruned + evaluated, shared[recipe], f"evaluating alone {evaluated:.1f}"))
-        rows.append(row(policy, "the dense model, measured", 0.0, shared["measuring"]))
-        rows.append(row(policy, "the dense model, evaluated", 0.0, shared["evaluating"]))
-        rows.append(row(policy, "table, picture, digest", 0.0, shared["rest"]))
-        rows.append(row(policy, "all", total, whole, f"{whole / total:.0%} of the runs alone"))
-        print(json.dumps(rows[-1]), flush=True)
-    print(write_table(options.name, "A comparison beside its runs alone, processor seconds", rows))
+    rows = list[dict[str, Any]]()
+    with tempfile.TemporaryDirectory() as place:
+        model = Path(place) / "model"
+        save_demo(model, options.blocks) if options.demo else save_random(model, options.blocks or 8, options.width)
+        for policy in options.policies:
+            rows += compared(model, policy, options, Path(place) / policy)
+            print(write_table(options.name, "A comparison beside its runs alone, processor seconds", rows), flush=True)
 
 
-def row(policy: str, what: str, alone: float, shared: float, note: str = "") -> dict[str, Any]:
-    return {"policy": policy, "what": what, "alone": round(alone, 2), "in compare": round(shared, 2), "": note}
-
-
-def demo(blocks: int) -> LoadedModel:
+def save_demo(folder: Path, blocks: int | None) -> None:
+    """The demo's model as a folder, or its first blocks."""
     loaded = load_model("demo", device="cpu")
-    loaded.model.model.layers = loaded.model.model.layers[:blocks]
-    loaded.model.config.num_hidden_layers = blocks
-    return loaded
+    model: Any = loaded.model
+    model.model.layers = model.model.layers[:blocks]
+    model.config.num_hidden_layers = len(model.model.layers)
+    save_model(model, folder, tokenizer=loaded.tokenizer)
 
 
-def random_model(blocks: int, width: int) -> LoadedModel:
+def save_random(folder: Path, blocks: int, width: int) -> None:
     """With the proportions of SmolLM2-135M, but for the vocabulary."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -92,68 +87,63 @@ def random_model(blocks: int, width: int) -> LoadedModel:
     )
     words = new_tokenizer(demo_articles("calibration"), VOCABULARY).backend_tokenizer.to_str()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(words), bos_token="<s>", eos_token="</s>")
-    return LoadedModel(randomise(LlamaForCausalLM(config), 0).eval(), tokenizer, "random Llama")
+    save_model(randomise(LlamaForCausalLM(config), 0).eval(), folder, tokenizer=tokenizer)
 
 
-def settings_of(policy: str) -> dict[str, Any]:
-    return {"propagation": policy}
+def compared(model: Path, policy: str, options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
+    """The rows of a policy: each recipe's runs alone, and what all of them take in one command."""
+    shared = ["--calibration", "demo:calibration", "--samples", str(options.samples)]
+    shared += ["--seq-length", str(options.seq_length), *([] if policy == OWN else ["--propagation", policy])]
+    text = ["--text", "demo:evaluation", "--windows", str(options.windows)]
+    alone = {recipe: runs_alone(model, recipe, shared, text, options, place) for recipe in options.recipes}
+    asked = ["--recipes", ",".join(options.recipes), "--sparsities", ",".join(SPARSITIES)]
+    whole = seconds(["compare", str(model), *asked, *shared, *text, "--output", str(place / "comparison")])
+    cells = json.loads((place / "comparison" / "comparison.json").read_text(encoding="utf-8"))["cells"]
+    total = sum(map(sum, alone.values()))
+    fixed = {"policy": policy, "tokens": options.samples * options.seq_length}
+    rows = [
+        {
+            **fixed,
+            "recipe": recipe,
+            "prune alone": pruning,
+            "evaluate alone": evaluating,
+            "in compare": sum(cell["spent"] for cell in cells if cell["cell"]["recipe"] == recipe),
+            "": "pruning only",
+        }
+        for recipe, (pruning, evaluating) in alone.items()
+    ]
+    sums = {"prune alone": sum(p for p, _ in alone.values()), "evaluate alone": sum(e for _, e in alone.values())}
+    rows.append({**fixed, "recipe": "all", **sums, "in compare": whole, "": f"{whole / total:.0%} of the runs alone"})
+    return rows
 
 
-def runs_alone(loaded: LoadedModel, policy: str, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """The seconds of pruning and of evaluating by recipe, over the sparsities."""
-    tokenizer = need_tokenizer(loaded.tokenizer, loaded.source)
-    tokens, told = (tokenise(tokenizer, read_documents(text)) for text in (CALIBRATION, TEXT))
-    windows = evaluation_windows(told, options.seq_length, options.windows)
-    found = {}
-    for name in options.recipes:
-        pruned = evaluated = 0.0
-        for sparsity in SPARSITIES:
-            recipe = load_recipe(name, {"sparsity": sparsity, **settings_of(policy)})
-            batches = calibration_batches(tokens, options.samples, options.seq_length, recipe.seed)
-            model, began = copy.deepcopy(loaded.model), time.process_time()
-            prune(model, batches, recipe)
-            between = time.process_time()
-            divergence_from(model, loaded.model, windows)
-            pruned, evaluated = pruned + between - began, evaluated + time.process_time() - between
-        found[name] = pruned, evaluated
-        print(policy, name, "alone", found[name], flush=True)
-    return found
+def runs_alone(
+    model: Path, recipe: str, shared: list[str], text: list[str], options: argparse.Namespace, place: Path
+) -> tuple[float, float]:
+    """The seconds of pruning by a recipe at every sparsity, and of evaluating, by the runs that are made."""
+    pruning = evaluating = 0.0
+    for sparsity in options.alone:
+        output = place / f"{recipe}-{sparsity}"
+        asked = ["--recipe", recipe, "--sparsity", sparsity, *shared, "--output", str(output)]
+        pruning += seconds(["prune", str(model), *asked])
+        lengths = ["--seq-length", str(options.seq_length)]
+        evaluating += seconds(["evaluate", str(output), "--against", str(model), *text, *lengths])
+    every = len(SPARSITIES) / len(options.alone)
+    print(recipe, "alone", f"{pruning * every:.1f} {evaluating * every:.1f}", flush=True)
+    return pruning * every, evaluating * every
 
 
-def in_comparison(loaded: LoadedModel, policy: str, options: argparse.Namespace) -> dict[str, float]:
-    """The seconds of the parts of a comparison, by what it says when each of them begins and ends."""
-    parts: dict[str, float] = dict.fromkeys([*options.recipes, "measuring", "evaluating", "rest"], 0.0)
-    last, doing = time.process_time(), "tokenising"
-
-    def say(text: str) -> None:
-        nonlocal last, doing
-        now = time.process_time()
-        # A cell is told when it is done, anything else when it begins.
-        ended = next((name for name in options.recipes if text.startswith(f"{name} at ")), doing)
-        if ended in parts:
-            parts[ended] += now - last
-        begun = ("tokenising", "measuring", "evaluating")
-        last, doing = now, next((part for part in begun if text.startswith(part)), "rest")
-
-    with tempfile.TemporaryDirectory() as folder:
-        found = compare(
-            loaded,
-            options.recipes,
-            SPARSITIES,
-            calibration=CALIBRATION,
-            text=TEXT,
-            samples=options.samples,
-            seq_length=options.seq_length,
-            windows=options.windows,
-            settings=settings_of(policy),
-            folder=Path(folder) / "comparison",
-            say=say,
-        )
-    parts["rest"] += time.process_time() - last
-    if found.failures:
-        raise SystemExit("\n".join(found.failures))
-    print(found, flush=True)
-    return parts
+def seconds(words: list[str]) -> float:
+    """The processor seconds of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(
+        [sys.executable, "-m", "optprune", *words], capture_output=True, text=True, check=False, env=environment
+    )
+    if run.returncode:
+        raise SystemExit(f"optprune {' '.join(words)}: {run.stderr}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ class RemovalBound(DirectSolver[StructuredProblem]):
         min f >= f(V0) + 1 / lambda  min_P sum_{g in P} y_g s_g,
 
     and the inner minimum is a projection. y_g = min(1, s / s_g), with s the dearest of the cheapest P, changes nothing
-    about that minimum, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units which
-    could go: those that will not, however much they are coupled, hardly count. Columns of W that point in different directions make Q nearly diagonal even
-    where inputs are correlated: that is why this bound says something where a split of A does not. Where A is singular
+    about that minimum, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units
+    which could go: those that will not, however much they are coupled, hardly count. Columns of W that point in
+    different directions make Q nearly diagonal even where inputs are correlated: that is why this bound says something
+    where a split of A does not. Where A is singular
     it proves 0. Accepts structured and linked problems. Cost: in^3 + out in^2 + units^3, in float64.
     """
 

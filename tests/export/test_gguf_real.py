@@ -1,7 +1,8 @@
 """The demo's model, pruned, in llama.cpp: the greedy text and the perplexity that transformers gives.
 
 Both say how likely each token of a text is, so that what differs is seen token by token: the mean of the differences is
-known to its standard error, which is much smaller than that of either perplexity.
+known to its standard error, which is much smaller than that of either perplexity. Under q8_0 tokens differ by a tenth
+of a nat, since llama.cpp rounds what enters each product to 8 bits too, and 1600 of them tell a third of a percent.
 """
 
 import math
@@ -30,12 +31,10 @@ PROMPTS = (
 WINDOWS, LENGTH, CONTINUED = 4, 400, 24
 WITHIN = math.log(1.01)
 """the difference in nats a token that is a percent of the perplexity"""
-CERTAIN = 2.0
-"""the standard errors beyond the mean that the true difference may be at"""
-
-
-def test_one_percent_is_told_from_more() -> None:
-    """By as many tokens as there are, where single ones differ as q8_0 lets them."""
+TELLING = 3.0
+"""the standard errors that a percent must be, for as many tokens to tell it from none"""
+TIED = 4.0
+"""how many times the error of a token two tokens may be apart that are as good as tied: each has its own"""
 
 
 @pytest.mark.slow
@@ -49,29 +48,31 @@ def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedD
     for kind in ("f32", "f16", "q8_0"):
         other = LlamaCpp(export_gguf(folder, tmp_path / f"{kind}.gguf", kind=kind).file, WINDOWS)
         differences = (other.log_likelihoods(windows) - expected).flatten()
-        mean, error = float(differences.mean()), float(differences.std()) / math.sqrt(differences.numel())
-        print(
-            recipe,
-            kind,
-            "ratio of perplexities",
-            math.exp(-mean),
-            "standard error",
-            error,
-            float(differences.abs().max()),
-        )
-        assert abs(mean) + CERTAIN * error <= WITHIN, kind
+        mean, noise = float(differences.mean()), float(differences.std())
+        assert TELLING * noise / math.sqrt(differences.numel()) <= WITHIN, "the tokens are too few"
+        assert abs(mean) <= WITHIN, kind
         for prompt in PROMPTS:
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-            print(kind, repr(other.greedy(ids[0], CONTINUED)), repr(greedy(model, tokenizer, ids)))
+            check_greedy(model, tokenizer, other, prompt, TIED * noise)
 
 
 def log_likelihoods(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """The log-probability of each token of windows [n, length] behind those before it: [n, length - 1]."""
     with torch.no_grad():
         scores = [model(input_ids=window[None]).logits[0, :-1].double().log_softmax(-1) for window in windows]
     pairs = zip(scores, windows, strict=True)
     return torch.stack([score.gather(1, window[1:, None])[:, 0] for score, window in pairs])
 
 
-def greedy(model: PreTrainedModel, tokenizer: Tokenizer, ids: Tensor) -> str:
-    text = model.generate(ids, max_new_tokens=CONTINUED, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return str(tokenizer.decode(text[0, ids.shape[1] :]))
+def check_greedy(model: PreTrainedModel, tokenizer: Tokenizer, other: LlamaCpp, prompt: str, tied: float) -> None:
+    """The text is the same, or goes on otherwise where the model holds two tokens for as likely, in nats."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    whole = model.generate(ids, max_new_tokens=CONTINUED, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
+    expected = whole[ids.shape[1] :].tolist()
+    text, found = other.greedy(ids[0], CONTINUED)
+    if text == tokenizer.decode(expected):
+        return
+    place = next(number for number, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1])
+    with torch.no_grad():
+        scores = model(input_ids=whole[None, : ids.shape[1] + place]).logits[0, -1].double().log_softmax(-1)
+    apart = float(scores[expected[place]] - scores[found[place]])
+    assert apart <= tied, (prompt, text, tokenizer.decode(expected), apart, tied)

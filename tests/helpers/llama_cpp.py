@@ -43,9 +43,10 @@ class LlamaCpp:
         answer = self.server.handle_completions({"prompt": text, "max_tokens": 1, "temperature": 0.0})
         return int(answer["usage"]["prompt_tokens"])
 
-    def greedy(self, prompt: "Tensor | Sequence[int]", count: int) -> str:
-        """The most likely text behind a prompt of so many tokens."""
-        return str(self._answer(prompt, count, 1)["text"])
+    def greedy(self, prompt: "Tensor | Sequence[int]", count: int) -> tuple[str, list[int]]:
+        """The most likely text behind a prompt of so many tokens, and its tokens, of which each is whole characters."""
+        answer = self._answer(prompt, count, 1)
+        return str(answer["text"]), [int(step["id"]) for step in answer["logprobs"]["content"]]
 
     def log_probabilities(self, prompt: "Tensor | Sequence[int]", slot: int = 0) -> dict[int, float]:
         """The log-probabilities of the token behind a prompt, of the whole vocabulary."""
