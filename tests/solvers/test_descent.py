@@ -112,6 +112,23 @@ def test_the_rate_grows_and_goes_to_zero() -> None:
     assert 0 < rates[-1] < 0.01
 
 
+def check_rate() -> None:
+    problem = gated()
+    found = match(problem, Adam(12, 0.3))
+    assert found.steps > 0
+    assert problem.objective(found.value) < 0.9 * problem.objective(problem.start())
+
+
+def test_a_rate_that_is_too_high_is_taken_back() -> None:
+    check_rate()
+
+
+def test_a_descent_that_does_not_go_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Adam, "back", Descent.back)
+    with pytest.raises(AssertionError):
+        check_rate()
+
+
 def overfitting() -> tuple[BlockMatching, Listed]:
     """Targets with noise, fewer examples than weights: what fits them is worse elsewhere sooner or later."""
     generator = torch.Generator().manual_seed(0)
