@@ -5,7 +5,7 @@ is a pass of them through the block.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, final
@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from optprune.errors import InputError, NumericalError
 from optprune.metric import OutputMetric
+from optprune.numerics import linalg
 from optprune.numerics.finite import all_finite
 from optprune.numerics.modules import first_output
 
@@ -54,7 +55,8 @@ class Examples(ABC):
 
 def order(count: int, epoch: int) -> list[int]:
     """The order in which so many examples are drawn, the `epoch`-th time that all of them are."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    return drawn
 
 
 @final
@@ -122,8 +124,8 @@ class BlockMatching:
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
                     "block in float32, and round what it comes to"
                 )
-        linear = {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, nn.Linear)}
-        linear |= {"weight"} if isinstance(module, nn.Linear) else set()
+        parts: Iterable[tuple[str, nn.Module]] = module.named_modules()
+        linear = {f"{path}.weight".removeprefix(".") for path, part in parts if isinstance(part, nn.Linear)}
         anchor = tuple(weight.detach() for weight in found.values())
         support = tuple(weight != 0 if name in linear else None for name, weight in zip(found, anchor, strict=True))
         return cls(module, tuple(found), anchor, support, examples, metric, pull)
@@ -226,6 +228,6 @@ class BlockMatching:
 
 def _root_weights(target: Float[Tensor, "... out"]) -> Float[Tensor, "... 1"]:
     """1 / |y_t|; a token that answers (next to) nothing counts as the least of the others that does."""
-    sizes = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+    sizes = linalg.norm(target, -1)[..., None]
     least = torch.finfo(target.dtype).eps * sizes.max()
     return 1 / torch.where(least > 0, sizes.clamp(min=least), 1.0)
