@@ -102,8 +102,8 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
     "matching": [
-        *(("wanda", PAIRS | more) for more in (CROSS, CROSS | MATCHED)),
-        *(("sparse_best", settings | more) for settings in (PAIRS, HALF) for more in (CROSS, CROSS | MATCHED)),
+        *((recipe, PAIRS | CROSS | MATCHED) for recipe in ("wanda", "sparsegpt", "sparse_best")),
+        ("sparse_best", HALF | CROSS | MATCHED),
         *(("structured_best", {"sparsity": sparsity, **MATCHED}) for sparsity in (0.3, 0.2)),
     ],
     "ablation": [

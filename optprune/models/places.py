@@ -35,8 +35,9 @@ class Place(ABC):
             named = {name: self.keep_all(part, besides) for name, part in found.items()}
             return lambda: cast(Value, {name: part() for name, part in named.items()})
         if type(value) in (list, tuple):
-            parts = [self.keep_all(part, besides) for part in found]
-            return lambda: type(found)(part() for part in parts)
+            # By its kind alone: to name the value here would keep its tensors in memory.
+            parts, kind = [self.keep_all(part, besides) for part in found], type(found)
+            return lambda: cast(Value, kind(part() for part in parts))
         return lambda: value
 
 

@@ -5,8 +5,8 @@ is a pass of them through the block.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, final
 
@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from optprune.errors import InputError, NumericalError
 from optprune.metric import OutputMetric
+from optprune.numerics import linalg
 from optprune.numerics.finite import all_finite
 from optprune.numerics.modules import first_output
 
@@ -54,7 +55,8 @@ class Examples(ABC):
 
 def order(count: int, epoch: int) -> list[int]:
     """The order in which so many examples are drawn, the `epoch`-th time that all of them are."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
+    return drawn
 
 
 @final
@@ -90,6 +92,22 @@ class BlockMatching:
     metric: OutputMetric | None = None
     """S, at the block's output"""
     pull: float = 0.0
+    signal: float = field(init=False)
+    """sum_t w_t y_t^T S y_t over all examples; where there is none, 1: errors are then as they are"""
+    tokens: float = field(init=False)
+    """the tokens of all examples"""
+
+    def __post_init__(self) -> None:
+        # At once, and not when it is first asked for: processes that share the examples sum them up together.
+        def terms(example: Example) -> Point:
+            if not all_finite(example.target):
+                raise NumericalError("the dense block answers NaN or infinity: look for damaged weights")
+            columns = (example.target * _root_weights(example.target)).flatten(0, -2).T
+            return (columns * self._weigh(columns)).sum(dtype=torch.float64), self._tokens(example)
+
+        signal, tokens = self.examples.sums(terms, lambda: (*self._number(), *self._number()))
+        object.__setattr__(self, "signal", float(signal) or 1.0)
+        object.__setattr__(self, "tokens", float(tokens))
 
     @classmethod
     def of(
@@ -106,8 +124,8 @@ class BlockMatching:
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
                     "block in float32, and round what it comes to"
                 )
-        linear = {f"{path}.weight" for path, part in module.named_modules() if isinstance(part, nn.Linear)}
-        linear |= {"weight"} if isinstance(module, nn.Linear) else set()
+        parts: Iterable[tuple[str, nn.Module]] = module.named_modules()
+        linear = {f"{path}.weight".removeprefix(".") for path, part in parts if isinstance(part, nn.Linear)}
         anchor = tuple(weight.detach() for weight in found.values())
         support = tuple(weight != 0 if name in linear else None for name, weight in zip(found, anchor, strict=True))
         return cls(module, tuple(found), anchor, support, examples, metric, pull)
@@ -142,7 +160,7 @@ class BlockMatching:
         def terms(example: Example) -> Point:
             return (self._half(self._run(point, example), example)[0] * 2,)
 
-        return float(self.examples.sums(terms, self._number)[0]) / self._signal[0]
+        return float(self.examples.sums(terms, self._number)[0]) / self.signal
 
     def objective(self, point: Point) -> float:
         """The value to minimise."""
@@ -168,8 +186,7 @@ class BlockMatching:
             return (half, self._tokens(example), *slopes)
 
         half, tokens, *sums = self.examples.sums(terms, zeros, draw)
-        signal, every = self._signal
-        scale = every / signal / float(tokens)
+        scale = self.tokens / self.signal / float(tokens)
         pull = self.pull / max(1, sum(self._counts))
         for slope, weight, anchor, mask, unit in zip(sums, point, self.anchor, self.support, self.units, strict=True):
             slope.mul_(scale)
@@ -208,22 +225,9 @@ class BlockMatching:
         count = example.target.shape[:-1].numel()
         return torch.tensor(float(count), dtype=torch.float64, device=example.target.device)
 
-    @cached_property
-    def _signal(self) -> tuple[float, float]:
-        """sum_t w_t y_t^T S y_t over all examples, and their tokens; without any signal, errors are as they are."""
-
-        def terms(example: Example) -> Point:
-            if not all_finite(example.target):
-                raise NumericalError("the dense block answers NaN or infinity: look for damaged weights")
-            columns = (example.target * _root_weights(example.target)).flatten(0, -2).T
-            return (columns * self._weigh(columns)).sum(dtype=torch.float64), self._tokens(example)
-
-        signal, tokens = self.examples.sums(terms, lambda: (*self._number(), *self._number()))
-        return float(signal) or 1.0, float(tokens)
-
 
 def _root_weights(target: Float[Tensor, "... out"]) -> Float[Tensor, "... 1"]:
     """1 / |y_t|; a token that answers (next to) nothing counts as the least of the others that does."""
-    sizes = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+    sizes = linalg.norm(target, -1)[..., None]
     least = torch.finfo(target.dtype).eps * sizes.max()
     return 1 / torch.where(least > 0, sizes.clamp(min=least), 1.0)

@@ -26,7 +26,7 @@ class Sequences(Examples):
         """A draw has `at_once` sequences of each lane, as long as there are any."""
         self.calls, self.lanes = calls, calls.share.lanes
         self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.lanes.own)]
-        """of each lane of this process, the call and the place in it of every sequence"""
+        """the call and the place in it of every sequence, by this process's lanes"""
         for number, shape in enumerate(calls.targets.shapes):
             self._places[calls.lane(number)] += [(number, place) for place in range(shape[0])]
         counts = [len(places) for places in self._places]

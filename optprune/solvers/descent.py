@@ -107,7 +107,7 @@ def _twice(measure: Callable[[Point], float]) -> Callable[[Point], float]:
 
 
 def _rounded(problem: BlockMatching, point: Point, rounded: Callable[[Tensor], Tensor]) -> Point:
-    found = []
+    found = list[Tensor]()
     for weight, anchor in zip(point, problem.anchor, strict=True):
         near = rounded(weight).to(weight)
         found.append(near if near is weight else near.where((near != 0) | (weight == 0), anchor))

@@ -23,7 +23,7 @@ from optprune.testing.loss_strategies import generator_of
 from optprune.testing.place import here, place
 
 ROUNDING = 1e-9
-"""by what share of the error at the start two sums of the same terms in float64 may differ, and more"""
+"""the share of the error at the start by which two sums of the same terms in float64 may differ, and more"""
 
 
 @final

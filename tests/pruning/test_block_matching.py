@@ -22,7 +22,7 @@ from optprune.recipe import load_recipe
 from optprune.report import Report
 from optprune.solvers import Adam, Lbfgs
 from tests.helpers.damaged_blocks import LAYERS, damaged_block
-from tests.helpers.tiny_models import TINY_MODELS, by_variant
+from tests.helpers.tiny_models import TINY_MODELS, VARIANTS
 from tests.helpers.token_batches import batches
 
 MATCHED = {"held_out": 0.25, "matching": 4}
@@ -39,10 +39,15 @@ def run(make, recipe: str, settings: dict) -> tuple[PreTrainedModel, Report]:
     return model, prune(model, batches(8, 96), load_recipe(recipe, settings))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("recipe", "settings"), RECIPES, ids=["2:4", "rows", "anywhere", "units"])
-@by_variant
-def test_masks_and_widths_are_those_of_a_run_without(make, recipe: str, settings: dict, policy: str) -> None:
+CASES = [
+    *(("llama", case, policy) for case in RECIPES for policy in POLICIES),
+    *((variant, case, "intra") for variant in VARIANTS if variant != "llama" for case in (RECIPES[0], RECIPES[-1])),
+]
+
+
+@pytest.mark.parametrize(("variant", "case", "policy"), CASES)
+def test_masks_and_widths_are_those_of_a_run_without(variant: str, case: tuple[str, dict], policy: str) -> None:
+    (recipe, settings), make = case, VARIANTS[variant]
     # Under policies whose later blocks hang on those before, masks are those of other inputs: one block is enough.
     settings = {**settings, "propagation": policy, "held_out": 0.25}
     blocks = None if POLICIES[policy].independent else 1
@@ -124,7 +129,8 @@ def by_token(answers: States[Tensor], targets: States[Tensor]) -> float:
 def test_much_of_the_error_goes(name: str, solver: Adam | Lbfgs) -> None:
     block, calls = damaged_block(name, torch.float32)
     part = match_block(block, *calls.split(1), solver, name="x")
-    assert part.held_out_after < 0.8 * part.held_out_before and part.error_after < part.error_before
+    assert part.held_out_after < 0.95 * part.held_out_before
+    assert part.error_after < 0.8 * part.error_before
     assert part.name == "x" and part.layers == tuple(key for key, _ in block.named_parameters())
 
 

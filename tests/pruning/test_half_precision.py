@@ -122,11 +122,12 @@ def test_a_block_is_matched_as_it_is_written(tmp_path: Path) -> None:
     """Steps are taken in float32, and the error apart is that of the block as it is rounded."""
     folder, settings = half(tmp_path), {"held_out": 0.25, "matching": 4, "propagation": "dense"}
     report, weights = pruned(load_model(folder), load_recipe("wanda", settings))
-    plain, masks = pruned(load_model(folder), load_recipe("wanda", {**settings, "matching": "none"}))
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    assert report.recovered and not plain.recovered
+    assert report.recovered
     assert all(part.steps and part.held_out_after < part.held_out_before for part in report.recovered)
-    assert all(torch.equal(weights[key] != 0, mask != 0) for key, mask in masks.items() if key.endswith("proj.weight"))
+    for key, weight in weights.items():
+        if key.endswith("proj.weight"):
+            assert ((weight == 0).sum(1) == weight.shape[1] // 2).all(), key
 
 
 def test_workers_give_the_same_bytes(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ VALUES: dict[str, Any] = {
     "recovery_steps": 3,
     "recovery_tokens": 256,
     "recovery_damping": 0.5,
+    "matching": 2,
+    "matching_solver": "lbfgs",
+    "matching_rate": 0.5,
+    "matching_sequences": 3,
+    "matching_pull": 0.5,
+    "matching_tokens": 256,
 }
 """of every flat name one that is no default"""
 FLAT: dict[str, Any] = {
@@ -91,8 +97,9 @@ def context(name: str) -> dict[str, Any]:
     found = {"allocation": "depth" if name.startswith("depth") else "global"} if name != "width_multiple" else {}
     found |= {"units": "weights"} if name == "pattern" else {}
     found |= {"output_metric": "full"} if name.startswith("metric") else {}
-    found |= {"held_out": 0.5} if name.startswith("re") else {}
-    return found | ({"recovery": 1} if name.startswith("recovery_") else {})
+    found |= {"held_out": 0.5} if name.startswith(("re", "matching")) else {}
+    switch = name.partition("_")[0]
+    return found | ({switch: 1} if name.startswith(("recovery_", "matching_")) else {})
 
 
 # -- spellings
@@ -207,8 +214,11 @@ def test_whole_sub_blocks_are_of_depth_and_depth_of_whole_sub_blocks() -> None:
 
 # -- what a group has no use for
 
+NEEDING = ("budget", "refit_damping", "recovery", "matching")
+"""flat names that are refused without their group"""
 
-@pytest.mark.parametrize("name", [name for name in ALIASES if name not in ("budget", "refit_damping", "recovery")])
+
+@pytest.mark.parametrize("name", [name for name in ALIASES if name not in NEEDING])
 def test_a_flat_name_without_its_group_does_nothing(name: str) -> None:
     if name in ("pattern", "width_multiple", "output_metric", "held_out"):
         return  # never without
@@ -230,6 +240,7 @@ def test_a_flat_name_without_its_group_does_nothing(name: str) -> None:
             "does nothing without refit.recovery.rounds: set that",
         ),
         ({"recovery": 1}, "recovery needs held-out tokens to decide where to stop: set held_out, such as 0.125"),
+        ({"matching": 1}, "matching needs held-out tokens to decide where to stop: set held_out, such as 0.125"),
         ({"refit.recovery": 1}, "recovery needs held-out tokens to decide where to stop: set held_out"),
         ({"refit": {"dampings": [0.1]}}, "refit_damping is chosen on held-out tokens: set held_out, such as 0.125"),
         ({"budget": "time"}, "a budget in time is divided over widths: set allocation to global"),

@@ -112,6 +112,23 @@ def test_the_rate_grows_and_goes_to_zero() -> None:
     assert 0 < rates[-1] < 0.01
 
 
+def check_rate() -> None:
+    problem = gated()
+    found = match(problem, Adam(12, 1.0))
+    assert found.steps > 0
+    assert problem.objective(found.value) < 0.9 * problem.objective(problem.start())
+
+
+def test_a_rate_that_is_too_high_is_taken_back() -> None:
+    check_rate()
+
+
+def test_a_descent_that_does_not_go_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Adam, "back", Descent.back)
+    with pytest.raises(AssertionError):
+        check_rate()
+
+
 def overfitting() -> tuple[BlockMatching, Listed]:
     """Targets with noise, fewer examples than weights: what fits them is worse elsewhere sooner or later."""
     generator = torch.Generator().manual_seed(0)
@@ -175,11 +192,12 @@ def test_points_are_tried_as_they_are_rounded_and_kept_weights_stay() -> None:
     problem = gated()
 
     def coarse(weight: Tensor) -> Tensor:
-        return (weight * 2).round() / 2
+        return (weight * 16).round() / 16
 
     with torch.no_grad():
         for weight in problem.anchor:
             weight.copy_(coarse(weight))
+    problem = BlockMatching.of(problem.module, problem.examples)
     found = match(problem, Adam(10, 0.05), rounded=coarse)
     assert found.steps > 0
     for before, after, mask in zip(problem.anchor, found.value, problem.support, strict=True):
