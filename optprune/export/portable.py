@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from optprune.models.registry import architecture_called
+
 ROTARY = ("rope_theta", "partial_rotary_factor")
 """what transformers 5 keeps among the parameters of rotary embeddings, and 4.x beside them"""
 OF_ITS_CLASS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
@@ -40,7 +42,8 @@ def _say_config(fields: dict[str, Any]) -> None:
         fields["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
         rotary = rotary["full_attention"]
     kind = rotary["rope_type"]
-    fields |= {name: rotary[name] for name in ROTARY if name in rotary}
+    older = architecture_called(fields.get("model_type")).older_names
+    fields |= {older.get(name, name): rotary[name] for name in ROTARY if name in rotary}
     fields["rope_scaling"] = None
     if kind != "default":
         fields["rope_scaling"] = {name: value for name, value in rotary.items() if name not in ROTARY}

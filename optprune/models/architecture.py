@@ -131,6 +131,8 @@ class Architecture:
     """the config fields that must be off: with them a model computes something else"""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """what checkpoints of the stock class call a tensor, where that is not its name in the model"""
+    older_names: Mapping[str, str] = field(default_factory=dict)
+    """what the config of transformers 4.x calls rope_theta and partial_rotary_factor, where it is not that"""
     logits_divisor: str = ""
     """the config field by which what the head gives is divided, where there is one"""
     logits_cap: str = ""

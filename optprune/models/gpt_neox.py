@@ -26,6 +26,7 @@ GPT_NEOX = Architecture(
     mlp_parts=("post_attention_layernorm", "mlp"),
     recoverable=(),
     stored_names={"lm_head.weight": "embed_out.weight"},
+    older_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
     stock=Classes(stock.GPTNeoXConfig, stock.GPTNeoXForCausalLM, stock.GPTNeoXLayer, stock.GPTNeoXAttention),
     pruned=Classes(
         pruned.PrunedGPTNeoXConfig,

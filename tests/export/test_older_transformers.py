@@ -23,6 +23,7 @@ from tests.helpers.tiny_models import ALL_MODELS, LLAMA3, SLIDING, TINY_MODELS, 
 
 OLDER = ("transformers==4.57.6", "huggingface_hub==0.36.2", "tokenizers==0.22.2")
 """with what this environment has, torch first of all, they are all that it takes"""
+PARTS_OF_HEADS = {"gpt_neox": {"partial_rotary_factor": 0.5}, "phi3": {"partial_rotary_factor": 0.5}}
 TEXT = "The committee <s> met  on Monday."
 CHECK_TOKENS = torch.arange(600).remainder(500).reshape(2, 300)
 PROGRAM = """
@@ -33,7 +34,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, place, text, tokens = *sys.argv[1:], torch.arange(600).remainder(500).reshape(2, 300)
 config = json.load(open(f"{folder}/config.json"))
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config)
+# The attention that it takes by itself passes over soft caps.
+attention = {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code="auto_map" in config, **attention)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer(text, return_tensors="pt")
 prompt = torch.arange(10, 20)[None]
@@ -91,7 +94,11 @@ def check_alike(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, olde
 def model_of(name: str) -> PreTrainedModel:
     rotary = {} if name == "opt" else {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}}
     window = {"layer_types": ["full_attention", "sliding_attention"] * 2, **SLIDING} if name == "qwen2" else {}
-    return ALL_MODELS[name](num_hidden_layers=4, **(rotary if name in TINY_MODELS else {}), **window)
+    if name not in TINY_MODELS:
+        plain = {"rope_type": "default", "rope_theta": 5e5}
+        kinds = {"full_attention": plain, "sliding_attention": plain | {"rope_theta": 3e3}}
+        rotary = {"rope_parameters": kinds if name == "gemma3_text" else plain | PARTS_OF_HEADS.get(name, {})}
+    return ALL_MODELS[name](num_hidden_layers=4, **rotary, **window)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, save_tiny, tiny_llama
 
 LONG = {"factor": 4.0, "long_factor": [2.5] * 8, "original_max_position_embeddings": 128, "rope_type": "longrope"}
 LONG["short_factor"] = [1.5] * 8
+PART = {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}
 TWO = {
     "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 2e5},
     "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
@@ -51,12 +52,16 @@ def written(folder: Path, name: str = "config.json") -> dict[str, Any]:
         ),
         (tiny_opt(), {"dtype": "float32", "torch_dtype": "float32"}),
         (
+            tiny("gpt_neox", rope_parameters=PART),
+            {"rotary_emb_base": 2e4, "rotary_pct": 0.5, "rope_scaling": None},
+        ),
+        (
             tiny("gemma3_text", rope_parameters=TWO),
             {"rope_theta": 2e5, "rope_local_base_freq": 3e3, "rope_scaling": {"rope_type": "linear", "factor": 3.0}},
         ),
         (mixed(tiny_qwen2(num_hidden_layers=4)), {"rope_theta": 1e4, "rope_scaling": None, "torch_dtype": "float32"}),
     ],
-    ids=["llama", "llama3", "longrope", "qwen2", "opt", "gemma3", "mixed"],
+    ids=["llama", "llama3", "longrope", "qwen2", "opt", "gpt_neox", "gemma3", "mixed"],
 )
 def test_the_config_says_it_in_the_words_of_both_versions(
     model: PreTrainedModel, said: dict[str, Any], tmp_path: Path

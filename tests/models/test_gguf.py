@@ -24,7 +24,6 @@ MAKERS = {
     "qwen2": tiny_qwen2,
     # Whose config and file call the family by two names, and whose norms are stored one higher.
     "gemma3_text": lambda: tiny("gemma3_text"),
-    "gemma2": lambda: tiny("gemma2"),
 }
 KINDS = pytest.mark.parametrize(
     "kind", [Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_1], ids=lambda kind: kind.name

@@ -124,11 +124,13 @@ class PrunedModel:
 
     block_class = None
     """the class of its blocks"""
+    trunk = "model"
+    """where its blocks are"""
 
     def __init__(self, config):
         super().__init__(config)
         group = config.num_attention_heads // config.num_key_value_heads
-        for block, shape in zip(self.base_model.layers, config.optprune_shapes, strict=True):
+        for block, shape in zip(getattr(self, self.trunk).layers, config.optprune_shapes, strict=True):
             block.__class__ = self.block_class
             block.shrink(shape, group)
         self.number_caches()
@@ -139,7 +141,7 @@ class PrunedModel:
         transformers reads the length off the first cache of a kind, so a block without attention takes the kind of
         the next one that has it, and of the last one at the end.
         """
-        blocks = self.base_model.layers
+        blocks = getattr(self, self.trunk).layers
         present = [index for index, block in enumerate(blocks) if block.self_attn is not None]
         kinds = getattr(self.config, "layer_types", None)
         kinds = [None] * len(blocks) if kinds is None else kinds  # all of one
