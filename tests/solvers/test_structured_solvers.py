@@ -106,6 +106,19 @@ def test_the_bound_is_the_optimum_where_inputs_are_independent():
     assert solution.certificate.lower_bound == pytest.approx(4.25 / 2, rel=1e-9)
 
 
+def test_the_bound_does_not_suffer_from_couplings_of_units_that_stay():
+    """Two cheap units on their own, and two that are dear and nearly do each other's work."""
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[2, 3] = gram[3, 2] = 0.9
+    moments = InputMoments(gram, torch.zeros(4).double(), 50)
+    loss = LayerLoss.of(torch.tensor([[1.0, 1.0, 100.0, -100.0]]).double(), moments)
+    problem = StructuredLeastSquares(loss, ChannelGroups.of(4), 2)
+    optimum = reference(problem).optimum
+    assert optimum == pytest.approx(1.0, rel=1e-9)
+    # The eigenvalue of all couplings alone is 1.9, which would leave no more than 0.53.
+    assert 0.98 <= solve(problem, RemovalBound()).certificate.lower_bound <= optimum * (1 + 1e-9)
+
+
 def test_hypothesis_draws_are_solved_to_the_stated_shares():
     """Generic draws of up to 12 units: with and without biases, dense inputs, ties of two columns, two slots."""
     excess = {name: [] for name in CHAINS}
