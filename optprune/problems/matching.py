@@ -55,8 +55,7 @@ class Examples(ABC):
 
 def order(count: int, epoch: int) -> list[int]:
     """The order in which so many examples are drawn, the `epoch`-th time that all of them are."""
-    drawn: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()
-    return drawn
+    return [int(index) for index in torch.randperm(count, generator=torch.Generator().manual_seed(epoch))]
 
 
 @final
@@ -124,7 +123,8 @@ class BlockMatching:
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
                     "block in float32, and round what it comes to"
                 )
-        parts: Iterable[tuple[str, nn.Module]] = module.named_modules()
+        whole: Any = module  # torch's stubs leave the type of its parts open
+        parts: Iterable[tuple[str, nn.Module]] = whole.named_modules()
         linear = {f"{path}.weight".removeprefix(".") for path, part in parts if isinstance(part, nn.Linear)}
         anchor = tuple(weight.detach() for weight in found.values())
         support = tuple(weight != 0 if name in linear else None for name, weight in zip(found, anchor, strict=True))
