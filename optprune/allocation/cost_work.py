@@ -15,9 +15,9 @@ class CostWork:
     """The work of gathering costs."""
 
     blocks: tuple[float, ...]
-    """that of each block: its pass and Gram products, its curves, and what was changed before going through it"""
+    """the work of each block: its pass and Gram products, its curves, and what was changed before going through it"""
     ending: float
-    """that of the divergences at the end, which a probe asks for"""
+    """the work of the divergences at the end, which a probe asks for"""
 
     @classmethod
     def of(cls, decoder: Decoder, units: Units, tokens: int, probe_tokens: int) -> "CostWork":

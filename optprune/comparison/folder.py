@@ -48,7 +48,7 @@ class ComparisonFolder(KeptFolder):
         self.release()
         if not self.begun:
             with suppress(OSError):
-                for empty in (self.folder / CELLS, *self._made):
+                for empty in (self.folder / CELLS, *self.made):
                     empty.rmdir()
 
     def has(self, cell: Cell) -> bool:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -25,6 +26,7 @@ from optprune.recipe import Recipe
 from optprune.report import Event
 from optprune.system.facts import machine, versions
 from optprune.texts import (
+    Document,
     Drawn,
     Draws,
     Text,
@@ -88,10 +90,7 @@ def compare(
     with using_tokenizer(origin.source):
         # Where a text is too short, that is told before anything is loaded.
         drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, asked.seeds)
-        most = None if windows is None else max(windows, 1) * seq_length
-        evaluated = tokenise(tokenizer, documents, most)
-    check_vocabulary(config, evaluated)
-    held = evaluation_windows(evaluated, seq_length, windows)
+        held = _to_evaluate_on(tokenizer, config, documents, seq_length, windows)
     with ExitStack() as contexts:
         if folder is None:
             folder = contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
@@ -122,6 +121,15 @@ def compare(
         comparison = Comparison(origin.source, session.dense(), session.measure(), options)
         place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
     return comparison
+
+
+def _to_evaluate_on(
+    tokenizer: Tokenizer, config: PretrainedConfig, documents: list[Document], seq_length: int, windows: int | None
+) -> Tensor:
+    """The windows [n, seq_length] of the evaluation text."""
+    tokens = tokenise(tokenizer, documents, None if windows is None else max(windows, 1) * seq_length)
+    check_vocabulary(config, tokens)
+    return evaluation_windows(tokens, seq_length, windows)
 
 
 def _drawn(

@@ -37,7 +37,8 @@ class KeptFolder:
             raise InputError(
                 f"{self.folder} holds something other than a {self.noun}: choose another folder, or delete it"
             )
-        self._made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
+        self.made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
+        """the folders that were made for it, the innermost first"""
         self.folder.mkdir(parents=True, exist_ok=True)
         # One for all folders of this process: one that is left lying about is no other process at work.
         self._lock = FileLock(self.folder / LOCK, is_singleton=True)

@@ -56,7 +56,7 @@ class RunFolder(KeptFolder, ABC):
             self._clear()
             self.release()
             with suppress(OSError):
-                for folder in self._made or [self.folder]:
+                for folder in self.made or [self.folder]:
                     folder.rmdir()
 
     def _clear(self) -> None:
