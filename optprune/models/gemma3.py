@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from transformers import Gemma3TextConfig
 from transformers.models.gemma3 import modeling_gemma3 as stock
 
 from optprune.models.architecture import Classes
@@ -11,6 +12,6 @@ from optprune.models.pruned import modeling_pruned_gemma3_text as pruned
 GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
-    stock=Classes(stock.Gemma3TextConfig, stock.Gemma3ForCausalLM, stock.Gemma3DecoderLayer, stock.Gemma3Attention),
+    stock=Classes(Gemma3TextConfig, stock.Gemma3ForCausalLM, stock.Gemma3DecoderLayer, stock.Gemma3Attention),
     pruned=Classes.called("PrunedGemma3", pruned),
 )

@@ -1,5 +1,6 @@
 """GPT-NeoX (Pythia): a plain MLP beside the attention, and one layer for queries, keys and values, head by head."""
 
+from transformers import GPTNeoXConfig
 from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
 from optprune.models.architecture import Architecture, Classes
@@ -27,7 +28,7 @@ GPT_NEOX = Architecture(
     recoverable=(),
     stored_names={"lm_head.weight": "embed_out.weight"},
     older_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
-    stock=Classes(stock.GPTNeoXConfig, stock.GPTNeoXForCausalLM, stock.GPTNeoXLayer, stock.GPTNeoXAttention),
+    stock=Classes(GPTNeoXConfig, stock.GPTNeoXForCausalLM, stock.GPTNeoXLayer, stock.GPTNeoXAttention),
     pruned=Classes(
         pruned.PrunedGPTNeoXConfig,
         pruned.PrunedGPTNeoXForCausalLM,
