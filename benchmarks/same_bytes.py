@@ -2,11 +2,12 @@
 
     .venv/bin/python -m benchmarks.same_bytes after.json --against before.json [--demo]
 
-Prunes a small random model of each architecture with every shipped recipe, and with settings that no recipe ships,
-under every propagation policy. Of each it writes a digest of all parameters and what the report says was kept, or the
-refusal; with --demo also the perplexities of `optprune demo`. With --against it prints what differs from an earlier
-file and exits with 1 if anything does. The digests are those of one machine's kernels, so no file is kept in the
-repository: make the earlier one here, of the commit to compare with, on one thread as well.
+Prunes small random models of Llama, OPT and Qwen2 with every shipped recipe, and with settings that no recipe ships,
+under every propagation policy, and one of every other family with a few recipes. Of each it writes a digest of all
+parameters and what the report says was kept, or the refusal; with --demo also the perplexities of `optprune demo`. With
+--against it prints what differs from an earlier file and exits with 1 if anything does. The digests are those of one
+machine's kernels, so no file is kept in the repository: make the earlier one here, of the commit to compare with, on
+one thread as well.
 
     git worktree add ../before COMMIT
     (cd ../before && PYTHONPATH=$PWD:$OLDPWD $OLDPWD/.venv/bin/python -m benchmarks.same_bytes $OLDPWD/before.json)
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.tiny_models import TINY_MODELS, VOCABULARY
+from benchmarks.tiny_models import ALL_MODELS, TINY_MODELS, VOCABULARY
 from optprune import load_recipe, prune
 from optprune.calibration import POLICIES
 from optprune.errors import OptpruneError
@@ -60,6 +61,8 @@ MORE: tuple[tuple[str, Settings], ...] = (
     ("depth", {"depth_parts": "layers", "depth_score": "influence"}),
 )
 """settings that no shipped recipe has: other units, patterns and budgets, recovery where it is not usual"""
+FEW = ("fasp", "structured_best", "sparse_best", "depth")
+"""the recipes for families that are not among the three on which everything is tried"""
 DEMO = "demo"
 """the name of the demo's result"""
 
@@ -67,14 +70,21 @@ DEMO = "demo"
 def combinations() -> dict[str, tuple[str, str, Settings]]:
     """All that is pruned, by name: (architecture, recipe, settings)."""
     cases = [*((recipe, {}) for recipe in recipe_names()), *MORE]
+    tried = [
+        *(
+            (name, recipe, settings, policy)
+            for name in TINY_MODELS
+            for recipe, settings in cases
+            for policy in POLICIES
+        ),
+        *((name, recipe, {}, "pruned") for name in ALL_MODELS if name not in TINY_MODELS for recipe in FEW),
+    ]
     return {
-        " ".join([architecture, recipe, *(f"{key}={value}" for key, value in settings.items()), policy]): (
-            *(architecture, recipe),
+        " ".join([name, recipe, *(f"{key}={value}" for key, value in settings.items()), policy]): (
+            *(name, recipe),
             {**settings, "propagation": policy},
         )
-        for architecture in TINY_MODELS
-        for recipe, settings in cases
-        for policy in POLICIES
+        for name, recipe, settings, policy in tried
     }
 
 
@@ -172,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = json.loads(options.against.read_text(encoding="utf-8")) if options.against else None
     torch.set_num_threads(1)
     began = time.perf_counter()
-    models = {architecture: make(num_hidden_layers=3) for architecture, make in TINY_MODELS.items()}
+    models = {architecture: make(num_hidden_layers=3) for architecture, make in ALL_MODELS.items()}
     results = {
         name: pruned(models[architecture], recipe, settings)
         for name, (architecture, recipe, settings) in chosen.items()
