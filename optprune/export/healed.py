@@ -13,10 +13,11 @@ from optprune.export.origin import CARD, origin_of
 from optprune.export.save import SavedModel, save_model
 from optprune.models import LoadedModel
 from optprune.report import Event, healed_in, held_in, page, read_report
+from optprune.report.reading import PAGE, REPORT
 from optprune.system.files import json_text, write_whole
 from optprune.system.wording import one_line
 
-REPORT, RECIPE, PAGE = "report.json", "recipe.yaml", "report.html"
+RECIPE = "recipe.yaml"
 
 
 def save_healed(

@@ -7,6 +7,7 @@ from pathlib import Path
 from optprune.measure.speed import file_bytes
 from optprune.models import Decoder
 from optprune.report import Held, PhaseReport, Report, joined, page, pictures
+from optprune.report.reading import PAGE, REPORT
 from optprune.system.files import write_whole
 
 
@@ -28,7 +29,7 @@ class ReportFiles:
     def put(self, folder: Path, phases: Sequence[PhaseReport]) -> Report:
         """Write both with more phases into a folder, in place of those that are there; returns the whole report."""
         whole = replace(self.report, phases=joined(self.report.phases, phases))
-        texts = {"report.json": whole.to_json(), "report.html": page(whole, held=self.held, drawn=self.drawn)}
+        texts = {REPORT: whole.to_json(), PAGE: page(whole, held=self.held, drawn=self.drawn)}
         for name, text in texts.items():
             data = text.encode()
             write_whole(folder / name, lambda stream, data=data: stream.write(data), lasting=False)

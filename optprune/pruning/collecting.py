@@ -98,8 +98,7 @@ class _Needs:
 
     def access(self, recipe: Recipe) -> Decoder:
         """The model in the dtype that a run of a recipe computes in."""
-        probes = allocator_of(recipe, None).probes
-        precise = recipe.metric is not None or recipe.recovers or probes
+        precise = recipe.precise(allocator_of(recipe, None).probes)
         return self.decoder.precise() if precise else self.decoder
 
     def add(self, recipe: Recipe) -> None:

@@ -98,8 +98,7 @@ class Run:
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
         idle = check_run(decoder, recipe, allocation)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
-        # Gradients, and what differs little from what it is taken from, have too few digits in half precision.
-        if recipe.metric is not None or recipe.recovers or allocator.probes:
+        if recipe.precise(allocator.probes):
             decoder = decoder.precise()
         decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)

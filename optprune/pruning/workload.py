@@ -101,8 +101,7 @@ class Workload:
     @property
     def computed_itemsize(self) -> int:
         """The bytes of a number in what is computed: gradients, probes and recovery take float32 at least."""
-        recipe = self.recipe
-        precise = recipe.metric is not None or recipe.recovers or self.probe_tokens > 0
+        precise = self.recipe.precise(self.probe_tokens > 0)
         return max(self.itemsize, torch.float32.itemsize) if precise else self.itemsize
 
     @property

@@ -188,6 +188,13 @@ class Recipe(Telling, BaseModel):
         """Whether weights are moved again after their layers are solved."""
         return self.recovery is not None or self.matching is not None
 
+    def precise(self, probes: bool) -> bool:
+        """Whether a run computes in float32 at least, with or without an allocator's `probes`.
+
+        Gradients, and what differs little from what it is taken from, have too few digits in half precision.
+        """
+        return self.metric is not None or self.recovers or probes
+
     def state(self, context: LayerContext) -> Problem:
         """The problem to solve at a layer."""
         objective = self.objective or OBJECTIVES[self.units.objective]

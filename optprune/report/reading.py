@@ -13,7 +13,8 @@ from optprune.report.records import LayerReport, RecoveredPart, RemovedPart, Rep
 from optprune.system.files import read_json
 from optprune.system.wording import one_line
 
-REPORT = "report.json"
+REPORT, PAGE = "report.json", "report.html"
+"""the files of a report in a folder: the figures, and the page about them"""
 ROWS = {"layers": LayerReport, "recovered": RecoveredPart, "removed": RemovedPart}
 """the lists of a report whose entries hold numbers that JSON may not know"""
 

@@ -12,9 +12,8 @@ import torch
 from optprune.patterns import InGroups, InRows, PatternFamily, pattern_family
 from optprune.report.expectations import Measured, told_of
 from optprune.report.original import original_of
+from optprune.report.reading import REPORT
 from optprune.report.stored import Fault, Stored
-
-REPORT = "report.json"
 
 
 @dataclass(frozen=True)

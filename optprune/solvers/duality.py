@@ -104,10 +104,7 @@ class DualMap:
         assert self.factor is not None
         cut = self.penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
         nearest = weight + self._inverse(cut)
-        inside = dual - cut
-        # A norm's conjugate is zero on its domain, where the proximal point lies up to rounding.
-        conjugate = 0.0 if isinstance(self.penalty, NormPenalty) else self.penalty.conjugate(inside)
-        return self.loss.exact_value(nearest) + float((inside * nearest).sum()) - conjugate
+        return self._least(nearest, dual - cut)
 
     def bound_at(self, point: Float[Tensor, "out in"]) -> float | None:
         """The bound of any dual point T, brought into the domain of P*; None where A or S is singular.
@@ -120,13 +117,16 @@ class DualMap:
         dual = point.double()
         if isinstance(self.penalty, NormPenalty):
             dual = dual - self.penalty.prox(dual, torch.ones((), dtype=dual.dtype, device=dual.device))
-            conjugate = 0.0
         else:
             dual = dual * _largest_finite(self.penalty, dual)
-            conjugate = self.penalty.conjugate(dual)
-        nearest = self.minimiser - self._inverse(dual)
-        bound = self.loss.exact_value(nearest) + float((dual * nearest).sum()) - conjugate
+        bound = self._least(self.minimiser - self._inverse(dual), dual)
         return max(bound, 0.0) if bound < math.inf else 0.0
+
+    def _least(self, nearest: Tensor, dual: Tensor) -> float:
+        """f(X) + <T, X> - P*(T) at the X that makes it least, for a T in the domain of P*."""
+        # A norm's conjugate is zero there, where a point brought inside lies up to rounding.
+        conjugate = 0.0 if isinstance(self.penalty, NormPenalty) else self.penalty.conjugate(dual)
+        return self.loss.exact_value(nearest) + float((dual * nearest).sum()) - conjugate
 
     def _inverse(self, value: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """S^-1 X A^-1."""

@@ -10,8 +10,7 @@ from torch import Tensor
 from optprune.metric import OutputMetric
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.measured_gap import MeasuredGap, provable
-from optprune.solvers.solution import Certificate, Status
+from optprune.solvers.measured_gap import MeasuredGap, StopsAtGap
 from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 
 RESTART_EVERY = 4
@@ -86,7 +85,7 @@ class FistaState:
 
 @final
 @dataclass(frozen=True)
-class Fista(Solver[PenalisedLeastSquares, FistaState]):
+class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
     r"""Minimise f(V) + P(V) by accelerated proximal gradient steps with adaptive restart.
 
         Y = V_k + ((t_k - 1) / t_(k+1)) (V_k - V_(k-1)),   V_(k+1) = prox_(step P)(Y - S (Y A - B) step),
@@ -103,20 +102,12 @@ class Fista(Solver[PenalisedLeastSquares, FistaState]):
     Reference: Beck and Teboulle (2009); O'Donoghue and Candes (2015) for the restart; FISTAPruner (arXiv 2408.03728).
     """
 
-    accepts = (PenalisedLeastSquares,)
-
     tolerance: float = 1e-6
     scale_columns: bool = True
     restart: bool = True
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def promised_gap(self, problem: PenalisedLeastSquares) -> float | None:
-        return provable(problem, self.tolerance)
-
-    def monotone(self, problem: PenalisedLeastSquares) -> bool:
-        return True
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> FistaState:
         return FistaState(self._begin(problem, start), MeasuredGap.of(problem, start))
@@ -168,15 +159,6 @@ class Fista(Solver[PenalisedLeastSquares, FistaState]):
         if motion.count >= measured.next_check:
             measured = measured.after(problem, motion.weight, motion.count, self.tolerance)
         return FistaState(motion, measured)
-
-    def done(self, problem: PenalisedLeastSquares, state: FistaState) -> Status | None:
-        return state.measured.status(self.tolerance)
-
-    def value(self, problem: PenalisedLeastSquares, state: FistaState) -> Float[Tensor, "out in"]:
-        return state.measured.best
-
-    def certify(self, problem: PenalisedLeastSquares, state: FistaState) -> Certificate | None:
-        return state.measured.certificate
 
 
 def _overshot(state: "Motion", weight: Tensor, ahead: Float[Tensor, ""]) -> Bool[Tensor, ""]:

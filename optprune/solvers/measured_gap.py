@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -81,14 +82,48 @@ class MeasuredGap:
         return Certificate(self.bound, "Fenchel duality")
 
 
-def provable(problem: PenalisedLeastSquares, tolerance: float) -> float | None:
-    """The tolerance, in float64, but for a penalty that is free somewhere on an undamped, so maybe singular, A."""
-    loss, penalty = problem.loss, problem.penalty
-    free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
-    damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
-    if loss.weight.dtype != torch.float64 or (free and not damped):
-        return None
-    return tolerance
+@runtime_checkable
+class Measuring(Protocol):
+    """A state that holds what was measured on the way to it."""
+
+    @property
+    def measured(self) -> MeasuredGap:
+        """The best iterate and bound so far."""
+        ...
+
+
+class StopsAtGap:
+    """What solvers of penalised problems share whose states hold the gap: for their bases, before Solver."""
+
+    accepts = (PenalisedLeastSquares,)
+
+    tolerance: float
+    """the relative gap at which it stops"""
+
+    def promised_gap(self, problem: PenalisedLeastSquares) -> float | None:
+        """The tolerance, in float64, but for a penalty that is free somewhere on an undamped, so maybe singular, A."""
+        loss, penalty = problem.loss, problem.penalty
+        free = isinstance(penalty, NormPenalty) and math.isinf(penalty.dual_norm(torch.ones_like(loss.weight)))
+        damped = bool((loss.damping > 0).all()) and (loss.metric is None or bool((loss.metric.damping > 0).all()))
+        if loss.weight.dtype != torch.float64 or (free and not damped):
+            return None
+        return self.tolerance
+
+    def monotone(self, problem: PenalisedLeastSquares) -> bool:
+        """The start is among what is measured."""
+        return True
+
+    def done(self, problem: PenalisedLeastSquares, state: Measuring) -> Status | None:
+        """Why to stop: the gap is met, or no longer becomes smaller."""
+        return state.measured.status(self.tolerance)
+
+    def value(self, problem: PenalisedLeastSquares, state: Measuring) -> Float[Tensor, "out in"]:
+        """The best iterate seen at a check."""
+        return state.measured.best
+
+    def certify(self, problem: PenalisedLeastSquares, state: Measuring) -> Certificate | None:
+        """The best bound seen at a check."""
+        return state.measured.certificate
 
 
 def _gap(problem: PenalisedLeastSquares, weight: Tensor, objective: float, bound: float) -> float:

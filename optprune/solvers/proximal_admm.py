@@ -13,8 +13,7 @@ from optprune.metric import OutputMetric
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.measured_gap import MeasuredGap, provable
-from optprune.solvers.solution import Certificate, Status
+from optprune.solvers.measured_gap import MeasuredGap, StopsAtGap
 
 BALANCE = 5.0
 """how many times larger one of the two relative residuals may be than the other before rho is changed"""
@@ -96,7 +95,7 @@ class AdmmState:
 
 @final
 @dataclass(frozen=True)
-class ProximalAdmm(Solver[PenalisedLeastSquares, AdmmState]):
+class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
     r"""Minimise f(V) + P(V) by the alternating direction method of multipliers, over-relaxed.
 
         X = argmin f(X) + |X - Z + U|_R^2 / 2,   Y = relaxation X + (1 - relaxation) Z,
@@ -116,20 +115,12 @@ class ProximalAdmm(Solver[PenalisedLeastSquares, AdmmState]):
     over-relaxation; Wohlberg (arXiv 1704.06209) for relative residuals.
     """
 
-    accepts = (PenalisedLeastSquares,)
-
     tolerance: float = 1e-6
     rho: float = 0.2
     relaxation: float = 1.6
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def promised_gap(self, problem: PenalisedLeastSquares) -> float | None:
-        return provable(problem, self.tolerance)
-
-    def monotone(self, problem: PenalisedLeastSquares) -> bool:
-        return True
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> AdmmState:
         resolvent = _resolvent(problem, self.rho)
@@ -161,15 +152,6 @@ class ProximalAdmm(Solver[PenalisedLeastSquares, AdmmState]):
         factor = min(max(math.sqrt(ratio), 1 / FASTEST), FASTEST)
         resolvent = _resolvent(problem, state.resolvent.rho * factor)
         return replace(state, resolvent=resolvent, dual=state.dual / factor, changes=state.changes + 1)
-
-    def done(self, problem: PenalisedLeastSquares, state: AdmmState) -> Status | None:
-        return state.measured.status(self.tolerance)
-
-    def value(self, problem: PenalisedLeastSquares, state: AdmmState) -> Float[Tensor, "out in"]:
-        return state.measured.best
-
-    def certify(self, problem: PenalisedLeastSquares, state: AdmmState) -> Certificate | None:
-        return state.measured.certificate
 
 
 def _resolvent(problem: PenalisedLeastSquares, rho: float) -> Resolvent:

@@ -1,12 +1,18 @@
 """Penalised least squares that is hard: an ill-conditioned Gram matrix, and every penalty."""
 
+import pytest
 import torch
 
 from optprune.moments import InputMoments
 from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
-from optprune.problems import LayerLoss
+from optprune.problems import LayerLoss, PenalisedLeastSquares
+from optprune.solvers import Status, solve
+from optprune.testing import reference
+from optprune.testing.convex_references import PENALISED_ACCURACY
+from optprune.testing.quadratic import rounding
 
 WIDTH, ROWS, TOKENS = 12, 3, 60
+MOST_STEPS = 200_000
 
 
 def ill_conditioned(seed, *, dense):
@@ -36,3 +42,18 @@ def penalty_of(kind, loss, share):
 
 
 PENALTY_NAMES = ("l1", "weighted l1", "elastic net", "elastic net without ridge", "column groups")
+
+
+def assert_reaches_the_optimum(solver, kind, share, dense):
+    """On a Gram matrix of condition 1e8 the solver is within what it promises of a reference, and proves it."""
+    loss = ill_conditioned(1, dense=dense)
+    values = torch.linalg.eigvalsh(loss.gram)
+    assert float(values[-1] / values[0]) == pytest.approx(1e8, rel=1e-3)
+    problem = PenalisedLeastSquares(loss, penalty_of(kind, loss, share))
+    solution, best = solve(problem, solver, max_steps=MOST_STEPS), reference(problem)
+    # The promise of 1e-6, plus the accuracy of the reference and the rounding of the loss on both sides.
+    slack = PENALISED_ACCURACY * best.optimum + best.rounding + rounding(loss, solution.value)
+    assert solution.objective <= best.optimum * (1 + 1e-6) + slack
+    assert solution.certificate.lower_bound <= best.optimum + slack
+    assert solution.objective - solution.certificate.lower_bound <= 1e-6 * solution.objective + slack
+    assert solution.status is Status.CONVERGED

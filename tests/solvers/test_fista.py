@@ -22,10 +22,17 @@ from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import penalised
 from tests.helpers.barely_apart import barely_apart
-from tests.helpers.convex_cases import PENALTY_NAMES, ROWS, WIDTH, ill_conditioned, penalty_of
+from tests.helpers.convex_cases import (
+    MOST_STEPS,
+    PENALTY_NAMES,
+    ROWS,
+    WIDTH,
+    assert_reaches_the_optimum,
+    ill_conditioned,
+    penalty_of,
+)
 from tests.helpers.faults import noticed, one_scale_for_all, unclipped
 
-MOST_STEPS = 200_000
 FEWER = settings(max_examples=max(settings().max_examples // 2, 1))
 
 
@@ -33,17 +40,7 @@ FEWER = settings(max_examples=max(settings().max_examples // 2, 1))
 @pytest.mark.parametrize("share", [1e-3, 0.1])
 @pytest.mark.parametrize("kind", PENALTY_NAMES)
 def test_reaches_the_convex_optimum_on_condition_1e8(kind, share, dense):
-    loss = ill_conditioned(1, dense=dense)
-    values = torch.linalg.eigvalsh(loss.gram)
-    assert float(values[-1] / values[0]) == pytest.approx(1e8, rel=1e-3)
-    problem = PenalisedLeastSquares(loss, penalty_of(kind, loss, share))
-    solution, best = solve(problem, Fista(), max_steps=MOST_STEPS), reference(problem)
-    # The promise of 1e-6, plus the accuracy of the reference and the rounding of the loss on both sides.
-    slack = PENALISED_ACCURACY * best.optimum + best.rounding + rounding(loss, solution.value)
-    assert solution.objective <= best.optimum * (1 + 1e-6) + slack
-    assert solution.certificate.lower_bound <= best.optimum + slack
-    assert solution.objective - solution.certificate.lower_bound <= 1e-6 * solution.objective + slack
-    assert solution.status is Status.CONVERGED
+    assert_reaches_the_optimum(Fista(), kind, share, dense)
 
 
 def arbitrary_weights(problem, seed):

@@ -11,17 +11,24 @@ from hypothesis import strategies as st
 from optprune.metric import OutputMetric
 from optprune.penalties import L1, WeightedL1
 from optprune.problems import PenalisedLeastSquares
-from optprune.solvers import Fista, ProximalAdmm, Status, solve
+from optprune.solvers import Fista, ProximalAdmm, solve
 from optprune.solvers.duality import DualMap
 from optprune.testing import check_solver, reference
 from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
 from optprune.testing.strategies import penalised
 from optprune.testing.transformations import in_units
-from tests.helpers.convex_cases import PENALTY_NAMES, ROWS, WIDTH, ill_conditioned, penalty_of
+from tests.helpers.convex_cases import (
+    MOST_STEPS,
+    PENALTY_NAMES,
+    ROWS,
+    WIDTH,
+    assert_reaches_the_optimum,
+    ill_conditioned,
+    penalty_of,
+)
 from tests.helpers.faults import halved_prox
 
-MOST_STEPS = 200_000
 module = importlib.import_module("optprune.solvers.proximal_admm")
 
 
@@ -34,15 +41,7 @@ def l1_problem(share=0.1, seed=1, damping=1e-3):
 @pytest.mark.parametrize("share", [1e-3, 0.1])
 @pytest.mark.parametrize("kind", PENALTY_NAMES)
 def test_reaches_the_convex_optimum_on_condition_1e8(kind, share, dense):
-    loss = ill_conditioned(1, dense=dense)
-    problem = PenalisedLeastSquares(loss, penalty_of(kind, loss, share))
-    solution, best = solve(problem, ProximalAdmm(), max_steps=MOST_STEPS), reference(problem)
-    # The promise of 1e-6, plus the accuracy of the reference and the rounding of the loss on both sides.
-    slack = PENALISED_ACCURACY * best.optimum + best.rounding + rounding(loss, solution.value)
-    assert solution.objective <= best.optimum * (1 + 1e-6) + slack
-    assert solution.certificate.lower_bound <= best.optimum + slack
-    assert solution.objective - solution.certificate.lower_bound <= 1e-6 * solution.objective + slack
-    assert solution.status is Status.CONVERGED
+    assert_reaches_the_optimum(ProximalAdmm(), kind, share, dense)
 
 
 @given(penalised(), st.integers(0, 100))
