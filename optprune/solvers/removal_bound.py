@@ -59,8 +59,8 @@ def _bound(problem: StructuredProblem) -> float:
     parts = linalg.solve(blocks, weight.T.reshape(units, each, -1))
     multiplier = parts.reshape(units * each, -1)
     coupling = (inverse * (multiplier @ multiplier.T)).reshape(units, each, units, each).sum((1, 3))
-    gone = ~problem.pattern.project(alone)
-    capped = alone.clamp(max=float(alone[gone].max())) if bool(gone.any()) else alone
+    dearest = torch.where(problem.pattern.project(alone), 0.0, alone).amax()
+    capped = torch.minimum(alone, dearest)
     scale = torch.where(alone > 0, capped / alone, 1.0).sqrt() / torch.where(alone > 0, 2 * alone, 1.0).sqrt()
     size = float(linalg.eigvalsh(coupling * torch.outer(scale, scale))[-1])
     epsilon = torch.finfo(torch.float64).eps

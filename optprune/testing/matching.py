@@ -195,7 +195,9 @@ def repeats_itself(problem: BlockMatching, solver: Descent[Any]) -> None:
 def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Where a gradient is not zero by more than rounding, some of the objective goes."""
     value, slope = problem.gradient(problem.start())
-    size = sum(float((part * unit).square().sum()) for part, unit in zip(slope, problem.units, strict=True)) ** 0.5
+    # By the sizes of the weights themselves: the problem's own units are what a fault may be in.
+    sizes = [float(kept.square().mean().sqrt()) if len(kept) else 0.0 for kept in (w[w != 0] for w in problem.anchor)]
+    size = sum(float((part * unit).square().sum()) for part, unit in zip(slope, sizes, strict=True)) ** 0.5
     if size > 1e-3 * value > 0:
         found = match(problem, solver)
         assert problem.objective(found.value) < value * (1 - ROUNDING), f"{_named(solver)}: it gains nothing"

@@ -223,7 +223,7 @@ def test_a_planted_fault_breaks_a_law(fault: str, monkeypatch: pytest.MonkeyPatc
     if fault == "no mask":
         monkeypatch.setattr(BlockMatching, "gradient", unmasked)
     elif fault == "no units":
-        monkeypatch.setattr(BlockMatching, "units", property(lambda self: tuple(1e3 for _ in self.anchor)))
+        monkeypatch.setattr(BlockMatching, "units", property(lambda self: tuple(1e-20 for _ in self.anchor)))
     elif fault == "wrong sign":
         monkeypatch.setattr(BlockMatching, "gradient", upwards)
     elif fault == "the metric is forgotten":
