@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -63,11 +62,9 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto")
     where, options = _locate(source)
     config = _config(source, where, options)
     architecture_of(config)
-    if options:
-        options |= {"quantization_config": GgufConfig(dequantize=True)}
-    options["dtype"] = DTYPES.get(dtype, "auto")
-    model = _weights(source, where, config, options)
-    _check_finite(model, source)
+    model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"))
+    for name, weight in model.named_parameters():
+        check_finite(name, weight, source)
     Decoder(model)
     model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source)
@@ -219,29 +216,31 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
     return config
 
 
-def _weights(source: str, where: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _weights(
+    source: str, where: str, config: PretrainedConfig, options: dict[str, Any], dtype: torch.dtype | str
+) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
-    # To parse a GGUF file takes seconds, so its config is handed on.
-    given = {"config": copy.deepcopy(config)} if "gguf_file" in options else {"use_safetensors": True}
-    options = {**options, **given}
     with _reading("weights", source, where, options):
-        if "gguf_file" not in options:
+        if options:
+            # from_pretrained would parse the file once more, and ask every module for its names: that takes seconds.
+            shapes = skeleton(config, torch.float32)
+            state = {name: part.read() for name, part in gguf_tensors(source, shapes).items()}
+            cls, folder, given = type(shapes), None, {"config": copy.deepcopy(config), "state_dict": state}
+            dtype = torch.float32 if dtype == "auto" else dtype
+        else:
             check_weights_files(source, where)
+            folder, given = where, {"use_safetensors": True, **NO_CODE}
         try:
             # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
-            model, report = cls.from_pretrained(where, output_loading_info=True, trust_remote_code=False, **options)
+            model, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
         except OSError as error:
             if "use_safetensors" in str(error):
                 raise InputError(f"the weights of {source} are not there as safetensors; {CONVERT}") from error
             raise
-    absent = sorted(report.get("missing_keys", ())) + sorted(str(key) for key in report.get("mismatched_keys", ()))
-    check_whole(source, config.model_type, absent, report.get("unexpected_keys", ()))
+    absent = [*sorted(report["missing_keys"]), *sorted(map(str, report["mismatched_keys"]))]
+    check_whole(source, config.model_type, absent, report["unexpected_keys"])
+    model.name_or_path = model.config.name_or_path = where
     return model
-
-
-def _check_finite(model: PreTrainedModel, source: str) -> None:
-    for name, weight in model.named_parameters():
-        check_finite(name, weight, source)
 
 
 def check_dtype(name: str) -> None:
