@@ -57,6 +57,24 @@ def warnings_are_errors_in_other_processes():
         yield
 
 
+@pytest.fixture(scope="session")
+def reloads(warnings_are_errors_in_other_processes):
+    from tests.helpers.warm_reloads import WarmReloads
+
+    reloads = WarmReloads()
+    yield reloads
+    reloads.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_reload_check_need_not_import_each_time(request, reloads):
+    """But where it is the subject, in tests/export, and in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "export":
+            patch.setattr("optprune.export.check.run_alongside", reloads)
+        yield
+
+
 @pytest.fixture
 def as_users_run():
     """Without the run-time check of shapes, which would come before optprune's own errors."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import optprune
 from optprune.export import export_gguf
 from optprune.models import load_tokenizer, need_tokenizer
+from optprune.models.demo_file import demo_model_file
 from optprune.texts import evaluation_windows, read_documents, tokenise
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.pruned_demo import PrunedDemo
@@ -53,6 +54,18 @@ def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedD
         assert abs(mean) <= WITHIN, kind
         for prompt in PROMPTS:
             check_greedy(model, tokenizer, other, prompt, TIED * noise)
+
+
+@pytest.mark.slow
+def test_the_dense_file_differs_too() -> None:
+    """Its weights are the same in both: llama.cpp rounds what enters their products to 8 bits."""
+    model, other = optprune.load("demo"), LlamaCpp(demo_model_file(), WINDOWS)
+    tokenizer = need_tokenizer(load_tokenizer("demo"), "demo")
+    windows = evaluation_windows(tokenise(tokenizer, read_documents("demo:evaluation"), 1024), 256, WINDOWS)
+    noise = float((other.log_likelihoods(windows) - log_likelihoods(model, windows)).std())
+    assert noise > 0.01, "8 bits of what enters a product are not seen"
+    for prompt in PROMPTS:
+        check_greedy(model, tokenizer, other, prompt, TIED * noise)
 
 
 def log_likelihoods(model: PreTrainedModel, windows: Tensor) -> Tensor:

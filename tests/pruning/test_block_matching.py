@@ -40,8 +40,9 @@ def run(make, recipe: str, settings: dict) -> tuple[PreTrainedModel, Report]:
 
 
 CASES = [
-    *(("llama", case, policy) for case in RECIPES for policy in POLICIES),
-    *((variant, case, "intra") for variant in VARIANTS if variant != "llama" for case in (RECIPES[0], RECIPES[-1])),
+    *(("llama", case, "intra") for case in RECIPES),
+    *(("llama", RECIPES[number % 4], policy) for number, policy in enumerate(POLICIES) if policy != "intra"),
+    *((variant, RECIPES[-(number % 2)], "intra") for number, variant in enumerate(VARIANTS) if variant != "llama"),
 ]
 
 

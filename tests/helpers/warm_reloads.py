@@ -1,0 +1,70 @@
+"""The reload check's script in a process that was forked from one with its imports, which cost five seconds each time.
+
+The script, its task, its output and its exit status are those of the real check; only what it imports is there already.
+tests/export has the real one.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from optprune.export import check, reload_check
+
+SCRIPT, SERVER = reload_check.__file__, Path(__file__).with_name("reload_server.py")
+START, POPEN = check.run_alongside, subprocess.Popen
+
+
+class WarmReloads:
+    """In place of `check.run_alongside`: what the real one does for all that is not the check of a stock folder."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()  # pytest's own are too long for the name of a socket
+        self._place, self._server = Path(self._folder.name) / "reloads", list[Any]()
+
+    def __call__(
+        self, words: list[str], environment: dict[str, str], on_line: Callable[[str], None] = lambda line: None
+    ) -> "subprocess.CompletedProcess[str]":
+        if subprocess.Popen is not POPEN or words[:3] != [sys.executable, "-P", SCRIPT] or not stock(words[3]):
+            return START(words, environment, on_line)
+        with socket.socket(socket.AF_UNIX) as line, tempfile.TemporaryFile("w+") as errors:
+            self._connect(line)
+            ours, theirs = os.pipe()
+            socket.send_fds(line, [words[3].encode()], [theirs, errors.fileno()])
+            os.close(theirs)
+            with os.fdopen(ours) as output:
+                said = []
+                for each in output:
+                    said.append(each)
+                    on_line(each)
+            status = int(line.recv(16).decode())
+            errors.seek(0)
+            return subprocess.CompletedProcess(words, status, "".join(said), errors.read())
+
+    def _connect(self, line: socket.socket) -> None:
+        if not self._server:
+            listening, theirs = os.pipe()
+            words = [sys.executable, "-P", str(SERVER), SCRIPT, str(self._place), str(theirs)]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+            self._server.append(POPEN(words, stdin=subprocess.PIPE, env=environment, pass_fds=[theirs]))
+            os.close(theirs)
+            assert os.read(listening, 1) == b"1", "the process that is forked has not started"
+            os.close(listening)
+        line.connect(str(self._place))
+
+    def close(self) -> None:
+        for server in self._server:
+            server.stdin.close()  # it ends by that
+            server.wait()
+        self._folder.cleanup()
+
+
+def stock(task: str) -> bool:
+    """Whether a folder has no code of its own, which transformers copies to where it is told when it is imported."""
+    config = json.loads((Path(json.loads(task)["folder"]) / "config.json").read_text())
+    return "optprune_shapes" not in config
