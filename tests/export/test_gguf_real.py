@@ -59,7 +59,7 @@ def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedD
 @pytest.mark.slow
 def test_the_dense_file_differs_too() -> None:
     """Its weights are the same in both: llama.cpp rounds what enters their products to 8 bits."""
-    model, other = optprune.load("demo"), LlamaCpp(demo_model_file(), WINDOWS)
+    model, other = optprune.load("demo").float(), LlamaCpp(demo_model_file(), WINDOWS)
     tokenizer = need_tokenizer(load_tokenizer("demo"), "demo")
     windows = evaluation_windows(tokenise(tokenizer, read_documents("demo:evaluation"), 1024), 256, WINDOWS)
     noise = float((other.log_likelihoods(windows) - log_likelihoods(model, windows)).std())
