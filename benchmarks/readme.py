@@ -15,6 +15,7 @@ from statistics import mean, stdev
 
 from benchmarks.common import RESULTS, markdown
 from benchmarks.models import read
+from benchmarks.published import Published
 from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, field_table, recipe_table
 from benchmarks.studies import (
     BELIEVED,
@@ -267,7 +268,7 @@ TABLES = (
 )
 
 
-PAGES: dict[str, tuple[Table, ...]] = {"README.md": (SHORT,), "docs/results.md": TABLES}
+PAGES: dict[str, tuple[Table | Published, ...]] = {"README.md": (SHORT,), "docs/results.md": (*TABLES, Published())}
 RECIPES = {"docs/structured.md": UNITS, "docs/sparse.md": WEIGHTS, "docs/metric.md": LOSS_AWARE}
 """the columns and recipes of a page's table"""
 FIELDS = "docs/recipes.md"
