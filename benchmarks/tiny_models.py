@@ -52,6 +52,7 @@ FOUR_NORMS = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
+    "gpt2": {"n_inner": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "gpt_neox": {"attention_bias": True},
     "granite": {
         **{"embedding_multiplier": 1.7, "logits_scaling": 1.3},

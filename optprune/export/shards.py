@@ -58,7 +58,8 @@ def write_weights(
         on_tensor(done, len(tensors))
 
     written(0)
-    shards = _shards(tensors, most, made)
+    # Such a file holds matrices as they are in memory.
+    shards = _shards(tensors, most, () if decoder.architecture.transposed else made)
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
         stem, ending = SAFE_WEIGHTS_NAME.split(".")
@@ -146,14 +147,20 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tenso
                     here = index
                     if index is not None:
                         resident.enter_context(decoder.resident(index))
-                yield decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
+                value = decoder.model.get_parameter(name) if name in parameters else decoder.model.get_buffer(name)
+                yield _turned(decoder, name, value)
                 on_tensor()
 
     parameters = dict(decoder.model.named_parameters(remove_duplicate=False)).keys()
-    stored = {_stored(decoder, name): tensor for name, tensor in tensors.items()}
+    stored = {_stored(decoder, name): _turned(decoder, name, tensor) for name, tensor in tensors.items()}
     write_whole(file, lambda stream: write_tensors(stream, stored, values()))
 
 
 def _stored(decoder: Decoder, name: str) -> str:
     """What a file calls a tensor: of classes of ours it has the name that it has in the model."""
     return decoder.architecture.stored_names.get(name, name) if is_stock(decoder.model.config) else name
+
+
+def _turned(decoder: Decoder, name: str, tensor: Tensor) -> Tensor:
+    """A tensor as a file holds it."""
+    return tensor.t() if decoder.architecture.is_turned(name) else tensor

@@ -129,6 +129,8 @@ class Architecture:
     """the counts of a block's shape of which all stay, or none, and why"""
     off: tuple[str, ...] = ()
     """the config fields that must be off: with them a model computes something else"""
+    transposed: tuple[str, ...] = ()
+    """the linear layers whose weight a file holds as [in, out], as transformers' Conv1D does"""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """what checkpoints of the stock class call a tensor, where that is not its name in the model"""
     older_names: Mapping[str, str] = field(default_factory=dict)
@@ -147,6 +149,11 @@ class Architecture:
     def taps(self) -> dict[str, str]:
         """For every linear layer of a block the first one that reads the same input."""
         return {path: stage[0] for stage in self.stages for path in stage}
+
+    def is_turned(self, name: str) -> bool:
+        """Whether a file holds the tensor of that full name transposed."""
+        own = name.removeprefix(f"{self.blocks}.").partition(".")[2]
+        return own.endswith(".weight") and own.removesuffix(".weight") in self.transposed
 
     def modules_of(self, part: str) -> tuple[str, ...]:
         """The modules that make up a sub-block, "attention" or "mlp"."""

@@ -4,7 +4,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     """the place of the first byte, from the beginning of the file"""
+    turned: bool = False
+    """whether the file has it transposed"""
+
+    def transposed(self) -> "StoredTensor":
+        """The same matrix as [out, in], where the file has [in, out]."""
+        return replace(self, shape=self.shape[::-1], turned=not self.turned)
 
     @property
     def bytes(self) -> int:
@@ -41,7 +47,8 @@ class StoredTensor:
             file.seek(self.begin)
             if file.readinto(data.numpy().data) != self.bytes:
                 raise InputError(f"{self.file.name} is cut short: {FETCH}")
-        return data.view(self.dtype).reshape(self.shape)
+        found = data.view(self.dtype)
+        return found.reshape(self.shape[::-1]).t() if self.turned else found.reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)

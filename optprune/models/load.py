@@ -102,8 +102,8 @@ def open_model(
     with _reading("weights", source, where, options):
         if checkpoint is None:
             checkpoint = converted(Path(where, str(gguf)), model, floats, scratch, source)
+        decoder = Decoder(model)
         checkpoint = fill(model, checkpoint, architecture.blocks, target)
-    decoder = Decoder(model)
     blocks = {decoder.block_name(index): block for index, block in enumerate(decoder.blocks)}
     store = BlockStore(blocks, checkpoint, target, floats, sink, scratch)
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)

@@ -7,6 +7,7 @@ from optprune.errors import InputError
 from optprune.models.architecture import Architecture
 from optprune.models.gemma2 import GEMMA2
 from optprune.models.gemma3 import GEMMA3
+from optprune.models.gpt2 import GPT2
 from optprune.models.gpt_neox import GPT_NEOX
 from optprune.models.granite import GRANITE
 from optprune.models.llama import LLAMA
@@ -21,7 +22,21 @@ from optprune.models.unknown import not_understood
 
 ARCHITECTURES = {
     architecture.model_type: architecture
-    for architecture in (GEMMA2, GEMMA3, GPT_NEOX, GRANITE, LLAMA, MISTRAL, OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3)
+    for architecture in (
+        GEMMA2,
+        GEMMA3,
+        GPT2,
+        GPT_NEOX,
+        GRANITE,
+        LLAMA,
+        MISTRAL,
+        OLMO2,
+        OPT,
+        PHI3,
+        QWEN2,
+        QWEN3,
+        SMOLLM3,
+    )
 }
 SHAPES_FIELD = "optprune_shapes"
 """the config field that lists the blocks' shapes where the stock class cannot have them"""

@@ -74,18 +74,20 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
 
 
 def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the names that a model has, which its architecture may store otherwise.
+    """The checkpoint as a model has it, by names and shapes, which its architecture may store otherwise.
 
     A folder of a model without its head names all from there on.
     """
-    given = {stored: name for name, stored in architecture_of(model.config).stored_names.items()}
-    checkpoint = replace(checkpoint, tensors={given.get(name, name): at for name, at in checkpoint.tensors.items()})
+    architecture = architecture_of(model.config)
+    given = {stored: name for name, stored in architecture.stored_names.items()}
+    tensors = {given.get(name, name): at for name, at in checkpoint.tensors.items()}
     prefix = f"{model.base_model_prefix}."
-    if any(name.startswith(prefix) for name in checkpoint.tensors):
-        return checkpoint
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    named = {f"{prefix}{name}": tensor for name, tensor in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors={name: tensor for name, tensor in named.items() if name in weights} or named)
+    if not any(name.startswith(prefix) for name in tensors):
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+        tensors = {name: tensor for name, tensor in named.items() if name in weights} or named
+    turned = {name: at.transposed() for name, at in tensors.items() if architecture.is_turned(name)}
+    return replace(checkpoint, tensors=tensors | turned)
 
 
 def unknown_to(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:

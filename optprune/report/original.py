@@ -93,11 +93,12 @@ def original_in(before: Stored, stored: Stored) -> Original | None:
 
 
 def _same_norms(before: Stored, number: int, stored: Stored, index: int) -> bool:
-    norms = [name for name, weight in stored.decoder.blocks[index].named_parameters() if weight.ndim == 1]
+    linear = stored.decoder.architecture.layers  # whose biases pruning may move
+    vectors = [name for name, weight in stored.decoder.blocks[index].named_parameters() if weight.ndim == 1]
     pairs = [
         (before.tensors.get(before.decoder.name(number, name)), stored.tensors.get(stored.decoder.name(index, name)))
-        for name in norms
-        if name.endswith("norm.weight")
+        for name in vectors
+        if name.rpartition(".")[0] not in linear
     ]
     return bool(pairs) and all(
         was is not None and now is not None and torch.equal(was.read().to(torch.float64), now.read().to(torch.float64))

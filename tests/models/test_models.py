@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from optprune.errors import InputError
 from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values
@@ -138,8 +139,10 @@ def test_a_narrow_model_trains(name: str) -> None:
 
 
 def test_an_unknown_architecture_lists_the_known_ones() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
-    with pytest.raises(InputError, match=r"'gpt2' is not known.*llama, mistral, .*does not account for attn.c_attn"):
+    model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64))
+    with pytest.raises(
+        InputError, match=r"'bloom' is not known.*llama, mistral, .*does not account for self_attention"
+    ):
         Decoder(model)
 
 
@@ -154,9 +157,11 @@ def test_a_layer_that_is_not_plain_linear_is_refused() -> None:
 def test_the_data_of_an_architecture_agrees_with_the_model(name: str) -> None:
     model = ALL_MODELS[name]()
     decoder = Decoder(model)
-    linear = {path for path, module in decoder.blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    parts = list(ALL_MODELS[name]().get_submodule(decoder.architecture.blocks)[0].named_modules())
+    linear = {path for path, module in parts if isinstance(module, (torch.nn.Linear, Conv1D))}
     architecture = ARCHITECTURES[name]
     assert set(architecture.layers) == linear
+    assert set(architecture.transposed) == {path for path, module in parts if isinstance(module, Conv1D)}
     # The stages are the order of the forward pass, and layers of one stage read the very same tensor.
     seen: list[tuple[str, int]] = []
     for path in architecture.layers:

@@ -34,7 +34,7 @@ def test_experts_and_their_router_are_named() -> None:
 
 
 def test_fused_layers_are_named() -> None:
-    assert "attn.c_attn (Conv1D), attn.c_proj (Conv1D)" in refused("gpt2")
+    assert "self_attention.query_key_value (Linear), self_attention.dense (Linear)" in refused("bloom")
 
 
 def test_a_block_of_a_known_kind_says_so() -> None:

@@ -77,7 +77,7 @@ class PrunedGPTNeoXForCausalLM(PrunedModel, stock.GPTNeoXForCausalLM):
 
     config_class = PrunedGPTNeoXConfig
     block_class = PrunedGPTNeoXLayer
-    trunk = "gpt_neox"
+    blocks = "gpt_neox.layers"
     _no_split_modules = ["PrunedGPTNeoXLayer"]
 
     def __init__(self, config):

@@ -124,13 +124,14 @@ class PrunedModel:
 
     block_class = None
     """the class of its blocks"""
-    trunk = "model"
+    blocks = "model.layers"
     """where its blocks are"""
 
     def __init__(self, config):
         super().__init__(config)
-        group = config.num_attention_heads // config.num_key_value_heads
-        for block, shape in zip(getattr(self, self.trunk).layers, config.optprune_shapes, strict=True):
+        heads = config.num_attention_heads
+        group = heads // getattr(config, "num_key_value_heads", heads)
+        for block, shape in zip(self.get_submodule(self.blocks), config.optprune_shapes, strict=True):
             block.__class__ = self.block_class
             block.shrink(shape, group)
         self.number_caches()
@@ -141,7 +142,7 @@ class PrunedModel:
         transformers reads the length off the first cache of a kind, so a block without attention takes the kind of
         the next one that has it, and of the last one at the end.
         """
-        blocks = getattr(self, self.trunk).layers
+        blocks = self.get_submodule(self.blocks)
         present = [index for index, block in enumerate(blocks) if block.self_attn is not None]
         kinds = getattr(self.config, "layer_types", None)
         kinds = [None] * len(blocks) if kinds is None else kinds  # all of one
