@@ -17,7 +17,7 @@ from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.rows import counts_of_heads
 from optprune.models.store import BlockStore
 from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
-from optprune.models.turned import LINEAR, turn
+from optprune.models.turned import check_linear
 from optprune.problems import Link
 
 
@@ -49,14 +49,7 @@ class Decoder:
         self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
         for index in range(len(self.blocks)):
             for path in self.paths(index):
-                layer = self.layer(index, path)
-                if path in self.architecture.transposed:
-                    turn(layer)
-                if type(layer) not in LINEAR:
-                    raise InputError(
-                        f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without "
-                        "quantisation or adapters"
-                    )
+                check_linear(self.layer(index, path), path, turned=path in self.architecture.transposed)
 
     def precise(self) -> "Decoder":
         """Access to the same model in float32 where it is in half precision: for gradients and small differences."""

@@ -23,19 +23,8 @@ from optprune.models.unknown import not_understood
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        GEMMA2,
-        GEMMA3,
-        GPT2,
-        GPT_NEOX,
-        GRANITE,
-        LLAMA,
-        MISTRAL,
-        OLMO2,
-        OPT,
-        PHI3,
-        QWEN2,
-        QWEN3,
-        SMOLLM3,
+        *(GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MISTRAL),
+        *(OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3),
     )
 }
 SHAPES_FIELD = "optprune_shapes"

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from optprune.errors import InputError
+
 
 class TurnedLinear(nn.Linear):
     """A linear layer, whose weight here is [out, in], a view of what is stored as [in, out].
@@ -28,15 +30,22 @@ class TurnedLinear(nn.Linear):
         super()._load_from_state_dict(found, prefix, *others)
 
 
-LINEAR = (nn.Linear, TurnedLinear)
-"""the classes of the layers that are pruned"""
-
-
-def turn(layer: nn.Module) -> None:
+def turn(layer: Any) -> None:
     """Let a Conv1D be a linear layer, in place and without a copy; what is one already stays as it is."""
     if type(layer) is not Conv1D:
         return
-    weight = layer.weight
+    weight: nn.Parameter = layer.weight
     layer.__class__ = TurnedLinear
     layer.out_features, layer.in_features = vars(layer).pop("nf"), vars(layer).pop("nx")
     layer.weight = nn.Parameter(weight.detach().t(), weight.requires_grad)
+
+
+def check_linear(layer: nn.Module, path: str, turned: bool) -> None:
+    """Raise InputError where a layer is no plain linear one; one that is stored transposed is `turned` first."""
+    if turned:
+        turn(layer)
+    if type(layer) is not (TurnedLinear if turned else nn.Linear):
+        raise InputError(
+            f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without quantisation or "
+            "adapters"
+        )
