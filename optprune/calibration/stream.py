@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -116,9 +117,9 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes | Non
     caught: list[tuple[Tensor, dict[str, Any]]] = []
     last = 1
 
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        caught.append((hidden, {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+    def catch(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, others = (args[0], _named(block, args) | kwargs) if args else (kwargs["hidden_states"], kwargs)
+        caught.append((hidden, {name: value for name, value in others.items() if name != "hidden_states"}))
         if len(caught) == last:
             raise _Reached
 
@@ -138,6 +139,12 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes | Non
         for handle in handles:
             handle.remove()
     return stream
+
+
+def _named(block: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """What a block is called with by position, behind the hidden states, by name."""
+    names = list(signature(type(block).forward).parameters)[1 : len(args) + 1]
+    return dict(zip(names[1:], args[1:], strict=True))
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def _say_config(fields: dict[str, Any]) -> None:
         fields["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
         rotary = rotary["full_attention"]
     kind = rotary["rope_type"]
-    older = architecture_called(fields.get("model_type")).older_names
+    older = architecture_called(fields.get("model_type"), fields).older_names
     fields |= {older.get(name, name): rotary[name] for name in ROTARY if name in rotary}
     fields["rope_scaling"] = None
     if kind != "default":

@@ -114,9 +114,10 @@ class Architecture:
     """the modules that make up the MLP sub-block"""
     recoverable: tuple[tuple[str, tuple[str, ...]], ...]
     """sub-modules, with the layers in which their output is affine, one at a time, in the order of the forward pass"""
-    stock: Classes
-    pruned: Classes
-    """the classes whose blocks may differ in shape"""
+    stock: Classes | None
+    """None where it is described by a draft, which names no classes"""
+    pruned: Classes | None
+    """the classes whose blocks may differ in shape, where there are any"""
     ends_with_norm: Callable[[PretrainedConfig], bool] = lambda config: False
     """whether a norm follows what a block adds last, whose output is not the block's then"""
     joined: str = ""
@@ -137,8 +138,15 @@ class Architecture:
     """what the config of transformers 4.x calls rope_theta and partial_rotary_factor, where it is not that"""
     logits_divisor: str = ""
     """the config field by which what the head gives is divided, where there is one"""
+    logits_factor: str = ""
+    """the config field by which what the head gives is multiplied, where there is one"""
     logits_cap: str = ""
     """the config field c, where logits x are c tanh(x / c) in the end"""
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """What config.json calls its models, pruned or not."""
+        return (self.model_type,) if self.pruned is None else (self.model_type, self.pruned.config.model_type)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -161,9 +169,12 @@ class Architecture:
 
     def answer(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
         """The logits of a model whose head gives these; the operations are those of the stock class."""
-        divisor, cap = (getattr(config, name) if name else None for name in (self.logits_divisor, self.logits_cap))
+        names = (self.logits_divisor, self.logits_factor, self.logits_cap)
+        divisor, factor, cap = (getattr(config, name) if name else None for name in names)
         if divisor is not None:
             logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
         return logits if cap is None else (logits / cap).tanh() * cap
 
     def check_divisible(self, count: str, what: str) -> None:

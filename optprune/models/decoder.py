@@ -247,12 +247,14 @@ class Decoder:
         for block in range(len(self.blocks)):
             self._take_classes(classes, block)
         if not stock:
+            if classes is None:
+                raise InputError(f"blocks of a {architecture.model_type} model are alike under a draft: prune evenly")
             config.__class__, self.model.__class__ = classes.config, classes.model
             vars(config).pop("auto_map", None)  # another owner's classes; saving names ours
             setattr(config, SHAPES_FIELD, [asdict(shape) for shape in shapes])
             self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
             return
-        if not is_stock(config):
+        if classes is not None and not is_stock(config):
             config.__class__, self.model.__class__ = classes.config, classes.model
             for field in (SHAPES_FIELD, "auto_map"):
                 vars(config).pop(field, None)
@@ -275,8 +277,10 @@ class Decoder:
         divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0
         return first.kv_heads == heads.kv or (self.architecture.head_dim_is_free and divides)
 
-    def _take_classes(self, classes: Classes, block: int) -> None:
+    def _take_classes(self, classes: Classes | None, block: int) -> None:
         """Let a block be of these classes: their state is the same, only forward differs."""
+        if classes is None:
+            return
         module = self.blocks[block]
         module.__class__ = classes.block
         if self._has_part(block, "attention"):

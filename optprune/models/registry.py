@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optprune.errors import InputError
 from optprune.models.architecture import Architecture
+from optprune.models.draft import draft_in
 from optprune.models.gemma2 import GEMMA2
 from optprune.models.gemma3 import GEMMA3
 from optprune.models.gpt2 import GPT2
@@ -31,6 +32,7 @@ SHAPES_FIELD = "optprune_shapes"
 """the config field that lists the blocks' shapes where the stock class cannot have them"""
 
 for _architecture in ARCHITECTURES.values():
+    assert _architecture.pruned is not None
     # So that transformers' own Auto classes find them, wherever optprune is imported; exist_ok for a second import.
     AutoConfig.register(_architecture.pruned.config.model_type, _architecture.pruned.config, exist_ok=True)
     AutoModelForCausalLM.register(_architecture.pruned.config, _architecture.pruned.model, exist_ok=True)
@@ -46,18 +48,19 @@ def architecture_called(model_type: object, config: PretrainedConfig | dict[str,
 
     The error names what of a block has no place in any of those, where transformers can make one of the `config`.
     """
-    found = _known(model_type)
+    found = _known(model_type, config)
     if found is None:
         raise InputError(
             f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
             f"(an architecture is one file of data in optprune/models){not_understood(config, ARCHITECTURES.values())}"
+            "; optprune inspect drafts a description where that is safe"
         )
     return found
 
 
 def answer_of(config: PretrainedConfig, logits: Tensor) -> Tensor:
     """The logits of a model whose head gives these: of one that is not known, those that its head gives."""
-    found = _known(config.model_type)
+    found = _known(config.model_type, config)
     return logits if found is None else found.answer(config, logits)
 
 
@@ -66,6 +69,8 @@ def is_stock(config: PretrainedConfig) -> bool:
     return getattr(config, SHAPES_FIELD, None) is None
 
 
-def _known(model_type: object) -> Architecture | None:
-    named = (one for one in ARCHITECTURES.values() if model_type in (one.model_type, one.pruned.config.model_type))
-    return next(named, None)
+def _known(model_type: object, config: PretrainedConfig | dict[str, object] | None) -> Architecture | None:
+    draft = draft_in(config)
+    if draft is not None:
+        return draft.architecture()
+    return next((one for one in ARCHITECTURES.values() if model_type in one.model_types), None)

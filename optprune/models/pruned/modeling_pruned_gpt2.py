@@ -54,14 +54,14 @@ class PrunedGPT2Block(PrunedBlock, stock.GPT2Block):
         """The attention, as others call it."""
         return self.attn
 
-    def forward(self, hidden_states, cache=None, *given, **kwargs):
+    def forward(self, hidden_states, cache=None, attention_mask=None, encoder_hidden_states=None, *older, **kwargs):
         weights, wanted = None, kwargs.pop("output_attentions", None)
         kwargs.pop("encoder_attention_mask", None)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
-        if given:  # behind it the mask; transformers 4.57 has the positions in the cache between, and a mask of heads
-            kwargs["attention_mask"] = given[1 if len(given) > 2 else 0]
+        if older:  # transformers 4.57 has the positions in the cache before the mask, and a mask of heads behind it
+            attention_mask = encoder_hidden_states
         if self.attn is not None:
-            mixed, weights = self.attn(self.ln_1(hidden_states), cache=cache, **kwargs)
+            mixed, weights = self.attn(self.ln_1(hidden_states), cache=cache, attention_mask=attention_mask, **kwargs)
             hidden_states = mixed + hidden_states
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
