@@ -14,6 +14,7 @@ from optprune.cli.errors import reported, tell, terminate_as_interrupt
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
 from optprune.cli.heal import heal_command
+from optprune.cli.inspect import inspect_command
 from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
@@ -48,7 +49,9 @@ app.command("plan", short_help="Tell the memory and the time that prune would ta
 app.command("audit", short_help="Measure what a model's weights are, and whether that is as expected.")(
     reported(audit_command)
 )
-app.command("inspect", short_help="The same, by its older name.")(reported(audit_command))
+app.command("inspect", short_help="Draft a description of an architecture that is not known.")(
+    reported(inspect_command)
+)
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
 app.command("heal", short_help="Train a pruned model towards the dense one; zeros stay.")(reported(heal_command))
 app.command("compare", short_help="Prune by several recipes, and tell quality against size and time.")(

@@ -1,4 +1,4 @@
-"""optprune audit, and by its older name inspect: what a model's weights are, and whether that is as it should be."""
+"""optprune audit: what a model's weights are, and whether that is as it should be."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

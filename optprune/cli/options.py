@@ -55,6 +55,14 @@ Pattern = Annotated[
     str | None,
     typer.Option("--pattern", help="Of single weights: unstructured, rows or N:M. [default: the recipe's]"),
 ]
+Architecture = Annotated[
+    Path | None,
+    typer.Option(
+        "--architecture",
+        metavar="FILE",
+        help="A description of the model's architecture, where that is not known: a draft by optprune inspect.",
+    ),
+]
 Allocation = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 
 from optprune.cli.options import (
     Allocation,
+    Architecture,
     Device,
     Dtype,
     JsonFile,
@@ -76,6 +77,7 @@ def plan_command(
     allocation: Allocation = None,
     width_multiple: WidthMultiple = None,
     target: Runs = None,
+    architecture: Architecture = None,
     strict: Strict = False,
     workers: Workers = None,
     ray: Ray = None,
@@ -102,7 +104,9 @@ def plan_command(
         "strict": strict or None,
     }
     places = device, dtype, save_dtype, workers, ray, max_shard_size, states
-    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target)
+    request = Request(
+        model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target, architecture
+    )
     reporter = start()
     from optprune.models import check_dtype, device_of
     from optprune.pruning import workers_of

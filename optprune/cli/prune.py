@@ -8,6 +8,7 @@ import typer
 from optprune.cli.log import LogFile
 from optprune.cli.options import (
     Allocation,
+    Architecture,
     Calibration,
     Device,
     Dtype,
@@ -68,6 +69,7 @@ def prune_command(
     allocation: Allocation = None,
     width_multiple: WidthMultiple = None,
     target: Runs = None,
+    architecture: Architecture = None,
     strict: Strict = False,
     workers: Workers = None,
     ray: Ray = None,
@@ -98,7 +100,9 @@ def prune_command(
         "strict": strict or None,
     }
     places = device, dtype, save_dtype, workers, ray, max_shard_size, states
-    request = Request(model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target)
+    request = Request(
+        model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target, architecture
+    )
     reporter = start(lines := LogFile(log))
     from optprune.models import device_of
     from optprune.pruning import joined, workers_of
@@ -111,7 +115,9 @@ def prune_command(
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = request.chosen()
     crew = workers_of(chosen, workers, ray)
-    whole = WholeRun(model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states)
+    whole = WholeRun(
+        model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states, architecture
+    )
     whole.check()
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)

@@ -41,6 +41,8 @@ class Request:
     states: str
     target: str | None = None
     """the runtime that the model is for"""
+    architecture: Path | None = None
+    """the draft of the model's architecture"""
 
     @property
     def allocation_file(self) -> str | None:
@@ -74,17 +76,21 @@ class Request:
     def settled(self, recipe: "Recipe", divided: "Allocation | None") -> "Settled":
         """The request against the model's shapes; InputError where they do not go together."""
         from optprune.models import load_config, load_shapes
-        from optprune.pruning.preflight import check_run
+        from optprune.pruning.preflight import check_parts, check_run
         from optprune.recipe.allocator import allocator_of
+        from optprune.recipe.runtimes import runtime_called
         from optprune.texts import check_seq_length
 
-        config = load_config(self.model)
+        config = load_config(self.model, self.architecture)
         check_seq_length(config, self.seq_length)
         shapes = load_shapes(self.model, config)
         if divided is not None:
             with _named(self.allocation_file, "does not fit"):
                 allocator_of(recipe, divided).check(shapes)
         runtime, told = self.runtime(), tuple[str, ...]()
+        if runtime is None and shapes.architecture.pruned is None:
+            check_parts(shapes, recipe, divided)
+            runtime = runtime_called("transformers")  # a draft has no classes for blocks that differ
         if runtime is not None:
             recipe, told = runtime.fitted(recipe, shapes, divided)
             if runtime.own_vocabulary:
@@ -109,7 +115,7 @@ class Settled:
     def tell(self, say: Callable[[str], None]) -> None:
         """Say what was set of the recipe for the runtime that it is for."""
         for sentence in self.told:
-            say(f"for the target {self.request.target}: {sentence}")
+            say(f"for the target {self.runtime.name if self.runtime else ''}: {sentence}")
 
     def check(self, folder: Path) -> None:
         """Raise OptpruneError when the folder that came of it is not what its runtime takes."""

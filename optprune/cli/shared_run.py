@@ -56,11 +56,10 @@ def _help(
     whole: WholeRun, batches: "Sequence[Tensor]", recipe: "Recipe", allocation: "Allocation | None", lanes: "Lanes"
 ) -> None:
     """Take part in a run, of which nothing is kept here."""
-    from optprune.models import open_model
     from optprune.models.store import Nowhere
     from optprune.pruning import prune
 
-    loaded = open_model(whole.model, dtype=whole.dtype, device=whole.device, sink=Nowhere())
+    loaded = whole.opened(Nowhere())
     prune(
         loaded.model,
         batches,

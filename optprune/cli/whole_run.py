@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from optprune.allocation import Allocation
     from optprune.export import SavedModel
+    from optprune.models import LoadedModel
+    from optprune.models.store import BlockSink
     from optprune.pruning import Lanes, Workers
     from optprune.recipe import Recipe
     from optprune.report import PhaseRecorder, Report
@@ -33,6 +35,8 @@ class WholeRun:
     resume: bool
     workers: "Workers"
     states: str
+    architecture: Path | None = None
+    """the draft of the model's architecture"""
 
     def check(self) -> None:
         """Raise InputError where the options do not work, whatever the model and the text."""
@@ -47,6 +51,13 @@ class WholeRun:
             check_dtype(name)
         device_of(self.device)
         check_states(self.states)
+
+    def opened(self, sink: "BlockSink", scratch: Path | None = None) -> "LoadedModel":
+        """The model, whose blocks stay in its files."""
+        from optprune.models import open_model
+
+        places = {"dtype": self.dtype, "device": self.device, "architecture": self.architecture}
+        return open_model(self.model, sink=sink, scratch=scratch, **places)  # type: ignore[arg-type]
 
     def run(
         self,
@@ -66,7 +77,6 @@ class WholeRun:
         """
         from optprune.export import save_pruned
         from optprune.export.place import discard, left_behind
-        from optprune.models import open_model
         from optprune.pruning import prune
         from optprune.pruning.facts import OPENED
         from optprune.report import joined
@@ -78,7 +88,7 @@ class WholeRun:
         with journalled(self.output, resume=self.resume, overwrite=self.overwrite) as journal:
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 place = journal.folder
-                loaded = open_model(self.model, dtype=self.dtype, device=self.device, sink=journal.sink, scratch=place)
+                loaded = self.opened(journal.sink, place)
             report = prune(
                 loaded.model,
                 batches,

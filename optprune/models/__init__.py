@@ -2,6 +2,7 @@
 
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
 from optprune.models.decoder import Decoder, LinkedLayers
+from optprune.models.draft import Draft, NotUnderstood
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
@@ -17,9 +18,11 @@ from optprune.models.load import (
     need_tokenizer,
     open_model,
     stored_dtype,
+    traceable_config,
     using_tokenizer,
 )
 from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_stock
+from optprune.models.tracing import trace
 from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
 from optprune.models.weights_files import has_weights
 
@@ -33,12 +36,14 @@ __all__ = [
     "BlockShape",
     "Blocks",
     "Decoder",
+    "Draft",
     "Heads",
     "KvGroups",
     "LinkedLayers",
     "LinkedUnits",
     "LoadedModel",
     "Mlp",
+    "NotUnderstood",
     "Target",
     "Units",
     "Values",
@@ -59,5 +64,7 @@ __all__ = [
     "need_tokenizer",
     "open_model",
     "stored_dtype",
+    "trace",
+    "traceable_config",
     "using_tokenizer",
 ]

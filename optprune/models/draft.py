@@ -18,7 +18,7 @@ from optprune.system.wording import one_line, shown
 
 DRAFT_FIELD = "optprune_architecture"
 """the config field that carries a draft, so that a model and the folder it is saved in say what they were read by"""
-OF_STOCK = "the stock class cannot hold fewer, and a draft has no class of its own"
+OF_STOCK = "the stock class cannot hold fewer, and a draft has no class of its own: prune units mlp"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,19 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.errors import InputError, is_out_of_memory
+from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint, check_finite
 from optprune.models.config_check import check_config
 from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
+from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, gguf_tokenizer, tensors_in
 from optprune.models.loaded import LoadedModel
+from optprune.models.reading import cause, reading
 from optprune.models.registry import architecture_called, architecture_of
 from optprune.models.skeleton import check_whole, fill, skeleton
 from optprune.models.store import BlockSink, BlockStore
+from optprune.models.tracing import check_laws
 from optprune.models.weights_files import check_weights_files, check_weights_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,28 +43,27 @@ CONVERT = (
     "that is pickle (pytorch_model.bin), which can run code when it is read: where you trust it, convert it with "
     "transformers' AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), which writes safetensors"
 )
-ADVICE = {
-    "config": "correct config.json, or fetch it again",
-    "tokenizer": "fetch its files again, or save it anew with transformers",
-    "weights": "see that they are whole and belong to config.json, or fetch both again",
-}
-WHOLE_GGUF = "see that the file is whole, and that its architecture is one that optprune prunes"
+Described = str | Path | Draft
+"""a draft of an architecture, or the YAML file that holds one"""
 DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 
 
-def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    source: str | Path, *, dtype: str = "auto", device: str = "auto", architecture: Described | None = None
+) -> LoadedModel:
     """Load a model with its tokenizer, to prune, evaluate and save it; `load` gives the transformers model alone.
 
     The source is a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
     `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16; `device` is auto, cpu, cuda or
-    cuda:N. Raises InputError for a path that is not there, an unknown architecture, damaged or missing weights.
+    cuda:N. Of an `architecture` that is not known, the draft that `optprune inspect` wrote, or its file, can be given:
+    what it says is tried on a small model, and goes into the config. Raises InputError for a path that is not there,
+    an unknown architecture, a draft that is not of this model, damaged or missing weights.
     """
     source = str(source)
     check_dtype(dtype)
     target = device_of(device)
     where, options = _locate(source)
-    config = _config(source, where, options)
-    architecture_of(config)
+    config = _config(source, where, options, architecture)
     model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"))
     for name, weight in model.named_parameters():
         check_finite(name, weight, source)
@@ -77,6 +79,7 @@ def open_model(
     device: str = "auto",
     sink: BlockSink | None = None,
     scratch: Path | None = None,
+    architecture: Described | None = None,
 ) -> LoadedModel:
     """A model whose blocks stay in its files until they are needed: its skeleton, and a store that reads them.
 
@@ -89,21 +92,21 @@ def open_model(
     check_dtype(dtype)
     target = device_of(device)
     where, options = _locate(source)
-    config, gguf = _config(source, where, options), options.get("gguf_file")
-    architecture = architecture_of(config)
-    with _reading("weights", source, where, options):
+    config, gguf = _config(source, where, options, architecture), options.get("gguf_file")
+    listed = architecture_of(config).blocks
+    with reading("weights", source, where, options):
         checkpoint = None if gguf else Checkpoint.open(where, source)
-    with _reading("config", source, where, options):
+    with reading("config", source, where, options):
         stored = torch.float32 if checkpoint is None else getattr(config, "dtype", None) or checkpoint.dtype
         floats = DTYPES.get(dtype, stored)
         model = skeleton(config, floats)
         with suppress(OSError):  # there need not be one
             model.generation_config = model.generation_config if gguf else GenerationConfig.from_pretrained(where)
-    with _reading("weights", source, where, options):
+    with reading("weights", source, where, options):
         if checkpoint is None:
             checkpoint = converted(Path(where, str(gguf)), model, floats, scratch, source)
         decoder = Decoder(model)
-        checkpoint = fill(model, checkpoint, architecture.blocks, target)
+        checkpoint = fill(model, checkpoint, listed, target)
     blocks = {decoder.block_name(index): block for index, block in enumerate(decoder.blocks)}
     store = BlockStore(blocks, checkpoint, target, floats, sink, scratch)
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
@@ -117,7 +120,7 @@ def is_gguf(source: str | Path) -> bool:
 def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
     """The tensors of a GGUF source that have a place in a model, by their names there; none is read yet."""
     where, options = _locate(source)
-    with _reading("weights", source, where, options):
+    with reading("weights", source, where, options):
         return tensors_in(Path(where, str(options["gguf_file"])), model)
 
 
@@ -136,7 +139,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
     where, options = _locate(source)
     if not options and Path(where).is_dir() and not any(Path(where).glob("*token*")):
         return None
-    with _reading("tokenizer", source, where, options):
+    with reading("tokenizer", source, where, options):
         try:
             return gguf_tokenizer(where, **options) if options else AutoTokenizer.from_pretrained(where, **NO_CODE)
         except ValueError as error:
@@ -150,7 +153,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
 @contextmanager
 def using_tokenizer(source: str) -> Iterator[None]:
     """What a tokenizer raises only when it is used, as the sentences of `load_tokenizer`."""
-    with _reading("tokenizer", source, source, {}):
+    with reading("tokenizer", source, source, {}):
         yield
 
 
@@ -161,15 +164,25 @@ def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
     return tokenizer
 
 
-def load_config(source: str | Path) -> PretrainedConfig:
-    """The config of a model source, without its weights."""
+def load_config(source: str | Path, architecture: Described | None = None) -> PretrainedConfig:
+    """The config of a model source, without its weights; with the draft of its architecture where one is given."""
     source = str(source)
-    return _config(source, *_locate(source))
+    return _config(source, *_locate(source), architecture)
+
+
+def traceable_config(source: str | Path) -> PretrainedConfig:
+    """The config of a model source of any architecture that transformers knows, to be traced."""
+    source = str(source)
+    where, options = _locate(source)
+    if options:
+        raise InputError(f"{source} is a GGUF file, whose architecture is known or not: give a model folder to trace")
+    with reading("config", source, where, options):
+        return AutoConfig.from_pretrained(where, **NO_CODE)
 
 
 def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
     """A model of a source's config that holds shapes only; InputError when there is none."""
-    with _reading("config", str(source), str(source), {}), torch.device("meta"):
+    with reading("config", str(source), str(source), {}), torch.device("meta"):
         return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
@@ -193,18 +206,24 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     return source, {}
 
 
-def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfig:
-    with _reading("config", source, where, options):
+def _config(source: str, where: str, options: dict[str, Any], described: Described | None = None) -> PretrainedConfig:
+    draft = Draft.read(described) if isinstance(described, str | Path) else described
+    with reading("config", source, where, options):
         if not options:
-            # Asked before AutoConfig is, for which an architecture it does not know is code to run.
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
-            architecture_called(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
+            if draft is None:
+                # Asked before AutoConfig is, for which an architecture it does not know is code to run.
+                architecture_called(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
             if isinstance(fields, dict) and "text_config" in fields:
                 raise InputError(
                     f"the config of {source} has a text_config, as models that read images have: give one of text alone"
                 )
         config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
+        if draft is not None:
+            draft.carried_by(config)
         check_config(config, architecture_of(config), source)
+    if draft is not None:
+        check_laws(draft, config)
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not options:
@@ -220,7 +239,7 @@ def _weights(
     source: str, where: str, config: PretrainedConfig, options: dict[str, Any], dtype: torch.dtype | str
 ) -> PreTrainedModel:
     cls: Any = AutoModelForCausalLM
-    with _reading("weights", source, where, options):
+    with reading("weights", source, where, options):
         if options:
             # from_pretrained would parse the file once more, and ask every module for its names: that takes seconds.
             shapes = skeleton(config, torch.float32)
@@ -229,7 +248,8 @@ def _weights(
             dtype = torch.float32 if dtype == "auto" else dtype
         else:
             check_weights_files(source, where)
-            folder, given = where, {"use_safetensors": True, **NO_CODE}
+            # Of a draft the files say nothing, so the config is handed on.
+            folder, given = where, {"config": copy.deepcopy(config), "use_safetensors": True, **NO_CODE}
         try:
             # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
             model, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
@@ -249,12 +269,11 @@ def check_dtype(name: str) -> None:
         raise InputError(f"the dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")
 
 
-def stored_dtype(source: str, dtype: str = "auto") -> torch.dtype | None:
-    """The dtype that `load_model` and `open_model` give a model; None where only the weights say it."""
+def stored_dtype(source: str, config: PretrainedConfig, dtype: str = "auto") -> torch.dtype | None:
+    """The dtype that `load_model` and `open_model` give a model of a config; None where only the weights say it."""
     if dtype != "auto":
         return DTYPES[dtype]
-    where, options = _locate(source)
-    return torch.float32 if options else getattr(_config(source, where, options), "dtype", None)
+    return torch.float32 if is_gguf(source) else getattr(config, "dtype", None)
 
 
 def device_of(name: str) -> torch.device:
@@ -267,31 +286,5 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"the device {name!r} cannot be used: {_cause(error)}") from error
+        raise InputError(f"the device {name!r} cannot be used: {cause(error)}") from error
     return device
-
-
-@contextmanager
-def _reading(what: str, source: str, where: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Errors of the libraries that read models, which are of many kinds, as a sentence that says what to do."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        advice = f"; {WHOLE_GGUF if 'gguf_file' in options else ADVICE[what]}"
-        if isinstance(error, OSError) and not Path(where).exists():
-            advice = ""  # it is not in the hub, or the hub is out of reach
-        raise InputError(f"the {what} of {source} cannot be loaded: {_cause(error)}{advice}") from error
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of what an error says; all of it where that line only announces it."""
-    text = str(error).strip()
-    if "weights_only" in text:  # torch's advice is to switch it off
-        return "it is pickle, which is not read"
-    first = text.splitlines()[0].strip() if text else type(error).__name__
-    reason = " ".join(text.split()) if first.endswith(":") else first
-    return f"{type(error).__name__}: {reason}" if isinstance(error, KeyError) else reason.rstrip(".!")

@@ -53,7 +53,7 @@ def architecture_called(model_type: object, config: PretrainedConfig | dict[str,
         raise InputError(
             f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
             f"(an architecture is one file of data in optprune/models){not_understood(config, ARCHITECTURES.values())}"
-            "; optprune inspect drafts a description where that is safe"
+            "; optprune inspect MODEL drafts one for --architecture, where that is safe"
         )
     return found
 

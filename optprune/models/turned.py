@@ -1,6 +1,6 @@
 """Layers whose weight a file holds as [in, out], as transformers' Conv1D does: linear layers like all others here."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +30,14 @@ class TurnedLinear(nn.Linear):
         super()._load_from_state_dict(found, prefix, *others)
 
 
-def turn(layer: Any) -> None:
+def turn(layer: nn.Module) -> None:
     """Let a Conv1D be a linear layer, in place and without a copy; what is one already stays as it is."""
     if type(layer) is not Conv1D:
         return
-    weight: nn.Parameter = layer.weight
-    layer.__class__ = TurnedLinear
-    layer.out_features, layer.in_features = vars(layer).pop("nf"), vars(layer).pop("nx")
-    layer.weight = nn.Parameter(weight.detach().t(), weight.requires_grad)
+    weight, linear = layer.weight, cast(Any, layer)
+    linear.__class__ = TurnedLinear
+    linear.out_features, linear.in_features = vars(layer).pop("nf"), vars(layer).pop("nx")
+    linear.weight = nn.Parameter(weight.detach().t(), weight.requires_grad)
 
 
 def check_linear(layer: nn.Module, path: str, turned: bool) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from optprune.allocation import Allocation
 from optprune.calibration.lanes import Lanes
 from optprune.models import Decoder
+from optprune.models.draft import DRAFT_FIELD
 from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.journal import digest_of_model
 from optprune.recipe import Recipe
@@ -34,6 +35,7 @@ def facts(
 
     return {
         "the model": digest_of_model(decoder, on_bytes),
+        "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
         "the lanes": lanes.count,

@@ -205,7 +205,7 @@ def workload_of(
     states: str = "auto",
 ) -> Workload:
     """What a run of the command on a model source will be; of its `shapes`, no weight is read."""
-    floats, recipe = stored_dtype(source, dtype) or torch.float32, recipe.settled()
+    floats, recipe = stored_dtype(source, shapes.model.config, dtype) or torch.float32, recipe.settled()
     of_blocks = ray or recipe.policy.independent
     gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return Workload(

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from optprune.allocation import Allocation
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
-from optprune.models import Decoder
+from optprune.models import PARTS, Blocks, Decoder
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
 from optprune.patterns import ANYWHERE
@@ -19,6 +19,7 @@ from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.pruning.targets import targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
+from optprune.recipe.runtimes import RUNTIMES
 from optprune.solvers.run import check_accepted
 
 
@@ -29,6 +30,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
 
     NoSolver when the recipe's solver does not solve what the recipe states.
     """
+    _check_alike(decoder, recipe, allocation)
     for kind in recipe.units.kinds:
         decoder.architecture.check_divisible(kind.field, f"units {kind.name} remove {kind.field}")
     allocator_of(recipe, allocation).check(decoder)
@@ -51,6 +53,29 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
         small = small_problem(recipe, full=full and whole)
         check_accepted(small.in_output_basis()[0], recipe.solver)
     return idle
+
+
+def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> None:
+    """Raise InputError where sub-blocks go whole, and there are no classes for that, as under a draft."""
+    emptied = allocation is not None and not all(len(block.shape.parts) == len(PARTS) for block in allocation.blocks)
+    if decoder.architecture.pruned is None and (isinstance(recipe.units, Blocks) or emptied):
+        raise InputError(
+            f"no sub-block of a {decoder.architecture.model_type} model can be removed under a draft, which has no "
+            "classes for that: prune units mlp or weights"
+        )
+
+
+def _check_alike(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> None:
+    """Raise InputError where blocks may come to differ, and there are no classes for that, as under a draft."""
+    check_parts(decoder, recipe, allocation)
+    if decoder.architecture.pruned is not None:
+        return
+    fitted, _ = RUNTIMES["transformers"].fitted(recipe, decoder, allocation)
+    if fitted != recipe:
+        raise InputError(
+            f"blocks of a {decoder.architecture.model_type} model stay alike under a draft, and the recipe "
+            f"{recipe.name} lets them differ: --target transformers, or --allocation uniform"
+        )
 
 
 def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:

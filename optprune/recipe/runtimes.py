@@ -38,6 +38,8 @@ class Runtime:
     families: tuple[str, ...] = tuple(ARCHITECTURES)
     rotary: tuple[str, ...] = (*FIXED, "dynamic", "longrope")
     """the scalings of rotary embeddings that it knows"""
+    drafted: bool = False
+    """whether it takes what else transformers has, as drafts describe it"""
     uneven: bool = False
     """whether blocks may differ in shape, lack a sub-block, or have fewer value dimensions than key dimensions"""
     fewer_heads: tuple[str, ...] = tuple(name for name, one in ARCHITECTURES.items() if one.head_dim_is_free)
@@ -115,15 +117,20 @@ class Runtime:
         hidden = before.model.config.hidden_size
         if heads * before.heads.dim == hidden:
             return None
-        if family not in self.fewer_heads:
+        free = self._drafted(before) and before.architecture.head_dim_is_free
+        if family not in self.fewer_heads and not free:
             return f"models of the kind {family} with fewer heads than the hidden size says: {NARROW_MLPS}"
         if hidden % heads:
             return f"{heads} heads, which do not divide the hidden size of {hidden}: ask for another sparsity"
         return None
 
+    def _drafted(self, decoder: Decoder) -> bool:
+        """Whether a model is read by a draft, and it takes such models."""
+        return self.drafted and decoder.architecture.pruned is None
+
     def _check_model(self, decoder: Decoder) -> None:
         family, config = decoder.architecture.model_type, decoder.model.config
-        if family not in self.families:
+        if family not in self.families and not self._drafted(decoder):
             raise InputError(
                 f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
             )
@@ -178,7 +185,7 @@ def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -
 RUNTIMES = {
     runtime.name: runtime
     for runtime in (
-        Runtime("transformers"),
+        Runtime("transformers", drafted=True),
         Runtime(
             "vllm",
             # These read head_dim from the config (Mistral is its Llama), Qwen2Attention divides the hidden size.

@@ -155,7 +155,7 @@ def test_a_json_file_in_place_of_one_of_the_model_that_is_read(attempt: Attempt,
     expected = f"the JSON file {model / name} has a name that a file of the model in {model} may have: choose another"
     command = ["evaluate", str(model), "--text", str(attempt.text), "--json", str(model / name)]
     assert expected in attempt.fails(command)
-    assert expected in attempt.fails(["inspect", str(model), "--json", str(model / name)])
+    assert expected in attempt.fails(["audit", str(model), "--json", str(model / name)])
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -384,7 +384,7 @@ def test_evaluate(attempt: Attempt, options: list[str], reason: str) -> None:
     assert reason in attempt.fails(["evaluate", str(attempt.model), *words, "--json", str(record)])
 
 
-# -- inspect
+# -- audit
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -392,13 +392,13 @@ def test_evaluate(attempt: Attempt, options: list[str], reason: str) -> None:
     ("file", "reason"),
     [("kept.jpg", "must end in .png, .pdf, .svg"), ("missing/kept.png", "there is no folder"), ("kept", "must end in")],
 )
-def test_inspect(attempt: Attempt, file: str, reason: str) -> None:
-    assert reason in attempt.fails(["inspect", str(attempt.model), "--plot", str(attempt.folder / file)])
+def test_audit(attempt: Attempt, file: str, reason: str) -> None:
+    assert reason in attempt.fails(["audit", str(attempt.model), "--plot", str(attempt.folder / file)])
 
 
 def test_a_plot_without_matplotlib(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    sentence = attempt.fails(["inspect", str(attempt.model), "--plot", str(attempt.folder / "kept.png")])
+    sentence = attempt.fails(["audit", str(attempt.model), "--plot", str(attempt.folder / "kept.png")])
     assert "pip install 'optprune[plot]'" in sentence
 
 

@@ -99,8 +99,8 @@ class Spoiler:
 
     def reading(self) -> list[str]:
         """A command that reads the model."""
-        name = self.rng.choice(["evaluate", "prune", "inspect"])
-        return {"evaluate": self.attempt.evaluate(), "inspect": ["inspect", str(self.attempt.model)]}.get(
+        name = self.rng.choice(["evaluate", "prune", "audit"])
+        return {"evaluate": self.attempt.evaluate(), "audit": ["audit", str(self.attempt.model)]}.get(
             name, self.attempt.command()
         )
 

@@ -2,16 +2,21 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optprune.cli.app import main
+from optprune.export import save_model
 from optprune.models import Decoder, Mlp, load_model, open_model
 from optprune.models.checkpoint import Checkpoint
-from tests.helpers.tiny_models import ALL_MODELS, save_tiny
+from optprune.pruning import prune
+from optprune.pruning.journal import Journal
+from optprune.recipe import load_recipe
+from tests.helpers.tiny_models import ALL_MODELS
+from tests.helpers.token_batches import batches
 from tests.helpers.weights import weights_of
 
 TOKENS = torch.arange(10, 42)[None]
@@ -70,7 +75,8 @@ def test_plain_transformers_reads_what_it_saves_itself(tmp_path: Path) -> None:
 def test_a_checkpoint_without_the_head_is_read_block_by_block(tmp_path: Path) -> None:
     """As the one on the hub, whose names begin with h.0."""
     model = gpt2()
-    model.base_model.save_pretrained(tmp_path)
+    trunk: Any = model.base_model
+    trunk.save_pretrained(tmp_path)
     assert "h.0.attn.c_attn.weight" in Checkpoint.open(tmp_path).tensors
     there, opened = weights_of(load_model(tmp_path).decoder()), weights_of(open_model(tmp_path).decoder())
     assert there.keys() == opened.keys()
@@ -78,12 +84,16 @@ def test_a_checkpoint_without_the_head_is_read_block_by_block(tmp_path: Path) ->
 
 
 def test_shards_that_a_run_has_made_are_turned_again(tmp_path: Path) -> None:
-    """Two of the matrices are square, so that their shapes do not tell; the reload check compares the logits."""
-    save_tiny(gpt2(), tmp_path / "dense")
-    (tmp_path / "text.txt").write_text("The committee met on Monday and talked about prices. " * 200)
-    options = ["--calibration", str(tmp_path / "text.txt"), "--samples", "4", "--seq-length", "64"]
-    options += ["--recipe", "wanda", "--pattern", "2:4", "--max-shard-size", "300KB", "--output", str(tmp_path / "out")]
-    assert main(["prune", str(tmp_path / "dense"), *options]) == 0
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    shapes = {name: at.shape for name, at in Checkpoint.open(tmp_path / "out").tensors.items()}
+    """Two of the matrices are square, so that their shapes do not tell."""
+    gpt2().save_pretrained(tmp_path / "dense")
+    whole, journal = load_model(tmp_path / "dense"), Journal(tmp_path / "run")
+    opened = open_model(tmp_path / "dense", sink=journal.sink)
+    recipe = load_recipe("wanda", {"pattern": "2:4"})
+    prune(whole.model, batches(), recipe)
+    prune(opened.model, batches(), recipe, store=opened.store, journal=journal)
+    parts: dict[str, Any] = {"store": opened.store, "made": journal.shards(), "max_shard_size": "300KB"}
+    folder = save_model(opened.model, tmp_path / "out", **parts).folder
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(whole.model))
+    shapes = {name: at.shape for name, at in Checkpoint.open(folder).tensors.items()}
     assert shapes == {name: at.shape for name, at in Checkpoint.open(tmp_path / "dense").tensors.items()}

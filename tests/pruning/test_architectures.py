@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import optprune
-from optprune.calibration import calibrating, first_inputs
-from optprune.calibration.stream import advance
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.healing.distillation import Reader
@@ -15,22 +13,13 @@ from optprune.models import Decoder, open_model
 from optprune.models.checkpoint import Checkpoint
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from tests.helpers.streams import walked
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
 from tests.helpers.token_batches import batches
 
 TOKENS = torch.arange(10, 58)[None]
 OTHERS = [name for name in ALL_MODELS if name not in TINY_MODELS]
 by_family = pytest.mark.parametrize("name", OTHERS)
-
-
-def walked(decoder: Decoder) -> torch.Tensor:
-    """The logits of what leaves the last block, where each block gets what the walk hands it."""
-    with calibrating(decoder):
-        stream = first_inputs(decoder, [TOKENS])
-        for index in range(len(decoder.blocks)):
-            with decoder.resident(index) as block:
-                advance(block, stream)
-        return decoder.logits(stream.hidden[0])
 
 
 @pytest.mark.parametrize(
@@ -45,10 +34,10 @@ def test_a_walk_block_by_block_gives_the_models_own_logits(name: str, attention:
     model.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = model(TOKENS, use_cache=False).logits
-    assert torch.equal(walked(Decoder(model)), expected)
+    assert torch.equal(walked(Decoder(model), TOKENS), expected)
     opened = open_model(tmp_path)
     opened.model.set_attn_implementation(attention)
-    assert torch.equal(walked(opened.decoder()), expected)
+    assert torch.equal(walked(opened.decoder(), TOKENS), expected)
 
 
 @by_family

@@ -1,4 +1,4 @@
-"""Sparse recipes through the whole pipeline: exact counts, every policy, and what `inspect` measures afterwards."""
+"""Sparse recipes through the whole pipeline: exact counts, every policy, and what `audit` measures afterwards."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_better_solvers_leave_smaller_errors() -> None:
     assert errors["fistapruner_plus"] < errors["sparsegpt"]
 
 
-def test_inspect_measures_a_folder_that_prune_wrote(tmp_path: Path) -> None:
+def test_audit_measures_a_folder_that_prune_wrote(tmp_path: Path) -> None:
     save_model(tiny_llama(), tmp_path / "dense", tokenizer=tiny_tokenizer())
     (tmp_path / "text.txt").write_text("The committee met on Monday and talked about prices. " * 400)
     text, output = str(tmp_path / "text.txt"), str(tmp_path / "out")
@@ -76,16 +76,16 @@ def test_inspect_measures_a_folder_that_prune_wrote(tmp_path: Path) -> None:
     code = main(["prune", str(tmp_path / "dense"), "--recipe", "wanda", *options])
     assert code == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["recipe"]["units"] == {"weights": "2:4"}
-    assert main(["inspect", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]) == 0
+    assert main(["audit", str(tmp_path / "out"), "--json", str(tmp_path / "found.json")]) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["sparsity"] == 0.5
     assert "2:4" in found["patterns"]
     for kind, start in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
-        assert main(["inspect", str(tmp_path / "out"), "--plot", str(tmp_path / f"kept.{kind}")]) == 0
+        assert main(["audit", str(tmp_path / "out"), "--plot", str(tmp_path / f"kept.{kind}")]) == 0
         assert (tmp_path / f"kept.{kind}").read_bytes().startswith(start)
 
 
-def test_inspect_tells_patterns_apart() -> None:
+def test_audit_tells_patterns_apart() -> None:
     weight = torch.ones(4, 8)
     assert layer_pattern("dense", weight).patterns == ()
     weight[:, ::2] = 0

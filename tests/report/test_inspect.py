@@ -1,4 +1,4 @@
-"""`inspect` and its plot against what a pruned model was before, which report.json tells."""
+"""`audit` and its plot against what a pruned model was before, which report.json tells."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def pruned_folder(folder: Path, model: Any, source: str, **options: Any) -> Path
 
 def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
     file = folder.parent / "found.json"
-    assert main(["inspect", str(folder), "--json", str(file)]) == 0
+    assert main(["audit", str(folder), "--json", str(file)]) == 0
     return json.loads(file.read_text()), capsys.readouterr().out
 
 
@@ -76,7 +76,7 @@ def test_the_plot_draws_the_shares_of_the_original(
             drawn[axes.get_title()] = drawn[axes.get_ylabel()] = []
 
     monkeypatch.setattr(Figure, "savefig", keep)
-    assert main(["inspect", str(folder), "--plot", str(tmp_path / "kept.png")]) == 0
+    assert main(["audit", str(folder), "--plot", str(tmp_path / "kept.png")]) == 0
     width = next(layer["inputs"] for layer in found["layers"] if layer["name"].endswith("down_proj"))
     assert drawn["mlp.down_proj"] == drawn["mlp.up_proj"] == [width / 128] * 2
     assert drawn["self_attn.q_proj"] == [1.0, 1.0]

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from optprune.errors import InputError
+from optprune.errors import InputError, is_out_of_memory
 from optprune.models.decoder import Decoder
 from optprune.models.draft import Draft
 from optprune.models.surgery import write
 from optprune.models.tracing.bench import Bench, drawn, of_config
 from optprune.models.tracing.parts import left_over, same
 from optprune.models.units import KvGroups, LinkedUnits, Mlp
+from optprune.system.wording import one_line
 
 ROUNDING = 1e-4
 """of the largest logit, in float32: sums skip exact zeros, so that their order differs"""
@@ -28,11 +29,19 @@ def check_laws(draft: Draft, config: PretrainedConfig) -> None:
 
 
 def broken_laws(draft: Draft, config: PretrainedConfig) -> list[str]:
-    """What a draft says and is not so, in words."""
+    """What a draft says and is not so, in words: of the first law that it breaks."""
     small = of_config(config)
     draft.carried_by(small)
-    laws = (_layers, _inputs, _logits, _slicing)
-    return [sentence for law in laws for sentence in law(draft, small)]
+    for law in (_layers, _inputs, _logits, _slicing):
+        try:
+            broken = law(draft, small)
+        except Exception as error:  # a draft may name anything, which the library answers in many ways
+            if is_out_of_memory(error):
+                raise
+            broken = [f"no model can be read by it ({one_line(error)})"]
+        if broken:
+            return broken
+    return []
 
 
 @lru_cache(maxsize=8)
@@ -107,7 +116,7 @@ def holds(kind: LinkedUnits, config: PretrainedConfig) -> bool:
         cut.record_shapes()
         fresh = drawn(cut.model.config)
         fresh.load_state_dict(cut.model.state_dict())
-        return _close(_answered(fresh), expected)
+        return _close(_answered(fresh), expected) and Decoder(fresh).shapes() == cut.shapes()
     except Exception:  # a stock class that cannot run, or hold, fewer of them says so in any way
         return False
 

@@ -10,6 +10,9 @@ from optprune.models.architecture import BlockShape, Heads
 from optprune.models.rows import rows_of_heads
 from optprune.models.tracing.bench import MOVED, SEQUENCES, TOKENS, Bench
 
+QUERY: str
+KEY: str
+VALUE: str
 QUERY, KEY, VALUE = "query", "key", "value"
 
 

@@ -21,8 +21,8 @@ COUPLED = "one norm goes over the queries of all heads, so that without a head t
 def trace(config: PretrainedConfig) -> Draft:
     """A draft of the architecture of a config's models, and what of a block it does not understand.
 
-    A model with two blocks of the config's widths and random weights is run, in float32 and on the CPU; no file is
-    read. Layers are told apart by what they read and by what changes where their outputs are moved. What the draft
+    A model with two blocks of the config's widths and random weights is run, in float32 and on the CPU, where three of
+    it fit into memory; no file is read. Layers are told apart by what they read and by what changes where their outputs are moved. What the draft
     claims is then tried: units cut off must equal zeroed columns, what leaves the blocks must give the logits. A claim
     that fails is among what is not understood. InputError where transformers cannot make or run such a model.
     """
@@ -54,7 +54,7 @@ def _drafted(bench: Bench) -> Draft:
         if len(found) != 1:
             layers = ", ".join(fed.consumer for fed in found) or "none"
             whole.append(f"there is one last layer of {what} where blocks are understood, and here {layers}")
-    claims: dict[str, Any] = _empty(config, bench)
+    claims = _empty(config, bench)
     if len(mixing) == 1:
         claims |= _of_attention(bench, mixing[0], odd)
     if len(local) == 1:
@@ -73,8 +73,8 @@ def _drafted(bench: Bench) -> Draft:
     if answered is None:
         whole.append("what becomes of the logits behind the head is not known")
     prefix, kind = f"{bench.blocks}.0", type(bench.block).__name__
+    answers: dict[str, Any] = {**claims, **(answered or {})}
     return Draft(
-        **claims,
         after_blocks=behind,
         stages=tuple(map(tuple, stages)),
         ends_with_norm=parts.ends_with_norm(bench),
@@ -85,7 +85,7 @@ def _drafted(bench: Bench) -> Draft:
             *parts.differing(shapes_only(config), bench.blocks),
             *(NotUnderstood(prefix, kind, why) for why in whole),
         ),
-        **(answered or {}),
+        **answers,
     )
 
 
@@ -123,7 +123,7 @@ def _of_attention(bench: Bench, fed: Fed, odd: dict[str, str]) -> dict[str, Any]
         "value": rows.value,
         "joined": rows.joined,
         "output": fed.consumer,
-        "heads": names,
+        "heads": names | ({"dim": fields.HEADS["dim"]} if free else {}),
         "head_dim_is_free": free,
         "attention_parts": parts.parts_of(bench, fed, module),
         "recoverable": _recoverable(bench, fed, module),
