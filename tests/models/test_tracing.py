@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PretrainedConfig
+from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.phi3 import modeling_phi3
 
 from optprune.errors import InputError
@@ -128,6 +129,20 @@ def test_rows_of_an_mlp_unit_that_lie_beside_each_other_are_not_understood(monke
     monkeypatch.setattr(modeling_phi3.Phi3MLP, "forward", interleaved)
     [only] = trace(config).not_understood
     assert only.module == "model.layers.0.mlp.down_proj" and "not one for each row" in only.why
+
+
+def test_keys_before_queries_in_one_layer_are_not_taken_for_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exchanged(attention: Any, hidden: torch.Tensor, attention_mask: Any = None, **_: Any) -> Any:
+        parts = attention.c_attn(hidden).chunk(3, dim=-1)
+        key, query, value = (part.view(*hidden.shape[:2], -1, attention.head_dim).transpose(1, 2) for part in parts)
+        scaling = attention.scaling
+        attend = modeling_gpt2.eager_attention_forward
+        mixed, weights = attend(attention, query, key, value, attention_mask, scaling=scaling)
+        return attention.c_proj(mixed.reshape(hidden.shape)), weights
+
+    monkeypatch.setattr(modeling_gpt2.GPT2Attention, "forward", exchanged)
+    [only] = trace(ALL_MODELS["gpt2"]().config).not_understood
+    assert only.module == "transformer.h.0.attn.c_proj" and "are not queries, keys and values" in only.why
 
 
 def test_blocks_that_hold_other_weights_are_named() -> None:

@@ -21,10 +21,11 @@ COUPLED = "one norm goes over the queries of all heads, so that without a head t
 def trace(config: PretrainedConfig) -> Draft:
     """A draft of the architecture of a config's models, and what of a block it does not understand.
 
-    A model with two blocks of the config's widths and random weights is run, in float32 and on the CPU, where three of
-    it fit into memory; no file is read. Layers are told apart by what they read and by what changes where their outputs are moved. What the draft
-    claims is then tried: units cut off must equal zeroed columns, what leaves the blocks must give the logits. A claim
-    that fails is among what is not understood. InputError where transformers cannot make or run such a model.
+    A model with two blocks of the config's widths and random weights is run, in float32 and on the CPU; laws take three
+    of them. No file is read. Layers are told apart by what they read and by what changes where their outputs are moved.
+    What the draft claims is then tried: units cut off must equal zeroed columns, what leaves the blocks must give the
+    logits. A claim that fails is among what is not understood. InputError where transformers cannot make or run such a
+    model.
     """
     try:
         bench = Bench(config)
