@@ -84,7 +84,13 @@ class GgufTensor:
     def __init__(self, file: Path, tensor: Any, processor: TensorProcessor) -> None:
         self._file, self._tensor, self._processor = file, tensor, processor
         self.shape = tuple(int(size) for size in reversed(tensor.shape))
-        self.dtype = torch.float32
+        self.dtype, self._turned = torch.float32, False
+
+    def transposed(self) -> "GgufTensor":
+        """The same matrix as [out, in], where the stock class has [in, out]."""
+        other = copy.copy(self)
+        other.shape, other._turned = self.shape[::-1], not self._turned
+        return other
 
     def read(self) -> Tensor:
         """The tensor in memory of its own: a map of the file would count as this process's memory, all of it."""
@@ -92,7 +98,8 @@ class GgufTensor:
         packed = np.fromfile(self._file, tensor.data.dtype, tensor.data.size, offset=int(tensor.data_offset))
         plain = dequantize(packed.reshape(tensor.data.shape), tensor.tensor_type)
         weights: Any = self._processor.process(weights=plain, name=tensor.name)
-        return torch.from_numpy(np.ascontiguousarray(weights.weights))
+        found = torch.from_numpy(np.ascontiguousarray(weights.weights))
+        return found.t() if self._turned else found
 
 
 def tensors_in(file: Path, model: PreTrainedModel) -> dict[str, GgufTensor]:

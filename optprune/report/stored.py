@@ -74,7 +74,9 @@ def stored_of(source: str) -> Stored:
     model, faults = decoder.model, list[Fault]()
     tensors: Mapping[str, Readable]
     if is_gguf(source):
-        tensors = gguf_tensors(source, model)
+        turned = decoder.architecture.is_turned
+        found = gguf_tensors(source, model)
+        tensors = {name: tensor.transposed() if turned(name) else tensor for name, tensor in found.items()}
     else:
         checkpoint = named_as_in(model, Checkpoint.open(source))
         tensors = checkpoint.tensors
