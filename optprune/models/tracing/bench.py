@@ -33,7 +33,7 @@ class Call:
     """What a module was called with, and what it gave."""
 
     path: str
-    """in the model"""
+    """its path in the model, or in the block"""
     module: nn.Module
     entered: Tensor
     left: Tensor

@@ -17,7 +17,7 @@ from optprune.models.units import KvGroups, LinkedUnits, Mlp
 from optprune.system.wording import one_line
 
 ROUNDING = 1e-4
-"""of the largest logit, in float32: sums skip exact zeros, so that their order differs"""
+"""the share of the largest logit that float32 may explain: sums skip exact zeros, so that their order differs"""
 
 
 def check_laws(draft: Draft, config: PretrainedConfig) -> None:
