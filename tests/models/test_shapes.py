@@ -17,6 +17,7 @@ import optprune
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.models import ARCHITECTURES, BlockShape, Decoder, KvGroups, Mlp, load_model
+from optprune.models.architecture import Classes
 from optprune.models.surgery import write
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
@@ -28,6 +29,13 @@ from tests.helpers.token_batches import batches
 CHECK_TOKENS = torch.arange(10, 42)[None]
 OTHERS = {name: make for name, make in ALL_MODELS.items() if name not in (*TINY_MODELS, "olmo2")}
 """the other families whose heads may go"""
+
+
+def classes(name: str, which: str = "pruned") -> Classes:
+    """The pruned classes of an architecture, or the stock ones, which every one that is described by hand has."""
+    found = getattr(ARCHITECTURES[name], which)
+    assert isinstance(found, Classes)
+    return found
 
 
 PROGRAM = """
@@ -106,11 +114,11 @@ def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: py
     saved = save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert not saved.stock and saved.logits_difference is not None
     # A file that needs optprune would be of no use to anybody else.
-    source = Path(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__].__file__)  # type: ignore[arg-type]
+    source = Path(sys.modules[classes("llama").model.__module__].__file__)  # type: ignore[arg-type]
     leaning = tmp_path / source.name
     leaning.write_text("import optprune\n" + source.read_text())
     shutil.copy(source.with_name("pruned_decoder.py"), tmp_path)
-    monkeypatch.setattr(sys.modules[ARCHITECTURES["llama"].pruned.model.__module__], "__file__", str(leaning))
+    monkeypatch.setattr(sys.modules[classes("llama").model.__module__], "__file__", str(leaning))
     with pytest.raises(optprune.errors.OptpruneError, match="cannot be reloaded in a fresh process"):
         save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "leaning", check_tokens=CHECK_TOKENS)
     assert not (tmp_path / "leaning").exists()
@@ -118,7 +126,7 @@ def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_the_file_is_short_and_imports_torch_and_transformers_only(name: str) -> None:
-    file = Path(sys.modules[ARCHITECTURES[name].pruned.model.__module__].__file__)  # type: ignore[arg-type]
+    file = Path(sys.modules[classes(name).model.__module__].__file__)  # type: ignore[arg-type]
     lengths = []
     for part in (file, *(file.with_name(f"{home[1:]}.py") for home in imported(file) if home.startswith("."))):
         homes = {home.partition(".")[0] for home in imported(part)}
@@ -222,7 +230,7 @@ def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tm
     with torch.no_grad():
         expected = model(CHECK_TOKENS).logits
     decoder.record_shapes()
-    assert type(model) is ARCHITECTURES[name].stock.model
+    assert type(model) is classes(name, "stock").model
     assert model.config.num_hidden_layers == 3 == len(decoder.blocks)
     assert save_model(model, tmp_path / "out").stock
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -282,9 +290,7 @@ def test_shapes_that_become_even_again_are_stock_again(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "1" / "config.json").read_text())
     assert config["model_type"] == "llama" and config["intermediate_size"] == 64
     assert not {"optprune_shapes", "auto_map"} & set(config)
-    assert (
-        type(AutoModelForCausalLM.from_pretrained(tmp_path / "1")) is type(model) is ARCHITECTURES["llama"].stock.model
-    )
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "1")) is type(model) is classes("llama", "stock").model
 
 
 @pytest.mark.parametrize("name", ALL_MODELS)
