@@ -49,7 +49,7 @@ app.command("plan", short_help="Tell the memory and the time that prune would ta
 app.command("audit", short_help="Measure what a model's weights are, and whether that is as expected.")(
     reported(audit_command)
 )
-app.command("inspect", short_help="Draft a description of an architecture that is not known.")(
+app.command("inspect", short_help="Audit a model, or draft a description of an architecture that is not known.")(
     reported(inspect_command)
 )
 app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))

@@ -17,25 +17,24 @@ MOST_TOLD = 20
 """how many faults, and how many notes, are told; --json has them all"""
 
 
+Against = Annotated[str | None, typer.Option("--against", metavar="MODEL", help="The model that it was made from.")]
+Expect = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--expect",
+        metavar="WHAT",
+        help="N:M, rows, sparsity=0.5, sparsity=0.19..0.21, multiple=64 (of MLP widths) or dead=0 (units that "
+        "could go for free); may be repeated.",
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Draw there what each block keeps: .png, .pdf or .svg."),
+]
+
+
 def audit_command(
-    model: Model,
-    against: Annotated[
-        str | None, typer.Option("--against", metavar="MODEL", help="The model that it was made from.")
-    ] = None,
-    expect: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--expect",
-            metavar="WHAT",
-            help="N:M, rows, sparsity=0.5, sparsity=0.19..0.21, multiple=64 (of MLP widths) or dead=0 (units that "
-            "could go for free); may be repeated.",
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Draw there what each block keeps: .png, .pdf or .svg."),
-    ] = None,
-    json_file: JsonFile = None,
+    model: Model, against: Against = None, expect: Expect = None, plot: Plot = None, json_file: JsonFile = None
 ) -> None:
     """Measure a model from its stored weights, and hold them against its config, its report and what is expected.
 

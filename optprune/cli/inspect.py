@@ -1,11 +1,12 @@
-"""optprune inspect: a draft of a description of an architecture that is not known."""
+"""optprune inspect: the audit of a model, or a draft of a description where its architecture is not known."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optprune.cli.options import Model
+from optprune.cli.audit import Against, Expect, Plot, audit_command
+from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, start, write_file
 
 NOT_UNDERSTOOD = 1
@@ -15,27 +16,42 @@ NOT_UNDERSTOOD = 1
 def inspect_command(
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write the draft there, not to the terminal.")
+        Path | None, typer.Option("--output", metavar="FILE", help="Write a draft there, not to the terminal.")
     ] = None,
+    against: Against = None,
+    expect: Expect = None,
+    plot: Plot = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Trace what a model's blocks are made of, and write a draft of a description for prune --architecture.
+    """Audit a model; or, where its architecture is not known or with --output, draft a description of that.
 
-    A small model of the config, with random weights, is run; no weights are read. Read the draft before it is used. The
-    exit status is 1 where something is not understood, which the draft names.
+    For a draft, which is for prune --architecture, a small model of the config, with random weights, is run; no weights
+    are read. Read it before it is used. The exit status is 1 where something is not understood, which the draft names.
     """
+    from optprune.models import is_gguf, is_known, traceable_config
+
+    asked = against or expect or plot or json_file
+    if output is None and (asked or is_gguf(model) or is_known(traceable_config(model))):
+        audit_command(model, against, expect, plot, json_file)
+    else:
+        draft(model, output)
+
+
+def draft(model: str, output: Path | None) -> None:
+    """Write a draft of what a model's blocks are made of to a file, or to the terminal."""
     reporter = start()
     from optprune.models import trace, traceable_config
 
     check_file(output, "draft", models=[model])
     config = traceable_config(model)
     reporter.say(f"tracing a small model of the config of {model}")
-    draft = trace(config)
+    found = trace(config)
     if output is None:
-        typer.echo(draft.to_yaml(), nl=False)
+        typer.echo(found.to_yaml(), nl=False)
     else:
-        write_file(output, draft.to_yaml().encode(), "draft", f"{model} was traced")
-        typer.echo(f"{output}: a draft for {draft.model_type}; read it, and give it to prune --architecture")
-    for each in draft.not_understood:
+        write_file(output, found.to_yaml().encode(), "draft", f"{model} was traced")
+        typer.echo(f"{output}: a draft for {found.model_type}; read it, and give it to prune --architecture")
+    for each in found.not_understood:
         typer.echo(f"not understood: {each.module} ({each.kind}): {each.why}", err=True)
-    if draft.not_understood:
+    if found.not_understood:
         raise typer.Exit(NOT_UNDERSTOOD)

@@ -21,7 +21,7 @@ from optprune.models.load import (
     traceable_config,
     using_tokenizer,
 )
-from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_stock
+from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_known, is_stock
 from optprune.models.tracing import trace
 from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
 from optprune.models.weights_files import has_weights
@@ -55,6 +55,7 @@ __all__ = [
     "gguf_tensors",
     "has_weights",
     "is_gguf",
+    "is_known",
     "is_stock",
     "load",
     "load_config",

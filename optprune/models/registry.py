@@ -43,6 +43,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     return architecture_called(config.model_type, config)
 
 
+def is_known(config: PretrainedConfig) -> bool:
+    """Whether there is an architecture of a config, described here or in a draft that it carries."""
+    return _known(config.model_type, config) is not None
+
+
 def architecture_called(model_type: object, config: PretrainedConfig | dict[str, object] | None = None) -> Architecture:
     """The architecture that config.json calls so, pruned or not; or an InputError that lists those known.
 

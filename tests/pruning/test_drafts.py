@@ -21,7 +21,7 @@ from optprune.pruning.facts import facts
 from optprune.pruning.preflight import check_run
 from optprune.recipe import load_recipe
 from tests.helpers.streams import walked
-from tests.helpers.tiny_models import save_tiny
+from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
 from tests.helpers.unknown_models import UNKNOWN, config_of, unknown
 from tests.helpers.weights import weights_of
@@ -169,6 +169,18 @@ def test_inspect_writes_a_draft_or_says_what_it_does_not_understand(
     assert main(["inspect", str(tmp_path / "odd"), "--output", str(file)]) == 1
     assert "transformer.h.0.mlp.dense_4h_to_h (Linear): no field of the config" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "nowhere")]) == 2
+
+
+def test_inspect_audits_what_is_known_as_it_always_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny(tiny_llama(), tmp_path / "llama")
+    said = []
+    for name in ("audit", "inspect"):
+        assert main([name, str(folder)]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+    assert main(["inspect", str(folder), "--expect", "2:4"]) == 1
+    assert main(["inspect", str(folder), "--output", str(tmp_path / "draft.yaml")]) == 0
+    assert Draft.read(tmp_path / "draft.yaml").model_type == "llama"
 
 
 def test_plan_takes_a_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
