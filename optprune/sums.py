@@ -99,9 +99,11 @@ class MomentSums:
 
     def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:
         """The averages so far, centred in float64."""
-        if self.tokens == 0:
-            raise InputError("no calibration tokens reached this layer")
         square, total, *others = self._sums
+        if self.tokens == 0:  # an expert that the router sends none: all that it reads is zero
+            nothing = square.to(dtype)
+            drift = Drift(nothing, nothing, total.to(dtype)) if others else None
+            return InputMoments(nothing, total.to(dtype), 0, drift, nothing).cleared()
         mean = total / self.tokens
         drift = None
         if others:

@@ -2,6 +2,7 @@
 
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
 from optprune.models.decoder import Decoder, LinkedLayers
+from optprune.models.granularities import UNITS, Blocks, Weights
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
@@ -20,7 +21,7 @@ from optprune.models.load import (
     using_tokenizer,
 )
 from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_stock
-from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
+from optprune.models.units import KvGroups, LinkedUnits, Mlp, Target, Units, Values
 from optprune.models.weights_files import has_weights
 
 __all__ = [

@@ -65,7 +65,7 @@ def load_model(source: str | Path, *, dtype: str = "auto", device: str = "auto")
     model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"))
     for name, weight in model.named_parameters():
         check_finite(name, weight, source)
-    Decoder(model)
+    Decoder(model).joined()
     model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source)
 
@@ -204,7 +204,10 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
                     f"the config of {source} has a text_config, as models that read images have: give one of text alone"
                 )
         config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
-        check_config(config, architecture_of(config), source)
+        architecture = architecture_of(config)
+        check_config(config, architecture, source)
+        if options and architecture.mixture is not None:
+            raise InputError(f"{source} holds experts, which are not read from GGUF: load the folder that it was made of")
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not options:
