@@ -2,7 +2,7 @@
 
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
 from optprune.models.decoder import Decoder, LinkedLayers
-from optprune.models.granularities import UNITS, Blocks, Weights
+from optprune.models.granularities import UNITS, Blocks, Experts, Weights
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
@@ -34,6 +34,7 @@ __all__ = [
     "BlockShape",
     "Blocks",
     "Decoder",
+    "Experts",
     "Heads",
     "KvGroups",
     "LinkedLayers",

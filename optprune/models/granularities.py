@@ -56,6 +56,38 @@ class Weights(Units):
 
 @final
 @dataclass(frozen=True)
+class Experts(Units):
+    """Whole experts, with the rows of the router that choose them: the block's own choice, and nothing to solve after.
+
+    Every block keeps as many, at least as many as its router chooses for a token.
+    """
+
+    name = "experts"
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return ()
+
+    def least(self, decoder: Decoder) -> int:
+        """How many experts a router chooses for a token; InputError where there is no router."""
+        if decoder.architecture.mixture is None:
+            raise InputError(
+                f"units {self.name} are those of a router, and a {decoder.architecture.model_type} model has none: "
+                "choose a recipe with other units"
+            )
+        return int(decoder.model.config.num_experts_per_tok)
+
+    def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
+        super().check(decoder, block, wanted)
+        least, kept = self.least(decoder), wanted.shape.experts
+        if 0 < kept < least:
+            raise InputError(
+                f"the allocation keeps {kept} experts in block {block}, where the router chooses {least} for each token"
+            )
+
+
+@final
+@dataclass(frozen=True)
 class Blocks(Units):
     """Whole sub-blocks, attention or MLP: nothing is left to solve."""
 
@@ -71,7 +103,7 @@ UNITS: dict[str, Units] = {
     for units in (
         *(Mlp(), Values(), Values(rotated=True), KvGroups()),
         *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
-        *(Weights(), Blocks()),
+        *(Weights(), Experts(), Blocks()),
     )
 }
 """the units of a recipe, by name"""
