@@ -207,7 +207,7 @@ def _config(source: str, where: str, options: dict[str, Any]) -> PretrainedConfi
         architecture = architecture_of(config)
         check_config(config, architecture, source)
         if options and architecture.mixture is not None:
-            raise InputError(f"{source} holds experts, which are not read from GGUF: load the folder that it was made of")
+            raise InputError(f"{source} holds experts, which are not read from GGUF: load the folder it was made of")
     check_weights_named(config, source)
     quantised = getattr(config, "quantization_config", None)
     if quantised is not None and not options:
