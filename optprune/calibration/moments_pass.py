@@ -75,6 +75,6 @@ def collect(
     if output is not None:
         output.past(output.hidden)
     # Popped, so that no more than one layer's sums and its averages are there together.
-    moments = {path: calibration.pop(path).total().moments() for path in list(calibration)}
-    held = {path: kept_apart.pop(path).total().moments() for path in list(kept_apart) if held_out}
+    moments = {path: calibration.pop(path).total().moments_or_zeros() for path in list(calibration)}
+    held = {path: kept_apart.pop(path).total().moments_or_zeros() for path in list(kept_apart) if held_out}
     return Collected(moments, held, gram_seconds, forward_seconds)
