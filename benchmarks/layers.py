@@ -39,7 +39,7 @@ SETTINGS = ("50%", "60%", "70%", "2:4")
 
 def solvers() -> dict[str, Solver]:
     """By name: every sparse recipe's chain, and iterative hard thresholding."""
-    chains = {name: load_recipe(name).solver for name in RECIPES}
+    chains = {name: load_recipe(name).layer_solver for name in RECIPES}
     known = {name: solver for name, solver in chains.items() if solver is not None}
     refit = ConjugateGradients()
     return {**known, "hard thresholding": Chain((Wanda(), refit, HardThreshold(), refit))}

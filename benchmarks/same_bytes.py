@@ -61,7 +61,7 @@ MORE: tuple[tuple[str, Settings], ...] = (
     ("depth", {"depth_parts": "layers", "depth_score": "influence"}),
 )
 """settings that no shipped recipe has: other units, patterns and budgets, recovery where it is not usual"""
-FEW = ("fasp", "structured_best", "sparse_best", "depth")
+FEW = ("fasp", "structured_best", "sparse_best", "experts_best", "depth")
 """the recipes for families that are not among the three on which everything is tried"""
 DEMO = "demo"
 """the name of the demo's result"""

@@ -22,7 +22,7 @@ RECIPES = ("fasp", "spap", "spap_plus", "osscar", "flap")
 
 def solvers() -> dict[str, Solver]:
     """By name: the structured recipes' chains, and the plainest choices with the same refit."""
-    chains = {name: load_recipe(name).solver for name in RECIPES}
+    chains = {name: load_recipe(name).layer_solver for name in RECIPES}
     named = {name: solver for name, solver in chains.items() if solver is not None}
     named = {{"osscar": "greedy, one at a time", "flap": "flap, not refitted"}.get(k, k): v for k, v in named.items()}
     plain = {"flap": FlapMetric(), "magnitude": Magnitude(), "random": Random()}

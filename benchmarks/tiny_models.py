@@ -49,6 +49,7 @@ TINY_MODELS = {"llama": tiny_llama, "opt": tiny_opt, "qwen2": tiny_qwen2}
 """the models on which everything is tried"""
 NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 FOUR_NORMS = {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
 OTHER_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**FOUR_NORMS, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     "gemma3_text": {**FOUR_NORMS, "sliding_window_pattern": 2},
@@ -59,11 +60,21 @@ OTHER_FAMILIES: dict[str, dict[str, Any]] = {
         **{"residual_multiplier": 0.6, "attention_multiplier": 0.4},
     },
     "mistral": {"sliding_window": 8},
+    "mixtral": {**EXPERTS, "num_local_experts": 4, "sliding_window": 8},
     "olmo2": {},
+    "olmoe": {**EXPERTS, "norm_topk_prob": False},
     "phi3": {"sliding_window": 8, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
     "qwen3": {
         **{"head_dim": 24, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
         "tie_word_embeddings": True,
+    },
+    "qwen2_moe": {
+        **{**EXPERTS, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 40},
+        **{"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1},
+    },
+    "qwen3_moe": {
+        **{**EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "head_dim": 24},
+        **{"sliding_window": 8, "use_sliding_window": True, "tie_word_embeddings": True},
     },
     "smollm3": {"no_rope_layer_interval": 2, "sliding_window": 8, "use_sliding_window": True},
 }

@@ -119,9 +119,9 @@ def _whole_solve(
         keep, pattern = family.keep(out, width, 1 - recipe.sparsity), family.of(out, width, 1 - recipe.sparsity)
         context = LayerContext("layer", 0, loss, keep, None, pattern)
     problem = recipe.state(context)
-    solution = solve(problem, recipe.solver)
+    solution = solve(problem, recipe.layer_solver)
     if apart is not None and recipe.refit is not None and recipe.refit.dampings:
-        refitted = refit(problem, solution, apart, recipe.refit.dampings, recipe.solver)
+        refitted = refit(problem, solution, apart, recipe.refit.dampings, recipe.layer_solver)
         problem, solution = refitted.problem, refitted.solution
     problem.loss.relative_error(solution.value)
 

@@ -240,7 +240,7 @@ class MetricSums:
     def metric(self) -> OutputMetric:
         """The average so far, not damped."""
         if self.tokens == 0:
-            raise InputError("no tokens reached this layer, so it has no output metric")
+            raise InputError("no tokens reached this layer, so it has no output metric: give more text")
         sums = self._fetch()
         average = sums["diagonal"].clone()
         if self.full:

@@ -115,6 +115,14 @@ class MomentSums:
         covariance = self._covariance(square, mean, dtype)
         return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance).cleared()
 
+    def moments_or_zeros(self, dtype: torch.dtype = torch.float32) -> InputMoments:
+        """The averages so far; of a layer that no token has reached, an expert's, those of inputs that are zero."""
+        if self.tokens:
+            return self.moments(dtype)
+        square, mean = self._sums[0].to(dtype), self._sums[1].to(dtype)
+        drift = Drift(square.clone(), square.clone(), mean.clone()) if len(self._sums) > 2 else None
+        return InputMoments(square, mean, 0, drift, square)
+
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
         symmetric.mirror(total)

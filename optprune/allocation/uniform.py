@@ -6,7 +6,7 @@ from typing import final
 from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.errors import InputError
-from optprune.models import BlockAllocation, BlockShape, Decoder, LinkedUnits, Units, Weights
+from optprune.models import BlockAllocation, BlockShape, Decoder, Experts, LinkedUnits, Units, Weights
 
 
 @final
@@ -48,6 +48,8 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
                 for index, shape in enumerate(shapes)
             ),
         )
+    if isinstance(units, Experts):
+        return _fewer_experts(decoder, sparsity, units)
     if not units.kinds:
         return everything(decoder)
     hold = _check_reach(decoder, sparsity, units)
@@ -67,6 +69,29 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
             f"{last.field} {last.there(shapes[0])}; ask for more, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))
+
+
+def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocation:
+    """As many experts in every block as come nearest to a sparsity over all linear weights; shapes are enough."""
+    least, shapes, total = units.least(decoder), decoder.shapes(), decoder.linear_weights()
+    most = max(shape.experts for shape in shapes)
+
+    def keeping(count: int) -> list[BlockShape]:
+        return [replace(shape, experts=min(count, shape.experts)) for shape in shapes]
+
+    gone = {count: 1 - sum(map(decoder.weights_of, keeping(count))) / total for count in range(least, most + 1)}
+    if sparsity > gone[least] + 0.5 * (gone[least] - gone.get(least + 1, 0.0)):
+        raise InputError(
+            f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: with {least} experts a block, as "
+            f"many as the router chooses for a token, {gone[least]:.1%} of the decoder's linear weights are gone"
+        )
+    count = min(gone, key=lambda kept: abs(gone[kept] - sparsity))
+    if count == most:
+        raise InputError(
+            f"a sparsity of {sparsity:g} rounds to nothing: one expert of {most} in each block is "
+            f"{gone[most - 1]:.1%} of the decoder's linear weights; ask for more"
+        )
+    return Allocation.of(decoder, map(BlockAllocation, keeping(count)))
 
 
 def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[LinkedUnits, int]:

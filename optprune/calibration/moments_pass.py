@@ -1,12 +1,14 @@
 """The moments pass: inside a block, the inputs of its layers are reduced to moments batch by batch."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
 from optprune.calibration.lanes import LaneSums
+from optprune.calibration.routing import same_routes
 from optprune.calibration.stream import Stream, run_block
 from optprune.measure.clock import clock
 from optprune.moments import InputMoments
@@ -48,15 +50,17 @@ def collect(
     kept_apart: dict[str, LaneSums[MomentSums]] = {}
     gram_seconds = forward_seconds = 0.0
     arguments = stream.arguments
+    routes = nullcontext if reference is None else partial(same_routes, block, reference[0])
     for index in range(count):
         hidden = stream.hidden[index]
         before = clock(device)
-        actual, after = run_block(block, hidden, arguments[index], taps, to_end=to_end or output is not None)
-        forward_seconds += clock(device) - before
         ideal: dict[str, Tensor] = {}
-        if reference is not None:
-            dense_block, dense = reference
-            ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
+        with routes():
+            actual, after = run_block(block, hidden, arguments[index], taps, to_end=to_end or output is not None)
+            forward_seconds += clock(device) - before
+            if reference is not None:
+                dense_block, dense = reference
+                ideal, _ = run_block(dense_block, dense.hidden[index], dense.arguments[index], taps, to_end=False)
         sums = calibration if index < first_apart else kept_apart
         before = clock(device)
         for path, inputs in actual.items():
@@ -71,6 +75,6 @@ def collect(
     if output is not None:
         output.past(output.hidden)
     # Popped, so that no more than one layer's sums and its averages are there together.
-    moments = {path: calibration.pop(path).total().moments() for path in list(calibration)}
-    held = {path: kept_apart.pop(path).total().moments() for path in list(kept_apart) if held_out}
+    moments = {path: calibration.pop(path).total().moments_or_zeros() for path in list(calibration)}
+    held = {path: kept_apart.pop(path).total().moments_or_zeros() for path in list(kept_apart) if held_out}
     return Collected(moments, held, gram_seconds, forward_seconds)

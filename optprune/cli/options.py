@@ -49,7 +49,7 @@ Propagation = Annotated[
 ]
 Units = Annotated[
     str | None,
-    typer.Option("--units", help="mlp, vo, kv-groups, all, weights or blocks. [default: the recipe's, all for fasp]"),
+    typer.Option("--units", help="mlp, vo, kv-groups, all, weights, experts or blocks. [default: the recipe's]"),
 ]
 Pattern = Annotated[
     str | None,

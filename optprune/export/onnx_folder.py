@@ -21,7 +21,7 @@ from optprune.export.onnx_check import difference_of
 from optprune.export.origin import origin_of
 from optprune.export.place import Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
-from optprune.models import Decoder, LoadedModel, load_config, load_model
+from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
 from optprune.models.rotary import scalings
 from optprune.recipe import RUNTIMES
 from optprune.system.files import real_path
@@ -76,7 +76,13 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
     if real_path(Path(source)).is_relative_to(place):
         raise InputError(f"the output folder {output} holds the model that is read: name another")
     check_output(output, overwrite)
-    for kind in scalings(load_config(source)):
+    config = load_config(source)
+    family = architecture_of(config).model_type
+    if family not in RUNTIMES["onnx"].families:
+        raise InputError(
+            f"a {family} model runs other experts for other tokens, which a graph cannot: it is not exported to ONNX"
+        )
+    for kind in scalings(config):
         if kind not in RUNTIMES["onnx"].rotary:
             raise InputError(
                 f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "

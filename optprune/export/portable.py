@@ -35,6 +35,8 @@ def _say_config(fields: dict[str, Any]) -> None:
     """Say the dtype and the rotary embeddings in the words of 4.x too, which otherwise takes its defaults silently."""
     if "dtype" in fields:
         fields["torch_dtype"] = fields["dtype"]
+    older = architecture_called(fields.get("model_type"), fields).older_names
+    fields |= {named: fields[name] for name, named in older.items() if name in fields}
     rotary = fields.get("rope_parameters")
     if not rotary:
         return
@@ -42,7 +44,6 @@ def _say_config(fields: dict[str, Any]) -> None:
         fields["rope_local_base_freq"] = rotary["sliding_attention"]["rope_theta"]
         rotary = rotary["full_attention"]
     kind = rotary["rope_type"]
-    older = architecture_called(fields.get("model_type"), fields).older_names
     fields |= {older.get(name, name): rotary[name] for name in ROTARY if name in rotary}
     fields["rope_scaling"] = None
     if kind != "default":

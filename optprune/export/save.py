@@ -93,7 +93,7 @@ def save_model(
             put_in_place(draft, place, overwrite)
             record_done(f"the pruned model is in {folder}")
             scratch.discard()
-            return SavedModel(folder, file_bytes(str(place)), is_stock(model.config), difference, told)
+            return SavedModel(folder, file_bytes(str(place)), is_stock(decoder.joined().config), difference, told)
     except BaseException as error:
         with interrupts_held():
             if scratch is not None:
@@ -144,6 +144,7 @@ def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = 
                 _rounded(decoder.name(index, name), parameter, dtype)
     for parameter, value in rounded.items():
         parameter.data = value
+    decoder.joined()
     if store is not None:
         store.dtype = dtype
 

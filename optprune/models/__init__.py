@@ -3,6 +3,7 @@
 from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.draft import Draft, NotUnderstood
+from optprune.models.granularities import UNITS, Blocks, Experts, Weights
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
@@ -23,7 +24,7 @@ from optprune.models.load import (
 )
 from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_known, is_stock
 from optprune.models.tracing import trace
-from optprune.models.units import UNITS, Blocks, KvGroups, LinkedUnits, Mlp, Target, Units, Values, Weights
+from optprune.models.units import KvGroups, LinkedUnits, Mlp, Target, Units, Values
 from optprune.models.weights_files import has_weights
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Blocks",
     "Decoder",
     "Draft",
+    "Experts",
     "Heads",
     "KvGroups",
     "LinkedLayers",

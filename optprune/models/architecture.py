@@ -1,9 +1,9 @@
 """What optprune must know of an architecture: where its linear layers are and which of them go together."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -33,9 +33,12 @@ class BlockShape:
     """What a decoder block holds; zeros say that it has no MLP, or no attention."""
 
     mlp_width: int
+    """the units of the MLP, or of each expert"""
     kv_heads: int
     value_dim: int
     """the value dimensions of a head"""
+    experts: int = 0
+    """the experts that a router chooses from; none where the block has one MLP"""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -44,7 +47,14 @@ class BlockShape:
 
     def without(self, part: str) -> "BlockShape":
         """The shape without a sub-block, "attention" or "mlp"."""
-        return replace(self, kv_heads=0, value_dim=0) if part == "attention" else replace(self, mlp_width=0)
+        if part == "attention":
+            return replace(self, kv_heads=0, value_dim=0)
+        return replace(self, mlp_width=0, experts=0)
+
+    def counts(self) -> dict[str, int]:
+        """The numbers by name, as files hold them: of a block without a router nothing is said of experts."""
+        counts: dict[str, Any] = asdict(self)
+        return counts if self.experts else {name: count for name, count in counts.items() if name != "experts"}
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,44 @@ class Classes:
         return cls(*(getattr(module, f"{family}{kind}") for kind in kinds))
 
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""the layers of a gated MLP"""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts, gated MLPs that are alike, of which a router chooses some for each token.
+
+    While a decoder has the model each expert is a module of its own, called by its number, as checkpoints name it.
+    """
+
+    module: str = "mlp"
+    """the sub-module that routes and adds up"""
+    experts: str = "mlp.experts"
+    """the module that holds the experts"""
+    router: str = "mlp.gate"
+    """the module whose weight has a row for each expert"""
+    count: str = "num_experts"
+    """the config field that holds the number of experts"""
+    shared: str = ""
+    """the gated MLP that every token goes through besides, where there is one"""
+    shared_width: str = ""
+    """the config field that holds its width"""
+    normalised: Callable[[PretrainedConfig], bool] = lambda config: bool(config.norm_topk_prob)
+    """whether the weights of the chosen experts are scaled to add up to one"""
+    stored: Mapping[str, str] = field(default_factory=dict)
+    """what checkpoints call parts of the names in a block, where that is not as they are here"""
+
+    def stages(self, count: int) -> tuple[tuple[str, ...], ...]:
+        """The linear layers of so many experts, those that run together."""
+        every = tuple(f"{self.experts}.{number}" for number in range(count))
+        stages = []
+        for places in ((self.shared,), every) if self.shared else (every,):
+            stages.append(tuple(f"{place}.{layer}" for place in places for layer in GATED[:2]))
+            stages.append(tuple(f"{place}.{GATED[2]}" for place in places))
+        return tuple(stages)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One family of decoder models, as data; every path is relative to a decoder block unless it says otherwise."""
@@ -88,7 +136,7 @@ class Architecture:
     after_blocks: tuple[str, ...]
     """paths from the model to what the hidden states pass between the last block and the head, where a model has it"""
     stages: tuple[tuple[str, ...], ...]
-    """the linear layers in the order of the forward pass; those of one stage read the same input"""
+    """the linear layers in the order of the forward pass; those of one stage and one module read the same input"""
     mlp_producers: tuple[str, ...]
     """the layers whose rows are MLP units"""
     mlp_consumer: str
@@ -132,16 +180,45 @@ class Architecture:
     """the config fields that must be off: with them a model computes something else"""
     transposed: tuple[str, ...] = ()
     """the linear layers whose weight a file holds as [in, out], as transformers' Conv1D does"""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """the config fields of which one value is understood"""
     stored_names: Mapping[str, str] = field(default_factory=dict)
     """what checkpoints of the stock class call a tensor, where that is not its name in the model"""
     older_names: Mapping[str, str] = field(default_factory=dict)
-    """what the config of transformers 4.x calls rope_theta and partial_rotary_factor, where it is not that"""
+    """what the config of transformers 4.x calls a field, rope_theta among them, where it is not that"""
     logits_divisor: str = ""
     """the config field by which what the head gives is divided, where there is one"""
     logits_factor: str = ""
     """the config field by which what the head gives is multiplied, where there is one"""
     logits_cap: str = ""
     """the config field c, where logits x are c tanh(x / c) in the end"""
+    mixture: Mixture | None = None
+    """the experts in place of one MLP, where there are any"""
+
+    def of(self, config: PretrainedConfig) -> "Architecture":
+        """The same with the linear layers of as many experts as a config says."""
+        if self.mixture is None:
+            return self
+        return replace(self, stages=self.stages + self.mixture.stages(getattr(config, self.mixture.count)))
+
+    def stored(self, name: str) -> str:
+        """What checkpoints of the stock class call a tensor of the model."""
+        return self.stored_names.get(name) or self._renamed(name, self._stored_parts)
+
+    def given(self, name: str) -> str:
+        """What the model calls a tensor of a checkpoint of the stock class; one without a place stays as it is."""
+        names = {stored: own for own, stored in self.stored_names.items()}
+        return names.get(name) or self._renamed(name, {there: here for here, there in self._stored_parts.items()})
+
+    @property
+    def _stored_parts(self) -> Mapping[str, str]:
+        return {} if self.mixture is None else self.mixture.stored
+
+    def _renamed(self, name: str, parts: Mapping[str, str]) -> str:
+        if name.startswith(f"{self.blocks}."):
+            for before, after in parts.items():
+                name = name.replace(before, after)
+        return name
 
     @property
     def model_types(self) -> tuple[str, ...]:
@@ -156,7 +233,9 @@ class Architecture:
     @property
     def taps(self) -> dict[str, str]:
         """For every linear layer of a block the first one that reads the same input."""
-        return {path: stage[0] for stage in self.stages for path in stage}
+        first: dict[tuple[int, str], str] = {}
+        places = [(number, path) for number, stage in enumerate(self.stages) for path in stage]
+        return {path: first.setdefault((number, path.rpartition(".")[0]), path) for number, path in places}
 
     def is_turned(self, name: str) -> bool:
         """Whether a file holds the tensor of that full name transposed."""

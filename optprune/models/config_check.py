@@ -39,18 +39,24 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
     for name, value in FIXED.items():
         if getattr(config, name, value) is not value:
             refuse(name, getattr(config, name), f"{value}, as it is here")
-    for name in architecture.off:
-        if getattr(config, name, None):
-            raise InputError(
-                f"the config of {source} has {name} {shown(getattr(config, name))}, and what a "
-                f"{architecture.model_type} model computes then is not known: give one without it"
-            )
+    _check_understood(config, architecture, source)
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         refuse("dtype", dtype, "a floating-point dtype")
     heads = architecture.heads(config)
     if heads.query % heads.kv:
         refuse("num_key_value_heads", heads.kv, f"a divisor of num_attention_heads {heads.query}")
-    window = getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and not (isinstance(window, int) and window >= 1):
         refuse("sliding_window", window, "a whole number of at least 1")
+
+
+def _check_understood(config: PretrainedConfig, architecture: Architecture, source: str) -> None:
+    """Raise InputError where fields say that a model computes what the description does not tell of."""
+    wrong = [name for name in architecture.off if getattr(config, name, None)]
+    wrong += [name for name, wanted in architecture.fixed.items() if getattr(config, name, wanted) != wanted]
+    for name in wrong:
+        raise InputError(
+            f"the config of {source} has {name} {shown(getattr(config, name))}, and what a "
+            f"{architecture.model_type} model computes then is not known: give one without it"
+        )

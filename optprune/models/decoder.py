@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optprune.errors import InputError
 from optprune.models.architecture import BlockShape, Classes
 from optprune.models.digits import HALF, parameters_in
+from optprune.models.mixture import join, keep_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
-from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
-from optprune.models.rows import counts_of_heads
+from optprune.models.record import record_shapes
+from optprune.models.registry import architecture_of
+from optprune.models.shapes import head_counts, layer_sizes, linear_weights, mlp_counts
 from optprune.models.store import BlockStore
 from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
 from optprune.models.turned import check_linear
@@ -33,6 +34,8 @@ class LinkedLayers:
 class Decoder:
     """Access to the parts of a model that pruning reads and writes. Nothing is copied; writing changes the model.
 
+    Experts are modules of their own, which share memory with the tensors that held them, until they are `joined`.
+
     The blocks of a skeleton come from a `store` and have values only while they are `resident`. Where it `computes_in`
     another dtype than the weights are stored in, a block is of that dtype while it is resident, and rounded then.
     """
@@ -47,6 +50,9 @@ class Decoder:
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
         self.blocks: nn.ModuleList = model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        if self.architecture.mixture is not None:
+            for block in self.blocks:
+                separate(block, self.architecture.mixture)
         for index in range(len(self.blocks)):
             for path in self.paths(index):
                 check_linear(self.layer(index, path), path, turned=path in self.architecture.transposed)
@@ -145,26 +151,28 @@ class Decoder:
     def shape(self, block: int) -> BlockShape:
         """What a block holds."""
         architecture = self.architecture
-        width = self.layer(block, architecture.mlp_consumer).in_features if self._has_part(block, "mlp") else 0
-        if not self._has_part(block, "attention"):
-            return BlockShape(width, 0, 0)
-        keys, mixed = self.layer(block, architecture.key), self.layer(block, architecture.output)
-        counts = counts_of_heads(architecture.joined, self.heads, keys.out_features, mixed.in_features)
-        return BlockShape(width, *counts)
+        there = self.blocks[block]
+        width, experts = mlp_counts(architecture, there) if self._has_part(block, "mlp") else (0, 0)
+        heads = head_counts(architecture, self.heads, there) if self._has_part(block, "attention") else (0, 0)
+        return BlockShape(width, *heads, experts)
 
     def shapes(self) -> tuple[BlockShape, ...]:
         """What every block holds."""
         return tuple(self.shape(block) for block in range(len(self.blocks)))
 
     def weights_of(self, shape: BlockShape) -> int:
-        """The linear weights of a block of this shape: rows of Q, K and V, columns of O; MLP rows and columns."""
-        heads = self.heads
-        attention = shape.kv_heads * (heads.group + 1) * (heads.dim + shape.value_dim)
-        mlp = shape.mlp_width * (len(self.architecture.mlp_producers) * self.architecture.rows_of_unit + 1)
-        return self.model.config.hidden_size * (attention + mlp)
+        """The linear weights of a block of this shape."""
+        return linear_weights(self.architecture, self.model.config, self.heads, shape)
+
+    def layer_sizes(self, shape: BlockShape) -> dict[str, tuple[int, int]]:
+        """The outputs and inputs of every linear layer in a block of this shape, zeros where it is not there."""
+        return layer_sizes(self.architecture, self.model.config, self.heads, shape)
 
     def _has(self, block: int, path: str) -> bool:
-        return self.blocks[block]._modules[path.partition(".")[0]] is not None
+        module: nn.Module | None = self.blocks[block]
+        for name in path.split("."):
+            module = None if module is None else module._modules.get(name)
+        return module is not None
 
     def _has_part(self, block: int, part: str) -> bool:
         return all(self._has(block, module) for module in self.architecture.modules_of(part))
@@ -181,13 +189,28 @@ class Decoder:
             mask = torch.ones(producer.out_features, dtype=torch.bool, device=rows.device)
             mask[rows[~choice].reshape(-1)] = False
             keep_outputs(producer, mask)
-        self._take_classes(self.architecture.pruned, block)
+        self.take_classes(self.architecture.pruned, block)
+
+    def keep_experts(self, block: int, kept: Tensor) -> None:
+        """Delete the experts of a block outside a mask [experts], and the rows of the router that choose them."""
+        assert self.architecture.mixture is not None
+        keep_experts(self.blocks[block], self.architecture.mixture, kept)
+
+    def joined(self) -> PreTrainedModel:
+        """The model as the classes of transformers hold it, whose experts are no modules; then this is done with it.
+
+        With a store the experts stay modules, as its files name them.
+        """
+        if self.architecture.mixture is not None and self.store is None:
+            for block in self.blocks:
+                join(block, self.architecture.mixture)
+        return self.model
 
     def remove(self, block: int, part: str) -> None:
         """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states pass it by."""
         for name in self.architecture.modules_of(part):
             self.blocks[block]._modules[name] = None
-        self._take_classes(self.architecture.pruned, block)
+        self.take_classes(self.architecture.pruned, block)
 
     def put(self, block: int, shape: BlockShape, weights: Mapping[str, Tensor]) -> None:
         """Let a block be what a run made of it: of this shape, with these parameters by their names inside it."""
@@ -195,10 +218,12 @@ class Decoder:
         for part in before.parts:
             if part not in shape.parts:
                 self.remove(block, part)
+        if shape.experts < self.shape(block).experts:
+            self.keep_experts(block, torch.arange(before.experts) < shape.experts)
         wide = {name: weight.to(self.computes_in or weight.dtype) for name, weight in weights.items()}
         put_parameters(self.blocks[block], wide)
         if shape != before:
-            self._take_classes(self.architecture.pruned, block)
+            self.take_classes(self.architecture.pruned, block)
 
     @contextmanager
     def without(self, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
@@ -235,49 +260,13 @@ class Decoder:
     def record_shapes(self) -> None:
         """Make the model's classes and config say what the blocks hold, so that a saved folder says it too.
 
-        Blocks that hold nothing are dropped. The model is of its stock class where that can hold the shapes.
+        Blocks that hold nothing are dropped. The model is of its stock class where that can hold the shapes, and is
+        `joined`.
         """
-        self._drop_empty_blocks()
-        architecture, config, shapes = self.architecture, self.model.config, self.shapes()
-        if not any(shape.kv_heads for shape in shapes):
-            raise InputError("no block has attention left, so no token would see another: remove less")
-        setattr(config, architecture.mlp_width, max(shape.mlp_width for shape in shapes) or 1)
-        stock = self._stock_can_hold(shapes)
-        classes = architecture.stock if stock else architecture.pruned
-        for block in range(len(self.blocks)):
-            self._take_classes(classes, block)
-        if not stock:
-            if classes is None:
-                raise InputError(f"blocks of a {architecture.model_type} model are alike under a draft: prune evenly")
-            config.__class__, self.model.__class__ = classes.config, classes.model
-            vars(config).pop("auto_map", None)  # another owner's classes; saving names ours
-            setattr(config, SHAPES_FIELD, [asdict(shape) for shape in shapes])
-            self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
-            return
-        if classes is not None and not is_stock(config):
-            config.__class__, self.model.__class__ = classes.config, classes.model
-            for field in (SHAPES_FIELD, "auto_map"):
-                vars(config).pop(field, None)
-        if shapes[0].kv_heads < self.heads.kv:
-            config.head_dim = self.heads.dim
-            config.num_key_value_heads = shapes[0].kv_heads
-            config.num_attention_heads = shapes[0].kv_heads * self.heads.group
-            self.heads = architecture.heads(config)
-        for index, block in enumerate(self.blocks):
-            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
-            mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
-            if architecture.mlp_width in vars(mlp):
-                setattr(mlp, architecture.mlp_width, shapes[0].mlp_width)
+        record_shapes(self)
+        self.joined()
 
-    def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
-        heads, first = self.heads, shapes[0]
-        if any(shape != first for shape in shapes) or not first.mlp_width or first.value_dim != heads.dim:
-            return False
-        # The stock configs insist that the heads divide the hidden size, though head_dim says how wide they are.
-        divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0
-        return first.kv_heads == heads.kv or (self.architecture.head_dim_is_free and divides)
-
-    def _take_classes(self, classes: Classes | None, block: int) -> None:
+    def take_classes(self, classes: Classes | None, block: int) -> None:
         """Let a block be of these classes: their state is the same, only forward differs."""
         if classes is None:
             return
@@ -286,14 +275,8 @@ class Decoder:
         if self._has_part(block, "attention"):
             module.get_submodule(self.architecture.attention).__class__ = classes.attention
 
-    def _drop_empty_blocks(self) -> None:
-        kept = [index for index, shape in enumerate(self.shapes()) if shape.parts]
-        if len(kept) == len(self.blocks):
-            return
-        config, (parent, _, name) = self.model.config, self.architecture.blocks.rpartition(".")
+    def drop_blocks(self, kept: Sequence[int]) -> None:
+        """Leave only these blocks."""
+        parent, _, name = self.architecture.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
-        config.num_hidden_layers = len(kept)
-        for field in self.architecture.by_block:
-            if getattr(config, field, None):
-                setattr(config, field, [getattr(config, field)[index] for index in kept])

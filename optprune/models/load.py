@@ -67,7 +67,7 @@ def load_model(
     model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"))
     for name, weight in model.named_parameters():
         check_finite(name, weight, source)
-    Decoder(model)
+    Decoder(model).joined()
     model.to(target)  # type: ignore[arg-type]  # transformers overloads .to
     return LoadedModel(model.eval(), load_tokenizer(source), source)
 
@@ -221,7 +221,10 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
         config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
         if draft is not None:
             draft.carried_by(config)
-        check_config(config, architecture_of(config), source)
+        architecture = architecture_of(config)
+        check_config(config, architecture, source)
+        if options and architecture.mixture is not None:
+            raise InputError(f"{source} holds experts, which are not read from GGUF: load the folder it was made of")
     if draft is not None:
         check_laws(draft, config)
     check_weights_named(config, source)

@@ -13,19 +13,23 @@ from optprune.models.gpt_neox import GPT_NEOX
 from optprune.models.granite import GRANITE
 from optprune.models.llama import LLAMA
 from optprune.models.mistral import MISTRAL
+from optprune.models.mixtral import MIXTRAL
 from optprune.models.olmo2 import OLMO2
+from optprune.models.olmoe import OLMOE
 from optprune.models.opt import OPT
 from optprune.models.phi3 import PHI3
 from optprune.models.qwen2 import QWEN2
+from optprune.models.qwen2_moe import QWEN2_MOE
 from optprune.models.qwen3 import QWEN3
+from optprune.models.qwen3_moe import QWEN3_MOE
 from optprune.models.smollm3 import SMOLLM3
 from optprune.models.unknown import not_understood
 
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
-        *(GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MISTRAL),
-        *(OLMO2, OPT, PHI3, QWEN2, QWEN3, SMOLLM3),
+        *(GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMOE),
+        *(OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
     )
 }
 SHAPES_FIELD = "optprune_shapes"
@@ -40,7 +44,7 @@ for _architecture in ARCHITECTURES.values():
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The architecture of a config, or an InputError that lists those known, and what is not understood."""
-    return architecture_called(config.model_type, config)
+    return architecture_called(config.model_type, config).of(config)
 
 
 def is_known(config: PretrainedConfig) -> bool:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint
+from optprune.models.checkpoint import Checkpoint, StoredTensor
+from optprune.models.mixture import DOWN, FUSED, GATE, LAST, UP, separate
 from optprune.models.registry import architecture_of
 
 OLD_BUFFER = r"rotary_emb\.inv_freq"
@@ -23,7 +24,12 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A model of a config whose weights have shapes only; its buffers are those of every model of this config."""
     cls: Any = AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
-        return cls.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = cls.from_config(config, dtype=dtype, trust_remote_code=False)
+    architecture = architecture_of(config)
+    if architecture.mixture is not None:  # as files name them
+        for block in model.get_submodule(architecture.blocks):
+            separate(block, architecture.mixture)
+    return model
 
 
 def drawn(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -79,8 +85,9 @@ def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
     A folder of a model without its head names all from there on.
     """
     architecture = architecture_of(model.config)
-    given = {stored: name for name, stored in architecture.stored_names.items()}
-    tensors = {given.get(name, name): at for name, at in checkpoint.tensors.items()}
+    tensors = {architecture.given(name): at for name, at in checkpoint.tensors.items()}
+    if architecture.mixture is not None:
+        tensors = taken_apart(tensors, architecture.mixture.experts)
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in tensors):
         weights = dict(model.named_parameters(remove_duplicate=False))
@@ -88,6 +95,25 @@ def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
         tensors = {name: tensor for name, tensor in named.items() if name in weights} or named
     turned = {name: at.transposed() for name, at in tensors.items() if architecture.is_turned(name)}
     return replace(checkpoint, tensors=tensors | turned)
+
+
+def taken_apart(tensors: Mapping[str, StoredTensor], experts: str) -> dict[str, StoredTensor]:
+    """The tensors with the matrices of each expert in place of those that hold all: they lie one behind the other."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        place, _, own = name.rpartition(".")
+        parts = {FUSED: (GATE, UP), LAST: (DOWN,)}.get(own, ()) if place.endswith(f".{experts}") else ()
+        if not parts or len(tensor.shape) != 3:
+            found[name] = tensor
+            continue
+        count, rows, columns = tensor.shape
+        shape = (rows // len(parts), columns)
+        matrix = replace(tensor, shape=shape)
+        for number in range(count * len(parts)):
+            expert, part = divmod(number, len(parts))
+            at = replace(matrix, begin=tensor.begin + number * matrix.bytes)
+            found[f"{place}.{expert}.{parts[part]}.weight"] = at
+    return found
 
 
 def unknown_to(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:

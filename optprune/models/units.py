@@ -90,7 +90,8 @@ class Units(ABC):
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         """The layers that want a whole output metric: units are columns of few, and a matrix for each is dear."""
-        return tuple(dict.fromkeys(kind.consumer(architecture) for kind in self._every()))
+        every = dict.fromkeys(kind.consumer(architecture) for kind in self._every())
+        return tuple(path for path in every if path in architecture.layers)
 
     def _every(self) -> "tuple[LinkedUnits, ...]":
         """What an allocation may narrow, whoever chose it: the recipe's own units first."""
@@ -153,6 +154,7 @@ class Mlp(LinkedUnits):
 
     def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
         architecture = decoder.architecture
+        architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
         layer = decoder.layer(block, architecture.mlp_consumer)
         every = torch.arange(layer.in_features, device=layer.weight.device)
         apart = torch.arange(architecture.rows_of_unit, device=every.device) * len(every)
@@ -226,75 +228,8 @@ class KvGroups(LinkedUnits):
         return LinkedLayers(architecture.output, paths, Link(columns, torch.zeros_like(unit), rows))
 
 
-@final
-@dataclass(frozen=True)
-class Composite(Units):
-    """Units of several kinds, of different layers."""
-
-    name: str
-    of: tuple[LinkedUnits, ...]
-    """the kinds of units, of which the last one fills up what the others leave of a budget"""
-
-    @property
-    def kinds(self) -> tuple[LinkedUnits, ...]:
-        return self.of
-
-
-@final
-@dataclass(frozen=True)
-class Weights(Units):
-    """Single weights of every linear layer."""
-
-    family: PatternFamily = ANYWHERE
-    name = "weights"
-    objective = "sparse"
-
-    @property
-    def kinds(self) -> tuple[LinkedUnits, ...]:
-        return ()
-
-    def candidates(self, decoder: Decoder, block: int) -> list[Target]:
-        taps = decoder.architecture.taps
-        return [Target(path, taps[path], family=self.family) for path in decoder.paths(block)]
-
-    def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
-        return [target for target in self.candidates(decoder, block) if wanted.share(target.path) < 1]
-
-    def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
-        if wanted.shape.parts and wanted.shape != decoder.shape(block):
-            raise InputError(f"the allocation narrows block {block}, but the recipe's units are single weights")
-        if not all(map(self.family.admits, wanted.shares.values())):
-            raise InputError(f"with the pattern {self.family.name} a layer of block {block} keeps that share, or 1")
-
-    def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
-        return architecture.layers
-
-
-@final
-@dataclass(frozen=True)
-class Blocks(Units):
-    """Whole sub-blocks, attention or MLP: nothing is left to solve."""
-
-    name = "blocks"
-
-    @property
-    def kinds(self) -> tuple[LinkedUnits, ...]:
-        return ()
-
-
 def _in_order(decoder: Decoder, kinds: list[LinkedUnits]) -> list[Target]:
     architecture = decoder.architecture
     taps, layers = architecture.taps, architecture.layers
     consumers = [(kind.consumer(architecture), kind) for kind in kinds]
     return [Target(path, taps[path], kind) for path, kind in sorted(consumers, key=lambda pair: layers.index(pair[0]))]
-
-
-UNITS: dict[str, Units] = {
-    units.name: units
-    for units in (
-        *(Mlp(), Values(), Values(rotated=True), KvGroups()),
-        *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
-        *(Weights(), Blocks()),
-    )
-}
-"""the units of a recipe, by name"""

@@ -1,6 +1,7 @@
 """Pruning problems: one kind a file. A problem measures, prints and hashes; it knows no solver and no model."""
 
 from optprune.problems.base import Problem
+from optprune.problems.experts import ExpertChoice
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares
@@ -17,6 +18,7 @@ __all__ = [
     "Channels",
     "Example",
     "Examples",
+    "ExpertChoice",
     "LayerLoss",
     "Link",
     "LinkedLeastSquares",

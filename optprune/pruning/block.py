@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optprune.calibration import BlockMoments, Path
-from optprune.calibration.calls import Calls, Wanted
+from optprune.calibration.calls import Calls, Wanted, calls_of
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
+from optprune.pruning.experts import remove_experts
 from optprune.pruning.hands import Hands, OneAfterTheOther
 from optprune.pruning.layer import LayerTask, SolvedLayer, write_layer
 from optprune.pruning.matching import descent_of, match_block
@@ -82,7 +83,7 @@ def prune_block(
     with decoder.resident(index, keep=True):
         work = _Work(decoder, task, on_event, hands or OneAfterTheOther())
         removed = parts_removed(decoder.shape(index), task.wanted.shape)
-        if task.onwards or work.targets:
+        if task.onwards or work.targets or work.fewer_experts:
             work.visit(removed)
         else:
             work.remove(removed)
@@ -105,6 +106,8 @@ class _Work:
     def __init__(self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], hands: Hands) -> None:
         self.decoder, self.task, self.on_event, self.hands = decoder, task, on_event, hands
         self.targets = targets_of(decoder, task.recipe, task.wanted, task.index)
+        shape = decoder.shape(task.index)
+        self.fewer_experts = 0 < task.wanted.shape.experts < shape.experts
         self.layers: list[LayerReport] = []
         self.recovered: list[RecoveredPart] = []
         self.zeros = self.due = 0
@@ -121,10 +124,13 @@ class _Work:
         """Go through the block stage by stage, and on to the next one."""
         task, block = self.task, self.decoder.blocks[self.task.index]
         wanted = {"held_out": task.held_out, "calls": self.wanted(task.recipe.recovery), "known": task.known}
-        matching = task.recipe.matching if self.targets or removed else None
+        matching = task.recipe.matching if self.targets or removed or self.fewer_experts else None
         whole = matching is not None
-        with task.path.visit(block, cut=bool(removed), walked=task.walked, whole=whole, **wanted) as visit:
+        cut = bool(removed) or self.fewer_experts
+        with task.path.visit(block, cut=cut, walked=task.walked, whole=whole, **wanted) as visit:
             self.remove(removed)
+            if self.fewer_experts:
+                self.choose_experts()
             stages = visit.stages(by_stage(self.decoder, self.targets))
             for position, stage in enumerate(stages):
                 places = self.recovered_by(stage)
@@ -147,6 +153,18 @@ class _Work:
         """Remove sub-blocks whole."""
         for part in parts:
             self.decoder.remove(self.task.index, part)
+
+    def choose_experts(self) -> None:
+        """Remove whole experts, by what reaches them."""
+        decoder, task = self.decoder, self.task
+        mixture = decoder.architecture.mixture
+        assert mixture is not None
+        calls = calls_of(decoder.blocks[task.index], mixture.module, task.path.actual)
+        report = remove_experts(
+            decoder, task.index, task.wanted.shape.experts, task.recipe, *calls.split(task.held_out)
+        )
+        self.layers.append(report)
+        self.on_event(LayerSolved(report))
 
     def taps(self, targets: Sequence[Target]) -> list[str]:
         """The layers at which the inputs of all targets are seen, in the order of the forward pass."""

@@ -120,7 +120,7 @@ def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int)
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
-    work, search = 0.0, _search(recipe.solver)
+    work, search = 0.0, _search(recipe.layer_solver)
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
         passes, taps = 3 if recipe.policy.sequential else 2, {target.tap for target in targets}

@@ -186,12 +186,12 @@ def _best_answer(
 
 def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | None) -> _Answer:
     recipe, problem = task.recipe, task.recipe.state(context)
-    solution = solve(problem, recipe.solver)
+    solution = solve(problem, recipe.layer_solver)
     _check(solution, task.name)
     if held_out is None or recipe.refit is None or not recipe.refit.dampings:
         return _Answer(problem, solution, held_out, None, _dead(problem))
     dampings, join = recipe.refit.dampings, not recipe.recovers
-    refitted = refit(problem, solution, held_out, dampings, recipe.solver, join=join)
+    refitted = refit(problem, solution, held_out, dampings, recipe.layer_solver, join=join)
     _check(refitted.solution, task.name)
     return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error, _dead(refitted.problem))
 
@@ -213,7 +213,7 @@ def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> La
 
     Of a layer whose units go, the number kept is known once they are gone.
     """
-    problem, solution, solver = answer.problem, answer.solution, task.recipe.solver
+    problem, solution, solver = answer.problem, answer.solution, task.recipe.layer_solver
     loss = problem.loss
     written = value.to(loss.weight)
     return LayerReport(

@@ -46,12 +46,12 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
     idle = _idle_recovery(decoder, recipe, pruned) + _idle_matching(recipe, pruned)
     if idle and recipe.strict:
         raise StrictError(f"{idle[0]} (strict mode makes this an error)")
-    if recipe.solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
+    if recipe.layer_solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
         full = recipe.metric is not None and recipe.metric.kind == "full"
         widest = (recipe.metric and recipe.metric.width) or math.inf
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
         small = small_problem(recipe, full=full and whole)
-        check_accepted(small.in_output_basis()[0], recipe.solver)
+        check_accepted(small.in_output_basis()[0], recipe.layer_solver)
     return idle
 
 

@@ -2,7 +2,6 @@
 
 from optprune.calibration import BlockMoments, KnownMoments
 from optprune.models import BlockShape, Decoder, Target
-from optprune.pruning.targets import parts_removed
 from optprune.recipe import Recipe
 
 
@@ -34,6 +33,8 @@ class Recalled:
         if policy.sequential or policy.dense_target or not policy.independent:
             return False
         return all(
-            known.knows(index, [target.tap for target in of]) and not parts_removed(self._decoder.shape(index), shape)
+            known.knows(index, [target.tap for target in of])
+            and self._decoder.shape(index).parts == shape.parts
+            and self._decoder.shape(index).experts == shape.experts
             for index, (of, shape) in enumerate(zip(targets, shapes, strict=True))
         )

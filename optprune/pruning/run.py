@@ -75,7 +75,7 @@ class Run:
         self.walked: dict[int, float] = {}
         """the seconds of the pass through a dense block that a worker prunes meanwhile"""
         blocks = range(len(decoder.blocks))
-        self.last = max((index for index in blocks if self.targets(index)), default=-1)
+        self.last = max((index for index in blocks if self.chooses(index)), default=-1)
         """the last block with something to solve: nothing travels past it"""
 
     @classmethod
@@ -131,6 +131,11 @@ class Run:
     def targets(self, index: int) -> list[Target]:
         """The layers to prune in a block."""
         return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
+
+    def chooses(self, index: int) -> bool:
+        """Whether what becomes of a block hangs on what enters it."""
+        experts = self.allocation.blocks[index].shape.experts
+        return bool(self.targets(index)) or 0 < experts < self.decoder.shape(index).experts
 
     def prune_block(self, index: int) -> None:
         """Prune the block that comes next, or let it be what an earlier run made of it."""

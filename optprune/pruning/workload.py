@@ -244,12 +244,12 @@ class Workload:
         """The workspace of a layer's solve, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        solver = self.recipe.solver or choose(small_problem(self.recipe, full=coupled))
+        solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=coupled))
         return solver.takes(out, width, coupled) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: list[Target], target: Target) -> int:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
-        solver = self.recipe.solver or choose(small_problem(self.recipe, full=self.coupled(target.path)))
+        solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=self.coupled(target.path)))
         before = stage[: stage.index(target)]
         return solver.keeps * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 

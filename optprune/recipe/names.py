@@ -13,13 +13,15 @@ from optprune.errors import InputError
 from optprune.models import UNITS, Units
 from optprune.objectives import OBJECTIVES, Objective
 from optprune.patterns import ANYWHERE, PatternFamily, pattern_family
-from optprune.solvers import Chain, Solver
+from optprune.solvers import Chain, ExpertSolver, Solver
 from optprune.system.wording import shown
 
-SOLVERS: dict[str, type[Solver]] = {
+SOLVERS: dict[str, type[Solver] | type[ExpertSolver]] = {
     "admm": solvers.Admm,
     "channel_swaps": solvers.ChannelSwaps,
     "conjugate_gradients": solvers.ConjugateGradients,
+    "expert_elimination": solvers.ExpertElimination,
+    "expert_frequency": solvers.ExpertFrequency,
     "fasp_metric": solvers.FaspMetric,
     "fista_path": solvers.FistaPath,
     "fistapruner": solvers.FistaPruner,
@@ -29,6 +31,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "magnitude": solvers.Magnitude,
     "perspective_bound": solvers.PerspectiveBound,
     "random": solvers.Random,
+    "reap": solvers.Reap,
     "removal_bound": solvers.RemovalBound,
     "restore": solvers.Restore,
     "spap": solvers.Spap,
@@ -145,7 +148,7 @@ def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
         raise ValueError(f"the option {option} of {solver} is {shown(value)}: {error.errors()[0]['msg']}") from error
 
 
-def write_solver(solver: Solver | None) -> Any:
+def write_solver(solver: Solver | ExpertSolver | None) -> Any:
     """What `read_solver` reads: only options that are not the default are told."""
     if solver is None:
         return None

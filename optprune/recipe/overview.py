@@ -46,6 +46,7 @@ KINDS = (
         "single weights: zeros in a folder of the same size, faster where a runtime has a kernel for them",
         lambda recipe: recipe.units.family is not None,
     ),
+    Kind("experts: whole ones, with their rows of the router", lambda recipe: recipe.units.name == "experts"),
     Kind("depth: whole attention and MLP sub-blocks", lambda recipe: recipe.units.name == "blocks"),
 )
 """every shipped recipe is in one of them"""
@@ -57,4 +58,4 @@ def loads_stock(recipe: Recipe) -> bool:
         return True
     if isinstance(recipe.allocation, DepthSearch):
         return recipe.allocation.parts == "layers"
-    return isinstance(recipe.allocation, UniformShares) and recipe.units.name == "mlp"
+    return isinstance(recipe.allocation, UniformShares) and recipe.units.name in ("mlp", "experts")

@@ -18,7 +18,7 @@ from pydantic import (
 
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
-from optprune.models import UNITS, Units
+from optprune.models import UNITS, Experts, Units
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.problems import Problem
 from optprune.recipe.aliases import NEEDS
@@ -44,7 +44,7 @@ from optprune.recipe.names import (
     write_units,
 )
 from optprune.recipe.settings import Settings
-from optprune.solvers import Solver
+from optprune.solvers import ExpertElimination, ExpertSolver, Solver
 from optprune.solvers.ridge import refitting
 from optprune.system.interrupts import interrupts_held
 from optprune.system.telling import Facts, Telling
@@ -75,13 +75,13 @@ class Recipe(Telling, BaseModel):
     """where it comes from"""
     objective: Annotated[Objective | None, BeforeValidator(read_objective), PlainSerializer(write_objective)] = None
     """a function LayerContext -> Problem; null states the problem that goes with the units: sparse or linked"""
-    solver: Annotated[Solver | None, BeforeValidator(read_solver), PlainSerializer(write_solver)] = None
+    solver: Annotated[Solver | ExpertSolver | None, BeforeValidator(read_solver), PlainSerializer(write_solver)] = None
     """what solves the problems: a name, {name: {option: value}}, or a list of those; null lets optprune choose by the
     problem"""
     units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
     """what is pruned: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
     query heads, MLP units and value dimensions, single weights of every linear layer, in a pattern where it is
-    {weights: 2:4}, or whole sub-blocks"""
+    {weights: 2:4}, whole experts, or whole sub-blocks"""
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]
@@ -132,10 +132,18 @@ class Recipe(Telling, BaseModel):
             raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
         if self.objective is OBJECTIVES["sparse"] and not single:
             raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
-        refitted = self.refit is not None and len(self.refit.dampings) > 0
-        if refitted and self.solver is not None and refitting(self.solver) is None:
+        experts = isinstance(self.units, Experts)
+        if self.solver is not None and isinstance(self.solver, ExpertSolver) != experts:
             raise ValueError(
-                f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {self.solver.label}"
+                f"{self.solver.label} does not solve what units {self.units.name} state: experts are chosen by "
+                "expert_elimination, reap or expert_frequency, and those choose nothing else"
+            )
+        if experts and (isinstance(self.allocation, GlobalBudget) or self.objective is not None):
+            raise ValueError("whole experts go by their own cost, equally many from every block: allocation uniform")
+        refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
+        if refitted and solver is not None and refitting(solver) is None:
+            raise ValueError(
+                f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {solver.label}"
             )
         return self
 
@@ -172,6 +180,16 @@ class Recipe(Telling, BaseModel):
             if name != "summary"
         ]
         return Facts(one_line(title), told)
+
+    @property
+    def layer_solver(self) -> Solver | None:
+        """What solves the problems of layers, where that is said."""
+        return self.solver if isinstance(self.solver, Solver) else None
+
+    @property
+    def expert_solver(self) -> ExpertSolver:
+        """What chooses experts."""
+        return self.solver if isinstance(self.solver, ExpertSolver) else ExpertElimination()
 
     @property
     def recovery(self) -> Recovery | None:

@@ -18,7 +18,7 @@ from optprune.report.healed import Healed, healed_in
 from optprune.report.held import Held, held_in
 from optprune.report.html_page import page
 from optprune.report.layer_pattern import BrokenGroups, LayerPattern, broken_groups, layer_pattern, model_patterns
-from optprune.report.original import Original, layer_sizes, original_of, shares_kept
+from optprune.report.original import Original, original_of, shares_kept
 from optprune.report.phases import PHASES, PhaseReport, joined
 from optprune.report.reading import read_report
 from optprune.report.recorder import PhaseRecorder
@@ -59,7 +59,6 @@ __all__ = [
     "held_in",
     "joined",
     "layer_pattern",
-    "layer_sizes",
     "model_patterns",
     "original_of",
     "page",

@@ -50,7 +50,7 @@ def dead_units(decoder: Decoder, zeros: Mapping[str, Zeros]) -> tuple[DeadUnits,
     found = []
     for block in range(len(decoder.blocks)):
         for kind in (Values(), Mlp()):
-            if kind.there(decoder.shape(block)):
+            if kind.there(decoder.shape(block)) and kind.field not in decoder.architecture.indivisible:
                 numbers = _dead(decoder, block, kind, zeros)
                 if numbers:
                     found.append(DeadUnits(block, kind.name, numbers))

@@ -56,7 +56,7 @@ class Original:
         return {
             decoder.name(block, path): size
             for block, number in enumerate(self.left)
-            for path, size in layer_sizes(decoder, self.shapes[number]).items()
+            for path, size in decoder.layer_sizes(self.shapes[number]).items()
         }
 
 
@@ -124,17 +124,6 @@ def config_faults(before: Stored, stored: Stored) -> list[Fault]:
     return [Fault("original", "config.json", sentence) for sentence in faults]
 
 
-def layer_sizes(decoder: Decoder, shape: BlockShape) -> dict[str, tuple[int, int]]:
-    """The outputs and inputs of every linear layer in a block of this shape, zeros where the layer is not there."""
-    names, heads, hidden = decoder.architecture, decoder.heads, int(decoder.model.config.hidden_size)
-    queries = shape.kv_heads * heads.group
-    outputs = dict.fromkeys(names.mlp_producers, shape.mlp_width * names.rows_of_unit)
-    for path, width in ((names.query, heads.group * heads.dim), (names.key, heads.dim), (names.value, shape.value_dim)):
-        outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
-    inputs = {names.output: queries * shape.value_dim, names.mlp_consumer: shape.mlp_width}
-    return {path: (outputs[path], hidden) if path in outputs else (hidden, inputs[path]) for path in names.layers}
-
-
 def shares_kept(
     decoder: Decoder, layers: Sequence[LayerPattern], original: Original | None
 ) -> dict[str, tuple[float, ...]]:
@@ -145,7 +134,7 @@ def shares_kept(
     there = {layer.name: layer.outputs * layer.inputs - layer.zeros for layer in layers}
     shapes = decoder.shapes() if original is None else original.shapes
     place = {block: index for index, block in enumerate(range(len(shapes)) if original is None else original.left)}
-    sizes = [{path: rows * columns for path, (rows, columns) in layer_sizes(decoder, s).items()} for s in shapes]
+    sizes = [{path: rows * columns for path, (rows, columns) in decoder.layer_sizes(s).items()} for s in shapes]
     shares = {}
     for path in decoder.architecture.layers:
         widest = max(size[path] for size in sizes)

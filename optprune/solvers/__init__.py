@@ -8,6 +8,15 @@ from optprune.solvers.chain import Chain
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.descent import Descent, Matched, match
+from optprune.solvers.experts import (
+    ChosenExperts,
+    ExpertElimination,
+    ExpertFrequency,
+    ExpertScore,
+    ExpertSolver,
+    Reap,
+    choose_experts,
+)
 from optprune.solvers.fista import Fista
 from optprune.solvers.fista_path import FistaPath
 from optprune.solvers.fistapruner import FistaPruner
@@ -34,9 +43,14 @@ __all__ = [
     "Certificate",
     "Chain",
     "ChannelSwaps",
+    "ChosenExperts",
     "ConjugateGradients",
     "Descent",
     "DirectSolver",
+    "ExpertElimination",
+    "ExpertFrequency",
+    "ExpertScore",
+    "ExpertSolver",
     "FaspMetric",
     "Fista",
     "FistaPath",
@@ -51,6 +65,7 @@ __all__ = [
     "ProximalAdmm",
     "Random",
     "Ranking",
+    "Reap",
     "Record",
     "RemovalBound",
     "Restore",
@@ -64,6 +79,7 @@ __all__ = [
     "Wanda",
     "best_basis",
     "choose",
+    "choose_experts",
     "match",
     "nested_basis",
     "removal_curve",

@@ -15,6 +15,7 @@ import optprune
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import export_onnx, onnx_folder, save_model
+from optprune.models import ARCHITECTURES
 from tests.helpers.mixed_models import PROMPT, generated, mixed
 from tests.helpers.tiny_models import ALL_MODELS, LLAMA3, save_tiny, tiny_llama, tiny_opt, tiny_sliding, tiny_tokenizer
 
@@ -198,11 +199,21 @@ def test_options_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture
 
 SCALED = {"rope_parameters": {**LLAMA3, "rope_theta": 5e4}}
 MODELS = {
-    **{name: lambda make=make: make(num_hidden_layers=4) for name, make in ALL_MODELS.items()},
+    **{
+        name: lambda make=make: make(num_hidden_layers=4)
+        for name, make in ALL_MODELS.items()
+        if ARCHITECTURES[name].mixture is None
+    },
     "qwen2, sliding window": tiny_sliding,
     "llama3's rotary embeddings": lambda: tiny_llama(num_hidden_layers=4, **SCALED),
     "opt, norm after attention": lambda: tiny_opt(num_hidden_layers=4, do_layer_norm_before=False),
 }
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    source = save_tiny(ALL_MODELS["mixtral"](num_hidden_layers=1), tmp_path / "model")
+    with pytest.raises(InputError, match="a mixtral model runs other experts for other tokens"):
+        export_onnx(source, tmp_path / "onnx")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optprune.errors import InputError
-from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values
+from optprune.models import ARCHITECTURES, Decoder, KvGroups, Mlp, Values, architecture_of
 from optprune.models.surgery import write
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS, tiny_llama, tiny_opt, tiny_qwen2
 
@@ -37,14 +37,22 @@ VARIANTS = {
     "opt, norm after attention": lambda: tiny_opt(do_layer_norm_before=False),
     "opt, projected embeddings": lambda: tiny_opt(word_embed_proj_dim=32),
 } | {name: make for name, make in ALL_MODELS.items() if name not in TINY_MODELS}
+COUNTS = {"mlp": "mlp_width", "vo": "value_dim", "kv": "kv_heads"}
+
+
+def stays(name: str) -> set[str]:
+    """The counts of which all units stay in a family."""
+    return set(ARCHITECTURES[name].indivisible) if name in ARCHITECTURES else set()
+
+
 KINDS = [("mlp",), ("vo",), ("kv",), ("vo", "mlp"), ("kv", "mlp")]
 CASES = [
     (variant, kinds, attention)
     for variant in VARIANTS
     for kinds in KINDS
     for attention in ("sdpa", "eager")
-    # Heads of OLMo 2 do not go, and the soft caps of Gemma 2 are in no other attention.
-    if not (variant == "olmo2" and "kv" in kinds) and not (variant == "gemma2" and attention == "sdpa")
+    # Some units of some families do not go, and the soft caps of Gemma 2 are in no other attention.
+    if not {COUNTS[kind] for kind in kinds} & stays(variant) and not (variant == "gemma2" and attention == "sdpa")
 ]
 
 
@@ -89,7 +97,7 @@ def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], att
 
 
 @pytest.mark.parametrize("gone", [0, 1])
-@pytest.mark.parametrize("name", [name for name in ALL_MODELS if name != "olmo2"])
+@pytest.mark.parametrize("name", [name for name in ALL_MODELS if "kv_heads" not in stays(name)])
 def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone: int) -> None:
     """As zeros in the columns of the output projection that read it, counted out here."""
     sliced = narrowed(ALL_MODELS[name]())
@@ -156,10 +164,12 @@ def test_the_data_of_an_architecture_agrees_with_the_model(name: str) -> None:
     model = ALL_MODELS[name]()
     decoder = Decoder(model)
     parts = list(ALL_MODELS[name]().get_submodule(decoder.architecture.blocks)[0].named_modules())
-    linear = {path for path, module in parts if isinstance(module, (torch.nn.Linear, Conv1D))}
-    architecture = ARCHITECTURES[name]
-    assert set(architecture.layers) == linear
-    assert set(architecture.transposed) == {path for path, module in parts if isinstance(module, Conv1D)}
+    conv = {path for path, module in parts if isinstance(module, Conv1D)}
+    linear = {path for path, module in decoder.blocks[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    architecture = architecture_of(model.config)
+    # One scales what it makes for a token as a router does, and is as little pruned.
+    assert set(architecture.layers) == linear - {"mlp.shared_expert_gate"}
+    assert set(architecture.transposed) == conv
     # The stages are the order of the forward pass, and layers of one stage read the very same tensor.
     seen: list[tuple[str, int]] = []
     for path in architecture.layers:
@@ -170,4 +180,7 @@ def test_the_data_of_an_architecture_agrees_with_the_model(name: str) -> None:
         model(tokens())
     assert sorted(seen, key=lambda entry: architecture.stage_of(entry[0])) == seen
     for stage in architecture.stages:
-        assert len({pointer for path, pointer in seen if path in stage}) == 1
+        for place in {path.rpartition(".")[0] for path in stage}:
+            inside = {pointer for path, pointer in seen if path in stage and path.rpartition(".")[0] == place}
+            assert len(inside) == 1
+            assert len({architecture.taps[path] for path in stage if path.rpartition(".")[0] == place}) == 1

@@ -28,9 +28,9 @@ def refused(family: str, **fields: Any) -> str:
 
 
 def test_experts_and_their_router_are_named() -> None:
-    sentence = refused("mixtral", num_local_experts=4)
+    sentence = refused("flex_olmo", num_experts=4)
     assert "of model.layers.0 the nearest, gemma2, does not account for mlp.gate (" in sentence
-    assert "mlp.experts (MixtralExperts)" in sentence
+    assert "mlp.experts (FlexOlmoExperts)" in sentence
     assert "and asks for mlp.gate_proj, mlp.up_proj, mlp.down_proj;" in sentence
 
 
@@ -45,7 +45,7 @@ def test_a_block_of_a_known_kind_says_so() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [None, {}, {"model_type": "foo"}, {"model_type": ["mixtral"]}, {"model_type": "mixtral", "hidden_size": -1}],
+    [None, {}, {"model_type": "foo"}, {"model_type": ["flex_olmo"]}, {"model_type": "flex_olmo", "hidden_size": -1}],
 )
 def test_where_there_is_no_model_there_is_nothing_to_say(config: Any) -> None:
     kind = None if config is None else config.get("model_type")

@@ -12,8 +12,9 @@ from optprune.allocation import currency
 from optprune.calibration import Stream
 from optprune.models import Decoder, LoadedModel, load_model, open_model
 from optprune.pruning import Journal, Processes, layer_problem, prune
-from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.recipe import Recipe, load_recipe
 from optprune.report import Event, LayerSolved, Report
+from tests.helpers.recipes import ANY_MODEL
 from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.weights import weights_of
@@ -47,7 +48,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", ANY_MODEL)
 def test_every_recipe_prunes_a_bfloat16_checkpoint_streamed_as_in_memory(name: str, tmp_path: Path) -> None:
     folder, recipe = half(tmp_path), load_recipe(name, SETTINGS.get(name, {}))
     report, whole = pruned(load_model(folder), recipe)

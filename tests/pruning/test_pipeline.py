@@ -20,10 +20,11 @@ from optprune.moments import InputMoments
 from optprune.objectives import LayerContext, Objective, linked
 from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares, Problem
 from optprune.pruning import prune
-from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.recipe import Recipe, load_recipe
 from optprune.report import BlockFinished, BlockStarted, Event, LayerSolved, PhaseFinished, PhaseStarted
 from optprune.solvers import Chain, FaspMetric, Restore, Solver
 from tests.helpers.layer_inputs import inputs_of
+from tests.helpers.recipes import ANY_MODEL
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_opt, tiny_sliding
 from tests.helpers.token_batches import batches
 
@@ -343,7 +344,7 @@ def test_what_shapes_rule_out_is_refused_before_the_metric(
         prune(TINY_MODELS[name](), batches(), load_recipe(recipe, settings))
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name != "depth"])
+@pytest.mark.parametrize("name", [name for name in ANY_MODEL if name != "depth"])
 def test_nothing_of_a_layer_outlives_its_answer(name: str) -> None:
     """Reference counts alone free a problem with its moments: the garbage collector comes when it likes."""
     alive: list[int] = []

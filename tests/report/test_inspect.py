@@ -12,7 +12,7 @@ from optprune.export import save_model
 from optprune.models import Decoder, load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from optprune.report import layer_sizes, model_patterns, original_of, shares_kept
+from optprune.report import model_patterns, original_of, shares_kept
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
@@ -35,7 +35,7 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[st
 def test_sizes_of_a_shape_are_those_of_its_layers(name: str) -> None:
     decoder = Decoder(mixed(TINY_MODELS[name](num_hidden_layers=4)))
     for block, shape in enumerate(decoder.shapes()):
-        sizes = layer_sizes(decoder, shape)
+        sizes = decoder.layer_sizes(shape)
         there = {path: tuple(decoder.layer(block, path).weight.shape) for path in decoder.paths(block)}
         assert {path: size for path, size in sizes.items() if path in there} == there
         assert all(0 in size for path, size in sizes.items() if path not in there)
@@ -46,7 +46,7 @@ def test_a_narrowed_model_is_measured_against_its_original(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = TINY_MODELS[name]()
-    whole, sizes = Decoder(model).linear_weights(), layer_sizes(Decoder(model), Decoder(model).shape(0))
+    whole, sizes = Decoder(model).linear_weights(), Decoder(model).layer_sizes(Decoder(model).shape(0))
     folder = pruned_folder(tmp_path / "out", model, "the dense one", sparsity=0.25)
     left = Decoder(model).linear_weights()
     found, told = inspected(folder, capsys)

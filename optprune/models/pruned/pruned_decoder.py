@@ -1,7 +1,8 @@
 """Decoder blocks of different shapes, pruned by optprune: what all families share; needs torch and transformers only.
 
 `config.optprune_shapes` says what each block holds: {"mlp_width": 1024, "kv_heads": 2, "value_dim": 48}. A block with
-kv_heads 0 has no attention, one with mlp_width 0 no MLP. The config's other fields are those of the stock class.
+kv_heads 0 has no attention, one with mlp_width 0 no MLP; one with experts also says how many. The config's other fields
+are those of the stock class.
 """
 
 from torch import nn

@@ -1,0 +1,87 @@
+"""Whole experts of a small mixture trained on the real news: ours, REAP and router frequency, on held-out articles.
+
+    .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe --steps 450
+    .venv/bin/python -m benchmarks.experts small-moe
+
+Two and four of eight experts go from each block. Seeds draw the calibration windows from the articles that the model
+was trained on; perplexity is that of the half that it has not seen, on the same windows for all. The rows go into
+benchmarks/results/experts.json, and the table is printed.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import markdown
+from optprune import Allocation, load_model, load_recipe, prune
+from optprune.measure import perplexity
+from optprune.models import Decoder
+from optprune.texts import demo_articles, evaluation_windows, read_documents, tokenise
+
+RESULTS = Path(__file__).parent / "results" / "experts.json"
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "experts_best": ("experts_best", {}),
+    "reap, as published": ("reap", {"propagation": "dense"}),
+    "reap, as in llm-compressor": ("reap", {"propagation": "dense", "solver": {"reap": {"renormalised": True}}}),
+    "expert_frequency": ("expert_frequency", {"propagation": "dense"}),
+}
+"""what is compared: scores are those of the dense model, as in the authors' code"""
+KEPT, SEEDS = (6, 4), (0, 1, 2)
+LENGTH, AT_ONCE, WINDOWS, HELD_OUT = 256, 8, 32, 32
+"""tokens of a window, windows of a batch, of a calibration text, and for evaluation"""
+
+
+def calibration(windows: Tensor, seed: int) -> list[Tensor]:
+    """Batches of windows drawn from the training half."""
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:WINDOWS]
+    return list(windows[drawn].split(AT_ONCE))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    folder = parser.parse_args().model
+    dense = load_model(folder)
+    assert dense.tokenizer is not None
+    windows = evaluation_windows(tokenise(dense.tokenizer, demo_articles("calibration")), LENGTH)
+    apart = evaluation_windows(tokenise(dense.tokenizer, read_documents("demo:evaluation")), LENGTH, HELD_OUT)
+    rows = [{"recipe": "dense", "kept": 8, "seed": None, "perplexity": perplexity(dense.model, apart).perplexity}]
+    for kept in KEPT:
+        for seed in SEEDS:
+            for name, (recipe, settings) in RUNS.items():
+                model = copy.deepcopy(dense.model)
+                shapes = [shape.counts() | {"experts": kept} for shape in Decoder(model).shapes()]
+                asked = Allocation.from_dict({"sparsity": 0.25, "blocks": shapes})
+                report = prune(model, calibration(windows, seed), load_recipe(recipe, settings), allocation=asked)
+                row = {"recipe": name, "kept": kept, "seed": seed, "sparsity": report.sparsity_reached}
+                row |= {"relative error": mean(layer.relative_error for layer in report.layers)}
+                rows.append(row | {"perplexity": perplexity(model, apart).perplexity})
+                print(rows[-1], flush=True)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The perplexities of each recipe, their mean and spread over seeds."""
+    shown: list[dict[str, Any]] = [{"recipe": "dense"} | dict.fromkeys(columns(), f"{rows[0]['perplexity']:.1f}")]
+    for name in RUNS:
+        shown.append({"recipe": name})
+        for kept, column in zip(KEPT, columns(), strict=True):
+            found = [row["perplexity"] for row in rows if (row["recipe"], row["kept"]) == (name, kept)]
+            shown[-1][column] = f"{mean(found):.1f} ± {stdev(found):.1f}"
+    return markdown(shown)
+
+
+def columns() -> list[str]:
+    """What the table calls the numbers of experts kept."""
+    return [f"{kept} of 8 experts" for kept in KEPT]
+
+
+if __name__ == "__main__":
+    main()

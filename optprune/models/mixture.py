@@ -1,0 +1,120 @@
+"""Experts as modules of their own, each of three linear layers, and the tensors in which transformers 5 holds them all.
+
+In memory the stock classes hold the experts of a block in two tensors: gate_up_proj [experts, 2 width, hidden], the
+rows of the gate before those of the other half, and down_proj [experts, hidden, width]. Checkpoints hold three matrices
+for each expert, under the names that the modules here give them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optprune.models.architecture import GATED, Mixture
+
+GATE, UP, DOWN = GATED
+FUSED, LAST = "gate_up_proj", "down_proj"
+
+
+class Expert(nn.Module):
+    """One expert: a gated MLP."""
+
+    def __init__(self, matrices: dict[str, Tensor], trained: bool) -> None:
+        super().__init__()
+        for name, matrix in matrices.items():
+            outputs, inputs = matrix.shape
+            layer = nn.Linear(inputs, outputs, bias=False, device="meta")
+            layer.weight = nn.Parameter(matrix, trained)
+            self.add_module(name, layer)
+
+
+class SeparateExperts(nn.ModuleDict):
+    """The experts of a block by number, called as the stock module is that holds them in two tensors."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        """Take the experts out of a stock module, whose tensors they share; it holds nothing until `joined`."""
+        super().__init__()
+        fused, last = stock.get_parameter(FUSED), stock.get_parameter(LAST)
+        for number, (both, down) in enumerate(zip(fused.detach(), last.detach(), strict=True)):
+            gate, up = both.chunk(2)
+            self[str(number)] = Expert({GATE: gate, UP: up, DOWN: down}, fused.requires_grad)
+        stock._parameters.update({FUSED: None, LAST: None})
+        self._stock: list[Any] = [stock]  # in a list, so that it is no sub-module
+        self.train(stock.training)
+
+    @property
+    def count(self) -> int:
+        """How many experts there are."""
+        return len(self)
+
+    def outputs(self, hidden_states: Tensor, number: int) -> Tensor:
+        """What an expert answers to these tokens [tokens, hidden]."""
+        return self._layer(number, DOWN)(self._inner(hidden_states, number))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum [tokens, hidden] of what its experts [tokens, k] answer to each token.
+
+        Experts that get no token are called too, with none: who listens to their layers hears of all.
+        """
+        routed = [torch.where(top_k_index == number) for number in range(self.count)]
+        inner = [self._inner(hidden_states[tokens], number) for number, (tokens, _) in enumerate(routed)]
+        total = torch.zeros_like(hidden_states)
+        for number, (tokens, places) in enumerate(routed):
+            answer = self._layer(number, DOWN)(inner[number]) * top_k_weights[tokens, places, None]
+            total = total.index_add(0, tokens, answer.to(total.dtype))
+        return total
+
+    def keep(self, kept: Tensor) -> None:
+        """Leave only the experts of a mask [experts], numbered anew."""
+        experts = [self[str(number)] for number in kept.nonzero()[:, 0].tolist()]
+        self.clear()
+        self.update({str(number): expert for number, expert in enumerate(experts)})
+
+    def joined(self) -> nn.Module:
+        """The stock module with what the experts are now."""
+        stock, numbers = self._stock[0], range(self.count)
+        fused = torch.stack([torch.cat([self._matrix(number, name) for name in (GATE, UP)]) for number in numbers])
+        last = torch.stack([self._matrix(number, DOWN) for number in numbers])
+        trained = next(self.parameters()).requires_grad
+        stock._parameters.update({FUSED: nn.Parameter(fused, trained), LAST: nn.Parameter(last, trained)})
+        stock.num_experts, stock.intermediate_dim = self.count, last.shape[2]
+        return stock.train(self.training)
+
+    def _layer(self, number: int, name: str) -> nn.Module:
+        return self[str(number)].get_submodule(name)
+
+    def _matrix(self, number: int, name: str) -> Tensor:
+        return self._layer(number, name).get_parameter("weight").detach()
+
+    def _inner(self, tokens: Tensor, number: int) -> Tensor:
+        activation = self._stock[0].act_fn
+        return activation(self._layer(number, GATE)(tokens)) * self._layer(number, UP)(tokens)
+
+
+def separate(block: nn.Module, mixture: Mixture) -> None:
+    """Make the experts of a block modules of their own, which share memory with what held them, if they are not yet."""
+    experts = experts_in(block, mixture)
+    if experts is not None and not isinstance(experts, SeparateExperts):
+        block.set_submodule(mixture.experts, SeparateExperts(experts))
+
+
+def join(block: nn.Module, mixture: Mixture) -> None:
+    """Let the stock module hold the experts of a block again, as they are now."""
+    experts = experts_in(block, mixture)
+    if isinstance(experts, SeparateExperts):
+        block.set_submodule(mixture.experts, experts.joined())
+
+
+def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
+    """Delete the experts outside a mask [experts], and the rows of the router that choose them, in place."""
+    experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
+    assert isinstance(experts, SeparateExperts)
+    experts.keep(kept)
+    weight = router.get_parameter("weight")
+    router.weight = nn.Parameter(weight.detach()[kept.to(weight.device)].contiguous(), weight.requires_grad)
+    router.num_experts = experts.count  # type: ignore[assignment]  # a number of the stock router's
+
+
+def experts_in(block: nn.Module, mixture: Mixture) -> nn.Module | None:
+    """The module that holds the experts of a block; None where its MLP is gone."""
+    return None if block._modules[mixture.module] is None else block.get_submodule(mixture.experts)

@@ -1,0 +1,160 @@
+"""Which experts to keep: elimination by exact costs with swaps, and the scores that it is compared with."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from optprune.problems import ExpertChoice
+
+ENOUGH = 1e-12
+"""the share of a cost by which a swap must lower it: less is rounding"""
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenExperts:
+    """A choice and what is known of it; the costs were measured by the problem."""
+
+    kept: Bool[Tensor, "experts"]
+    objective: float
+    violation: float
+    lower_bound: float | None
+    """the least cost of any choice, where all were tried"""
+
+
+class ExpertSolver(ABC):
+    """A way to choose experts: it proposes a set, and the problem measures it."""
+
+    @abstractmethod
+    def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
+        """The experts to keep, as many as the problem says."""
+
+    def exact(self, problem: ExpertChoice) -> bool:
+        """A promise that no other choice costs less."""
+        return False
+
+    @property
+    def label(self) -> str:
+        """The name in reports."""
+        return type(self).__name__
+
+
+def choose_experts(problem: ExpertChoice, solver: ExpertSolver) -> ChosenExperts:
+    """Let a solver choose, and the problem measure the choice."""
+    with torch.no_grad():
+        kept = solver.choice(problem)
+        cost = problem.objective(kept)
+    bound = cost if solver.exact(problem) else None
+    return ChosenExperts(kept, cost, problem.violation(kept), bound)
+
+
+@final
+@dataclass(frozen=True)
+class ExpertElimination(ExpertSolver):
+    """Remove the expert whose absence costs least beside those that are gone, one after the other; then swap.
+
+    A swap puts a removed expert back for one that is kept, the one whose absence costs least then, where that lowers
+    the cost; sweeps over the removed ones go on until none helps, or `sweeps` are done. Where there are at most
+    `exhaustive` sets all are tried in place of that, and the answer is the least. Costs are exact (`ExpertChoice`).
+
+    The elimination takes the work of k (E - keep) evaluations of the cost, a sweep that of k (E - keep) again.
+    """
+
+    sweeps: int = 10
+    exhaustive: int = 2000
+
+    def exact(self, problem: ExpertChoice) -> bool:
+        return math.comb(problem.experts, problem.keep) <= self.exhaustive
+
+    def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
+        if self.exact(problem):
+            return min(every_choice(problem), key=problem.objective)
+        return self._swapped(problem, eliminated(problem))
+
+    def _swapped(self, problem: ExpertChoice, kept: Bool[Tensor, "experts"]) -> Bool[Tensor, "experts"]:
+        cost = problem.objective(kept)
+        for _ in range(self.sweeps):
+            before = cost
+            for expert in (number for number in range(problem.experts) if not kept[number]):
+                more = kept.clone()
+                more[expert] = True
+                costs = problem.removals(more)
+                least = int(costs.argmin())
+                if float(costs[least]) < cost * (1 - ENOUGH):
+                    cost, kept = float(costs[least]), more
+                    kept[least] = False
+            if cost == before:
+                break
+        return kept
+
+
+def eliminated(problem: ExpertChoice) -> Bool[Tensor, "experts"]:
+    """What a greedy elimination leaves."""
+    kept = torch.ones(problem.experts, dtype=torch.bool, device=problem.logits.device)
+    while int(kept.sum()) > problem.keep:
+        kept[int(problem.removals(kept).argmin())] = False
+    return kept
+
+
+def every_choice(problem: ExpertChoice) -> Iterator[Bool[Tensor, "experts"]]:
+    """All feasible choices."""
+    for experts in combinations(range(problem.experts), problem.keep):
+        kept = torch.zeros(problem.experts, dtype=torch.bool, device=problem.logits.device)
+        kept[list(experts)] = True
+        yield kept
+
+
+class ExpertScore(ExpertSolver):
+    """Keep the experts with the largest scores, each by itself."""
+
+    @abstractmethod
+    def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
+        """The score of each expert in the dense mixture."""
+
+    def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
+        scores = self.score(problem)
+        gone = scores.topk(problem.experts - problem.keep, largest=False).indices
+        return torch.ones_like(scores, dtype=torch.bool).index_fill(0, gone, False)
+
+
+def _routed(problem: ExpertChoice) -> Bool[Tensor, "tokens experts"]:
+    every = torch.ones(problem.experts, dtype=torch.bool, device=problem.logits.device)
+    found = torch.zeros_like(problem.logits, dtype=torch.bool)
+    return found.scatter_(1, problem.routed(every), True)
+
+
+@final
+@dataclass(frozen=True)
+class Reap(ExpertScore):
+    """S_j = mean over the tokens t routed to j of g_j(t) |y_j(t)|; an expert that gets none scores 0.
+
+    Router-weighted expert activation pruning (REAP the Experts, arXiv 2510.13999, equation 9). g is the router's
+    softmax over all experts, as in the authors' code where weights are not renormalised, which is its default; with
+    `renormalised` it is what an expert's answer is multiplied by in the model, as in llm-compressor. The two differ
+    where the model scales the weights of those chosen.
+    """
+
+    renormalised: bool = False
+
+    def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
+        routed = _routed(problem)
+        gates = problem.logits.double().softmax(1)
+        if self.renormalised:
+            gates = problem.weights(torch.ones_like(routed[0]))
+        norms = problem.products.diagonal(dim1=1, dim2=2).double().clamp(min=0).sqrt()
+        return (gates * norms * routed).sum(0) / routed.sum(0).clamp(min=1)
+
+
+@final
+@dataclass(frozen=True)
+class ExpertFrequency(ExpertScore):
+    """How many tokens the router sends to an expert."""
+
+    def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
+        return _routed(problem).sum(0).double()

@@ -1,0 +1,6 @@
+"""The shipped recipes by what they need of a model."""
+
+from optprune.recipe import load_recipe, recipe_names
+
+ANY_MODEL = [name for name in recipe_names() if load_recipe(name).units.name != "experts"]
+"""the recipes for models without a router too"""

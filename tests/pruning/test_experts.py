@@ -1,0 +1,177 @@
+"""Whole experts: what a run removes, against mixtures without them made by hand, and where the folder loads."""
+
+import copy
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import optprune
+from optprune import Allocation
+from optprune.errors import InputError, StrictError
+from optprune.export import save_model
+from optprune.models import ARCHITECTURES, Decoder, open_model
+from optprune.pruning import Journal, Processes, prune
+from optprune.recipe import Recipe, load_recipe
+from tests.helpers.mixed_models import generated
+from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
+from tests.helpers.token_batches import batches
+
+MIXTURES = [name for name, architecture in ARCHITECTURES.items() if architecture.mixture is not None]
+TOKENS = torch.arange(10, 58)[None]
+of_mixtures = pytest.mark.parametrize("name", MIXTURES)
+
+
+def without(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
+    """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
+    other: Any = copy.deepcopy(model)
+    mixture = other.model.layers[block].mlp
+    with torch.no_grad():
+        for holder, names in ((mixture.experts, ("gate_up_proj", "down_proj")), (mixture.gate, ("weight",))):
+            for name in names:
+                setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
+            holder.num_experts = len(kept)
+    return other
+
+
+def answers(model: PreTrainedModel, block: int) -> Tensor:
+    """What the experts of a block answer to the calibration tokens [tokens, hidden]."""
+    found: list[Tensor] = []
+    module: Any = model
+    handle = module.model.layers[block].mlp.experts.register_forward_hook(lambda _, __, output: found.append(output))
+    with torch.no_grad():
+        for batch in batches():
+            model(batch, use_cache=False)
+    handle.remove()
+    return torch.cat([answer.reshape(-1, answer.shape[-1]) for answer in found]).double()
+
+
+@of_mixtures
+def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
+    """Of the first block, whose inputs nothing changes: every pair of experts, cut out of the stock model's tensors."""
+    model, dense = ALL_MODELS[name](), ALL_MODELS[name]()
+    shapes = [shape.counts() for shape in Decoder(model).shapes()]
+    allocation = Allocation.from_dict({"sparsity": 0.1, "blocks": [{**shapes[0], "experts": 2}, shapes[1]]})
+    report = prune(model, batches(), load_recipe("experts_best", {"held_out": 0}), allocation=allocation)
+    expected = answers(dense, 0)
+    costs = {
+        kept: float((answers(without(dense, 0, list(kept)), 0) - expected).square().sum(1).mean()) / 2
+        for kept in combinations(range(4), 2)
+    }
+    [layer] = report.layers
+    assert layer.objective == pytest.approx(min(costs.values()), rel=1e-4)
+    assert layer.objective == layer.lower_bound and layer.gap == 0
+    share = 2 * min(costs.values()) / float(expected.square().sum(1).mean())
+    assert layer.relative_error == pytest.approx(share, rel=1e-4)
+    best = without(dense, 0, list(min(costs, key=lambda kept: costs[kept])))
+    with torch.no_grad():
+        apart = (model(TOKENS).logits - best(TOKENS).logits).abs().max()
+        assert apart <= 1e-5 * best(TOKENS).logits.abs().max()
+    assert (layer.kept, layer.units) == (2, 4)
+
+
+@of_mixtures
+def test_a_model_with_fewer_experts_is_stock_generates_and_trains(name: str, tmp_path: Path) -> None:
+    model = ALL_MODELS[name](num_hidden_layers=3)
+    before = Decoder(model).linear_weights()
+    report = prune(model, batches(), load_recipe("experts_best", {"sparsity": 0.17}))
+    left = Decoder(model)
+    assert {shape.experts for shape in left.shapes()} == {3} and model.config.num_experts == 3
+    assert report.sparsity_reached == pytest.approx(1 - left.linear_weights() / before)
+    assert all(layer.held_out_error is not None for layer in report.layers)
+    left.joined()
+    assert save_model(model, tmp_path / "out").stock
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is ARCHITECTURES[name].stock.model
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    assert generated(again) == generated(model, use_cache=False)
+    again.train()(TOKENS, labels=TOKENS, output_router_logits=True).loss.backward()
+    assert all(parameter.grad is not None for parameter in again.parameters() if parameter.requires_grad)
+
+
+def test_blocks_may_keep_unequal_numbers(tmp_path: Path) -> None:
+    """By an allocation: the folder has our file then, and loads in a process without optprune."""
+    model = ALL_MODELS["qwen3_moe"]()
+    shapes = [
+        {**shape.counts(), "experts": count} for shape, count in zip(Decoder(model).shapes(), (3, 2), strict=True)
+    ]
+    allocation = Allocation.from_dict({"sparsity": 0.3, "blocks": shapes})
+    prune(model, batches(), load_recipe("reap"), allocation=allocation)
+    saved = save_model(model, tmp_path / "out", check_tokens=TOKENS)
+    assert not saved.stock and (tmp_path / "out" / "pruned_mixture.py").is_file()
+    assert [shape.experts for shape in Decoder(optprune.load(tmp_path / "out")).shapes()] == [3, 2]
+
+
+@pytest.mark.parametrize("policy", ["pruned", "cross", "intra", pytest.param("dense", marks=pytest.mark.slow)])
+def test_streamed_resumed_and_shared_runs_give_the_same_weights(policy: str, tmp_path: Path) -> None:
+    model = ALL_MODELS["mixtral"]()
+    model.save_pretrained(tmp_path / "dense")
+    recipe = load_recipe("experts_best", {"propagation": policy, "sparsity": 0.2})
+    prune(model, batches(), recipe, journal=Journal(tmp_path / "run"))
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    streamed = open_model(tmp_path / "dense")
+    prune(streamed.model, batches(), recipe, store=streamed.store)
+    save_model(streamed.model, tmp_path / "out", store=streamed.store)
+    resumed = ALL_MODELS["mixtral"]()
+    prune(resumed, batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resumed]
+    if policy == "dense":
+        models.append(ALL_MODELS["mixtral"]())
+        prune(models[-1], batches(), recipe, workers=Processes(2))
+    for each in models:
+        assert each.state_dict().keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in each.state_dict().items())
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "too much": ({"sparsity": 0.8}, "out of reach with units 'experts': with 2 experts a block, as many as the router"),
+    "too little": ({"sparsity": 0.01}, "rounds to nothing: one expert of 4 in each block is 18.8%"),
+    "another solver": ({"solver": "wanda"}, "Wanda does not solve what units experts state: experts are chosen by"),
+    "a budget": ({"allocation": "global"}, "equally many from every block: allocation uniform"),
+    "units of another kind": ({"units": "mlp"}, "Reap does not solve what units mlp state"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case: str) -> None:
+    settings, sentence = REFUSED[case]
+    with pytest.raises(InputError, match=sentence):
+        prune(ALL_MODELS["mixtral"](), batches(), load_recipe("reap", settings))
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    with pytest.raises(InputError, match="units experts are those of a router, and a llama model has none"):
+        prune(tiny_llama(), batches(), load_recipe("experts_best"))
+
+
+def test_fewer_than_the_router_chooses_are_refused() -> None:
+    model = ALL_MODELS["mixtral"]()
+    shapes = [{**shape.counts(), "experts": 1} for shape in Decoder(model).shapes()]
+    allocation = Allocation.from_dict({"sparsity": 0.3, "blocks": shapes})
+    with pytest.raises(InputError, match="keeps 1 experts in block 0, where the router chooses 2 for each token"):
+        prune(model, batches(), load_recipe("reap"), allocation=allocation)
+
+
+def test_few_tokens_are_a_note_and_in_strict_mode_an_error() -> None:
+    few = [batches()[0][:, :8]]
+    report = prune(ALL_MODELS["mixtral"](), few, load_recipe("reap"))
+    assert any("few calibration tokens reach some experts" in note for note in report.notes)
+    with pytest.raises(StrictError, match="few calibration tokens reach some experts"):
+        prune(ALL_MODELS["mixtral"](), few, load_recipe("reap", {"strict": True}))
+
+
+def test_single_weights_of_an_expert_without_tokens_are_pruned_with_a_note() -> None:
+    """Of four logits a, -a, a / 2 and 0 the last two are never the largest."""
+    model: Any = ALL_MODELS["mixtral"](num_experts_per_tok=1)
+    gate = model.model.layers[0].mlp.gate.weight
+    with torch.no_grad():
+        gate[1:] = gate[0] * torch.tensor([-1.0, 0.5, 0.0])[:, None]
+    report = prune(model, batches(), Recipe(units="weights", solver="wanda", sparsity=0.5))
+    [layer] = [layer for layer in report.layers if layer.name == "model.layers.0.mlp.experts.3.gate_proj"]
+    assert layer.tokens == 0 and layer.kept == layer.units // 2
+    assert "fewer calibration tokens (0) than inputs (64)" in layer.notes
