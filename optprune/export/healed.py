@@ -35,7 +35,7 @@ def save_healed(
     report.json, recipe.yaml, the model card and the licence files are those of the source, where it is a folder that
     has them; report.json gets a section `healing`, and the card one with its figures, in which `teacher` is the source
     of the dense model. A fresh process reloads the folder, and its logits on the first tokens of `window` [length] must
-    agree with those in memory. The page of it all, report.html, follows once the folder is in its place.
+    agree with those in memory. The page of it all, report.html, is in it too.
     """
     source = Path(loaded.source)
     texts = {name: _text(source / name) for name in (REPORT, RECIPE, CARD)} if source.is_dir() else {}
@@ -52,17 +52,16 @@ def save_healed(
         CARD: f"{card.rstrip()}\n\n{_section(healing, origin_of(teacher).name)}",
     }
     recipe = texts.get(RECIPE)
-    saved = save_model(
+    return save_model(
         loaded.model,
         folder,
         tokenizer=loaded.tokenizer,
         files=files if recipe is None else {**files, RECIPE: recipe},
         check_tokens=window[None, :CHECK_TOKENS],
         overwrite=overwrite,
+        finish=_put_page,
         on_event=on_event,
     )
-    _put_page(saved.folder)
-    return saved
 
 
 def _put_page(folder: Path) -> None:

@@ -53,6 +53,7 @@ def save_model(
     max_shard_size: str = MAX_SHARD_SIZE,
     made: Sequence[Path] = (),
     report: Report | None = None,
+    finish: Callable[[Path], None] = lambda draft: None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> SavedModel:
     """Write a model folder with safetensors weights, the tokenizer and extra text files, whole or not at all.
@@ -63,13 +64,14 @@ def save_model(
     that is where it stays. A model that `open_model` gave comes with the `store` of its blocks. Where the weights are
     more than `max_shard_size`, files `made` that hold a block each are linked and not copied. A `report` is written as
     report.json, and as a page, report.html, with what saving took and, once the folder is checked, checking.
+    What `finish` adds to a folder is there when it gets its name.
     """
     folder, decoder, most = Path(folder), Decoder(model, store), size_of(max_shard_size)
     check_output(folder, overwrite)
     place = real_path(folder)  # a link stays a link to the new folder
-    unchecked = place.with_name(f"{place.name}{UNCHECKED}")
+    created, unchecked = missing_parents(place), place.with_name(f"{place.name}{UNCHECKED}")
     scratch: Scratch | None = None
-    created, difference, committed = missing_parents(place), None, False
+    difference, committed = None, False
     phases, progress = PhaseRecorder(model.device, on_event), Progress(on_event, check_tokens is not None)
     try:
         with phases.phase(SAVING):
@@ -83,12 +85,12 @@ def save_model(
         if check_tokens is not None and logits is not None:
             with interrupts_held():
                 put_in_place(draft, unchecked, overwrite=True)
-                committed = True
+                draft, committed = unchecked, True
                 record_done(f"the pruned model is in {unchecked}, and was not seen to load")
-            draft = unchecked
             with phases.phase(CHECKING):
                 difference = _checked(decoder, unchecked, check_tokens, logits, scratch.folder, progress)
             told = reports and reports.put(draft, phases.done)
+        finish(draft)
         with interrupts_held():
             put_in_place(draft, place, overwrite)
             record_done(f"the pruned model is in {folder}")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from optprune import load, prune
 from optprune.cli import main
 from optprune.cli.run_folder import run_folder_of
-from optprune.export import save_pruned
+from optprune.export import healed, save_pruned
 from optprune.models import load_model
 from optprune.recipe import load_recipe
 from optprune.report import audit
@@ -61,14 +61,14 @@ def whole(folder: Path) -> tuple[Path, int]:
 
 
 def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: tuple[Path, int]) -> None:
-    healed, _ = whole
-    before, after = (load_file(place / "model.safetensors") for place in (folder / "pruned", healed))
+    place, _ = whole
+    before, after = (load_file(each / "model.safetensors") for each in (folder / "pruned", place))
     assert before.keys() == after.keys()
     for name, weight in after.items():
         assert weight.dtype == before[name].dtype and torch.equal(weight != 0, before[name] != 0), name
         assert not torch.equal(weight, before[name]), name
-    assert load(healed).config.optprune_shapes == load(folder / "pruned").config.optprune_shapes
-    report, old = (json.loads((place / "report.json").read_text()) for place in (healed, folder / "pruned"))
+    assert load(place).config.optprune_shapes == load(folder / "pruned").config.optprune_shapes
+    report, old = (json.loads((each / "report.json").read_text()) for each in (place, folder / "pruned"))
     healing = report.pop("healing")
     assert report == old
     record = json.loads((folder / "record.json").read_text())
@@ -76,18 +76,29 @@ def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: tuple[Path, 
     assert (healing["steps"], healing["tokens"], healing["held_out_tokens"]) == (8, 1024, 4 * 32)
     assert healing["after"]["divergence"] < healing["before"]["divergence"]
     assert healing["held_out_documents"] >= 1
-    root = parsed((healed / "report.html").read_text())
+    root = parsed((place / "report.html").read_text())
     (section,) = (part for part in root.all("section") if part.attributes.get("aria-labelledby") == "healing")
     told = section.text
     assert "8 steps on 1,024 tokens" in told and f"{healing['zeros']:,} zeros" in told
     for when in ("before", "after"):
         assert f"{healing[when]['divergence']:.4f}" in told and f"{healing[when]['perplexity']:.2f}" in told
-    card = (healed / "README.md").read_text()
+    card = (place / "README.md").read_text()
     assert card.startswith((folder / "pruned" / "README.md").read_text().rstrip())
     assert f"| {healing['before']['divergence']:.4f} | {healing['after']['divergence']:.4f} | 0 |" in card
-    assert (healed / "recipe.yaml").read_bytes() == (folder / "pruned" / "recipe.yaml").read_bytes()
-    assert not audit(healed).faults
-    assert not run_folder_of(healed).exists()
+    assert (place / "recipe.yaml").read_bytes() == (folder / "pruned" / "recipe.yaml").read_bytes()
+    assert not audit(place).faults
+    assert not run_folder_of(place).exists()
+
+
+def test_the_page_is_there_when_the_folder_has_its_name(
+    folder: Path, whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healing, seen = json.loads((whole[0] / "report.json").read_text())["healing"], list[bool]()
+    monkeypatch.setattr(healed, "page", lambda *_, **__: seen.append((folder / "paged").exists()) or "a page")
+    healed.save_healed(
+        load_model(whole[0]), folder / "paged", healing, teacher=str(folder / "dense"), window=batches()[0][0]
+    )
+    assert seen == [False] and (folder / "paged" / "report.html").read_text() == "a page"
 
 
 def test_a_killed_run_ends_with_the_same_bytes(folder: Path, whole: tuple[Path, int], capsys: Any) -> None:
