@@ -55,6 +55,8 @@ class WeightCosts(Costs):
         self.stride = max(1, math.ceil(decoder.linear_weights() / MOST_COSTS))
         self.every: dict[str, Tensor] = {}
         self.curves: dict[str, Curve] = {}
+        self.tokens = 0
+        """the most tokens that any layer has seen"""
         self.names: list[str] = []
         """the layers of the present block"""
         self.changes: list[Change] = []
@@ -67,10 +69,12 @@ class WeightCosts(Costs):
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         budget, name = self.budget, self.decoder.name(block, target.path)
         self.names.append(name)
+        self.tokens = max(self.tokens, loss.moments.tokens)
+        part = loss.moments.tokens / self.tokens  # an expert's loss is a mean over those that are sent to it
         if budget.family.only_share is None and self.probe is None:
-            self.every[name] = self.statistics.entries(loss, self.stride, lambda: self._some(entry_costs(loss)))
+            self.every[name] = part * self.statistics.entries(loss, self.stride, lambda: self._some(entry_costs(loss)))
             return
-        entries = entry_costs(loss)
+        entries = part * entry_costs(loss)
         if budget.family.only_share is None:
             self.every[name] = self._some(entries)
         else:
@@ -80,7 +84,7 @@ class WeightCosts(Costs):
             outputs, inputs = entries.shape
             mask = budget.family.of(outputs, inputs, 1 - budget.sparsity).project(entries)
             value = solve(MaskedLeastSquares(loss.plain, mask), ConjugateGradients(1e-2)).value
-            self.predicted += loss.value(value)
+            self.predicted += part * loss.value(value)
             self.changes.append(Change.of(self.decoder.layer(block, target.path), value, loss))
 
     def _some(self, entries: Tensor) -> Tensor:
