@@ -15,13 +15,13 @@ from optprune.problems import (
     StructuredLeastSquares,
 )
 from optprune.pruning import prune
-from optprune.recipe import load_recipe
-from optprune.recipe.names import SOLVERS
-from optprune.solvers import Chain, Random, Restore, SparseGpt, Status, solve
+from optprune.recipe import load_recipe, names
+from optprune.solvers import Chain, Random, Restore, Solver, SparseGpt, Status, solve
 from optprune.solvers.removal import entry_costs, unit_costs
 from optprune.solvers.run import DEAD, answer
 from tests.helpers.tiny_models import tiny_llama
 
+SOLVERS = {name: solver for name, solver in names.SOLVERS.items() if issubclass(solver, Solver)}
 KINDS = {
     "masked": lambda loss: MaskedLeastSquares(loss, Unstructured(64).project(_random(8, 16, 2))),
     "unstructured": lambda loss: SparseLeastSquares(loss, Unstructured(64)),
