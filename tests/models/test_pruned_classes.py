@@ -36,6 +36,7 @@ AttentionMaskInterface.register("noted", sdpa_mask)
 def asked(model: PreTrainedModel) -> list[dict[str, Any]]:
     """What the model asks of a custom attention, block by block."""
     SEEN.clear()
+    Decoder(model)  # which has experts one by one, so that they add up in the same order
     model.set_attn_implementation("noted")
     with torch.no_grad():
         model(TOKENS, use_cache=False)
@@ -47,7 +48,7 @@ def as_pruned(model: PreTrainedModel) -> PreTrainedModel:
     model = copy.deepcopy(model)
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        decoder._take_classes(decoder.architecture.pruned, block)
+        decoder.take_classes(decoder.architecture.pruned, block)
     return model
 
 

@@ -19,6 +19,9 @@ class PrunedOlmoeAttention(PrunedAttention, stock.OlmoeAttention):
     stock = stock
     norms = "row"
 
+    def options(self):
+        return {"sliding_window": getattr(self.config, "sliding_window", None)}
+
 
 class PrunedOlmoeDecoderLayer(PrunedMixtureBlock, stock.OlmoeDecoderLayer):
     """Of any number of experts, with or without its sub-blocks."""
