@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from optprune.allocation.allocation import everything
 from optprune.allocation.uniform import uniform
@@ -186,11 +186,11 @@ def test_a_model_that_is_not_there(attempt: Attempt, source: str, reason: str) -
 
 @pytest.mark.usefixtures("no_weights")
 def test_an_unknown_architecture(attempt: Attempt) -> None:
-    config = GPT2Config(vocab_size=512, n_positions=512, n_embd=32, n_layer=1, n_head=2)
-    attempt.model = save_tiny(GPT2LMHeadModel(config), attempt.folder / "gpt2")
+    config = BloomConfig(vocab_size=512, hidden_size=32, n_layer=1, n_head=2)
+    attempt.model = save_tiny(BloomForCausalLM(config), attempt.folder / "bloom")
     sentence = attempt.fails(attempt.command())
-    assert "the architecture 'gpt2' is not known: optprune prunes gemma2, " in sentence
-    assert "does not account for attn.c_attn (Conv1D)" in sentence
+    assert "the architecture 'bloom' is not known: optprune prunes gemma2, " in sentence
+    assert "does not account for self_attention.query_key_value (Linear)" in sentence
 
 
 CODE = """
