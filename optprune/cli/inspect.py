@@ -1,13 +1,16 @@
 """optprune inspect: the audit of a model, or a draft of a description where its architecture is not known."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from optprune.cli.audit import Against, Expect, Plot, audit_command
 from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, start, write_file
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NOT_UNDERSTOOD = 1
 """the exit status where a draft cannot be used"""
@@ -28,23 +31,23 @@ def inspect_command(
     For a draft, which is for prune --architecture, a small model of the config, with random weights, is run; no weights
     are read. Read it before it is used. The exit status is 1 where something is not understood, which the draft names.
     """
+    reporter = start()
     from optprune.models import is_gguf, is_known, traceable_config
 
     asked = against or expect or plot or json_file
-    if output is None and (asked or is_gguf(model) or is_known(traceable_config(model))):
+    check_file(output, "draft", models=[model])
+    config = None if output is None and (asked or is_gguf(model)) else traceable_config(model)
+    if config is None or (output is None and is_known(config)):
         audit_command(model, against, expect, plot, json_file)
     else:
-        draft(model, output)
+        reporter.say(f"tracing a small model of the config of {model}")
+        draft(model, config, output)
 
 
-def draft(model: str, output: Path | None) -> None:
+def draft(model: str, config: "PretrainedConfig", output: Path | None) -> None:
     """Write a draft of what a model's blocks are made of to a file, or to the terminal."""
-    reporter = start()
-    from optprune.models import trace, traceable_config
+    from optprune.models import trace
 
-    check_file(output, "draft", models=[model])
-    config = traceable_config(model)
-    reporter.say(f"tracing a small model of the config of {model}")
     found = trace(config)
     if output is None:
         typer.echo(found.to_yaml(), nl=False)

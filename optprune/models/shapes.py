@@ -40,13 +40,8 @@ def layer_sizes(
 
 
 def linear_weights(architecture: Architecture, config: PretrainedConfig, heads: Heads, shape: BlockShape) -> int:
-    """The linear weights of a block of a shape: rows of Q, K and V, columns of O; MLP rows and columns."""
-    attention = shape.kv_heads * (heads.group + 1) * (heads.dim + shape.value_dim)
-    mlp = shape.mlp_width * (len(architecture.mlp_producers) * architecture.rows_of_unit + 1)
-    if architecture.mixture is not None:
-        widths = _gated(architecture, config, shape)
-        mlp = len(GATED) * sum(widths.values())
-    return config.hidden_size * (attention + mlp)
+    """The linear weights of a block of a shape."""
+    return sum(outputs * inputs for outputs, inputs in layer_sizes(architecture, config, heads, shape).values())
 
 
 def _gated(architecture: Architecture, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
