@@ -32,7 +32,12 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 @pytest.mark.parametrize(
     ("options", "more", "reason"),
     [
-        ({"recipe": "faspp"}, (), "the recipe 'faspp' is not known: use one of alps, alps_plus, depth, expert_frequency, experts_best, fasp, "),
+        (
+            {"recipe": "faspp"},
+            (),
+            "the recipe 'faspp' is not known: use one of alps, alps_plus, depth, expert_frequency, experts_best, "
+            "fasp, ",
+        ),
         ({"recipe": "none.yaml"}, (), "none.yaml cannot be read"),
         ({}, ("--set", "dampening=1"), "no field 'dampening': it has name, "),
         ({}, ("--set", "damping"), "'damping' is not of the form KEY=VALUE"),
