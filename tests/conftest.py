@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile(
-    "ci", derandomize=True, deadline=None, max_examples=40, print_blob=True, suppress_health_check=SLOW_IS_FINE
+    "ci", derandomize=True, deadline=None, max_examples=30, print_blob=True, suppress_health_check=SLOW_IS_FINE
 )
 settings.register_profile(
     "thorough", deadline=None, max_examples=1000, print_blob=True, suppress_health_check=SLOW_IS_FINE
