@@ -73,13 +73,9 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
 
 def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocation:
     """As many experts in every block as come nearest to a sparsity over all linear weights; shapes are enough."""
-    least, shapes, total = units.least(decoder), decoder.shapes(), decoder.linear_weights()
-    most = max(shape.experts for shape in shapes)
-
-    def keeping(count: int) -> list[BlockShape]:
-        return [replace(shape, experts=min(count, shape.experts)) for shape in shapes]
-
-    gone = {count: 1 - sum(map(decoder.weights_of, keeping(count))) / total for count in range(least, most + 1)}
+    least = units.least(decoder)
+    gone = gone_by_experts(decoder, least)
+    most = max(gone)
     if sparsity > gone[least] + 0.5 * (gone[least] - gone.get(least + 1, 0.0)):
         raise InputError(
             f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: with {least} experts a block, as "
@@ -91,7 +87,18 @@ def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocat
             f"a sparsity of {sparsity:g} rounds to nothing: one expert of {most} in each block is "
             f"{gone[most - 1]:.1%} of the decoder's linear weights; ask for more"
         )
-    return Allocation.of(decoder, map(BlockAllocation, keeping(count)))
+    return Allocation.of(decoder, map(BlockAllocation, _keeping(decoder, count)))
+
+
+def gone_by_experts(decoder: Decoder, least: int) -> dict[int, float]:
+    """The share of the decoder's linear weights that is gone with so many experts in every block, from `least` on."""
+    most, total = max(shape.experts for shape in decoder.shapes()), decoder.linear_weights()
+    counts = range(least, most + 1)
+    return {count: 1 - sum(map(decoder.weights_of, _keeping(decoder, count))) / total for count in counts}
+
+
+def _keeping(decoder: Decoder, count: int) -> list[BlockShape]:
+    return [replace(shape, experts=min(count, shape.experts)) for shape in decoder.shapes()]
 
 
 def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[LinkedUnits, int]:

@@ -57,10 +57,14 @@ class Probe:
         try:
             for change in changes:
                 change.write()
-            self.variants.add()
+            self.try_as_is()
         finally:
             for change in before:
                 change.write()
+
+    def try_as_is(self) -> None:
+        """Take the current block as it is now, for one divergence; who asks puts it back before the probe goes on."""
+        self.variants.add()
 
     def advance(self) -> None:
         """Go on to the next block, through the current one as it is now."""

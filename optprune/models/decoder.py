@@ -1,7 +1,7 @@
 """A transformers model seen as a row of decoder blocks with linear layers that can be read, written and narrowed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from optprune.models.architecture import BlockShape, Classes
 from optprune.models.digits import HALF, parameters_in
-from optprune.models.mixture import join, keep_experts, separate
+from optprune.models.mixture import join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
 from optprune.models.record import record_shapes
 from optprune.models.registry import architecture_of
@@ -195,6 +195,11 @@ class Decoder:
         """Delete the experts of a block outside a mask [experts], and the rows of the router that choose them."""
         assert self.architecture.mixture is not None
         keep_experts(self.blocks[block], self.architecture.mixture, kept)
+
+    def only_experts(self, block: int, kept: Tensor) -> AbstractContextManager[None]:
+        """A block with the experts of a mask [experts] alone, for as long as the context lasts."""
+        assert self.architecture.mixture is not None
+        return only_experts(self.blocks[block], self.architecture.mixture, kept)
 
     def joined(self) -> PreTrainedModel:
         """The model as the classes of transformers hold it, whose experts are no modules; then this is done with it.

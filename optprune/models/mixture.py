@@ -5,6 +5,8 @@ rows of the gate before those of the other half, and down_proj [experts, hidden,
 for each expert, under the names that the modules here give them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -113,6 +115,21 @@ def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
     weight = router.get_parameter("weight")
     router.weight = nn.Parameter(weight.detach()[kept.to(weight.device)].contiguous(), weight.requires_grad)
     router.num_experts = experts.count  # type: ignore[assignment]  # a number of the stock router's
+
+
+@contextmanager
+def only_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> Iterator[None]:
+    """The block with the experts of a mask [experts] alone, for as long as the context lasts."""
+    experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
+    assert isinstance(experts, SeparateExperts)
+    modules, weight, count = dict(experts.items()), router.get_parameter("weight"), experts.count
+    try:
+        keep_experts(block, mixture, kept)
+        yield
+    finally:
+        experts.clear()
+        experts.update(modules)
+        router.weight, router.num_experts = weight, count  # type: ignore[assignment]  # a number of the stock router's
 
 
 def experts_in(block: nn.Module, mixture: Mixture) -> nn.Module | None:

@@ -100,9 +100,13 @@ class ExpertChoice:
 
     def relative_error(self, kept: Bool[Tensor, "experts"]) -> float:
         """The squared change over the squared answer of the dense mixture, both summed over the tokens."""
-        dense = self.weights(torch.ones_like(kept))
-        whole = torch.einsum("ti,tij,tj->", dense, self.products.double(), dense)
-        return 2 * self.objective(kept) * self.tokens / float(whole) if whole > 0 else 0.0
+        whole = self.answered()
+        return self.objective(kept) / whole if whole > 0 else 0.0
+
+    def answered(self) -> float:
+        """1/2 mean_t |what the dense mixture answers|^2."""
+        dense = self.weights(torch.ones_like(self.start()))
+        return float(torch.einsum("ti,tij,tj->t", dense, self.products.double(), dense).mean()) / 2
 
     def removals(self, kept: Bool[Tensor, "experts"]) -> Float[Tensor, "experts"]:
         """f without each one of the experts kept, infinite for the others.

@@ -158,8 +158,9 @@ def _budget(work: Workload) -> Iterator[Part]:
     candidates = work.recipe.units.candidates(work.decoder, work.largest)
     taps = work.taps(candidates)
     gathering = collecting(work, taps, False, False) + activations(work, work.batch_tokens)
-    costing = moments(work, taps, False, False) + max(work.cost_bytes(target) for target in candidates)
+    costing = moments(work, taps, False, False) + max(map(work.cost_bytes, candidates), default=0)
     yield Part("moments and costs", max(gathering, costing))
+    yield Part("answers of experts", work.expert_bytes)
     yield Part("costs of all weights", work.all_costs_bytes, HOST)
     yield Part("hidden states of probes", work.probe_bytes, DEVICE if work.whole else DISK)
 
@@ -202,6 +203,7 @@ def _inside(work: Workload, worker: bool = False) -> Iterator[Part]:
         solving = max(solving, given + sum(solves[-work.layers_at_once :]))
     yield Part("moments while they are gathered", max(gathering, batch))
     yield Part("solving, beyond that", max(0, solving - max(gathering, batch)))
+    yield Part("answers of experts", work.expert_bytes)
     if recipe.recovery is not None:
         # Of a sub-module: its inputs and its answers, in the dense block and in the pruned one.
         tokens = work.fitted_tokens(recipe.recovery)

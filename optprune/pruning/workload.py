@@ -6,11 +6,12 @@ from functools import cached_property
 
 import torch
 
-from optprune.allocation import Allocation, Allocator, ByCost, DenseModel, Depth
+from optprune.allocation import Allocation, Allocator, ByCost, DenseModel, Depth, ExpertBudget
 from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Stream
-from optprune.models import BlockAllocation, Decoder, Target
+from optprune.calibration.expert_answers import MOST_PRODUCTS
+from optprune.models import BlockAllocation, Decoder, Experts, Target
 from optprune.models.places import OnDevice, States
 from optprune.pruning.preflight import small_problem
 from optprune.pruning.targets import by_stage, targets_of
@@ -208,19 +209,20 @@ class Workload:
     @property
     def divides(self) -> bool:
         """Whether a budget is divided by what is measured."""
-        return isinstance(self.allocator, ByCost | Depth)
+        return isinstance(self.allocator, ByCost | Depth | ExpertBudget)
 
     @property
     def probe_changes(self) -> int:
         """How many changes of a block a division tries, each on the tokens of a probe."""
-        if not isinstance(self.allocator, ByCost) or not self.allocator.probes:
+        if not isinstance(self.allocator, ByCost | ExpertBudget) or not self.allocator.probes:
             return 0
         return len(self.recipe.units.candidates(self.decoder, self.largest)) if self.recipe.units.kinds else 1
 
     @property
     def probe_tokens(self) -> int:
         """The tokens that a division tries changes on."""
-        return self.first_tokens(self.allocator.probe_tokens) if isinstance(self.allocator, ByCost) else 0
+        allocator = self.allocator
+        return self.first_tokens(allocator.probe_tokens) if isinstance(allocator, ByCost | ExpertBudget) else 0
 
     # -- what a layer takes
 
@@ -252,6 +254,18 @@ class Workload:
         solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=self.coupled(target.path)))
         before = stage[: stage.index(target)]
         return solver.keeps * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
+
+    @property
+    def expert_bytes(self) -> int:
+        """The calls of a mixture, what all experts make of a batch, and the products that whole experts go by."""
+        if not isinstance(self.recipe.units, Experts):
+            return 0
+        count = self.decoder.shape(self.largest).experts
+        tokens = min(self.tokens, MOST_PRODUCTS // count**2)
+        calls = 2 * self.stream_bytes
+        answers = min(tokens, self.batch_tokens) * count * self.hidden * torch.float32.itemsize
+        # Once more in float64, for the errors.
+        return calls + answers + tokens * count**2 * (torch.float32.itemsize + torch.float64.itemsize)
 
     def cost_bytes(self, target: Target) -> int:
         """What it takes to find what a layer would lose, where a budget is divided by that."""

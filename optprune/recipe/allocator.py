@@ -1,9 +1,10 @@
 """The allocator that a recipe asks for."""
 
-from optprune.allocation import Allocation, Allocator, ByCost, Dense, Depth, Given, Uniform
+from optprune.allocation import Allocation, Allocator, ByCost, Dense, Depth, ExpertBudget, Given, Uniform
 from optprune.allocation.weight_costs import WeightBudget
 from optprune.allocation.width_costs import WidthBudget
 from optprune.errors import InputError
+from optprune.models import Experts
 from optprune.recipe.groups import DepthSearch, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe
 
@@ -17,6 +18,8 @@ def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Alloca
     match recipe.allocation:
         case DepthSearch() as depth:
             return Depth(recipe.sparsity, depth.parts, depth.score, depth.score_tokens)
+        case GlobalBudget() as asked if isinstance(recipe.units, Experts):
+            return ExpertBudget(recipe.units, recipe.sparsity, asked.least, asked.probe_tokens)
         case GlobalBudget() if recipe.divides:
             return by_cost(recipe)
         case UniformShares() | GlobalBudget() as shares:

@@ -138,8 +138,8 @@ class Recipe(Telling, BaseModel):
                 f"{self.solver.label} does not solve what units {self.units.name} state: experts are chosen by "
                 "expert_elimination, reap or expert_frequency, and those choose nothing else"
             )
-        if experts and (isinstance(self.allocation, GlobalBudget) or self.objective is not None):
-            raise ValueError("whole experts go by their own cost, equally many from every block: allocation uniform")
+        if experts and self.objective is not None:
+            raise ValueError("whole experts go by their own cost: leave the objective out")
         refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
         if refitted and solver is not None and refitting(solver) is None:
             raise ValueError(

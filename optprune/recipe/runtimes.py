@@ -11,6 +11,7 @@ from optprune.models import (
     ARCHITECTURES,
     BlockShape,
     Decoder,
+    Experts,
     Mlp,
     Values,
     Weights,
@@ -148,7 +149,7 @@ class Runtime:
             raise InputError(
                 f"the target {self.name} does not take blocks without attention or without an MLP: {LAYERS}"
             )
-        if not isinstance(asked, GlobalBudget) or not recipe.units.kinds:
+        if not isinstance(asked, GlobalBudget) or not (recipe.units.kinds or isinstance(recipe.units, Experts)):
             return recipe
         wrong = (
             f"the target {self.name} does not take blocks of different shapes, as the recipe {recipe.name} makes them"

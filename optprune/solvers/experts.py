@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import final
@@ -96,9 +96,25 @@ class ExpertElimination(ExpertSolver):
 
 def eliminated(problem: ExpertChoice) -> Bool[Tensor, "experts"]:
     """What a greedy elimination leaves."""
+    order, _ = elimination(problem)
+    return without(problem, order)
+
+
+def elimination(problem: ExpertChoice) -> tuple[list[int], list[float]]:
+    """The experts in the order in which a greedy elimination removes them until `keep` are left, and the cost then."""
+    kept, order, costs = without(problem, []), list[int](), list[float]()
+    while problem.experts - len(order) > problem.keep:
+        removals = problem.removals(kept)
+        order.append(int(removals.argmin()))
+        costs.append(float(removals[order[-1]]))
+        kept[order[-1]] = False
+    return order, costs
+
+
+def without(problem: ExpertChoice, gone: Sequence[int]) -> Bool[Tensor, "experts"]:
+    """All experts but some."""
     kept = torch.ones(problem.experts, dtype=torch.bool, device=problem.logits.device)
-    while int(kept.sum()) > problem.keep:
-        kept[int(problem.removals(kept).argmin())] = False
+    kept[list(gone)] = False
     return kept
 
 

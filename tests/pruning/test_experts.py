@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too much": ({"sparsity": 0.8}, "out of reach with units 'experts': with 2 experts a block, as many as the router"),
     "too little": ({"sparsity": 0.01}, "rounds to nothing: one expert of 4 in each block is 18.8%"),
     "another solver": ({"solver": "wanda"}, "Wanda does not solve what units experts state: experts are chosen by"),
-    "a budget": ({"allocation": "global"}, "equally many from every block: allocation uniform"),
+    "an objective": ({"objective": "linked"}, "whole experts go by their own cost: leave the objective out"),
     "units of another kind": ({"units": "mlp"}, "Reap does not solve what units mlp state"),
 }
 

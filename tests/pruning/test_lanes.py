@@ -17,7 +17,7 @@ from optprune.pruning import Journal, Layers, prune
 from optprune.report import BlockFinished, Event, Report
 from tests.helpers.short_runs import same, told
 from tests.helpers.thread_peers import ThreadPeers, together
-from tests.helpers.tiny_models import tiny_llama, tiny_opt
+from tests.helpers.tiny_models import ALL_MODELS, tiny_llama, tiny_opt
 
 
 def batches() -> list[Tensor]:
@@ -58,6 +58,22 @@ def test_processes_give_the_bytes_of_one_process_with_as_many_lanes(name: str) -
         report = run(models[peers.rank], name, Lanes(4, peers))
         assert peers.sent or peers.rank == 1
         return report
+
+    for report in together(2, shared):
+        assert told(report) == told(expected)
+    assert same(models[0], one) and same(models[1], one)
+
+
+def test_experts_are_chosen_by_the_tokens_of_all_processes() -> None:
+    """And those held out of the last lane alone are heard of by all."""
+    budget = {"allocation": "global", "probe_tokens": 96}
+    recipe = load_recipe("experts_best", {"held_out": 0.2, "sparsity": 0.2, **budget})
+    one, models = ALL_MODELS["mixtral"](), dict[int, PreTrainedModel]()
+    expected = prune(one, batches(), recipe, lanes=Lanes(4))
+
+    def shared(peers: ThreadPeers) -> Report:
+        models[peers.rank] = ALL_MODELS["mixtral"]()
+        return prune(models[peers.rank], batches(), recipe, lanes=Lanes(4, peers))
 
     for report in together(2, shared):
         assert told(report) == told(expected)

@@ -1,0 +1,118 @@
+"""One budget of experts: what blocks keep, against costs and divergences measured on models that are cut by hand."""
+
+import copy
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optprune.errors import InputError, StrictError
+from optprune.models import Decoder
+from optprune.pruning import prune
+from optprune.recipe import load_recipe
+from optprune.recipe.runtimes import RUNTIMES
+from tests.helpers.tiny_models import ALL_MODELS
+from tests.helpers.token_batches import batches
+
+BUDGET: dict[str, Any] = {"allocation": "global", "probe_tokens": 96, "held_out": 0, "least_kept": 0.5}
+
+
+def mixture(layers: int = 3) -> Any:
+    return ALL_MODELS["qwen3_moe"](num_hidden_layers=layers)
+
+
+def cut(model: PreTrainedModel, block: int, kept: list[int]) -> Any:
+    """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
+    other: Any = copy.deepcopy(model)
+    mlp = other.model.layers[block].mlp
+    with torch.no_grad():
+        for holder, names in ((mlp.experts, ("gate_up_proj", "down_proj")), (mlp.gate, ("weight",))):
+            for name in names:
+                setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
+            holder.num_experts = len(kept)
+    return other
+
+
+def answers(model: Any, block: int) -> Tensor:
+    """What the mixture of a block answers to all calibration tokens."""
+    found: list[Tensor] = []
+    handle = model.model.layers[block].mlp.experts.register_forward_hook(lambda _, __, output: found.append(output))
+    with torch.no_grad():
+        for batch in batches():
+            model(batch, use_cache=False)
+    handle.remove()
+    return torch.cat([each.reshape(-1, each.shape[-1]) for each in found]).double()
+
+
+def divergence(model: Any, other: Any) -> float:
+    """KL of the predictions on the probe's tokens, in nats."""
+    tokens = torch.cat(batches())[:2]
+    with torch.no_grad():
+        log_p, log_q = (each(tokens, use_cache=False).logits.double().log_softmax(-1) for each in (model, other))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+def curve(model: Any, block: int) -> dict[int, float]:
+    """The cost by the number of experts kept: greedily by the change of the answer, in nats by what three give."""
+    dense, kept, costs = answers(model, block), list(range(4)), {4: 0.0}
+    tried = 0.0
+    while len(kept) > 2:
+        without = {
+            expert: float((answers(cut(model, block, [k for k in kept if k != expert]), block) - dense).square().sum())
+            for expert in kept
+        }
+        gone = min(without, key=lambda expert: without[expert])
+        kept.remove(gone)
+        costs[len(kept)] = without[gone]
+        if len(kept) == 3:
+            tried = divergence(model, cut(model, block, kept))
+    return {count: cost * tried / costs[3] for count, cost in costs.items()}
+
+
+def test_the_costs_of_what_goes_are_the_least_there_are() -> None:
+    """Six of twelve experts may go, and each block may lose two: against every way to divide them."""
+    model = mixture()
+    curves = [curve(model, block) for block in range(3)]
+    decoder = Decoder(copy.deepcopy(model))
+    expert = 3 * 64 * 48 + 64
+    share = 3 * expert / decoder.linear_weights()
+    prune(model, batches(), load_recipe("experts_best", {**BUDGET, "sparsity": share * 0.98}))
+    chosen = tuple(shape.experts for shape in Decoder(model).shapes())
+    every = [counts for counts in product((2, 3, 4), repeat=3) if sum(counts) == 9]
+    costs = {counts: sum(curves[block][count] for block, count in enumerate(counts)) for counts in every}
+    assert sum(chosen) == 9
+    assert costs[chosen] == pytest.approx(min(costs.values()), rel=1e-3)
+
+
+def test_a_block_that_predictions_do_not_notice_gives_all() -> None:
+    """Its experts differ from each other as much as those of other blocks do, in shares of what they answer."""
+    model = mixture()
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(1e-3)
+    decoder = Decoder(copy.deepcopy(model))
+    share = 1.9 * (3 * 64 * 48) / decoder.linear_weights()
+    prune(model, batches(), load_recipe("experts_best", {**BUDGET, "sparsity": share}))
+    assert [shape.experts for shape in Decoder(model).shapes()] == [4, 2, 4]
+
+
+def test_without_a_probe_it_is_told_that_units_differ() -> None:
+    model, settings = mixture(2), {**BUDGET, "probe_tokens": 0, "sparsity": 0.1}
+    report = prune(model, batches(), load_recipe("experts_best", settings))
+    assert any("not in one unit from block to block: set probe_tokens" in note for note in report.notes)
+    with pytest.raises(StrictError, match="set probe_tokens to 512"):
+        prune(mixture(2), batches(), load_recipe("experts_best", {**settings, "strict": True}))
+
+
+def test_what_is_out_of_reach_is_refused() -> None:
+    with pytest.raises(InputError, match=r"out of reach .* and least_kept 0\.75: with 3 experts in every block"):
+        prune(mixture(2), batches(), load_recipe("experts_best", {**BUDGET, "least_kept": 0.75, "sparsity": 0.3}))
+
+
+def test_where_blocks_are_to_be_alike_experts_are_divided_evenly() -> None:
+    recipe = load_recipe("experts_best", {**BUDGET, "sparsity": 0.2})
+    fitted, told = RUNTIMES["transformers"].fitted(recipe, Decoder(mixture(2)), None)
+    assert fitted.allocation.kind == "uniform"
+    assert any("the allocation is uniform in place of global" in line for line in told)
