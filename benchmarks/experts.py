@@ -3,14 +3,15 @@
     .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe --steps 450
     .venv/bin/python -m benchmarks.experts small-moe
 
-Two and four of eight experts go from each block. Seeds draw the calibration windows from the articles that the model
-was trained on; perplexity is that of the half that it has not seen, on the same windows for all. The rows go into
-benchmarks/results/experts.json, and the table is printed.
+Two and four of eight experts go from each block, or as many in all by one budget. Seeds draw the calibration windows
+from the articles that the model was trained on; perplexity is that of the half that it has not seen, on the same
+windows for all. The rows go into benchmarks/results/experts.json, and the table is printed.
 """
 
 import argparse
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import markdown
-from optprune import Allocation, load_model, load_recipe, prune
+from optprune import load_model, load_recipe, prune
 from optprune.measure import perplexity
 from optprune.models import Decoder
 from optprune.texts import demo_articles, evaluation_windows, read_documents, tokenise
@@ -27,6 +28,7 @@ from optprune.texts import demo_articles, evaluation_windows, read_documents, to
 RESULTS = Path(__file__).parent / "results" / "experts.json"
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts_best": ("experts_best", {}),
+    "experts_best, one budget": ("experts_best", {"allocation": "global", "probe_tokens": 2048}),
     "reap, as published": ("reap", {"propagation": "dense"}),
     "reap, as in llm-compressor": ("reap", {"propagation": "dense", "solver": {"reap": {"renormalised": True}}}),
     "expert_frequency": ("expert_frequency", {"propagation": "dense"}),
@@ -55,10 +57,12 @@ def main() -> None:
     for kept in KEPT:
         for seed in SEEDS:
             for name, (recipe, settings) in RUNS.items():
-                model = copy.deepcopy(dense.model)
-                shapes = [shape.counts() | {"experts": kept} for shape in Decoder(model).shapes()]
-                asked = Allocation.from_dict({"sparsity": 0.25, "blocks": shapes})
-                report = prune(model, calibration(windows, seed), load_recipe(recipe, settings), allocation=asked)
+                model, decoder = copy.deepcopy(dense.model), Decoder(dense.model)
+                shapes = [replace(shape, experts=kept) for shape in decoder.shapes()]
+                share = 1 - sum(map(decoder.weights_of, shapes)) / decoder.linear_weights()
+                # A hair less, since a budget takes whole experts until it has all that was asked for.
+                asked = {"sparsity": share * 0.999, **settings}
+                report = prune(model, calibration(windows, seed), load_recipe(recipe, asked))
                 row = {"recipe": name, "kept": kept, "seed": seed, "sparsity": report.sparsity_reached}
                 row |= {"relative error": mean(layer.relative_error for layer in report.layers)}
                 rows.append(row | {"perplexity": perplexity(model, apart).perplexity})
