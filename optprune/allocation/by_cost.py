@@ -73,7 +73,7 @@ class ByCost(Allocator):
 
     def _work(self, dense: DenseModel, probe: Probe | None) -> CostWork:
         tokens = sum(batch.numel() for batch in dense.batches)
-        return CostWork.of(dense.decoder, self.units, tokens, 0 if probe is None else self.probe_tokens)
+        return CostWork.of(dense.decoder, self.units, self.budget, tokens, 0 if probe is None else self.probe_tokens)
 
     def gathered(self, dense: DenseModel, stream: Stream | None = None, probe: Probe | None = None) -> Costs:
         """What the layers would lose, which only a probe may let hang on the sparsity."""

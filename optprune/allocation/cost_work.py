@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from optprune.allocation.costs import CostBudget
 from optprune.models import Decoder, Units
 
 SLOW = 6
@@ -20,14 +21,13 @@ class CostWork:
     """the work of the divergences at the end, which a probe asks for"""
 
     @classmethod
-    def of(cls, decoder: Decoder, units: Units, tokens: int, probe_tokens: int) -> "CostWork":
+    def of(cls, decoder: Decoder, units: Units, budget: CostBudget, tokens: int, probe_tokens: int) -> "CostWork":
         """The work of so many tokens, and of changes that so many tokens go through; none of these without a probe."""
         found, changes = list[float](), 0
         for block, shape in enumerate(decoder.shapes()):
             targets, weights = units.candidates(decoder, block), decoder.weights_of(shape)
             passes = tokens * (weights + grams(decoder, block, {target.tap for target in targets}))
-            # Units are changed a layer at a time, single weights a block at a time.
-            own = len(targets) if units.kinds else 1
+            own = budget.changes(targets)
             along = probe_tokens * weights * (changes + own)
             curves = sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
             found.append(SLOW * (passes + along) + curves)

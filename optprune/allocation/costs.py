@@ -1,7 +1,7 @@
 """Costs: what the layers of a dense model would lose, gathered block by block for one budget over all of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from optprune.allocation.allocation import Allocation
 from optprune.calibration import DenseStatistics, Probe
@@ -58,6 +58,10 @@ class CostBudget(ABC):
     @abstractmethod
     def check(self, decoder: Decoder) -> None:
         """Raise InputError when no costs can divide it over a model of these shapes."""
+
+    @abstractmethod
+    def changes(self, targets: Sequence[Target]) -> int:
+        """How many changes a probe tries of a block with these layers, each alone."""
 
     @abstractmethod
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:

@@ -52,6 +52,11 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
         return _fewer_experts(decoder, sparsity, units)
     if not units.kinds:
         return everything(decoder)
+    if units.compete:
+        raise InputError(
+            f"of units {units.name!r} a block loses heads or value dimensions, by what they cost, which uniform shares "
+            "do not ask: set allocation to global, or units to all"
+        )
     hold = _check_reach(decoder, sparsity, units)
     held, budget = sum(hold.values()), sparsity * total
     kept = list(shapes)

@@ -40,6 +40,9 @@ class WeightBudget(CostBudget):
     def check(self, decoder: Decoder) -> None:
         return
 
+    def changes(self, targets: Sequence[Target]) -> int:
+        return 1
+
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WeightCosts(self, decoder, statistics, probe, in_nats)
 

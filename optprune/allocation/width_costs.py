@@ -1,16 +1,16 @@
 """What units cost, and one budget divided by that: how many of them each block keeps."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
 
 from optprune.allocation.allocation import Allocation
-from optprune.allocation.costs import CostBudget, Costs, rate_of
+from optprune.allocation.costs import CostBudget, Costs
 from optprune.allocation.currency import Prices, check_tokens, prices_of
-from optprune.allocation.knapsack import Curve, fill_budget, share_budget
+from optprune.allocation.width_curves import Choices, Kept, WidthCurve, least_lost, most_saved
 from optprune.calibration import Change, DenseStatistics, Probe
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
@@ -22,37 +22,6 @@ from optprune.solvers.run import answer
 
 TIMING = 0.8
 """the share of the work of a budget in time that is done, roughly, when the times of widths are measured"""
-
-
-@dataclass(frozen=True, eq=False)
-class WidthCurve:
-    """The loss of a block for each number of units of one kind that it may keep."""
-
-    block: int
-    kind: LinkedUnits
-    there: int
-    """how many units there are, in every slot"""
-    losses: Mapping[int, float]
-    """the loss by the number of units kept, which is not all; zero is the block without that sub-block"""
-    notes: tuple[str, ...] = ()
-    tried: int | None = None
-    """the number of units kept that a probe has tried"""
-    in_nats: bool = False
-    """whether losses are already in the probe's unit"""
-
-    def put_right(self, measured: float) -> "WidthCurve":
-        """The curve scaled to what a probe measured."""
-        assert self.tried is not None
-        rate = rate_of(measured, self.losses[self.tried], self.in_nats)
-        return replace(self, losses={count: rate * lost for count, lost in self.losses.items()})
-
-    def curve(self, least: float, prices: Prices) -> tuple[list[int], Curve]:
-        """The numbers of units from a share `least` of all, and the curve of their losses by what is saved, below 0."""
-        every = {self.there: 0.0, **self.losses}
-        counts = sorted(count for count in every if count >= least * self.there)
-        saved = [prices.narrowed(self.block, self.kind, count) - prices.whole[self.block] for count in counts]
-        losses = torch.tensor([every[count] for count in counts], dtype=torch.float64)
-        return counts, Curve(torch.tensor(saved, dtype=torch.float64), losses)
 
 
 @final
@@ -80,13 +49,14 @@ class WidthBudget(CostBudget):
             check_tokens(decoder, self.tokens)
         if self.currency == "time":
             return
-        prices, saved = prices_of(decoder, self.currency, self.tokens, self.units.kinds), 0.0
+        prices, most = prices_of(decoder, self.currency, self.tokens, self.units.kinds), dict[tuple[int, str], float]()
         for index, shape in enumerate(decoder.shapes()):
             for kind in self.units.kinds:
                 there, multiple = kind.there(shape), kind.multiple(shape, self.multiple)
                 fewest = min(multiple * math.ceil(self.least * there / multiple), there)
-                saved += prices.whole[index] - prices.narrowed(index, kind, fewest)
-        self.check_most(saved / sum(prices.whole), prices.unit)
+                saved = prices.whole[index] - prices.narrowed(index, kind, fewest)
+                most[index, kind.part] = max(most.get((index, kind.part), 0.0), saved)
+        self.check_most(sum(most.values()) / sum(prices.whole), prices.unit)
 
     def check_most(self, most: float, unit: str) -> None:
         """Raise InputError unless a share of the model that can go is enough."""
@@ -96,16 +66,23 @@ class WidthBudget(CostBudget):
                 f"{self.least:g}: at most {most:.1%} of {unit} can go"
             )
 
+    def changes(self, targets: Sequence[Target]) -> int:
+        # The units of each kind, and each sub-block that may go whole.
+        parts = {target.kind.part for target in targets if target.kind is not None}
+        return len(targets) + (0 if self.least else len(parts))
+
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WidthCosts(self, decoder, statistics, probe)
 
 
 class WidthCosts(Costs):
-    """The curve of every layer whose columns are units."""
+    """The curve of every layer whose columns are units, by each kind of units that they are."""
 
     def __init__(self, budget: WidthBudget, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None) -> None:
         self.budget, self.decoder, self.statistics, self.probe = budget, decoder, statistics, probe
         self.widths: list[WidthCurve] = []
+        self.tried: list[tuple[tuple[int, str], LinkedUnits | None, int]] = []
+        """what the probe has tried: the sub-block, the kind of units (None where it is gone), and how many it kept"""
         self.noted: dict[str, list[str]] = {}
         """the names of the layers that each note is about"""
         self.saves = ""
@@ -141,23 +118,42 @@ class WidthCosts(Costs):
         order, losses, notes = self.statistics.removal(problem, multiple)
         # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
         after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
-        allowed = {count: loss for count, loss in after.items() if count % multiple == 0}
-        tried = None
-        between = [count for count in allowed if count]
+        width = WidthCurve(
+            block,
+            kind,
+            there,
+            {count: loss for count, loss in after.items() if count % multiple == 0},
+            notes,
+            loss.metric is not None,
+        )
+        between = [count for count in width.losses if count]
         if self.probe is not None and between:
-            tried = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
+            count = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
             kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
-            kept[order[: (there - tried) * slots]] = False
+            kept[order[: (there - count) * slots]] = False
             mask = layers.link.column_mask(kept, loss.weight.shape[1])
             restored = MaskedLeastSquares(stated.plain, mask)
             value = answer(restored, Restore(), restored.start())
             value = value if rotation is None else rotation.back(value)
             self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
-        return WidthCurve(block, kind, there, allowed, notes, tried, loss.metric is not None)
+            self.tried.append((width.part, kind, count))
+        if self.probe is not None and not self.budget.least and (width.part, None, 0) not in self.tried:
+            self.probe.try_without(block, kind.part)
+            self.tried.append((width.part, None, 0))
+        return width
 
     def _put_right(self, divergences: Sequence[float]) -> None:
-        measured = iter(divergences)
-        self.widths = [width if width.tried is None else width.put_right(next(measured)) for width in self.widths]
+        found = list(zip(self.tried, divergences, strict=True))
+        self.widths = [
+            width.put_right(
+                {
+                    count: measured
+                    for (part, kind, count), measured in found
+                    if part == width.part and kind in (None, width.kind)
+                }
+            )
+            for width in self.widths
+        ]
 
     def allocation(self, on_event: Callable[[Event], None], begins: float = 0.0) -> Allocation:
         budget, shapes = self.budget, list(self.decoder.shapes())
@@ -170,31 +166,42 @@ class WidthCosts(Costs):
         # Of the model as it will be used, in its own dtype.
         stored = self.decoder.as_stored()
         prices = prices_of(stored, budget.currency, budget.tokens, budget.units.kinds, on_timed)
-        total, counts, curves = sum(prices.whole), {}, {}
-        for width in self.widths:
-            name = _name(width)
-            counts[name], curves[name] = width.curve(budget.least, prices)
-
-        def choose() -> dict[str, int]:
-            budget.check_most(-sum(float(curve.prices[0]) for curve in curves.values()) / total, prices.unit)
-            # Prices are below zero: what is saved.
-            left = -budget.sparsity * total
-            return fill_budget(curves, share_budget(curves, left), left)
-
-        chosen = choose()
-        attention = [_name(width) for width in self.widths if width.kind.part == "attention"]
-        if attention and not any(counts[name][chosen[name]] for name in attention):
-            # Without any attention no token would see another: the dearest stays.
-            dearest = max(attention, key=lambda name: float(curves[name].errors[0]))
-            counts[dearest] = counts[dearest][1:]
-            curves[dearest] = Curve(curves[dearest].prices[1:], curves[dearest].errors[1:])
-            chosen = choose()
-        for width, name in zip(self.widths, counts, strict=True):
-            shapes[width.block] = width.kind.with_count(shapes[width.block], counts[name][chosen[name]])
-        saved = -sum(float(curve.prices[chosen[name]]) for name, curve in curves.items()) / total
+        chosen = self._chosen(prices)
+        for (block, _), kept in chosen.items():
+            shapes[block] = kept.kind.with_count(shapes[block], kept.count)
+        saved = sum(kept.saved for kept in chosen.values()) / sum(prices.whole)
         self.saves = "" if budget.currency == "parameters" else f"{saved:.2%} of {prices.unit}"
         return Allocation.of(self.decoder, map(BlockAllocation, shapes), self.saves)
 
+    def _chosen(self, prices: Prices) -> dict[tuple[int, str], Kept]:
+        """What each sub-block keeps.
 
-def _name(width: WidthCurve) -> str:
-    return f"{width.block} {width.kind.field}"
+        Where kinds of units compete, the greedy division may come to more than without one of them: the least is taken.
+        """
+        kinds, total = list(dict.fromkeys(width.kind for width in self.widths)), sum(prices.whole)
+        due = self.budget.sparsity * total
+        rivals = [kind for kind in kinds if any(kind != other and kind.part == other.part for other in kinds)]
+        fewer = [self._choices([other for other in kinds if other != kind], prices) for kind in rivals]
+        ways = [self._choices(kinds, prices), *(choices for choices in fewer if most_saved(choices) >= due)]
+        found = [self._divided(choices, due, total, prices.unit) for choices in ways]
+        return min(found, key=lambda chosen: sum(kept.loss for kept in chosen.values()))
+
+    def _divided(self, choices: list[Choices], due: float, total: float, unit: str) -> dict[tuple[int, str], Kept]:
+        """What each sub-block keeps of its choices, so that so much is saved; InputError where that is too much."""
+        self.budget.check_most(most_saved(choices) / total, unit)
+        chosen = least_lost(choices, due)
+        attention = [each for each in choices if each.part[1] == "attention"]
+        if attention and not any(chosen[each.part].count for each in attention):
+            # Without any attention no token would see another: the dearest stays.
+            dearest = max(attention, key=lambda each: each.kept[0].loss)
+            left = [each.standing() if each is dearest else each for each in choices]
+            return self._divided(left, due, total, unit)
+        return chosen
+
+    def _choices(self, kinds: Sequence[LinkedUnits], prices: Prices) -> list[Choices]:
+        """The choices of each sub-block among some kinds of units."""
+        parts: dict[tuple[int, str], list[WidthCurve]] = {}
+        for width in self.widths:
+            if width.kind in kinds:
+                parts.setdefault(width.part, []).append(width)
+        return [Choices.of(widths, self.budget.least, prices) for widths in parts.values()]

@@ -66,6 +66,11 @@ class Probe:
         """Take the current block as it is now, for one divergence; who asks puts it back before the probe goes on."""
         self.variants.add()
 
+    def try_without(self, block: int, part: str) -> None:
+        """Have a sub-block of the current block, which is that number, gone for one divergence."""
+        with self.decoder.without([(block, part)]):
+            self.try_as_is()
+
     def advance(self) -> None:
         """Go on to the next block, through the current one as it is now."""
         self.variants.advance()

@@ -13,7 +13,7 @@ from optprune.patterns import ANYWHERE, PatternFamily
 @final
 @dataclass(frozen=True)
 class Composite(Units):
-    """Units of several kinds, of different layers."""
+    """Units of several kinds; those of one sub-block compete for it, block by block (`Units.compete`)."""
 
     name: str
     of: tuple[LinkedUnits, ...]
@@ -103,6 +103,10 @@ UNITS: dict[str, Units] = {
     for units in (
         *(Mlp(), Values(), Values(rotated=True), KvGroups()),
         *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
+        *(
+            Composite("all-heads", (Values(), KvGroups(), Mlp())),
+            Composite("rotated-all-heads", (Values(rotated=True), KvGroups(), Mlp())),
+        ),
         *(Weights(), Experts(), Blocks()),
     )
 }

@@ -63,8 +63,13 @@ class Units(ABC):
     def kinds(self) -> "tuple[LinkedUnits, ...]":
         """The kinds of units that are removed, the last one to fill up a budget; none where no layer is narrowed."""
 
+    @property
+    def compete(self) -> bool:
+        """Whether a sub-block has units of several kinds: by what they cost a block is narrowed in one of them then."""
+        return len({kind.part for kind in self.kinds}) < len(self.kinds)
+
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
-        """The layers of a block that may be pruned, in the order of the forward pass."""
+        """The layers of a block that may be pruned, in the order of the forward pass, once for each kind of units."""
         shape = decoder.shape(block)
         return _in_order(decoder, [kind for kind in self.kinds if kind.there(shape)])
 

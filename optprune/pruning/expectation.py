@@ -118,7 +118,7 @@ def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int)
         return allocator.work(decoder, tokens)
     if not isinstance(allocator, ByCost):
         return 0.0
-    return CostWork.of(decoder, allocator.units, tokens, allocator.probe_tokens).whole
+    return CostWork.of(decoder, allocator.units, allocator.budget, tokens, allocator.probe_tokens).whole
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
@@ -129,7 +129,7 @@ def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
         if recipe.matching is not None:
             passes += recipe.matching.epochs * (1 + PASSES_BACK)
         work += SLOW * tokens * (passes * decoder.weights_of(shape) + grams(decoder, block, taps))
-        for outputs, inputs in (decoder.layer(block, target.path).weight.shape for target in targets):
+        for outputs, inputs in (decoder.layer(block, path).weight.shape for path in {each.path for each in targets}):
             work += search * outputs * inputs * (outputs + inputs)
     return work
 

@@ -180,7 +180,8 @@ class Workload:
         shape, kept = self.decoder.shape(self.largest), 1 - self.recipe.sparsity
         if self.recipe.units.family is not None:
             return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(self.largest), kept))
-        for kind in self.recipe.units.kinds:
+        # Of kinds that compete for a sub-block one is narrowed.
+        for kind in {kind.part: kind for kind in reversed(self.recipe.units.kinds)}.values():
             shape = kind.with_count(shape, max(1, round(kept * kind.there(shape))))
         return BlockAllocation(shape)
 
@@ -216,7 +217,9 @@ class Workload:
         """How many changes of a block a division tries, each on the tokens of a probe."""
         if not isinstance(self.allocator, ByCost | ExpertBudget) or not self.allocator.probes:
             return 0
-        return len(self.recipe.units.candidates(self.decoder, self.largest)) if self.recipe.units.kinds else 1
+        if isinstance(self.allocator, ExpertBudget):
+            return 1
+        return self.allocator.budget.changes(self.recipe.units.candidates(self.decoder, self.largest))
 
     @property
     def probe_tokens(self) -> int:

@@ -11,7 +11,7 @@ from transformers import OPTForCausalLM
 
 from optprune.allocation.currency import Prices, prices_of
 from optprune.allocation.knapsack import Curve, global_threshold, share_budget
-from optprune.allocation.width_costs import WidthCurve
+from optprune.allocation.width_curves import Choices, WidthCurve
 from optprune.models import UNITS, Decoder, Mlp
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.divided import divided
@@ -102,13 +102,13 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
         found.update(curves)
         return share_budget(curves, budget)
 
-    monkeypatch.setattr("optprune.allocation.width_costs.share_budget", listen)
+    monkeypatch.setattr("optprune.allocation.width_curves.share_budget", listen)
     settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "least_kept": 0.0}
     divided(Decoder(model), load_recipe("structured_best", settings))
-    for block, (field, layer) in product((0, 1), (("mlp_width", "fc2"), ("value_dim", "self_attn.out_proj"))):
+    for block, (part, layer) in product((0, 1), (("mlp", "fc2"), ("attention", "self_attn.out_proj"))):
         weight, gram = around_the_mean(model, f"model.decoder.layers.{block}.{layer}")
         expected = float(((weight @ gram) * weight).sum()) / 2
-        assert float(found[f"{block} {field}"].errors[0]) == pytest.approx(expected, rel=1e-3)
+        assert float(found[f"{block} {part}"].errors[0]) == pytest.approx(expected, rel=1e-3)
 
 
 # -- what must stay
@@ -123,8 +123,9 @@ def by_formula(cost: float) -> Prices:
 )
 def test_a_width_keeps_its_least_share(least: float, counts: list[int]) -> None:
     losses = {128: 0.0, 96: 1.0, 64: 3.0, 32: 7.0, 0: 20.0}
-    found, curve = WidthCurve(0, Mlp(), 128, losses).curve(least, by_formula(2.0))
-    assert found == counts
+    choices = Choices.of([WidthCurve(0, Mlp(), 128, losses)], least, by_formula(2.0))
+    assert [kept.count for kept in choices.kept] == counts
+    curve = choices.curve
     assert curve.prices.tolist() == [2.0 * (count - 128) for count in counts]
     assert curve.errors.tolist() == [losses[count] for count in counts]
 

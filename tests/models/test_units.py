@@ -109,7 +109,7 @@ def test_units_are_spelled_as_before(name: str) -> None:
 
 @pytest.mark.parametrize("wrong", ["heads", 3, None, ["mlp"]])
 def test_units_that_are_not_known(wrong: object) -> None:
-    known = "all, blocks, experts, kv-groups, mlp, rotated-all, rotated-vo, vo, weights"
+    known = "all, all-heads, blocks, experts, kv-groups, mlp, rotated-all, rotated-all-heads, rotated-vo, vo, weights"
     with pytest.raises(InputError, match=f"use one of {known}"):
         make_recipe({"units": wrong})
 

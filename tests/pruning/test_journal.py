@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {"sparsity": 0.3}),
     "alps under intra": ("alps", {"propagation": "intra"}),
     "sparse_best": ("sparse_best", {"probe_tokens": 32}),
-    "structured_best": ("structured_best", {"probe_tokens": 32, "width_multiple": 8, "held_out": 0.25}),
+    "structured_best": ("structured_best", {"units": "all-heads", "probe_tokens": 32, "held_out": 0.25}),
     "fasp under cross": ("fasp", {"propagation": "cross"}),
     "depth": ("depth", {"sparsity": 0.4, "depth_tokens": 64}),
     "spap": ("spap", {"recovery_tokens": 64}),
