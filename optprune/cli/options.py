@@ -49,7 +49,9 @@ Propagation = Annotated[
 ]
 Units = Annotated[
     str | None,
-    typer.Option("--units", help="mlp, vo, kv-groups, all, weights, experts or blocks. [default: the recipe's]"),
+    typer.Option(
+        "--units", help="mlp, vo, kv-groups, all, all-heads, weights, experts or blocks. [default: the recipe's]"
+    ),
 ]
 Pattern = Annotated[
     str | None,

@@ -80,8 +80,8 @@ class Recipe(Telling, BaseModel):
     problem"""
     units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
     """what is pruned: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
-    query heads, MLP units and value dimensions, single weights of every linear layer, in a pattern where it is
-    {weights: 2:4}, whole experts, or whole sub-blocks"""
+    query heads, MLP units and value dimensions (all-heads: or KV heads in place of a block's value dimensions), single
+    weights of every linear layer, in a pattern where it is {weights: 2:4}, whole experts, or whole sub-blocks"""
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]

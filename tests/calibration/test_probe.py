@@ -82,7 +82,7 @@ def test_a_sub_block_can_be_gone_for_a_divergence(make) -> None:
             for part in ("attention", "mlp") if block == index else ():
                 probe.try_without(block, part)
             probe.advance()
-    assert probe.divergences() == pytest.approx(measured, rel=1e-3) and min(measured) > 1e-5
+        assert probe.divergences() == pytest.approx(measured, rel=1e-3) and min(measured) > 1e-5
     assert [type(each) for each in model.modules()] == [type(each) for each in dense.modules()]
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
 
