@@ -98,6 +98,11 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for sparsity, pair in ((0.3, ALL), (0.2, ALL), (0.1, ALL), (0.03125, VALUES))
         for units in pair
     ],
+    "heads": [
+        ("structured_best", {"sparsity": sparsity, "units": units, "least_kept": least})
+        for sparsity, least in ((0.3, 0.45), (0.2, 0.45), (0.3, 0.0))
+        for units in ("all", "all-heads")
+    ],
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
@@ -138,6 +143,7 @@ NAMES = {
     "policies-2:4": "2:4 under every propagation policy",
     "structured": "Whole units",
     "rotated": "Value dimensions that are removed as coordinates, and as directions",
+    "heads": "KV heads beside value dimensions in one budget, and sub-blocks that may go whole",
     "recovery": "Recovery of the pruned sub-modules",
     "ablation": "What the output metric, the global budget and probes do for whole units",
     "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
