@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from optprune.allocation import Allocation, DenseModel
-from optprune.allocation.width_curves import WidthCurve
 from optprune.calibration import (
     Change,
     Probe,
@@ -20,7 +19,7 @@ from optprune.calibration import (
     sampled,
 )
 from optprune.metric import OutputMetric
-from optprune.models import Decoder, Mlp
+from optprune.models import Decoder
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss
 from optprune.pruning import prune
@@ -61,29 +60,6 @@ def test_it_is_the_divergence_of_the_whole_model(make) -> None:
             probe.advance()
         assert min(expected) > 1e-5
         assert probe.divergences() == pytest.approx(expected, rel=1e-3)
-    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
-
-
-@by_variant
-def test_a_sub_block_can_be_gone_for_a_divergence(make) -> None:
-    """As with all that it adds to the hidden states gone, and the model is left as it was."""
-    model, dense = make(), make()
-    decoder, ids = Decoder(model), torch.cat(batches())[:2, :20]
-    index, measured = len(decoder.blocks) - 1, []
-    for part in ("attention", "mlp"):
-        less = make()
-        Decoder(less).remove(index, part)
-        with torch.no_grad():
-            log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, less))
-        measured.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
-    with calibrating(decoder):
-        probe = Probe(decoder, [ids])
-        for block in range(len(decoder.blocks)):
-            for part in ("attention", "mlp") if block == index else ():
-                probe.try_without(block, part)
-            probe.advance()
-        assert probe.divergences() == pytest.approx(measured, rel=1e-3) and min(measured) > 1e-5
-    assert [type(each) for each in model.modules()] == [type(each) for each in dense.modules()]
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -177,18 +153,6 @@ def test_a_sub_block_goes_where_its_absence_costs_little(block: int) -> None:
         ]
         assert part not in shapes[block].parts
         assert len(shapes[1 - block].parts) == 2
-
-
-def test_between_two_measurements_the_rate_is_between_theirs() -> None:
-    predicted = {count: 128.0 - count for count in (96, 64, 32, 0)}
-    curve = WidthCurve(0, Mlp(), 128, predicted, in_nats=False)
-    assert curve.put_right({}).losses == predicted
-    assert curve.put_right({64: 128.0}).losses == pytest.approx({96: 64, 64: 128, 32: 192, 0: 256}, rel=1e-5)
-    both = curve.put_right({64: 128.0, 0: 512.0}).losses
-    # Twice what was predicted of 64, four times of none: three times of 32, and above 64 twice.
-    assert both == pytest.approx({96: 64, 64: 128, 32: 288, 0: 512}, rel=1e-5)
-    # Of a loss of nothing no rate makes what was measured.
-    assert WidthCurve(0, Mlp(), 128, {64: 0.0, 0: 0.0}).put_right({0: 7.0}).losses == {64: 0.0, 0: 7.0}
 
 
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("rows", 0.5), ("2:4", 0.3)])
