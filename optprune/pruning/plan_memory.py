@@ -199,7 +199,12 @@ def _inside(work: Workload, worker: bool = False) -> Iterator[Part]:
         drifted = recipe.policy.dense_target and (number > 0 or work.two_paths)
         gathering = max(gathering, collecting(work, taps, drifted, held_out) + (2 if drifted else 1) * batch)
         given = moments(work, taps, drifted, held_out)
-        solves = sorted(work.spectra_bytes(stage, target) + work.layer_bytes(target) for target in stage)
+        solves = sorted(
+            work.spectra_bytes(stage, target)
+            + work.layer_bytes(target)
+            + moments(work, work.reordered([target]), drifted, held_out)
+            for target in stage
+        )
         solving = max(solving, given + sum(solves[-work.layers_at_once :]))
     yield Part("moments while they are gathered", max(gathering, batch))
     yield Part("solving, beyond that", max(0, solving - max(gathering, batch)))
