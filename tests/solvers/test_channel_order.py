@@ -160,20 +160,26 @@ def test_value_dimensions_stay_in_their_head_and_move_alike_in_all_that_read_the
     assert lost(loss, found.inputs.tolist()) < 0.97 * lost(loss, list(range(32)))
 
 
-def test_what_is_lost_counts_outputs_by_the_metric_and_inputs_by_their_size() -> None:
-    """One output, and the inputs that it reads, matter more than all others: its two large weights come apart."""
-    weight = torch.full((4, 8), 0.01, dtype=torch.float64)
-    weight[1:, 0::2] = 1.0  # what the other outputs would have
-    weight[0, :4] = 1.0  # four large weights in one group
-    moments = InputMoments.from_samples(torch.eye(8, dtype=torch.float64))
-    metric = OutputMetric.from_samples(torch.diag(torch.tensor([1e3, 1.0, 1, 1], dtype=torch.float64)), full=False)
-    order = best_permutation(LayerLoss.of(weight, moments, metric=metric), ChannelGroups.of(8), NM(2, 4)).units.tolist()
-    assert sum(channel < 4 for channel in order[:4]) == 2
-    seen = torch.ones(8, dtype=torch.float64)
-    seen[4:] = 1e3
-    weight = torch.ones(1, 8, dtype=torch.float64)
-    other = LayerLoss.of(weight, InputMoments.from_samples(torch.diag(seen)))
-    order = best_permutation(other, ChannelGroups.of(8), NM(2, 4)).units.tolist()
+def test_an_output_counts_by_the_metric() -> None:
+    """Of four inputs one output reads the first two, which are in one group; four outputs want these to stay there."""
+    weight = torch.full((5, 4), 0.01, dtype=torch.float64)
+    for row, pair in enumerate([(0, 1), (0, 2), (0, 2), (0, 3), (0, 3)]):
+        weight[row, list(pair)] = 1.0
+    moments = InputMoments.from_samples(torch.eye(4, dtype=torch.float64))
+    weights = torch.tensor([1e3, 1, 1, 1, 1], dtype=torch.float64)
+    metric = OutputMetric.from_samples(torch.diag(weights.sqrt()), full=False)
+    alike, weighed = (
+        best_permutation(LayerLoss.of(weight, moments, metric=each), ChannelGroups.of(4), NM(1, 2)).units.tolist()
+        for each in (None, metric)
+    )
+    assert alike == [0, 1, 2, 3] and weighed != alike
+
+
+def test_an_input_counts_by_its_size() -> None:
+    size = torch.ones(8, dtype=torch.float64)
+    size[4:] = 1e3
+    loss = LayerLoss.of(torch.ones(1, 8, dtype=torch.float64), InputMoments.from_samples(torch.diag(size)))
+    order = best_permutation(loss, ChannelGroups.of(8), NM(2, 4)).units.tolist()
     assert sum(channel < 4 for channel in order[:4]) == 2
 
 
