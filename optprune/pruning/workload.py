@@ -11,7 +11,7 @@ from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Stream
 from optprune.calibration.expert_answers import MOST_PRODUCTS
-from optprune.models import BlockAllocation, Decoder, Experts, Target, reorderable
+from optprune.models import BlockAllocation, Decoder, Experts, Target
 from optprune.models.places import OnDevice, States
 from optprune.pruning.preflight import small_problem
 from optprune.pruning.targets import by_stage, targets_of
@@ -248,14 +248,6 @@ class Workload:
         out, width = layer.out_features, layer.in_features
         solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=coupled))
         return solver.takes(out, width, coupled) + (AVERAGE * out**2 if coupled else 0)
-
-    def reordered(self, targets: list[Target]) -> dict[str, int]:
-        """The widths of those layers whose inputs are permuted, and have moments of their own then."""
-        if not self.recipe.permuted:
-            return {}
-        decoder, index = self.decoder, self.largest
-        paths = [target.path for target in targets if reorderable(decoder, index, target.path, target.family.multiple)]
-        return {path: decoder.layer(index, path).in_features for path in paths}
 
     def spectra_bytes(self, stage: list[Target], target: Target) -> int:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
