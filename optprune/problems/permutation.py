@@ -34,7 +34,9 @@ class Permutation:
         slots = channels.slots
         every = torch.arange(channels.units, device=slots.device)
         if units.shape != every.shape or not torch.equal(units.sort().values, every):
-            raise InputError(f"an order of {channels.units} units names each of them once, not {units.tolist()[:8]}")
+            raise InputError(
+                f"an order of {channels.units} units names each of them once, which {list(units.shape)} numbers do not"
+            )
         if not torch.equal(slots[units], slots):
             moved = int((slots[units] != slots).nonzero()[0, 0])
             raise InputError(f"units stay in their slots, but unit {int(units[moved])} comes to the place of {moved}")

@@ -18,10 +18,10 @@ that is there the rounds end where they end from channels dealt by their sums.
 
 import torch
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.numerics import linalg
 from optprune.patterns import NM
 from optprune.problems import Channels, LayerLoss, Permutation
 
@@ -56,8 +56,9 @@ def channel_order(scores: Float[Tensor, "rows channels"], pattern: NM) -> Int[Te
         members = members.gather(1, (torch.arange(pattern.m) + shift) % pattern.m)
         gained = 0.0
         for place in range(pattern.m):
-            for some in torch.randperm(groups, generator=generator).split(TOGETHER):
-                gained += _assign(scores, members, some, place, pattern.n)
+            mixed = torch.randperm(groups, generator=generator)
+            for first in range(0, groups, TOGETHER):
+                gained += _assign(scores, members, mixed[first : first + TOGETHER], place, pattern.n)
         idle = 0 if gained else idle + 1
         if idle == pattern.m:
             break
@@ -97,10 +98,10 @@ def _assign(scores: Tensor, members: Tensor, some: Tensor, place: int, keep: int
     single = here[:, place]
     level = scores[:, rest].topk(keep, dim=2).values[..., -1]
     distances = torch.cdist(scores[:, single.to(scores.device)].double().T, level.double().T, p=1).cpu()
-    channel, group = map(torch.from_numpy, linear_sum_assignment(distances.numpy(), maximize=True))
-    before, after = distances.diagonal().sum(), distances[channel, group].sum()
+    group = linalg.assignment(distances)
+    before, after = distances.diagonal().sum(), distances.gather(1, group[:, None]).sum()
     gained = float(after - before) / 2
     if gained <= NEGLIGIBLE * float(before):
         return 0.0
-    members[some[group], place] = single[channel]
+    members[some[group], place] = single
     return gained
