@@ -23,6 +23,7 @@ from optprune.models.load import (
     using_tokenizer,
 )
 from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_known, is_stock
+from optprune.models.reordering import reorderable
 from optprune.models.tracing import trace
 from optprune.models.units import KvGroups, LinkedUnits, Mlp, Target, Units, Values
 from optprune.models.weights_files import has_weights
@@ -66,6 +67,7 @@ __all__ = [
     "load_tokenizer",
     "need_tokenizer",
     "open_model",
+    "reorderable",
     "stored_dtype",
     "trace",
     "traceable_config",

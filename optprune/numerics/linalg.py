@@ -1,8 +1,9 @@
-"""Factorisations, norms and a few more functions of torch, with the types that its stubs leave open."""
+"""Factorisations, norms and a few more functions of torch, and one of scipy, with the types that stubs leave open."""
 
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -94,6 +95,12 @@ def norm(values: Tensor, dim: int | None = None) -> Tensor:
 def from_numpy(values: "np.ndarray[Any, np.dtype[Any]]") -> Tensor:
     """The same numbers, in the same memory, whatever the default device."""
     return torch.from_numpy(values)
+
+
+def assignment(gains: Tensor) -> Tensor:
+    """The column of each row in the assignment with the largest sum of gains [n, n], on the CPU."""
+    _, columns = scipy.optimize.linear_sum_assignment(gains.cpu().numpy(), maximize=True)
+    return from_numpy(columns)
 
 
 def unique(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from optprune.problems.loss import LayerLoss
 from optprune.problems.masked import MaskedLeastSquares
 from optprune.problems.matching import BlockMatching, Example, Examples
 from optprune.problems.penalised import PenalisedLeastSquares
+from optprune.problems.permutation import Permutation
 from optprune.problems.rotation import Rotation
 from optprune.problems.selection import SelectionProblem
 from optprune.problems.sparse import SparseLeastSquares
@@ -24,6 +25,7 @@ __all__ = [
     "LinkedLeastSquares",
     "MaskedLeastSquares",
     "PenalisedLeastSquares",
+    "Permutation",
     "Problem",
     "Rotation",
     "SelectionProblem",

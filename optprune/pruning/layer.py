@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from optprune.errors import NumericalError, StrictError
 from optprune.metric import OutputMetric
-from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target
+from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target, reorderable
 from optprune.models.surgery import write
 from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
-from optprune.problems import LayerLoss, Problem, Rotation
+from optprune.patterns import NM
+from optprune.problems import LayerLoss, Permutation, Problem, Rotation
 from optprune.recipe import Recipe
 from optprune.report import LayerReport
-from optprune.solvers import Solution, Status, best_basis, solve
+from optprune.solvers import Solution, Status, best_basis, best_permutation, solve
 from optprune.solvers.ridge import HeldOut, refit
 
 
@@ -49,6 +50,13 @@ class LayerTask:
         """How its units link it with other layers, where units are pruned."""
         return None if self.target.kind is None else self.target.kind.layers(self.decoder, self.block)
 
+    @property
+    def reordered(self) -> LinkedLayers | None:
+        """How its inputs link it with the layers that make them, where single weights go and inputs may be permuted."""
+        if not self.recipe.permuted or self.target.kind is not None:
+            return None
+        return reorderable(self.decoder, self.block, self.target.path, self.target.family.multiple)
+
     def context(self, moments: InputMoments) -> LayerContext:
         """What an objective is given, with the moments of the layer's inputs and on their device."""
         layer, recipe, units = self.layer, self.recipe, self.units
@@ -73,15 +81,15 @@ class SolvedLayer:
     keep: int
     """how many units or weights the budget leaves"""
     report: LayerReport
-    rotation: Rotation | None = None
-    """what the inputs are turned by, where the answer is for rotated ones"""
+    basis: Rotation | Permutation | None = None
+    """what the inputs are turned by, where the answer is for other ones than the layer has"""
 
     def to(self, device: torch.device) -> "SolvedLayer":
         """The same on another device."""
         bias = None if self.bias is None else self.bias.to(device)
-        rotation = None if self.rotation is None else self.rotation.to(device)
+        basis = None if self.basis is None else self.basis.to(device)
         weight, reads = self.weight.to(device), self.reads.to(device)
-        return replace(self, weight=weight, bias=bias, reads=reads, rotation=rotation)
+        return replace(self, weight=weight, bias=bias, reads=reads, basis=basis)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +111,7 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     """
     began, layer = time.perf_counter(), task.layer
     context = task.context(moments)
-    answer, rotation = _best_answer(task, context, held_out)
+    answer, basis = _best_answer(task, context, held_out)
     value = task.decoder.rounded(answer.solution.value).to(layer.weight.dtype)
     bias = None
     if layer.bias is not None and answer.problem.loss.fit_bias:
@@ -113,7 +121,7 @@ def solve_layer(task: LayerTask, moments: InputMoments, held_out: InputMoments |
     reads = (value != 0).any(0)
     if task.target.kind is not None:
         reads = answer.problem.inputs(answer.solution.value) | reads
-    return SolvedLayer(value, bias, reads, context.keep, _report(task, answer, value, began), rotation)
+    return SolvedLayer(value, bias, reads, context.keep, _report(task, answer, value, began), basis)
 
 
 def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
@@ -123,8 +131,9 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
     """
     layer, units, report = task.layer, task.units, solved.report
     write(layer, solved.weight, solved.bias)
-    if units is not None and solved.rotation is not None:
-        _rotate(task, units, solved.rotation)
+    linked = units or task.reordered
+    if linked is not None and solved.basis is not None:
+        _turn(task, linked, solved.basis)
     due = 0
     if units is None:
         # A pattern that is not the recipe's may round the count of every row.
@@ -138,14 +147,14 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
     return PrunedLayer(report, int((layer.weight == 0).sum()), due)
 
 
-def _rotate(task: LayerTask, units: LinkedLayers, rotation: Rotation) -> None:
-    """Have the layers before a layer make its inputs rotated: slots by slots their rows are the units."""
+def _turn(task: LayerTask, units: LinkedLayers, basis: Rotation | Permutation) -> None:
+    """Have the layers before a layer make its inputs turned: their rows are the units, slot by slot where they mix."""
     rounded = task.decoder.rounded
     for path, rows in zip(units.producers, units.link.rows, strict=True):
         layer, own = task.decoder.layer(task.block, path), rows.reshape(-1)
         for parameter in (layer.weight, layer.bias):
             if parameter is not None:
-                parameter.data[own] = rounded(rotation.rows(parameter.detach()[own])).to(parameter.dtype)
+                parameter.data[own] = rounded(basis.rows(parameter.detach()[own])).to(parameter.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +178,10 @@ class _Answer:
 
 def _best_answer(
     task: LayerTask, context: LayerContext, held_out: InputMoments | None
-) -> tuple[_Answer, Rotation | None]:
-    """The layer's solution, and what its inputs are rotated by: of directions only where those lose less."""
+) -> tuple[_Answer, Rotation | Permutation | None]:
+    """The layer's solution, and what its inputs are turned by: of directions only where those lose less."""
+    if task.reordered is not None and isinstance(context.pattern, NM):
+        return _in_order(task, context, held_out, task.reordered, context.pattern)
     plain, kind, link = _answer(task, context, held_out), task.target.kind, context.link
     if kind is None or link is None or not kind.rotated or not 0 < context.keep < link.units:
         return plain, None
@@ -182,6 +193,16 @@ def _best_answer(
     if loss.value(rotation.back(rotated.solution.value)) < loss.value(plain.solution.value):
         return replace(rotated, dead=plain.dead), rotation
     return plain, None
+
+
+def _in_order(
+    task: LayerTask, context: LayerContext, held_out: InputMoments | None, units: LinkedLayers, pattern: NM
+) -> tuple[_Answer, Permutation]:
+    """The layer's solution with its inputs in the order that suits the pattern, and that order."""
+    loss = context.loss
+    order = best_permutation(loss, units.link.to(loss.weight.device), pattern)
+    apart = None if held_out is None else order.moments(held_out)
+    return _answer(task, replace(context, loss=order.loss(loss)), apart), order
 
 
 def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | None) -> _Answer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
+from optprune.models import Target, reorderable
 from optprune.pruning.workers import AHEAD
 from optprune.pruning.workload import AVERAGE, Workload
 from optprune.recipe.groups import Matching
@@ -98,6 +99,13 @@ def collecting(work: Workload, taps: dict[str, int], drifted: bool, held_out: bo
 def moments(work: Workload, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
     """The averages that are there while the layers are solved."""
     return AVERAGE * (3 if drifted else 1) * (2 if held_out else 1) * sum(width**2 for width in taps.values())
+
+
+def reordered(work: Workload, target: Target) -> dict[str, int]:
+    """The width of a layer whose inputs are permuted, and have moments of their own then; of any other nothing."""
+    path = target.path
+    free = work.recipe.permuted and reorderable(work.decoder, work.largest, path, target.family.multiple) is not None
+    return {path: work.decoder.layer(work.largest, path).in_features} if free else {}
 
 
 # -- the phases
@@ -199,7 +207,12 @@ def _inside(work: Workload, worker: bool = False) -> Iterator[Part]:
         drifted = recipe.policy.dense_target and (number > 0 or work.two_paths)
         gathering = max(gathering, collecting(work, taps, drifted, held_out) + (2 if drifted else 1) * batch)
         given = moments(work, taps, drifted, held_out)
-        solves = sorted(work.spectra_bytes(stage, target) + work.layer_bytes(target) for target in stage)
+        solves = sorted(
+            work.spectra_bytes(stage, target)
+            + work.layer_bytes(target)
+            + moments(work, reordered(work, target), drifted, held_out)
+            for target in stage
+        )
         solving = max(solving, given + sum(solves[-work.layers_at_once :]))
     yield Part("moments while they are gathered", max(gathering, batch))
     yield Part("solving, beyond that", max(0, solving - max(gathering, batch)))

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from optprune.allocation import Allocation
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
-from optprune.models import PARTS, Blocks, Decoder
+from optprune.models import PARTS, Blocks, Decoder, reorderable
 from optprune.moments import InputMoments
 from optprune.objectives import OBJECTIVES, LayerContext
 from optprune.patterns import ANYWHERE
@@ -44,6 +44,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
                 f"{decoder.name(index, path)}: choose another pattern"
             )
     idle = _idle_recovery(decoder, recipe, pruned) + _idle_matching(recipe, pruned)
+    idle += _idle_order(decoder, recipe, pruned)
     if idle and recipe.strict:
         raise StrictError(f"{idle[0]} (strict mode makes this an error)")
     if recipe.layer_solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
@@ -97,6 +98,22 @@ def _idle_matching(recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, 
     if recipe.matching is None or pruned:
         return ()
     return (f"matching has nothing to match: units {recipe.units.name} prune no layer of a block",)
+
+
+def _idle_order(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
+    """A note where value dimensions are to be permuted and cannot be."""
+    output, size = decoder.architecture.output, (recipe.units.family or ANYWHERE).multiple
+    blocks = [index for index, path in pruned if path == output] if recipe.permuted else []
+    left = [index for index in blocks if reorderable(decoder, index, output, size) is None]
+    if not left:
+        return ()
+    name, count = decoder.name(left[0], output), decoder.shape(left[0]).value_dim
+    why = (
+        f"{count} in a head are no whole groups of {size}"
+        if count % size
+        else f"a draft does not say how those of a {decoder.architecture.model_type} model lie"
+    )
+    return (f"permuted leaves the value dimensions of {len(left)} blocks in their order, as those of {name}: {why}",)
 
 
 def small_problem(recipe: Recipe, full: bool) -> Problem:

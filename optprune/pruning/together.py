@@ -18,6 +18,7 @@ from optprune.calibration.moments_pass import Collected
 from optprune.errors import InputError, OptpruneError
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
+from optprune.problems import Permutation, Rotation
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.hands import Hands, Take
 from optprune.pruning.journal import Journal
@@ -87,23 +88,27 @@ class OverProcesses(Hands):
 
 @dataclass(frozen=True)
 class _Told:
-    """A solved layer without its tensors."""
+    """A solved layer without its large tensors."""
 
     bias: torch.dtype | None
     """the dtype of the new bias, where there is one"""
     keep: int
     report: Any
+    basis: Rotation | Permutation | None
+    """what the inputs are turned by: small, and on the CPU"""
 
     @classmethod
     def of(cls, solved: SolvedLayer) -> "_Told":
-        return cls(None if solved.bias is None else solved.bias.dtype, solved.keep, solved.report)
+        basis = None if solved.basis is None else solved.basis.to(torch.device("cpu"))
+        return cls(None if solved.bias is None else solved.bias.dtype, solved.keep, solved.report, basis)
 
     def empty(self, task: LayerTask) -> SolvedLayer:
         """The solved layer, whose tensors are still to be filled."""
         weight = torch.empty(task.layer.weight.shape, dtype=task.layer.weight.dtype, device=task.layer.weight.device)
         reads = torch.empty(weight.shape[1], dtype=torch.bool, device=weight.device)
         bias = None if self.bias is None else torch.empty(weight.shape[0], dtype=self.bias, device=weight.device)
-        return SolvedLayer(weight, bias, reads, self.keep, self.report)
+        basis = None if self.basis is None else self.basis.to(weight.device)
+        return SolvedLayer(weight, bias, reads, self.keep, self.report, basis)
 
 
 def _spread(peers: Peers, solved: SolvedLayer, source: int) -> SolvedLayer:

@@ -20,6 +20,7 @@ from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
 from optprune.models import UNITS, Experts, Units
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
+from optprune.patterns import InGroups
 from optprune.problems import Problem
 from optprune.recipe.aliases import NEEDS
 from optprune.recipe.groups import (
@@ -92,6 +93,9 @@ class Recipe(Telling, BaseModel):
     """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
     fit_bias: bool = True
     """whether the bias of a pruned layer, where it has one, is fitted with its weights; else it stays as it was"""
+    permuted: bool = False
+    """whether MLP units, and value dimensions within a head, change places so that groups of N:M hold together what can
+    be spared: the model is what it was, and stock transformers loads it; needs such a pattern"""
     allocation: UniformShares | GlobalBudget | DepthSearch = UniformShares()
     """what every block loses: the same share, a part of one budget for the model, or whole sub-blocks"""
     metric: FisherMetric | None = None
@@ -140,6 +144,12 @@ class Recipe(Telling, BaseModel):
             )
         if experts and self.objective is not None:
             raise ValueError("whole experts go by their own cost: leave the objective out")
+        if self.permuted and not isinstance(self.units.family, InGroups):
+            pattern = "no pattern" if self.units.family is None else f"the pattern {self.units.family.name}"
+            raise ValueError(
+                f"permuted orders inputs for groups of N:M, and units {self.units.name} have {pattern}: give single "
+                "weights such a pattern, as 2:4, or leave permuted out"
+            )
         refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
         if refitted and solver is not None and refitting(solver) is None:
             raise ValueError(
@@ -238,7 +248,9 @@ class Recipe(Telling, BaseModel):
         """The settled recipe, of which only what its sparsity leaves to do is left: with zero, nothing."""
         if self.sparsity:
             return self.settled()
-        return self.model_copy(update={"propagation": POLICIES["dense"], "metric": None, "refit": None})
+        return self.model_copy(
+            update={"propagation": POLICIES["dense"], "metric": None, "refit": None, "permuted": False}
+        )
 
     @property
     def divides(self) -> bool:

@@ -5,6 +5,7 @@ from optprune.solvers.admm import Admm
 from optprune.solvers.auto import choose
 from optprune.solvers.base import Answer, AnySolver, DirectSolver, Solver
 from optprune.solvers.chain import Chain
+from optprune.solvers.channel_order import best_permutation, channel_order
 from optprune.solvers.channel_swaps import ChannelSwaps
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.descent import Descent, Matched, match
@@ -78,6 +79,8 @@ __all__ = [
     "UnitRanking",
     "Wanda",
     "best_basis",
+    "best_permutation",
+    "channel_order",
     "choose",
     "choose_experts",
     "match",

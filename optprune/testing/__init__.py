@@ -1,6 +1,6 @@
 """What third parties need to check a solver: strategies, independent references, the laws, and check_solver.
 
-Needs the extra `optprune[testing]` (hypothesis, scipy, cvxpy); a missing one is an ImportError, never a skipped check.
+Needs the extra `optprune[testing]` (hypothesis, cvxpy); a missing one is an ImportError, never a skipped check.
 """
 
 from optprune.testing.check import check_solver

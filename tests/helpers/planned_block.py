@@ -26,6 +26,11 @@ SPARSE: dict[str, Any] = {"units": "weights", "sparsity": 0.5}
 REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
     "hidden states": (NARROW, {**SPARSE, "solver": "magnitude", "propagation": "intra"}, 1024),
     "moments": (WIDE, {"units": "mlp", "solver": "fasp_metric"}, 4),
+    "permuted inputs": (
+        WIDE,
+        {**SPARSE, "units": {"weights": "2:4"}, "permuted": True, "solver": "magnitude", "propagation": "intra"},
+        4,
+    ),
     "workspace": (SQUARE, {**SPARSE, "solver": {"admm": {"most": 6}}}, 4),
 }
 """the config, the recipe and the number of sequences, by what takes the most memory then"""

@@ -37,6 +37,8 @@ RUNS = {
     "recovery": ("spap", {"recovery_tokens": 96}),
     "recovery in a metric": ("sparse_best", {"held_out": 0.2, "recovery": 1, "metric_tokens": 96, "sparsity": 0.3}),
     "matching": ("wanda", {"held_out": 0.2, "matching": 2}),
+    "rotated": ("fasp", {"units": "rotated-vo", "sparsity": 0.08}),
+    "permuted": ("wanda", {"pattern": "2:4", "permuted": True, "propagation": "intra"}),
     "dense": ("sparsegpt", {"propagation": "dense"}),
     "intra": ("fasp", {"propagation": "intra", "held_out": 0.2, "refit_damping": 0.1}),
 }

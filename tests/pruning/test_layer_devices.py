@@ -21,10 +21,13 @@ RUNS = [
     ("fasp", {}),
     ("sparse_best", {"held_out": 0.25, "refit_damping": 0.1}),
     ("spap", {"recovery_tokens": 64}),
+    ("wanda", {"pattern": "2:4", "permuted": True}),
 ]
 
 
-@pytest.mark.parametrize(("recipe", "settings"), RUNS, ids=["alps", "sparsegpt", "fasp", "metric", "recovery"])
+@pytest.mark.parametrize(
+    ("recipe", "settings"), RUNS, ids=["alps", "sparsegpt", "fasp", "metric", "recovery", "permuted"]
+)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
 def test_the_bytes_and_the_report_are_those_of_one_device(make, recipe: str, settings) -> None:
     serial, chosen = make(), load_recipe(recipe, settings)
