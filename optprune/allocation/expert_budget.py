@@ -36,7 +36,7 @@ class _Block:
 
     number: int
     costs: dict[int, float]
-    """by how many are kept"""
+    """what is lost, by how many are kept"""
     tried: int
     """the number kept that the probe has tried"""
 

@@ -35,9 +35,8 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
         logits.append(router(tokens)[0].float())
         answers = torch.stack([experts.outputs(tokens, number) for number in range(count)], 1).float()
         products.append(answers @ answers.mT)
-    found = _of_all(calls, torch.cat(logits), torch.cat(products))
-    chosen = int(decoder.model.config.num_experts_per_tok)
-    return ExpertChoice(*(every[:most] for every in found), chosen, mixture.normalised(config), keep)
+    scores, pairs = (rows[:most] for rows in _of_all(calls, torch.cat(logits), torch.cat(products)))
+    return ExpertChoice(scores, pairs, int(config.num_experts_per_tok), mixture.normalised(config), keep)
 
 
 def _of_all(calls: Calls, *own: Tensor) -> list[Tensor]:
