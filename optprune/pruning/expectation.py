@@ -39,17 +39,17 @@ START = 3.0, 20.0
 CHARACTERS_PER_SECOND = 1e6
 """what a tokenizer reads"""
 SEARCH: dict[type, float] = {
-    Admm: 250,
-    ConjugateGradients: 150,
-    FistaPruner: 700,
-    GreedyObs: 200,
-    Restore: 130,
-    SparseGpt: 70,
-    Spap: 300,
-    Swaps: 300,
+    Admm: 60,
+    ConjugateGradients: 40,
+    FistaPruner: 175,
+    GreedyObs: 50,
+    Restore: 30,
+    SparseGpt: 18,
+    Spap: 75,
+    Swaps: 75,
 }
 """how many times out in (out + in) multiplications a solver takes: on the shapes of SmolLM2-135M, as a rule of thumb"""
-RANKING = 30
+RANKING = 8
 """the same of solvers that rank and do not search"""
 
 
