@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 import optprune
 from optprune.errors import InputError, OptpruneError
@@ -325,6 +326,7 @@ def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: py
         asked.update(options)
         raise OSError(f"{where} has no model.safetensors. Please do not set `use_safetensors=True`.")
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is beside the weights is not asked for over and over
     module = sys.modules["optprune.models.load"]  # optprune.models.load is the function
     monkeypatch.setattr(module, "_config", lambda *_: tiny_llama().config)
     monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", missing)

@@ -125,7 +125,7 @@ FAULTS = {
 
 
 def test_without_a_fault_the_laws_hold():
-    check_solver(Restore(), examples=20)
+    check_solver(Restore(), examples=10)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
