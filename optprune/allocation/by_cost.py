@@ -4,6 +4,7 @@ The costs come from the dense model, in one pass of the calibration tokens, and 
 metric: without one a layer with large outputs seems important because they are large.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -13,7 +14,7 @@ from optprune.allocation.costs import CostBudget, Costs
 from optprune.calibration import DenseWalk, Probe, Stream, first_inputs, first_tokens
 from optprune.errors import NumericalError
 from optprune.measure.memory import release
-from optprune.models import Decoder, Units
+from optprune.models import Decoder, Target, Units
 from optprune.problems import LayerLoss
 from optprune.report import PhaseAdvanced
 from optprune.report.phases import BUDGET
@@ -54,6 +55,10 @@ class ByCost(Allocator):
     @property
     def probes(self) -> bool:
         return self.probe_tokens > 0
+
+    def changes(self, targets: Sequence[Target]) -> int:
+        """How many changes a probe tries of a block with these layers, each alone."""
+        return self.budget.changes(targets)
 
     def check(self, decoder: Decoder) -> None:
         self.budget.check(decoder)

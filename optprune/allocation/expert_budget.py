@@ -1,6 +1,7 @@
 """One budget of experts for the whole model: how many of them each block keeps, by what their absence costs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -13,11 +14,11 @@ from optprune.allocation.costs import Costs, rate_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.allocation.uniform import gone_by_experts
 from optprune.calibration import Probe, Stream, advance, first_inputs, first_tokens
-from optprune.calibration.calls import calls_of
+from optprune.calibration.calls import EVERY, catching
 from optprune.calibration.expert_answers import expert_choice
 from optprune.errors import InputError
 from optprune.measure.memory import release
-from optprune.models import BlockAllocation, Decoder, Experts
+from optprune.models import BlockAllocation, Decoder, Experts, Target
 from optprune.problems import ExpertChoice
 from optprune.report import PhaseAdvanced
 from optprune.report.phases import BUDGET
@@ -70,6 +71,10 @@ class ExpertBudget(Allocator):
     def probes(self) -> bool:
         return self.probe_tokens > 0
 
+    def changes(self, targets: Sequence[Target]) -> int:
+        """How many changes a probe tries of a block: one, whatever layers it has."""
+        return 1
+
     def check(self, decoder: Decoder) -> None:
         gone, least = gone_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
         if self.sparsity > gone[least]:
@@ -93,16 +98,18 @@ class ExpertBudget(Allocator):
         for index in range(blocks):
             on_event(PhaseAdvanced(BUDGET, "measuring what experts cost", "block", index, blocks, ends=ends))
             with decoder.resident(index) as block:
-                if decoder.shape(index).experts > fewest:
-                    calls = calls_of(block, mixture.module, stream)
-                    problem = expert_choice(decoder, index, calls, fewest)
+                more = decoder.shape(index).experts > fewest
+                with catching(block, [mixture.module] if more else [], stream, EVERY) as calls:
+                    advance(block, stream)
+                if more:
+                    problem = expert_choice(decoder, index, calls[mixture.module], fewest)
                     order, costs = elimination(problem)
                     found.append(_curve(index, problem, costs, aim))
                     if probe is not None:
                         with decoder.only_experts(index, without(problem, order[: problem.experts - found[-1].tried])):
                             probe.try_as_is()
-                    del calls, problem
-                advance(block, stream)
+                    del problem
+                del calls
             if probe is not None:
                 probe.advance()
             release()

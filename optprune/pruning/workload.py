@@ -217,9 +217,7 @@ class Workload:
         """How many changes of a block a division tries, each on the tokens of a probe."""
         if not isinstance(self.allocator, ByCost | ExpertBudget) or not self.allocator.probes:
             return 0
-        if isinstance(self.allocator, ExpertBudget):
-            return 1
-        return self.allocator.budget.changes(self.recipe.units.candidates(self.decoder, self.largest))
+        return self.allocator.changes(self.recipe.units.candidates(self.decoder, self.largest))
 
     @property
     def probe_tokens(self) -> int:

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from optprune.errors import InputError, StrictError
 from optprune.models import Decoder
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.recipe.runtimes import RUNTIMES
+from tests.helpers.cut_mixtures import answers, cut
 from tests.helpers.tiny_models import ALL_MODELS
 from tests.helpers.token_batches import batches
 
@@ -30,29 +29,6 @@ def mixture(layers: int = 3, middle: float = 1.0) -> Any:
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj.mul_(middle)
     return model
-
-
-def cut(model: PreTrainedModel, block: int, kept: list[int]) -> Any:
-    """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
-    other: Any = copy.deepcopy(model)
-    mlp = other.model.layers[block].mlp
-    with torch.no_grad():
-        for holder, names in ((mlp.experts, ("gate_up_proj", "down_proj")), (mlp.gate, ("weight",))):
-            for name in names:
-                setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
-            holder.num_experts = len(kept)
-    return other
-
-
-def answers(model: Any, block: int) -> Tensor:
-    """What the mixture of a block answers to all calibration tokens."""
-    found: list[Tensor] = []
-    handle = model.model.layers[block].mlp.experts.register_forward_hook(lambda _, __, output: found.append(output))
-    with torch.no_grad():
-        for batch in batches():
-            model(batch, use_cache=False)
-    handle.remove()
-    return torch.cat([each.reshape(-1, each.shape[-1]) for each in found]).double()
 
 
 def divergence(model: Any, other: Any) -> float:

@@ -1,14 +1,12 @@
 """Whole experts: what a run removes, against mixtures without them made by hand, and where the folder loads."""
 
-import copy
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import optprune
 from optprune import Allocation
@@ -17,6 +15,7 @@ from optprune.export import save_model
 from optprune.models import ARCHITECTURES, Decoder, open_model
 from optprune.pruning import Journal, Processes, prune
 from optprune.recipe import Recipe, load_recipe
+from tests.helpers.cut_mixtures import answers, cut
 from tests.helpers.mixed_models import generated
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
@@ -24,30 +23,6 @@ from tests.helpers.token_batches import batches
 MIXTURES = [name for name, architecture in ARCHITECTURES.items() if architecture.mixture is not None]
 TOKENS = torch.arange(10, 58)[None]
 of_mixtures = pytest.mark.parametrize("name", MIXTURES)
-
-
-def without(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
-    """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
-    other: Any = copy.deepcopy(model)
-    mixture = other.model.layers[block].mlp
-    with torch.no_grad():
-        for holder, names in ((mixture.experts, ("gate_up_proj", "down_proj")), (mixture.gate, ("weight",))):
-            for name in names:
-                setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
-            holder.num_experts = len(kept)
-    return other
-
-
-def answers(model: PreTrainedModel, block: int) -> Tensor:
-    """What the experts of a block answer to the calibration tokens [tokens, hidden]."""
-    found: list[Tensor] = []
-    module: Any = model
-    handle = module.model.layers[block].mlp.experts.register_forward_hook(lambda _, __, output: found.append(output))
-    with torch.no_grad():
-        for batch in batches():
-            model(batch, use_cache=False)
-    handle.remove()
-    return torch.cat([answer.reshape(-1, answer.shape[-1]) for answer in found]).double()
 
 
 @of_mixtures
@@ -59,7 +34,7 @@ def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
     report = prune(model, batches(), load_recipe("experts_best", {"held_out": 0}), allocation=allocation)
     expected = answers(dense, 0)
     costs = {
-        kept: float((answers(without(dense, 0, list(kept)), 0) - expected).square().sum(1).mean()) / 2
+        kept: float((answers(cut(dense, 0, list(kept)), 0) - expected).square().sum(1).mean()) / 2
         for kept in combinations(range(4), 2)
     }
     [layer] = report.layers
@@ -67,7 +42,7 @@ def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
     assert layer.objective == layer.lower_bound and layer.gap == 0
     share = 2 * min(costs.values()) / float(expected.square().sum(1).mean())
     assert layer.relative_error == pytest.approx(share, rel=1e-4)
-    best = without(dense, 0, list(min(costs, key=lambda kept: costs[kept])))
+    best = cut(dense, 0, list(min(costs, key=lambda kept: costs[kept])))
     with torch.no_grad():
         apart = (model(TOKENS).logits - best(TOKENS).logits).abs().max()
         assert apart <= 1e-5 * best(TOKENS).logits.abs().max()

@@ -13,6 +13,7 @@ from optprune.errors import InputError, StrictError
 from optprune.models import Decoder, reorderable
 from optprune.pruning import layer as layers
 from optprune.report import Report, model_patterns
+from tests.helpers.heard_calls import heard
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama, tiny_opt, tiny_qwen2
 from tests.helpers.token_batches import batches
 
@@ -48,16 +49,9 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def answers(model: PreTrainedModel, path: str) -> Tensor:
     """What a layer of the first block makes of its inputs, without its bias, for the batches."""
-    found = list[Tensor]()
     layer = Decoder(model).layer(0, path)
-    handle = layer.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, -2).double()))
-    try:
-        with torch.no_grad():
-            for batch in batches():
-                model(input_ids=batch)
-    finally:
-        handle.remove()
-    return torch.cat(found) @ layer.weight.detach().double().T
+    inputs = torch.cat([given for given, _ in heard(model, layer)]).double()
+    return inputs @ layer.weight.detach().double().T
 
 
 def objectives(report: Report) -> dict[str, float]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 import optprune
 from optprune.models import Decoder
 from optprune.report import Report
+from tests.helpers.heard_calls import heard
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
 from tests.helpers.token_batches import batches
 
@@ -26,16 +27,8 @@ def pruned(model: PreTrainedModel, units: str, **fields: object) -> tuple[PreTra
 
 def attention_outputs(model: PreTrainedModel, block: int) -> list[Tensor]:
     """What the attention of a block answers, for the batches."""
-    decoder, answers = Decoder(model), list[Tensor]()
-    layer = decoder.layer(block, decoder.architecture.output)
-    handle = layer.register_forward_hook(lambda _, __, output: answers.append(output.flatten(0, -2)))
-    try:
-        with torch.no_grad():
-            for batch in batches():
-                model(input_ids=batch)
-    finally:
-        handle.remove()
-    return answers
+    decoder = Decoder(model)
+    return [answer for _, answer in heard(model, decoder.layer(block, decoder.architecture.output))]
 
 
 @by_model

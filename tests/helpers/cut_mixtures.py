@@ -1,0 +1,28 @@
+"""Mixtures with fewer experts, cut by hand out of the tensors of stock models, and what they answer."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tests.helpers.heard_calls import heard
+
+
+def cut(model: PreTrainedModel, block: int, kept: list[int]) -> PreTrainedModel:
+    """A copy of a stock model of which a block has these experts alone, cut out of its tensors by hand."""
+    other: Any = copy.deepcopy(model)
+    mixture = other.model.layers[block].mlp
+    with torch.no_grad():
+        for holder, names in ((mixture.experts, ("gate_up_proj", "down_proj")), (mixture.gate, ("weight",))):
+            for name in names:
+                setattr(holder, name, torch.nn.Parameter(getattr(holder, name)[kept].clone()))
+            holder.num_experts = len(kept)
+    return other
+
+
+def answers(model: PreTrainedModel, block: int) -> Tensor:
+    """What the experts of a block answer to the calibration tokens [tokens, hidden]."""
+    module: Any = model
+    return torch.cat([answer for _, answer in heard(model, module.model.layers[block].mlp.experts)]).double()
