@@ -94,7 +94,7 @@ class Request:
         if runtime is not None:
             recipe, told = runtime.fitted(recipe, shapes, divided)
             if runtime.own_vocabulary:
-                _check_vocabulary(self.model, config)
+                _check_exportable(self.model, config, shapes)
         check_run(shapes, recipe, divided)
         return Settled(self, recipe, divided, config, shapes, runtime, told)
 
@@ -144,11 +144,13 @@ class Settled:
         )
 
 
-def _check_vocabulary(model: str, config: "PretrainedConfig") -> None:
-    """Raise InputError when llama.cpp would not cut text as the model's tokenizer does."""
+def _check_exportable(model: str, config: "PretrainedConfig", shapes: "Decoder") -> None:
+    """Raise InputError where llama.cpp has no words for the model, or would not cut text as its tokenizer does."""
+    from optprune.export.gguf_families import family_of
     from optprune.export.gguf_vocabulary import Vocabulary
     from optprune.models import load_tokenizer, need_tokenizer
 
+    family_of(shapes)
     Vocabulary.of(need_tokenizer(load_tokenizer(model), model), config.vocab_size)
 
 

@@ -31,6 +31,9 @@ FIXED = ("default", "linear", "llama3", "yarn")
 """the scalings of rotary embeddings whose angles do not go by the length of the text"""
 
 
+WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a runtime takes of the models that are pruned here."""
@@ -41,8 +44,10 @@ class Runtime:
     """the scalings of rotary embeddings that it knows"""
     drafted: bool = False
     """whether it takes what else transformers has, as drafts describe it"""
-    uneven: bool = False
-    """whether blocks may differ in shape, lack a sub-block, or have fewer value dimensions than key dimensions"""
+    uneven: tuple[str, ...] = ()
+    """the families whose blocks may differ in shape, lack a sub-block, or have fewer value dimensions than key ones"""
+    ordered: tuple[str, ...] = ()
+    """the families of which it takes all blocks only: what a block does goes by its number there"""
     fewer_heads: tuple[str, ...] = tuple(name for name, one in ARCHITECTURES.items() if one.head_dim_is_free)
     """the families whose heads may be fewer than the hidden size says, where blocks are alike"""
     multiple: int = 1
@@ -66,7 +71,12 @@ class Runtime:
         """
         self._check_model(decoder)
         told: list[str] = []
-        if allocation is None and not self.uneven:
+        if isinstance(recipe.allocation, DepthSearch) and decoder.architecture.model_type in self.ordered:
+            raise InputError(
+                f"the target {self.name} does not take fewer blocks of models of the kind "
+                f"{decoder.architecture.model_type}, in which it goes by their numbers what a block sees"
+            )
+        if allocation is None and not self._may_differ(decoder):
             recipe = self._alike(recipe, told)
         if allocation is None:
             recipe = self._aligned(recipe, decoder, told)
@@ -85,7 +95,7 @@ class Runtime:
         `before` is the model that is pruned: the widths that it has are no choice. Blocks without anything are gone.
         """
         left = [shape for shape in shapes if shape.parts]
-        wrong = None if self.uneven else self._refuses_shapes(before, left)
+        wrong = None if self._may_differ(before) else self._refuses_shapes(before, left)
         known = {shape.mlp_width for shape in before.shapes()}
         odd = sorted({shape.mlp_width for shape in left if shape.mlp_width % self.multiple} - known)
         if wrong is None and odd and self.must:
@@ -108,7 +118,7 @@ class Runtime:
         """Raise OptpruneError when what is in a folder, of the model `before`, is not what the runtime takes."""
         config = load_config(folder)
         wrong = self.refuses(before, load_shapes(folder, config).shapes())
-        if not wrong and not self.uneven and not is_stock(config):
+        if not wrong and not self._may_differ(before) and not is_stock(config):
             wrong = "classes of optprune's own: please report this"
         if wrong:
             raise OptpruneError(f"the pruned model is in {folder}, but the target {self.name} does not take {wrong}")
@@ -124,6 +134,9 @@ class Runtime:
         if hidden % heads:
             return f"{heads} heads, which do not divide the hidden size of {hidden}: ask for another sparsity"
         return None
+
+    def _may_differ(self, decoder: Decoder) -> bool:
+        return decoder.architecture.model_type in self.uneven
 
     def _drafted(self, decoder: Decoder) -> bool:
         """Whether a model is read by a draft, and it takes such models."""
@@ -198,9 +211,13 @@ RUNTIMES = {
         ),
         Runtime(
             "gguf",
-            families=("llama", "qwen2"),
+            families=tuple(name for name in ARCHITECTURES if name != "opt"),
             rotary=("default", "linear", "llama3"),
-            uneven=True,
+            # Its architecture deci has Llama's blocks.
+            uneven=("llama", "mistral", "qwen2"),
+            ordered=("gemma2", "gemma3_text", "smollm3"),
+            # Where it takes heads and hidden size to be what the file says, each for itself.
+            fewer_heads=("gemma2", "gemma3_text", "granite", "mixtral", "qwen3", "qwen3_moe", "smollm3"),
             # The numbers that share a scale in q8_0.
             multiple=32,
             own_vocabulary=True,
@@ -211,9 +228,9 @@ RUNTIMES = {
         Runtime(
             "onnx",
             # Which experts are run hangs on the tokens, and a graph is the same for all.
-            families=tuple(name for name, one in ARCHITECTURES.items() if one.mixture is None),
+            families=WITHOUT_EXPERTS,
             rotary=FIXED,
-            uneven=True,
+            uneven=WITHOUT_EXPERTS,
             of_zeros="ONNX Runtime has no kernel for zeros: they bring no speed there",
         ),
     )

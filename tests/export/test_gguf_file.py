@@ -135,7 +135,7 @@ def test_pieces_are_merged_by_their_rank() -> None:
 
 
 def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="models of the kind opt are not exported to GGUF: llama, qwen2 are"):
+    with pytest.raises(InputError, match=r"models of the kind opt are not exported to GGUF: gemma2, .*, smollm3 are"):
         export_gguf(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf")
     folder = save_tiny(tiny_llama(), tmp_path / "llama")
     with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0"):

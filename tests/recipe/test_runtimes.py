@@ -43,7 +43,7 @@ def taken(runtime: str, recipe: Recipe, model: PreTrainedModel) -> tuple[Recipe,
 
 
 def test_a_family_that_it_does_not_know() -> None:
-    assert refused("gguf", Recipe(units="mlp"), tiny_opt()).endswith("of the kind opt: it takes llama, qwen2")
+    assert refused("gguf", Recipe(units="mlp"), tiny_opt()).endswith("smollm3")
     for runtime in ("transformers", "vllm", "onnx"):
         taken(runtime, Recipe(units="mlp", allocation={"multiple": 64}), tiny_opt())
 

@@ -1,0 +1,208 @@
+"""The families that llama.cpp knows: by what name, what a file says of each, and what of it has no words there.
+
+What is here of llama.cpp is from its sources (src/llama-model.cpp, conversion/), whose graphs have numbers of their own
+where a config could say others; tests compare every family with transformers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
+
+from optprune.errors import InputError
+from optprune.models import Decoder
+from optprune.models.architecture import PARTS
+from optprune.recipe import RUNTIMES
+
+TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+"""names of GELU by tanh"""
+ACTIVATION = ("hidden_act", "hidden_activation", "activation_function")
+"""the config fields that name the activation of an MLP"""
+SLIDING = "sliding_attention"
+LARGEST = {"gemma2": 46, "gemma3": 62}
+"""the blocks of the model of 27 billion weights, whose scores llama.cpp scales by hidden size over heads"""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp knows the models of a family."""
+
+    known_as: MODEL_ARCH
+    neighbours: bool = False
+    """whether it rotates neighbouring dimensions of a head, where transformers rotates halves"""
+    activation: tuple[str, ...] = ("silu",)
+    """the activations that its MLP may have, as configs name them"""
+    biases: bool = False
+    """whether linear layers may have biases"""
+    any_heads: bool = True
+    """whether the heads together may be of another size than the hidden states"""
+    tied: bool = True
+    """whether it takes the embeddings for the head where there is no other"""
+    shift: float = 0.0
+    """what is added to the weights of norms"""
+    says: Callable[[Any, GGUFWriter], None] = lambda config, writer: None
+    """what else the file says of a config"""
+    lacks: Callable[[Any], Iterator[str]] = lambda config: iter(())
+    """what a config says that it has no words for"""
+    windows: Callable[[Any], bool] = lambda config: False
+    """whether the windows of a config's blocks are those that it has"""
+    scaled: bool | None = None
+    """of a mixture: whether the weights of the chosen experts are scaled to add up to one"""
+
+    @property
+    def name(self) -> str:
+        """Its general.architecture."""
+        return MODEL_ARCH_NAMES[self.known_as]
+
+    @property
+    def named_as(self) -> MODEL_ARCH:
+        """The family whose names of tensors are its own."""
+        return MODEL_ARCH.LLAMA if self.known_as == MODEL_ARCH.DECI else self.known_as
+
+    def refusal(self, decoder: Decoder) -> str | None:
+        """The first thing of a model that has no words there; None where all has."""
+        config = decoder.model.config
+        activation = next((getattr(config, name) for name in ACTIVATION if hasattr(config, name)), None)
+        if activation not in self.activation:
+            return f"an MLP with the activation {activation}"
+        mixture = decoder.architecture.mixture
+        if mixture is not None and mixture.normalised(config) != self.scaled:
+            return f"routers with norm_topk_prob {not self.scaled}"
+        heads, hidden = decoder.heads, config.hidden_size
+        if not self.any_heads and any(shape.kv_heads * heads.group * heads.dim != hidden for shape in decoder.shapes()):
+            return f"heads of a {self.name} model that do not make up its hidden size of {hidden}"
+        biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
+        if biased and not self.biases:
+            return f"biases of linear layers, as {biased[0]}"
+        return next(self.lacks(config), None)
+
+
+def _layer_norms(config: Any, writer: GGUFWriter) -> None:
+    eps = getattr(config, "layer_norm_eps", None) or config.layer_norm_epsilon
+    writer.add_layer_norm_eps(float(eps))
+
+
+def _parallel(config: Any, writer: GGUFWriter) -> None:
+    _layer_norms(config, writer)
+    writer.add_parallel_residual(bool(config.use_parallel_residual))
+
+
+def _multipliers(config: Any, writer: GGUFWriter) -> None:
+    writer.add_attention_scale(float(config.attention_multiplier))
+    writer.add_embedding_scale(float(config.embedding_multiplier))
+    writer.add_residual_scale(float(config.residual_multiplier))
+    writer.add_logit_scale(float(config.logits_scaling))
+
+
+def _caps(config: Any, writer: GGUFWriter) -> None:
+    if config.attn_logit_softcapping:
+        writer.add_attn_logit_softcapping(float(config.attn_logit_softcapping))
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(float(config.final_logit_softcapping))
+
+
+def _gemma2(config: Any, writer: GGUFWriter) -> None:
+    _caps(config, writer)
+    writer.add_sliding_window(int(config.sliding_window))
+
+
+def _gemma3(config: Any, writer: GGUFWriter) -> None:
+    _caps(config, writer)
+    period = _period(config)
+    if period > 1:
+        writer.add_sliding_window(int(config.sliding_window))
+        writer.add_sliding_window_pattern(period)
+    writer.add_rope_freq_base_swa(float(config.rope_parameters[SLIDING]["rope_theta"]))
+
+
+def _experts(config: Any, writer: GGUFWriter) -> None:
+    count = getattr(config, "num_local_experts", None) or config.num_experts
+    writer.add_expert_count(int(count))
+    writer.add_expert_used_count(int(config.num_experts_per_tok))
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(int(config.moe_intermediate_size))
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(int(config.shared_expert_intermediate_size))
+
+
+def _period(config: Any) -> int:
+    """The last block of every so many sees all, the others a window; 0 where blocks are in no such order."""
+    windows = [kind == SLIDING for kind in config.layer_types]
+    every = range(1, len(windows) + 2)
+    return next((n for n in every if windows == [(index + 1) % n > 0 for index in range(len(windows))]), 0)
+
+
+def _gemma_lacks(name: str) -> Callable[[Any], Iterator[str]]:
+    def lacks(config: Any) -> Iterator[str]:
+        largest = config.num_hidden_layers == LARGEST[name]
+        size = config.hidden_size // config.num_attention_heads if largest else config.head_dim
+        if config.query_pre_attn_scalar != size:
+            yield f"scores scaled by a query_pre_attn_scalar of {config.query_pre_attn_scalar:g} in place of {size}"
+        if name == "gemma3" and (config.attn_logit_softcapping or config.final_logit_softcapping):
+            yield "soft caps"
+        if _period(config) == 0 or (name == "gemma2" and _period(config) != 2):
+            yield "sliding windows in another order of blocks, as it is when whole blocks are removed"
+
+    return lacks
+
+
+def _smollm3_lacks(config: Any) -> Iterator[str]:
+    rotated = [bool(flag) for flag in config.no_rope_layers]
+    if rotated != [(index + 1) % 4 > 0 for index in range(len(rotated))]:
+        yield "blocks without rotary embeddings that are not every fourth, as it is when whole blocks are removed"
+
+
+def _olmoe_lacks(config: Any) -> Iterator[str]:
+    if config.num_key_value_heads != config.num_attention_heads:
+        yield "grouped-query attention in an OLMoE"
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some block sees a window of tokens only."""
+    if getattr(config, "sliding_window", None) is None:
+        return False
+    kinds = getattr(config, "layer_types", None)
+    return kinds is None or SLIDING in kinds
+
+
+GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": lambda config: True}
+FAMILIES: dict[str, Family] = {
+    "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, says=_gemma2, lacks=_gemma_lacks("gemma2")),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, says=_gemma3, lacks=_gemma_lacks("gemma3")),
+    "gpt2": Family(MODEL_ARCH.GPT2, any_heads=False, activation=TANH, biases=True, says=_layer_norms),
+    "gpt_neox": Family(
+        MODEL_ARCH.GPTNEOX, any_heads=False, activation=("gelu",), biases=True, says=_parallel, tied=False
+    ),
+    "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, says=_multipliers),
+    "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
+    "mistral": Family(MODEL_ARCH.LLAMA, neighbours=True),
+    "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, says=_experts, scaled=True),
+    "olmo2": Family(MODEL_ARCH.OLMO2, any_heads=False, tied=False),
+    "olmoe": Family(MODEL_ARCH.OLMOE, any_heads=False, tied=False, says=_experts, lacks=_olmoe_lacks, scaled=False),
+    "phi3": Family(MODEL_ARCH.PHI3, any_heads=False),
+    "qwen2": Family(MODEL_ARCH.QWEN2, any_heads=False, biases=True),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, any_heads=False, tied=False, biases=True, says=_experts, scaled=False),
+    "qwen3": Family(MODEL_ARCH.QWEN3),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, says=_experts, scaled=True),
+    "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, lacks=_smollm3_lacks),
+}
+UNEVEN = Family(MODEL_ARCH.DECI, neighbours=True, biases=True)
+"""whose head counts and MLP widths are arrays: Llama's blocks, which may differ"""
+LLAMA_CPP = RUNTIMES["gguf"]
+
+
+def family_of(decoder: Decoder) -> Family:
+    """The family as which llama.cpp takes a model; InputError where there is none."""
+    model_type, shapes = decoder.architecture.model_type, decoder.shapes()
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise InputError(f"models of the kind {model_type} are not exported to GGUF: {', '.join(FAMILIES)} are")
+    alike = len({(shape.mlp_width, shape.kv_heads, shape.experts) for shape in shapes}) == 1
+    whole = all(len(shape.parts) == len(PARTS) for shape in shapes)
+    wrong = family.refusal(decoder) if alike and whole else f"blocks of a {family.name} model that differ in shape"
+    if wrong is not None and model_type in LLAMA_CPP.uneven:
+        family, wrong = UNEVEN, UNEVEN.refusal(decoder)
+    if wrong is not None:
+        raise InputError(f"llama.cpp has no words for {wrong}: the model cannot be exported to GGUF")
+    return family

@@ -1,0 +1,210 @@
+"""Every family that llama.cpp knows, as a GGUF file: cut, it gives the probabilities that transformers gives."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import optprune
+from benchmarks.tiny_models import tiny, tiny_llama, tiny_qwen2
+from optprune.errors import InputError
+from optprune.export import export_gguf, save_model
+from optprune.export.gguf_families import FAMILIES
+from optprune.models import Decoder, Mlp, Values
+from optprune.models.units import KvGroups, LinkedUnits
+from optprune.recipe import RUNTIMES, Recipe, load_recipe
+from tests.helpers.llama_cpp import LlamaCpp
+from tests.helpers.tiny_models import tiny_tokenizer
+
+NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}
+HEADS_OF_16 = {"query_pre_attn_scalar": 16}
+FAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e4}
+NEAR = {"rope_type": "default", "rope_theta": 500.0}
+THERE: dict[str, dict[str, Any]] = {
+    "gemma2": HEADS_OF_16,
+    "gemma3_text": {**HEADS_OF_16, "rope_parameters": {"full_attention": FAR, "sliding_attention": NEAR}},
+    "gpt2": {},
+    "gpt_neox": {},
+    "granite": {},
+    "mistral": NO_WINDOW,
+    "mixtral": NO_WINDOW,
+    "olmo2": {},
+    "olmoe": {"num_key_value_heads": 4},
+    "phi3": NO_WINDOW,
+    "qwen2_moe": NO_WINDOW,
+    "qwen3": NO_WINDOW,
+    "qwen3_moe": NO_WINDOW,
+    "smollm3": {**NO_WINDOW, "no_rope_layer_interval": 4},
+}
+"""what tiny models are to be, for llama.cpp to have words for all of them"""
+FIXED_HEADS = ("gpt2", "gpt_neox", "olmo2", "olmoe", "phi3", "qwen2_moe")
+"""of which all stay: their sizes add up to the hidden size there, or one norm goes over them"""
+PROMPT = torch.randint(5, 500, (24,), generator=torch.Generator().manual_seed(0))
+ROUNDED = 1e-3
+"""two tables of GELU differ by a step of float16 where an input lies between two of its numbers"""
+
+
+class TableOfGelu(nn.Module):
+    """GELU as llama.cpp computes it on a CPU: by tanh, from a table of all numbers of float16."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        table = nn.functional.gelu(inputs.half().float(), approximate="tanh").half().float()
+        return torch.where(inputs.abs() >= 10, inputs.relu(), table)
+
+
+def made(family: str, **more: Any) -> PreTrainedModel:
+    return tiny(family, **{"num_hidden_layers": 4, **THERE[family], **more})
+
+
+def cut(model: PreTrainedModel, counts: dict[LinkedUnits, int], blocks: Sequence[int] = range(4)) -> PreTrainedModel:
+    """So many units of each kind left in these blocks, and three of four experts where there are any."""
+    decoder = Decoder(model)
+    mixture = decoder.architecture.mixture is not None
+    for block in blocks:
+        for units, count in counts.items():
+            if isinstance(units, Mlp) and mixture:
+                decoder.keep_experts(block, torch.tensor([True, False, True, True]))
+                continue
+            layers, shape = units.layers(decoder, block), decoder.shape(block)
+            each = layers.link.units // (shape.kv_heads if isinstance(units, Values) else 1)
+            decoder.keep_units(block, layers, torch.arange(layers.link.units) % each < count)
+    decoder.record_shapes()
+    return decoder.joined()
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    save_model(model, folder, tokenizer=tiny_tokenizer())
+    return folder
+
+
+def expected_of(folder: Path, prompt: Tensor) -> tuple[Tensor, float]:
+    """The log-probabilities of the token behind a prompt, and how far off llama.cpp may be."""
+    model = optprune.load(folder).float().eval()
+    tables = 0
+    for module in model.modules():
+        for name in ("act", "act_fn"):
+            if "GELU" in type(getattr(module, name, None)).__name__:
+                setattr(module, name, TableOfGelu())
+                tables += 1
+    with torch.no_grad():
+        return model(input_ids=prompt[None]).logits[0, -1].double().log_softmax(-1), ROUNDED if tables else 1e-4
+
+
+def apart(file: Path, expected: Tensor, prompt: Tensor) -> float:
+    found = LlamaCpp(file).log_probabilities(prompt)
+    assert len(found) == len(expected)
+    return max(abs(found[token] - float(expected[token])) for token in found)
+
+
+def check_alike(folder: Path, known_as: str) -> None:
+    written = export_gguf(folder, folder.parent / "model.gguf", kind="f32")
+    expected, tolerance = expected_of(folder, PROMPT)
+    assert written.architecture == known_as
+    assert apart(written.file, expected, PROMPT) < tolerance
+
+
+def test_all_that_it_knows_is_tried() -> None:
+    assert set(FAMILIES) == {*THERE, "llama", "qwen2"} == set(RUNTIMES["gguf"].families)
+
+
+@pytest.mark.parametrize("family", THERE)
+def test_units_that_are_gone(family: str, tmp_path: Path) -> None:
+    """MLP units or experts, value dimensions, and where they may be fewer there, heads."""
+    model = made(family)
+    heads = {} if family in FIXED_HEADS else {KvGroups(): 1}
+    folder = saved(cut(model, {**heads, Values(): 12, Mlp(): 96}), tmp_path / "model")
+    check_alike(folder, {"gemma3_text": "gemma3"}.get(family, FAMILIES[family].name))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "olmo2", "olmoe", "qwen2_moe"])
+def test_a_head_that_is_the_embeddings(family: str, tmp_path: Path) -> None:
+    """Where llama.cpp wants a matrix of its own for it; those of the others are tied in the test above, or may be."""
+    check_alike(saved(made(family, tie_word_embeddings=True), tmp_path / "model"), FAMILIES[family].name)
+
+
+def test_heads_of_qwen2_that_do_not_make_up_the_hidden_size(tmp_path: Path) -> None:
+    check_alike(saved(cut(tiny_qwen2(num_hidden_layers=4), {KvGroups(): 1}), tmp_path / "model"), "deci")
+
+
+def test_windows_that_it_lacks_are_told(tmp_path: Path) -> None:
+    """The answers are the same as far as a window goes."""
+    folder = saved(made("mistral", sliding_window=8), tmp_path / "model")
+    written = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
+    [note] = written.notes
+    assert "see all before them: behind the 8 of this model's sliding windows its answers are others" in note
+    short = PROMPT[:8]
+    assert apart(written.file, expected_of(folder, short)[0], short) < 1e-4
+    assert apart(written.file, expected_of(folder, PROMPT)[0], PROMPT) > 1e-2
+
+
+def test_a_router_stays_float32(tmp_path: Path) -> None:
+    file = export_gguf(saved(made("qwen3_moe"), tmp_path / "model"), tmp_path / "model.gguf", kind="q8_0").file
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.ffn_gate_inp.weight"] == gguf.GGMLQuantizationType.F32
+    assert kinds["blk.0.ffn_up_exps.weight"] == gguf.GGMLQuantizationType.Q8_0
+
+
+def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
+    """As GPT-2's own is, which holds masks besides; a tensor that is missing is told."""
+    folder = saved(made("gpt2"), tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 8, 8)}, file, {"format": "pt"})
+    check_alike(folder, "gpt2")
+    save_file({name: tensor for name, tensor in tensors.items() if name != "ln_f.bias"}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"transformer.ln_f.bias is not among the weights of"):
+        export_gguf(folder, tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "sentence"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 12}, "scores scaled by a query_pre_attn_scalar of 12 in place of 16"),
+        ("gemma2", {"layer_types": ["full_attention"] * 4}, "sliding windows in another order of blocks"),
+        ("gemma3_text", {"final_logit_softcapping": 3.0}, "soft caps"),
+        ("granite", {"attention_bias": True}, "biases of linear layers, as model.layers.0.self_attn.q_proj.bias"),
+        ("mixtral", {"hidden_act": "gelu"}, "an MLP with the activation gelu"),
+        ("olmoe", {"num_key_value_heads": 2}, "grouped-query attention in an OLMoE"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "routers with norm_topk_prob False"),
+        ("smollm3", {"no_rope_layer_interval": 2}, "blocks without rotary embeddings that are not every fourth"),
+    ],
+)
+def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    folder = saved(made(family, **config), tmp_path / "model")
+    with pytest.raises(InputError, match=f"llama.cpp has no words for {sentence}.*: the model cannot be exported"):
+        export_gguf(folder, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("family", "counts", "blocks", "sentence"),
+    [
+        ("qwen3", {Mlp(): 96}, (0,), "blocks of a qwen3 model that differ in shape"),
+        ("qwen3_moe", {Mlp(): 3}, (0,), "blocks of a qwen3moe model that differ in shape"),
+        ("gpt2", {KvGroups(): 2}, range(4), "heads of a gpt2 model that do not make up its hidden size of 64"),
+    ],
+)
+def test_shapes_that_it_has_no_words_for(
+    family: str, counts: dict[LinkedUnits, int], blocks: Sequence[int], sentence: str, tmp_path: Path
+) -> None:
+    folder = saved(cut(made(family), counts, blocks), tmp_path / "model")
+    with pytest.raises(InputError, match=f"llama.cpp has no words for {sentence}"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_a_target_is_refused_what_the_export_would_refuse() -> None:
+    runtime, recipe = RUNTIMES["gguf"], load_recipe("depth", {"depth_parts": "layers"})
+    with pytest.raises(InputError, match="does not take fewer blocks of models of the kind smollm3"):
+        runtime.fitted(recipe, Decoder(made("smollm3")))
+    runtime.fitted(recipe, Decoder(made("qwen3")))
+    runtime.fitted(recipe, Decoder(tiny_llama()))
+    with pytest.raises(InputError, match="models of the kind phi3 with fewer heads than the hidden size says"):
+        runtime.fitted(Recipe(units="kv-groups", sparsity=0.1), Decoder(made("phi3")))
+    with pytest.raises(InputError, match="blocks of different shapes, as the recipe structured_best makes them"):
+        runtime.fitted(load_recipe("structured_best"), Decoder(made("qwen3")))
