@@ -1,7 +1,7 @@
 """Allocation: how a budget over the whole model is divided over its blocks."""
 
 from optprune.allocation.allocation import Allocation
-from optprune.allocation.base import Allocator, DenseModel, Division
+from optprune.allocation.base import Allocator, DenseModel, Division, MeasuredBudget
 from optprune.allocation.by_cost import ByCost
 from optprune.allocation.dense import Dense
 from optprune.allocation.depth import Depth
@@ -19,5 +19,6 @@ __all__ = [
     "Division",
     "ExpertBudget",
     "Given",
+    "MeasuredBudget",
     "Uniform",
 ]

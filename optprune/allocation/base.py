@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from optprune.allocation.allocation import Allocation
-from optprune.calibration import DenseStatistics
+from optprune.calibration import DenseStatistics, Probe, Stream, first_tokens
 from optprune.calibration.lanes import Lanes
 from optprune.metric import OutputMetric
-from optprune.models import Decoder
+from optprune.models import Decoder, Target, Units
 from optprune.report import Event, RemovedPart
 
 
@@ -61,3 +61,38 @@ class Allocator(ABC):
     @abstractmethod
     def divide(self, dense: DenseModel) -> Division:
         """Say what every block keeps. The model is left as it was."""
+
+
+class MeasuredBudget(Allocator):
+    """Divides one budget by what removing would cost the dense model, as far as that is known block by block.
+
+    A probe may put the costs right: it removes something of each block alone and goes on to the predictions.
+    """
+
+    units: Units
+    """what is removed"""
+    probe_tokens: int
+    """about how many tokens a probe tries changes on; 0 where there is none"""
+
+    @property
+    def probes(self) -> bool:
+        return self.probe_tokens > 0
+
+    @abstractmethod
+    def changes(self, targets: Sequence[Target]) -> int:
+        """How many changes a probe tries of a block with these layers, each alone."""
+
+    @abstractmethod
+    def work(self, decoder: Decoder, tokens: int) -> float:
+        """The work by so many tokens, in multiplications as a product of matrices counts them: a guess, to go by."""
+
+    @abstractmethod
+    def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
+        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end.
+
+        Without one, the batches are gone through, as far as what is asked of them is not known.
+        """
+
+    def divide(self, dense: DenseModel) -> Division:
+        probe = Probe(dense.decoder, first_tokens(dense.batches, self.probe_tokens)) if self.probes else None
+        return self.along(dense, None, probe)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from optprune.allocation.base import Allocator, DenseModel, Division
+from optprune.allocation.base import DenseModel, Division, MeasuredBudget
 from optprune.allocation.cost_work import CostWork
 from optprune.allocation.costs import CostBudget, Costs
-from optprune.calibration import DenseWalk, Probe, Stream, first_inputs, first_tokens
+from optprune.calibration import DenseWalk, Probe, Stream, first_inputs
 from optprune.errors import NumericalError
 from optprune.measure.memory import release
 from optprune.models import Decoder, Target, Units
@@ -28,7 +28,7 @@ UNLIKE_UNITS = (
 
 @final
 @dataclass(frozen=True)
-class ByCost(Allocator):
+class ByCost(MeasuredBudget):
     """Divide a budget over the whole model so that the sum of the layers' losses is least.
 
     Costs one calibration pass with its Gram products, and in^3 for each layer. Warnings tell of layers whose Gram
@@ -52,26 +52,16 @@ class ByCost(Allocator):
     def warnings(self) -> tuple[str, ...]:
         return () if self.weighed or self.probe_tokens else (UNLIKE_UNITS,)
 
-    @property
-    def probes(self) -> bool:
-        return self.probe_tokens > 0
-
     def changes(self, targets: Sequence[Target]) -> int:
-        """How many changes a probe tries of a block with these layers, each alone."""
         return self.budget.changes(targets)
 
     def check(self, decoder: Decoder) -> None:
         self.budget.check(decoder)
 
-    def divide(self, dense: DenseModel) -> Division:
-        probe = Probe(dense.decoder, first_tokens(dense.batches, self.probe_tokens)) if self.probes else None
-        return self.along(dense, None, probe)
+    def work(self, decoder: Decoder, tokens: int) -> float:
+        return CostWork.of(decoder, self.units, self.budget, tokens, self.probe_tokens).whole
 
     def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
-        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end.
-
-        Without one, the batches are gone through as far as their moments are not known.
-        """
         costs = self.gathered(dense, stream, probe)
         allocation = costs.allocation(dense.on_event, self._work(dense, probe).before_ending)
         return Division(allocation, warnings=costs.warnings, notes=costs.notes)

@@ -8,12 +8,12 @@ from typing import final
 import torch
 
 from optprune.allocation.allocation import Allocation
-from optprune.allocation.base import Allocator, DenseModel, Division
+from optprune.allocation.base import DenseModel, Division, MeasuredBudget
 from optprune.allocation.cost_work import SLOW, head_weights
 from optprune.allocation.costs import Costs, rate_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.allocation.uniform import gone_by_experts
-from optprune.calibration import Probe, Stream, advance, first_inputs, first_tokens
+from optprune.calibration import Probe, Stream, advance, first_inputs
 from optprune.calibration.calls import EVERY, catching
 from optprune.calibration.expert_answers import expert_choice
 from optprune.errors import InputError
@@ -44,7 +44,7 @@ class _Block:
 
 @final
 @dataclass(frozen=True)
-class ExpertBudget(Allocator):
+class ExpertBudget(MeasuredBudget):
     """Divide a budget over the blocks of a mixture so that the sum of what their answers lose is least.
 
     The curve of a block is exact for the sets that a greedy elimination comes by (`ExpertChoice`), on the dense model's
@@ -67,13 +67,8 @@ class ExpertBudget(Allocator):
     def warnings(self) -> tuple[str, ...]:
         return () if self.probes else (UNLIKE_MIXTURES,)
 
-    @property
-    def probes(self) -> bool:
-        return self.probe_tokens > 0
-
     def changes(self, targets: Sequence[Target]) -> int:
-        """How many changes a probe tries of a block: one, whatever layers it has."""
-        return 1
+        return 1  # whatever layers a block has
 
     def check(self, decoder: Decoder) -> None:
         gone, least = gone_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
@@ -83,12 +78,7 @@ class ExpertBudget(Allocator):
                 f"{self.least:g}: with {least} experts in every block {gone[least]:.1%} of the linear weights are gone"
             )
 
-    def divide(self, dense: DenseModel) -> Division:
-        probe = Probe(dense.decoder, first_tokens(dense.batches, self.probe_tokens)) if self.probes else None
-        return self.along(dense, None, probe)
-
-    def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None) -> Division:
-        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end."""
+    def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
         decoder, on_event, mixture = dense.decoder, dense.on_event, dense.decoder.architecture.mixture
         assert mixture is not None
         stream = stream or first_inputs(decoder, dense.batches, dense.lanes)
@@ -143,7 +133,6 @@ class ExpertBudget(Allocator):
         return min(list(gone)[:-1], key=lambda count: abs(gone[count] - self.sparsity))
 
     def work(self, decoder: Decoder, tokens: int) -> float:
-        """The work by so many tokens, in multiplications as a product of matrices counts them: a guess, to go by."""
         return SLOW * sum(self._work(decoder, tokens))
 
     def _work(self, decoder: Decoder, tokens: int) -> tuple[float, float]:

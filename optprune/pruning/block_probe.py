@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optprune.allocation import ByCost, DenseModel, ExpertBudget
+from optprune.allocation import DenseModel, MeasuredBudget
 from optprune.calibration import Probe, calibrating, first_inputs, first_tokens, hold_out
 from optprune.calibration.fisher_pass import TOKENS_AT_ONCE, collect_metrics, head_gradient, next_tokens, sampled
 from optprune.calibration.moments_pass import collect
@@ -173,7 +173,7 @@ class BlockProbe:
     def costs(self, metrics: Metrics) -> tuple[float, float]:
         """The seconds of what the block would lose, and of a token in the pass for that."""
         allocator = self.work.allocator
-        if not isinstance(allocator, ByCost | ExpertBudget):
+        if not isinstance(allocator, MeasuredBudget):
             return 0.0, 0.0
         one = self.alone()
         candidates = allocator.units.candidates(one, 0)

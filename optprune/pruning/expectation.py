@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from optprune.allocation import Allocation, Allocator, ByCost, Depth, ExpertBudget
-from optprune.allocation.cost_work import SLOW, CostWork, grams, head_weights
+from optprune.allocation import Allocation, Allocator, Depth, MeasuredBudget
+from optprune.allocation.cost_work import SLOW, grams, head_weights
 from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.measure.clock import clock
 from optprune.models import Decoder
@@ -114,11 +114,7 @@ def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int)
         parts = 2 * blocks
         gone = allocator.sparsity * parts
         return SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + head_weights(decoder))
-    if isinstance(allocator, ExpertBudget):
-        return allocator.work(decoder, tokens)
-    if not isinstance(allocator, ByCost):
-        return 0.0
-    return CostWork.of(decoder, allocator.units, allocator.budget, tokens, allocator.probe_tokens).whole
+    return allocator.work(decoder, tokens) if isinstance(allocator, MeasuredBudget) else 0.0
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from optprune.allocation import ByCost, Depth, ExpertBudget
+from optprune.allocation import Depth, MeasuredBudget
 from optprune.errors import OptpruneError
 from optprune.pruning.block_probe import Pace
 from optprune.pruning.plan_memory import RELOADING
@@ -116,7 +116,7 @@ def _metric(work: Workload, pace: Pace, around: Surroundings, scale: float) -> f
 
 def _budget(work: Workload, pace: Pace, around: Surroundings, scale: float) -> float:
     allocator = work.allocator
-    if isinstance(allocator, ByCost | ExpertBudget):
+    if isinstance(allocator, MeasuredBudget):
         # A change goes along from its block to the end; the first block of that is in the costs.
         further = work.probe_changes * (work.blocks - 1) / 2 * work.probe_tokens * pace.forward
         files = 0.0 if work.whole else 2 * (work.blocks - 1) / 2 * work.probe_changes * around.write_file

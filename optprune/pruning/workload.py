@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 
-from optprune.allocation import Allocation, Allocator, ByCost, DenseModel, Depth, ExpertBudget
+from optprune.allocation import Allocation, Allocator, DenseModel, Depth, MeasuredBudget
 from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Stream
@@ -210,12 +210,12 @@ class Workload:
     @property
     def divides(self) -> bool:
         """Whether a budget is divided by what is measured."""
-        return isinstance(self.allocator, ByCost | Depth | ExpertBudget)
+        return isinstance(self.allocator, MeasuredBudget | Depth)
 
     @property
     def probe_changes(self) -> int:
         """How many changes of a block a division tries, each on the tokens of a probe."""
-        if not isinstance(self.allocator, ByCost | ExpertBudget) or not self.allocator.probes:
+        if not isinstance(self.allocator, MeasuredBudget) or not self.allocator.probes:
             return 0
         return self.allocator.changes(self.recipe.units.candidates(self.decoder, self.largest))
 
@@ -223,7 +223,7 @@ class Workload:
     def probe_tokens(self) -> int:
         """The tokens that a division tries changes on."""
         allocator = self.allocator
-        return self.first_tokens(allocator.probe_tokens) if isinstance(allocator, ByCost | ExpertBudget) else 0
+        return self.first_tokens(allocator.probe_tokens) if isinstance(allocator, MeasuredBudget) else 0
 
     # -- what a layer takes
 
