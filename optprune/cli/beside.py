@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.tokens import check_alike, tokens_for
@@ -10,9 +11,11 @@ from optprune.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PretrainedConfig
 
     from optprune.measure import Divergence, Evaluation, Question, Tasks
     from optprune.models import LoadedModel
+    from optprune.models.load import Described
     from optprune.report.progress import Reporter
 
 PROMPT = 32
@@ -59,11 +62,20 @@ class Beside:
         *,
         device: str,
         dtype: str,
+        architecture: Path | None = None,
     ) -> "Beside":
-        """Both models and the windows of a text; InputError, before either is loaded, where they do not go together."""
-        ids = _windows(reporter, model, against, text, seq_length, windows)
-        loaded, *others = [_loaded(reporter, name, dtype, device) for name in (model, against) if name is not None]
-        return cls(reporter, loaded, others[0] if others else None, ids, text)
+        """Both models and the windows of a text; InputError, before either is loaded, where they do not go together.
+
+        The dense model is read by the draft of an architecture that the other one carries, where it does.
+        """
+        from optprune.models import load_config
+        from optprune.models.draft import draft_in
+
+        config = load_config(model, architecture)
+        ids = _windows(reporter, model, config, against, text, seq_length, windows)
+        loaded = _loaded(reporter, model, dtype, device, architecture)
+        dense = None if against is None else _loaded(reporter, against, dtype, device, draft_in(config))
+        return cls(reporter, loaded, dense, ids, text)
 
     def measured(
         self, questions: "Sequence[Question]", generations: int, tasks: AskedTasks | None = None
@@ -164,16 +176,23 @@ class Beside:
 
 
 def _windows(
-    reporter: "Reporter", model: str, against: str | None, text: str | None, seq_length: int, windows: int | None
+    reporter: "Reporter",
+    model: str,
+    config: "PretrainedConfig",
+    against: str | None,
+    text: str | None,
+    seq_length: int,
+    windows: int | None,
 ) -> "Tensor | None":
     """The windows [count, length] of the text, if there is one; InputError where it cannot compare two models."""
     from optprune.models import load_config
+    from optprune.models.draft import draft_in
     from optprune.texts import check_seq_length, evaluation_windows, read_documents
 
-    documents, config = None if text is None else read_documents(text), load_config(model)
+    documents = None if text is None else read_documents(text)
     if documents is None:
         if against is not None:
-            load_config(against)
+            load_config(against, draft_in(config))
         return None
     check_seq_length(config, seq_length)
     reporter.say(f"tokenising {text}")
@@ -194,11 +213,13 @@ def prompts_of(windows: "Tensor", count: int) -> "Iterator[Tensor]":
         yield tokens[begin : begin + min(PROMPT, length)]
 
 
-def _loaded(reporter: "Reporter", source: str, dtype: str, device: str) -> "LoadedModel":
+def _loaded(
+    reporter: "Reporter", source: str, dtype: str, device: str, architecture: "Described | None"
+) -> "LoadedModel":
     from optprune.models import load_model
 
     reporter.say(f"loading {source}")
-    return load_model(source, dtype=dtype, device=device)
+    return load_model(source, dtype=dtype, device=device, architecture=architecture)
 
 
 def _in_words(found: "Divergence") -> list[str]:

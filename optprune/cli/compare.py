@@ -7,6 +7,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from optprune.cli.options import (
+    Architecture,
     Calibration,
     Device,
     Dtype,
@@ -62,6 +63,7 @@ def compare_command(
     settings: Settings = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    architecture: Architecture = None,
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Keep each pruned model, in DIR/models/, saved and checked.")
     ] = False,
@@ -100,6 +102,7 @@ def compare_command(
             folder=output,
             dtype=dtype,
             device=device,
+            architecture=architecture,
             keep_models=keep_models,
             speed=Work() if speed else None,
             say=reporter.say,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optprune.cli.beside import AskedTasks, Beside
-from optprune.cli.options import Device, Dtype, JsonFile, Model, SeqLength
+from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, start, write_json
 from optprune.errors import InputError
 from optprune.system.files import json_text
@@ -51,6 +51,7 @@ def evaluate_command(
     ] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    architecture: Architecture = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure a model's perplexity: the text joined, tokenised once, cut into consecutive windows.
@@ -74,7 +75,8 @@ def evaluate_command(
         raise InputError("--generations go on from a text: give one by --text")
     asked = [] if questions is None else read_questions(questions)
     named = _named(reporter, tasks, include_path)
-    beside = Beside.loaded_for(reporter, model, against, text, seq_length, windows, device=device, dtype=dtype)
+    places = {"device": device, "dtype": dtype, "architecture": architecture}
+    beside = Beside.loaded_for(reporter, model, against, text, seq_length, windows, **places)
     run = None if named is None else AskedTasks(named, limit, task_batch)
     result, lines = beside.measured(asked, generations, run)
     already = f"the perplexity is {result['perplexity']:.4f}" if text is not None else lines[0]

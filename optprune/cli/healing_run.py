@@ -47,6 +47,7 @@ class HealingRun:
         from optprune.calibration.peers import joined
         from optprune.export import check_output
         from optprune.models import device_of, load_config
+        from optprune.models.draft import draft_in
         from optprune.report import PhaseRecorder
         from optprune.report.phases import TOKENISING
         from optprune.texts import check_seq_length, read_documents, with_held_out
@@ -54,7 +55,7 @@ class HealingRun:
         # What costs nothing is checked first.
         check_output(self.output, self.overwrite)
         documents, config = read_documents(self.text), load_config(self.model)
-        for one in (config, load_config(self.teacher)):
+        for one in (config, load_config(self.teacher, draft_in(config))):
             check_seq_length(one, seq_length)
         with joined(self.device) as peers, reporter.events({}) as on_event:
             phases = PhaseRecorder(device_of(self.device), self._telling(reporter, on_event))
@@ -118,11 +119,13 @@ class HealingRun:
 
     def _loaded(self, phases: "PhaseRecorder") -> "tuple[LoadedModel, LoadedModel]":
         from optprune.models import load_model
+        from optprune.models.draft import draft_in
         from optprune.report.phases import LOADING
 
         with phases.step(LOADING, f"loading {self.model} and {self.teacher}"):
             student = load_model(self.model, device=self.device)
-            return student, load_model(self.teacher, dtype=self.settings.dtype, device=self.device)
+            by = draft_in(student.model.config)
+            return student, load_model(self.teacher, dtype=self.settings.dtype, device=self.device, architecture=by)
 
     def _telling(self, reporter: "Reporter", on_event: "Callable[[Event], None]") -> "Callable[[Event], None]":
         """What hears the events, and tells of each measurement in a line."""

@@ -71,8 +71,9 @@ def check_alike(
     import torch
 
     from optprune.models import load_config, load_tokenizer
+    from optprune.models.draft import draft_in
 
-    other = load_config(against)
+    other = load_config(against, draft_in(config))
     sizes = [one.get_text_config().vocab_size for one in (config, other)]
     same = sizes[0] == sizes[1]
     if same and load_tokenizer(against) is not None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
 from optprune.models import LoadedModel, load_config, load_model, load_tokenizer, need_tokenizer, open_model
+from optprune.models.load import Described
 
 
 class Origin(ABC):
@@ -42,17 +43,20 @@ class FromFiles(Origin):
     source: str
     dtype: str
     device: str
+    architecture: Described | None = None
+    """what an architecture that is not known is read by"""
 
     def fresh(self, scratch: Path | None, *, whole: bool = False) -> LoadedModel:
         if whole:
-            return load_model(self.source, dtype=self.dtype, device=self.device)
-        return open_model(self.source, dtype=self.dtype, device=self.device, scratch=scratch)
+            return load_model(self.source, dtype=self.dtype, device=self.device, architecture=self.architecture)
+        places = {"device": self.device, "architecture": self.architecture}
+        return open_model(self.source, dtype=self.dtype, scratch=scratch, **places)
 
     def dense(self, scratch: Path | None, *, whole: bool = False) -> LoadedModel:
         return self.fresh(scratch, whole=whole)
 
     def config(self) -> PretrainedConfig:
-        return load_config(self.source)
+        return load_config(self.source, self.architecture)
 
     def tokenizer(self) -> Tokenizer:
         return need_tokenizer(load_tokenizer(self.source), self.source)
@@ -85,6 +89,8 @@ class InMemory(Origin):
         return need_tokenizer(self.loaded.tokenizer, self.loaded.source)
 
 
-def origin_of(model: str | Path | LoadedModel, dtype: str, device: str) -> Origin:
+def origin_of(
+    model: str | Path | LoadedModel, dtype: str, device: str, architecture: Described | None = None
+) -> Origin:
     """The origin of a model that is named, or is in memory and stays as it is."""
-    return InMemory(model) if isinstance(model, LoadedModel) else FromFiles(str(model), dtype, device)
+    return InMemory(model) if isinstance(model, LoadedModel) else FromFiles(str(model), dtype, device, architecture)

@@ -21,6 +21,8 @@ from optprune.comparison.session import Session
 from optprune.errors import InputError
 from optprune.measure import Work
 from optprune.models import LoadedModel, check_dtype, device_of, using_tokenizer
+from optprune.models.draft import draft_in
+from optprune.models.load import Described
 from optprune.numerics.fingerprint import fingerprint
 from optprune.recipe import Recipe
 from optprune.report import Event
@@ -56,6 +58,7 @@ def compare(
     folder: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    architecture: Described | None = None,
     keep_models: bool = False,
     speed: Work | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -70,9 +73,9 @@ def compare(
     beside the dense model, whose predictions are computed once. What the cells of a seed have in common of the dense
     model is measured once (see `collect`). A cell that fails has its sentence in the table. With a `folder` each cell
     is kept once it is finished, a second call with the same options goes on, and the table is written there as
-    comparison.md, comparison.json and, with matplotlib, comparison.svg. Models are kept, in models/ there, only with
-    `keep_models`; speed is measured only by a `Work`. `say` hears what is done, a line at a time, and `on_event` how
-    far each run is.
+    comparison.md, comparison.json and, with matplotlib, comparison.svg. An `architecture` is what `load_model` takes
+    for a model that is named and not known. Models are kept, in models/ there, only with `keep_models`; speed is
+    measured only by a `Work`. `say` hears what is done, a line at a time, and `on_event` how far each run is.
     """
     asked = Asked.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
@@ -81,8 +84,9 @@ def compare(
         raise InputError("models are kept in the folder of the comparison: name one")
     check_sequences(sequences)
     texts, documents = texts_apart(calibration, text)
-    origin = origin_of(model, dtype, device)
+    origin = origin_of(model, dtype, device, architecture)
     config, tokenizer = origin.config(), origin.tokenizer()
+    draft = draft_in(config)
     check_seq_length(config, seq_length)
     if speed is not None:
         speed.check(origin.source, config)
@@ -109,6 +113,7 @@ def compare(
             "the samples": samples,
             "the length of a window": seq_length,
             "the windows evaluated": len(held),
+            "the architecture": None if draft is None else fingerprint(draft.to_yaml()),
             **asked.facts(),
             "the tokens": fingerprint([held, *(batch for each in drawn.values() for batch in each.batches)]),
             "whether speed is measured": speed is not None,

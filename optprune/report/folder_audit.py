@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optprune.models import BlockShape
+from optprune.models.draft import draft_in
 from optprune.report.dead_units import DeadUnits, Zeros, dead_units
 from optprune.report.expectations import Expectation, InEveryGroup, Measured, read_expectation, told_of
 from optprune.report.layer_pattern import NAMED, BrokenGroups, LayerPattern, broken_groups, layer_pattern
@@ -107,7 +108,7 @@ def audit(folder: str | Path, against: str | Path | None = None, expect: Sequenc
     """
     expected = [(text, read_expectation(text)) for text in expect]
     stored = stored_of(str(folder))
-    before = None if against is None else stored_of(str(against))
+    before = None if against is None else stored_of(str(against), draft_in(stored.config))
     told = told_in(stored)
     groups = {(each.n, each.m) for _, each in expected if isinstance(each, InEveryGroup)} | set(NAMED)
     reading = _Reading(stored, groups | told.groups)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optprune.models import Decoder, gguf_tensors, is_gguf, load_config, load_shapes
+from optprune.models import Decoder, Draft, gguf_tensors, is_gguf, load_config, load_shapes
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.skeleton import named_as_in, unknown_to
 from optprune.models.surgery import put_parameters
@@ -64,12 +64,13 @@ class Stored:
         return self.ties is not None and all(name in self.tensors for name in self.ties)
 
 
-def stored_of(source: str) -> Stored:
+def stored_of(source: str, draft: Draft | None = None) -> Stored:
     """What a model source holds, of which nothing is read yet but names and shapes.
 
-    InputError where there is no config or no weights to be had.
+    An architecture that is not known is read by a `draft`, or by that which the config carries. InputError where there
+    is no config or no weights to be had.
     """
-    config = load_config(source)
+    config = load_config(source, draft)
     decoder = load_shapes(source, config)
     model, faults = decoder.model, list[Fault]()
     tensors: Mapping[str, Readable]

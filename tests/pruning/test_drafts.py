@@ -192,6 +192,24 @@ def test_plan_takes_a_draft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["plan", str(tmp_path), *options, "--architecture", str(tmp_path / "draft.yaml")]) == 0
 
 
+def test_the_dense_model_is_read_by_the_draft_that_the_pruned_one_carries(tmp_path: Path) -> None:
+    """Beside it in evaluate and audit; by itself it takes an --architecture."""
+    dense, out, text = save_tiny(unknown("starcoder2"), tmp_path / "dense"), tmp_path / "out", tmp_path / "text.txt"
+    text.write_text("The committee met on Monday and talked about prices. " * 40)
+    draft = tmp_path / "draft.yaml"
+    draft.write_text(draft_of("starcoder2").to_yaml())
+    loaded = optprune.load_model(dense, architecture=draft)
+    save_model(loaded.model, out, tokenizer=loaded.tokenizer)
+    options = ["--text", str(text), "--seq-length", "64", "--json"]
+    assert main(["evaluate", str(out), "--against", str(dense), *options, str(tmp_path / "found.json")]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["divergence"] == pytest.approx(0, abs=1e-6) and found["agreement"] == 1
+    assert main(["audit", str(out), "--against", str(dense)]) == 0
+    assert main(["evaluate", str(dense), *options, str(tmp_path / "alone.json")]) == 2
+    assert main(["evaluate", str(dense), *options, str(tmp_path / "alone.json"), "--architecture", str(draft)]) == 0
+    assert json.loads((tmp_path / "alone.json").read_text())["perplexity"] == pytest.approx(found["perplexity"])
+
+
 @pytest.mark.slow
 def test_the_story_of_a_model_that_nobody_described(tmp_path: Path) -> None:
     save_tiny(unknown("starcoder2"), tmp_path / "dense")
@@ -205,3 +223,11 @@ def test_the_story_of_a_model_that_nobody_described(tmp_path: Path) -> None:
     assert main(["audit", str(out), "--expect", "sparsity=0.15..0.3"]) == 0
     shapes = Decoder(optprune.load(out)).shapes()
     assert len(set(shapes)) == 1 and shapes[0].mlp_width < 128
+    words = ["--text", str(tmp_path / "text.txt"), "--seq-length", "64"]
+    asked = ["heal", str(out), "--teacher", str(tmp_path / "dense"), "--output", str(tmp_path / "healed"), *words]
+    assert main([*asked, "--tokens", "512", "--batch-size", "2", "--held-out", "1"]) == 0
+    (tmp_path / "other.txt").write_text("Rain fell on the hills for a week, and the river rose. " * 100)
+    asked = ["compare", str(tmp_path / "dense"), "--recipes", "fasp", "--sparsities", "0.2", "--samples", "2"]
+    asked += ["--units", "mlp", "--calibration", str(tmp_path / "other.txt"), *words, "--output", str(tmp_path / "c")]
+    assert main(asked) == 2
+    assert main([*asked, "--architecture", str(draft)]) == 0
