@@ -15,6 +15,7 @@ SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", 
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 """here all of MLP units"""
 MLP: Settings = {"units": "mlp"}
+OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")
 OTHER_UNITS = ("random", "magnitude", "fasp")
 """recipes that prune something else by themselves"""
 HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
@@ -103,6 +104,12 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for sparsity, least in ((0.3, 0.45), (0.2, 0.45), (0.3, 0.0))
         for units in ("all", "all-heads")
     ],
+    "families": [
+        *(structured(recipe, 0.2) for recipe in ("fasp", "spap")),
+        ("structured_best", {"sparsity": 0.2}),
+        *(half(recipe) for recipe in OF_FAMILIES),
+        *(under_intra((recipe, PAIRS)) for recipe in OF_FAMILIES),
+    ],
     "recovery": [
         ("spap_plus", {"sparsity": sparsity, **more}) for sparsity in (0.2, 0.1, 0.3) for more in ({}, RECOVERY)
     ],
@@ -144,6 +151,7 @@ NAMES = {
     "structured": "Whole units",
     "rotated": "Value dimensions that are removed as coordinates, and as directions",
     "heads": "KV heads beside value dimensions in one budget, and sub-blocks that may go whole",
+    "families": "Models of several families side by side",
     "recovery": "Recovery of the pruned sub-modules",
     "ablation": "What the output metric, the global budget and probes do for whole units",
     "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
