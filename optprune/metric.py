@@ -258,7 +258,8 @@ class MetricSums:
 class Metrics(Mapping[str, OutputMetric]):
     """The metrics of a model's layers by the layer's full name, each made from its sums whenever it is asked for.
 
-    Whole matrices of all layers together would take more memory than the model.
+    Whole matrices of all layers together would take more memory than the model. A layer that no token reached has none,
+    as one of an expert may be.
     """
 
     def __init__(self, sums: Mapping[str, MetricSums], damping: float = 0.0) -> None:
@@ -266,13 +267,16 @@ class Metrics(Mapping[str, OutputMetric]):
         self._sums, self._damping = dict(sums), damping
 
     def __getitem__(self, name: str) -> OutputMetric:
-        return self._sums[name].metric().damped(self._damping)
+        sums = self._sums[name]
+        if not sums.tokens:
+            raise KeyError(name)
+        return sums.metric().damped(self._damping)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sums)
+        return (name for name, sums in self._sums.items() if sums.tokens)
 
     def __len__(self) -> int:
-        return len(self._sums)
+        return sum(1 for _ in self)
 
     def sums(self, name: str) -> MetricSums:
         """What a layer's metric is made from."""

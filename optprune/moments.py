@@ -156,7 +156,7 @@ class InputMoments:
         if self.width != other.width:
             raise InputError(f"moments of {self.width} and of {other.width} inputs cannot be merged: take one layer's")
         tokens = self.tokens + other.tokens
-        share = other.tokens / tokens
+        share = other.tokens / max(1, tokens)  # of an expert that no token reaches both are zero
         mixed = [torch.lerp(a, b.to(a), share) for a, b in zip(self.parts(), other.parts(), strict=True)]
         # Two sets of tokens also vary between each other, by the distance of their means.
         between, apart = share * (1 - share), other.mean.to(self.mean) - self.mean

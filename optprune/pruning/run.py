@@ -33,6 +33,8 @@ from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, P
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
 
 Listener = Callable[[Event], None]
+MOST_NAMED = 8
+"""how many layers a note names: those of experts are many"""
 
 
 class Run:
@@ -272,9 +274,16 @@ def _metrics(
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     small = metrics.diagonal_only()
     cut = [path for path in whole_in(decoder, recipe) if any(name.endswith(f".{path}") for name in small)]
-    widest = asked.width or math.inf
-    note = f"of {', '.join(cut)} with over {widest} outputs (metric_width) only the diagonal of the metric is used"
-    return metrics.damped(asked.damping), (note,) if cut else ()
+    widest, notes = asked.width or math.inf, list[str]()
+    if cut:
+        of = ", ".join(cut[:MOST_NAMED]) + (f" and {len(cut) - MOST_NAMED} more" if len(cut) > MOST_NAMED else "")
+        notes.append(f"of {of} with over {widest} outputs (metric_width) only the diagonal of the metric is used")
+    reached, blocks = set(metrics), range(len(decoder.blocks))
+    every = [decoder.name(index, path) for index in blocks for path in decoder.paths(index)]
+    missed = [name for name in every if name not in reached]
+    if missed:
+        notes.append(f"no token of the output metric reached {len(missed)} layers, as {missed[0]}: outputs count alike")
+    return metrics.damped(asked.damping), tuple(notes)
 
 
 def heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
