@@ -57,7 +57,7 @@ def main() -> None:
             {
                 "removed, asked": speed.name,
                 "reached": 1 - decoder.linear_weights() / before,
-                "MLP units": decoder.layer(0, decoder.architecture.mlp_consumer).in_features,
+                "MLP units": decoder.shape(0).mlp_width,
                 "prefill, tokens/s": told(speed.prefill),
                 "over dense": told(ratios.prefill),
                 "decoding, tokens/s": told(speed.decode),
@@ -96,8 +96,8 @@ def narrowed(dense: PreTrainedModel, sparsity: float, multiple: int) -> PreTrain
     model = copy.deepcopy(dense)
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        units = Mlp().layers(decoder, block)
-        decoder.keep_units(block, units, torch.arange(units.link.units, device=model.device) < width)
+        for units in Mlp().layers(decoder, block):
+            decoder.keep_units(block, units, torch.arange(units.link.units, device=model.device) < width)
     return model
 
 

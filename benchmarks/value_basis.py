@@ -45,7 +45,7 @@ def main() -> None:
             following = stream.copy()
             seen = collect(block, stream, [output], held_out=len(apart), output=following)
             if options.blocks is None or index in options.blocks:
-                layers = Values().layers(decoder, index)
+                [layers] = Values().layers(decoder, index)
                 loss = LayerLoss.of(decoder.layer(index, output).weight, seen.moments[output], 0.01)
                 rows.append(measured(index, loss, layers.link, seen.held_out[output], options.share))
                 print(rows[-1], flush=True)

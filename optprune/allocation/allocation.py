@@ -53,7 +53,7 @@ class Allocation:
                     raise InputError(f"the allocation keeps {name} {shown(kept)} in block {index}, which has {there}")
                 if kept not in (0, there):
                     what = f"the allocation keeps {name} {kept} in block {index}, which has {there}"
-                    decoder.architecture.check_divisible(name, what)
+                    decoder.architecture.check_kept(name, kept, what)
             if 0 < block.shape.kv_heads < shape.kv_heads and block.shape.value_dim < shape.value_dim:
                 raise InputError(
                     f"the allocation removes KV heads and value dimensions of block {index}: choose one of the two"

@@ -6,7 +6,8 @@ known for each alone.
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -64,12 +65,22 @@ def check_tokens(decoder: Decoder, tokens: int) -> None:
 def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
     """The floating-point operations of one block for one token of a causal forward pass over `tokens`, on average.
 
-    Two for each linear weight, and two for each query head, position seen and dimension of a head and of its values.
+    Two for each linear weight that the token meets, and two for each query head, position seen and dimension of a head
+    and of its values.
     """
     heads = decoder.heads
     seen = (tokens + 1) / 2
     attention = shape.kv_heads * heads.group * seen * (heads.dim + shape.value_dim)
-    return 2 * (decoder.weights_of(shape) + attention)
+    return 2 * (_met(decoder, shape) + attention)
+
+
+def _met(decoder: Decoder, shape: BlockShape) -> float:
+    """The linear weights of a block that a token meets: of experts, which are alike, as many as its router chooses."""
+    weights = decoder.weights_of(shape)
+    if not shape.experts:
+        return weights
+    one = weights - decoder.weights_of(replace(shape, experts=shape.experts - 1))
+    return weights - one * (shape.experts - decoder.experts_for_a_token)
 
 
 def _by_formula(decoder: Decoder, unit: str, cost: Callable[[BlockShape], float]) -> Prices:
@@ -130,9 +141,10 @@ def _without(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits) ->
 
 
 def _narrower(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits, count: int) -> float:
-    layers = kind.layers(decoder, block)
-    slots = layers.link.slots
-    # As many of every slot.
-    place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)
-    with decoder.narrowed(block, layers, place < count):
+    with ExitStack() as narrowed:
+        for layers in kind.layers(decoder, block):
+            slots = layers.link.slots
+            # As many of every slot.
+            place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)
+            narrowed.enter_context(decoder.narrowed(block, layers, place < count))
         return _seconds(decoder, block, stream)

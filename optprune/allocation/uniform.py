@@ -6,7 +6,7 @@ from typing import final
 from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.errors import InputError
-from optprune.models import BlockAllocation, BlockShape, Decoder, Experts, LinkedUnits, Units, Weights
+from optprune.models import BlockAllocation, BlockShape, Decoder, Experts, LinkedUnits, Mlp, Units, Weights
 
 
 @final
@@ -113,15 +113,24 @@ def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[Linked
     if sparsity * total >= sum(hold.values()):
         raise InputError(
             f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: they hold only "
-            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights; ask for less"
+            f"{sum(hold.values()) / total:.1%} of the decoder's linear weights{_besides(decoder, units)}; ask for less"
             + ("" if units.name == "all" else ", or use --units all")
         )
     return hold
 
 
+def _besides(decoder: Decoder, units: Units) -> str:
+    """What of the MLPs stays where their units go, in words."""
+    mixture = decoder.architecture.mixture
+    stays = mixture is not None and mixture.shared and any(isinstance(kind, Mlp) for kind in units.kinds)
+    return " (the expert that every token goes through stays as it is)" if stays else ""
+
+
 def _weights_in(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
     """The linear weights that go with the units, without what else a sub-block holds."""
-    return decoder.weights_of(shape) - decoder.weights_of(replace(shape, **{kind.field: 0}))
+    there = kind.there(shape)
+    one = decoder.weights_of(replace(shape, **{kind.field: there + 1})) - decoder.weights_of(shape)
+    return one * there
 
 
 def _narrower(shape: BlockShape, kind: LinkedUnits, ratio: float, multiple: int) -> BlockShape:

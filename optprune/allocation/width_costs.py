@@ -1,7 +1,7 @@
 """What units cost, and one budget divided by that: how many of them each block keeps."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -45,6 +45,9 @@ class WidthBudget(CostBudget):
 
     def check(self, decoder: Decoder) -> None:
         """Raise InputError where the shapes alone say that the budget is out of reach, which they do not of a time."""
+        for kind in self.units.kinds if self.multiple is not None else ():
+            what = f"{kind.field} is to be a multiple of {self.multiple}"
+            decoder.architecture.check_kept(kind.field, self.multiple, what)
         if self.currency != "parameters":
             check_tokens(decoder, self.tokens)
         if self.currency == "time":
@@ -68,19 +71,36 @@ class WidthBudget(CostBudget):
 
     def changes(self, targets: Sequence[Target]) -> int:
         # The units of each kind, and each sub-block that may go whole.
-        parts = {target.kind.part for target in targets if target.kind is not None}
-        return len(targets) + (0 if self.least else len(parts))
+        kinds = {target.kind for target in targets if target.kind is not None}
+        return len(kinds) + (0 if self.least else len({kind.part for kind in kinds}))
 
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
-        return WidthCosts(self, decoder, statistics, probe)
+        return WidthCosts(self, decoder, statistics, probe, in_nats)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """What one layer of a block loses without its units."""
+
+    losses: Mapping[int, float]
+    """the loss for a token that reaches it, by the number of units kept"""
+    tokens: int
+    """the tokens that reach it"""
+    tried: tuple[int, Change] | None
+    """what the probe tries: with how many units, and the layer then"""
 
 
 class WidthCosts(Costs):
-    """The curve of every layer whose columns are units, by each kind of units that they are."""
+    """The curve of every block by each kind of units: of a layer, or of all experts, which keep equally many."""
 
-    def __init__(self, budget: WidthBudget, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None) -> None:
-        self.budget, self.decoder, self.statistics, self.probe = budget, decoder, statistics, probe
+    def __init__(
+        self, budget: WidthBudget, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool
+    ) -> None:
+        self.budget, self.decoder, self.probe, self.in_nats = budget, decoder, probe, in_nats
+        self.statistics = statistics
         self.widths: list[WidthCurve] = []
+        self.present: dict[tuple[int, LinkedUnits], list[_Layer]] = {}
+        """the layers of the present block"""
         self.tried: list[tuple[tuple[int, str], LinkedUnits | None, int]] = []
         """what the probe has tried: the sub-block, the kind of units (None where it is gone), and how many it kept"""
         self.noted: dict[str, list[str]] = {}
@@ -100,47 +120,59 @@ class WidthCosts(Costs):
 
     def add(self, block: int, target: Target, loss: LayerLoss) -> None:
         assert target.kind is not None
-        width = self._curve(block, target.kind, loss)
-        for note in width.notes:
+        layer, notes = self._layer(block, target, target.kind, loss)
+        for note in notes:
             self.noted.setdefault(note, []).append(self.decoder.name(block, target.path))
-        self.widths.append(width)
+        self.present.setdefault((block, target.kind), []).append(layer)
 
     def close(self) -> None:
-        return
+        for (block, kind), layers in self.present.items():
+            width = self._curve(block, kind, layers)
+            self.widths.append(width)
+            if self.probe is not None:
+                self._try_out(self.probe, width, [layer.tried for layer in layers if layer.tried is not None])
+        self.present.clear()
 
-    def _curve(self, block: int, kind: LinkedUnits, loss: LayerLoss) -> WidthCurve:
-        """The losses of one block by greedy elimination of its units, a multiple at a time."""
-        shape, layers = self.decoder.shape(block), kind.layers(self.decoder, block)
-        there, slots, multiple = kind.there(shape), layers.link.slot_count, kind.multiple(shape, self.budget.multiple)
-        rotation = nested_basis(loss, layers.link) if kind.rotated else None
+    def _layer(self, block: int, target: Target, kind: LinkedUnits, loss: LayerLoss) -> tuple[_Layer, tuple[str, ...]]:
+        """The losses of one layer by greedy elimination of its units, a multiple at a time, and notes on that."""
+        shape, link = self.decoder.shape(block), kind.linked(self.decoder, block, target.path).link
+        there, slots, multiple = kind.there(shape), link.slot_count, kind.multiple(shape, self.budget.multiple)
+        rotation = nested_basis(loss, link) if kind.rotated else None
         stated = loss if rotation is None else rotation.loss(loss)
-        problem = LinkedLeastSquares(stated.whitened(), layers.link, layers.link.units)
-        order, losses, notes = self.statistics.removal(problem, multiple)
+        order, losses, notes = self.statistics.removal(
+            LinkedLeastSquares(stated.whitened(), link, link.units), multiple
+        )
         # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
         after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
-        width = WidthCurve(
-            block,
-            kind,
-            there,
-            {count: loss for count, loss in after.items() if count % multiple == 0},
-            notes,
-            loss.metric is not None,
-        )
-        between = [count for count in width.losses if count]
+        found, tried = {count: loss for count, loss in after.items() if count % multiple == 0}, None
+        between = [count for count in found if count]
         if self.probe is not None and between:
             count = min(between, key=lambda count: abs(count - (1 - self.budget.sparsity) * there))
-            kept = torch.ones(layers.link.units, dtype=torch.bool, device=order.device)
+            kept = torch.ones(link.units, dtype=torch.bool, device=order.device)
             kept[order[: (there - count) * slots]] = False
-            mask = layers.link.column_mask(kept, loss.weight.shape[1])
-            restored = MaskedLeastSquares(stated.plain, mask)
+            restored = MaskedLeastSquares(stated.plain, link.column_mask(kept, loss.weight.shape[1]))
             value = answer(restored, Restore(), restored.start())
             value = value if rotation is None else rotation.back(value)
-            self.probe.try_out([Change.of(self.decoder.layer(block, layers.consumer), value, loss)])
-            self.tried.append((width.part, kind, count))
-        if self.probe is not None and not self.budget.least and (width.part, None, 0) not in self.tried:
-            self.probe.try_without(block, kind.part)
+            tried = count, Change.of(self.decoder.layer(block, target.path), value, loss)
+        return _Layer(found, loss.moments.tokens, tried), notes
+
+    def _curve(self, block: int, kind: LinkedUnits, layers: list[_Layer]) -> WidthCurve:
+        """The losses of a block for a token that goes through it, which reaches some of the layers."""
+        reached = 1 if len(kind.consumers(self.decoder.architecture)) == 1 else self.decoder.experts_for_a_token
+        tokens = sum(layer.tokens for layer in layers) / reached
+        losses = {
+            count: sum(layer.tokens / tokens * layer.losses[count] for layer in layers) for count in layers[0].losses
+        }
+        return WidthCurve(block, kind, kind.there(self.decoder.shape(block)), losses, self.in_nats)
+
+    def _try_out(self, probe: Probe, width: WidthCurve, tried: list[tuple[int, Change]]) -> None:
+        """Have the layers of a block with fewer units tried, together, and the block without the sub-block."""
+        if tried:
+            probe.try_out([change for _, change in tried])
+            self.tried.append((width.part, width.kind, tried[0][0]))
+        if not self.budget.least and (width.part, None, 0) not in self.tried:
+            probe.try_without(width.block, width.kind.part)
             self.tried.append((width.part, None, 0))
-        return width
 
     def _put_right(self, divergences: Sequence[float]) -> None:
         found = list(zip(self.tried, divergences, strict=True))

@@ -24,7 +24,6 @@ class WidthCurve:
     """how many units there are, in every slot"""
     losses: Mapping[int, float]
     """the loss by the number of units kept, which is not all; zero is the block without that sub-block"""
-    notes: tuple[str, ...] = ()
     in_nats: bool = False
     """whether losses are already in the unit of a probe"""
 

@@ -36,7 +36,7 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
         answers = torch.stack([experts.outputs(tokens, number) for number in range(count)], 1).float()
         products.append(answers @ answers.mT)
     scores, pairs = (rows[:most] for rows in _of_all(calls, torch.cat(logits), torch.cat(products)))
-    return ExpertChoice(scores, pairs, int(config.num_experts_per_tok), mixture.normalised(config), keep)
+    return ExpertChoice(scores, pairs, decoder.experts_for_a_token, mixture.normalised(config), keep)
 
 
 def _of_all(calls: Calls, *own: Tensor) -> list[Tensor]:

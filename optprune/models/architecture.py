@@ -1,7 +1,8 @@
 """What optprune must know of an architecture: where its linear layers are and which of them go together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Self
 
@@ -106,10 +107,14 @@ class Mixture:
     """the module whose weight has a row for each expert"""
     count: str = "num_experts"
     """the config field that holds the number of experts"""
+    chosen: str = "num_experts_per_tok"
+    """the config field that holds how many of them a token goes to"""
     shared: str = ""
     """the gated MLP that every token goes through besides, where there is one"""
     shared_width: str = ""
     """the config field that holds its width"""
+    multiple: int = 8
+    """what experts' widths are multiples of: kernels that multiply all experts of a block read 16 bytes at a time"""
     normalised: Callable[[PretrainedConfig], bool] = lambda config: bool(config.norm_topk_prob)
     """whether the weights of the chosen experts are scaled to add up to one"""
     stored: Mapping[str, str] = field(default_factory=dict)
@@ -123,6 +128,11 @@ class Mixture:
             stages.append(tuple(f"{place}.{layer}" for place in places for layer in GATED[:2]))
             stages.append(tuple(f"{place}.{GATED[2]}" for place in places))
         return tuple(stages)
+
+    def mlps(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Of the layers of a block those whose columns are units of an expert, each with those whose rows they are."""
+        places = [path.removesuffix(f".{GATED[2]}") for path in layers if path.endswith(f".{GATED[2]}")]
+        return {f"{place}.{GATED[2]}": tuple(f"{place}.{layer}" for layer in GATED[:2]) for place in places}
 
 
 @dataclass(frozen=True)
@@ -230,6 +240,19 @@ class Architecture:
         """All linear layers of a block."""
         return tuple(path for stage in self.stages for path in stage)
 
+    @cached_property
+    def mlps(self) -> Mapping[str, tuple[str, ...]]:
+        """The layers whose columns are MLP units, one or one of every expert, with those whose rows these units are."""
+        if self.mixture is None:
+            return {self.mlp_consumer: self.mlp_producers}
+        return self.mixture.mlps(self.layers)
+
+    @property
+    def mlp_consumers(self) -> tuple[str, ...]:
+        """Those whose columns a block's `mlp_width` counts: of all MLPs but a shared expert."""
+        shared = "" if self.mixture is None else f"{self.mixture.shared}.{GATED[2]}"
+        return tuple(path for path in self.mlps if path != shared)
+
     @property
     def taps(self) -> dict[str, str]:
         """For every linear layer of a block the first one that reads the same input."""
@@ -260,6 +283,16 @@ class Architecture:
         """Raise InputError where some of a count of a block's shape cannot go; `what` asks for it, in words."""
         if count in self.indivisible:
             raise InputError(f"{what}, but of a {self.model_type} model all stay or none: {self.indivisible[count]}")
+
+    def check_kept(self, count: str, kept: int, what: str) -> None:
+        """Raise InputError where a block cannot have so many, but some, of a count of its shape."""
+        self.check_divisible(count, what)
+        multiple = 1 if self.mixture is None else self.mixture.multiple
+        if count == "mlp_width" and kept % multiple:
+            raise InputError(
+                f"{what}, but experts' widths are multiples of {multiple}: transformers' kernels for all experts of a "
+                f"block run no others (--width-multiple {multiple})"
+            )
 
     def stage_of(self, path: str) -> int:
         """The position in the forward pass of a layer's input."""

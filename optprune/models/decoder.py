@@ -164,6 +164,12 @@ class Decoder:
         """The linear weights of a block of this shape."""
         return linear_weights(self.architecture, self.model.config, self.heads, shape)
 
+    @property
+    def experts_for_a_token(self) -> int:
+        """How many experts a router chooses for a token; none without a router."""
+        mixture = self.architecture.mixture
+        return 0 if mixture is None else int(getattr(self.model.config, mixture.chosen))
+
     def layer_sizes(self, shape: BlockShape) -> dict[str, tuple[int, int]]:
         """The outputs and inputs of every linear layer in a block of this shape, zeros where it is not there."""
         return layer_sizes(self.architecture, self.model.config, self.heads, shape)

@@ -75,7 +75,7 @@ class Experts(Units):
                 f"units {self.name} are those of a router, and a {decoder.architecture.model_type} model has none: "
                 "choose a recipe with other units"
             )
-        return int(decoder.model.config.num_experts_per_tok)
+        return decoder.experts_for_a_token
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         super().check(decoder, block, wanted)

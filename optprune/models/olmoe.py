@@ -13,7 +13,7 @@ OLMOE = replace(
     QWEN3_MOE,
     model_type="olmoe",
     mlp_width="intermediate_size",
-    indivisible={**QWEN3_MOE.indivisible, **OLMO2.indivisible},
+    indivisible=OLMO2.indivisible,
     off=("output_router_logits", "clip_qkv"),
     fixed={},
     stock=Classes.called("Olmoe", stock),

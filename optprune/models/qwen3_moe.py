@@ -8,9 +8,6 @@ from optprune.models.architecture import Classes, Mixture
 from optprune.models.llama import LLAMA
 from optprune.models.pruned import modeling_pruned_qwen3_moe as pruned
 
-WIDTHS = {"mlp_width": "its units are those of experts, of which whole ones go: units experts"}
-"""why the units of an expert stay"""
-
 QWEN3_MOE = replace(
     LLAMA,
     model_type="qwen3_moe",
@@ -19,7 +16,6 @@ QWEN3_MOE = replace(
     mlp_consumer="",
     mlp_width="moe_intermediate_size",
     mixture=Mixture(),
-    indivisible=WIDTHS,
     # What of a mixture is affine in the weights of an expert hangs on where tokens are routed.
     recoverable=LLAMA.recoverable[:1],
     off=("mlp_only_layers", "output_router_logits"),

@@ -1,11 +1,7 @@
 """Reordering: the layers of a block whose inputs may stand in another order, since other layers make them."""
 
-import torch
-
-from optprune.models.architecture import GATED
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.units import Mlp, Values
-from optprune.problems import Link
 
 
 def reorderable(decoder: Decoder, block: int, path: str, size: int) -> LinkedLayers | None:
@@ -15,14 +11,8 @@ def reorderable(decoder: Decoder, block: int, path: str, size: int) -> LinkedLay
     are no whole groups, and where a description does not say that they can be told apart.
     """
     architecture = decoder.architecture
-    for kind in (Values(), Mlp()):
-        if kind.consumer(architecture) == path:
-            free = kind.field not in architecture.indivisible and kind.there(decoder.shape(block)) % size == 0
-            return kind.layers(decoder, block) if free else None
-    place, _, name = path.rpartition(".")
-    if architecture.mixture is None or name != GATED[2]:
-        return None
-    layer = decoder.layer(block, path)
-    every = torch.arange(layer.in_features, device=layer.weight.device)
-    link = Link(every[:, None], torch.zeros_like(every), (every[:, None],) * 2)
-    return LinkedLayers(path, tuple(f"{place}.{producer}" for producer in GATED[:2]), link)
+    for kind, paths in ((Values(), (architecture.output,)), (Mlp(), architecture.mlps)):
+        if path in paths and kind.field not in architecture.indivisible:
+            linked = kind.linked(decoder, block, path)
+            return linked if linked.link.units // linked.link.slot_count % size == 0 else None
+    return None

@@ -1,6 +1,7 @@
 """Units: what a recipe removes. They say which layers that prunes, how those are linked, what a shape has left."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -70,8 +71,8 @@ class Units(ABC):
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
         """The layers of a block that may be pruned, in the order of the forward pass, once for each kind of units."""
-        shape = decoder.shape(block)
-        return _in_order(decoder, [kind for kind in self.kinds if kind.there(shape)])
+        consumers = [(path, kind) for kind in self.kinds for path in kind.consumers(decoder.architecture)]
+        return _in_order(decoder, decoder.shape(block), consumers)
 
     def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
         """The layers of a block that an allocation prunes, in the order of the forward pass, whoever chose it.
@@ -83,8 +84,8 @@ class Units(ABC):
         changed = [kind for kind in self._every() if kind.there(after) < kind.there(before)]
         changed += self.kinds if drifted else ()
         # A layer has units of one kind: those that an allocation removes come before those that are only corrected.
-        chosen = {kind.consumer(decoder.architecture): kind for kind in reversed(changed)}
-        return _in_order(decoder, [kind for kind in chosen.values() if kind.total(after)])
+        chosen = {path: kind for kind in reversed(changed) for path in kind.consumers(decoder.architecture)}
+        return _in_order(decoder, after, chosen.items())
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         """Raise InputError when an allocation asks of a block what these units cannot do."""
@@ -95,8 +96,10 @@ class Units(ABC):
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         """The layers that want a whole output metric: units are columns of few, and a matrix for each is dear."""
-        every = dict.fromkeys(kind.consumer(architecture) for kind in self._every())
-        return tuple(path for path in every if path in architecture.layers)
+        every = {kind: kind.consumers(architecture) for kind in self._every()}
+        # Those of experts are many: they have one where the recipe itself removes their units.
+        wanted = [paths for kind, paths in every.items() if kind in self.kinds or len(paths) == 1]
+        return tuple(dict.fromkeys(path for paths in wanted for path in paths))
 
     def _every(self) -> "tuple[LinkedUnits, ...]":
         """What an allocation may narrow, whoever chose it: the recipe's own units first."""
@@ -104,7 +107,10 @@ class Units(ABC):
 
 
 class LinkedUnits(Units):
-    """Units of one kind: each is some columns of a layer, and the rows of the layers before it that make those."""
+    """Units of one kind: each is some columns of a layer, and the rows of the layers before it that make those.
+
+    A block may have several such layers, one of every expert, which all keep equally many units, each its own.
+    """
 
     field: str
     """the field of a block's shape that counts them, in every slot"""
@@ -118,19 +124,24 @@ class LinkedUnits(Units):
         return (self,)
 
     @abstractmethod
-    def consumer(self, architecture: Architecture) -> str:
-        """The layer whose columns they are."""
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        """The layers whose columns they are: one, or one of every expert."""
 
     @abstractmethod
-    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
-        """How they link the layers of a block."""
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        """How they link one of these layers of a block with those before it."""
+
+    def layers(self, decoder: Decoder, block: int) -> tuple[LinkedLayers, ...]:
+        """How they link the layers of a block, for each of these layers that it has."""
+        there = self.consumers(decoder.architecture)
+        return tuple(self.linked(decoder, block, path) for path in decoder.paths(block) if path in there)
 
     def there(self, shape: BlockShape) -> int:
         """How many a shape has in every slot."""
         return getattr(shape, self.field)
 
     def total(self, shape: BlockShape) -> int:
-        """How many a shape has in all slots."""
+        """How many a shape has in all slots of one layer."""
         return self.there(shape)
 
     def with_count(self, shape: BlockShape, count: int) -> BlockShape:
@@ -148,24 +159,23 @@ class LinkedUnits(Units):
 @final
 @dataclass(frozen=True)
 class Mlp(LinkedUnits):
-    """The hidden neurons of an MLP: one slot."""
+    """The hidden neurons of an MLP, or of every expert: one slot."""
 
     name = "mlp"
     field = "mlp_width"
     part = "mlp"
 
-    def consumer(self, architecture: Architecture) -> str:
-        return architecture.mlp_consumer
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        return architecture.mlp_consumers
 
-    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         architecture = decoder.architecture
         architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
-        layer = decoder.layer(block, architecture.mlp_consumer)
+        layer, producers = decoder.layer(block, consumer), architecture.mlps[consumer]
         every = torch.arange(layer.in_features, device=layer.weight.device)
         apart = torch.arange(architecture.rows_of_unit, device=every.device) * len(every)
-        rows = tuple(every[:, None] + apart for _ in architecture.mlp_producers)
-        link = Link(every[:, None], torch.zeros_like(every), rows)
-        return LinkedLayers(architecture.mlp_consumer, architecture.mlp_producers, link)
+        link = Link(every[:, None], torch.zeros_like(every), tuple(every[:, None] + apart for _ in producers))
+        return LinkedLayers(consumer, producers, link)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return asked or (WIDE_MULTIPLE if shape.mlp_width >= WIDE else MULTIPLE)
@@ -184,19 +194,19 @@ class Values(LinkedUnits):
     def name(self) -> str:
         return "rotated-vo" if self.rotated else "vo"
 
-    def consumer(self, architecture: Architecture) -> str:
-        return architecture.output
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        return (architecture.output,)
 
-    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         architecture, group, shape = decoder.architecture, decoder.heads.group, decoder.shape(block)
         dim = shape.value_dim
-        device = decoder.layer(block, architecture.output).weight.device
+        device = decoder.layer(block, consumer).weight.device
         unit = torch.arange(shape.kv_heads * dim, device=device)
         slot = unit // dim
         query_head = slot[:, None] * group + torch.arange(group, device=device)
         *_, rows = rows_of_heads(architecture.joined, decoder.heads, shape, device)
         link = Link(query_head * dim + (unit % dim)[:, None], slot, (rows.reshape(-1, 1),))
-        return LinkedLayers(architecture.output, (architecture.value,), link)
+        return LinkedLayers(consumer, (architecture.value,), link)
 
     def total(self, shape: BlockShape) -> int:
         return shape.value_dim * shape.kv_heads
@@ -216,13 +226,13 @@ class KvGroups(LinkedUnits):
     field = "kv_heads"
     part = "attention"
 
-    def consumer(self, architecture: Architecture) -> str:
-        return architecture.output
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        return (architecture.output,)
 
-    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         architecture, heads, shape = decoder.architecture, decoder.heads, decoder.shape(block)
         architecture.check_divisible(self.field, f"units {self.name} remove {self.field}")
-        device = decoder.layer(block, architecture.output).weight.device
+        device = decoder.layer(block, consumer).weight.device
         unit = torch.arange(shape.kv_heads, device=device)
 
         width = heads.group * shape.value_dim
@@ -230,11 +240,12 @@ class KvGroups(LinkedUnits):
         rows = rows_of_heads(architecture.joined, heads, shape, device)
         rows = (torch.cat(rows, 1),) if architecture.joined else rows
         paths = tuple(dict.fromkeys((architecture.query, architecture.key, architecture.value)))
-        return LinkedLayers(architecture.output, paths, Link(columns, torch.zeros_like(unit), rows))
+        return LinkedLayers(consumer, paths, Link(columns, torch.zeros_like(unit), rows))
 
 
-def _in_order(decoder: Decoder, kinds: list[LinkedUnits]) -> list[Target]:
-    architecture = decoder.architecture
-    taps, layers = architecture.taps, architecture.layers
-    consumers = [(kind.consumer(architecture), kind) for kind in kinds]
-    return [Target(path, taps[path], kind) for path, kind in sorted(consumers, key=lambda pair: layers.index(pair[0]))]
+def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str, LinkedUnits]]) -> list[Target]:
+    """The targets among these layers that a block of a shape has."""
+    taps, sizes = decoder.architecture.taps, decoder.layer_sizes(shape)
+    order = {path: number for number, path in enumerate(sizes)}
+    there = [(path, kind) for path, kind in consumers if all(sizes[path])]
+    return [Target(path, taps[path], kind) for path, kind in sorted(there, key=lambda pair: order[pair[0]])]

@@ -99,7 +99,7 @@ def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
     seen, widest, squares = min(tokens, recipe.metric.tokens), recipe.metric.width, 0
     whole = recipe.units.whole_metric(decoder.architecture) if recipe.metric.kind == "full" else ()
     for block in range(len(decoder.blocks)):
-        for path in whole if widest is None else decoder.paths(block):
+        for path in decoder.paths(block):
             outputs = decoder.layer(block, path).out_features
             squares += outputs**2 if path in whole and outputs <= (widest or outputs) else 0
     return SLOW * seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * head_weights(decoder) + squares)

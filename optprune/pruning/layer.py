@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from optprune.errors import NumericalError, StrictError
+from optprune.errors import InputError, NumericalError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, LinkedLayers, Target, reorderable
 from optprune.models.surgery import write
@@ -48,7 +48,8 @@ class LayerTask:
     @property
     def units(self) -> LinkedLayers | None:
         """How its units link it with other layers, where units are pruned."""
-        return None if self.target.kind is None else self.target.kind.layers(self.decoder, self.block)
+        kind, path = self.target.kind, self.target.path
+        return None if kind is None else kind.linked(self.decoder, self.block, path)
 
     @property
     def reordered(self) -> LinkedLayers | None:
@@ -140,11 +141,23 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
         due = solved.weight.numel() - solved.keep - layer.out_features // 2
     else:
         choice = units.link.reading(solved.reads)
+        _check_alike(task, int(choice.sum()))
         task.decoder.keep_units(task.block, units, choice)
         report = replace(report, kept=int(choice.sum()), units=choice.numel())
     if task.recipe.strict and report.notes:
         raise StrictError(f"{task.name}: {report.notes[0]} (strict mode makes this an error)")
     return PrunedLayer(report, int((layer.weight == 0).sum()), due)
+
+
+def _check_alike(task: LayerTask, kept: int) -> None:
+    """Raise InputError where the answer of an objective of one's own leaves an expert wider or narrower than others."""
+    kind, shape = task.target.kind, task.wanted.shape
+    if kind is None or kept == kind.total(shape) or len(kind.consumers(task.decoder.architecture)) == 1:
+        return
+    raise InputError(
+        f"{task.name}: the objective leaves {kept} units, and every expert keeps as many as the budget says, "
+        f"{kind.total(shape)}: state problems that keep so many"
+    )
 
 
 def _turn(task: LayerTask, units: LinkedLayers, basis: Rotation | Permutation) -> None:

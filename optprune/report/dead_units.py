@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from optprune.models import Decoder, LinkedUnits, Mlp, Values
+from optprune.models import Decoder, LinkedLayers, LinkedUnits, Mlp, Values
 from optprune.system.wording import one_line
 
 
@@ -33,7 +33,7 @@ class DeadUnits:
     units: str
     """mlp or vo, as recipes name them"""
     numbers: tuple[int, ...]
-    """which, counted over all KV heads"""
+    """which, counted over all KV heads, or all experts: of each as many, since they keep equally many"""
 
     @property
     def count(self) -> int:
@@ -51,14 +51,18 @@ def dead_units(decoder: Decoder, zeros: Mapping[str, Zeros]) -> tuple[DeadUnits,
     for block in range(len(decoder.blocks)):
         for kind in (Values(), Mlp()):
             if kind.there(decoder.shape(block)) and kind.field not in decoder.architecture.indivisible:
-                numbers = _dead(decoder, block, kind, zeros)
+                every = [_dead(decoder, block, kind, layers, zeros) for layers in kind.layers(decoder, block)]
+                least, total = min(map(len, every)), kind.total(decoder.shape(block))
+                numbers = [place * total + unit for place, units in enumerate(every) for unit in units[:least]]
                 if numbers:
-                    found.append(DeadUnits(block, kind.name, numbers))
+                    found.append(DeadUnits(block, kind.name, tuple(numbers)))
     return tuple(found)
 
 
-def _dead(decoder: Decoder, block: int, kind: LinkedUnits, zeros: Mapping[str, Zeros]) -> tuple[int, ...]:
-    layers = kind.layers(decoder, block)
+def _dead(
+    decoder: Decoder, block: int, kind: LinkedUnits, layers: LinkedLayers, zeros: Mapping[str, Zeros]
+) -> list[int]:
+    """The dead units of one link."""
     link = layers.link
     consumer = zeros.get(f"{decoder.name(block, layers.consumer)}.weight")
     dead = torch.zeros(link.units, dtype=torch.bool)
@@ -70,7 +74,7 @@ def _dead(decoder: Decoder, block: int, kind: LinkedUnits, zeros: Mapping[str, Z
             if weight is not None and int(rows.max()) < len(weight.rows):
                 silent = weight.rows if bias is None else weight.rows & bias.rows
                 dead |= silent[rows].all(1)
-    return tuple(torch.nonzero(dead)[:, 0].tolist())
+    return torch.nonzero(dead)[:, 0].tolist()
 
 
 def _keeps_zero(decoder: Decoder) -> bool:

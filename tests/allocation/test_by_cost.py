@@ -61,7 +61,7 @@ def losses(decoder: Decoder, metrics: dict[str, OutputMetric], counts: list[int]
             stream = following
             layer = decoder.layer(index, path)
             loss = LayerLoss.of(layer.weight, moments, 0.01, metric=metrics[decoder.name(index, path)])
-            link = Mlp().layers(decoder, index).link
+            link = Mlp().layers(decoder, index)[0].link
             solver = GreedyObs(batch=16)
             found.append({n: solve(LinkedLeastSquares(loss, link, n), solver).objective for n in counts})
     return found

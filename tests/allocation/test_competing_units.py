@@ -54,7 +54,7 @@ def some_curves(draw: st.DrawFn) -> list[WidthCurve]:
 def division(curves: list[WidthCurve], units: Units, sparsity: float, least: float) -> tuple[BlockShape, ...]:
     """What the allocator keeps, by the curves of these units."""
     budget = WidthBudget(units, sparsity, least, None, "parameters", 512)
-    costs = WidthCosts(budget, FOUR_HEADS, DenseStatistics(), None)
+    costs = WidthCosts(budget, FOUR_HEADS, DenseStatistics(), None, False)
     costs.widths = [curve for curve in curves if curve.kind in units.kinds]
     return tuple(block.shape for block in costs.allocation(lambda event: None).blocks)
 

@@ -16,7 +16,7 @@ from optprune.errors import InputError
 from optprune.models import BlockAllocation, BlockShape, Decoder, KvGroups, Mlp, Values
 from optprune.pruning import prune
 from optprune.recipe import load_recipe, make_recipe
-from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
+from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
 
 KINDS = (Mlp(), Values())
@@ -63,6 +63,15 @@ def test_prices_in_weights_and_operations_are_those_of_the_shape() -> None:
         for kind, count in product((Mlp(), KvGroups(), Values()), (0, 1)):
             assert prices.narrowed(1, kind, count) == cost(kind.with_count(shape, count))
     assert Values().with_count(shape, 0) == BlockShape(shape.mlp_width, 0, 0)
+
+
+def test_operations_are_of_the_experts_that_a_token_goes_to() -> None:
+    decoder = Decoder(ALL_MODELS["qwen2_moe"]())
+    heads, shape, tokens = decoder.heads, decoder.shape(0), 24
+    attention = 2 * 64 * heads.dim * (heads.query + heads.kv)  # Q and O, K and V
+    weights = attention + 3 * 64 * (40 + 2 * 48)  # the shared one, and two of four
+    scores = heads.query * (tokens + 1) / 2 * 2 * heads.dim
+    assert operations(decoder, shape, tokens) == 2 * (weights + scores)
 
 
 @pytest.fixture

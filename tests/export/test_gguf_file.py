@@ -30,7 +30,7 @@ def folder_of(model, folder: Path, shapes: tuple[BlockShape, ...] = ()) -> Path:
         kept = {KvGroups(): shape.kv_heads, Values(): shape.value_dim, Mlp(): shape.mlp_width}
         for units, count in kept.items():
             if count:
-                layers = units.layers(decoder, block)
+                [layers] = units.layers(decoder, block)
                 heads = shape.kv_heads if isinstance(units, Values) else 1
                 decoder.keep_units(
                     block, layers, torch.arange(layers.link.units) % (layers.link.units // heads) < count

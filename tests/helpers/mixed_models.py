@@ -13,14 +13,14 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     decoder = Decoder(model)
     decoder.remove(0, "attention")
     if "kv_heads" not in decoder.architecture.indivisible:
-        groups = KvGroups().layers(decoder, 1)
+        [groups] = KvGroups().layers(decoder, 1)
         decoder.keep_units(1, groups, torch.arange(groups.link.units) >= 1)
-    values = Values().layers(decoder, 1)
+    [values] = Values().layers(decoder, 1)
     decoder.keep_units(1, values, torch.arange(values.link.units) % 16 < 5)
-    if decoder.architecture.mixture is None:
-        mlp = Mlp().layers(decoder, 1)
-        decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < 50)
-    else:
+    mixture = decoder.architecture.mixture is not None
+    for mlp in Mlp().layers(decoder, 1):
+        decoder.keep_units(1, mlp, torch.arange(mlp.link.units) < (40 if mixture else 50))
+    if mixture:
         decoder.keep_experts(1, torch.tensor([True, False, True, True]))
     decoder.remove(2, "mlp")
     decoder.record_shapes()

@@ -26,7 +26,7 @@ def narrow_values() -> PreTrainedModel:
     model = tiny_llama()
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        for units in (Values().layers(decoder, block), Mlp().layers(decoder, block)):
+        for units in (*Values().layers(decoder, block), *Mlp().layers(decoder, block)):
             decoder.keep_units(block, units, torch.arange(units.link.units) % 2 == 0)
     decoder.record_shapes()
     return model

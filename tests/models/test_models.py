@@ -60,19 +60,21 @@ def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
     return torch.randint(5, 500, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def restored(decoder: Decoder, block: int, kind: str, generator: torch.Generator):
-    """A random choice of units (half of each slot, rounded up), and random new weights for the consumer on it."""
-    layers = {"mlp": Mlp(), "vo": Values(), "kv": KvGroups()}[kind].layers(decoder, block)
-    link = layers.link
-    size = link.units // link.slot_count
-    choice = torch.cat(
-        [torch.randperm(size, generator=generator) < (size + 1) // 2 for _ in range(link.slot_count)]
-    )  # slots are contiguous
-    consumer = decoder.layer(block, layers.consumer)
-    mask = link.column_mask(choice, consumer.in_features)
-    weight = torch.randn(consumer.weight.shape, generator=generator) / 8 * mask
-    bias = None if consumer.bias is None else torch.randn(consumer.bias.shape, generator=generator) / 8
-    return layers, choice, weight, bias
+def halve(decoder: Decoder, block: int, kind: str, generator: torch.Generator, cut: bool) -> None:
+    """Random new weights for the consumers on a random choice of units (half of each slot, rounded up); cut to that."""
+    for layers in {"mlp": Mlp(), "vo": Values(), "kv": KvGroups()}[kind].layers(decoder, block):
+        link = layers.link
+        size = link.units // link.slot_count
+        choice = torch.cat(
+            [torch.randperm(size, generator=generator) < (size + 1) // 2 for _ in range(link.slot_count)]
+        )  # slots are contiguous
+        consumer = decoder.layer(block, layers.consumer)
+        mask = link.column_mask(choice, consumer.in_features)
+        weight = torch.randn(consumer.weight.shape, generator=generator) / 8 * mask
+        bias = None if consumer.bias is None else torch.randn(consumer.bias.shape, generator=generator) / 8
+        write(consumer, weight, bias)
+        if cut:
+            decoder.keep_units(block, layers, choice)
 
 
 @pytest.mark.parametrize(("variant", "kinds", "attention"), CASES, ids=str)
@@ -84,10 +86,7 @@ def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], att
         generator = torch.Generator().manual_seed(0)
         for block in range(len(decoder.blocks)):
             for kind in kinds:
-                layers, choice, weight, bias = restored(decoder, block, kind, generator)
-                write(decoder.layer(block, layers.consumer), weight, bias)
-                if model is sliced:
-                    decoder.keep_units(block, layers, choice)
+                halve(decoder, block, kind, generator, cut=model is sliced)
     smaller = Decoder(sliced).linear_weights() < Decoder(zeroed).linear_weights()
     assert smaller or (variant == "llama, one KV head" and kinds == ("kv",))
     with torch.no_grad():
@@ -105,7 +104,7 @@ def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone:
     decoder, other = Decoder(sliced), Decoder(zeroed)
     before, group = decoder.shape(1), decoder.heads.group
     assert before.value_dim < decoder.heads.dim
-    units = KvGroups().layers(decoder, 1)
+    [units] = KvGroups().layers(decoder, 1)
     decoder.keep_units(1, units, torch.arange(before.kv_heads) != gone)
     assert decoder.shape(1) == replace(before, kv_heads=before.kv_heads - 1)
     layer = other.layer(1, other.architecture.output)
@@ -120,9 +119,7 @@ def narrowed(model: PreTrainedModel) -> PreTrainedModel:
     decoder = Decoder(model)
     generator = torch.Generator().manual_seed(0)
     for block in range(len(decoder.blocks)):
-        layers, choice, weight, bias = restored(decoder, block, "vo", generator)
-        write(decoder.layer(block, layers.consumer), weight, bias)
-        decoder.keep_units(block, layers, choice)
+        halve(decoder, block, "vo", generator, cut=True)
     decoder.record_shapes()
     return model
 

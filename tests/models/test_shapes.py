@@ -161,15 +161,17 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
     save_model(mixed(ALL_MODELS[name](num_hidden_layers=4)), tmp_path / "once")
     model = load_model(str(tmp_path / "once")).model
     before = Decoder(model).shapes()
-    settings = {"units": "vo", "sparsity": 0.03} if experts_in(name) else {"units": "all", "sparsity": 0.2}
-    report = prune(model, batches(3), load_recipe("fasp", {**settings, "width_multiple": 1}))
-    assert report.sparsity_reached == pytest.approx(settings["sparsity"], abs=0.02)
+    multiple = 8 if experts_in(name) else 1
+    report = prune(
+        model, batches(3), load_recipe("fasp", {"units": "all", "sparsity": 0.2, "width_multiple": multiple})
+    )
+    assert report.sparsity_reached == pytest.approx(0.2, abs=0.02 * multiple)
     after = Decoder(model).shapes()
     assert [shape.kv_heads for shape in after] == [shape.kv_heads for shape in before]
     assert [shape.experts for shape in after] == [shape.experts for shape in before]
     for new, old in zip(after, before, strict=True):
         assert new.value_dim < old.value_dim or not old.value_dim
-        assert new.mlp_width < old.mlp_width or not old.mlp_width or experts_in(name)
+        assert new.mlp_width < old.mlp_width or not old.mlp_width
     assert model.config.optprune_shapes == [shape.counts() for shape in after]
     Decoder(model).joined()
     save_model(model, tmp_path / "twice")
@@ -266,7 +268,7 @@ def test_a_block_without_anything_is_dropped_and_the_rest_is_stock(name: str, tm
 def keep_heads(model: PreTrainedModel, count: int) -> PreTrainedModel:
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
-        units = KvGroups().layers(decoder, block)
+        [units] = KvGroups().layers(decoder, block)
         decoder.keep_units(block, units, torch.arange(units.link.units) < count)
     decoder.record_shapes()
     return model
@@ -305,7 +307,7 @@ def test_shapes_that_become_even_again_are_stock_again(tmp_path: Path) -> None:
     model = tiny_llama()
     for block in range(2):
         decoder = Decoder(model)
-        units = Mlp().layers(decoder, block)
+        [units] = Mlp().layers(decoder, block)
         decoder.keep_units(block, units, torch.arange(units.link.units) < 64)
         decoder.record_shapes()
         save_model(model, tmp_path / f"{block}")

@@ -63,7 +63,7 @@ def test_plain_transformers_reads_what_it_saves_itself(tmp_path: Path) -> None:
     model = gpt2()
     decoder = Decoder(model)
     for block in range(2):
-        units = Mlp().layers(decoder, block)
+        [units] = Mlp().layers(decoder, block)
         decoder.keep_units(block, units, torch.arange(128) < 48)
     decoder.record_shapes()
     model.save_pretrained(tmp_path)

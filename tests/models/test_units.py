@@ -39,13 +39,15 @@ def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> 
         with pytest.raises(InputError, match=rf"units {units.name} remove {units.field}, but of a {name} model"):
             units.layers(decoder, 1)
         return
-    before, layers, total = decoder.shape(1), units.layers(decoder, 1), decoder.linear_weights()
-    assert layers.consumer == units.consumer(decoder.architecture)
-    assert units.total(before) == layers.link.units == units.there(before) * layers.link.slot_count
+    before, every, total = decoder.shape(1), units.layers(decoder, 1), decoder.linear_weights()
+    assert tuple(layers.consumer for layers in every) == units.consumers(decoder.architecture)
+    assert len(every) == (before.experts or 1 if isinstance(units, Mlp) else 1)
     fewer = units.with_count(before, units.there(before) - 1)
-    first = torch.zeros(layers.link.units, dtype=torch.bool)
-    first[[int((layers.link.slots == slot).nonzero()[0]) for slot in range(layers.link.slot_count)]] = True
-    decoder.keep_units(1, layers, ~first)
+    for layers in every:
+        assert units.total(before) == layers.link.units == units.there(before) * layers.link.slot_count
+        first = torch.zeros(layers.link.units, dtype=torch.bool)
+        first[[int((layers.link.slots == slot).nonzero()[0]) for slot in range(layers.link.slot_count)]] = True
+        decoder.keep_units(1, layers, ~first)
     assert decoder.shape(1) == fewer
     assert total - decoder.linear_weights() == decoder.weights_of(before) - decoder.weights_of(fewer)
     assert units.part not in units.with_count(before, 0).parts and len(before.parts) == 2
@@ -59,11 +61,11 @@ class Pairs(LinkedUnits):
     field = "mlp_width"
     part = "mlp"
 
-    def consumer(self, architecture: Architecture) -> str:
-        return architecture.mlp_consumer
+    def consumers(self, architecture: Architecture) -> tuple[str, ...]:
+        return architecture.mlp_consumers
 
-    def layers(self, decoder: Decoder, block: int) -> LinkedLayers:
-        single = Mlp().layers(decoder, block)
+    def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
+        single = Mlp().linked(decoder, block, consumer)
         pairs = single.link.columns.reshape(-1, 2)
         link = Link(pairs, torch.zeros(len(pairs), dtype=torch.long), (pairs,) * len(single.producers))
         return replace(single, link=link)

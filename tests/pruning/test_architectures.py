@@ -65,8 +65,9 @@ RUNS = {
 
 
 WITH_EXPERTS = {
-    "value dimensions": ("fasp", {"recovery": 1, "held_out": 0.25, "units": "vo", "sparsity": 0.05}),
+    "value dimensions and MLP units": RUNS["value dimensions and MLP units"],
     "single weights, on two paths": ("sparsegpt", {"propagation": "cross", "sparsity": 0.5}),
+    "a budget over all blocks": ("structured_best", {"held_out": 0.25, "sparsity": 0.2}),
     "single weights in a metric": RUNS["single weights in a metric"],
     "sub-blocks": ("depth", {"sparsity": 0.4}),
 }

@@ -93,7 +93,7 @@ def test_the_report_tells_what_the_model_is(name: str, units: str) -> None:
         assert layer.solver == "FaspMetric > Restore"
     assert report.model == "tiny"
     assert 0 < report.floor_seconds <= report.seconds
-    assert getattr(model.config, decoder.architecture.mlp_width) == Mlp().layers(decoder, 0).link.units
+    assert getattr(model.config, decoder.architecture.mlp_width) == Mlp().layers(decoder, 0)[0].link.units
 
 
 def test_relative_error_is_that_of_the_written_layer_on_the_calibration_text() -> None:

@@ -242,6 +242,17 @@ def test_a_dead_unit(part: str, unit: int, narrow: Path, tmp_path: Path) -> None
     assert optprune.audit(folder, expect=["dead=1"]).passed
 
 
+def test_experts_could_lose_as_many_units_as_each_has_dead(tmp_path: Path) -> None:
+    model: Any = ALL_MODELS["mixtral"]()
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj.data[:, :, 7] = 0
+    experts.down_proj.data[2, :, 3:6] = 0
+    found = optprune.audit(save_tiny(model, tmp_path / "out"))
+    assert [(dead.block, dead.units, dead.numbers) for dead in found.dead] == [(1, "mlp", (7, 48 + 7, 96 + 3, 144 + 7))]
+    experts.gate_up_proj.data[0, 7] = 0  # one half of it is as good, and no unit more
+    assert optprune.audit(save_tiny(model, tmp_path / "again")).dead == found.dead
+
+
 def test_a_unit_with_a_bias_is_not_dead(tmp_path: Path) -> None:
     model = tiny_opt()
     layer = model.model.decoder.layers[0].fc1

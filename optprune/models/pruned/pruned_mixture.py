@@ -11,17 +11,17 @@ class PrunedMixtureBlock(PrunedBlock):
 
     def shrink(self, shape, group):
         if shape["mlp_width"]:
-            experts, count = self.mlp.experts, shape["experts"]
-            for name in ("gate_up_proj", "down_proj"):
-                weight = getattr(experts, name)
-                setattr(experts, name, nn.Parameter(weight.new_empty(count, *weight.shape[1:])))
-            gate = self.mlp.gate
-            gate.weight = nn.Parameter(gate.weight.new_empty(count, gate.weight.shape[1]))
+            experts, gate, count, width = self.mlp.experts, self.mlp.gate, shape["experts"], shape["mlp_width"]
+            hidden = gate.weight.shape[1]
+            for name, sizes in (("gate_up_proj", (2 * width, hidden)), ("down_proj", (hidden, width))):
+                setattr(experts, name, nn.Parameter(getattr(experts, name).new_empty(count, *sizes)))
+            gate.weight = nn.Parameter(gate.weight.new_empty(count, hidden))
             experts.num_experts = gate.num_experts = count
+            experts.intermediate_dim = width
         super().shrink(shape, group)
 
     def shrink_mlp(self, width):
-        """All experts are as wide as the config says."""
+        """The experts have their width with their number."""
 
 
 def name_experts(model_type):

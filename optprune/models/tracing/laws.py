@@ -104,12 +104,12 @@ def holds(kind: LinkedUnits, config: PretrainedConfig) -> bool:
     cut, zeroed = (Decoder(drawn(config)) for _ in range(2))
     try:
         for block in range(len(cut.blocks)):
-            layers = kind.layers(cut, block)
-            choice = torch.arange(layers.link.units) % 2 == 0
-            consumer = zeroed.layer(block, layers.consumer)
-            mask = layers.link.column_mask(choice, consumer.in_features)
-            write(consumer, consumer.weight * mask)
-            cut.keep_units(block, layers, choice)
+            for layers in kind.layers(cut, block):
+                choice = torch.arange(layers.link.units) % 2 == 0
+                consumer = zeroed.layer(block, layers.consumer)
+                mask = layers.link.column_mask(choice, consumer.in_features)
+                write(consumer, consumer.weight * mask)
+                cut.keep_units(block, layers, choice)
         expected = _answered(zeroed.model)
         if not _close(_answered(cut.model), expected):
             return False
