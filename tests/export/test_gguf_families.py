@@ -63,17 +63,17 @@ def made(family: str, **more: Any) -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel, counts: dict[LinkedUnits, int], blocks: Sequence[int] = range(4)) -> PreTrainedModel:
-    """So many units of each kind left in these blocks, and three of four experts where there are any."""
+    """So many units of each kind left in these blocks, and three of four experts where there are any, of 40 units."""
     decoder = Decoder(model)
     mixture = decoder.architecture.mixture is not None
     for block in blocks:
         for units, count in counts.items():
             if isinstance(units, Mlp) and mixture:
                 decoder.keep_experts(block, torch.tensor([True, False, True, True]))
-                continue
-            layers, shape = units.layers(decoder, block), decoder.shape(block)
-            each = layers.link.units // (shape.kv_heads if isinstance(units, Values) else 1)
-            decoder.keep_units(block, layers, torch.arange(layers.link.units) % each < count)
+            kept = min(count, 40) if isinstance(units, Mlp) and mixture else count
+            for layers in units.layers(decoder, block):
+                each = layers.link.units // (decoder.shape(block).kv_heads if isinstance(units, Values) else 1)
+                decoder.keep_units(block, layers, torch.arange(layers.link.units) % each < kept)
     decoder.record_shapes()
     return decoder.joined()
 
@@ -115,7 +115,7 @@ def test_all_that_it_knows_is_tried() -> None:
 
 @pytest.mark.parametrize("family", THERE)
 def test_units_that_are_gone(family: str, tmp_path: Path) -> None:
-    """MLP units or experts, value dimensions, and where they may be fewer there, heads."""
+    """MLP units, and experts, value dimensions, and where they may be fewer there, heads."""
     model = made(family)
     heads = {} if family in FIXED_HEADS else {KvGroups(): 1}
     folder = saved(cut(model, {**heads, Values(): 12, Mlp(): 96}), tmp_path / "model")
