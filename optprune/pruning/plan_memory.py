@@ -101,6 +101,12 @@ def moments(work: Workload, taps: dict[str, int], drifted: bool, held_out: bool)
     return AVERAGE * (3 if drifted else 1) * (2 if held_out else 1) * sum(width**2 for width in taps.values())
 
 
+def changed(work: Workload, targets: list[Target]) -> int:
+    """The layers of a block as a probe tries them together, where there is one."""
+    layers = {target.path: work.decoder.layer(work.largest, target.path).weight.numel() for target in targets}
+    return AVERAGE * sum(layers.values()) if work.probe_changes else 0
+
+
 def reordered(work: Workload, target: Target) -> dict[str, int]:
     """The width of a layer whose inputs are permuted, and have moments of their own then; of any other nothing."""
     path = target.path
@@ -167,6 +173,7 @@ def _budget(work: Workload) -> Iterator[Part]:
     taps = work.taps(candidates)
     gathering = collecting(work, taps, False, False) + activations(work, work.batch_tokens)
     costing = moments(work, taps, False, False) + max(map(work.cost_bytes, candidates), default=0)
+    costing += changed(work, candidates)
     yield Part("moments and costs", max(gathering, costing))
     yield Part("answers of experts", work.expert_bytes)
     yield Part("costs of all weights", work.all_costs_bytes, HOST)
