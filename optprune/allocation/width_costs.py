@@ -45,9 +45,9 @@ class WidthBudget(CostBudget):
 
     def check(self, decoder: Decoder) -> None:
         """Raise InputError where the shapes alone say that the budget is out of reach, which they do not of a time."""
-        for kind in self.units.kinds if self.multiple is not None else ():
-            what = f"{kind.field} is to be a multiple of {self.multiple}"
-            decoder.architecture.check_kept(kind.field, self.multiple, what)
+        asked = [] if self.multiple is None else [(kind.field, self.multiple) for kind in self.units.kinds]
+        for field, multiple in asked:
+            decoder.architecture.check_kept(field, multiple, f"{field} is to be a multiple of {multiple}")
         if self.currency != "parameters":
             check_tokens(decoder, self.tokens)
         if self.currency == "time":
