@@ -153,10 +153,9 @@ class OutputMetric:
 
     def merge(self, other: "OutputMetric") -> "OutputMetric":
         """The metric of both sets of tokens together; damp it anew afterwards."""
-        if self.average.shape != other.average.shape:
-            raise InputError(
-                f"metrics of shapes {list(self.average.shape)} and {list(other.average.shape)} cannot be merged"
-            )
+        shapes = [list(each.average.shape) for each in (self, other)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"metrics of shapes {shapes[0]} and {shapes[1]} cannot be merged")
         tokens = self.tokens + other.tokens
         average = torch.lerp(self.average, other.average.to(self.average), other.tokens / tokens)
         both = self.proved is self.average and other.proved is other.average
@@ -202,8 +201,7 @@ class MetricSums:
             first, second = torch.split(rows, list(between.shape[::-1]), dim=1)
             between.addmm_(second.T, first)
             triangles.add_((first.T @ first).tril_(-1))
-            width = second.shape[1]
-            triangles[:width, :width].add_((second.T @ second).triu_(1))
+            triangles[: second.shape[1], : second.shape[1]].add_((second.T @ second).triu_(1))
         self.tokens += rows.shape[0]
 
     def join(self, later: "MetricSums") -> None:
@@ -258,8 +256,7 @@ class MetricSums:
 class Metrics(Mapping[str, OutputMetric]):
     """The metrics of a model's layers by the layer's full name, each made from its sums whenever it is asked for.
 
-    Whole matrices of all layers together would take more memory than the model. A layer that no token reached has none,
-    as one of an expert may be.
+    Whole matrices of all layers together would take more memory than the model. Layers without tokens have none.
     """
 
     def __init__(self, sums: Mapping[str, MetricSums], damping: float = 0.0) -> None:
@@ -267,10 +264,9 @@ class Metrics(Mapping[str, OutputMetric]):
         self._sums, self._damping = dict(sums), damping
 
     def __getitem__(self, name: str) -> OutputMetric:
-        sums = self._sums[name]
-        if not sums.tokens:
+        if not self._sums[name].tokens:
             raise KeyError(name)
-        return sums.metric().damped(self._damping)
+        return self._sums[name].metric().damped(self._damping)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, sums in self._sums.items() if sums.tokens)

@@ -129,7 +129,7 @@ def _besides(decoder: Decoder, units: Units) -> str:
 def _weights_in(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
     """The linear weights that go with the units, without what else a sub-block holds."""
     there = kind.there(shape)
-    one = decoder.weights_of(replace(shape, **{kind.field: there + 1})) - decoder.weights_of(shape)
+    one = decoder.weights_of(kind.with_count(shape, there + 1)) - decoder.weights_of(shape)
     return one * there
 
 

@@ -86,7 +86,6 @@ def compare(
     texts, documents = texts_apart(calibration, text)
     origin = origin_of(model, dtype, device, architecture)
     config, tokenizer = origin.config(), origin.tokenizer()
-    draft = draft_in(config)
     check_seq_length(config, seq_length)
     if speed is not None:
         speed.check(origin.source, config)
@@ -113,7 +112,7 @@ def compare(
             "the samples": samples,
             "the length of a window": seq_length,
             "the windows evaluated": len(held),
-            "the architecture": None if draft is None else fingerprint(draft.to_yaml()),
+            "the architecture": fingerprint(str(draft_in(config))),
             **asked.facts(),
             "the tokens": fingerprint([held, *(batch for each in drawn.values() for batch in each.batches)]),
             "whether speed is measured": speed is not None,

@@ -48,7 +48,7 @@ class Family:
     windows: Callable[[Any], bool] = lambda config: False
     """whether the windows of a config's blocks are those that it has"""
     scaled: bool | None = None
-    """of a mixture: whether the weights of the chosen experts are scaled to add up to one"""
+    """whether a mixture scales the weights of the chosen experts to add up to one; None where there are no experts"""
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ class Tensors:
     family: Family
     names: TensorNameMap
     kind: GGMLQuantizationType
-    """of matrices"""
+    """the type of matrices"""
 
     def targets(self) -> Iterator[Target]:
         """Them all, in the order of the checkpoint; matrices of experts behind the others."""
