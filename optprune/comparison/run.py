@@ -73,9 +73,9 @@ def compare(
     beside the dense model, whose predictions are computed once. What the cells of a seed have in common of the dense
     model is measured once (see `collect`). A cell that fails has its sentence in the table. With a `folder` each cell
     is kept once it is finished, a second call with the same options goes on, and the table is written there as
-    comparison.md, comparison.json and, with matplotlib, comparison.svg. An `architecture` is what `load_model` takes
-    for a model that is named and not known. Models are kept, in models/ there, only with `keep_models`; speed is
-    measured only by a `Work`. `say` hears what is done, a line at a time, and `on_event` how far each run is.
+    comparison.md, comparison.json and, with matplotlib, comparison.svg. `architecture` is as in `load_model`. Models
+    are kept, in models/ there, only with `keep_models`; speed is measured only by a `Work`. `say` hears what is done, a
+    line at a time, and `on_event` how far each run is.
     """
     asked = Asked.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
