@@ -70,12 +70,11 @@ def compare(
     several with shares as `read_texts` takes them, and `text` as `read_documents` does, without a document in common. A
     seed draws the `samples` windows of `seq_length` tokens, by `sequences` as `draw_windows` does; for `seeds` a number
     stands for the first ones from 0. Each model is evaluated on the first `windows` windows of the text, or all, and
-    beside the dense model, whose predictions are computed once. What the cells of a seed have in common of the dense
-    model is measured once (see `collect`). A cell that fails has its sentence in the table. With a `folder` each cell
-    is kept once it is finished, a second call with the same options goes on, and the table is written there as
-    comparison.md, comparison.json and, with matplotlib, comparison.svg. `architecture` is as in `load_model`. Models
-    are kept, in models/ there, only with `keep_models`; speed is measured only by a `Work`. `say` hears what is done, a
-    line at a time, and `on_event` how far each run is.
+    beside the dense model. What the cells of a seed have in common of the dense model is measured once (see `collect`).
+    A cell that fails has its sentence in the table. With a `folder` each cell is kept once it is finished, a second
+    call with the same options goes on, and the table is written there as comparison.md, comparison.json and, with
+    matplotlib, comparison.svg. `architecture` is as in `load_model`. Models are kept, in models/ there, only with
+    `keep_models`; speed is measured only by a `Work`. `say` hears what is done, and `on_event` how far each run is.
     """
     asked = Asked.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
