@@ -49,8 +49,9 @@ class FromFiles(Origin):
     def fresh(self, scratch: Path | None, *, whole: bool = False) -> LoadedModel:
         if whole:
             return load_model(self.source, dtype=self.dtype, device=self.device, architecture=self.architecture)
-        places = {"device": self.device, "architecture": self.architecture}
-        return open_model(self.source, dtype=self.dtype, scratch=scratch, **places)
+        return open_model(
+            self.source, dtype=self.dtype, device=self.device, scratch=scratch, architecture=self.architecture
+        )
 
     def dense(self, scratch: Path | None, *, whole: bool = False) -> LoadedModel:
         return self.fresh(scratch, whole=whole)

@@ -35,8 +35,6 @@ class Family:
     """the activations that its MLP may have, as configs name them"""
     biases: bool = False
     """whether linear layers may have biases"""
-    any_heads: bool = True
-    """whether the heads together may be of another size than the hidden states"""
     tied: bool = True
     """whether it takes the embeddings for the head where there is no other"""
     shift: float = 0.0
@@ -45,8 +43,8 @@ class Family:
     """what else the file says of a config"""
     lacks: Callable[[Any], Iterator[str]] = lambda config: iter(())
     """what a config says that it has no words for"""
-    windows: Callable[[Any], bool] = lambda config: False
-    """whether the windows of a config's blocks are those that it has"""
+    windows: bool = False
+    """whether it has sliding windows"""
     scaled: bool | None = None
     """whether a mixture scales the weights of the chosen experts to add up to one; None where there are no experts"""
 
@@ -69,9 +67,6 @@ class Family:
         mixture = decoder.architecture.mixture
         if mixture is not None and mixture.normalised(config) != self.scaled:
             return f"routers with norm_topk_prob {not self.scaled}"
-        heads, hidden = decoder.heads, config.hidden_size
-        if not self.any_heads and any(shape.kv_heads * heads.group * heads.dim != hidden for shape in decoder.shapes()):
-            return f"heads of a {self.name} model that do not make up its hidden size of {hidden}"
         biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
         if biased and not self.biases:
             return f"biases of linear layers, as {biased[0]}"
@@ -116,16 +111,6 @@ def _gemma3(config: Any, writer: GGUFWriter) -> None:
     writer.add_rope_freq_base_swa(float(config.rope_parameters[SLIDING]["rope_theta"]))
 
 
-def _experts(config: Any, writer: GGUFWriter) -> None:
-    count = getattr(config, "num_local_experts", None) or config.num_experts
-    writer.add_expert_count(int(count))
-    writer.add_expert_used_count(int(config.num_experts_per_tok))
-    if hasattr(config, "moe_intermediate_size"):
-        writer.add_expert_feed_forward_length(int(config.moe_intermediate_size))
-    if hasattr(config, "shared_expert_intermediate_size"):
-        writer.add_expert_shared_feed_forward_length(int(config.shared_expert_intermediate_size))
-
-
 def _period(config: Any) -> int:
     """The last block of every so many sees all, the others a window; 0 where blocks are in no such order."""
     windows = [kind == SLIDING for kind in config.layer_types]
@@ -166,25 +151,23 @@ def has_windows(config: Any) -> bool:
     return kinds is None or SLIDING in kinds
 
 
-GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": lambda config: True}
+GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
 FAMILIES: dict[str, Family] = {
     "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, says=_gemma2, lacks=_gemma_lacks("gemma2")),
     "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, says=_gemma3, lacks=_gemma_lacks("gemma3")),
-    "gpt2": Family(MODEL_ARCH.GPT2, any_heads=False, activation=TANH, biases=True, says=_layer_norms),
-    "gpt_neox": Family(
-        MODEL_ARCH.GPTNEOX, any_heads=False, activation=("gelu",), biases=True, says=_parallel, tied=False
-    ),
+    "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, says=_layer_norms),
+    "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, says=_parallel, tied=False),
     "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, says=_multipliers),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
     "mistral": Family(MODEL_ARCH.LLAMA, neighbours=True),
-    "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, says=_experts, scaled=True),
-    "olmo2": Family(MODEL_ARCH.OLMO2, any_heads=False, tied=False),
-    "olmoe": Family(MODEL_ARCH.OLMOE, any_heads=False, tied=False, says=_experts, lacks=_olmoe_lacks, scaled=False),
-    "phi3": Family(MODEL_ARCH.PHI3, any_heads=False),
-    "qwen2": Family(MODEL_ARCH.QWEN2, any_heads=False, biases=True),
-    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, any_heads=False, tied=False, biases=True, says=_experts, scaled=False),
+    "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
+    "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),
+    "olmoe": Family(MODEL_ARCH.OLMOE, tied=False, lacks=_olmoe_lacks, scaled=False),
+    "phi3": Family(MODEL_ARCH.PHI3),
+    "qwen2": Family(MODEL_ARCH.QWEN2, biases=True),
+    "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, tied=False, biases=True, scaled=False),
     "qwen3": Family(MODEL_ARCH.QWEN3),
-    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, says=_experts, scaled=True),
+    "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, scaled=True),
     "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, lacks=_smollm3_lacks),
 }
 UNEVEN = Family(MODEL_ARCH.DECI, neighbours=True, biases=True)
@@ -194,15 +177,25 @@ LLAMA_CPP = RUNTIMES["gguf"]
 
 def family_of(decoder: Decoder) -> Family:
     """The family as which llama.cpp takes a model; InputError where there is none."""
-    model_type, shapes = decoder.architecture.model_type, decoder.shapes()
+    model_type = decoder.architecture.model_type
     family = FAMILIES.get(model_type)
     if family is None:
         raise InputError(f"models of the kind {model_type} are not exported to GGUF: {', '.join(FAMILIES)} are")
-    alike = len({(shape.mlp_width, shape.kv_heads, shape.experts) for shape in shapes}) == 1
-    whole = all(len(shape.parts) == len(PARTS) for shape in shapes)
-    wrong = family.refusal(decoder) if alike and whole else f"blocks of a {family.name} model that differ in shape"
+    wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)
     if wrong is not None:
         raise InputError(f"llama.cpp has no words for {wrong}: the model cannot be exported to GGUF")
     return family
+
+
+def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
+    """What a family whose blocks are all alike has no words for in the shapes of a model."""
+    shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
+    alike = len({(shape.mlp_width, shape.kv_heads, shape.experts) for shape in shapes}) == 1
+    if not alike or len(shapes[0].parts) < len(PARTS):
+        return f"blocks of a {family.name} model that differ in shape"
+    if shapes[0].kv_heads * heads.group * heads.dim == hidden:
+        return None
+    free = decoder.architecture.model_type in LLAMA_CPP.fewer_heads
+    return None if free else f"heads of a {family.name} model that do not make up its hidden size of {hidden}"

@@ -124,6 +124,14 @@ class _Plan:
         if rotary.get("rope_type") == "linear":
             writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(float(rotary["factor"]))
+        mixture = self.decoder.architecture.mixture
+        if mixture is not None:
+            writer.add_expert_count(shapes[0].experts)
+            writer.add_expert_used_count(self.decoder.experts_for_a_token)
+            if hasattr(config, "moe_intermediate_size"):
+                writer.add_expert_feed_forward_length(widths[0])
+            if mixture.shared:
+                writer.add_expert_shared_feed_forward_length(int(getattr(config, mixture.shared_width)))
         self.family.says(config, writer)
 
     def targets(self) -> Iterator[Target]:
@@ -146,7 +154,7 @@ class _Plan:
                 f"rows of {', '.join(map(str, odd))} numbers are no multiple of {BLOCK_OF_Q8} and stay float16: prune "
                 f"with --width-multiple {BLOCK_OF_Q8}"
             )
-        if has_windows(config) and not self.family.windows(config):
+        if has_windows(config) and not self.family.windows:
             found.append(
                 f"llama.cpp lets tokens of a {self.family.name} model see all before them: behind the "
                 f"{config.sliding_window} of this model's sliding windows its answers are others"

@@ -14,6 +14,7 @@ from optprune.models import Decoder
 from optprune.models.architecture import BlockShape
 from optprune.models.checkpoint import Checkpoint, StoredTensor
 from optprune.models.rows import rows_of_heads
+from optprune.models.skeleton import named_as_in
 
 IDLE_WIDTH = 32
 """the width of the MLP of zeros in a block that has none: under deci such a block would lose its attention, too"""
@@ -67,19 +68,13 @@ class Tensors:
 
     def _stored(self) -> dict[str, StoredTensor]:
         """What the checkpoint has of the model, by the names in it; InputError where something is missing."""
-        model, architecture = self.decoder.model, self.decoder.architecture
-        known = {name for name, _ in model.named_parameters()}
-        found = dict[str, StoredTensor]()
-        for stored_name, stored in self.checkpoint.tensors.items():
-            name = architecture.given(stored_name)
-            # Files of the model without its head name what is within it; others hold masks besides.
-            name = name if name in known else f"{model.base_model_prefix}.{name}"
-            if name in known:
-                found[name] = stored
-        missing = sorted(known - set(found))
+        known = {name for name, _ in self.decoder.model.named_parameters()}
+        named = named_as_in(self.decoder.model, self.checkpoint).tensors
+        missing = sorted(known - named.keys())
         if missing:
             raise InputError(f"{missing[0]} is not among the weights of {self.checkpoint.source}: fetch them again")
-        return found
+        # Older files hold masks besides.
+        return {name: stored for name, stored in named.items() if name in known}
 
     def _embeddings(self, found: dict[str, StoredTensor]) -> StoredTensor | None:
         """The embeddings where they are the head, and llama.cpp wants a head of its own."""
@@ -99,8 +94,6 @@ class Tensors:
     def _target(self, name: str, stored: StoredTensor) -> Target:
         path, block = self._path(name)
         shape, make = stored.shape, stored.read
-        if self.decoder.architecture.is_turned(name):
-            shape, make = stored.transposed().shape, stored.transposed().read
         if block is not None:
             shape, make = self._of_heads(path, self.decoder.shape(block), shape, make)
         if len(shape) == 2 and shape[0] == 1:  # a gate of one row is a vector there

@@ -217,7 +217,9 @@ RUNTIMES = {
             uneven=("llama", "mistral", "qwen2"),
             ordered=("gemma2", "gemma3_text", "smollm3"),
             # Where it takes heads and hidden size to be what the file says, each for itself.
-            fewer_heads=("gemma2", "gemma3_text", "granite", "mixtral", "qwen3", "qwen3_moe", "smollm3"),
+            fewer_heads=(
+                *("gemma2", "gemma3_text", "granite", "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "smollm3"),
+            ),
             # The numbers that share a scale in q8_0.
             multiple=32,
             own_vocabulary=True,

@@ -20,6 +20,7 @@ from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
 from optprune.recipe import RUNTIMES, Recipe, load_recipe
 from tests.helpers.llama_cpp import LlamaCpp
+from tests.helpers.mixed_models import narrow
 from tests.helpers.tiny_models import tiny_tokenizer
 
 NO_WINDOW = {"sliding_window": None, "use_sliding_window": False}
@@ -71,9 +72,7 @@ def cut(model: PreTrainedModel, counts: dict[LinkedUnits, int], blocks: Sequence
             if isinstance(units, Mlp) and mixture:
                 decoder.keep_experts(block, torch.tensor([True, False, True, True]))
             kept = min(count, 40) if isinstance(units, Mlp) and mixture else count
-            for layers in units.layers(decoder, block):
-                each = layers.link.units // (decoder.shape(block).kv_heads if isinstance(units, Values) else 1)
-                decoder.keep_units(block, layers, torch.arange(layers.link.units) % each < kept)
+            narrow(decoder, block, units, kept)
     decoder.record_shapes()
     return decoder.joined()
 

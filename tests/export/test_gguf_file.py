@@ -15,6 +15,7 @@ from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.models import Decoder, KvGroups, Mlp, Values, load_tokenizer
 from optprune.models.architecture import BlockShape
 from tests.helpers.llama_cpp import LlamaCpp
+from tests.helpers.mixed_models import narrow
 from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, VOCABULARY, save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
 
 TEXT = "The minister said on Monday that 2500 people's houses,\nwhich they'd built"
@@ -30,11 +31,7 @@ def folder_of(model, folder: Path, shapes: tuple[BlockShape, ...] = ()) -> Path:
         kept = {KvGroups(): shape.kv_heads, Values(): shape.value_dim, Mlp(): shape.mlp_width}
         for units, count in kept.items():
             if count:
-                [layers] = units.layers(decoder, block)
-                heads = shape.kv_heads if isinstance(units, Values) else 1
-                decoder.keep_units(
-                    block, layers, torch.arange(layers.link.units) % (layers.link.units // heads) < count
-                )
+                narrow(decoder, block, units, count)
     decoder.record_shapes()
     save_model(model, folder, tokenizer=tiny_tokenizer())
     return folder

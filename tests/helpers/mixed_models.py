@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from optprune.models import Decoder, KvGroups, Mlp, Values
+from optprune.models import Decoder, KvGroups, LinkedUnits, Mlp, Values
 
 PROMPT = torch.arange(10, 20)[None]
 
@@ -25,6 +25,14 @@ def mixed(model: PreTrainedModel) -> PreTrainedModel:
     decoder.remove(2, "mlp")
     decoder.record_shapes()
     return model
+
+
+def narrow(decoder: Decoder, block: int, units: LinkedUnits, count: int) -> None:
+    """Leave the first so many units of every slot in each layer of a block whose columns they are."""
+    for layers in units.layers(decoder, block):
+        link = layers.link
+        place = torch.arange(link.units) % (link.units // link.slot_count)
+        decoder.keep_units(block, layers, place < count)
 
 
 def generated(model: PreTrainedModel, *, use_cache: bool = True) -> list[int]:

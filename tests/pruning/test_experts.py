@@ -12,13 +12,14 @@ import optprune
 from optprune import Allocation
 from optprune.errors import InputError, StrictError
 from optprune.export import save_model
-from optprune.models import ARCHITECTURES, Decoder, open_model
-from optprune.pruning import Journal, Processes, prune
+from optprune.models import ARCHITECTURES, Decoder
+from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.cut_mixtures import answers, cut
 from tests.helpers.mixed_models import generated
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
+from tests.helpers.ways_to_run import check_every_way_gives_the_same
 
 MIXTURES = [name for name, architecture in ARCHITECTURES.items() if architecture.mixture is not None]
 TOKENS = torch.arange(10, 58)[None]
@@ -84,23 +85,8 @@ def test_blocks_may_keep_unequal_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["pruned", "cross", "intra", pytest.param("dense", marks=pytest.mark.slow)])
 def test_streamed_resumed_and_shared_runs_give_the_same_weights(policy: str, tmp_path: Path) -> None:
-    model = ALL_MODELS["mixtral"]()
-    model.save_pretrained(tmp_path / "dense")
     recipe = load_recipe("experts_best", {"propagation": policy, "sparsity": 0.2})
-    prune(model, batches(), recipe, journal=Journal(tmp_path / "run"))
-    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
-    streamed = open_model(tmp_path / "dense")
-    prune(streamed.model, batches(), recipe, store=streamed.store)
-    save_model(streamed.model, tmp_path / "out", store=streamed.store)
-    resumed = ALL_MODELS["mixtral"]()
-    prune(resumed, batches(), recipe, journal=Journal(tmp_path / "run", resume=True))
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resumed]
-    if policy == "dense":
-        models.append(ALL_MODELS["mixtral"]())
-        prune(models[-1], batches(), recipe, workers=Processes(2))
-    for each in models:
-        assert each.state_dict().keys() == expected.keys()
-        assert all(torch.equal(weight, expected[name]) for name, weight in each.state_dict().items())
+    check_every_way_gives_the_same("mixtral", recipe, tmp_path, shared=policy == "dense")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
