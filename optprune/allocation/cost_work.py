@@ -18,7 +18,7 @@ class CostWork:
     blocks: tuple[float, ...]
     """the work of each block: its pass and Gram products, its curves, and what was changed before going through it"""
     ending: float
-    """the work of the divergences at the end, which a probe asks for"""
+    """the work of the divergences at the end, which a probe asks for: the head, once for the dense model too"""
 
     @classmethod
     def of(cls, decoder: Decoder, units: Units, budget: CostBudget, tokens: int, probe_tokens: int) -> "CostWork":
@@ -32,7 +32,7 @@ class CostWork:
             curves = sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
             found.append(SLOW * (passes + along) + curves)
             changes += own
-        return cls(tuple(found), SLOW * probe_tokens * changes * 2 * head_weights(decoder))
+        return cls(tuple(found), SLOW * probe_tokens * (changes + bool(changes)) * head_weights(decoder))
 
     @property
     def whole(self) -> float:

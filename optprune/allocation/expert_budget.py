@@ -138,7 +138,8 @@ class ExpertBudget(MeasuredBudget):
     def _work(self, decoder: Decoder, tokens: int) -> tuple[float, float]:
         """That of the blocks, through all experts twice, and that of the probe's divergences at the end."""
         probed, weights = self.probe_tokens * len(decoder.blocks), decoder.linear_weights()
-        return 2.0 * tokens * weights + probed * weights / 2, 2.0 * probed * head_weights(decoder)
+        heads = probed + self.probe_tokens
+        return 2.0 * tokens * weights + probed * weights / 2, 1.0 * heads * head_weights(decoder)
 
 
 def _curve(number: int, problem: ExpertChoice, costs: list[float], aim: int) -> _Block:

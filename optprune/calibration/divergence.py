@@ -1,6 +1,6 @@
 """What a change of one block really costs the model: the divergence of its predictions from the dense model's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class Probe:
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
         """The `batches` are token ids [batch, length], without padding."""
-        self.decoder, self.variants = decoder, Variants(decoder, batches)
+        self.decoder, self.batches, self.variants = decoder, batches, Variants(decoder, batches)
 
     def try_out(self, changes: Sequence[Change]) -> None:
         """Change some layers of the current block, for one divergence; they are left as they were."""
@@ -78,23 +78,29 @@ class Probe:
     def divergences(self, on_change: Callable[[int, int], None] = lambda done, total: None) -> list[float]:
         """KL(dense || changed), in nats a token, of all that was tried: the mean over the tokens' predictions.
 
-        Asked for at the end, behind the last block. `on_change` hears how many are known, and of how many.
+        Asked for at the end, behind the last block. `on_change` hears how many of the changes' predictions are made, in
+        changes, and how many changes there are.
         """
-        found, ends = list[float](), self.variants.ends()
-        on_change(0, len(ends))
+        dense, changes = self.variants.stream.hidden, self.variants.ends()
+        totals, predictions, tokens = [0.0] * len(changes), 0, sum(batch.numel() for batch in self.batches)
+        on_change(0, len(changes))
         with readout(self.decoder):
-            for changed in ends:
-                found.append(self._divergence(self.variants.stream.hidden, changed))
-                on_change(len(found), len(ends))
-        return found
+            for number, expected in enumerate(dense):
+                # What the dense model predicts there is computed once for all changes.
+                for rows, log_p in self._predicted(expected):
+                    for index, changed in enumerate(changes):
+                        log_q = self._log_probabilities(changed[number].flatten(0, 1)[rows])
+                        totals[index] += float(divergence_terms(log_p, log_q).sum(dtype=torch.float64))
+                        predictions += len(log_q)
+                        on_change(predictions // tokens, len(changes))
+        return [max(total / tokens, 0.0) for total in totals]
 
-    def _divergence(self, dense: Sequence[Tensor], changed: Sequence[Tensor]) -> float:
-        total, tokens = 0.0, 0
-        for pair in zip(dense, changed, strict=True):
-            parts = (hidden.flatten(0, 1).split(POSITIONS_AT_ONCE // 2) for hidden in pair)
-            for expected, found in zip(*parts, strict=True):
-                # In one product with the head, which is slow for few rows at a time.
-                log_p, log_q = self.decoder.logits(torch.cat([expected, found])).log_softmax(-1).chunk(2)
-                total += float(divergence_terms(log_p, log_q).sum(dtype=torch.float64))
-                tokens += len(expected)
-        return max(total / tokens, 0.0)
+    def _predicted(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The log-probabilities of a batch's next tokens, of some rows at a time: [rows, vocabulary]."""
+        every = hidden.flatten(0, 1)
+        for first in range(0, len(every), POSITIONS_AT_ONCE):
+            rows = slice(first, first + POSITIONS_AT_ONCE)
+            yield rows, self._log_probabilities(every[rows])
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        return self.decoder.logits(hidden).log_softmax(-1)

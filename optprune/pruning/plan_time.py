@@ -120,7 +120,9 @@ def _budget(work: Workload, pace: Pace, around: Surroundings, scale: float) -> f
         # A change goes along from its block to the end; the first block of that is in the costs.
         further = work.probe_changes * (work.blocks - 1) / 2 * work.probe_tokens * pace.forward
         files = 0.0 if work.whole else 2 * (work.blocks - 1) / 2 * work.probe_changes * around.write_file
-        return scale * (pace.costs + pace.costs_passes * work.tokens + pace.read + further + files)
+        # The head makes the dense model's logits once, and did so for the one block that was timed.
+        again = (scale - 1) * pace.head * work.probe_tokens if work.probe_changes else 0.0
+        return scale * (pace.costs + pace.costs_passes * work.tokens + pace.read + further + files) - again
     if isinstance(allocator, Depth):
         return _depth(work, allocator, pace, scale)
     return 0.0
