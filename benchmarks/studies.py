@@ -115,6 +115,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
     ],
     "matching": [
         *((recipe, PAIRS | CROSS | MATCHED) for recipe in ("wanda", "sparsegpt", "sparse_best")),
+        under_intra(("sparse_best", PAIRS | MATCHED)),
         ("sparse_best", HALF | CROSS | MATCHED),
         *(("structured_best", {"sparsity": sparsity, **MATCHED}) for sparsity in (0.3, 0.2)),
     ],

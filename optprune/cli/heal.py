@@ -36,6 +36,7 @@ def heal_command(
     tokens: Annotated[
         int | None, typer.Option("--tokens", help="How many to train on. [default: 200000, or what there is]")
     ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", help="How often these are gone through.")] = 1,
     seq_length: Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows in a step.")] = 4,
     learning_rate: Annotated[
@@ -67,7 +68,8 @@ def heal_command(
 
     computes = dtype if dtype != "auto" else "bfloat16" if device_of(device).type == "cuda" else "float32"
     rate = LEARNING_RATE if learning_rate is None else learning_rate
-    settings = Settings(rate, dtype=computes, gradient_checkpointing=gradient_checkpointing, seed=seed)
+    more = {"gradient_checkpointing": gradient_checkpointing, "seed": seed, "epochs": epochs}
+    settings = Settings(rate, dtype=computes, **more)
     run = HealingRun(model, teacher, text, output, settings, device, resume, overwrite)
     check_json(json_file, output=output, models=[model, teacher])
     done = run.go(reporter, tokens, TOKENS, seq_length, batch_size, held_out)

@@ -46,6 +46,7 @@ def heal(
     every: int | None = None,
     patience: int = 3,
     seed: int = 0,
+    epochs: int = 1,
     folder: HealingFolder | None = None,
     peers: Peers | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -56,7 +57,8 @@ def heal(
     its predictions (Hinton, Vinyals and Dean, 2015, at temperature 1 and without labels), with gradients clipped and a
     learning rate that warms up and falls along a cosine. `held_out` windows [n, length], of other documents than the
     batches, are measured after every so many steps: the state of the least divergence is what the model has in the end,
-    and the training stops after `patience` measurements that found none less.
+    and the training stops after `patience` measurements that found none less. With several `epochs` a short text is
+    gone through as often, from the second time on in an order that the seed draws.
 
     Weights are float32 meanwhile and of the model's own dtype afterwards; see `Settings` for the other arguments. All
     parameters are trained, but what was exactly zero in a linear weight of the blocks, and widths and ties stay as they
@@ -67,7 +69,7 @@ def heal(
     where training gives NaN.
     """
     precise = learning_rate, warmup, weight_decay, clip
-    settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed)
+    settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed, epochs)
     peers = peers or (Group() if distributed.is_available() and distributed.is_initialized() else Alone())
     _check(model, teacher, batches, held_out)
     if folder is not None:
@@ -88,9 +90,16 @@ def heal(
         for reader in (student, dense):
             reader.check(held_out[:1, :8])
         training = Training(student, dense, masks(model), settings, peers)
-        run = _Run(training, batches, Windows.of(dense, held_out, peers), folder, on_event)
+        run = _Run(training, in_epochs(batches, epochs, seed), Windows.of(dense, held_out, peers), folder, on_event)
         run.go()
         return run.end(held_out.numel(), stored)
+
+
+def in_epochs(batches: Sequence[Tensor], epochs: int, seed: int) -> list[Tensor]:
+    """The batches as they are, and for each further epoch again, in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(batches), generator=generator).tolist() for _ in range(epochs - 1)]
+    return [*batches, *(batches[number] for order in orders for number in order)]
 
 
 @dataclass

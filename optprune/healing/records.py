@@ -24,7 +24,7 @@ class HealReport:
     steps_planned: int
     """the steps that the text is enough for"""
     tokens: int
-    """the tokens that were trained on"""
+    """the tokens that were trained on, those of every epoch"""
     held_out_tokens: int
     seconds: float
     """the time of all steps and measurements, in seconds"""

@@ -32,7 +32,9 @@ class Settings:
     patience: int = 3
     """after how many measurements that found no less divergence the training ends"""
     seed: int = 0
-    """the seed of dropout, in models that have it"""
+    """the seed of dropout, in models that have it, and of the order of batches in further epochs"""
+    epochs: int = 1
+    """how often the batches are gone through"""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -48,6 +50,8 @@ class Settings:
             raise InputError(f"healing computes in float32 or bfloat16: {known}")
         if self.every is not None and self.every < 1:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
+        if self.epochs < 1:
+            raise InputError(f"the text cannot be gone through {self.epochs} times: it is at least once")
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 

@@ -255,6 +255,7 @@ def test_what_is_drawn_hangs_on_the_seed_alone() -> None:
         ({"dtype": "int"}, "healing computes in float32 or bfloat16: not 'int'"),
         ({"every": 0}, "after every 0 steps"),
         ({"patience": 0}, "the patience cannot be 0"),
+        ({"epochs": 0}, "gone through 0 times"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], sentence: str) -> None:
