@@ -2,13 +2,15 @@
 
     .venv/bin/python -m benchmarks.healing                       # hours on one core
     .venv/bin/python -m benchmarks.healing --only fasp --tokens 40000 --learning-rate 1e-4
+    .venv/bin/python -m benchmarks.healing --own-text --epochs 5 --batch-size 2
     .venv/bin/python -m benchmarks.healing --tables              # only write the table of what has been run
 
 A model is pruned on calibration news and healed on no more than 200 thousand tokens of it, of which it holds out other
-articles; it is evaluated on the other half of the news, and on speeches, which neither has seen. `excess lost` is the
-share of what pruning added to the perplexity that healing took off again. Rows are added to results/healing.json one by
-one, and what is there already is not run again. The pruned models, and the state of a row that was stopped, are in the
-folder of `--work`, from which it goes on.
+articles; with `--own-text` on the windows alone that it was pruned by, of which an eighth is held out, so that healing
+takes no text that pruning had not. It is evaluated on the other half of the news, and on speeches, which neither has
+seen. `excess lost` is the share of what pruning added to the perplexity that healing took off again. Rows are added to
+results/healing.json one by one, and what is there already is not run again. The pruned models, and the state of a row
+that was stopped, are in the folder of `--work`, from which it goes on.
 """
 
 import argparse
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
 from optprune import load_recipe, prune
@@ -33,14 +36,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
     "structured_best 30%": ("structured_best", {"sparsity": 0.3}),
     "sparse_best 2:4": ("sparse_best", {"sparsity": 0.5, "pattern": "2:4"}),
+    "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
+    "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
 }
-KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated")
+KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs")
+DEFAULTS = {"text": "other articles", "epochs": 1}
+"""of rows from before there were these fields"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="RECIPE", help="fasp, structured_best, sparse_best; all otherwise")
-    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="some of them; all of the recipes otherwise")
+    parser.add_argument("--tokens", type=int, default=200_000, help="of other articles")
+    parser.add_argument("--own-text", action="store_true", help="heal on what was pruned by")
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -68,20 +78,16 @@ def run(options: argparse.Namespace) -> None:
     for name, (recipe, settings) in CASES.items():
         model = name if options.blocks is None else f"{name}, {options.blocks} blocks"
         evaluated = options.windows * options.seq_length
-        values = model, options.tokens, options.learning_rate, options.batch_size, options.seed, evaluated
+        tokens = options.samples * options.seq_length if options.own_text else options.tokens
+        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs
+        values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told
         key = dict(zip(KEY, values, strict=True))
-        if (options.only and recipe not in options.only) or any(key.items() <= row.items() for row in read()):
+        left_out = (options.only and recipe not in options.only) or (options.cases and name not in options.cases)
+        if left_out or any(key.items() <= row.items() for row in read()):
             continue
         if text is None:
-            text = with_held_out(
-                documents,
-                lambda some: tokenise(tokenizer, some),
-                tokens=options.tokens,
-                most=options.tokens,
-                seq_length=options.seq_length,
-                batch_size=options.batch_size,
-                held_out=options.held_out,
-                seed=options.seed,
+            text = (
+                own_text(tokenizer, documents, options) if options.own_text else others(tokenizer, documents, options)
             )
             expected = score(dense, windows)
         place = options.work / model.replace(" ", "-").replace("%", "").replace(",", "").replace(":", "-")
@@ -92,6 +98,28 @@ def run(options: argparse.Namespace) -> None:
         data = json.dumps({"rows": [*read(), row]}, indent=1) + "\n"
         (RESULTS / "healing.json").write_text(data, encoding="utf-8")
         print(row, flush=True)
+
+
+def others(tokenizer: Tokenizer, documents: list[Document], options: argparse.Namespace) -> TrainingText:
+    """Windows of the articles, and of others to hold out."""
+    return with_held_out(
+        documents,
+        lambda some: tokenise(tokenizer, some),
+        tokens=options.tokens,
+        most=options.tokens,
+        seq_length=options.seq_length,
+        batch_size=options.batch_size,
+        held_out=options.held_out,
+        seed=options.seed,
+    )
+
+
+def own_text(tokenizer: Tokenizer, documents: list[Document], options: argparse.Namespace) -> TrainingText:
+    """The windows that the model is pruned by, of which the last eighth is held out."""
+    batches = calibration_batches(tokenise(tokenizer, documents), options.samples, options.seq_length, options.seed)
+    every: Any = torch.cat(list(batches))
+    apart = max(1, len(every) // 8)
+    return TrainingText(list(every[:-apart].split(options.batch_size)), every[-apart:], 0)
 
 
 def whole(options: argparse.Namespace) -> LoadedModel:
@@ -130,7 +158,8 @@ def healed(
     """Heal a pruned model: what it was before, what it is after."""
     before = score(student, windows)
     kept = zeros(student)
-    run_name = f"{options.tokens}-{options.learning_rate}-{options.batch_size}-{options.seed}.run"
+    kind = f"own-{options.epochs}" if options.own_text else f"{options.tokens}-{options.epochs}"
+    run_name = f"{kind}-{options.learning_rate}-{options.batch_size}-{options.seed}.run"
     folder = HealingFolder(place / run_name, resume=True)
     report = heal(
         student.model,
@@ -139,6 +168,7 @@ def healed(
         held_out=text.held_out,
         learning_rate=options.learning_rate,
         seed=options.seed,
+        epochs=options.epochs,
         folder=folder,
         on_event=tell,
     )
@@ -182,12 +212,14 @@ def score(loaded: LoadedModel, windows: dict[str, Tensor]) -> dict[str, float]:
 
 def read() -> list[dict[str, Any]]:
     file = RESULTS / "healing.json"
-    return json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    return [DEFAULTS | row for row in rows]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     machines = sorted({row["machine"] for row in rows})
-    shown = [{key: _shown(key, value) for key, value in row.items() if key != "machine"} for row in rows]
+    order = {key: None for row in rows for key in KEY} | {key: None for row in rows for key in row}
+    shown = [{key: _shown(key, row.get(key)) for key in order if key != "machine"} for row in rows]
     parts = ["# Healing", "", "`python -m benchmarks.healing`", "", *machines, "", markdown(shown)]
     return "\n".join(parts)
 
