@@ -1,6 +1,6 @@
 """Whole experts of a small mixture trained on the real news: ours, REAP and router frequency, on held-out articles.
 
-    .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe --steps 450
+    .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe
     .venv/bin/python -m benchmarks.experts small-moe
 
 Two and four of eight experts go from each block, or as many in all by one budget. Seeds draw the calibration windows

@@ -3,9 +3,9 @@
     .venv/bin/python -m benchmarks.train_small qwen2 small-qwen2
     .venv/bin/python -m benchmarks.models structured --model small-qwen2
 
-The one with eight experts, of which two answer a token, takes six minutes:
+The one with eight experts, of which two answer a token, takes a quarter of an hour:
 
-    .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe --steps 900
+    .venv/bin/python -m benchmarks.train_small qwen3_moe small-moe
 
 Four blocks of width 128, a byte-level BPE tokenizer of 2048 tokens trained on the same half of the news articles; the
 other half stays for evaluation. Small, so that a quarter of an hour on one core fills it: a wide model that has hardly
