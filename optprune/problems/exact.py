@@ -99,15 +99,19 @@ class ExactLoss:
         return self._products(double(self.weight), drift.covariance, drift.mean)[0]
 
     def _products(self, part: Part, covariance: Tensor, mean: Tensor) -> tuple[float, float, float]:
-        """tr(S V E[z z^T] V^T) for a z of that covariance and mean, tr(S V (W A - B)^T) and tr(S V D V^T)."""
+        """tr(S V E[z z^T] V^T) for a z of that covariance and mean, tr(S V (W A - B)^T) and tr(S V D V^T).
+
+        S and the covariance are symmetric, so of the products of two different blocks of columns one is formed, twice.
+        """
         out = len(self.weight)
         sums = torch.zeros(3, dtype=torch.float64, device=mean.device)
         means = torch.zeros(2, out, dtype=torch.float64, device=mean.device)
         for columns in _blocks(self.moments.width):
             block, average = part(ALL, columns), mean[columns].double()
             weighed = self.weigh(block)
-            product = times(part, out, covariance[:, columns].double(), self.products)
-            sums[0] += product.mul_(weighed).sum()
+            spread = covariance[: columns.stop, columns].to(torch.float64, copy=True)
+            spread[: columns.start] *= 2
+            sums[0] += times(part, out, spread, self.products).mul_(weighed).sum()
             means += torch.stack([block @ average, weighed @ average])
             if self.pull is not None:
                 sums[1] += (weighed * self.pull[:, columns]).sum()
@@ -158,9 +162,12 @@ def absolute_product(matrix: Tensor, vector: Tensor) -> Tensor:
 
 
 def times(part: Part, out: int, right: Tensor, products: torch.dtype = torch.float64) -> Tensor:
-    """V R in float64 for a V of so many rows: by products in float64, or by float32 ones of at most BLOCK terms."""
+    """V R in float64 for a V of so many rows: by products in float64, or by float32 ones of at most BLOCK terms.
+
+    An R with fewer rows than V has columns is for the first of these.
+    """
     if products == torch.float64:
-        return _rows_by(lambda rows: part(rows, ALL) @ right, out)
+        return _rows_by(lambda rows: part(rows, slice(len(right))) @ right, out)
     with full_precision():
         total = right.new_zeros(out, right.shape[1])
         # All rows at once: where products are fast, it is starting them that takes time.
