@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from gguf import GGUFReader
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
 from optprune.models.demo_file import DEMO_LICENCE, DEMO_NAME
+from optprune.models.gguf import PlainReader
 from optprune.models.load import DEMO, HUB_NAME
 from optprune.system.wording import one_line
 
@@ -80,7 +80,7 @@ def _of_card(name: str, card: Path | None, files: Mapping[str, Path]) -> Origin:
 
 def _of_gguf(path: Path) -> Origin:
     try:
-        entry = GGUFReader(path).fields.get("general.license")
+        entry = PlainReader(path).fields.get("general.license")
         licence = None if entry is None else entry.contents()
     except (OSError, ValueError, IndexError, KeyError):
         licence = None

@@ -4,6 +4,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -161,3 +162,12 @@ def test_a_file_is_parsed_once_for_its_config_and_once_for_its_tokenizer(
         open_model(file, scratch=tmp_path / "scratch")
     # And once for the weights, which stay in the scratch folder.
     assert len(parsed) == 3
+
+
+def test_transformers_has_the_reader_of_gguf_again_when_a_file_is_read(tmp_path: Path) -> None:
+    load_config(write_gguf(tiny_llama(), tmp_path / "tiny.gguf"))
+    assert gguf.GGUFReader is GGUFReader
+    with pytest.raises(InputError):
+        (tmp_path / "none.gguf").write_bytes(b"GGUF")
+        load_config(tmp_path / "none.gguf")
+    assert gguf.GGUFReader is GGUFReader
