@@ -20,9 +20,8 @@ from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.fields import spellings
 from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
 
-WHOLE_MODEL = "README.md"
 FIRST_BLOCKS = 2
-"""what pages other than the README prune of the demo model"""
+"""what the pages prune of the demo model, for which `notebooks/quickstart.ipynb` runs the whole"""
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
 OPTIONS = {
     name: {"--help", *(text for option in command.params for text in option.opts)} for name, command in COMMANDS.items()
@@ -45,30 +44,50 @@ def demo() -> LoadedModel:
     return optprune.load_model("demo")
 
 
-@pytest.fixture
-def load_demo(demo: LoadedModel, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load_model("demo")` gives a copy of one model, of its first blocks where a page may do with them."""
+@pytest.fixture(scope="session")
+def first_blocks(demo: LoadedModel) -> LoadedModel:
+    """The demo model with its first blocks alone."""
+    loaded, layers = copy.copy(demo), demo.model.model.layers
+    demo.model.model.layers = layers[:FIRST_BLOCKS]
+    object.__setattr__(loaded, "model", copy.deepcopy(demo.model))
+    demo.model.model.layers = layers
+    loaded.model.config.num_hidden_layers = FIRST_BLOCKS
+    return loaded
+
+
+def run_page(page: str, demo: LoadedModel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the Python of a page in a folder, where `load_model("demo")` gives a copy of a model."""
 
     def load_model(name: str) -> LoadedModel:
         assert name == "demo"
         loaded = copy.copy(demo)
         object.__setattr__(loaded, "model", copy.deepcopy(demo.model))
-        if request.node.callspec.params["page"] != WHOLE_MODEL:
-            loaded.model.model.layers = loaded.model.model.layers[:FIRST_BLOCKS]
-            loaded.model.config.num_hidden_layers = FIRST_BLOCKS
         return loaded
 
     monkeypatch.setattr(optprune, "load_model", load_model, raising=False)
+    monkeypatch.chdir(place)
+    names: dict[str, Any] = {"__name__": page}
+    for number, block in enumerate(BLOCKS[page]):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
 def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
-    page: str, load_demo: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    first_blocks: LoadedModel,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": page}
-    for number, block in enumerate(BLOCKS[page]):
-        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    run_page(page, first_blocks, tmp_path, monkeypatch)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_runs_on_the_whole_model(
+    demo: LoadedModel, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_page("README.md", demo, tmp_path, monkeypatch)
     assert capsys.readouterr().out.strip()
 
 
