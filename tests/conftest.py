@@ -66,13 +66,20 @@ def reloads(warnings_are_errors_in_other_processes):
     reloads.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def the_reload_check_need_not_import_each_time(request, reloads):
-    """But where it is the subject, in tests/export, and in processes that tests start."""
+@pytest.fixture(scope="session", autouse=True)
+def the_reload_check_need_not_import_each_time(reloads):
+    """But where the process is the subject, and in processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.path.parent.name != "export":
-            patch.setattr("optprune.export.check.run_alongside", reloads)
+        patch.setattr("optprune.export.check.run_alongside", reloads)
         yield
+
+
+@pytest.fixture
+def real_reload_check(monkeypatch):
+    """The reload check in a process that begins with nothing, as users have it."""
+    from tests.helpers.warm_reloads import START
+
+    monkeypatch.setattr("optprune.export.check.run_alongside", START)
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str,
         assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
+@pytest.mark.usefixtures("real_reload_check")
 def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
     for units in ("vo", "mlp"):
         model = pruned("llama", units)
@@ -179,12 +180,14 @@ def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
     assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
 
 
+@pytest.mark.usefixtures("real_reload_check")
 def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch in the user's site-packages or on PYTHONPATH: the interpreter itself does not know of it."""
     monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]  # knows no venv
     assert save_model(tiny_llama(), tmp_path / "out", check_tokens=CHECK_TOKENS).logits_difference is not None
 
 
+@pytest.mark.usefixtures("real_reload_check")
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -208,6 +211,7 @@ def test_a_reload_check_that_cannot_run_says_so(
         assert torch.equal(optprune.load(tmp_path / "out.unchecked")(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
+@pytest.mark.usefixtures("real_reload_check")
 def test_a_reload_check_that_is_killed_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setattr("optprune.export.reload_check.__file__", str(tmp_path / "killed.py"))

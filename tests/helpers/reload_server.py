@@ -3,6 +3,7 @@
 usage: python -P reload_server.py SCRIPT SOCKET READY
 """
 
+import json
 import os
 import select
 import socket
@@ -40,19 +41,22 @@ def serve(script: str, place: str, ready: int) -> None:
 
 def handle(line: socket.socket, code: CodeType) -> int:
     """Run the script for one task in a process of its own, and tell its exit status."""
-    task, (output, errors), _, _ = socket.recv_fds(line, LONGEST, 2)
+    asked, (output, errors), _, _ = socket.recv_fds(line, LONGEST, 2)
     child = os.fork()
     if child == 0:
         os.dup2(output, 1)
         os.dup2(errors, 2)
-        os._exit(run(code, task.decode()))
+        os._exit(run(code, **json.loads(asked)))
     os.close(output)
     line.sendall(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
     return 0
 
 
-def run(code: CodeType, task: str) -> int:
-    """The exit status of the script."""
+def run(code: CodeType, task: str, modules: str) -> int:
+    """The exit status of the script, with a folder for the code that comes with a model."""
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.HF_MODULES_CACHE = modules
     status: Any = 0
     sys.argv = ["reload_check.py", task]
     try:

@@ -1,7 +1,7 @@
 """The reload check's script in a process that was forked from one with its imports, which cost five seconds each time.
 
 The script, its task, its output and its exit status are those of the real check; only what it imports is there already.
-tests/export has the real one.
+Tests whose subject is the process itself take the real one by the fixture `real_reload_check`.
 """
 
 import json
@@ -21,7 +21,7 @@ START, POPEN = check.run_alongside, subprocess.Popen
 
 
 class WarmReloads:
-    """In place of `check.run_alongside`: what the real one does for all that is not the check of a stock folder."""
+    """In place of `check.run_alongside`: what the real one does for all that is not the check of a folder."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()  # pytest's own are too long for the name of a socket
@@ -30,12 +30,14 @@ class WarmReloads:
     def __call__(
         self, words: list[str], environment: dict[str, str], on_line: Callable[[str], None] = lambda line: None
     ) -> "subprocess.CompletedProcess[str]":
-        if subprocess.Popen is not POPEN or words[:3] != [sys.executable, "-P", SCRIPT] or not stock(words[3]):
+        if subprocess.Popen is not POPEN or words[:3] != [sys.executable, "-P", SCRIPT]:
             return START(words, environment, on_line)
         with socket.socket(socket.AF_UNIX) as line, tempfile.TemporaryFile("w+") as errors:
             self._connect(line)
             ours, theirs = os.pipe()
-            socket.send_fds(line, [words[3].encode()], [theirs, errors.fileno()])
+            # Where transformers copies a folder's code is told to it when it is imported: here it is told anew.
+            asked = json.dumps({"task": words[3], "modules": environment["HF_MODULES_CACHE"]})
+            socket.send_fds(line, [asked.encode()], [theirs, errors.fileno()])
             os.close(theirs)
             with os.fdopen(ours) as output:
                 said = []
@@ -63,8 +65,3 @@ class WarmReloads:
             server.wait()
         self._folder.cleanup()
 
-
-def stock(task: str) -> bool:
-    """Whether a folder has no code of its own, which transformers copies to where it is told when it is imported."""
-    config = json.loads((Path(json.loads(task)["folder"]) / "config.json").read_text())
-    return "optprune_shapes" not in config
