@@ -64,4 +64,3 @@ class WarmReloads:
             server.stdin.close()  # it ends by that
             server.wait()
         self._folder.cleanup()
-
