@@ -87,6 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @told
+@pytest.mark.usefixtures("real_reload_check")  # which takes the time that it takes users
 def test_the_folder_of_a_command_reports_all_seven(folder: Path, attempted_text: Path, tmp_path: Path, capsys) -> None:
     output, results = tmp_path / "out", tmp_path / "results.json"
     words = ["prune", str(folder), "--calibration", str(attempted_text), "--output", str(output), "--samples", "8"]
