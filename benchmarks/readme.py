@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks.common import RESULTS, markdown
+from benchmarks.families import Families
 from benchmarks.models import read
 from benchmarks.published import Published
 from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, field_table, recipe_table
@@ -268,7 +269,10 @@ TABLES = (
 )
 
 
-PAGES: dict[str, tuple[Table | Published, ...]] = {"README.md": (SHORT,), "docs/results.md": (*TABLES, Published())}
+PAGES: dict[str, tuple[Table | Published | Families, ...]] = {
+    "README.md": (SHORT,),
+    "docs/results.md": (*TABLES, Published(), Families()),
+}
 RECIPES = {"docs/structured.md": UNITS, "docs/sparse.md": WEIGHTS, "docs/metric.md": LOSS_AWARE}
 """the columns and recipes of a page's table"""
 FIELDS = "docs/recipes.md"
