@@ -4,10 +4,10 @@ import os
 
 import jaxtyping
 
-from tests.helpers.checked_shapes import where_there_are_shapes
+from tests.helpers.checked_shapes import but_closures
 
 # Before anything imports optprune: every shape in an annotation becomes an assertion.
-jaxtyping.jaxtyped = where_there_are_shapes(jaxtyping.jaxtyped)
+jaxtyping.jaxtyped = but_closures(jaxtyping.jaxtyped)
 jaxtyping.install_import_hook(
     [
         "optprune.metric",
