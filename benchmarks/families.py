@@ -1,7 +1,6 @@
 """The study `families` as one table: the same recipes on models of several families, side by side."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import markdown
@@ -15,7 +14,6 @@ MODELS = {"SmolLM2-135M-Instruct": "SmolLM2-135M-Instruct", "gemma-3-270m.gguf":
 UNITS, HALF, PAIRS = "whole units, 20%", "weights, 50%", "weights, 2:4, `intra`"
 
 
-@dataclass(frozen=True)
 class Families:
     """Perplexity on held-out news of seed 0 and, in brackets, its logarithm over that of the dense model."""
 

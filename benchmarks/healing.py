@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
 from optprune import load_recipe, prune
+from optprune.calibration import hold_out
 from optprune.export import save_pruned
 from optprune.healing import HealingFolder, heal
 from optprune.healing.settings import LEARNING_RATE
@@ -46,8 +47,8 @@ DEFAULTS = {"text": "other articles", "epochs": 1}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="RECIPE", help="fasp, structured_best, sparse_best; all otherwise")
-    parser.add_argument("--cases", nargs="+", choices=CASES, help="some of them; all of the recipes otherwise")
+    known = [*dict.fromkeys(recipe for recipe, _ in CASES.values()), *CASES]
+    parser.add_argument("--only", nargs="+", choices=known, help="of recipes, or single cases; all otherwise")
     parser.add_argument("--tokens", type=int, default=200_000, help="of other articles")
     parser.add_argument("--own-text", action="store_true", help="heal on what was pruned by")
     parser.add_argument("--epochs", type=int, default=1)
@@ -82,8 +83,9 @@ def run(options: argparse.Namespace) -> None:
         told = "its own" if options.own_text else DEFAULTS["text"], options.epochs
         values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told
         key = dict(zip(KEY, values, strict=True))
-        left_out = (options.only and recipe not in options.only) or (options.cases and name not in options.cases)
-        if left_out or any(key.items() <= row.items() for row in read()):
+        if (options.only and not {recipe, name} & set(options.only)) or any(
+            key.items() <= row.items() for row in read()
+        ):
             continue
         if text is None:
             text = (
@@ -116,10 +118,11 @@ def others(tokenizer: Tokenizer, documents: list[Document], options: argparse.Na
 
 def own_text(tokenizer: Tokenizer, documents: list[Document], options: argparse.Namespace) -> TrainingText:
     """The windows that the model is pruned by, of which the last eighth is held out."""
-    batches = calibration_batches(tokenise(tokenizer, documents), options.samples, options.seq_length, options.seed)
-    every: Any = torch.cat(list(batches))
-    apart = max(1, len(every) // 8)
-    return TrainingText(list(every[:-apart].split(options.batch_size)), every[-apart:], 0)
+    tokens, at_once = tokenise(tokenizer, documents), options.batch_size * options.seq_length
+    drawn = calibration_batches(tokens, options.samples, options.seq_length, options.seed, at_once)
+    batches, apart = hold_out(list(drawn), 1 / 8)
+    fitted, held_out = batches[:-apart], torch.cat(batches[-apart:])
+    return TrainingText(fitted, held_out, 0)  # type: ignore[arg-type]  # of whole numbers
 
 
 def whole(options: argparse.Namespace) -> LoadedModel:

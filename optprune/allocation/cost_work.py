@@ -32,7 +32,7 @@ class CostWork:
             curves = sum(CURVE * decoder.layer(block, target.path).in_features ** 3 for target in targets)
             found.append(SLOW * (passes + along) + curves)
             changes += own
-        return cls(tuple(found), SLOW * probe_tokens * (changes + bool(changes)) * head_weights(decoder))
+        return cls(tuple(found), SLOW * predictions(decoder, probe_tokens, changes))
 
     @property
     def whole(self) -> float:
@@ -52,6 +52,11 @@ class CostWork:
 def grams(decoder: Decoder, block: int, taps: set[str]) -> int:
     """The multiplications a token that the Gram matrices of these layers' inputs take."""
     return sum(decoder.layer(block, tap).in_features ** 2 for tap in taps)
+
+
+def predictions(decoder: Decoder, probe_tokens: int, changes: int) -> int:
+    """The multiplications of the head for a probe's divergences: for the dense model once, and for every change."""
+    return probe_tokens * (changes + bool(changes)) * head_weights(decoder)
 
 
 def head_weights(decoder: Decoder) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from optprune.allocation.allocation import Allocation
 from optprune.allocation.base import DenseModel, Division, MeasuredBudget
-from optprune.allocation.cost_work import SLOW, head_weights
+from optprune.allocation.cost_work import SLOW, predictions
 from optprune.allocation.costs import Costs, rate_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.allocation.uniform import gone_by_experts
@@ -137,9 +137,9 @@ class ExpertBudget(MeasuredBudget):
 
     def _work(self, decoder: Decoder, tokens: int) -> tuple[float, float]:
         """That of the blocks, through all experts twice, and that of the probe's divergences at the end."""
-        probed, weights = self.probe_tokens * len(decoder.blocks), decoder.linear_weights()
-        heads = probed + self.probe_tokens
-        return 2.0 * tokens * weights + probed * weights / 2, 1.0 * heads * head_weights(decoder)
+        changes, weights = len(decoder.blocks), decoder.linear_weights()
+        along = self.probe_tokens * changes * weights / 2
+        return 2.0 * tokens * weights + along, predictions(decoder, self.probe_tokens, changes)
 
 
 def _curve(number: int, problem: ExpertChoice, costs: list[float], aim: int) -> _Block:

@@ -49,7 +49,7 @@ class Probe:
 
     def __init__(self, decoder: Decoder, batches: Sequence[Tensor]) -> None:
         """The `batches` are token ids [batch, length], without padding."""
-        self.decoder, self.batches, self.variants = decoder, batches, Variants(decoder, batches)
+        self.decoder, self.variants = decoder, Variants(decoder, batches)
 
     def try_out(self, changes: Sequence[Change]) -> None:
         """Change some layers of the current block, for one divergence; they are left as they were."""
@@ -82,7 +82,7 @@ class Probe:
         changes, and how many changes there are.
         """
         dense, changes = self.variants.stream.hidden, self.variants.ends()
-        totals, predictions, tokens = [0.0] * len(changes), 0, sum(batch.numel() for batch in self.batches)
+        totals, predictions, tokens = [0.0] * len(changes), 0, dense.tokens
         on_change(0, len(changes))
         with readout(self.decoder):
             for number, expected in enumerate(dense):
