@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.common import markdown
 from benchmarks.models import read
-from benchmarks.studies import STUDIES, digest
+from benchmarks.studies import DENSE, STUDIES, Case, rows_of
 
 TOKENS = 8192
 """the calibration tokens"""
@@ -19,18 +19,17 @@ class Families:
 
     def markdown(self) -> str:
         """The table; a cell that was not run is empty."""
-        rows = read()
-        dense = {row["model"]: row["news"] for row in rows if row["recipe"] == "dense"}
+        dense = {name: _news(name, DENSE) or math.nan for name in MODELS}
         lines = [{"removed": "", "recipe": "the dense model"} | {MODELS[name]: f"{dense[name]:.1f}" for name in MODELS}]
         for recipe, settings in STUDIES["families"]:
-            found = {
-                row["model"]: row["news"]
-                for row in rows
-                if (row["digest"], row["tokens"], row["seed"]) == (digest(recipe, settings, TOKENS), TOKENS, 0)
-            }
-            cells = {MODELS[name]: _cell(found.get(name), dense[name]) for name in MODELS}
+            cells = {MODELS[name]: _cell(_news(name, (recipe, settings)), dense[name]) for name in MODELS}
             lines.append({"removed": _removed(settings), "recipe": f"`{recipe}`"} | cells)
         return markdown(lines).rstrip("\n")
+
+
+def _news(model: str, case: Case) -> float | None:
+    """The perplexity of a case with seed 0 on a model's news; None where it was not run."""
+    return next((row["news"] for row in rows_of(read(), model, case, TOKENS) if row["seed"] == 0), None)
 
 
 def _cell(perplexity: float | None, dense: float) -> str:

@@ -9,11 +9,10 @@ from statistics import mean
 
 from benchmarks.common import markdown
 from benchmarks.models import read
-from benchmarks.studies import HALF, PAIRS, Settings, digest, under_intra
+from benchmarks.studies import DENSE, HALF, PAIRS, Case, Settings, rows_of, under_intra
 
 MODEL, TOKENS = "SmolLM2-135M-Instruct", 8192
 PRUNED: Settings = {"propagation": "pruned"}
-Case = tuple[str, Settings]
 ROWS: tuple[tuple[str, Case | None, Case | None, float | None, float | None], ...] = (
     ("SparseGPT", ("sparsegpt", HALF | PRUNED), ("sparsegpt", PAIRS | PRUNED), 0.717, 1.313),
     ("Wanda", ("wanda", HALF | {"pattern": "rows"}), ("wanda", PAIRS), 0.896, 2.230),
@@ -42,10 +41,8 @@ def added(case: Case | None) -> str:
     """What a case adds to the dense model's, on news, by the mean perplexity of its seeds."""
     if case is None:
         return ""
-    rows = [row for row in read() if row["model"] == MODEL]
-    dense = next(row["news"] for row in rows if row["recipe"] == "dense")
-    found = [row["news"] for row in rows if row["tokens"] == TOKENS and row["digest"] == digest(*case, TOKENS)]
-    return shown(math.log(mean(found) / dense))
+    dense, found = ([row["news"] for row in rows_of(read(), MODEL, one, TOKENS)] for one in (DENSE, case))
+    return shown(math.log(mean(found) / mean(dense)))
 
 
 def shown(value: float | None) -> str:

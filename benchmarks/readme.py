@@ -21,14 +21,16 @@ from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, field_table, re
 from benchmarks.studies import (
     BELIEVED,
     CHOSEN_RIDGE,
+    DENSE,
     DIAGONAL,
     GIVEN_RIDGE,
     HALF,
     NOT_RESTORED,
     PAIRS,
+    Case,
     Settings,
-    digest,
     paired,
+    rows_of,
     steps,
     structured,
     under_intra,
@@ -36,11 +38,11 @@ from benchmarks.studies import (
 
 ROOT = Path(__file__).parents[1]
 SHARES = (0.1, 0.2, 0.3)
-Case = tuple[str, Settings] | None
+Cells = tuple[Case | None, ...]
+"""the cases of a row; None is a cell that is not asked for"""
 UNIFORM: Settings = {"allocation": "uniform"}
 PRUNED: Settings = {"propagation": "pruned"}
 ALL: Settings = {"units": "all"}
-DENSE: Case = ("dense", {})
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Table:
     """Cases by row and column, on one model; `seconds` are the columns whose times are told at the end."""
 
     columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Case, ...]], ...]
+    rows: tuple[tuple[str, Cells], ...]
     model: str
     tokens: int
     deviations: bool = True
@@ -72,20 +74,13 @@ class Table:
         return markdown([dict(zip(self.columns, line, strict=True)) for line in lines]).rstrip("\n")
 
     @cached_property
-    def _found(self) -> dict[str, list[dict]]:
-        """The rows of the model by digest."""
-        found: dict[str, list[dict]] = {}
-        for row in read():
-            if (row["model"], row["tokens"]) == (self.model, self.tokens):
-                found.setdefault(row["digest"], []).append(row)
-        return found
+    def _known(self) -> list[dict]:
+        return read()
 
-    def _rows(self, case: Case) -> list[dict]:
-        if case == DENSE:
-            return [row for row in read() if (row["model"], row["recipe"]) == (self.model, "dense")]
-        return [] if case is None else self._found.get(digest(*case, self.tokens), [])
+    def _rows(self, case: Case | None) -> list[dict]:
+        return [] if case is None else rows_of(self._known, self.model, case, self.tokens)
 
-    def _values(self, case: Case) -> list[float]:
+    def _values(self, case: Case | None) -> list[float]:
         if case is not None and case[0] == "optipfair":
             record = json.loads((RESULTS / "external_units.json").read_text(encoding="utf-8"))
             return [r["news"] for r in record["rows"] if _is(r, case[1])]
@@ -101,7 +96,7 @@ class Table:
         text = f"**{text}**" if middle == best else text
         return text if len(values) in (1, self.count) else f"{text} ({len(values)})"
 
-    def _seconds(self, cases: Sequence[Case]) -> str:
+    def _seconds(self, cases: Sequence[Case | None]) -> str:
         times = ([row["seconds"] for row in self._rows(cases[i]) if row["seconds"]] for i in self.seconds)
         return ", ".join(f"{round(mean(known), -1):.0f}" for known in times if known)
 
@@ -110,20 +105,20 @@ def _is(row: dict, settings: Settings) -> bool:
     return row["optipfair"] == "weights and activations" and abs(row["removed"] - settings["sparsity"]) < 0.005
 
 
-def _units(label: str, recipe: str, more: Settings | None = None) -> tuple[str, tuple[Case, ...]]:
+def _units(label: str, recipe: str, more: Settings | None = None) -> tuple[str, Cells]:
     """A recipe for units at every share."""
     cases = (structured(recipe, share) for share in SHARES)
     return label, tuple((name, {**settings, **(more or {})}) for name, settings in cases)
 
 
-def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = None) -> tuple[str, tuple[Case, ...]]:
+def _sparse(label: str, recipe: str, half: Settings, pairs: Settings | None = None) -> tuple[str, Cells]:
     """A recipe for single weights at 50 percent and 2:4, under two policies."""
     first, second = HALF | half, PAIRS | (half if pairs is None else pairs)
     cases = ((recipe, first), (recipe, second))
     return label, tuple(one for case in cases for one in (case, under_intra(case)))
 
 
-def _two(label: str, metric: Settings) -> tuple[str, tuple[Case, ...]]:
+def _two(label: str, metric: Settings) -> tuple[str, Cells]:
     """`sparse_best` with a metric; at 2:4 as the ablation, which has more seeds, has it: without a budget to divide."""
     half, half_intra, _, pairs_intra = _sparse(label, "sparse_best", metric)[1]
     pairs = PAIRS | UNIFORM | PRUNED | metric
@@ -145,18 +140,18 @@ STEPS = (
 )
 
 
-def _weights(label: str, step: int) -> tuple[str, tuple[Case, ...]]:
+def _weights(label: str, step: int) -> tuple[str, Cells]:
     """A step of the ablation of single weights: at 50 and 60 percent and, where it is another, at 2:4."""
     return label, (HALF_STEPS[step], SIXTY_STEPS[step], PAIR_STEPS[step] if step in (0, 1, 2, RECOVERED) else None)
 
 
-def _step(label: str, step: int) -> tuple[str, tuple[Case, ...]]:
+def _step(label: str, step: int) -> tuple[str, Cells]:
     """A step of the ablation: units at every share, then single weights."""
     units = tuple(steps("structured_best", {"sparsity": share, "units": "mlp"})[step] for share in SHARES)
     return label, (*units, *_weights(label, step)[1])
 
 
-def _both(label: str, units: str | None, weights: str | None, half: Settings) -> tuple[str, tuple[Case, ...]]:
+def _both(label: str, units: str | None, weights: str | None, half: Settings) -> tuple[str, Cells]:
     """A recipe for units at 20 percent beside one for single weights at 50 percent and at 2:4."""
     cases = _sparse("", weights, half, {})[1] if weights else (None,) * 4
     return label, (None if units is None else structured(units, 0.2), cases[0], cases[3])

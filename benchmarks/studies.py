@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,9 @@ from optprune.models.units import MULTIPLE
 from optprune.recipe.names import NONE
 
 Settings = dict[str, Any]
+Case = tuple[str, Settings]
+DENSE: Case = ("dense", {})
+"""no pruning"""
 SPARSE = ("magnitude", "wanda", "sparsegpt", "fistapruner", "fistapruner_plus", "alps", "alps_plus", "sparse_best")
 STRUCTURED = ("random", "magnitude", "flap", "fasp", "spap", "osscar", "spap_plus", "structured_uniform_best")
 """here all of MLP units"""
@@ -157,6 +160,15 @@ NAMES = {
     "ablation": "What the output metric, the global budget and probes do for whole units",
     "ablation-sparse": "What the output metric, the global budget and probes do for sparse weights",
 }
+
+
+def rows_of(rows: Sequence[dict[str, Any]], model: str, case: Case, tokens: int) -> list[dict[str, Any]]:
+    """Those of a case on a model with so many calibration tokens, of all seeds."""
+    mine = (row for row in rows if row["model"] == model)
+    if case == DENSE:
+        return [row for row in mine if row["recipe"] == DENSE[0]]
+    wanted = digest(*case, tokens), tokens
+    return [row for row in mine if (row["digest"], row["tokens"]) == wanted]
 
 
 def digest(recipe: str, settings: Settings, tokens: int) -> str:
