@@ -92,7 +92,8 @@ def match(
         tried = _rounded(problem, solver.point(state), rounded)
         error, misses = judge(tried), misses + 1
         if error < held_out:
-            best, best_step, held_out, misses = tuple(weight.clone() for weight in tried), steps, error, 0
+            best = _copied(tried, best if best_step else problem.start())
+            best_step, held_out, misses = steps, error, 0
         elif misses >= PATIENCE:
             status = Status.CONVERGED
             break
@@ -104,6 +105,13 @@ def match(
 
 def _twice(measure: Callable[[Point], float]) -> Callable[[Point], float]:
     return lambda point: 2 * measure(point)
+
+
+def _copied(point: Point, kept: Point) -> Point:
+    """A point in the memory of the one that was kept before."""
+    for weight, place in zip(point, kept, strict=True):
+        place.copy_(weight)
+    return kept
 
 
 def _rounded(problem: BlockMatching, point: Point, rounded: Callable[[Tensor], Tensor]) -> Point:
