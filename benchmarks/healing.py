@@ -1,16 +1,17 @@
-"""Healing: perplexity of the demo model on held-out news and on speeches after pruning, and after a short distillation.
+"""Healing: perplexity of a model on held-out news and on speeches after pruning, and after a short distillation.
 
     .venv/bin/python -m benchmarks.healing                       # hours on one core
     .venv/bin/python -m benchmarks.healing --only fasp --tokens 40000 --learning-rate 1e-4
-    .venv/bin/python -m benchmarks.healing --own-text --epochs 5 --batch-size 2
+    .venv/bin/python -m benchmarks.healing --own-text --generated 64 --batch-size 2
     .venv/bin/python -m benchmarks.healing --tables              # only write the table of what has been run
 
 A model is pruned on calibration news and healed on no more than 200 thousand tokens of it, of which it holds out other
 articles; with `--own-text` on the windows alone that it was pruned by, of which an eighth is held out, so that healing
-takes no text that pruning had not. It is evaluated on the other half of the news, and on speeches, which neither has
-seen. `excess lost` is the share of what pruning added to the perplexity that healing took off again. Rows are added to
-results/healing.json one by one, and what is there already is not run again. The pruned models, and the state of a row
-that was stopped, are in the folder of `--work`, from which it goes on.
+takes no text that pruning had not; with `--generated` the dense model writes further windows itself. It is evaluated on
+the other half of the news, and on speeches, which neither has seen. `excess lost` is the share of what pruning added to
+the perplexity that healing took off again. Rows are added to results/healing.json one by one, and what is there already
+is not run again. The pruned models, and the state of a row that was stopped, are in the folder of `--work`, from which
+it goes on.
 """
 
 import argparse
@@ -40,8 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparse_best 50%": ("sparse_best", {"sparsity": 0.5}),
     "structured_best 20%": ("structured_best", {"sparsity": 0.2}),
 }
-KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs")
-DEFAULTS = {"text": "other articles", "epochs": 1}
+KEY = ("model", "tokens", "learning rate", "batch", "seed", "evaluated", "text", "epochs", "generated")
+DEFAULTS = {"text": "other articles", "epochs": 1, "generated": 0}
 """of rows from before there were these fields"""
 
 
@@ -49,9 +50,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*dict.fromkeys(recipe for recipe, _ in CASES.values()), *CASES]
     parser.add_argument("--only", nargs="+", choices=known, help="of recipes, or single cases; all otherwise")
+    parser.add_argument("--model", default="demo", help="the dense one")
     parser.add_argument("--tokens", type=int, default=200_000, help="of other articles")
     parser.add_argument("--own-text", action="store_true", help="heal on what was pruned by")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--generated", type=int, default=0, help="windows that the dense model writes itself")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -77,10 +80,11 @@ def run(options: argparse.Namespace) -> None:
     text: TrainingText | None = None
     expected: dict[str, float] = {}
     for name, (recipe, settings) in CASES.items():
-        model = name if options.blocks is None else f"{name}, {options.blocks} blocks"
+        model = name if options.model == "demo" else f"{name}, {Path(options.model).name}"
+        model = model if options.blocks is None else f"{model}, {options.blocks} blocks"
         evaluated = options.windows * options.seq_length
         tokens = options.samples * options.seq_length if options.own_text else options.tokens
-        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs
+        told = "its own" if options.own_text else DEFAULTS["text"], options.epochs, options.generated
         values = model, tokens, options.learning_rate, options.batch_size, options.seed, evaluated, *told
         key = dict(zip(KEY, values, strict=True))
         if (options.only and not {recipe, name} & set(options.only)) or any(
@@ -127,7 +131,7 @@ def own_text(tokenizer: Tokenizer, documents: list[Document], options: argparse.
 
 def whole(options: argparse.Namespace) -> LoadedModel:
     """The dense model, or its first blocks."""
-    loaded = load_model("demo", dtype="float32")
+    loaded = load_model(options.model, dtype="float32")
     if options.blocks is not None:
         loaded.model.model.layers = loaded.model.model.layers[: options.blocks]  # type: ignore[union-attr,index]
         loaded.model.config.num_hidden_layers = options.blocks
@@ -162,7 +166,7 @@ def healed(
     before = score(student, windows)
     kept = zeros(student)
     kind = f"own-{options.epochs}" if options.own_text else f"{options.tokens}-{options.epochs}"
-    run_name = f"{kind}-{options.learning_rate}-{options.batch_size}-{options.seed}.run"
+    run_name = f"{kind}-{options.generated}-{options.learning_rate}-{options.batch_size}-{options.seed}.run"
     folder = HealingFolder(place / run_name, resume=True)
     report = heal(
         student.model,
@@ -172,6 +176,7 @@ def healed(
         learning_rate=options.learning_rate,
         seed=options.seed,
         epochs=options.epochs,
+        generated=options.generated,
         folder=folder,
         on_event=tell,
     )

@@ -37,6 +37,9 @@ def heal_command(
         int | None, typer.Option("--tokens", help="How many to train on. [default: 200000, or what there is]")
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", help="How often these are gone through.")] = 1,
+    generated: Annotated[
+        int, typer.Option("--generated", help="Windows that the dense model writes itself, beside those of the text.")
+    ] = 0,
     seq_length: Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")] = 512,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Windows in a step.")] = 4,
     learning_rate: Annotated[
@@ -68,7 +71,7 @@ def heal_command(
 
     computes = dtype if dtype != "auto" else "bfloat16" if device_of(device).type == "cuda" else "float32"
     rate = LEARNING_RATE if learning_rate is None else learning_rate
-    more = {"gradient_checkpointing": gradient_checkpointing, "seed": seed, "epochs": epochs}
+    more = {"gradient_checkpointing": gradient_checkpointing, "seed": seed, "epochs": epochs, "generated": generated}
     settings = Settings(rate, dtype=computes, **more)
     run = HealingRun(model, teacher, text, output, settings, device, resume, overwrite)
     check_json(json_file, output=output, models=[model, teacher])

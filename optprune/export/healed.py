@@ -76,11 +76,12 @@ def _put_page(folder: Path) -> None:
 
 def _section(healing: Mapping[str, Any], teacher: str) -> str:
     """What the card says of healing."""
-    before, after = healing["before"], healing["after"]
+    before, after, written = healing["before"], healing["after"], healing.get("generated_windows", 0)
+    partly = f", {written:,} windows of which that one wrote itself;" if written else ""
     return (
         "## Healing\n\n"
-        f"Trained after pruning by optprune, for {healing['steps']} steps on {healing['tokens']:,} tokens, to predict "
-        f"what {one_line(teacher)} does; all zeros and widths are as pruning left them. On "
+        f"Trained after pruning by optprune to predict what {one_line(teacher)} does, for {healing['steps']} steps on "
+        f"{healing['tokens']:,} tokens{partly or ';'} all zeros and widths are as pruning left them. On "
         f"{healing['held_out_tokens']:,} held-out tokens:\n\n"
         "| | before healing | after | dense |\n|---|---|---|---|\n"
         f"| divergence from the dense model, nats | {before['divergence']:.4f} | {after['divergence']:.4f} | 0 |\n"

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from optprune.system.interrupts import record_done
 from optprune.system.run_folder import RunFolder
 
 PROGRESS = "progress.json"
+GENERATED = "generated.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,19 @@ class HealingFolder(RunFolder):
             return TypeAdapter(Progress).validate_python(self.read(PROGRESS))
         except ValidationError as error:
             raise self.damaged(PROGRESS) from error
+
+    def generated(self) -> Tensor | None:
+        """The windows [n, length] that the dense model wrote, where they are kept."""
+        if not (self.folder / GENERATED).is_file():
+            return None
+        try:
+            return torch.tensor(TypeAdapter(list[list[int]]).validate_python(self.read(GENERATED)))
+        except (ValidationError, ValueError) as error:
+            raise self.damaged(GENERATED) from error
+
+    def keep_generated(self, windows: Tensor) -> None:
+        """Keep what the dense model wrote."""
+        self.write(GENERATED, windows.tolist())
 
     def save(self, progress: Progress, state: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
         """Keep a state in place of the one before; the best weights are written where they are new."""

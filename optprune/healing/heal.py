@@ -15,6 +15,8 @@ from optprune.calibration.peers import Group
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
 from optprune.healing.folder import HealingFolder, Progress
+from optprune.healing.generated import generated as written_by
+from optprune.healing.generated import mixed
 from optprune.healing.records import HealReport, HeldOut
 from optprune.healing.settings import LEARNING_RATE, Settings
 from optprune.healing.training import Clock, Training, Windows, checkpointing, trainable
@@ -27,6 +29,8 @@ from optprune.report.phases import HEALING
 from optprune.system.facts import machine, versions
 from optprune.texts import check_seq_length, check_vocabulary
 
+WRITING = 2
+"""what a window costs that the dense model writes, in passes, about: on a processor, where a few are written at once"""
 BACKWARD = 4
 """what a step costs for each window, in forward passes of one model: one of each, and a backward pass of two"""
 
@@ -47,6 +51,7 @@ def heal(
     patience: int = 3,
     seed: int = 0,
     epochs: int = 1,
+    generated: int = 0,
     folder: HealingFolder | None = None,
     peers: Peers | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
@@ -58,7 +63,8 @@ def heal(
     learning rate that warms up and falls along a cosine. `held_out` windows [n, length], of other documents than the
     batches, are measured after every so many steps: the state of the least divergence is what the model has in the end,
     and the training stops after `patience` measurements that found none less. With several `epochs` a short text is
-    gone through as often, from the second time on in an order that the seed draws.
+    gone through as often, from the second time on in an order that the seed draws. The teacher writes so many windows
+    `generated`, each going on from a piece of the batches (after LLM-QAT, arXiv 2305.17888): they are mixed in.
 
     Weights are float32 meanwhile and of the model's own dtype afterwards; see `Settings` for the other arguments. All
     parameters are trained, but what was exactly zero in a linear weight of the blocks, and widths and ties stay as they
@@ -69,7 +75,7 @@ def heal(
     where training gives NaN.
     """
     precise = learning_rate, warmup, weight_decay, clip
-    settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed, epochs)
+    settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed, epochs, generated)
     peers = peers or (Group() if distributed.is_available() and distributed.is_initialized() else Alone())
     _check(model, teacher, batches, held_out)
     if folder is not None:
@@ -89,10 +95,36 @@ def heal(
             contexts.enter_context(context)
         for reader in (student, dense):
             reader.check(held_out[:1, :8])
+        writing = WRITING * generated
+        writing /= writing + BACKWARD * epochs * (sum(map(len, batches)) + generated)
+
+        def tell(done: int, total: int) -> None:
+            on_event(PhaseAdvanced(HEALING, "generating text", "part", done, total, 0.0, writing))
+
+        text = in_epochs(_with_generated(teacher, batches, settings, peers, folder, tell), epochs, seed)
         training = Training(student, dense, masks(model), settings, peers)
-        run = _Run(training, in_epochs(batches, epochs, seed), Windows.of(dense, held_out, peers), folder, on_event)
+        run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, writing)
         run.go()
         return run.end(held_out.numel(), stored)
+
+
+def _with_generated(
+    teacher: PreTrainedModel,
+    batches: Sequence[Tensor],
+    settings: Settings,
+    peers: Peers,
+    folder: HealingFolder | None,
+    tell: Callable[[int, int], None],
+) -> Sequence[Tensor]:
+    """The batches, with what the teacher writes: once, where a folder keeps it for a run that goes on."""
+    if not settings.generated:
+        return batches
+    windows = peers.exchange(None if folder is None else folder.generated())[0]
+    if windows is None:
+        windows = written_by(teacher, batches, settings.generated, settings.seed, peers, tell)
+        if folder is not None:
+            folder.keep_generated(windows)
+    return mixed(batches, windows, settings.seed)
 
 
 def in_epochs(batches: Sequence[Tensor], epochs: int, seed: int) -> list[Tensor]:
@@ -111,6 +143,8 @@ class _Run:
     held_out: Windows
     folder: HealingFolder | None
     on_event: Callable[[Event], None]
+    writing: float = 0.0
+    """the share of the whole time that was spent before"""
     measured: list[HeldOut] = field(default_factory=list)
     dense_perplexity: float = 0.0
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -197,7 +231,8 @@ class _Run:
         return progress
 
     def _tell(self, what: str, done: int, total: int, begins: float, ends: float) -> None:
-        self.on_event(PhaseAdvanced(HEALING, what, "step", done, total, begins, ends))
+        bounds = (self.writing + (1 - self.writing) * at for at in (begins, ends))
+        self.on_event(PhaseAdvanced(HEALING, what, "step", done, total, *bounds))
 
 
 def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], held_out: Tensor) -> None:

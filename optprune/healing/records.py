@@ -40,10 +40,16 @@ class HealReport:
     settings: dict[str, Any]
 
     @property
+    def generated_windows(self) -> int:
+        """How many windows of the text the dense model wrote itself."""
+        return self.settings["generated"]
+
+    @property
     def stopped_early(self) -> bool:
         """Whether the divergence had stopped falling before the text was at its end."""
         return self.steps < self.steps_planned
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
-        return {**asdict(self), "stopped_early": self.stopped_early}
+        more = {"generated_windows": self.generated_windows, "stopped_early": self.stopped_early}
+        return {**asdict(self), **more}

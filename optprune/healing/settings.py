@@ -35,6 +35,8 @@ class Settings:
     """the seed of dropout, in models that have it, and of the order of batches in further epochs"""
     epochs: int = 1
     """how often the batches are gone through"""
+    generated: int = 0
+    """how many windows the teacher writes itself, beside those of the text"""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -52,6 +54,8 @@ class Settings:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
         if self.epochs < 1:
             raise InputError(f"the text cannot be gone through {self.epochs} times: it is at least once")
+        if self.generated < 0:
+            raise InputError(f"the teacher cannot write {self.generated} windows: it is at least none")
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 

@@ -36,16 +36,19 @@ class Healed:
     zeros: int = 0
     """the weights that were zero and still are"""
     stopped_early: bool = False
+    generated_windows: int = 0
+    """the windows of the text that the dense model wrote itself"""
 
     @property
     def sentence(self) -> str:
         """What was done, in words."""
         early = ", until the divergence fell no further" if self.stopped_early else ""
         zeros = f"all {self.zeros:,} zeros and every width are" if self.zeros else "every width is"
+        partly = f", {self.generated_windows:,} windows of which it wrote itself" if self.generated_windows else ""
         return (
             f"After pruning the model was trained to predict what the dense one does: {self.steps:,} steps on "
-            f"{self.tokens:,} tokens, in {time_of(self.seconds)}{early}; {zeros} as pruning left them. Errors and gaps "
-            "by layer are those of pruning, before that."
+            f"{self.tokens:,} tokens{partly}, in {time_of(self.seconds)}{early}; {zeros} as pruning left them. Errors "
+            "and gaps by layer are those of pruning, before that."
         )
 
     @property

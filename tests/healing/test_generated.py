@@ -1,0 +1,156 @@
+"""The dense model writes further windows itself: what they are made of, when they are kept, and what they bring."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from optprune import heal
+from optprune.calibration.lanes import Alone
+from optprune.errors import InputError
+from optprune.healing import HealingFolder, HealReport
+from optprune.healing import generated as module
+from optprune.healing.generated import PROMPT, generated, mixed
+from optprune.report import DivergenceMeasured, PhaseAdvanced
+from tests.helpers.faults import noticed
+from tests.helpers.short_runs import same
+from tests.helpers.thread_peers import together
+from tests.helpers.tiny_models import VARIANTS
+from tests.helpers.token_batches import batches
+from tests.helpers.trained_tiny import halved, news, trained
+
+SHORT = list(news(10, 12)[:8].split(2))
+"""a text of eight windows"""
+
+
+def written(count: int, text: list[Tensor] | None = None, model: Any = None, seed: int = 0) -> Tensor:
+    return generated(model or trained(), SHORT if text is None else text, count, seed, Alone())
+
+
+def healed(batches: int = 4, **settings: Any) -> tuple[HealReport, PreTrainedModel]:
+    model = halved(trained())
+    return heal(model, trained(), SHORT[:batches], held_out=news(60, 70)[:16], learning_rate=2e-3, **settings), model
+
+
+def test_windows_begin_with_pieces_of_the_text() -> None:
+    windows = written(40)
+    assert windows.shape == (40, 64) and windows.dtype == torch.int64
+    pieces = {
+        tuple(one[at : at + PROMPT].tolist()) for batch in SHORT for one in batch for at in range(64 - PROMPT + 1)
+    }
+    begun = [tuple(window[:PROMPT].tolist()) for window in windows]
+    assert set(begun) <= pieces and len(set(begun)) > 30, "drawn from all over the text"
+    assert len({tuple(window[PROMPT:].tolist()) for window in windows}) == 40
+    assert written(3, [news(10, 12)[:1, :7]]).shape == (3, 7), "half of a short window is the beginning"
+
+
+@pytest.mark.parametrize(
+    "own", [None, GenerationConfig(do_sample=True, temperature=0.2, top_k=3, repetition_penalty=5.0)]
+)
+def test_tokens_are_drawn_from_the_whole_distribution(own: GenerationConfig | None, monkeypatch: Any) -> None:
+    """Whatever the model's own settings are: the surprise of what is drawn is the entropy, within five deviations."""
+    model, count = trained(), 4000
+    if own is not None:
+        model.generation_config = own
+    before, first = model.generation_config, SHORT[0][0, 0]
+
+    def test() -> None:
+        drawn = generated(model, [first.view(1, 1).repeat(1, 2)], count, 0, Alone())
+        assert bool((drawn[:, 0] == first).all()) and model.generation_config is before
+        with torch.no_grad():
+            log_p = model(input_ids=drawn[:1, :1]).logits[0, -1].double().log_softmax(-1)
+        surprise, entropy = -log_p[drawn[:, 1]], -(log_p.exp() * log_p).sum()
+        spread = float((log_p.exp() * (log_p + entropy).square()).sum().sqrt())
+        assert abs(float(surprise.mean() - entropy)) < 5 * spread / math.sqrt(count)
+
+    test()
+    if own is None:
+        likely = GenerationConfig(do_sample=True, top_k=20, pad_token_id=0)
+        noticed(monkeypatch, module, "GenerationConfig", lambda **_: likely, test)
+
+
+def test_it_goes_on_from_what_was_written(monkeypatch: Any) -> None:
+    """By the model, a window that it wrote is no less likely than what follows in the text, and far above chance."""
+    model, windows = trained(), written(32)
+    with torch.no_grad():
+        log_p = model(input_ids=windows).logits[:, PROMPT - 1 : -1].log_softmax(-1)
+    surprise = -float(log_p.gather(2, windows[:, PROMPT:, None]).mean())
+    entropy = -float((log_p.exp() * log_p).sum(-1).mean())
+    assert surprise == pytest.approx(entropy, rel=0.05) and surprise < 0.9 * math.log(log_p.shape[-1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_architecture_writes(variant: str) -> None:
+    windows = written(3, batches()[:1], VARIANTS[variant]())
+    assert windows.shape == (3, batches()[0].shape[1]) and bool((windows >= 0).all())
+
+
+def test_what_is_drawn_hangs_on_the_seed_and_not_on_the_processes(monkeypatch: Any) -> None:
+    expected = written(6)
+    assert torch.equal(written(6), expected) and not torch.equal(written(6, seed=1), expected)
+    for windows in together(3, lambda peers: generated(trained(), SHORT, 6, 0, peers)):
+        assert torch.equal(windows, expected)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 128)
+    assert len({tuple(window.tolist()) for window in written(6)}) == 6, "each part draws its own"
+
+
+def test_they_are_mixed_in() -> None:
+    windows = torch.arange(6).view(3, 2)
+    found = mixed(SHORT, windows, 0)
+    assert [len(batch) for batch in mixed(SHORT, windows, 0)].count(1) == 1 and len(found) == 6
+    given = [next((n for n, batch in enumerate(SHORT) if batch.equal(one)), None) for one in found]
+    assert sorted(n for n in given if n is not None) == [0, 1, 2, 3]
+    assert torch.cat([one for one, n in zip(found, given, strict=True) if n is None]).sort(0).values.equal(windows)
+    assert any(
+        given != [next((n for n, b in enumerate(SHORT) if b.equal(x)), None) for x in mixed(SHORT, windows, s)]
+        for s in range(1, 9)
+    )
+
+
+def test_a_short_text_heals_more_with_them() -> None:
+    """As many steps on the text alone learn it by heart."""
+    alone, _ = healed(1, epochs=41, patience=99)
+    more, _ = healed(1, generated=80, patience=99)
+    assert alone.steps == more.steps == 41
+    assert more.after.divergence < 0.9 * alone.after.divergence
+    assert (more.generated_windows, more.tokens, more.to_dict()["generated_windows"]) == (80, 82 * 64, 80)
+
+
+def test_a_stopped_run_writes_nothing_again(tmp_path: Path, monkeypatch: Any) -> None:
+    settings = {"generated": 8, "every": 2}
+    expected, whole = healed(**settings)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if isinstance(event, DivergenceMeasured) and event.step == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        healed(**settings, folder=HealingFolder(tmp_path / "run"), on_event=stop)
+    kept = tmp_path / "run" / "generated.json"
+    assert kept.is_file()
+    monkeypatch.setattr(module, "_pieces", None)  # to write is an error now
+    report, model = healed(**settings, folder=HealingFolder(tmp_path / "run", resume=True))
+    assert report.measured == expected.measured and same(model, whole)
+    kept.write_text("[[1], 2]")
+    with pytest.raises(InputError, match=r"generated.json of the run in .* is damaged"):
+        healed(**settings, folder=HealingFolder(tmp_path / "run", resume=True))
+
+
+def test_the_share_of_the_time_is_told() -> None:
+    events = list[Any]()
+    healed(generated=8, on_event=events.append)
+    told = [(event.step, event.begins, event.ends) for event in events if isinstance(event, PhaseAdvanced)]
+    assert told[0][0] == "generating text" and told[0][1:] == (0.0, told[1][1])
+    assert 0 < told[1][1] < 0.5 and told[-1][2] == 1.0
+
+
+def test_bad_counts_are_refused() -> None:
+    with pytest.raises(InputError, match="the teacher cannot write -1 windows: it is at least none"):
+        healed(generated=-1)
