@@ -3,15 +3,16 @@
     .venv/bin/python -m benchmarks.healing                       # hours on one core
     .venv/bin/python -m benchmarks.healing --only fasp --tokens 40000 --learning-rate 1e-4
     .venv/bin/python -m benchmarks.healing --own-text --generated 64 --batch-size 2
+    .venv/bin/python -m benchmarks.healing --own-text --generated 64 --model small-opt --seq-length 256
     .venv/bin/python -m benchmarks.healing --tables              # only write the table of what has been run
 
 A model is pruned on calibration news and healed on no more than 200 thousand tokens of it, of which it holds out other
 articles; with `--own-text` on the windows alone that it was pruned by, of which an eighth is held out, so that healing
-takes no text that pruning had not; with `--generated` the dense model writes further windows itself. It is evaluated on
-the other half of the news, and on speeches, which neither has seen. `excess lost` is the share of what pruning added to
-the perplexity that healing took off again. Rows are added to results/healing.json one by one, and what is there already
-is not run again. The pruned models, and the state of a row that was stopped, are in the folder of `--work`, from which
-it goes on.
+takes no text that pruning had not. With `--generated` the dense model writes further windows itself, and with both those
+that are held out too. It is evaluated on the other half of the news, and on speeches, which neither has seen. `excess
+lost` is the share of what pruning added to the perplexity that healing took off again. Rows are added to
+results/healing.json one by one, and what is there already is not run again. The pruned models, and the state of a row
+that was stopped, are in the folder of `--work`, from which it goes on.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdow
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
 from optprune.export import save_pruned
-from optprune.healing import HealingFolder, heal
+from optprune.healing import HealingFolder, generated_windows, heal
 from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
@@ -92,9 +93,7 @@ def run(options: argparse.Namespace) -> None:
         ):
             continue
         if text is None:
-            text = (
-                own_text(tokenizer, documents, options) if options.own_text else others(tokenizer, documents, options)
-            )
+            text = own_text(dense, documents, options) if options.own_text else others(tokenizer, documents, options)
             expected = score(dense, windows)
         place = options.work / model.replace(" ", "-").replace("%", "").replace(",", "").replace(":", "-")
         student = pruned(place, recipe, {**settings, "seed": options.seed}, documents, options)
@@ -120,13 +119,19 @@ def others(tokenizer: Tokenizer, documents: list[Document], options: argparse.Na
     )
 
 
-def own_text(tokenizer: Tokenizer, documents: list[Document], options: argparse.Namespace) -> TrainingText:
-    """The windows that the model is pruned by, of which the last eighth is held out."""
-    tokens, at_once = tokenise(tokenizer, documents), options.batch_size * options.seq_length
-    drawn = calibration_batches(tokens, options.samples, options.seq_length, options.seed, at_once)
-    batches, apart = hold_out(list(drawn), 1 / 8)
+def own_text(dense: LoadedModel, documents: list[Document], options: argparse.Namespace) -> TrainingText:
+    """The windows that the model is pruned by, and what is held out: their last eighth.
+
+    Where the dense model writes windows, others that it writes are held out: pruning has fitted its own text.
+    """
+    tokens, at_once = tokenise(tokenizer_of(dense), documents), options.batch_size * options.seq_length
+    drawn = list[Tensor](calibration_batches(tokens, options.samples, options.seq_length, options.seed, at_once))
+    if options.generated:
+        held_out = generated_windows(dense.model, drawn, options.held_out, seed=options.seed + 1)
+        return TrainingText(drawn, held_out, 0)  # type: ignore[arg-type]  # of whole numbers
+    batches, apart = hold_out(drawn, 1 / 8)
     fitted, held_out = batches[:-apart], torch.cat(batches[-apart:])
-    return TrainingText(fitted, held_out, 0)  # type: ignore[arg-type]  # of whole numbers
+    return TrainingText(fitted, held_out, 0)  # type: ignore[arg-type]
 
 
 def whole(options: argparse.Namespace) -> LoadedModel:

@@ -7,34 +7,39 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from optprune.calibration.lanes import Peers
+from optprune.calibration.lanes import Alone, Peers
+from optprune.measure.evaluate import evaluating
 
 PROMPT = 32
 """the tokens of the text that a window begins with, at most half of it"""
+ALONE = Alone()
 TOKENS_AT_ONCE = 16384
 """how many tokens are held in a cache of keys and values"""
 
 
 @torch.no_grad()
-def generated(
+def generated_windows(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     count: int,
-    seed: int,
-    peers: Peers,
+    *,
+    seed: int = 0,
+    peers: Peers = ALONE,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """So many windows of token ids [count, length] that a model writes, as long as those of the first batch.
 
-    Each begins with a piece of a window of the `batches`, and goes on with tokens drawn one after the other from the
-    whole distribution that the model has on them, but for the end of the text. Every process writes a part, and all
-    have all of it. After LLM-QAT (Liu et al., 2023, arXiv 2305.17888), where a window begins with one random token.
+    Each begins with a piece of a window of the `batches`, token ids [n, length], and goes on with tokens drawn one
+    after the other from the whole distribution that the model has on them, but for the end of the text. Every process
+    writes a part, and all have all of it; `tell` hears how many parts are done. After LLM-QAT (Liu et al., 2023, arXiv
+    2305.17888), where a window begins with one random token.
     """
     length = batches[0].shape[1]
     prompts = _pieces(batches, count, min(PROMPT, length // 2), torch.Generator().manual_seed(seed))
     parts = prompts.split(max(1, TOKENS_AT_ONCE // length))
     own = dict[int, list[list[int]]]()
-    with _sampling(model):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _sampling(model), evaluating(model), torch.random.fork_rng(devices):
         for number in range(peers.rank, len(parts), peers.size):
             tell(number, len(parts))
             torch.manual_seed(seed * len(parts) + number)

@@ -15,8 +15,7 @@ from optprune.calibration.peers import Group
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
 from optprune.healing.folder import HealingFolder, Progress
-from optprune.healing.generated import generated as written_by
-from optprune.healing.generated import mixed
+from optprune.healing.generated import generated_windows, mixed
 from optprune.healing.records import HealReport, HeldOut
 from optprune.healing.settings import LEARNING_RATE, Settings
 from optprune.healing.training import Clock, Training, Windows, checkpointing, trainable
@@ -121,7 +120,7 @@ def _with_generated(
         return batches
     windows = peers.exchange(None if folder is None else folder.generated())[0]
     if windows is None:
-        windows = written_by(teacher, batches, settings.generated, settings.seed, peers, tell)
+        windows = generated_windows(teacher, batches, settings.generated, seed=settings.seed, peers=peers, tell=tell)
         if folder is not None:
             folder.keep_generated(windows)
     return mixed(batches, windows, settings.seed)

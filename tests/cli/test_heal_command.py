@@ -101,6 +101,16 @@ def test_the_page_is_there_when_the_folder_has_its_name(
     assert seen == [False] and (folder / "paged" / "report.html").read_text() == "a page"
 
 
+def test_what_the_dense_model_wrote_is_told(folder: Path) -> None:
+    assert main(words(folder, folder / "written", "--generated", "6")) == 0
+    healing = json.loads((folder / "written" / "report.json").read_text())["healing"]
+    assert (healing["generated_windows"], healing["tokens"], healing["steps"]) == (6, 1024 + 6 * 32, 10)
+    card = (folder / "written" / "README.md").read_text()
+    assert "for 10 steps on 1,216 tokens, 6 windows of which that one wrote itself; all zeros and widths are" in card
+    page = parsed((folder / "written" / "report.html").read_text()).text
+    assert "10 steps on 1,216 tokens, 6 windows of which it wrote itself, in" in page
+
+
 def test_a_killed_run_ends_with_the_same_bytes(folder: Path, whole: tuple[Path, int], capsys: Any) -> None:
     expected, count = whole
     given = words(folder, folder / "killed")

@@ -1,5 +1,6 @@
 """The dense model writes further windows itself: what they are made of, when they are kept, and what they bring."""
 
+import importlib
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optprune import heal
-from optprune.calibration.lanes import Alone
 from optprune.errors import InputError
 from optprune.healing import HealingFolder, HealReport
-from optprune.healing import generated as module
-from optprune.healing.generated import PROMPT, generated, mixed
+from optprune.healing.generated import PROMPT, generated_windows, mixed
 from optprune.report import DivergenceMeasured, PhaseAdvanced
 from tests.helpers.faults import noticed
 from tests.helpers.short_runs import same
@@ -23,12 +22,13 @@ from tests.helpers.tiny_models import VARIANTS
 from tests.helpers.token_batches import batches
 from tests.helpers.trained_tiny import halved, news, trained
 
+module = importlib.import_module("optprune.healing.generated")
 SHORT = list(news(10, 12)[:8].split(2))
 """a text of eight windows"""
 
 
 def written(count: int, text: list[Tensor] | None = None, model: Any = None, seed: int = 0) -> Tensor:
-    return generated(model or trained(), SHORT if text is None else text, count, seed, Alone())
+    return generated_windows(model or trained(), SHORT if text is None else text, count, seed=seed)
 
 
 def healed(batches: int = 4, **settings: Any) -> tuple[HealReport, PreTrainedModel]:
@@ -59,7 +59,7 @@ def test_tokens_are_drawn_from_the_whole_distribution(own: GenerationConfig | No
     before, first = model.generation_config, SHORT[0][0, 0]
 
     def test() -> None:
-        drawn = generated(model, [first.view(1, 1).repeat(1, 2)], count, 0, Alone())
+        drawn = generated_windows(model, [first.view(1, 1).repeat(1, 2)], count)
         assert bool((drawn[:, 0] == first).all()) and model.generation_config is before
         with torch.no_grad():
             log_p = model(input_ids=drawn[:1, :1]).logits[0, -1].double().log_softmax(-1)
@@ -90,9 +90,11 @@ def test_every_architecture_writes(variant: str) -> None:
 
 
 def test_what_is_drawn_hangs_on_the_seed_and_not_on_the_processes(monkeypatch: Any) -> None:
+    state = torch.get_rng_state()
     expected = written(6)
+    assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(written(6), expected) and not torch.equal(written(6, seed=1), expected)
-    for windows in together(3, lambda peers: generated(trained(), SHORT, 6, 0, peers)):
+    for windows in together(3, lambda peers: generated_windows(trained(), SHORT, 6, peers=peers)):
         assert torch.equal(windows, expected)
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 128)
     assert len({tuple(window.tolist()) for window in written(6)}) == 6, "each part draws its own"
