@@ -8,9 +8,9 @@
 
 A model is pruned on calibration news and healed on no more than 200 thousand tokens of it, of which it holds out other
 articles; with `--own-text` on the windows alone that it was pruned by, of which an eighth is held out, so that healing
-takes no text that pruning had not. With `--generated` the dense model writes further windows itself, and with both those
-that are held out too. It is evaluated on the other half of the news, and on speeches, which neither has seen. `excess
-lost` is the share of what pruning added to the perplexity that healing took off again. Rows are added to
+takes no text that pruning had not. With `--generated` the dense model writes further windows itself, and with both
+options those that are held out too. It is evaluated on the other half of the news, and on speeches, which neither has
+seen. `excess lost` is the share of what pruning added to the perplexity that healing took off again. Rows are added to
 results/healing.json one by one, and what is there already is not run again. The pruned models, and the state of a row
 that was stopped, are in the folder of `--work`, from which it goes on.
 """
