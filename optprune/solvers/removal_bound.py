@@ -85,22 +85,20 @@ def _rise(problem: StructuredProblem, alone: Tensor, coupling: Tensor, steps: in
 
     `alone` [units] is s, and `coupling` [units, units] is Q of t = 1, scaled by 1 / sqrt(2 s_g 2 s_h).
     """
+    # A GPU is waited for once, at the end.
     dearest = torch.where(problem.pattern.project(alone), 0.0, alone).amax()
     share = torch.where(alone > 0, torch.minimum(alone, dearest) / alone, 1.0)
-    rounding = 1 + len(alone) * torch.finfo(torch.float64).eps
-    best = 0.0
+    rounding, least = 1 + len(alone) * torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
+    best = torch.zeros_like(dearest)
     for step in range(steps + 1):
         root, value = share.sqrt(), share * alone
         sizes, vectors = linalg.eigh(coupling * torch.outer(root, root))
-        gone = ~problem.pattern.project(value)
-        total = value[gone].sum()
-        if not float(total) > 0:
-            break
-        best = max(best, float(total / (sizes[-1] * rounding)))
-        leading = vectors.square() @ (SHARPNESS * (sizes / sizes[-1] - 1)).exp()
-        slope = torch.where(gone, value / total, 0.0) - leading / leading.sum()
-        steepest = slope.abs().amax()
-        if step == steps or not float(steepest) > 0:
-            break
-        share = share * (LONGEST * slope / steepest).exp()
-    return best
+        largest = sizes[-1].clamp(min=least)
+        gone = torch.where(problem.pattern.project(value), 0.0, value)
+        total = gone.sum()
+        best = torch.maximum(best, total / (largest * rounding))
+        if step < steps:
+            leading = vectors.square() @ (SHARPNESS * (sizes / largest - 1)).exp()
+            slope = gone / total.clamp(min=least) - leading / leading.sum().clamp(min=least)
+            share = share * (LONGEST * slope / slope.abs().amax().clamp(min=least)).exp()
+    return float(best)
