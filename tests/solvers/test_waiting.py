@@ -93,8 +93,8 @@ MOST = {
 DIRECT = 18
 """looks of a solver without steps, all in all: at the scores, and at what is factorised"""
 
-INSIDE = {RemovalBound: 2 * RemovalBound().steps}
-"""looks beside those, of a solver that goes some steps by itself: here at which units are the cheapest, twice"""
+INSIDE = {RemovalBound: 8}
+"""looks beside those, of a solver that goes some steps by itself: two at each of four, at which units are cheapest"""
 
 
 def looks(problem, solver):
