@@ -14,14 +14,6 @@ def write(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
             layer.bias.copy_(bias)
 
 
-def write_parameters(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Replace the values of a module's parameters, by their names inside it, in their own shapes and dtypes."""
-    parameters = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, value in values.items():
-            parameters[name].copy_(value)
-
-
 def put_parameters(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a module these parameters, by their names inside it, whatever their shapes."""
     for name, weight in weights.items():

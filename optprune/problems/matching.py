@@ -7,7 +7,6 @@ is a pass of them through the block.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -20,9 +19,10 @@ from optprune.metric import OutputMetric
 from optprune.numerics import linalg
 from optprune.numerics.finite import all_finite
 from optprune.numerics.modules import first_output
+from optprune.problems.kept_entries import KeptEntries
 
 Point = tuple[Tensor, ...]
-"""the parameters of a block, in the order of their names"""
+"""the kept entries of a block's parameters, a vector each, in the order of their names"""
 ENOUGH = (torch.float32, torch.float64)
 """the dtypes in which a small step is not lost"""
 
@@ -61,7 +61,7 @@ def order(count: int, epoch: int) -> list[int]:
 @final
 @dataclass(frozen=True, eq=False)
 class BlockMatching:
-    """minimise  E(v) / 2 + pull / 2 * mean over kept weights of ((v_i - a_i) / u_i)^2   over v with the zeros of a.
+    """minimise  E(v) / 2 + pull / 2 * mean of ((v_i - a_i) / u_i)^2   over v, the kept entries of a block's parameters
 
         E(v) = sum_t w_t e_t^T S e_t / sum_t w_t y_t^T S y_t,   e_t = f(x_t; v) - y_t,   w_t = 1 / |y_t|^2
 
@@ -71,9 +71,12 @@ class BlockMatching:
     token's own size (RMSNorm, LayerNorm), so that an error counts by what share of its token it is, and a massive
     activation, which the first token has, by no more than any other. A mean of squares would be that token's alone.
 
-    Zeros of the weights of linear layers stay zero; biases and norms are free as they are. Not convex, but for a block
-    that is affine in its parameters. Memory of a gradient: two of every tensor, and what is inside the block during a
-    pass there and back of one example.
+    Zeros of matrices stay zero, since v is without them; biases and norms are free as they are. Not convex, but for a
+    block that is affine in its parameters.
+
+    The block itself holds v, so that there is no second one: a point that is measured is written into it first, and
+    without one the block is measured as it is. Memory of a gradient: two of every kept entry, and what is inside the
+    block during a pass there and back of one example; with a pull one more, for a.
 
     Reference: the whole-block matching of 3BASiL (2026), there with plain squares; the weighing of tokens is ours.
     """
@@ -83,14 +86,16 @@ class BlockMatching:
     module: nn.Module
     names: tuple[str, ...]
     """the parameters by their names inside the block"""
-    anchor: Point
-    """a, where it begins: the block's own parameters, which stay as they are meanwhile"""
-    support: tuple[Tensor | None, ...]
-    """masks of what may be other than zero; None where all may be"""
+    entries: tuple[KeptEntries, ...]
+    """what of them may move"""
+    units: tuple[float, ...]
+    """the root mean square of the kept entries of every tensor; the least of the others for a tensor of zeros"""
     examples: Examples
     metric: OutputMetric | None = None
     """S, at the block's output"""
     pull: float = 0.0
+    anchor: Point | None = None
+    """a, where there is a pull"""
     signal: float = field(init=False)
     """sum_t w_t y_t^T S y_t over all examples; where there is none, 1: errors are then as they are"""
     tokens: float = field(init=False)
@@ -112,7 +117,7 @@ class BlockMatching:
     def of(
         cls, module: nn.Module, examples: Examples, metric: OutputMetric | None = None, pull: float = 0.0
     ) -> "BlockMatching":
-        """The problem of a block as it is now: what is zero of its linear layers stays zero.
+        """The problem of a block as it is now: what is zero of its matrices stays zero.
 
         InputError where its parameters are in half precision, in which small steps are lost.
         """
@@ -123,90 +128,99 @@ class BlockMatching:
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
                     "block in float32, and round what it comes to"
                 )
-        whole: Any = module  # torch's stubs leave the type of its parts open
-        parts: Iterable[tuple[str, nn.Module]] = whole.named_modules()
-        linear = {f"{path}.weight".removeprefix(".") for path, part in parts if isinstance(part, nn.Linear)}
-        anchor = tuple(weight.detach() for weight in found.values())
-        support = tuple(weight != 0 if name in linear else None for name, weight in zip(found, anchor, strict=True))
-        return cls(module, tuple(found), anchor, support, examples, metric, pull)
+        entries = tuple(map(KeptEntries.of, found.values()))
+        anchor = tuple(one.read() for one in entries) if pull else None
+        return cls(module, tuple(found), entries, _units(entries), examples, metric, pull, anchor)
 
     def on(self, examples: Examples) -> "BlockMatching":
-        """The same problem on other examples, such as held-out ones."""
+        """The same problem, of the same block, on other examples, such as held-out ones."""
         return replace(self, examples=examples)
 
-    def start(self) -> Point:
-        """A feasible point: copies of what the parameters begin with."""
-        return tuple(weight.clone() for weight in self.anchor)
+    def point(self, into: Point | None = None) -> Point:
+        """What the block holds now, copied, into the tensors of another point where one is given."""
+        places = into or (None,) * len(self.entries)
+        return tuple(one.read(place) for one, place in zip(self.entries, places, strict=True))
 
-    @cached_property
-    def units(self) -> tuple[float, ...]:
-        """The root mean square of the kept entries of every tensor; the least of the others for a tensor of zeros."""
-        found = [
-            float(weight.double().square().sum().div(max(1, count)).sqrt())
-            for weight, count in zip(self.anchor, self._counts, strict=True)
-        ]
-        least = min((unit for unit in found if unit > 0), default=1.0)
-        return tuple(unit or least for unit in found)
-
-    @property
-    def _counts(self) -> list[int]:
-        pairs = zip(self.anchor, self.support, strict=True)
-        return [weight.numel() if mask is None else int(mask.sum()) for weight, mask in pairs]
+    def put(self, point: Point) -> None:
+        """Let the block hold a point."""
+        for one, values in zip(self.entries, point, strict=True):
+            one.write(values)
 
     @torch.no_grad()
-    def error(self, point: Point) -> float:
+    def error(self, point: Point | None = None) -> float:
         """E, measured in float64."""
+        if point is not None:
+            self.put(point)
 
         def terms(example: Example) -> Point:
-            return (self._half(self._run(point, example), example)[0] * 2,)
+            output = first_output(self.module(*example.args, **example.kwargs))
+            return (self._half(output, example)[0] * 2,)
 
         return float(self.examples.sums(terms, self._number)[0]) / self.signal
 
-    def objective(self, point: Point) -> float:
+    def objective(self, point: Point | None = None) -> float:
         """The value to minimise."""
-        return self.error(point) / 2 + self._pulled(point)
+        return self.error(point) / 2 + self._pulled()
 
-    def violation(self, point: Point) -> float:
-        """The number of entries outside the support that are not zero."""
-        pairs = zip(point, self.support, strict=True)
-        return float(sum(int(((weight != 0) & ~mask).sum()) for weight, mask in pairs if mask is not None))
+    def violation(self) -> float:
+        """The number of entries outside the support that are not zero in the block."""
+        return float(sum(one.others() for one in self.entries))
 
     @torch.no_grad()
-    def gradient(self, point: Point, draw: int | None = None) -> tuple[float, Point]:
-        """The objective and its gradient, zero outside the support: on a draw, which estimates both, or on all."""
+    def gradient(self, point: Point | None = None, draw: int | None = None) -> tuple[float, Point]:
+        """The objective and its gradient: on a draw, which estimates both, or on all."""
+        if point is not None:
+            self.put(point)
 
         def zeros() -> tuple[Tensor, ...]:
-            return (*self._number(), *self._number(), *(torch.zeros_like(weight) for weight in point))
+            slopes = (one.weight.new_zeros(one.count) for one in self.entries)
+            return (*self._number(), *self._number(), *slopes)
 
         def terms(example: Example) -> tuple[Tensor, ...]:
-            leaves = tuple(weight.detach().requires_grad_() for weight in point)
-            with torch.enable_grad():
-                half, product = self._half(self._run(leaves, example), example)
-                slopes = torch.autograd.grad(product, leaves, materialize_grads=True)
+            half, slopes = self._slopes(example)
             return (half, self._tokens(example), *slopes)
 
         half, tokens, *sums = self.examples.sums(terms, zeros, draw)
         scale = self.tokens / self.signal / float(tokens)
-        pull = self.pull / max(1, sum(self._counts))
-        for slope, weight, anchor, mask, unit in zip(sums, point, self.anchor, self.support, self.units, strict=True):
+        for slope in sums:
             slope.mul_(scale)
-            if pull:
-                slope.add_(weight - anchor, alpha=pull / unit**2)
-            if mask is not None:
-                slope.mul_(mask)
-        return float(half) * scale + self._pulled(point), tuple(sums)
+        if self.anchor is not None:
+            for slope, one, anchor, unit in zip(sums, self.entries, self.anchor, self.units, strict=True):
+                slope.add_(one.read() - anchor, alpha=self.pull / self._count / unit**2)
+        return float(half) * scale + self._pulled(), tuple(sums)
 
-    def _pulled(self, point: Point) -> float:
-        if not self.pull:
+    def _slopes(self, example: Example) -> tuple[Tensor, Point]:
+        """Half of an example's weighed error, and its gradient."""
+        slopes: list[Tensor | None] = [None] * len(self.entries)
+
+        def leaf(number: int) -> Tensor:
+            # Only what is kept of a tensor's gradient stays, from the moment that it is there.
+            def pick(weight: Any) -> None:
+                slopes[number], weight.grad = self.entries[number].picked(weight.grad), None
+
+            found: Any = self.entries[number].weight.detach().requires_grad_()  # torch's stubs leave hooks open
+            found.register_post_accumulate_grad_hook(pick)
+            return found
+
+        leaves = [leaf(number) for number in range(len(self.names))]
+        with torch.enable_grad():
+            named = dict(zip(self.names, leaves, strict=True))
+            output = first_output(functional_call(self.module, named, example.args, dict(example.kwargs)))
+            half, product = self._half(output, example)
+            torch.autograd.backward(product, inputs=leaves)
+        pairs = zip(slopes, self.entries, strict=True)
+        return half, tuple(one.weight.new_zeros(one.count) if slope is None else slope for slope, one in pairs)
+
+    @property
+    def _count(self) -> int:
+        return max(1, sum(one.count for one in self.entries))
+
+    def _pulled(self) -> float:
+        if self.anchor is None:
             return 0.0
-        parts = zip(point, self.anchor, self.units, strict=True)
-        total = sum(float((weight - anchor).double().square().sum()) / unit**2 for weight, anchor, unit in parts)
-        return self.pull / 2 * total / max(1, sum(self._counts))
-
-    def _run(self, point: Point, example: Example) -> Tensor:
-        return first_output(
-            functional_call(self.module, dict(zip(self.names, point, strict=True)), example.args, dict(example.kwargs))
-        )
+        parts = zip(self.entries, self.anchor, self.units, strict=True)
+        total = sum(float((one.read() - anchor).double().square().sum()) / unit**2 for one, anchor, unit in parts)
+        return self.pull / 2 * total / self._count
 
     def _half(self, output: Tensor, example: Example) -> tuple[Tensor, Tensor]:
         """sum_t w_t e_t^T S e_t / 2, and a number with its gradient."""
@@ -219,11 +233,17 @@ class BlockMatching:
         return columns if self.metric is None else self.metric.apply(columns)
 
     def _number(self) -> Point:
-        return (torch.zeros((), dtype=torch.float64, device=self.anchor[0].device),)
+        return (torch.zeros((), dtype=torch.float64, device=self.entries[0].weight.device),)
 
     def _tokens(self, example: Example) -> Tensor:
         count = example.target.shape[:-1].numel()
         return torch.tensor(float(count), dtype=torch.float64, device=example.target.device)
+
+
+def _units(entries: Iterable[KeptEntries]) -> tuple[float, ...]:
+    found = [float(one.read().double().square().sum().div(max(1, one.count)).sqrt()) for one in entries]
+    least = min((unit for unit in found if unit > 0), default=1.0)
+    return tuple(unit or least for unit in found)
 
 
 def _root_weights(target: Float[Tensor, "... out"]) -> Float[Tensor, "... 1"]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from optprune.calibration.calls import Calls
 from optprune.calibration.lanes import LaneSums, TensorSums
 from optprune.metric import OutputMetric
-from optprune.models.surgery import write_parameters
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.recipe.groups import Matching
@@ -37,7 +37,9 @@ class Sequences(Examples):
         sums = LaneSums(self.lanes, lambda: TensorSums(*zeros()))
         for lane, places in enumerate(self._places):
             for number, place in places if draw is None else self._drawn(places, draw):
-                sums.at(lane).add(*terms(self._example(number, place)))
+                # Before there is room for their sums: inside, a block needs room of its own.
+                found = terms(self._example(number, place))
+                sums.at(lane).add(*found)
         return sums.total().tensors
 
     def _drawn(self, places: list[tuple[int, int]], draw: int) -> list[tuple[int, int]]:
@@ -80,21 +82,16 @@ def match_block(
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> RecoveredPart:
-    """Move the parameters of a block in place, zeros of its linear layers kept, so that it answers the targets.
+    """Move the parameters of a block in place, zeros of its matrices kept, so that it answers the targets.
 
     A draw of the solver has `at_once` sequences of each lane. The state with the least error on the calls kept apart
-    is written, rounded to a `dtype` where weights will be stored in one of fewer digits than the block has: that error
+    stays, rounded to a `dtype` where weights will be stored in one of fewer digits than the block has: that error
     never rises. InputError where the block itself has too few.
     """
     began = time.perf_counter()
     problem = BlockMatching.of(block, Sequences(fit, at_once), metric, pull)
-
-    def rounded(weight: Tensor) -> Tensor:
-        return weight if dtype is None else weight.to(dtype)
-
+    rounded = None if dtype is None else partial(Tensor.to, dtype=dtype)
     found = match(problem, solver, Sequences(apart, at_once), rounded=rounded)
-    if found.steps:
-        write_parameters(block, dict(zip(problem.names, found.value, strict=True)))
     return RecoveredPart(
         name=name,
         layers=problem.names,

@@ -18,9 +18,8 @@ CARE = 1 / 3
 
 @dataclass(eq=False)
 class AdamState:
-    """The parameters with the averages of their gradients, in units of the problem; steps change the tensors."""
+    """The averages of the gradients, in units of the problem; steps change the tensors, and the block has the point."""
 
-    point: Point
     mean: Point
     square: Point
     steps: int = 0
@@ -39,7 +38,7 @@ class Adam(Descent[AdamState]):
     moves in a step, of whatever layer. The rate grows over the first tenth of the steps, and then goes to zero along a
     cosine. A step goes through one draw of the examples, `epochs` times all of them in all; the held-out examples are
     looked at after each time, and where that made nothing better, the descent goes back to the best point, with a third
-    of the rate. Memory: three numbers a parameter, beside the gradient.
+    of the rate. Memory: two numbers a kept entry, beside the gradient.
 
     Reference: Kingma and Ba (2015).
     """
@@ -53,22 +52,23 @@ class Adam(Descent[AdamState]):
     warm: float = 0.1
     """the share of the steps over which the rate grows"""
 
-    def begin(self, problem: BlockMatching, start: Point) -> AdamState:
-        zeros = tuple(torch.zeros_like(weight) for weight in start)
-        return AdamState(start, zeros, tuple(torch.zeros_like(weight) for weight in start))
+    def begin(self, problem: BlockMatching) -> AdamState:
+        mean, square = (tuple(one.weight.new_zeros(one.count) for one in problem.entries) for _ in range(2))
+        return AdamState(mean, square)
 
     def step(self, problem: BlockMatching, state: AdamState) -> AdamState:
-        _, gradient = problem.gradient(state.point, state.steps)
+        _, gradient = problem.gradient(draw=state.steps)
         rate, (first, second) = state.care * self.rate_at(state.steps, self._steps(problem)), self.memory
         state.steps, state.fresh = state.steps + 1, state.fresh + 1
         scale, spread = 1 - first**state.fresh, 1 - second**state.steps
-        for weight, mean, square, raw, unit in zip(
-            state.point, state.mean, state.square, gradient, problem.units, strict=True
+        for one, mean, square, slope, unit in zip(
+            problem.entries, state.mean, state.square, gradient, problem.units, strict=True
         ):
-            slope = raw * unit
+            slope.mul_(unit)
             mean.lerp_(slope, 1 - first)
             square.mul_(second).addcmul_(slope, slope, value=1 - second)
-            weight.addcdiv_(mean, (square / spread).sqrt_().add_(TINY), value=-rate * unit / scale)
+            roots = torch.div(square, spread, out=slope).sqrt_().add_(TINY)
+            one.write(one.read().addcdiv_(mean, roots, value=-rate * unit / scale))
         return state
 
     def rate_at(self, step: int, steps: int) -> float:
@@ -79,17 +79,14 @@ class Adam(Descent[AdamState]):
         return self.rate * (1 + math.cos(math.pi * (step + 1 - warm) / (steps + 1 - warm))) / 2
 
     def back(self, problem: BlockMatching, state: AdamState, best: Point) -> AdamState:
-        for weight, mean, kept in zip(state.point, state.mean, best, strict=True):
-            weight.copy_(kept)
+        problem.put(best)
+        for mean in state.mean:
             mean.zero_()
         state.fresh, state.care = 0, state.care * CARE
         return state
 
     def done(self, problem: BlockMatching, state: AdamState) -> Status | None:
         return Status.CONVERGED if state.steps >= self._steps(problem) else None
-
-    def point(self, state: AdamState) -> Point:
-        return state.point
 
     def looks(self, problem: BlockMatching) -> int:
         return problem.examples.draws

@@ -1,7 +1,8 @@
 """Descents: solvers of block matching, and the one driver, in which tokens that no step sees decide what is kept."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -13,6 +14,8 @@ from optprune.problems.matching import BlockMatching, Examples, Point
 from optprune.solvers.solution import Status
 
 State = TypeVar("State")
+Rounding = Callable[[Tensor], Tensor]
+"""weights as they will be stored"""
 PATIENCE = 3
 """looks at the held-out examples, without a smaller error there, after which a descent ends"""
 
@@ -20,12 +23,13 @@ PATIENCE = 3
 class Descent(ABC, Generic[State]):
     """An algorithm that moves a block's parameters by gradients; concrete ones are frozen dataclasses of options.
 
-    `match` drives it: begin once, then step until done says why to stop. Steps keep zeros outside the support.
+    `match` drives it: begin once, then step until done says why to stop. After each of them the block of the problem
+    holds the point that the state stands for.
     """
 
     @abstractmethod
-    def begin(self, problem: BlockMatching, start: Point) -> State:
-        """The state before the first step; the tensors of the start become the state's own."""
+    def begin(self, problem: BlockMatching) -> State:
+        """The state before the first step, at the point that the block holds."""
 
     @abstractmethod
     def step(self, problem: BlockMatching, state: State) -> State:
@@ -35,12 +39,11 @@ class Descent(ABC, Generic[State]):
     def done(self, problem: BlockMatching, state: State) -> Status | None:
         """None to go on, else why to stop."""
 
-    @abstractmethod
-    def point(self, state: State) -> Point:
-        """The parameters that the state stands for; a later step may change their tensors."""
-
     def back(self, problem: BlockMatching, state: State, best: Point) -> State:
-        """The state from which to go on after a look that found no smaller error than at the point kept."""
+        """The state from which to go on after a look that found no smaller error than at the point kept.
+
+        The tensors of that point are not the state's: later looks write into them.
+        """
         return state
 
     @abstractmethod
@@ -71,52 +74,51 @@ def match(
     solver: Descent[State],
     apart: Examples | None = None,
     *,
-    rounded: Callable[[Tensor], Tensor] = lambda weight: weight,
+    rounded: Rounding | None = None,
 ) -> Matched:
-    """Solve a block matching problem.
+    """Solve a block matching problem: its block holds the value afterwards, whatever comes between.
 
     Of what the descent comes by, at the looks that the solver asks for, the value is what has the least error on the
     examples kept `apart`, the start among it; after a look without a smaller one the solver may go back, and after
     three in a row it ends. Where none are kept apart the objective decides, twice which then stands for that error.
-    Points are tried as they are `rounded`, and a weight that this would make zero is what it was at first.
+    Points are tried as they are `rounded`, and a weight that this would make zero is what it was when last kept.
     """
-    judge: Callable[[Point], float] = problem.on(apart).error if apart is not None else _twice(problem.objective)
-    best, best_step = problem.anchor, 0
-    before, held_out_before = problem.error(best), judge(best)
-    state, steps, held_out, misses = solver.begin(problem, problem.start()), 0, held_out_before, 0
-    every = solver.looks(problem)
-    while (status := solver.done(problem, state)) is None:
-        state, steps = solver.step(problem, state), steps + 1
-        if steps % every and solver.done(problem, state) is None:
-            continue
-        tried = _rounded(problem, solver.point(state), rounded)
-        error, misses = judge(tried), misses + 1
-        if error < held_out:
-            best = _copied(tried, best if best_step else problem.start())
-            best_step, held_out, misses = steps, error, 0
-        elif misses >= PATIENCE:
-            status = Status.CONVERGED
-            break
-        else:
-            state = solver.back(problem, state, best)
-    after = problem.error(best) if best_step else before
+    judge: Callable[[], float] = problem.on(apart).error if apart is not None else lambda: 2 * problem.objective()
+    best, best_step = problem.point(), 0
+    try:
+        before, held_out_before = problem.error(), judge()
+        state, steps, held_out, misses = solver.begin(problem), 0, held_out_before, 0
+        every = solver.looks(problem)
+        while (status := solver.done(problem, state)) is None:
+            state, steps = solver.step(problem, state), steps + 1
+            if steps % every and solver.done(problem, state) is None:
+                continue
+            with _as_rounded(problem, rounded, best):
+                error, misses = judge(), misses + 1
+                if error < held_out:
+                    problem.point(into=best)
+                    best_step, held_out, misses = steps, error, 0
+            if misses >= PATIENCE:
+                status = Status.CONVERGED
+                break
+            if misses:
+                state = solver.back(problem, state, best)
+    finally:
+        problem.put(best)
+    after = problem.error() if best_step else before
     return Matched(best, before, after, held_out_before, held_out, best_step, steps, status)
 
 
-def _twice(measure: Callable[[Point], float]) -> Callable[[Point], float]:
-    return lambda point: 2 * measure(point)
-
-
-def _copied(point: Point, kept: Point) -> Point:
-    """A point in the memory of the one that was kept before."""
-    for weight, place in zip(point, kept, strict=True):
-        place.copy_(weight)
-    return kept
-
-
-def _rounded(problem: BlockMatching, point: Point, rounded: Callable[[Tensor], Tensor]) -> Point:
-    found = list[Tensor]()
-    for weight, anchor in zip(point, problem.anchor, strict=True):
-        near = rounded(weight).to(weight)
-        found.append(near if near is weight else near.where((near != 0) | (weight == 0), anchor))
-    return tuple(found)
+@contextmanager
+def _as_rounded(problem: BlockMatching, rounded: Rounding | None, kept: Point) -> Generator[None, None, None]:
+    """The block holds its point as it is rounded meanwhile."""
+    if rounded is None:
+        yield
+        return
+    own, near = problem.point(), list[Tensor]()
+    for values, others in zip(own, kept, strict=True):
+        new = rounded(values).to(values)
+        near.append(new.where((new != 0) | (values == 0), others))
+    problem.put(tuple(near))
+    yield
+    problem.put(own)

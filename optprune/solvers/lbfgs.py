@@ -36,7 +36,7 @@ class Lbfgs(Descent[LbfgsState]):
 
     In units u of each tensor's root mean square, on all examples at every step; t is halved from 1 until the objective
     falls by a ten-thousandth of what the slope promises (Armijo). Each step costs a gradient, or a few. Ends where the
-    gradient is `tolerance` of what it was at first. Memory: 2 `pairs` + 4 numbers a parameter.
+    gradient is `tolerance` of what it was at first. Memory: 2 `pairs` + 4 numbers a kept entry.
 
     Reference: Liu and Nocedal (1989); Nocedal and Wright, Numerical Optimization, algorithm 7.4.
     """
@@ -46,7 +46,8 @@ class Lbfgs(Descent[LbfgsState]):
     pairs: int = 8
     tolerance: float = 1e-6
 
-    def begin(self, problem: BlockMatching, start: Point) -> LbfgsState:
+    def begin(self, problem: BlockMatching) -> LbfgsState:
+        start = problem.point()
         value, slope = self._measured(problem, start)
         return LbfgsState(start, value, slope, _norm(slope))
 
@@ -63,6 +64,7 @@ class Lbfgs(Descent[LbfgsState]):
                 break
             length /= 2
         else:
+            problem.put(state.point)
             return replace(state, steps=state.steps + 1, stalled=True)
         pairs = state.pairs
         move = tuple(-length * part for part in direction)
@@ -91,7 +93,7 @@ class Lbfgs(Descent[LbfgsState]):
 
     def _measured(self, problem: BlockMatching, point: Point) -> tuple[float, Point]:
         value, slope = problem.gradient(point)
-        return value, tuple(part * unit for part, unit in zip(slope, problem.units, strict=True))
+        return value, tuple(part.mul_(unit) for part, unit in zip(slope, problem.units, strict=True))
 
     def done(self, problem: BlockMatching, state: LbfgsState) -> Status | None:
         if _norm(state.slope) <= self.tolerance * state.first:
@@ -99,9 +101,6 @@ class Lbfgs(Descent[LbfgsState]):
         if state.stalled:
             return Status.STALLED
         return Status.STEP_LIMIT if state.steps >= self.epochs else None
-
-    def point(self, state: LbfgsState) -> Point:
-        return state.point
 
     def looks(self, problem: BlockMatching) -> int:
         return 1

@@ -4,7 +4,8 @@ A descent is held to them by `check_descent`: on blocks whose answers are affine
 is a least squares problem that numpy solves, and on gated blocks with a norm, where it is not convex.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, final
 
@@ -105,17 +106,18 @@ def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
 
 
 def affine_optimum(problem: BlockMatching) -> float:
-    """The least objective of a problem whose block is affine in its parameters: its Jacobian, and numpy's SVD.
+    """The least objective of a problem, at its start, whose block is affine in its parameters: Jacobian and SVD.
 
     Residuals are S^(1/2) e_t / |y_t|, token by token, and the pull is more rows; nothing of the problem's own measures.
     """
     examples = cast(Listed, problem.examples).examples
-    free = [np.flatnonzero(_free(problem, number)) for number in range(len(problem.anchor))]
+    start = tuple(weight.detach() for weight in problem.module.parameters())
+    free = [np.flatnonzero(_free(weight)) for weight in start]
     root = np.eye(examples[0].target.shape[-1])
     if problem.metric is not None:
         root = np.linalg.cholesky(problem.metric.matrix.cpu().numpy()).T
 
-    def answers(point: Point) -> np.ndarray[Any, Any]:
+    def answers(point: Sequence[Tensor]) -> np.ndarray[Any, Any]:
         rows = []
         for example in examples:
             named = dict(zip(problem.names, point, strict=True))
@@ -129,15 +131,15 @@ def affine_optimum(problem: BlockMatching) -> float:
         sizes = example.target.norm(dim=-1, keepdim=True)
         wanted.append((example.target / sizes).flatten(0, -2).cpu().numpy() @ root.T)
     target = np.concatenate(wanted).reshape(-1)
-    base, columns, ridge = answers(problem.anchor), [], []
+    base, columns, ridge = answers(start), [], []
     count = sum(map(len, free))
     for number, entries in enumerate(free):
-        kept = problem.anchor[number].reshape(-1)[here(torch.from_numpy(entries))]
+        kept = start[number].reshape(-1)[here(torch.from_numpy(entries))]
         unit = float(kept.square().mean().sqrt()) if len(entries) else 1.0
         for entry in entries:
-            moved = [weight.clone() for weight in problem.anchor]
+            moved = [weight.clone() for weight in start]
             moved[number].view(-1)[entry] += 1
-            columns.append(answers(tuple(moved)) - base)
+            columns.append(answers(moved) - base)
             ridge.append((problem.pull / count) ** 0.5 / unit)
     if not columns:
         return float(np.square(base - target).sum() / np.square(target).sum() / 2)
@@ -148,55 +150,70 @@ def affine_optimum(problem: BlockMatching) -> float:
     return float(np.square(rows @ change - right).sum() / 2)
 
 
-def _free(problem: BlockMatching, number: int) -> np.ndarray[Any, Any]:
-    anchor = problem.anchor[number]
-    linear = isinstance(problem.module, nn.Linear) or anchor.ndim == 2
-    return ((anchor != 0) if linear and anchor.ndim == 2 else torch.ones_like(anchor).bool()).reshape(-1).cpu().numpy()
+def _free(weight: Tensor) -> np.ndarray[Any, Any]:
+    return (weight != 0 if weight.ndim == 2 else torch.ones_like(weight).bool()).reshape(-1).cpu().numpy()
+
+
+def anew(problem: BlockMatching) -> BlockMatching:
+    """The same problem of a copy of its block, which a descent may move."""
+    return BlockMatching.of(copy.deepcopy(problem.module), problem.examples, problem.metric, problem.pull)
 
 
 def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
     """What is zero of a linear layer's weight stays zero, and nothing else becomes it."""
-    found = match(problem, solver)
-    assert problem.violation(found.value) == 0, f"{_named(solver)}: a weight that was removed is back"
-    for name, before, after in zip(problem.names, problem.anchor, found.value, strict=True):
-        if before.ndim == 2:
-            assert torch.equal(before != 0, after != 0), f"{_named(solver)}: other weights of {name} are zero"
+    problem = anew(problem)
+    before = {name: weight.detach().clone() for name, weight in problem.module.named_parameters()}
+    match(problem, solver)
+    assert problem.violation() == 0, f"{_named(solver)}: a weight that was removed is back"
+    for name, after in problem.module.named_parameters():
+        if after.ndim == 2:
+            assert torch.equal(before[name] != 0, after != 0), f"{_named(solver)}: other weights of {name} are zero"
 
 
 def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> None:
     """What is kept has no larger objective than the start, as the problem measures it, nor a larger error apart."""
-    found, start = match(problem, solver), problem.start()
-    assert problem.objective(found.value) <= problem.objective(start), f"{_named(solver)}: it made its start worse"
+    whole = anew(problem)
+    before = whole.objective()
+    found = match(whole, solver)
+    assert whole.objective(found.value) <= before, f"{_named(solver)}: it made its start worse"
     examples = cast(Listed, problem.examples).examples
-    apart, fit = Listed(examples[-1:]), problem.on(Listed(examples[:-1]))
-    held = match(fit, solver, apart)
+    apart, fit = Listed(examples[-1:]), anew(problem).on(Listed(examples[:-1]))
     judge = fit.on(apart)
-    assert judge.error(held.value) <= judge.error(start), f"{_named(solver)}: worse on the examples kept apart"
+    before = judge.error()
+    held = match(fit, solver, apart)
+    assert judge.error(held.value) <= before, f"{_named(solver)}: worse on the examples kept apart"
     assert held.held_out == judge.error(held.value), f"{_named(solver)}: the error apart was not measured so"
     assert held.error == fit.error(held.value), f"{_named(solver)}: the error was not measured so"
 
 
-def leaves_all_as_it_was(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """The block's own parameters, the anchor and the global random state stay, bit for bit."""
-    own = [weight.detach().clone() for weight in problem.module.parameters()]
-    anchor, state = problem.start(), torch.get_rng_state()
-    match(problem, solver)
-    same = zip([*problem.module.parameters(), *problem.anchor], [*own, *anchor], strict=True)
-    assert all(torch.equal(now, before) for now, before in same), f"{_named(solver)}: it changed the block or its start"
+def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Descent[Any]) -> None:
+    """The block holds the value, bit for bit; what it is pulled towards, the examples and the random state stay."""
+    problem = anew(problem)
+    given = cast(Listed, problem.examples).examples
+    kept = [(problem.anchor or ()), *((example.target, *example.args) for example in given)]
+    before, state = [[tensor.clone() for tensor in tensors] for tensors in kept], torch.get_rng_state()
+    found = match(problem, solver)
+    assert all(map(torch.equal, problem.point(), found.value)), f"{_named(solver)}: its block holds something else"
+    for tensors, others in zip(kept, before, strict=True):
+        assert all(map(torch.equal, tensors, others)), f"{_named(solver)}: it changed the problem"
     assert torch.equal(torch.get_rng_state(), state), f"{_named(solver)}: it touched the global random state"
 
 
 def repeats_itself(problem: BlockMatching, solver: Descent[Any]) -> None:
     """The same problem gives the same parameters, bit for bit."""
-    first, second = match(problem, solver), match(problem, solver)
+    first, second = match(anew(problem), solver), match(anew(problem), solver)
     assert all(map(torch.equal, first.value, second.value)), f"{_named(solver)}: it gives different answers"
 
 
 def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Where a gradient is not zero by more than rounding, some of the objective goes."""
-    value, slope = problem.gradient(problem.start())
+    problem = anew(problem)
+    value, slope = problem.gradient()
     # By the sizes of the weights themselves: the problem's own units are what a fault may be in.
-    sizes = [float(kept.square().mean().sqrt()) if len(kept) else 0.0 for kept in (w[w != 0] for w in problem.anchor)]
+    sizes = [
+        float(kept.square().mean().sqrt()) if len(kept) else 0.0
+        for kept in (weight.detach()[weight != 0] for weight in problem.module.parameters())
+    ]
     size = sum(float((part * unit).square().sum()) for part, unit in zip(slope, sizes, strict=True)) ** 0.5
     if size > 1e-3 * value > 0:
         found = match(problem, solver)
@@ -205,16 +222,17 @@ def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> No
 
 def never_below_the_optimum(problem: BlockMatching, solver: Descent[Any]) -> None:
     """On an affine block no objective is below the least, else the problem measures wrongly."""
+    problem = anew(problem)
     if isinstance(problem.module, nn.Linear):
-        found, best = problem.objective(match(problem, solver).value), affine_optimum(problem)
-        slack = ROUNDING * problem.objective(problem.start())
+        best, slack = affine_optimum(problem), ROUNDING * problem.objective()
+        found = problem.objective(match(problem, solver).value)
         assert found >= best - slack, f"{_named(solver)}: its objective {found} is below the optimum {best}"
 
 
 MATCHING_LAWS: tuple[Callable[[BlockMatching, Descent[Any]], None], ...] = (
     keeps_the_support,
     no_worse_than_the_start,
-    leaves_all_as_it_was,
+    leaves_the_value_and_all_else_as_it_was,
     repeats_itself,
     gains_on_a_damaged_block,
     never_below_the_optimum,

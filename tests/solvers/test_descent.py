@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from optprune.problems import BlockMatching, Example
+from optprune.problems import matching as problem_module
+from optprune.problems.kept_entries import KeptEntries
 from optprune.solvers import Adam, Descent, Lbfgs, Status, descent, match
 from optprune.testing import Listed, check_descent, matchings
 from optprune.testing.matching import Gated, affine_optimum
@@ -32,7 +34,7 @@ def test_it_keeps_every_law(solver: Descent) -> None:
 @given(matchings(affine=True))
 def test_lbfgs_meets_least_squares(problem: BlockMatching) -> None:
     """What the problem's own reference finds, within the square of the gradient that is left."""
-    before, best = problem.objective(problem.start()), affine_optimum(problem)
+    before, best = problem.objective(), affine_optimum(problem)
     found = problem.objective(match(problem, Lbfgs(400, 20, 1e-10)).value)
     assert -1e-9 * before <= found - best <= 1e-6 * (before - best) + 1e-12 * before
 
@@ -40,7 +42,7 @@ def test_lbfgs_meets_least_squares(problem: BlockMatching) -> None:
 @FEWER
 @given(matchings(affine=True))
 def test_adam_comes_close_to_least_squares(problem: BlockMatching) -> None:
-    before, best = problem.objective(problem.start()), affine_optimum(problem)
+    before, best = problem.objective(), affine_optimum(problem)
     found = problem.objective(match(problem, Adam(400, 0.1)).value)
     assert found - best <= 0.1 * (before - best) + 1e-9 * before
 
@@ -62,25 +64,24 @@ def gated() -> BlockMatching:
 def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:
     """On a block that is not convex, from the same start, with as many steps: about the same objective."""
     problem = gated()
-    shapes = [weight.shape for weight in problem.anchor]
+    start, before = problem.point(), problem.objective()
 
     def unpacked(flat: np.ndarray) -> tuple[Tensor, ...]:
-        parts = torch.from_numpy(flat).split([shape.numel() for shape in shapes])
-        pairs = zip(parts, shapes, problem.units, strict=True)
-        return tuple(part.reshape(shape) * unit for part, shape, unit in pairs)
+        parts = torch.from_numpy(flat).split([len(part) for part in start])
+        return tuple(part * unit for part, unit in zip(parts, problem.units, strict=True))
 
     def packed(point: tuple[Tensor, ...], power: int) -> np.ndarray:
-        pairs = zip(point, problem.units, strict=True)
-        return torch.cat([(part * unit**power).reshape(-1) for part, unit in pairs]).numpy()
+        return torch.cat([part * unit**power for part, unit in zip(point, problem.units, strict=True)]).numpy()
 
     def measured(flat: np.ndarray) -> tuple[float, np.ndarray]:
         value, slope = problem.gradient(unpacked(flat))
         return value, packed(slope, 1)
 
     theirs = scipy.optimize.minimize(
-        measured, packed(problem.start(), -1), jac=True, method="L-BFGS-B", options={"maxiter": 300, "maxcor": 8}
+        measured, packed(start, -1), jac=True, method="L-BFGS-B", options={"maxiter": 300, "maxcor": 8}
     )
-    before, ours = problem.objective(problem.start()), problem.objective(match(problem, Lbfgs(300)).value)
+    problem.put(start)
+    ours = problem.objective(match(problem, Lbfgs(300)).value)
     assert float(theirs.fun) < before / 10
     assert ours <= 1.1 * float(theirs.fun)
 
@@ -88,10 +89,10 @@ def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:
 def test_adam_is_that_of_torch_in_units() -> None:
     problem, solver = gated(), Adam(3, 0.02)
     steps = 3 * problem.examples.draws
-    theirs = [weight.clone().requires_grad_() for weight in problem.anchor]
+    start = problem.point()
+    theirs = [weight.clone().requires_grad_() for weight in start]
     groups = [{"params": [weight], "lr": unit} for weight, unit in zip(theirs, problem.units, strict=True)]
     optimiser = torch.optim.Adam(groups, betas=solver.memory, eps=1e-20)
-    state = solver.begin(problem, problem.start())
     for step in range(steps):
         _, slope = problem.gradient(tuple(weight.detach() for weight in theirs), step)
         for weight, part in zip(theirs, slope, strict=True):
@@ -99,8 +100,11 @@ def test_adam_is_that_of_torch_in_units() -> None:
         for group, unit in zip(optimiser.param_groups, problem.units, strict=True):
             group["lr"] = unit * solver.rate_at(step, steps)
         optimiser.step()
+    problem.put(start)
+    state = solver.begin(problem)
+    for _ in range(steps):
         state = solver.step(problem, state)
-    for ours, other in zip(solver.point(state), theirs, strict=True):
+    for ours, other in zip(problem.point(), theirs, strict=True):
         torch.testing.assert_close(ours, other.detach(), rtol=1e-6, atol=1e-9)
 
 
@@ -114,9 +118,10 @@ def test_the_rate_grows_and_goes_to_zero() -> None:
 
 def check_rate() -> None:
     problem = gated()
+    before = problem.objective()
     found = match(problem, Adam(12, 1.0))
     assert found.steps > 0
-    assert problem.objective(found.value) < 0.9 * problem.objective(problem.start())
+    assert problem.objective() < 0.9 * before
 
 
 def test_a_rate_that_is_too_high_is_taken_back() -> None:
@@ -149,7 +154,7 @@ def check_held_out() -> None:
     problem, apart = overfitting()
     found = match(problem, Lbfgs(60), apart)
     judge = problem.on(apart)
-    last = match(problem, Lbfgs(60))
+    last = match(overfitting()[0], Lbfgs(60))
     assert found.held_out == judge.error(found.value) <= found.held_out_before
     assert judge.error(last.value) > found.held_out
     assert found.steps < found.tried < last.tried
@@ -166,7 +171,7 @@ def test_a_descent_that_does_not_heed_them_is_noticed(fault: str, monkeypatch: p
         monkeypatch.setattr(descent, "PATIENCE", 1000)
     elif fault == "the last state is kept":
         errors = iter(range(0, -1000, -1))
-        monkeypatch.setattr(BlockMatching, "error", lambda self, point: float(next(errors)))
+        monkeypatch.setattr(BlockMatching, "error", lambda self, point=None: float(next(errors)))
     else:
         monkeypatch.setattr(BlockMatching, "on", lambda self, examples: self)
     with pytest.raises(AssertionError):
@@ -175,11 +180,12 @@ def test_a_descent_that_does_not_heed_them_is_noticed(fault: str, monkeypatch: p
 
 def test_a_start_that_is_the_answer_stays() -> None:
     problem = gated()
+    start = problem.point()
     dense = problem.on(Listed(tuple(replaced(problem, example) for example in problem.examples.examples)))  # type: ignore[attr-defined]
     for solver in DESCENTS.values():
         found = match(dense, solver)
         assert found.steps == 0 and found.error == 0
-        assert all(map(torch.equal, found.value, dense.anchor))
+        assert all(map(torch.equal, found.value, start)) and all(map(torch.equal, dense.point(), start))
 
 
 def replaced(problem: BlockMatching, example: Example) -> Example:
@@ -195,40 +201,62 @@ def test_points_are_tried_as_they_are_rounded_and_kept_weights_stay() -> None:
         return (weight * 16).round() / 16
 
     with torch.no_grad():
-        for weight in problem.anchor:
+        for weight in problem.module.parameters():
             weight.copy_(coarse(weight))
+    start = [weight.detach().clone() for weight in problem.module.parameters()]
     problem = BlockMatching.of(problem.module, problem.examples)
     found = match(problem, Adam(10, 0.05), rounded=coarse)
     assert found.steps > 0
-    for before, after, mask in zip(problem.anchor, found.value, problem.support, strict=True):
+    for before, after in zip(start, problem.module.parameters(), strict=True):
         assert torch.equal(after, coarse(after))
-        assert mask is None or torch.equal(before != 0, after != 0)
+        assert before.ndim < 2 or torch.equal(before != 0, after != 0)
 
 
-FAULTS = ["no mask", "no units", "wrong sign", "the metric is forgotten", "the start is moved"]
+class Stopped(Descent[None]):
+    """Moves its block far off, and is interrupted."""
+
+    def begin(self, problem: BlockMatching) -> None:
+        return None
+
+    def step(self, problem: BlockMatching, state: None) -> None:
+        problem.put(tuple(part + 1 for part in problem.point()))
+        raise KeyboardInterrupt
+
+    def done(self, problem: BlockMatching, state: None) -> None:
+        return None
+
+    def looks(self, problem: BlockMatching) -> int:
+        return 1
+
+
+def test_a_block_whose_descent_is_interrupted_holds_what_was_kept() -> None:
+    problem = gated()
+    start = problem.point()
+    with pytest.raises(KeyboardInterrupt):
+        match(problem, Stopped())
+    assert all(map(torch.equal, problem.point(), start))
+
+
+FAULTS = ["no mask", "no units", "wrong sign", "the metric is forgotten", "what is kept moves on"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_breaks_a_law(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gradient, solver = BlockMatching.gradient, Adam(4, 0.05)
 
-    def unmasked(self: BlockMatching, point: tuple[Tensor, ...], draw: int | None = None):
-        value, slope = gradient(self, point, draw)
-        return value, tuple(part + 0.1 for part in slope)
-
-    def upwards(self: BlockMatching, point: tuple[Tensor, ...], draw: int | None = None):
+    def upwards(self: BlockMatching, point: tuple[Tensor, ...] | None = None, draw: int | None = None):
         value, slope = gradient(self, point, draw)
         return value, tuple(-part for part in slope)
 
     if fault == "no mask":
-        monkeypatch.setattr(BlockMatching, "gradient", unmasked)
+        monkeypatch.setattr(KeptEntries, "of", classmethod(lambda cls, weight: cls(weight.detach(), None)))
     elif fault == "no units":
-        monkeypatch.setattr(BlockMatching, "units", property(lambda self: tuple(1e-20 for _ in self.anchor)))
+        monkeypatch.setattr(problem_module, "_units", lambda entries: tuple(1e-20 for _ in entries))
     elif fault == "wrong sign":
         monkeypatch.setattr(BlockMatching, "gradient", upwards)
     elif fault == "the metric is forgotten":
         monkeypatch.setattr(BlockMatching, "_weigh", lambda self, columns: columns)
     else:
-        monkeypatch.setattr(BlockMatching, "start", lambda self: self.anchor)
+        monkeypatch.setattr(KeptEntries, "read", lambda self, into=None: self.picked(self.weight))
     with pytest.raises(AssertionError):
         check_descent(solver, examples=20)
