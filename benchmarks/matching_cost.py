@@ -3,14 +3,17 @@
     .venv/bin/python -m benchmarks.matching_cost                 # 64 windows of 512 tokens, blocks 0, 10, 20 and 29
 
 The floor of a block is two passes of the calibration tokens through it and the Gram products of its four inputs (see
-`benchmarks.floors`). Half of its weights are zero, 2:4 by size, and an eighth of the windows decides when to stop. The
-training step is AdamW's of torch on the same block, of one sequence, as matching's, and of four at once.
+`benchmarks.floors`). Half of its weights are zero, 2:4 by size, or a quarter of its MLP units are gone, the last ones;
+an eighth of the windows decides when to stop. The training step is AdamW's of torch on the dense block, of one
+sequence, as matching's, and of four at once.
 """
 
 import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ from optprune.calibration import calibrating, first_inputs
 from optprune.calibration.calls import Calls, calls_of
 from optprune.calibration.stream import Stream
 from optprune.measure.memory import memory_increase
-from optprune.models import Decoder
+from optprune.models import Decoder, Mlp
+from optprune.models.surgery import keep_inputs, keep_outputs
 from optprune.numerics.modules import first_output
 from optprune.pruning.matching import match_block
 from optprune.recipe import load_recipe
@@ -60,19 +64,17 @@ def of_block(decoder: Decoder, index: int, stream: Stream, options: argparse.Nam
     floor = time.perf_counter() - began
     calls = calls_of(dense, "", stream)
     fit, apart = calls.split(max(1, len(calls.targets) // 8))
-    pruned = halved(dense)
-    steps = {
-        f"a training step of {tokens} tokens, MiB": increase(
-            lambda tokens=tokens: train(copy.deepcopy(pruned), fit, tokens)
-        )
-        for tokens in (options.seq_length, fit.targets[0].shape[:2].numel())
-    }
+    steps = dict[str, float | None]()
+    for tokens in (options.seq_length, fit.targets[0].shape[:2].numel()):
+        block = copy.deepcopy(dense)
+        steps[f"a training step of {tokens} tokens, MiB"] = increase(partial(train, block, fit, tokens))
     rows = []
-    for epochs in options.epochs:
-        part, taken = matched(copy.deepcopy(pruned), fit, apart, epochs)
+    for (pruned, prune), epochs in product(PRUNED.items(), options.epochs):
+        part, taken = matched(prune(decoder, index), fit, apart, epochs)
         rows.append(
             {
                 "block": index,
+                "pruned": pruned,
                 "tokens": calls.tokens,
                 "epochs": epochs,
                 "floors": part.seconds / floor,
@@ -101,14 +103,30 @@ def answers(block: nn.Module, stream: Stream, taps: Sequence[str] = ()) -> Itera
 
 
 @torch.no_grad()
-def halved(dense: nn.Module) -> nn.Module:
-    """A copy with two zeros in four neighbouring weights of every matrix, the smaller ones."""
-    block = copy.deepcopy(dense)
+def halved(decoder: Decoder, index: int) -> nn.Module:
+    """A copy of a block with two zeros in four neighbouring weights of every matrix, the smaller ones."""
+    block = copy.deepcopy(decoder.blocks[index])
     for weight in block.parameters():
         if weight.ndim == 2:
             fours = weight.view(-1, 4)
             fours.scatter_(1, fours.abs().argsort(dim=1)[:, :2], 0.0)
     return block
+
+
+def narrowed(decoder: Decoder, index: int) -> nn.Module:
+    """A copy of a block with three quarters of its MLP units, the first ones."""
+    block = copy.deepcopy(decoder.blocks[index])
+    [layers] = Mlp().layers(decoder, index)
+    consumer = block.get_submodule(layers.consumer)
+    units = consumer.in_features
+    kept = torch.arange(units) < units - units // 4
+    keep_inputs(consumer, kept)
+    for path in layers.producers:
+        keep_outputs(block.get_submodule(path), kept)
+    return block
+
+
+PRUNED = {"2:4": halved, "a quarter of the MLP": narrowed}
 
 
 def train(block: nn.Module, calls: Calls, tokens: int) -> None:

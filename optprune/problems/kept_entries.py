@@ -7,54 +7,82 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Values = Float[Tensor, " kept"]
+Values = Float[Tensor, " room"]
+Places = Int[Tensor, " some"]
+FEW = 0.2
+"""the share of zeros up to which room for them, in four vectors, takes less memory than to say where the others are"""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class KeptEntries:
-    """Entries of a parameter, which is read and written through them: of a matrix what is not zero, of a vector all."""
+    """Entries of a parameter, which is read and written through them: of a matrix what is not zero, of a vector all.
+
+    They are in a vector, row by row, which where few of the parameter's are gone has zeros in place of those.
+    """
 
     weight: Tensor
     """the parameter itself, apart from autograd"""
-    places: Int[Tensor, " kept"] | None
-    """where they are in it, row by row; None where they are all of it"""
+    places: Places | None = None
+    """where they are in it; None where the vector has room for all of it"""
+    gone: Places | None = None
+    """the zeros in such a vector, if any"""
 
     @classmethod
     def of(cls, parameter: Tensor) -> "KeptEntries":
         """Those of a parameter as it is now."""
         weight = parameter.detach()
-        if weight.ndim < 2 or bool(weight.all()):
-            return cls(weight, None)
-        places = weight.reshape(-1).nonzero().squeeze(1)
-        return cls(weight, places.int() if weight.numel() <= torch.iinfo(torch.int32).max else places)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if weight.ndim < 2 or not zeros:
+            return cls(weight)
+        small = weight.numel() <= torch.iinfo(torch.int32).max
+        few = zeros <= FEW * weight.numel()
+        found = ((weight == 0) if few else (weight != 0)).reshape(-1).nonzero().squeeze(1)
+        found = found.int() if small else found
+        return cls(weight, gone=found) if few else cls(weight, places=found)
 
     @property
     def count(self) -> int:
+        """How many they are."""
+        return self.room - (0 if self.gone is None else len(self.gone))
+
+    @property
+    def room(self) -> int:
+        """How long their vector is."""
         return self.weight.numel() if self.places is None else len(self.places)
 
-    def picked(self, tensor: Tensor) -> Values:
-        """The same entries of a tensor of the parameter's shape; the tensor's own memory where they are all."""
+    def zeros(self) -> Values:
+        """A vector for them."""
+        return self.weight.new_zeros(self.room)
+
+    def taken(self, tensor: Tensor) -> Values:
+        """The same entries of a tensor of the parameter's shape, which may be made that vector itself."""
         flat = tensor.reshape(-1)
-        return flat if self.places is None else flat.index_select(0, self.places)
+        return self._cleared(flat) if self.places is None else flat.index_select(0, self.places)
 
     def read(self, into: Values | None = None) -> Values:
         """What the parameter has there, copied."""
-        if into is not None:
-            return into.copy_(self.picked(self.weight))
-        found = self.picked(self.weight)
-        return found.clone() if self.places is None else found
+        flat = self.weight.reshape(-1)
+        if self.places is None:
+            return flat.clone() if into is None else into.copy_(flat)
+        found = flat.index_select(0, self.places)
+        return found if into is None else into.copy_(found)
 
     def write(self, values: Values) -> None:
         """Let the parameter have these values there."""
         flat = self.weight.reshape(-1)
         if self.places is None:
-            flat.copy_(values)
+            self._cleared(flat.copy_(values))
         else:
             flat.index_copy_(0, self.places.long(), values)
         if flat.data_ptr() != self.weight.data_ptr():  # what is not contiguous was copied to be flat
             self.weight.copy_(flat.view_as(self.weight))
 
     def others(self) -> int:
-        """How many entries beside these are not zero."""
+        """How many entries of the parameter beside these are not zero."""
+        if self.places is None:
+            return 0 if self.gone is None else int(self.weight.reshape(-1)[self.gone.long()].count_nonzero())
         return int(self.weight.count_nonzero()) - int(self.read().count_nonzero())
+
+    def _cleared(self, flat: Tensor) -> Tensor:
+        return flat if self.gone is None else flat.index_fill_(0, self.gone.long(), 0.0)

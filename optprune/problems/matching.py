@@ -173,8 +173,7 @@ class BlockMatching:
             self.put(point)
 
         def zeros() -> tuple[Tensor, ...]:
-            slopes = (one.weight.new_zeros(one.count) for one in self.entries)
-            return (*self._number(), *self._number(), *slopes)
+            return (*self._number(), *self._number(), *(one.zeros() for one in self.entries))
 
         def terms(example: Example) -> tuple[Tensor, ...]:
             half, slopes = self._slopes(example)
@@ -196,7 +195,7 @@ class BlockMatching:
         def leaf(number: int) -> Tensor:
             # Only what is kept of a tensor's gradient stays, from the moment that it is there.
             def pick(weight: Any) -> None:
-                slopes[number], weight.grad = self.entries[number].picked(weight.grad), None
+                slopes[number], weight.grad = self.entries[number].taken(weight.grad), None
 
             found: Any = self.entries[number].weight.detach().requires_grad_()  # torch's stubs leave hooks open
             found.register_post_accumulate_grad_hook(pick)
@@ -209,7 +208,7 @@ class BlockMatching:
             half, product = self._half(output, example)
             torch.autograd.backward(product, inputs=leaves)
         pairs = zip(slopes, self.entries, strict=True)
-        return half, tuple(one.weight.new_zeros(one.count) if slope is None else slope for slope, one in pairs)
+        return half, tuple(one.zeros() if slope is None else slope for slope, one in pairs)
 
     @property
     def _count(self) -> int:

@@ -53,7 +53,7 @@ class Adam(Descent[AdamState]):
     """the share of the steps over which the rate grows"""
 
     def begin(self, problem: BlockMatching) -> AdamState:
-        mean, square = (tuple(one.weight.new_zeros(one.count) for one in problem.entries) for _ in range(2))
+        mean, square = (tuple(one.zeros() for one in problem.entries) for _ in range(2))
         return AdamState(mean, square)
 
     def step(self, problem: BlockMatching, state: AdamState) -> AdamState:

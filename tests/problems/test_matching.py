@@ -152,12 +152,6 @@ def test_what_was_removed_stays_out_of_every_point_and_is_a_violation(name: str)
     assert problem.violation() == sum(int((~mask).sum()) for mask in masks)
 
 
-def test_a_matrix_that_is_not_contiguous_is_written() -> None:
-    linear, hidden = nn.Linear(3, 2, bias=False).double(), torch.ones(1, 4, 3, dtype=torch.float64)
-    linear.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [2.0, 3.0], [0.0, 4.0]], dtype=torch.float64).T)
-    problem = BlockMatching.of(linear, Listed((Example((hidden,), {}, hidden[..., :2]),)))
-    problem.put((torch.tensor([5.0, 6.0, 7.0, 8.0], dtype=torch.float64),))
-    assert linear.weight.tolist() == [[5.0, 6.0, 0.0], [0.0, 7.0, 8.0]]
 
 
 def test_draws_go_through_all_examples_once_an_epoch() -> None:

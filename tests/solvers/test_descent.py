@@ -249,7 +249,7 @@ def test_a_planted_fault_breaks_a_law(fault: str, monkeypatch: pytest.MonkeyPatc
         return value, tuple(-part for part in slope)
 
     if fault == "no mask":
-        monkeypatch.setattr(KeptEntries, "of", classmethod(lambda cls, weight: cls(weight.detach(), None)))
+        monkeypatch.setattr(KeptEntries, "of", classmethod(lambda cls, weight: cls(weight.detach())))
     elif fault == "no units":
         monkeypatch.setattr(problem_module, "_units", lambda entries: tuple(1e-20 for _ in entries))
     elif fault == "wrong sign":
@@ -257,6 +257,6 @@ def test_a_planted_fault_breaks_a_law(fault: str, monkeypatch: pytest.MonkeyPatc
     elif fault == "the metric is forgotten":
         monkeypatch.setattr(BlockMatching, "_weigh", lambda self, columns: columns)
     else:
-        monkeypatch.setattr(KeptEntries, "read", lambda self, into=None: self.picked(self.weight))
+        monkeypatch.setattr(KeptEntries, "read", lambda self, into=None: self.taken(self.weight))
     with pytest.raises(AssertionError):
         check_descent(solver, examples=20)
