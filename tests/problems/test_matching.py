@@ -152,8 +152,6 @@ def test_what_was_removed_stays_out_of_every_point_and_is_a_violation(name: str)
     assert problem.violation() == sum(int((~mask).sum()) for mask in masks)
 
 
-
-
 def test_draws_go_through_all_examples_once_an_epoch() -> None:
     block, calls = damaged_block("llama", torch.float64)
     problem = BlockMatching.of(block, Sequences(calls, 2))
