@@ -69,8 +69,8 @@ def of_block(decoder: Decoder, index: int, stream: Stream, options: argparse.Nam
         block = copy.deepcopy(dense)
         steps[f"a training step of {tokens} tokens, MiB"] = increase(partial(train, block, fit, tokens))
     rows = []
-    for (pruned, prune), epochs in product(PRUNED.items(), options.epochs):
-        part, taken = matched(prune(decoder, index), fit, apart, epochs)
+    for pruned, epochs in product(PRUNED, options.epochs):
+        part, taken = matched(PRUNED[pruned](decoder, index), fit, apart, epochs)
         rows.append(
             {
                 "block": index,
@@ -117,12 +117,12 @@ def narrowed(decoder: Decoder, index: int) -> nn.Module:
     """A copy of a block with three quarters of its MLP units, the first ones."""
     block = copy.deepcopy(decoder.blocks[index])
     [layers] = Mlp().layers(decoder, index)
-    consumer = block.get_submodule(layers.consumer)
-    units = consumer.in_features
+    linear = {path: part for path, part in block.named_modules() if isinstance(part, nn.Linear)}
+    units = linear[layers.consumer].in_features
     kept = torch.arange(units) < units - units // 4
-    keep_inputs(consumer, kept)
+    keep_inputs(linear[layers.consumer], kept)
     for path in layers.producers:
-        keep_outputs(block.get_submodule(path), kept)
+        keep_outputs(linear[path], kept)
     return block
 
 
