@@ -13,7 +13,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
@@ -69,7 +68,8 @@ def of_block(decoder: Decoder, index: int, stream: Stream, options: argparse.Nam
         block = copy.deepcopy(dense)
         steps[f"a training step of {tokens} tokens, MiB"] = increase(partial(train, block, fit, tokens))
     rows = []
-    for pruned, epochs in product(PRUNED, options.epochs):
+    cases = [(pruned, int(epochs)) for pruned in PRUNED for epochs in options.epochs]
+    for pruned, epochs in cases:
         part, taken = matched(PRUNED[pruned](decoder, index), fit, apart, epochs)
         rows.append(
             {
