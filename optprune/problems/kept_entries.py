@@ -9,7 +9,7 @@ from torch import Tensor
 
 Values = Float[Tensor, " room"]
 Places = Int[Tensor, " some"]
-FEW = 0.2
+FEW = 1 / 6
 """the share of zeros up to which room for them, in four vectors, takes less memory than to say where the others are"""
 
 
@@ -56,23 +56,29 @@ class KeptEntries:
         return self.weight.new_zeros(self.room)
 
     def taken(self, tensor: Tensor) -> Values:
-        """The same entries of a tensor of the parameter's shape, which may be made that vector itself."""
+        """The same entries of a tensor of the parameter's shape, in its memory where there is room for all of it.
+
+        Not yet `cleared`: the memory of a gradient may be that of others too.
+        """
         flat = tensor.reshape(-1)
-        return self._cleared(flat) if self.places is None else flat.index_select(0, self.places)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+    def cleared(self, values: Values) -> Values:
+        """A vector with zeros in place of what is gone, put there."""
+        return values if self.gone is None else values.index_fill_(0, self.gone.long(), 0.0)
 
     def read(self, into: Values | None = None) -> Values:
         """What the parameter has there, copied."""
-        flat = self.weight.reshape(-1)
-        if self.places is None:
-            return flat.clone() if into is None else into.copy_(flat)
-        found = flat.index_select(0, self.places)
-        return found if into is None else into.copy_(found)
+        found = self.taken(self.weight)
+        if into is not None:
+            return into.copy_(found)
+        return found.clone() if self.places is None else found
 
     def write(self, values: Values) -> None:
         """Let the parameter have these values there."""
         flat = self.weight.reshape(-1)
         if self.places is None:
-            self._cleared(flat.copy_(values))
+            self.cleared(flat.copy_(values))
         else:
             flat.index_copy_(0, self.places.long(), values)
         if flat.data_ptr() != self.weight.data_ptr():  # what is not contiguous was copied to be flat
@@ -83,6 +89,3 @@ class KeptEntries:
         if self.places is None:
             return 0 if self.gone is None else int(self.weight.reshape(-1)[self.gone.long()].count_nonzero())
         return int(self.weight.count_nonzero()) - int(self.read().count_nonzero())
-
-    def _cleared(self, flat: Tensor) -> Tensor:
-        return flat if self.gone is None else flat.index_fill_(0, self.gone.long(), 0.0)

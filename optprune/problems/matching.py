@@ -102,6 +102,9 @@ class BlockMatching:
     """the tokens of all examples"""
 
     def __post_init__(self) -> None:
+        if bool(self.pull) != (self.anchor is not None):
+            raise InputError("a pull needs the point that it is towards: make the problem by BlockMatching.of")
+
         # At once, and not when it is first asked for: processes that share the examples sum them up together.
         def terms(example: Example) -> Point:
             if not all_finite(example.target):
@@ -181,8 +184,8 @@ class BlockMatching:
 
         half, tokens, *sums = self.examples.sums(terms, zeros, draw)
         scale = self.tokens / self.signal / float(tokens)
-        for slope in sums:
-            slope.mul_(scale)
+        for slope, one in zip(sums, self.entries, strict=True):
+            one.cleared(slope.mul_(scale))
         if self.anchor is not None:
             for slope, one, anchor, unit in zip(sums, self.entries, self.anchor, self.units, strict=True):
                 slope.add_(one.read() - anchor, alpha=self.pull / self._count / unit**2)

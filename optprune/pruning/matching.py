@@ -37,9 +37,10 @@ class Sequences(Examples):
         sums = LaneSums(self.lanes, lambda: TensorSums(*zeros()))
         for lane, places in enumerate(self._places):
             for number, place in places if draw is None else self._drawn(places, draw):
-                # Before there is room for their sums: inside, a block needs room of its own.
+                # The first before there is room for sums, none while the next is made: that needs room inside a block.
                 found = terms(self._example(number, place))
                 sums.at(lane).add(*found)
+                del found
         return sums.total().tensors
 
     def _drawn(self, places: list[tuple[int, int]], draw: int) -> list[tuple[int, int]]:

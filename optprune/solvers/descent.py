@@ -53,7 +53,7 @@ class Descent(ABC, Generic[State]):
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """Parameters and what the problem measured of them: errors are relative, by token."""
+    """Kept entries of a block, and what the problem measured of them: errors are relative, by token."""
 
     value: Point
     error_before: float

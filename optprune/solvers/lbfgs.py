@@ -52,7 +52,7 @@ class Lbfgs(Descent[LbfgsState]):
         return LbfgsState(start, value, slope, _norm(slope))
 
     def step(self, problem: BlockMatching, state: LbfgsState) -> LbfgsState:
-        direction = self._direction(state)
+        direction = self._direction(state, sum(one.count for one in problem.entries))
         promise = _dot(direction, state.slope)
         length, units = 1.0, problem.units
         while length >= SHORTEST:
@@ -74,14 +74,14 @@ class Lbfgs(Descent[LbfgsState]):
             pairs = (*pairs, (move, change))[-self.pairs :]
         return replace(state, point=point, value=value, slope=slope, pairs=pairs, steps=state.steps + 1)
 
-    def _direction(self, state: LbfgsState) -> Point:
-        """H g by the two loops over the pairs."""
+    def _direction(self, state: LbfgsState, count: int) -> Point:
+        """H g by the two loops over the pairs, of so many entries."""
         direction, factors = list(state.slope), list[float]()
         for move, change in reversed(state.pairs):
             factors.append(_dot(move, direction) / _dot(move, change))
             direction = [part - factors[-1] * other for part, other in zip(direction, change, strict=True)]
         # Without a pair the first step moves the weights by a hundredth of their root mean square.
-        scale = 0.01 * sum(part.numel() for part in direction) ** 0.5 / (_norm(direction) or 1.0)
+        scale = 0.01 * count**0.5 / (_norm(direction) or 1.0)
         if state.pairs:
             move, change = state.pairs[-1]
             scale = _dot(move, change) / _dot(change, change)

@@ -33,7 +33,7 @@ def test_what_is_written_is_read_and_zeros_of_a_matrix_stay(parameter: Tensor) -
     read, room = entries.read(), torch.full((entries.room,), torch.nan)
     assert torch.equal(parameter[mask], read[read != 0]) and torch.equal(read[read != 0], values[read != 0])
     assert entries.read(room) is room and torch.equal(room, read)
-    assert torch.equal(entries.taken(parameter.clone()), read)
+    assert torch.equal(entries.cleared(entries.taken(parameter.clone())), read)
     entries.write(own)
     assert torch.equal(parameter, before)
     own += 1
@@ -45,7 +45,10 @@ def test_of_another_tensor_the_same_entries_are_taken(parameter: Tensor) -> None
     entries = KeptEntries.of(parameter)
     mask = parameter != 0 if parameter.ndim > 1 else torch.ones_like(parameter, dtype=torch.bool)
     other = torch.arange(1.0, parameter.numel() + 1).reshape(parameter.shape)
-    found = entries.taken(other.clone())
+    before = other.clone()
+    taken = entries.taken(other)
+    assert torch.equal(other, before)
+    found = entries.cleared(taken.clone())
     assert torch.equal(found[found != 0], other[mask])
 
 
@@ -57,7 +60,7 @@ def test_what_is_back_is_counted(parameter: Tensor) -> None:
     assert entries.others() == gone
 
 
-@pytest.mark.parametrize("share", [0.1, 0.6])
+@pytest.mark.parametrize("share", [0.01, 0.16, 0.17, 0.6])
 def test_four_vectors_take_the_less_memory_of_both_ways(share: float) -> None:
     """Of what may move alone, with where it is, or of all of it, with what may not."""
     parameter = torch.ones(100, 100)

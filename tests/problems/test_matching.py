@@ -54,7 +54,7 @@ def start_of(problem: BlockMatching) -> list[Tensor]:
 
 def kept(weight: Tensor) -> Tensor:
     """A mask of what may move of a parameter, as it is at first."""
-    return weight != 0 if weight.ndim == 2 else torch.ones_like(weight, dtype=torch.bool)
+    return weight != 0 if weight.ndim > 1 else torch.ones_like(weight, dtype=torch.bool)
 
 
 def spread(point: tuple[Tensor, ...], start: list[Tensor]) -> tuple[Tensor, ...]:
@@ -122,6 +122,49 @@ def test_the_gradient_is_what_finite_differences_say(problem: BlockMatching) -> 
     ]
     along = sum(float((one * other).sum()) for one, other in zip(slope, direction, strict=True))
     assert abs((values[0] - values[1]) / (2 * h) - along) <= 1e-6 * (abs(along) + value)
+
+
+class Mixed(nn.Module):
+    """Parameters of one to three dimensions, with few zeros and with many; the gradient of one is that of what it joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+
+        def drawn(*shape: int, zeros: float = 0.0) -> nn.Parameter:
+            values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return nn.Parameter(values * (torch.rand(shape, generator=generator) >= zeros))
+
+        self.matrix, self.shift = drawn(6, 6, zeros=0.1), drawn(5, 6, zeros=0.1)
+        self.stack, self.bias = drawn(2, 6, 6, zeros=0.5), drawn(6)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        joined = hidden @ self.matrix.T + self.shift.view(1, 5, 6)
+        return joined + torch.einsum("eio,bti->bto", self.stack, hidden).tanh() + self.bias
+
+
+def test_the_gradient_is_right_however_many_zeros_there_are() -> None:
+    block, generator = Mixed(), torch.Generator().manual_seed(9)
+    hidden, target = (torch.randn(3, 1, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    start = [weight.detach().clone() for weight in block.parameters()]
+    zeros = [int((~kept(weight)).sum()) for weight in start]
+    assert 0 < zeros[0] <= 4 and 0 < zeros[1] <= 5 and zeros[2] > 20 and zeros[3] == 0
+    problem = BlockMatching.of(block, Listed(tuple(Example((x,), {}, y) for x, y in zip(hidden, target, strict=True))))
+    _, found = problem.gradient()
+    sizes = target.norm(dim=-1, keepdim=True)
+    error = sum(((block(x) - y) / size).square().sum() for x, y, size in zip(hidden, target, sizes, strict=True))
+    wanted = torch.autograd.grad(error / 15 / 2, list(block.parameters()))
+    for values, expected, weight in zip(found, wanted, start, strict=True):
+        mask = kept(weight)
+        whole = values.view_as(weight) if len(values) == weight.numel() else torch.zeros_like(weight)
+        whole = whole if len(values) == weight.numel() else whole.masked_scatter(mask, values)
+        torch.testing.assert_close(whole, expected * mask, rtol=1e-10, atol=1e-14)
+
+
+def test_a_pull_towards_nothing_is_refused() -> None:
+    problem = problem_of("llama", None)
+    with pytest.raises(InputError, match="a pull needs the point that it is towards"):
+        replace(problem, pull=0.1)
 
 
 @by_family

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,21 @@ def test_sequences_of_a_batch_are_called_one_by_one() -> None:
         examples.sums(terms, lambda: (torch.zeros(()),))
         torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-10, atol=1e-12)
         assert all(len(row) == 1 for row in rows)
+
+
+def test_what_one_sequence_gives_is_gone_before_the_next_is_called() -> None:
+    """A block needs its room for what is inside it."""
+    _, calls = damaged_block("llama", torch.float64)
+    given = list[weakref.ref[Tensor]]()
+
+    def terms(example):
+        assert not any(one() is not None for one in given), "what was given before is still there"
+        found = torch.ones(3)
+        given.append(weakref.ref(found))
+        return (found,)
+
+    [total] = Sequences(calls, 3).sums(terms, lambda: (torch.zeros(3),))
+    assert len(given) > 1 and torch.equal(total, torch.full((3,), float(len(given))))
 
 
 @torch.no_grad()

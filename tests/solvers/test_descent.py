@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from optprune.problems import BlockMatching, Example
 from optprune.problems import matching as problem_module
 from optprune.problems.kept_entries import KeptEntries
+from optprune.problems.matching import Point
 from optprune.solvers import Adam, Descent, Lbfgs, Status, descent, match
+from optprune.solvers.adam import AdamState
+from optprune.solvers.descent import Rounding
 from optprune.testing import Listed, check_descent, matchings
 from optprune.testing.matching import Gated, affine_optimum
 from tests.helpers.solver_table import concrete
@@ -194,12 +197,12 @@ def replaced(problem: BlockMatching, example: Example) -> Example:
         return Example(example.args, example.kwargs, problem.module(*example.args))
 
 
+def coarse(weight: Tensor) -> Tensor:
+    return (weight * 16).round() / 16
+
+
 def test_points_are_tried_as_they_are_rounded_and_kept_weights_stay() -> None:
     problem = gated()
-
-    def coarse(weight: Tensor) -> Tensor:
-        return (weight * 16).round() / 16
-
     with torch.no_grad():
         for weight in problem.module.parameters():
             weight.copy_(coarse(weight))
@@ -212,28 +215,77 @@ def test_points_are_tried_as_they_are_rounded_and_kept_weights_stay() -> None:
         assert before.ndim < 2 or torch.equal(before != 0, after != 0)
 
 
-class Stopped(Descent[None]):
-    """Moves its block far off, and is interrupted."""
+class Scripted(Descent[int]):
+    """Moves its block by halves of a sixteenth, and is stopped before its third step."""
 
-    def begin(self, problem: BlockMatching) -> None:
-        return None
+    def __init__(self) -> None:
+        self.seen = list[Point]()
 
-    def step(self, problem: BlockMatching, state: None) -> None:
-        problem.put(tuple(part + 1 for part in problem.point()))
-        raise KeyboardInterrupt
+    def begin(self, problem: BlockMatching) -> int:
+        return 0
 
-    def done(self, problem: BlockMatching, state: None) -> None:
+    def step(self, problem: BlockMatching, state: int) -> int:
+        self.seen.append(problem.point())
+        if state == 2:
+            raise KeyboardInterrupt
+        problem.put(tuple(part + part.sign() / 32 for part in problem.point()))
+        return state + 1
+
+    def done(self, problem: BlockMatching, state: int) -> None:
         return None
 
     def looks(self, problem: BlockMatching) -> int:
         return 1
 
 
-def test_a_block_whose_descent_is_interrupted_holds_what_was_kept() -> None:
+@pytest.mark.parametrize("rounded", [None, coarse])
+def test_a_block_whose_descent_is_interrupted_holds_what_was_kept(rounded: Rounding | None) -> None:
     problem = gated()
     start = problem.point()
     with pytest.raises(KeyboardInterrupt):
-        match(problem, Stopped())
+        match(problem, Scripted(), problem.examples, rounded=rounded)
+    kept = problem.point()
+    assert problem.error() <= problem.error(start)
+    assert rounded is None or all(map(torch.equal, kept, start)) or all(map(torch.equal, kept, map(rounded, kept)))
+
+
+def test_steps_go_on_from_where_they_were_and_not_from_where_that_is_rounded_to() -> None:
+    problem, solver = gated(), Scripted()
+    start = problem.point()
+    with pytest.raises(KeyboardInterrupt):
+        match(problem, solver, rounded=coarse)
+    assert len(solver.seen) == 3
+    for number, point in enumerate(solver.seen):
+        for part, first in zip(point, start, strict=True):
+            torch.testing.assert_close(part, first + number * first.sign() / 32, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("solver", DESCENTS.values(), ids=DESCENTS)
+def test_the_block_holds_the_point_of_the_state(solver: Descent) -> None:
+    """What begins and what goes back moves nothing, or to what was kept, and a line search that fails is undone."""
+    problem = gated()
+    start = problem.point()
+    state = solver.begin(problem)
+    assert all(map(torch.equal, problem.point(), start))
+    state = solver.step(problem, state)
+    after = problem.point()
+    assert not all(map(torch.equal, after, start))
+    back = solver.back(problem, state, start)
+    assert all(map(torch.equal, problem.point(), start if back.__class__ is AdamState else after))
+
+
+def test_a_line_search_that_fails_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, solver = gated(), Lbfgs()
+    start, state = problem.point(), solver.begin(problem)
+    honest = BlockMatching.gradient
+
+    def worse(self: BlockMatching, point: Point | None = None, draw: int | None = None):
+        value, slope = honest(self, point, draw)
+        return value + 1, slope
+
+    monkeypatch.setattr(BlockMatching, "gradient", worse)
+    state = solver.step(problem, state)
+    assert solver.done(problem, state) is Status.STALLED
     assert all(map(torch.equal, problem.point(), start))
 
 
