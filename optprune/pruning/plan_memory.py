@@ -238,9 +238,9 @@ def _inside(work: Workload, worker: bool = False) -> Iterator[Part]:
 def numbers_of(matching: Matching) -> int:
     """What a block is matched with beside itself, in blocks at most: the point kept, a gradient and its sum.
 
-    Then the point that a pull is towards, the averages of Adam, or the pairs of L-BFGS, its direction, its point and one
-    that is tried, each with its gradient. Where entries are gone all of these are so much smaller, and where the others
-    are is as large as one.
+    Then the point that a pull is towards, the averages of Adam, or the pairs of L-BFGS, its direction, its point and
+    one that is tried, each with its gradient. Where entries are gone all of these are so much smaller, and where the
+    others are is as large as one.
     """
     return 3 + (matching.pull > 0) + (2 * Lbfgs().pairs + 5 if matching.solver == "lbfgs" else 2)
 

@@ -23,6 +23,7 @@ SQUARE = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 
 NARROW = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 2048}
 SPARSE: dict[str, Any] = {"units": "weights", "sparsity": 0.5}
+MATCHED: dict[str, Any] = {**SPARSE, "sparsity": 0.01, "solver": "magnitude", "propagation": "intra", "held_out": 0.25}
 REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
     "hidden states": (NARROW, {**SPARSE, "solver": "magnitude", "propagation": "intra"}, 1024),
     "moments": (WIDE, {"units": "mlp", "solver": "fasp_metric"}, 4),
@@ -31,6 +32,7 @@ REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
         {**SPARSE, "units": {"weights": "2:4"}, "permuted": True, "solver": "magnitude", "propagation": "intra"},
         4,
     ),
+    "matching": (SQUARE, {**MATCHED, "matching": {"epochs": 1, "sequences": 2, "pull": 0.01}}, 8),
     "workspace": (SQUARE, {**SPARSE, "solver": {"admm": {"most": 6}}}, 4),
 }
 """the config, the recipe and the number of sequences, by what takes the most memory then"""

@@ -125,7 +125,7 @@ def test_the_gradient_is_what_finite_differences_say(problem: BlockMatching) -> 
 
 
 class Mixed(nn.Module):
-    """Parameters of one to three dimensions, with few zeros and with many; the gradient of one is that of what it joins."""
+    """Parameters of one to three dimensions, few zeros and many, and one whose gradient is that of what it joins."""
 
     def __init__(self) -> None:
         super().__init__()
