@@ -108,10 +108,11 @@ def changed(work: Workload, targets: list[Target]) -> int:
 
 
 def reordered(work: Workload, target: Target) -> dict[str, int]:
-    """The width of a layer whose inputs are permuted, and have moments of their own then; of any other nothing."""
+    """The width of a layer whose inputs are permuted or rotated, and have moments of their own then; else nothing."""
     path = target.path
     free = work.recipe.permuted and reorderable(work.decoder, work.largest, path, target.family.multiple) is not None
-    return {path: work.decoder.layer(work.largest, path).in_features} if free else {}
+    rotated = target.kind is not None and target.kind.rotated
+    return {path: work.decoder.layer(work.largest, path).in_features} if free or rotated else {}
 
 
 # -- the phases

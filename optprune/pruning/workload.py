@@ -19,6 +19,7 @@ from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.recipe.groups import Matching, Recovery
 from optprune.solvers import GreedyObs, choose
+from optprune.solvers.value_basis import basis_takes
 from optprune.solvers.workspace import Workspace
 
 TOKENS_PER_BATCH = 2048
@@ -244,11 +245,13 @@ class Workload:
         return self.decoder.layer(self.largest, path).out_features <= (asked.width or math.inf)
 
     def layer_bytes(self, target: Target) -> int:
-        """The workspace of a layer's solve, with its metric."""
+        """The workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
         solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=coupled))
-        return solver.takes(out, width, coupled) + (AVERAGE * out**2 if coupled else 0)
+        rotated = target.kind is not None and target.kind.rotated
+        workspace = max(solver.takes(out, width, coupled), basis_takes(out, width) if rotated else 0)
+        return workspace + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: list[Target], target: Target) -> int:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""

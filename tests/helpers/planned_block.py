@@ -22,6 +22,7 @@ from optprune.recipe import Recipe
 SQUARE = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 768}
 NARROW = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 2048}
+HEADS = {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 64}
 SPARSE: dict[str, Any] = {"units": "weights", "sparsity": 0.5}
 MATCHED: dict[str, Any] = {**SPARSE, "sparsity": 0.01, "solver": "magnitude", "propagation": "intra", "held_out": 0.25}
 REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
@@ -32,6 +33,7 @@ REGIMES: dict[str, tuple[dict[str, int], dict[str, Any], int]] = {
         {**SPARSE, "units": {"weights": "2:4"}, "permuted": True, "solver": "magnitude", "propagation": "intra"},
         4,
     ),
+    "directions": (HEADS, {"units": "rotated-vo", "solver": "fasp_metric"}, 4),
     "matching": (SQUARE, {**MATCHED, "matching": {"epochs": 1, "sequences": 2, "pull": 0.01}}, 8),
     "workspace": (SQUARE, {**SPARSE, "solver": {"admm": {"most": 6}}}, 4),
 }
