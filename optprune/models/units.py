@@ -38,6 +38,11 @@ class Target:
     family: PatternFamily = ANYWHERE
     """the pattern that its mask is to have, where single weights are pruned"""
 
+    @property
+    def rotated(self) -> bool:
+        """Whether its columns are directions, so that it is solved for rotated inputs too."""
+        return self.kind is not None and self.kind.rotated
+
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
         """How many units or weights an allocation leaves of the layer, whose weight is [outputs, inputs]."""
         if self.kind is not None:

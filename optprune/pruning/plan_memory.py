@@ -111,8 +111,7 @@ def reordered(work: Workload, target: Target) -> dict[str, int]:
     """The width of a layer whose inputs are permuted or rotated, and have moments of their own then; else nothing."""
     path = target.path
     free = work.recipe.permuted and reorderable(work.decoder, work.largest, path, target.family.multiple) is not None
-    rotated = target.kind is not None and target.kind.rotated
-    return {path: work.decoder.layer(work.largest, path).in_features} if free or rotated else {}
+    return {path: work.decoder.layer(work.largest, path).in_features} if free or target.rotated else {}
 
 
 # -- the phases

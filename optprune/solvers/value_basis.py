@@ -49,11 +49,6 @@ def best_basis(loss: LayerLoss, channels: Channels, keep: int) -> Rotation:
     return Rotation.of(whole.to(loss.weight.dtype), channels)
 
 
-def basis_takes(out: int, width: int) -> int:
-    """About the bytes that `best_basis` takes at most: A and B in float64, and what of them is for directions kept."""
-    return torch.float64.itemsize * (4 * width**2 + 3 * out * width)
-
-
 class _Pull:
     """The least squares problem in float64, its columns sorted by slot, then by what is tied, then by unit."""
 

@@ -271,7 +271,7 @@ def test_the_block_holds_the_point_of_the_state(solver: Descent) -> None:
     after = problem.point()
     assert not all(map(torch.equal, after, start))
     back = solver.back(problem, state, start)
-    assert all(map(torch.equal, problem.point(), start if back.__class__ is AdamState else after))
+    assert all(map(torch.equal, problem.point(), start if isinstance(back, AdamState) else after))
 
 
 def test_a_line_search_that_fails_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
