@@ -48,15 +48,19 @@ class WarmReloads:
             errors.seek(0)
             return subprocess.CompletedProcess(words, status, "".join(said), errors.read())
 
+    def start(self) -> None:
+        """Start the process that is forked; without it, the first check does."""
+        listening, theirs = os.pipe()
+        words = [sys.executable, "-P", str(SERVER), SCRIPT, str(self._place), str(theirs)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        self._server.append(POPEN(words, stdin=subprocess.PIPE, env=environment, pass_fds=[theirs]))
+        os.close(theirs)
+        assert os.read(listening, 1) == b"1", "the process that is forked has not started"
+        os.close(listening)
+
     def _connect(self, line: socket.socket) -> None:
         if not self._server:
-            listening, theirs = os.pipe()
-            words = [sys.executable, "-P", str(SERVER), SCRIPT, str(self._place), str(theirs)]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-            self._server.append(POPEN(words, stdin=subprocess.PIPE, env=environment, pass_fds=[theirs]))
-            os.close(theirs)
-            assert os.read(listening, 1) == b"1", "the process that is forked has not started"
-            os.close(listening)
+            self.start()
         line.connect(str(self._place))
 
     def close(self) -> None:

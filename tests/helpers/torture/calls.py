@@ -1,0 +1,176 @@
+"""What the processes of `Children` do: run a command, end it at a moment, load what it wrote."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.helpers.warm_reloads import WarmReloads
+
+reloads: WarmReloads | None = None
+"""the check of written folders in a process that was forked, in place of one that imports all it needs"""
+TOKENS = 8
+QUICK = "print(2e8, 1, 0)"
+"""in place of the imports that a plan is to measure: the memory, the time of all and of those of a reload"""
+
+
+def command(words: list[str], checked: bool = False) -> int:
+    """Run a command of optprune; only where it is `checked` are written folders reloaded in another process."""
+    from optprune.cli.app import main
+    from optprune.export import check, save
+    from optprune.pruning import plan_time
+
+    if checked:
+        check.run_alongside = reloads  # type: ignore[assignment]
+    else:
+        save.compare = lambda *_: 0.0  # type: ignore[assignment]
+    plan_time.FRESH = QUICK
+    return main(words)
+
+
+def killed(words: list[str], at: int | None, how: str, checked: bool, count: str | None = None) -> int:
+    """Run a command that ends at a moment; the moments go into the file `count`, where there is one."""
+    from tests.helpers.kills import moments
+
+    with moments(at, how) as seen:
+        status = command(words, checked)
+    if count is not None:
+        Path(count).write_text(json.dumps(seen))
+    return status
+
+
+def timed_out(words: list[str], seconds: float, how: int, checked: bool) -> int:
+    """Run a command that gets a signal after so many seconds of processor time."""
+
+    def alarm(*_: Any) -> None:
+        os.kill(os.getpid(), how)
+
+    signal.signal(signal.SIGPROF, alarm)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    return command(words, checked)
+
+
+def stock(folder: str) -> int:
+    """Make what inputs are made of."""
+    from tests.helpers.torture.stock import make
+
+    make(Path(folder))
+    return 0
+
+
+def loads(kind: str, place: str) -> int:
+    """See that what a command has written is whole: 0, or 1 with a sentence."""
+    fault = LOADS[kind](Path(place))
+    if fault:
+        print(fault)
+    return 1 if fault else 0
+
+
+def of_model(place: Path) -> str | None:
+    """What is wrong with a model folder or a GGUF file."""
+    import torch
+
+    from optprune.models import load_model
+
+    loaded = load_model(place)
+    for name, weight in loaded.model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            return f"{name} is not finite"
+    with torch.no_grad():
+        logits = loaded.model(input_ids=torch.arange(TOKENS)[None]).logits
+    if not bool(torch.isfinite(logits).all()):
+        return "the logits are not finite"
+    return None
+
+
+def of_gguf(place: Path) -> str | None:
+    """What is wrong with a GGUF file, whatever its name."""
+    with TemporaryDirectory() as folder:
+        named = Path(folder) / "model.gguf"
+        named.symlink_to(place)
+        return of_model(named)
+
+
+def of_pruned(place: Path) -> str | None:
+    """What is wrong with a folder that `prune` wrote."""
+    from optprune.report import audit
+
+    strict(place / "report.json")
+    faults = audit(place).faults
+    return faults[0].sentence if faults else of_model(place)
+
+
+def of_onnx(place: Path) -> str | None:
+    """What is wrong with a folder of ONNX."""
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(place / "model.onnx"), providers=["CPUExecutionProvider"])
+    feed = {}
+    for one in session.get_inputs():
+        before = len(one.shape) == 4
+        feed[one.name] = (
+            np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32)
+            if before
+            else np.arange(TOKENS)[None]
+            if one.name != "attention_mask"
+            else np.ones((1, TOKENS), np.int64)
+        )
+    return None if np.isfinite(session.run(["logits"], feed)[0]).all() else "the logits are not finite"
+
+
+def of_json(place: Path) -> str | None:
+    """What is wrong with a JSON file."""
+    strict(place)
+    return None
+
+
+def of_comparison(place: Path) -> str | None:
+    """What is wrong with the folder of a comparison."""
+    data = strict(place / "comparison.json")
+    for key, value in leaves(data):
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{key} is {value}"
+    return None if (place / "comparison.md").read_text().strip() else "the table is empty"
+
+
+def of_page(place: Path) -> str | None:
+    """What is wrong with a page."""
+    text = place.read_text(encoding="utf-8")
+    return None if text.rstrip().endswith("</html>") else "the page is not whole"
+
+
+LOADS = {
+    "model": of_model,
+    "gguf": of_gguf,
+    "pruned": of_pruned,
+    "onnx": of_onnx,
+    "json": of_json,
+    "comparison": of_comparison,
+    "page": of_page,
+}
+
+
+def strict(file: Path) -> Any:
+    """The data of a JSON file, in which there is no NaN and no infinity."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{file.name} holds {name}")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def leaves(data: Any, path: str = "") -> Any:
+    """The values in plain data, with where they are."""
+    if isinstance(data, dict | list):
+        for key, item in data.items() if isinstance(data, dict) else enumerate(data):
+            yield from leaves(item, f"{path}.{key}")
+    else:
+        yield path, data

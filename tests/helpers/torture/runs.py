@@ -1,0 +1,29 @@
+"""What two outputs of the same run have in common, bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TIMES = ("seconds", "spent", "prefill", "decode")
+"""what of a comparison's figures is measured by a clock"""
+
+
+def contents(output: Path) -> dict[str, Any]:
+    """What of an output must be the same: all but the report, which tells of times, and pictures of them."""
+    if output.is_file():
+        return {"": output.read_bytes()}
+    found: dict[str, Any] = {}
+    for file in sorted(file for file in output.rglob("*") if file.is_file()):
+        name = str(file.relative_to(output))
+        if (output / "cells").is_dir() and file.suffix == ".json":
+            found[name] = untimed(json.loads(file.read_text()))
+        elif file.stem not in ("report", "comparison") and file.name not in ("in-use", "README.md"):
+            found[name] = file.read_bytes()
+    return found
+
+
+def untimed(data: Any) -> Any:
+    """Plain data without what a clock has measured."""
+    if isinstance(data, dict):
+        return {key: untimed(value) for key, value in data.items() if key not in TIMES}
+    return [untimed(value) for value in data] if isinstance(data, list) else data

@@ -1,0 +1,99 @@
+"""The stock: small models, texts, finished and unfinished runs, from which malformed inputs are made by copying."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers.torture.words import Words
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Where everything lies."""
+
+    folder: Path
+
+    def __getattr__(self, name: str) -> Path:
+        """A file or folder of the stock by the name in `PLACES`."""
+        return self.folder / PLACES[name]
+
+    def words(self) -> Words:
+        """Commands that would work."""
+        return Words(model=self.model, pruned=self.pruned, text=self.text, held=self.held)
+
+
+PLACES = {
+    "model": "model",
+    "sharded": "sharded",
+    "pruned": "pruned",
+    "text": "text.jsonl",
+    "held": "held.jsonl",
+    "plain": "text.txt",
+    "csv": "text.csv",
+    "parquet": "text.parquet",
+    "gguf": "tiny.gguf",
+    "questions": "questions.jsonl",
+    "evaluation": "evaluation.json",
+    "speed": "speed.json",
+    "runs": "runs",
+    "whole": "whole",
+}
+QUESTIONS = [{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}] * 3
+RUNS = ("prune", "heal", "compare")
+"""the commands of which the stock has an unfinished run, and the whole output"""
+
+
+def make(folder: Path) -> None:
+    """Write the stock: a few seconds of processor time."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from optprune.texts import demo_articles
+    from tests.helpers.tiny_gguf import write_gguf
+    from tests.helpers.tiny_models import save_tiny, tiny_llama
+    from tests.helpers.torture.calls import command
+
+    stock, articles = Stock(folder), demo_articles("calibration")
+    save_tiny(tiny_llama(), stock.model)
+    save_tiny(tiny_llama(), stock.sharded)
+    (stock.sharded / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(stock.sharded, max_shard_size="200KB")
+    write_gguf(tiny_llama(), stock.gguf)
+    stock.plain.write_text("\n\n".join(articles[:5]), encoding="utf-8")
+    for file, documents in ((stock.text, articles[:12]), (stock.held, articles[12:15])):
+        file.write_text("\n".join(json.dumps({"text": document}) for document in documents), encoding="utf-8")
+    rows = [document[:2000] for document in articles[:6]]
+    stock.csv.write_text("text,more\n" + "\n".join(f"{json.dumps(row)},3" for row in rows), encoding="utf-8")
+    parquet.write_table(pyarrow.table({"text": rows, "more": list(range(6))}), stock.parquet)
+    stock.questions.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    words = stock.words()
+    stock.runs.mkdir()
+    stock.whole.mkdir()
+    assert command(words.prune(stock.pruned, "--set", "width_multiple=1")) == 0
+    measured = words.evaluate("--against", str(stock.model), "--json", str(stock.evaluation))
+    assert command(measured) == 0
+    for name in RUNS:
+        begin(stock, name)
+
+
+def begin(stock: Stock, name: str) -> None:
+    """Have the whole output of a command, and a run of it that was killed when half of it was done."""
+    from tests.helpers.kills import moments
+    from tests.helpers.torture.calls import command
+
+    words, whole, begun = stock.words(), stock.whole / name, stock.runs / "out"
+    with moments(None) as seen:
+        assert command(words.of(name, whole)) == 0
+    child = os.fork()
+    if child == 0:
+        with moments(len(seen) // 2):
+            command(words.of(name, begun))
+        os._exit(70)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    run = begun if name == "compare" else begun.with_name("out.run")
+    run.rename(stock.runs / name)
+    for left in stock.runs.iterdir():
+        if left.name not in RUNS:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
