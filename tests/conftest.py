@@ -117,6 +117,32 @@ def pruned_demo(tmp_path_factory):
     return PrunedDemo(tmp_path_factory.mktemp("pruned"))
 
 
+@pytest.fixture(scope="session")
+def torture(tmp_path_factory, warnings_are_errors_in_other_processes):
+    """Small models, texts and runs, and a process that is forked for each command: fifteen seconds."""
+    from tests.helpers.torture.suite import Suite
+
+    suite = Suite(tmp_path_factory.mktemp("torture"))
+    yield suite
+    suite.close()
+
+
+@pytest.fixture(scope="session")
+def killing(torture):
+    """Commands that are ended at a moment."""
+    from tests.helpers.torture.killing import Killing
+
+    return Killing(torture.folder / "kills", torture.stock, torture.children)
+
+
+@pytest.fixture(scope="session")
+def damaging(killing):
+    """Runs that were killed, of which copies are damaged."""
+    from tests.helpers.torture.damages import Damaging
+
+    return Damaging(killing)
+
+
 @pytest.fixture
 def attempt(attempted_model, attempted_text, tmp_path, capsys):
     """A prune command that would work."""

@@ -19,10 +19,8 @@ from optprune.models import load_model
 from optprune.recipe import load_recipe
 from optprune.report import audit
 from optprune.texts import demo_articles
-from tests.helpers import kills
 from tests.helpers.attempts import Attempt
 from tests.helpers.html_pages import parsed
-from tests.helpers.kills import moments
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
 
@@ -53,15 +51,14 @@ def words(folder: Path, output: Path, *more: str, model: str = "pruned", **optio
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> tuple[Path, int]:
-    """The folder of a run that was not stopped, and how many moments it had."""
-    with moments(None) as seen:
-        assert main(words(folder, folder / "healed", "--json", str(folder / "record.json"))) == 0
-    return folder / "healed", len(seen)
+def whole(folder: Path) -> Path:
+    """The folder of a run."""
+    assert main(words(folder, folder / "healed", "--json", str(folder / "record.json"))) == 0
+    return folder / "healed"
 
 
-def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: tuple[Path, int]) -> None:
-    place, _ = whole
+def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: Path) -> None:
+    place = whole
     before, after = (load_file(each / "model.safetensors") for each in (folder / "pruned", place))
     assert before.keys() == after.keys()
     for name, weight in after.items():
@@ -91,12 +88,12 @@ def test_the_folder_is_checked_and_tells_of_it(folder: Path, whole: tuple[Path, 
 
 
 def test_the_page_is_there_when_the_folder_has_its_name(
-    folder: Path, whole: tuple[Path, int], monkeypatch: pytest.MonkeyPatch
+    folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    healing, seen = json.loads((whole[0] / "report.json").read_text())["healing"], list[bool]()
+    healing, seen = json.loads((whole / "report.json").read_text())["healing"], list[bool]()
     monkeypatch.setattr(healed, "page", lambda *_, **__: seen.append((folder / "paged").exists()) or "a page")
     healed.save_healed(
-        load_model(whole[0]), folder / "paged", healing, teacher=str(folder / "dense"), window=batches()[0][0]
+        load_model(whole), folder / "paged", healing, teacher=str(folder / "dense"), window=batches()[0][0]
     )
     assert seen == [False] and (folder / "paged" / "report.html").read_text() == "a page"
 
@@ -109,20 +106,6 @@ def test_what_the_dense_model_wrote_is_told(folder: Path) -> None:
     assert "for 10 steps on 1,216 tokens, 6 windows of which that one wrote itself; all zeros and widths are" in card
     page = parsed((folder / "written" / "report.html").read_text()).text
     assert "10 steps on 1,216 tokens, 6 windows of which it wrote itself, in" in page
-
-
-def test_a_killed_run_ends_with_the_same_bytes(folder: Path, whole: tuple[Path, int], capsys: Any) -> None:
-    expected, count = whole
-    given = words(folder, folder / "killed")
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [sys.executable, "-m", kills.__name__, str(count // 2), *given]
-    killed = subprocess.run(command, capture_output=True, check=False, env=environment)
-    assert killed.returncode == -9, killed.stderr.decode()
-    assert (run_folder_of(folder / "killed") / "progress.json").is_file(), "it was killed before anything was kept"
-    assert main([*given, "--resume"]) == 0
-    for name in ("model.safetensors", "config.json"):
-        assert (folder / "killed" / name).read_bytes() == (expected / name).read_bytes()
-    assert not [path for path in folder.iterdir() if path.name.startswith((".killed", "killed."))]
 
 
 @pytest.mark.slow
@@ -164,7 +147,7 @@ def test_a_teacher_of_other_tokens_is_refused(folder: Path, attempt: Attempt, no
 
 
 @pytest.mark.slow
-def test_two_processes_heal_as_one_does(folder: Path, whole: tuple[Path, int], monkeypatch: Any) -> None:
+def test_two_processes_heal_as_one_does(folder: Path, whole: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "optprune"]
@@ -173,7 +156,7 @@ def test_two_processes_heal_as_one_does(folder: Path, whole: tuple[Path, int], m
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("reload check passed") == 1, "the first process alone speaks"
-    one, two = (load_file(place / "model.safetensors") for place in (whole[0], folder / "two"))
+    one, two = (load_file(place / "model.safetensors") for place in (whole, folder / "two"))
     for name, weight in two.items():
         torch.testing.assert_close(weight, one[name], rtol=1e-3, atol=1e-4, msg=name)
     assert not run_folder_of(folder / "two").exists()

@@ -8,8 +8,8 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 ROOMS = {path.name for path in (TESTS.parent / "optprune").iterdir() if (path / "__init__.py").is_file()}
-OF_THEIR_OWN = {"vocabulary", "helpers", "house"}
-"""the modules of the package's root, what tests share, and checks of the repository"""
+OF_THEIR_OWN = {"vocabulary", "helpers", "house", "torture"}
+"""the modules of the package's root, what tests share, checks of the repository, and what every command must outlive"""
 WITHOUT_TESTS = {"numerics"}
 """tested with the vocabulary that it belongs to"""
 FILES = sorted(TESTS.glob("*/*.py"))

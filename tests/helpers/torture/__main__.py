@@ -7,10 +7,14 @@ import argparse
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 from tests.helpers.torture.kinds import KINDS
 from tests.helpers.torture.suite import Suite
+
+SLOW = 4.0
+"""the seconds of processor time from which on an input is told of"""
 
 
 def numbers_of(text: str) -> range:
@@ -30,30 +34,30 @@ def main() -> int:
     asked = parser.parse_args()
     faulty = 0
     with tempfile.TemporaryDirectory(prefix="torture-") as place:
-        suite = Suite(asked.keep or Path(place))
+        suite = Suite(asked.keep or Path(place), keep=asked.keep is not None)
         try:
             for seed in asked.seeds:
-                began, spent, statuses = time.monotonic(), 0.0, dict[int, int]()
-                for number in asked.inputs:
-                    # The kind goes by the number, so that one input is the same alone.
-                    kinds = list(KINDS)
-                    kind = kinds[number % len(kinds)]
-                    if asked.kinds and kind not in asked.kinds:
-                        continue
-                    tried = suite.one(seed, number, kind, keep=asked.keep is not None)
-                    statuses[tried.told.status] = statuses.get(tried.told.status, 0) + 1
-                    spent += tried.told.seconds
-                    if tried.told.seconds > 4:
-                        print(f"({kind} {number}: {tried.told.seconds:.1f} s, {tried.told.bytes >> 20} MiB)", flush=True)
-                    faulty += bool(tried.faults)
-                    if tried.faults or asked.all:
-                        print(f"{tried}\n", flush=True)
-                seconds = time.monotonic() - began
-                print(f"seed {seed}: {sum(statuses.values())} inputs in {seconds:.0f} s ({spent:.0f} s of processor), by exit status {statuses}")
+                faulty += tried(suite, seed, asked.inputs, asked.kinds, show=asked.all)
         finally:
             suite.close()
     print(f"{faulty} inputs with faults")
     return min(faulty, 100)
+
+
+def tried(suite: Suite, seed: int, numbers: range, kinds: list[str] | None, show: bool) -> int:
+    """Try inputs, print those with faults, or all, and return how many have faults."""
+    began, spent, faulty, statuses = time.monotonic(), 0.0, 0, Counter[int]()
+    for one in suite.tried(seed, numbers, kinds):
+        spent += one.told.seconds
+        statuses[one.told.status] += 1
+        faulty += bool(one.faults)
+        if one.told.seconds > SLOW:
+            print(f"({one.kind} {one.number}: {one.told.seconds:.1f} s, {one.told.bytes >> 20} MiB)", flush=True)
+        if one.faults or show:
+            print(f"{one}\n", flush=True)
+    taken = f"{time.monotonic() - began:.0f} s, {spent:.0f} s of them of a processor"
+    print(f"seed {seed}: {statuses.total()} inputs in {taken}; by exit status: {dict(statuses)}")
+    return faulty
 
 
 if __name__ == "__main__":

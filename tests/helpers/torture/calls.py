@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -34,27 +33,20 @@ def command(words: list[str], checked: bool = False) -> int:
     return main(words)
 
 
-def killed(words: list[str], at: int | None, how: str, checked: bool, count: str | None = None) -> int:
-    """Run a command that ends at a moment; the moments go into the file `count`, where there is one."""
-    from tests.helpers.kills import moments
+def ended(words: list[str], at: int | str | float | None, how: str, note: str, output: str, checked: bool) -> int:
+    """Run a command that ends at a moment, or after so many seconds; `note` tells of it, or of all moments and time."""
+    from tests.helpers.torture.moments import after_seconds, moments
 
-    with moments(at, how) as seen:
+    places = Path(note), Path(output)
+    if isinstance(at, float):
+        with after_seconds(at, how, *places):
+            return command(words, checked)
+    began = time.process_time()
+    with moments(at, how, *places) as seen:
         status = command(words, checked)
-    if count is not None:
-        Path(count).write_text(json.dumps(seen))
+    if at is None:
+        Path(note).write_text(json.dumps({"moments": seen, "seconds": time.process_time() - began}))
     return status
-
-
-def timed_out(words: list[str], seconds: float, how: int, checked: bool) -> int:
-    """Run a command that gets a signal after so many seconds of processor time."""
-
-    def alarm(*_: Any) -> None:
-        os.kill(os.getpid(), how)
-
-    signal.signal(signal.SIGPROF, alarm)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    return command(words, checked)
 
 
 def stock(folder: str) -> int:

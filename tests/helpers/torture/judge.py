@@ -55,22 +55,29 @@ def of_words(told: Told) -> Iterator[str]:
     if found := OF_LIBRARIES.search(told.err):
         yield f"it said {told.err[found.start() : found.start() + 100]!r}"
     sentences = [line for line in told.err.splitlines() if line.startswith("error: ")]
-    if told.status == FAILED:
-        if len(sentences) != 1:
-            yield f"it told {len(sentences)} errors"
-        if any(word in told.err for word in ("(unexpected: ", "please report")):
-            yield "the error was unexpected"
-        if any(len(sentence) > LONGEST for sentence in sentences):
-            yield "the sentence is too long"
-        if told.out:
-            yield "a command that failed wrote to its standard output"
-    elif told.status in (0, 1):
-        if sentences:
-            yield "it told an error, and did not fail"
-        if not told.out:
-            yield "it said nothing"
-        if NOT_A_NUMBER.search(told.out):
-            yield f"it succeeded with {NOT_A_NUMBER.search(told.out).group()}"  # type: ignore[union-attr]
+    yield from of_a_failure(told, sentences) if told.status == FAILED else of_a_success(told, sentences)
+
+
+def of_a_failure(told: Told, sentences: list[str]) -> Iterator[str]:
+    """What a command said that failed: one sentence."""
+    if len(sentences) != 1:
+        yield f"it told {len(sentences)} errors"
+    if any(word in told.err for word in ("(unexpected: ", "please report")):
+        yield "the error was unexpected"
+    if any(len(sentence) > LONGEST for sentence in sentences):
+        yield "the sentence is too long"
+    if told.out:
+        yield "a command that failed wrote to its standard output"
+
+
+def of_a_success(told: Told, sentences: list[str]) -> Iterator[str]:
+    """What a command said that did not fail, or that a signal has ended."""
+    if sentences:
+        yield "it told an error, and did not fail"
+    if told.status in (0, 1) and not told.out:
+        yield "it said nothing"
+    if found := NOT_A_NUMBER.search(told.out):
+        yield f"it succeeded with {found.group()}"
 
 
 def of_files(case: Case, told: Told, before: dict[bytes, Any], after: dict[bytes, Any]) -> Iterator[str]:
@@ -78,7 +85,7 @@ def of_files(case: Case, told: Told, before: dict[bytes, Any], after: dict[bytes
     own = {os.fsencode(os.path.realpath(place)) for place in (case.output, *case.files) if place is not None}
     run = None if case.run is None else os.fsencode(os.path.realpath(case.run))
     for path in sorted(before.keys() | after.keys()):
-        if before.get(path) == after.get(path) or os.path.basename(path) == b"in-use":
+        if before.get(path) == after.get(path) or path.endswith(b"/in-use"):
             continue
         if case.whole is not None and run in parents(path) and stat.S_ISDIR((before.get(path) or after[path])[0]):
             continue  # the folders of a run of ours, of which the files are looked at
@@ -94,7 +101,7 @@ def of_files(case: Case, told: Told, before: dict[bytes, Any], after: dict[bytes
             gone_on_with = case.whole is not None and run in within
             if not gone_on_with:
                 yield f"it {how} {os.fsdecode(path)}"
-        elif how == "made" and os.path.basename(path).startswith(b".") and path not in own:
+        elif how == "made" and path.rpartition(b"/")[2].startswith(b".") and path not in own:
             yield f"it left {os.fsdecode(path)}"
 
 

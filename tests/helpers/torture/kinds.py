@@ -1,4 +1,4 @@
-"""The kinds of malformed inputs: models, texts, recipes, options, places and runs, for every command that reads them."""
+"""The kinds of malformed inputs: models, texts, recipes, options, places and runs, for all that read them."""
 
 import json
 import os
@@ -17,6 +17,7 @@ CONFIG_FIELDS = [
     *("text_config", "sliding_window", "quantization_config", "transformers_weights", "auto_map", "rope_scaling"),
     *("optprune_shapes", "rope_parameters", "_name_or_path", "architectures", "torch_dtype", "layer_types"),
 ]
+OF_A_MODEL = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 OPTIONS = [
     *("--samples", "--seq-length", "--seed", "--dtype", "--save-dtype", "--device", "--units", "--pattern"),
     *("--propagation", "--sparsity", "--width-multiple", "--allocation", "--recipe", "--calibration", "--json"),
@@ -72,7 +73,12 @@ def against(drawn: Drawn) -> Case:
     if dense.is_file():
         drawn.spoil.gguf(dense)
     else:
-        names = ["config.json", "tokenizer.json", "tokenizer_config.json", *(file.name for file in dense.glob("*.saf*"))]
+        names = [
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            *(file.name for file in dense.glob("*.saf*")),
+        ]
         file = dense / drawn.rng.choice(names)
         (drawn.spoil.safetensors if file.suffix == ".safetensors" else drawn.spoil.json)(file)
     chosen = drawn.rng.randrange(4)
@@ -248,7 +254,9 @@ def heal(drawn: Drawn) -> Case:
         large = drawn.rng.choice(["4611686018427387904", str(2**63), str(2**64), "-5", "1e-300", "0"])
         return drawn.heal(**{drawn.rng.choice(names): drawn.rng.choice([drawn.spoil.word(), large])})
     folder = drawn.pruned()
-    file = folder / drawn.rng.choice(["report.json", "config.json", "generation_config.json", "README.md", "recipe.yaml"])
+    file = folder / drawn.rng.choice(
+        ["report.json", "config.json", "generation_config.json", "README.md", "recipe.yaml"]
+    )
     spoiled(drawn, file)
     return drawn.heal()
 
@@ -275,8 +283,7 @@ def compare(drawn: Drawn) -> Case:
         "propagation": ["cross", "x", "local"], "sequences": ["whole", "x"],
     }  # fmt: skip
     name = drawn.rng.choice(list(options))
-    case = drawn.compare(**{name: drawn.rng.choice([*options[name], drawn.spoil.word()])})
-    return case
+    return drawn.compare(**{name: drawn.rng.choice([*options[name], drawn.spoil.word()])})
 
 
 def report(drawn: Drawn) -> Case:
@@ -335,7 +342,7 @@ def export(drawn: Drawn) -> Case:
         name = drawn.rng.choice(["type", "format"])
         return command(**{name: drawn.spoil.word()})
     folder = drawn.model()
-    choices = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]
+    choices = [*OF_A_MODEL, "generation_config.json", "model.safetensors"]
     name = drawn.rng.choice([*choices, "LICENSE", "special_tokens_map.json", "chat_template.jinja"])
     file = folder / name
     if name == "model.safetensors":
@@ -361,14 +368,16 @@ def plan(drawn: Drawn) -> Case:
     file = folder / "config.json"
     data = json.loads(file.read_text())
     numbers = [key for key, value in data.items() if isinstance(value, int | float)]
-    data[drawn.rng.choice(numbers)] = drawn.rng.choice([0, -1, 1, 3, 10**4, 10**6, 10**9, 10**18, 2**64, 0.5, MARK, None])
+    data[drawn.rng.choice(numbers)] = drawn.rng.choice(
+        [0, -1, 1, 3, 10**4, 10**6, 10**9, 10**18, 2**64, 0.5, MARK, None]
+    )
     file.write_text(json.dumps(data))
     return drawn.plan()
 
 
 def damaged_run(drawn: Drawn) -> Case:
     """A run that was stopped, whose folder is not as it was left."""
-    name = drawn.rng.choice(RUNS)
+    name = drawn.rng.choice(list(RUNS))
     drawn.sandbox.output = drawn.sandbox.place / "out"
     place = drawn.output if name == "compare" else drawn.run
     shutil.copytree(drawn.stock.runs / name, place)
@@ -382,7 +391,7 @@ def damaged_run(drawn: Drawn) -> Case:
 def damage(drawn: Drawn, place: Path, strays: list[Path]) -> None:
     """Do something to a run folder."""
     files = sorted(file for file in place.rglob("*") if file.is_file() and file.name != "in-use")
-    file, other, how = drawn.rng.choice(files), drawn.rng.choice(files), drawn.rng.randrange(8)
+    (file, other), how = drawn.rng.sample(files, 2), drawn.rng.randrange(8)
     if how == 0:
         drawn.spoil.flip(file)
     elif how == 1:

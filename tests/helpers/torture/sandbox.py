@@ -81,6 +81,6 @@ def state(folder: Path) -> dict[bytes, Any]:
                 with open(path, "rb") as stream:  # noqa: PTH123
                     held = hashlib.file_digest(stream, "sha256").hexdigest()
             elif stat.S_ISLNK(mode):
-                held = os.readlink(path)
+                held = os.readlink(path)  # noqa: PTH115
             found[path] = (mode, held)
     return found

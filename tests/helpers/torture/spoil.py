@@ -13,7 +13,17 @@ VALUES: list[Any] = [
     float("nan"), float("inf"), "", "x", "auto", "float32", "float16", "bfloat16", "é\u2028", "\ud800", "x" * 5000,
     "../x", MARK, f"{MARK}x", TAG, f"|{TAG}|\n# x", "\x9b2J", [], [[]], [1, 2], {}, {"a": 1}, {"": []}, [None] * 50,
 ]  # fmt: skip
-WORDS = [value for value in VALUES if isinstance(value, str)] + ["-1", "0", "1", "1e9", "nan", "inf", "1e-400", "--", "é"]
+WORDS = [value for value in VALUES if isinstance(value, str)] + [
+    "-1",
+    "0",
+    "1",
+    "1e9",
+    "nan",
+    "inf",
+    "1e-400",
+    "--",
+    "é",
+]
 NUMBERS = [0, 1, 2, 7, 255, 2**16, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
 
 

@@ -26,6 +26,7 @@ class Stock:
 
 PLACES = {
     "model": "model",
+    "deep": "deep",
     "sharded": "sharded",
     "pruned": "pruned",
     "text": "text.jsonl",
@@ -41,8 +42,8 @@ PLACES = {
     "whole": "whole",
 }
 QUESTIONS = [{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}] * 3
-RUNS = ("prune", "heal", "compare")
-"""the commands of which the stock has an unfinished run, and the whole output"""
+RUNS = {"prune": "block-00000.json", "heal": "progress.json", "compare": "wanda-0.5-seed0.json"}
+"""the commands of which the stock has the whole output, and a run that was killed after it wrote a file"""
 
 
 def make(folder: Path) -> None:
@@ -57,6 +58,7 @@ def make(folder: Path) -> None:
 
     stock, articles = Stock(folder), demo_articles("calibration")
     save_tiny(tiny_llama(), stock.model)
+    save_tiny(tiny_llama(num_hidden_layers=3), stock.deep)
     save_tiny(tiny_llama(), stock.sharded)
     (stock.sharded / "model.safetensors").unlink()
     tiny_llama().save_pretrained(stock.sharded, max_shard_size="200KB")
@@ -79,16 +81,16 @@ def make(folder: Path) -> None:
 
 
 def begin(stock: Stock, name: str) -> None:
-    """Have the whole output of a command, and a run of it that was killed when half of it was done."""
-    from tests.helpers.kills import moments
+    """Have the whole output of a command, and a run of it that was killed when some of it was done."""
     from tests.helpers.torture.calls import command
+    from tests.helpers.torture.moments import middle, moments
 
     words, whole, begun = stock.words(), stock.whole / name, stock.runs / "out"
     with moments(None) as seen:
         assert command(words.of(name, whole)) == 0
     child = os.fork()
     if child == 0:
-        with moments(len(seen) // 2):
+        with moments(middle(seen, RUNS[name])):
             command(words.of(name, begun))
         os._exit(70)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9

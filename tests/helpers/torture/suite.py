@@ -29,31 +29,38 @@ class Tried:
     def __str__(self) -> str:
         """The faults, the command, and how to try it again."""
         words = " ".join(map(repr, self.case.words))
-        again = f"python -m tests.helpers.torture --seeds {self.seed} --inputs {self.number}"
-        return "\n".join(
-            [f"{self.kind}, seed {self.seed}, input {self.number}:", *(f"  fault: {each}" for each in self.faults),
-             f"  command: optprune {words}", f"  again: {again}", *(f"  | {line[:600]}" for line in self.told.err.splitlines()[-4:])]
-        )  # fmt: skip
+        lines = [f"{self.kind}, seed {self.seed}, input {self.number}:"]
+        lines += [f"  fault: {each}" for each in self.faults]
+        lines += [f"  command: optprune {words}"]
+        lines += [f"  again: python -m tests.helpers.torture --seeds {self.seed} --inputs {self.number}"]
+        return "\n".join([*lines, *(f"  | {line[:600]}" for line in self.told.err.splitlines()[-4:])])
+
+
+def kind_of(number: int) -> str:
+    """The kind of an input: all in turn, so that one alone is the one that it is among others."""
+    return list(KINDS)[number % len(KINDS)]
 
 
 class Suite:
     """The stock, and a process that is forked for each input."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.children = folder, Children()
+    def __init__(self, folder: Path, keep: bool = False) -> None:
+        """With `keep` the sandboxes stay."""
+        self.folder, self.keep, self.children = folder, keep, Children()
         self.stock = Stock(folder / "stock")
         self.stock.folder.mkdir(parents=True)
         made = self.children.call("stock", folder, folder=str(self.stock.folder), longest=600)
         assert made.status == 0, made.err
 
     def tried(self, seed: int, numbers: Iterable[int], kinds: list[str] | None = None) -> Iterator[Tried]:
-        """Try inputs one after the other; `kinds` are those that are drawn, in place of all."""
+        """Try inputs one after the other, or those of some kinds alone."""
         for number in numbers:
-            kind = (kinds or list(KINDS))[number % len(kinds or KINDS)]
-            yield self.one(seed, number, kind)
+            if kinds is None or kind_of(number) in kinds:
+                yield self.one(seed, number)
 
-    def one(self, seed: int, number: int, kind: str, keep: bool = False) -> Tried:
+    def one(self, seed: int, number: int) -> Tried:
         """Try an input."""
+        kind = kind_of(number)
         rng = random.Random(f"{seed} {number} {kind}")
         folder = self.folder / f"{seed}-{number}"
         sandbox = Sandbox(folder, rng)
@@ -67,7 +74,7 @@ class Suite:
         faults += [f"it wrote {place.name} into the home directory" for place in self.children.home.iterdir()]
         for place in self.children.home.iterdir():
             shutil.rmtree(place) if place.is_dir() else place.unlink()
-        if not keep:
+        if not self.keep:
             shutil.rmtree(folder)
         return Tried(seed, number, kind, case, told, faults)
 
