@@ -1,8 +1,9 @@
 """Damages: what may happen to the folder of a run that was stopped, and what may come of going on with it."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,25 +72,25 @@ def deleted(pattern: str) -> Callable[[Path, Path], None]:
 
 
 def edited(name: str, **values: Any) -> Callable[[Path, Path], None]:
-    """Give the first numbers with these names in a JSON file other values."""
+    """Give the last numbers with these names in a JSON file other values."""
 
     def does(folder: Path, other: Path) -> None:
         data = json.loads((folder / name).read_text())
         for key, value in values.items():
-            holder = holding(data, key)
-            assert holder is not None and holder[key] != value
+            holder = list(holding(data, key))[-1]
+            assert holder[key] != value
             holder[key] = value
         (folder / name).write_text(json.dumps(data, indent=2))
 
     return does
 
 
-def holding(data: Any, key: str) -> Any:
-    """The first mapping in plain data that has a key."""
+def holding(data: Any, key: str) -> Iterator[Any]:
+    """The mappings in plain data that have a key."""
     if isinstance(data, dict) and key in data:
-        return data
-    inner = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return next((found for item in inner if (found := holding(item, key)) is not None), None)
+        yield data
+    for item in data.values() if isinstance(data, dict) else data if isinstance(data, list) else ():
+        yield from holding(item, key)
 
 
 def added(name: str, text: str = "{}", like: str | None = None) -> Callable[[Path, Path], None]:
@@ -145,7 +146,7 @@ DAMAGES = {
     "a record under another number": Damage("prune", added("block-00002.json", like=RECORD)),
     "a record of no block": Damage("prune", added("block-x.json"), adds="block-x.json"),
     "a record of a block that is not there": Damage("prune", added("block-99999.json"), adds="block-99999.json"),
-    "an edited division": Damage("prune", edited("division.json", mlp=0.75)),
+    "an edited division": Damage("prune", edited("division.json", mlp_width=72)),
     "no division": Damage("prune", deleted("division.json")),
     "a division of another run": Damage("prune", of_another("division.json")),
     "a cut output metric": Damage("prune", cut("metric-*.sums")),
@@ -232,11 +233,13 @@ class Damaging:
     @staticmethod
     def _of_a_refusal(told: Told, damaged: set[str], before: dict[bytes, Any], after: dict[bytes, Any]) -> list[str]:
         """What is wrong with a refusal: it changes nothing, and names a file that is damaged."""
-        found = [
-            f"{path!r} is another, or gone"
-            for path, held in before.items()
-            if after.get(path) != held and not path.endswith((b"/in-use", b"/work"))
-        ]
+        gone = [path for path, held in before.items() if after.get(path) != held and not left_by_a_kill(path)]
+        found = [f"{len(gone)} files are another, or gone"] if gone else []
         if not any(name in told.err for name in damaged):
             found.append(f"the sentence names none of {sorted(damaged)}")
         return found
+
+
+def left_by_a_kill(path: bytes) -> bool:
+    """Whether a path is a draft, a lock or a folder for what does not stay, which another process may clear."""
+    return re.search(rb"/(\.[^/]*|in-use|work|optprune-[^/]*)(/aside)?$", path) is not None

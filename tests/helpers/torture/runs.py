@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMES = ("seconds", "spent", "prefill", "decode")
-"""what of a comparison's figures is measured by a clock"""
+TIMES = ("seconds", "spent", "prefill", "decode", "floor_seconds", "phases", "stages")
+"""what of a comparison's figures and of a report is measured by a clock"""
 
 
 def contents(output: Path) -> dict[str, Any]:
-    """What of an output must be the same: all but the report, which tells of times, and pictures of them."""
+    """What of an output must be the same: all but times, and pages and pictures that tell of them."""
     if output.is_file():
         return {"": output.read_bytes()}
     found: dict[str, Any] = {}
     for file in sorted(file for file in output.rglob("*") if file.is_file()):
         name = str(file.relative_to(output))
-        if (output / "cells").is_dir() and file.suffix == ".json":
+        if file.name == "report.json" or ((output / "cells").is_dir() and file.suffix == ".json"):
             found[name] = untimed(json.loads(file.read_text()))
         elif file.stem not in ("report", "comparison") and file.name not in ("in-use", "README.md"):
             found[name] = file.read_bytes()
