@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
 from optprune.system.facts import differences
 from optprune.system.files import read_json, real_path
+from optprune.system.interrupts import NOTHING, record_done, what_is_done
 from optprune.system.run_folder import RunFolder
 from optprune.system.wording import shown
 
@@ -49,6 +50,7 @@ def kept_in(journal: Folder, say: Callable[[str], None]) -> Iterator[Folder]:
             _discard(journal, say)
             raise
         kept = f"{journal.progress_text}, and kept in {journal.folder}: go on with --resume"
+        record_done(f"{done}; {kept}" if (done := what_is_done()) != NOTHING else kept)
         journal.release()
         if isinstance(error, OptpruneError):
             raise type(error)(f"{error}; {kept}") from error

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from optprune.healing.records import HeldOut
 from optprune.models.checkpoint import stored_tensors, write_tensors
-from optprune.system.interrupts import record_done
 from optprune.system.run_folder import RunFolder
 from optprune.system.wording import counted
 
@@ -77,7 +76,6 @@ class HealingFolder(RunFolder):
     def keep_generated(self, windows: Tensor) -> None:
         """Keep what the dense model wrote."""
         self.write(GENERATED, windows.tolist())
-        self._record_done()
 
     def save(self, progress: Progress, state: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
         """Keep a state in place of the one before; the best weights are written where they are new."""
@@ -89,7 +87,6 @@ class HealingFolder(RunFolder):
         self.write(PROGRESS, {**asdict(progress), "stored": names})
         # No state refers to the others any more.
         self.forget([name for name in self.files if name.endswith(".safetensors") and name not in names.values()])
-        self._record_done()
 
     def tensors(self, progress: Progress, which: str) -> dict[str, Tensor]:
         """Return the tensors of the "state" or of the "best" weights. Raises InputError where they are damaged."""
@@ -98,6 +95,3 @@ class HealingFolder(RunFolder):
             raise self.damaged(name)
         file = self.folder / name
         return {name: tensor.read() for name, tensor in stored_tensors(file, str(self.folder)).items()}
-
-    def _record_done(self) -> None:
-        record_done(f"{self.progress_text}, and kept in {self.folder}: go on with --resume")

@@ -29,7 +29,6 @@ from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.kept_costs import JournalledStatistics, KeptCosts
 from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
-from optprune.system.interrupts import record_done
 from optprune.system.run_folder import RunFolder
 from optprune.system.wording import counted
 
@@ -111,7 +110,6 @@ class Journal(RunFolder):
         }
         self.write(DIVISION, data)
         self.costs.drop()
-        self._record_done()
 
     def finished(self) -> list[int]:
         """Return the numbers of the blocks that are finished: whose record and weights are as they were written."""
@@ -158,7 +156,6 @@ class Journal(RunFolder):
         self._blocks_read.pop(index, None)
         self.write(_record(index), {"weights": self.sink.file(name).name, "record": asdict(result.record)})
         self.metrics.drop(index)
-        self._record_done()
 
     def repaired(self) -> tuple[str, ...]:
         """Return notes on the files that were damaged, whose content is measured again."""
@@ -166,9 +163,6 @@ class Journal(RunFolder):
             f"{name} in the run folder was not as it was written, so its content was measured again"
             for name in self.damaged_files
         )
-
-    def _record_done(self) -> None:
-        record_done(f"{self.progress_text}, and kept in {self.folder}: go on with --resume")
 
 
 def _record(index: int) -> str:

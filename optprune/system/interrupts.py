@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+NOTHING = "nothing was written"
 _DONE: list[str] = []
 _CAME: list[int] = []
 """the signal that came last, until the command that it ends is over"""
@@ -57,7 +58,7 @@ def forget_done() -> None:
 
 def what_is_done() -> str:
     """What has been recorded last."""
-    return _DONE[0] if _DONE else "nothing was written"
+    return _DONE[0] if _DONE else NOTHING
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tests.helpers.kills import INTERRUPT, TERMINATE, moments
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
 PRUNE = ["--samples", "4", "--seq-length", "32"]
-HEAL = ["--seq-length", "32", "--batch-size", "2", "--held-out", "2", "--tokens", "512", "--every", "2"]
+HEAL = ["--seq-length", "32", "--batch-size", "2", "--held-out", "2", "--tokens", "512"]
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +314,7 @@ def test_a_file_of_the_users_is_not_written_over(prune, stop_at, monkeypatch, tm
 
 
 def test_a_second_run_at_the_same_time_is_told_of_the_first(inputs, prune, tmp_path, capsys) -> None:
-    code = "import sys, time; from optprune.pruning import Journal; Journal(sys.argv[1]); print(1, flush=True); input()"
+    code = "import sys; from optprune.pruning import Journal; run = Journal(sys.argv[1]); print(1, flush=True); input()"
     given = [sys.executable, "-c", code, str(tmp_path / "out.run")]
     with subprocess.Popen(given, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -328,6 +328,7 @@ def test_a_second_run_at_the_same_time_is_told_of_the_first(inputs, prune, tmp_p
     assert prune() == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_in_a_finaliser_ends_the_run(prune, monkeypatch, tmp_path, capsys) -> None:
     """Python drops what a finaliser raises: the next step must raise it again."""
     started = pipeline.Run.prune_block
