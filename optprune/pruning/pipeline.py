@@ -108,4 +108,5 @@ def prune(
         recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
         phases=phases.done,
+        run_facts=run.facts,
     )

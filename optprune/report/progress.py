@@ -12,6 +12,7 @@ from rich.text import Text
 from optprune.report.estimate import TimeLeft
 from optprune.report.events import Event, PhaseFinished, PhaseStarted
 from optprune.report.position import Position, Positions
+from optprune.system.interrupts import check_interrupted
 from optprune.system.wording import one_line
 
 LINES_APART = 10.0
@@ -64,6 +65,7 @@ class Reporter:
         with self._noting_errors(), self._follow(estimate, "left in all") as show:
 
             def on_event(event: Event) -> None:
+                check_interrupted()
                 if isinstance(event, PhaseStarted):
                     estimate.begin(event.phase)
                 elif isinstance(event, PhaseFinished):
