@@ -210,6 +210,8 @@ class Damaging:
         damage.does(run, self.run(damage.run, other=True))
         damaged = {Path(str(path, "utf-8")).name for path, held in state(run).items() if before.get(path) != held}
         damaged |= {Path(str(path, "utf-8")).name for path in before.keys() - state(run).keys()}
+        if not (run / "run.json").exists():
+            damaged.add(run.name)  # it cannot be told from a folder of somebody else
         before = state(run)
         words = [*self.killing.command(command, output), *([] if damage.run == "compare" else ["--resume"])]
         told = self.killing.children.command(words, place)
@@ -242,4 +244,4 @@ class Damaging:
 
 def left_by_a_kill(path: bytes) -> bool:
     """Whether a path is a draft, a lock or a folder for what does not stay, which another process may clear."""
-    return re.search(rb"/(\.[^/]*|in-use|work|optprune-[^/]*)(/aside)?$", path) is not None
+    return re.search(rb"/(\.[^/]*|in-use|work|scratch|optprune-[^/]*)(/aside)?$", path) is not None

@@ -283,7 +283,11 @@ def compare(drawn: Drawn) -> Case:
         "propagation": ["cross", "x", "local"], "sequences": ["whole", "x"],
     }  # fmt: skip
     name = drawn.rng.choice(list(options))
-    return drawn.compare(**{name: drawn.rng.choice([*options[name], drawn.spoil.word()])})
+    value = drawn.rng.choice([*options[name], drawn.spoil.word()])
+    case = drawn.compare(**{name: value})
+    if name == "json" and isinstance(value, str):
+        return replace(case, files={drawn.sandbox.inputs / value: "json"})
+    return case
 
 
 def report(drawn: Drawn) -> Case:

@@ -6,6 +6,7 @@ from typing import Any
 
 TIMES = ("seconds", "spent", "prefill", "decode", "floor_seconds", "phases", "stages")
 """what of a comparison's figures and of a report is measured by a clock"""
+AGAIN = "was not as it was written, so its content was measured again"
 
 
 def contents(output: Path) -> dict[str, Any]:
@@ -15,6 +16,8 @@ def contents(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for file in sorted(file for file in output.rglob("*") if file.is_file()):
         name = str(file.relative_to(output))
+        if file.name == "run.json":
+            continue  # the digests of files that tell of times
         if file.name == "report.json" or ((output / "cells").is_dir() and file.suffix == ".json"):
             found[name] = untimed(json.loads(file.read_text()))
         elif file.stem not in ("report", "comparison") and file.name not in ("in-use", "README.md"):
@@ -23,7 +26,9 @@ def contents(output: Path) -> dict[str, Any]:
 
 
 def untimed(data: Any) -> Any:
-    """Plain data without what a clock has measured."""
+    """Plain data without what a clock has measured, and without notes of what was measured again."""
     if isinstance(data, dict):
         return {key: untimed(value) for key, value in data.items() if key not in TIMES}
-    return [untimed(value) for value in data] if isinstance(data, list) else data
+    if isinstance(data, list):
+        return [untimed(value) for value in data if not (isinstance(value, str) and value.endswith(AGAIN))]
+    return data
