@@ -93,6 +93,7 @@ def of_files(case: Case, told: Told, before: dict[bytes, Any], after: dict[bytes
         within = {path, *parents(path)}
         if told.status == FAILED:
             kept = run in within and how == "made" and is_a_run(case, after, told)
+            kept |= case.whole is not None and run in parents(path) and path.endswith(b"/run.json")
             if not kept:
                 yield f"it failed, and {how} {os.fsdecode(path)}"
         elif Path(os.fsdecode(path)) in case.strays:
@@ -127,7 +128,8 @@ def of_outputs(case: Case, told: Told, children: Children) -> Iterator[str]:
             reason = (loaded.out.strip().splitlines() or loaded.err.strip().splitlines() or ["no word"])[-1]
             yield f"{place.name} does not load: {reason}"
     if case.whole is not None and case.output is not None:
-        for name in sorted(differing(contents(case.output), contents(case.whole))):
+        theirs = {str(stray.relative_to(case.run)) for stray in case.strays if case.run is not None}
+        for name in sorted(differing(contents(case.output), contents(case.whole)) - theirs):
             yield f"{name} is another than of a run that was not stopped"
 
 

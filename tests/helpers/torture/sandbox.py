@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class Sandbox:
         drafts = [f".{name}.part", f".{name}.12345678", f".{name}.12345678.old", f"{name}.part", f"{name}.run"]
         drafts += [f".{name}.tmp", f"{name}.lock", "work", "models", "converted", "in-use", "run.json"]
         for draft in self.rng.sample(drafts, self.rng.randrange(len(drafts))):
-            self.thing(beside / draft)
+            with suppress(OSError):  # a name that is too long for a file
+                self.thing(beside / draft)
 
     def thing(self, place: Path) -> None:
         """A file, a folder, or a link to one, of somebody else."""
