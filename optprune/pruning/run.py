@@ -129,7 +129,7 @@ class Run:
         run.metrics, run.held_out, run.journal = metrics, held_out, diary
         known = statistics.known(decoder, fitted, held_out, lanes)
         run.recalled = Recalled(decoder, recipe, known, run.from_dense)
-        run.facts = decided
+        run.facts = {} if journal is None else decided
         run.finished = set() if diary is None else set(diary.finished())
         if lanes.peers.size > 1:
             run.hands = OverProcesses(lanes.peers)
