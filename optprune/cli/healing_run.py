@@ -45,7 +45,7 @@ class HealingRun:
     ) -> "tuple[HealReport, SavedModel] | None":
         """Tokenise, load, train, save and check; None in all processes but the first."""
         from optprune.calibration.peers import joined
-        from optprune.export import check_output
+        from optprune.export import check_output, check_own_files
         from optprune.models import device_of, load_config
         from optprune.models.draft import draft_in
         from optprune.report import PhaseRecorder
@@ -54,6 +54,7 @@ class HealingRun:
 
         # What costs nothing is checked first.
         check_output(self.output, self.overwrite)
+        check_own_files(self.model)
         documents, config = read_documents(self.text), load_config(self.model)
         for one in (config, load_config(self.teacher, draft_in(config))):
             check_seq_length(one, seq_length)

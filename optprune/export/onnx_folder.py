@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room
 from optprune.export.onnx_check import difference_of
 from optprune.export.origin import origin_of
+from optprune.export.own_files import check_own_files
 from optprune.export.place import Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
@@ -76,6 +77,7 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
     if real_path(Path(source)).is_relative_to(place):
         raise InputError(f"the output folder {output} holds the model that is read: name another")
     check_output(output, overwrite)
+    check_own_files(source)
     config = load_config(source)
     family = architecture_of(config).model_type
     if family not in RUNTIMES["onnx"].families:

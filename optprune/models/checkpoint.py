@@ -137,10 +137,14 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
         if tensor.begin + tensor.bytes > size:
             raise InputError(f"{what} is cut short, {name} is not whole in it: {FETCH}")
         if tensor.begin != end:
-            raise InputError(f"the header of {what} is damaged, {name} does not begin where the one before ends: {FETCH}")
+            raise InputError(
+                f"the header of {what} is damaged, {name} does not begin where the one before ends: {FETCH}"
+            )
         end += tensor.bytes
     if end != size:
-        raise InputError(f"{what} has {size - end} bytes behind its last tensor, so it is not as it was written: {FETCH}")
+        raise InputError(
+            f"{what} has {size - end} bytes behind its last tensor, so it is not as it was written: {FETCH}"
+        )
     return found
 
 

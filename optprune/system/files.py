@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -29,9 +30,10 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: boo
 
     InputError where there is no room for it.
     """
-    draft = draft_of(file)
+    draft: Path | None = None
     try:
-        with draft.open("wb") as stream:
+        draft = exclusive_draft(file)
+        with draft.open("r+b") as stream:
             write(stream)
             if lasting:
                 stream.flush()
@@ -40,12 +42,22 @@ def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: boo
         if lasting:
             _sync_folder(file.parent)
     except BaseException as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+        if draft is not None:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
         full = no_room(error)
         if full is None:
             raise
         raise InputError(f"{full}, so {file} was not written: make room and run again") from error
+
+
+def exclusive_draft(target: Path) -> Path:
+    """Create an empty file beside a target, under a name that nothing had, and return its path."""
+    while True:
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        with suppress(FileExistsError):
+            os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            return draft
 
 
 def draft_of(file: Path) -> Path:

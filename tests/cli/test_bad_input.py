@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from optprune.allocation.allocation import everything
@@ -355,6 +356,16 @@ def test_a_truncated_safetensors_file(attempt: Attempt) -> None:
     file = attempt.model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     assert f"model.safetensors of {attempt.model} is cut short" in attempt.fails(attempt.command())
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(attempt: Attempt) -> None:
+    """In the name of a tensor, which the file brings along."""
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"x\x1b]0;mine\x07\x1b[31m\u202e": torch.zeros(1)}, file, {"format": "pt"})
+    sentence = attempt.fails(attempt.command())
+    assert r"x\x1b]0;mine\x07\x1b[31m\u202e" in sentence
 
 
 def test_nan_weights(attempt: Attempt) -> None:
