@@ -151,7 +151,7 @@ def _mean(values: list[float]) -> float:
 
 
 def plain(text: str) -> str:
-    """Return a text as Markdown shows it letter by letter: nothing in it is HTML or a link, and no sign is invisible."""
+    """Return a text as Markdown that shows it letter by letter: nothing is HTML or a link, and no sign is invisible."""
     return MARKUP.sub(r"\\\g<0>", html.escape(printable(one_line(text)), quote=False))
 
 
