@@ -18,7 +18,7 @@ from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensor
 from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.export.left_drafts import delete_left_drafts, hold_draft
 from optprune.export.own_files import check_own_files
-from optprune.models import Decoder, load_config, load_shapes, load_tokenizer, need_tokenizer
+from optprune.models import Decoder, is_gguf, load_config, load_shapes, load_tokenizer, need_tokenizer
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.rotary import scalings
 from optprune.system.files import real_path, write_whole
@@ -52,6 +52,8 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> G
     """
     if kind not in TYPES:
         raise InputError(f"the type {kind!r} is unknown: give {', '.join(TYPES)}")
+    if is_gguf(folder):
+        raise InputError(f"{folder} is GGUF already, which llama.cpp reads as it is: give a model folder to export")
     folder, place = Path(folder), real_path(Path(file))
     check_own_files(folder)
     config = load_config(folder)

@@ -149,6 +149,17 @@ def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
 
 
+def test_a_gguf_file_is_refused_before_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "load_config", lambda *_: pytest.fail("the file was read"))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for source in ("demo", str(tmp_path / "x.gguf")):
+        assert main(["export", source, "--output", str(tmp_path / "out.gguf")]) == 2
+        assert f"error: {source} is GGUF already, which llama.cpp reads as it is: give a model" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
 def test_a_link_where_a_draft_might_be_is_not_followed(tmp_path: Path) -> None:
     folder, mine = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "mine.txt"
     mine.write_text("do not lose me")
