@@ -11,7 +11,7 @@ from optprune.export.origin import Origin
 from optprune.models import BlockShape, Decoder, is_stock
 from optprune.report import Report
 from optprune.system.telling import printable
-from optprune.system.wording import one_line
+from optprune.system.wording import counted, one_line
 
 PUBLIC_TEXT = ("hf:", "demo:")
 """how a calibration text begins that has no path of the user's machine in it"""
@@ -96,9 +96,11 @@ class ModelCard:
         apart = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
         if errors:
             when = " before recovery" if report.recovered else ""
-            lines += [f"- mean relative error of the outputs of {len(errors)} layers{when}: {_mean(errors):.3g}"]
+            lines += [
+                f"- mean relative error of the outputs of {counted(len(errors), 'layer')}{when}: {_mean(errors):.3g}"
+            ]
         if apart:
-            lines += [f"- the same on held-out tokens, {len(apart)} layers: {_mean(apart):.3g}"]
+            lines += [f"- the same on held-out tokens, {counted(len(apart), 'layer')}: {_mean(apart):.3g}"]
         units = report.recipe.get("units")
         if isinstance(units, dict) and "weights" in units:
             lines += [f"- pattern of the zeros: {plain(str(units['weights']))}"]
@@ -112,16 +114,17 @@ class ModelCard:
             if stock
             else "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder "
             "(about a hundred lines), which it does with `trust_remote_code=True` only; `optprune.load` needs no such "
-            "trust."
+            "trust, nor does the tokenizer, though `AutoTokenizer` of transformers 5 would ask."
         )
+        tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [
             f"{why} transformers 5 and 4.57 give the same logits and tokens.",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import AutoModelForCausalLM, {tokenizer}",
             "",
             'folder = "."  # the one that this file is in',
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"tokenizer = {tokenizer}.from_pretrained(folder)",
             f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
             "```",
             "",

@@ -28,6 +28,7 @@ from optprune.report import RemovedPart
 from optprune.system.interrupts import record_done
 from optprune.system.kept_folder import FACTS
 from optprune.system.run_folder import RunFolder
+from optprune.system.wording import counted
 
 DIVISION = "division.json"
 PIECE = 1 << 24
@@ -56,7 +57,8 @@ class Journal(RunFolder):
 
     @property
     def how_far(self) -> str:
-        return f"{len(self.finished())} blocks are done"
+        done = len(self.finished())
+        return f"{counted(done, 'block is', 'blocks are')} done"
 
     @property
     def told(self) -> str:

@@ -36,3 +36,8 @@ def amount(size: int) -> str:
     if size < 10**9:
         return f"{size / 10**6:.0f} MB"
     return f"{size / 10**9:.1f} GB" if size < 10**12 else f"{size / 10**12:.1f} TB"
+
+
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """Return a number with the word for what is counted: 1 layer, 2 layers; `more` where that is no plain plural."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"

@@ -73,7 +73,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ({"seq_length": 513}, (), "longer than the 512 positions of the model"),
         ({"seq_length": 1}, (), "--seq-length cannot be 1"),
         ({"samples": 0}, (), "--samples cannot be 0"),
-        ({"samples": 100000}, (), "but 100000 are needed: lower --samples"),
+        ({"samples": 100000}, (), "fewer than the 100000 needed: lower --samples"),
         (
             {},
             ("--set", "solver={greedy_obs: {batch: many}}"),
@@ -134,7 +134,7 @@ def test_a_text_that_is_too_short(attempt: Attempt) -> None:
     short = attempt.folder / "short.txt"
     short.write_text("A few words.")
     sentence = attempt.fails(attempt.command(calibration=short))
-    assert "in which 0 windows of 64 fit, but 8 are needed: lower --seq-length, or give a longer text" in sentence
+    assert "room for 0 windows of 64, fewer than the 8 needed: lower --seq-length, or give a longer text" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -390,7 +390,7 @@ def test_nan_weights(attempt: Attempt) -> None:
             ["--text", "TEXT", "--seq-length", "2048"],
             "longer than the 512 positions of the model: pass --seq-length 512",
         ),
-        (["--text", "TEXT", "--seq-length", "64", "--windows", "9999"], "but 9999 are needed: lower --windows"),
+        (["--text", "TEXT", "--seq-length", "64", "--windows", "9999"], "fewer than the 9999 needed: lower --windows"),
         ([], "there is nothing to measure the model on: give --text, --questions or --tasks"),
     ],
 )

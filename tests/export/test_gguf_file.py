@@ -156,7 +156,9 @@ def test_a_gguf_file_is_refused_before_it_is_read(
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     for source in ("demo", str(tmp_path / "x.gguf")):
         assert main(["export", source, "--output", str(tmp_path / "out.gguf")]) == 2
-        assert f"error: {source} is GGUF already, which llama.cpp reads as it is: give a model" in capsys.readouterr().err
+        assert (
+            f"error: {source} is GGUF already, which llama.cpp reads as it is: give a model" in capsys.readouterr().err
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 

@@ -244,7 +244,7 @@ def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights[FIRST]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=f"incomplete: 1 tensors are missing or misshapen, the first is {FIRST}; copy"):
+    with pytest.raises(InputError, match=f"incomplete: 1 tensor is missing or misshapen, the first is {FIRST}; copy"):
         open_model(tmp_path)
 
 
