@@ -123,7 +123,7 @@ def test_one_text_is_drawn_as_it_always_was() -> None:
 def test_what_was_drawn_is_told() -> None:
     told = draw(numbered([[9] * 9, [9] * 9], [0.7, 0.3]), 5, 4, 3, "whole").told
     assert told == (
-        "text 0 (share 0.7, 4 windows); text 1 (share 0.3, 1 windows); "
+        "text 0 (share 0.7, 4 windows); text 1 (share 0.3, 1 window); "
         "5 windows of 4 tokens, each from the start of a document, seed 3"
     )
 
