@@ -7,6 +7,7 @@ import typer
 
 from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, check_json, start, write_file, write_json
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from optprune.report import Audit
@@ -77,7 +78,8 @@ def _tell(found: "Audit") -> None:
     )
     widths = sorted({shape.mlp_width for shape in found.blocks})
     typer.echo(
-        f"{len(found.blocks)} blocks, MLP widths {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
+        f"{counted(len(found.blocks), 'block')}, MLP widths "
+        f"{' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
     )
     if found.original is None:
         typer.echo(
@@ -91,7 +93,10 @@ def _tell(found: "Audit") -> None:
         )
     _tell_some(
         "note",
-        [f"{units.count} units ({units.units}) of block {units.block} could go for free" for units in found.dead],
+        [
+            f"{counted(units.count, 'unit')} ({units.units}) of block {units.block} could go for free"
+            for units in found.dead
+        ],
     )
     _tell_some("note", found.notes)
     _tell_some("fault", [fault.sentence for fault in found.faults])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from optprune.cli.tokens import check_alike, tokens_for
 from optprune.errors import InputError
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +101,7 @@ class Beside:
         bits = bits_per_byte(evaluation, self.windows, need_tokenizer(self.loaded.tokenizer, self.loaded.source))
         first = (
             f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-            f"({evaluation.windows} windows of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
+            f"({counted(evaluation.windows, 'window')} of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
         )
         about = {"text": self.text, "seq_length": self.windows.shape[1]}
         return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *said]
@@ -134,7 +135,7 @@ class Beside:
                     found = answer_questions(one.model, tokenizer, questions, on_question=update)
                 result[key] = asdict(found)
                 lines.append(
-                    f"{one.source}: {found.accuracy:.1%} of {found.questions} questions right, "
+                    f"{one.source}: {found.accuracy:.1%} of {counted(found.questions, 'question')} right, "
                     f"{found.accuracy_by_byte:.1%} by the likelihood of a byte"
                 )
         return result, lines
