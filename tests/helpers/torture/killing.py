@@ -115,7 +115,7 @@ class Killing:
             found.append(f"{when}: it or what it had started went on")
         if told.status != expected and not (told.status == 0 and reached["there"]):
             found.append(f"{when}: exit status {told.status}")
-        if seen := OF_LIBRARIES.search(told.err):
+        if how != KILL and (seen := OF_LIBRARIES.search(told.err)):
             found.append(f"{when}: it said {told.err[seen.start() :][:300]!r}")
         if how in (INTERRUPT, TERMINATE) and told.status == STOPPED:
             found += [f"{when}: it left {name}" for name in self._drafts(sandbox)]

@@ -231,7 +231,7 @@ def drafts(drawn: Drawn) -> Case:
     for name in (f".{drawn.output.name}.part", f"{drawn.output.name}.run"):
         if drawn.rng.random() < 0.7:
             drawn.sandbox.thing(drawn.sandbox.place / name)
-    more = drawn.rng.choice([[], ["--resume"], ["--overwrite"]])
+    more = drawn.rng.choice([[], ["--resume"], ["--overwrite"], ["--restart"], ["--restart", "--overwrite"]])
     chosen = drawn.rng.randrange(5)
     if chosen == 0:
         return drawn.export_gguf()
@@ -388,7 +388,8 @@ def damaged_run(drawn: Drawn) -> Case:
     strays: list[Path] = []
     for _ in range(drawn.rng.choice([1, 1, 1, 2])):
         damage(drawn, place, strays)
-    case = getattr(drawn, name)(*([] if name == "compare" else ["--resume"]))
+    option = drawn.rng.choice(["--resume", "--resume", "--resume", "--restart"])
+    case = getattr(drawn, name)(*([] if name == "compare" else [option]))
     return replace(case, run=place, whole=drawn.stock.whole / name, strays=tuple(strays))
 
 
