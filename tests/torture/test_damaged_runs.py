@@ -6,7 +6,7 @@ from tests.helpers.torture.damages import DAMAGES, Damaging
 
 QUICK = {
     *("a flipped bit in the weights of a block", "an edited division", "an edited record of a block", "no facts"),
-    *("a state in place of the best weights", "healing at step -1", "a record of no block", "an edited cell"),
+    *("a state in place of the best weights", "healing at step -1", "a record of no block"),
 }
 
 

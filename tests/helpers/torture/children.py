@@ -83,4 +83,5 @@ class Children:
         """End the process, and delete what it made."""
         self._server.stdin.close()
         self._server.wait()
+        self._server.stdout.close()
         self._place.cleanup()
