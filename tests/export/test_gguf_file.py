@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -189,6 +190,24 @@ def test_two_exports_into_one_file_leave_one_of_the_two(tmp_path: Path, monkeypa
     export_gguf(folder, place, kind="f16")
     assert place.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file, write = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "x.gguf", gguf_file._write
+
+    def meanwhile(*given: Any) -> None:
+        write(*given)
+        file.write_text("another's")
+
+    monkeypatch.setattr(gguf_file, "_write", meanwhile)
+    with pytest.raises(InputError, match=r"x\.gguf is there since another command wrote it meanwhile"):
+        export_gguf(model, file, overwrite=False)
+    assert file.read_text() == "another's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
+    file.unlink()
+    monkeypatch.undo()
+    assert export_gguf(model, file, overwrite=False).bytes == file.stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
 
 
 def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) -> None:
