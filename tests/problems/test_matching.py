@@ -246,6 +246,16 @@ def test_a_token_that_answers_nothing_divides_by_nothing() -> None:
     assert all(bool(torch.isfinite(part).all()) for part in slope)
 
 
+def test_a_token_that_answers_next_to_nothing_counts_as_the_least_that_is_told_apart() -> None:
+    """Its error of 1e-20 is divided by a rounding of the largest token, and not by the 1e-30 that it answers."""
+    linear = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(2))
+    hidden, target = (torch.tensor([[[1.0, 0.0], [0.0, size]]], dtype=torch.float64) for size in (1e-20, 1e-30))
+    problem = BlockMatching.of(linear, Listed((Example((hidden,), {}, target),)))
+    assert problem.error() == pytest.approx((1e-20 / 2.0**-52) ** 2, rel=1e-9)
+
+
 def test_units_are_the_sizes_of_kept_weights() -> None:
     linear = nn.Linear(2, 2).double()
     with torch.no_grad():
