@@ -195,16 +195,18 @@ def test_what_was_removed_stays_out_of_every_point_and_is_a_violation(name: str)
     assert problem.violation() == sum(int((~mask).sum()) for mask in masks)
 
 
-def test_draws_go_through_all_examples_once_an_epoch() -> None:
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_draws_go_through_all_examples_once_an_epoch(at_once: int) -> None:
+    """Of eight examples the last draw of three has two: each stands for as many as it has."""
     block, calls = damaged_block("llama", torch.float64)
-    problem = BlockMatching.of(block, Sequences(calls, 2))
+    problem = BlockMatching.of(block, Sequences(calls, at_once))
     point, count = moved(problem, 0.1), len(torch.cat(list(calls.targets)))
-    assert problem.examples.draws == -(-count // 2)
+    assert problem.examples.draws == -(-count // at_once)
     _, whole = problem.gradient(point)
     orders = []
     for epoch in range(2):
         drawn = [problem.gradient(point, epoch * problem.examples.draws + k) for k in range(problem.examples.draws)]
-        sizes = [min(2, count - 2 * k) for k in range(problem.examples.draws)]
+        sizes = [min(at_once, count - at_once * k) for k in range(problem.examples.draws)]
         for number, slope in enumerate(whole):
             mean = sum(size * found[number] for size, (_, found) in zip(sizes, drawn, strict=True)) / count
             torch.testing.assert_close(mean, slope, rtol=1e-9, atol=1e-14)
