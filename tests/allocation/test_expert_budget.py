@@ -74,6 +74,17 @@ def test_the_costs_of_what_goes_are_the_least_there_are(gone: int, curves: list[
     assert costs[chosen] == pytest.approx(min(costs.values()), rel=1e-3)
 
 
+def test_without_a_probe_the_size_of_what_a_mixture_answers_changes_nothing() -> None:
+    """Costs are shares of it: the last block's answers are made smaller and larger, which no other block sees."""
+    kept = []
+    for size in (0.01, 1.0, 100.0):
+        model = mixture(layers=2, middle=size)
+        share = 2 * EXPERT / Decoder(copy.deepcopy(model)).linear_weights()
+        prune(model, batches(), load_recipe("experts_best", {**BUDGET, "probe_tokens": 0, "sparsity": 0.99 * share}))
+        kept.append([shape.experts for shape in Decoder(model).shapes()])
+    assert sum(kept[0]) == 6 and kept[0] == kept[1] == kept[2]
+
+
 def test_a_block_that_predictions_do_not_notice_gives_all() -> None:
     """Its experts differ from each other as much as those of other blocks do, in shares of what they answer."""
     model = mixture(middle=1e-3)
