@@ -35,9 +35,9 @@ class RunFolder(KeptFolder, ABC):
                 f"{self.begin_anew}"
             )
         if restart:
-            self._clear()
+            self.clear()
         scratch = self.folder / SCRATCH
-        if SCRATCH in self._manifest["folders"] and is_own_folder(scratch):
+        if SCRATCH in self.subfolders and is_own_folder(scratch):
             for place in scratch.iterdir():
                 if is_own_folder(place) and place.name not in self.stays:
                     shutil.rmtree(place, ignore_errors=True)
