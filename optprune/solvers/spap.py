@@ -11,13 +11,12 @@ from optprune.errors import InputError
 from optprune.numerics import linalg
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
+from optprune.solvers.core_search import Core
 from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
 from optprune.solvers.tableau import Tableau
 
 Scale = Literal["inverse", "gram", "unit"]
-SHARE = 64
-"""the divisor of the units dropped: an excursion moves one part of so many at once"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +33,8 @@ class SpapState:
     """what a lower F must be lower by"""
     settled: bool
     """whether the last z-step found nothing lower"""
-    excursions: int
-    """how many were made at the last penalty since the choice last changed"""
+    searched: bool
+    """whether the core of the choice, at the last penalty, has nothing lower"""
     changes: int
     """how often the choice has changed"""
 
@@ -79,12 +78,13 @@ class Spap(Solver[StructuredProblem, SpapState]):
     first: float = 1.0
     growth: float = 100.0
     last: float = 1e4
-    depth: int = 5
+    depth: int = 8
+    walk: int = 50
     candidates: int = 16
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_options(self, may_be_zero=("depth", "tolerance"))
+        check_options(self, may_be_zero=("depth", "walk", "tolerance"))
         if not (self.first <= self.last and (self.growth > 1 or self.first == self.last)):
             raise InputError(
                 f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
@@ -96,12 +96,12 @@ class Spap(Solver[StructuredProblem, SpapState]):
         scale = self._column_scale(problem, form)
         size = problem.channels.sum_columns((scale * form.minimiser.square()).sum(0))
         tableau = _penalised(problem, form, self.first * scale, problem.pattern.project(size))
-        return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, 0, 0)
+        return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, False, 0)
 
     def step(self, problem: StructuredProblem, state: SpapState) -> SpapState:
         """Nothing but the schedule moves where the choice has settled, so that every step lowers F or is one of its."""
         if not state.settled:
-            lower = self._lower(state.tableau, state.gain)
+            lower = self._lower(state.tableau, self._enough(state.tableau, state.gain))
             if lower is None:
                 return replace(state, settled=True)
             return replace(state, tableau=lower, changes=state.changes + 1)
@@ -109,17 +109,13 @@ class Spap(Solver[StructuredProblem, SpapState]):
             rho = min(state.rho * self.growth, self.last)
             tableau = _penalised(problem, state.form, rho * state.scale, state.tableau.choice)
             return replace(state, tableau=tableau, rho=rho, settled=False)
-        away = self._excursion(state.tableau, 1 + state.excursions // 2, drop_first=state.excursions % 2 == 0)
-        while away is not None and (lower := self._lower(away, state.gain)) is not None:
-            away = lower
-        if away is None or not away.cost < state.tableau.cost - self._enough(state.tableau, state.gain):
-            return replace(state, excursions=state.excursions + 1)
-        tableau = _penalised(problem, state.form, state.rho * state.scale, away.choice)
-        return replace(state, tableau=tableau, settled=False, excursions=0, changes=state.changes + 1)
+        lower = self._core(state.tableau, state.gain)
+        if lower is None:
+            return replace(state, searched=True)
+        return replace(state, tableau=lower, settled=False, changes=state.changes + 1)
 
     def done(self, problem: StructuredProblem, state: SpapState) -> Status | None:
-        finished = state.settled and state.rho >= self.last and state.excursions == 2 * self.depth
-        return Status.CONVERGED if finished else None
+        return Status.CONVERGED if state.searched else None
 
     def value(self, problem: StructuredProblem, state: SpapState) -> Tensor:
         mask = problem.mask(state.tableau.choice)
@@ -144,9 +140,8 @@ class Spap(Solver[StructuredProblem, SpapState]):
     def _enough(self, tableau: Tableau, gain: float) -> float:
         return max(self.tolerance * tableau.cost, gain)
 
-    def _lower(self, tableau: Tableau, gain: float) -> Tableau | None:
-        """The tableau after a z-step and the V-step that follows; None where no exchange lowers F."""
-        enough = self._enough(tableau, gain)
+    def _lower(self, tableau: Tableau, enough: float) -> Tableau | None:
+        """The tableau after a z-step and the V-step that follows; None where no exchange lowers F by `enough`."""
         leaving, entering = _pairs(tableau)
         halves = [len(leaving) >> turn for turn in range(len(leaving).bit_length())]
         # All pairs at a look of their own: the halves, which cost less than that together, are mostly not needed.
@@ -160,22 +155,15 @@ class Spap(Solver[StructuredProblem, SpapState]):
             return None
         return tableau.exchanged(found.leaving, found.entering)
 
-    def _excursion(self, tableau: Tableau, depth: int, *, drop_first: bool) -> Tableau | None:
-        """The tableau after units of every slot were dropped and others returned; None where there are too few."""
-        slots = tableau.channels.slot_count
-        kept, dropped = tableau.kept // slots, (tableau.channels.units - tableau.kept) // slots
-        together = max(dropped // SHARE, 1)
-        if min(kept, dropped) < depth * together:
+    def _core(self, tableau: Tableau, gain: float) -> Tableau | None:
+        """The tableau after a search among the units in doubt; None where it finds nothing lower."""
+        core = Core.of(tableau, self.candidates) if self.depth or self.walk else None
+        if core is None:
             return None
-        barred = torch.zeros_like(tableau.choice)
-        for drop in [drop_first] * depth + [not drop_first] * depth:
-            free = (tableau.choice if drop else ~tableau.choice) & ~barred
-            worth = tableau.worth()
-            moving = tableau.best_of_slots(torch.where(free, -worth if drop else worth, -torch.inf), together)
-            nothing = moving[:0]
-            tableau = tableau.exchanged(*((moving, nothing) if drop else (nothing, moving)))
-            barred[moving] = True
-        return tableau
+        enough = self._enough(tableau, gain)
+        return core.searched(
+            lambda away: self._lower(away, enough), depth=self.depth, walk=self.walk, enough=enough
+        )
 
 
 def _penalised(
