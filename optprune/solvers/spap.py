@@ -54,9 +54,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
     change places with them, the best pairs first: all such pairs if that lowers F, else half of them, and so on; where
     no number of them does, the best single exchange of `candidates` by `candidates` units, at its exact change.
     When no exchange lowers F by more than `tolerance` of it, rho grows by `growth`, from `first` to `last`. At the last
-    penalty the number of kept units is given up and restored: d units are dropped one after another, the cheapest
-    first, and d others return, or the other way round, for d up to `depth`; where this ends lower, the search goes on
-    from there.
+    penalty the core is searched, the `candidates` units of either side whose place is most in doubt, all others held:
+    d of them are dropped one after another and d others return, or the other way round, for d up to `depth`; then
+    `walk` exchanges are made in a row, each the best that moves no unit moved just before. Where this ends lower, the
+    alternation goes on from there.
 
     At fixed rho F never rises, and as there are finitely many choices and each is left for a strictly lower F, the
     alternation ends in finitely many steps, at a choice and without rounding. A z-step by |V_j|^2 alone, which is the
@@ -68,8 +69,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
     start is not used. Follow it with a refit.
 
     A z-step looks at the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units, a
-    change of the choice as much for the columns that change; memory 4 n^2 + 4 out n, all in float64.
-    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and excursions are ours.
+    change of the choice as much for the columns that change, a search of the core what a few columns cost; memory
+    4 n^2 + 4 out n, all in float64.
+    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and the search of the core
+    are ours.
     """
 
     accepts = (StructuredProblem,)
@@ -161,9 +164,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
         if core is None:
             return None
         enough = self._enough(tableau, gain)
-        return core.searched(
-            lambda away: self._lower(away, enough), depth=self.depth, walk=self.walk, enough=enough
-        )
+        return core.searched(lambda away: self._lower(away, enough), depth=self.depth, walk=self.walk, enough=enough)
 
 
 def _penalised(
