@@ -1,6 +1,7 @@
 """A folder as a GGUF file: llama.cpp gives the logits and the greedy text that transformers gives."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -216,6 +217,17 @@ def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) ->
         kept = [*others, *(f".model.gguf.0123abc{letter}.part" for letter in "def")]
         assert {path.name for path in tmp_path.glob(".*")} == set(kept)
     assert all((tmp_path / name).read_text() == "do not lose me" for name in others)
+
+
+def test_a_file_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
+    folder, before = save_tiny(tiny_llama(), tmp_path / "model"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"a file would be larger than .*, so .*model.gguf was not written: make"):
+            export_gguf(folder, tmp_path / "model.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
