@@ -83,8 +83,11 @@ def _write(writer: GGUFWriter, targets: list[Target], stream: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for target in targets:
-        numbers = target.make().to(torch.float32).contiguous().numpy()
-        writer.write_tensor_data(gguf.quantize(numbers, target.kind))
+        numbers = gguf.quantize(target.make().to(torch.float32).contiguous().numpy(), target.kind)
+        # As `write_tensor_data` does, whose own writing does not tell a full disk from other faults.
+        writer.write_padding(stream, stream.tell())
+        stream.write(np.ascontiguousarray(numbers).data)
+        writer.write_padding(stream, numbers.nbytes)
 
 
 @dataclass(frozen=True, eq=False)
