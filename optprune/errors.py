@@ -48,8 +48,10 @@ def no_room_behind(error: BaseException) -> str | None:
 
 
 def no_room(error: BaseException) -> str | None:
-    """What is used up, when an error says that there is no room to write: of Python's, or in a Rust library's words."""
+    """What is used up, when an error says that there is no room to write: of Python's, numpy's or a Rust library's."""
     if isinstance(error, OSError):
-        return NO_ROOM.get(error.errno or 0)
+        # numpy, which has no other words for it and keeps no number.
+        cut_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+        return "the disk has no room for a file" if cut_short else NO_ROOM.get(error.errno or 0)
     code = re.search(r"\(os error (\d+)\)", str(error))
     return NO_ROOM.get(int(code[1])) if code else None

@@ -65,7 +65,7 @@ def _sentence(error: BaseException) -> str:
             "has), or use --dtype bfloat16"
         )
     elif (full := no_room(error)) is not None:
-        text = f"{full}, so nothing was written: make room and run again"
+        text = f"{full} ({what_is_done()}): make room and run again"
     elif isinstance(error, OSError):
         text = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}"
     else:

@@ -42,7 +42,7 @@ def _export_gguf(folder: Path, output: Path, kind: str, cache: bool, overwrite: 
     from optprune.export.gguf_file import export_gguf
 
     reporter.say(f"writing {output}")
-    written = export_gguf(folder, output, kind=kind)
+    written = export_gguf(folder, output, kind=kind, overwrite=overwrite)
     typer.echo(f"{written.file}: {written.bytes / 2**20:.1f} MiB, architecture {written.architecture}")
     for note in written.notes:
         typer.echo(f"note: {note}")

@@ -98,10 +98,7 @@ def compare(
         drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, asked.seeds)
         held = _to_evaluate_on(tokenizer, config, documents, seq_length, windows)
     with ExitStack() as contexts:
-        if folder is None:
-            folder = contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
-        place = ComparisonFolder(folder)
-        contexts.callback(place.close)
+        place = _folder(folder, contexts)
         say(f"loading {origin.source}")
         dense = origin.dense(place.work, whole=speed is not None)
         options = {
@@ -125,10 +122,15 @@ def compare(
         place.begin(options)
         session = Session(asked, origin, place, drawn, held, keep_models, speed, say, on_event, dense)
         comparison = Comparison(origin.source, session.dense(), session.measure(), options)
-        for name in place.damaged_files:
-            say(f"{name} of {place.folder} was damaged, so it was measured again")
         place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
     return comparison
+
+
+def _folder(folder: str | Path | None, contexts: ExitStack) -> ComparisonFolder:
+    """Return the folder of a comparison for as long as the contexts last; a temporary one where none is named."""
+    place = ComparisonFolder(folder or contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-")))
+    contexts.callback(place.close)
+    return place
 
 
 def _to_evaluate_on(

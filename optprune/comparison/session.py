@@ -74,6 +74,8 @@ class Session:
             if missing:
                 self._measure_of(seed, missing)
         found = [self.folder.cell(cell) or self.failed[cell] for cell in self.asked.cells()]
+        for name in self.folder.damaged_files:
+            self.say(f"{name} of {self.folder.folder} was damaged, so it was measured again")
         return tuple(found)
 
     @property

@@ -41,14 +41,15 @@ class GgufFile:
     notes: tuple[str, ...]
 
 
-def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> GgufFile:
+def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16", overwrite: bool = True) -> GgufFile:
     """Write the model of a folder, with its vocabulary and chat template, as one GGUF file, whole or not at all.
 
     `kind` is f32, f16 or q8_0; vectors stay float32. Blocks that differ in shape go out under llama.cpp's architecture
     deci where they are Llama's but for that: its head counts and MLP widths are arrays. Fewer value dimensions than a
     head has are filled up with zeros, since there all heads of a file are alike: the answers are the same, the file is
     no smaller for them. One tensor is in memory at a time, or one kind of matrix of all experts of a block. InputError
-    for what llama.cpp has no words for: a family, a rotary scaling, a tokenizer.
+    for what llama.cpp has no words for: a family, a rotary scaling, a tokenizer; and where a file is there already and
+    `overwrite` is false.
     """
     if kind not in TYPES:
         raise InputError(f"the type {kind!r} is unknown: give {', '.join(TYPES)}")
@@ -66,7 +67,7 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> G
     vocabulary.write(writer, tokenizer, folder)
     targets = list(plan.targets())
     delete_left_drafts(place)
-    write_whole(place, lambda stream: _write(writer, targets, stream), lasting=False)
+    write_whole(place, lambda stream: _write(writer, targets, stream), lasting=False, replace=overwrite)
     return GgufFile(place, plan.family.name, place.stat().st_size, plan.notes())
 
 
@@ -82,8 +83,11 @@ def _write(writer: GGUFWriter, targets: list[Target], stream: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for target in targets:
-        numbers = target.make().to(torch.float32).contiguous().numpy()
-        writer.write_tensor_data(gguf.quantize(numbers, target.kind))
+        numbers = gguf.quantize(target.make().to(torch.float32).contiguous().numpy(), target.kind)
+        # As `write_tensor_data` does, whose own writing does not tell a full disk from other faults.
+        writer.write_padding(stream, stream.tell())
+        stream.write(np.ascontiguousarray(numbers).data)
+        writer.write_padding(stream, numbers.nbytes)
 
 
 @dataclass(frozen=True, eq=False)

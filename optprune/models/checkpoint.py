@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ class StoredTensor:
     """the place of the first byte, from the beginning of the file"""
     turned: bool = False
     """whether the file has it transposed"""
+    version: tuple[int, int, int] | None = None
+    """which file it was when its header was read, and as of when; None is whichever it is now"""
 
     def transposed(self) -> "StoredTensor":
         """The same matrix as [out, in], where the file has [in, out]."""
@@ -44,6 +47,11 @@ class StoredTensor:
         """The tensor in memory of its own: a map of the file would count as this process's memory, all of it."""
         data = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
+            if self.version not in (None, _version(file)):
+                raise InputError(
+                    f"{self.file.name} has been written to since its header was read, so that its weights are not of "
+                    "one model: begin again, and leave it as it is meanwhile"
+                )
             file.seek(self.begin)
             if file.readinto(data.numpy().data) != self.bytes:
                 raise InputError(f"{self.file.name} is cut short: {FETCH}")
@@ -117,9 +125,9 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     The tensors fill the file: there is nothing between two of them, and nothing behind the last one.
     """
     what = f"{file.name} of {source}"
-    size = file.stat().st_size
     with file.open("rb") as stream:
-        first = stream.read(8)
+        version = _version(stream)
+        size, first = version[1], stream.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(size - 8, LONGEST_HEADER):
             raise InputError(f"{what} is no whole safetensors file: {FETCH}")
@@ -127,7 +135,7 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        found = {name: _stored(file, what, entry, 8 + length) for name, entry in header.items()}
+        found = {name: _stored(file, what, entry, 8 + length, version) for name, entry in header.items()}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -168,13 +176,20 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], values: Itera
         stream.write(flat.view(torch.uint8).numpy().data)
 
 
-def _stored(file: Path, what: str, entry: Any, data: int) -> StoredTensor:
+def _version(stream: BinaryIO) -> tuple[int, int, int]:
+    """Which file a stream reads, how many bytes it has, and when it was written to last."""
+    told = os.fstat(stream.fileno())
+    return told.st_ino, told.st_size, told.st_mtime_ns
+
+
+def _stored(file: Path, what: str, entry: Any, data: int, version: tuple[int, int, int]) -> StoredTensor:
     if entry["dtype"] not in FLOATS:
         raise InputError(
             f"{what} holds tensors of {entry['dtype']}, and pruning needs plain weights: load the unquantised original"
         )
     begin, end = map(int, entry["data_offsets"])
-    tensor = StoredTensor(file, FLOATS[entry["dtype"]], tuple(map(int, entry["shape"])), data + begin)
+    shape = tuple(map(int, entry["shape"]))
+    tensor = StoredTensor(file, FLOATS[entry["dtype"]], shape, data + begin, version=version)
     if begin < 0 or min(tensor.shape, default=0) < 0 or end - begin != tensor.bytes:
         raise InputError(f"the header of {what} is damaged, a tensor's bytes are not those of its shape: {FETCH}")
     return tensor

@@ -67,8 +67,7 @@ def prune(
     """
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    began, decoder, workers = time.perf_counter(), Decoder(model, store), workers or Serial()
-    lanes = lanes or Lanes()
+    began, decoder, workers, lanes = time.perf_counter(), Decoder(model, store), workers or Serial(), lanes or Lanes()
     workers.check(recipe)
     if lanes.peers.size > 1 and not isinstance(workers, Serial):
         raise InputError("the processes that share the lanes are the workers: leave other workers out")

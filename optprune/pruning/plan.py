@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class PlannedPhase:
     """what is on the disk beside the model that is read"""
     parts: dict[str, int]
     """what the memory, not the disk, is made of, in bytes"""
+    by_place: dict[str, dict[str, int]] = field(default_factory=dict)
+    """the same for each place by itself: host, device and disk"""
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,15 @@ def planned_memory(work: Workload, base: int | None = None, fresh: int = RELOADI
 
 def _phase(work: Workload, name: str, parts: list[Part]) -> PlannedPhase:
     here = work.device == "cpu"
-    host = sum(part.bytes for part in parts if part.where == HOST or (here and part.where == DEVICE))
-    device = 0 if here else sum(part.bytes for part in parts if part.where == DEVICE)
-    disk = sum(part.bytes for part in parts if part.where == DISK)
     named: dict[str, int] = {}
+    places: dict[str, dict[str, int]] = {HOST: {}, DEVICE: {}, DISK: {}}
     for part in parts:
-        if part.bytes and part.where != DISK:
-            named[part.name] = named.get(part.name, 0) + part.bytes
-    return PlannedPhase(name, None, host, device, disk, named)
+        where = places[HOST if here and part.where == DEVICE else part.where]
+        for found in (where, *([named] if part.where != DISK else [])):
+            if part.bytes:
+                found[part.name] = found.get(part.name, 0) + part.bytes
+    host, device, disk = (sum(places[where].values()) for where in (HOST, DEVICE, DISK))
+    return PlannedPhase(name, None, host, device, disk, named, places)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def for_this_machine() -> Iterator[None]:
     processes, which only their owner sees.
     """
     before = {name: os.environ.get(name) for name in (REACHABLE, MODE, TOKEN, TOKEN_FILE)}
-    constants = importlib.import_module("ray._private.ray_constants")
+    constants: Any = importlib.import_module("ray._private.ray_constants")
     reachable = getattr(constants, "ENABLE_RAY_CLUSTER", None)  # what Ray read when it was imported
     os.environ |= {REACHABLE: "0", MODE: "token", TOKEN: secrets.token_hex(32)}
     os.environ.pop(TOKEN_FILE, None)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from optprune.calibration import POLICIES
 from optprune.errors import InputError
 from optprune.measure.memory import free_memory, held_bytes
-from optprune.pruning.plan import Plan, PlannedPhase, planned_memory
+from optprune.pruning.plan import Plan, planned_memory
+from optprune.pruning.plan_memory import DEVICE, DISK, HOST
 from optprune.pruning.workload import Workload
 from optprune.system.wording import amount
 
@@ -57,30 +59,31 @@ def check_room(work: Workload, room: Room) -> str:
         parts = [(plan.host_bytes, "memory"), (plan.device_bytes, "the GPU"), (plan.disk_bytes, "the disk")]
         told = ", ".join(f"{amount(bytes)} of {what}" for bytes, what in parts if bytes)
         return f"planned: at most {told} (optprune plan tells more, and the time)"
-    what, needed, there, phase = lacking
-    largest = max(phase.parts, key=lambda name: phase.parts[name])
+    what, needed, there, parts, phase = lacking
+    largest = max(parts, key=lambda name: parts[name])
     fitting = [words for words, other in alternatives(work) if _lacking(planned_memory(other), other, room) is None]
     advice = f"{' or '.join(fitting)} would fit" if fitting else "use a machine with more"
     raise InputError(
-        f"the run would take {amount(needed)} of {what} in the phase {phase.name}, the most of it for the {largest} "
-        f"({amount(phase.parts[largest])}), and {amount(there)} are there: {advice} (--no-plan begins all the same)"
+        f"the run would take {amount(needed)} of {what} in the phase {phase}, the most of it for the {largest} "
+        f"({amount(parts[largest])}), and {amount(there)} are there: {advice} (--no-plan begins all the same)"
     )
 
 
-def _lacking(plan: Plan, work: Workload, room: Room) -> tuple[str, int, int, PlannedPhase] | None:
-    """What there is not enough of, how much a run takes of it and how much there is, and the phase that takes it."""
+def _lacking(plan: Plan, work: Workload, room: Room) -> tuple[str, int, int, dict[str, int], str] | None:
+    """What there is not enough of, how much a run takes and how much there is, for what, and in which phase."""
     # The process that reloads and those that work have a limit of their own.
     alone = [phase for phase in plan.phases if phase.name != "checking" and work.workers == 1]
     kinds = [
-        ("memory", room.host, plan.phases, "host_bytes"),
-        ("the memory that a process may have (ulimit -v)", room.process, alone, "host_bytes"),
-        ("the GPU's memory", room.device, plan.phases, "device_bytes"),
-        ("the disk", room.disk, plan.phases, "disk_bytes"),
+        ("memory", room.host, plan.phases, HOST),
+        ("the memory that a process may have (ulimit -v)", room.process, alone, HOST),
+        ("the GPU's memory", room.device, plan.phases, DEVICE),
+        ("the disk", room.disk, plan.phases, DISK),
     ]
-    for what, there, phases, field in kinds:
-        most = max(phases, key=lambda phase: getattr(phase, field), default=None)
-        if there is not None and most is not None and getattr(most, field) > MARGIN * there:
-            return what, getattr(most, field), there, most
+    for what, there, phases, place in kinds:
+        made_of = [(sum(phase.by_place[place].values()), phase.by_place[place], phase.name) for phase in phases]
+        needed, parts, name = max(made_of, key=itemgetter(0), default=(0, {}, ""))
+        if there is not None and needed > MARGIN * there:
+            return what, needed, there, parts, name
     return None
 
 

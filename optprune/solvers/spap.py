@@ -11,13 +11,12 @@ from optprune.errors import InputError
 from optprune.numerics import linalg
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Solver, check_options
+from optprune.solvers.core_search import Core
 from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
 from optprune.solvers.tableau import Tableau
 
 Scale = Literal["inverse", "gram", "unit"]
-SHARE = 64
-"""the divisor of the units dropped: an excursion moves one part of so many at once"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,8 +33,8 @@ class SpapState:
     """what a lower F must be lower by"""
     settled: bool
     """whether the last z-step found nothing lower"""
-    excursions: int
-    """how many were made at the last penalty since the choice last changed"""
+    searched: bool
+    """whether the core of the choice, at the last penalty, has nothing lower"""
     changes: int
     """how often the choice has changed"""
 
@@ -55,9 +54,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
     change places with them, the best pairs first: all such pairs if that lowers F, else half of them, and so on; where
     no number of them does, the best single exchange of `candidates` by `candidates` units, at its exact change.
     When no exchange lowers F by more than `tolerance` of it, rho grows by `growth`, from `first` to `last`. At the last
-    penalty the number of kept units is given up and restored: d units are dropped one after another, the cheapest
-    first, and d others return, or the other way round, for d up to `depth`; where this ends lower, the search goes on
-    from there.
+    penalty the core is searched, the `candidates` units of either side whose place is most in doubt, all others held:
+    d of them are dropped one after another and d others return, or the other way round, for d up to `depth`; then
+    `walk` exchanges are made in a row, each the best that moves no unit moved just before. Where this ends lower, the
+    alternation goes on from there.
 
     At fixed rho F never rises, and as there are finitely many choices and each is left for a strictly lower F, the
     alternation ends in finitely many steps, at a choice and without rounding. A z-step by |V_j|^2 alone, which is the
@@ -69,8 +69,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
     start is not used. Follow it with a refit.
 
     A z-step looks at the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units, a
-    change of the choice as much for the columns that change; memory 4 n^2 + 4 out n, all in float64.
-    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and excursions are ours.
+    change of the choice as much for the columns that change, a search of the core what a few columns cost; memory
+    4 n^2 + 4 out n, all in float64.
+    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and the search of the core
+    are ours.
     """
 
     accepts = (StructuredProblem,)
@@ -79,12 +81,13 @@ class Spap(Solver[StructuredProblem, SpapState]):
     first: float = 1.0
     growth: float = 100.0
     last: float = 1e4
-    depth: int = 5
+    depth: int = 8
+    walk: int = 50
     candidates: int = 16
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_options(self, may_be_zero=("depth", "tolerance"))
+        check_options(self, may_be_zero=("depth", "walk", "tolerance"))
         if not (self.first <= self.last and (self.growth > 1 or self.first == self.last)):
             raise InputError(
                 f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
@@ -96,12 +99,12 @@ class Spap(Solver[StructuredProblem, SpapState]):
         scale = self._column_scale(problem, form)
         size = problem.channels.sum_columns((scale * form.minimiser.square()).sum(0))
         tableau = _penalised(problem, form, self.first * scale, problem.pattern.project(size))
-        return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, 0, 0)
+        return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, False, 0)
 
     def step(self, problem: StructuredProblem, state: SpapState) -> SpapState:
         """Nothing but the schedule moves where the choice has settled, so that every step lowers F or is one of its."""
         if not state.settled:
-            lower = self._lower(state.tableau, state.gain)
+            lower = self._lower(state.tableau, self._enough(state.tableau, state.gain))
             if lower is None:
                 return replace(state, settled=True)
             return replace(state, tableau=lower, changes=state.changes + 1)
@@ -109,17 +112,13 @@ class Spap(Solver[StructuredProblem, SpapState]):
             rho = min(state.rho * self.growth, self.last)
             tableau = _penalised(problem, state.form, rho * state.scale, state.tableau.choice)
             return replace(state, tableau=tableau, rho=rho, settled=False)
-        away = self._excursion(state.tableau, 1 + state.excursions // 2, drop_first=state.excursions % 2 == 0)
-        while away is not None and (lower := self._lower(away, state.gain)) is not None:
-            away = lower
-        if away is None or not away.cost < state.tableau.cost - self._enough(state.tableau, state.gain):
-            return replace(state, excursions=state.excursions + 1)
-        tableau = _penalised(problem, state.form, state.rho * state.scale, away.choice)
-        return replace(state, tableau=tableau, settled=False, excursions=0, changes=state.changes + 1)
+        lower = self._core(state.tableau, state.gain)
+        if lower is None:
+            return replace(state, searched=True)
+        return replace(state, tableau=lower, settled=False, changes=state.changes + 1)
 
     def done(self, problem: StructuredProblem, state: SpapState) -> Status | None:
-        finished = state.settled and state.rho >= self.last and state.excursions == 2 * self.depth
-        return Status.CONVERGED if finished else None
+        return Status.CONVERGED if state.searched else None
 
     def value(self, problem: StructuredProblem, state: SpapState) -> Tensor:
         mask = problem.mask(state.tableau.choice)
@@ -144,9 +143,8 @@ class Spap(Solver[StructuredProblem, SpapState]):
     def _enough(self, tableau: Tableau, gain: float) -> float:
         return max(self.tolerance * tableau.cost, gain)
 
-    def _lower(self, tableau: Tableau, gain: float) -> Tableau | None:
-        """The tableau after a z-step and the V-step that follows; None where no exchange lowers F."""
-        enough = self._enough(tableau, gain)
+    def _lower(self, tableau: Tableau, enough: float) -> Tableau | None:
+        """The tableau after a z-step and the V-step that follows; None where no exchange lowers F by `enough`."""
         leaving, entering = _pairs(tableau)
         halves = [len(leaving) >> turn for turn in range(len(leaving).bit_length())]
         # All pairs at a look of their own: the halves, which cost less than that together, are mostly not needed.
@@ -160,22 +158,13 @@ class Spap(Solver[StructuredProblem, SpapState]):
             return None
         return tableau.exchanged(found.leaving, found.entering)
 
-    def _excursion(self, tableau: Tableau, depth: int, *, drop_first: bool) -> Tableau | None:
-        """The tableau after units of every slot were dropped and others returned; None where there are too few."""
-        slots = tableau.channels.slot_count
-        kept, dropped = tableau.kept // slots, (tableau.channels.units - tableau.kept) // slots
-        together = max(dropped // SHARE, 1)
-        if min(kept, dropped) < depth * together:
+    def _core(self, tableau: Tableau, gain: float) -> Tableau | None:
+        """The tableau after a search among the units in doubt; None where it finds nothing lower."""
+        core = Core.of(tableau, self.candidates) if self.depth or self.walk else None
+        if core is None:
             return None
-        barred = torch.zeros_like(tableau.choice)
-        for drop in [drop_first] * depth + [not drop_first] * depth:
-            free = (tableau.choice if drop else ~tableau.choice) & ~barred
-            worth = tableau.worth()
-            moving = tableau.best_of_slots(torch.where(free, -worth if drop else worth, -torch.inf), together)
-            nothing = moving[:0]
-            tableau = tableau.exchanged(*((moving, nothing) if drop else (nothing, moving)))
-            barred[moving] = True
-        return tableau
+        enough = self._enough(tableau, gain)
+        return core.searched(lambda away: self._lower(away, enough), depth=self.depth, walk=self.walk, enough=enough)
 
 
 def _penalised(

@@ -66,7 +66,7 @@ class Tableau:
     @cached_property
     def cost(self) -> float:
         """F of the choice: one look at the device."""
-        dropped = self._columns(self.dropped)
+        dropped = self.columns(self.dropped)
         return float((self.minimiser[:, dropped] * self.rows[:, dropped]).sum()) / 2
 
     @property
@@ -85,13 +85,13 @@ class Tableau:
         matrix, rows = self.matrix, self.rows
         for units, sign in ((entering, -1), (leaving, 1)):
             if len(units):
-                matrix, rows = _sweep(matrix, rows, self._columns(units.sort().values), sign)
+                matrix, rows = _sweep(matrix, rows, self.columns(units.sort().values), sign)
         kept = self.kept + len(entering) - len(leaving)
         return replace(self, matrix=matrix, rows=rows, choice=choice, kept=kept)
 
     def change(self, leaving: Int[Tensor, " p"], entering: Int[Tensor, " q"]) -> Float[Tensor, ""]:
         """What F changes by when these units leave and those enter, together: p^3 + q^3 + out (p + q)^2 products."""
-        p, q = self._columns(leaving), self._columns(entering)
+        p, q = self.columns(leaving), self.columns(entering)
         pivot = -self.matrix[q[:, None], q]
         across = self.matrix[q[:, None], p]
         pulled = linalg.try_solve(pivot, torch.cat([across, self.rows[:, q].T], 1))
@@ -124,7 +124,7 @@ class Tableau:
             self.best_of_slots(torch.where(side, score, -torch.inf), min(candidates, most))
             for side, score, most in zip((kept, dropped), (-value, value), sides, strict=True)
         )
-        columns_p, columns_q = self._columns(p), self._columns(q)
+        columns_p, columns_q = self.columns(p), self.columns(q)
         across = self.matrix[columns_q[:, None], columns_p].reshape(len(q), each, len(p), each).transpose(1, 2)
         product = (self.rows[:, columns_q].T @ self.rows[:, columns_p]).reshape(len(q), each, len(p), each)
         pulled = linalg.try_solve(blocks[q][:, None], across)
@@ -144,7 +144,8 @@ class Tableau:
         blocks, grams = unit_blocks(self.matrix, self.rows, self.each)
         return torch.where(self.choice[:, None, None], blocks, -blocks), grams
 
-    def _columns(self, units: Int[Tensor, " k"]) -> Int[Tensor, " columns"]:
+    def columns(self, units: Int[Tensor, " k"]) -> Int[Tensor, " columns"]:
+        """The rows and columns of the matrix that belong to units."""
         return (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
 
 

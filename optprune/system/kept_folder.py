@@ -150,6 +150,11 @@ class KeptFolder:
         """The names of the files that were written and are there."""
         return [name for name in self._manifest[FILES] if self.lists(name)]
 
+    @property
+    def subfolders(self) -> list[str]:
+        """The names of the folders that were made in this one."""
+        return list(self._manifest[FOLDERS])
+
     def forget(self, names: list[str]) -> None:
         """Delete files that are needed no longer."""
         known = [name for name in names if name in self._manifest[FILES]]
@@ -203,7 +208,7 @@ class KeptFolder:
         """
         with interrupts_held():
             made = int(self._manifest[MADE])
-            self._clear()
+            self.clear()
             # The manifest goes last: until then the folder can be recognised.
             (self.folder / MANIFEST).unlink(missing_ok=True)
             self.release()
@@ -213,7 +218,7 @@ class KeptFolder:
                     place.rmdir()
         return left
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Delete all files and folders of the manifest, and drafts; the manifest is as new then."""
         self._tidy()
         for name in self._manifest[FILES]:

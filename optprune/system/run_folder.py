@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optprune.errors import InputError
-from optprune.system.files import is_own_folder
+from optprune.system.files import is_draft, is_own_file, is_own_folder
 from optprune.system.kept_folder import FACTS, KeptFolder, check_kept
 
 SCRATCH = "scratch"
@@ -35,12 +35,21 @@ class RunFolder(KeptFolder, ABC):
                 f"{self.begin_anew}"
             )
         if restart:
-            self._clear()
+            self.clear()
+        self._tidy_scratch()
+
+    def _tidy_scratch(self) -> None:
+        """Delete what an earlier process put aside, but for what this one can use."""
         scratch = self.folder / SCRATCH
-        if SCRATCH in self._manifest["folders"] and is_own_folder(scratch):
-            for place in scratch.iterdir():
-                if is_own_folder(place) and place.name not in self.stays:
-                    shutil.rmtree(place, ignore_errors=True)
+        if SCRATCH not in self.subfolders or not is_own_folder(scratch):
+            return
+        for place in filter(is_own_folder, scratch.iterdir()):
+            if place.name not in self.stays:
+                shutil.rmtree(place, ignore_errors=True)
+                continue
+            for file in place.iterdir():
+                if is_draft(file.name) and is_own_file(file):
+                    file.unlink(missing_ok=True)
 
     @classmethod
     def check(cls, folder: Path, *, resume: bool, restart: bool, facts: Mapping[str, Any]) -> None:

@@ -159,6 +159,23 @@ def test_what_is_left_is_spent_until_no_change_of_one_layer_gains(curves, budget
                 assert curve.errors[choice] >= curve.errors[filled[name]]
 
 
+def test_a_choice_that_takes_all_that_is_left_is_taken():
+    """The greedy division takes no step of the hull, 3 for a fall of 9, and 1 is left for the choice between."""
+    curves = {"a": Curve(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([10.0, 8.0, 1.0]))}
+    chosen = share_budget(curves, 2.0)
+    assert chosen == {"a": 0}
+    assert fill_budget(curves, chosen, 2.0) == {"a": 1}
+
+
+def test_what_a_cheaper_choice_gives_back_is_spent():
+    """From choices that are not the greedy division's: the better one of a costs 1 less, which b then takes."""
+    curves = {
+        "a": Curve(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 1.0, 5.0])),
+        "b": Curve(torch.tensor([1.0, 2.0]), torch.tensor([5.0, 0.0])),
+    }
+    assert fill_budget(curves, {"a": 2, "b": 0}, 4.0) == {"a": 1, "b": 1}
+
+
 @given(some_curves(convex=True), st.integers(0, 20))
 def test_convex_curves_with_equal_prices_are_shared_optimally(curves, budget):
     _, error = totals(curves, share_budget(curves, budget))

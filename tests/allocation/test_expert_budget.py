@@ -41,8 +41,14 @@ def divergence(model: Any, other: Any) -> float:
 
 def curve(model: Any, block: int) -> dict[int, float]:
     """The cost by the number of experts kept: greedily by the change of the answer, in nats by what three give."""
-    dense, kept, costs = answers(model, block), list(range(4)), {4: 0.0}
-    tried = 0.0
+    costs, three = changes(model, block)
+    tried = divergence(model, cut(model, block, three))
+    return {count: cost * tried / costs[3] for count, cost in costs.items()}
+
+
+def changes(model: Any, block: int) -> tuple[dict[int, float], list[int]]:
+    """The squared change of the answer by the number of experts kept, greedily; and which three are kept."""
+    dense, kept, costs, three = answers(model, block), list(range(4)), {4: 0.0}, list[int]()
     while len(kept) > 2:
         without = {
             expert: float((answers(cut(model, block, [k for k in kept if k != expert]), block) - dense).square().sum())
@@ -51,9 +57,8 @@ def curve(model: Any, block: int) -> dict[int, float]:
         gone = min(without, key=lambda expert: without[expert])
         kept.remove(gone)
         costs[len(kept)] = without[gone]
-        if len(kept) == 3:
-            tried = divergence(model, cut(model, block, kept))
-    return {count: cost * tried / costs[3] for count, cost in costs.items()}
+        three = three or list(kept)
+    return costs, three
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,17 @@ def test_the_costs_of_what_goes_are_the_least_there_are(gone: int, curves: list[
     assert costs[chosen] == pytest.approx(min(costs.values()), rel=1e-3)
 
 
+def test_without_a_probe_the_size_of_what_a_mixture_answers_changes_nothing() -> None:
+    """Costs are shares of it: the last block's answers are made smaller and larger, which no other block sees."""
+    kept = []
+    for size in (0.01, 1.0, 100.0):
+        model = mixture(layers=2, middle=size)
+        share = 2 * EXPERT / Decoder(copy.deepcopy(model)).linear_weights()
+        prune(model, batches(), load_recipe("experts_best", {**BUDGET, "probe_tokens": 0, "sparsity": 0.99 * share}))
+        kept.append([shape.experts for shape in Decoder(model).shapes()])
+    assert sum(kept[0]) == 6 and kept[0] == kept[1] == kept[2]
+
+
 def test_a_block_that_predictions_do_not_notice_gives_all() -> None:
     """Its experts differ from each other as much as those of other blocks do, in shares of what they answer."""
     model = mixture(middle=1e-3)
@@ -81,6 +97,24 @@ def test_a_block_that_predictions_do_not_notice_gives_all() -> None:
     share = 1.9 * EXPERT / decoder.linear_weights()
     prune(model, batches(), load_recipe("experts_best", {**BUDGET, "sparsity": share}))
     assert [shape.experts for shape in Decoder(model).shapes()] == [4, 2, 4]
+
+
+@pytest.mark.parametrize("gone", [2, 3])
+def test_without_a_probe_costs_are_shares_of_what_a_mixture_answers(gone: int) -> None:
+    """The middle block answers little: in shares its experts cost as much as others, as squares next to nothing."""
+    model = mixture(middle=1e-2)
+    squares = [changes(model, block)[0] for block in range(3)]
+    answered = [float(answers(model, block).square().sum()) for block in range(3)]
+    share = gone * EXPERT / Decoder(copy.deepcopy(model)).linear_weights()
+    prune(model, batches(), load_recipe("experts_best", {**BUDGET, "probe_tokens": 0, "sparsity": share * 0.99}))
+    chosen = tuple(shape.experts for shape in Decoder(model).shapes())
+    every = [tuple(counts) for counts in product(range(2, 5), repeat=3) if sum(counts) == 12 - gone]
+    costs = {
+        counts: sum(squares[block][count] / answered[block] for block, count in enumerate(counts)) for counts in every
+    }
+    assert chosen == min(every, key=lambda counts: costs[counts])
+    by_squares = min(every, key=lambda counts: sum(squares[block][count] for block, count in enumerate(counts)))
+    assert by_squares != chosen
 
 
 def test_without_a_probe_it_is_told_that_units_differ() -> None:

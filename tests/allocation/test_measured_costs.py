@@ -39,6 +39,12 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
         yield found
 
 
+def test_a_sub_block_that_losses_call_worthless_costs_what_a_probe_measures() -> None:
+    """A rate cannot make something of a loss of nothing."""
+    curve = WidthCurve(0, Mlp(), 128, {64: 2.0, 0: 0.0}).put_right({64: 1.0, 0: 0.5})
+    assert curve.losses == {64: pytest.approx(1.0, rel=1e-4), 0: 0.5}
+
+
 def test_of_too_many_costs_every_so_many_th_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(tiny_llama())
     with told(monkeypatch) as every:

@@ -6,18 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from optprune import Statistics, load_recipe, prune
+from optprune import Statistics, layer_loss, load_recipe, prune
 from optprune.calibration import DenseStatistics
 from optprune.metric import Metrics
+from optprune.models import Decoder, Mlp
+from optprune.problems import LinkedLeastSquares
 from optprune.report import Report
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches
 
 
 def pruned(
-    statistics: DenseStatistics | None, text: Sequence[Tensor] = batches(), model: int = 0, **settings: object
+    statistics: DenseStatistics | None,
+    text: Sequence[Tensor] = batches(),
+    model: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **settings: object,
 ) -> tuple[dict[str, Tensor], Report]:
-    tiny = tiny_llama(model)
+    tiny = tiny_llama(model).to(dtype)
     report = prune(tiny, text, load_recipe("structured_best", settings), statistics=statistics)
     return dict(tiny.state_dict()), report
 
@@ -67,6 +73,41 @@ def test_recipes_share_what_does_not_depend_on_their_difference(asked: list[str]
         asked.clear()
         pruned(shared, **settings)
         assert asked == expected
+
+
+PLAIN = {"output_metric": "none", "probe_tokens": 0}
+PAIRS: dict[str, tuple[dict, dict]] = {
+    "what is kept apart": ({**PLAIN, "held_out": 0.25}, {**PLAIN, "held_out": 0.5}),
+    "the widest metric": ({"metric_width": 32}, {"metric_width": 64}),
+    "what is computed in": (PLAIN, {"probe_tokens": 0}),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_run_after_another_recipe_is_as_it_is_alone(pair: str) -> None:
+    """In half precision, where a metric has all computed in float32, and without one nothing is."""
+    shared, (first, second) = Statistics(), ({"propagation": "dense", **one} for one in PAIRS[pair])
+    before, _ = pruned(shared, dtype=torch.bfloat16, **first)
+    weights, report = pruned(shared, dtype=torch.bfloat16, **second)
+    alone, expected = pruned(None, dtype=torch.bfloat16, **second)
+    assert all(torch.equal(value, alone[name]) for name, value in weights.items())
+    errors = [[(layer.relative_error, layer.held_out_error) for layer in each.layers] for each in (report, expected)]
+    assert errors[0] == errors[1]
+    assert any(value.shape != before[name].shape or not value.equal(before[name]) for name, value in weights.items())
+
+
+def test_a_removal_curve_is_of_one_multiple() -> None:
+    """Units that go some at a time go in another order."""
+    model, name = tiny_llama(), "model.layers.0.mlp.down_proj"
+    link = Mlp().linked(Decoder(model), 0, "mlp.down_proj").link
+    problem = LinkedLeastSquares(layer_loss(model, batches(), name, "dense").whitened(), link, link.units)
+    shared, orders = Statistics(), list[Tensor]()
+    for batch in (1, 16, 1):
+        order, losses, _ = shared.removal(problem, batch)
+        expected, others, _ = DenseStatistics().removal(problem, batch)
+        assert torch.equal(order, expected) and torch.equal(losses, others)
+        orders.append(order)
+    assert not torch.equal(orders[0], orders[1])
 
 
 def test_another_text_and_another_model_are_measured_anew(asked: list[str]) -> None:

@@ -1,10 +1,12 @@
 """A folder as a GGUF file: llama.cpp gives the logits and the greedy text that transformers gives."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -16,11 +18,20 @@ from optprune.errors import InputError
 from optprune.export import export_gguf, gguf_file, save_model
 from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.export.left_drafts import hold_draft
-from optprune.models import Decoder, KvGroups, Mlp, Values, load_tokenizer
+from optprune.models import Decoder, KvGroups, Mlp, Values, load_model, load_tokenizer
 from optprune.models.architecture import BlockShape
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
-from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, VOCABULARY, save_tiny, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.helpers.tiny_models import (
+    ALL_MODELS,
+    LLAMA3,
+    TINY_MODELS,
+    VOCABULARY,
+    save_tiny,
+    tiny_llama,
+    tiny_opt,
+    tiny_tokenizer,
+)
 
 TEXT = "The minister said on Monday that 2500 people's houses,\nwhich they'd built"
 UNEVEN = (BlockShape(96, 2, 16), BlockShape(0, 1, 16), BlockShape(64, 0, 0))
@@ -191,6 +202,24 @@ def test_two_exports_into_one_file_leave_one_of_the_two(tmp_path: Path, monkeypa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file, write = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "x.gguf", gguf_file._write
+
+    def meanwhile(*given: Any) -> None:
+        write(*given)
+        file.write_text("another's")
+
+    monkeypatch.setattr(gguf_file, "_write", meanwhile)
+    with pytest.raises(InputError, match=r"x\.gguf is there since another command wrote it meanwhile"):
+        export_gguf(model, file, overwrite=False)
+    assert file.read_text() == "another's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
+    file.unlink()
+    monkeypatch.undo()
+    assert export_gguf(model, file, overwrite=False).bytes == file.stat().st_size
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
+
+
 def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) -> None:
     folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
     kill = (
@@ -216,6 +245,39 @@ def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) ->
         kept = [*others, *(f".model.gguf.0123abc{letter}.part" for letter in "def")]
         assert {path.name for path in tmp_path.glob(".*")} == set(kept)
     assert all((tmp_path / name).read_text() == "do not lose me" for name in others)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_more_than_ten_experts_are_in_the_order_of_their_numbers(family: str, tmp_path: Path) -> None:
+    """As words 10 and 11 come before 2."""
+    counts = ("num_experts", *(["num_local_experts"] if family == "mixtral" else []))
+    model = ALL_MODELS[family](num_hidden_layers=1, **dict.fromkeys(counts, 12))
+    written = export_gguf(save_tiny(model, tmp_path / "model"), tmp_path / "model.gguf", kind="f32")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.file).tensors}
+    weights = load_model(tmp_path / "model").decoder().weights(0)
+    for own, theirs in (("gate", "gate"), ("up", "up"), ("down", "down")):
+        stored = torch.from_numpy(tensors[f"blk.0.ffn_{theirs}_exps.weight"].data.copy())
+        named = {
+            int(name.split("experts.")[1].partition(".")[0]): value
+            for name, value in weights.items()
+            if "experts." in name and f"{own}_proj" in name
+        }
+        assert sorted(named) == list(range(12)) and len(stored) == 12
+        for number, value in named.items():
+            assert torch.equal(stored[number], value), (own, number)
+    router = torch.from_numpy(tensors["blk.0.ffn_gate_inp.weight"].data.copy())
+    assert torch.equal(router, next(value for name, value in weights.items() if name.endswith("gate.weight")))
+
+
+def test_a_file_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
+    folder, before = save_tiny(tiny_llama(), tmp_path / "model"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"a file would be larger than .*, so .*model.gguf was not written: make"):
+            export_gguf(folder, tmp_path / "model.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

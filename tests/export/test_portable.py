@@ -14,6 +14,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedModel, PreTrainedT
 import optprune
 from benchmarks.tiny_models import tiny
 from optprune.export import save_model
+from optprune.export.portable import make_portable
 from optprune.models import load_model, load_tokenizer
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import LLAMA3, TINY_MODELS, save_tiny, tiny_llama, tiny_opt, tiny_qwen2, tiny_tokenizer
@@ -121,6 +122,14 @@ def test_the_tokenizer_says_what_its_class_said(tmp_path: Path) -> None:
     assert again.padding_side == "left"
 
 
+def test_the_sides_that_a_tokenizer_was_given_later_are_told(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side, tokenizer.truncation_side = "left", "left"
+    save_model(tiny_llama(), tmp_path / "out", tokenizer=tokenizer)
+    fields = written(tmp_path / "out", "tokenizer_config.json")
+    assert (fields["padding_side"], fields["truncation_side"]) == ("left", "left")
+
+
 STRANGER = {"AutoConfig": "mallory/evil--code.Config", "AutoModelForCausalLM": "mallory/evil--code.Model"}
 
 
@@ -155,6 +164,16 @@ def test_no_code_of_a_stranger_is_named(name: str, tokenizers: Any, tmp_path: Pa
         assert "auto_map" not in written(tmp_path / folder, "tokenizer_config.json")
         for file in (tmp_path / folder).glob("*.json"):
             assert "mallory" not in file.read_text() and "local_code" not in file.read_text()
+
+
+def test_a_list_that_names_our_file_and_that_of_a_stranger(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("")
+    for listed in (["own.Slow", "mallory/evil--t.Fast"], ["mallory/evil--t.Slow", "own.Fast"], ["own.Slow", None]):
+        maps = {"AutoTokenizer": listed, "AutoProcessor": "own.Processor"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": maps}))
+        make_portable(tmp_path, None)
+        kept = maps if None in listed else {"AutoProcessor": "own.Processor"}
+        assert written(tmp_path, "tokenizer_config.json")["auto_map"] == kept
 
 
 @pytest.mark.parametrize("where", ["modeling_pruned_llama.x/repo--file.Class", "../modeling_pruned_llama.Class", "", 3])

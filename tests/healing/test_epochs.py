@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optprune.healing import HealReport, heal
+from optprune.healing.heal import in_epochs
 from optprune.healing.training import Training
 from tests.helpers.trained_tiny import halved, news, trained
 
@@ -32,6 +33,12 @@ def test_every_epoch_has_all_batches_and_an_order_of_its_own(monkeypatch: pytest
     assert len({tuple(epoch) for epoch in epochs}) > 1
     assert (report.steps, report.steps_planned, report.tokens) == (16, 16, 4 * 32 * text[0].shape[1])
     assert report.settings["epochs"] == 4
+
+
+def test_the_seed_draws_the_orders() -> None:
+    text = list(torch.arange(8).view(8, 1))
+    orders = {tuple(int(batch) for batch in in_epochs(text, 2, seed)) for seed in range(5)}
+    assert len(orders) == 5 and all(order[:8] == tuple(range(8)) for order in orders)
 
 
 def test_a_second_look_at_a_short_text_helps() -> None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from optprune import heal
 from optprune.errors import InputError
 from optprune.healing import HealingFolder, HealReport
-from optprune.healing.generated import PROMPT, generated_windows, mixed
+from optprune.healing.generated import PROMPT, _pieces, generated_windows, mixed
 from optprune.report import DivergenceMeasured, PhaseAdvanced
 from tests.helpers.faults import noticed
 from tests.helpers.short_runs import same
@@ -46,6 +46,13 @@ def test_windows_begin_with_pieces_of_the_text() -> None:
     assert set(begun) <= pieces and len(set(begun)) > 30, "drawn from all over the text"
     assert len({tuple(window[PROMPT:].tolist()) for window in windows}) == 40
     assert written(3, [news(10, 12)[:1, :7]]).shape == (3, 7), "half of a short window is the beginning"
+
+
+def test_a_piece_may_begin_at_every_place_of_a_window() -> None:
+    """The first and the last too: of two places each is drawn about half of the times."""
+    pieces = _pieces([torch.tensor([[0, 1, 2]])], 200, 2, torch.Generator().manual_seed(0))
+    first = int((pieces[:, 0] == 0).sum())
+    assert 70 <= first <= 130 and pieces[pieces[:, 0] == 1].unique().tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optprune import heal, load_recipe, prune
 from optprune.errors import InputError, NumericalError
-from optprune.healing import HealingFolder, HealReport
+from optprune.healing import HealingFolder, HealReport, training
 from optprune.healing.settings import Settings
 from optprune.healing.training import Training
 from optprune.measure import divergence_from
@@ -163,6 +163,27 @@ def test_gradients_are_clipped_without_those_of_zeros(monkeypatch: pytest.Monkey
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
 
 
+def test_the_gradient_of_a_step_is_that_of_the_mean_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all predictions of the batch, by autograd, where nothing is clipped."""
+    dense, model, (ids,) = trained(), halved(trained()), text(1)
+    log_q, log_p = (each(input_ids=ids).logits[:, :-1].log_softmax(-1) for each in (model, dense))
+    (log_p.exp() * (log_p - log_q)).sum(-1).mean().backward()
+    expected = [torch.where(w != 0, w.grad, 0.0) if w.ndim > 1 else w.grad for w in model.parameters()]
+    found = list[Tensor]()
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *_: None)
+    clip = training.clip_grad_norm_
+
+    def watched(weights: Any, largest: float) -> Tensor:
+        every = list(weights)
+        found.extend(weight.grad.clone() for weight in every)
+        return clip(every, largest)
+
+    monkeypatch.setattr(training, "clip_grad_norm_", watched)
+    healed(1, clip=1e9)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * float(other.abs().max()) + 1e-9)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_that_share_batches_do_what_one_does(count: int) -> None:
     alone, model = healed(3, halved(trained()))
@@ -243,6 +264,19 @@ def test_what_is_drawn_hangs_on_the_seed_alone() -> None:
 
     one, again, other = with_dropout(0), with_dropout(0), with_dropout(1)
     assert same(one, again) and not same(one, other)
+
+
+def test_every_step_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained()
+    drawn, add = list[float](), training.add_gradient
+
+    def drawing(*args: Any) -> float:
+        drawn.append(float(torch.rand(())))
+        return add(*args)
+
+    monkeypatch.setattr(training, "add_gradient", drawing)
+    healed(4)
+    assert len(set(drawn)) == len(drawn) == 4
 
 
 @pytest.mark.parametrize(

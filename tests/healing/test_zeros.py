@@ -67,6 +67,19 @@ def test_zeros_stay_zeros_in_weights_and_momentum(make: Callable[..., torch.opti
     assert not any(bits_are_zero(model.get_parameter(name), mask) for name, mask in kept.items())
 
 
+def test_momentum_from_before_the_masks_is_cleared_at_once() -> None:
+    """An optimizer that has trained the dense model would push the zeros on, and its momentum is told of."""
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer, 1)
+    kept = kept_of(halved(model))
+    keep_zeros(optimizer, masks(model))
+    for name, mask in kept.items():
+        for value in optimizer.state[model.get_parameter(name)].values():
+            assert value.shape != mask.shape or not bool(value[~mask].any()), name
+            assert value.shape != mask.shape or bool(value[mask].any()), name
+
+
 def test_masks_are_of_the_matrices_that_hold_zeros() -> None:
     model = tiny_opt()
     with torch.no_grad():

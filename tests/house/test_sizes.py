@@ -1,4 +1,4 @@
-"""The house stays readable: no file of the package over 300 lines, and no function whose body is over 60."""
+"""The house stays readable: no file of the package over 400 lines, and no function whose body is over 60."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import optprune
 ROOT = Path(optprune.__file__).parent
 FILES = [file for file in ROOT.rglob("*.py") if ROOT / "models" / "pruned" not in file.parents]
 """all but the modelling files, which are in the style of the transformers classes that they extend"""
-MOST_LINES, MOST_BODY_LINES = 300, 60
+MOST_LINES, MOST_BODY_LINES = 400, 60
 """a body goes from the docstring on: the signature of a command is the table of its options"""
 
 
@@ -33,7 +33,7 @@ def test_no_file_and_no_function_is_too_long() -> None:
 
 
 def test_what_is_too_long_is_noticed() -> None:
-    long, longer = "class A:\n    def f(self):\n" + "        pass\n" * 60, "pass\n" * 300
+    long, longer = "class A:\n    def f(self):\n" + "        pass\n" * 60, "pass\n" * 400
     assert list(too_long("x.py", long)) == list(too_long("x.py", longer)) == []
     assert list(too_long("x.py", long + "        pass\n")) == ["f in x.py has 61 lines"]
-    assert list(too_long("x.py", longer + "pass\n")) == ["x.py has 301 lines"]
+    assert list(too_long("x.py", longer + "pass\n")) == ["x.py has 401 lines"]

@@ -223,6 +223,24 @@ def test_bytes_behind_the_last_tensor_are_refused_however_a_model_is_read(read, 
         read(tmp_path)
 
 
+@pytest.mark.parametrize("how", ["in place", "another file"])
+def test_weights_that_change_on_the_disk_at_the_same_size_are_noticed(how: str, tmp_path: Path) -> None:
+    """Blocks are read when they are needed, and those of another model must not go in between."""
+    save_tiny(tiny_llama(), tmp_path / "model")
+    opened, file = open_model(tmp_path / "model"), tmp_path / "model" / "model.safetensors"
+    logits(opened)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    if how == "in place":
+        with file.open("r+b") as stream:
+            stream.write(data)
+    else:
+        (tmp_path / "other").write_bytes(data)
+        (tmp_path / "other").replace(file)
+    with pytest.raises(InputError, match=r"^model.safetensors has been written to since its header was read"):
+        logits(opened)
+
+
 def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
     """One tensor over the bytes of another would hide that a third place in the file belongs to nobody."""
     save_tiny(tiny_llama(), tmp_path)

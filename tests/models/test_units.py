@@ -77,6 +77,28 @@ class Pairs(LinkedUnits):
         return replace(shape, mlp_width=2 * count)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
+def test_a_kv_head_with_fewer_value_dimensions_goes_with_its_own_columns(name: str) -> None:
+    """The model answers as with zeros in their place."""
+    model = ALL_MODELS[name]()
+    decoder, ids = Decoder(model), batches()[0]
+    architecture, group = decoder.architecture, decoder.heads.group
+    [values] = Values().layers(decoder, 0)
+    decoder.keep_units(0, values, torch.arange(values.link.units) % decoder.shape(0).value_dim < 5)
+    heads = decoder.shape(0).kv_heads
+    gone = torch.arange(5 * group) + 5 * group  # those of the second KV head
+    weight = decoder.layer(0, architecture.output).weight
+    assert weight.shape[1] == 5 * group * heads
+    with torch.no_grad():
+        weight[:, gone] = 0
+        expected = model(input_ids=ids, use_cache=False).logits
+        weight[:, gone] = torch.nan
+        [linked] = KvGroups().layers(decoder, 0)
+        decoder.keep_units(0, linked, torch.arange(heads) != 1)
+        found = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("settings", [{}, {"propagation": "cross"}, {"allocation": "global"}], ids=str)
 def test_units_of_ones_own(settings: dict) -> None:
     """Neurons go two by two, from wherever the budget takes them."""

@@ -195,16 +195,18 @@ def test_what_was_removed_stays_out_of_every_point_and_is_a_violation(name: str)
     assert problem.violation() == sum(int((~mask).sum()) for mask in masks)
 
 
-def test_draws_go_through_all_examples_once_an_epoch() -> None:
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_draws_go_through_all_examples_once_an_epoch(at_once: int) -> None:
+    """Of eight examples the last draw of three has two: each stands for as many as it has."""
     block, calls = damaged_block("llama", torch.float64)
-    problem = BlockMatching.of(block, Sequences(calls, 2))
+    problem = BlockMatching.of(block, Sequences(calls, at_once))
     point, count = moved(problem, 0.1), len(torch.cat(list(calls.targets)))
-    assert problem.examples.draws == -(-count // 2)
+    assert problem.examples.draws == -(-count // at_once)
     _, whole = problem.gradient(point)
     orders = []
     for epoch in range(2):
         drawn = [problem.gradient(point, epoch * problem.examples.draws + k) for k in range(problem.examples.draws)]
-        sizes = [min(2, count - 2 * k) for k in range(problem.examples.draws)]
+        sizes = [min(at_once, count - at_once * k) for k in range(problem.examples.draws)]
         for number, slope in enumerate(whole):
             mean = sum(size * found[number] for size, (_, found) in zip(sizes, drawn, strict=True)) / count
             torch.testing.assert_close(mean, slope, rtol=1e-9, atol=1e-14)
@@ -244,6 +246,16 @@ def test_a_token_that_answers_nothing_divides_by_nothing() -> None:
     value, slope = problem.gradient()
     assert value == pytest.approx(float(linear.bias.detach().square().sum()), rel=1e-12)
     assert all(bool(torch.isfinite(part).all()) for part in slope)
+
+
+def test_a_token_that_answers_next_to_nothing_counts_as_the_least_that_is_told_apart() -> None:
+    """Its error of 1e-20 is divided by a rounding of the largest token, and not by the 1e-30 that it answers."""
+    linear = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        linear.weight.copy_(torch.eye(2))
+    hidden, target = (torch.tensor([[[1.0, 0.0], [0.0, size]]], dtype=torch.float64) for size in (1e-20, 1e-30))
+    problem = BlockMatching.of(linear, Listed((Example((hidden,), {}, target),)))
+    assert problem.error() == pytest.approx((1e-20 / 2.0**-52) ** 2, rel=1e-9)
 
 
 def test_units_are_the_sizes_of_kept_weights() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import weakref
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,34 @@ def test_sequences_of_a_batch_are_called_one_by_one() -> None:
         examples.sums(terms, lambda: (torch.zeros(()),))
         torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-10, atol=1e-12)
         assert all(len(row) == 1 for row in rows)
+
+
+def test_every_epoch_takes_the_sequences_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them once, and in the same orders when it is run again."""
+    honest, epochs = Sequences.sums, 4
+
+    def run_orders() -> list[list[float]]:
+        drawn = list[float]()
+
+        def watched(self, terms, zeros, draw=None):
+            def noted(example):
+                drawn.append(float(example.target.double().sum()))
+                return terms(example)
+
+            return honest(self, noted if draw is not None else terms, zeros, draw)
+
+        monkeypatch.setattr(Sequences, "sums", watched)
+        block, calls = damaged_block("llama", torch.float32)
+        fit, apart = calls.split(1)
+        match_block(block, fit, apart, Adam(epochs, 1e-4))
+        count = sum(shape[0] for shape in fit.targets.shapes)
+        assert count > 3 and len(drawn) == epochs * count
+        return [drawn[start : start + count] for start in range(0, len(drawn), count)]
+
+    orders = run_orders()
+    assert all(sorted(one) == sorted(orders[0]) and len(set(one)) == len(one) for one in orders)
+    assert all(one != other for one, other in pairwise(orders))
+    assert run_orders() == orders
 
 
 def test_what_one_sequence_gives_is_gone_before_the_next_is_called() -> None:

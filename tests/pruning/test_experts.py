@@ -15,6 +15,7 @@ from optprune.export import save_model
 from optprune.models import ARCHITECTURES, Decoder
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from optprune.report import Event, LayerSolved
 from tests.helpers.cut_mixtures import answers, cut
 from tests.helpers.mixed_models import generated
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
@@ -48,6 +49,20 @@ def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
         apart = (model(TOKENS).logits - best(TOKENS).logits).abs().max()
         assert apart <= 1e-5 * best(TOKENS).logits.abs().max()
     assert (layer.kept, layer.units) == (2, 4)
+
+
+def test_the_held_out_error_is_that_of_the_tokens_apart_and_every_choice_is_told() -> None:
+    """Of the first block, on the last two of eight sequences, by what the pruned mixture and the dense one answer."""
+    model, dense, events = ALL_MODELS["qwen3_moe"](), ALL_MODELS["qwen3_moe"](), list[Event]()
+    recipe = load_recipe("experts_best", {"held_out": 0.25, "sparsity": 0.17, "propagation": "dense"})
+    report = prune(model, batches(), recipe, on_event=events.append)
+    Decoder(model).joined()
+    apart = batches()[-1].numel()
+    found, expected = (answers(each, 0)[-apart:] for each in (model, dense))
+    error = float((found - expected).square().sum() / expected.square().sum())
+    assert report.layers[0].held_out_error == pytest.approx(error, rel=1e-4)
+    assert report.layers[0].relative_error != pytest.approx(error, rel=1e-2)
+    assert [event.layer for event in events if isinstance(event, LayerSolved)] == list(report.layers)
 
 
 @of_mixtures

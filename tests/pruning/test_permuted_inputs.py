@@ -47,10 +47,10 @@ def logits(model: PreTrainedModel) -> Tensor:
         return model(input_ids=batches()[0]).logits
 
 
-def answers(model: PreTrainedModel, path: str) -> Tensor:
-    """What a layer of the first block makes of its inputs, without its bias, for the batches."""
+def answers(model: PreTrainedModel, path: str, first: int = 0) -> Tensor:
+    """What a layer of the first block makes of its inputs, without its bias, for the batches from a first one on."""
     layer = Decoder(model).layer(0, path)
-    inputs = torch.cat([given for given, _ in heard(model, layer)]).double()
+    inputs = torch.cat([given for given, _ in heard(model, layer)][first:]).double()
     return inputs @ layer.weight.detach().double().T
 
 
@@ -115,6 +115,18 @@ def test_the_model_answers_as_the_report_says(name: str, policy: str) -> None:
         error = float((other - dense).square().sum() / dense.square().sum())
         assert error == pytest.approx(errors[f"{architecture.blocks}.0.{path}"], rel=1e-3)
         assert error > 0.01
+
+
+def test_the_held_out_error_is_that_of_a_pass() -> None:
+    """On the sequences kept apart, which the moments of permuted inputs stand for: the last batch of four."""
+    model = uneven(tiny_llama())
+    found, report = pruned(model, "sparsegpt", permuted=True, propagation="local", held_out=0.25)
+    architecture = Decoder(model).architecture
+    errors = {layer.name: layer.held_out_error for layer in report.layers}
+    for path in (architecture.output, architecture.mlp_consumer):
+        dense, other = (answers(each, path, first=3) for each in (model, found))
+        error = float((other - dense).square().sum() / dense.square().sum())
+        assert errors[f"{architecture.blocks}.0.{path}"] == pytest.approx(error, rel=1e-3)
 
 
 def test_all_is_in_place_with_recovery_matching_and_a_budget() -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import TINY_MODELS
@@ -61,6 +62,32 @@ def test_two_processes_give_the_bytes_of_one(name: str, two: Lasting) -> None:
     assert [(layer.name, layer.objective) for layer in report.layers] == [
         (layer.name, layer.objective) for layer in expected.layers
     ]
+
+
+def counting(context: LayerContext) -> Problem:
+    """An objective that says how many threads it is computed with."""
+    raise InputError(f"{torch.get_num_threads()} threads")
+
+
+def test_a_worker_has_the_threads_of_its_parent_whatever_it_began_with(
+    two: Lasting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A factorisation of two threads rounds otherwise than one of one."""
+    recipe = load_recipe("magnitude", {"propagation": "dense"}).model_copy(update={"objective": counting})
+    before = torch.get_num_threads()
+    for threads in (3, 2):
+        torch.set_num_threads(threads)
+        try:
+            monkeypatch.setattr(two.hands, "_kit", Kit.of(Decoder(tiny())))
+        finally:
+            torch.set_num_threads(before)
+        with pytest.raises(InputError, match=f"^{threads} threads$"):
+            prune(tiny(), batches(), recipe, workers=two)
+
+
+def test_a_kit_says_how_many_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    assert Kit.of(Decoder(tiny())).threads == 7
 
 
 def test_a_killed_worker_is_told_and_the_run_goes_on_from_its_journal(tmp_path: Path) -> None:

@@ -151,6 +151,22 @@ def test_a_cluster_that_is_not_there_or_too_small_is_told(cluster: RayWorkers, m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_worker_has_the_threads_of_its_parent(threads: int, cluster: RayWorkers) -> None:
+    recipe, before = load_recipe("magnitude", {"propagation": "dense"}), torch.get_num_threads()
+
+    def counting(context: LayerContext) -> Problem:
+        raise InputError(f"{torch.get_num_threads()} threads")
+
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(InputError, match=f"^{threads} threads$"):
+            prune(tiny(), batches(), recipe.model_copy(update={"objective": counting}), workers=cluster)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
 def test_an_error_of_a_worker_is_the_runs(cluster: RayWorkers) -> None:
     recipe = load_recipe("fasp", {"propagation": "dense", "strict": True})
     with pytest.raises(StrictError, match="strict mode makes this an error"):

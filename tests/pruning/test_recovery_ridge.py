@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.pruning import prune, recovery
+from optprune.pruning import module_loss, prune, recovery
 from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, damaged, linearised
@@ -69,6 +69,20 @@ def test_a_turn_ends_at_the_answer_of_the_ridge_problem(
 def test_twice_the_damping_is_twice_the_ridge(turn: int, every_step_is_taken: None) -> None:
     once, twice = (ridge_in(*step_of("llama", "mlp", ("up_proj", "down_proj"), turn, each)) for each in (0.3, 0.6))
     assert twice == pytest.approx(2 * once, rel=1e-6)
+
+
+@torch.no_grad()
+def test_the_trace_of_the_first_tokens_is_a_mean_over_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    """<s, H s> with H the Hessian of the first batch alone, column by column."""
+    module, calls = damaged("llama", "mlp", ("up_proj", "down_proj"), torch.float64)
+    monkeypatch.setattr(module_loss, "TRACE_TOKENS", 1)
+    first = calls.first(1)
+    assert first.tokens < calls.tokens
+    mask, hessian, _ = normal_equations(module, "up_proj", first)
+    signs = torch.randint(0, 2, mask.shape, generator=torch.Generator().manual_seed(2)).double() * 2 - 1
+    inside = Inside(ModuleLoss(module, calls, calls, None), ["up_proj", "down_proj"])
+    expected = float(signs[mask] @ hessian @ signs[mask])
+    assert inside.trace(torch.where(mask, signs, 0.0)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_recipe_says_how_large_the_ridge_is() -> None:

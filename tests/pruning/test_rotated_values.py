@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import optprune
-from optprune.models import Decoder
+from optprune.allocation.width_costs import WidthBudget, WidthCosts
+from optprune.calibration import Change, DenseStatistics
+from optprune.models import UNITS, Decoder
 from optprune.report import Report
 from tests.helpers.heard_calls import heard
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
@@ -59,6 +61,17 @@ def test_the_model_answers_as_the_report_says(make) -> None:
     assert report.layers[0].relative_error > 0.01
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_the_held_out_error_is_that_of_a_pass(name: str) -> None:
+    """On the sequences kept apart, which the moments of rotated inputs stand for."""
+    model = TINY_MODELS[name]()
+    found, report = pruned(model, "rotated-vo", propagation="dense", held_out=0.25)
+    dense, answers = (attention_outputs(each, 0)[-1].double() for each in (model, found))
+    error = float((answers - dense).square().sum() / dense.square().sum())
+    assert report.layers[0].held_out_error == pytest.approx(error, rel=1e-3)
+    assert not torch.equal(found.model.layers[0].self_attn.v_proj.weight, model.model.layers[0].self_attn.v_proj.weight)
+
+
 @by_model
 def test_one_budget_with_probes_and_a_metric(make) -> None:
     model = make()
@@ -68,6 +81,33 @@ def test_one_budget_with_probes_and_a_metric(make) -> None:
     assert rotated.sparsity_reached == pytest.approx(plain.sparsity_reached, abs=0.02)
     with torch.no_grad():
         assert bool(torch.isfinite(found(input_ids=batches()[0]).logits).all())
+
+
+class Heard:
+    """A probe that keeps what it is given to try."""
+
+    def __init__(self) -> None:
+        self.changes = list[Change]()
+
+    def try_out(self, changes: list[Change]) -> None:
+        self.changes += changes
+
+
+@by_model
+def test_a_probe_tries_what_loses_as_much_as_the_curve_says(make) -> None:
+    """Weights of coordinates again, for the inputs as they are in the dense model."""
+    model, units = make(), UNITS["rotated-vo"]
+    decoder, probe = Decoder(model), Heard()
+    [target] = units.candidates(decoder, 0)
+    loss = optprune.layer_loss(model, batches(), decoder.name(0, target.path), "dense")
+    costs = WidthCosts(WidthBudget(units, 0.3, 0.2, None, "parameters", 512), decoder, DenseStatistics(), probe, False)  # type: ignore[arg-type]
+    costs.add(0, target, loss)
+    costs.close()
+    [(_, _, count)], [change] = costs.tried, probe.changes
+    assert loss.value(change.weight) == pytest.approx(costs.widths[0].losses[count], rel=1e-3)
+    # As many directions of every head as are kept.
+    for head in change.weight.split(decoder.shape(0).value_dim, dim=1):
+        assert int(torch.linalg.matrix_rank(head.double(), rtol=1e-4)) == count
 
 
 def test_a_basis_that_loses_more_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from optprune.models import Decoder, load_model, open_model
 from optprune.models.checkpoint import Checkpoint
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.report import Report
+from optprune.report import BlockFinished, Event, Report
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_sliding
 from tests.helpers.token_batches import batches
 from tests.helpers.weights import weights_of
@@ -132,3 +132,18 @@ def test_a_pass_reads_each_block_once(run: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Checkpoint, "read", counted)
     prune(opened.model, batches(), load_recipe(recipe, settings), store=opened.store)
     assert read == {f"model.layers.{index}": times for index in range(4)}
+
+
+def test_a_run_notices_that_its_model_changes_on_the_disk(tmp_path: Path) -> None:
+    """At the same size, when the first of its blocks is done."""
+    tiny_llama(num_hidden_layers=3).save_pretrained(tmp_path)
+    opened, file = open_model(tmp_path), tmp_path / "model.safetensors"
+
+    def change(event: Event) -> None:
+        if isinstance(event, BlockFinished) and event.block == 0:
+            data = bytearray(file.read_bytes())
+            data[-4096:] = bytes(4096)
+            file.write_bytes(data)
+
+    with pytest.raises(InputError, match=r"^model\.safetensors has been written to since its header was read"):
+        prune(opened.model, batches(), load_recipe("magnitude"), store=opened.store, on_event=change)

@@ -17,7 +17,7 @@ import optprune
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
-from optprune.models import ARCHITECTURES
+from optprune.models import ARCHITECTURES, Decoder
 from optprune.models.checkpoint import StoredTensor
 from optprune.models.gguf import GgufTensor
 from optprune.pruning import prune
@@ -190,6 +190,37 @@ def test_a_share_that_is_off_by_one_entry(change: Callable[[Tensors], None], spa
     [fault] = optprune.audit(alone, expect=["sparsity=0.5"]).faults
     assert fault.kind == "expected" and fault.sentence.startswith("sparsity=0.5: ")
     assert any("rows" in fault.sentence for fault in optprune.audit(alone, expect=["rows"]).faults)
+
+
+def test_a_zero_that_is_in_another_row(tmp_path: Path) -> None:
+    """The layer keeps as many as it says, and its rows should be alike."""
+
+    def move(tensors: Tensors) -> None:
+        weight = tensors[f"{UP}.weight"]
+        weight[3, int((weight[3] == 0).nonzero()[0])] = 0.5
+        weight[4, int(weight[4].nonzero()[0])] = 0
+
+    rows = pruned(tmp_path / "rows", "wanda", pattern="rows", sparsity=0.5)
+    assert optprune.audit(rows).passed
+    sentences = [fault.sentence for fault in optprune.audit(spoilt(rows, tmp_path / "moved", move)).faults]
+    assert f"the rows of {UP} differ in their zeros, and report.json says that they do not" in sentences
+
+
+def test_layers_behind_a_block_that_is_gone(tmp_path: Path) -> None:
+    """They are told of by their numbers before, and are there by those that they have now."""
+    model = tiny_llama(num_hidden_layers=3)
+    block = Decoder(model).shape(0).counts()
+    shares = [dict.fromkeys(Decoder(model).paths(0), share) for share in (0.25, 0.5)]
+    gone = dict.fromkeys(block, 0)
+    entries = [{**block, "shares": shares[0]}, gone, {**block, "shares": shares[1]}]
+    allocation = optprune.Allocation.from_dict({"sparsity": 0.7, "blocks": entries})
+    report = prune(model, batches(), load_recipe("wanda", {"sparsity": 0.7}), allocation=allocation)
+    folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
+    assert optprune.audit(folder).passed and len(Decoder(optprune.load(folder)).blocks) == 2
+    found = optprune.audit(spoilt(folder, tmp_path / "filled", fill_one))
+    kept = round(0.5 * 64 * 128)
+    sentences = [fault.sentence for fault in found.faults]
+    assert f"{UP} keeps {kept + 1} weights, not {kept} as report.json says" in sentences
 
 
 @pytest.mark.parametrize("name", [f"{UP}.weight", "model.embed_tokens.weight", "model.norm.weight"])

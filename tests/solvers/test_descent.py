@@ -89,6 +89,65 @@ def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:
     assert ours <= 1.1 * float(theirs.fun)
 
 
+def flat(point: Point, problem: BlockMatching, power: int) -> Tensor:
+    """A point or a gradient, in units of the problem's tensors to a power."""
+    return torch.cat([part * unit**power for part, unit in zip(point, problem.units, strict=True)])
+
+
+def test_the_direction_is_that_of_the_last_pairs() -> None:
+    """H from its definition (BFGS), a matrix: from a multiple of the identity, a rank-two update for each pair."""
+    problem, solver = gated(), Lbfgs(40, 3)
+    state = solver.begin(problem)
+    points, slopes = [flat(problem.point(), problem, -1)], [flat(problem.gradient()[1], problem, 1)]
+    for _ in range(7):
+        state = solver.step(problem, state)
+        points.append(flat(problem.point(), problem, -1))
+        slopes.append(flat(problem.gradient()[1], problem, 1))
+    pairs = [(b - a, d - c) for a, b, c, d in zip(points, points[1:], slopes, slopes[1:], strict=False)][-3:]
+    assert all(float(move @ change) > 0 for move, change in pairs)
+    identity = torch.eye(len(points[0]), dtype=torch.float64)
+    move, change = pairs[-1]
+    inverse = identity * (move @ change) / (change @ change)
+    for move, change in pairs:
+        rho = 1 / (move @ change)
+        left = identity - rho * torch.outer(move, change)
+        inverse = left @ inverse @ left.T + rho * torch.outer(move, move)
+    expected = inverse @ slopes[-1]
+    found = torch.cat(list(solver._direction(state, sum(one.count for one in problem.entries))))
+    # The moves are differences of points of size 1: a rounding of those, over the moves.
+    rounding = 2.0**-52 * len(expected) / min(float(move.norm()) for move, _ in pairs)
+    assert float((found - expected).norm()) <= 100 * rounding * float(expected.norm())
+
+
+class Saturated(nn.Module):
+    """tanh v times the input: beyond v = -0.7 the error's slope grows on the way down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([-2.0], dtype=torch.float64))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.gain.tanh()
+
+
+def test_a_pair_of_negative_curvature_is_left_out() -> None:
+    ones = torch.ones(1, 1, 1, dtype=torch.float64)
+    problem, solver = BlockMatching.of(Saturated(), Listed((Example((ones,), {}, ones),))), Lbfgs()
+    before = solver.begin(problem)
+    after = solver.step(problem, before)
+    assert after.value < before.value and float(after.slope[0]) < float(before.slope[0]) < 0
+    assert after.pairs == () and solver.step(problem, after).value < after.value
+
+
+def test_looks_without_a_gain_are_counted_from_the_last_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends after three in a row, however many there were before."""
+    looks = [9, 10, 10, 8, 10, 10, 7, 10, 10, 10]
+    errors = iter(map(float, [10, 10, *looks, 7]))
+    monkeypatch.setattr(BlockMatching, "error", lambda self, point=None: next(errors))
+    found = match(gated(), Lbfgs(40), Listed(()))
+    assert (found.steps, found.tried, found.held_out) == (7, 10, 7.0)
+
+
 def test_adam_is_that_of_torch_in_units() -> None:
     problem, solver = gated(), Adam(3, 0.02)
     steps = 3 * problem.examples.draws
