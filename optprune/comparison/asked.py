@@ -12,6 +12,8 @@ from optprune.texts import Document, Text, read_documents, read_texts, words_of
 
 OF_A_CELL = ("sparsity", "seed")
 """the recipe fields that are of a cell"""
+MOST_DRAWS = 1000
+"""how many draws of the calibration text there are at most: more is taken for a mistake"""
 
 
 @dataclass(frozen=True, order=True)
@@ -60,6 +62,8 @@ class Asked:
         for what, values in (("sparsities", sparsities), ("seeds", () if isinstance(seeds, int) else seeds)):
             if len(set(values)) < len(values):
                 raise InputError(f"the {what} {', '.join(map(str, values))} hold one twice: give each once")
+        if isinstance(seeds, int) and seeds > MOST_DRAWS:
+            raise InputError(f"{seeds} draws are more than a comparison has: give {MOST_DRAWS} at most")
         drawn = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
         if not sparsities or not drawn:
             raise InputError("a comparison needs one sparsity and one seed at least")

@@ -46,6 +46,9 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
     heads = architecture.heads(config)
     if heads.query % heads.kv:
         refuse("num_key_value_heads", heads.kv, f"a divisor of num_attention_heads {heads.query}")
+    rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rotary and heads.dim % 2:
+        refuse("head_dim", heads.dim, "an even number, since the halves of a head are rotated")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if window is not None and not (isinstance(window, int) and window >= 1):
         refuse("sliding_window", window, "a whole number of at least 1")

@@ -195,7 +195,7 @@ def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
     """What to hand to from_pretrained, and the options a GGUF file needs."""
     path = Path(demo_model_file() if source == DEMO else source)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         if not path.is_file():
             raise InputError(f"there is no GGUF file {source}: check the path")
         return str(path.parent), {"gguf_file": path.name}

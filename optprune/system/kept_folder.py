@@ -43,14 +43,16 @@ class KeptFolder:
         self.folder = Path(folder)
         check_kept(self.folder, self.noun)
         with interrupts_held():
-            made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
+            made = sum(not parent.exists() for parent in (self.folder, *self.folder.parents))
+            if self.folder.exists() and any(self.folder.iterdir()):
+                made = 1  # by a process that was killed before there was a manifest
             self.folder.mkdir(parents=True, exist_ok=True)
             # One lock for all objects of this process: one that was not released is no other process.
             self._lock = FileLock(self.folder / LOCK, is_singleton=True)
             if not _taken(self._lock):
                 raise _busy(self.folder, self.noun)
             try:
-                self._manifest = _manifest(self.folder, self.noun) or self._created(len(made))
+                self._manifest = _manifest(self.folder, self.noun) or self._created(made)
                 self._sound: dict[str, bool] = {}
                 self._tidy()
             except BaseException:

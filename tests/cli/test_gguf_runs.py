@@ -48,7 +48,10 @@ def test_the_output_is_that_of_the_model_loaded_whole(whole: Path, tmp_path: Pat
 
 
 def test_a_run_that_goes_on_takes_what_was_turned(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words, place = command(whole, whole / "tiny.gguf", tmp_path / "out"), tmp_path / "out.run" / "scratch" / gguf.CONVERTED
+    words, place = (
+        command(whole, whole / "tiny.gguf", tmp_path / "out"),
+        tmp_path / "out.run" / "scratch" / gguf.CONVERTED,
+    )
     place.mkdir(parents=True)
     (place / ".draft.0123abcd.part").write_bytes(b"of a run that was killed while it turned the file")
     with monkeypatch.context() as patch:

@@ -212,6 +212,7 @@ def test_a_recipe_of_ones_own_and_a_file_may_be_compared(texts: TwoTexts, tmp_pa
         ({"sparsities": [0.2, 0.2]}, "the sparsities 0.2, 0.2 hold one twice"),
         ({"sparsities": []}, "needs one sparsity and one seed at least"),
         ({"seeds": 0}, "needs one sparsity and one seed at least"),
+        ({"seeds": 2**64}, "18446744073709551616 draws are more than a comparison has: give 1000 at most"),
         ({"sparsities": [1.5]}, "'sparsity' cannot be 1.5"),
         ({"settings": {"sparsity": 0.3}}, "'sparsity' is what the cells differ in"),
         ({"settings": {"dampening": 0.3}}, "no field 'dampening'"),

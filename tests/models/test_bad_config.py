@@ -30,6 +30,7 @@ def spoiled(attempt: Attempt, fields: dict[str, Any]) -> None:
         ("dtype", "int8", "has dtype torch.int8, which is not a floating-point dtype"),
         ("num_key_value_heads", 3, "has num_key_value_heads 3, which is not a divisor of num_attention_heads 4"),
         ("num_key_value_heads", 0, "has num_key_value_heads 0, which is not a whole number from 1 to"),
+        ("head_dim", 3, "has head_dim 3, which is not an even number, since the halves of a head are rotated"),
         ("head_dim", 0, "has head_dim 0, which is not a whole number from 1 to"),
         ("hidden_size", -64, "has hidden_size -64, which is not a whole number from 1 to"),
         ("num_hidden_layers", 0, "has num_hidden_layers 0, which is not a whole number from 1 to 10000"),

@@ -12,11 +12,12 @@ from gguf import GGUFReader
 
 from benchmarks.tiny_models import tiny
 from optprune.errors import InputError
+from optprune.export.origin import origin_of
 from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
 from optprune.models.demo_file import demo_model_file
 from tests.helpers.tiny_gguf import write_gguf
-from tests.helpers.tiny_models import tiny_llama, tiny_qwen2
+from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_qwen2
 from tests.helpers.weights import weights_of
 
 MAKERS = {
@@ -171,3 +172,9 @@ def test_transformers_has_the_reader_of_gguf_again_when_a_file_is_read(tmp_path:
         (tmp_path / "none.gguf").write_bytes(b"GGUF")
         load_config(tmp_path / "none.gguf")
     assert gguf.GGUFReader is GGUFReader
+
+
+def test_a_folder_whose_name_ends_as_a_files_does_is_a_folder(tmp_path: Path) -> None:
+    folder = save_tiny(tiny_llama(), tmp_path / "out.gguf")
+    assert load_model(folder).source == str(folder)
+    assert origin_of(str(folder)).licence_files == {}

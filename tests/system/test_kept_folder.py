@@ -205,3 +205,11 @@ def test_two_drafts_of_one_file_are_two_files(tmp_path: Path) -> None:
 
 def test_a_longest_name_still_has_a_draft(tmp_path: Path) -> None:
     write_whole(tmp_path / ("x" * files.LONGEST_NAME), lambda stream: stream.write(b""))
+
+
+def test_a_folder_that_a_killed_process_made_is_deleted_with_the_rest(tmp_path: Path) -> None:
+    folder = tmp_path / "out.run"
+    folder.mkdir()
+    (folder / ".run.json.0123abcd.part").write_text("{")  # killed before the manifest had its name
+    assert KeptFolder(folder).discard() == []
+    assert not folder.exists()

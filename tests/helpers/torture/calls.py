@@ -102,6 +102,10 @@ def of_pruned(place: Path) -> str | None:
 def of_onnx(place: Path) -> str | None:
     """What is wrong with a folder of ONNX."""
     import numpy as np
+
+    from optprune.export.onnx_check import without_telemetry
+
+    without_telemetry()
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(place / "model.onnx"), providers=["CPUExecutionProvider"])
