@@ -86,7 +86,8 @@ def compare_command(
     fields = {"propagation": propagation, "units": units, "pattern": pattern, "strict": strict or None}
     if seeds < 1:
         raise InputError(f"--seeds cannot be {seeds}: it is at least 1")
-    with reporter.events({}) as on_event:
+    # What the whole comparison takes shows once cells are finished, and is told behind each.
+    with reporter.events({}, left="left of this step") as on_event:
         found = compare(
             model,
             _listed(recipes, "--recipes", str),

@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -23,6 +24,15 @@ OF_A_MODEL = re.compile(
     r"|.*\.(safetensors|model|jinja|py)"
 )
 """the names that files of a saved folder may have"""
+
+
+BEGAN = time.monotonic()
+"""when this process began, but for the start of Python itself"""
+
+
+def started() -> float:
+    """The seconds since this process began."""
+    return time.monotonic() - BEGAN
 
 
 def start(log: Callable[[str], None] | None = None) -> "Reporter":

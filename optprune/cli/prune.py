@@ -35,7 +35,7 @@ from optprune.cli.options import (
     WidthMultiple,
     Workers,
 )
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, start, started, write_json
 from optprune.cli.request import Request
 from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import calibration_for
@@ -132,7 +132,8 @@ def prune_command(
     with joined(device) as peers:
         if not no_plan:
             reporter.say(check_room(settled.workload(peers.size), Room.measured(device_of(device), output)))
-        with reporter.events(expected_seconds(settled.shapes, chosen, divided, *sizes, device_of(device))) as on_event:
+        asked = settled.shapes, chosen, divided, *sizes, device_of(device)
+        with reporter.events(expected_seconds(*asked, started=started())) as on_event:
             phases = PhaseRecorder(device_of(device), on_event)
             with phases.step(TOKENISING, f"tokenising {calibration}"):
                 drawn = calibration_for(model, settled.config, texts, samples, seq_length, chosen.seed, sequences)

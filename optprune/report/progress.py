@@ -10,13 +10,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from optprune.report.estimate import TimeLeft
-from optprune.report.events import Event, PhaseFinished, PhaseStarted
+from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
 from optprune.report.position import Position, Positions
 from optprune.system.wording import one_line
 
 LINES_APART = 10.0
 """the seconds between two lines where there is no terminal"""
 WHOLE = "the whole run"
+IN_ALL = "left in all"
+"""what the time left is called where it is of everything that there is to wait for"""
 
 Update = Callable[[int, int], None]
 """a function that is called with how many are done, and of how many"""
@@ -55,16 +57,19 @@ class Reporter:
             yield lambda done, total: show(Position(what, what, unit, done, total, done / total if total else 1.0))
 
     @contextmanager
-    def events(self, expected: Mapping[str, float]) -> Iterator[Callable[[Event], None]]:
+    def events(self, expected: Mapping[str, float], left: str = IN_ALL) -> Iterator[Callable[[Event], None]]:
         """Follow a pruning run: yields the function to hand to `prune` as on_event.
 
         `expected` has the seconds of each phase, as far as they are known: what is told is the time left of them all.
+        `left` says of what that is, where it is not everything that the person waits for.
         """
         positions, estimate, began = Positions(), TimeLeft(expected, self._clock), self._clock()
-        with self._noting_errors(), self._follow(estimate, "left in all") as show:
+        with self._noting_errors(), self._follow(estimate, left) as show:
 
             def on_event(event: Event) -> None:
-                if isinstance(event, PhaseStarted):
+                if isinstance(event, PhasesExpected):
+                    estimate.expect(event.seconds)
+                elif isinstance(event, PhaseStarted):
                     estimate.begin(event.phase)
                 elif isinstance(event, PhaseFinished):
                     estimate.end()
