@@ -1,8 +1,8 @@
 """A hook of mkdocs: pages that are plain Markdown in the repository get what only the site has.
 
 A page links to files as a reader of the repository finds them. On the site a paragraph that is a link to a Python file
-becomes the source of that file, or the API of the package that its words name; a link to a notebook leads to its page on
-the site; and a link of a name in code to a heading of api.md leads to the entry of that name.
+becomes the source of that file, or the API of the package that its words name. A link to a notebook leads to its page
+on the site, and a link of a name in code to a heading of api.md leads to the entry of that name.
 """
 
 import ast

@@ -116,7 +116,7 @@ def plan_command(
     # Whole ones take as much, but that tokenising them may end sooner.
     check_sequences(sequences)
     chosen = request.chosen()
-    if not chosen.sparsity and request.allocation_file is None:
+    if not chosen.sparsity and chosen.given is None:
         raise InputError("a sparsity of 0 has nothing to plan: the model is read and written as it is")
     workers_of(chosen, workers, ray)
     check_json(json_file, models=[model])
@@ -124,7 +124,7 @@ def plan_command(
         check_dtype(name)
     if not no_probe:
         device_of(device)
-    settled = request.settled(chosen, request.divided())
+    settled = request.settled(chosen)
     settled.tell(reporter.say)
     work = settled.workload()
     if no_probe:

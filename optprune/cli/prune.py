@@ -121,12 +121,11 @@ def prune_command(
     whole.check()
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
-    divided = request.divided()
     check_sequences(sequences)
     texts = read_texts(calibration)
-    settled = request.settled(chosen, divided)
+    settled = request.settled(chosen)
     settled.tell(reporter.say)
-    chosen = settled.recipe
+    chosen, divided = settled.recipe, settled.divided
     sizes = samples * seq_length, sum(text.characters for text in texts)
     # Joined first, so that each process has its own GPU for whatever follows.
     with joined(device) as peers:

@@ -82,7 +82,7 @@ class Session:
     """the dense model"""
     failed: dict[Cell, CellResult] = field(default_factory=dict)
     _predictions: DensePredictions | None = None
-    _pace: "Pace" = field(default_factory=lambda: Pace())
+    _pace: Pace = field(default_factory=Pace)
 
     def dense(self) -> Figures:
         """The figures of the dense model."""
@@ -141,7 +141,9 @@ class Session:
             self._pace.finish(cell, time.perf_counter() - begun)
             to_come = [each for each in cells if not self.folder.has(each) and each not in self.failed]
             if to_come:
-                self.say(f"{len(cells) - len(to_come)} of {len(cells)} cells, {about(self._pace.left(to_come))} left in all")
+                self.say(
+                    f"{len(cells) - len(to_come)} of {len(cells)} cells, {about(self._pace.left(to_come))} left in all"
+                )
             record_done(f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: run again to go on")
             gc.collect()  # a model holds itself by its hooks
             release()

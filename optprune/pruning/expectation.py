@@ -106,6 +106,7 @@ def expected_computing(
     decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, device: torch.device
 ) -> dict[str, float]:
     """The seconds of the phases of `prune` by their names."""
+    allocation = allocation or recipe.given
     if allocation is None and not recipe.sparsity:
         return dict.fromkeys((METRIC, BUDGET, PRUNING), 0.0)
     recipe, rate = recipe.settled(), products_per_second(device)

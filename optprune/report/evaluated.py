@@ -45,6 +45,17 @@ class RightAnswers:
 
 
 @dataclass(frozen=True)
+class StandardErrors:
+    """The standard errors of means over windows, those of differences paired."""
+
+    surprise: float
+    """of the difference of the mean surprise from the dense model's, in nats a prediction"""
+    divergence: float
+    agreement: float
+    windows: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """A model on a text, and the dense model beside it where there was one."""
 
@@ -61,6 +72,9 @@ class Evaluated:
     """KL(dense || model) in nats a prediction"""
     agreement: float | None = None
     dense_perplexity: float | None = None
+    dense_bits_per_byte: float | None = None
+    standard_errors: StandardErrors | None = None
+    """how far the means are known; None of a single window, and where earlier versions measured"""
     along: tuple[Along, ...] = ()
     """the same along the context"""
     generations: tuple[Continuation, ...] = ()

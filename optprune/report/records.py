@@ -112,6 +112,8 @@ class Report(Telling):
     """what became of each block of the model that was pruned"""
     phases: tuple[PhaseReport, ...] = ()
     """what each phase of the run took; in the report.json of a folder that a fresh process has loaded, all of them"""
+    parameters_before: int | None = None
+    """the parameters of the model that was pruned; None in reports of earlier versions"""
 
     def __repr__(self) -> str:
         removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"
