@@ -91,8 +91,8 @@ class Settings:
     def refused(self, error: ValidationError, *group: str) -> InputError:
         """The sentence on the first field, of a group or of the recipe itself, that pydantic finds wrong."""
         first = error.errors()[0]
-        name, *within = first["loc"]
-        path = ".".join([*group, str(name)])
+        name, *within = map(str, first["loc"]) if first["loc"] else ("",)  # a group as a whole
+        path = ".".join(filter(None, [*group, name]))
         given = self.given.get(path) or Given(first["input"], path, 0)
         return given.refused(first["msg"].removeprefix("Value error, "), first["input"], *within)
 

@@ -69,7 +69,7 @@ def test_a_sparsity_beside_blocks_that_are_given_is_refused(attempt: Attempt, fi
     assert load_recipe(str(recipe), {"sparsity": 0.4, "allocation": "uniform"}).given is None
 
 
-@pytest.mark.parametrize("blocks", [3, [], [{}], [{"mlp_width": "x"}], [{"mlp_width": 4, "kv_heads": 2}], [None]])
+@pytest.mark.parametrize("blocks", [3, [{}], [{"mlp_width": "x"}], [{"mlp_width": 4, "kv_heads": 2}], [None]])
 def test_blocks_that_are_none_are_refused(blocks: object) -> None:
     with pytest.raises(ValueError, match=r"^the recipe"):
         Recipe({"allocation": {"kind": "given", "blocks": blocks}})
