@@ -1,5 +1,6 @@
 """optprune audit: what a model's weights are, and whether that is as it should be."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, check_json, start, write_file, write_json
 
 if TYPE_CHECKING:
-    from optprune.report import Audit
+    from optprune.report import Audit, Fault
 
 NOT_AS_EXPECTED = 1
 """the exit status where something is wrong, or not as expected"""
@@ -94,7 +95,19 @@ def _tell(found: "Audit") -> None:
         [f"{units.count} units ({units.units}) of block {units.block} could go for free" for units in found.dead],
     )
     _tell_some("note", found.notes)
-    _tell_some("fault", [fault.sentence for fault in found.faults])
+    _tell_some("fault", _once(found.faults))
+
+
+def _once(faults: "Sequence[Fault]") -> list[str]:
+    """The sentences on faults; those of many layers by one expectation, or by the report, as the first and a count."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for number, fault in enumerate(faults):
+        alone = -1 if fault.kind in ("expected", "report") else number
+        groups.setdefault((fault.kind, fault.where, alone), []).append(fault.sentence)
+    return [
+        first if not more else f"{first}, and {len(more)} more such fault{'s' * (len(more) > 1)}, which --json tells"
+        for first, *more in groups.values()
+    ]
 
 
 def _tell_some(what: str, sentences: "list[str] | tuple[str, ...]") -> None:

@@ -53,7 +53,9 @@ class Reporter:
     @contextmanager
     def count(self, what: str, unit: str) -> Iterator[Update]:
         """Follow a loop that is all there is to do: yields the function to call after each step."""
-        with self._follow(TimeLeft({}, self._clock), "left") as show:
+        estimate = TimeLeft({}, self._clock)
+        with self._follow(estimate, "left", begins=what) as show:
+            estimate.advance(what, what, 0.0)
             yield lambda done, total: show(Position(what, what, unit, done, total, done / total if total else 1.0))
 
     @contextmanager
@@ -90,16 +92,16 @@ class Reporter:
             raise
 
     @contextmanager
-    def _follow(self, estimate: TimeLeft, left: str) -> Iterator[Show]:
-        """Yields the function that shows a position, wherever it is to be seen."""
+    def _follow(self, estimate: TimeLeft, left: str, begins: str | None = None) -> Iterator[Show]:
+        """Yields the function that shows a position, wherever it is to be seen; the step `begins` now."""
         with ExitStack() as stack:
             shows: list[Show] = []
             if self._draws:
                 shows.append(stack.enter_context(_bars(self.console, estimate, left, self._clock)))
                 if self._log is not None:
-                    shows.append(_Lines(self._log, estimate, left, self._clock).show)
+                    shows.append(_Lines(self._log, estimate, left, self._clock, begins).show)
             else:
-                shows.append(_Lines(self.say, estimate, left, self._clock).show)
+                shows.append(_Lines(self.say, estimate, left, self._clock, begins).show)
 
             def show(position: Position) -> None:
                 estimate.advance(position.phase, position.step, position.share, position.begins, position.ends)
@@ -112,9 +114,11 @@ class Reporter:
 class _Lines:
     """A plain line with the time left now and then, and one at the end of each step."""
 
-    def __init__(self, say: Say, estimate: TimeLeft, left: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, say: Say, estimate: TimeLeft, left: str, clock: Callable[[], float], begins: str | None = None
+    ) -> None:
         self._say, self._estimate, self._left, self._clock = say, estimate, left, clock
-        self._began: dict[str, float] = {}
+        self._began: dict[str, float] = {} if begins is None else {begins: clock()}
         """when each step began"""
         self._last: float | None = None
         """when the time left was told last"""
