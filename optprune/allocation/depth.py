@@ -19,6 +19,7 @@ from optprune.calibration.variants import Variants
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import GIVES_NAN, TOKENS_AT_ONCE, of_surprise, surprise
 from optprune.models import BlockShape, Decoder
+from optprune.numerics.fingerprint import fingerprint
 from optprune.report import PhaseAdvanced, RemovedPart
 from optprune.report.phases import BUDGET
 
@@ -77,7 +78,8 @@ class Depth(Allocator):
             ]
             if not able:
                 break
-            scores = influences or _perplexities(decoder, able, windows, [candidate for candidate, _ in removed])
+            gone_before = [candidate for candidate, _ in removed]
+            scores = influences or _perplexities(dense, able, windows, gone_before)
             chosen = min(able, key=lambda candidate: scores[candidate])
             removed.append((chosen, scores[chosen]))
             candidates.remove(chosen)
@@ -130,9 +132,21 @@ def _windows(batches: Sequence[Tensor], tokens: int) -> Tensor:
 
 
 def _perplexities(
-    decoder: Decoder, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
+    dense: DenseModel, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
 ) -> dict[Candidate, float]:
-    """The perplexity without each candidate, and without all that were removed before, in one pass of the blocks."""
+    """Return the perplexity without each candidate, and without all that were removed before."""
+    names = [f"{each.block} {' '.join(each.parts)}" for each in (*removed, *candidates)]
+    found = dense.statistics.scores(
+        ("perplexity", fingerprint(windows), len(removed), *names),
+        lambda: _measured_perplexities(dense.decoder, candidates, windows, removed),
+    )
+    return dict(zip(candidates, found, strict=True))
+
+
+def _measured_perplexities(
+    decoder: Decoder, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
+) -> list[float]:
+    """Measure the perplexity without each candidate, in one pass of the blocks."""
     batches, tried = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])), list[Candidate]()
     with calibrating(decoder), decoder.without((each.block, part) for each in removed for part in each.parts):
         variants = Variants(decoder, batches)
@@ -143,7 +157,8 @@ def _perplexities(
                         variants.add()
                     tried.append(candidate)
                 variants.advance()
-        return {each: _perplexity(decoder, batches, ends) for each, ends in zip(tried, variants.ends(), strict=True)}
+        found = {each: _perplexity(decoder, batches, ends) for each, ends in zip(tried, variants.ends(), strict=True)}
+    return [found[each] for each in candidates]
 
 
 def _perplexity(decoder: Decoder, batches: Sequence[Tensor], ends: Sequence[Tensor]) -> float:

@@ -22,7 +22,7 @@ from optprune.models import BlockAllocation, Decoder, Experts, Target
 from optprune.problems import ExpertChoice
 from optprune.report import PhaseAdvanced
 from optprune.report.phases import BUDGET
-from optprune.solvers.experts import elimination, without
+from optprune.solvers.experts import without
 
 UNLIKE_MIXTURES = (
     "the experts were divided by shares of what each mixture answers, which are not in one unit from block to block: "
@@ -93,7 +93,7 @@ class ExpertBudget(MeasuredBudget):
                     advance(block, stream)
                 if more:
                     problem = expert_choice(decoder, index, calls[mixture.module], fewest)
-                    order, costs = elimination(problem)
+                    order, costs = dense.statistics.experts(problem)
                     found.append(_curve(index, problem, costs, aim))
                     if probe is not None:
                         with decoder.only_experts(index, without(problem, order[: problem.experts - found[-1].tried])):

@@ -16,8 +16,9 @@ from optprune.calibration.source import Source
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
-from optprune.problems import LayerLoss, LinkedLeastSquares
+from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
 from optprune.solvers import removal_curve
+from optprune.solvers.experts import elimination
 
 Removal = tuple[Tensor, Tensor, tuple[str, ...]]
 """a removal curve: the order in which units go, the loss after each, and notes"""
@@ -58,6 +59,14 @@ class DenseStatistics:
 
     def entries(self, loss: LayerLoss, stride: int, measure: Callable[[], Tensor]) -> Tensor:
         """What every `stride`-th of a layer's weights costs, in order of size: [n], as `measure` finds it."""
+        return measure()
+
+    def experts(self, problem: ExpertChoice) -> tuple[list[int], list[float]]:
+        """Return the order in which experts of a mixture are eliminated, and the cost after each: see `elimination`."""
+        return elimination(problem)
+
+    def scores(self, key: Key, measure: Callable[[], list[float]]) -> list[float]:
+        """Return the scores of sub-blocks, as `measure` finds them; within a run the key says which they are."""
         return measure()
 
 

@@ -10,7 +10,7 @@ from optprune.cli.audit import audit_command
 from optprune.cli.benchmark_model import benchmark_model_command
 from optprune.cli.compare import compare_command
 from optprune.cli.demo import demo_command
-from optprune.cli.errors import reported, tell, terminate_as_interrupt
+from optprune.cli.errors import reported, tell
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
 from optprune.cli.heal import heal_command
@@ -19,6 +19,7 @@ from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
 from optprune.cli.recipes import recipes_command
 from optprune.cli.report import report_command
+from optprune.system.interrupts import raise_on_signals
 
 app = typer.Typer(
     add_completion=False,
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With OPTPRUNE_DEBUG=1 in the environment, a traceback comes before the sentence.
     """
-    restore = terminate_as_interrupt()
+    restore = raise_on_signals()
     try:
         # Without a command, the help is what one wants to see.
         result = app(

@@ -2,12 +2,10 @@
 
 import functools
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import typer
 
@@ -35,22 +33,6 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(tell(error)) from error
 
     return run
-
-
-def terminate_as_interrupt() -> Callable[[], None]:
-    """Let SIGTERM clean up as Ctrl-C does; returns what puts the old handler back."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-
-    def restore() -> None:
-        signal.signal(signal.SIGTERM, before)
-
-    return restore
 
 
 def tell(error: BaseException) -> int:

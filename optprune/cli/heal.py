@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.options import Device, JsonFile, Overwrite
+from optprune.cli.options import Device, JsonFile, Overwrite, Restart, Resume
 from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.run_folder import FINISHED
 from optprune.system.files import json_text
 
 if TYPE_CHECKING:
@@ -57,9 +58,8 @@ def heal_command(
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
-    ] = False,
+    resume: Resume = False,
+    restart: Restart = False,
     overwrite: Overwrite = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -73,13 +73,26 @@ def heal_command(
     rate = LEARNING_RATE if learning_rate is None else learning_rate
     more = {"gradient_checkpointing": gradient_checkpointing, "seed": seed, "epochs": epochs, "generated": generated}
     settings = Settings(rate, dtype=computes, **more)
-    run = HealingRun(model, teacher, text, output, settings, device, resume, overwrite)
+    run = HealingRun(
+        model=model,
+        teacher=teacher,
+        text=text,
+        output=output,
+        settings=settings,
+        device=device,
+        resume=resume,
+        restart=restart,
+        overwrite=overwrite,
+    )
     check_json(json_file, output=output, models=[model, teacher])
     done = run.go(reporter, tokens, TOKENS, seq_length, batch_size, held_out)
-    if done is not None:
-        report, saved = done
-        write_json(json_file, json_text(report.to_dict()), f"the healed model is in {output}")
-        _summarise(report, saved)
+    if done is None:  # another process has it
+        return
+    write_json(json_file, json_text(done.section), f"the healed model is in {output}")
+    if done.report is None or done.saved is None:
+        typer.echo(FINISHED.format(output))
+    else:
+        _summarise(done.report, done.saved)
 
 
 def _summarise(report: "HealReport", saved: "SavedModel") -> None:

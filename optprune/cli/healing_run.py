@@ -4,22 +4,37 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optprune.cli.outputs import started
-from optprune.cli.run_folder import kept_in, run_folder_of
+from optprune.cli.run_folder import check_finished, check_resume, kept_in, run_folder_of, stored_facts
 from optprune.cli.tokens import check_alike, tokens_for
 from optprune.system.files import real_path
 
 if TYPE_CHECKING:
     from optprune.calibration.lanes import Peers
     from optprune.export import SavedModel
-    from optprune.healing import HealReport
+    from optprune.healing import HealingFolder, HealReport
     from optprune.healing.settings import Settings
     from optprune.models import Decoder, LoadedModel
     from optprune.report import Event, PhaseRecorder
     from optprune.report.progress import Reporter
     from optprune.texts import TrainingText
+
+
+HEALING = "healing"
+"""the section of report.json"""
+
+
+@dataclass(frozen=True)
+class HealedOutput:
+    """A healed folder."""
+
+    section: dict[str, Any]
+    """what its report says of healing"""
+    report: "HealReport | None"
+    """what healing did; None, as `saved`, where the output was there already"""
+    saved: "SavedModel | None"
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,7 @@ class HealingRun:
     settings: "Settings"
     device: str
     resume: bool
+    restart: bool
     overwrite: bool
 
     def go(
@@ -43,10 +59,11 @@ class HealingRun:
         seq_length: int,
         batch_size: int,
         held_out: int,
-    ) -> "tuple[HealReport, SavedModel] | None":
+    ) -> "HealedOutput | None":
         """Tokenise, load, train, save and check; None in all processes but the first."""
         from optprune.calibration.peers import joined
         from optprune.export import check_output
+        from optprune.healing import HealingFolder
         from optprune.models import device_of, load_config, load_shapes
         from optprune.models.draft import draft_in
         from optprune.pruning.expectation import expected_reading, expected_writing
@@ -55,7 +72,12 @@ class HealingRun:
         from optprune.texts import check_seq_length, read_documents, with_held_out
 
         # What costs nothing is checked first.
-        check_output(self.output, self.overwrite)
+        check_resume(resume=self.resume, restart=self.restart)
+        check_output(self.output, self.overwrite or self._goes_on_from_output)
+        known = {"the settings": asdict(self.settings)}
+        HealingFolder.check(run_folder_of(self.output), resume=self.resume, restart=self.restart, facts=known)
+        if self._goes_on_from_output:
+            check_finished(self.output, stored_facts(self.output, HEALING), known, overwrite=self.overwrite)
         documents, config = read_documents(self.text), load_config(self.model)
         dense = load_config(self.teacher, draft_in(config))
         for one in (config, dense):
@@ -95,7 +117,7 @@ class HealingRun:
 
     def _healed(
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
-    ) -> "tuple[HealReport, SavedModel] | None":
+    ) -> "HealedOutput | None":
         from optprune.export.healed import save_healed
         from optprune.export.place import discard, left_behind
         from optprune.healing import HealingFolder, heal
@@ -108,10 +130,13 @@ class HealingRun:
                     reporter.say(f"deleting {left}, which a run that was killed has left behind")
                     discard(left)
                 place = run_folder_of(self.output)
-                folder = contexts.enter_context(
-                    kept_in(HealingFolder(place, resume=self.resume, overwrite=self.overwrite))
-                )
+                folder = HealingFolder(place, resume=self.resume, restart=self.restart)
+                contexts.enter_context(kept_in(folder, reporter.say))
             student, dense = self._loaded(phases)
+            if self._goes_on_from_output:
+                done = folder is not None and self._is_finished(folder, student, dense, parts, peers)
+                if peers.exchange(done)[0]:
+                    return self._section() if first else None
             report = heal(
                 student.model,
                 dense.model,
@@ -134,7 +159,38 @@ class HealingRun:
                 overwrite=self.overwrite,
                 on_event=phases.on_event,
             )
-        return report, saved
+        return HealedOutput(report.to_dict(), report, saved)
+
+    @property
+    def _goes_on_from_output(self) -> bool:
+        """Whether the output is there already, and the command may be one that has finished."""
+        return self.resume and real_path(self.output).is_dir()
+
+    def _is_finished(
+        self,
+        folder: "HealingFolder",
+        student: "LoadedModel",
+        dense: "LoadedModel",
+        parts: "TrainingText",
+        peers: "Peers",
+    ) -> bool:
+        """Return whether the output is there and this command made it, so that an unfinished run of it can go."""
+        from optprune.healing.heal import healing_facts
+
+        decided = healing_facts(student.model, dense.model, parts.batches, parts.held_out, self.settings, peers)
+        if not check_finished(self.output, stored_facts(self.output, HEALING), decided, overwrite=self.overwrite):
+            return False
+        if folder.begun:
+            folder.check_facts(decided)
+        return True
+
+    def _section(self) -> "HealedOutput":
+        """Return what the report of the output says of healing."""
+        from optprune.report.reading import REPORT
+        from optprune.system.files import read_json
+
+        file = self.output / REPORT
+        return HealedOutput(read_json(file.read_text(encoding="utf-8"), str(file))[HEALING], None, None)
 
     def _loaded(self, phases: "PhaseRecorder") -> "tuple[LoadedModel, LoadedModel]":
         from optprune.models import load_model

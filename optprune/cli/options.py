@@ -11,6 +11,12 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the results there as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it holds a model.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the unfinished run into this folder, if there is one.")
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Delete the unfinished run into this folder, if there is one, and begin anew.")
+]
 
 # What a run of pruning is asked for: `prune` does it, and `plan` tells what it would take.
 

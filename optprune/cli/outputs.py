@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import secrets
 import sys
 import time
@@ -17,13 +16,6 @@ from optprune.system.launched import is_first
 
 if TYPE_CHECKING:
     from optprune.report.progress import Reporter
-
-OF_A_MODEL = re.compile(
-    r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
-    r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
-    r"|.*\.(safetensors|model|jinja|py)"
-)
-"""the names that files of a saved folder may have"""
 
 
 BEGAN = time.monotonic()
@@ -73,10 +65,12 @@ def check_file(file: Path | None, what: str, *, output: Path | None = None, mode
         return
     if file.is_dir():
         raise InputError(f"the {what} {file} is a folder: name a file")
+    from optprune.export.place import MODEL_FILES
+
     place = real_path(file)
     within = output is not None and place.parent == real_path(output)
     read = [model for model in models if Path(os.path.realpath(model)) in (place, place.parent)]
-    if (read and place.exists()) or ((read or within) and OF_A_MODEL.fullmatch(place.name)):
+    if (read and place.exists()) or ((read or within) and MODEL_FILES.fullmatch(place.name)):
         model = read[0] if read else output
         raise InputError(f"the {what} {file} has a name that a file of the model in {model} may have: choose another")
     if _is_special(file):

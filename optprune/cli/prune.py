@@ -21,6 +21,8 @@ from optprune.cli.options import (
     Propagation,
     Ray,
     RecipeName,
+    Restart,
+    Resume,
     Runs,
     Samples,
     SaveDtype,
@@ -37,11 +39,13 @@ from optprune.cli.options import (
 )
 from optprune.cli.outputs import check_json, start, started, write_json
 from optprune.cli.request import Request
+from optprune.cli.run_folder import FINISHED
 from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import calibration_for
 from optprune.cli.whole_run import WholeRun
 
 if TYPE_CHECKING:
+    from optprune.cli.request import Settled
     from optprune.export import SavedModel
     from optprune.recipe import Recipe
     from optprune.report import Report
@@ -76,9 +80,8 @@ def prune_command(
     lanes: Lanes = None,
     states: States = "auto",
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run into this folder that was stopped, if there is one.")
-    ] = False,
+    resume: Resume = False,
+    restart: Restart = False,
     max_shard_size: MaxShardSize = "5GB",
     settings: Settings = None,
     no_plan: Annotated[
@@ -116,16 +119,28 @@ def prune_command(
     chosen = request.chosen()
     crew = workers_of(chosen, workers, ray)
     whole = WholeRun(
-        model, dtype, device, output, overwrite, save_dtype, max_shard_size, resume, crew, states, architecture
+        model=model,
+        dtype=dtype,
+        device=device,
+        output=output,
+        overwrite=overwrite,
+        save_dtype=save_dtype,
+        max_shard_size=max_shard_size,
+        resume=resume,
+        restart=restart,
+        workers=crew,
+        states=states,
+        architecture=architecture,
     )
     whole.check()
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     check_sequences(sequences)
-    texts = read_texts(calibration)
     settled = request.settled(chosen)
-    settled.tell(reporter.say)
     chosen, divided = settled.recipe, settled.divided
+    whole.check_folder(chosen, divided)
+    texts = read_texts(calibration)
+    settled.tell(reporter.say)
     sizes = samples * seq_length, sum(text.characters for text in texts)
     # Joined first, so that each process has its own GPU for whatever follows.
     with joined(device) as peers:
@@ -139,16 +154,21 @@ def prune_command(
             del texts
             batches, told, window = drawn.batches, drawn.told, drawn.first
             done = shared_run(whole, lanes, peers, reporter, phases, batches, chosen, divided, told, window=window)
-    if done is not None:
+    if done is not None:  # another process has it otherwise
+        _finish(settled, *done, json_file, output)
+
+
+def _finish(
+    settled: "Settled", report: "Report", saved: "SavedModel | None", json_file: Path | None, output: Path
+) -> None:
+    """Write and print the result of a run."""
+    if saved is not None:
         settled.check(output)
-    _tell(chosen, done, json_file, output)
-
-
-def _tell(recipe: "Recipe", done: "tuple[Report, SavedModel] | None", json_file: Path | None, output: Path) -> None:
-    """Write and say what a run came to, in the process that has it."""
-    if done is not None:
-        write_json(json_file, done[0].to_json(), f"the pruned model is in {output}")
-        _summarise(recipe, *done)
+    write_json(json_file, report.to_json(), f"the pruned model is in {output}")
+    if saved is None:
+        typer.echo(FINISHED.format(output))
+    else:
+        _summarise(settled.recipe, report, saved)
 
 
 def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:

@@ -29,7 +29,7 @@ def shared_run(
     calibration: str,
     *,
     window: "Tensor",
-) -> "tuple[Report, SavedModel] | None":
+) -> "tuple[Report, SavedModel | None] | None":
     """The run, over so many lanes, or as many as there are processes; None in all processes but the first."""
     from optprune.pruning import Lanes
 
@@ -60,6 +60,8 @@ def _help(
     from optprune.pruning import prune
 
     loaded = whole.opened(Nowhere())
+    if whole.goes_on_from_output and lanes.peers.exchange(None)[0]:
+        return  # the first process has found the output finished
     prune(
         loaded.model,
         batches,

@@ -27,6 +27,8 @@ from optprune.numerics.fingerprint import fingerprint
 from optprune.recipe import Recipe
 from optprune.report import Event
 from optprune.system.facts import machine, versions
+from optprune.system.files import real_path
+from optprune.system.kept_folder import check_kept
 from optprune.texts import (
     Document,
     Drawn,
@@ -82,6 +84,8 @@ def compare(
     if keep_models and folder is None:
         raise InputError("models are kept in the folder of the comparison: name one")
     check_sequences(sequences)
+    if folder is not None:
+        check_kept(real_path(Path(folder)), ComparisonFolder.noun)
     texts, documents = texts_apart(calibration, text)
     origin = origin_of(model, dtype, device, architecture)
     config, tokenizer = origin.config(), origin.tokenizer()
@@ -98,7 +102,6 @@ def compare(
             folder = contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-"))
         place = ComparisonFolder(folder)
         contexts.callback(place.close)
-        place.work.mkdir()
         say(f"loading {origin.source}")
         dense = origin.dense(place.work, whole=speed is not None)
         options = {
@@ -122,6 +125,8 @@ def compare(
         place.begin(options)
         session = Session(asked, origin, place, drawn, held, keep_models, speed, say, on_event, dense)
         comparison = Comparison(origin.source, session.dense(), session.measure(), options)
+        for name in place.damaged_files:
+            say(f"{name} of {place.folder} was damaged, so it was measured again")
         place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
     return comparison
 

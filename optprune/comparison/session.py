@@ -113,7 +113,6 @@ class Session:
 
     def scratch(self) -> Path:
         """A folder for what does not stay."""
-        self.folder.work.mkdir(exist_ok=True)
         return self.folder.work
 
     def _measure_of(self, seed: int, missing: list[Cell]) -> None:

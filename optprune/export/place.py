@@ -3,24 +3,38 @@
 import contextlib
 import glob
 import os
+import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from optprune.errors import InputError, OptpruneError
-from optprune.system.files import real_path
+from optprune.system.files import is_own_file, is_own_folder, real_path
+from optprune.system.wording import shown
 
 UNCHECKED = ".unchecked"
 """the end of the name of a folder that was not seen to load"""
-LOCK = "in-use"
+LOCK = ".optprune-draft"
 """the name of a file in a draft: the process that writes the draft holds a lock on it, which ends with the process"""
+MODEL_FILES = re.compile(
+    r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
+    r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
+    r"|.*\.(safetensors|model|jinja|py)"
+)
+"""the names that files of a saved folder may have"""
+GRAPH_FILES = re.compile(r"model\.onnx(\..+|_data)?")
+"""the names that an exported graph may have beside them"""
 
 
-def check_output(folder: str | Path, overwrite: bool) -> None:
-    """Raise InputError unless the output folder can be written: call it before the long work."""
+def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = ()) -> None:
+    """Raise InputError unless the output folder can be written: call it before the long work.
+
+    A folder is overwritten only where it holds a model and nothing else but `files` of these names.
+    """
     folder = Path(folder)
     place = real_path(folder)
     if place.exists():
@@ -38,6 +52,7 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
             raise InputError(f"the output folder {folder} exists already: choose another, or pass --overwrite")
         if not (place / "config.json").is_file() and any(place.iterdir()):
             raise InputError(f"the folder {folder} holds something other than a model, so it is not overwritten")
+        _check_all_known(folder, place, files)
         if not os.access(place, os.W_OK):
             raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
     parent = place.parent
@@ -47,6 +62,17 @@ def check_output(folder: str | Path, overwrite: bool) -> None:
         raise InputError(f"the output folder {folder} cannot be created: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise InputError(f"the output folder {folder} cannot be created: {parent} is not writable")
+
+
+def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
+    """Raise InputError where an output holds a file that no saved model has: it would be deleted with the rest."""
+    for path in sorted(place.iterdir()):
+        known = path.name in files or MODEL_FILES.fullmatch(path.name) or GRAPH_FILES.fullmatch(path.name)
+        if not (known and is_own_file(path)) and path.name != "__pycache__":
+            raise InputError(
+                f"the folder {folder} holds {shown(path.name)}, which no saved model has, so it is not overwritten: "
+                "move that away, or choose another folder"
+            )
 
 
 def missing_parents(place: Path) -> list[Path]:
@@ -68,11 +94,11 @@ class Scratch:
 
 
 def left_behind(place: Path) -> list[Path]:
-    """The drafts of an output that no process is at work on any more: those of runs that were killed."""
+    """Return the drafts of an output that no process is at work on any more: those of runs that were killed."""
     return [
         folder
         for folder in sorted(place.parent.glob(f".{glob.escape(place.name)}.????????"))
-        if (folder / LOCK).is_file() and not in_use(folder)
+        if is_own_folder(folder) and is_own_file(folder / LOCK) and not in_use(folder)
     ]
 
 
@@ -104,12 +130,23 @@ def _discard(folder: Path, lock: BaseFileLock, spare: int) -> None:
     discard(folder)
 
 
+def set_aside(draft: Path, place: Path) -> Path:
+    """Give a draft a name beside its place which says that it was not seen to load, and return that."""
+    number, unchecked = 1, place.with_name(f"{place.name}{UNCHECKED}")
+    while unchecked.exists() or unchecked.is_symlink():
+        number += 1
+        unchecked = place.with_name(f"{place.name}{UNCHECKED}-{number}")
+    draft.rename(unchecked)
+    return unchecked
+
+
 def put_in_place(draft: Path, folder: Path, overwrite: bool) -> None:
     """Rename a draft to the folder; a folder that was there is deleted after that, and put back if it fails."""
     old = folder.with_name(f".{folder.name}.{draft.parent.name.rpartition('.')[2]}.old")
     replaced = folder.exists()
     if replaced:
-        check_output(folder, overwrite)  # somebody else may have made it meanwhile
+        # Somebody else may have made it meanwhile.
+        check_output(folder, overwrite, [path.name for path in draft.iterdir()])
         folder.rename(old)
     try:
         draft.rename(folder)

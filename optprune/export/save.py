@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError, OptpruneError, no_room_behind
 from optprune.export.check import compare, logits_of
-from optprune.export.place import UNCHECKED, Scratch, check_output, missing_parents, put_in_place
+from optprune.export.place import Scratch, check_output, missing_parents, put_in_place, set_aside
 from optprune.export.portable import make_portable
 from optprune.export.progress import Progress
 from optprune.export.report_files import ReportFiles
@@ -60,18 +60,16 @@ def save_model(
 
     With `check_tokens` [batch, tokens], token ids, a fresh Python process loads the folder without optprune, a block at
     a time, with the modelling file in the folder where the shapes are not stock, and its logits on them must agree with
-    those in memory. Until then the folder's name ends with ".unchecked", and where they do not, or the process fails,
-    that is where it stays. A model that `open_model` gave comes with the `store` of its blocks. Where the weights are
-    more than `max_shard_size`, files `made` that hold a block each are linked and not copied. A `report` is written as
-    report.json, and as a page, report.html, with what saving took and, once the folder is checked, checking.
-    What `finish` adds to a folder is there when it gets its name.
+    those in memory. Where they do not, or the process fails, the folder stays under a name that ends with ".unchecked".
+    A model that `open_model` gave comes with the `store` of its blocks. Where the weights are more than
+    `max_shard_size`, files `made` that hold a block each are linked and not copied. A `report` is written as
+    report.json, and as a page, report.html, with what saving took and, once the folder is checked, checking. What
+    `finish` adds to a folder is there when it gets its name.
     """
     folder, decoder, most = Path(folder), Decoder(model, store), size_of(max_shard_size)
-    check_output(folder, overwrite)
+    check_output(folder, overwrite, files or ())
     place = real_path(folder)  # a link stays a link to the new folder
-    created, unchecked = missing_parents(place), place.with_name(f"{place.name}{UNCHECKED}")
-    scratch: Scratch | None = None
-    difference, committed = None, False
+    created, scratch, draft, written, difference = missing_parents(place), None, None, False, None
     phases, progress = PhaseRecorder(model.device, on_event), Progress(on_event, check_tokens is not None)
     try:
         with phases.phase(SAVING):
@@ -83,12 +81,10 @@ def save_model(
         reports = None if report is None else ReportFiles.of(report, decoder, draft, tokenizer=tokenizer is not None)
         told = reports and reports.put(draft, phases.done)
         if check_tokens is not None and logits is not None:
-            with interrupts_held():
-                put_in_place(draft, unchecked, overwrite=True)
-                draft, committed = unchecked, True
-                record_done(f"the pruned model is in {unchecked}, and was not seen to load")
+            written = True
             with phases.phase(CHECKING):
-                difference = _checked(decoder, unchecked, check_tokens, logits, scratch.folder, progress)
+                progress.process_starts()
+                difference = compare(decoder, draft, check_tokens, logits, scratch.folder, progress.checked)
             told = reports and reports.put(draft, phases.done)
         finish(draft)
         with interrupts_held():
@@ -97,39 +93,38 @@ def save_model(
             scratch.discard()
             return SavedModel(folder, file_bytes(str(place)), is_stock(decoder.joined().config), difference, told)
     except BaseException as error:
+        unchecked = None
         with interrupts_held():
+            if written and draft is not None and isinstance(error, Exception):
+                unchecked = set_aside(draft, place)
             if scratch is not None:
                 scratch.discard()
-            for parent in () if place.exists() or committed else created:
+            for parent in () if place.exists() or unchecked is not None else created:
                 with contextlib.suppress(OSError):  # not there yet, or somebody else has put something into it
                     parent.rmdir()
-        described = _described(error, folder, unchecked if committed else None, scratch)
+        described = _described(error, folder, unchecked, scratch, checked=difference is not None)
         if described is error:
             raise
         raise described from error
 
 
-def _described(error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None) -> BaseException:
-    """An error as the user is to see it: what is not there, what is, and what could not be taken away."""
+def _described(
+    error: BaseException, folder: Path, unchecked: Path | None, scratch: Scratch | None, *, checked: bool
+) -> BaseException:
+    """Return an error as the user is to see it: what is not there, what is, and what could not be taken away."""
     full = no_room_behind(error)
-    if full is not None:
+    if full is not None and unchecked is None:
         return InputError(f"{full}, so {folder} was not written: make room and run again")
     if not isinstance(error, OptpruneError):
         return error
     sentence = str(error)
-    if unchecked is not None and str(unchecked) not in sentence:
+    if unchecked is not None and checked:
         sentence += f"; the pruned model is in {unchecked}"
+    elif unchecked is not None:
+        sentence = f"the pruned model is in {unchecked}, but it was not seen to load: {sentence}"
     if scratch is not None and scratch.folder.exists():
         sentence += f"; of it {scratch.folder} could not be deleted: do that by hand"
     return error if sentence == str(error) else OptpruneError(sentence)
-
-
-def _checked(decoder: Decoder, folder: Path, tokens: Tensor, logits: Tensor, aside: Path, progress: Progress) -> float:
-    progress.process_starts()
-    try:
-        return compare(decoder, folder, tokens, logits, aside, progress.checked)
-    except OptpruneError as error:
-        raise OptpruneError(f"the pruned model is in {folder}, but it was not seen to load: {error}") from error
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = None) -> None:

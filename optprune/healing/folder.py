@@ -1,20 +1,17 @@
 """The run folder of healing: the state of the training after a measurement, from which it goes on bit for bit."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from optprune.errors import InputError
 from optprune.healing.records import HeldOut
 from optprune.models.checkpoint import stored_tensors, write_tensors
-from optprune.system.files import write_whole
-from optprune.system.interrupts import record_done
 from optprune.system.run_folder import RunFolder
+from optprune.system.wording import counted
 
 PROGRESS = "progress.json"
 GENERATED = "generated.json"
@@ -38,29 +35,29 @@ class Progress:
 
 
 class HealingFolder(RunFolder):
-    """What `heal` keeps on the disk: `progress.json`, the weights and the optimizer's state, and the best weights."""
+    """The run folder of `heal`: `progress.json`, the weights and the optimizer's state, and the best weights."""
+
+    noun = "healing run"
 
     def finished(self) -> list[int]:
         progress = self.progress()
         return [] if progress is None else [progress.step]
 
     @property
-    def how_far(self) -> str:
-        return self.told
-
-    @property
-    def told(self) -> str:
+    def progress_text(self) -> str:
         progress = self.progress()
-        return "no step is done" if progress is None else f"{progress.step} of {progress.steps} steps are done"
+        if progress is not None:
+            return f"{progress.step} of {counted(progress.steps, 'step')} are done"
+        return "the text of the dense model is written" if self.lists(GENERATED) else "no step is done"
 
     @property
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         progress = self.progress()
         return progress is not None and progress.done
 
     def progress(self) -> Progress | None:
-        """How far the run is, where anything of it is kept."""
-        if not (self.folder / PROGRESS).is_file():
+        """Return how far the run is; None where nothing of it is kept. Raises InputError where that is damaged."""
+        if not self.lists(PROGRESS):
             return None
         try:
             return TypeAdapter(Progress).validate_python(self.read(PROGRESS))
@@ -68,8 +65,8 @@ class HealingFolder(RunFolder):
             raise self.damaged(PROGRESS) from error
 
     def generated(self) -> Tensor | None:
-        """The windows [n, length] that the dense model wrote, where they are kept."""
-        if not (self.folder / GENERATED).is_file():
+        """Return the windows [n, length] that the dense model wrote; None where they are not there as written."""
+        if not self.holds(GENERATED):
             return None
         try:
             return torch.tensor(TypeAdapter(list[list[int]]).validate_python(self.read(GENERATED)))
@@ -84,23 +81,17 @@ class HealingFolder(RunFolder):
         """Keep a state in place of the one before; the best weights are written where they are new."""
         before = self.progress()
         names = {"state": f"state-{progress.step:06d}.safetensors", "best": f"best-{progress.best:06d}.safetensors"}
-        self._write_tensors(names["state"], state)
+        self.keep(names["state"], partial(write_tensors, tensors=state))
         if before is None or before.best != progress.best:
-            self._write_tensors(names["best"], best)
+            self.keep(names["best"], partial(write_tensors, tensors=best))
         self.write(PROGRESS, {**asdict(progress), "stored": names})
-        for file in self.folder.glob("*.safetensors"):  # only what no state refers to any more
-            if file.name not in names.values():
-                with suppress(OSError):
-                    file.unlink()
-        record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
+        # No state refers to the others any more.
+        self.forget([name for name in self.files if name.endswith(".safetensors") and name not in names.values()])
 
     def tensors(self, progress: Progress, which: str) -> dict[str, Tensor]:
-        """The tensors of the "state" or of the "best" weights."""
-        file = self.folder / Path(progress.stored.get(which, "?")).name
-        try:
-            return {name: tensor.read() for name, tensor in stored_tensors(file, str(self.folder)).items()}
-        except (OSError, InputError) as error:
-            raise self.damaged(file.name) from error
-
-    def _write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        write_whole(self.folder / name, lambda stream: write_tensors(stream, tensors))
+        """Return the tensors of the "state" or of the "best" weights. Raises InputError where they are damaged."""
+        name = progress.stored.get(which, "?")
+        if not self.holds(name):
+            raise self.damaged(name)
+        file = self.folder / name
+        return {name: tensor.read() for name, tensor in stored_tensors(file, str(self.folder)).items()}

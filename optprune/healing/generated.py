@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optprune.calibration.lanes import Alone, Peers
+from optprune.healing.training import LARGEST_SEED
 from optprune.measure.evaluate import evaluating
 
 PROMPT = 32
@@ -42,7 +43,7 @@ def generated_windows(
     with _sampling(model), evaluating(model), torch.random.fork_rng(devices):
         for number in range(peers.rank, len(parts), peers.size):
             tell(number, len(parts))
-            torch.manual_seed(seed * len(parts) + number)
+            torch.manual_seed((seed * len(parts) + number) % LARGEST_SEED)
             ids = parts[number].to(model.device)
             # A method of transformers' generation mixin, which all causal models have.
             found = model.generate(  # type: ignore[operator]

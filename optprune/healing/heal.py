@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -77,8 +77,10 @@ def heal(
     settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed, epochs, generated)
     peers = peers or (Group() if distributed.is_available() and distributed.is_initialized() else Alone())
     _check(model, teacher, batches, held_out)
+    decided: dict[str, Any] = {}
     if folder is not None:
-        folder.begin(_facts(model, teacher, batches, held_out, settings, peers))
+        decided = healing_facts(model, teacher, batches, held_out, settings, peers)
+        folder.begin(decided)
     phases, stored = PhaseRecorder(model.device, on_event), model.dtype
     devices = [model.device] if model.device.type == "cuda" else []
     precision = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -104,7 +106,7 @@ def heal(
         training = Training(student, dense, masks(model), settings, peers)
         run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, writing)
         run.go()
-        return run.end(held_out.numel(), stored)
+        return replace(run.end(held_out.numel(), stored), run_facts=decided)
 
 
 def _with_generated(
@@ -256,7 +258,7 @@ def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[T
         raise InputError("a held-out window is among those that are trained on: hold out windows of other documents")
 
 
-def _facts(
+def healing_facts(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Sequence[Tensor],
@@ -264,7 +266,7 @@ def _facts(
     settings: Settings,
     peers: Peers,
 ) -> dict[str, Any]:
-    """What decides the bytes of the weights."""
+    """Return what decides the bytes of the weights."""
     return {
         "the model": fingerprint(list(model.state_dict().items())),
         "the dense model": fingerprint(list(teacher.state_dict().items())),

@@ -1,6 +1,6 @@
 """What healing reports."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -38,6 +38,8 @@ class HealReport:
     zeros: int
     """the number of weights that were zero and still are"""
     settings: dict[str, Any]
+    run_facts: dict[str, Any] = field(default_factory=dict)
+    """what decided the weights of a run with a folder: `--resume` compares it with a command's own"""
 
     @property
     def generated_windows(self) -> int:

@@ -19,6 +19,8 @@ from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, of_surprise
 
 BETAS = (0.9, 0.95)
 """the decay rates of AdamW's moments; with the usual 0.999 the second would take longer than the whole training"""
+LARGEST_SEED = 1 << 63
+"""torch takes seeds below it"""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """the tensors that AdamW has for each parameter, beside the number of steps"""
 
@@ -65,7 +67,8 @@ class Training:
             group["lr"] = self.settings.rate(number, steps)
         self.optimizer.zero_grad(set_to_none=True)
         # What is drawn hangs on the number of the step alone, so that a run can begin at any.
-        torch.manual_seed((self.settings.seed * steps + number) * self.peers.size + self.peers.rank)
+        seed = (self.settings.seed * steps + number) * self.peers.size + self.peers.rank
+        torch.manual_seed(seed % LARGEST_SEED)
         predictions = windows.shape[0] * (windows.shape[1] - 1)
         found = 0.0
         self.student.model.train()

@@ -4,7 +4,6 @@ The names and the order of rows are those of transformers, whose own tables say 
 """
 
 import copy
-import hashlib
 import tempfile
 import threading
 import weakref
@@ -26,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 
 from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
-from optprune.system.files import write_whole
+from optprune.system.files import digest_of_file, is_own_file, write_whole
 
 CONVERTED = "converted"
 """the folder of converted files, in a scratch folder"""
@@ -94,11 +93,11 @@ def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: P
     """The weights of a GGUF file in a dtype, by the names that a model (which may be a skeleton) has for them.
 
     They are in one safetensors file in `scratch`, written tensor by tensor: one at a time is in memory. Where an
-    earlier call has left it there, whole and of a file of the same bytes, it is taken as it is. Without a `scratch` it
-    is in the system's folder of temporary files, and goes with the model.
+    earlier call has left it there, of a file of the same bytes, and its own bytes have the digest that was kept beside
+    it, it is taken as it is. Without a `scratch` it is in the system's folder of temporary files, and goes with the
+    model.
     """
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = digest_of_file(file)
     if scratch is None:
         holder = tempfile.TemporaryDirectory(prefix="optprune-", ignore_cleanup_errors=True)
         weakref.finalize(model, holder.cleanup)
@@ -106,11 +105,14 @@ def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: P
     folder = scratch / CONVERTED
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / f"{digest}-{str(dtype).removeprefix('torch.')}.safetensors"
-    if not place.is_file():
+    known = place.with_name(f"{place.name}.sha256")
+    if not (is_own_file(place) and is_own_file(known) and digest_of_file(place).encode() == known.read_bytes()):
         parts = tensors_in(file, model)
         tensors = {name: torch.empty(part.shape, dtype=dtype, device="meta") for name, part in parts.items()}
         values = (part.read().to(dtype) for part in parts.values())
-        write_whole(place, lambda stream: write_tensors(stream, tensors, values))
+        written: list[str] = []
+        write_whole(place, lambda stream: write_tensors(stream, tensors, values), commit=written.append)
+        write_whole(known, lambda stream: stream.write(written[0].encode()))
     return Checkpoint(source, stored_tensors(place, source))
 
 

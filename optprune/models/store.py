@@ -7,10 +7,11 @@ every pass needs (embeddings, norms, head, buffers) is there.
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
 from optprune.models.places import InFile
 from optprune.models.surgery import put_parameters
 from optprune.system.files import write_whole
+
+Keep = Callable[[str, Callable[[BinaryIO], object]], object]
+"""takes the name of a file, and what writes its bytes to a stream"""
 
 
 class BlockSink(ABC):
@@ -40,9 +44,11 @@ class BlockSink(ABC):
 class ShardSink(BlockSink):
     """One safetensors file for each block, in a folder: whole or not there."""
 
-    def __init__(self, folder: Path, done: Iterable[str] = ()) -> None:
-        """`done` are the blocks that are there already; files of other blocks do not count, whatever their names."""
-        self.folder, self.done = folder, set(done)
+    def __init__(self, folder: Path, keep: Keep | None = None) -> None:
+        """`keep` writes a file of the folder, whole or not at all, by its name."""
+        self.folder, self._keep = folder, keep
+        self.done = set[str]()
+        """the blocks that are there; files of other blocks do not count, whatever their names"""
 
     def file(self, block: str) -> Path:
         """The file of a block, there or not."""
@@ -50,7 +56,11 @@ class ShardSink(BlockSink):
 
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
         named = {f"{block}.{name}": tensor for name, tensor in tensors.items()}
-        write_whole(self.file(block), partial(write_tensors, tensors=named))
+        write = partial(write_tensors, tensors=named)
+        if self._keep is None:
+            write_whole(self.file(block), write)
+        else:
+            self._keep(self.file(block).name, write)
         self.done.add(block)
 
     def take(self, block: str) -> None:

@@ -20,6 +20,15 @@ OPENED = 0.5
 """the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""
 
 
+def asked(recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
+    """Return the facts that a command says by itself, before a model or a text is read."""
+    resolved = (recipe.worked() if allocation is None else recipe).settled()
+    return {
+        "the recipe": resolved.to_dict(),
+        "the allocation": None if allocation is None else allocation.to_dict(),
+    }
+
+
 def facts(
     decoder: Decoder,
     batches: list[Tensor],
@@ -28,7 +37,7 @@ def facts(
     lanes: Lanes,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
-    """What decides the bytes of a run. All weights are read for it, which the events tell of."""
+    """Return what decides the bytes of a run. All weights are read for it, which the events tell of."""
 
     def on_bytes(done: int, total: int) -> None:
         on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
@@ -39,8 +48,7 @@ def facts(
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
         "the lanes": lanes.count,
-        "the recipe": recipe.to_dict(),
-        "the allocation": None if allocation is None else allocation.to_dict(),
+        **asked(recipe, allocation),
         "the version": versions(),
         "the machine": machine(decoder.model.device),
         "the blocks": len(decoder.blocks),

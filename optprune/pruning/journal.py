@@ -1,10 +1,11 @@
-"""The journal: the blocks that a run has finished, on the disk, and what decided them, so that it can go on later.
+"""The journal: what a run has finished, on the disk, and what decided it, so that it can go on later.
 
-A run folder holds `run.json`, the facts that decide the bytes; `division.json`, what every block keeps; for each
-finished block a safetensors file of its weights and a JSON file of its record, and for each other one its output
-metric, where there is one. Every file is there whole or not at all, and a block is finished once its record is there.
-A run that goes on passes the finished blocks by, with one forward pass, and does the rest: its weights are those of a
-run that was never stopped, bit for bit.
+A run folder holds `run.json`, the manifest with the facts that decide the bytes; the output metric of each block; what
+the units or weights of each layer cost; `division.json`, what every block keeps; and for each finished block a
+safetensors file of its weights and a JSON file of its record. Every file is there whole or not at all, and counts as
+absent where its bytes are not those that were written: then it is measured again. A run that goes on passes the
+finished blocks by, with one forward pass, and does the rest: its weights are those of a run that was never stopped,
+bit for bit.
 """
 
 import hashlib
@@ -12,63 +13,84 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from optprune.allocation import Allocation, Division
+from optprune.calibration import DenseStatistics
 from optprune.models import Decoder
 from optprune.models.checkpoint import Checkpoint, stored_tensors
 from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
 from optprune.pruning.block import BlockRecord, BlockResult
+from optprune.pruning.kept_costs import JournalledStatistics, KeptCosts
 from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
-from optprune.system.interrupts import record_done
-from optprune.system.kept_folder import FACTS
 from optprune.system.run_folder import RunFolder
+from optprune.system.wording import counted
 
 DIVISION = "division.json"
+BLOCKS = "the blocks"
+"""the fact that says how many blocks the model has"""
 PIECE = 1 << 24
 """how many bytes of a file are in memory while it is hashed"""
 
 
 class Journal(RunFolder):
-    """What a run keeps in its folder. `prune` begins it, and writes what is finished."""
+    """The run folder of pruning. `prune` begins it, and writes what is finished."""
 
     stays = (CONVERTED,)
 
     @cached_property
     def sink(self) -> ShardSink:
         """Where the weights of finished blocks are, one file each: `open_model` takes it for the pruned blocks."""
-        return ShardSink(self.folder)
+        return ShardSink(self.folder, keep=self.keep)
 
     @property
     def metrics(self) -> MetricFiles:
         """The output metrics of the dense model, for the blocks that are not finished."""
-        return MetricFiles(self.folder)
+        return MetricFiles(self)
 
     @property
-    def whole(self) -> bool:
-        """Whether all blocks are finished."""
-        return self.begun and len(self.finished()) == int(self.read(FACTS).get("the blocks", -1))
+    def costs(self) -> KeptCosts:
+        """What the units or the weights of each layer cost, until the budget is divided."""
+        return KeptCosts(self)
+
+    def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics:
+        """Return statistics that keep the costs of removal in this folder."""
+        return JournalledStatistics(statistics, self.costs)
 
     @property
-    def how_far(self) -> str:
-        return f"{len(self.finished())} blocks are done"
+    def complete(self) -> bool:
+        return self.begun and len(self.finished()) == self._blocks
 
     @property
-    def told(self) -> str:
-        return f"{len(self.finished())} of {self.read(FACTS).get('the blocks')} blocks are done"
+    def progress_text(self) -> str:
+        listed = [index for index in range(self._blocks) if self.lists(_record(index))]
+        done = f"{len(listed)} of {counted(self._blocks, 'block')} {'is' if self._blocks == 1 else 'are'} done"
+        parts = []
+        if self.metrics.there:
+            parts.append("the output metric is measured")
+        if self.lists(DIVISION):
+            parts.append("the budget is divided")
+        elif self.costs.names:
+            parts.append(f"the costs of {counted(len(self.costs.names), 'layer')} are measured")
+        return done if listed or not parts else " and ".join(parts)
+
+    @property
+    def _blocks(self) -> int:
+        return int(self.facts.get(BLOCKS, 0))
 
     def shards(self) -> list[Path]:
-        """The files of the finished blocks' weights."""
-        return sorted(self.folder.glob("*.safetensors"))
+        """Return the files of the finished blocks' weights."""
+        return [self.folder / str(self._block(index)["weights"]) for index in self.finished()]
 
     def division(self) -> Division | None:
-        """What every block keeps, where the run has come to that."""
-        if not (self.folder / DIVISION).is_file():
+        """Return what every block keeps; None where the run has not come to that."""
+        if not self.holds(DIVISION):
             return None
         data = self.read(DIVISION)
         try:
@@ -79,7 +101,7 @@ class Journal(RunFolder):
             raise self.damaged(DIVISION) from error
 
     def divided(self, division: Division) -> None:
-        """Keep what every block keeps."""
+        """Keep what every block keeps; what led to it is needed no longer."""
         data = {
             "allocation": division.allocation.to_dict(),
             "removed": [asdict(part) for part in division.removed],
@@ -87,35 +109,60 @@ class Journal(RunFolder):
             "notes": division.notes,
         }
         self.write(DIVISION, data)
+        self.costs.drop()
 
     def finished(self) -> list[int]:
-        """The numbers of the blocks that are finished."""
-        return sorted(int(file.stem.removeprefix("block-")) for file in self.folder.glob("block-*.json"))
+        """Return the numbers of the blocks that are finished: whose record and weights are as they were written."""
+        return [index for index in range(self._blocks) if self._is_finished(index)]
+
+    def _is_finished(self, index: int) -> bool:
+        return self.holds(_record(index)) and self.holds(str(self._block(index)["weights"]))
+
+    def _block(self, index: int) -> dict[str, Any]:
+        found = self._blocks_read.get(index)
+        if found is None:
+            found = self.read(_record(index))
+            if not (isinstance(found, dict) and {"weights", "record"} <= found.keys()):
+                raise self.damaged(_record(index))
+            self._blocks_read[index] = found
+        return found
+
+    @cached_property
+    def _blocks_read(self) -> dict[int, dict[str, Any]]:
+        return {}
 
     def record(self, index: int) -> BlockRecord:
-        """What there is to say of a finished block."""
+        """Return what there is to say of a finished block."""
         try:
-            return TypeAdapter(BlockRecord).validate_python(self.read(_record(index)))
+            return TypeAdapter(BlockRecord).validate_python(self._block(index)["record"])
         except ValidationError as error:
             raise self.damaged(_record(index)) from error
 
     def weights(self, decoder: Decoder, index: int) -> dict[str, Tensor]:
-        """The weights of a finished block, by their names inside it, on the decoder's device."""
+        """Return the weights of a finished block, by their names inside it, on the decoder's device."""
         name, device = decoder.block_name(index), decoder.model.device
         file = self.sink.file(name)
-        if not file.is_file():
+        if not self.holds(file.name):
             raise self.damaged(file.name)
         found = Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(name)
         return {own: weight.to(device) for own, weight in found.items()}
 
     def finish(self, decoder: Decoder, result: BlockResult) -> None:
-        """Have a block on the disk: its weights, unless the decoder's store has put them there, then its record."""
+        """Keep a finished block: its weights, unless the decoder's store has put them there, then its record."""
         index = result.record.index
+        name = decoder.block_name(index)
         if decoder.store is None:
-            self.sink.write(decoder.block_name(index), result.weights)
-        self.write(_record(index), asdict(result.record))
+            self.sink.write(name, result.weights)
+        self._blocks_read.pop(index, None)
+        self.write(_record(index), {"weights": self.sink.file(name).name, "record": asdict(result.record)})
         self.metrics.drop(index)
-        record_done(f"{self.told}, and kept in {self.folder}: go on with --resume")
+
+    def repaired(self) -> tuple[str, ...]:
+        """Return notes on the files that were damaged, whose content is measured again."""
+        return tuple(
+            f"{name} in the run folder was not as it was written, so its content was measured again"
+            for name in self.damaged_files
+        )
 
 
 def _record(index: int) -> str:

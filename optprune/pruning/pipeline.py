@@ -112,4 +112,5 @@ def prune(
         blocks=blocks,
         phases=phases.done,
         parameters_before=parameters_before,
+        run_facts=run.facts,
     )

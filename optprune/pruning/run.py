@@ -68,6 +68,8 @@ class Run:
         self.notes: tuple[str, ...] = ()
         """the notes on what was found before the first block"""
         self.journal: Diary | None = None
+        self.facts: dict[str, Any] = {}
+        """what decides the bytes of the run, where there is a journal"""
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
         self.passed_by = 0
@@ -103,16 +105,19 @@ class Run:
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
         if recipe.precise(allocator.probes):
             decoder = decoder.precise()
-        decoder.states = place_for(states, decoder, every, None if journal is None else journal.folder)
+        decoder.states = place_for(states, decoder, every, None if journal is None else journal.scratch)
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         lanes = lanes or Lanes()
         lanes.check(fitted)
         statistics.begin(decoder, every, lanes)
         diary = journal if lanes.peers.size == 1 else SharedDiary(journal, lanes.peers)
         on_event = phases.on_event
+        decided: dict[str, Any] = {}
         if diary is not None:
             with phases.phase(LOADING):
-                diary.begin(facts(decoder, every, recipe, allocation, lanes, on_event))
+                decided = facts(decoder, every, recipe, allocation, lanes, on_event)
+                diary.begin(decided)
+                statistics = diary.keeping_costs(statistics)
         with phases.phase(METRIC):
             metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, diary, lanes)
         if lanes.count > 1:
@@ -125,10 +130,12 @@ class Run:
         run.metrics, run.held_out, run.journal = metrics, held_out, diary
         known = statistics.known(decoder, fitted, held_out, lanes)
         run.recalled = Recalled(decoder, recipe, known, run.from_dense)
+        run.facts = decided
         run.finished = set() if diary is None else set(diary.finished())
         if lanes.peers.size > 1:
             run.hands = OverProcesses(lanes.peers)
-        run.notes = notes + heeded(recipe, division.warnings) + division.notes
+        repaired = () if diary is None else diary.repaired()
+        run.notes = notes + heeded(recipe, division.warnings) + division.notes + repaired
         return run
 
     def targets(self, index: int) -> list[Target]:

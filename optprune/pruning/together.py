@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optprune.allocation import Division
+from optprune.calibration import DenseStatistics
 from optprune.calibration.lanes import Peers
 from optprune.calibration.moments_pass import Collected
 from optprune.errors import InputError, OptpruneError
@@ -132,6 +133,8 @@ class Diary(Protocol):
     @property
     def metrics(self) -> MetricsKept: ...
     def begin(self, facts: Mapping[str, Any]) -> None: ...
+    def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics: ...
+    def repaired(self) -> tuple[str, ...]: ...
     def division(self) -> Division | None: ...
     def divided(self, division: Division) -> None: ...
     def finished(self) -> list[int]: ...
@@ -215,6 +218,12 @@ class SharedDiary:
     def begin(self, facts: Mapping[str, Any]) -> None:
         check_alike(self._peers, facts)
         self._agreed(lambda journal: journal.begin(facts), None)
+
+    def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics:
+        return statistics if self._journal is None else self._journal.keeping_costs(statistics)
+
+    def repaired(self) -> tuple[str, ...]:
+        return self._agreed(lambda journal: journal.repaired(), ())
 
     def division(self) -> Division | None:
         return self._agreed(lambda journal: journal.division(), None)

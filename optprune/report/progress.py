@@ -12,6 +12,7 @@ from rich.text import Text
 from optprune.report.estimate import TimeLeft
 from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
 from optprune.report.position import Position, Positions
+from optprune.system.interrupts import check_interrupted
 from optprune.system.wording import one_line
 
 LINES_APART = 10.0
@@ -69,6 +70,7 @@ class Reporter:
         with self._noting_errors(), self._follow(estimate, left) as show:
 
             def on_event(event: Event) -> None:
+                check_interrupted()
                 if isinstance(event, PhasesExpected):
                     estimate.expect(event.seconds)
                 elif isinstance(event, PhaseStarted):

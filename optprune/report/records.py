@@ -114,6 +114,9 @@ class Report(Telling):
     """what each phase of the run took; in the report.json of a folder that a fresh process has loaded, all of them"""
     parameters_before: int | None = None
     """the parameters of the model that was pruned; None in reports of earlier versions"""
+    run_facts: dict[str, Any] = field(default_factory=dict)
+    """what decided the weights of a run with a journal (digests of the model and the tokens, the recipe, the machine):
+    `--resume` compares them with a command's own"""
 
     def __repr__(self) -> str:
         removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"

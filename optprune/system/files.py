@@ -1,56 +1,112 @@
-"""Files from outside: YAML as people write it, JSON, and the names of outputs."""
+"""Files: read YAML and JSON that people write, and write files so that they are there whole or not at all."""
 
+import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import yaml
 
 from optprune.errors import InputError, no_room
+from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import one_line, shown
 
 LONGEST_NAME = 240
-"""the most bytes in the name of an output: a draft has a few more beside it, and file systems allow 255"""
+"""the most bytes in the name of an output: the name of its draft has 15 more, and file systems allow 255"""
 DEEPEST = 20
 """the most levels of lists and mappings in YAML: a recipe needs five"""
 MOST_VALUES = 10_000
 """the most values that a YAML text may stand for: a recipe has a few dozen"""
 
 
-def write_whole(file: Path, write: Callable[[BinaryIO], object], *, lasting: bool = True) -> None:
-    """Have a file that is there whole or not at all, and with `lasting` whatever becomes of the machine after that.
+def write_whole(
+    file: Path,
+    write: Callable[[BinaryIO], object],
+    *,
+    lasting: bool = True,
+    commit: Callable[[str], object] | None = None,
+) -> None:
+    """Write a file so that it is there whole or not at all; `lasting` keeps it through a crash of the machine.
 
-    InputError where there is no room for it.
+    `write` gets a stream that takes bytes one after the other. `commit` gets the SHA-256 hex digest of what was written
+    before the file gets its name. Raises InputError where there is no room.
     """
-    draft = draft_of(file)
+    draft: Path | None = None
     try:
+        with interrupts_held():
+            draft = exclusive_draft(file)
         with draft.open("wb") as stream:
-            write(stream)
+            hashed = _Hashed(stream)
+            write(stream if commit is None else cast(BinaryIO, hashed))
             if lasting:
                 stream.flush()
                 os.fsync(stream.fileno())
+        if commit is not None:
+            commit(hashed.digest.hexdigest())
         draft.replace(file)
         if lasting:
             _sync_folder(file.parent)
     except BaseException as error:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+        if draft is not None:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
         full = no_room(error)
         if full is None:
             raise
         raise InputError(f"{full}, so {file} was not written: make room and run again") from error
 
 
-def draft_of(file: Path) -> Path:
-    """Where `write_whole` writes a file first: what it leaves when it is killed."""
-    return file.with_name(f".{file.name}.part")
+class _Hashed:
+    """A stream that takes bytes and hashes them."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+
+def exclusive_draft(target: Path) -> Path:
+    """Create an empty file beside a target, under a random name that nobody else has, and return its path.
+
+    A link that lies there under the same name is not followed.
+    """
+    while True:
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+        with suppress(FileExistsError):
+            os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return draft
+
+
+def is_draft(name: str, target: str | None = None) -> bool:
+    """Return whether a name is one that `exclusive_draft` makes, for a target of any name or of this one."""
+    of = r"[^/]+" if target is None else re.escape(target)
+    return re.fullmatch(rf"\.{of}\.[0-9a-f]{{8}}\.part", name) is not None
+
+
+def digest_of_file(file: Path) -> str:
+    """Return the SHA-256 hex digest of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def is_own_file(path: Path) -> bool:
+    """Return whether a path is a regular file itself, and no link to one."""
+    return path.is_file() and not path.is_symlink()
+
+
+def is_own_folder(path: Path) -> bool:
+    """Return whether a path is a folder itself, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _sync_folder(folder: Path) -> None:

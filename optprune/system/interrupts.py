@@ -1,13 +1,49 @@
-"""Ctrl-C and SIGTERM: held where a half-done step would be worse than a moment's wait; and what is done by then."""
+"""Ctrl-C and SIGTERM: each raises KeyboardInterrupt, and is remembered until a step of the work sees it.
+
+Python drops what is raised in a finaliser, so an interrupt that lands there is raised again by the next step. Where a
+half-done step would be worse than a moment's wait, interrupts are held.
+"""
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+NOTHING = "nothing was written"
 _DONE: list[str] = []
+_CAME: list[int] = []
+"""the signal that came last, until the command that it ends is over"""
+
+
+def raise_on_signals() -> Callable[[], None]:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; returns what puts the old handlers back.
+
+    SIGINT stays ignored where it is, as in a background job of a shell.
+    """
+    _CAME.clear()
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _CAME[:] = [number]
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT, signal.SIGTERM]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            _handle(number, handler)
+
+    return restore
+
+
+def check_interrupted() -> None:
+    """Raise KeyboardInterrupt where a signal came whose KeyboardInterrupt nobody saw; called between steps."""
+    if _CAME:
+        raise KeyboardInterrupt
 
 
 def record_done(sentence: str) -> None:
@@ -22,7 +58,7 @@ def forget_done() -> None:
 
 def what_is_done() -> str:
     """What has been recorded last."""
-    return _DONE[0] if _DONE else "nothing was written"
+    return _DONE[0] if _DONE else NOTHING
 
 
 @contextmanager

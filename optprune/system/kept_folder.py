@@ -1,93 +1,323 @@
-"""Folders that one process is at work in: what is finished, on the disk, and the facts that decided it."""
+"""Folders that optprune keeps its work in: a manifest with our mark says which files are ours, and their digests."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from optprune.errors import InputError
 from optprune.system.facts import differences
-from optprune.system.files import draft_of, read_json, write_whole
+from optprune.system.files import digest_of_file, is_draft, is_own_file, is_own_folder, read_json, write_whole
+from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import shown
 
-FACTS, LOCK = "run.json", "in-use"
+MANIFEST, LOCK = "run.json", "in-use"
+MARK, FORMAT = "optprune", 1
+FACTS, FILES, FOLDERS, MADE, DIGEST = "facts", "files", "folders", "made", "digest"
+"""the entries of a manifest"""
 
 
 class KeptFolder:
-    """A folder that one process is at work in: `run.json`, the facts that decide what is in it, and what is finished.
+    """A folder that one process at a time works in, which knows each file that optprune wrote there.
 
-    Every file is there whole or not at all.
+    The manifest `run.json` holds our mark, the facts that decide all results, and the SHA-256 digest of every file.
+    A file whose bytes have another digest counts as absent. Only files and folders of the manifest, and drafts of
+    ours, are ever written over or deleted, and never through a link.
     """
 
     noun = "run"
-    """what the folder holds, in a word"""
-    stays: tuple[str, ...] = ()
-    """the names of what a process that is killed may leave before it has begun, and that another can use"""
+    """the word for the content of the folder, which the manifest holds as well"""
+    begin_anew = "begin anew with --restart, which deletes it"
+    """how a user discards the content, in words"""
 
     def __init__(self, folder: str | Path) -> None:
-        """InputError where the folder holds something else, or another process is at work on it."""
+        """Take the folder, which is made if need be.
+
+        Raises InputError where it is a link, holds anything else, is damaged, or another process is at work in it.
+        """
         self.folder = Path(folder)
-        before = {LOCK, draft_of(self.folder / FACTS).name, *self.stays}
-        there = self.folder.is_dir()
-        strange = there and not self.begun and any(file.name not in before for file in self.folder.iterdir())
-        if strange or (self.folder.exists() and not there):
-            raise InputError(
-                f"{self.folder} holds something other than a {self.noun}: choose another folder, or delete it"
-            )
-        self.made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
-        """the folders that were made for it, the innermost first"""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # One for all folders of this process: one that is left lying about is no other process at work.
-        self._lock = FileLock(self.folder / LOCK, is_singleton=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise InputError(
-                f"another process is at work on the {self.noun} in {self.folder}: wait for it, or stop it"
-            ) from error
+        check_kept(self.folder, self.noun)
+        with interrupts_held():
+            made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One lock for all objects of this process: one that was not released is no other process.
+            self._lock = FileLock(self.folder / LOCK, is_singleton=True)
+            if not _taken(self._lock):
+                raise _busy(self.folder, self.noun)
+            try:
+                self._manifest = _manifest(self.folder, self.noun) or self._created(len(made))
+                self._sound: dict[str, bool] = {}
+                self._tidy()
+            except BaseException:
+                self._lock.release(force=True)
+                raise
+        self.damaged_files: list[str] = []
+        """the names of files whose bytes are not those that were written"""
+
+    def _created(self, made: int) -> dict[str, Any]:
+        self._manifest = {MARK: self.noun, "format": FORMAT, MADE: made, FACTS: None, FILES: {}, FOLDERS: []}
+        self._write_manifest()
+        return self._manifest
 
     @property
     def begun(self) -> bool:
         """Whether the facts are there."""
-        return (self.folder / FACTS).is_file()
+        return self._manifest[FACTS] is not None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts that the content was begun with; empty before."""
+        return self._manifest[FACTS] or {}
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Note what decides all that is to come, or see that it is what was begun with.
+        """Keep what decides all results, or compare it with what is kept.
 
-        InputError names the first fact that is another.
+        Raises InputError, with the first fact that differs, and changes nothing.
         """
         plain = json.loads(json.dumps(facts))
-        if not self.begun:
-            self.write(FACTS, plain)
-            return
-        for what, old, new in differences(self.read(FACTS), plain):
+        if self.begun:
+            self.check_facts({**dict.fromkeys(self.facts), **plain})
+        else:
+            self._manifest[FACTS] = plain
+            self._write_manifest()
+
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Raise InputError where one of these facts is not what the content was begun with."""
+        before = {name: self.facts.get(name) for name in facts} if self.begun else dict(facts)
+        for what, old, new in differences(before, json.loads(json.dumps(facts))):
             raise InputError(
-                f"the {self.noun} in {self.folder} cannot go on: {what} was {shown(old)} and is {shown(new)}; run it "
-                "as it was begun, or delete the folder and begin anew"
+                f"the {self.noun} in {self.folder} cannot go on, and is left as it is: {what} was {shown(old)} and is "
+                f"{shown(new)}; give the command that began it, or {self.begin_anew}"
             )
+
+    def keep(self, name: str, write: Callable[[BinaryIO], object]) -> None:
+        """Write a file of the folder, whole or not at all, and keep its digest.
+
+        Raises InputError where something lies there that optprune did not write.
+        """
+        file, files = self.folder / name, self._manifest[FILES]
+        if file.exists() or file.is_symlink():
+            if name not in files or not is_own_file(file):
+                raise InputError(f"{file} was not written by this {self.noun}: move it away, and run again")
+            before = [digest for digest in [digest_of_file(file)] if digest in files[name]]
+        else:
+            before = []
+
+        def commit(digest: str) -> None:
+            # Until the file gets its name, the bytes before are sound too.
+            files[name] = [*before, digest]
+            self._write_manifest()
+
+        write_whole(file, write, commit=commit)
+        self._sound[name] = True
 
     def write(self, name: str, content: Any) -> None:
         """Write plain data to a file of the folder."""
         # NaN and infinity, which a report may hold, are written as Python reads them.
         text = json.dumps(content, indent=2).encode()
-        write_whole(self.folder / name, lambda stream: stream.write(text))
+        self.keep(name, lambda stream: stream.write(text))
 
     def read(self, name: str) -> Any:
-        """The plain data in a file of the folder; InputError where it is damaged."""
+        """Return the plain data in a file of the folder. Raises InputError where it is not as it was written."""
+        if not self.holds(name):
+            raise self.damaged(name)
         try:
             return read_json((self.folder / name).read_text(encoding="utf-8"), f"{name} of {self.folder}")
         except (OSError, UnicodeDecodeError, InputError) as error:
             raise self.damaged(name) from error
 
+    def lists(self, name: str) -> bool:
+        """Return whether a file was written and is there, without a look at its bytes."""
+        return name in self._manifest[FILES] and is_own_file(self.folder / name)
+
+    def holds(self, name: str) -> bool:
+        """Return whether a file is there with the bytes that were written."""
+        if not self.lists(name):
+            return False
+        if name not in self._sound:
+            self._sound[name] = digest_of_file(self.folder / name) in self._manifest[FILES][name]
+            if not self._sound[name]:
+                self.damaged_files.append(name)
+        return self._sound[name]
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that were written and are there."""
+        return [name for name in self._manifest[FILES] if self.lists(name)]
+
+    def forget(self, names: list[str]) -> None:
+        """Delete files that are needed no longer."""
+        known = [name for name in names if name in self._manifest[FILES]]
+        for name in known:
+            self._delete(name)
+            del self._manifest[FILES][name]
+            self._sound.pop(name, None)
+        if known:
+            self._write_manifest()
+
+    def subfolder(self, name: str) -> Path:
+        """Return a folder in this one, which is made if need be.
+
+        Raises InputError where something lies there that optprune did not make.
+        """
+        place = self.folder / name
+        if name not in self._manifest[FOLDERS]:
+            if place.exists() or place.is_symlink():
+                raise InputError(f"{place} was not made by this {self.noun}: move it away, and run again")
+            self._manifest[FOLDERS].append(name)
+            self._write_manifest()
+        if place.is_symlink():
+            raise InputError(f"{place} is a link, and this {self.noun} made a folder there: move it away")
+        place.mkdir(exist_ok=True)
+        return place
+
+    def remove_subfolder(self, name: str) -> None:
+        """Delete a folder that `subfolder` made, with all that is in it."""
+        if name in self._manifest[FOLDERS]:
+            _delete_tree(self.folder / name)
+            self._manifest[FOLDERS].remove(name)
+            self._write_manifest()
+
     def damaged(self, name: str) -> InputError:
-        """The error that says that a file of the folder is not what it was."""
-        return InputError(f"{name} of the {self.noun} in {self.folder} is damaged: delete the folder and begin anew")
+        """Return the error which says that a file of the folder is not what was written."""
+        return InputError(
+            f"{name} of the {self.noun} in {self.folder} is damaged: put back the file that was there, or "
+            f"{self.begin_anew}"
+        )
 
     def release(self) -> None:
         """Let another process have the folder."""
         self._lock.release(force=True)
-        with suppress(OSError):
+
+    def discard(self) -> list[str]:
+        """Delete all that optprune wrote, and the folders made for it as far as they are empty.
+
+        Returns the names of what was not ours and stays.
+        """
+        with interrupts_held():
+            made = int(self._manifest[MADE])
+            self._clear()
+            # The manifest goes last: until then the folder can be recognised.
+            (self.folder / MANIFEST).unlink(missing_ok=True)
             (self.folder / LOCK).unlink(missing_ok=True)
+            self.release()
+            left = sorted(path.name for path in self.folder.iterdir())
+            with suppress(OSError):
+                for place in (self.folder, *self.folder.parents)[:made]:
+                    place.rmdir()
+        return left
+
+    def _clear(self) -> None:
+        """Delete all files and folders of the manifest, and drafts; the manifest is as new then."""
+        self._tidy()
+        for name in self._manifest[FILES]:
+            self._delete(name)
+        for name in self._manifest[FOLDERS]:
+            _delete_tree(self.folder / name)
+        self._manifest |= {FACTS: None, FILES: {}, FOLDERS: []}
+        self._sound.clear()
+        self._write_manifest()
+
+    def _tidy(self) -> None:
+        """Delete drafts that a killed process left, and forget folders that are gone."""
+        for place in (self.folder, *(self.folder / name for name in self._manifest[FOLDERS])):
+            if is_own_folder(place):
+                for path in place.iterdir():
+                    if is_draft(path.name) and is_own_file(path):
+                        path.unlink(missing_ok=True)
+        there = [name for name in self._manifest[FOLDERS] if is_own_folder(self.folder / name)]
+        if there != self._manifest[FOLDERS]:
+            self._manifest[FOLDERS] = there
+            self._write_manifest()
+
+    def _delete(self, name: str) -> None:
+        if is_own_file(self.folder / name):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _write_manifest(self) -> None:
+        content = {name: value for name, value in self._manifest.items() if name != DIGEST}
+        text = json.dumps({**content, DIGEST: _digest(content)}, indent=2).encode()
+        write_whole(self.folder / MANIFEST, lambda stream: stream.write(text))
+
+
+def check_kept(folder: Path, noun: str) -> dict[str, Any] | None:
+    """Return the manifest of a folder that optprune keeps work in; None where there is none yet.
+
+    Raises InputError where the folder cannot be used: a link, a file, the work of others, a manifest that is damaged or
+    another version's, or a process that is at work in it. Nothing on the disk is changed.
+    """
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link, and a {noun} is kept in a folder of its own: remove the link")
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file, and a {noun} would be kept in a folder of that name: move it away")
+    manifest = _manifest(folder, noun)
+    if manifest is None:
+        for path in sorted(folder.iterdir()):
+            # What a process leaves that is killed before there is a manifest.
+            left = (path.name == LOCK and path.stat().st_size == 0) or is_draft(path.name, MANIFEST)
+            if not (left and is_own_file(path)):
+                raise InputError(
+                    f"{folder} holds something other than a {noun} ({shown(path.name)}), so it is left as it is: move "
+                    "it away, or choose another name for the output"
+                )
+    if is_own_file(folder / LOCK):
+        lock = FileLock(folder / LOCK, is_singleton=True)
+        if not _taken(lock):
+            raise _busy(folder, noun)
+        lock.release()
+    return manifest
+
+
+def _taken(lock: FileLock) -> bool:
+    """Acquire a lock, and return whether that was possible."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise InputError(f"{lock.lock_file} cannot be used to lock the folder ({error.strerror}): remove it") from error
+    return True
+
+
+def _busy(folder: Path, noun: str) -> InputError:
+    return InputError(f"another process is at work on the {noun} in {folder}: wait for it, or stop it")
+
+
+def _manifest(folder: Path, noun: str) -> dict[str, Any] | None:
+    """Return the manifest in a folder; None where there is none. Raises InputError where it is not one of ours."""
+    file = folder / MANIFEST
+    if not file.is_symlink() and not file.exists():
+        return None
+    foreign = InputError(
+        f"{file} was not written by this version of optprune, or is damaged, so {folder} is left as it is: move it "
+        "away, or choose another name for the output"
+    )
+    if not is_own_file(file):
+        raise foreign
+    try:
+        content = read_json(file.read_text(encoding="utf-8"), str(file))
+        digest = content.pop(DIGEST)
+    except (OSError, UnicodeDecodeError, InputError, AttributeError, KeyError, TypeError) as error:
+        raise foreign from error
+    if digest != _digest(content) or content.get("format") != FORMAT:
+        raise foreign
+    if content.get(MARK) != noun:
+        raise InputError(f"{folder} holds a {content.get(MARK)} and not a {noun}: choose another name for the output")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _delete_tree(folder: Path) -> None:
+    """Delete a folder with all that is in it, and no link's target."""
+    if is_own_folder(folder):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,68 +1,82 @@
-"""Run folders: what a run has finished, on the disk, and the facts that decided it, so that it can go on later."""
+"""Run folders: what a run has finished is kept on the disk until its output is whole, so that it can go on later."""
 
 import shutil
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from optprune.errors import InputError
-from optprune.system.interrupts import interrupts_held
-from optprune.system.kept_folder import FACTS, LOCK, KeptFolder
+from optprune.system.files import is_own_folder
+from optprune.system.kept_folder import FACTS, KeptFolder, check_kept
+
+SCRATCH = "scratch"
+"""the folder for what a run puts aside"""
 
 
 class RunFolder(KeptFolder, ABC):
-    """The folder of a run, which goes when the run's output is whole."""
+    """The folder of a run, which is deleted when the run's output is whole."""
 
-    def __init__(self, folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        """`resume` is to go on with the run in the folder, if there is one; else the folder must hold none.
+    stays: tuple[str, ...] = ()
+    """the names in the scratch folder that another process can use"""
 
-        InputError where it holds one all the same, unless `overwrite` is to delete it, or where it holds something that
-        is no run, or another process is at work on it.
+    def __init__(self, folder: str | Path, *, resume: bool = False, restart: bool = False) -> None:
+        """Take the folder: `resume` goes on with the run in it, if there is one, and `restart` deletes that run.
+
+        Raises InputError where there is an unfinished run and neither is asked for.
         """
-        self.folder, self.resume = Path(folder), resume
-        if self.begun and not resume and not overwrite:
-            raise InputError(
-                f"{self.folder} holds an unfinished run ({self.how_far}): go on with it by --resume, or delete it"
-            )
         super().__init__(folder)
-        if self.begun and not resume:
+        self.resumed = self.begun and not restart
+        """whether there is a run that an earlier process began"""
+        if self.resumed and not resume:
+            self.release()
+            raise InputError(
+                f"{self.folder} holds an unfinished {self.noun} ({self.progress_text}): go on with it by --resume, or "
+                f"{self.begin_anew}"
+            )
+        if restart:
             self._clear()
-        for place in self.folder.iterdir():
-            if place.is_dir() and place.name not in self.stays:  # what an earlier run has put aside
-                shutil.rmtree(place, ignore_errors=True)
+        scratch = self.folder / SCRATCH
+        if SCRATCH in self._manifest["folders"] and is_own_folder(scratch):
+            for place in scratch.iterdir():
+                if is_own_folder(place) and place.name not in self.stays:
+                    shutil.rmtree(place, ignore_errors=True)
+
+    @classmethod
+    def check(cls, folder: Path, *, resume: bool, restart: bool, facts: Mapping[str, Any]) -> None:
+        """Raise InputError where a run could not use its folder, before any work is done.
+
+        `facts` are those that are known already: a run that was begun with others cannot go on.
+        """
+        manifest = check_kept(folder, cls.noun)
+        if manifest is None or manifest[FACTS] is None or restart:
+            return
+        found = cls(folder, resume=resume)
+        try:
+            found.check_facts(facts)
+        finally:
+            found.release()
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for what does not stay."""
+        return self.subfolder(SCRATCH)
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether anything is kept that took time."""
+        return bool(self.files) or any((self.folder / SCRATCH / name).exists() for name in self.stays)
 
     @abstractmethod
     def finished(self) -> list[int]:
-        """The numbers of what is finished: of blocks, or of steps."""
+        """Return the numbers of what is finished: of blocks, or of steps."""
 
     @property
     @abstractmethod
-    def how_far(self) -> str:
-        """How far the run is, in a few words."""
-
-    @property
-    @abstractmethod
-    def told(self) -> str:
+    def progress_text(self) -> str:
         """How far the run is, and of how much, in words."""
 
     @property
     @abstractmethod
-    def whole(self) -> bool:
+    def complete(self) -> bool:
         """Whether all is finished but the output."""
-
-    def discard(self) -> None:
-        """Delete the run, and the folders that were made for it as far as they are empty."""
-        with interrupts_held():
-            self._clear()
-            self.release()
-            with suppress(OSError):
-                for folder in self.made or [self.folder]:
-                    folder.rmdir()
-
-    def _clear(self) -> None:
-        # The facts go last: until then it is a run that can be deleted again.
-        for file in sorted(self.folder.iterdir(), key=lambda file: file.name == FACTS):
-            if file.is_dir():
-                shutil.rmtree(file, ignore_errors=True)
-            elif file.name != LOCK:
-                file.unlink(missing_ok=True)

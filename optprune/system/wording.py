@@ -36,3 +36,8 @@ def amount(size: int) -> str:
     if size < 10**9:
         return f"{size / 10**6:.0f} MB"
     return f"{size / 10**9:.1f} GB" if size < 10**12 else f"{size / 10**12:.1f} TB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

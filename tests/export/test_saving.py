@@ -120,7 +120,7 @@ def test_a_failure_while_writing_leaves_nothing(
 def test_the_old_folder_survives_an_interrupt_between_the_renames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(tiny_llama(), tmp_path / "out", files={"old": ""})
+    save_model(tiny_llama(), tmp_path / "out", files={"NOTICE": ""})
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
@@ -132,7 +132,7 @@ def test_the_old_folder_survives_an_interrupt_between_the_renames(
     with pytest.raises(KeyboardInterrupt):
         save_model(tiny_llama(), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (tmp_path / "out" / "old").exists()
+    assert (tmp_path / "out" / "NOTICE").exists()
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "replaced"])
@@ -141,7 +141,7 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
 ) -> None:
     model = tiny_llama()
     if there:
-        save_model(model, tmp_path / "out", files={"old": ""})
+        save_model(model, tmp_path / "out", files={"NOTICE": ""})
 
     def corrupt(decoder: Decoder, *rest: Any) -> None:
         with torch.no_grad():
@@ -153,11 +153,13 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
     with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked, but it was not seen to load: .* logits differ"):
         save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out.unchecked", *(["out"] if there else [])}
-    assert not there or (tmp_path / "out" / "old").exists()
-    # Once there is a good one, that of an earlier run is replaced and does not stay.
+    assert not there or (tmp_path / "out" / "NOTICE").exists()
+    # It stays, since nobody said that it may go; a second one gets a name of its own.
+    with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked-2, but it was not seen to load"):
+        save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     monkeypatch.undo()
     save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.unchecked", "out.unchecked-2"}
 
 
 def test_missing_tensors_are_an_error_and_not_random_weights(tmp_path: Path) -> None:

@@ -116,6 +116,10 @@ def test_a_finished_run_solves_nothing_again(tmp_path: Path) -> None:
     assert not any(isinstance(event, LayerSolved | BlockStarted) for event in events)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def begun(folder: Path) -> None:
     with pytest.raises(Stopped):
         prune(tiny(), batches(), load_recipe("fasp"), journal=Journal(folder), on_event=Stop(BlockStarted, 2))
@@ -123,7 +127,7 @@ def begun(folder: Path) -> None:
 
 def test_an_unfinished_run_is_not_written_over(tmp_path: Path) -> None:
     begun(tmp_path / "run")
-    with pytest.raises(InputError, match=r"unfinished run \(2 blocks are done\): go on with it by --resume"):
+    with pytest.raises(InputError, match=r"unfinished run \(2 of 3 blocks are done\): .* --resume, or .*--restart"):
         Journal(tmp_path / "run")
 
 
@@ -131,16 +135,6 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="something other than a run"):
         Journal(tmp_path, resume=True)
-
-
-def test_a_run_that_was_killed_while_it_noted_its_facts_has_left_nothing_in_the_way(tmp_path: Path) -> None:
-    """The draft of the first file is no run, and no folder of something else."""
-    (tmp_path / ".run.json.part").write_text("{")
-    journal = Journal(tmp_path)
-    journal.begin({"the blocks": 2})
-    assert journal.begun
-    assert not journal.finished()
-    assert {file.name for file in tmp_path.iterdir() if not file.name.startswith("in-use")} == {"run.json"}
 
 
 def test_to_resume_where_nothing_was_begun_is_to_begin(tmp_path: Path) -> None:
@@ -186,36 +180,99 @@ def test_other_threads_are_refused_since_they_round_otherwise(tmp_path: Path) ->
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("run.json", "cut"),
-        ("division.json", "cut"),
-        ("division.json", "text"),
-        ("block-00001.json", "cut"),
-        ("block-00001.json", "text"),
-        ("model.layers.1.safetensors", "cut"),
-        ("model.layers.1.safetensors", "text"),
-        ("model.layers.1.safetensors", "gone"),
-    ],
-)
-def test_a_damaged_file_of_a_run_is_named(name: str, damage: str, tmp_path: Path) -> None:
+DAMAGES = {
+    "a flipped bit": lambda data: bytes([*data[:-1], data[-1] ^ 1]),
+    "cut": lambda data: data[:40],
+    "other JSON": lambda data: b'{"a": 1}',
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
+@pytest.mark.parametrize("name", ["division.json", "block-00001.json", "model.layers.1.safetensors"])
+def test_a_damaged_file_of_a_run_is_made_again(name: str, damage: str, tmp_path: Path) -> None:
     begun(tmp_path / "run")
-    file = tmp_path / "run" / name
+    file, expected, model = tmp_path / "run" / name, tiny(), tiny()
+    prune(expected, batches(), load_recipe("fasp"))
     if damage == "gone":
         file.unlink()
     else:
-        file.write_bytes(file.read_bytes()[:40] if damage == "cut" else b'{"a": 1}')
-    with pytest.raises(InputError, match=f"{name} of "):
-        prune(tiny(), batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    report = prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+    assert same(model, expected)
+    assert ("was not as it was written" in " ".join(report.notes)) == (damage != "gone")
+
+
+def test_weights_of_another_block_under_its_name_are_noticed(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    expected, model = tiny(), tiny()
+    prune(expected, batches(), load_recipe("fasp"))
+    first, second = (tmp_path / "run" / f"model.layers.{index}.safetensors" for index in range(2))
+    first.write_bytes(second.read_bytes())
+    prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+    assert same(model, expected)
+
+
+def test_an_edited_number_of_a_division_changes_nothing(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    file, expected, model = tmp_path / "run" / "division.json", tiny(), tiny()
+    prune(expected, batches(), load_recipe("fasp"))
+    division = json.loads(file.read_text())
+    division["allocation"]["blocks"][2]["intermediate"] = 8
+    file.write_text(json.dumps(division))
+    prune(model, batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run", resume=True))
+    assert same(model, expected)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_refused_by_its_name(damage: str, tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=r"run\.json was not written by this version of optprune, or is damaged"):
+        Journal(tmp_path / "run", resume=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("order", ["weights", "record"])
+def test_a_block_is_finished_only_with_both_its_record_and_its_weights(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two leaves a block that is pruned again, whichever of them was written first."""
+    keep, stop = Journal.keep, {"weights": "block-00001.json", "record": "model.layers.1.safetensors"}[order]
+
+    def stopping(self: Journal, name: str, write: Any) -> None:
+        if name == stop:
+            raise Stopped
+        keep(self, name, write)
+
+    finish = Journal.finish
+
+    def record_first(self: Journal, decoder: Decoder, result: Any) -> None:
+        name = decoder.block_name(result.record.index)
+        record = {"weights": f"{name}.safetensors", "record": {}}
+        self.write(f"block-{result.record.index:05d}.json", record)
+        finish(self, decoder, result)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep", stopping)
+        if order == "record":
+            patch.setattr(Journal, "finish", record_first)
+        with pytest.raises(Stopped):
+            prune(tiny(), batches(), load_recipe("fasp"), journal=Journal(tmp_path / "run"))
+    journal, model, expected = Journal(tmp_path / "run", resume=True), tiny(), tiny()
+    assert journal.finished() == [0]
+    prune(model, batches(), load_recipe("fasp"), journal=journal)
+    prune(expected, batches(), load_recipe("fasp"))
+    assert same(model, expected)
 
 
 def test_records_of_blocks_outlive_numbers_that_json_does_not_know(tmp_path: Path) -> None:
     begun(tmp_path / "run")
-    file = tmp_path / "run" / "block-00000.json"
-    record = json.loads(file.read_text())
-    record["layers"][0]["objective"] = float("inf")
-    file.write_text(json.dumps(record))
+    journal = Journal(tmp_path / "run", resume=True)
+    stored = journal.read("block-00000.json")
+    stored["record"]["layers"][0]["objective"] = float("inf")
+    journal.write("block-00000.json", stored)
     assert Journal(tmp_path / "run", resume=True).record(0).layers[0].objective == float("inf")
 
 

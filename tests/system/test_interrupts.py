@@ -189,7 +189,7 @@ def test_an_interrupt_after_the_first_still_finds_everything_cleaned(tmp_path: P
 def test_an_old_model_that_cannot_be_put_back_is_kept_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(tiny_llama(), tmp_path / "out", files={"old": ""})
+    save_model(tiny_llama(), tmp_path / "out", files={"NOTICE": ""})
     rename, renamed = Path.rename, []
 
     def failing(self: Path, target: Path) -> Path:
@@ -203,7 +203,7 @@ def test_an_old_model_that_cannot_be_put_back_is_kept_and_named(
         save_model(tiny_llama(), tmp_path / "out", overwrite=True)
     kept = Path(str(failure.value).split(" is now in ")[1])
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
-    assert (kept / "old").exists()
+    assert (kept / "NOTICE").exists()
     assert (kept / "model.safetensors").exists()
 
 
@@ -225,18 +225,18 @@ def test_a_folder_that_another_run_made_meanwhile_stays(tmp_path: Path, monkeypa
 def test_an_old_folder_that_cannot_be_deleted_does_not_fail_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_model(tiny_llama(), tmp_path / "out", files={"old": ""})
+    save_model(tiny_llama(), tmp_path / "out", files={"NOTICE": ""})
     unlink = os.unlink
 
     def failing(path: Any, **more: Any) -> None:
-        if str(path).endswith("old"):
+        if str(path).endswith("NOTICE"):
             raise PermissionError(13, "Permission denied")
         unlink(path, **more)
 
     monkeypatch.setattr(os, "unlink", failing)
     saved = save_model(tiny_llama(), tmp_path / "out", overwrite=True, files={"new": ""})
     assert (saved.folder / "new").exists()
-    assert not (saved.folder / "old").exists()
+    assert not (saved.folder / "NOTICE").exists()
 
 
 def test_what_could_not_be_replaced_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
