@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optprune.cli.options import JsonFile, Model
-from optprune.cli.outputs import check_file, check_json, start, write_file, write_json
+from optprune.cli.outputs import check_file, check_json, echo, start, write_file, write_json
 
 if TYPE_CHECKING:
     from optprune.report import Audit, Fault
@@ -70,23 +70,21 @@ def _tell(found: "Audit") -> None:
         outputs, inputs = found.sizes.get(layer.name, (layer.outputs, layer.inputs))
         narrowed = f" of [{outputs}, {inputs}]," if (outputs, inputs) != (layer.outputs, layer.inputs) else ""
         line = f"{layer.name} [{layer.outputs}, {layer.inputs}]{narrowed} {layer.sparsity:.2%} zeros {held_here}"
-        typer.echo(line.rstrip())
+        echo(line.rstrip())
     zeros = found.zeros / found.weights if found.weights else 0.0
-    typer.echo(
+    echo(
         f"{zeros:.2%} of {found.weights} linear weights are zero; in every layer: "
         f"{', '.join(found.patterns) or 'no N:M'}"
     )
     widths = sorted({shape.mlp_width for shape in found.blocks})
-    typer.echo(
-        f"{len(found.blocks)} blocks, MLP widths {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
-    )
+    echo(f"{len(found.blocks)} blocks, MLP widths {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}")
     if found.original is None:
-        typer.echo(
+        echo(
             "no report.json tells what these weights were before, so only zeros are counted, not what was cut off: "
             "give the original by --against"
         )
     else:
-        typer.echo(
+        echo(
             f"{found.removed:.2%} of the {found.original_weights} linear weights of {found.original.model} are "
             "removed: cut off, or zero"
         )
@@ -112,6 +110,6 @@ def _once(faults: "Sequence[Fault]") -> list[str]:
 
 def _tell_some(what: str, sentences: "list[str] | tuple[str, ...]") -> None:
     for sentence in sentences[:MOST_TOLD]:
-        typer.echo(f"{what}: {sentence}")
+        echo(f"{what}: {sentence}")
     if len(sentences) > MOST_TOLD:
-        typer.echo(f"{what}: and {len(sentences) - MOST_TOLD} more, which --json tells")
+        echo(f"{what}: and {len(sentences) - MOST_TOLD} more, which --json tells")

@@ -105,7 +105,7 @@ class Beside:
             more["dense_bits_per_byte"] = bits_per_byte(dense, self.windows, tokenizer)
         first = (
             f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-            f"({evaluation.windows} windows of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
+            f"({_windows_of(*self.windows.shape)}) in {evaluation.seconds:.0f} s"
         )
         about = {"text": self.text, "seq_length": self.windows.shape[1]}
         return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *said]
@@ -225,6 +225,10 @@ def _loaded(
 
     reporter.say(f"loading {source}")
     return load_model(source, dtype=dtype, device=device, architecture=architecture)
+
+
+def _windows_of(count: int, length: int) -> str:
+    return f"{count} window{'s' * (count > 1)} of {length}"
 
 
 def _in_words(found: "Divergence") -> list[str]:

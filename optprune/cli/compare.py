@@ -22,7 +22,7 @@ from optprune.cli.options import (
     Strict,
     Units,
 )
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.request import overrides
 from optprune.errors import InputError
 from optprune.system.wording import shown
@@ -110,11 +110,11 @@ def compare_command(
             on_event=on_event,
         )
     write_json(json_file, found.to_json(), f"the comparison is in {output}")
-    typer.echo(str(found))
+    echo(str(found))
     picture = (output / PICTURE).is_file()
-    typer.echo(f"{output}: {TABLE}, {JSON}{f', {PICTURE}' if picture else ''}")
+    echo(f"{output}: {TABLE}, {JSON}{f', {PICTURE}' if picture else ''}")
     if not picture:
-        typer.echo(NO_PICTURE)
+        echo(NO_PICTURE)
     if found.failures:
         raise typer.Exit(FAILED)
 

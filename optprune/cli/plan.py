@@ -33,7 +33,7 @@ from optprune.cli.options import (
     WidthMultiple,
     Workers,
 )
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.request import Request, Settled
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
@@ -134,7 +134,7 @@ def plan_command(
         planned = timed(work, model, _measuring(settled, work, calibration, output))
     write_json(json_file, json_text(planned.to_dict()), "nothing else is written")
     for line in lines(planned):
-        typer.echo(line)
+        echo(line)
 
 
 def _measuring(settled: Settled, work: "Workload", calibration: str | None, output: Path | None) -> "Measuring":

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from optprune.errors import InputError
+from optprune.report.reading import check_whole_numbers
 from optprune.system.files import read_json
 from optprune.system.wording import one_line
 
@@ -142,7 +143,9 @@ def _data(file: Path) -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the file {file} cannot be read: {one_line(error)}") from error
-    return read_json(text, str(file))
+    data = read_json(text, str(file))
+    check_whole_numbers(data, str(file))
+    return data
 
 
 def _as(kind: type[Kind], data: Any, where: str, command: str) -> Kind:

@@ -13,6 +13,7 @@ from optprune.report.estimate import TimeLeft
 from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
 from optprune.report.position import Position, Positions
 from optprune.system.interrupts import check_interrupted
+from optprune.system.telling import printable
 from optprune.system.wording import one_line
 
 LINES_APART = 10.0
@@ -43,10 +44,16 @@ class Reporter:
         self._draws = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """One line, without what a terminal would obey."""
+        text = printable(text)
         self._print(text)
         if self._log is not None:
             self._log(text)
+
+    def _write(self, text: str) -> None:
+        """A line of the log alone."""
+        if self._log is not None:
+            self._log(printable(text))
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text), highlight=False, soft_wrap=True)
@@ -89,8 +96,7 @@ class Reporter:
         try:
             yield
         except BaseException as error:
-            if self._log is not None:
-                self._log(f"stopped: {one_line(str(error)) or type(error).__name__}")
+            self._write(f"stopped: {one_line(str(error)) or type(error).__name__}")
             raise
 
     @contextmanager
@@ -101,7 +107,7 @@ class Reporter:
             if self._draws:
                 shows.append(stack.enter_context(_bars(self.console, estimate, left, self._clock)))
                 if self._log is not None:
-                    shows.append(_Lines(self._log, estimate, left, self._clock, begins).show)
+                    shows.append(_Lines(self._write, estimate, left, self._clock, begins).show)
             else:
                 shows.append(_Lines(self.say, estimate, left, self._clock, begins).show)
 
@@ -141,7 +147,7 @@ class _Lines:
 def _bars(console: Console, estimate: TimeLeft, left: str, clock: Callable[[], float]) -> Iterator[Show]:
     """A bar for the step at work, and one for the whole run with the time left."""
     began = clock()
-    words = TextColumn("{task.description}"), TextColumn("{task.fields[counts]}")
+    words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[counts]}", markup=False)
     with Progress(*words, BarColumn(), TimeElapsedColumn(), _Left(estimate, left), console=console) as progress:
         step = progress.add_task("", total=None, counts="", whole=False)
         whole = progress.add_task(WHOLE, total=None, counts="", whole=True)
@@ -151,7 +157,7 @@ def _bars(console: Console, estimate: TimeLeft, left: str, clock: Callable[[], f
             nonlocal described
             fresh, described = position.step != described, position.step
             if fresh:
-                progress.reset(step, description=position.step)
+                progress.reset(step, description=printable(position.step))
             counts = "" if position.total <= 1 else f"{position.unit} {position.done} of {position.total}"
             progress.update(step, completed=position.share, total=1.0, counts=counts)
             passed = clock() - began
