@@ -74,8 +74,8 @@ class Headline:
         before = self._parameters_before
         yield ("parameters in all", *_counted(before, held.parameters))
         if held.itemsize is not None:
-            sizes = [None if count is None else count * held.itemsize for count in (before, held.parameters)]
-            yield (f"size of the weights in {held.dtype}", *(_mib(size) for size in sizes), _change(*sizes))
+            was, now = None if before is None else before * held.itemsize, held.parameters * held.itemsize
+            yield (f"size of the weights in {held.dtype}", _mib(was), mib(now), _change(was, now))
         # Files may be of other dtypes, quantised ones too, so that their sizes are not compared.
         if (stored := self._bytes_before) is not None:
             yield ("files as they are stored", mib(stored), mib(held.bytes), "")
