@@ -20,6 +20,9 @@ jaxtyping.install_import_hook(
     "beartype.beartype",
 )
 
+# Before anything imports onnxruntime, which would write into the home directory.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

@@ -8,7 +8,7 @@ from typing import Any
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, BlockShape, Decoder
 from optprune.system.files import read_json
-from optprune.system.wording import one_line, shown
+from optprune.system.wording import counted, one_line, shown
 
 NO_ALLOCATION = (
     "this is not an allocation, which has a sparsity and a list of blocks with mlp_width, kv_heads, value_dim and "
@@ -43,7 +43,9 @@ class Allocation:
         """Raise InputError unless every block of the model can keep what is asked."""
         shapes = decoder.shapes()
         if len(self.blocks) != len(shapes):
-            raise InputError(f"the allocation is for {len(self.blocks)} blocks, but the model has {len(shapes)}")
+            raise InputError(
+                f"the allocation is for {counted(len(self.blocks), 'block')}, but the model has {len(shapes)}"
+            )
         if not any(block.shape.kv_heads for block in self.blocks):
             raise InputError("the allocation keeps no attention at all, so no token would see another: keep one")
         for index, (block, shape) in enumerate(zip(self.blocks, shapes, strict=True)):

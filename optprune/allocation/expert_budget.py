@@ -23,6 +23,7 @@ from optprune.problems import ExpertChoice
 from optprune.report import PhaseAdvanced
 from optprune.report.phases import BUDGET
 from optprune.solvers.experts import without
+from optprune.system.wording import counted
 
 UNLIKE_MIXTURES = (
     "the experts were divided by shares of what each mixture answers, which are not in one unit from block to block: "
@@ -75,7 +76,8 @@ class ExpertBudget(MeasuredBudget):
         if self.sparsity > gone[least]:
             raise InputError(
                 f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and least_kept "
-                f"{self.least:g}: with {least} experts in every block {gone[least]:.1%} of the linear weights are gone"
+                f"{self.least:g}: with {counted(least, 'expert')} in every block {gone[least]:.1%} of the linear "
+                "weights are gone"
             )
 
     def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:

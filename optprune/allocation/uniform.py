@@ -8,6 +8,7 @@ from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, BlockShape, Decoder, Experts, LinkedUnits, Mlp, Units, Weights
+from optprune.system.wording import counted
 
 
 @final
@@ -97,8 +98,9 @@ def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocat
     most = max(gone)
     if sparsity > gone[least] + 0.5 * (gone[least] - gone.get(least + 1, 0.0)):
         raise InputError(
-            f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: with {least} experts a block, as "
-            f"many as the router chooses for a token, {gone[least]:.1%} of the decoder's linear weights are gone"
+            f"a sparsity of {sparsity:g} is out of reach with units {units.name!r}: with {counted(least, 'expert')} a "
+            f"block, as many as the router chooses for a token, {gone[least]:.1%} of the decoder's linear weights are "
+            "gone"
         )
     count = min(gone, key=lambda kept: abs(gone[kept] - sparsity))
     if count == most:

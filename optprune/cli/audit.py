@@ -8,6 +8,7 @@ import typer
 
 from optprune.cli.options import JsonFile, Model
 from optprune.cli.outputs import check_file, check_json, echo, start, write_file, write_json
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from optprune.report import Audit, Fault
@@ -77,7 +78,10 @@ def _tell(found: "Audit") -> None:
         f"{', '.join(found.patterns) or 'no N:M'}"
     )
     widths = sorted({shape.mlp_width for shape in found.blocks})
-    echo(f"{len(found.blocks)} blocks, MLP widths {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}")
+    echo(
+        f"{counted(len(found.blocks), 'block')}, MLP widths "
+        f"{' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
+    )
     if found.original is None:
         echo(
             "no report.json tells what these weights were before, so only zeros are counted, not what was cut off: "
@@ -90,7 +94,10 @@ def _tell(found: "Audit") -> None:
         )
     _tell_some(
         "note",
-        [f"{units.count} units ({units.units}) of block {units.block} could go for free" for units in found.dead],
+        [
+            f"{counted(units.count, 'unit')} ({units.units}) of block {units.block} could go for free"
+            for units in found.dead
+        ],
     )
     _tell_some("note", found.notes)
     _tell_some("fault", _once(found.faults))
@@ -103,7 +110,7 @@ def _once(faults: "Sequence[Fault]") -> list[str]:
         alone = -1 if fault.kind in ("expected", "report") else number
         groups.setdefault((fault.kind, fault.where, alone), []).append(fault.sentence)
     return [
-        first if not more else f"{first}, and {len(more)} more such fault{'s' * (len(more) > 1)}, which --json tells"
+        first if not more else f"{first}, and {counted(len(more), 'more such fault')}, which --json tells"
         for first, *more in groups.values()
     ]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optprune.cli.tokens import check_alike, tokens_for
 from optprune.errors import InputError
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,7 +106,7 @@ class Beside:
             more["dense_bits_per_byte"] = bits_per_byte(dense, self.windows, tokenizer)
         first = (
             f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
-            f"({_windows_of(*self.windows.shape)}) in {evaluation.seconds:.0f} s"
+            f"({counted(evaluation.windows, 'window')} of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
         )
         about = {"text": self.text, "seq_length": self.windows.shape[1]}
         return {**about, **evaluation.to_dict(), "bits_per_byte": bits, **more}, [first, *said]
@@ -139,7 +140,7 @@ class Beside:
                     found = answer_questions(one.model, tokenizer, questions, on_question=update)
                 result[key] = asdict(found)
                 lines.append(
-                    f"{one.source}: {found.accuracy:.1%} of {found.questions} questions right, "
+                    f"{one.source}: {found.accuracy:.1%} of {counted(found.questions, 'question')} right, "
                     f"{found.accuracy_by_byte:.1%} by the likelihood of a byte"
                 )
         return result, lines
@@ -225,10 +226,6 @@ def _loaded(
 
     reporter.say(f"loading {source}")
     return load_model(source, dtype=dtype, device=device, architecture=architecture)
-
-
-def _windows_of(count: int, length: int) -> str:
-    return f"{count} window{'s' * (count > 1)} of {length}"
 
 
 def _in_words(found: "Divergence") -> list[str]:

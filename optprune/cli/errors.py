@@ -11,6 +11,7 @@ import typer
 
 from optprune.errors import OptpruneError, is_out_of_memory, no_room
 from optprune.system.interrupts import forget_done, what_is_done
+from optprune.system.telling import printable
 from optprune.system.wording import one_line
 
 INTERRUPTED = 130
@@ -48,7 +49,8 @@ def tell(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         typer.echo(f"interrupted; {what_is_done()}", err=True)
         return INTERRUPTED
-    typer.echo(f"error: {_sentence(error)}", err=True)
+    # Names of files, tensors and columns are in it, whoever gave them.
+    typer.echo(f"error: {printable(_sentence(error))}", err=True)
     return FAILED
 
 

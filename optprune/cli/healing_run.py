@@ -62,7 +62,7 @@ class HealingRun:
     ) -> "HealedOutput | None":
         """Tokenise, load, train, save and check; None in all processes but the first."""
         from optprune.calibration.peers import joined
-        from optprune.export import check_output
+        from optprune.export import check_output, check_own_files
         from optprune.healing import HealingFolder
         from optprune.models import device_of, load_config, load_shapes
         from optprune.models.draft import draft_in
@@ -74,6 +74,7 @@ class HealingRun:
         # What costs nothing is checked first.
         check_resume(resume=self.resume, restart=self.restart)
         check_output(self.output, self.overwrite or self._goes_on_from_output)
+        check_own_files(self.model)
         known = {"the settings": asdict(self.settings)}
         HealingFolder.check(run_folder_of(self.output), resume=self.resume, restart=self.restart, facts=known)
         if self._goes_on_from_output:

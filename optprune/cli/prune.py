@@ -43,6 +43,7 @@ from optprune.cli.run_folder import FINISHED
 from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import calibration_for
 from optprune.cli.whole_run import WholeRun
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from optprune.cli.request import Settled
@@ -195,7 +196,7 @@ def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     )
     if errors:
         when = " before recovery" if report.recovered else ""
-        echo(f"mean relative error {sum(errors) / len(errors):.3g} over {len(errors)} layers{when}")
+        echo(f"mean relative error {sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
         echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
     if recipe.units.family is not None and report.sparsity_reached:

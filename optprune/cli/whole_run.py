@@ -41,13 +41,14 @@ class WholeRun:
 
     def check(self) -> None:
         """Raise InputError where the options do not work, whatever the model and the text."""
-        from optprune.export import check_output
+        from optprune.export import check_output, check_own_files
         from optprune.export.shards import size_of
         from optprune.models import check_dtype, device_of
         from optprune.pruning import check_states
 
         check_resume(resume=self.resume, restart=self.restart)
         check_output(self.output, self.overwrite or self.goes_on_from_output)
+        check_own_files(self.model)
         size_of(self.max_shard_size)
         for name in (self.dtype, self.save_dtype):
             check_dtype(name)

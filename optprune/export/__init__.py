@@ -4,6 +4,7 @@ from optprune.export.folder import save_pruned
 from optprune.export.gguf_file import GgufFile, export_gguf
 from optprune.export.healed import save_healed
 from optprune.export.onnx_folder import OnnxFolder, export_onnx
+from optprune.export.own_files import check_own_files
 from optprune.export.place import check_output
 from optprune.export.save import SavedModel, cast, save_model
 
@@ -13,6 +14,7 @@ __all__ = [
     "SavedModel",
     "cast",
     "check_output",
+    "check_own_files",
     "export_gguf",
     "export_onnx",
     "save_healed",

@@ -1,5 +1,7 @@
 """The model card of a pruned folder: README.md, with what a hub reads and what a reader wants to know first."""
 
+import html
+import re
 from dataclasses import dataclass
 
 from huggingface_hub import ModelCardData
@@ -8,11 +10,14 @@ from transformers import PreTrainedModel
 from optprune.export.origin import Origin
 from optprune.models import BlockShape, Decoder, is_stock
 from optprune.report import Report
-from optprune.system.wording import one_line
+from optprune.system.telling import printable
+from optprune.system.wording import counted, one_line
 
 PUBLIC_TEXT = ("hf:", "demo:")
 """how a calibration text begins that has no path of the user's machine in it"""
 ABSENT = "not known: it is that of the base model"
+MARKUP = re.compile(r"[\\`*\[\]|]")
+"""what Markdown takes for more than text, wherever it stands in a line"""
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,13 @@ class ModelCard:
 
     def _body(self) -> str:
         report, origin = self.report, self.origin
-        recipe = one_line(str(report.recipe.get("name", "custom")))
+        recipe = plain(str(report.recipe.get("name", "custom")))
         version = report.versions.get("optprune", "")
         return "\n".join(
             [
-                f"# {one_line(origin.name.rpartition('/')[2])}, pruned by {recipe}",
+                f"# {plain(origin.name.rpartition('/')[2])}, pruned by {recipe}",
                 "",
-                f"{one_line(origin.name)} pruned by optprune {version} with the recipe `{recipe}`: "
+                f"{plain(origin.name)} pruned by optprune {version} with the recipe {recipe}: "
                 f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed.",
                 "",
                 "| | before | after |",
@@ -66,7 +71,7 @@ class ModelCard:
                 "",
                 "## Licence",
                 "",
-                f"The licence of {one_line(origin.name)} holds here too: {self._licence()}.",
+                f"The licence of {plain(origin.name)} holds here too: {self._licence()}.",
                 "",
             ]
         )
@@ -85,18 +90,20 @@ class ModelCard:
 
     def _figures(self) -> list[str]:
         report = self.report
-        text = f" ({one_line(report.calibration)})" if is_public(report.calibration) else ""
+        text = f" ({plain(report.calibration)})" if is_public(report.calibration) else ""
         lines = [f"- calibration: {report.tokens:,} tokens{text}, seed {report.seed}"]
         errors = [layer.relative_error for layer in report.layers]
         apart = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
         if errors:
             when = " before recovery" if report.recovered else ""
-            lines += [f"- mean relative error of the outputs of {len(errors)} layers{when}: {_mean(errors):.3g}"]
+            lines += [
+                f"- mean relative error of the outputs of {counted(len(errors), 'layer')}{when}: {_mean(errors):.3g}"
+            ]
         if apart:
-            lines += [f"- the same on held-out tokens, {len(apart)} layers: {_mean(apart):.3g}"]
+            lines += [f"- the same on held-out tokens, {counted(len(apart), 'layer')}: {_mean(apart):.3g}"]
         units = report.recipe.get("units")
         if isinstance(units, dict) and "weights" in units:
-            lines += [f"- pattern of the zeros: {one_line(units['weights'])}"]
+            lines += [f"- pattern of the zeros: {plain(str(units['weights']))}"]
         return lines
 
     def _use(self) -> list[str]:
@@ -107,16 +114,17 @@ class ModelCard:
             if stock
             else "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder "
             "(about a hundred lines), which it does with `trust_remote_code=True` only; `optprune.load` needs no such "
-            "trust."
+            "trust, nor does the tokenizer, though `AutoTokenizer` of transformers 5 would ask."
         )
+        tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [
             f"{why} transformers 5 and 4.57 give the same logits and tokens.",
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import AutoModelForCausalLM, {tokenizer}",
             "",
             'folder = "."  # the one that this file is in',
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            f"tokenizer = {tokenizer}.from_pretrained(folder)",
             f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
             "```",
             "",
@@ -128,7 +136,7 @@ class ModelCard:
         origin = self.origin
         named = " ".join(filter(None, (origin.licence, origin.licence_name))) or ABSENT
         files = ", ".join(f"`{name}`" for name in origin.licence_files)
-        return f"{one_line(named)} ({files})" if files else one_line(named)
+        return f"{plain(named)} ({files})" if files else plain(named)
 
 
 FIELDS = {"mlp_width": "MLP width", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
@@ -143,6 +151,11 @@ def _range(shapes: list[BlockShape], field: str) -> str:
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def plain(text: str) -> str:
+    """Return a text as Markdown that shows it letter by letter: nothing is HTML or a link, and no sign is invisible."""
+    return MARKUP.sub(r"\\\g<0>", html.escape(printable(one_line(text)), quote=False))
 
 
 def is_public(calibration: str) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optprune.export.card import ModelCard
 from optprune.export.origin import CARD, origin_of
+from optprune.export.own_files import check_own_files
 from optprune.export.save import SavedModel, cast, save_model
 from optprune.export.shards import MAX_SHARD_SIZE
 from optprune.models import DTYPES, LoadedModel, check_dtype
@@ -41,6 +42,7 @@ def save_pruned(
     report.json, and `SavedModel.report`, have what saving and checking took as well.
     """
     check_dtype(dtype)
+    check_own_files(loaded.source)
     phases = PhaseRecorder(loaded.model.device, on_event)
     if dtype != "auto":
         with phases.phase(SAVING):

@@ -16,7 +16,9 @@ from optprune.errors import InputError
 from optprune.export.gguf_families import LLAMA_CPP, UNEVEN, Family, family_of, has_windows
 from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensors
 from optprune.export.gguf_vocabulary import Vocabulary
-from optprune.models import Decoder, load_config, load_shapes, load_tokenizer, need_tokenizer
+from optprune.export.left_drafts import delete_left_drafts, hold_draft
+from optprune.export.own_files import check_own_files
+from optprune.models import Decoder, is_gguf, load_config, load_shapes, load_tokenizer, need_tokenizer
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.rotary import scalings
 from optprune.system.files import real_path, write_whole
@@ -50,7 +52,10 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> G
     """
     if kind not in TYPES:
         raise InputError(f"the type {kind!r} is unknown: give {', '.join(TYPES)}")
+    if is_gguf(folder):
+        raise InputError(f"{folder} is GGUF already, which llama.cpp reads as it is: give a model folder to export")
     folder, place = Path(folder), real_path(Path(file))
+    check_own_files(folder)
     config = load_config(folder)
     decoder = load_shapes(folder, config)
     tokenizer = need_tokenizer(load_tokenizer(folder), str(folder))
@@ -60,11 +65,13 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16") -> G
     plan.describe(writer)
     vocabulary.write(writer, tokenizer, folder)
     targets = list(plan.targets())
+    delete_left_drafts(place)
     write_whole(place, lambda stream: _write(writer, targets, stream), lasting=False)
     return GgufFile(place, plan.family.name, place.stat().st_size, plan.notes())
 
 
 def _write(writer: GGUFWriter, targets: list[Target], stream: Any) -> None:
+    hold_draft(stream)
     for target in targets:
         size = math.prod(gguf.quant_shape_to_byte_shape(target.shape, target.kind))
         as_stored = np.dtype(np.float32)  # not looked at where the kind is given

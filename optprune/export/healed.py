@@ -8,14 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from optprune.errors import InputError
+from optprune.export.card import plain
 from optprune.export.folder import CHECK_TOKENS
 from optprune.export.origin import CARD, origin_of
+from optprune.export.own_files import check_own_files, own_text
 from optprune.export.save import SavedModel, save_model
 from optprune.models import LoadedModel
 from optprune.report import Event, healed_in, held_in, page, read_report
 from optprune.report.reading import PAGE, REPORT
 from optprune.system.files import json_text, write_whole
-from optprune.system.wording import one_line
 
 RECIPE = "recipe.yaml"
 
@@ -38,14 +39,15 @@ def save_healed(
     agree with those in memory. The page of it all, report.html, is in it too.
     """
     source = Path(loaded.source)
-    texts = {name: _text(source / name) for name in (REPORT, RECIPE, CARD)} if source.is_dir() else {}
+    check_own_files(source)
+    texts = {name: own_text(source, name) for name in (REPORT, RECIPE, CARD)}
     try:
         before = json.loads(texts.get(REPORT) or "{}")
     except (ValueError, RecursionError):
         before = {}
     report = {**(before if isinstance(before, dict) else {}), "healing": dict(healing)}
     origin = origin_of(loaded.source)
-    card = texts.get(CARD) or f"# {one_line(origin.name.rpartition('/')[2])}\n"
+    card = texts.get(CARD) or f"# {plain(origin.name.rpartition('/')[2])}\n"
     files = {
         **origin.licence_files,
         REPORT: json_text(report),
@@ -80,17 +82,10 @@ def _section(healing: Mapping[str, Any], teacher: str) -> str:
     partly = f", {written:,} windows of which that one wrote itself;" if written else ""
     return (
         "## Healing\n\n"
-        f"Trained after pruning by optprune to predict what {one_line(teacher)} does, for {healing['steps']} steps on "
+        f"Trained after pruning by optprune to predict what {plain(teacher)} does, for {healing['steps']} steps on "
         f"{healing['tokens']:,} tokens{partly or ';'} all zeros and widths are as pruning left them. On "
         f"{healing['held_out_tokens']:,} held-out tokens:\n\n"
         "| | before healing | after | dense |\n|---|---|---|---|\n"
         f"| divergence from the dense model, nats | {before['divergence']:.4f} | {after['divergence']:.4f} | 0 |\n"
         f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} | {healing['dense_perplexity']:.2f} |\n"
     )
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None

@@ -1,5 +1,6 @@
 """The check of an exported graph: ONNX Runtime's logits on the CPU beside those of transformers."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""the variable that ONNX Runtime reads when it is imported: unless it is 1, it sends events, and writes an id of the
+machine into the home directory"""
 SIZES = ((1, 32, 0), (3, 17, 4))
 """the batch, the length, and the padding before the first text, of what is compared"""
 
@@ -23,9 +27,16 @@ def difference_of(file: Path, model: PreTrainedModel, cache: bool) -> float:
     return float(torch.tensor(found).max())
 
 
+def without_telemetry() -> None:
+    """Have ONNX Runtime write and send nothing: call it before anything imports onnxruntime."""
+    os.environ[TELEMETRY] = "1"
+
+
 def _session(file: Path) -> Any:
+    without_telemetry()
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()  # where somebody else has imported it first
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room
-from optprune.export.onnx_check import difference_of
+from optprune.export.onnx_check import difference_of, without_telemetry
 from optprune.export.origin import origin_of
+from optprune.export.own_files import check_own_files
 from optprune.export.place import Scratch, check_output, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
@@ -62,13 +63,15 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
 
     The folder gets its name once ONNX Runtime on the CPU gives the logits that transformers gives, within 1e-3, in
     batches and lengths other than those of the export. The model is in memory in float32, and twice more while it is
-    checked. InputError where a package or a place is missing, or the model's rotary embeddings go by the length.
+    checked. The telemetry of ONNX Runtime is off in this process from then on. InputError where a package or a place is
+    missing, or the model's rotary embeddings go by the length.
     """
     absent = [name for name in PACKAGES if find_spec(name) is None]
     if absent:
         raise InputError(
             f"to export ONNX takes the package {absent[0]}, which is not installed: run pip install 'optprune[onnx]'"
         )
+    without_telemetry()
     source, output = str(source), Path(output)
     place = real_path(output)
     if place.suffix == ".onnx":
@@ -76,6 +79,7 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
     if real_path(Path(source)).is_relative_to(place):
         raise InputError(f"the output folder {output} holds the model that is read: name another")
     check_output(output, overwrite)
+    check_own_files(source)
     config = load_config(source)
     family = architecture_of(config).model_type
     if family not in RUNTIMES["onnx"].families:

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
+from optprune.export.own_files import own_file, own_text
 from optprune.models.demo_file import DEMO_LICENCE, DEMO_NAME
 from optprune.models.gguf import PlainReader
 from optprune.models.load import DEMO, HUB_NAME
@@ -47,35 +48,33 @@ class Origin:
 
 
 def origin_of(source: str) -> Origin:
-    """What is known of a model source; what cannot be read is not known."""
+    """What is known of a model source; what cannot be read is not known, nor what a link brings from elsewhere."""
     if source == DEMO:
         return Origin(DEMO_NAME, DEMO_LICENCE, languages=("en",))
     path = Path(source)
     if path.suffix == ".gguf":
         return _of_gguf(path)
     if path.is_dir():
-        files = {file.name: file for file in sorted(path.iterdir()) if LICENCE_FILE.fullmatch(file.name)}
+        files = [file for file in sorted(path.iterdir()) if LICENCE_FILE.fullmatch(file.name)]
         return _of_card(path.resolve().name, path / CARD, files)
     if not HUB_NAME.fullmatch(source):
         return Origin(one_line(path.name))
-    found = {name: _hub_file(source, name) for name in (CARD, *HUB_FILES)}
-    there = {name: file for name, file in found.items() if file is not None}
-    card = there.pop(CARD, None)
-    return _of_card(source, card, there)
+    card, *files = (_hub_file(source, name) for name in (CARD, *HUB_FILES))
+    return _of_card(source, card, [file for file in files if file is not None])
 
 
-def _of_card(name: str, card: Path | None, files: Mapping[str, Path]) -> Origin:
+def _of_card(name: str, card: Path | None, files: Sequence[Path]) -> Origin:
     """The origin whose own model card is that file, if there is one."""
     told: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):  # a card that is none tells nothing
-        told = (metadata_load(card) if card is not None and card.is_file() else None) or {}
-    texts = {name: text for name, file in files.items() if (text := _text(file)) is not None}
+        own = None if card is None else own_file(card.parent, card.name)
+        told = (None if own is None else metadata_load(own)) or {}
+    found = {file.name: own_text(file.parent, file.name, LONGEST) for file in files}
+    texts = {name: text for name, text in found.items() if text is not None}
     link = _said(told, "license_link")
     if link is not None and "://" not in link and link not in texts:
         link = None  # a file that is not handed on
-    return Origin(
-        one_line(name), _said(told, "license"), _said(told, "license_name"), link, _languages(told), dict(texts)
-    )
+    return Origin(one_line(name), _said(told, "license"), _said(told, "license_name"), link, _languages(told), texts)
 
 
 def _of_gguf(path: Path) -> Origin:
@@ -88,22 +87,16 @@ def _of_gguf(path: Path) -> Origin:
 
 
 def _said(fields: Mapping[str, Any], name: str) -> str | None:
-    """A short text among metadata; None for anything else."""
+    """A short text among metadata; None for anything else, as for one that a page could take for HTML."""
     value = fields.get(name)
-    return one_line(value) if isinstance(value, str) and 0 < len(value) <= 200 else None
+    said = isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable() and not set("<>") & set(value)
+    return one_line(value) if said else None
 
 
 def _languages(fields: Mapping[str, Any]) -> tuple[str, ...]:
     value = fields.get("language")
     listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return tuple(code for code in listed if isinstance(code, str) and re.fullmatch(r"[A-Za-z-]{2,12}", code))
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8") if file.is_file() and file.stat().st_size <= LONGEST else None
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _hub_file(source: str, name: str) -> Path | None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models import Decoder
+from optprune.system.wording import counted
 
 
 class Masks:
@@ -26,7 +27,10 @@ class Masks:
 
     def __str__(self) -> str:
         zeros, whole = self.zeros, sum(mask.numel() for mask in self.kept.values())
-        return f"{len(self.kept)} matrices with zeros: {zeros} of their {whole} weights ({zeros / max(whole, 1):.2%})"
+        return (
+            f"{counted(len(self.kept), 'matrix', 'matrices')} with zeros: {zeros} of their {whole} weights "
+            f"({zeros / max(whole, 1):.2%})"
+        )
 
     @property
     def zeros(self) -> int:
@@ -61,10 +65,12 @@ class Masks:
             filled |= {name: count} if count else {}
         if filled:
             name, count = next(iter(filled.items()))
-            others = f", and so are some in {len(filled) - 1} other matrices" if len(filled) > 1 else ""
+            others = (
+                f", and so have {counted(len(filled) - 1, 'other matrix', 'other matrices')}" if len(filled) > 1 else ""
+            )
             raise InputError(
-                f"{count} zeros of {name} are filled{others}: train with optprune.keep_zeros, and merge an adapter by "
-                "Masks.merge, or put the zeros back by Masks.apply"
+                f"{name} has {counted(count, 'zero')} filled{others}: train with optprune.keep_zeros, and merge an "
+                "adapter by Masks.merge, or put the zeros back by Masks.apply"
             )
 
     def merge(self, adapted: Any) -> PreTrainedModel:

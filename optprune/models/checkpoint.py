@@ -112,7 +112,10 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
 
 
 def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, by its header; InputError where that is not whole, or not of plain floats."""
+    """What a safetensors file holds, by its header; InputError where that is not whole, or not of plain floats.
+
+    The tensors fill the file: there is nothing between two of them, and nothing behind the last one.
+    """
     what = f"{file.name} of {source}"
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -129,9 +132,19 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"the header of {what} is damaged: {FETCH}") from error
-    for name, tensor in found.items():
+    end = 8 + length
+    for name, tensor in sorted(found.items(), key=lambda item: (item[1].begin, item[1].bytes)):
         if tensor.begin + tensor.bytes > size:
             raise InputError(f"{what} is cut short, {name} is not whole in it: {FETCH}")
+        if tensor.begin != end:
+            raise InputError(
+                f"the header of {what} is damaged, {name} does not begin where the one before ends: {FETCH}"
+            )
+        end += tensor.bytes
+    if end != size:
+        raise InputError(
+            f"{what} has {size - end} bytes behind its last tensor, so it is not as it was written: {FETCH}"
+        )
     return found
 
 

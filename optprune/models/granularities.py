@@ -8,6 +8,7 @@ from optprune.models.architecture import Architecture, BlockAllocation
 from optprune.models.decoder import Decoder
 from optprune.models.units import KvGroups, LinkedUnits, Mlp, Target, Units, Values
 from optprune.patterns import ANYWHERE, PatternFamily
+from optprune.system.wording import counted
 
 
 @final
@@ -82,7 +83,8 @@ class Experts(Units):
         least, kept = self.least(decoder), wanted.shape.experts
         if 0 < kept < least:
             raise InputError(
-                f"the allocation keeps {kept} experts in block {block}, where the router chooses {least} for each token"
+                f"the allocation keeps {counted(kept, 'expert')} in block {block}, where the router chooses {least} "
+                "for each token"
             )
 
 

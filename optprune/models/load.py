@@ -25,6 +25,7 @@ from optprune.models.decoder import Decoder
 from optprune.models.demo_file import demo_model_file
 from optprune.models.draft import Draft
 from optprune.models.gguf import GgufTensor, converted, gguf_config, gguf_tokenizer, tensors_in
+from optprune.models.growth import check_file, check_growth
 from optprune.models.loaded import LoadedModel
 from optprune.models.reading import cause, reading
 from optprune.models.registry import architecture_called, architecture_of
@@ -141,7 +142,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer | None:
         return None
     with reading("tokenizer", source, where, options):
         try:
-            return gguf_tokenizer(where, **options) if options else AutoTokenizer.from_pretrained(where, **NO_CODE)
+            if options:
+                return gguf_tokenizer(where, **options)
+            check_file(where, source)
+            tokenizer = AutoTokenizer.from_pretrained(where, **NO_CODE)
+            check_growth(tokenizer, source)
+            return tokenizer
         except ValueError as error:
             if "trust_remote_code" in str(error):
                 raise InputError(

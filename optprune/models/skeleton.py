@@ -15,6 +15,7 @@ from optprune.errors import InputError
 from optprune.models.checkpoint import Checkpoint, StoredTensor
 from optprune.models.mixture import DOWN, FUSED, GATE, LAST, UP, separate
 from optprune.models.registry import architecture_of
+from optprune.system.wording import counted
 
 OLD_BUFFER = r"rotary_emb\.inv_freq"
 """what older checkpoints hold in every block, and transformers passes over"""
@@ -127,11 +128,11 @@ def check_whole(source: str, model_type: str, absent: Collection[str], unknown: 
     """Raise InputError where tensors of a checkpoint are missing or misshapen, or have no place in the model."""
     if unknown:
         raise InputError(
-            f"the weights of {source} hold {len(unknown)} tensors that a {model_type} model has no place for, "
-            f"the first is {min(unknown)}; merge adapters into the weights before pruning"
+            f"the weights of {source} hold {counted(len(unknown), 'tensor')} that a {model_type} model has no place "
+            f"for, the first is {min(unknown)}; merge adapters into the weights before pruning"
         )
     if absent:
         raise InputError(
-            f"the weights of {source} are incomplete: {len(absent)} tensors are missing or misshapen, "
-            f"the first is {next(iter(absent))}; copy the folder again"
+            f"the weights of {source} are incomplete: {counted(len(absent), 'tensor is', 'tensors are')} missing or "
+            f"misshapen, the first is {next(iter(absent))}; copy the folder again"
         )

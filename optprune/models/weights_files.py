@@ -34,17 +34,17 @@ def check_weights_files(source: str, where: str) -> None:
 
     Shards may be links, as in the hub's cache; what leads out of the folder is a name with a path.
     """
-    if _file(where, SAFE_WEIGHTS_NAME) is None:  # the index is not read then
+    if own_or_cached(where, SAFE_WEIGHTS_NAME) is None:  # the index is not read then
         _shards(source, where)  # from_pretrained says what is missing
 
 
 def weights_files(source: str, where: str) -> list[Path]:
     """The safetensors files that hold the weights of a folder or hub name; InputError where one of them is missing."""
-    whole = _file(where, SAFE_WEIGHTS_NAME)
+    whole = own_or_cached(where, SAFE_WEIGHTS_NAME)
     if whole is not None:
         return [Path(whole)]
     names = _shards(source, where)
-    files = {name: _file(where, name) for name in names}
+    files = {name: own_or_cached(where, name) for name in names}
     missing = [name for name, file in files.items() if file is None] if names else [SAFE_WEIGHTS_NAME]
     if missing:
         raise InputError(f"the weights of {source} are incomplete: there is no {missing[0]}; copy the folder again")
@@ -53,7 +53,7 @@ def weights_files(source: str, where: str) -> list[Path]:
 
 def _shards(source: str, where: str) -> list[str]:
     """The names of the shards that an index names, which are safetensors of the folder's own; none without one."""
-    index = _file(where, SAFE_WEIGHTS_INDEX_NAME)
+    index = own_or_cached(where, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
     what = f"{SAFE_WEIGHTS_INDEX_NAME} of {source}"
@@ -74,7 +74,8 @@ def _shards(source: str, where: str) -> list[str]:
     return sorted(set(shards.values()))
 
 
-def _file(where: str, name: str) -> str | None:
+def own_or_cached(where: str, name: str) -> str | None:
+    """Return the path of a file of a model folder or hub name; None where there is none, or the hub is out of reach."""
     return cached_file(
         where, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )

@@ -83,9 +83,10 @@ class OverDevices(Hands):
                     except OptpruneError as error:
                         answers[number] = error
 
-        with ThreadPoolExecutor(len(self.devices)) as pool:
+        devices = self.devices[: len(tasks)]  # more threads than layers would have nothing to do
+        with ThreadPoolExecutor(len(devices)) as pool:
             try:
-                for done in [pool.submit(work, device) for device in self.devices]:
+                for done in [pool.submit(work, device) for device in devices]:
                     done.result()
             except BaseException:
                 waiting.clear()  # so that the other threads come to an end

@@ -35,6 +35,7 @@ from optprune.system.wording import counted
 DIVISION = "division.json"
 BLOCKS = "the blocks"
 """the fact that says how many blocks the model has"""
+RECIPE = "the recipe"
 PIECE = 1 << 24
 """how many bytes of a file are in memory while it is hashed"""
 
@@ -62,6 +63,12 @@ class Journal(RunFolder):
     def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics:
         """Return statistics that keep the costs of removal in this folder."""
         return JournalledStatistics(statistics, self.costs)
+
+    @property
+    def worth_keeping(self) -> bool:
+        # A division that nothing was measured for is made again in no time.
+        quick = {DIVISION} if self.facts.get(RECIPE, {}).get("allocation", {}).get("kind") == "uniform" else set()
+        return bool(set(self.files) - quick) or self.has_scratch
 
     @property
     def complete(self) -> bool:

@@ -20,6 +20,7 @@ from optprune.recipe import Recipe
 from optprune.report import LayerReport
 from optprune.solvers import Solution, Status, best_basis, best_permutation, solve
 from optprune.solvers.ridge import HeldOut, refit
+from optprune.system.wording import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,8 +156,8 @@ def _check_alike(task: LayerTask, kept: int) -> None:
     if kind is None or kept == kind.total(shape) or len(kind.consumers(task.decoder.architecture)) == 1:
         return
     raise InputError(
-        f"{task.name}: the objective leaves {kept} units, and every expert keeps as many as the budget says, "
-        f"{kind.total(shape)}: state problems that keep so many"
+        f"{task.name}: the objective leaves {counted(kept, 'unit')}, and every expert keeps as many as the budget "
+        f"says, {kind.total(shape)}: state problems that keep so many"
     )
 
 
@@ -276,7 +277,7 @@ def _notes(loss: LayerLoss, solution: Solution, dead: int) -> tuple[str, ...]:
     if solution.status is not Status.CONVERGED:
         notes.append(solution.status.value)
     if dead:
-        notes.append(f"{dead} inputs were zero on every calibration token")
+        notes.append(f"{counted(dead, 'input was', 'inputs were')} zero on every calibration token")
     if loss.moments.tokens < loss.moments.width:
         notes.append(f"fewer calibration tokens ({loss.moments.tokens}) than inputs ({loss.moments.width})")
     return tuple(notes)
@@ -288,4 +289,4 @@ def summary(layers: Sequence[LayerReport]) -> tuple[str, ...]:
     for layer in layers:
         for note in layer.notes:
             alike.setdefault("".join("N" if character.isdigit() else character for character in note), []).append(note)
-    return tuple(f"{len(notes)} layers: {notes[0]}" for notes in alike.values())
+    return tuple(f"{counted(len(notes), 'layer')}: {notes[0]}" for notes in alike.values())

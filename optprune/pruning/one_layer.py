@@ -21,7 +21,7 @@ from optprune.pruning.run import Run
 from optprune.pruning.targets import parts_removed
 from optprune.recipe import Recipe, make_recipe
 from optprune.report import PhaseRecorder
-from optprune.system.wording import shown
+from optprune.system.wording import counted, shown
 
 
 @full_precision()
@@ -157,7 +157,9 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 def _check_same(now: Decoder, before: Decoder, block: int, path: str) -> None:
     """Raise InputError where one model is not what became of the other, or a layer's inputs are no longer there."""
     if now.architecture.model_types != before.architecture.model_types or len(now.blocks) != len(before.blocks):
-        kinds = [f"{decoder.architecture.model_type} of {len(decoder.blocks)} blocks" for decoder in (now, before)]
+        kinds = [
+            f"{decoder.architecture.model_type} of {counted(len(decoder.blocks), 'block')}" for decoder in (now, before)
+        ]
         raise InputError(f"the model is a {kinds[0]} and `dense` a {kinds[1]}: give the one that it was made from")
     name, wanted = before.name(block, path), before.layer(block, path).in_features
     if path not in now.paths(block):

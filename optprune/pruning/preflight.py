@@ -21,6 +21,7 @@ from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.recipe.runtimes import RUNTIMES
 from optprune.solvers.run import check_accepted
+from optprune.system.wording import counted
 
 
 def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> tuple[str, ...]:
@@ -114,7 +115,10 @@ def _idle_order(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]])
         if count % size
         else f"a draft does not say how those of a {decoder.architecture.model_type} model lie"
     )
-    return (f"permuted leaves the value dimensions of {len(left)} blocks in their order, as those of {name}: {why}",)
+    return (
+        f"permuted leaves the value dimensions of {counted(len(left), 'block')} in their order, as those of {name}: "
+        f"{why}",
+    )
 
 
 def small_problem(recipe: Recipe, full: bool) -> Problem:

@@ -3,12 +3,13 @@
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
+from optprune.pruning.ray_local import check_closed, for_this_machine
 from optprune.pruning.workers import Crew, SideBySide, check_count
 from optprune.recipe import Recipe
 from optprune.system.facts import KERNELS
@@ -20,7 +21,7 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class RayWorkers(SideBySide):
-    """Tasks on the Ray cluster at an address; "local" starts one here and ends it with the run.
+    """Tasks on the Ray cluster at an address; "local" starts one here, closed to others, and ends it with the run.
 
     A task takes as many CPUs as this process has threads, and one GPU where the model is on one. optprune is installed
     on every machine of the cluster, in the same versions.
@@ -42,18 +43,21 @@ class RayWorkers(SideBySide):
     def crew(self, kit: Kit) -> Iterator[Crew]:
         ray = _ray()
         mine = not ray.is_initialized()
-        if mine:
-            self._connect(ray, kit)
-        try:
-            there = self._room(ray, kit)
-            cluster = _Cluster(ray, kit, there if self.count is None else min(self.count, there))
-            try:
-                yield cluster
-            finally:
-                cluster.stop()
-        finally:
+        with for_this_machine() if mine and self.address == LOCAL else nullcontext():
             if mine:
-                ray.shutdown()
+                self._connect(ray, kit)
+            try:
+                if mine and self.address == LOCAL:
+                    check_closed(ray)
+                there = self._room(ray, kit)
+                cluster = _Cluster(ray, kit, there if self.count is None else min(self.count, there))
+                try:
+                    yield cluster
+                finally:
+                    cluster.stop()
+            finally:
+                if mine:
+                    ray.shutdown()
 
     def _connect(self, ray: Any, kit: Kit) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -31,6 +31,7 @@ from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
+from optprune.system.wording import counted
 
 Listener = Callable[[Event], None]
 MOST_NAMED = 8
@@ -130,7 +131,7 @@ class Run:
         run.metrics, run.held_out, run.journal = metrics, held_out, diary
         known = statistics.known(decoder, fitted, held_out, lanes)
         run.recalled = Recalled(decoder, recipe, known, run.from_dense)
-        run.facts = decided
+        run.facts = {} if journal is None else decided
         run.finished = set() if diary is None else set(diary.finished())
         if lanes.peers.size > 1:
             run.hands = OverProcesses(lanes.peers)
@@ -290,7 +291,10 @@ def _metrics(
     every = [decoder.name(index, path) for index in blocks for path in decoder.paths(index)]
     missed = [name for name in every if name not in reached]
     if missed:
-        notes.append(f"no token of the output metric reached {len(missed)} layers, as {missed[0]}: outputs count alike")
+        notes.append(
+            f"no token of the output metric reached {counted(len(missed), 'layer')}, as {missed[0]}: outputs count "
+            "alike"
+        )
     return metrics.damped(asked.damping), tuple(notes)
 
 

@@ -22,9 +22,12 @@ from optprune.pruning.hands import OverDevices
 from optprune.pruning.run import Run
 from optprune.recipe import Recipe
 from optprune.system.launched import started_by_torchrun
+from optprune.system.wording import shown
 
 AHEAD = 2
 """errands that are under way for each worker: the one that it does, and the next"""
+MOST = 1000
+"""the most workers: no model has so many blocks, nor a block so many layers"""
 Handle = TypeVar("Handle")
 
 
@@ -162,6 +165,8 @@ def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None)
 
 
 def check_count(count: int) -> None:
-    """Raise InputError where there is no worker at all."""
+    """Raise InputError where there is no worker at all, or more than any run has use for."""
     if count < 1:
         raise InputError(f"there must be a worker at least, not {count}")
+    if count > MOST:
+        raise InputError(f"there can be {MOST} workers at most, not {shown(count)}: give as many as there are cores")

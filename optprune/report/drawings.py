@@ -10,6 +10,7 @@ from optprune.report.evaluated import Evaluated
 from optprune.report.inline_svg import COLOURS, SETTINGS, inline_svg
 from optprune.report.records import LayerReport, Report
 from optprune.system.telling import printable
+from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -166,7 +167,8 @@ def _by_layer(
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0, handletextpad=0.2)
     panels[-1].set_xlabel("block")
     certified = sum(layer.gap is not None for layer in report.layers)
-    words = f"{len(report.layers)} layers, {certified} with a proved bound (filled marks). The table has the numbers."
+    layers = counted(len(report.layers), "layer")
+    words = f"{layers}, {certified} with a proved bound (filled marks). The table has the numbers."
     return inline_svg(figure, name, title, words)
 
 

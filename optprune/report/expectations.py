@@ -9,7 +9,7 @@ from typing import final
 
 from optprune.errors import InputError
 from optprune.report.layer_pattern import BrokenGroups, LayerPattern
-from optprune.system.wording import shown
+from optprune.system.wording import counted, shown
 
 FORMS = "N:M such as 2:4, rows, sparsity=0.5, sparsity=0.19..0.21, multiple=64, or dead=0"
 NUMBER = r"(?:[01]|[01]?\.\d+)"
@@ -121,7 +121,7 @@ class DeadAtMost(Expectation):
     most: int
 
     def unmet(self, found: Measured) -> list[str]:
-        return [f"{found.dead} units could go for free, not {self.most}"] if found.dead > self.most else []
+        return [f"{counted(found.dead, 'unit')} could go for free, not {self.most}"] if found.dead > self.most else []
 
 
 def told_of(layer: LayerPattern, broken: BrokenGroups) -> str:

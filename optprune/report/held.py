@@ -65,8 +65,10 @@ def held_in(folder: Path, report: Report) -> Held | None:
 def loading_code(held: Held) -> str:
     """The Python that loads the folder that it is written in."""
     trust = "" if held.stock else ", trust_remote_code=True"
-    names = "AutoModelForCausalLM, AutoTokenizer" if held.tokenizer else "AutoModelForCausalLM"
+    # AutoTokenizer asks whether to run the code beside the config, which no tokenizer needs.
+    tokenizer = "AutoTokenizer" if held.stock else "PreTrainedTokenizerFast"
+    names = f"AutoModelForCausalLM, {tokenizer}" if held.tokenizer else "AutoModelForCausalLM"
     lines = [f"from transformers import {names}", "", 'folder = "."  # the one that this file is in']
     if held.tokenizer:
-        lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+        lines += [f"tokenizer = {tokenizer}.from_pretrained(folder)"]
     return "\n".join([*lines, f"model = AutoModelForCausalLM.from_pretrained(folder{trust})"])

@@ -33,7 +33,7 @@ from optprune.report.page_tables import (
     time_of,
 )
 from optprune.report.records import Report
-from optprune.system.wording import one_line
+from optprune.system.wording import counted, one_line
 
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """characters that HTML does not allow"""
@@ -188,7 +188,7 @@ def _kept(report: Report) -> str:
             ((was, now),) = pairs
             said.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
         else:
-            tail = f", none in {gone} blocks" if gone else ""
+            tail = f", none in {counted(gone, 'block')}" if gone else ""
             said.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
     pattern = pattern_of(report)
     if pattern is not None:
@@ -211,8 +211,8 @@ def _errors(report: Report) -> str:
     when = " before recovery" if report.recovered else ""
     held = f" On held-out tokens the mean is {number(statistics.fmean(apart))}." if apart else ""
     return (
-        f"The mean relative error of {len(errors)} layers{when} is {number(statistics.fmean(errors))}, the largest "
-        f"{number(worst.relative_error)} ({worst.name}).{held}"
+        f"The mean relative error of {counted(len(errors), 'layer')}{when} is {number(statistics.fmean(errors))}, the "
+        f"largest {number(worst.relative_error)} ({worst.name}).{held}"
     )
 
 
@@ -221,7 +221,7 @@ def _gaps(report: Report) -> str:
     if not gaps:
         return "No layer has a proved bound: its solver gives an answer and does not tell how far it is from the best."
     return (
-        f"{len(gaps)} of {len(report.layers)} layers have a proved bound: their answers are at most "
+        f"{len(gaps)} of {counted(len(report.layers), 'layer')} have a proved bound: their answers are at most "
         f"{percent(max(gaps))} from the best, half of them at most {percent(statistics.median(gaps))}."
     )
 
@@ -232,7 +232,11 @@ def _damping(report: Report) -> str:
     if not ridges:
         return ""
     range_of = " to ".join(dict.fromkeys((number(min(ridges)), number(max(ridges)))))
-    zero = f" {dead:,} inputs of layers were zero on every calibration token." if dead else ""
+    zero = (
+        f" {counted(dead, 'input of layers was', 'inputs of layers were')} zero on every calibration token."
+        if dead
+        else ""
+    )
     return f"Damping added to the diagonals of the Gram matrices: {range_of}, by layer.{zero}"
 
 
@@ -243,7 +247,8 @@ def _statuses(report: Report) -> list[str]:
         if layer.status.lower() != "converged":
             found[layer.status] = found.get(layer.status, 0) + 1
     return [
-        f"{status.replace('_', ' ').lower()}: {count} of {len(report.layers)} layers" for status, count in found.items()
+        f"{status.replace('_', ' ').lower()}: {count} of {counted(len(report.layers), 'layer')}"
+        for status, count in found.items()
     ]
 
 

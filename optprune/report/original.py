@@ -11,7 +11,7 @@ import torch
 from optprune.models import BlockShape, Decoder
 from optprune.report.layer_pattern import LayerPattern
 from optprune.report.stored import Fault, Stored
-from optprune.system.wording import shown
+from optprune.system.wording import counted, shown
 
 KEPT_FIELDS = (
     "hidden_size",
@@ -115,7 +115,10 @@ def config_faults(before: Stored, stored: Stored) -> list[Fault]:
             faults.append(f"{name} is {shown(now)} in config.json, and {shown(was)} in {before.source}")
     original = original_in(before, stored)
     if original is None:
-        faults.append(f"the {len(stored.decoder.blocks)} blocks are not known by their norms among {before.source}'s")
+        faults.append(
+            f"its {counted(len(stored.decoder.blocks), 'block is', 'blocks are')} not known by norms among "
+            f"{before.source}'s"
+        )
     else:
         for index, (number, shape) in enumerate(zip(original.left, stored.decoder.shapes(), strict=True)):
             was = original.shapes[number]

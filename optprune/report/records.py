@@ -8,6 +8,7 @@ from optprune.report.phases import PhaseReport
 from optprune.report.table import facts_of
 from optprune.system.files import json_text
 from optprune.system.telling import Facts, Telling
+from optprune.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ class Report(Telling):
 
     def __repr__(self) -> str:
         removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"
-        return f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {len(self.layers)} layers solved)"
+        return (
+            f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {counted(len(self.layers), 'layer')} "
+            "solved)"
+        )
 
     def facts(self) -> Facts:
         return facts_of(self)

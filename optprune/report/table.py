@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from optprune.system.telling import Facts
-from optprune.system.wording import one_line
+from optprune.system.wording import counted, one_line
 
 if TYPE_CHECKING:
     from optprune.report.records import Report
@@ -25,7 +25,12 @@ def facts_of(report: "Report") -> Facts:
         ("seconds", f"{report.seconds:.1f}, of which the two calibration passes need {report.floor_seconds:.1f}"),
     ]
     if errors:
-        facts.append(("mean relative error", f"{sum(errors) / len(errors):.3g} over {len(errors)} layers"))
+        facts.append(
+            (
+                "mean relative error",
+                f"{sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}",
+            )
+        )
     facts += [("note", one_line(note)) for note in report.notes]
     worst = sorted(report.layers, key=lambda layer: -layer.relative_error)[:MOST_LAYERS]
     rows = [

@@ -14,6 +14,7 @@ from optprune.report.expectations import Measured, told_of
 from optprune.report.original import original_of
 from optprune.report.reading import REPORT
 from optprune.report.stored import Fault, Stored
+from optprune.system.wording import counted
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Told:
                 continue
             kept, told = layer.outputs * layer.inputs - layer.zeros, self.kept[layer.name]
             if kept > told or (kept < told and not self.rounded):
-                faults.append(f"{layer.name} keeps {kept} weights, not {told} as {REPORT} says")
+                faults.append(f"{layer.name} keeps {counted(kept, 'weight')}, not {told} as {REPORT} says")
             if isinstance(self.family, InRows) and not layer.same_in_rows and not self.rounded:
                 faults.append(f"the rows of {layer.name} differ in their zeros, and {REPORT} says that they do not")
             faults += [

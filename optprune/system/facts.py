@@ -4,9 +4,10 @@ import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # a command that only compares facts does not wait for torch
+    import torch
 
 KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
 """the variables that choose kernels, which round differently"""
@@ -23,6 +24,8 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
 
 def versions() -> dict[str, str]:
     """The versions of what computes."""
+    import torch
+
     return {
         "optprune": version("optprune"),
         "torch": torch.__version__,
@@ -31,8 +34,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine(device: "torch.device") -> dict[str, Any]:
     """What of a machine decides how sums are rounded."""
+    import torch
+
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",

@@ -91,8 +91,8 @@ class KeptFolder:
         before = {name: self.facts.get(name) for name in facts} if self.begun else dict(facts)
         for what, old, new in differences(before, json.loads(json.dumps(facts))):
             raise InputError(
-                f"the {self.noun} in {self.folder} cannot go on, and is left as it is: {what} was {shown(old)} and is "
-                f"{shown(new)}; give the command that began it, or {self.begin_anew}"
+                f"the {self.noun} in {self.folder} cannot go on: {what} was {shown(old)} and is {shown(new)}; it is "
+                f"left as it is: give the command that began it, or {self.begin_anew}"
             )
 
     def keep(self, name: str, write: Callable[[BinaryIO], object]) -> None:
@@ -110,7 +110,7 @@ class KeptFolder:
 
         def commit(digest: str) -> None:
             # Until the file gets its name, the bytes before are sound too.
-            files[name] = [*before, digest]
+            files[name] = list(dict.fromkeys((*before, digest)))
             self._write_manifest()
 
         write_whole(file, write, commit=commit)
@@ -192,6 +192,8 @@ class KeptFolder:
 
     def release(self) -> None:
         """Let another process have the folder."""
+        if is_own_file(self.folder / LOCK):
+            (self.folder / LOCK).unlink()
         self._lock.release(force=True)
 
     def discard(self) -> list[str]:
@@ -204,7 +206,6 @@ class KeptFolder:
             self._clear()
             # The manifest goes last: until then the folder can be recognised.
             (self.folder / MANIFEST).unlink(missing_ok=True)
-            (self.folder / LOCK).unlink(missing_ok=True)
             self.release()
             left = sorted(path.name for path in self.folder.iterdir())
             with suppress(OSError):
@@ -283,7 +284,10 @@ def _taken(lock: FileLock) -> bool:
         return False
     except OSError as error:
         raise InputError(f"{lock.lock_file} cannot be used to lock the folder ({error.strerror}): remove it") from error
-    return True
+    if Path(lock.lock_file).exists():
+        return True
+    lock.release()  # the process that had it has just removed it
+    return False
 
 
 def _busy(folder: Path, noun: str) -> InputError:

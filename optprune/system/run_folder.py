@@ -65,7 +65,12 @@ class RunFolder(KeptFolder, ABC):
     @property
     def worth_keeping(self) -> bool:
         """Whether anything is kept that took time."""
-        return bool(self.files) or any((self.folder / SCRATCH / name).exists() for name in self.stays)
+        return bool(self.files) or self.has_scratch
+
+    @property
+    def has_scratch(self) -> bool:
+        """Whether there is something in the scratch folder that another process can use."""
+        return any((self.folder / SCRATCH / name).exists() for name in self.stays)
 
     @abstractmethod
     def finished(self) -> list[int]:

@@ -38,6 +38,6 @@ def amount(size: int) -> str:
     return f"{size / 10**9:.1f} GB" if size < 10**12 else f"{size / 10**12:.1f} TB"
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where it is not one."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, one: str, more: str | None = None) -> str:
+    """Return a number with the word for what is counted: 1 layer, 2 layers; `more` where that is no plain plural."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"

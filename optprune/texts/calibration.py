@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
+from optprune.system.wording import counted
 from optprune.texts.documents import Document, read_documents
 from optprune.texts.shares import check_shares, divided, interleaved, read_shares
 from optprune.texts.windows import at_least, batched, drawn_windows, tokenise
@@ -104,7 +105,8 @@ class Draws:
         if 0 in counts:
             name = texts[counts.index(0)].name
             raise InputError(
-                f"the share of the text {name} is none of {samples} windows: raise --samples, or leave it out"
+                f"the share of the text {name} is none of {counted(samples, 'window')}: raise --samples, or leave it "
+                "out"
             )
         import torch
 
@@ -161,17 +163,18 @@ def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length
     enough = sorted(lengths, reverse=True)[count - 1] if count <= len(lengths) else 0
     advice = f"lower --seq-length to {enough}" if enough >= 2 else "lower --samples, give more documents"
     return (
-        f"the {what} has {len(lengths)} documents, of which {fitting} have the {seq_length} tokens of a window, but "
-        f"{count} are needed: {advice}, or use --sequences packed"
+        f"the {what} has {counted(len(lengths), 'document')}, {fitting} of them with the {seq_length} tokens of a "
+        f"window, fewer than the {count} needed: {advice}, or use --sequences packed"
     )
 
 
 def _in_words(texts: Sequence[Text], counts: Sequence[int], seq_length: int, seed: int, sequences: str) -> str:
     start = "" if sequences == "packed" else ", each from the start of a document"
-    every = f"{sum(counts)} windows of {seq_length} tokens{start}, seed {seed}"
+    every = f"{counted(sum(counts), 'window')} of {seq_length} tokens{start}, seed {seed}"
     if len(texts) == 1:
         return f"{texts[0].name}, {every}"
     parts = [
-        f"{text.name} (share {float(text.share):g}, {count} windows)" for text, count in zip(texts, counts, strict=True)
+        f"{text.name} (share {float(text.share):g}, {counted(count, 'window')})"
+        for text, count in zip(texts, counts, strict=True)
     ]
     return "; ".join([*parts, every])

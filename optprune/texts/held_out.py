@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
+from optprune.system.wording import counted
 from optprune.texts.documents import Document, words_of
 from optprune.texts.windows import calibration_batches, evaluation_windows
 
@@ -68,9 +69,10 @@ def with_held_out(
     least = 1 if tokens is None else tokens // seq_length
     if len(own) < wanted or there < least:
         raise InputError(
-            f"beside {held_out} held-out windows the text has {there} windows of {seq_length} tokens, and "
-            f"{least} are needed: lower {'--held-out or --seq-length' if tokens is None else '--tokens'}, or give a "
-            "longer text"
+            f"beside {counted(held_out, 'held-out window')} the text has {counted(there, 'window')} of {seq_length} "
+            f"tokens, fewer than the {least} needed: lower "
+            f"{'--held-out or --seq-length' if tokens is None else '--tokens'}, "
+            "or give a longer text"
         )
     samples = min(there, (most if tokens is None else tokens) // seq_length)
     batches = calibration_batches(others, samples, seq_length, seed, batch_size * seq_length)

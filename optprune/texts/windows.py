@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
+from optprune.system.wording import counted
 from optprune.texts.conversations import Conversation, conversation_pieces
 from optprune.texts.documents import Document
 from optprune.texts.pieces import NoCut, token_pieces
@@ -115,8 +116,8 @@ def check_vocabulary(config: "PretrainedConfig", tokens: "Tensor") -> None:
 
 def _too_short(what: str, tokens: int, fitting: int, wanted: int, seq_length: int, option: str) -> str:
     return (
-        f"the {what} has {tokens} tokens, in which {fitting} windows of {seq_length} fit, but {wanted} are needed: "
-        f"lower {option if fitting else '--seq-length'}, or give a longer text"
+        f"the {what} has {counted(tokens, 'token')}, room for {counted(fitting, 'window')} of {seq_length}, fewer than "
+        f"the {wanted} needed: lower {option if fitting else '--seq-length'}, or give a longer text"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel
 
 from optprune.allocation.allocation import everything
@@ -72,7 +73,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ({"seq_length": 513}, (), "longer than the 512 positions of the model"),
         ({"seq_length": 1}, (), "--seq-length cannot be 1"),
         ({"samples": 0}, (), "--samples cannot be 0"),
-        ({"samples": 100000}, (), "but 100000 are needed: lower --samples"),
+        ({"samples": 100000}, (), "fewer than the 100000 needed: lower --samples"),
         (
             {},
             ("--set", "solver={greedy_obs: {batch: many}}"),
@@ -133,7 +134,7 @@ def test_a_text_that_is_too_short(attempt: Attempt) -> None:
     short = attempt.folder / "short.txt"
     short.write_text("A few words.")
     sentence = attempt.fails(attempt.command(calibration=short))
-    assert "in which 0 windows of 64 fit, but 8 are needed: lower --seq-length, or give a longer text" in sentence
+    assert "room for 0 windows of 64, fewer than the 8 needed: lower --seq-length, or give a longer text" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -357,6 +358,16 @@ def test_a_truncated_safetensors_file(attempt: Attempt) -> None:
     assert f"model.safetensors of {attempt.model} is cut short" in attempt.fails(attempt.command())
 
 
+def test_what_a_terminal_would_obey_is_spelled_out(attempt: Attempt) -> None:
+    """In the name of a tensor, which the file brings along."""
+    attempt.model = Path(shutil.copytree(attempt.model, attempt.folder / "model"))
+    file = attempt.model / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"x\x1b]0;mine\x07\x1b[31m\u202e": torch.zeros(1)}, file, {"format": "pt"})
+    sentence = attempt.fails(attempt.command())
+    assert r"x\x1b]0;mine\x07\x1b[31m\u202e" in sentence
+
+
 def test_nan_weights(attempt: Attempt) -> None:
     broken = tiny_llama()
     with torch.no_grad():
@@ -379,7 +390,7 @@ def test_nan_weights(attempt: Attempt) -> None:
             ["--text", "TEXT", "--seq-length", "2048"],
             "longer than the 512 positions of the model: pass --seq-length 512",
         ),
-        (["--text", "TEXT", "--seq-length", "64", "--windows", "9999"], "but 9999 are needed: lower --windows"),
+        (["--text", "TEXT", "--seq-length", "64", "--windows", "9999"], "fewer than the 9999 needed: lower --windows"),
         ([], "there is nothing to measure the model on: give --text, --questions or --tasks"),
     ],
 )

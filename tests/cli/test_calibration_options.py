@@ -91,7 +91,11 @@ def test_chats_without_a_template(attempt: Attempt, chats: Path) -> None:
         ("TEXT=0.7,no.txt=0.3", (), "there is no text 'no.txt'"),
         ("TEXT=0.99,demo:speeches=0.01", (), "the share of the text demo:speeches is none of 8 windows"),
         ("TEXT", ("--sequences", "padded"), "--sequences cannot be 'padded'"),
-        ("TEXT", ("--sequences", "whole"), "has 1 documents, of which 1 have the 64 tokens of a window, but 8"),
+        (
+            "TEXT",
+            ("--sequences", "whole"),
+            "has 1 document, 1 of them with the 64 tokens of a window, fewer than the 8",
+        ),
     ],
 )
 def test_what_cannot_be_drawn(attempt: Attempt, calibration: str, more: tuple[str, ...], reason: str) -> None:

@@ -51,6 +51,15 @@ def heal(inputs: Path, tmp_path: Path) -> Callable[..., int]:
     return lambda *more: main([*given, *HEAL, "--output", str(tmp_path / "out"), *more])
 
 
+@pytest.fixture
+def compare(inputs: Path, tmp_path: Path) -> Callable[..., int]:
+    """Run `optprune compare` into tmp_path/out."""
+    (inputs / "other.txt").write_text("\n".join(demo_articles("evaluation")[:20]))
+    given = ["compare", str(inputs / "model"), "--recipes", "magnitude", "--sparsities", "0.3", *PRUNE]
+    texts = ["--calibration", str(inputs / "text.txt"), "--text", str(inputs / "other.txt"), "--windows", "2"]
+    return lambda *more: main([*given, *texts, "--output", str(tmp_path / "out"), *more])
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     """All files and folders, but for the lock."""
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.name != "in-use"}
@@ -313,19 +322,31 @@ def test_a_file_of_the_users_is_not_written_over(prune, stop_at, monkeypatch, tm
     assert prune("--resume") == 0
 
 
-def test_a_second_run_at_the_same_time_is_told_of_the_first(inputs, prune, tmp_path, capsys) -> None:
-    code = "import sys; from optprune.pruning import Journal; run = Journal(sys.argv[1]); print(1, flush=True); input()"
-    given = [sys.executable, "-c", code, str(tmp_path / "out.run")]
+HOLDERS = {
+    "prune": ("from optprune.pruning import Journal as Folder", "out.run", "run"),
+    "heal": ("from optprune.healing import HealingFolder as Folder", "out.run", "healing run"),
+    "compare": ("from optprune.comparison.folder import ComparisonFolder as Folder", "out", "comparison"),
+}
+
+
+@pytest.mark.parametrize("command", HOLDERS)
+def test_a_second_run_at_the_same_time_is_told_of_the_first(
+    command: str, prune, heal, compare, tmp_path, capsys
+) -> None:
+    run = {"prune": prune, "heal": heal, "compare": compare}[command]
+    imported, name, noun = HOLDERS[command]
+    code = f"import sys; {imported}; folder = Folder(sys.argv[1]); print(1, flush=True); input()"
+    given = [sys.executable, "-c", code, str(tmp_path / name)]
     with subprocess.Popen(given, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         before = contents(tmp_path)
-        for words in ([], ["--resume"], ["--restart"], ["--overwrite"]):
-            assert prune(*words) == 2
-            assert "another process is at work on the run in" in capsys.readouterr().err
+        for words in ([], *([] if command == "compare" else [["--resume"], ["--restart"], ["--overwrite"]])):
+            assert run(*words) == 2
+            assert f"another process is at work on the {noun} in" in capsys.readouterr().err
         assert contents(tmp_path) == before
         other.communicate(b"\n")
-    assert prune() == 0
+    assert run() == 0
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -144,8 +144,8 @@ def test_another_model_of_the_same_name_is_refused(finished: tuple[Path, Compari
 
 def test_a_folder_of_something_else_stays_as_it_is(texts: TwoTexts, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    for place in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(InputError, match="holds something other than a comparison: choose another folder"):
+    for place, why in ((tmp_path, "holds something other than a comparison"), (tmp_path / "notes.txt", "is a file")):
+        with pytest.raises(InputError, match=why):
             compared(texts, place)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -162,21 +162,23 @@ def test_one_that_could_not_begin_leaves_nothing(
             compared(texts, tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
     # What one leaves that was killed as early is no obstacle.
-    (tmp_path / "out" / "cells").mkdir(parents=True)
-    (tmp_path / "out" / "work").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "in-use").touch()
     assert not compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2]).failures
 
 
-def test_a_damaged_cell_is_told(texts: TwoTexts, tmp_path: Path) -> None:
-    place = tmp_path / "out"
-    compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
-    file = place / "cells" / "magnitude-0.2-seed0.json"
-    for text in (file.read_text()[:20], json.dumps({"cell": 1})):
+@pytest.mark.parametrize("name", ["magnitude-0.2-seed0", "dense"])
+def test_a_damaged_cell_is_measured_again(name: str, texts: TwoTexts, tmp_path: Path) -> None:
+    place, said = tmp_path / "out", list[str]()
+    expected = compared(texts, place, recipes=["magnitude"], sparsities=[0.2]).results[0].figures
+    file = place / "cells" / f"{name}.json"
+    for text in (file.read_text()[:20], json.dumps({"cell": 1}), file.read_text().replace("1", "2")):
         file.write_text(text)
-        with pytest.raises(InputError, match=r"magnitude-0.2-seed0.json of the comparison .* is damaged: delete it"):
-            compared(texts, place, recipes=["magnitude"], sparsities=[0.2])
-    file.unlink()
-    assert not compared(texts, place, recipes=["magnitude"], sparsities=[0.2]).failures
+        again = compared(texts, place, recipes=["magnitude"], sparsities=[0.2], say=said.append).results[0].figures
+        assert f"cells/{name}.json of {place} was damaged, so it was measured again" in said
+        assert again is not None and expected is not None
+        assert (again.perplexity, again.divergence) == (expected.perplexity, expected.divergence)
+        said.clear()
 
 
 def test_without_matplotlib_there_is_a_table_all_the_same(

@@ -1,12 +1,16 @@
 """The model card of a pruned folder: what a hub reads, what a reader sees, and nothing of this machine."""
 
+import html
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
-from optprune.export import save_pruned
+from optprune.export import save_healed, save_pruned
 from optprune.export.card import is_public
 from optprune.export.origin import origin_of
 from optprune.models import Decoder, LoadedModel, load_model
@@ -69,6 +73,29 @@ def test_a_source_without_a_card_or_with_one_that_is_none(tmp_path: Path) -> Non
         origin = origin_of(str(tmp_path))
         assert (origin.name, origin.licence, origin.licence_link) == (tmp_path.name, None, None)
     assert not origin_of(str(tmp_path / "my folder")).is_repository_name
+
+
+HOSTILE = "a<script>alert(1)</script>[x](javascript:y)`|<img src=x onerror=z>\x1b[31m"
+
+
+@pytest.mark.parametrize("healed", [False, True])
+def test_a_name_is_text_in_the_card_whatever_is_in_it(healed: bool, tmp_path: Path) -> None:
+    name = HOSTILE.replace("/", "\u2215")  # no folder has a slash in its name
+    source = save_tiny(tiny_llama(), tmp_path / name)
+    if healed:
+        healing = {"steps": 1, "tokens": 2, "held_out_tokens": 3, "dense_perplexity": 4.0}
+        healing |= {when: {"divergence": 0.5, "perplexity": 6.0} for when in ("before", "after")}
+        window, loaded = batches()[0][0], load_model(source)
+        folder = save_healed(loaded, tmp_path / "out", healing, teacher=str(source), window=window).folder
+    else:
+        names = f"license_name: {json.dumps(HOSTILE)}\nlicense: '[x](javascript:y)`'\n"
+        (source / "README.md").write_text(f"---\n{names}---\n")
+        folder, _ = pruned(source, tmp_path / "out")
+    text = (folder / "README.md").read_text()
+    shown = MarkdownIt("gfm-like", {"linkify": False}).render(text)
+    assert "\x1b" not in text
+    assert not re.search(r"<(script|img|a)\b", shown)
+    assert html.unescape(re.sub(r"<[^>]*>", "", shown)).count(name[:-5]) == (2 if healed else 3)
 
 
 def test_the_demo_is_called_by_its_public_name() -> None:

@@ -1,6 +1,9 @@
 """A folder as a GGUF file: llama.cpp gives the logits and the greedy text that transformers gives."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -10,8 +13,9 @@ import torch
 import optprune
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.export import export_gguf, save_model
+from optprune.export import export_gguf, gguf_file, save_model
 from optprune.export.gguf_vocabulary import Vocabulary
+from optprune.export.left_drafts import hold_draft
 from optprune.models import Decoder, KvGroups, Mlp, Values, load_tokenizer
 from optprune.models.architecture import BlockShape
 from tests.helpers.llama_cpp import LlamaCpp
@@ -143,6 +147,75 @@ def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the tokenizer cuts text by Whitespace, which is not among the ways"):
         export_gguf(folder, tmp_path / "x.gguf")
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_gguf_file_is_refused_before_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_file, "load_config", lambda *_: pytest.fail("the file was read"))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    for source in ("demo", str(tmp_path / "x.gguf")):
+        assert main(["export", source, "--output", str(tmp_path / "out.gguf")]) == 2
+        assert (
+            f"error: {source} is GGUF already, which llama.cpp reads as it is: give a model" in capsys.readouterr().err
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+
+
+def test_a_link_where_a_draft_might_be_is_not_followed(tmp_path: Path) -> None:
+    folder, mine = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "mine.txt"
+    mine.write_text("do not lose me")
+    link = tmp_path / ".model.gguf.part"
+    link.symlink_to(mine)
+    export_gguf(folder, tmp_path / "model.gguf")
+    assert mine.read_text() == "do not lose me" and link.is_symlink()
+    assert (tmp_path / "model.gguf").is_file() and not (tmp_path / "model.gguf").is_symlink()
+
+
+def test_two_exports_into_one_file_leave_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins and ends while the first is half through its tensors."""
+    folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
+    export_gguf(folder, tmp_path / "alone.gguf", kind="f16")
+    make, started = gguf_file.gguf.quantize, list[bool]()
+
+    def interrupted(*args):
+        if not started:
+            started.append(True)
+            export_gguf(folder, place, kind="f32")
+            assert place.stat().st_size > (tmp_path / "alone.gguf").stat().st_size
+        return make(*args)
+
+    monkeypatch.setattr(gguf_file.gguf, "quantize", interrupted)
+    export_gguf(folder, place, kind="f16")
+    assert place.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) -> None:
+    folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
+    kill = (
+        "import os, signal, sys; from optprune.export import export_gguf, gguf_file\n"
+        "gguf_file.gguf.quantize = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export_gguf(*sys.argv[1:])"
+    )
+    run = subprocess.run([sys.executable, "-c", kill, str(folder), str(place)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    (left,) = tmp_path.glob(".model.gguf.*.part")
+    assert left.stat().st_size
+    others = [".model.gguf.part", ".model.gguf.notes123.part", ".model.gguf.0123abcd.part.txt", ".x.gguf.0123abcd.part"]
+    for name in others:
+        (tmp_path / name).write_text("do not lose me")
+    (tmp_path / ".model.gguf.0123abcd.part").symlink_to(tmp_path / ".model.gguf.part")
+    (tmp_path / ".model.gguf.0123abce.part").mkdir()
+    with (tmp_path / ".model.gguf.0123abcf.part").open("wb") as writing:
+        hold_draft(writing)
+        writing.write(b"half")
+        writing.flush()
+        export_gguf(folder, place)
+        assert not left.exists() and place.is_file()
+        kept = [*others, *(f".model.gguf.0123abc{letter}.part" for letter in "def")]
+        assert {path.name for path in tmp_path.glob(".*")} == set(kept)
+    assert all((tmp_path / name).read_text() == "do not lose me" for name in others)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,9 +42,13 @@ inputs = tokenizer(text, return_tensors="pt")
 prompt = torch.arange(10, 20)[None]
 with torch.no_grad():
     save_file({"logits": model(tokens).logits, "words": model(**inputs).logits}, f"{place}/found.safetensors")
-new = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
+greedy = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+new = model.generate(prompt, **greedy)
+# Twice, since the cache is kept for the next text.
+static = [model.generate(prompt, cache_implementation="static", **greedy)[0].tolist() for _ in range(2)]
 print(json.dumps({
-    "version": transformers.__version__, "new": new[0].tolist(), "tokens": inputs.input_ids[0].tolist(),
+    "version": transformers.__version__, "new": new[0].tolist(), "static": static,
+    "tokens": inputs.input_ids[0].tolist(),
     "chat": tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False),
     "again": tokenizer.decode(inputs.input_ids[0]), "special": tokenizer.all_special_tokens,
 }))
@@ -89,6 +93,7 @@ def check_alike(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path, olde
         for here, there in ((model(CHECK_TOKENS), found["logits"]), (model(**tokens), found["words"])):
             assert (here.logits - there).abs().max() <= TOLERANCE[torch.float32] * here.logits.abs().max()
     assert outside["new"] == generated(model)
+    assert outside["static"] == [generated(model)] * 2
 
 
 def model_of(name: str) -> PreTrainedModel:

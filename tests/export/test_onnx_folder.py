@@ -1,5 +1,9 @@
 """A folder as ONNX: ONNX Runtime gives the logits of transformers, and what does not is not written."""
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ import optprune
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
 from optprune.export import export_onnx, onnx_folder, save_model
+from optprune.export.onnx_check import TELEMETRY
 from optprune.models import ARCHITECTURES
 from tests.helpers.mixed_models import PROMPT, generated, mixed
 from tests.helpers.tiny_models import ALL_MODELS, LLAMA3, save_tiny, tiny_llama, tiny_opt, tiny_sliding, tiny_tokenizer
@@ -202,6 +207,43 @@ def test_options_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "ONNX is written in float32, not in 'q8_0': leave out --type" in capsys.readouterr().err
     assert main([*words, "--cache"]) == 2
     assert "--cache is of --format onnx" in capsys.readouterr().err
+
+
+def ran_at_home(tmp_path: Path, program: str, *words: str) -> list[Path]:
+    """What a program writes into a home directory that was empty."""
+    home = tmp_path / "home"
+    home.mkdir()
+    inherited = {name: value for name, value in os.environ.items() if name not in (TELEMETRY, "XDG_CACHE_HOME")}
+    environment = {**inherited, "HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": ""}
+    subprocess.run([sys.executable, "-c", program, *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+    return sorted(home.rglob("*"))
+
+
+def test_onnxruntime_by_itself_writes_into_the_home_directory(tmp_path: Path) -> None:
+    """Otherwise the tests below show nothing."""
+    assert [path.name for path in ran_at_home(tmp_path, "import onnxruntime") if path.name == "deviceid"]
+
+
+def test_the_check_has_the_telemetry_off(uneven: Exported, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from optprune.export import onnx_check;"
+        "onnx_check._session(Path(sys.argv[1]) / 'model.onnx')"
+    )
+    assert ran_at_home(tmp_path, program, str(uneven.folder)) == []
+
+
+def test_nothing_else_imports_onnxruntime() -> None:
+    importing = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
+    files = Path(optprune.__file__).parent.rglob("*.py")
+    assert [file.name for file in files if importing.search(file.read_text(encoding="utf-8"))] == ["onnx_check.py"]
+
+
+@pytest.mark.slow
+def test_an_export_writes_nothing_into_the_home_directory(tmp_path: Path) -> None:
+    source = save_tiny(tiny_llama(num_hidden_layers=1), tmp_path / "model")
+    words = ["export", str(source), "--format", "onnx", "--output", str(tmp_path / "onnx")]
+    program = "import sys; from optprune.cli import main; sys.exit(main(sys.argv[1:]))"
+    assert ran_at_home(tmp_path, program, *words) == []
 
 
 SCALED = {"rope_parameters": {**LLAMA3, "rope_theta": 5e4}}

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +185,16 @@ def test_code_that_lies_in_the_folder_stays(tmp_path: Path, monkeypatch: pytest.
     listed = written(tmp_path / "out", "tokenizer_config.json")["auto_map"]
     assert listed == {"AutoTokenizer": ["test_portable.OwnTokenizer", None]}
     assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)("a").input_ids
+
+
+def test_the_tokenizer_of_an_uneven_folder_is_read_without_a_question(tmp_path: Path) -> None:
+    """By the line of the card, in a process without optprune whose terminal would answer yes."""
+    save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "out", tokenizer=tiny_tokenizer())
+    (tmp_path / "out" / "modeling_pruned_llama.py").write_text("raise SystemExit('the code of the folder was run')")
+    program = (
+        "import sys; sys.modules['optprune'] = None; from transformers import PreTrainedTokenizerFast;"
+        "print(PreTrainedTokenizerFast.from_pretrained(sys.argv[1])('The minister').input_ids)"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "out")]
+    run = subprocess.run(words, input="y\n", capture_output=True, text=True, check=True)
+    assert "custom code" not in run.stdout and json.loads(run.stdout) == tiny_tokenizer()("The minister").input_ids

@@ -169,7 +169,7 @@ def test_missing_tensors_are_an_error_and_not_random_weights(tmp_path: Path) -> 
     weights = load_file(tmp_path / "out" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"1 tensors are missing or misshapen.*layers.1.mlp.up_proj"):
+    with pytest.raises(InputError, match=r"1 tensor is missing or misshapen.*layers.1.mlp.up_proj"):
         load_model(str(tmp_path / "out"))
 
 

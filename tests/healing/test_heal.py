@@ -195,12 +195,14 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Any, monkeypatch: pyt
         first = HealingFolder(tmp_path / "run")
         with pytest.raises(Stopped):
             healed(6, every=2, folder=first, on_event=stop_at(6))
-        assert (first.finished(), first.told, first.whole) == ([4], "4 of 6 steps are done", False)
-        with pytest.raises(InputError, match=r"holds an unfinished run \(4 of 6 steps are done\): go on with it by"):
+        assert (first.finished(), first.progress_text, first.complete) == ([4], "4 of 6 steps are done", False)
+        with pytest.raises(
+            InputError, match=r"holds an unfinished healing run \(4 of 6 steps are done\): go on with it by"
+        ):
             HealingFolder(tmp_path / "run")
         again = HealingFolder(tmp_path / "run", resume=True)
         report, model = healed(6, every=2, folder=again)
-        assert again.whole
+        assert again.complete
         assert report.measured == expected.measured and same(model, whole)
         once_more, model = healed(6, every=2, folder=HealingFolder(tmp_path / "run", resume=True))
         assert once_more.measured == expected.measured and same(model, whole)
@@ -222,7 +224,7 @@ def test_a_run_begun_otherwise_does_not_go_on(tmp_path: Any) -> None:
     with pytest.raises(InputError, match="cannot go on: the text was"):
         healed(5, every=1, folder=folder)
     (tmp_path / "run" / "progress.json").write_text("{}")
-    with pytest.raises(InputError, match=r"progress.json of the run in .* is damaged"):
+    with pytest.raises(InputError, match=r"progress.json of the healing run in .* is damaged"):
         healed(4, every=1, folder=folder)
     folder.discard()
 

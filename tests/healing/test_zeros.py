@@ -76,7 +76,7 @@ def test_masks_are_of_the_matrices_that_hold_zeros() -> None:
     found = optprune.masks(model)
     assert found.shares == {"model.decoder.layers.1.fc1.weight": 0.25}
     assert found.zeros == 128 * 16
-    assert str(found) == "1 matrices with zeros: 2048 of their 8192 weights (25.00%)"
+    assert str(found) == "1 matrix with zeros: 2048 of their 8192 weights (25.00%)"
 
 
 def test_a_dense_model_has_no_masks_and_is_trained_as_ever() -> None:
@@ -94,7 +94,7 @@ def test_zeros_that_were_filled_are_told_and_put_back() -> None:
     with torch.no_grad():
         weight = other.model.layers[1].mlp.down_proj.weight
         weight.view(-1)[(weight == 0).view(-1).nonzero()[:3]] = 1e-30
-    with pytest.raises(InputError, match=r"^3 zeros of model.layers.1.mlp.down_proj.weight are filled: train with"):
+    with pytest.raises(InputError, match=r"^model.layers.1.mlp.down_proj.weight has 3 zeros filled: train with"):
         found.check(other)
     found.apply(other)
     found.check(other)
@@ -170,9 +170,7 @@ def test_a_merge_leaves_zeros_and_a_plain_one_is_told() -> None:
         expected = plain.get_parameter(name)
         assert torch.equal(weight, torch.where(kept[name], expected, 0.0) if name in kept else expected), name
         assert name not in kept or bits_are_zero(weight, kept[name])
-    with pytest.raises(
-        InputError, match=r"zeros of model.layers.0.self_attn.q_proj.weight are filled, and so are some in 3"
-    ):
+    with pytest.raises(InputError, match=r"model.layers.0.self_attn.q_proj.weight has .* filled, and so have 3"):
         adapted()[0].check(plain)
 
 

@@ -72,6 +72,17 @@ def test_a_custom_attention_gets_the_window_of_every_block_that_is_left() -> Non
     assert windows == [8, None, 8]
 
 
+@pytest.mark.parametrize("make", [*ALL_MODELS.values(), sliding], ids=[*ALL_MODELS, "sliding window"])
+def test_a_static_cache_holds_what_a_growing_one_does(make: Any) -> None:
+    model = mixed(make() if make is sliding else make(num_hidden_layers=4)).eval()
+    prompt = {"inputs": TOKENS[:, :10], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    first, second = (
+        model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=0, cache_implementation=kind)
+        for kind in ("dynamic", "static")
+    )
+    assert torch.equal(first, second)
+
+
 # -- dropout
 
 

@@ -131,7 +131,8 @@ def test_the_fresh_process_checks_a_mixed_folder(tmp_path: Path, monkeypatch: py
     source = Path(sys.modules[classes("llama").model.__module__].__file__)  # type: ignore[arg-type]
     leaning = tmp_path / source.name
     leaning.write_text("import optprune\n" + source.read_text())
-    shutil.copy(source.with_name("pruned_decoder.py"), tmp_path)
+    for beside in ("pruned_decoder.py", "pruned_cache.py"):
+        shutil.copy(source.with_name(beside), tmp_path)
     monkeypatch.setattr(sys.modules[classes("llama").model.__module__], "__file__", str(leaning))
     with pytest.raises(optprune.errors.OptpruneError, match="cannot be reloaded in a fresh process"):
         save_model(mixed(tiny_llama(num_hidden_layers=4)), tmp_path / "leaning", check_tokens=CHECK_TOKENS)

@@ -202,8 +202,9 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
         (lambda data: data.replace(b'"F32"', b'"I32"'), "holds tensors of I32, and pruning needs plain weights"),
         (lambda data: data.replace(b"[512,64]", b"[64,512]"), r"misshapen, the first is .* \(\[64, 512\], not \[512"),
         (lambda data: data.replace(b"mlp.down_proj", b"mlp.dawn_proj"), "has no place for, the first is .*dawn_proj"),
+        (lambda data: data + b"more", "model.safetensors of .* has 4 bytes behind its last tensor"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_damaged_file(damage, sentence: str, tmp_path: Path) -> None:
     save_tiny(tiny_llama(), tmp_path)
@@ -213,12 +214,37 @@ def test_a_damaged_file(damage, sentence: str, tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize("read", [load_model, open_model])
+def test_bytes_behind_the_last_tensor_are_refused_however_a_model_is_read(read, tmp_path: Path) -> None:
+    save_tiny(tiny_llama(), tmp_path)
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"PK payload of a zip archive")
+    with pytest.raises(InputError, match=r"model\.safetensors|weights of"):
+        read(tmp_path)
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    """One tensor over the bytes of another would hide that a third place in the file belongs to nobody."""
+    save_tiny(tiny_llama(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first, second = (f"model.layers.{block}.mlp.up_proj.weight" for block in (0, 1))
+    header[second]["data_offsets"] = header[first]["data_offsets"]
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    assert len(text) == length
+    file.write_bytes(data[:8] + text + data[8 + length :])
+    with pytest.raises(InputError, match="does not begin where the one before ends"):
+        open_model(tmp_path)
+
+
 def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
     save_tiny(tiny_llama(), tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights[FIRST]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=f"incomplete: 1 tensors are missing or misshapen, the first is {FIRST}; copy"):
+    with pytest.raises(InputError, match=f"incomplete: 1 tensor is missing or misshapen, the first is {FIRST}; copy"):
         open_model(tmp_path)
 
 

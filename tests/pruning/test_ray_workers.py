@@ -1,8 +1,11 @@
 """Workers of a Ray cluster, which repeats what a worker that died had begun."""
 
+import json
 import os
 import signal
+import subprocess
 import sys
+from ipaddress import ip_address
 from pathlib import Path
 from unittest import mock
 
@@ -15,6 +18,7 @@ from optprune import LayerContext, load_recipe
 from optprune.errors import InputError, StrictError
 from optprune.problems import Problem
 from optprune.pruning import RayWorkers, prune, workers_of
+from optprune.pruning.ray_local import for_this_machine
 from tests.helpers.short_runs import batches, same
 
 
@@ -24,13 +28,13 @@ def tiny() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def cluster() -> RayWorkers:
-    """Two workers; the tests' own warnings are no errors in what Ray starts."""
+    """Two workers, on a cluster for all runs; the tests' own warnings are no errors in what Ray starts."""
     import ray
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, for_this_machine():
         patch.delenv("PYTHONWARNINGS")
-        with mock.patch.object(ray, "shutdown"):  # once for all runs
-            yield RayWorkers("local", 2)
+        ray.init("local", log_to_driver=False, include_dashboard=False, num_cpus=2)
+        yield RayWorkers("local", 2)
         ray.shutdown()
 
 
@@ -54,6 +58,65 @@ def killing(folder: Path):
         return load_recipe("alps").objective(context)
 
     return objective
+
+
+@pytest.mark.slow
+def test_a_local_cluster_is_closed_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, whose home is empty: where all processes of the run listen, and what asks who calls."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "PYTHONWARNINGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    run = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, check=True, cwd=tmp_path)
+    told = json.loads(run.stdout.splitlines()[-1])
+    assert len(told["addresses"]) >= 4  # the driver, the GCS, the raylet and a worker at least
+    assert [each for each in told["addresses"] if not ip_address(each.removeprefix("::ffff:")).is_loopback] == []
+    assert told["modes"] == ["token"] and told["tokens"] == 1
+    assert told["stranger"] == "refused" and told["left"] == {}
+    assert not list(home.rglob("auth_token"))
+
+
+LISTENING = """
+import json, os, subprocess, sys
+from collections import Counter
+from contextlib import suppress
+import psutil
+from optprune.models import Decoder
+from optprune.pruning import RayWorkers
+from optprune.pruning.errand import Kit
+from benchmarks.tiny_models import tiny_llama
+
+STRANGER = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('let in')"
+
+if __name__ == "__main__":
+    with RayWorkers("local", 1).crew(Kit.of(Decoder(tiny_llama()))) as crew:
+        import ray
+        ray.get(ray.remote(lambda: None).remote())
+        here = psutil.Process()
+        addresses, environments = [], []
+        for process in (here, *here.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                addresses += [each.laddr.ip for each in process.net_connections("inet") if each.status == "LISTEN"]
+                if process != here and process.name() in ("gcs_server", "raylet"):
+                    environments.append(process.environ())
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+        clean["RAY_AUTH_MODE"] = "disabled"
+        words = [sys.executable, "-c", STRANGER, ray.get_runtime_context().gcs_address]
+        try:
+            answer = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=40).stdout
+        except subprocess.TimeoutExpired:
+            answer = ""
+        said = {
+            "addresses": addresses,
+            "modes": sorted({each.get("RAY_AUTH_MODE") for each in environments}),
+            "tokens": len({each.get("RAY_AUTH_TOKEN") for each in environments}),
+            "stranger": "let in" if "let in" in answer else "refused",
+        }
+    left = {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+    print(json.dumps({**said, "left": left}))
+"""
 
 
 @pytest.mark.slow

@@ -188,10 +188,11 @@ def test_a_run_has_no_file_in_its_folder_beside_the_journal_s(tmp_path: Path) ->
 def test_what_a_killed_run_has_put_aside_goes_with_the_next(tmp_path: Path) -> None:
     recipe = load_recipe("fasp")
     prune(tiny_llama(), batches(), recipe, journal=Journal(tmp_path / "run"))
-    (tmp_path / "run" / "optprune-left" / "aside").mkdir(parents=True)
-    (tmp_path / "run" / "optprune-left" / "aside" / "x").write_bytes(b"0" * 100)
+    left = tmp_path / "run" / "scratch" / "optprune-left"
+    (left / "aside").mkdir(parents=True)
+    (left / "aside" / "x").write_bytes(b"0" * 100)
     Journal(tmp_path / "run", resume=True)
-    assert not (tmp_path / "run" / "optprune-left").exists()
+    assert not left.exists()
 
 
 class Full:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,11 @@ from optprune.calibration import POLICIES, moments_pass, propagation, stream
 from optprune.calibration.stream import run_block
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
-from optprune.pruning import prune
+from optprune.pruning import hands, prune
 from optprune.pruning import run as pruning_run
 from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.journal import Journal
-from optprune.pruning.workers import AHEAD, Crew, SideBySide, workers_of
+from optprune.pruning.workers import AHEAD, Crew, Layers, SideBySide, workers_of
 from optprune.report import BlockFinished, BlockStarted, Event, Report
 from tests.helpers.short_runs import told
 from tests.helpers.tiny_models import by_variant
@@ -251,3 +252,23 @@ def test_a_worker_that_would_round_otherwise_is_refused() -> None:
 def test_no_worker_at_all_is_refused(count: int, ray: str | None) -> None:
     with pytest.raises(InputError, match=f"there must be a worker at least, not {count}"):
         workers_of(load_recipe("fasp", {"propagation": "dense"}), count, ray)
+
+
+@pytest.mark.parametrize("count", [1001, 1_000_000, 10**30])
+@pytest.mark.parametrize(("policy", "ray"), [("dense", None), ("dense", "local"), ("pruned", None)])
+def test_more_workers_than_any_run_has_use_for_are_refused(count: int, policy: str, ray: str | None) -> None:
+    with pytest.raises(InputError, match="there can be 1000 workers at most, not 10"):
+        workers_of(load_recipe("fasp", {"propagation": policy}), count, ray)
+
+
+def test_no_more_threads_are_started_than_there_are_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count: int) -> None:
+            started.append(count)
+            super().__init__(count)
+
+    monkeypatch.setattr(hands, "ThreadPoolExecutor", Pool)
+    prune(tiny(), batches(), load_recipe("magnitude", {"propagation": "pruned"}), workers=Layers(1000))
+    assert started and max(started) <= 7

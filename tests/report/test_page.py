@@ -406,9 +406,10 @@ def test_how_to_load_is_the_code_for_this_folder() -> None:
         (code,) = made(narrowed(), held=replace(HELD, stock=stock)).all("code")
         compile(code.text, "page", "exec")
         assert ("trust_remote_code=True" in code.text) != stock
-        assert "AutoTokenizer.from_pretrained(folder)" in code.text
+        kind = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
+        assert f"tokenizer = {kind}.from_pretrained(folder)" in code.text
     (code,) = made(narrowed(), held=replace(HELD, tokenizer=False)).all("code")
-    assert "AutoTokenizer" not in code.text
+    assert "Tokenizer" not in code.text
 
 
 def test_generations_stand_side_by_side(measured: Evaluated) -> None:

@@ -123,7 +123,7 @@ def test_one_text_is_drawn_as_it_always_was() -> None:
 def test_what_was_drawn_is_told() -> None:
     told = draw(numbered([[9] * 9, [9] * 9], [0.7, 0.3]), 5, 4, 3, "whole").told
     assert told == (
-        "text 0 (share 0.7, 4 windows); text 1 (share 0.3, 1 windows); "
+        "text 0 (share 0.7, 4 windows); text 1 (share 0.3, 1 window); "
         "5 windows of 4 tokens, each from the start of a document, seed 3"
     )
 
@@ -138,12 +138,24 @@ def test_a_conversation_gives_its_window_as_the_template_writes_it() -> None:
 
 
 TOO_LITTLE = [
-    ([[5, 9, 7, 3]], "whole", 3, 8, "has 4 documents, of which 1 have the 8 tokens of a window, but 3 are needed"),
+    (
+        [[5, 9, 7, 3]],
+        "whole",
+        3,
+        8,
+        "has 4 documents, 1 of them with the 8 tokens of a window, fewer than the 3 needed",
+    ),
     ([[5, 9, 7, 3]], "whole", 3, 8, "lower --seq-length to 5, or use --sequences packed"),
-    ([[9, 9]], "whole", 3, 8, "of which 2 have .* but 3 are needed: lower --samples, give more documents, or use"),
-    ([[99], [9, 9]], "whole", 2, 100, "the calibration text text 0 has 1 documents, of which 0"),
-    ([[99], [9]], "packed", 8, 8, "text text 1 has 9 tokens, in which 1 windows of 8 fit, but 4 are needed"),
-    ([[99], [99]], "packed", 1, 8, "the share of the text text 1 is none of 1 windows: raise --samples, or leave"),
+    (
+        [[9, 9]],
+        "whole",
+        3,
+        8,
+        "2 of them with .* fewer than the 3 needed: lower --samples, give more documents, or use",
+    ),
+    ([[99], [9, 9]], "whole", 2, 100, "the calibration text text 0 has 1 document, 0 of them"),
+    ([[99], [9]], "packed", 8, 8, "text text 1 has 9 tokens, room for 1 window of 8, fewer than the 4 needed"),
+    ([[99], [99]], "packed", 1, 8, "the share of the text text 1 is none of 1 window: raise --samples, or leave"),
     ([[99]], "padded", 1, 8, "--sequences cannot be 'padded': use packed or whole"),
     ([[99]], "whole", 0, 8, "--samples cannot be 0"),
     ([[99]], "whole", 1, 1, "--seq-length cannot be 1"),

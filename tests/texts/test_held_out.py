@@ -49,7 +49,7 @@ def test_the_end_of_a_single_document_is_held_out() -> None:
         ({"seq_length": 1}, "--seq-length cannot be 1"),
         (
             {"tokens": 1000},
-            r"the text has \d+ windows of 8 tokens, and 125 are needed: lower --tokens, or give a longer",
+            r"the text has \d+ windows of 8 tokens, fewer than the 125 needed: lower --tokens, or give a longer",
         ),
         ({"held_out": 100}, "beside 100 held-out windows the text has .* lower --held-out or --seq-length"),
     ],

@@ -140,8 +140,8 @@ def test_evaluation_windows_are_consecutive_and_drop_the_rest() -> None:
 @pytest.mark.parametrize(
     ("seq_length", "windows", "reason"),
     [
-        (24, None, "has 23 tokens, in which 0 windows of 24 fit, but 1 are needed: lower --seq-length"),
-        (5, 5, "in which 4 windows of 5 fit, but 5 are needed: lower --windows"),
+        (24, None, "has 23 tokens, room for 0 windows of 24, fewer than the 1 needed: lower --seq-length"),
+        (5, 5, "room for 4 windows of 5, fewer than the 5 needed: lower --windows"),
         (1, None, "--seq-length cannot be 1"),
         (5, 0, "--windows cannot be 0"),
     ],
@@ -185,8 +185,8 @@ def test_all_windows_can_be_asked_for() -> None:
 @pytest.mark.parametrize(
     ("samples", "seq_length", "reason"),
     [
-        (5, 10, "has 49 tokens, in which 4 windows of 10 fit, but 5 are needed: lower --samples"),
-        (1, 50, "in which 0 windows of 50 fit, but 1 are needed: lower --seq-length"),
+        (5, 10, "has 49 tokens, room for 4 windows of 10, fewer than the 5 needed: lower --samples"),
+        (1, 50, "room for 0 windows of 50, fewer than the 1 needed: lower --seq-length"),
         (0, 10, "--samples cannot be 0"),
         (1, 0, "--seq-length cannot be 0"),
     ],

@@ -5,6 +5,7 @@ from torch import nn
 from transformers.models.gpt2 import modeling_gpt2 as stock
 from transformers.pytorch_utils import Conv1D
 
+from .pruned_cache import remembered
 from .pruned_decoder import ATTENTION, PrunedBlock, PrunedModel
 
 
@@ -27,7 +28,7 @@ class PrunedGPT2Attention(stock.GPT2Attention):
         value = value.view(*shape, keys // size, -1).transpose(1, 2)
         cache = past_key_values if cache is None else cache
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = remembered(cache, self.layer_idx, key, value, kwargs.get("cache_position"))
         attend = ATTENTION(self.config._attn_implementation, eager)
         dropout = self.attn_dropout.p if self.training else 0.0
         options = {"scaling": size**-0.5 if self.scale_attn_weights else 1.0, "dropout": dropout}
@@ -59,7 +60,7 @@ class PrunedGPT2Block(PrunedBlock, stock.GPT2Block):
         kwargs.pop("encoder_attention_mask", None)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
         if older:  # transformers 4.57 has the positions in the cache before the mask, and a mask of heads behind it
-            attention_mask = encoder_hidden_states
+            kwargs["cache_position"], attention_mask = attention_mask, encoder_hidden_states
         if self.attn is not None:
             mixed, weights = self.attn(self.ln_1(hidden_states), cache=cache, attention_mask=attention_mask, **kwargs)
             hidden_states = mixed + hidden_states

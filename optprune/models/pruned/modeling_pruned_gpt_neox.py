@@ -2,6 +2,7 @@
 
 from transformers.models.gpt_neox import modeling_gpt_neox as stock
 
+from .pruned_cache import remembered
 from .pruned_decoder import ATTENTION, PrunedBlock, PrunedModel, resized
 
 
@@ -23,7 +24,7 @@ class PrunedGPTNeoXAttention(stock.GPTNeoXAttention):
         query, key, value = states.split((size, size, values // heads), dim=-1)
         query, key = stock.apply_rotary_pos_emb(query, key, *position_embeddings)
         if layer_past is not None:
-            key, value = layer_past.update(key, value, self.layer_idx)
+            key, value = remembered(layer_past, self.layer_idx, key, value, kwargs.get("cache_position"))
         attend = ATTENTION(self.config._attn_implementation, stock.eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(

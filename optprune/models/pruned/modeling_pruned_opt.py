@@ -1,15 +1,11 @@
-"""OPT with decoder blocks of different shapes, pruned by optprune; needs torch and transformers, nothing else.
-
-`config.optprune_shapes` says what each block holds: {"mlp_width": 2048, "kv_heads": 8, "value_dim": 48}. A block with
-kv_heads 0 has no attention, one with mlp_width 0 no MLP. The config's other fields are those of the stock class.
-"""
+"""OPT with decoder blocks of different shapes, pruned by optprune; pruned_decoder.py says what that means."""
 
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer, eager_attention_forward
 
-ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
+from .pruned_cache import remembered
+from .pruned_decoder import ATTENTION, resized
 
 
 class PrunedOPTConfig(OPTConfig):
@@ -36,7 +32,7 @@ class PrunedOPTAttention(OPTAttention):
         value = self.v_proj(hidden_states).view(*shape, key.shape[1], -1).transpose(1, 2)
         cache = past_key_values if cache is None else cache
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = remembered(cache, self.layer_idx, key, value, kwargs.get("cache_position"))
         attend = ATTENTION(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=1.0, **kwargs)
@@ -96,17 +92,6 @@ class PrunedOPTForCausalLM(OPTForCausalLM):
             block.self_attn.layer_idx = index
 
 
-def resized(layer, inputs=None, outputs=None):
-    """A fresh linear layer like another one, with another number of inputs or outputs."""
-    return nn.Linear(
-        layer.in_features if inputs is None else inputs,
-        layer.out_features if outputs is None else outputs,
-        bias=layer.bias is not None,
-        device=layer.weight.device,
-        dtype=layer.weight.dtype,
-    )
-
-
-# Saving such a model copies this file into the folder and names it in the config.
+# Saving such a model copies this file, and the one it imports, into the folder and names it in the config.
 PrunedOPTConfig.register_for_auto_class()
 PrunedOPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

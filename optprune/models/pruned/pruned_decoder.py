@@ -8,6 +8,8 @@ are those of the stock class.
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .pruned_cache import remembered
+
 ATTENTION = getattr(ALL_ATTENTION_FUNCTIONS, "get_interface", ALL_ATTENTION_FUNCTIONS.get)  # transformers 5, or 4.57
 
 
@@ -58,7 +60,7 @@ class PrunedAttention:
             query, key = self.stock.apply_rotary_pos_emb(query, key, *position_embeddings)
         cache = past_key_values if cache is None else cache
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = remembered(cache, self.layer_idx, key, value, kwargs.get("cache_position"))
         attend = ATTENTION(self.config._attn_implementation, self.stock.eager_attention_forward)
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
         mixed, weights = attend(self, query, key, value, attention_mask, **options, **self.options(), **kwargs)
