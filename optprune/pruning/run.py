@@ -101,7 +101,6 @@ class Run:
         The recorder has the phases until then; the first is to read all weights, where a journal must know them.
         """
         recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
-        allocation = allocation or recipe.given
         idle = check_run(decoder, recipe, allocation)
         allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
         if recipe.precise(allocator.probes):
