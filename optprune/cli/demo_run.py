@@ -124,16 +124,15 @@ def run_demo(
     expected = _expected(loaded, chosen, samples * seq_length, measured_on.numel())
     with reporter.events(expected) as on_event:
         phases = PhaseRecorder(loaded.model.device, on_event)
-        original, pruned, folder = EVALUATIONS
-        before = _measure(loaded.model, measured_on, original, phases)
+        before = _measure(loaded.model, measured_on, EVALUATIONS[0], phases)
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
         report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
-        after = _measure(loaded.model, measured_on, pruned, phases)
+        after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
         reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
         window = measured_on[0]
         saved = save_pruned(loaded, output, report, chosen, window=window, overwrite=overwrite, on_event=on_event)
         again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
-        reloaded = _measure(again, measured_on, folder, phases)
+        reloaded = _measure(again, measured_on, EVALUATIONS[2], phases)
     if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
         raise OptpruneError(
             f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "

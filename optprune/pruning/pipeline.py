@@ -65,13 +65,9 @@ def prune(
     where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
     and with `progress` that is shown on stderr, with the time left.
     """
-    if store is None and any(weight.is_meta for weight in model.parameters()):
-        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    began, decoder, workers = time.perf_counter(), Decoder(model, store), workers or Serial()
-    lanes = lanes or Lanes()
-    workers.check(recipe)
-    if lanes.peers.size > 1 and not isinstance(workers, Serial):
-        raise InputError("the processes that share the lanes are the workers: leave other workers out")
+    began, workers, lanes = time.perf_counter(), workers or Serial(), lanes or Lanes()
+    _check_hands(model, store, recipe, workers, lanes)
+    decoder = Decoder(model, store)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     every, allocation = check_batches(model.config, batches), allocation or recipe.given
@@ -82,8 +78,7 @@ def prune(
         with phases.phase(PRUNING), calibrating(decoder):
             workers.prune(run)
     divided, notes = run.allocation, run.notes
-    if allocation is not None:
-        recipe = recipe.with_given(divided)
+    recipe = recipe if allocation is None else recipe.with_given(divided)
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
@@ -114,3 +109,14 @@ def prune(
         parameters_before=parameters_before,
         run_facts=run.facts,
     )
+
+
+def _check_hands(
+    model: PreTrainedModel, store: BlockStore | None, recipe: Recipe, workers: Workers, lanes: Lanes
+) -> None:
+    """Raise InputError where the weights are not at hand, or there are workers that do not go with the run."""
+    if store is None and any(weight.is_meta for weight in model.parameters()):
+        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
+    workers.check(recipe)
+    if lanes.peers.size > 1 and not isinstance(workers, Serial):
+        raise InputError("the processes that share the lanes are the workers: leave other workers out")
