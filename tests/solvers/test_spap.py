@@ -162,7 +162,7 @@ def test_a_large_penalty_is_the_exact_cost_of_dropping(make, kind):
     assert found[-1] <= exact * (1 + 1e-9)
 
 
-# -- 100 instances of 14 units, of four kinds
+# -- instances of 14 units, of four kinds
 
 
 def enumerated(problem):
@@ -183,7 +183,7 @@ def instances(kind):
     return [(problem, enumerated(problem)) for problem in problems]
 
 
-def excess(kind, solver, count=25):
+def excess(kind, solver, count=10):
     """The rise of the solver's choice over that of the best choice, for each instance."""
     shares = []
     for problem, costs in instances(kind)[:count]:
