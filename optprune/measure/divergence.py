@@ -39,8 +39,8 @@ class StandardErrors:
     """The standard errors of means over windows; both models predict the same windows, so differences are paired."""
 
     surprise: float
-    """the standard error of the difference of the two models' mean surprise, which is the logarithm of their perplexities'
-    ratio, in nats a prediction"""
+    """the standard error of the difference of the two models' mean surprise, which is the logarithm of the ratio of
+    their perplexities, in nats a prediction"""
     divergence: float
     """the standard error of the divergence, in nats a prediction"""
     agreement: float
