@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from optprune.errors import InputError
@@ -111,16 +111,31 @@ class Allocation:
     def from_dict(cls, data: Mapping[str, Any]) -> "Allocation":
         """The allocation that `to_dict` wrote; InputError when the data are something else."""
         try:
+            if not isinstance(data, Mapping):
+                raise TypeError(f"it is {shown(data)}")
             blocks = []
             for entry in data["blocks"]:
                 shares = {str(path): float(share) for path, share in entry.get("shares", {}).items()}
-                shape = BlockShape(**{name: count for name, count in entry.items() if name != "shares"})
-                if not all(isinstance(number, int) for number in asdict(shape).values()):
-                    raise TypeError(f"the shape {shown(entry)} must be whole numbers")
-                blocks.append(BlockAllocation(shape, shares))
+                blocks.append(BlockAllocation(_shape_in(entry), shares))
             return cls(tuple(blocks), float(data["sparsity"]), str(data.get("saves", "")))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{NO_ALLOCATION}: {one_line(error)}") from error
+
+
+def _shape_in(entry: Mapping[str, Any]) -> BlockShape:
+    """The shape that an entry says beside its shares; TypeError where it says none."""
+    counts = {name: count for name, count in entry.items() if name != "shares"}
+    needed = {each.name: each.default is MISSING for each in fields(BlockShape)}
+    for name in counts:
+        if name not in needed:
+            raise TypeError(f"a block has no field {shown(name)}")
+    for name, must in needed.items():
+        if must and name not in counts:
+            raise TypeError(f"the block {shown(entry)} lacks {name}")
+    shape = BlockShape(**counts)
+    if not all(isinstance(number, int) for number in asdict(shape).values()):
+        raise TypeError(f"the shape {shown(entry)} must be whole numbers")
+    return shape
 
 
 def everything(decoder: Decoder) -> Allocation:

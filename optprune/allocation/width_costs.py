@@ -10,6 +10,7 @@ import torch
 from optprune.allocation.allocation import Allocation
 from optprune.allocation.costs import CostBudget, Costs
 from optprune.allocation.currency import Prices, check_tokens, prices_of
+from optprune.allocation.uniform import check_multiple
 from optprune.allocation.width_curves import Choices, Kept, WidthCurve, least_lost, most_saved
 from optprune.calibration import Change, DenseStatistics, Probe
 from optprune.errors import InputError
@@ -45,6 +46,7 @@ class WidthBudget(CostBudget):
 
     def check(self, decoder: Decoder) -> None:
         """Raise InputError where the shapes alone say that the budget is out of reach, which they do not of a time."""
+        check_multiple(self.units, decoder.shapes(), self.multiple, alike=False)
         asked = [] if self.multiple is None else [(kind.field, self.multiple) for kind in self.units.kinds]
         for field, multiple in asked:
             decoder.architecture.check_kept(field, multiple, f"{field} is to be a multiple of {multiple}")

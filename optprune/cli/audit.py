@@ -1,16 +1,17 @@
 """optprune audit: what a model's weights are, and whether that is as it should be."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from optprune.cli.options import JsonFile, Model
-from optprune.cli.outputs import check_file, check_json, start, write_file, write_json
+from optprune.cli.outputs import check_file, check_json, echo, start, write_file, write_json
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
-    from optprune.report import Audit
+    from optprune.report import Audit, Fault
 
 NOT_AS_EXPECTED = 1
 """the exit status where something is wrong, or not as expected"""
@@ -70,24 +71,24 @@ def _tell(found: "Audit") -> None:
         outputs, inputs = found.sizes.get(layer.name, (layer.outputs, layer.inputs))
         narrowed = f" of [{outputs}, {inputs}]," if (outputs, inputs) != (layer.outputs, layer.inputs) else ""
         line = f"{layer.name} [{layer.outputs}, {layer.inputs}]{narrowed} {layer.sparsity:.2%} zeros {held_here}"
-        typer.echo(line.rstrip())
+        echo(line.rstrip())
     zeros = found.zeros / found.weights if found.weights else 0.0
-    typer.echo(
+    echo(
         f"{zeros:.2%} of {found.weights} linear weights are zero; in every layer: "
         f"{', '.join(found.patterns) or 'no N:M'}"
     )
     widths = sorted({shape.mlp_width for shape in found.blocks})
-    typer.echo(
+    echo(
         f"{counted(len(found.blocks), 'block')}, MLP widths "
         f"{' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
     )
     if found.original is None:
-        typer.echo(
+        echo(
             "no report.json tells what these weights were before, so only zeros are counted, not what was cut off: "
             "give the original by --against"
         )
     else:
-        typer.echo(
+        echo(
             f"{found.removed:.2%} of the {found.original_weights} linear weights of {found.original.model} are "
             "removed: cut off, or zero"
         )
@@ -99,11 +100,23 @@ def _tell(found: "Audit") -> None:
         ],
     )
     _tell_some("note", found.notes)
-    _tell_some("fault", [fault.sentence for fault in found.faults])
+    _tell_some("fault", _once(found.faults))
+
+
+def _once(faults: "Sequence[Fault]") -> list[str]:
+    """The sentences on faults; those of many layers by one expectation, or by the report, as the first and a count."""
+    groups: dict[tuple[str, str, int], list[str]] = {}
+    for number, fault in enumerate(faults):
+        alone = -1 if fault.kind in ("expected", "report") else number
+        groups.setdefault((fault.kind, fault.where, alone), []).append(fault.sentence)
+    return [
+        first if not more else f"{first}, and {counted(len(more), 'more such fault')}, which --json tells"
+        for first, *more in groups.values()
+    ]
 
 
 def _tell_some(what: str, sentences: "list[str] | tuple[str, ...]") -> None:
     for sentence in sentences[:MOST_TOLD]:
-        typer.echo(f"{what}: {sentence}")
+        echo(f"{what}: {sentence}")
     if len(sentences) > MOST_TOLD:
-        typer.echo(f"{what}: and {len(sentences) - MOST_TOLD} more, which --json tells")
+        echo(f"{what}: and {len(sentences) - MOST_TOLD} more, which --json tells")

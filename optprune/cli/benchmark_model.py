@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from optprune.cli.options import Device, Dtype, JsonFile, Model
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.errors import InputError
 from optprune.system.files import json_text
 
@@ -74,7 +74,7 @@ def benchmark_model_command(
         )
     write_json(json_file, json_text(result), lines[-1])
     for line in (*lines, f"peak memory: {PEAK_MEMORY}"):
-        typer.echo(line)
+        echo(line)
 
 
 def _model_line(speed: "ModelSpeed", file_size: int) -> str:

@@ -1,8 +1,9 @@
 """A model beside the dense one: what `evaluate` and `report` measure of the two, in figures and in words."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +99,11 @@ class Beside:
         if self.windows is None:
             return {}, []
         evaluation, more, said = self.predictions(self.windows)
-        bits = bits_per_byte(evaluation, self.windows, need_tokenizer(self.loaded.tokenizer, self.loaded.source))
+        tokenizer = need_tokenizer(self.loaded.tokenizer, self.loaded.source)
+        bits = bits_per_byte(evaluation, self.windows, tokenizer)
+        if self.dense is not None:
+            dense = replace(evaluation, perplexity=more["dense_perplexity"])
+            more["dense_bits_per_byte"] = bits_per_byte(dense, self.windows, tokenizer)
         first = (
             f"perplexity {evaluation.perplexity:.4f}, {bits:.4f} bits per byte, over {evaluation.tokens} tokens "
             f"({counted(evaluation.windows, 'window')} of {self.windows.shape[1]}) in {evaluation.seconds:.0f} s"
@@ -224,10 +229,17 @@ def _loaded(
 
 
 def _in_words(found: "Divergence") -> list[str]:
-    first, last = found.along[0], found.along[-1]
+    first, last, known = found.along[0], found.along[-1], found.standard_errors
+    more, apart, same = ("",) * 3
+    if found.dense_perplexity < math.inf:
+        more = f" ({found.perplexity / found.dense_perplexity - 1:+.1%})"
+    if known is not None:
+        more = more and f"{more[:-1]} ± {found.perplexity / found.dense_perplexity * known.surprise:.1%})"
+        apart, same = f" ± {known.divergence:.4f}", f" ± {known.agreement:.1%}"
     return [
-        f"dense perplexity {found.dense_perplexity:.4f}; divergence {found.divergence:.4f} nats, "
-        f"first choice the same in {found.agreement:.1%}",
+        f"dense perplexity {found.dense_perplexity:.4f}{more}; divergence {found.divergence:.4f}{apart} nats, "
+        f"first choice the same in {found.agreement:.1%}{same}",
+        *([] if known is None else [f"± is the standard error over {known.windows} windows, of differences paired"]),
         f"along the context: {first.divergence:.4f} nats and {first.agreement:.1%} over the first {first.last} "
         f"predictions, {last.divergence:.4f} and {last.agreement:.1%} from the {last.first}th on",
     ]

@@ -22,7 +22,7 @@ from optprune.cli.options import (
     Strict,
     Units,
 )
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.request import overrides
 from optprune.errors import InputError
 from optprune.system.wording import shown
@@ -86,7 +86,8 @@ def compare_command(
     fields = {"propagation": propagation, "units": units, "pattern": pattern, "strict": strict or None}
     if seeds < 1:
         raise InputError(f"--seeds cannot be {seeds}: it is at least 1")
-    with reporter.events({}) as on_event:
+    # What the whole comparison takes shows once cells are finished, and is told behind each.
+    with reporter.events({}, left="left of this step") as on_event:
         found = compare(
             model,
             _listed(recipes, "--recipes", str),
@@ -109,11 +110,11 @@ def compare_command(
             on_event=on_event,
         )
     write_json(json_file, found.to_json(), f"the comparison is in {output}")
-    typer.echo(str(found))
+    echo(str(found))
     picture = (output / PICTURE).is_file()
-    typer.echo(f"{output}: {TABLE}, {JSON}{f', {PICTURE}' if picture else ''}")
+    echo(f"{output}: {TABLE}, {JSON}{f', {PICTURE}' if picture else ''}")
     if not picture:
-        typer.echo(NO_PICTURE)
+        echo(NO_PICTURE)
     if found.failures:
         raise typer.Exit(FAILED)
 

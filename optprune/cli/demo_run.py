@@ -10,14 +10,17 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from optprune.cli.outputs import started
 from optprune.errors import InputError, OptpruneError
 from optprune.export import check_output, save_pruned
 from optprune.measure import perplexity
-from optprune.models import Decoder, load_model, need_tokenizer
+from optprune.models import Decoder, LoadedModel, load_model, need_tokenizer
 from optprune.models.load import DEMO
 from optprune.pruning import prune
-from optprune.pruning.expectation import expected_computing
-from optprune.recipe import load_recipe
+from optprune.pruning.expectation import expected_computing, expected_evaluation, expected_writing
+from optprune.recipe import Recipe, load_recipe
+from optprune.report import PhaseAdvanced, PhaseRecorder
+from optprune.report.phases import EVALUATIONS
 from optprune.report.progress import Reporter, duration
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
@@ -36,8 +39,6 @@ class Measured:
     linear_weights: int
     """the number of linear weights in the decoder blocks, which sparsity is counted over"""
     weights_mib: float
-    seconds: float
-    """the seconds of the evaluation"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,6 @@ class DemoResult:
             ("parameters", "parameters", ",d"),
             ("decoder linear weights", "linear_weights", ",d"),
             ("weights, MiB", "weights_mib", ".1f"),
-            ("evaluation, seconds", "seconds", ".1f"),
         ):
             table.add_row(label, *(format(getattr(part, field), form) for part in self.parts))
         return table
@@ -121,16 +121,18 @@ def run_demo(
     batches = calibration_batches(tokens, samples, seq_length, seed)
     measured_on = evaluation_windows(held_out, seq_length, windows)
 
-    before = _measure(loaded.model, measured_on, "evaluating the original", reporter)
-    expected = expected_computing(loaded.decoder(), chosen, None, samples * seq_length, loaded.model.device)
+    expected = _expected(loaded, chosen, samples * seq_length, measured_on.numel())
     with reporter.events(expected) as on_event:
+        phases = PhaseRecorder(loaded.model.device, on_event)
+        before = _measure(loaded.model, measured_on, EVALUATIONS[0], phases)
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
         report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
-    after = _measure(loaded.model, measured_on, "evaluating the pruned model", reporter)
-    reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-    saved = save_pruned(loaded, output, report, chosen, window=measured_on[0], overwrite=overwrite)
-    again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
-    reloaded = _measure(again, measured_on, "evaluating the reloaded folder", reporter)
+        after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
+        reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
+        window = measured_on[0]
+        saved = save_pruned(loaded, output, report, chosen, window=window, overwrite=overwrite, on_event=on_event)
+        again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
+        reloaded = _measure(again, measured_on, EVALUATIONS[2], phases)
     if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
         raise OptpruneError(
             f"the reloaded folder {output} has a perplexity of {reloaded.perplexity:.4f}, the model in memory "
@@ -162,14 +164,25 @@ def run_demo(
     return result
 
 
-def _measure(model: PreTrainedModel, windows: Tensor, what: str, reporter: Reporter) -> Measured:
-    with reporter.count(what, "window") as update:
-        evaluation = perplexity(model, windows, on_window=update)
+def _expected(loaded: LoadedModel, recipe: Recipe, tokens: int, held_out: int) -> dict[str, float]:
+    """The seconds of all phases from here on, by name."""
+    decoder, device = loaded.decoder(), loaded.model.device
+    evaluations = dict.fromkeys(EVALUATIONS, expected_evaluation(decoder, held_out, device))
+    pruning, writing = expected_computing(decoder, recipe, None, tokens, device), expected_writing(decoder, started())
+    return evaluations | pruning | writing
+
+
+def _measure(model: PreTrainedModel, windows: Tensor, phase: str, phases: PhaseRecorder) -> Measured:
+    def on_window(done: int, total: int) -> None:
+        phases.on_event(PhaseAdvanced(phase, phase, "window", done, total))
+
+    with phases.phase(phase):
+        on_window(0, len(windows))
+        evaluation = perplexity(model, windows, on_window=on_window)
     parameters = list(model.parameters())
     return Measured(
         perplexity=evaluation.perplexity,
         parameters=sum(parameter.numel() for parameter in parameters),
         linear_weights=Decoder(model).linear_weights(),
         weights_mib=sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
-        seconds=evaluation.seconds,
     )

@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.beside import AskedTasks, Beside
 from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, SeqLength
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.errors import InputError
 from optprune.system.files import json_text
 
@@ -82,7 +82,7 @@ def evaluate_command(
     already = f"the perplexity is {result['perplexity']:.4f}" if text is not None else lines[0]
     write_json(json_file, json_text(result), already)
     for line in lines:
-        typer.echo(line)
+        echo(line)
 
 
 def _named(reporter: "Reporter", tasks: str | None, include: Path | None) -> "Tasks | None":

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from optprune.cli.outputs import check_file, start
+from optprune.cli.outputs import check_file, echo, start
 from optprune.errors import InputError
 
 FORMATS = ("gguf", "onnx")
@@ -43,9 +43,9 @@ def _export_gguf(folder: Path, output: Path, kind: str, cache: bool, overwrite: 
 
     reporter.say(f"writing {output}")
     written = export_gguf(folder, output, kind=kind, overwrite=overwrite)
-    typer.echo(f"{written.file}: {written.bytes / 2**20:.1f} MiB, architecture {written.architecture}")
+    echo(f"{written.file}: {written.bytes / 2**20:.1f} MiB, architecture {written.architecture}")
     for note in written.notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _export_onnx(folder: Path, output: Path, kind: str | None, cache: bool, overwrite: bool) -> None:
@@ -56,5 +56,5 @@ def _export_onnx(folder: Path, output: Path, kind: str | None, cache: bool, over
 
     reporter.say(f"exporting to {output}, and comparing the logits of ONNX Runtime with those of transformers")
     written = export_onnx(folder, output, cache=cache, overwrite=overwrite)
-    typer.echo(f"{written.folder}: {written.bytes / 2**20:.1f} MiB, {'with' if cache else 'without'} a key/value cache")
-    typer.echo(f"check passed: logits differ by at most {written.logits_difference:.2g}")
+    echo(f"{written.folder}: {written.bytes / 2**20:.1f} MiB, {'with' if cache else 'without'} a key/value cache")
+    echo(f"check passed: logits differ by at most {written.logits_difference:.2g}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from optprune.cli.options import Device, JsonFile, Overwrite, Restart, Resume
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.run_folder import FINISHED
 from optprune.system.files import json_text
 
@@ -90,7 +90,7 @@ def heal_command(
         return
     write_json(json_file, json_text(done.section), f"the healed model is in {output}")
     if done.report is None or done.saved is None:
-        typer.echo(FINISHED.format(output))
+        echo(FINISHED.format(output))
     else:
         _summarise(done.report, done.saved)
 
@@ -100,14 +100,14 @@ def _summarise(report: "HealReport", saved: "SavedModel") -> None:
 
     before, after = report.before, report.after
     early = " (the divergence fell no further)" if report.stopped_early else ""
-    typer.echo(
+    echo(
         f"{report.steps} of {report.steps_planned} steps{early} on {report.tokens} tokens in "
         f"{duration(report.seconds)}; what step {after.step} came to is kept"
     )
-    typer.echo(
+    echo(
         f"on held-out windows: divergence {before.divergence:.4f} nats before, {after.divergence:.4f} after; "
         f"perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after, {report.dense_perplexity:.2f} dense"
     )
-    typer.echo(f"{report.zeros} zeros are where they were")
-    typer.echo(f"{saved.folder}: {saved.bytes / 2**20:.1f} MiB of weights")
-    typer.echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")
+    echo(f"{report.zeros} zeros are where they were")
+    echo(f"{saved.folder}: {saved.bytes / 2**20:.1f} MiB of weights")
+    echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")

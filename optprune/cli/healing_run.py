@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optprune.cli.outputs import started
 from optprune.cli.run_folder import check_finished, check_resume, kept_in, run_folder_of, stored_facts
 from optprune.cli.tokens import check_alike, tokens_for
 from optprune.system.files import real_path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from optprune.export import SavedModel
     from optprune.healing import HealingFolder, HealReport
     from optprune.healing.settings import Settings
-    from optprune.models import LoadedModel
+    from optprune.models import Decoder, LoadedModel
     from optprune.report import Event, PhaseRecorder
     from optprune.report.progress import Reporter
     from optprune.texts import TrainingText
@@ -63,9 +64,10 @@ class HealingRun:
         from optprune.calibration.peers import joined
         from optprune.export import check_output, check_own_files
         from optprune.healing import HealingFolder
-        from optprune.models import device_of, load_config
+        from optprune.models import device_of, load_config, load_shapes
         from optprune.models.draft import draft_in
-        from optprune.report import PhaseRecorder
+        from optprune.pruning.expectation import expected_reading, expected_writing
+        from optprune.report import PhaseRecorder, PhasesExpected
         from optprune.report.phases import TOKENISING
         from optprune.texts import check_seq_length, read_documents, with_held_out
 
@@ -78,9 +80,13 @@ class HealingRun:
         if self._goes_on_from_output:
             check_finished(self.output, stored_facts(self.output, HEALING), known, overwrite=self.overwrite)
         documents, config = read_documents(self.text), load_config(self.model)
-        for one in (config, load_config(self.teacher, draft_in(config))):
+        dense = load_config(self.teacher, draft_in(config))
+        for one in (config, dense):
             check_seq_length(one, seq_length)
-        with joined(self.device) as peers, reporter.events({}) as on_event:
+        shapes = load_shapes(self.model, config), load_shapes(self.teacher, dense)
+        characters = sum(len(document) for document in documents if isinstance(document, str))
+        expected = expected_reading(shapes[0], characters) | expected_writing(shapes[0], started())
+        with joined(self.device) as peers, reporter.events(expected) as on_event:
             phases = PhaseRecorder(device_of(self.device), self._telling(reporter, on_event))
             with phases.step(TOKENISING, f"tokenising {self.text}"):
                 sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
@@ -95,7 +101,20 @@ class HealingRun:
                     lambda other: tokens_for(self.teacher, other, few),
                 )
             del documents
+            phases.on_event(PhasesExpected(self._expected(parts, *shapes)))
             return self._healed(reporter, phases, parts, peers)
+
+    def _expected(self, parts: "TrainingText", own: "Decoder", dense: "Decoder") -> dict[str, float]:
+        """The seconds that the training may take, now that its text is known."""
+        from optprune.models import device_of
+        from optprune.pruning.expectation import expected_healing
+
+        batches, settings = parts.batches, self.settings
+        steps = settings.epochs * len(batches)
+        windows = sum(map(len, batches)) + settings.generated
+        tokens = settings.epochs * windows * batches[0].shape[1]
+        measured = parts.held_out.numel() * (1 + steps // settings.interval(steps))
+        return expected_healing(own, dense, tokens, measured, device_of(self.device))
 
     def _healed(
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"

@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.audit import Against, Expect, Plot, audit_command
 from optprune.cli.options import JsonFile, Model
-from optprune.cli.outputs import check_file, start, write_file
+from optprune.cli.outputs import check_file, echo, start, write_file
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,11 +50,11 @@ def draft(model: str, config: "PretrainedConfig", output: Path | None) -> None:
 
     found = trace(config)
     if output is None:
-        typer.echo(found.to_yaml(), nl=False)
+        echo(found.to_yaml().rstrip())
     else:
         write_file(output, found.to_yaml().encode(), "draft", f"{model} was traced")
-        typer.echo(f"{output}: a draft for {found.model_type}; read it, and give it to prune --architecture")
+        echo(f"{output}: a draft for {found.model_type}; read it, and give it to prune --architecture")
     for each in found.not_understood:
-        typer.echo(f"not understood: {each.module} ({each.kind}): {each.why}", err=True)
+        echo(f"not understood: {each.module} ({each.kind}): {each.why}", err=True)
     if found.not_understood:
         raise typer.Exit(NOT_UNDERSTOOD)

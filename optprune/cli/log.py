@@ -4,9 +4,7 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-import typer
-
-from optprune.cli.outputs import check_file
+from optprune.cli.outputs import check_file, echo
 from optprune.cli.run_folder import run_folder_of
 from optprune.errors import InputError
 from optprune.system.files import real_path
@@ -31,7 +29,7 @@ class LogFile:
             with self.file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {line}\n")
         except OSError as error:
-            typer.echo(f"the log {self.file} is not written any more ({error.strerror or error})", err=True)
+            echo(f"the log {self.file} is not written any more ({error.strerror or error})", err=True)
             self.file = None
 
     def check(self, output: Path, model: str) -> None:

@@ -4,17 +4,30 @@ import contextlib
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+import typer
 
 from optprune.errors import InputError, OptpruneError
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.launched import is_first
+from optprune.system.telling import printable
 
 if TYPE_CHECKING:
     from optprune.report.progress import Reporter
+
+
+BEGAN = time.monotonic()
+"""when this process began, but for the start of Python itself"""
+
+
+def started() -> float:
+    """The seconds since this process began."""
+    return time.monotonic() - BEGAN
 
 
 def start(log: Callable[[str], None] | None = None) -> "Reporter":
@@ -39,6 +52,12 @@ def start(log: Callable[[str], None] | None = None) -> "Reporter":
     # This one bar is not made by transformers' own tqdm, which can be switched off.
     modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # type: ignore[attr-defined]
     return Reporter(Console(stderr=True, quiet=not is_first()), log=log if is_first() else None)
+
+
+def echo(text: str, *, err: bool = False) -> None:
+    """Print lines, without what a terminal would obey in them: files and models have their say in what is told."""
+    for line in text.split("\n"):
+        typer.echo(printable(line), err=err)
 
 
 def check_json(file: Path | None, *, output: Path | None = None, models: Sequence[str] = ()) -> None:

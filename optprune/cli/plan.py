@@ -33,7 +33,7 @@ from optprune.cli.options import (
     WidthMultiple,
     Workers,
 )
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.cli.request import Request, Settled
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
@@ -116,7 +116,7 @@ def plan_command(
     # Whole ones take as much, but that tokenising them may end sooner.
     check_sequences(sequences)
     chosen = request.chosen()
-    if not chosen.sparsity and request.allocation_file is None:
+    if not chosen.sparsity and chosen.given is None:
         raise InputError("a sparsity of 0 has nothing to plan: the model is read and written as it is")
     workers_of(chosen, workers, ray)
     check_json(json_file, models=[model])
@@ -124,7 +124,7 @@ def plan_command(
         check_dtype(name)
     if not no_probe:
         device_of(device)
-    settled = request.settled(chosen, request.divided())
+    settled = request.settled(chosen)
     settled.tell(reporter.say)
     work = settled.workload()
     if no_probe:
@@ -134,7 +134,7 @@ def plan_command(
         planned = timed(work, model, _measuring(settled, work, calibration, output))
     write_json(json_file, json_text(planned.to_dict()), "nothing else is written")
     for line in lines(planned):
-        typer.echo(line)
+        echo(line)
 
 
 def _measuring(settled: Settled, work: "Workload", calibration: str | None, output: Path | None) -> "Measuring":

@@ -37,7 +37,7 @@ from optprune.cli.options import (
     WidthMultiple,
     Workers,
 )
-from optprune.cli.outputs import check_json, start, write_json
+from optprune.cli.outputs import check_json, echo, start, started, write_json
 from optprune.cli.request import Request
 from optprune.cli.run_folder import FINISHED
 from optprune.cli.shared_run import shared_run
@@ -94,15 +94,8 @@ def prune_command(
     ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
-    fields = {
-        "sparsity": sparsity,
-        "seed": seed,
-        "propagation": propagation,
-        "units": units,
-        "pattern": pattern,
-        "width_multiple": width_multiple,
-        "strict": strict or None,
-    }
+    fields = {"sparsity": sparsity, "seed": seed, "propagation": propagation, "units": units, "pattern": pattern}
+    fields |= {"width_multiple": width_multiple, "strict": strict or None}
     places = device, dtype, save_dtype, workers, ray, max_shard_size, states
     request = Request(
         model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target, architecture
@@ -136,10 +129,9 @@ def prune_command(
     whole.check()
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
-    divided = request.divided()
     check_sequences(sequences)
-    settled = request.settled(chosen, divided)
-    chosen = settled.recipe
+    settled = request.settled(chosen)
+    chosen, divided = settled.recipe, settled.divided
     whole.check_folder(chosen, divided)
     texts = read_texts(calibration)
     settled.tell(reporter.say)
@@ -148,7 +140,8 @@ def prune_command(
     with joined(device) as peers:
         if not no_plan:
             reporter.say(check_room(settled.workload(peers.size), Room.measured(device_of(device), output)))
-        with reporter.events(expected_seconds(settled.shapes, chosen, divided, *sizes, device_of(device))) as on_event:
+        asked = settled.shapes, chosen, divided, *sizes, device_of(device)
+        with reporter.events(expected_seconds(*asked, started=started())) as on_event:
             phases = PhaseRecorder(device_of(device), on_event)
             with phases.step(TOKENISING, f"tokenising {calibration}"):
                 drawn = calibration_for(model, settled.config, texts, samples, seq_length, chosen.seed, sequences)
@@ -167,7 +160,7 @@ def _finish(
         settled.check(output)
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     if saved is None:
-        typer.echo(FINISHED.format(output))
+        echo(FINISHED.format(output))
     else:
         _summarise(settled.recipe, report, saved)
 
@@ -184,27 +177,27 @@ def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     loads += "" if saved.stock else f" or optprune.load({str(folder)!r})"
     currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
-    typer.echo(
+    echo(
         f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "
         f"({report.sparsity_requested:.2%}{of_what} asked)"
     )
     for line in Allocation.from_dict(report.allocation).lines():
-        typer.echo(line)
-    typer.echo(
+        echo(line)
+    echo(
         f"{duration(report.seconds)} on {report.tokens} tokens, of which the two calibration passes need "
         f"{duration(report.floor_seconds)}"
     )
     if errors:
         when = " before recovery" if report.recovered else ""
-        typer.echo(f"mean relative error {sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}{when}")
+        echo(f"mean relative error {sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}{when}")
     if errors and sum(errors) / len(errors) > DESTROYED:
-        typer.echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
+        echo("warning: the model is probably destroyed by so large an error: remove less, or restore more")
     if recipe.units.family is not None and report.sparsity_reached:
-        typer.echo(
+        echo(
             "zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
             f"pattern {recipe.units.family.name}"
         )
     for note in report.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")
-    typer.echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")
+        echo(f"note: {note}")
+    echo(f"{folder}: {saved.bytes / 2**20:.1f} MiB of weights, loads with {loads}")
+    echo(f"reload check passed: logits differ by at most {saved.logits_difference:.2g}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from optprune.cli.outputs import echo
+
 LINE = 110
 """the characters of a line of the list"""
 LEGEND = """\
@@ -30,11 +32,11 @@ def recipes_command(
         for field in recipe_fields():
             default = f" [default: {field.default}]" if field.default else ""
             also = f" (also: {field.flat})" if field.flat else ""
-            typer.echo(f"{field.path}{also}: {field.kind}{default}")
-            typer.echo(textwrap.fill(field.meaning, 100, initial_indent="    ", subsequent_indent="    "))
+            echo(f"{field.path}{also}: {field.kind}{default}")
+            echo(textwrap.fill(field.meaning, 100, initial_indent="    ", subsequent_indent="    "))
         return
     if name is not None:
-        typer.echo(load_recipe(name).to_yaml(), nl=False)
+        echo(load_recipe(name).to_yaml().rstrip())
         return
     _overview()
 
@@ -45,11 +47,11 @@ def _overview() -> None:
     groups = {kind.title: kind.recipes() for kind in KINDS}
     width = max(len(recipe.name) for recipes in groups.values() for recipe in recipes)
     for title, recipes in groups.items():
-        typer.echo(f"{title}\n")
+        echo(f"{title}\n")
         for recipe in recipes:
             cost = f"{FLOORS[recipe.name]:.3g}x" if recipe.name in FLOORS else "-"
             loads = "stock" if loads_stock(recipe) else "code"
             head = f"  {recipe.name:<{width}}  {cost:>5}  {loads:<5}  "
-            typer.echo(textwrap.fill(recipe.summary, LINE, initial_indent=head, subsequent_indent=" " * len(head)))
-        typer.echo("")
-    typer.echo(LEGEND)
+            echo(textwrap.fill(recipe.summary, LINE, initial_indent=head, subsequent_indent=" " * len(head)))
+        echo("")
+    echo(LEGEND)

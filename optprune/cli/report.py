@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.beside import Beside, check_generations
 from optprune.cli.options import Device, Dtype, SeqLength
-from optprune.cli.outputs import check_file, start, write_file
+from optprune.cli.outputs import check_file, echo, start, write_file
 from optprune.errors import InputError
 from optprune.system.files import real_path
 
@@ -70,7 +70,7 @@ def report_command(
         reporter.say("matplotlib is not installed: tables stand in place of pictures (pip install 'optprune[plot]')")
     drawn = page(report, held=held, evaluation=measured, speed=speeds, healing=healed)
     write_file(place, drawn.encode(), "page", f"{folder} is as it was")
-    typer.echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")
+    echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")
 
 
 def _check_together(against: str | None, text: str | None, evaluation: Path | None) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from optprune.models import Decoder
     from optprune.pruning.workload import Workload
     from optprune.recipe import Recipe, Runtime
+    from optprune.recipe.groups import GivenBlocks
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Request:
         from optprune.recipe import load_recipe
 
         self.runtime()
-        fields = dict(self.fields) | {"allocation": None if self.allocation_file is not None else self.allocation}
+        fields = dict(self.fields) | {"allocation": self.allocation if self.allocation_file is None else self._given()}
         given = overrides({key: value for key, value in fields.items() if value is not None}, self.settings)
         recipe = load_recipe(self.recipe, given)
         if self.allocation_file is not None and "sparsity" in given and recipe.only_share is None:
@@ -63,9 +64,11 @@ class Request:
             )
         return recipe
 
-    def divided(self) -> "Allocation | None":
-        """What every block keeps, where a file says it."""
-        return None if self.allocation_file is None else _read_allocation(self.allocation_file)
+    def _given(self) -> "GivenBlocks":
+        """What every block keeps, as the file says it."""
+        from optprune.recipe.groups import GivenBlocks
+
+        return GivenBlocks.of(_read_allocation(str(self.allocation_file)))
 
     def runtime(self) -> "Runtime | None":
         """The runtime that the model is for; InputError where it is not known."""
@@ -73,7 +76,7 @@ class Request:
 
         return None if self.target is None else runtime_called(self.target)
 
-    def settled(self, recipe: "Recipe", divided: "Allocation | None") -> "Settled":
+    def settled(self, recipe: "Recipe") -> "Settled":
         """The request against the model's shapes; InputError where they do not go together."""
         from optprune.models import load_config, load_shapes
         from optprune.pruning.preflight import check_parts, check_run
@@ -83,8 +86,8 @@ class Request:
 
         config = load_config(self.model, self.architecture)
         check_seq_length(config, self.seq_length)
-        shapes = load_shapes(self.model, config)
-        if divided is not None:
+        shapes, divided = load_shapes(self.model, config), recipe.given
+        if self.allocation_file is not None:
             with _named(self.allocation_file, "does not fit"):
                 allocator_of(recipe, divided).check(shapes)
         runtime, told = self.runtime(), tuple[str, ...]()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from optprune.pruning import collect, prune
 from optprune.pruning.preflight import check_run
 from optprune.recipe import Recipe
 from optprune.report import Event, Report
-from optprune.report.progress import duration
+from optprune.report.progress import about, duration
 from optprune.system.interrupts import record_done
 from optprune.system.wording import one_line
 from optprune.texts import Drawn
@@ -35,6 +36,31 @@ SHARE = 0.25
 PER_ENTRY = 8
 """the bytes of statistics for an entry of a Gram matrix: in float32, with what solvers keep beside it"""
 NO_MEMORY = "the memory is not enough: take fewer samples or shorter windows"
+
+
+@dataclass
+class Pace:
+    """How long the cells of a comparison take, by those that are finished."""
+
+    _cells: dict[str, list[float]] = field(default_factory=dict)
+    """the seconds of finished cells, by recipe"""
+    _seeds: dict[int, float] = field(default_factory=dict)
+    """the seconds in which the dense model was measured, by seed"""
+
+    def prepare(self, seed: int, seconds: float) -> None:
+        """The dense model was measured for a seed."""
+        self._seeds[seed] = seconds
+
+    def finish(self, cell: Cell, seconds: float) -> None:
+        """A cell is finished, or has failed."""
+        self._cells.setdefault(cell.recipe, []).append(seconds)
+
+    def left(self, cells: Sequence[Cell]) -> float:
+        """The seconds that cells to come will take, each as those of its recipe did, or else as all did on average."""
+        every = [seconds for found in self._cells.values() for seconds in found]
+        seeds = {cell.seed for cell in cells} - self._seeds.keys()
+        own = (mean(self._cells.get(cell.recipe, every)) for cell in cells)
+        return sum(own) + len(seeds) * mean(self._seeds.values())
 
 
 @dataclass(eq=False)
@@ -56,6 +82,7 @@ class Session:
     """the dense model"""
     failed: dict[Cell, CellResult] = field(default_factory=dict)
     _predictions: DensePredictions | None = None
+    _pace: Pace = field(default_factory=Pace)
 
     def dense(self) -> Figures:
         """The figures of the dense model."""
@@ -99,7 +126,9 @@ class Session:
         began = time.perf_counter()
         statistics = self._collected(batches, recipes, place)
         self.say(f"measured the dense model for seed {seed}, in {duration(time.perf_counter() - began)}")
+        self._pace.prepare(seed, time.perf_counter() - began)
         for cell, recipe in zip(missing, recipes, strict=True):
+            begun = time.perf_counter()
             result = self._result(cell, recipe, statistics)
             if result.figures is None:
                 self.failed[cell] = result
@@ -110,6 +139,12 @@ class Session:
                 self.say(f"{cell}: {said}")
             cells = list(self.asked.cells())
             done = sum(map(self.folder.has, cells))
+            self._pace.finish(cell, time.perf_counter() - begun)
+            to_come = [each for each in cells if not self.folder.has(each) and each not in self.failed]
+            if to_come:
+                self.say(
+                    f"{len(cells) - len(to_come)} of {len(cells)} cells, {about(self._pace.left(to_come))} left in all"
+                )
             record_done(f"{done} of {len(cells)} cells are done, and kept in {self.folder.folder}: run again to go on")
             gc.collect()  # a model holds itself by its hooks
             release()

@@ -56,7 +56,7 @@ def save_pruned(
         files={
             **origin.licence_files,
             CARD: card.text(),
-            "recipe.yaml": recipe.settled().to_yaml(),
+            "recipe.yaml": recipe.as_run(report.recipe).to_yaml(),
         },
         report=replace(report, phases=joined(report.phases, phases.done)),
         on_event=on_event,

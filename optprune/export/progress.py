@@ -8,8 +8,9 @@ from optprune.report.phases import CHECKING, SAVING
 
 COMPUTED = 0.3
 """the share of the saving that computing logits is, roughly, where they are to be compared"""
-STARTED = 0.5
-"""the share of the checking that is over, roughly, when a process has started and loaded the folder"""
+STARTED, COMPARED = 0.7, 0.8
+"""the shares of the checking that are over, roughly, when a process has started and loaded the folder, and when it is
+through all blocks; then it ends, and the folder gets its name"""
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,4 @@ class Progress:
         if not done:
             step = "starting a process that reloads the folder"
             self.on_event(PhaseAdvanced(CHECKING, step, "step", 1, 1, ends=STARTED))
-        self.on_event(PhaseAdvanced(CHECKING, "checking", "block", done, blocks, STARTED))
+        self.on_event(PhaseAdvanced(CHECKING, "checking", "block", done, blocks, STARTED, COMPARED))

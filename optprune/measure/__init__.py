@@ -1,6 +1,6 @@
 """Measures of a model: perplexity, divergence from the dense one, answers, generations, speed, memory, time."""
 
-from optprune.measure.divergence import Divergence, Stretch, divergence_from, divergence_of
+from optprune.measure.divergence import Divergence, StandardErrors, Stretch, divergence_from, divergence_of
 from optprune.measure.evaluate import Evaluation, bits_per_byte, perplexity
 from optprune.measure.generations import generate
 from optprune.measure.questions import Answers, Question, answer_questions, read_questions
@@ -16,6 +16,7 @@ __all__ = [
     "Question",
     "Ratios",
     "Scores",
+    "StandardErrors",
     "Stretch",
     "Tasks",
     "Work",

@@ -35,6 +35,20 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class StandardErrors:
+    """The standard errors of means over windows; both models predict the same windows, so differences are paired."""
+
+    surprise: float
+    """the standard error of the difference of the two models' mean surprise, which is the logarithm of the ratio of
+    their perplexities, in nats a prediction"""
+    divergence: float
+    """the standard error of the divergence, in nats a prediction"""
+    agreement: float
+    windows: int
+    """over how many windows: a standard deviation of few says little"""
+
+
+@dataclass(frozen=True)
 class Divergence:
     """A model beside the dense one, over all next-token predictions of some windows."""
 
@@ -46,6 +60,8 @@ class Divergence:
     dense_perplexity: float
     along: tuple[Stretch, ...]
     """the same along the context"""
+    standard_errors: StandardErrors | None = None
+    """how far the means are known; None of a single window, or where they are beyond the largest number"""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data."""
@@ -91,11 +107,13 @@ def divergence_of(
     Windows are token ids [n, length], logits [some, length, vocabulary]; the rest is as in `divergence_from`.
     """
     count, length = windows.shape
-    sums, done = torch.zeros(4, length - 1, dtype=torch.float64), 0
+    sums, done, by_window = torch.zeros(4, length - 1, dtype=torch.float64), 0, list[Tensor]()
     for logits, expected in pairs:
         ids = windows[done : done + len(logits)].to(logits.device)
         for window, scores, dense_scores in zip(ids, logits, expected.to(logits.device), strict=True):
-            sums += _sums(window, scores, dense_scores)
+            found = _sums(window, scores, dense_scores)
+            sums += found
+            by_window.append(found.mean(1))
         done += len(ids)
         if bool(sums.isnan().any()):
             raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
@@ -109,7 +127,18 @@ def divergence_of(
         total.perplexity,
         of_surprise(float(sums[1].sum()), count * (length - 1)),
         tuple(along),
+        _standard_errors(torch.stack(by_window)),
     )
+
+
+def _standard_errors(means: Tensor) -> StandardErrors | None:
+    """The standard errors of what [windows, 4] holds of each window: both surprises, the divergence, the agreement."""
+    windows = len(means)
+    if windows < 2:
+        return None
+    paired = torch.stack([means[:, 0] - means[:, 1], means[:, 2], means[:, 3]])
+    found = (paired.std(1) / math.sqrt(windows)).tolist()
+    return StandardErrors(*found, windows=windows) if all(map(math.isfinite, found)) else None
 
 
 def _sums(window: Tensor, scores: Tensor, dense_scores: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class LinkedUnits(Units):
 
         `alike` where the same share is to go from every block.
         """
-        return 1
+        return asked or 1
 
 
 @final
@@ -246,6 +246,9 @@ class KvGroups(LinkedUnits):
         rows = (torch.cat(rows, 1),) if architecture.joined else rows
         paths = tuple(dict.fromkeys((architecture.query, architecture.key, architecture.value)))
         return LinkedLayers(consumer, paths, Link(columns, torch.zeros_like(unit), rows))
+
+    def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
+        return 1
 
 
 def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str, LinkedUnits]]) -> list[Target]:

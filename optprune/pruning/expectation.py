@@ -16,7 +16,7 @@ from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+from optprune.report.phases import BUDGET, CHECKING, HEALING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
 from optprune.solvers import (
     Admm,
     Chain,
@@ -34,7 +34,7 @@ WIDTH, TIMES = 512, 5
 """the width of the matrices whose product is timed, and how often it is"""
 BYTES_PER_SECOND = 5e8
 """what a disk reads and writes"""
-START = 3.0, 20.0
+START = 3.0, 60.0
 """the least and the most seconds in which a process imports torch and transformers"""
 CHARACTERS_PER_SECOND = 1e6
 """what a tokenizer reads"""
@@ -54,24 +54,59 @@ RANKING = 8
 
 
 def expected_seconds(
-    decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, characters: int, device: torch.device
+    decoder: Decoder,
+    recipe: Recipe,
+    allocation: Allocation | None,
+    tokens: int,
+    characters: int,
+    device: torch.device,
+    *,
+    started: float | None = None,
 ) -> dict[str, float]:
     """The seconds of every phase of a run from a folder and a text to a folder, by its name.
 
-    `decoder` may be on the meta device; so many `tokens` are drawn from a text of so many `characters`.
+    `decoder` may be on the meta device; so many `tokens` are drawn from a text of so many `characters`. The process
+    was `started` so many seconds ago, and has hardly done anything since but to import torch and transformers.
     """
-    files = sum(weight.nbytes for weight in decoder.model.parameters()) / BYTES_PER_SECOND
-    # This process has hardly done anything until now but to import the same.
-    start = min(max(time.process_time(), START[0]), START[1])
-    before = {TOKENISING: 0.5 + characters / CHARACTERS_PER_SECOND, LOADING: 0.5 + 2 * files}
-    after = {SAVING: 0.5 + 2 * files, CHECKING: start + files}
-    return before | expected_computing(decoder, recipe, allocation, tokens, device) | after
+    reading, writing = expected_reading(decoder, characters), expected_writing(decoder, started)
+    return reading | expected_computing(decoder, recipe, allocation, tokens, device) | writing
+
+
+def expected_reading(decoder: Decoder, characters: int) -> dict[str, float]:
+    """The seconds in which a text of so many characters is tokenised and a model is loaded."""
+    return {TOKENISING: 0.5 + characters / CHARACTERS_PER_SECOND, LOADING: 0.5 + 2 * _files(decoder)}
+
+
+def expected_writing(decoder: Decoder, started: float | None = None) -> dict[str, float]:
+    """The seconds in which a model is saved and checked by a process that starts as this one did."""
+    start = min(max(time.process_time() if started is None else started, START[0]), START[1])
+    return {SAVING: 0.5 + 2 * _files(decoder), CHECKING: start + _files(decoder)}
+
+
+def expected_evaluation(decoder: Decoder, tokens: int, device: torch.device) -> float:
+    """The seconds in which a model predicts so many tokens."""
+    return SLOW * tokens * (decoder.linear_weights() + head_weights(decoder)) / products_per_second(device)
+
+
+def expected_healing(
+    decoder: Decoder, dense: Decoder, tokens: int, held_out_tokens: int, device: torch.device
+) -> dict[str, float]:
+    """The seconds in which a model is trained on so many tokens, and measured on so many, beside the dense one."""
+    own, other = (each.linear_weights() + head_weights(each) for each in (decoder, dense))
+    work = tokens * ((1 + PASSES_BACK) * own + other) + held_out_tokens * own
+    return {HEALING: SLOW * work / products_per_second(device)}
+
+
+def _files(decoder: Decoder) -> float:
+    """The seconds in which a disk reads or writes the weights."""
+    return sum(weight.nbytes for weight in decoder.model.parameters()) / BYTES_PER_SECOND
 
 
 def expected_computing(
     decoder: Decoder, recipe: Recipe, allocation: Allocation | None, tokens: int, device: torch.device
 ) -> dict[str, float]:
     """The seconds of the phases of `prune` by their names."""
+    allocation = allocation or recipe.given
     if allocation is None and not recipe.sparsity:
         return dict.fromkeys((METRIC, BUDGET, PRUNING), 0.0)
     recipe, rate = recipe.settled(), products_per_second(device)

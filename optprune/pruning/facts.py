@@ -22,6 +22,7 @@ OPENED = 0.5
 
 def asked(recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
     """Return the facts that a command says by itself, before a model or a text is read."""
+    allocation = allocation or recipe.given
     resolved = (recipe.worked() if allocation is None else recipe).settled()
     return {
         "the recipe": resolved.to_dict(),

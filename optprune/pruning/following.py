@@ -32,7 +32,7 @@ def followed(
 
     tokens = sum(batch.numel() for batch in batches)
     expected = expected_computing(decoder, recipe, allocation, tokens, decoder.model.device)
-    with Reporter().events(expected) as show:
+    with Reporter().events(expected, left="left of pruning") as show:
 
         def on_event(event: Event) -> None:
             show(event)

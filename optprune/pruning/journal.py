@@ -67,7 +67,8 @@ class Journal(RunFolder):
     @property
     def worth_keeping(self) -> bool:
         # A division that nothing was measured for is made again in no time.
-        quick = {DIVISION} if self.facts.get(RECIPE, {}).get("allocation", {}).get("kind") == "uniform" else set()
+        kind = self.facts.get(RECIPE, {}).get("allocation", {}).get("kind")
+        quick = {DIVISION} if kind in ("uniform", "given") else set()
         return bool(set(self.files) - quick) or self.has_scratch
 
     @property

@@ -52,27 +52,25 @@ def prune(
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
     All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
-    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned.
-    An `allocation` says what every block keeps, in place of the recipe's sparsity. `statistics` are those of the
-    dense model, as `collect` gives them, where runs share them; without, this run measures its own. `source` and
-    `calibration` name the model and the text in the report. A model that `open_model` gave comes with the `store`
-    of its blocks, which are in memory one at a time; afterwards the store gives the pruned ones. With a `journal`
-    every block is on the disk once it is finished, and a run that was stopped goes on where it was. `workers` prune
-    blocks side by side, where blocks are independent by the policy (dense, intra), or share the layers of a block;
-    the weights are those of a run without. Sums over batches are added over `lanes`, which processes may share:
-    each calls this with the same arguments, but for the first one's journal. `states` says where the hidden states
-    of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
-    where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run
-    is, and with `progress` that is shown on stderr, with the time left.
+    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
+    `allocation` says what every block keeps, in place of the recipe's sparsity; the report's recipe says it then.
+    `statistics` are those of the dense model, as `collect` gives them, where runs share them; without, this run
+    measures its own. `source` and `calibration` name the model and the text in the report. A model that `open_model`
+    gave comes with the `store` of its blocks, which are in memory one at a time; afterwards the store gives the pruned
+    ones. With a `journal` every block is on the disk once it is finished, and a run that was stopped goes on where it
+    was. `workers` prune blocks side by side, where blocks are independent by the policy (dense, intra), or share the
+    layers of a block; the weights are those of a run without. Sums over batches are added over `lanes`, which processes
+    may share: each calls this with the same arguments, but for the first one's journal. `states` says where the hidden
+    states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
+    where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
+    and with `progress` that is shown on stderr, with the time left.
     """
-    if store is None and any(weight.is_meta for weight in model.parameters()):
-        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    began, decoder, workers, lanes = time.perf_counter(), Decoder(model, store), workers or Serial(), lanes or Lanes()
-    workers.check(recipe)
-    if lanes.peers.size > 1 and not isinstance(workers, Serial):
-        raise InputError("the processes that share the lanes are the workers: leave other workers out")
+    began, workers, lanes = time.perf_counter(), workers or Serial(), lanes or Lanes()
+    _check_hands(model, store, recipe, workers, lanes)
+    decoder = Decoder(model, store)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
-    every = check_batches(model.config, batches)
+    parameters_before = sum(parameter.numel() for parameter in model.parameters())
+    every, allocation = check_batches(model.config, batches), allocation or recipe.given
     recipe, work = recipe.settled(), recipe.worked() if allocation is None else recipe
     with followed(progress, on_event, decoder, every, work, allocation) as listener:
         phases = PhaseRecorder(model.device, listener)
@@ -80,6 +78,7 @@ def prune(
         with phases.phase(PRUNING), calibrating(decoder):
             workers.prune(run)
     divided, notes = run.allocation, run.notes
+    recipe = recipe if allocation is None else recipe.with_given(divided)
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
@@ -107,5 +106,17 @@ def prune(
         recovered=tuple(part for record in records for part in record.recovered),
         blocks=blocks,
         phases=phases.done,
+        parameters_before=parameters_before,
         run_facts=run.facts,
     )
+
+
+def _check_hands(
+    model: PreTrainedModel, store: BlockStore | None, recipe: Recipe, workers: Workers, lanes: Lanes
+) -> None:
+    """Raise InputError where the weights are not at hand, or there are workers that do not go with the run."""
+    if store is None and any(weight.is_meta for weight in model.parameters()):
+        raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
+    workers.check(recipe)
+    if lanes.peers.size > 1 and not isinstance(workers, Serial):
+        raise InputError("the processes that share the lanes are the workers: leave other workers out")

@@ -248,9 +248,8 @@ def numbers_of(matching: Matching) -> int:
 def _saving(work: Workload) -> Iterator[Part]:
     yield Part("a block", 0 if work.whole else work.block_bytes)
     yield Part("logits of a window", logits(work))
-    linked = work.pruned_bytes + work.resident_bytes > work.max_shard and not work.whole
     yield Part("run folder", work.pruned_bytes, DISK)
-    yield Part("output", (0 if linked else work.pruned_bytes) + work.resident_numbers * work.itemsize, DISK)
+    yield Part("output", output_bytes(work), DISK)
 
 
 def _checking(work: Workload, fresh: int) -> Iterator[Part]:
@@ -260,9 +259,22 @@ def _checking(work: Workload, fresh: int) -> Iterator[Part]:
     yield Part("embeddings, head and norms, reloaded", resident)
     yield Part("a block, reloaded", work.block_bytes)
     yield Part("logits, compared", 3 * logits(work))
-    linked = work.pruned_bytes + resident > work.max_shard and not work.whole
     yield Part("run folder", work.pruned_bytes, DISK)
-    yield Part("output", (0 if linked else work.pruned_bytes) + resident, DISK)
+    yield Part("output", output_bytes(work), DISK)
+
+
+def output_bytes(work: Workload) -> int:
+    """What the output takes on the disk beside the run folder, whose blocks its shards are links to where it can.
+
+    A block is linked where the output has several shards, one may be as large, and files hold its matrices as they are
+    in memory.
+    """
+    resident = work.resident_numbers * work.itemsize
+    whole = work.pruned_bytes + resident
+    if work.whole or work.decoder.architecture.transposed or whole <= work.max_shard:
+        return whole
+    sizes = (work.pruned_bytes * numbers // sum(work.block_numbers) for numbers in work.block_numbers)
+    return whole - sum(size for size in sizes if size <= work.max_shard)
 
 
 def logits(work: Workload) -> int:

@@ -31,6 +31,7 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
 
     NoSolver when the recipe's solver does not solve what the recipe states.
     """
+    allocation = allocation or recipe.given
     _check_alike(decoder, recipe, allocation)
     for kind in recipe.units.kinds:
         decoder.architecture.check_divisible(kind.field, f"units {kind.name} remove {kind.field}")

@@ -31,6 +31,8 @@ ALIASES = {
 """fields by the flat names that they had: either may be set; by a flat one, what its group has no use for does nothing,
 as it always did"""
 NEEDS = {
+    "allocation.multiple": "a width multiple of {} does nothing here: only units that uniform or global shares narrow "
+    "have one, not single weights, experts, whole sub-blocks or blocks that are given: leave it out",
     "allocation.currency": "a budget in {} is divided over widths: set allocation to global, and units to mlp, vo, "
     "kv-groups or all",
     "refit.dampings": "refit_damping is chosen on held-out tokens: set held_out, such as 0.125",

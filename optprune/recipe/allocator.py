@@ -11,6 +11,7 @@ from optprune.recipe.recipe import Recipe
 
 def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Allocator:
     """The allocator of a run; an allocation that is given comes before what the recipe says."""
+    allocation = allocation or recipe.given
     if allocation is not None:
         return Given(recipe.units, allocation)
     if not recipe.sparsity:
@@ -24,6 +25,7 @@ def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Alloca
             return by_cost(recipe)
         case UniformShares() | GlobalBudget() as shares:
             return Uniform(recipe.units, recipe.sparsity, shares.multiple)
+    raise AssertionError("an allocation that is given was met above")
 
 
 def by_cost(recipe: Recipe) -> ByCost:

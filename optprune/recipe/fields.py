@@ -23,6 +23,7 @@ NAMED = {
     "solver": "null, a solver or a list of solvers",
     "units": f"{', '.join(UNITS)} or {{{Weights.name}: PATTERN}}",
     "propagation": f"{', '.join(POLICIES)} or {AUTO}",
+    "allocation.blocks": "a list with what each block keeps",
 }
 """what the fields hold whose values are names"""
 PATTERN = "the pattern of single weights: over each matrix, the same count in every row, or N:M such as 2:4"
@@ -80,7 +81,7 @@ def _group(path: str, parent: FieldInfo) -> Iterator[RecipeField]:
             default = "" if info.is_required() else _in_words(info.default)
             every = len(owners) == len(choice.models)
             where = "" if every else f"of {_either([owner.model_fields[choice.switch].default for owner in owners])}: "
-            yield _field(inner, info, _kind(info), default, inner, where)
+            yield _field(inner, info, NAMED.get(inner) or _kind(info), default, inner, where)
 
 
 def _field(path: str, info: FieldInfo, kind: str, default: str, stands_for: str = "", where: str = "") -> RecipeField:

@@ -7,8 +7,9 @@ held-out tokens.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serializer, model_validator
 
+from optprune.allocation import Allocation
 from optprune.recipe.names import NONE, read_dampings
 
 
@@ -59,6 +60,33 @@ class DepthSearch(Group):
     """what sub-blocks are chosen by: the perplexity without them, or 1 - cos of the hidden states around them"""
     score_tokens: int = Field(default=1024, ge=2)
     """about how many calibration tokens the perplexity is measured on, again after every removal"""
+
+
+class GivenBlocks(Group):
+    """What every block keeps, said for each, as in an allocation file or the report of a run."""
+
+    kind: Literal["given"] = "given"
+    """given: what every block keeps is said, as `--allocation FILE.json` does"""
+    blocks: tuple[dict[str, Any], ...]
+    """what each block keeps: mlp_width, kv_heads, value_dim, perhaps experts, and perhaps shares of single weights by
+    layer, as report.json has them"""
+    saves: str = ""
+    """what that saves of the budget that it was made for, in words"""
+
+    @model_validator(mode="after")
+    def _an_allocation(self) -> "GivenBlocks":
+        Allocation.from_dict(self.model_dump() | {"sparsity": 0.0})
+        return self
+
+    @classmethod
+    def of(cls, allocation: Allocation) -> "GivenBlocks":
+        """The group that says what an allocation does."""
+        data = allocation.to_dict()
+        return cls(blocks=tuple(data["blocks"]), saves=data.get("saves", ""))
+
+    def allocation(self, sparsity: float) -> Allocation:
+        """What every block keeps, which is said to come to a sparsity."""
+        return Allocation.from_dict(self.model_dump() | {"sparsity": sparsity})
 
 
 class FisherMetric(Group):
@@ -161,7 +189,7 @@ class Choice:
 
 
 GROUPS = {
-    "allocation": Choice("kind", (UniformShares, GlobalBudget, DepthSearch), "uniform"),
+    "allocation": Choice("kind", (UniformShares, GlobalBudget, DepthSearch, GivenBlocks), "uniform"),
     "metric": Choice("kind", (FisherMetric,)),
     "refit": Choice("held_out", (Refit,)),
     "refit.recovery": Choice("rounds", (Recovery,)),

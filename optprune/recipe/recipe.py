@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from optprune.allocation import Allocation
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
 from optprune.models import UNITS, Experts, Units
@@ -26,6 +27,7 @@ from optprune.recipe.aliases import NEEDS
 from optprune.recipe.groups import (
     DepthSearch,
     FisherMetric,
+    GivenBlocks,
     GlobalBudget,
     Group,
     Matching,
@@ -96,8 +98,8 @@ class Recipe(Telling, BaseModel):
     permuted: bool = False
     """whether MLP units, and value dimensions within a head, change places so that groups of N:M hold together what can
     be spared: the model is what it was, and stock transformers loads it; needs such a pattern"""
-    allocation: UniformShares | GlobalBudget | DepthSearch = UniformShares()
-    """what every block loses: the same share, a part of one budget for the model, or whole sub-blocks"""
+    allocation: UniformShares | GlobalBudget | DepthSearch | GivenBlocks = UniformShares()
+    """what every block loses: the same share, a part of one budget for the model, whole sub-blocks, or what is said"""
     metric: FisherMetric | None = None
     """what weighs output errors: nothing, or the Fisher information of the outputs"""
     refit: Refit | None = None
@@ -162,6 +164,10 @@ class Recipe(Telling, BaseModel):
         """What a budget may be hangs on the units and their pattern."""
         budget, share = self.allocation, self.only_share
         divided = isinstance(budget, GlobalBudget)
+        if isinstance(budget, GivenBlocks):
+            return self
+        if isinstance(budget, UniformShares | GlobalBudget) and budget.multiple is not None and not self.units.kinds:
+            raise ValueError(NEEDS["allocation.multiple"].format(budget.multiple))
         if divided and budget.currency != "parameters" and not self.units.kinds:
             raise ValueError(NEEDS["allocation.currency"].format(budget.currency))
         if divided and self.units.family is not None and budget.least > budget.most:
@@ -251,6 +257,23 @@ class Recipe(Telling, BaseModel):
         return self.model_copy(
             update={"propagation": POLICIES["dense"], "metric": None, "refit": None, "permuted": False}
         )
+
+    @property
+    def given(self) -> Allocation | None:
+        """What every block keeps, where the recipe says it."""
+        return self.allocation.allocation(self.sparsity) if isinstance(self.allocation, GivenBlocks) else None
+
+    def with_given(self, allocation: Allocation) -> "Recipe":
+        """The recipe that says what every block keeps, and the sparsity that this comes to."""
+        found = {"allocation": GivenBlocks.of(allocation), "sparsity": allocation.sparsity}
+        return self.model_copy(update=found)
+
+    def as_run(self, told: Mapping[str, Any]) -> "Recipe":
+        """The settled recipe, with what every block keeps where the recipe that a report has `told` says that."""
+        recipe, allocation = self.settled(), told.get("allocation")
+        if not isinstance(allocation, dict) or allocation.get("kind") != "given":
+            return recipe
+        return recipe.with_given(Allocation.from_dict(allocation | {"sparsity": told["sparsity"]}))
 
     @property
     def divides(self) -> bool:

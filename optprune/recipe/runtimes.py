@@ -21,7 +21,7 @@ from optprune.models import (
 )
 from optprune.models.rotary import scalings
 from optprune.recipe.allocator import allocator_of
-from optprune.recipe.groups import DepthSearch, GlobalBudget, UniformShares
+from optprune.recipe.groups import DepthSearch, GivenBlocks, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe
 
 NARROW_MLPS = "prune with --units mlp, as --recipe structured_uniform_best does"
@@ -70,7 +70,7 @@ class Runtime:
         recipe, or an allocation that is given, would make of it; the sentence says what it would take.
         """
         self._check_model(decoder)
-        told: list[str] = []
+        told, allocation = list[str](), allocation or recipe.given
         if isinstance(recipe.allocation, DepthSearch) and decoder.architecture.model_type in self.ordered:
             raise InputError(
                 f"the target {self.name} does not take fewer blocks of models of the kind "
@@ -177,7 +177,11 @@ class Runtime:
     def _aligned(self, recipe: Recipe, decoder: Decoder, told: list[str]) -> Recipe:
         """The recipe with MLP widths that the runtime likes, where it leaves them open."""
         asked, kinds = recipe.allocation, recipe.units.kinds
-        if isinstance(asked, DepthSearch) or not any(isinstance(kind, Mlp) for kind in kinds) or asked.multiple:
+        if (
+            isinstance(asked, DepthSearch | GivenBlocks)
+            or not any(isinstance(kind, Mlp) for kind in kinds)
+            or asked.multiple
+        ):
             return recipe
         if all(Mlp().multiple(shape, None) % self.multiple == 0 for shape in decoder.shapes()):
             return recipe
@@ -191,6 +195,7 @@ class Runtime:
 def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -> tuple[BlockShape, ...]:
     """What blocks will hold, as far as that is known before the run: what a budget divides is as the model has it."""
     allocator = allocator_of(recipe, allocation)
+    allocation = allocation or recipe.given
     if allocation is None and isinstance(allocator, Uniform):
         allocation = allocator.allocation(decoder)
     return decoder.shapes() if allocation is None else tuple(block.shape for block in allocation.blocks)

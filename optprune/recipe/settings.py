@@ -78,6 +78,7 @@ class Settings:
     def fields(self) -> dict[str, Any]:
         """The fields of a recipe of which something was set, with its groups made."""
         units = self._units()
+        self._check_share()
         found: dict[str, Any] = {} if units is None else {"units": units}
         for path, given in self.given.items():
             top = path.partition(".")[0]
@@ -90,8 +91,8 @@ class Settings:
     def refused(self, error: ValidationError, *group: str) -> InputError:
         """The sentence on the first field, of a group or of the recipe itself, that pydantic finds wrong."""
         first = error.errors()[0]
-        name, *within = first["loc"]
-        path = ".".join([*group, str(name)])
+        name, *within = map(str, first["loc"]) if first["loc"] else ("",)  # a group as a whole
+        path = ".".join(filter(None, [*group, name]))
         given = self.given.get(path) or Given(first["input"], path, 0)
         return given.refused(first["msg"].removeprefix("Value error, "), first["input"], *within)
 
@@ -112,6 +113,13 @@ class Settings:
                 f"{shown(kind.value)}: leave one out"
             )
         return UNITS["blocks"]
+
+    def _check_share(self) -> None:
+        """Refuse a sparsity that was set after what every block keeps, which it would not change."""
+        share, kind = self.given.get("sparsity"), self.given.get("allocation.kind")
+        if share is None or kind is None or kind.value != "given" or share.layer <= kind.layer:
+            return
+        raise share.refused("the recipe says what every block keeps: set allocation too, such as uniform")
 
     def _patterned(self) -> Units | None:
         """The units that were set, single weights in the pattern that was set."""

@@ -11,6 +11,7 @@ from optprune.report.events import (
     LayerSolved,
     PhaseAdvanced,
     PhaseFinished,
+    PhasesExpected,
     PhaseStarted,
 )
 from optprune.report.folder_audit import Audit, audit
@@ -48,6 +49,7 @@ __all__ = [
     "PhaseRecorder",
     "PhaseReport",
     "PhaseStarted",
+    "PhasesExpected",
     "RecoveredPart",
     "RemovedPart",
     "Report",

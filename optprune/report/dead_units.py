@@ -80,5 +80,6 @@ def _dead(
 def _keeps_zero(decoder: Decoder) -> bool:
     """Whether the activation of an MLP makes zero of zero, as most do."""
     config = decoder.model.config
-    name = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    fields = ("hidden_act", "activation_function", "hidden_activation")
+    name = next((found for field in fields if (found := getattr(config, field, None))), None)
     return name in ACT2FN and not bool(ACT2FN[one_line(name)](torch.zeros(1)).any())

@@ -1,6 +1,6 @@
 """The pictures of a page about a run: what blocks keep, errors, gaps, divergence along the context."""
 
-import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from optprune.report.by_block import Kept, by_path, of_attention, shares, widths
 from optprune.report.evaluated import Evaluated
 from optprune.report.inline_svg import COLOURS, SETTINGS, inline_svg
 from optprune.report.records import LayerReport, Report
+from optprune.system.telling import printable
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ WIDTH = 4.6
 """the width of a picture in inches, so that it can be read on a phone without scrolling"""
 LEFT, RIGHT, BELOW = 0.52, 0.06, 0.42
 """the room beside and below the panels for numbers and words, in inches"""
+LARGEST = 1e30
+"""the largest number that is drawn: axes do not end at the largest float"""
 LOOKS = (("first", "o"), ("second", "s"), ("third", "^"), ("fourth", "D"))
 """colours and marks of the layers in one panel"""
 
@@ -50,8 +53,8 @@ def pictures(report: Report, evaluation: Evaluated | None = None) -> dict[str, s
             what = "Gap to the proved bound of every certified layer"
             if svg := _by_layer("gaps", what, report, lambda layer: layer.gap, logarithmic=False):
                 drawn["gaps"] = svg
-        if evaluation is not None and len(evaluation.along) > 1:
-            drawn["along"] = _along(evaluation)
+        if evaluation is not None and (svg := _along(evaluation)):
+            drawn["along"] = svg
     return drawn
 
 
@@ -62,7 +65,8 @@ def _own_settings() -> Iterator[None]:
 
     mine = {"backend", "backend_fallback", "interactive", "webagg.port", "webagg.port_retries"}
     defaults = {key: value for key, value in matplotlib.rcParamsDefault.items() if key not in mine}
-    with matplotlib.rc_context({**defaults, **SETTINGS}):  # type: ignore[arg-type]
+    with matplotlib.rc_context({**defaults, **SETTINGS}), warnings.catch_warnings():  # type: ignore[arg-type]
+        warnings.filterwarnings("ignore", message="Glyph ")  # names may be in any script
         yield
 
 
@@ -96,7 +100,7 @@ def _strips(name: str, title: str, kept: Sequence[Kept], *, shares_of: bool) -> 
         axes.stairs(each.before, edges, color=COLOURS["muted"], linewidth=0.9, linestyle=(0, (2, 1.5)))
         most = max(*each.before, *each.after, 1e-9)
         axes.plot(gone, [most * 0.12] * len(gone), "x", color=COLOURS["second"], markeredgewidth=1.4, markersize=5)
-        axes.set_title(each.name, pad=3)
+        axes.set_title(printable(each.name), pad=3)
         axes.set_ylim(0, most * 1.08)
         axes.set_xlim(edges[0], edges[-1])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -170,7 +174,7 @@ def _by_layer(
 
 def _groups(report: Report) -> list[dict[str, Mapping[int, LayerReport]]]:
     """The layers of attention, and those of MLPs; as one where there are few."""
-    found = by_path(report)
+    found = {printable(path): layers for path, layers in by_path(report).items()}
     attention = {path: layers for path, layers in found.items() if of_attention(path)}
     others = {path: layers for path, layers in found.items() if not of_attention(path)}
     return [dict(found)] if len(found) <= 2 else [group for group in (attention, others) if group]
@@ -181,14 +185,21 @@ def _points(
 ) -> list[tuple[int, float]]:
     """The numbers that can be drawn, by block."""
     found = ((number, value(layers[number])) for number in sorted(layers))
-    return [(n, y) for n, y in found if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]
+    least = 1 / LARGEST if logarithmic else -LARGEST
+    return [(n, y) for n, y in found if y is not None and least <= y <= LARGEST]
 
 
-def _along(evaluation: Evaluated) -> str:
-    """The divergence and the agreement of the predictions along the context."""
+def _along(evaluation: Evaluated) -> str | None:
+    """The divergence and the agreement of the predictions along the context; None where there is none to draw."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    along = [each for each in evaluation.along if each.divergence is not None]
+    along = [
+        each
+        for each in evaluation.along
+        if each.divergence is not None and max(abs(each.divergence), abs(each.agreement)) <= LARGEST
+    ]
+    if len(along) < 2:
+        return None
     edges = [along[0].first, *(each.last for each in along)]
     figure, (upper, lower) = _figure([1.0, 1.0], above=0.25)
     for axes, values, colour, title in (

@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from optprune.report.phases import BUDGET, METRIC, PRUNING
+from optprune.report.phases import BUDGET, EVALUATIONS, HEALING, METRIC, PRUNING
 
-COMPUTING = (METRIC, BUDGET, PRUNING)
+COMPUTING = (METRIC, BUDGET, PRUNING, HEALING, *EVALUATIONS)
 """the phases that are slow or fast together; the others read and write files, or start a process"""
 ENOUGH = 0.01
 """the share of the work from which on its own speed is believed, and not what was expected of it"""
@@ -23,19 +23,30 @@ class _Step:
     seconds: float = 0.0
     item: float = 0.0
     """the share that was done last at one go, such as a block's"""
+    marks: list[tuple[float, float]] = field(default_factory=list)
+    """the shares that were done, and the seconds that they had taken by then"""
 
     @property
     def done(self) -> float:
         """The share of the step that was seen being done."""
         return self.last - self.first
 
+    @property
+    def rate(self) -> float:
+        """The seconds that the whole step would take, by the later half of what was done: machines become busy."""
+        middle = self.first + self.done / 2
+        before = [mark for mark in self.marks if mark[0] <= middle]
+        share, seconds = before[-1] if before else (self.first, 0.0)
+        return (self.seconds - seconds) / (self.last - share)
+
 
 class TimeLeft:
     """An estimate of the seconds that are left of a run.
 
     `expected` has the seconds of every phase by its name, in the order of the phases, as good or as bad as they may be
-    known: one that is missing counts for nothing until it begins. The phase at work is extrapolated from its own speed;
-    until a hundredth of it is done, from the geometric mean of that and of what was expected. The phases to come are
+    known: one that is missing counts for nothing until it begins. The phase at work is extrapolated from its own speed,
+    in the later half of what is done; until a hundredth of it is done, from the geometric mean of that and of what was
+    expected. The phases to come are
     what was expected of them; the metric, the budget and the blocks, which are slow or fast together, times how much
     longer than expected they have taken so far.
     """
@@ -49,6 +60,10 @@ class TimeLeft:
         self._since = clock()
         """when it was last heard of progress"""
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """More is known of what phases to come will take."""
+        self.expected |= seconds
+
     def begin(self, phase: str) -> None:
         """A phase begins."""
         self._begun.add(phase)
@@ -60,10 +75,11 @@ class TimeLeft:
         if phase != self._phase:
             self.begin(phase)
         found = self._steps.setdefault((phase, step), _Step(ends - begins, done, done))
-        if done > found.last:
-            found.item, found.last = done - found.last, done
         if self._step is not None:
             self._step.seconds += now - self._since
+        if done > found.last:
+            found.item, found.last = done - found.last, done
+            found.marks.append((done, found.seconds))
         self._step, self._since, self._ends = found, now, ends
 
     def end(self) -> None:
@@ -93,7 +109,7 @@ class TimeLeft:
         rate = whole * step.width
         if step.done > 0:
             believed = min(1.0, step.done / ENOUGH) if rate > 0 else 1.0
-            rate = (step.seconds / step.done) ** believed * rate ** (1 - believed)
+            rate = step.rate**believed * rate ** (1 - believed)
         left = rate * (1 - step.last)
         # However long the part at work takes, those behind it are still to do.
         behind = max(left - rate * step.item, 0.0) if step.item else 0.0

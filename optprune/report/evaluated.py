@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from optprune.errors import InputError
+from optprune.report.reading import check_whole_numbers
 from optprune.system.files import read_json
 from optprune.system.wording import one_line
 
@@ -45,6 +46,17 @@ class RightAnswers:
 
 
 @dataclass(frozen=True)
+class StandardErrors:
+    """The standard errors of means over windows, those of differences paired."""
+
+    surprise: float
+    """the standard error of the difference of the mean surprise from the dense model's, in nats a prediction"""
+    divergence: float
+    agreement: float
+    windows: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """A model on a text, and the dense model beside it where there was one."""
 
@@ -61,6 +73,9 @@ class Evaluated:
     """KL(dense || model) in nats a prediction"""
     agreement: float | None = None
     dense_perplexity: float | None = None
+    dense_bits_per_byte: float | None = None
+    standard_errors: StandardErrors | None = None
+    """how far the means are known; None of a single window, and where earlier versions measured"""
     along: tuple[Along, ...] = ()
     """the same along the context"""
     generations: tuple[Continuation, ...] = ()
@@ -128,7 +143,9 @@ def _data(file: Path) -> Any:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the file {file} cannot be read: {one_line(error)}") from error
-    return read_json(text, str(file))
+    data = read_json(text, str(file))
+    check_whole_numbers(data, str(file))
+    return data
 
 
 def _as(kind: type[Kind], data: Any, where: str, command: str) -> Kind:

@@ -1,5 +1,6 @@
 """Events: what a run tells on the way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optprune.report.phases import PhaseReport
@@ -11,6 +12,14 @@ class PhaseStarted:
     """A phase of the run begins, or goes on after another; its name is one of `PHASES`."""
 
     phase: str
+
+
+@dataclass(frozen=True)
+class PhasesExpected:
+    """More is known of the seconds that phases to come will take."""
+
+    seconds: Mapping[str, float]
+    """the seconds of each phase, by its name"""
 
 
 @dataclass(frozen=True)
@@ -94,4 +103,13 @@ class DivergenceMeasured:
     """whether no measurement before gave less"""
 
 
-Event = PhaseStarted | PhaseAdvanced | PhaseFinished | BlockStarted | LayerSolved | BlockFinished | DivergenceMeasured
+Event = (
+    PhasesExpected
+    | PhaseStarted
+    | PhaseAdvanced
+    | PhaseFinished
+    | BlockStarted
+    | LayerSolved
+    | BlockFinished
+    | DivergenceMeasured
+)

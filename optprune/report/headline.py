@@ -71,34 +71,47 @@ class Headline:
         if pattern_of(self.report) is not None and held.linear_before:
             kept = round(held.linear_before * (1 - self.report.sparsity_reached))
             yield ("of them not zero", *_counted(held.linear_before, kept))
-        yield ("parameters in all", *_counted(self._dense("parameters"), held.parameters))
-        before = self._dense("bytes")
-        yield (
-            "size of the weights",
-            "-" if before is None else mib(before),
-            mib(held.bytes),
-            _change(before, held.bytes),
-        )
+        before = self._parameters_before
+        yield ("parameters in all", *_counted(before, held.parameters))
+        if held.itemsize is not None:
+            was, now = None if before is None else before * held.itemsize, held.parameters * held.itemsize
+            yield (f"size of the weights in {held.dtype}", _mib(was), mib(now), _change(was, now))
+        # Files may be of other dtypes, quantised ones too, so that their sizes are not compared.
+        if (stored := self._bytes_before) is not None:
+            yield ("files as they are stored", mib(stored), mib(held.bytes), "")
 
-    def _dense(self, what: str) -> int | None:
-        """The parameters or the bytes of the model before, where something was measured of it."""
+    @property
+    def _parameters_before(self) -> int | None:
+        """The parameters of the dense model, as far as the report or a measurement says."""
+        if self.report.parameters_before is not None:
+            return self.report.parameters_before
+        if self.evaluation is not None and self.evaluation.dense_parameters is not None:
+            return self.evaluation.dense_parameters
+        return self.speed.models[1].parameters if self.speed is not None and len(self.speed.models) == 2 else None
+
+    @property
+    def _bytes_before(self) -> int | None:
+        """The size of the dense model's files, where something was measured of it."""
         if self.evaluation is not None and self.evaluation.dense_bytes is not None:
-            return self.evaluation.dense_parameters if what == "parameters" else self.evaluation.dense_bytes
-        if self.speed is not None and len(self.speed.models) == 2:
-            dense = self.speed.models[1]
-            return dense.parameters if what == "parameters" else dense.file_bytes
-        return None
+            return self.evaluation.dense_bytes
+        return self.speed.models[1].file_bytes if self.speed is not None and len(self.speed.models) == 2 else None
 
     def _predictions(self) -> Iterator[tuple[str, str, str, str]]:
         found = self.evaluation
         if found is None:
             return
+        known = found.standard_errors
         before, after = found.dense_perplexity, found.perplexity
-        yield ("perplexity", number(before, ".4f"), number(after, ".4f"), _change(before, after))
-        yield ("bits per byte", "-", number(found.bits_per_byte, ".4f"), "")
+        change = _change(before, after)
+        if change and known is not None and before and after is not None:
+            change += f" ± {after / before * known.surprise:.1%}"
+        yield ("perplexity", number(before, ".4f"), number(after, ".4f"), change)
+        before, after = found.dense_bits_per_byte, found.bits_per_byte
+        yield ("bits per byte", number(before, ".4f"), number(after, ".4f"), _change(before, after))
         if found.divergence is not None and found.agreement is not None:
-            yield ("divergence, nats a prediction", "0", number(found.divergence, ".4f"), "")
-            yield ("first choice the same", "100.0%", f"{found.agreement:.1%}", "")
+            apart, same = ("", "") if known is None else (f" ± {known.divergence:.4f}", f" ± {known.agreement:.1%}")
+            yield ("divergence, nats a prediction", "0", f"{number(found.divergence, '.4f')}{apart}", "")
+            yield ("first choice the same", "100.0%", f"{found.agreement:.1%}{same}", "")
         if found.questions is not None:
             was = "-" if found.dense_questions is None else f"{found.dense_questions.accuracy:.1%}"
             yield (f"of {found.questions.questions} questions right", was, f"{found.questions.accuracy:.1%}", "")
@@ -121,6 +134,10 @@ class Headline:
                 mib(after.peak_bytes),
                 _change(was, after.peak_bytes),
             )
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else mib(size)
 
 
 def _counted(before: int | None, after: int) -> tuple[str, str, str]:

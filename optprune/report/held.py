@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from optprune.models import Decoder, is_stock, load_config, load_shapes
 from optprune.report.original import original_of
 from optprune.report.records import Report
@@ -23,6 +25,12 @@ class Held:
     """the linear weights of the decoder blocks"""
     linear_before: int
     """how many there were before"""
+
+    @property
+    def itemsize(self) -> int | None:
+        """The bytes of a number of its dtype; None of a dtype that is not known."""
+        dtype = getattr(torch, self.dtype, None)
+        return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 
     @classmethod
     def by(cls, decoder: Decoder, report: Report, size: int, *, tokenizer: bool) -> "Held":

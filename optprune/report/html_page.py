@@ -253,9 +253,11 @@ def _statuses(report: Report) -> list[str]:
 
 
 def _evaluated_on(found: Evaluated) -> str:
-    beside = "" if found.against is None else f", beside {found.against}"
+    beside, known = "" if found.against is None else f", beside {found.against}", found.standard_errors
+    error = "" if known is None else f" ± is the standard error over {known.windows:,} windows, of differences paired."
     return (
         f"{found.text}, {found.windows:,} windows of {found.seq_length:,} tokens, {found.tokens:,} predictions{beside}."
+        f"{error}"
     )
 
 

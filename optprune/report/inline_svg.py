@@ -23,6 +23,7 @@ SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": SALT,
     "svg.image_inline": True,
+    "text.parse_math": False,  # a name is no formula
     "font.size": 9,
     "text.color": COLOURS["ink"],
     "axes.edgecolor": COLOURS["line"],

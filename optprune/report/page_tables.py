@@ -152,6 +152,8 @@ def _fields(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     for key, value in data.items():
         if isinstance(value, dict) and value:
             rows += _fields(value, f"{above}{key}.")
+        elif key == "blocks" and isinstance(value, list):
+            rows.append((f"{above}{key}", f"{len(value)}, each as recipe.yaml says"))
         else:
             rows.append((f"{above}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows

@@ -16,6 +16,12 @@ LOADING, TOKENISING, METRIC, BUDGET, PRUNING, SAVING, CHECKING = PHASES = (
 the blocks, the blocks pruned, the folder saved, and what was saved checked; `prune` by itself has three to five"""
 HEALING = "healing"
 """the name of the phase in which a pruned model is trained, which is no part of pruning one"""
+EVALUATIONS = (
+    "evaluating the original",
+    "evaluating the pruned model",
+    "evaluating the reloaded folder",
+)
+"""the names of the phases in which a run that evaluates its model too does so"""
 
 
 @dataclass(frozen=True)

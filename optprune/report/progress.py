@@ -10,14 +10,17 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from optprune.report.estimate import TimeLeft
-from optprune.report.events import Event, PhaseFinished, PhaseStarted
+from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
 from optprune.report.position import Position, Positions
 from optprune.system.interrupts import check_interrupted
+from optprune.system.telling import printable
 from optprune.system.wording import one_line
 
 LINES_APART = 10.0
 """the seconds between two lines where there is no terminal"""
 WHOLE = "the whole run"
+IN_ALL = "left in all"
+"""what the time left is called where it is of everything that there is to wait for"""
 
 Update = Callable[[int, int], None]
 """a function that is called with how many are done, and of how many"""
@@ -41,10 +44,16 @@ class Reporter:
         self._draws = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """One line, without what a terminal would obey."""
+        text = printable(text)
         self._print(text)
         if self._log is not None:
             self._log(text)
+
+    def _write(self, text: str) -> None:
+        """A line of the log alone."""
+        if self._log is not None:
+            self._log(printable(text))
 
     def _print(self, text: str) -> None:
         self.console.print(Text(text), highlight=False, soft_wrap=True)
@@ -52,21 +61,26 @@ class Reporter:
     @contextmanager
     def count(self, what: str, unit: str) -> Iterator[Update]:
         """Follow a loop that is all there is to do: yields the function to call after each step."""
-        with self._follow(TimeLeft({}, self._clock), "left") as show:
+        estimate = TimeLeft({}, self._clock)
+        with self._follow(estimate, "left", begins=what) as show:
+            estimate.advance(what, what, 0.0)
             yield lambda done, total: show(Position(what, what, unit, done, total, done / total if total else 1.0))
 
     @contextmanager
-    def events(self, expected: Mapping[str, float]) -> Iterator[Callable[[Event], None]]:
+    def events(self, expected: Mapping[str, float], left: str = IN_ALL) -> Iterator[Callable[[Event], None]]:
         """Follow a pruning run: yields the function to hand to `prune` as on_event.
 
         `expected` has the seconds of each phase, as far as they are known: what is told is the time left of them all.
+        `left` says of what that is, where it is not everything that the person waits for.
         """
         positions, estimate, began = Positions(), TimeLeft(expected, self._clock), self._clock()
-        with self._noting_errors(), self._follow(estimate, "left in all") as show:
+        with self._noting_errors(), self._follow(estimate, left) as show:
 
             def on_event(event: Event) -> None:
                 check_interrupted()
-                if isinstance(event, PhaseStarted):
+                if isinstance(event, PhasesExpected):
+                    estimate.expect(event.seconds)
+                elif isinstance(event, PhaseStarted):
                     estimate.begin(event.phase)
                 elif isinstance(event, PhaseFinished):
                     estimate.end()
@@ -82,21 +96,20 @@ class Reporter:
         try:
             yield
         except BaseException as error:
-            if self._log is not None:
-                self._log(f"stopped: {one_line(str(error)) or type(error).__name__}")
+            self._write(f"stopped: {one_line(str(error)) or type(error).__name__}")
             raise
 
     @contextmanager
-    def _follow(self, estimate: TimeLeft, left: str) -> Iterator[Show]:
-        """Yields the function that shows a position, wherever it is to be seen."""
+    def _follow(self, estimate: TimeLeft, left: str, begins: str | None = None) -> Iterator[Show]:
+        """Yields the function that shows a position, wherever it is to be seen; the step `begins` now."""
         with ExitStack() as stack:
             shows: list[Show] = []
             if self._draws:
                 shows.append(stack.enter_context(_bars(self.console, estimate, left, self._clock)))
                 if self._log is not None:
-                    shows.append(_Lines(self._log, estimate, left, self._clock).show)
+                    shows.append(_Lines(self._write, estimate, left, self._clock, begins).show)
             else:
-                shows.append(_Lines(self.say, estimate, left, self._clock).show)
+                shows.append(_Lines(self.say, estimate, left, self._clock, begins).show)
 
             def show(position: Position) -> None:
                 estimate.advance(position.phase, position.step, position.share, position.begins, position.ends)
@@ -109,9 +122,11 @@ class Reporter:
 class _Lines:
     """A plain line with the time left now and then, and one at the end of each step."""
 
-    def __init__(self, say: Say, estimate: TimeLeft, left: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, say: Say, estimate: TimeLeft, left: str, clock: Callable[[], float], begins: str | None = None
+    ) -> None:
         self._say, self._estimate, self._left, self._clock = say, estimate, left, clock
-        self._began: dict[str, float] = {}
+        self._began: dict[str, float] = {} if begins is None else {begins: clock()}
         """when each step began"""
         self._last: float | None = None
         """when the time left was told last"""
@@ -132,7 +147,7 @@ class _Lines:
 def _bars(console: Console, estimate: TimeLeft, left: str, clock: Callable[[], float]) -> Iterator[Show]:
     """A bar for the step at work, and one for the whole run with the time left."""
     began = clock()
-    words = TextColumn("{task.description}"), TextColumn("{task.fields[counts]}")
+    words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[counts]}", markup=False)
     with Progress(*words, BarColumn(), TimeElapsedColumn(), _Left(estimate, left), console=console) as progress:
         step = progress.add_task("", total=None, counts="", whole=False)
         whole = progress.add_task(WHOLE, total=None, counts="", whole=True)
@@ -142,7 +157,7 @@ def _bars(console: Console, estimate: TimeLeft, left: str, clock: Callable[[], f
             nonlocal described
             fresh, described = position.step != described, position.step
             if fresh:
-                progress.reset(step, description=position.step)
+                progress.reset(step, description=printable(position.step))
             counts = "" if position.total <= 1 else f"{position.unit} {position.done} of {position.total}"
             progress.update(step, completed=position.share, total=1.0, counts=counts)
             passed = clock() - began

@@ -11,10 +11,12 @@ from pydantic import TypeAdapter, ValidationError
 from optprune.errors import InputError
 from optprune.report.records import LayerReport, RecoveredPart, RemovedPart, Report
 from optprune.system.files import read_json
-from optprune.system.wording import one_line
+from optprune.system.wording import one_line, shown
 
 REPORT, PAGE = "report.json", "report.html"
 """the files of a report in a folder: the figures, and the page about them"""
+MOST = 2**64
+"""what the whole numbers of a report are below"""
 ROWS = {"layers": LayerReport, "recovered": RecoveredPart, "removed": RemovedPart}
 """the lists of a report whose entries hold numbers that JSON may not know"""
 
@@ -29,6 +31,9 @@ def read_report(folder: str | Path) -> Report:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read: {one_line(error)}") from error
     data = read_json(text, str(file))
+    if not isinstance(data, dict):
+        raise InputError(f"{file} is no report of a run, but {shown(data)}: give a folder that optprune prune wrote")
+    check_whole_numbers(data, str(file))
     try:
         return TypeAdapter(Report).validate_python(_with_numbers(data))
     except ValidationError as error:
@@ -38,6 +43,19 @@ def read_report(folder: str | Path) -> Report:
             f"{file} is no report of a run ({one_line(place)}: {one_line(first['msg'])}): give a folder that optprune "
             "prune wrote"
         ) from error
+
+
+def check_whole_numbers(data: Any, where: str) -> None:
+    """Raise InputError where plain data hold a whole number that no count, size or seed can be."""
+    left = [data]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int) and abs(value) >= MOST:
+            raise InputError(
+                f"{where} holds the number {shown(value)}, which is beyond 64 bits: give the file as written"
+            )
 
 
 def _with_numbers(data: Any) -> Any:

@@ -113,6 +113,8 @@ class Report(Telling):
     """what became of each block of the model that was pruned"""
     phases: tuple[PhaseReport, ...] = ()
     """what each phase of the run took; in the report.json of a folder that a fresh process has loaded, all of them"""
+    parameters_before: int | None = None
+    """the parameters of the model that was pruned; None in reports of earlier versions"""
     run_facts: dict[str, Any] = field(default_factory=dict)
     """what decided the weights of a run with a journal (digests of the model and the tokens, the recipe, the machine):
     `--resume` compares them with a command's own"""

@@ -58,6 +58,8 @@ def told_in(stored: Stored) -> Told:
     silent, file = Told({}, None, False), Path(stored.source) / REPORT
     if not file.is_file() or _of_healing(file):
         return silent
+    if not _is_report(file):
+        return Told({}, None, False, (f"{REPORT} holds no report, so it is not believed",))
     original = original_of(stored.decoder, stored.source)
     if original is None:
         return Told({}, None, False, (f"{REPORT} tells of other weights than these, so it is not believed",))
@@ -71,6 +73,13 @@ def told_in(stored: Stored) -> Told:
         return Told({}, None, False, (f"{REPORT} does not say what its layers keep, so it is not believed",))
     rounded = any(tensor.dtype == torch.float16 for tensor in stored.tensors.values())
     return Told(kept, family, rounded) if family is not None else silent
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file holds what may be a report: an object of JSON, whatever is in it."""
+    with suppress(OSError, ValueError, RecursionError):
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    return False
 
 
 def _of_healing(file: Path) -> bool:

@@ -30,7 +30,7 @@ class Core:
     units: Int[Tensor, " core"]
     """which units of the whole tableau they are"""
     tableau: Tableau
-    """that of the core alone"""
+    """the tableau of the core alone"""
 
     @classmethod
     def of(cls, whole: Tableau, candidates: int) -> "Core | None":

@@ -21,10 +21,11 @@ def pruned(
     text: Sequence[Tensor] = batches(),
     model: int = 0,
     dtype: torch.dtype = torch.float32,
+    recipe: str = "structured_best",
     **settings: object,
 ) -> tuple[dict[str, Tensor], Report]:
     tiny = tiny_llama(model).to(dtype)
-    report = prune(tiny, text, load_recipe("structured_best", settings), statistics=statistics)
+    report = prune(tiny, text, load_recipe(recipe, settings), statistics=statistics)
     return dict(tiny.state_dict()), report
 
 
@@ -55,6 +56,16 @@ def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
         assert (shared.spared > 0) == (run > 0)
         assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())
         assert (report.allocation, report.notes) == (alone[1].allocation, alone[1].notes)
+
+
+def test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run() -> None:
+    """The statistics lie in memory: what a run scales is its own copy."""
+    shared, settings = Statistics(), {"recipe": "sparse_best", "probe_tokens": 50, "sparsity": 0.5}
+    alone, first, second = (pruned(statistics, **settings) for statistics in (None, shared, shared))  # type: ignore[arg-type]
+    assert shared.spared > 0
+    for weights, report in (first, second):
+        assert report.allocation == alone[1].allocation
+        assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())
 
 
 ALL = ["metrics"] + ["removal"] * 4

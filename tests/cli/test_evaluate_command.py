@@ -1,6 +1,8 @@
 """optprune evaluate beside the dense model: divergence, questions, continuations."""
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -44,14 +46,21 @@ def test_beside_the_dense_model(attempt: Attempt, dense: Path) -> None:
     for key, one in (("text", model), ("dense_text", other)):
         texts = generate(one.model, one.tokenizer, [window[:32] for window in windows])  # type: ignore[arg-type]
         assert [row[key] for row in result["generations"]] == texts
-    assert f"divergence {expected.divergence:.4f} nats, first choice the same in {expected.agreement:.1%}" in told
+    known = expected.standard_errors
+    assert known is not None
+    assert f"divergence {expected.divergence:.4f} ± {known.divergence:.4f} nats" in told
+    assert f"first choice the same in {expected.agreement:.1%} ± {known.agreement:.1%}" in told
+    assert result["standard_errors"] == pytest.approx(asdict(known), rel=1e-4)
+    ratio = math.log(expected.dense_perplexity) / math.log(expected.perplexity)
+    assert result["dense_bits_per_byte"] == pytest.approx(ratio * result["bits_per_byte"], rel=1e-5)
     assert "of 2 questions right" in told
     assert told.count("dense_text: ") == 2
 
 
 def test_a_model_beside_itself(attempt: Attempt) -> None:
     assert main(attempt.evaluate("--against", str(attempt.model))) == 0
-    assert "divergence 0.0000 nats, first choice the same in 100.0%" in attempt.capsys.readouterr().out
+    told = attempt.capsys.readouterr().out
+    assert "(+0.0% ± 0.0%); divergence 0.0000 ± 0.0000 nats, first choice the same in 100.0% ± 0.0%" in told
 
 
 def test_models_with_other_tokens_are_refused(attempt: Attempt, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -48,12 +48,8 @@ def test_the_output_is_that_of_the_model_loaded_whole(whole: Path, tmp_path: Pat
 
 
 def test_a_run_that_goes_on_takes_what_was_turned(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words, place = (
-        command(whole, whole / "tiny.gguf", tmp_path / "out"),
-        tmp_path / "out.run" / "scratch" / gguf.CONVERTED,
-    )
-    place.mkdir(parents=True)
-    (place / ".draft.0123abcd.part").write_bytes(b"of a run that was killed while it turned the file")
+    words = command(whole, whole / "tiny.gguf", tmp_path / "out")
+    place = tmp_path / "out.run" / "scratch" / gguf.CONVERTED
     with monkeypatch.context() as patch:
         finish = Journal.finish
 
@@ -64,6 +60,7 @@ def test_a_run_that_goes_on_takes_what_was_turned(whole: Path, tmp_path: Path, m
         patch.setattr(Journal, "finish", once)
         assert main(words) != 0
     assert len(list(place.glob("*.safetensors"))) == 1
+    (place / ".x.0123abcd.part").write_bytes(b"of a run that was killed while it turned the file")
     turned: list[object] = []
     monkeypatch.setattr(gguf, "write_tensors", lambda *args: turned.append(args))
     assert main([*words, "--resume"]) == 0

@@ -71,10 +71,9 @@ def test_a_run_writes_the_page_of_its_report(pruned: Path, dense: Path, attempte
     rows = {row[0]: row[1:3] for row in root.tables()["The model before and after"]}
     decoder, before = load_model(pruned).decoder(), load_model(dense).decoder()
     assert rows["linear weights of the blocks"] == [f"{one.linear_weights():,}" for one in (before, decoder)]
-    count = sum(parameter.numel() for parameter in decoder.model.parameters())
-    assert rows["parameters in all"] == ["-", f"{count:,}"]
-    size = (pruned / "model.safetensors").stat().st_size
-    assert rows["size of the weights"] == ["-", f"{size / 2**20:,.1f} MiB"]
+    counts = [sum(parameter.numel() for parameter in one.model.parameters()) for one in (before, decoder)]
+    assert rows["parameters in all"] == [f"{count:,}" for count in counts]
+    assert rows["size of the weights in float32"] == [f"{4 * count / 2**20:,.1f} MiB" for count in counts]
     assert "trust_remote_code=True" in root.all("code")[0].text
     assert f"{attempted_text}, 8 windows of 64 tokens" in root.text
     assert (pruned / "report.html").stat().st_mode == (pruned / "config.json").stat().st_mode
@@ -107,10 +106,13 @@ def test_beside_the_dense_model_it_has_what_was_measured(folder: Path, dense: Pa
     rows = {row[0]: row[1:3] for row in root.tables()["The model before and after"]}
     found = [float(cell) for cell in rows["perplexity"]]
     assert found == pytest.approx([expected.dense_perplexity, expected.perplexity], abs=1e-4, rel=1e-4)
-    assert float(rows["divergence, nats a prediction"][1]) == pytest.approx(expected.divergence, abs=1e-4)
-    assert rows["first choice the same"][1] == f"{expected.agreement:.1%}"
+    told = rows["divergence, nats a prediction"][1].split(" ± ")
+    known = expected.standard_errors
+    assert known is not None
+    assert list(map(float, told)) == pytest.approx([expected.divergence, known.divergence], abs=1e-4)
+    assert rows["first choice the same"][1] == f"{expected.agreement:.1%} ± {known.agreement:.1%}"
     assert rows["parameters in all"][0] == f"{sum(part.numel() for part in other.model.parameters()):,}"
-    assert rows["size of the weights"][0] == f"{(dense / 'model.safetensors').stat().st_size / 2**20:,.1f} MiB"
+    assert rows["files as they are stored"][0] == f"{(dense / 'model.safetensors').stat().st_size / 2**20:,.1f} MiB"
     # Two windows of 64 tokens have room for four prompts of 32.
     said = [part for part in root.all("div") if part.attributes.get("class") == "said"]
     prompts = list(windows.flatten().split(32))

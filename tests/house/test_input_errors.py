@@ -61,3 +61,11 @@ def test_nothing_raises_a_bare_value_error_but_to_pydantic() -> None:
                 if isinstance(named, ast.Name) and named.id == "ValueError":
                     found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert not found, f"raise InputError in place of ValueError: {found}"
+
+
+def test_commands_print_by_the_one_function_that_escapes() -> None:
+    """`echo` in cli/outputs.py leaves out what a terminal would obey; errors.py does so itself."""
+    apart = {"outputs.py", "errors.py", "app.py"}
+    files = [file for file in (ROOT / "cli").glob("*.py") if file.name not in apart]
+    assert files
+    assert [file.name for file in files if "typer.echo" in file.read_text(encoding="utf-8")] == []

@@ -1,6 +1,7 @@
 """The divergence from the dense model against its definition, written out with torch's own losses in float64."""
 
 import math
+from statistics import stdev
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_along_the_context_every_prediction_counts_once() -> None:
         assert part.divergence == pytest.approx(float(expected["divergence"][:, columns].mean()), rel=1e-5)
         assert part.agreement == pytest.approx(float(expected["agreement"][:, columns].mean()), abs=1e-12)
         assert part.perplexity == pytest.approx(math.exp(float(expected["surprise"][:, columns].mean())), rel=1e-5)
+
+
+def test_standard_errors_are_those_of_paired_window_means() -> None:
+    model, dense, windows = tiny_llama(seed=1), tiny_llama(seed=0), some_windows(5, 20)
+    found, expected = divergence_from(model, dense, windows).standard_errors, literal(model, dense, windows)
+    assert found is not None and found.windows == 5
+    by_window = {
+        "surprise": (expected["surprise"] - expected["dense surprise"]).mean(1),
+        "divergence": expected["divergence"].mean(1),
+        "agreement": expected["agreement"].mean(1),
+    }
+    for name, means in by_window.items():
+        assert getattr(found, name) == pytest.approx(stdev(means.tolist()) / math.sqrt(5), rel=1e-5)
+
+
+def test_a_single_window_has_no_standard_error() -> None:
+    assert divergence_from(tiny_llama(seed=1), tiny_llama(seed=0), some_windows(1, 20)).standard_errors is None
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:

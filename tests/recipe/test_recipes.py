@@ -229,3 +229,15 @@ def test_a_digest_sees_what_is_done_and_not_how_it_is_said() -> None:
     assert of("sparse_best", pattern="2:4") != of("sparse_best", pattern="2:4", propagation="pruned")
     assert of("sparse_best") == of("sparse_best", fit_bias=True) != of("sparse_best", fit_bias=False)
     assert of("fasp", units="mlp") != of("fasp")
+
+
+def test_the_summary_of_a_recipe_that_was_changed_says_so() -> None:
+    shipped = load_recipe("fasp")
+    assert "value dimensions" in shipped.summary
+    assert load_recipe("fasp", {"sparsity": 0.3, "seed": 2}).summary == shipped.summary
+    changed = load_recipe("fasp", {"units": "mlp", "allocation": "uniform"})
+    assert changed.summary == f"{shipped.summary} (changed here: units mlp)"
+    assert load_recipe("structured_best", {"allocation": "uniform"}).summary.endswith(
+        "(changed here: allocation uniform)"
+    )
+    assert load_recipe("fasp", {"units": "mlp", "summary": "mine"}).summary == "mine"

@@ -149,3 +149,21 @@ def test_nothing_is_known_before_anything_is() -> None:
     left.advance("evaluating", "evaluating", 0.25)
     assert left.known
     assert left.seconds() == pytest.approx(30.0)
+
+
+def test_a_machine_that_becomes_busy_is_noticed() -> None:
+    """Blocks take three times as long from the fourth tenth on: halfway the rest is at most 1.5 times underrated."""
+    clock = Clock()
+    left = TimeLeft({PRUNING: 100.0}, clock)
+    left.begin(PRUNING)
+    left.advance(PRUNING, "pruning", 0.0)
+    for done in range(1, 51):
+        clock.now += 1.0 if done <= 30 else 3.0
+        left.advance(PRUNING, "pruning", done / 100)
+    assert 150 / 1.5 <= left.seconds() <= 150
+
+
+def test_what_is_learned_on_the_way_counts_for_phases_to_come() -> None:
+    left = TimeLeft({SAVING: 7.0}, Clock())
+    left.expect({PRUNING: 40.0})
+    assert left.seconds() == 47.0

@@ -154,7 +154,7 @@ def test_the_headline_is_what_was_measured(measured: Evaluated, fast: Speed) -> 
     assert rows["MLP units in a block"] == ["1,536", "1,000 to 1,016", ""]
     assert rows["linear weights of the blocks"] == ["120,000", "90,000", "-25.0%"]
     assert rows["parameters in all"] == ["1,000", "123,456", "+12245.6%"]
-    assert rows["size of the weights"] == ["6.0 MiB", "7.0 MiB", "+16.7%"]
+    assert rows["files as they are stored"] == ["6.0 MiB", "7.0 MiB", ""]
     assert rows["perplexity"] == ["29.4321", "35.0123", "+19.0%"]
     assert rows["bits per byte"] == ["-", "1.2345", ""]
     assert rows["divergence, nats a prediction"] == ["0", "0.5432", ""]
@@ -162,6 +162,36 @@ def test_the_headline_is_what_was_measured(measured: Evaluated, fast: Speed) -> 
     assert rows["prefill, tokens a second"] == ["100.0", "150.0", "+50.0%"]
     assert rows["peak memory"] == ["7.0 MiB", "7.0 MiB", ""]
     assert "heldout.txt, 10 windows of 512 tokens, 5,110 predictions, beside models/Small-1B" in root.text
+
+
+def test_the_size_before_and_after_is_that_of_one_dtype() -> None:
+    """Whatever the dense model's file is, as one in Q4_1 beside a folder in float32."""
+    stored = evaluation_in(evaluated(dense_parameters=2_000_000, dense_bytes=2_000_000 * 5 // 8), "here")
+    held = replace(HELD, dtype="float32", parameters=1_500_000, bytes=6_000_512)
+    root = made(narrowed(parameters_before=2_000_000), held=held, evaluation=stored)
+    rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
+    assert rows["parameters in all"] == ["2,000,000", "1,500,000", "-25.0%"]
+    assert rows["size of the weights in float32"] == ["7.6 MiB", "5.7 MiB", "-25.0%"]
+    assert rows["files as they are stored"] == ["1.2 MiB", "5.7 MiB", ""]
+
+
+def test_the_size_of_the_dense_model_is_known_without_an_evaluation() -> None:
+    root = made(narrowed(parameters_before=200_000), held=HELD)
+    rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
+    assert rows["parameters in all"] == ["200,000", "123,456", "-38.3%"]
+    assert rows["size of the weights in bfloat16"] == ["0.4 MiB", "0.2 MiB", "-38.3%"]
+
+
+def test_differences_have_standard_errors_where_they_are_known() -> None:
+    known = {"surprise": 0.02, "divergence": 0.0123, "agreement": 0.011, "windows": 10}
+    found = evaluation_in(evaluated(standard_errors=known, dense_bits_per_byte=1.1), "here")
+    root = made(narrowed(), held=HELD, evaluation=found)
+    rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
+    assert rows["perplexity"] == ["29.4321", "35.0123", "+19.0% ± 2.4%"]  # 0.02 of a ratio of 1.19
+    assert rows["bits per byte"] == ["1.1000", "1.2345", "+12.2%"]
+    assert rows["divergence, nats a prediction"] == ["0", "0.5432 ± 0.0123", ""]
+    assert rows["first choice the same"] == ["100.0%", "71.2% ± 1.1%", ""]
+    assert "± is the standard error over 10 windows, of differences paired." in root.text
 
 
 def test_healing_is_told_where_there_was_any() -> None:

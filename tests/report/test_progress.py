@@ -198,3 +198,11 @@ def test_prune_shows_its_progress_where_it_is_asked_to(capsys: pytest.CaptureFix
     prune(tiny_llama(), batches(), load_recipe("fasp"), progress=True, on_event=events.append)
     assert "pruning, block 2 of 2, in " in capsys.readouterr().err
     assert any(isinstance(event, BlockFinished) for event in events)
+
+
+def test_a_loop_that_is_told_of_once_took_the_time_since_it_began() -> None:
+    told = Told(False)
+    with told.reporter.count("evaluating", "window") as update:
+        told.clock.now += 27
+        update(2, 2)
+    assert told.lines == ["evaluating, window 2 of 2, in 27 s"]
