@@ -19,8 +19,8 @@ from optprune.pruning import pipeline
 from optprune.report import BlockStarted, Event, PhaseAdvanced
 from optprune.report.progress import Reporter
 from optprune.texts import demo_articles
-from tests.helpers.kills import INTERRUPT, TERMINATE, moments
 from tests.helpers.tiny_models import save_tiny, tiny_llama
+from tests.helpers.torture.moments import INTERRUPT, TERMINATE, moments
 
 PRUNE = ["--samples", "4", "--seq-length", "32"]
 HEAL = ["--seq-length", "32", "--batch-size", "2", "--held-out", "2", "--tokens", "512"]
