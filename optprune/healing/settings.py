@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from optprune.errors import InputError
 from optprune.models import DTYPES
+from optprune.system.wording import shown
 
 LEARNING_RATE = 2e-4
+MOST_EPOCHS, MOST_GENERATED = 10_000, 1_000_000
 TIMES = 10
 """how often the held-out windows are measured over a run, where nobody says"""
 
@@ -52,10 +54,10 @@ class Settings:
             raise InputError(f"healing computes in float32 or bfloat16: {known}")
         if self.every is not None and self.every < 1:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
-        if self.epochs < 1:
-            raise InputError(f"the text cannot be gone through {self.epochs} times: it is at least once")
-        if self.generated < 0:
-            raise InputError(f"the teacher cannot write {self.generated} windows: it is at least none")
+        if not 1 <= self.epochs <= MOST_EPOCHS:
+            raise InputError(f"the text cannot be gone through {shown(self.epochs)} times: give 1 to {MOST_EPOCHS}")
+        if not 0 <= self.generated <= MOST_GENERATED:
+            raise InputError(f"the teacher cannot write {shown(self.generated)} windows: give 0 to {MOST_GENERATED}")
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 

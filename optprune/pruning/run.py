@@ -276,7 +276,11 @@ def _metrics(
     asked = recipe.metric
     if asked is None:
         return Metrics({}), ()
-    metrics = None if journal is None else journal.metrics.read(decoder, journal.finished())
+    metrics = None
+    if journal is not None:
+        # What divides the budget needs the metric of every block, those of finished blocks too.
+        finished = journal.finished() if journal.division() is not None else []
+        metrics = journal.metrics.read(decoder, finished)
     if metrics is None:
         metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, lanes)
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
