@@ -136,9 +136,7 @@ class ExactLoss:
             return (torch.zeros_like(self.weight[:, 0], dtype=torch.float64),) * 2
         apart = known_size(replace(self.moments, covariance=drift.covariance, mean=drift.mean, drift=None))
         size = absolute_product(self.weight, apart)
-        cross = torch.addr(
-            drift.cross.double().abs(), drift.mean.double().abs(), self.moments.mean.double().abs()
-        )
+        cross = torch.addr(drift.cross.double().abs(), drift.mean.double().abs(), self.moments.mean.double().abs())
         lag = _largest_ratio(cross, apart, known_size(self.moments))
         spread = torch.addr(drift.covariance.double().abs(), drift.mean.double().abs(), drift.mean.double().abs())
         return OUTWARD * lag * size, OUTWARD * _largest_ratio(spread, apart, apart) ** 0.5 * size

@@ -61,8 +61,8 @@ class Solver(ABC, Generic[P, State]):
     def prove(self, problem: P, value: Tensor) -> Certificate | None:
         """A lower bound on the optimum that is proved from the answer alone, or None.
 
-        Of the problem as it came and the answer as it is returned, not in the units and the basis in which `solve` poses
-        problems: these round in the dtype of the problem, and what is proved must hold for what is measured.
+        Of the problem as it came and the answer as it is returned, not in the units and the basis in which `solve`
+        poses problems: these round in the dtype of the problem, and what is proved must hold for what is measured.
         """
         return None
 

@@ -85,7 +85,7 @@ def _bound(problem: StructuredProblem, steps: int) -> float:
     coupling = (inverse * (parts @ weighed.T)).reshape(units, each, units, each).sum((1, 3))
     # <Y_g, V0_g>: twice the cost of a unit alone, less what is rounded of it.
     products = (weighed * weight.T).reshape(units, -1)
-    slope = (products.sum(1) - gamma(verified.terms + 8) * _absolute(verified, parts, weight).reshape(units, each).sum(1))
+    slope = products.sum(1) - gamma(verified.terms + 8) * _absolute(verified, parts, weight).reshape(units, each).sum(1)
     alone = slope.clamp(min=0) / 2
     scale = torch.where(alone > 0, 2 * alone, 1.0).rsqrt()
     # What each entry of the coupling may be off by, as the product of two numbers of its units.

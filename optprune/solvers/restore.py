@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from optprune.numerics import linalg
 from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.solution import Certificate
@@ -53,7 +52,8 @@ class Restore(DirectSolver[Restorable]):
 
     Promises the optimum of a restoration problem, by factors in float64; float32 ones promise nothing. Certifies it
     (`restored_bound`): with r the residual of the normal equations at the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1
-    r^T). Where A_MM cannot be told from a singular matrix other weights may cost less within rounding: nothing is proved.
+    r^T). Where A_MM cannot be told from a singular matrix, other weights may cost less within rounding: nothing is
+    proved.
     Cost: 2 in^3 / 3 + 2 out in^2, one third of in^3 of it to know that A_MM is regular; with a mask for every row out
     in^3 / 3, or twice that where A itself is singular (`choose` then prefers gradients). Memory 2 in^2 in
     `factor_dtype`, whatever the dtype of the problem.

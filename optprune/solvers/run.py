@@ -138,7 +138,7 @@ class _Posed:
         return weight if self.basis is None else self.basis.back(weight)
 
     def certificate(self, found: Certificate | None) -> Certificate | None:
-        """What a bound on the problem as posed proves of the problem itself: in another basis, which rounds, nothing."""
+        """What a bound on the problem as posed proves of the problem itself: in another basis nothing, as it rounds."""
         if found is None or self.basis is not None:
             return None
         return replace(found, lower_bound=found.lower_bound * self.factor)

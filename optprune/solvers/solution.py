@@ -53,12 +53,12 @@ class Solution:
 
     @property
     def gap(self) -> float | None:
-        """(objective - lower bound) / |objective|, or None without a certificate: at most this share is left to gain.
+        """(objective - lower bound) / |objective|: at most this share is left to gain. None where nothing is proved.
 
         As it is proved: the bound of a solution is below its objective by what float64 may have rounded in measuring it
         and never above, so that a gap of a few roundings is the least that there is.
         """
-        if self.certificate is None:
+        if self.certificate is None or self.violation > 0:
             return None
         excess = self.objective - self.certificate.lower_bound
         if excess == 0:

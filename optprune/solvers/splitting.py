@@ -20,8 +20,8 @@ def split_off(known: KnownMatrix, weights: Float[Tensor, " n"]) -> Float[Tensor,
     """Return a d of nonnegative entries, in the units of the matrix M, for which M >= diag(d) is proved.
 
     In units in which M has a unit diagonal it nearly maximises sum_j q_j d_j, for positive weights q: Newton steps on
-    the barrier sum_j q_j d_j + m (log det(M - diag(d)) + sum_j log d_j) with m going to zero, as in minimum trace factor
-    analysis. Zero where M cannot be told from a singular matrix. A step costs about 2 n^3.
+    the barrier sum_j q_j d_j + m (log det(M - diag(d)) + sum_j log d_j) with m going to zero, as in minimum trace
+    factor analysis. Zero where M cannot be told from a singular matrix. A step costs about 2 n^3.
     """
     scaled = known.scaled
     factor, failed = linalg.try_cholesky(scaled)
@@ -32,7 +32,10 @@ def split_off(known: KnownMatrix, weights: Float[Tensor, " n"]) -> Float[Tensor,
     split = 0.5 / (largest_eigenvalue_bound(inverse) * diagonal)
     barrier = float((weights * split).sum()) / len(split)
     for _ in range(MOST_STEPS):
-        split, decrement = _newton(scaled, weights, split, barrier)
+        found = _newton(scaled, weights, split, barrier)
+        if found is None:
+            break
+        split, decrement = found
         if decrement > 0.1 * barrier * len(split):
             continue
         if barrier * len(split) <= ACCURACY * float((weights * split).sum()):
@@ -44,14 +47,19 @@ def split_off(known: KnownMatrix, weights: Float[Tensor, " n"]) -> Float[Tensor,
 
 def _newton(
     scaled: Float[Tensor, "n n"], weights: Float[Tensor, " n"], split: Float[Tensor, " n"], barrier: float
-) -> tuple[Float[Tensor, " n"], float]:
-    """A damped Newton step from within, and what it promised to gain, twice."""
-    rest = scaled - torch.diag(split)
-    inverse = torch.cholesky_inverse(linalg.cholesky(rest))
+) -> tuple[Float[Tensor, " n"], float] | None:
+    """A damped Newton step from within, and what it promised to gain, twice; None where float64 has no digits left."""
+    factor, failed = linalg.try_cholesky(scaled - torch.diag(split))
+    if bool(failed):
+        return None
+    inverse = torch.cholesky_inverse(factor)
     slope = weights - barrier * inverse.diagonal() + barrier / split
     curvature = inverse.square_().mul_(barrier)
     curvature.diagonal().add_(barrier / split.square())
-    step = torch.cholesky_solve(slope[:, None], linalg.cholesky(curvature))[:, 0]
+    factor, failed = linalg.try_cholesky(curvature)
+    if bool(failed):
+        return None
+    step = torch.cholesky_solve(slope[:, None], factor)[:, 0]
     decrement, length = float(slope @ step), 1.0
     while length > 1e-9:
         trial = split + length * step

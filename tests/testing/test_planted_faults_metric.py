@@ -11,13 +11,13 @@ from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquar
 from optprune.problems.exact import ExactLoss
 from optprune.solvers import ConjugateGradients, Fista, PerspectiveBound, Restore
 from optprune.solvers.duality import DualMap
+from optprune.solvers.verified import VerifiedLoss
 from optprune.testing import laws
 from optprune.testing.strategies import weighted
 
 run = importlib.import_module("optprune.solvers.run")
-perspective = importlib.import_module("optprune.solvers.perspective")
 
-weigh, row_scaled, dual_map, product = ExactLoss.weigh, LayerLoss.row_scaled, DualMap.of, perspective._product
+weigh, row_scaled, dual_map = ExactLoss.weigh, LayerLoss.row_scaled, DualMap.of
 
 
 def keep_laws(solver, kind, metric, examples=40):
@@ -45,11 +45,16 @@ def rows_not_scaled(self):
 
 def couplings_forgotten(problem):
     found = dual_map(problem)
-    return found if found.row_factor is None else replace(found, row_factor=torch.eye(len(found.row_factor)).double())
+    if found.factors is None or found.factors[0] is None:
+        return found
+    outputs, inputs = found.factors
+    return replace(found, factors=(torch.eye(len(outputs)).double(), inputs))
 
 
-def split_forgotten(loss, split, rest, point):
-    return product(loss, 0 * split, rest, point)
+def metric_forgotten(self, change):
+    """In the place of `VerifiedLoss.gradient`."""
+    residual, error = self.residual(change)
+    return residual, torch.outer(error, self.inputs.size)
 
 
 LAW_FAULTS = {
@@ -57,10 +62,10 @@ LAW_FAULTS = {
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
     "rows not scaled": (LayerLoss, "row_scaled", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
     "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
-    "relaxation without its split": (
-        perspective,
-        "_product",
-        split_forgotten,
+    "relaxation without S": (
+        VerifiedLoss,
+        "gradient",
+        metric_forgotten,
         PerspectiveBound(20),
         SparseLeastSquares,
         "full",
