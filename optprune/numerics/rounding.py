@@ -91,16 +91,17 @@ class KnownMatrix:
         return bool(torch.isfinite(shifted).all()) and not bool(linalg.cholesky_in_place(shifted))
 
     def floor(self, damping: Float[Tensor, " n"] | None = None) -> Float[Tensor, " n"] | None:
-        """Return a positive d [n] whose diag(d) the exact matrix exceeds: nearly the damping, or a least eigenvalue.
+        """Return a d [n] whose diag(d) the exact matrix exceeds: nearly the damping, or a least eigenvalue.
 
-        In the units of the matrix; None where it cannot be told from a singular one.
+        In the units of the matrix, and positive but for rows that are zero; None where the others cannot be told from
+        those of a singular one.
         """
-        square = self.unit.square()
+        square = self.size.square()
         if damping is not None and bool((damping > 0).all()):
             share = damping.double() / square
             for most in (0.99, 0.5):
                 if self.exceeds(most * share):
-                    return most * (1 - 4 * UNIT) * share * square
+                    return most * (1 - 4 * UNIT) * damping.double()
         found = next((shift for shift in SHIFTS if self.exceeds(shift)), 0.0)
         return (1 - 4 * UNIT) * found * square if found else None
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.numerics.rounding import OUTWARD, UNIT, gamma
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import LayerLoss, SelectionProblem, SparseLeastSquares
@@ -19,8 +20,9 @@ from optprune.solvers.verified import VerifiedLoss
 
 EVERY = 10
 """steps between two measurements of the bound"""
-ENOUGH, PATIENCE = 1e-3, 2
-"""the share by which the bound must rise from one measurement to the next, and how often it may not"""
+ENOUGH, PATIENCE, LEAST = 1e-3, 3, 100
+"""the share by which a measurement must raise the bound, how many may fail to, and the steps before which they may:
+near V = W the bound of the first points is below that of W itself"""
 HALVINGS = 25
 """how often the interval is halved in which the price of keeping a weight is looked for"""
 
@@ -93,7 +95,7 @@ def _ascent(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, mo
             bound = _bound(problem, verified, split, change)
             stale = 0 if bound > best + ENOUGH * abs(best) or count == 0 else stale + 1
             best = max(best, bound)
-            if stale == PATIENCE:
+            if stale >= PATIENCE and count >= LEAST:
                 break
         growth = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
         ahead = change + (momentum - 1) / growth * (change - last)
@@ -173,7 +175,9 @@ def _bound(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, cha
     gone = torch.where(problem.mask(problem.project(gain)), 0.0, gain)
     parts = (-change * (whole - pull - own) / 2, stays, gone)
     rounded = (change * whole, change * pull, change * own, stays, half * weight.square(), gradient * weight)
-    lost = gamma(2 * verified.terms) * sum(float(part.abs().sum()) for part in rounded)
-    lost += float((change.abs() * (error + pull_error)).sum())
-    total = sum(float(part.sum(1).sum()) for part in parts)
-    return total + verified.constant / 2 - OUTWARD * lost
+    total, sizes, lost = linalg.numbers(
+        torch.stack([part.sum(1).sum() for part in parts]).sum(),
+        torch.stack([part.abs().sum() for part in rounded]).sum(),
+        (change.abs() * (error + pull_error)).sum(),
+    )
+    return total + verified.constant / 2 - OUTWARD * (lost + gamma(2 * verified.terms) * sizes)

@@ -162,7 +162,8 @@ def _left(verified: VerifiedLoss, change: Float[Tensor, "out in"]) -> float:
     if floor is None:
         return math.inf
     residual, error = verified.residual(change)
-    rows = linalg.norm((residual.abs() + torch.outer(error, verified.inputs.size)) / floor.sqrt(), 1)
+    most = residual.abs() + torch.outer(error, verified.inputs.size)
+    rows = linalg.norm(torch.where(most == 0, 0.0, most / floor.sqrt()), 1)
     if verified.outputs is None:
         return OUTWARD * float((verified.rows * rows.square()).sum())
     return OUTWARD * verified.outputs.ratio * float((verified.outputs.size * rows).sum()) ** 2

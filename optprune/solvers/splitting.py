@@ -42,7 +42,7 @@ def split_off(known: KnownMatrix, weights: Float[Tensor, " n"]) -> Float[Tensor,
             break
         barrier /= 5
     shrunk = next((share for share in SHRUNK if known.exceeds(share * split)), 0.0)
-    return (1 - 4 * UNIT) * shrunk * split * known.unit.square()
+    return (1 - 4 * UNIT) * shrunk * split * known.size.square()
 
 
 def _newton(

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.numerics.rounding import OUTWARD, UNIT, KnownMatrix, gamma
 from optprune.problems import LayerLoss
 from optprune.problems.exact import absolute_product
@@ -130,7 +131,7 @@ class VerifiedLoss:
         pull, pull_error = self.pulled
         parts = [change * (gradient + pull) / 2]
         residual = gradient
-        lost = float((change.abs() * (error + pull_error)).sum()) / 2
+        lost = (change.abs() * (error + pull_error)).sum() / 2
         if dual is not None:
             parts += [change * dual, self.weight * dual]
             residual = gradient + dual
@@ -140,6 +141,8 @@ class VerifiedLoss:
             excess = torch.where(mask, excess, 0.0)
         # Nothing is lost where nothing is asked for, though there be no curvature.
         excess = torch.where(excess == 0, 0.0, excess / curvature)
-        lost += float(excess.sum()) / 2
-        lost += gamma(self.terms) * sum(float(part.abs().sum()) for part in parts)
-        return sum(float(part.sum(1).sum()) for part in parts) + self.constant / 2 - OUTWARD * lost
+        sums = [part.sum(1).sum() for part in parts]
+        total, rounded, below = linalg.numbers(
+            torch.stack(sums).sum(), torch.stack([part.abs().sum() for part in parts]).sum(), lost + excess.sum() / 2
+        )
+        return total + self.constant / 2 - OUTWARD * (below + gamma(self.terms) * rounded)
