@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.numerics import linalg
+from optprune.numerics.finite import all_finite
 from optprune.numerics.rounding import OUTWARD, gamma
 from optprune.problems import StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver
@@ -90,6 +91,9 @@ def _bound(problem: StructuredProblem, steps: int) -> float:
     scale = torch.where(alone > 0, 2 * alone, 1.0).rsqrt()
     # What each entry of the coupling may be off by, as the product of two numbers of its units.
     off = (linalg.norm(root, 0) * norms).reshape(units, each).sum(1) * scale
+    if not all_finite(coupling):
+        # Numbers beyond the range of float64: no proof.
+        return 0.0
     share = _share(problem, alone, coupling * torch.outer(scale, scale), steps)
     largest = _largest(coupling * torch.outer(scale, scale), share, off, verified.terms + len(size) + each)
     left = _left(verified, change)

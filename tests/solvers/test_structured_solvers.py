@@ -4,7 +4,6 @@ import importlib
 from dataclasses import replace
 from functools import cache
 from statistics import mean
-from types import SimpleNamespace
 
 import pytest
 import torch
