@@ -59,7 +59,7 @@ def solve(
         any_value = problem.indifferent(start)
         if any_value is not None:
             objective, violation = problem.objective(any_value), problem.violation(any_value)
-            proof = Certificate(_below(objective, problem, any_value), DEAD)
+            proof = Certificate(_below(objective, objective, problem, any_value), DEAD)
             seconds = time.perf_counter() - began
             return Solution(any_value, objective, violation, Status.CONVERGED, 0, seconds, proof, notes=(DEAD,))
 
@@ -79,7 +79,7 @@ def solve(
         violation = problem.violation(value)
         notes = solver.notes(state)
         if certificate is not None and violation == 0:
-            bound = _below(certificate.lower_bound, problem, value)
+            bound = _below(certificate.lower_bound, objective, problem, value)
             # Written so that NaN is none.
             if bound <= objective:
                 certificate = replace(certificate, lower_bound=bound)
@@ -150,9 +150,15 @@ def _best(*found: Certificate | None) -> Certificate | None:
     return max(proved, key=lambda one: one.lower_bound, default=None)
 
 
-def _below(bound: float, problem: Problem, value: Tensor) -> float:
-    """A bound less what the measured objective of the answer may be off by; that is nowhere below zero, as measured."""
-    return bound if bound <= 0 else max(bound - problem.measuring_error(value), 0.0)
+def _below(bound: float, objective: float, problem: Problem, value: Tensor) -> float:
+    """A bound less what the measured objective of the answer may be off by, or that share of it for a lower bound.
+
+    Then it is no higher than what is measured. Nothing is measured below zero.
+    """
+    if bound <= 0:
+        return bound
+    share = min(bound / objective, 1.0) if objective > 0 else 1.0
+    return max(bound - share * problem.measuring_error(value), 0.0)
 
 
 def _iterate(

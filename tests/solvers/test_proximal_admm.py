@@ -180,3 +180,25 @@ def test_a_fault_is_noticed_by_the_laws(fault, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises(AssertionError, match=r"promises|bound|worse|below|NaN"):
         check_solver(ProximalAdmm(), examples=20, shrink=False)
+
+
+def first_change(problem, solver):
+    """The state before the step that first changes rho, and the one after it."""
+    state = solver.init(problem, problem.start())
+    for _ in range(200):
+        before, state = state, solver.step(problem, state)
+        if state.changes:
+            return before, state
+    raise AssertionError("rho was never changed")
+
+
+@pytest.mark.parametrize("rho", [1e-6, 1e6])
+def test_a_change_of_rho_leaves_the_subgradient_as_it_was(rho, monkeypatch):
+    """R U is a subgradient of the penalty, whatever R: where R grows the scaled dual variable must shrink."""
+    problem, solver = l1_problem(), ProximalAdmm(rho=rho)
+    before, after = first_change(problem, solver)
+    monkeypatch.setattr(module, "MOST_CHANGES", 0)
+    unchanged = solver.step(problem, before)
+    assert after.resolvent.rho != unchanged.resolvent.rho
+    expected = unchanged.resolvent.weights * unchanged.dual
+    assert torch.allclose(after.resolvent.weights * after.dual, expected, rtol=1e-12, atol=0)
