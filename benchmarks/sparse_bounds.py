@@ -2,9 +2,9 @@
 
     .venv/bin/python -m benchmarks.sparse_bounds
 
-Some rows of the first layer of every stage of three blocks of SmolLM2, at 50 percent and at 2:4, with the moments of the
-dense model damped as recipes damp them. The best objective known is that of the recommended solver, so that the optimum
-is between the two, and the share of it that is proved is no less than what is printed.
+Some rows of the first layer of every stage of three blocks of SmolLM2, at 50 percent and at 2:4, with the moments of
+the dense model damped as recipes damp them. The best objective known is that of the recommended solver, so that the
+optimum is between the two, and the share of it that is proved is no less than what is printed.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def main() -> None:
         shares = [float(row["bound / best known"]) for row in rows if row["setting"] == setting]
         rows.append({"layer": "median", "setting": setting, "bound / best known": median(shares), "seconds": 0.0})
     title = (
-        f"The perspective bound on {options.rows} rows of layers of SmolLM2-135M-Instruct (blocks {options.blocks}, the "
-        f"first layer of every stage): {options.samples * options.seq_length} calibration tokens of news, damping "
+        f"The perspective bound on {options.rows} rows of layers of SmolLM2-135M-Instruct (blocks {options.blocks}, "
+        f"the first layer of every stage): {options.samples * options.seq_length} calibration tokens of news, damping "
         f"{options.damping:g}, seed {options.seed}"
     )
     print(write_table("sparse_bounds", title, rows))

@@ -133,7 +133,8 @@ class ExactLoss:
         """
         drift = self.moments.drift
         if drift is None:
-            return (torch.zeros_like(self.weight[:, 0], dtype=torch.float64),) * 2
+            nothing = torch.zeros_like(self.weight[:, 0], dtype=torch.float64)
+            return nothing, nothing
         apart = known_size(replace(self.moments, covariance=drift.covariance, mean=drift.mean, drift=None))
         size = absolute_product(self.weight, apart)
         cross = torch.addr(drift.cross.double().abs(), drift.mean.double().abs(), self.moments.mean.double().abs())

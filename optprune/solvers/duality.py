@@ -134,7 +134,7 @@ class DualMap:
         verified = self.verified
         rows = verified.rows.sqrt() if verified.outputs is None else verified.outputs.size
         size = torch.outer(rows, verified.inputs.size)
-        return (self.problem.penalty.reach(level, size) + float((verified.weight * size).norm())) ** 2
+        return (self.problem.penalty.reach(level, size) + float(linalg.norm(verified.weight * size))) ** 2
 
     def _alive(self, dual: Tensor) -> Tensor:
         """T, zero where neither loss nor its gradient depends on the weight."""
@@ -164,7 +164,7 @@ def _regular(verified: VerifiedLoss) -> tuple[VerifiedLoss, float]:
     ridges = one[1], other[1]
     if ridges == (0.0, 0.0):
         return verified, 0.0
-    sizes = [1.0 if known is None else float(known.scaled.norm()) for known in (inputs, outputs)]
+    sizes = [1.0 if known is None else float(linalg.norm(known.scaled)) for known in (inputs, outputs)]
     bend = ridges[0] * sizes[1] + ridges[1] * sizes[0] + ridges[0] * ridges[1]
     return replace(verified, inputs=one[0], outputs=other[0]), bend
 

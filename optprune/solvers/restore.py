@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from optprune.numerics import linalg
 from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.solution import Certificate
@@ -135,7 +136,7 @@ def _floors(verified: VerifiedLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tens
     whole = verified.floor_of_columns
     if whole is not None:
         return whole.expand(mask.shape)
-    different, which = mask.unique(dim=0, return_inverse=True)
+    different, which = linalg.unique_rows(mask)
     if len(different) * mask.shape[1] ** 3 > MOST_FACTORS:
         return None
     floors = torch.ones_like(different, dtype=torch.float64)
