@@ -20,6 +20,8 @@ BALANCE = 5.0
 """how many times larger one of the two relative residuals may be than the other before rho is changed"""
 FASTEST = 10.0
 """how many times larger or smaller rho becomes at most in one change"""
+CLEAR = 1e3
+"""how much larger rho is than what makes A + R definite, where a smaller one does not"""
 LARGEST_RHO = 1e15
 """beyond which nothing moves in float64"""
 MOST_CHANGES = 10
@@ -49,15 +51,16 @@ class ByInverse(Resolvent):
     def of(cls, loss: LayerLoss, rho: float, *, by_column: bool) -> "ByInverse":
         """In float64 by Cholesky: scaled to a unit diagonal the condition of A + R is at most 1 + in / rho.
 
-        A larger rho is taken where that leaves A + R indefinite, A being known to no more than the moments are.
+        Where that leaves A + R indefinite, A being known to no more than the moments are, a rho is taken that is CLEAR
+        times what makes it definite.
         """
         scale = _scale(loss.gram.diagonal(), by_column)
         matrix = loss.gram.double() / torch.outer(scale, scale)
         matrix.diagonal().add_(rho)
         factor, failed = linalg.try_cholesky(matrix)
-        while bool(failed) and rho < LARGEST_RHO:
-            matrix.diagonal().add_((FASTEST - 1) * rho)
-            rho *= FASTEST
+        if bool(failed):
+            rho, before = CLEAR * _definite(matrix, rho), rho
+            matrix.diagonal().add_(rho - before)
             factor, failed = linalg.try_cholesky(matrix)
         if bool(failed):
             raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
@@ -169,6 +172,18 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
         # R U is a subgradient of the penalty, whatever R.
         dual = state.dual * (state.resolvent.rho / resolvent.rho)
         return replace(state, resolvent=resolvent, dual=dual, changes=state.changes + 1)
+
+
+def _definite(matrix: Float[Tensor, "n n"], rho: float) -> float:
+    """About the least rho with which A + rho I is definite, for a matrix that has one on its diagonal already."""
+    larger = rho
+    while larger < LARGEST_RHO:
+        larger *= FASTEST
+        shifted = matrix.clone()
+        shifted.diagonal().add_(larger - rho)
+        if not bool(linalg.try_cholesky(shifted)[1]):
+            break
+    return larger
 
 
 def _resolvent(problem: PenalisedLeastSquares, rho: float) -> Resolvent:

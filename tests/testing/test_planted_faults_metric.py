@@ -10,14 +10,13 @@ from hypothesis import Phase, given, settings
 from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
 from optprune.problems.exact import ExactLoss
 from optprune.solvers import ConjugateGradients, Fista, PerspectiveBound, Restore
-from optprune.solvers.duality import DualMap
 from optprune.solvers.verified import VerifiedLoss
 from optprune.testing import laws
 from optprune.testing.strategies import weighted
 
 run = importlib.import_module("optprune.solvers.run")
 
-weigh, row_scaled, dual_map = ExactLoss.weigh, LayerLoss.row_scaled, DualMap.of
+weigh, row_scaled = ExactLoss.weigh, LayerLoss.row_scaled
 
 
 def keep_laws(solver, kind, metric, examples=40):
@@ -43,14 +42,6 @@ def rows_not_scaled(self):
     return row_scaled(self) if self.metric is None else replace(self, metric=self.metric.row_scaled())
 
 
-def couplings_forgotten(problem):
-    found = dual_map(problem)
-    if found.factors is None or found.factors[0] is None:
-        return found
-    outputs, inputs = found.factors
-    return replace(found, factors=(torch.eye(len(outputs)).double(), inputs))
-
-
 def metric_forgotten(self, change):
     """In the place of `VerifiedLoss.gradient`."""
     residual, error = self.residual(change)
@@ -61,7 +52,7 @@ LAW_FAULTS = {
     "damping forgotten": (ExactLoss, "weigh", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
     "rows not scaled": (LayerLoss, "row_scaled", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
-    "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
+    "bound without S": (VerifiedLoss, "gradient", metric_forgotten, Fista(), PenalisedLeastSquares, "full"),
     "relaxation without S": (
         VerifiedLoss,
         "gradient",
