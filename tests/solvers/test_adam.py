@@ -4,7 +4,7 @@ import torch
 
 from optprune.solvers import Adam
 from optprune.solvers.adam import CARE
-from tests.solvers.test_descent import gated
+from tests.helpers.gated_block import gated
 
 
 def test_the_first_step_moves_every_weight_by_the_rate():
