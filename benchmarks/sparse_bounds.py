@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 14, 26])
     parser.add_argument("--settings", nargs="+", default=["50%", "2:4"])
-    parser.add_argument("--rows", type=int, default=32, help="how many rows of each layer, evenly spaced")
+    parser.add_argument("--rows", type=int, default=16, help="how many rows of each layer, evenly spaced")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
