@@ -33,8 +33,6 @@ class OutputBasis:
     """R, or its diagonal"""
     inverse: Float[Tensor, "out out"] | Float[Tensor, "out"]
     """the inverse of R, or its diagonal"""
-    excess: float = 0.0
-    """the most by which R^T R is above S in any direction"""
 
     def into(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """R V."""
@@ -95,10 +93,8 @@ class OutputMetric:
     @cached_property
     def row_scaling(self) -> OutputBasis:
         """The basis diag(sqrt(S_ii)), in which S has a unit diagonal."""
-        floored = _floored(diagonal := self.diagonal, self.average.dtype)
-        scale = floored.sqrt()
-        # Where outputs are coupled, `row_scaled` keeps what the scale leaves of S, so nothing is in excess.
-        return OutputBasis(scale, 1 / scale, 0.0 if self.full else float((floored - diagonal).max()))
+        scale = _floored(self.diagonal, self.average.dtype).sqrt()
+        return OutputBasis(scale, 1 / scale)
 
     @cached_property
     def whitening(self) -> OutputBasis:
@@ -109,9 +105,8 @@ class OutputMetric:
         if not self.full:
             return self.row_scaling
         values, vectors = linalg.eigh(self.matrix.double())
-        floored = _floored(values, self.average.dtype)
-        root, excess = floored.sqrt(), float((floored - values).max())
-        return OutputBasis((vectors * root) @ vectors.T, (vectors / root) @ vectors.T, excess)
+        root = _floored(values, self.average.dtype).sqrt()
+        return OutputBasis((vectors * root) @ vectors.T, (vectors / root) @ vectors.T)
 
     def row_scaled(self) -> "OutputMetric | None":
         """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""

@@ -40,6 +40,14 @@ class Penalty(ABC):
     def conjugate(self, dual: Float[Tensor, "out in"]) -> float:
         """P*(T) = sup_V <T, V> - P(V), in float64; infinite outside its domain."""
 
+    def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
+        """The most that |V * size| can be, in the Frobenius norm, where P(V) is at most a level; infinite: no limit.
+
+        With it optima are certified where the loss alone does not say how large they are, the Gram matrix being
+        singular.
+        """
+        return math.inf
+
 
 class NormPenalty(Penalty):
     """A penalty that is a norm: its conjugate is 0 where the dual norm is at most 1, and infinite elsewhere."""
@@ -82,6 +90,9 @@ class L1(NormPenalty):
         largest = float(dual.abs().max())
         return largest / self.strength if self.strength else (math.inf if largest else 0.0)
 
+    def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
+        return level * _largest_share(size, self.strength)
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -109,6 +120,9 @@ class WeightedL1(NormPenalty):
     def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
         # 0/0 is an entry that costs nothing and moves nothing; x/0 is one that no scaling makes feasible.
         return float(torch.nan_to_num(dual.abs() / self.weights, nan=0.0, posinf=math.inf).max())
+
+    def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
+        return level * float(torch.nan_to_num(size / self.weights.double(), nan=0.0, posinf=math.inf).max())
 
 
 @final
@@ -140,6 +154,10 @@ class ElasticNet(Penalty):
             return L1(self.strength).conjugate(dual)
         return float(excess.square().sum()) / (2 * self.ridge)
 
+    def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
+        by_ridge = math.sqrt(2 * level * _largest_share(size, self.ridge) * float(size.max()))
+        return min(level * _largest_share(size, self.strength), by_ridge)
+
 
 @final
 @dataclass(frozen=True)
@@ -162,6 +180,15 @@ class ColumnGroups(NormPenalty):
     def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
         largest = float(linalg.norm(dual.double(), 0).max())
         return largest / self.strength if self.strength else (math.inf if largest else 0.0)
+
+    def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
+        return level * _largest_share(size, self.strength)
+
+
+def _largest_share(size: Float[Tensor, "out in"], strength: float) -> float:
+    """The largest size over a strength; infinite where that is zero."""
+    largest = float(size.max())
+    return largest / strength if strength else (math.inf if largest else 0.0)
 
 
 def shrink(weight: Float[Tensor, "out in"], threshold: Float[Tensor, "*shape"]) -> Float[Tensor, "out in"]:

@@ -29,6 +29,7 @@ from optprune.system.wording import shown
 
 FAILED = 1
 """the exit status where a cell has failed"""
+MOST_SEEDS = 1000
 
 Value = TypeVar("Value")
 
@@ -84,8 +85,8 @@ def compare_command(
 
     check_json(json_file, models=[model])
     fields = {"propagation": propagation, "units": units, "pattern": pattern, "strict": strict or None}
-    if seeds < 1:
-        raise InputError(f"--seeds cannot be {seeds}: it is at least 1")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_SEEDS}")
     # What the whole comparison takes shows once cells are finished, and is told behind each.
     with reporter.events({}, left="left of this step") as on_event:
         found = compare(

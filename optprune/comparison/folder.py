@@ -22,6 +22,7 @@ class ComparisonFolder(KeptFolder):
 
     noun = "comparison"
     begin_anew = "choose another output"
+    written = (f"{CELLS}/*.json", JSON, TABLE, PICTURE)
 
     def __init__(self, folder: str | Path) -> None:
         """Take a folder that is new, empty, or has a comparison; raises InputError otherwise."""

@@ -100,6 +100,8 @@ def _written(loaded: LoadedModel, output: Path, place: Path, cache: bool, overwr
     for folder in left_behind(place):
         discard(folder)
     program, created = program_of(loaded.model, cache), missing_parents(place)
+    for left in left_behind(place):
+        discard(left)
     with interrupts_held():
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = Scratch(place)

@@ -38,6 +38,7 @@ class HealingFolder(RunFolder):
     """The run folder of `heal`: `progress.json`, the weights and the optimizer's state, and the best weights."""
 
     noun = "healing run"
+    written = (PROGRESS, GENERATED, "*.safetensors")
 
     def finished(self) -> list[int]:
         progress = self.progress()

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from optprune.errors import InputError
 from optprune.models import DTYPES
+from optprune.system.wording import shown
 
 LEARNING_RATE = 2e-4
+MOST_EPOCHS, MOST_GENERATED = 10_000, 1_000_000
 TIMES = 10
 """how often the held-out windows are measured over a run, where nobody says"""
-MOST_EPOCHS, MOST_GENERATED = 10_000, 1_000_000
-"""how often a text is gone through, and how many windows are written, at most: more is taken for a mistake"""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Settings:
         if self.every is not None and self.every < 1:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
         if not 1 <= self.epochs <= MOST_EPOCHS:
-            raise InputError(f"the text cannot be gone through {self.epochs} times: it is from 1 to {MOST_EPOCHS}")
+            raise InputError(f"the text cannot be gone through {shown(self.epochs)} times: give 1 to {MOST_EPOCHS}")
         if not 0 <= self.generated <= MOST_GENERATED:
-            raise InputError(f"the teacher cannot write {self.generated} windows: it is from 0 to {MOST_GENERATED}")
+            raise InputError(f"the teacher cannot write {shown(self.generated)} windows: give 0 to {MOST_GENERATED}")
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 

@@ -18,7 +18,9 @@ def fingerprint(value: Any) -> str:
 def _feed(digest: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        # A copy: of a single number any stride counts as contiguous, and it cannot be viewed as bytes.
+        flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     elif dataclasses.is_dataclass(value):
         digest.update(type(value).__name__.encode())
         for field in dataclasses.fields(value):

@@ -108,6 +108,12 @@ def unique(values: Tensor) -> Tensor:
     return values.unique()
 
 
+def unique_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct rows of a matrix, and which of them each row is."""
+    rows, which = matrix.unique(dim=0, return_inverse=True)
+    return rows, which
+
+
 def numbers(*values: Tensor) -> list[Any]:
     """The values of some tensors without dimensions, of one dtype, at one look at the device."""
     return torch.stack(values).tolist()

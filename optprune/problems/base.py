@@ -34,6 +34,13 @@ class Problem(ABC):
     def start(self) -> Tensor:
         """A feasible weight that costs nothing to find."""
 
+    def measuring_error(self, weight: Tensor) -> float:
+        """Return by how much `objective` may be off for the numbers as they are stored: a proven bound.
+
+        A kind whose objective is more than the loss adds what the rest of it may be off by.
+        """
+        return self.loss.measuring_error(weight)
+
     def inputs(self, weight: Tensor) -> Tensor:
         """The inputs [in] that an answer reads, as a mask: with the others whole columns go, and what they make a unit.
 

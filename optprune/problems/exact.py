@@ -17,6 +17,7 @@ from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.numerics import linalg
 from optprune.numerics.precision import full_precision
+from optprune.numerics.rounding import OUTWARD, gamma
 
 BLOCK = 512
 """columns, or rows, in float64 at a time: what that takes beside the layer is small"""
@@ -88,15 +89,58 @@ class ExactLoss:
 
         error, drifted, ridge = self._products(change, self.moments.covariance, self.moments.mean)
         if self.pull is not None:
-            error += 2 * drifted + self._error_at_weight
+            error += 2 * drifted + self.error_at_weight
         return max(error, 0.0), max(ridge, 0.0)
 
     @cached_property
-    def _error_at_weight(self) -> float:
+    def error_at_weight(self) -> float:
         """E|W x* - W x|^2 (in the metric)."""
         drift = self.moments.drift
-        assert drift is not None
-        return self._products(double(self.weight), drift.covariance, drift.mean)[0]
+        return 0.0 if drift is None else self._products(double(self.weight), drift.covariance, drift.mean)[0]
+
+    def measuring_error(self, weight: Tensor) -> float:
+        """Return what `measured` may be off by, of the exact value for the numbers as they are stored: a proven bound.
+
+        Each term passes through at most so many additions: over inputs, over outputs, and over a block of columns.
+        """
+        out, width = self.weight.shape
+        share = gamma(out * BLOCK + 2 * (out + width) + 32)
+        if self.products != torch.float64:
+            single = gamma(BLOCK + 2, torch.finfo(self.products).eps / 2)
+            share += (1 + single) ** 2 - 1
+        metric = self.metric
+        positive = replace(self, metric=None if metric is None else replace(metric, average=metric.average.abs()))
+
+        def spread(columns: slice) -> Tensor:
+            size = self.moments.covariance[:, columns].double().abs()
+            size.addr_(self.moments.mean.double().abs(), self.moments.mean[columns].double().abs())
+            size[columns].diagonal().add_(self.damping[columns].double())
+            return size
+
+        # Of the difference itself, which is rounded once; nothing is lost where it is narrowed.
+        terms = positive.size(weight.double() - self.weight.double(), spread)
+        if self.moments.drift is not None:
+            change = absolute_product(weight.double() - self.weight.double(), known_size(self.moments, self.damping))
+            pull, old = self.pull_sizes
+            both = positive.weigh(pull[:, None])[:, 0]
+            terms += 2 * float((both * change).sum()) + float((positive.weigh(old[:, None])[:, 0] * old).sum())
+        return share * terms
+
+    @cached_property
+    def pull_sizes(self) -> tuple[Tensor, Tensor]:
+        """Two sizes p, q [out] with |W A - B|_oj at most p_o s_j, s_j^2 = E[x*_j^2] + D_j, and |W| |E[d d^T]| |W|^T at
+        most q q^T, entry by entry, before anything cancels.
+        """
+        drift = self.moments.drift
+        if drift is None:
+            nothing = torch.zeros_like(self.weight[:, 0], dtype=torch.float64)
+            return nothing, nothing
+        apart = known_size(replace(self.moments, covariance=drift.covariance, mean=drift.mean, drift=None))
+        size = absolute_product(self.weight, apart)
+        cross = torch.addr(drift.cross.double().abs(), drift.mean.double().abs(), self.moments.mean.double().abs())
+        lag = _largest_ratio(cross, apart, known_size(self.moments))
+        spread = torch.addr(drift.covariance.double().abs(), drift.mean.double().abs(), drift.mean.double().abs())
+        return OUTWARD * lag * size, OUTWARD * _largest_ratio(spread, apart, apart) ** 0.5 * size
 
     def _products(self, part: Part, covariance: Tensor, mean: Tensor) -> tuple[float, float, float]:
         """tr(S V E[z z^T] V^T) for a z of that covariance and mean, tr(S V (W A - B)^T) and tr(S V D V^T).
@@ -120,15 +164,17 @@ class ExactLoss:
         error, drifted, ridge = linalg.numbers(*sums)
         return error, drifted, ridge
 
-    def residual(self, weight: Tensor, gram: Tensor) -> Tensor:
-        """(V - W) A + (W A - B) in float64."""
+    def residual(self, weight: Tensor) -> Tensor:
+        """(V - W) A + (W A - B) in float64, by the very numbers that the loss is measured from."""
 
         def change(rows: slice, columns: slice) -> Tensor:
             return weight[rows, columns].double() - self.weight[rows, columns].double()
 
         residual = torch.empty_like(weight, dtype=torch.float64)
         for columns in _blocks(self.moments.width):
-            residual[:, columns] = times(change, len(weight), gram[:, columns].double(), self.products)
+            gram = gram_columns(self.moments, columns, torch.float64)
+            gram[columns].diagonal().add_(self.damping[columns].double())
+            residual[:, columns] = times(change, len(weight), gram, self.products)
         return residual if self.pull is None else residual.add_(self.pull)
 
     def size(self, weight: Tensor, spread: Callable[[slice], Tensor]) -> float:
@@ -149,6 +195,19 @@ def pull_of(weight: Tensor, moments: InputMoments) -> Tensor | None:
     """W E[d x*^T]; None when x* = x."""
     drift = moments.drift
     return None if drift is None else torch.addr(weight @ drift.cross, weight @ drift.mean, moments.mean)
+
+
+def known_size(moments: InputMoments, damping: Tensor | None = None) -> Tensor:
+    """s_j = sqrt(E[x*_j^2] + D_j) in float64."""
+    square = moments.covariance.diagonal().double() + moments.mean.double().square()
+    return (square if damping is None else square + damping.double()).clamp(min=0).sqrt()
+
+
+def _largest_ratio(entries: Tensor, rows: Tensor, columns: Tensor) -> float:
+    """The least r with |M_ij| <= r a_i b_j: 1 for covariances, up to rounding; infinite where a size is 0."""
+    sizes = torch.outer(rows, columns)
+    ratios = torch.where(entries == 0, 0.0, entries / sizes)
+    return float(ratios.max()) if ratios.numel() else 0.0
 
 
 def double(matrix: Tensor) -> Part:
@@ -185,6 +244,7 @@ def _blocks(count: int) -> Iterator[slice]:
     return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
 
-def gram_columns(moments: InputMoments, columns: slice) -> Tensor:
-    """Some columns of E[x* x*^T]."""
-    return torch.addr(moments.covariance[:, columns], moments.mean, moments.mean[columns])
+def gram_columns(moments: InputMoments, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
+    """Some columns of E[x* x*^T], added up in a dtype, by default that of the moments."""
+    mean = moments.mean if dtype is None else moments.mean.to(dtype)
+    return torch.addr(moments.covariance[:, columns].to(mean.dtype), mean, mean[columns])

@@ -258,15 +258,11 @@ class LayerLoss:
 
     def exact_value(self, weight: Float[Tensor, "out in"]) -> float:
         """f(V) by float64 products on every device, for certificates."""
-        return sum(self._exact.measured(weight)) / 2
+        return sum(self.exact.measured(weight)) / 2
 
     def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """V A - B in float64, for certificates."""
-        return self._exact.residual(weight, self.gram)
-
-    def exact_gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """S (V A - B) in float64, for certificates."""
-        return self._exact.weigh(self.exact_residual(weight))
+        return self.exact.residual(weight)
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """E|V x* - W x|^2 / E|W x|^2, without damping or metric (of the centred outputs when the bias is fitted)."""
@@ -290,10 +286,15 @@ class LayerLoss:
         change = (self.weight - weight) @ self.moments.mean
         return change if self.moments.drift is None else change - self.weight @ self.moments.drift.mean
 
+    def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
+        """Return by how much `value` may be off the exact value for the numbers as stored: a proven bound."""
+        return self._measuring.measuring_error(weight) / 2
+
     @cached_property
-    def _exact(self) -> ExactLoss:
+    def exact(self) -> ExactLoss:
+        """The loss by float64 products on every device."""
         return ExactLoss(self.weight, self._statistics, self.damping, self.metric)
 
     @cached_property
     def _measuring(self) -> ExactLoss:
-        return self._exact.fast
+        return self.exact.fast

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.metric import OutputBasis
+from optprune.numerics.rounding import gamma
 from optprune.penalties import Penalty
 from optprune.problems.base import Problem
 from optprune.problems.loss import LayerLoss
@@ -35,6 +36,11 @@ class PenalisedLeastSquares(Problem):
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
         # As its bounds are: they meet to a millionth.
         return self.loss.exact_value(weight) + self.penalty.value(weight)
+
+    def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
+        # A penalty is a sum of nonnegative numbers, in whatever order.
+        terms = 2 * weight.numel() + 16
+        return self.loss.exact.measuring_error(weight) / 2 + gamma(terms) * self.objective(weight)
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
         """Zero: every finite weight is feasible."""

@@ -25,7 +25,8 @@ def asked(recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
     allocation = allocation or recipe.given
     resolved = (recipe.worked() if allocation is None else recipe).settled()
     return {
-        "the recipe": resolved.to_dict(),
+        # The summary is text about the other fields.
+        "the recipe": {name: value for name, value in resolved.to_dict().items() if name != "summary"},
         "the allocation": None if allocation is None else allocation.to_dict(),
     }
 

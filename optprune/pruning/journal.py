@@ -44,6 +44,7 @@ class Journal(RunFolder):
     """The run folder of pruning. `prune` begins it, and writes what is finished."""
 
     stays = (CONVERTED,)
+    written = ("block-[0-9][0-9][0-9][0-9][0-9].json", "*.safetensors", "*.sums", "metrics.json", "cost-*", DIVISION)
 
     @cached_property
     def sink(self) -> ShardSink:

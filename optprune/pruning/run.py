@@ -278,8 +278,8 @@ def _metrics(
         return Metrics({}), ()
     metrics = None
     if journal is not None:
-        # To divide the sparsity takes the metrics of all blocks.
-        finished = [] if journal.division() is None else journal.finished()
+        # What divides the budget needs the metric of every block, those of finished blocks too.
+        finished = journal.finished() if journal.division() is not None else []
         metrics = journal.metrics.read(decoder, finished)
     if metrics is None:
         metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, lanes)

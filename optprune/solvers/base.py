@@ -55,7 +55,15 @@ class Solver(ABC, Generic[P, State]):
         """The weight [out, in] that the state stands for."""
 
     def certify(self, problem: P, state: State) -> Certificate | None:
-        """A proved lower bound on the problem's optimum, or None."""
+        """A lower bound on the optimum that was proved on the way, or None; of the problem as the solver met it."""
+        return None
+
+    def prove(self, problem: P, value: Tensor) -> Certificate | None:
+        """A lower bound on the optimum that is proved from the answer alone, or None.
+
+        Of the problem as it came and the answer as it is returned, not in the units and the basis in which `solve`
+        poses problems: these round in the dtype of the problem, and what is proved must hold for what is measured.
+        """
         return None
 
     def notes(self, state: State) -> tuple[str, ...]:

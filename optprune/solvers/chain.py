@@ -102,6 +102,10 @@ class Chain(Solver[Problem, ChainState]):
     def certify(self, problem: Problem, state: ChainState) -> Certificate | None:
         return max(self._bounds(problem, state), key=lambda bound: bound.lower_bound, default=None)
 
+    def prove(self, problem: Problem, value: Tensor) -> Certificate | None:
+        found = (stage.prove(problem, value) for stage in self.stages)
+        return max((bound for bound in found if bound is not None), key=lambda bound: bound.lower_bound, default=None)
+
     def notes(self, state: ChainState) -> tuple[str, ...]:
         return state.notes + self.stages[state.stage].notes(state.inner)
 

@@ -11,7 +11,7 @@ from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
 from optprune.solvers.base import Solver, check_options
-from optprune.solvers.restore import Restorable, fixed_mask
+from optprune.solvers.restore import Restorable, fixed_mask, restored_bound
 from optprune.solvers.solution import Certificate, Status
 from optprune.solvers.workspace import Workspace
 
@@ -52,8 +52,9 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
 
     A step is one product [out, in] x [in, in], whatever the masks: for masks that differ from row to row it is far
     cheaper than a factorisation a row. Never worse than its start; not exact, but certified where the loss is damped:
-    f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j. A full output metric couples the rows into one system, with S_ii A_jj as
-    preconditioner, one more product [out, out] x [out, in] a step, and S_ii's share of damping in the certificate.
+    f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j, where one Cholesky factorisation proves that A >= D. A full output metric
+    couples the rows into one system, with S_ii A_jj as preconditioner, one more product [out, out] x [out, in] a step,
+    and S_ii's share of damping in the certificate.
 
     Reference: Hestenes and Stiefel (1952); ALPS (arXiv 2406.07831) for masks.
     """
@@ -129,20 +130,11 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
     def value(self, problem: Restorable, state: GradientsState) -> Tensor:
         return state.weight
 
-    def certify(self, problem: Restorable, state: GradientsState) -> Certificate | None:
-        loss = problem.loss
-        if not isinstance(problem, MaskedLeastSquares) or not bool((loss.damping > 0).all()):
+    def prove(self, problem: Restorable, value: Tensor) -> Certificate | None:
+        # Without damping the residual may stand for any excess, and a step of another solver would be needed.
+        if not isinstance(problem, MaskedLeastSquares) or not bool((problem.loss.damping > 0).all()):
             return None
-        residual = torch.where(state.mask, loss.exact_gradient(state.weight), 0.0)
-        damping = loss.damping.double()
-        if loss.coupled:
-            assert loss.metric is not None
-            # S (x) A is at least the product of the two dampings.
-            damping = torch.outer(loss.metric.damping.double(), damping)
-            if not bool((damping > 0).all()):
-                return None
-        excess = float((residual.square() / damping).sum()) / 2
-        return Certificate(loss.exact_value(state.weight) - excess, "residual of the normal equations and the damping")
+        return restored_bound(problem, value)
 
 
 def _rounding(loss: LayerLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, " out"]:

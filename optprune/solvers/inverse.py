@@ -12,6 +12,8 @@ from optprune.problems import LayerLoss
 
 SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of its mean diagonal added to it"
 
+LARGEST = 1e-3
+"""the largest ridge that is tried, as a share of the mean diagonal"""
 COLUMNS = 1024
 """how many columns are squared at a time"""
 
@@ -22,7 +24,8 @@ class InverseForm:
 
     Removing the columns P and refitting the others gives V = V0 - V0_P (A^-1_PP)^-1 A^-1_P and costs
     1/2 tr(V0_P (A^-1_PP)^-1 V0_P^T). Where A is singular, or could be within its own rounding, a ridge towards the
-    original weights of the size of that rounding is added to it, and `notes` says so.
+    original weights of the size of that rounding is added to it, and `notes` says so. A damped A is taken as it is in
+    float64, unless the damping is below what the moments are known to, and leaves it indefinite.
 
     Reference: Optimal Brain Surgeon (Hassibi and Stork, 1992).
     """
@@ -35,15 +38,16 @@ class InverseForm:
     def of(cls, loss: LayerLoss) -> "InverseForm":
         size = loss.gram.diagonal().double().mean()
         # An eigenvalue of A is known to about this share of its size in the dtype that A was given in.
-        unit = torch.finfo(torch.float64 if bool((loss.damping > 0).all()) else loss.gram.dtype).eps
-        ridge = 4 * len(loss.gram) * unit
+        rounding = 4 * len(loss.gram) * torch.finfo(loss.gram.dtype).eps
+        known = 4 * len(loss.gram) * torch.finfo(torch.float64).eps if bool((loss.damping > 0).all()) else rounding
         gram = linalg.by_columns(loss.gram, torch.float64)
-        gram.diagonal().sub_(float(ridge * size))
+        gram.diagonal().sub_(float(known * size))
         singular = bool(linalg.cholesky_in_place(gram))
         # Anew in the same place: there is no more than one copy but what a factorisation takes.
         gram.copy_(loss.gram)
         notes = ()
         if singular:
+            ridge = _ridge(loss, gram, float(size), rounding)
             # Nothing but zeros is as good as the identity.
             gram.diagonal().add_(ridge * size if bool(size > 0) else 1.0)
             notes = (SINGULAR.format(ridge),)
@@ -63,6 +67,22 @@ class InverseForm:
         # The update has left rounding where there is to be nothing.
         weight[:, columns] = 0
         return weight
+
+
+def _ridge(loss: LayerLoss, gram: Float[Tensor, "in in"], size: float, least: float) -> float:
+    """The first of `least`, 8 and 64 times that, ..., of the mean diagonal that makes A positive definite.
+
+    The averages of many tokens in float32 may be off by more than a rounding of their entries.
+    """
+    ridge = least
+    while size > 0 and ridge < LARGEST:
+        gram.diagonal().add_(ridge * size)
+        failed = bool(linalg.cholesky_in_place(gram))
+        gram.copy_(loss.gram)
+        if not failed:
+            break
+        ridge *= 8
+    return ridge
 
 
 def cost_rounding(loss: LayerLoss) -> float:

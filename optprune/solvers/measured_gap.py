@@ -16,6 +16,8 @@ from optprune.solvers.solution import Certificate, Status
 FIRST_CHECK = 10
 GROWTH = 1.2
 """a check costs a few steps, so checks lie further and further apart"""
+SAME = 8
+"""errors of measuring an objective within which it and its bound, which is less by a few of them, are the same"""
 PATIENCE = 12
 """checks without a smaller gap after which the precision is exhausted"""
 
@@ -127,7 +129,11 @@ class StopsAtGap:
 
 
 def _gap(problem: PenalisedLeastSquares, weight: Tensor, objective: float, bound: float) -> float:
-    """(objective - bound) / |objective|; where the bound is above by more than rounding nothing is proved: infinity."""
-    if objective > bound:
-        return (objective - bound) / abs(objective)
-    return 0.0 if bound == objective or bound <= objective + problem.loss.rounding(weight) else math.inf
+    """(objective - bound) / |objective|; 0 where float64 does not tell them apart, though the bound is lower.
+
+    A bound above the objective by more than that proves nothing: infinity.
+    """
+    known = SAME * problem.measuring_error(weight)
+    if bound > objective + known:
+        return math.inf
+    return (objective - bound) / abs(objective) if objective - bound > known else 0.0

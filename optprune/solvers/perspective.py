@@ -1,6 +1,7 @@
-"""A lower bound for mixed-integer problems: the perspective relaxation, by its dual, from any weight."""
+"""A lower bound for choices of weights: the perspective relaxation with a diagonal chosen for it, by its dual."""
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -8,50 +9,52 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.numerics import linalg
-from optprune.problems import LayerLoss, SelectionProblem
-from optprune.solvers.base import Solver, check_options
-from optprune.solvers.solution import Certificate, Status
+from optprune.numerics.rounding import OUTWARD, UNIT, gamma
+from optprune.patterns import NM, RowWise, Unstructured
+from optprune.problems import LayerLoss, SelectionProblem, SparseLeastSquares
+from optprune.solvers.base import Answer, DirectSolver, check_options
+from optprune.solvers.solution import Certificate
+from optprune.solvers.spectrum import column_steps
+from optprune.solvers.splitting import split_off
+from optprune.solvers.verified import VerifiedLoss
 
-
-@dataclass(frozen=True, eq=False)
-class PerspectiveState:
-    """The dual ascent: a point that gives a bound, and the best bound so far."""
-
-    start: Tensor
-    split: Float[Tensor, "*out in"]
-    """the diagonal d that was split off A, or off S (x) A"""
-    rest: Float[Tensor, "in in"]
-    """A - diag(d), positive semidefinite; A itself where rows are coupled"""
-    length: float
-    point: Float[Tensor, "out in"]
-    previous: Float[Tensor, "out in"]
-    bound: float
-    count: int
+EVERY = 10
+"""steps between two measurements of the bound"""
+ENOUGH, PATIENCE, LEAST = 1e-3, 3, 100
+"""the share by which a measurement must raise the bound, how many may fail to, and the steps before which they may:
+near V = W the bound of the first points is below that of W itself"""
+HALVINGS = 25
+"""how often the interval is halved in which the price of keeping a weight is looked for"""
 
 
 @final
 @dataclass(frozen=True)
-class PerspectiveBound(Solver[SelectionProblem, PerspectiveState]):
-    r"""A lower bound on min f over a pattern; a feasible weight it starts from is returned as it came.
+class PerspectiveBound(DirectSolver[SelectionProblem]):
+    r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned as it came.
 
-    Split A = R + diag(d), R positive semidefinite. Writing the diagonal part as v^2 / z with z in [0, 1] relaxes the
-    choice (Frangioni and Gentile, 2006; Xie and Deng, 2020), and the dual of that relaxation is, for any X [out, in],
+    Split S (x) A = R + diag(d), R positive semidefinite. f is the R part, convex, and a part for every weight alone;
+    with the R part replaced by its tangent at any W + Y each weight has its own best value, kept or removed, so that
+    the exact projection of the problem gives the least over all its masks and all weights:
 
-        c/2 - 1/2 tr(X R X^T) - 1/2 max_M sum_{ij in M} T_ij^2 / d_j,   T = B - X R,
+        e/2 - 1/2 <Y, R Y> - sum_ij G_ij^2 / (2 d_ij) + min_P sum_{ij in P} d_ij (W_ij - G_ij / d_ij)^2 / 2,
 
-    where M runs over the masks of the problem, so its exact projection gives the inner maximum: the bound holds for
-    every pattern and every X. Under a full output metric X R becomes S X A - d * X and B becomes S B, with d_ij = s_i
-    d_j: where S - diag(s) and A - diag(d) are positive semidefinite, so is S (x) A - diag(s) (x) diag(d). X is improved
-    by `most` steps of proximal ascent on the relaxation. The split takes d_j = t / (A^-1)_jj with the largest t that
-    keeps R positive semidefinite. Accepts every selection problem; where A is singular it takes d from the damping
-    alone, or refuses nothing and proves 0.
+    G = R Y + S (W A - B). That is the dual of the perspective relaxation (Frangioni and Gentile, 2006). The diagonal
+    nearly maximises sum_j d_j |W_j| s_j, the root mean squares of columns times the sizes of their inputs (`split_off`;
+    under a full metric d_ij = a_i d_j with a diagonal for S too). Y comes from `most` accelerated proximal steps on the
+    relaxation, min over V and z in [0, 1], sum z <= keep in every group, of the R part and 1/2 sum d V^2 / z; of other
+    choices than counts of single weights z is the best mask of the point. Everything that float64 rounds is taken off.
 
-    A step is two products [out, in] x [in, in] in float64.
+    It says nothing where A is singular, and less the smaller the damping is: d is no more than what is left of an input
+    when all others are known. On layers of SmolLM2 damped by 1 percent it is 0.65 of the best objective known at
+    50 percent and 0.61 at 2:4, in the median (`benchmarks/sparse_bounds.py`).
+
+    Accepts every selection problem; where whole columns go `RemovalBound` proves more. Cost: 60 in^3 for the diagonal,
+    and two products [out, in] x [in, in] a step, in float64.
     """
 
     accepts = (SelectionProblem,)
 
-    most: int = 100
+    most: int = 200
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -59,79 +62,122 @@ class PerspectiveBound(Solver[SelectionProblem, PerspectiveState]):
     def monotone(self, problem: SelectionProblem) -> bool:
         return True
 
-    def init(self, problem: SelectionProblem, start: Tensor) -> PerspectiveState:
-        loss = problem.loss
-        split, rest = diagonal_split(loss), loss.gram.double()
-        if loss.metric is None:
-            rest = rest - torch.diag(split)
-        # Where nothing is left of A (width 1, dead inputs) the bound depends on no X, and any step will do.
-        length = linalg.spectral_norm(rest) or 1.0
-        if loss.metric is not None:
-            rows = loss.metric.matrix.double()
-            split = torch.outer(_split(rows, loss.metric.damping.double()), split)
-            length *= linalg.spectral_norm(rows) or 1.0
-        point = start.double()
-        bound = _bound(problem, split, rest, point)
-        return PerspectiveState(problem.within_support(start), split, rest, length, point, point, bound, 0)
+    def answer(self, problem: SelectionProblem, start: Tensor) -> Answer:
+        return Answer(problem.within_support(start))
 
-    def step(self, problem: SelectionProblem, state: PerspectiveState) -> PerspectiveState:
-        momentum = state.count / (state.count + 3)
-        ahead = state.point + momentum * (state.point - state.previous)
-        # Gradient step on the smooth part 1/2 tr(X R X^T) - tr(X B^T), then the prox of the perspective term,
-        # approximated by its value on the best mask of the point: weights inside shrink by 1 / (1 + d / L).
-        gradient = _product(problem.loss, state.split, state.rest, ahead) - problem.loss.linear.double()
-        trial = ahead - gradient / state.length
-        mask = problem.mask(problem.project(trial.square() * state.split))
-        point = torch.where(mask, trial / (1 + state.split / state.length), 0.0)
-        bound = max(state.bound, _bound(problem, state.split, state.rest, point))
-        return replace(state, point=point, previous=state.point, bound=bound, count=state.count + 1)
-
-    def done(self, problem: SelectionProblem, state: PerspectiveState) -> Status | None:
-        return Status.CONVERGED if state.count >= self.most else None
-
-    def value(self, problem: SelectionProblem, state: PerspectiveState) -> Tensor:
-        return state.start
-
-    def certify(self, problem: SelectionProblem, state: PerspectiveState) -> Certificate | None:
-        return Certificate(state.bound, "dual of the perspective relaxation")
+    def prove(self, problem: SelectionProblem, value: Tensor) -> Certificate | None:
+        verified = VerifiedLoss.of(problem.loss)
+        split = _split(verified)
+        bound = _ascent(problem, verified, split, self.most) if bool((split > 0).any()) else 0.0
+        return Certificate(bound if 0 < bound < math.inf else 0.0, "dual of the perspective relaxation")
 
 
-def _bound(
-    problem: SelectionProblem,
-    split: Float[Tensor, "*out in"],
-    rest: Float[Tensor, "in in"],
-    point: Float[Tensor, "out in"],
-) -> float:
-    product = _product(problem.loss, split, rest, point)
-    dual = problem.loss.linear.double() - product
-    usable = split > 0
-    boundless = ((dual != 0) & ~usable).any()
-    score = dual.square() / torch.where(usable, split, 1.0)
-    chosen = torch.where(problem.mask(problem.project(score)), score, 0.0)
-    quadratic, linear, nothing = linalg.numbers((product * point).sum(), chosen.sum(), boundless.double())
-    return 0.0 if nothing else max(problem.loss.constant / 2 - quadratic / 2 - linear / 2, 0.0)
+def _split(verified: VerifiedLoss) -> Float[Tensor, "out in"]:
+    """A d with S (x) A >= diag(d)."""
+    size, weight = verified.inputs.size, verified.weight
+    columns = (verified.rows[:, None] * weight.square()).mean(0).sqrt() * size
+    # A column of zeros counts little, and not nothing.
+    least = float(columns.mean()) * 1e-3 or 1.0
+    inputs = split_off(verified.inputs, columns.clamp(min=least) / float(columns.mean().clamp(min=least)))
+    if verified.outputs is None:
+        return torch.outer((1 - 8 * UNIT) * verified.rows, inputs)
+    outputs = split_off(verified.outputs, torch.ones_like(verified.rows))
+    return (1 - 4 * UNIT) * torch.outer(outputs, inputs)
 
 
-def _product(
-    loss: LayerLoss, split: Float[Tensor, "*out in"], rest: Float[Tensor, "in in"], point: Float[Tensor, "out in"]
-) -> Float[Tensor, "out in"]:
-    """X R."""
-    return point @ rest if loss.metric is None else loss.weigh(point @ rest) - split * point
+def _ascent(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, most: int) -> float:
+    """The highest bound at the points of FISTA with restarts on the relaxation, from V = W."""
+    step, weight = _steps(problem.loss, verified), verified.weight
+    change = last = torch.zeros_like(weight)
+    momentum, best, stale, first = 1.0, -math.inf, 0, math.inf
+    for count in range(most + 1):
+        if count % EVERY == 0 or count == most:
+            bound = _bound(problem, verified, split, change)
+            stale = 0 if bound > best + ENOUGH * abs(best) or count == 0 else stale + 1
+            best, first = max(best, bound), bound if count == 0 else first
+            if stale >= PATIENCE and count >= LEAST and best > first:
+                break
+        growth = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        ahead = change + (momentum - 1) / growth * (change - last)
+        # The gradient of the R part, with the linear term of the split part.
+        gradient = verified.gradient(ahead)[0] - split * (ahead + weight)
+        after = _proximal(problem, split, step, ahead + weight - step * gradient) - weight
+        uphill = float(((ahead - after) / step * (after - change)).sum()) > 0
+        change, last, momentum = after, change, 1.0 if uphill else growth
+    return best
 
 
-def diagonal_split(loss: LayerLoss) -> Float[Tensor, " in"]:
-    """d >= 0 with A - diag(d) positive semidefinite: t / (A^-1)_jj with the largest such t, a hair less for rounding.
+def _steps(loss: LayerLoss, verified: VerifiedLoss) -> Float[Tensor, "out in"]:
+    """A safe step for every weight."""
+    inputs = column_steps(verified.inputs.matrix)
+    if verified.outputs is not None:
+        return torch.outer(column_steps(verified.outputs.matrix), inputs)
+    rows = verified.rows
+    return torch.outer(torch.where(rows > 0, 1 / torch.where(rows > 0, rows, 1.0), 1.0), inputs)
 
-    The damping alone where A is singular.
+
+def _proximal(problem: SelectionProblem, split: Tensor, step: Tensor, point: Tensor) -> Float[Tensor, "out in"]:
+    """argmin over V and z of 1/2 sum d V^2 / z + sum (V - U)^2 / (2 t): V = U z / (z + t d).
+
+    With a price l of keeping a weight z = sqrt(d) |U| / l - t d between 0 and 1; of each group it is the one at which
+    as many are kept as may be.
     """
-    return _split(loss.gram.double(), loss.damping.double())
+    size, cost = split.sqrt() * point.abs(), step * split
+    groups = _groups(problem)
+    if groups is None:
+        kept = problem.mask(problem.project(size.square())).to(point).expand(point.shape)
+    else:
+        kept = _kept(size.reshape(groups[0]), cost.reshape(groups[0]), groups[1]).reshape(point.shape)
+    whole = kept + cost
+    return torch.where(whole > 0, point * kept / torch.where(whole > 0, whole, 1.0), point)
 
 
-def _split(matrix: Float[Tensor, "n n"], damping: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    factor, failed = linalg.try_cholesky(matrix)
-    if bool(failed):
-        return damping
-    scale = torch.cholesky_inverse(factor).diagonal().sqrt()
-    values = linalg.eigvalsh(matrix * torch.outer(scale, scale))
-    rounding = len(values) * torch.finfo(torch.float64).eps * float(values[-1])
-    return max(float(values[0]) - rounding, 0.0) / scale.square()
+def _kept(size: Float[Tensor, "groups size"], cost: Float[Tensor, "groups size"], keep: int) -> Tensor:
+    """The z of every group."""
+    if keep == 0:
+        return torch.zeros_like(size)
+    high = size.sum(1, keepdim=True) / keep
+    low = torch.zeros_like(high)
+    for _ in range(HALVINGS):
+        price = (low + high) / 2
+        many = (size / price.clamp(min=torch.finfo(price.dtype).tiny) - cost).clamp(0, 1).sum(1, keepdim=True) > keep
+        low, high = torch.where(many, price, low), torch.where(many, high, price)
+    return (size / high.clamp(min=torch.finfo(high.dtype).tiny) - cost).clamp(0, 1)
+
+
+def _groups(problem: SelectionProblem) -> tuple[tuple[int, int], int] | None:
+    """The shape of a weight by the groups of which each keeps equally many, and how many; None where there are none."""
+    match problem.pattern if isinstance(problem, SparseLeastSquares) else None:
+        case Unstructured(keep):
+            return (1, problem.loss.weight.numel()), keep
+        case RowWise(keep):
+            return (problem.loss.weight.shape[0], problem.loss.weight.shape[1]), keep
+        case NM(n, m):
+            return (problem.loss.weight.numel() // m, m), n
+        case _:
+            return None
+
+
+def _bound(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, change: Tensor) -> float:
+    """The bound at a change Y."""
+    whole, error = verified.gradient(change)
+    pull, pull_error = verified.pulled
+    own = split * change
+    gradient, error = whole - own, error + 2 * UNIT * (whole.abs() + own.abs())
+    size = gradient.abs() + error
+    if bool(((size > 0) & (split == 0)).any()):
+        return 0.0
+    weight, half = verified.weight, split / 2
+    # The least cost of every weight that stays, and the cost of one that goes, each from below.
+    stays = -torch.where(size > 0, size.square() / (4 * torch.where(split > 0, half, 1.0)), 0.0)
+    goes = half * weight.square() - gradient * weight - error * weight.abs()
+    gain = goes - stays
+    gone = torch.where(problem.mask(problem.project(gain)), 0.0, gain)
+    parts = (-change * (whole - pull - own) / 2, stays, gone)
+    rounded = (change * whole, change * pull, change * own, stays, half * weight.square(), gradient * weight)
+    total, sizes, lost = linalg.numbers(
+        torch.stack([part.sum(1).sum() for part in parts]).sum(),
+        torch.stack([part.abs().sum() for part in rounded]).sum(),
+        (change.abs() * (error + pull_error)).sum(),
+    )
+    return total + verified.constant / 2 - OUTWARD * (lost + gamma(2 * verified.terms) * sizes)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from optprune.errors import NumericalError
 from optprune.metric import OutputMetric
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss, PenalisedLeastSquares
@@ -19,6 +20,10 @@ BALANCE = 5.0
 """how many times larger one of the two relative residuals may be than the other before rho is changed"""
 FASTEST = 10.0
 """how many times larger or smaller rho becomes at most in one change"""
+CLEAR = 1e3
+"""how much larger rho is than what makes A + R definite, where a smaller one does not"""
+LARGEST_RHO = 1e15
+"""beyond which nothing moves in float64"""
 MOST_CHANGES = 10
 """changes of rho in a solve: with one that changes for ever there is no convergence"""
 
@@ -44,11 +49,22 @@ class ByInverse(Resolvent):
 
     @classmethod
     def of(cls, loss: LayerLoss, rho: float, *, by_column: bool) -> "ByInverse":
-        """In float64 by Cholesky: scaled to a unit diagonal the condition of A + R is at most 1 + in / rho."""
+        """In float64 by Cholesky: scaled to a unit diagonal the condition of A + R is at most 1 + in / rho.
+
+        Where that leaves A + R indefinite, A being known to no more than the moments are, a rho is taken that is CLEAR
+        times what makes it definite.
+        """
         scale = _scale(loss.gram.diagonal(), by_column)
         matrix = loss.gram.double() / torch.outer(scale, scale)
         matrix.diagonal().add_(rho)
-        inverse = torch.cholesky_inverse(linalg.cholesky(matrix)) / torch.outer(scale, scale)
+        factor, failed = linalg.try_cholesky(matrix)
+        if bool(failed):
+            rho, before = CLEAR * _definite(matrix, rho), rho
+            matrix.diagonal().add_(rho - before)
+            factor, failed = linalg.try_cholesky(matrix)
+        if bool(failed):
+            raise NumericalError("the Gram matrix is indefinite: collect it again, or raise the damping")
+        inverse = torch.cholesky_inverse(factor) / torch.outer(scale, scale)
         return cls(rho, _coupling(rho * scale.square(), by_column).to(loss.gram), inverse.to(loss.gram))
 
     def solved(self, right: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -141,17 +157,33 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
         """With another rho where X - Z, relative to Z, and Z - (the Z before), relative to U, differ much in size."""
         weights, weight = state.resolvent.weights, state.weight
         terms = (solved - weight, weight - before, weight, state.dual)
-        primal, dual, size, pull = linalg.numbers(*((weights * term.square()).sum().double() for term in terms))
+        # In float64: squares of extreme sizes leave the range of float32.
+        exact = weights.double()
+        primal, dual, size, pull = linalg.numbers(*((exact * term.double().square()).sum() for term in terms))
         # Both times the sizes: one of these is zero where rho is so small, or so large, that nothing moves.
         apart = math.sqrt(primal * pull), math.sqrt(dual * size)
-        if state.changes == MOST_CHANGES or apart == (0, 0):
+        if state.changes == MOST_CHANGES or apart == (0, 0) or not all(map(math.isfinite, apart)):
             return state
         ratio = apart[0] / apart[1] if apart[1] else math.inf
         if 1 / BALANCE <= ratio <= BALANCE:
             return state
         factor = min(max(math.sqrt(ratio), 1 / FASTEST), FASTEST)
         resolvent = _resolvent(problem, state.resolvent.rho * factor)
-        return replace(state, resolvent=resolvent, dual=state.dual / factor, changes=state.changes + 1)
+        # R U is a subgradient of the penalty, whatever R.
+        dual = state.dual * (state.resolvent.rho / resolvent.rho)
+        return replace(state, resolvent=resolvent, dual=dual, changes=state.changes + 1)
+
+
+def _definite(matrix: Float[Tensor, "n n"], rho: float) -> float:
+    """About the least rho with which A + rho I is definite, for a matrix that has one on its diagonal already."""
+    larger = rho
+    while larger < LARGEST_RHO:
+        larger *= FASTEST
+        shifted = matrix.clone()
+        shifted.diagonal().add_(larger - rho)
+        if not bool(linalg.try_cholesky(shifted)[1]):
+            break
+    return larger
 
 
 def _resolvent(problem: PenalisedLeastSquares, rho: float) -> Resolvent:

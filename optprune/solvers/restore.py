@@ -1,7 +1,7 @@
 """Restoration in closed form: the best weights on a fixed mask, with its certificate from the normal equations."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias, final
 
 import torch
@@ -9,10 +9,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.numerics import linalg
-from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
+from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers.base import Answer, DirectSolver
 from optprune.solvers.solution import Certificate
-from optprune.solvers.spectrum import ScaledGram
+from optprune.solvers.spectrum import ScaledGram, factor_rounding
+from optprune.solvers.verified import VerifiedLoss
 from optprune.solvers.workspace import Workspace
 
 SINGULAR = (
@@ -27,16 +28,10 @@ Restorable: TypeAlias = MaskedLeastSquares | SelectionProblem
 """a problem with a mask, or with a choice that a start makes"""
 BATCH_BYTES = 1 << 28
 """how much memory one batch of rows may take when every row has a mask of its own"""
+MOST_FACTORS = 1e12
+"""multiplications that proving every row's matrix regular may take where all of A is not"""
 ROWS = 512
 """how many rows that share a mask are solved for at a time"""
-
-
-@dataclass(frozen=True, eq=False)
-class Restored(Answer):
-    """What was restored, or a start that is better, and what a certificate is taken from."""
-
-    restored: Tensor = field(kw_only=True)
-    """the solution of the normal equations"""
 
 
 @final
@@ -56,9 +51,10 @@ class Restore(DirectSolver[Restorable]):
     A full output metric changes nothing where all rows share the mask, S being a factor of the normal equations, and
     couples the rows otherwise; such problems are refused.
 
-    Promises the optimum of a restoration problem, by factors in float64; float32 ones promise nothing. Certifies it:
-    with r the residual of the normal equations at the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1 r^T) <= 1/2 sum_ij
-    r_ij^2 / D_j. Where A_MM is singular, what r has outside its range must be rounding; otherwise the bound is zero.
+    Promises the optimum of a restoration problem, by factors in float64; float32 ones promise nothing. Certifies it
+    (`restored_bound`): with r the residual of the normal equations at the answer, f(V) - min f <= 1/2 tr(r (A_MM)^-1
+    r^T). Where A_MM cannot be told from a singular matrix, other weights may cost less within rounding: nothing is
+    proved.
     Cost: 2 in^3 / 3 + 2 out in^2, one third of in^3 of it to know that A_MM is regular; with a mask for every row out
     in^3 / 3, or twice that where A itself is singular (`choose` then prefers gradients). Memory 2 in^2 in
     `factor_dtype`, whatever the dtype of the problem.
@@ -81,24 +77,22 @@ class Restore(DirectSolver[Restorable]):
     def monotone(self, problem: Restorable) -> bool:
         return self.factor_dtype == torch.float64
 
-    def answer(self, problem: Restorable, start: Tensor) -> Restored:
+    def answer(self, problem: Restorable, start: Tensor) -> Answer:
         masked = isinstance(problem, MaskedLeastSquares)
         found = self._restore(problem if masked else problem.restrict(problem.support(start)))
         if found.notes and _is_better(problem, start, found.value):
             return replace(found, value=start.clone())
         return found
 
-    def certify(self, problem: Restorable, state: Answer) -> Certificate | None:
+    def prove(self, problem: Restorable, value: Tensor) -> Certificate | None:
         # Of a choice a bound would hold for this one only, not for the best.
-        if not isinstance(problem, MaskedLeastSquares) or not isinstance(state, Restored):
-            return None
-        return _certificate(problem, ScaledGram.of(problem.loss, self.factor_dtype), state.restored)
+        return restored_bound(problem, value) if isinstance(problem, MaskedLeastSquares) else None
 
-    def _restore(self, problem: MaskedLeastSquares) -> Restored:
+    def _restore(self, problem: MaskedLeastSquares) -> Answer:
         value, gram = problem.start(), ScaledGram.of(problem.loss, self.factor_dtype)
         change, singular = _newton_step(gram, problem.loss.residual(value), problem.mask, value.dtype)
         value = change.add_(value)
-        return Restored(value, notes=(SINGULAR,) if singular else (), restored=value)
+        return Answer(value, notes=(SINGULAR,) if singular else ())
 
 
 def _is_better(problem: Problem, start: Tensor, found: Tensor) -> bool:
@@ -115,27 +109,43 @@ def fixed_mask(problem: Restorable, start: Tensor) -> Bool[Tensor, "rows in"]:
     return problem.mask(problem.support(start))
 
 
-def _certificate(problem: MaskedLeastSquares, gram: ScaledGram, value: Tensor) -> Certificate:
-    """The lower bound f(V) - 1/2 tr(r A_MM^-1 r^T), or with D for A_MM where every input is damped."""
+def restored_bound(problem: MaskedLeastSquares, value: Float[Tensor, "out in"]) -> Certificate | None:
+    """A lower bound on the optimum of a restoration problem from any answer, which is tight near the optimum.
+
+    None where A, or S, cannot be told from a singular matrix on the mask.
+    """
     loss, mask = problem.loss, problem.mask
-    residual = torch.where(mask, loss.exact_residual(value), 0.0)
-    # Where a metric couples the rows they share the mask, so S is a factor here too.
-    weighed = loss.weigh(residual)
-    if bool((loss.damping > 0).all()):
-        excess = float((residual * weighed / loss.damping.double()).sum()) / 2
-    else:
-        step, singular = _newton_step(gram, residual, mask, residual.dtype)
-        left = torch.where(mask, residual + step @ loss.gram.double(), 0.0)
-        unsolved = singular and not only_rounding(loss, value, left)
-        excess = math.inf if unsolved else -float((weighed * step).sum()) / 2
-    # No loss is negative, so zero is a lower bound too.
-    return Certificate(max(loss.exact_value(value) - max(excess, 0.0), 0.0), "residual of the normal equations")
+    verified = VerifiedLoss.of(loss)
+    rows, columns = verified.floor_of_rows, _floors(verified, mask)
+    if rows is None or columns is None:
+        return None
+    change = torch.where(mask, value.double() - verified.weight, -verified.weight)
+    if not bool((loss.damping > 0).all()):
+        # A small eigenvalue leaves much of what a narrower dtype rounds of the answer: the bound is that of a step on.
+        size = verified.inputs.unit
+        exact = ScaledGram(verified.inputs.matrix, size, size.dtype, factor_rounding(len(size), size.dtype), 0.0)
+        residual = change @ exact.gram if loss.exact.pull is None else change @ exact.gram + loss.exact.pull
+        change = change + _newton_step(exact, residual, mask, change.dtype)[0]
+    bound = verified.least(change, rows[:, None] * columns, mask=mask)
+    # No loss is negative, so zero is a lower bound too; what is not finite is no proof.
+    return Certificate(bound if 0 < bound < math.inf else 0.0, "residual of the normal equations")
 
 
-def only_rounding(loss: LayerLoss, weight: Float[Tensor, "out in"], residual: Float[Tensor, "out in"]) -> bool:
-    """Whether a residual V A - B, or a part of it, may be nothing but rounding of the moments."""
-    sizes = linalg.norm(residual / loss.input_scale, 1)
-    return bool((sizes <= residual.shape[1] ** 0.5 * loss.residual_rounding(weight)).all())
+def _floors(verified: VerifiedLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, "rows in"] | None:
+    """A diagonal for every mask that A exceeds there; None where none is proved, or that would take a day."""
+    whole = verified.floor_of_columns
+    if whole is not None:
+        return whole.expand(mask.shape)
+    different, which = linalg.unique_rows(mask)
+    if len(different) * mask.shape[1] ** 3 > MOST_FACTORS:
+        return None
+    floors = torch.ones_like(different, dtype=torch.float64)
+    for kept, floor in zip(different, floors, strict=True):
+        found = verified.inputs.among(kept).floor() if bool(kept.any()) else floor[kept]
+        if found is None:
+            return None
+        floor[kept] = found
+    return floors[which]
 
 
 def _newton_step(

@@ -40,13 +40,12 @@ def solve(
     """Solve a problem, by the given solver or by the one that `choose` picks.
 
     `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
-    of the Solution are measured by the problem after the solver has returned. A certificate that the answer
-    contradicts, its bound above the objective by more than rounding, is dropped with a note. Raises NoSolver when the
-    solver refuses the problem. Under an output metric the solver works in another basis of the outputs
-    (`Problem.in_output_basis`), where the objective is the same number, or larger by what outputs that cost nothing are
-    made to cost, which certificates do not claim; and where weights or inputs are very large or small, in other units
-    of them (`Problem.in_moderate_units`). Where all feasible weights cost the same, as those of inputs that are all
-    zero, one by the start is the answer.
+    of the Solution are measured by the problem after the solver has returned, and what float64 may have rounded there
+    (`Problem.measuring_error`) is taken off a lower bound. One that is still above the objective cannot be one: it is
+    dropped with a note. Raises NoSolver when the solver refuses the problem. Under an output metric the solver works in
+    another basis of the outputs (`Problem.in_output_basis`), and where weights or inputs are very large or small in
+    other units of them (`Problem.in_moderate_units`); what is proved is proved of the problem as it came. Where all
+    feasible weights cost the same, as those of inputs that are all zero, one by the start is the answer.
     """
     solver = choose(problem) if solver is None else solver
     posed = _Posed.of(problem)
@@ -59,8 +58,9 @@ def solve(
     with torch.no_grad():
         any_value = problem.indifferent(start)
         if any_value is not None:
-            objective, proof = problem.objective(any_value), Certificate(problem.objective(any_value), DEAD)
-            seconds, violation = time.perf_counter() - began, problem.violation(any_value)
+            objective, violation = problem.objective(any_value), problem.violation(any_value)
+            proof = Certificate(_below(objective, objective, problem, any_value), DEAD)
+            seconds = time.perf_counter() - began
             return Solution(any_value, objective, violation, Status.CONVERGED, 0, seconds, proof, notes=(DEAD,))
 
         def after_step(steps: int, state: Any) -> None:
@@ -71,7 +71,7 @@ def solve(
             posed.problem, solver, posed.into(start), max_steps, began + max_seconds, after_step
         )
         value = _value(solver, posed, state)
-        certificate = posed.certificate(solver.certify(posed.problem, state), problem)
+        certificate = _best(posed.certificate(solver.certify(posed.problem, state)), solver.prove(problem, value))
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
         if not math.isfinite(objective):
@@ -79,8 +79,12 @@ def solve(
         violation = problem.violation(value)
         notes = solver.notes(state)
         if certificate is not None and violation == 0:
-            bound = certificate.lower_bound
-            if bound > objective and bound > objective + problem.loss.rounding(value):
+            bound = _below(certificate.lower_bound, objective, problem, value)
+            # Written so that NaN is none.
+            if bound <= objective:
+                certificate = replace(certificate, lower_bound=bound)
+            else:
+                bound = certificate.lower_bound
                 notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
                 certificate = None
     history = tuple(replace(one, objective=one.objective * posed.factor) for one in solver.history(state))
@@ -133,19 +137,28 @@ class _Posed:
         weight = weight if self.size == 1 else weight / self.size
         return weight if self.basis is None else self.basis.back(weight)
 
-    def certificate(self, found: Certificate | None, problem: Problem) -> Certificate | None:
-        """What a bound on the problem as posed proves of the problem itself.
-
-        A row of an optimum may be taken to cost no more, metric aside, than a row of zeros; so with all rows it costs
-        no more than c/2, and the basis adds at most the excess times that.
-        """
-        if found is None:
+    def certificate(self, found: Certificate | None) -> Certificate | None:
+        """What a bound on the problem as posed proves of the problem itself: in another basis nothing, as it rounds."""
+        if found is None or self.basis is not None:
             return None
-        bound = found.lower_bound * self.factor
-        if self.basis is not None and self.basis.excess:
-            # No loss is negative, so neither is what is left of a bound that was not.
-            bound = max(bound - self.basis.excess * problem.loss.plain.constant / 2, min(bound, 0.0))
-        return replace(found, lower_bound=bound)
+        return replace(found, lower_bound=found.lower_bound * self.factor)
+
+
+def _best(*found: Certificate | None) -> Certificate | None:
+    """The certificate with the highest bound."""
+    proved = [one for one in found if one is not None]
+    return max(proved, key=lambda one: one.lower_bound, default=None)
+
+
+def _below(bound: float, objective: float, problem: Problem, value: Tensor) -> float:
+    """A bound less what the measured objective of the answer may be off by, or that share of it for a lower bound.
+
+    Then it is no higher than what is measured. Nothing is measured below zero.
+    """
+    if bound <= 0:
+        return bound
+    share = min(bound / objective, 1.0) if objective > 0 else 1.0
+    return max(bound - share * problem.measuring_error(value), 0.0)
 
 
 def _iterate(

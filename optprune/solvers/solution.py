@@ -53,11 +53,14 @@ class Solution:
 
     @property
     def gap(self) -> float | None:
-        """(objective - lower bound) / |objective|, or None without a certificate; 0 means proved optimal."""
-        if self.certificate is None:
+        """(objective - lower bound) / |objective|: at most this share is left to gain. None where nothing is proved.
+
+        As it is proved: the bound of a solution is below its objective by what float64 may have rounded in measuring it
+        and never above, so that a gap of a few roundings is the least that there is.
+        """
+        if self.certificate is None or self.violation > 0:
             return None
-        # A bound above the objective by more than rounding did not get through `solve`.
-        excess = max(self.objective - self.certificate.lower_bound, 0.0)
+        excess = self.objective - self.certificate.lower_bound
         if excess == 0:
             return 0.0
-        return excess / abs(self.objective) if self.objective else math.inf
+        return excess / abs(self.objective) if self.objective else math.copysign(math.inf, excess)

@@ -34,6 +34,8 @@ class KeptFolder:
     """the word for the content of the folder, which the manifest holds as well"""
     begin_anew = "begin anew with --restart, which deletes it"
     """how a user discards the content, in words"""
+    written: tuple[str, ...] = ()
+    """patterns of the names that may be written, as `fnmatch` has them: another's file of such a name is in the way"""
 
     def __init__(self, folder: str | Path) -> None:
         """Take the folder, which is made if need be.
@@ -43,16 +45,16 @@ class KeptFolder:
         self.folder = Path(folder)
         check_kept(self.folder, self.noun)
         with interrupts_held():
-            made = sum(not parent.exists() for parent in (self.folder, *self.folder.parents))
-            if self.folder.exists() and any(self.folder.iterdir()):
-                made = 1  # by a process that was killed before there was a manifest
+            made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
+            # A process that was killed before there was a manifest has left nothing but a lock or a draft of it.
+            left = self.folder.exists() and any(self.folder.iterdir()) and _manifest(self.folder, self.noun) is None
             self.folder.mkdir(parents=True, exist_ok=True)
             # One lock for all objects of this process: one that was not released is no other process.
             self._lock = FileLock(self.folder / LOCK, is_singleton=True)
             if not _taken(self._lock):
                 raise _busy(self.folder, self.noun)
             try:
-                self._manifest = _manifest(self.folder, self.noun) or self._created(made)
+                self._manifest = _manifest(self.folder, self.noun) or self._created(1 if left else len(made))
                 self._sound: dict[str, bool] = {}
                 self._tidy()
             except BaseException:
@@ -65,6 +67,16 @@ class KeptFolder:
         self._manifest = {MARK: self.noun, "format": FORMAT, MADE: made, FACTS: None, FILES: {}, FOLDERS: []}
         self._write_manifest()
         return self._manifest
+
+    def check_names(self) -> None:
+        """Raise InputError where a file of another lies under a name that may be written."""
+        for pattern in self.written:
+            for path in sorted(self.folder.glob(pattern)):
+                if not self.lists(str(path.relative_to(self.folder))):
+                    raise self._in_the_way(path)
+
+    def _in_the_way(self, path: Path) -> InputError:
+        return InputError(f"{path} was not written by this {self.noun}: move it away, and run again")
 
     @property
     def begun(self) -> bool:
@@ -84,7 +96,8 @@ class KeptFolder:
         plain = json.loads(json.dumps(facts))
         if self.begun:
             self.check_facts({**dict.fromkeys(self.facts), **plain})
-        else:
+        self.check_names()
+        if not self.begun:
             self._manifest[FACTS] = plain
             self._write_manifest()
 
@@ -105,7 +118,7 @@ class KeptFolder:
         file, files = self.folder / name, self._manifest[FILES]
         if file.exists() or file.is_symlink():
             if name not in files or not is_own_file(file):
-                raise InputError(f"{file} was not written by this {self.noun}: move it away, and run again")
+                raise self._in_the_way(file)
             before = [digest for digest in [digest_of_file(file)] if digest in files[name]]
         else:
             before = []

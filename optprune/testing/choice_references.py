@@ -109,7 +109,7 @@ def mixed_integer(problem: StructuredProblem) -> Reference:
         raise ArithmeticError(f"SCIP stopped with status {program.status}")
     answer = restored(quadratic, _mask_of(quadratic, columns, np.asarray(keep.value) > 0.5))
     found = of_weight(quadratic, answer)
-    return Reference(found.optimum, found.rounding + SCIP_ACCURACY * spread)
+    return Reference(found.optimum, found.rounding + SCIP_ACCURACY * spread, answer)
 
 
 def _first_of_every_slot(problem: StructuredProblem, slots: Array) -> Array:

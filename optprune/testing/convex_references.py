@@ -22,6 +22,8 @@ class Reference:
 
     optimum: float
     rounding: float
+    weight: Array | None = None
+    """a feasible weight [out, in] that attains it, up to rounding"""
 
 
 def least_squares(problem: MaskedLeastSquares) -> Reference:
@@ -80,7 +82,7 @@ def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
 
 def of_weight(quadratic: Quadratic, answer: Array) -> Reference:
     """The objective of a weight as a reference."""
-    return Reference(quadratic.value(answer), quadratic.rounding(answer))
+    return Reference(quadratic.value(answer), quadratic.rounding(answer), answer)
 
 
 def convex_optimum(problem: MaskedLeastSquares) -> float:
@@ -136,7 +138,7 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
         raise ArithmeticError(f"Clarabel stopped with status {program.status}")
     found = quadratic.weight + length * np.asarray(change.value)
     optimum = quadratic.value(found) + penalty_value(penalty, found)
-    return Reference(optimum, quadratic.rounding(found) + PENALISED_ACCURACY * optimum)
+    return Reference(optimum, quadratic.rounding(found) + PENALISED_ACCURACY * optimum, found)
 
 
 def penalty_value(penalty: Penalty, weight: Array) -> float:

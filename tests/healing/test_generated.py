@@ -162,5 +162,5 @@ def test_the_share_of_the_time_is_told() -> None:
 
 
 def test_bad_counts_are_refused() -> None:
-    with pytest.raises(InputError, match="the teacher cannot write -1 windows: it is from 0 to 1000000"):
+    with pytest.raises(InputError, match="the teacher cannot write -1 windows: give 0 to 1000000"):
         healed(generated=-1)

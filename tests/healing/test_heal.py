@@ -292,8 +292,8 @@ def test_every_step_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"every": 0}, "after every 0 steps"),
         ({"patience": 0}, "the patience cannot be 0"),
         ({"epochs": 0}, "gone through 0 times"),
-        ({"epochs": 2**64}, "gone through 18446744073709551616 times: it is from 1 to 10000"),
-        ({"generated": 2**62}, "cannot write 4611686018427387904 windows: it is from 0 to 1000000"),
+        ({"epochs": 2**64}, "gone through 18446744073709551616 times: give 1 to 10000"),
+        ({"generated": 2**62}, "cannot write 4611686018427387904 windows: give 0 to 1000000"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], sentence: str) -> None:

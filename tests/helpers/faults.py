@@ -41,9 +41,9 @@ def halved_group_prox(self, weight, step):
     return weight * (kept / torch.where(norms > 0, norms, 1.0))
 
 
-def unclipped(self, weight, dual):
+def unclipped(self, change, dual, level):
     """In the place of `DualMap._projected`."""
-    return self.loss.exact_value(weight) + float((dual * weight).sum())
+    return self.verified.value(change) + float((dual * (self.verified.weight + change)).sum())
 
 
 def not_refitted(self, columns):

@@ -43,7 +43,7 @@ MADE_BY_HAND = {
         Chain((Admm(), ConjugateGradients(), Swaps(), Restore())),
         Chain((GreedyObs(), ChannelSwaps(), Restore())),
     ],
-    # Its bound is a bound after every step; a hundred of them are for larger matrices.
+    # Its bound is a bound after every step; two hundred of them are for larger matrices.
     PerspectiveBound: [PerspectiveBound(most=20)],
 }
 # Answers drawn at random depend on the problem's content bit for bit, so they do not follow a change of names.

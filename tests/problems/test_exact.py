@@ -100,7 +100,7 @@ def test_off_the_cpu_objectives_are_measured_by_float32_products_and_certificate
     candidate = weight.round()
     fast, slow = both(loss, candidate)
     there = moved(loss, set_up())
-    error = 2 * there.value(candidate.to(set_up())) - loss._exact.measured(candidate)[1]
+    error = 2 * there.value(candidate.to(set_up())) - loss.exact.measured(candidate)[1]
     assert fast != slow
     assert error == pytest.approx(fast, rel=1e-15)
     assert there.exact_value(candidate.to(set_up())) == loss.value(candidate) == loss.exact_value(candidate)

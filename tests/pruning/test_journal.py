@@ -212,6 +212,28 @@ def test_weights_of_another_block_under_its_name_are_noticed(tmp_path: Path) -> 
     assert same(model, expected)
 
 
+def test_a_division_that_is_gone_is_made_again_from_a_metric_of_all_blocks(tmp_path: Path) -> None:
+    recipe, settings = RUNS["structured_best"]
+    chosen, expected, model = load_recipe(recipe, settings), tiny(), tiny()
+    prune(expected, batches(), chosen)
+    with pytest.raises(Stopped):
+        prune(tiny(), batches(), chosen, journal=Journal(tmp_path / "run"), on_event=Stop(BlockStarted, 2))
+    assert not (tmp_path / "run" / "metric-00000.sums").exists()
+    (tmp_path / "run" / "division.json").unlink()
+    prune(model, batches(), chosen, journal=Journal(tmp_path / "run", resume=True))
+    assert same(model, expected)
+
+
+def test_a_stray_file_is_told_before_any_work(tmp_path: Path) -> None:
+    begun(tmp_path / "run")
+    (tmp_path / "run" / "block-00002.json").write_text("{}")
+    events: list[Event] = []
+    with pytest.raises(InputError, match=r"block-00002\.json was not written by this run: move it away"):
+        run = Journal(tmp_path / "run", resume=True)
+        prune(tiny(), batches(), load_recipe("fasp"), journal=run, on_event=events.append)
+    assert not any(isinstance(event, BlockStarted | BlockFinished) for event in events)
+
+
 def test_an_edited_number_of_a_division_changes_nothing(tmp_path: Path) -> None:
     begun(tmp_path / "run")
     file, expected, model = tmp_path / "run" / "division.json", tiny(), tiny()

@@ -17,7 +17,8 @@ from optprune.solvers import Adam, Descent, Lbfgs, Status, descent, match
 from optprune.solvers.adam import AdamState
 from optprune.solvers.descent import Rounding
 from optprune.testing import Listed, check_descent, matchings
-from optprune.testing.matching import Gated, affine_optimum
+from optprune.testing.matching import affine_optimum
+from tests.helpers.gated_block import gated
 from tests.helpers.solver_table import concrete
 
 DESCENTS = {"Adam": Adam(), "Lbfgs": Lbfgs(), "Adam, slow": Adam(2, 1e-3), "Lbfgs, one pair": Lbfgs(5, 1)}
@@ -48,20 +49,6 @@ def test_adam_comes_close_to_least_squares(problem: BlockMatching) -> None:
     before, best = problem.objective(), affine_optimum(problem)
     found = problem.objective(match(problem, Adam(400, 0.1)).value)
     assert found - best <= 0.1 * (before - best) + 1e-9 * before
-
-
-def gated() -> BlockMatching:
-    generator = torch.Generator().manual_seed(3)
-    block, examples = Gated(6, 8, generator), []
-    for _ in range(4):
-        hidden = torch.randn(1, 12, 6, generator=generator, dtype=torch.float64)
-        with torch.no_grad():
-            examples.append(Example((hidden,), {}, block(hidden)))
-    with torch.no_grad():
-        for part in block.modules():
-            if isinstance(part, nn.Linear):
-                part.weight *= torch.rand(part.weight.shape, generator=generator) > 1 / 3
-    return BlockMatching.of(block, Listed(tuple(examples)), None, 0.01)
 
 
 def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:

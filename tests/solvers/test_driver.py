@@ -30,7 +30,6 @@ from optprune.solvers import (
 )
 from optprune.solvers.auto import CANDIDATES, GRADIENTS
 from optprune.solvers.run import CONTRADICTED
-from optprune.testing.quadratic import rounding
 
 
 @pytest.fixture
@@ -214,20 +213,28 @@ def solution_of(objective, bound):
 def test_the_gap():
     assert solution_of(2.0, None).gap is None
     assert solution_of(2.0, 1.0).gap == 0.5
-    # Rounding may put a bound above an optimum; what is above by more `solve` drops.
-    assert solution_of(2.0, 3.0).gap == 0
+    # A bound above the objective, which `solve` drops, is seen: nothing is clipped.
+    assert solution_of(2.0, 3.0).gap == -0.5
     assert solution_of(0.0, 0.0).gap == 0
     assert solution_of(0.0, -1.0).gap == math.inf
 
 
 def test_a_certificate_that_the_answer_contradicts_is_dropped_with_a_note(masked):
-    objective, unit = masked.objective(masked.start()), rounding(masked.loss, masked.start())
-    assert objective > 0
-    for bound in (0.0, objective, objective + unit / 2):
+    objective, error = masked.objective(masked.start()), masked.measuring_error(masked.start())
+    assert 0 < error < 1e-9 * objective
+    # What may have been rounded in measuring the objective is taken off what is proved, or the like share of it.
+    for bound, less in (
+        (-1.0, 0.0),
+        (0.0, 0.0),
+        (objective / 2, error / 2),
+        (objective, error),
+        (objective + error / 2, error),
+    ):
         solution = solve(masked, Counter(0, bound=bound))
-        assert solution.certificate == Certificate(bound, "said so")
+        assert solution.certificate == Certificate(bound - less, "said so")
+        assert solution.gap > 0
         assert solution.notes == ()
-    for bound in (objective + 2 * unit, 2 * objective, math.inf):
+    for bound in (objective + 2 * error, 2 * objective, math.inf):
         solution = solve(masked, Counter(0, bound=bound, note="a note"))
         assert solution.certificate is None
         assert solution.gap is None

@@ -52,10 +52,10 @@ def test_a_bound_from_any_dual_point_is_a_bound(problem, seed):
     size = float(problem.loss.target.abs().max()) or 1.0
     for point in (torch.zeros_like(noise), size * noise, 1e-3 * size * noise, 1e3 * size * noise, problem.loss.linear):
         bound = dual.bound_at(point)
-        assert (bound is None) == (dual.factor is None)
+        assert (bound is None) == (dual.bend > 0)
         if bound is not None:
-            nearest = dual.minimiser - dual._inverse(point)
-            terms = rounding(problem.loss, nearest) + rounding(problem.loss, dual.minimiser)
+            least = dual.verified.weight + dual.minimiser
+            terms = rounding(problem.loss, least - dual._inverse(point)) + rounding(problem.loss, least)
             assert 0 <= bound <= best.optimum + best.rounding + terms
 
 
@@ -65,7 +65,7 @@ def test_a_dual_point_outside_the_domain_is_brought_inside():
     dual, best = DualMap.of(problem), reference(problem).optimum
     outside = problem.loss.linear
     assert float(outside.abs().max()) > 5 * problem.penalty.strength
-    nearest = dual.minimiser - dual._inverse(outside)
+    nearest = dual.verified.weight + dual.minimiser - dual._inverse(outside)
     assert problem.loss.exact_value(nearest) + float((outside * nearest).sum()) > 1.1 * best
     assert 0 <= dual.bound_at(outside) <= best * (1 + PENALISED_ACCURACY)
 
@@ -180,3 +180,25 @@ def test_a_fault_is_noticed_by_the_laws(fault, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises(AssertionError, match=r"promises|bound|worse|below|NaN"):
         check_solver(ProximalAdmm(), examples=20, shrink=False)
+
+
+def first_change(problem, solver):
+    """The state before the step that first changes rho, and the one after it."""
+    state = solver.init(problem, problem.start())
+    for _ in range(200):
+        before, state = state, solver.step(problem, state)
+        if state.changes:
+            return before, state
+    raise AssertionError("rho was never changed")
+
+
+@pytest.mark.parametrize("rho", [1e-6, 1e6])
+def test_a_change_of_rho_leaves_the_subgradient_as_it_was(rho, monkeypatch):
+    """R U is a subgradient of the penalty, whatever R: where R grows the scaled dual variable must shrink."""
+    problem, solver = l1_problem(), ProximalAdmm(rho=rho)
+    before, after = first_change(problem, solver)
+    monkeypatch.setattr(module, "MOST_CHANGES", 0)
+    unchanged = solver.step(problem, before)
+    assert after.resolvent.rho != unchanged.resolvent.rho
+    expected = unchanged.resolvent.weights * unchanged.dual
+    assert torch.allclose(after.resolvent.weights * after.dual, expected, rtol=1e-12, atol=0)

@@ -1,6 +1,5 @@
 """Restoration against references that use other algorithms, and what it says about degenerate input."""
 
-import importlib
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -19,7 +18,8 @@ from optprune.solvers.restore import SINGULAR
 from optprune.solvers.run import DEAD, answer
 from optprune.solvers.spectrum import ScaledGram
 from optprune.testing import check_solver, convex_optimum, reference
-from optprune.testing.quadratic import Quadratic, rounding
+from optprune.testing.exact_objective import exact_objective
+from optprune.testing.quadratic import Quadratic, clearly_regular, rounding
 from optprune.testing.strategies import masked
 from tests.helpers.barely_apart import barely_apart
 from tests.helpers.faults import noticed, one_scale_for_all
@@ -63,14 +63,26 @@ def test_equals_the_convex_program(problem):
 
 
 @given(masked())
-def test_the_gap_is_closed_up_to_rounding(problem):
+def test_the_gap_is_closed_up_to_rounding_where_the_gram_is_regular(problem):
     solution = solve(problem, Restore())
-    assert solution.certificate is not None
+    if not clearly_regular(problem.loss):
+        # Nothing need be proved, and what is, holds.
+        assert solution.gap is None or solution.gap >= 0
+        return
     bound = solution.certificate.lower_bound
-    assert bound >= 0
+    assert 0 <= bound <= exact_objective(problem, solution.value)
     assert solution.objective - bound <= slack(problem, solution, 1e-8)
-    assert solution.gap is not None
     assert solution.gap >= 0
+
+
+def test_nothing_is_proved_of_inputs_that_are_the_same():
+    """A direction that costs nothing has a cost of rounding, of either sign, along which weights may be of any size."""
+    inputs = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs[:, 3] = inputs[:, 2]
+    loss = LayerLoss.of(torch.ones(2, 4), InputMoments.from_samples(inputs))
+    solution = solve(MaskedLeastSquares(loss, torch.tensor([[True, False, True, True]])), Restore())
+    assert solution.notes == (SINGULAR,)
+    assert solution.certificate is None and solution.gap is None
 
 
 @given(masked(generic=True))
@@ -218,7 +230,7 @@ def test_of_many_minimisers_the_one_taken_depends_on_no_unit_and_dead_inputs_sta
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for(rows):
+def test_what_the_pseudo_inverse_leaves_is_not_proved_to_be_optimal(rows):
     loss = barely_apart()
     loss = replace(loss, weight=loss.weight.expand(rows, 2).contiguous())
     problem = MaskedLeastSquares(loss, torch.ones(rows, 2, dtype=torch.bool))
@@ -226,12 +238,13 @@ def test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for(rows):
     assert solution.notes == (SINGULAR,)
     # What a certificate that counts dropped directions as zero would claim to be impossible.
     assert better < solution.objective - 100 * rounding(loss, solution.value)
-    assert solution.certificate.lower_bound == 0
+    assert solution.certificate.lower_bound <= better
+    assert solution.gap > 0.1
     # Nor is a start that knew better made worse.
     start = normal_equations(problem).float()
     again = solve(problem, Restore(), start=start)
     assert torch.equal(again.value, start)
-    assert again.certificate.lower_bound == 0
+    assert again.gap < 1e-4
 
 
 def test_an_inner_step_measures_and_proves_nothing(monkeypatch):
@@ -303,8 +316,8 @@ def test_rows_with_singular_blocks_share_one_decomposition(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(len(matrix)) or eigh(matrix))
     solution = solve(MaskedLeastSquares(loss, mask), Restore())
     assert solution.notes == (SINGULAR,)
-    # Once for the step and once for the certificate.
-    assert len(calls) == 2
+    # Nothing is proved of blocks that cannot be told from singular ones.
+    assert len(calls) == 1 and solution.certificate is None
     alone = [solve(MaskedLeastSquares(_one(loss, row), mask[row : row + 1]), Restore()).value for row in range(40)]
     assert torch.allclose(solution.value, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
@@ -389,16 +402,7 @@ def test_violation_counts_the_entries_outside_the_mask():
     assert problem.start().tolist() == [[3.0, 0.0], [1.0, 0.0]]
 
 
-restore = importlib.import_module("optprune.solvers.restore")
-
-
 @pytest.mark.parametrize("mask", [FIRST_FOUR_GONE, FIRST_FOUR_GONE.expand(3, 16).clone()], ids=["shared", "own"])
 def test_one_scale_for_all_inputs_is_noticed(mask, monkeypatch):
     check = partial(test_small_inputs_are_no_rounding_of_large_ones, mask)
     noticed(monkeypatch, LayerLoss, "input_scale", property(one_scale_for_all), check)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_certificate_blind_to_dropped_directions_is_noticed(rows, monkeypatch):
-    check = partial(test_nothing_is_proved_where_rounding_hides_what_the_target_asks_for, rows)
-    noticed(monkeypatch, restore, "only_rounding", lambda *_: True, check)

@@ -170,6 +170,14 @@ def test_folders_that_were_made_are_deleted_as_far_as_they_are_empty(tmp_path: P
     assert (tmp_path / "mine").is_dir()
 
 
+def test_a_kill_before_there_is_a_manifest_leaves_no_folder_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "in-use").touch()
+    (tmp_path / "run" / ".run.json.0123abcd.part").write_text("{")
+    assert kept(tmp_path / "run").discard() == []
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("link", [False, True], ids=["folder", "link"])
 def test_a_subfolder_of_somebody_elses_is_refused(link: bool, tmp_path: Path) -> None:
     found, place, target = kept(tmp_path / "run"), tmp_path / "run" / "work", tmp_path / "target"

@@ -10,14 +10,13 @@ from hypothesis import Phase, given, settings
 from optprune.problems import LayerLoss, MaskedLeastSquares, PenalisedLeastSquares, SparseLeastSquares
 from optprune.problems.exact import ExactLoss
 from optprune.solvers import ConjugateGradients, Fista, PerspectiveBound, Restore
-from optprune.solvers.duality import DualMap
+from optprune.solvers.verified import VerifiedLoss
 from optprune.testing import laws
 from optprune.testing.strategies import weighted
 
 run = importlib.import_module("optprune.solvers.run")
-perspective = importlib.import_module("optprune.solvers.perspective")
 
-weigh, row_scaled, dual_map, product = ExactLoss.weigh, LayerLoss.row_scaled, DualMap.of, perspective._product
+weigh, row_scaled = ExactLoss.weigh, LayerLoss.row_scaled
 
 
 def keep_laws(solver, kind, metric, examples=40):
@@ -43,24 +42,21 @@ def rows_not_scaled(self):
     return row_scaled(self) if self.metric is None else replace(self, metric=self.metric.row_scaled())
 
 
-def couplings_forgotten(problem):
-    found = dual_map(problem)
-    return found if found.row_factor is None else replace(found, row_factor=torch.eye(len(found.row_factor)).double())
-
-
-def split_forgotten(loss, split, rest, point):
-    return product(loss, 0 * split, rest, point)
+def metric_forgotten(self, change):
+    """In the place of `VerifiedLoss.gradient`."""
+    residual, error = self.residual(change)
+    return residual, torch.outer(error, self.inputs.size)
 
 
 LAW_FAULTS = {
     "damping forgotten": (ExactLoss, "weigh", damping_forgotten, ConjugateGradients(), MaskedLeastSquares, "full"),
     "rows not scaled back": (run, "_value", not_scaled_back, Restore(), MaskedLeastSquares, "diagonal"),
     "rows not scaled": (LayerLoss, "row_scaled", rows_not_scaled, Restore(), MaskedLeastSquares, "diagonal"),
-    "bound without S^-1": (DualMap, "of", couplings_forgotten, Fista(), PenalisedLeastSquares, "full"),
-    "relaxation without its split": (
-        perspective,
-        "_product",
-        split_forgotten,
+    "bound without S": (VerifiedLoss, "gradient", metric_forgotten, Fista(), PenalisedLeastSquares, "full"),
+    "relaxation without S": (
+        VerifiedLoss,
+        "gradient",
+        metric_forgotten,
         PerspectiveBound(20),
         SparseLeastSquares,
         "full",

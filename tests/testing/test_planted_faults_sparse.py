@@ -32,7 +32,7 @@ perspective = importlib.import_module("optprune.solvers.perspective")
 hard_threshold = importlib.import_module("optprune.solvers.hard_threshold")
 
 begin, move, between_rows = Fista._begin, Fista._move, swaps._between_rows
-diagonal_split, perspective_bound = perspective.diagonal_split, perspective._bound
+split_off, perspective_bound = perspective.split_off, perspective._bound
 largest_eigenvalue_bound, column_steps = fista.largest_eigenvalue_bound, fista.column_steps
 
 
@@ -64,17 +64,19 @@ def prox_forgotten(self, problem, state):
     return move(self, replace(problem, penalty=L1(0.0)), state)
 
 
-def unlimited(self, weight, dual):
-    slope = float((dual * self.minimiser).sum())
-    curve = max(self.loss.value(weight) - self.least, 0.0)
+def unlimited(self, change, dual, level):
+    away = change - self.minimiser
+    slope, curve = float((dual * (self.verified.weight + self.minimiser)).sum()), -float((dual * away).sum()) / 2
     scale = slope / (2 * curve) if curve > 0 else 0.0
-    return self.least + scale * slope - scale * scale * curve
+    return self.verified.least(self.minimiser + scale * away, self.curvature, scale * dual)
 
 
-def nearest_forgotten(self, weight, dual):
-    inside = dual - self.penalty.prox(dual, torch.ones((), dtype=dual.dtype))
-    conjugate = self.penalty.conjugate(inside)
-    return self.loss.value(weight) + float((inside * weight).sum()) - (0 if math.isinf(conjugate) else conjugate)
+def nearest_forgotten(self, change, dual, level):
+    penalty, weight = self.problem.penalty, self.verified.weight + change
+    inside = dual - penalty.prox(dual, torch.ones((), dtype=dual.dtype))
+    conjugate = penalty.conjugate(inside)
+    value = self.verified.value(change) + float((inside * weight).sum())
+    return value - (0 if math.isinf(conjugate) else conjugate)
 
 
 FISTA_FAULTS = {
@@ -115,24 +117,24 @@ def wrong_gain_between_rows(state, gram):
     return moved
 
 
-def whole_diagonal(loss):
-    return loss.gram.double().diagonal().clone()
+def whole_diagonal(known, weights):
+    return known.matrix.diagonal().clone()
 
 
-def split_a_little_too_large(loss):
-    return 1.02 * diagonal_split(loss) + 1e-3 * loss.gram.double().diagonal()
+def split_a_little_too_large(known, weights):
+    return 1.05 * split_off(known, weights) + 1e-3 * known.matrix.diagonal()
 
 
-def term_halved(problem, split, rest, point):
-    return perspective_bound(problem, 2 * split, rest, point)
+def term_halved(problem, verified, split, change):
+    return perspective_bound(problem, verified, 2 * split, change)
 
 
 LAW_FAULTS = {
     "gain of an exchange between rows": (swaps, "_between_rows", wrong_gain_between_rows, Swaps(), "worse"),
-    "split of the whole diagonal": (perspective, "diagonal_split", whole_diagonal, PerspectiveBound(20), "bound"),
+    "split of the whole diagonal": (perspective, "split_off", whole_diagonal, PerspectiveBound(20), "bound"),
     "split too large": (
         perspective,
-        "diagonal_split",
+        "split_off",
         split_a_little_too_large,
         PerspectiveBound(20),
         "bound",
