@@ -18,7 +18,15 @@ from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensor
 from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.export.left_drafts import delete_left_drafts, hold_draft
 from optprune.export.own_files import check_own_files
-from optprune.models import Decoder, is_gguf, load_config, load_shapes, load_tokenizer, need_tokenizer
+from optprune.models import (
+    Decoder,
+    is_gguf,
+    load_config,
+    load_shapes,
+    load_tokenizer,
+    need_tokenizer,
+    using_tokenizer,
+)
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.rotary import scalings
 from optprune.system.files import real_path, write_whole
@@ -64,7 +72,8 @@ def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16", over
     plan = _Plan.of(decoder, Checkpoint.open(folder), kind)
     writer = GGUFWriter(None, plan.family.name, use_temp_file=False)
     plan.describe(writer)
-    vocabulary.write(writer, tokenizer, folder)
+    with using_tokenizer(str(folder)):
+        vocabulary.write(writer, tokenizer, folder)
     targets = list(plan.targets())
     delete_left_drafts(place)
     write_whole(place, lambda stream: _write(writer, targets, stream), lasting=False, replace=overwrite)

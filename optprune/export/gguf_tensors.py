@@ -67,12 +67,21 @@ class Tensors:
                 yield from self._idle(index)
 
     def _stored(self) -> dict[str, StoredTensor]:
-        """What the checkpoint has of the model, by the names in it; InputError where something is missing."""
-        known = {name for name, _ in self.decoder.model.named_parameters()}
+        """Return what the checkpoint has of the model, by the names in it.
+
+        Raises InputError where something is missing, or has another shape than the config says.
+        """
+        known = dict(self.decoder.model.named_parameters())
         named = named_as_in(self.decoder.model, self.checkpoint).tensors
-        missing = sorted(known - named.keys())
+        missing = sorted(known.keys() - named.keys())
         if missing:
             raise InputError(f"{missing[0]} is not among the weights of {self.checkpoint.source}: fetch them again")
+        for name, weight in known.items():
+            if named[name].shape != tuple(weight.shape):
+                raise InputError(
+                    f"{name} of {self.checkpoint.source} is {list(named[name].shape)} in the weights and "
+                    f"{list(weight.shape)} by config.json: fetch the folder again"
+                )
         # Older files hold masks besides.
         return {name: stored for name, stored in named.items() if name in known}
 

@@ -35,8 +35,17 @@ class RunFolder(KeptFolder, ABC):
                 f"{self.begin_anew}"
             )
         if restart:
-            self.clear()
+            self._restart()
         self._tidy_scratch()
+
+    def _restart(self) -> None:
+        """Delete the run, unless a file of another is in the way of the next one."""
+        try:
+            self.check_names()
+        except InputError:
+            self.release()
+            raise
+        self.clear()
 
     def _tidy_scratch(self) -> None:
         """Delete what an earlier process put aside, but for what this one can use."""

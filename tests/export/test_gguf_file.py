@@ -220,6 +220,23 @@ def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path: Path, monke
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
 
 
+def test_weights_of_other_shapes_than_the_config_says_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny(tiny_llama(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 1}))
+    with pytest.raises(InputError, match=r"\[\d+, \d+\] in the weights and \[.*\] by config\.json"):
+        export_gguf(folder, tmp_path / "x.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    folder = save_tiny(tiny_llama(), tmp_path / "model")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": [1]}))
+    with pytest.raises(InputError, match=r"the tokenizer of .* cannot be"):
+        export_gguf(folder, tmp_path / "x.gguf")
+
+
 def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) -> None:
     folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
     kill = (
