@@ -12,6 +12,7 @@ ADVICE = {
     "tokenizer": "fetch its files again, or save it anew with transformers",
     "weights": "see that they are whole and belong to config.json, or fetch both again",
 }
+PANIC = "PanicException"
 WHOLE_GGUF = "see that the file is whole, and that its architecture is one that optprune prunes"
 
 
@@ -22,8 +23,9 @@ def reading(what: str, source: str, where: str, options: Mapping[str, Any]) -> I
         yield
     except InputError:
         raise
-    except Exception as error:
-        if is_out_of_memory(error):
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception of Python's.
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == PANIC):
             raise
         advice = f"; {WHOLE_GGUF if 'gguf_file' in options else ADVICE[what]}"
         if isinstance(error, OSError) and not Path(where).exists():

@@ -75,7 +75,7 @@ def with_held_out(
             "or give a longer text"
         )
     samples = min(there, (most if tokens is None else tokens) // seq_length)
-    batches = calibration_batches(others, samples, seq_length, seed, batch_size * seq_length)
+    batches = calibration_batches(others, samples, seq_length, seed, min(batch_size, samples) * seq_length)
     return TrainingText(batches, evaluation_windows(own, seq_length, held_out), count)
 
 

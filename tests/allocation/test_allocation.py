@@ -121,9 +121,9 @@ def test_uniform_kv_groups_meet_the_budget_as_nearly_as_heads_can(name: str, spa
     step = 2 * 64 * (heads.group + 1) * 2 * heads.dim / total
     if sparsity < step / 2:
         with pytest.raises(InputError, match="rounds to nothing"):
-            uniform(decoder, sparsity, KvGroups(), 8)
+            uniform(decoder, sparsity, KvGroups(), None)
         return
-    allocation = uniform(decoder, sparsity, KvGroups(), 8)
+    allocation = uniform(decoder, sparsity, KvGroups(), None)
     [shape] = {block.shape for block in allocation.blocks}
     assert (shape.mlp_width, shape.value_dim) == (128, heads.dim)
     assert allocation.sparsity == pytest.approx(step * (heads.kv - shape.kv_heads))
@@ -202,7 +202,7 @@ WHOLE = BlockShape(128, 2, 16)
 @pytest.mark.parametrize(
     ("blocks", "reason"),
     [
-        ([BlockAllocation(WHOLE)], "is for 1 blocks, but the model has 2"),
+        ([BlockAllocation(WHOLE)], "is for 1 block, but the model has 2"),
         ([BlockAllocation(replace(WHOLE, mlp_width=129))] * 2, "keeps mlp_width 129 in block 0, which has 128"),
         ([BlockAllocation(replace(WHOLE, kv_heads=-1))] * 2, "keeps kv_heads -1 in block 0"),
         ([BlockAllocation(replace(WHOLE, value_dim=0))] * 2, "keeps value_dim 0 in block 0"),

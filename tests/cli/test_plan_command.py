@@ -15,7 +15,7 @@ from tests.helpers.tiny_models import tiny_llama
 
 PHASES = ["loading", "tokenising", "metric", "budget", "pruning", "saving", "checking"]
 SMALL = ("--samples", "8", "--seq-length", "64", "--device", "cpu")
-ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--no-plan", "--log", "--lanes"}
+ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--restart", "--no-plan", "--log", "--lanes"}
 
 
 @pytest.fixture

@@ -42,6 +42,10 @@ def test_the_end_of_a_single_document_is_held_out() -> None:
     assert sum(batch.numel() for batch in found.batches) == 80 and found.documents == 0
 
 
+def test_a_batch_may_be_larger_than_the_text() -> None:
+    assert [len(batch) for batch in cut(batch_size=1 << 63).batches] == [len(torch.cat(cut().batches))]
+
+
 def test_no_more_documents_are_held_out_than_it_takes() -> None:
     """Of documents with three windows each, six windows are two documents, and the others are trained on."""
     found = cut([chr(ord("a") + number) * 24 for number in range(5)])

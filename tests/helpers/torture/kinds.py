@@ -316,7 +316,8 @@ def audit(drawn: Drawn) -> Case:
     if chosen == 1:
         places = ["x.png", "x.svg", "x.exe", "no/x.pdf", "config.json", ".", ""]
         file = drawn.sandbox.inputs / drawn.rng.choice(places)
-        return replace(drawn.audit(plot=file), files={file: "plot"})
+        case = drawn.audit(plot=file)
+        return replace(case, files={**(case.files or {}), file: "plot"})
     spoiled(drawn, folder / drawn.rng.choice(["report.json", "config.json"]))
     return drawn.audit(against=drawn.rng.choice([drawn.stock.model, drawn.stock.gguf, folder, None]))
 
