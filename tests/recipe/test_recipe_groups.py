@@ -80,7 +80,7 @@ OLD: dict[str, dict[str, Any]] = {
         **{"sparsity": 0.5, "fit_bias": False},
     },
     "spap": {
-        **{"units": "mlp", "objective": "linked", "solver": [{"spap": {"depth": 1}}, "restore"], "sparsity": 0.2},
+        **{"units": "mlp", "objective": "linked", "solver": ["spap", "restore"], "sparsity": 0.2},
         **{"held_out": 0.0625, "recovery": 1, "recovery_steps": 1, "recovery_tokens": 12288},
     },
     "structured_best": {
