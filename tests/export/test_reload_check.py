@@ -66,4 +66,4 @@ def test_what_is_more_than_rounding_is_refused(
     for difference in (1.01 * limit, float("nan")):
         with pytest.raises(OptpruneError, match="logits differ by"):
             saved(difference, "more")
-    assert {path.name for path in tmp_path.iterdir()} == {"rounding", "more.unchecked"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rounding", "more.unchecked", "more.unchecked-2"}
