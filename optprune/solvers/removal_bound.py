@@ -155,7 +155,7 @@ def _absolute(verified: VerifiedLoss, parts: Float[Tensor, "in out"], weight: Fl
     if verified.outputs is None:
         return (parts.abs() * verified.rows * weight.abs().T).sum(1)
     outputs = verified.outputs
-    return outputs.ratio * (parts.abs() @ outputs.size) * (outputs.size @ weight.abs())
+    return outputs.ratio * (parts.abs() @ outputs.size) * weight.abs().T.mv(outputs.size)
 
 
 def _left(verified: VerifiedLoss, change: Float[Tensor, "out in"]) -> float:

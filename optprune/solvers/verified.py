@@ -108,7 +108,7 @@ class VerifiedLoss:
             return gradient, torch.outer(OUTWARD * self.rows * error, size).add_(gradient.abs(), alpha=4 * UNIT)
         gradient = outputs.matrix @ residual
         each = gamma(len(self.rows) + 3) * outputs.ratio + OUTWARD * outputs.share
-        columns = each * (outputs.size @ residual.abs()) + OUTWARD * outputs.ratio * (outputs.size @ error) * size
+        columns = each * residual.abs().T.mv(outputs.size) + OUTWARD * outputs.ratio * (outputs.size @ error) * size
         return gradient, torch.outer(outputs.size, columns)
 
     def value(self, change: Float[Tensor, "out in"]) -> float:
