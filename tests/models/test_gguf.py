@@ -16,6 +16,7 @@ from optprune.export.origin import origin_of
 from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
 from optprune.models.demo_file import demo_model_file
+from optprune.system.files import digest_of_file
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_qwen2
 from tests.helpers.weights import weights_of
@@ -77,19 +78,27 @@ def test_a_file_is_turned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file, scratch = write_gguf(tiny_llama(), tmp_path / "tiny.gguf"), tmp_path / "scratch"
     turned: list[str] = []
     write = gguf_files.write_tensors
-    monkeypatch.setattr(gguf_files, "write_tensors", lambda *args: (turned.append(args[0].name), write(*args)))
+    monkeypatch.setattr(gguf_files, "write_tensors", lambda *args: (turned.append("once"), write(*args)))
     first = weights_of(open_model(file, scratch=scratch).decoder())
     assert all(
         torch.equal(value, first[name])
         for name, value in weights_of(open_model(file, scratch=scratch).decoder()).items()
     )
-    assert len(turned) == len(files_in(scratch)) == 1
+    # Each file has another with its digest beside it.
+    assert len(turned) == len(files_in(scratch)) / 2 == 1
     open_model(file, scratch=scratch, dtype="bfloat16")
     # The same name, other bytes.
     write_gguf(tiny_llama(seed=1), file)
     other = weights_of(open_model(file, scratch=scratch).decoder())
     assert not torch.equal(other["lm_head.weight"], first["lm_head.weight"])
-    assert len(turned) == len(files_in(scratch)) == 3
+    assert len(turned) == len(files_in(scratch)) / 2 == 3
+    [one] = [place for place in files_in(scratch) if place.match(f"{digest_of_file(file)}-float32.safetensors")]
+    damaged = bytearray(one.read_bytes())
+    damaged[-1] ^= 1
+    one.write_bytes(damaged)
+    again = weights_of(open_model(file, scratch=scratch).decoder())
+    assert all(torch.equal(value, other[name]) for name, value in again.items())
+    assert len(turned) == 4
 
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +120,7 @@ def test_without_a_scratch_folder_it_goes_with_the_model(tmp_path: Path, monkeyp
     file = write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     opened = open_model(file)
-    assert len(files_in(tmp_path)) == 2
+    assert len(files_in(tmp_path)) == 3
     del opened
     assert files_in(tmp_path) == [file]
 
