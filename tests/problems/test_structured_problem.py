@@ -38,5 +38,5 @@ def test_groups_are_cut_and_checked():
 def test_a_linked_problem_is_the_structured_one_of_its_consumer(problem):
     groups = ChannelGroups(problem.link.columns, problem.link.slots)
     other = StructuredLeastSquares(problem.loss, groups, problem.keep)
-    for solver in (Magnitude(), GreedyObs(), Spap(), ChannelSwaps()):
+    for solver in (Magnitude(), GreedyObs(), Spap(depth=1, walk=2), ChannelSwaps()):
         assert torch.equal(solve(problem, solver).value, solve(other, solver).value)
