@@ -129,7 +129,7 @@ def test_fewer_than_the_router_chooses_are_refused() -> None:
     model = ALL_MODELS["mixtral"]()
     shapes = [{**shape.counts(), "experts": 1} for shape in Decoder(model).shapes()]
     allocation = Allocation.from_dict({"sparsity": 0.3, "blocks": shapes})
-    with pytest.raises(InputError, match="keeps 1 experts in block 0, where the router chooses 2 for each token"):
+    with pytest.raises(InputError, match="keeps 1 expert in block 0, where the router chooses 2 for each token"):
         prune(model, batches(), load_recipe("reap"), allocation=allocation)
 
 

@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_gives_the_same_bytes(streamed: bool, tmp_path: Path)
         journal = Journal(tmp_path / "run", resume=resume)
         loaded = open_model(folder, sink=journal.sink) if streamed else load_model(folder)
         assert equal(pruned(loaded, recipe, journal=journal)[1], expected)
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["its dtype"] == "torch.bfloat16"
+        assert json.loads((tmp_path / "run" / "run.json").read_text())["facts"]["its dtype"] == "torch.bfloat16"
         (tmp_path / "run" / "block-00001.json").unlink()
 
 
