@@ -15,6 +15,7 @@ FLOORS = {
     "flap": 1.1,
     "magnitude": 1.4,
     "osscar": 1.9,
+    "spap": 3.1,
     "sparse_best": 11.0,
     "sparsegpt": 2.1,
     "structured_best": 8.4,
