@@ -1,6 +1,7 @@
 """A session: the cells of a comparison that are missing, measured one after the other."""
 
 import gc
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ SHARE = 0.25
 """the share of the free memory that statistics may have: else they are in the folder"""
 PER_ENTRY = 8
 """the bytes of statistics for an entry of a Gram matrix: in float32, with what solvers keep beside it"""
+DESTROYED = "the pruned model's perplexity is beyond what a number holds: remove less"
 NO_MEMORY = "the memory is not enough: take fewer samples or shorter windows"
 
 
@@ -190,6 +192,8 @@ class Session:
             weights = round((1 - report.sparsity_reached) * self.loaded.decoder().linear_weights())
             alone = report.seconds + statistics.spared - before
             figures = self._figures(loaded, found, report.sparsity_reached, weights, alone, report.notes)
+            if not math.isfinite(figures.perplexity):
+                return CellResult(cell, None, DESTROYED)
             if self.keep_models:
                 self._save(cell, loaded, report, recipe)
             return CellResult(cell, figures, spent=report.seconds)

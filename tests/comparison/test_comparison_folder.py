@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -179,6 +180,21 @@ def test_a_damaged_cell_is_measured_again(name: str, texts: TwoTexts, tmp_path: 
         assert again is not None and expected is not None
         assert (again.perplexity, again.divergence) == (expected.perplexity, expected.divergence)
         said.clear()
+
+
+def test_a_cell_of_an_infinite_perplexity_has_failed(
+    texts: TwoTexts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = session.Session._figures
+
+    def destroyed(self, loaded, found, sparsity, *more):
+        told = figures(self, loaded, found, sparsity, *more)
+        return replace(told, perplexity=float("inf")) if sparsity else told
+
+    monkeypatch.setattr(session.Session, "_figures", destroyed)
+    found = compared(texts, tmp_path / "out", recipes=["magnitude"], sparsities=[0.2])
+    assert len(found.failures) == 1 and session.DESTROYED in str(found.failures)
+    assert not (tmp_path / "out" / "cells" / "magnitude-0.2-seed0.json").exists()
 
 
 def test_without_matplotlib_there_is_a_table_all_the_same(
