@@ -7,7 +7,7 @@ import typer
 
 from optprune.cli.options import Device, JsonFile, Overwrite, Restart, Resume
 from optprune.cli.outputs import check_json, echo, start, write_json
-from optprune.cli.run_folder import FINISHED
+from optprune.cli.run_folder import FINISHED, Output
 from optprune.system.files import json_text
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def heal_command(
 ) -> None:
     """Train a pruned model for a while to predict what the dense one does; zeros and widths stay as they are."""
     reporter = start()
-    from optprune.cli.healing_run import HealingRun
+    from optprune.cli.healing_run import HEALING, HealingRun
     from optprune.healing.settings import LEARNING_RATE, Settings
     from optprune.models import device_of
 
@@ -77,12 +77,9 @@ def heal_command(
         model=model,
         teacher=teacher,
         text=text,
-        output=output,
+        output=Output(output, overwrite, resume, restart, (HEALING,)),
         settings=settings,
         device=device,
-        resume=resume,
-        restart=restart,
-        overwrite=overwrite,
     )
     check_json(json_file, output=output, models=[model, teacher])
     done = run.go(reporter, tokens, TOKENS, seq_length, batch_size, held_out)

@@ -3,18 +3,16 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.outputs import started
-from optprune.cli.run_folder import check_finished, check_resume, kept_in, run_folder_of, stored_facts
+from optprune.cli.run_folder import Output, kept_in
 from optprune.cli.tokens import check_alike, tokens_for
-from optprune.system.files import real_path
 
 if TYPE_CHECKING:
     from optprune.calibration.lanes import Peers
     from optprune.export import SavedModel
-    from optprune.healing import HealingFolder, HealReport
+    from optprune.healing import HealReport
     from optprune.healing.settings import Settings
     from optprune.models import Decoder, LoadedModel
     from optprune.report import Event, PhaseRecorder
@@ -44,12 +42,10 @@ class HealingRun:
     model: str
     teacher: str
     text: str
-    output: Path
+    output: Output
+    """the folder, whose report has the facts in its section `HEALING`"""
     settings: "Settings"
     device: str
-    resume: bool
-    restart: bool
-    overwrite: bool
 
     def go(
         self,
@@ -62,7 +58,7 @@ class HealingRun:
     ) -> "HealedOutput | None":
         """Tokenise, load, train, save and check; None in all processes but the first."""
         from optprune.calibration.peers import joined
-        from optprune.export import check_output, check_own_files
+        from optprune.export import check_own_files
         from optprune.healing import HealingFolder
         from optprune.models import device_of, load_config, load_shapes
         from optprune.models.draft import draft_in
@@ -72,13 +68,9 @@ class HealingRun:
         from optprune.texts import check_seq_length, read_documents, with_held_out
 
         # What costs nothing is checked first.
-        check_resume(resume=self.resume, restart=self.restart)
-        check_output(self.output, self.overwrite or self._goes_on_from_output)
+        self.output.check()
         check_own_files(self.model)
-        known = {"the settings": asdict(self.settings)}
-        HealingFolder.check(run_folder_of(self.output), resume=self.resume, restart=self.restart, facts=known)
-        if self._goes_on_from_output:
-            check_finished(self.output, stored_facts(self.output, HEALING), known, overwrite=self.overwrite)
+        self.output.check_run(HealingFolder, {"the settings": asdict(self.settings)})
         documents, config = read_documents(self.text), load_config(self.model)
         dense = load_config(self.teacher, draft_in(config))
         for one in (config, dense):
@@ -120,22 +112,22 @@ class HealingRun:
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
     ) -> "HealedOutput | None":
         from optprune.export.healed import save_healed
-        from optprune.export.place import discard, left_behind
         from optprune.healing import HealingFolder, heal
+        from optprune.healing.heal import healing_facts
 
-        first = not peers.rank
+        first, may_be_finished = not peers.rank, self.output.may_be_finished
         with ExitStack() as contexts:
             folder: HealingFolder | None = None
             if first:
-                for left in left_behind(real_path(self.output)):
-                    reporter.say(f"deleting {left}, which a run that was killed has left behind")
-                    discard(left)
-                place = run_folder_of(self.output)
-                folder = HealingFolder(place, resume=self.resume, restart=self.restart)
-                contexts.enter_context(kept_in(folder, reporter.say))
+                folder = contexts.enter_context(
+                    kept_in(self.output.run_folder(HealingFolder, reporter.say), reporter.say)
+                )
             student, dense = self._loaded(phases)
-            if self._goes_on_from_output:
-                done = folder is not None and self._is_finished(folder, student, dense, parts, peers)
+            if may_be_finished:
+                tokens = parts.batches, parts.held_out
+                done = folder is not None and self.output.is_finished(
+                    folder, healing_facts(student.model, dense.model, *tokens, self.settings, peers)
+                )
                 if peers.exchange(done)[0]:
                     return self._section() if first else None
             report = heal(
@@ -150,47 +142,24 @@ class HealingRun:
             )
             if not first:
                 return None
-            reporter.say(f"saving to {self.output}, and reloading it in a fresh process to compare logits")
+            reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
             saved = save_healed(
                 student,
-                self.output,
+                self.output.folder,
                 {**report.to_dict(), "held_out_documents": parts.documents},
                 teacher=self.teacher,
                 window=parts.held_out[0],
-                overwrite=self.overwrite,
+                overwrite=self.output.overwrite,
                 on_event=phases.on_event,
             )
         return HealedOutput(report.to_dict(), report, saved)
-
-    @property
-    def _goes_on_from_output(self) -> bool:
-        """Whether the output is there already, and the command may be one that has finished."""
-        return self.resume and real_path(self.output).is_dir()
-
-    def _is_finished(
-        self,
-        folder: "HealingFolder",
-        student: "LoadedModel",
-        dense: "LoadedModel",
-        parts: "TrainingText",
-        peers: "Peers",
-    ) -> bool:
-        """Return whether the output is there and this command made it, so that an unfinished run of it can go."""
-        from optprune.healing.heal import healing_facts
-
-        decided = healing_facts(student.model, dense.model, parts.batches, parts.held_out, self.settings, peers)
-        if not check_finished(self.output, stored_facts(self.output, HEALING), decided, overwrite=self.overwrite):
-            return False
-        if folder.begun:
-            folder.check_facts(decided)
-        return True
 
     def _section(self) -> "HealedOutput":
         """Return what the report of the output says of healing."""
         from optprune.report.reading import REPORT
         from optprune.system.files import read_json
 
-        file = self.output / REPORT
+        file = self.output.folder / REPORT
         return HealedOutput(read_json(file.read_text(encoding="utf-8"), str(file))[HEALING], None, None)
 
     def _loaded(self, phases: "PhaseRecorder") -> "tuple[LoadedModel, LoadedModel]":

@@ -39,7 +39,7 @@ from optprune.cli.options import (
 )
 from optprune.cli.outputs import check_json, echo, start, started, write_json
 from optprune.cli.request import Request
-from optprune.cli.run_folder import FINISHED
+from optprune.cli.run_folder import FINISHED, Output
 from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import calibration_for
 from optprune.cli.whole_run import WholeRun
@@ -116,12 +116,9 @@ def prune_command(
         model=model,
         dtype=dtype,
         device=device,
-        output=output,
-        overwrite=overwrite,
+        output=Output(output, overwrite, resume, restart),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
-        resume=resume,
-        restart=restart,
         workers=crew,
         states=states,
         architecture=architecture,
@@ -132,7 +129,7 @@ def prune_command(
     check_sequences(sequences)
     settled = request.settled(chosen)
     chosen, divided = settled.recipe, settled.divided
-    whole.check_folder(chosen, divided)
+    whole.check_run(chosen, divided)
     texts = read_texts(calibration)
     settled.tell(reporter.say)
     sizes = samples * seq_length, sum(text.characters for text in texts)

@@ -1,8 +1,9 @@
-"""The run folder of a command: what is done is in it until the output is whole, so that it can go on."""
+"""The output of a command, and its run folder: what is done is in that until the output is whole."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,11 +11,11 @@ from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_me
 from optprune.system.facts import differences
 from optprune.system.files import read_json, real_path
 from optprune.system.interrupts import NOTHING, record_done, what_is_done
+from optprune.system.launched import is_first
 from optprune.system.run_folder import RunFolder
 from optprune.system.wording import shown
 
 Folder = TypeVar("Folder", bound=RunFolder)
-REPORT = "report.json"
 FINISHED = "{} is finished, and this command made it: nothing is left to do"
 OF_THE_MACHINE = ("the version", "the versions", "the machine")
 """the facts that a command does not say: another machine may find its output finished"""
@@ -26,10 +27,93 @@ def run_folder_of(output: Path) -> Path:
     return place.with_name(f"{place.name}.run")
 
 
-def check_resume(*, resume: bool, restart: bool) -> None:
-    """Raise InputError where a command is to go on with a run and to delete it."""
-    if resume and restart:
-        raise InputError("--resume goes on with an unfinished run and --restart deletes it: give one of them")
+@dataclass(frozen=True)
+class Output:
+    """The folder that a command writes, and what it may do with an output or a run that is there."""
+
+    folder: Path
+    overwrite: bool = False
+    """whether an output that is there may be replaced"""
+    resume: bool = False
+    """whether to go on with an unfinished run"""
+    restart: bool = False
+    """whether to delete an unfinished run"""
+    section: tuple[str, ...] = ()
+    """the names in report.json below which the facts of the run are"""
+
+    def check(self) -> None:
+        """Raise InputError where the output could not be written, whatever the run."""
+        from optprune.export import check_output
+
+        if self.resume and self.restart:
+            raise InputError("--resume goes on with an unfinished run and --restart deletes it: give one of them")
+        check_output(self.folder, self.overwrite or self.may_be_finished)
+
+    @property
+    def may_be_finished(self) -> bool:
+        """Whether an output is there, which an earlier call of the same command may have finished."""
+        return self.resume and real_path(self.folder).is_dir()
+
+    def check_run(self, kind: type[RunFolder], known: Mapping[str, Any]) -> None:
+        """Raise InputError where a run with these facts could not go on here; others may not be known yet.
+
+        Of processes that share a run the first one looks: each would see the lock of another.
+        """
+        if not is_first():
+            return
+        kind.check(run_folder_of(self.folder), resume=self.resume, restart=self.restart, facts=known)
+        if self.may_be_finished:
+            self._is_of(known)
+
+    def run_folder(self, kind: type[Folder], say: Callable[[str], None]) -> Folder:
+        """Return the folder of the run, once the drafts of runs that were killed are deleted."""
+        from optprune.export.place import delete_left_behind
+
+        delete_left_behind(real_path(self.folder), say)
+        return kind(run_folder_of(self.folder), resume=self.resume, restart=self.restart)
+
+    def is_finished(self, run: RunFolder, facts: Mapping[str, Any]) -> bool:
+        """Return whether the output is that of a run with these facts, so that nothing is left to do.
+
+        Raises InputError where it is another's and may not be overwritten, or where the unfinished run is another's.
+        """
+        if not self._is_of(facts):
+            return False
+        if run.begun:
+            run.check_facts(facts)
+        return True
+
+    def _is_of(self, facts: Mapping[str, Any]) -> bool:
+        stored = self._stored()
+        if not stored:
+            if self.overwrite:
+                return False
+            raise InputError(
+                f"{self.folder} exists, and does not say which command made it, so --resume leaves it as it is: choose "
+                "another output, or pass --overwrite"
+            )
+        plain = json.loads(json.dumps({name: value for name, value in facts.items() if name not in OF_THE_MACHINE}))
+        for what, old, new in differences({name: stored.get(name) for name in plain}, plain):
+            if self.overwrite:
+                return False
+            raise InputError(
+                f"{self.folder} is finished, and another command made it: {what} was {shown(old)} and is {shown(new)}; "
+                "choose another output, or pass --overwrite"
+            )
+        return True
+
+    def _stored(self) -> Mapping[str, Any] | None:
+        """Return the facts in the report of the output; None where there are none."""
+        from optprune.report.reading import REPORT
+
+        file = self.folder / REPORT
+        try:
+            found = read_json(file.read_text(encoding="utf-8"), str(file))
+            for name in (*self.section, "run_facts"):
+                found = found[name]
+        except (OSError, UnicodeDecodeError, InputError, KeyError, TypeError):
+            return None
+        return found if isinstance(found, dict) else None
 
 
 @contextmanager
@@ -70,40 +154,3 @@ def _for_want(error: BaseException) -> bool:
     """Return whether an error, or its cause, says that there is no room or no memory, or that a worker is gone."""
     causes = [cause for cause in (error, error.__cause__) if cause is not None]
     return isinstance(error, WorkerError) or no_room_behind(error) is not None or any(map(is_out_of_memory, causes))
-
-
-def check_finished(
-    output: Path, stored: Mapping[str, Any] | None, facts: Mapping[str, Any], *, overwrite: bool
-) -> bool:
-    """Return whether an output is that of a run with these facts, so that nothing is left to do.
-
-    `stored` are the facts in the output's report. Raises InputError where they are others, unless the output may be
-    overwritten.
-    """
-    if not stored:
-        if overwrite:
-            return False
-        raise InputError(
-            f"{output} exists, and does not say which command made it, so --resume leaves it as it is: choose another "
-            "output, or pass --overwrite"
-        )
-    plain = json.loads(json.dumps({name: value for name, value in facts.items() if name not in OF_THE_MACHINE}))
-    for what, old, new in differences({name: stored.get(name) for name in plain}, plain):
-        if overwrite:
-            return False
-        raise InputError(
-            f"{output} is finished, and another command made it: {what} was {shown(old)} and is {shown(new)}; choose "
-            "another output, or pass --overwrite"
-        )
-    return True
-
-
-def stored_facts(output: Path, *path: str) -> Mapping[str, Any] | None:
-    """Return the facts in the report of an output, below some names; None where there are none."""
-    try:
-        found = read_json((output / REPORT).read_text(encoding="utf-8"), str(output / REPORT))
-        for name in (*path, "run_facts"):
-            found = found[name]
-    except (OSError, UnicodeDecodeError, InputError, KeyError, TypeError):
-        return None
-    return found if isinstance(found, dict) else None

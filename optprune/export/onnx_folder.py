@@ -20,7 +20,7 @@ from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room
 from optprune.export.onnx_check import difference_of, without_telemetry
 from optprune.export.origin import origin_of
 from optprune.export.own_files import check_own_files
-from optprune.export.place import Scratch, check_output, discard, left_behind, missing_parents, put_in_place
+from optprune.export.place import Scratch, check_output, delete_left_behind, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
 from optprune.models.rotary import scalings
@@ -100,8 +100,7 @@ def _written(loaded: LoadedModel, output: Path, place: Path, cache: bool, overwr
     for folder in left_behind(place):
         discard(folder)
     program, created = program_of(loaded.model, cache), missing_parents(place)
-    for left in left_behind(place):
-        discard(left)
+    delete_left_behind(place)
     with interrupts_held():
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = Scratch(place)

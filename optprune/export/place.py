@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -100,6 +100,13 @@ def left_behind(place: Path) -> list[Path]:
         for folder in sorted(place.parent.glob(f".{glob.escape(place.name)}.????????"))
         if is_own_folder(folder) and is_own_file(folder / LOCK) and not in_use(folder)
     ]
+
+
+def delete_left_behind(place: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
+    """Delete the drafts of an output that killed runs have left, and say so."""
+    for folder in left_behind(place):
+        say(f"deleting {folder}, which a run that was killed has left behind")
+        discard(folder)
 
 
 def in_use(folder: Path) -> bool:

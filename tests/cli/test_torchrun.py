@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from optprune.cli import main
-from optprune.cli.run_folder import journalled, run_folder_of
+from optprune.cli.run_folder import Output, kept_in, run_folder_of
 from optprune.errors import InputError, WorkerError
-from optprune.pruning import joined
+from optprune.pruning import Journal, joined
 from tests.helpers.attempts import Attempt
 
 ROOT = Path(__file__).parents[2]
@@ -40,12 +40,31 @@ def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkey
 
 
 def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> None:
+    run, said = Journal(run_folder_of(tmp_path / "out")), list[str]()
     told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: go on with --resume")
-    with told, journalled(tmp_path / "out", resume=False, overwrite=False) as journal:
-        (journal.folder / "run.json").write_text('{"the blocks": 2}')
-        (journal.folder / "block-00000.json").write_text("{}")
+    with told, kept_in(run, said.append):
+        run.begin({"the blocks": 2})
+        run.write("block-00000.json", {})
         raise WorkerError("gone")
-    assert run_folder_of(tmp_path / "out").exists()
+    assert run_folder_of(tmp_path / "out").exists() and not said
+
+
+def test_the_first_process_alone_looks_at_the_run_folder(tmp_path: Path, monkeypatch) -> None:
+    """Each would take the lock for a moment, and be taken by another for a second run."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    output, code = Output(tmp_path / "out", resume=True), "from optprune.pruning import Journal; import sys; "
+    code += "run = Journal(sys.argv[1]); run.begin({}); print(1, flush=True); input()"
+    given = [sys.executable, "-c", code, str(run_folder_of(output.folder))]
+    with subprocess.Popen(given, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        monkeypatch.setenv("RANK", "1")
+        output.check_run(Journal, {})
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(InputError, match="another process is at work on the run"):
+            output.check_run(Journal, {})
+        other.communicate(b"\n")
 
 
 @pytest.mark.parametrize("option", ["--workers", "--ray"])
