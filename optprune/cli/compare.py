@@ -29,7 +29,6 @@ from optprune.system.wording import shown
 
 FAILED = 1
 """the exit status where a cell has failed"""
-MOST_SEEDS = 1000
 
 Value = TypeVar("Value")
 
@@ -79,14 +78,15 @@ def compare_command(
     """
     reporter = start()
     from optprune.comparison import compare
+    from optprune.comparison.asked import MOST_DRAWS
     from optprune.comparison.folder import JSON, PICTURE, TABLE
     from optprune.comparison.run import NO_PICTURE
     from optprune.measure import Work
 
     check_json(json_file, models=[model])
     fields = {"propagation": propagation, "units": units, "pattern": pattern, "strict": strict or None}
-    if not 1 <= seeds <= MOST_SEEDS:
-        raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_SEEDS}")
+    if not 1 <= seeds <= MOST_DRAWS:
+        raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_DRAWS}")
     # What the whole comparison takes shows once cells are finished, and is told behind each.
     with reporter.events({}, left="left of this step") as on_event:
         found = compare(

@@ -9,9 +9,9 @@ from typing import ParamSpec
 
 import typer
 
+from optprune.cli.outputs import echo
 from optprune.errors import OptpruneError, is_out_of_memory, no_room
 from optprune.system.interrupts import forget_done, what_is_done
-from optprune.system.telling import printable
 from optprune.system.wording import one_line
 
 INTERRUPTED = 130
@@ -47,10 +47,10 @@ def tell(error: BaseException) -> int:
     if os.environ.get("OPTPRUNE_DEBUG") == "1":
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        typer.echo(f"interrupted; {what_is_done()}", err=True)
+        echo(f"interrupted; {what_is_done()}", err=True)
         return INTERRUPTED
     # Names of files, tensors and columns are in it, whoever gave them.
-    typer.echo(f"error: {printable(_sentence(error))}", err=True)
+    echo(f"error: {_sentence(error)}", err=True)
     return FAILED
 
 

@@ -50,15 +50,15 @@ class Pace:
     """the seconds in which the dense model was measured, by seed"""
 
     def prepare(self, seed: int, seconds: float) -> None:
-        """The dense model was measured for a seed."""
+        """Note the seconds in which the dense model was measured for a seed."""
         self._seeds[seed] = seconds
 
     def finish(self, cell: Cell, seconds: float) -> None:
-        """A cell is finished, or has failed."""
+        """Note the seconds of a cell that is finished, or has failed."""
         self._cells.setdefault(cell.recipe, []).append(seconds)
 
     def left(self, cells: Sequence[Cell]) -> float:
-        """The seconds that cells to come will take, each as those of its recipe did, or else as all did on average."""
+        """Return the seconds that cells to come will take, as those of their recipe did, or else as all did."""
         every = [seconds for found in self._cells.values() for seconds in found]
         seeds = {cell.seed for cell in cells} - self._seeds.keys()
         own = (mean(self._cells.get(cell.recipe, every)) for cell in cells)

@@ -16,8 +16,8 @@ from optprune.errors import InputError
 from optprune.export.gguf_families import LLAMA_CPP, UNEVEN, Family, family_of, has_windows
 from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensors
 from optprune.export.gguf_vocabulary import Vocabulary
-from optprune.export.left_drafts import delete_left_drafts, hold_draft
 from optprune.export.own_files import check_own_files
+from optprune.export.place import delete_left_drafts, hold_draft
 from optprune.models import (
     Decoder,
     is_gguf,

@@ -97,10 +97,8 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
 
 
 def _written(loaded: LoadedModel, output: Path, place: Path, cache: bool, overwrite: bool) -> OnnxFolder:
-    for folder in left_behind(place):
-        discard(folder)
-    program, created = program_of(loaded.model, cache), missing_parents(place)
     delete_left_behind(place)
+    program, created = program_of(loaded.model, cache), missing_parents(place)
     with interrupts_held():
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch = Scratch(place)

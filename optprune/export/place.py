@@ -1,19 +1,21 @@
-"""The place of an output folder: whether one can be written there, drafts beside it, how a draft takes the place."""
+"""The place of an output: whether one can be written there, drafts beside it, how a draft takes the place."""
 
 import contextlib
 import glob
 import os
 import re
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from optprune.errors import InputError, OptpruneError
-from optprune.system.files import is_own_file, is_own_folder, real_path
+from optprune.system.files import is_draft, is_own_file, is_own_folder, real_path
 from optprune.system.wording import shown
 
 UNCHECKED = ".unchecked"
@@ -169,3 +171,39 @@ def put_in_place(draft: Path, folder: Path, overwrite: bool) -> None:
     if replaced:
         # Whatever cannot be deleted of the old folder, the new one is there.
         shutil.rmtree(old, ignore_errors=True)
+
+
+def hold_draft(stream: BinaryIO) -> None:
+    """Lock a draft for as long as it is open: call it before the first byte is written."""
+    with contextlib.suppress(OSError, ImportError):  # without locks `delete_left_drafts` deletes nothing either
+        import fcntl
+
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def delete_left_drafts(target: Path) -> None:
+    """Delete the drafts of a target that no process is writing.
+
+    They are regular files beside it, by the names that `exclusive_draft` gives. An empty one may be about to be locked.
+    """
+    for draft in sorted(target.parent.iterdir() if target.parent.is_dir() else ()):
+        if is_draft(draft.name, target.name) and _is_left(draft):
+            with contextlib.suppress(OSError):
+                draft.unlink()
+
+
+def _is_left(draft: Path) -> bool:
+    """Return whether a draft is a regular file with bytes in it that no process has locked."""
+    with contextlib.suppress(OSError, ImportError):
+        import fcntl
+
+        number = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            told = os.fstat(number)
+            if not stat.S_ISREG(told.st_mode) or not told.st_size or told.st_nlink > 1:
+                return False
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        finally:
+            os.close(number)
+    return False

@@ -48,7 +48,7 @@ class HealingFolder(RunFolder):
     def progress_text(self) -> str:
         progress = self.progress()
         if progress is not None:
-            return f"{progress.step} of {counted(progress.steps, 'step')} are done"
+            return f"{progress.step} of {counted(progress.steps, 'step is', 'steps are')} done"
         return "the text of the dense model is written" if self.lists(GENERATED) else "no step is done"
 
     @property

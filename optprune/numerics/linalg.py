@@ -52,11 +52,6 @@ def eigvalsh(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrix)
 
 
-def spectral_norm(matrix: Tensor) -> float:
-    """The largest singular value of a matrix."""
-    return float(torch.linalg.matrix_norm(matrix, 2))
-
-
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """The X of A X = B."""
     return torch.linalg.solve(matrix, right)

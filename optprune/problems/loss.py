@@ -260,10 +260,6 @@ class LayerLoss:
         """f(V) by float64 products on every device, for certificates."""
         return sum(self.exact.measured(weight)) / 2
 
-    def exact_residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """V A - B in float64, for certificates."""
-        return self.exact.residual(weight)
-
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """E|V x* - W x|^2 / E|W x|^2, without damping or metric (of the centred outputs when the bias is fitted)."""
         if self.metric is not None:

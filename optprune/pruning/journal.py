@@ -79,7 +79,7 @@ class Journal(RunFolder):
     @property
     def progress_text(self) -> str:
         listed = [index for index in range(self._blocks) if self.lists(_record(index))]
-        done = f"{len(listed)} of {counted(self._blocks, 'block')} {'is' if self._blocks == 1 else 'are'} done"
+        done = f"{len(listed)} of {counted(self._blocks, 'block is', 'blocks are')} done"
         parts = []
         if self.metrics.there:
             parts.append("the output metric is measured")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from optprune.calibration.dense_statistics import Removal
 from optprune.calibration.known_moments import KnownMoments
 from optprune.calibration.lanes import Lanes
 from optprune.calibration.shelf import Key
-from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
 from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
@@ -69,28 +68,13 @@ class KeptCosts:
 
 
 class JournalledStatistics(DenseStatistics):
-    """Dense statistics whose costs of removal are kept in a run folder."""
+    """What dividing a budget asks of dense statistics, with the costs of removal kept in a run folder."""
 
     def __init__(self, inner: DenseStatistics, costs: KeptCosts) -> None:
         self._inner, self._costs = inner, costs
 
-    def begin(self, decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes) -> None:
-        self._inner.begin(decoder, batches, lanes)
-
     def known(self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, lanes: Lanes) -> KnownMoments | None:
         return self._inner.known(decoder, batches, held_out, lanes)
-
-    def metrics(
-        self,
-        decoder: Decoder,
-        batches: Iterable[Tensor],
-        seed: int,
-        full: Collection[str],
-        widest: float,
-        on_pass: Callable[[int, int], None],
-        lanes: Lanes | None = None,
-    ) -> Metrics:
-        return self._inner.metrics(decoder, batches, seed, full, widest, on_pass, lanes)
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         def measure() -> Measured:

@@ -117,14 +117,14 @@ class Run:
             with phases.phase(LOADING):
                 decided = facts(decoder, every, recipe, allocation, lanes, on_event)
                 diary.begin(decided)
-                statistics = diary.keeping_costs(statistics)
         with phases.phase(METRIC):
             metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, diary, lanes)
         if lanes.count > 1:
             notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
         notes += idle + heeded(recipe, allocator.warnings)
         with phases.phase(BUDGET), calibrating(decoder):
-            dense = DenseModel(decoder, fitted, metrics, statistics, on_event, lanes)
+            costs = statistics if diary is None else diary.keeping_costs(statistics)
+            dense = DenseModel(decoder, fitted, metrics, costs, on_event, lanes)
             division = _division(allocator, dense, diary)
             run = cls(decoder, recipe, division, fitted, on_event, lanes)
         run.metrics, run.held_out, run.journal = metrics, held_out, diary

@@ -27,8 +27,9 @@ def split_off(known: KnownMatrix, weights: Float[Tensor, " n"]) -> Float[Tensor,
     factor, failed = linalg.try_cholesky(scaled)
     if bool(failed) or not known.margin < 1:
         return torch.zeros_like(weights)
-    diagonal = torch.cholesky_inverse(factor).diagonal()
-    inverse = torch.cholesky_inverse(factor) * torch.outer(diagonal.rsqrt(), diagonal.rsqrt())
+    inverse = torch.cholesky_inverse(factor)
+    diagonal = inverse.diagonal()
+    inverse = inverse * torch.outer(diagonal.rsqrt(), diagonal.rsqrt())
     split = 0.5 / (largest_eigenvalue_bound(inverse) * diagonal)
     barrier = float((weights * split).sum()) / len(split)
     for _ in range(MOST_STEPS):

@@ -17,7 +17,7 @@ from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import export_gguf, gguf_file, save_model
 from optprune.export.gguf_vocabulary import Vocabulary
-from optprune.export.left_drafts import hold_draft
+from optprune.export.place import hold_draft
 from optprune.models import Decoder, KvGroups, Mlp, Values, load_model, load_tokenizer
 from optprune.models.architecture import BlockShape
 from tests.helpers.llama_cpp import LlamaCpp

@@ -31,8 +31,8 @@ def test_blocks_of_any_size_measure_the_same(loss, data):
         slack = loss.rounding(weight)
         assert abs(loss.value(weight) - reference.value(array(weight))) <= slack
         assert abs(loss.constant - reference.constant) <= slack
-        residual = loss.exact_residual(weight)
-    whole = replace(loss).exact_residual(weight)
+        residual = loss.exact.residual(weight)
+    whole = replace(loss).exact.residual(weight)
     sizes = loss.residual_rounding(weight)[:, None] * loss.input_scale
     assert bool(((residual - whole).abs() <= loss.moments.width * sizes).all())
 

@@ -17,6 +17,7 @@ from optprune.solvers import Restore, Status, solve
 from optprune.solvers.restore import SINGULAR
 from optprune.solvers.run import DEAD, answer
 from optprune.solvers.spectrum import ScaledGram
+from optprune.solvers.verified import VerifiedLoss
 from optprune.testing import check_solver, convex_optimum, reference
 from optprune.testing.exact_objective import exact_objective
 from optprune.testing.quadratic import Quadratic, clearly_regular, rounding
@@ -261,7 +262,7 @@ def test_an_inner_step_measures_and_proves_nothing(monkeypatch):
         raise AssertionError("measured")
 
     monkeypatch.setattr(LayerLoss, "value", refuse)
-    monkeypatch.setattr(LayerLoss, "exact_residual", refuse)
+    monkeypatch.setattr(VerifiedLoss, "of", refuse)
     assert torch.equal(answer(problem, Restore(), problem.start()), expected.value)
 
 

@@ -155,7 +155,7 @@ def test_the_gradient_is_the_slope(drawn):
     slope = (loss.value(at + towards) - loss.value(at - towards)) / 2
     slack = rounding(loss, at + towards) + rounding(loss, at - towards)
     assert abs(slope - float((loss.gradient(at) * towards).sum())) <= slack
-    assert abs(slope - float((loss.weigh(loss.exact_residual(at)) * towards).sum())) <= slack
+    assert abs(slope - float((loss.weigh(loss.exact.residual(at)) * towards).sum())) <= slack
     assert torch.equal(loss.residual(at), plain.gradient(at))
 
 
