@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from optprune.allocation import Allocation
-from optprune.measure.memory import held_bytes
+from optprune.errors import InputError
+from optprune.measure.memory import free_memory, held_bytes
 from optprune.models import (
     DTYPES,
     Decoder,
@@ -28,7 +29,10 @@ from optprune.pruning.plan_time import Surroundings, seconds_of
 from optprune.pruning.preflight import check_run
 from optprune.pruning.workload import MAX_SHARD, Workload
 from optprune.recipe import Recipe
+from optprune.system.wording import amount
 
+MARGIN = 1.25
+"""what is planned is refused where it is more than so many times what there is: it is right within a fifth"""
 FIRST_USE = 32 * 2**20
 """what libraries take for themselves with their first use, such as the buffers of matrix products"""
 
@@ -135,7 +139,8 @@ def plan(
 
     Memory is from shapes alone, so that of a folder config.json is enough. Times are those of a probe: the recipe's own
     code on one block, its weights read or, where there are none, drawn, and a few of the tokens; without `measuring`
-    there are none, and the device need not be there. InputError where the model cannot be pruned so.
+    there are none, and the device need not be there. InputError where the model cannot be pruned so, or where the probe
+    needs far more memory than is free.
     """
     source = str(source)
     shapes = load_shapes(source, load_config(source))
@@ -156,17 +161,31 @@ def plan(
 
 def timed(work: Workload, source: str, measuring: Measuring) -> Plan:
     """The plan with times, measured on this machine in about the time of one block."""
+    base, count = held_bytes(), probe_batches(work)
+    _check_probe_fits(work, count, base)
     around = Surroundings.measured(measuring.place)
-    base = held_bytes()
     decoder, opening = _opened(work, source)
     index = work.largest if len(decoder.blocks) == work.blocks else 0
-    count = probe_batches(work)
     batches = _batches(work, measuring.tokens, count)
     pace = BlockProbe(work, decoder, batches, index).pace()
     starting = around.start if measuring.starting is None else measuring.starting
     seconds = seconds_of(work, pace, around, opening=opening, tokenising=measuring.tokenising, starting=starting)
     plan = planned_memory(work, base, around.fresh)
     return Plan.of([replace(phase, seconds=seconds[phase.name]) for phase in plan.phases])
+
+
+def _check_probe_fits(work: Workload, batches: int, base: int) -> None:
+    """Raise InputError where one block and a few batches take more memory than is free by far, from shapes alone."""
+    free = free_memory()
+    probed = replace(work, samples=min(work.samples, batches * (work.batch_tokens // work.length)), workers=1, layers=1)
+    needed = (
+        next(phase.host_bytes for phase in planned_memory(probed, base, 0).phases if phase.name == "pruning") - base
+    )
+    if free is not None and needed > MARGIN * free:
+        raise InputError(
+            f"measuring one block takes {amount(needed)} of memory, and {amount(free)} are free: --no-probe tells the "
+            "memory of the run without its times"
+        )
 
 
 def _opened(work: Workload, source: str) -> tuple[Decoder, float]:

@@ -13,13 +13,11 @@ import torch
 from optprune.calibration import POLICIES
 from optprune.errors import InputError
 from optprune.measure.memory import free_memory, held_bytes
-from optprune.pruning.plan import Plan, planned_memory
+from optprune.pruning.plan import MARGIN, Plan, planned_memory
 from optprune.pruning.plan_memory import DEVICE, DISK, HOST
 from optprune.pruning.workload import Workload
 from optprune.system.wording import amount
 
-MARGIN = 1.25
-"""a run is refused where the plan is more than so many times what there is: it is right within a fifth"""
 FEWEST = 8
 """the fewest sequences that a refusal proposes"""
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,16 @@ def test_a_config_alone_is_planned_and_timed(tmp_path: Path) -> None:
 
 
 # -- what cannot fit
+
+
+def test_a_block_that_cannot_fit_is_not_measured(tmp_path: Path) -> None:
+    config = tiny_llama().config
+    config.head_dim = 10**6
+    config.save_pretrained(tmp_path)
+    of_it = partial(plan, tmp_path, load_recipe("fasp"), samples=4, seq_length=32, device="cpu")
+    with pytest.raises(InputError, match=r"measuring one block takes .* of memory, and .* are free: --no-probe tells"):
+        of_it()
+    assert of_it(measuring=None).host_bytes > 10**13
 
 
 @pytest.mark.parametrize(

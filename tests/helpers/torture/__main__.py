@@ -18,7 +18,7 @@ SLOW = 4.0
 
 
 def numbers_of(text: str) -> range:
-    """The numbers that FROM..TO or N means."""
+    """The numbers that FROM..TO, without TO, or N means."""
     first, _, last = text.partition("..")
     return range(int(first), int(last) if last else int(first) + 1)
 

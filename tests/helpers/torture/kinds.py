@@ -374,7 +374,7 @@ def plan(drawn: Drawn) -> Case:
     data = json.loads(file.read_text())
     numbers = [key for key, value in data.items() if isinstance(value, int | float)]
     data[drawn.rng.choice(numbers)] = drawn.rng.choice(
-        [0, -1, 1, 3, 10**4, 10**6, 10**9, 10**18, 2**64, 0.5, MARK, None]
+        [0, -1, 1, 3, 10**3, 10**6, 10**9, 10**18, 2**64, 0.5, MARK, None]
     )
     file.write_text(json.dumps(data))
     return drawn.plan()
