@@ -82,8 +82,8 @@ class RayWorkers(ParallelWorkers):
             found += min(tasks, int(there.get("GPU", 0))) if gpu else tasks
         if not found:
             raise InputError(
-                f"no machine of the Ray cluster at {self.address!r} has {context.threads} CPUs{' and a GPU' * gpu} for a "
-                "worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
+                f"no machine of the Ray cluster at {self.address!r} has {context.threads} CPUs{' and a GPU' * gpu} for "
+                "a worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
             )
         return found
 

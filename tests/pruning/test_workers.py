@@ -19,7 +19,7 @@ from optprune.calibration import POLICIES, moments_pass, propagation, stream
 from optprune.calibration.stream import run_block
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
-from optprune.pruning import executor, prune
+from optprune.pruning import executors, prune
 from optprune.pruning import run as pruning_run
 from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.journal import Journal
@@ -269,6 +269,6 @@ def test_no_more_threads_are_started_than_there_are_layers(monkeypatch: pytest.M
             started.append(count)
             super().__init__(count)
 
-    monkeypatch.setattr(executor, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "ThreadPoolExecutor", Pool)
     prune(tiny(), batches(), load_recipe("magnitude", {"propagation": "pruned"}), workers=Layers(1000))
     assert started and max(started) <= 7
