@@ -8,38 +8,38 @@ from optprune.cli.whole_run import WholeRun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optprune.allocation import Allocation
     from optprune.calibration.lanes import Peers
     from optprune.export import SavedModel
+    from optprune.program import Program
     from optprune.pruning import Lanes
-    from optprune.recipe import Recipe
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
 
 
 def shared_run(
     whole: WholeRun,
+    program: "Program",
+    batches: "Sequence[Tensor]",
+    *,
     lanes: int | None,
     peers: "Peers",
     reporter: "Reporter",
     phases: "PhaseRecorder",
-    batches: "Sequence[Tensor]",
-    recipe: "Recipe",
-    allocation: "Allocation | None",
     calibration: str,
-    *,
     window: "Tensor",
 ) -> "tuple[Report, SavedModel | None] | None":
-    """The run, over so many lanes, or as many as there are processes; None in all processes but the first."""
+    """Do the run over so many lanes, or as many as there are processes; None in all processes but the first."""
     from optprune.pruning import Lanes
 
     shared = Lanes(peers.size if lanes is None else lanes, peers)
     batches = _one_a_lane(batches, shared.count)
     shared.check(batches)
     if peers.rank:
-        _help(whole, batches, recipe, allocation, shared)
+        _help(whole, program, batches, shared)
         return None
-    return whole.run(reporter, phases, batches, recipe, allocation, calibration, window=window, lanes=shared)
+    return whole.run(
+        program, batches, reporter=reporter, phases=phases, calibration=calibration, window=window, lanes=shared
+    )
 
 
 def _one_a_lane(batches: "Sequence[Tensor]", lanes: int) -> "list[Tensor]":
@@ -52,24 +52,15 @@ def _one_a_lane(batches: "Sequence[Tensor]", lanes: int) -> "list[Tensor]":
     return list(torch.cat(windows).split(len(windows) // lanes))
 
 
-def _help(
-    whole: WholeRun, batches: "Sequence[Tensor]", recipe: "Recipe", allocation: "Allocation | None", lanes: "Lanes"
-) -> None:
+def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", lanes: "Lanes") -> None:
     """Take part in a run, of which nothing is kept here."""
     from optprune.models.store import Nowhere
-    from optprune.pruning import prune
+    from optprune.program import check_batches
+    from optprune.pruning import run_program
 
     may_be_finished = whole.output.may_be_finished
     loaded = whole.opened(Nowhere())
     if may_be_finished and lanes.peers.exchange(None)[0]:
         return  # the first process has found the output finished
-    prune(
-        loaded.model,
-        batches,
-        recipe,
-        allocation=allocation,
-        store=loaded.store,
-        workers=whole.workers,
-        lanes=lanes,
-        states=whole.states,
-    )
+    every = check_batches(loaded.model.config, batches)
+    run_program(program, loaded.decoder(), every, workers=whole.workers, lanes=lanes)

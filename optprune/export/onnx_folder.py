@@ -24,7 +24,7 @@ from optprune.export.place import Scratch, check_output, delete_left_behind, mis
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
 from optprune.models.rotary import scalings
-from optprune.recipe import RUNTIMES
+from optprune.program import RUNTIMES
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
 from optprune.system.wording import one_line

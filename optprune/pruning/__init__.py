@@ -5,8 +5,8 @@ from optprune.calibration.peers import joined
 from optprune.pruning.collecting import collect
 from optprune.pruning.journal import Journal
 from optprune.pruning.one_layer import layer_loss, layer_problem
-from optprune.pruning.pipeline import prune
-from optprune.pruning.plan import Measuring, Plan, PlannedPhase, plan
+from optprune.pruning.pipeline import prune, run_program
+from optprune.pruning.measured_plan import Measuring, plan
 from optprune.pruning.processes import Processes
 from optprune.pruning.ray_workers import RayWorkers
 from optprune.pruning.states import check_states
@@ -17,8 +17,6 @@ __all__ = [
     "Lanes",
     "Layers",
     "Measuring",
-    "Plan",
-    "PlannedPhase",
     "Processes",
     "RayWorkers",
     "Serial",
@@ -30,5 +28,6 @@ __all__ = [
     "layer_problem",
     "plan",
     "prune",
+    "run_program",
     "workers_of",
 ]

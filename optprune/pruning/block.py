@@ -2,46 +2,48 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from optprune.calibration import BlockMoments, Path
+from optprune.calibration import BlockMoments, Path, Visit
 from optprune.calibration.calls import Calls, Wanted, calls_of
+from optprune.calibration.moments_pass import Collected
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.experts import remove_experts
-from optprune.pruning.layer import LayerTask, SolvedLayer, write_layer
+from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
 from optprune.pruning.matching import descent_of, match_block
 from optprune.pruning.recovery import recover
-from optprune.pruning.targets import by_stage, parts_removed, targets_of
-from optprune.recipe import Recipe
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BlockTask:
-    """What pruning one block takes beside the block itself: nothing else decides what becomes of it."""
+    """Everything that decides how one block is pruned, beside the block itself."""
 
-    index: int
-    recipe: Recipe
-    wanted: BlockAllocation
-    """what the block is to keep"""
+    block: BlockProgram
+    method: Method
     path: Path
-    """what enters the block; it is used up, and moved on to the next block"""
+    """hidden states that enter the block; they are used up, and replaced by those that enter the next block"""
     metrics: Mapping[str, OutputMetric]
-    """the output metrics by the full name of the block's layers; none where outputs count alike"""
+    """the output metrics by the full name of the block's layers; empty where all outputs count alike"""
     held_out: int = 0
-    """how many batches, the last ones, are kept apart"""
+    """number of batches, the last ones, that are held out"""
     onwards: bool = True
-    """whether a later block needs what leaves this one"""
+    """whether a later block needs the outputs of this one"""
     walked: bool = False
-    """whether somebody else gets what leaves it, from the dense model: then the path ends here, with its two passes"""
+    """whether the parent process computes the next block's inputs itself: then the path ends with this block"""
     known: BlockMoments | None = None
-    """moments of the block in the dense model, where it gets what it gets there; for this process only"""
+    """moments of the dense block, where it gets the inputs of the dense model; for this process only"""
+
+    @property
+    def index(self) -> int:
+        """The number of the block."""
+        return self.block.index
 
 
 @dataclass(frozen=True)
@@ -76,40 +78,40 @@ def prune_block(
 ) -> BlockResult:
     """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it.
 
-    `executor` solve the layers of a stage: one after the other, where nobody says otherwise.
     """
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks, layers=_shares(decoder, task)))
     with decoder.resident(index, keep=True):
-        work = _Work(decoder, task, on_event, executor or SerialExecutor())
-        removed = parts_removed(decoder.shape(index), task.wanted.shape)
-        if task.onwards or work.targets or work.fewer_experts:
-            work.visit(removed)
+        run = _BlockRun(decoder, task, on_event, executor or SerialExecutor())
+        if task.onwards or task.block.solves:
+            run.visit()
         else:
-            work.remove(removed)
-        result = work.result()
+            run.remove_parts()
+        result = run.result()
     on_event(BlockFinished(index, blocks, time.perf_counter() - began))
     return result
 
 
+def block_problem(decoder: Decoder, task: BlockTask, path: str) -> Problem:
+    """Return the problem of the layer with a path in a block, once the stages before it are solved and written."""
+    with decoder.resident(task.index, keep=True):
+        return _BlockRun(decoder, task, lambda event: None, SerialExecutor()).problem(path)
+
+
 def _shares(decoder: Decoder, task: BlockTask) -> tuple[float, ...]:
-    """The share of the solving that each layer is, in the order of the forward pass, if solvers go by products."""
-    targets = targets_of(decoder, task.recipe, task.wanted, task.index)
-    sizes = [decoder.layer(task.index, target.path).weight.shape for target in targets]
+    """The share of each layer in the solves, in the order of the forward pass, if solvers go by products."""
+    sizes = [decoder.layer(task.index, target.path).weight.shape for target in task.block.targets]
     work = [outputs * inputs * (outputs + inputs) for outputs, inputs in sizes]
     return tuple(each / sum(work) for each in work)
 
 
-class _Work:
-    """What was done so far inside a block."""
+class _BlockRun:
+    """The state inside a block while it is pruned."""
 
     def __init__(
         self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor
     ) -> None:
         self.decoder, self.task, self.on_event, self.executor = decoder, task, on_event, executor
-        self.targets = targets_of(decoder, task.recipe, task.wanted, task.index)
-        shape = decoder.shape(task.index)
-        self.fewer_experts = 0 < task.wanted.shape.experts < shape.experts
         self.layers: list[LayerReport] = []
         self.recovered: list[RecoveredPart] = []
         self.zeros = self.due = 0
@@ -122,38 +124,66 @@ class _Work:
         record = BlockRecord(index, decoder.shape(index), *done)
         return BlockResult(record, decoder.weights(index), self.task.path)
 
-    def visit(self, removed: Sequence[str]) -> None:
-        """Go through the block stage by stage, and on to the next one."""
-        task, block = self.task, self.decoder.blocks[self.task.index]
-        wanted = {"held_out": task.held_out, "calls": self.wanted(task.recipe.recovery), "known": task.known}
-        matching = task.recipe.matching if self.targets or removed or self.fewer_experts else None
-        whole = matching is not None
-        cut = bool(removed) or self.fewer_experts
-        with task.path.visit(block, cut=cut, walked=task.walked, whole=whole, **wanted) as visit:
-            self.remove(removed)
-            if self.fewer_experts:
-                self.choose_experts()
-            stages = visit.stages(by_stage(self.decoder, self.targets))
-            for position, stage in enumerate(stages):
-                places = self.recovered_by(stage)
-                collected = visit.collect(self.taps(stage), places)
-                self.executor.solve([self.layer_task(target) for target in stage], collected, self.take)
-                del collected
-                later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
-                for place in places:
-                    if place not in later:
-                        self.recover(place, visit.calls(place))
+    def visit(self) -> None:
+        """Go through the block stage by stage, and move the path on to the next block."""
+        matching = self.task.method.matching if self.task.block.changes else None
+        with self.entered(whole=matching is not None) as visit:
+            self.begin()
+            for stage in self.task.block.stages:
+                self.solve(stage, visit)
             if matching is not None:
                 self.match(matching, visit.whole_calls(self.wanted(matching)))
         self.floor_seconds += visit.floor_seconds
 
+    def problem(self, path: str) -> Problem:
+        """Return the problem of a layer, once the stages before its own are solved."""
+        visit = self.entered(whole=False)
+        self.begin()
+        for stage in self.task.block.stages:
+            for target in stage.targets:
+                if target.path == path:
+                    return stated_problem(self.layer_task(target), self.collect(stage, visit).moments[target.tap])
+            self.solve(stage, visit)
+        raise AssertionError(f"no stage of block {self.task.index} solves {path}")
+
+    def entered(self, whole: bool) -> Visit:
+        """Return the visit of the block; `whole` is whether its own inputs and outputs are needed."""
+        task = self.task
+        return task.path.visit(
+            self.decoder.blocks[task.index],
+            held_out=task.held_out,
+            cut=bool(task.block.removed) or task.block.fewer_experts,
+            walked=task.walked,
+            calls=self.wanted(task.method.recovery),
+            known=task.known,
+            whole=whole,
+        )
+
+    def begin(self) -> None:
+        """Remove sub-blocks and experts."""
+        self.remove_parts()
+        if self.task.block.fewer_experts:
+            self.choose_experts()
+
+    def collect(self, stage: Stage, visit: Visit) -> Collected:
+        """Return the moments of the inputs of a stage."""
+        return visit.collect(stage.taps, stage.touched)
+
+    def solve(self, stage: Stage, visit: Visit) -> None:
+        """Solve and write the layers of a stage, and recover the sub-modules that it completes."""
+        collected = self.collect(stage, visit)
+        self.executor.solve([self.layer_task(target) for target in stage.targets], collected, self.take)
+        del collected
+        for place in stage.recovered:
+            self.recover(place, visit.calls(place))
+
     def wanted(self, of: Recovery | Matching | None) -> Wanted:
-        """The batches whose calls are wanted: the first that hold so many tokens, and those that are held out."""
+        """Return which batches have their calls kept: the first with so many tokens, and those that are held out."""
         return Wanted(math.inf if of is None or of.tokens is None else of.tokens, self.task.held_out)
 
-    def remove(self, parts: Sequence[str]) -> None:
+    def remove_parts(self) -> None:
         """Remove sub-blocks whole."""
-        for part in parts:
+        for part in self.task.block.removed:
             self.decoder.remove(self.task.index, part)
 
     def choose_experts(self) -> None:
@@ -162,20 +192,15 @@ class _Work:
         mixture = decoder.architecture.mixture
         assert mixture is not None
         calls = calls_of(decoder.blocks[task.index], mixture.module, task.path.actual)
-        report = remove_experts(
-            decoder, task.index, task.wanted.shape.experts, task.recipe, *calls.split(task.held_out)
-        )
+        fit, apart = calls.split(task.held_out)
+        report = remove_experts(decoder, task.index, task.block.wanted.shape.experts, task.method, fit, apart)
         self.layers.append(report)
         self.on_event(LayerSolved(report))
 
-    def taps(self, targets: Sequence[Target]) -> list[str]:
-        """The layers at which the inputs of all targets are seen, in the order of the forward pass."""
-        return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
-
     def layer_task(self, target: Target) -> LayerTask:
-        """What is to become of one layer."""
+        """Return one layer with everything that decides its problem."""
         task = self.task
-        return LayerTask(self.decoder, task.index, target, task.wanted, task.recipe, task.metrics)
+        return LayerTask(self.decoder, task.index, target, task.block.wanted, task.method, task.metrics)
 
     def take(self, layer: LayerTask, solved: SolvedLayer) -> None:
         """Write what became of one layer."""
@@ -185,14 +210,9 @@ class _Work:
         self.due += pruned.due
         self.on_event(LayerSolved(pruned.report))
 
-    def recovered_by(self, targets: Sequence[Target]) -> list[str]:
-        """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
-        places = [path for path, _ in self.decoder.architecture.recoverable if self.task.recipe.recovery is not None]
-        return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
-
     def recover(self, path: str, calls: Calls) -> None:
         """Refit a sub-module whose layers are pruned."""
-        decoder, task, recovery = self.decoder, self.task, self.task.recipe.recovery
+        decoder, task, recovery = self.decoder, self.task, self.task.method.recovery
         assert recovery is not None
         layers = dict(decoder.architecture.recoverable)[path]
         fit, apart = calls.split(task.held_out)

@@ -1,40 +1,36 @@
-"""What a run has of the dense model's moments without going through it: blocks, or all of them."""
+"""Cached moments: what a run knows of the dense model without a pass through it."""
+
+from collections.abc import Sequence
 
 from optprune.calibration import BlockMoments, KnownMoments
-from optprune.models import BlockShape, Decoder, Target
-from optprune.recipe import Recipe
+from optprune.models import Decoder
+from optprune.program import BlockProgram, Program
 
 
 class CachedMoments:
-    """The moments that a run may recall: of the blocks that get on its path what the dense model gives them.
+    """The moments of blocks that get the inputs of the dense model: of all independent blocks, else of the first."""
 
-    Those are all blocks where they are independent by the policy, else the first one.
-    """
-
-    def __init__(self, decoder: Decoder, recipe: Recipe, known: KnownMoments | None, from_dense: bool) -> None:
-        """`from_dense`: whether the path begins with the inputs of the dense model's first block."""
-        self._decoder, self._recipe = decoder, recipe
-        self._known = known if from_dense else None
+    def __init__(self, decoder: Decoder, program: Program, known: KnownMoments | None) -> None:
+        """Use what is known, which is None where the path does not begin with the dense model's inputs."""
+        self._decoder, self._policy, self._known = decoder, program.policy, known
+        self._moves_weights_later = program.method.moves_weights_later
 
     def block(self, index: int) -> BlockMoments | None:
-        """What is known of a block."""
-        if self._known is None or (index > 0 and not self._recipe.policy.independent):
+        """Return the moments of a block, as far as they are known."""
+        if self._known is None or (index > 0 and not self._policy.independent):
             return None
         return self._known.of(index)
 
-    def whole(self, targets: list[list[Target]], shapes: list[BlockShape]) -> bool:
-        """Whether a run needs no pass at all, with these layers to prune of each block, which are left of these shapes.
-
-        It must be one in which nothing but the moments of the dense model enters a block.
-        """
-        known, recipe, policy = self._known, self._recipe, self._recipe.policy
-        if known is None or recipe.recovers:
+    def cover(self, blocks: Sequence[BlockProgram]) -> bool:
+        """Return whether a run needs no pass at all: only known moments of the dense model decide its blocks."""
+        policy, known = self._policy, self._known
+        if known is None or self._moves_weights_later:
             return False
         if policy.sequential or policy.dense_target or not policy.independent:
             return False
         return all(
-            known.knows(index, [target.tap for target in of])
-            and self._decoder.shape(index).parts == shape.parts
-            and self._decoder.shape(index).experts == shape.experts
-            for index, (of, shape) in enumerate(zip(targets, shapes, strict=True))
+            known.knows(block.index, [target.tap for target in block.targets])
+            and not block.removed
+            and self._decoder.shape(block.index).experts == block.wanted.shape.experts
+            for block in blocks
         )

@@ -8,7 +8,7 @@ from optprune.calibration.calls import Calls
 from optprune.calibration.expert_answers import expert_choice
 from optprune.errors import StrictError
 from optprune.models import Decoder
-from optprune.recipe import Recipe
+from optprune.program import Method
 from optprune.report import LayerReport
 from optprune.solvers.experts import choose_experts
 
@@ -16,12 +16,12 @@ FEW = 32
 """fewer tokens than these say little of an expert"""
 
 
-def remove_experts(decoder: Decoder, index: int, keep: int, recipe: Recipe, fit: Calls, apart: Calls) -> LayerReport:
+def remove_experts(decoder: Decoder, index: int, keep: int, method: Method, fit: Calls, apart: Calls) -> LayerReport:
     """Choose `keep` experts of a block by what it is called with, delete the others, and say how well that went.
 
     The tokens are the first of those to `fit`, as many as `expert_choice` takes; those `apart` only measure the choice.
     """
-    began, solver, mixture = time.perf_counter(), recipe.expert_solver, decoder.architecture.mixture
+    began, solver, mixture = time.perf_counter(), method.expert_solver, decoder.architecture.mixture
     assert mixture is not None
     name, problem = decoder.name(index, mixture.experts), expert_choice(decoder, index, fit, keep)
     found = choose_experts(problem, solver)
@@ -32,7 +32,7 @@ def remove_experts(decoder: Decoder, index: int, keep: int, recipe: Recipe, fit:
     reached = (problem.weights(every) > 0).sum(0)
     few = [f"{expert} ({int(count)})" for expert, count in enumerate(reached) if count < FEW]
     notes = (f"few calibration tokens reach some experts: {', '.join(few[:4])}",) if few else ()
-    if recipe.strict and notes:
+    if method.strict and notes:
         raise StrictError(f"{name}: {notes[0]} (strict mode makes this an error)")
     decoder.keep_experts(index, found.kept)
     return LayerReport(

@@ -1,45 +1,28 @@
-"""The facts of a run: what decides its bytes, so that it goes on only as it was begun."""
+"""The facts of a run: everything that decides its bytes, so that it continues only as it was begun."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from optprune.allocation import Allocation
 from optprune.calibration.lanes import Lanes
 from optprune.models import Decoder
 from optprune.models.draft import DRAFT_FIELD
 from optprune.numerics.fingerprint import fingerprint
+from optprune.program import Program
 from optprune.pruning.journal import digest_of_model
-from optprune.recipe import Recipe
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import LOADING
 from optprune.system.facts import machine, versions
 
 OPENED = 0.5
-"""the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""
-
-
-def asked(recipe: Recipe, allocation: Allocation | None) -> dict[str, Any]:
-    """Return the facts that a command says by itself, before a model or a text is read."""
-    allocation = allocation or recipe.given
-    resolved = (recipe.worked() if allocation is None else recipe).settled()
-    return {
-        # The summary is text about the other fields.
-        "the recipe": {name: value for name, value in resolved.to_dict().items() if name != "summary"},
-        "the allocation": None if allocation is None else allocation.to_dict(),
-    }
+"""the approximate share of the loading that is done when a model is open and its weights are still to be read"""
 
 
 def facts(
-    decoder: Decoder,
-    batches: list[Tensor],
-    recipe: Recipe,
-    allocation: Allocation | None,
-    lanes: Lanes,
-    on_event: Callable[[Event], None],
+    program: Program, decoder: Decoder, batches: list[Tensor], lanes: Lanes, on_event: Callable[[Event], None]
 ) -> dict[str, Any]:
-    """Return what decides the bytes of a run. All weights are read for it, which the events tell of."""
+    """Return everything that decides the bytes of a run. All weights are read for it; events report how many."""
 
     def on_bytes(done: int, total: int) -> None:
         on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
@@ -50,7 +33,7 @@ def facts(
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
         "the lanes": lanes.count,
-        **asked(recipe, allocation),
+        **program.facts(),
         "the version": versions(),
         "the machine": machine(decoder.model.device),
         "the blocks": len(decoder.blocks),

@@ -1,8 +1,10 @@
-"""The pipeline: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
+"""Pruning a model: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,15 +15,15 @@ from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.pruning.following import followed
+from optprune.program import Program, Request, check_batches, resolve
+from optprune.program.time import expected_seconds
 from optprune.pruning.journal import Journal
 from optprune.pruning.layer import summary
-from optprune.pruning.preflight import check_batches
-from optprune.pruning.run import Run, warn_or_raise
+from optprune.pruning.run import Listener, begin, warn_or_raise
 from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
-from optprune.report.phases import PRUNING
+from optprune.report.phases import BUDGET, METRIC, PRUNING
 from optprune.system.facts import versions
 
 MISSED = (
@@ -65,38 +67,94 @@ def prune(
     where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
     and with `progress` that is shown on stderr, with the time left.
     """
-    began, workers, lanes = time.perf_counter(), workers or Serial(), lanes or Lanes()
-    _check_hands(model, store, recipe, workers, lanes)
-    decoder = Decoder(model, store)
+    began, decoder = time.perf_counter(), Decoder(model, store)
+    every = check_batches(model.config, batches)
+    request = Request(
+        recipe=recipe,
+        allocation=allocation,
+        samples=sum(map(len, every)),
+        seq_length=max(batch.shape[1] for batch in every),
+        dtype=model.dtype,
+        device=model.device.type,
+        states=states,
+        whole=store is None,
+    )
+    return run_program(
+        resolve(decoder, request),
+        decoder,
+        every,
+        began=began,
+        statistics=statistics,
+        on_event=on_event,
+        progress=progress,
+        source=source,
+        calibration=calibration,
+        journal=journal,
+        workers=workers,
+        lanes=lanes,
+    )
+
+
+@full_precision()
+def run_program(
+    program: Program,
+    decoder: Decoder,
+    batches: list[Tensor],
+    *,
+    began: float | None = None,
+    statistics: DenseStatistics | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    progress: bool = False,
+    source: str = "",
+    calibration: str = "",
+    journal: Journal | None = None,
+    workers: Workers | None = None,
+    lanes: Lanes | None = None,
+) -> Report:
+    """Prune a model in place, as a program says that was resolved for its shapes, and return the report.
+
+    `batches` are checked ones; the rest is as in `prune`. The report counts the seconds from `began`, a perf_counter.
+    """
+    began, workers, lanes = began or time.perf_counter(), workers or Serial(), lanes or Lanes()
+    model, recipe = decoder.model, program.request.recipe
+    _check_workers(decoder, program, workers, lanes)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
-    every, allocation = check_batches(model.config, batches), allocation or recipe.given
-    recipe, work = recipe.settled(), recipe.worked() if allocation is None else recipe
-    with followed(progress, on_event, decoder, every, work, allocation) as listener:
+    with followed(progress, on_event, program, model.device) as listener:
         phases = PhaseRecorder(model.device, listener)
-        run = Run.begin(decoder, every, work, allocation, statistics, phases, journal, states, lanes)
-        with phases.phase(PRUNING), calibrating(decoder):
+        run = begin(
+            program,
+            decoder,
+            batches,
+            phases=phases,
+            executor=workers.executor,
+            statistics=statistics,
+            journal=journal,
+            lanes=lanes,
+        )
+        with phases.phase(PRUNING), calibrating(run.decoder):
             workers.prune(run)
-    divided, notes = run.allocation, run.notes
-    recipe = recipe if allocation is None else recipe.with_given(divided)
+    divided, notes = run.division.allocation, run.notes
+    if program.allocation is not None:
+        recipe = recipe.with_given(divided)
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
     most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)
     reached = 1 - kept / weights_before
     if kept > most:
-        notes += warn_or_raise(recipe, (MISSED.format(reached, divided.sparsity),))
+        notes += warn_or_raise(program.method.strict, (MISSED.format(reached, divided.sparsity),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
         recipe=recipe.to_dict(),
-        sparsity_requested=recipe.sparsity if allocation is None else divided.sparsity,
+        sparsity_requested=program.sparsity if program.allocation is None else divided.sparsity,
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
         floor_seconds=sum(record.floor_seconds for record in records),
         tokens=run.tokens,
-        seed=recipe.seed,
+        seed=program.seed,
         versions=versions(),
         layers=tuple(layers),
         notes=summary(layers) + notes,
@@ -111,12 +169,32 @@ def prune(
     )
 
 
-def _check_hands(
-    model: PreTrainedModel, store: BlockStore | None, recipe: Recipe, workers: Workers, lanes: Lanes
-) -> None:
-    """Raise InputError where the weights are not at hand, or there are workers that do not go with the run."""
-    if store is None and any(weight.is_meta for weight in model.parameters()):
+@contextmanager
+def followed(
+    progress: bool, listener: Listener | None, program: Program, device: torch.device
+) -> Iterator[Listener]:
+    """Yield what receives the events of a run: the listener, if any, and with `progress` a display of them too."""
+    listener = listener or (lambda event: None)
+    if not progress:
+        yield listener
+        return
+    from optprune.report.progress import Reporter
+
+    expected = expected_seconds(program, 0, device)
+    computing = {phase: expected[phase] for phase in (METRIC, BUDGET, PRUNING)}
+    with Reporter().events(computing, left="left of pruning") as show:
+
+        def on_event(event: Event) -> None:
+            show(event)
+            listener(event)
+
+        yield on_event
+
+
+def _check_workers(decoder: Decoder, program: Program, workers: Workers, lanes: Lanes) -> None:
+    """Raise InputError where the weights are not there, or there are workers that do not go with the run."""
+    if decoder.store is None and any(weight.is_meta for weight in decoder.model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    workers.check(recipe)
+    workers.check(program.policy)
     if lanes.peers.size > 1 and not isinstance(workers, Serial):
         raise InputError("the processes that share the lanes are the workers: leave other workers out")

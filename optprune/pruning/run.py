@@ -1,195 +1,139 @@
 """A run: what all its blocks share, and where it stands between two of them."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from optprune.allocation import Allocation, Allocator, DenseModel, Division
-from optprune.calibration import DenseStatistics, calibrating, first_inputs, hold_out
+from optprune.allocation import Allocator, DenseModel, Division
+from optprune.calibration import DenseStatistics, Path, calibrating, first_inputs, hold_out
 from optprune.calibration.lanes import Lanes
 from optprune.errors import StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import release
 from optprune.metric import Metrics
-from optprune.models import Decoder, Target
-from optprune.pruning.asked_metrics import asked_metrics, whole_in
+from optprune.models import Decoder
+from optprune.program import BlockProgram, Program
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
 from optprune.pruning.cached_moments import CachedMoments
-from optprune.pruning.executors import LayerExecutor, SerialExecutor
+from optprune.pruning.executors import LayerExecutor
 from optprune.pruning.facts import facts
 from optprune.pruning.jobs import BlockJob, BlockOutcome, moved
 from optprune.pruning.journal import Journal
-from optprune.pruning.preflight import check_batches, check_run
+from optprune.pruning.output_metrics import measured_metrics
 from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
 from optprune.pruning.states import place_for
-from optprune.pruning.targets import targets_of
-from optprune.recipe import Recipe
-from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
-from optprune.system.wording import counted
 
 Listener = Callable[[Event], None]
-MOST_NAMED = 8
-"""how many layers a note names: those of experts are many"""
+MakeExecutor = Callable[[torch.device], LayerExecutor]
+"""returns the executor of a run's layers, for the device of the model"""
 
 
+@dataclass(eq=False, kw_only=True)
 class Run:
     """A run between two blocks: what enters the next one, and the records of those that are done."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        recipe: Recipe,
-        division: Division,
-        batches: list[Tensor],
-        on_event: Listener,
-        lanes: Lanes | None = None,
-    ) -> None:
-        self.decoder, self.recipe, self.division, self.on_event = decoder, recipe, division, on_event
-        self.allocation = division.allocation
-        entering = first_inputs(decoder, batches, lanes)
-        self.path = recipe.policy.start(entering)
-        """what enters the next block"""
-        self.from_dense = self.path.actual is entering
-        """whether the path begins as that of the dense model"""
-        self.cached = CachedMoments(decoder, recipe, None, self.from_dense)
-        """the moments of the dense model that need not be measured"""
-        self.records: list[BlockRecord] = []
-        self.tokens = sum(batch.numel() for batch in batches)
-        self.metrics = Metrics({})
-        """the output metrics of the dense model, by the layer's full name, for the blocks to come; empty where outputs
-        count alike"""
-        self.held_out = 0
-        """how many batches, the last ones, are kept apart"""
-        self.notes: tuple[str, ...] = ()
-        """the notes on what was found before the first block"""
-        self.journal: JournalProtocol | None = None
-        self.facts: dict[str, Any] = {}
-        """what decides the bytes of the run, where there is a journal"""
-        self.finished: set[int] = set()
-        """the blocks that an earlier run has finished, by the journal"""
-        self.passed_by = 0
-        """how many of them this run has passed by"""
-        self.executor: LayerExecutor = SerialExecutor()
-        """who solves the layers of a stage"""
-        self.walked: dict[int, float] = {}
-        """the seconds of the pass through a dense block that a worker prunes meanwhile"""
-        blocks = range(len(decoder.blocks))
-        self.last = max((index for index in blocks if self.chooses(index)), default=-1)
-        """the last block with something to solve: nothing travels past it"""
-
-    @classmethod
-    def begin(
-        cls,
-        decoder: Decoder,
-        batches: Iterable[Tensor],
-        recipe: Recipe,
-        allocation: Allocation | None,
-        statistics: DenseStatistics | None,
-        phases: PhaseRecorder,
-        journal: Journal | None = None,
-        states: str = "auto",
-        lanes: Lanes | None = None,
-    ) -> "Run":
-        """A run before its first block: all fits together, the budget is divided, and no weight is changed.
-
-        The recorder has the phases until then; the first is to read all weights, where a journal must know them.
-        """
-        recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
-        idle = check_run(decoder, recipe, allocation)
-        allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
-        if recipe.precise(allocator.probes):
-            decoder = decoder.precise()
-        decoder.states = place_for(states, decoder, every, None if journal is None else journal.scratch)
-        fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
-        lanes = lanes or Lanes()
-        lanes.check(fitted)
-        statistics.begin(decoder, every, lanes)
-        journal_view = journal if lanes.peers.size == 1 else SharedJournal(journal, lanes.peers)
-        on_event = phases.on_event
-        decided: dict[str, Any] = {}
-        if journal_view is not None:
-            with phases.phase(LOADING):
-                decided = facts(decoder, every, recipe, allocation, lanes, on_event)
-                journal_view.begin(decided)
-        with phases.phase(METRIC):
-            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal_view, lanes)
-        if lanes.count > 1:
-            notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
-        notes += idle + warn_or_raise(recipe, allocator.warnings)
-        with phases.phase(BUDGET), calibrating(decoder):
-            costs = statistics if journal_view is None else journal_view.keeping_costs(statistics)
-            dense = DenseModel(decoder, fitted, metrics, costs, on_event, lanes)
-            division = _division(allocator, dense, journal_view)
-            run = cls(decoder, recipe, division, fitted, on_event, lanes)
-        run.metrics, run.held_out, run.journal = metrics, held_out, journal_view
-        known = statistics.known(decoder, fitted, held_out, lanes)
-        run.cached = CachedMoments(decoder, recipe, known, run.from_dense)
-        run.facts = {} if journal is None else decided
-        run.finished = set() if journal_view is None else set(journal_view.finished())
-        if lanes.peers.size > 1:
-            run.executor = ProcessExecutor(lanes.peers)
-        repaired = () if journal_view is None else journal_view.repaired()
-        run.notes = notes + warn_or_raise(recipe, division.warnings) + division.notes + repaired
-        return run
-
-    def targets(self, index: int) -> list[Target]:
-        """The layers to prune in a block."""
-        return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
-
-    def chooses(self, index: int) -> bool:
-        """Whether what becomes of a block hangs on what enters it."""
-        experts = self.allocation.blocks[index].shape.experts
-        return bool(self.targets(index)) or 0 < experts < self.decoder.shape(index).experts
-
-    def prune_block(self, index: int) -> None:
-        """Prune the block that comes next, or let it be what an earlier run made of it."""
-        metrics = self._metrics_of(index)
-        if index in self.finished:
-            self.records.append(self._passed_by(index))
-        else:
-            wanted, onwards = self.allocation.blocks[index], index < self.last
-            # With all that enters any block known, nothing has to go on.
-            walked, known = self.walks_nowhere, self.cached.block(index)
-            more = self.held_out, onwards and not walked, walked, known
-            task = BlockTask(index, self.recipe, wanted, self.path, metrics, *more)
-            self.records.append(self._pruned(task))
-        del metrics  # freed with the block's
-        release()
+    decoder: Decoder
+    program: Program
+    division: Division
+    blocks: tuple[BlockProgram, ...]
+    """the stages of every block"""
+    path: Path
+    """hidden states that enter the next block"""
+    cached: CachedMoments
+    """moments of the dense model that need not be measured"""
+    metrics: Metrics
+    """output metrics by the layer's full name, for the blocks to come; empty where all outputs count alike"""
+    held_out: int
+    """number of batches, the last ones, that are held out"""
+    tokens: int
+    """tokens of the batches that are fitted"""
+    notes: tuple[str, ...]
+    """notes on what was found before the first block"""
+    journal: JournalProtocol | None
+    facts: dict[str, Any]
+    """everything that decides the bytes of the run, where there is a journal"""
+    finished: set[int]
+    """blocks that an earlier run has finished, by the journal"""
+    executor: LayerExecutor
+    on_event: Listener
+    records: list[BlockRecord] = field(default_factory=list)
+    passed: int = 0
+    """number of finished blocks that this run has passed"""
+    dense_seconds: dict[int, float] = field(default_factory=dict)
+    """seconds of the pass through a dense block that a worker prunes meanwhile"""
 
     @cached_property
-    def walks_nowhere(self) -> bool:
-        """Whether the run recalls all that it needs of the dense model; asked before the first block."""
-        targets = [self.targets(index) for index in range(len(self.decoder.blocks))]
-        shapes = [block.shape for block in self.allocation.blocks]
-        return not self.finished and self.cached.whole(targets, shapes)
+    def last(self) -> int:
+        """The last block with something to solve: no hidden states are needed after it."""
+        return max((block.index for block in self.blocks if block.solves), default=-1)
+
+    def prune_block(self, index: int) -> None:
+        """Prune the next block, or load it where an earlier run has finished it."""
+        if index in self.finished:
+            self.metrics_of(index)  # freed with the block's
+            self.records.append(self._load_finished(index))
+        else:
+            result = prune_block(self.decoder, self.task(index), self.on_event, self.executor)
+            self.path = result.path
+            if self.journal is not None:
+                self.journal.finish(self.decoder, result)
+            self.records.append(result.record)
+            del result
+        release()
+
+    def task(self, index: int) -> BlockTask:
+        """Return everything that decides how the next block is pruned."""
+        # With all that enters any block known, no hidden states have to go on.
+        return BlockTask(
+            block=self.blocks[index],
+            method=self.program.method,
+            path=self.path,
+            metrics=self.metrics_of(index),
+            held_out=self.held_out,
+            onwards=index < self.last and not self.needs_no_pass,
+            walked=self.needs_no_pass,
+            known=self.cached.block(index),
+        )
+
+    @cached_property
+    def needs_no_pass(self) -> bool:
+        """Whether all moments are cached; asked before the first block."""
+        return not self.finished and self.cached.cover(self.blocks)
 
     def jobs(self) -> Iterator[BlockJob]:
-        """The blocks that are left, for workers; the path moves on through the dense model, whatever becomes of them.
+        """Yield the blocks that are left, for workers, while the path moves on through the dense model.
 
-        Blocks that an earlier run has finished are passed by when their turn comes.
+        Blocks that an earlier run has finished are passed when their turn comes.
         """
         decoder = self.decoder
         for index in range(len(decoder.blocks)):
-            metrics = self._metrics_of(index)
+            metrics = self.metrics_of(index)
             if index in self.finished:
-                self.records.append(self._passed_by(index))
+                self.records.append(self._load_finished(index))
                 continue
             with decoder.resident(index) as block:
-                wanted, onwards = self.allocation.blocks[index], index < self.last
-                # The worker's path ends with the block: the next one's begins where this run's own path gets.
-                ends: dict[str, Any] = {"onwards": False, "walked": onwards}
-                task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
+                onwards = index < self.last
+                # The worker's path ends with the block: the next block's begins where this run's own path gets.
+                task = BlockTask(
+                    block=self.blocks[index],
+                    method=self.program.method,
+                    path=self.path,
+                    metrics=metrics,
+                    held_out=self.held_out,
+                    onwards=False,
+                    walked=onwards,
+                )
                 job = BlockJob.of(decoder, task)
                 if onwards:
                     before = clock(decoder.model.device)
                     self.path.pass_by(block, lambda: None)
-                    self.walked[index] = clock(decoder.model.device) - before
+                    self.dense_seconds[index] = clock(decoder.model.device) - before
             self.on_event(BlockStarted(index, len(decoder.blocks), done=len(self.records)))
             del metrics, task
             yield job
@@ -197,9 +141,9 @@ class Run:
             release()
 
     def take(self, outcome: BlockOutcome) -> None:
-        """Let a block be what a worker made of it; they come in any order."""
+        """Put the weights of a worker's block into the model; blocks come in any order."""
         record, decoder = outcome.record, self.decoder
-        passes = 2 * self.walked.pop(record.index, 0.0)
+        passes = 2 * self.dense_seconds.pop(record.index, 0.0)
         record = replace(record, floor_seconds=record.floor_seconds + passes)
         weights = moved(outcome.weights, decoder.model.device)
         with decoder.resident(record.index, keep=True):
@@ -211,22 +155,15 @@ class Run:
             done = {"done": len(self.records)} if isinstance(event, BlockFinished) else {}
             self.on_event(replace(event, **done))
 
-    def _metrics_of(self, index: int) -> Metrics:
-        """The metrics of a block's layers, which the run no longer holds."""
+    def metrics_of(self, index: int) -> Metrics:
+        """Return the metrics of a block's layers, which the run then no longer holds."""
         decoder = self.decoder
         return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
-    def _pruned(self, task: BlockTask) -> BlockRecord:
-        result = prune_block(self.decoder, task, self.on_event, self.executor)
-        self.path = result.path
-        if self.journal is not None:
-            self.journal.finish(self.decoder, result)
-        return result.record
-
-    def _passed_by(self, index: int) -> BlockRecord:
+    def _load_finished(self, index: int) -> BlockRecord:
         assert self.journal is not None
         decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
-        self._tell_passed_by(0)
+        self._report_passed(0)
 
         def finish() -> None:
             decoder.put(index, record.shape, journal.weights(decoder, index))
@@ -238,19 +175,80 @@ class Run:
                 finish()
         if decoder.store is not None:
             decoder.store.take_from_sink(block)
-        self._tell_passed_by(1)
+        self._report_passed(1)
         return record
 
-    def _tell_passed_by(self, more: int) -> None:
-        """Tell how many finished blocks are passed by, the present one as well with `more`."""
-        self.passed_by += more
+    def _report_passed(self, more: int) -> None:
+        """Report how many finished blocks are passed, with the present one if `more` is 1."""
+        self.passed += more
         blocks, finished = len(self.decoder.blocks), len(self.finished)
-        counts = self.passed_by, finished, 0.0, finished / blocks
+        counts = self.passed, finished, 0.0, finished / blocks
         self.on_event(PhaseAdvanced(PRUNING, "passing finished blocks by", "block", *counts))
 
 
+def begin(
+    program: Program,
+    decoder: Decoder,
+    every: list[Tensor],
+    *,
+    phases: PhaseRecorder,
+    executor: MakeExecutor,
+    statistics: DenseStatistics | None = None,
+    journal: Journal | None = None,
+    lanes: Lanes | None = None,
+) -> Run:
+    """Return a run before its first block: the budget is divided, and no weight is changed.
+
+    The recorder gets the phases until then; the first reads all weights, where a journal must know them.
+    """
+    statistics, lanes = statistics or DenseStatistics(), lanes or Lanes()
+    if program.precise:
+        decoder = decoder.precise()
+    decoder.states = place_for(program.request.states, decoder, every, None if journal is None else journal.scratch)
+    fitted, held_out = hold_out(every, program.held_out)
+    lanes.check(fitted)
+    statistics.begin(decoder, every, lanes)
+    shared = journal if lanes.peers.size == 1 else SharedJournal(journal, lanes.peers)
+    on_event, strict = phases.on_event, program.method.strict
+    decided: dict[str, Any] = {}
+    if shared is not None:
+        with phases.phase(LOADING):
+            decided = facts(program, decoder, every, lanes, on_event)
+            shared.begin(decided)
+    with phases.phase(METRIC):
+        metrics, notes = measured_metrics(program, decoder, every, statistics, on_event, shared, lanes)
+    if lanes.count > 1:
+        notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
+    notes += program.notes + warn_or_raise(strict, program.allocator.warnings)
+    with phases.phase(BUDGET), calibrating(decoder):
+        costs = statistics if shared is None else shared.keeping_costs(statistics)
+        dense = DenseModel(decoder, fitted, metrics, costs, on_event, lanes)
+        division = _division(program.allocator, dense, shared)
+        entering = first_inputs(decoder, fitted, lanes)
+        path = program.policy.start(entering)
+    known = statistics.known(decoder, fitted, held_out, lanes)
+    repaired = () if shared is None else shared.repaired()
+    return Run(
+        decoder=decoder,
+        program=program,
+        division=division,
+        blocks=program.blocks(division.allocation),
+        path=path,
+        cached=CachedMoments(decoder, program, known if path.actual is entering else None),
+        metrics=metrics,
+        held_out=held_out,
+        tokens=sum(batch.numel() for batch in fitted),
+        notes=notes + warn_or_raise(strict, division.warnings) + division.notes + repaired,
+        journal=shared,
+        facts={} if journal is None else decided,
+        finished=set() if shared is None else set(shared.finished()),
+        executor=ProcessExecutor(lanes.peers) if lanes.peers.size > 1 else executor(decoder.model.device),
+        on_event=on_event,
+    )
+
+
 def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol | None) -> Division:
-    """What every block keeps: as an earlier run has divided it, or as it is divided now."""
+    """The division of an earlier run, or a new one."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
@@ -260,49 +258,8 @@ def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol 
     return division
 
 
-def _metrics(
-    decoder: Decoder,
-    batches: list[Tensor],
-    recipe: Recipe,
-    statistics: DenseStatistics,
-    on_event: Listener,
-    journal: JournalProtocol | None,
-    lanes: Lanes,
-) -> tuple[Metrics, tuple[str, ...]]:
-    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
-
-    A run that goes on has those that were measured before it was stopped.
-    """
-    asked = recipe.metric
-    if asked is None:
-        return Metrics({}), ()
-    metrics = None
-    if journal is not None:
-        # What divides the budget needs the metric of every block, those of finished blocks too.
-        finished = journal.finished() if journal.division() is not None else []
-        metrics = journal.metrics.read(decoder, finished)
-    if metrics is None:
-        metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, lanes)
-        metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
-    small = metrics.diagonal_only()
-    cut = [path for path in whole_in(decoder, recipe) if any(name.endswith(f".{path}") for name in small)]
-    widest, notes = asked.width or math.inf, list[str]()
-    if cut:
-        of = ", ".join(cut[:MOST_NAMED]) + (f" and {len(cut) - MOST_NAMED} more" if len(cut) > MOST_NAMED else "")
-        notes.append(f"of {of} with over {widest} outputs (metric_width) only the diagonal of the metric is used")
-    reached, blocks = set(metrics), range(len(decoder.blocks))
-    every = [decoder.name(index, path) for index in blocks for path in decoder.paths(index)]
-    missed = [name for name in every if name not in reached]
-    if missed:
-        notes.append(
-            f"no token of the output metric reached {counted(len(missed), 'layer')}, as {missed[0]}: outputs count "
-            "alike"
-        )
-    return metrics.damped(asked.damping), tuple(notes)
-
-
-def warn_or_raise(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
-    """Warnings as notes; StrictError where a strict recipe has one."""
-    if warnings and recipe.strict:
+def warn_or_raise(strict: bool, warnings: tuple[str, ...]) -> tuple[str, ...]:
+    """Return warnings as notes; StrictError where there is one and the recipe is strict."""
+    if warnings and strict:
         raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
     return warnings
