@@ -197,8 +197,8 @@ def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> Non
     trust = "" if saved.stock else ", trust_remote_code=True"
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
     loads += "" if saved.stock else f" or optprune.load({str(folder)!r})"
-    asked = program.request.recipe.allocation
-    currency = asked.currency if isinstance(asked, GlobalBudget) else "parameters"
+    recipe = program.request.recipe
+    currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
     echo(
         f"{report.sparsity_reached:.2%} of the decoder's linear weights removed "

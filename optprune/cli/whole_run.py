@@ -81,7 +81,7 @@ class WholeRun:
         from optprune.export import save_pruned
         from optprune.program import check_batches
         from optprune.pruning import Journal, Lanes, run_program
-        from optprune.pruning.facts import OPENED, facts
+        from optprune.pruning.run import OPENED, facts
         from optprune.report import joined, read_report
         from optprune.report.phases import LOADING
 

@@ -12,7 +12,7 @@ from optprune.measure.evaluate import TOKENS_AT_ONCE, check_windows
 from optprune.models import Decoder
 from optprune.models.digits import readout
 from optprune.models.places import States
-from optprune.pruning.states import place_for
+from optprune.pruning.run import place_for
 
 
 class DensePredictions:

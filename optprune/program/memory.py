@@ -49,7 +49,12 @@ def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
     if phase == "budget":
         return [*always, *_budget(program), *metric_files(program)] if program.divides else []
     if phase == "pruning":
-        return [*always, *_pruning(program, fresh), *metric_files(program), Part("run folder", program.pruned_bytes, DISK)]
+        return [
+            *always,
+            *_pruning(program, fresh),
+            *metric_files(program),
+            Part("run folder", program.pruned_bytes, DISK),
+        ]
     if phase == "saving":
         return [*always, *_saving(program)]
     return [*always, *_checking(program, fresh)]
@@ -59,7 +64,11 @@ def _loading(program: Program) -> Iterator[Part]:
     # Of each number the absolute value, and two answers, on whether it is finite.
     largest = program.vocabulary * program.hidden
     yield Part("the largest tensor as it is checked", largest * (program.itemsize + 2), HOST)
-    yield Part("the largest tensor before it is moved", 0 if program.request.device == "cpu" else largest * program.itemsize, HOST)
+    yield Part(
+        "the largest tensor before it is moved",
+        0 if program.request.device == "cpu" else largest * program.itemsize,
+        HOST,
+    )
 
 
 # -- passes
@@ -111,7 +120,10 @@ def changed(program: Program, targets: list[Target]) -> int:
 def reordered(program: Program, target: Target) -> dict[str, int]:
     """The width of a layer whose inputs are permuted or rotated, and have moments of their own then; else nothing."""
     path = target.path
-    free = program.method.permuted and reorderable(program.decoder, program.largest, path, target.family.multiple) is not None
+    free = (
+        program.method.permuted
+        and reorderable(program.decoder, program.largest, path, target.family.multiple) is not None
+    )
     return {path: program.decoder.layer(program.largest, path).in_features} if free or target.rotated else {}
 
 
@@ -228,7 +240,9 @@ def _inside(program: Program, worker: bool = False) -> Iterator[Part]:
         yield Part("inputs and answers of sub-modules", 4 * tokens * program.hidden * program.itemsize)
     if method.matching is not None:
         asked = method.matching
-        yield Part("answers of the dense block", program.fitted_tokens(asked) * program.hidden * program.computed_itemsize)
+        yield Part(
+            "answers of the dense block", program.fitted_tokens(asked) * program.hidden * program.computed_itemsize
+        )
         matching = numbers_of(asked) * program.block_bytes + activations(program, program.length, backward=True)
         yield Part("matching, beyond solving", max(0, matching - max(gathering, batch, solving)))
 

@@ -1,6 +1,7 @@
 """The parts of a program: what is asked for, how layers are solved, and what happens in each block, stage by stage."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -158,3 +159,18 @@ class BlockProgram:
     def changes(self) -> bool:
         """Whether anything of the block changes."""
         return self.solves or bool(self.removed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the stages as plain data."""
+        return {
+            "removed": list(self.removed),
+            "experts": self.wanted.shape.experts if self.fewer_experts else None,
+            "stages": [
+                {
+                    "layers": [target.path for target in stage.targets],
+                    "moments": list(stage.taps),
+                    "recovered": list(stage.recovered),
+                }
+                for stage in self.stages
+            ],
+        }

@@ -83,6 +83,17 @@ class Program:
             "the allocation": None if allocation is None else allocation.to_dict(),
         }
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the program as plain data, with the expected stages where the budget is not divided yet."""
+        return {
+            **self.facts(),
+            "policy": self.policy.name,
+            "allocator": type(self.allocator).__name__,
+            "computes in": "float32" if self.precise else str(self.request.dtype).removeprefix("torch."),
+            "notes": list(self.notes),
+            "blocks": [self.block(index, self.expected(index)).to_dict() for index in range(self.block_count)],
+        }
+
     def blocks(self, allocation: Allocation) -> tuple[BlockProgram, ...]:
         """Return the stages of every block, once it is known what the blocks keep."""
         return tuple(self.block(index, wanted) for index, wanted in enumerate(allocation.blocks))
@@ -243,11 +254,20 @@ class Program:
     @cached_property
     def wanted(self) -> BlockAllocation:
         """What the largest block keeps, or may keep where a budget is not divided yet."""
-        if not self.divides:
-            return self.allocator.divide(DenseModel(self.decoder, ())).allocation.blocks[self.largest]
-        shape, kept = self.decoder.shape(self.largest), 1 - self.sparsity
+        return self.expected(self.largest)
+
+    @cached_property
+    def _known(self) -> Allocation | None:
+        """What every block keeps, where that is known before the run."""
+        return None if self.divides else self.allocator.divide(DenseModel(self.decoder, ())).allocation
+
+    def expected(self, index: int) -> BlockAllocation:
+        """Return what a block keeps, or about the average where a budget is not divided yet."""
+        if self._known is not None:
+            return self._known.blocks[index]
+        shape, kept = self.decoder.shape(index), 1 - self.sparsity
         if self.units.family is not None:
-            return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(self.largest), kept))
+            return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(index), kept))
         # Of kinds that compete for a sub-block one is narrowed.
         for kind in {kind.part: kind for kind in reversed(self.units.kinds)}.values():
             shape = kind.with_count(shape, max(1, round(kept * kind.there(shape))))
@@ -315,7 +335,9 @@ class Program:
         """The workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        workspace = max(self.solver(coupled).takes(out, width, coupled), BASIS.bytes(out, width) if target.rotated else 0)
+        workspace = max(
+            self.solver(coupled).takes(out, width, coupled), BASIS.bytes(out, width) if target.rotated else 0
+        )
         return workspace + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:

@@ -5,20 +5,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from optprune.calibration import BlockMoments, Path, Visit
 from optprune.calibration.calls import Calls, Wanted, calls_of
+from optprune.calibration.expert_answers import expert_choice
 from optprune.calibration.moments_pass import Collected
+from optprune.errors import StrictError
 from optprune.metric import OutputMetric
-from optprune.models import BlockAllocation, BlockShape, Decoder, Target
+from optprune.models import BlockShape, Decoder, Target
+from optprune.problems import Problem
+from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
-from optprune.pruning.experts import remove_experts
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
-from optprune.pruning.matching import descent_of, match_block
-from optprune.pruning.recovery import recover
+from optprune.pruning.refinement import descent_of, match_block, recover
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
+from optprune.solvers.experts import choose_experts
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,9 +80,7 @@ class BlockResult:
 def prune_block(
     decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor | None = None
 ) -> BlockResult:
-    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it.
-
-    """
+    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks, layers=_shares(decoder, task)))
     with decoder.resident(index, keep=True):
@@ -252,3 +254,46 @@ class _BlockRun:
             name=decoder.block_name(task.index),
         )
         self.recovered.append(part)
+
+
+FEW = 32
+"""fewer tokens than these say little of an expert"""
+
+
+def remove_experts(decoder: Decoder, index: int, keep: int, method: Method, fit: Calls, apart: Calls) -> LayerReport:
+    """Choose `keep` experts of a block by what it is called with, delete the others, and say how well that went.
+
+    The tokens are the first of those to `fit`, as many as `expert_choice` takes; those `apart` only measure the choice.
+    """
+    began, solver, mixture = time.perf_counter(), method.expert_solver, decoder.architecture.mixture
+    assert mixture is not None
+    name, problem = decoder.name(index, mixture.experts), expert_choice(decoder, index, fit, keep)
+    found = choose_experts(problem, solver)
+    held_out = None
+    if apart.tokens:
+        held_out = expert_choice(decoder, index, apart, keep).relative_error(found.kept)
+    every = torch.ones_like(found.kept)
+    reached = (problem.weights(every) > 0).sum(0)
+    few = [f"{expert} ({int(count)})" for expert, count in enumerate(reached) if count < FEW]
+    notes = (f"few calibration tokens reach some experts: {', '.join(few[:4])}",) if few else ()
+    if method.strict and notes:
+        raise StrictError(f"{name}: {notes[0]} (strict mode makes this an error)")
+    decoder.keep_experts(index, found.kept)
+    return LayerReport(
+        name=name,
+        kind=problem.kind,
+        solver=solver.label,
+        relative_error=problem.relative_error(found.kept),
+        held_out_error=held_out,
+        status="converged",
+        objective=found.objective,
+        lower_bound=found.lower_bound,
+        gap=None if found.lower_bound is None else 0.0,
+        damping=0.0,
+        tokens=problem.tokens,
+        seconds=time.perf_counter() - began,
+        kept=keep,
+        units=problem.experts,
+        dead_inputs=int((reached == 0).sum()),
+        notes=notes,
+    )

@@ -19,8 +19,7 @@ from optprune.models import UNITS, Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
-from optprune.pruning.output_metrics import undamped_metrics
-from optprune.pruning.states import place_for
+from optprune.pruning.run import place_for, undamped_metrics
 from optprune.recipe import Recipe
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET

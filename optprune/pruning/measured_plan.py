@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from optprune.allocation import Allocation, DenseModel, MeasuredBudget
 from optprune.calibration import Probe, calibrating, first_inputs, first_tokens, hold_out
 from optprune.calibration.fisher_pass import TOKENS_AT_ONCE, collect_metrics, head_gradient, next_tokens, sampled
-from optprune.calibration.moments_pass import collect
 from optprune.calibration.stream import Stream, advance
 from optprune.errors import InputError
 from optprune.measure.clock import clock
@@ -110,9 +109,7 @@ def timed(program: Program, source: str, measuring: Measuring) -> Plan:
     batches = _batches(program, measuring.tokens, count)
     rates = BlockProbe(program, decoder, batches, index).rates()
     starting = around.start if measuring.starting is None else measuring.starting
-    seconds = seconds_of(
-        program, rates, around, opening=opening, tokenising=measuring.tokenising, starting=starting
-    )
+    seconds = seconds_of(program, rates, around, opening=opening, tokenising=measuring.tokenising, starting=starting)
     plan = planned_memory(program, base, around.fresh)
     return Plan.of([replace(phase, seconds=seconds[phase.name]) for phase in plan.phases])
 
@@ -323,9 +320,7 @@ def _cheap(program: Program) -> Method:
     """A method with the same passes, whose solves take next to nothing."""
     solver = FaspMetric() if program.units.kinds else Magnitude()
     objective = OBJECTIVES[program.units.objective]
-    return replace(
-        program.method, solver=solver, objective=objective, dampings=(), recovery=None, matching=None
-    )
+    return replace(program.method, solver=solver, objective=objective, dampings=(), recovery=None, matching=None)
 
 
 def _timed(device: torch.device, run: Callable[[], object]) -> float:

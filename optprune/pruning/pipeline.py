@@ -170,9 +170,7 @@ def run_program(
 
 
 @contextmanager
-def followed(
-    progress: bool, listener: Listener | None, program: Program, device: torch.device
-) -> Iterator[Listener]:
+def followed(progress: bool, listener: Listener | None, program: Program, device: torch.device) -> Iterator[Listener]:
     """Yield what receives the events of a run: the listener, if any, and with `progress` a display of them too."""
     listener = listener or (lambda event: None)
     if not progress:

@@ -1,6 +1,8 @@
 """A run: what all its blocks share, and where it stands between two of them."""
 
-from collections.abc import Callable, Iterator
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -9,29 +11,79 @@ import torch
 from torch import Tensor
 
 from optprune.allocation import Allocator, DenseModel, Division
-from optprune.calibration import DenseStatistics, Path, calibrating, first_inputs, hold_out
+from optprune.calibration import (
+    BlockMoments,
+    DenseStatistics,
+    KnownMoments,
+    Path,
+    calibrating,
+    first_inputs,
+    first_tokens,
+    hold_out,
+)
 from optprune.calibration.lanes import Lanes
-from optprune.errors import StrictError
+from optprune.errors import InputError, StrictError
 from optprune.measure.clock import clock
-from optprune.measure.memory import release
+from optprune.measure.memory import free_memory, release
 from optprune.metric import Metrics
 from optprune.models import Decoder
+from optprune.models.draft import DRAFT_FIELD
+from optprune.models.places import InFile, OnDevice, OnHost, Place
+from optprune.numerics.fingerprint import fingerprint
 from optprune.program import BlockProgram, Program
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
-from optprune.pruning.cached_moments import CachedMoments
 from optprune.pruning.executors import LayerExecutor
-from optprune.pruning.facts import facts
-from optprune.pruning.jobs import BlockJob, BlockOutcome, moved
-from optprune.pruning.journal import Journal
-from optprune.pruning.output_metrics import measured_metrics
+from optprune.pruning.journal import Journal, digest_of_model
 from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
-from optprune.pruning.states import place_for
+from optprune.pruning.workers import BlockJob, BlockOutcome, moved
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
+from optprune.system.facts import machine, versions
+from optprune.system.wording import counted
 
 Listener = Callable[[Event], None]
 MakeExecutor = Callable[[torch.device], LayerExecutor]
 """returns the executor of a run's layers, for the device of the model"""
+MOST_NAMED = 8
+"""the most layers that a note names: a model with experts has many"""
+OPENED = 0.5
+"""the approximate share of the loading that is done when a model is open and its weights are still to be read"""
+STATES = ("auto", "device", "host", "disk")
+"""what a user may say"""
+COPIES = 4
+"""how often hidden states may be there: those that enter a block, those that leave it, and the calls of a sub-module
+with their answers"""
+SHARE = 0.5
+"""the share of the free memory that they may have: the rest is for a block and the solve of a layer"""
+
+
+class CachedMoments:
+    """The moments of blocks that get the inputs of the dense model: of all independent blocks, else of the first."""
+
+    def __init__(self, decoder: Decoder, program: Program, known: KnownMoments | None) -> None:
+        """Use what is known, which is None where the path does not begin with the dense model's inputs."""
+        self._decoder, self._policy, self._known = decoder, program.policy, known
+        self._moves_weights_later = program.method.moves_weights_later
+
+    def block(self, index: int) -> BlockMoments | None:
+        """Return the moments of a block, as far as they are known."""
+        if self._known is None or (index > 0 and not self._policy.independent):
+            return None
+        return self._known.of(index)
+
+    def cover(self, blocks: Sequence[BlockProgram]) -> bool:
+        """Return whether a run needs no pass at all: only known moments of the dense model decide its blocks."""
+        policy, known = self._policy, self._known
+        if known is None or self._moves_weights_later:
+            return False
+        if policy.sequential or policy.dense_target or not policy.independent:
+            return False
+        return all(
+            known.knows(block.index, [target.tap for target in block.targets])
+            and not block.removed
+            and self._decoder.shape(block.index).experts == block.wanted.shape.experts
+            for block in blocks
+        )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -263,3 +315,122 @@ def warn_or_raise(strict: bool, warnings: tuple[str, ...]) -> tuple[str, ...]:
     if warnings and strict:
         raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
     return warnings
+
+
+def undamped_metrics(
+    program: Program,
+    decoder: Decoder,
+    batches: Sequence[Tensor],
+    statistics: DenseStatistics,
+    on_event: Callable[[Event], None],
+    lanes: Lanes,
+) -> Metrics:
+    """Return the output metrics of a program that has some, without damping."""
+    assert program.metric is not None
+    widest, used = program.metric.width or math.inf, first_tokens(batches, program.metric.tokens)
+
+    def on_pass(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
+
+    return statistics.metrics(decoder, used, program.seed, program.whole_metric, widest, on_pass, lanes)
+
+
+def measured_metrics(
+    program: Program,
+    decoder: Decoder,
+    batches: list[Tensor],
+    statistics: DenseStatistics,
+    on_event: Callable[[Event], None],
+    journal: JournalProtocol | None,
+    lanes: Lanes,
+) -> tuple[Metrics, tuple[str, ...]]:
+    """Return the damped output metrics, and notes where they are less than the recipe asks for.
+
+    A run that continues has those that were measured before it was stopped.
+    """
+    asked = program.metric
+    if asked is None:
+        return Metrics({}), ()
+    metrics = None
+    if journal is not None:
+        # What divides the budget needs the metric of every block, those of finished blocks too.
+        finished = journal.finished() if journal.division() is not None else []
+        metrics = journal.metrics.read(decoder, finished)
+    if metrics is None:
+        metrics = undamped_metrics(program, decoder, batches, statistics, on_event, lanes)
+        metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
+    small = metrics.diagonal_only()
+    cut = [path for path in program.whole_metric if any(name.endswith(f".{path}") for name in small)]
+    notes = list[str]()
+    if cut:
+        named = ", ".join(cut[:MOST_NAMED]) + (f" and {len(cut) - MOST_NAMED} more" if len(cut) > MOST_NAMED else "")
+        notes.append(
+            f"of {named} with over {asked.width or math.inf} outputs (metric.width) only the diagonal of the metric is "
+            "used"
+        )
+    reached, blocks = set(metrics), range(len(decoder.blocks))
+    every = [decoder.name(index, path) for index in blocks for path in decoder.paths(index)]
+    missed = [name for name in every if name not in reached]
+    if missed:
+        notes.append(
+            f"no token of the output metric reached {counted(len(missed), 'layer')}, as {missed[0]}: outputs count "
+            "alike"
+        )
+    return metrics.damped(asked.damping), tuple(notes)
+
+
+def facts(
+    program: Program, decoder: Decoder, batches: list[Tensor], lanes: Lanes, on_event: Callable[[Event], None]
+) -> dict[str, Any]:
+    """Return everything that decides the bytes of a run. All weights are read for it; events report how many."""
+
+    def on_bytes(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
+
+    return {
+        "the model": digest_of_model(decoder, on_bytes),
+        "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
+        "its dtype": str(decoder.model.dtype),
+        "the calibration tokens": fingerprint(batches),
+        "the lanes": lanes.count,
+        **program.facts(),
+        "the version": versions(),
+        "the machine": machine(decoder.model.device),
+        "the blocks": len(decoder.blocks),
+    }
+
+
+def check_states(states: str) -> None:
+    """Raise InputError where nobody knows such a place."""
+    if states not in STATES:
+        raise InputError(f"hidden states cannot be kept on {states!r}: choose {', '.join(STATES[:-1])} or {STATES[-1]}")
+
+
+def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: Path | None) -> Place:
+    """Where the hidden states of token ids [batch, length] are kept; `folder` is for a file of them.
+
+    "auto" is the device where four copies of them fit in half of its free memory, else the host's memory by the same
+    measure, else a file. Without a `folder` that is where the model's store puts things aside, or the system's folder
+    of temporary files. What is chosen changes no bit of a result.
+    """
+    check_states(states)
+    if states == "auto":
+        states = _by_size(decoder, sum(batch.numel() for batch in batches))
+    if states == "device":
+        return OnDevice()
+    if states == "host":
+        return OnHost()
+    if folder is not None:
+        return InFile(folder)
+    return InFile(Path(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
+
+
+def _by_size(decoder: Decoder, tokens: int) -> str:
+    """The first place with room enough; where the system tells nothing, there is."""
+    model = decoder.model
+    size = COPIES * tokens * model.config.hidden_size * (decoder.computes_in or model.dtype).itemsize
+    for name, device in (("device", model.device.type), ("host", "cpu")):
+        free = free_memory(model.device if device != "cpu" else None)
+        if free is None or size <= SHARE * free:
+            return name
+    return "disk"

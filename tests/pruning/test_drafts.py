@@ -17,7 +17,7 @@ from optprune.export import save_model
 from optprune.models import Decoder, Draft, load_model, open_model, trace
 from optprune.models.draft import DRAFT_FIELD
 from optprune.pruning import prune
-from optprune.pruning.facts import facts
+from optprune.pruning.run import facts
 from optprune.pruning.preflight import check_run
 from optprune.recipe import load_recipe
 from tests.helpers.streams import walked

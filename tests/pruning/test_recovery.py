@@ -16,8 +16,8 @@ from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder
 from optprune.pruning import module_loss, prune, recovery
-from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
-from optprune.pruning.recovery import recover
+from optprune.pruning.refinement import AtOutput, Inside, ModuleLoss
+from optprune.pruning.refinement import recover
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, answers, damaged, linearised
 from tests.helpers.tiny_models import TINY_MODELS

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
 from optprune.pruning import module_loss, prune, recovery
-from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
+from optprune.pruning.refinement import AtOutput, Inside, ModuleLoss
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, damaged, linearised
 from tests.helpers.tiny_models import tiny_llama

@@ -21,7 +21,7 @@ from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
 from optprune.pruning import executors, prune
 from optprune.pruning import run as pruning_run
-from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
+from optprune.pruning.workers import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.journal import Journal
 from optprune.pruning.workers import AHEAD, Layers, ParallelWorkers, WorkerPool, workers_of
 from optprune.report import BlockFinished, BlockStarted, Event, Report
