@@ -31,11 +31,10 @@ from optprune.models.draft import DRAFT_FIELD
 from optprune.models.places import InFile, OnDevice, OnHost, Place
 from optprune.numerics.fingerprint import fingerprint
 from optprune.program import BlockProgram, Program
-from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
+from optprune.pruning.block import BlockJob, BlockOutcome, BlockRecord, BlockResult, BlockTask, moved, prune_block
 from optprune.pruning.executors import LayerExecutor
 from optprune.pruning.journal import Journal, digest_of_model
 from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
-from optprune.pruning.workers import BlockJob, BlockOutcome, moved
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
 from optprune.system.facts import machine, versions
