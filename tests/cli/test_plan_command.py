@@ -9,7 +9,7 @@ import typer
 from optprune.cli import main
 from optprune.cli.app import app
 from optprune.errors import InputError
-from optprune.pruning.room import Room
+from optprune.program.room import Room
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import tiny_llama
 

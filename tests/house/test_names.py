@@ -8,6 +8,7 @@ import dis
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import CodeType, ModuleType
 
 import optprune
@@ -35,8 +36,7 @@ def test_every_name_is_defined() -> None:
     missing = {}
     for module in found:
         assert module.__file__ is not None
-        with open(module.__file__, encoding="utf-8") as stream:
-            code = compile(stream.read(), module.__file__, "exec")
+        code = compile(Path(module.__file__).read_text(encoding="utf-8"), module.__file__, "exec")
         names = undefined(code, {*vars(module), *vars(builtins)})
         if names:
             missing[module.__name__] = names
