@@ -27,7 +27,7 @@ from optprune.problems import Problem
 from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
-from optprune.pruning.refinement import descent_of, match_block, recover
+from optprune.pruning.refinement import match_block, recover
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
@@ -256,7 +256,7 @@ class _BlockRun:
             decoder.blocks[task.index],
             fit,
             apart,
-            descent_of(matching),
+            matching.descent,
             at_once=matching.sequences,
             pull=matching.pull,
             metric=metric,

@@ -430,11 +430,6 @@ def _rows(value: Any, size: int, rows: slice) -> Any:
     return value
 
 
-def descent_of(matching: Matching) -> Descent[Any]:
-    """The solver that a recipe asks for."""
-    return Lbfgs(matching.epochs) if matching.solver == "lbfgs" else Adam(matching.epochs, matching.rate)
-
-
 def match_block(
     block: nn.Module,
     fit: Calls,
