@@ -331,10 +331,10 @@ class Program:
         """The workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        workspace = max(
-            self.solver(coupled).takes(out, width, coupled), BASIS.bytes(out, width) if target.rotated else 0
-        )
-        return workspace + (AVERAGE * out**2 if coupled else 0)
+        work = self.solver(coupled).work(out, width, coupled=coupled)
+        if target.rotated:
+            work += best_basis_work(out, width)
+        return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
