@@ -23,9 +23,8 @@ from optprune.models.surgery import write
 from optprune.numerics.modules import first_output
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
-from optprune.recipe.groups import Matching
 from optprune.report import RecoveredPart
-from optprune.solvers import Adam, Descent, Lbfgs, match
+from optprune.solvers import Descent, match
 from optprune.sums import MomentSums
 
 PATIENCE = 2
