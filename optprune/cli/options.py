@@ -87,8 +87,7 @@ Sequences = Annotated[
     str,
     typer.Option(
         "--sequences",
-        help="packed: windows lie anywhere in the joined documents; whole: each lies within one document and begins with "
-        "it.",
+        help="packed: windows lie anywhere in the joined documents; whole: each lies in one document, from its start.",
         rich_help_panel=ADVANCED,
     ),
 ]

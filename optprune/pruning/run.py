@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -278,7 +279,8 @@ def begin(
         entering = first_inputs(decoder, fitted, lanes)
         path = program.policy.start(entering)
     known = statistics.known(decoder, fitted, held_out, lanes)
-    repaired = () if shared is None else shared.repaired()
+    finished = set[int]() if shared is None else set(shared.finished())
+    repaired = () if shared is None else shared.repaired()  # what looking at them has found
     return Run(
         decoder=decoder,
         program=program,
@@ -292,7 +294,7 @@ def begin(
         notes=notes + warn_or_raise(strict, division.warnings) + division.notes + repaired,
         journal=shared,
         facts={} if journal is None else decided,
-        finished=set() if shared is None else set(shared.finished()),
+        finished=finished,
         executor=ProcessExecutor(lanes.peers) if lanes.peers.size > 1 else executor(decoder.model.device),
         on_event=on_event,
     )
@@ -405,7 +407,7 @@ def check_states(states: str) -> None:
         raise InputError(f"hidden states cannot be kept on {states!r}: choose {', '.join(STATES[:-1])} or {STATES[-1]}")
 
 
-def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: Path | None) -> Place:
+def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: FilePath | None) -> Place:
     """Where the hidden states of token ids [batch, length] are kept; `folder` is for a file of them.
 
     "auto" is the device where four copies of them fit in half of its free memory, else the host's memory by the same
@@ -421,7 +423,7 @@ def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: 
         return OnHost()
     if folder is not None:
         return InFile(folder)
-    return InFile(Path(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
+    return InFile(FilePath(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
 
 
 def _by_size(decoder: Decoder, tokens: int) -> str:
