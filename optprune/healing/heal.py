@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from optprune.calibration.lanes import Alone, Peers
-from optprune.calibration.peers import Group
+from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
 from optprune.healing.folder import HealingFolder, Progress
@@ -75,7 +74,7 @@ def heal(
     """
     precise = learning_rate, warmup, weight_decay, clip
     settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed, epochs, generated)
-    peers = peers or (Group() if distributed.is_available() and distributed.is_initialized() else Alone())
+    peers = peers or (TorchPeers() if distributed.is_available() and distributed.is_initialized() else SingleProcess())
     _check(model, teacher, batches, held_out)
     decided: dict[str, Any] = {}
     if folder is not None:
@@ -120,7 +119,7 @@ def _with_generated(
     """The batches, with what the teacher writes: once, where a folder keeps it for a run that goes on."""
     if not settings.generated:
         return batches
-    windows = peers.exchange(None if folder is None else folder.generated())[0]
+    windows = peers.all_gather(None if folder is None else folder.generated())[0]
     if windows is None:
         windows = generated_windows(teacher, batches, settings.generated, seed=settings.seed, peers=peers, tell=tell)
         if folder is not None:
@@ -221,7 +220,7 @@ class _Run:
     def _resumed(self) -> Progress | None:
         """How far an earlier run was, with its state in the model and the optimizer; None where there was none."""
         progress = None if self.folder is None else self.folder.progress()
-        progress = self.training.peers.exchange(progress)[0]
+        progress = self.training.peers.all_gather(progress)[0]
         if progress is None:
             return None
         self.measured, self.dense_perplexity = list(progress.measured), progress.dense_perplexity
