@@ -186,7 +186,7 @@ def prune_command(
                 whole,
                 program,
                 drawn.batches,
-                lanes=partial_sums,
+                partial_sums=partial_sums,
                 peers=peers,
                 reporter=reporter,
                 phases=phases,
