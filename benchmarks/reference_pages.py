@@ -74,9 +74,9 @@ def command_page() -> str:
     """Return the page of the command line, from the tables that typer made of the commands."""
     parts = [
         "# Command line",
-        "`python -m benchmarks.readme` writes this page from the definitions of the commands. `optprune COMMAND --help` "
-        "prints the same. [The guides](../index.md) show the commands at work, and the [glossary](glossary.md) explains "
-        "the words.",
+        "`python -m benchmarks.readme` writes this page from the definitions of the commands, which `optprune COMMAND "
+        "--help` prints too. [The guides](../index.md) show the commands at work, and the [glossary](glossary.md) "
+        "explains the words.",
     ]
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
     parts += [part for name, command in commands.items() for part in _command(name, command)]
