@@ -1,6 +1,6 @@
 """Seconds of the processor that tests take, their child processes included: the unit of the budget of `make test`.
 
-`python -m tests.helpers.processor TEST.json E2E.json` makes the table in benchmarks/results/tests.md from the files that
+`python -m tests.helpers.processor TEST.json E2E.json` makes the table benchmarks/results/tests.md from the files that
 `OPTPRUNE_TEST_SECONDS=TEST.json make test` and `OPTPRUNE_TEST_SECONDS=E2E.json make test-e2e` write.
 """
 

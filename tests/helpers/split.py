@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 
-ROOMS = {"allocation", "calibration", "cli", "comparison", "export", "healing", "measure", "models", "pruning", "report"}
+ROOMS = {
+    "allocation",
+    "calibration",
+    "cli",
+    "comparison",
+    "export",
+    "healing",
+    "measure",
+    "models",
+    "pruning",
+    "report",
+}
 """folders of the tests that are split: they make models and runs"""
 FAMILIES = {"gpt2", "llama", "mixtral", "opt", "phi3"}
 """one family of each structure: fused and transposed layers; Llama-like; experts; LayerNorm, learned positions and
