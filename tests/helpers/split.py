@@ -6,7 +6,8 @@ over families, recipes, policies and more, and all combinations take long. Of th
 - one family of each structure, and some recipes, and
 - of several parameters as few combinations as hold every value once (each-choice coverage; Ammann and Offutt, 1994).
 
-The other combinations are marked `e2e` here. Solvers and problems are not split: each accepted pair keeps all laws.
+The other combinations are marked `e2e` here. Laws are not split: each accepted pair of problem and solver keeps all of
+them in `make test`.
 """
 
 from collections import defaultdict
@@ -70,7 +71,8 @@ def split(items: Iterable[pytest.Item], names: dict[Hashable, str]) -> None:
     """
     groups: dict[tuple, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.path.parent.name in ROOMS and hasattr(item, "callspec"):
+        here = item.path.parent.name in ROOMS and item.path.name not in LAWS
+        if here and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
             groups[item.path, item.originalname].append(item)
     for group in groups.values():
         everyday = [item for item in group if not (item.get_closest_marker("slow") or item.get_closest_marker("e2e"))]
