@@ -27,8 +27,11 @@ ROOMS = {
     "models",
     "pruning",
     "report",
+    "solvers",
 }
-"""folders of the tests that are split: they make models and runs"""
+"""folders of the tests that are split"""
+LAWS = {"test_metric_laws.py", "test_solver_laws.py"}
+"""files of tests that are not split"""
 FAMILIES = {"gpt2", "llama", "mixtral", "opt", "phi3"}
 """one family of each structure: fused and transposed layers; Llama-like; experts; LayerNorm, learned positions and
 biases; fused layers"""
@@ -55,7 +58,7 @@ def _minor(item: pytest.Function, names: dict[Hashable, str]) -> set[str]:
 def chosen(combinations: list[dict[str, Any]]) -> list[int]:
     """Return the places of few combinations in which every value of every parameter occurs, chosen greedily."""
     values = [{(name, _key(value)) for name, value in each.items()} for each in combinations]
-    missing: set[tuple[str, Hashable]] = set().union(*values)
+    missing = set[tuple[str, Hashable]]().union(*values)
     places = []
     while missing:
         best = max(range(len(values)), key=lambda place: len(values[place] & missing))
