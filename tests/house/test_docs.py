@@ -74,6 +74,7 @@ def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytes
     exec(compile(code, name, "exec"), {"__name__": name})
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("page", "number"),
     [(page, number) for page, blocks in BLOCKS.items() if page != EXTEND for number in range(len(blocks))],
@@ -90,6 +91,7 @@ def test_a_block_of_python_runs_by_itself(
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", range(len(BLOCKS[EXTEND])), ids=SECTIONS)
 def test_an_extension_works_from_a_package_of_a_stranger(
     number: int,
