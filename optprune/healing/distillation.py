@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models import answer_of
+from optprune.models import scale_logits
 from optprune.numerics.kullback_leibler import divergence_terms
 
 POSITIONS_AT_ONCE = 256
@@ -44,7 +44,7 @@ class Reader:
         """The log-probabilities [..., vocabulary] in float32 of the next token at hidden states [..., hidden]."""
         head: Any = self.model.get_output_embeddings()
         with self.precision():
-            logits = answer_of(self.model.config, head(hidden))
+            logits = scale_logits(self.model.config, head(hidden))
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from optprune.healing.settings import LEARNING_RATE, Settings
 from optprune.healing.training import Clock, Training, Windows, checkpointing, trainable
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
-from optprune.models.digits import parameters_in
+from optprune.models.surgery import parameters_in
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import DivergenceMeasured, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import HEALING

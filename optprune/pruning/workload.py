@@ -31,8 +31,6 @@ REMOVAL = {False: GreedyObs.workspace, True: GreedyObs.coupled_workspace}
 """the workspace of a removal curve, which a greedy elimination is, without and with a whole metric"""
 ENTRIES = {False: Workspace(16.0, 12.0), True: Workspace(16.0, 28.0, 8.0)}
 """the workspace of the costs of single weights, likewise"""
-BASIS = Workspace(32.0, 24.0)
-"""the workspace of the search for directions: A and B in float64, and what of them is for the directions kept"""
 MAX_SHARD = 5 * 10**9
 """the most bytes of a weights file, where nobody says it"""
 
@@ -250,7 +248,7 @@ class Workload:
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
         solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=coupled))
-        workspace = max(solver.takes(out, width, coupled), BASIS.bytes(out, width) if target.rotated else 0)
+        workspace = max(solver.takes(out, width, coupled), round(target.work(out, width).bytes))
         return workspace + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: list[Target], target: Target) -> int:
