@@ -112,13 +112,13 @@ def run(cases: Iterable[tuple[str, Settings]], options: argparse.Namespace) -> N
                 if options.share is not None and common is None:
                     folder = Path(options.share) / f"{name}-{seed}-{tokens}" if options.share else None
                     common = collect(model, batches, recipes=[], folder=folder)  # what a run needs is added to them
-                spared = 0.0 if common is None else common.spared
+                saved = 0.0 if common is None else common.seconds_saved
                 report, taken = measured(pruned, batches, chosen, common)
             except InputError as error:
                 print(f"{recipe} {settings} is not for {name}: {error}", flush=True)
                 continue
             # As long as the run would have taken alone.
-            seconds = report.seconds + (0.0 if common is None else common.spared - spared)
+            seconds = report.seconds + (0.0 if common is None else common.seconds_saved - saved)
             add(
                 {
                     **dict(zip(KEY, key, strict=True)),

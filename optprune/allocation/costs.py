@@ -10,7 +10,7 @@ from optprune.problems import LayerLoss
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 
-UNHEARD = 1e-5
+NOISE_FLOOR_NATS = 1e-5
 """the smallest divergence, in nats a token, that float32 arithmetic tells from none"""
 
 
@@ -71,5 +71,5 @@ class CostBudget(ABC):
 def rate_of(measured: float, predicted: float, in_nats: bool) -> float:
     """A divergence over what the losses predict, which is in the same unit under an output metric only."""
     if in_nats:
-        return (measured + UNHEARD) / (predicted + UNHEARD)
-    return (measured + UNHEARD) / predicted if predicted > 0 else 1.0
+        return (measured + NOISE_FLOOR_NATS) / (predicted + NOISE_FLOOR_NATS)
+    return (measured + NOISE_FLOOR_NATS) / predicted if predicted > 0 else 1.0

@@ -83,7 +83,7 @@ class Statistics(DenseStatistics):
         """Those of one `source`, where it is named; a `folder`, which only such a one has, is made or gone on with."""
         self.source = source
         """what the statistics are of; None where they go by content"""
-        self.spared = 0.0
+        self.seconds_saved = 0.0
         """the seconds of measuring that were saved"""
         self._present: Source | None = source
         self._shelf = InMemory() if folder is None or source is None else InFolder(folder, source.facts)
@@ -158,7 +158,7 @@ class Statistics(DenseStatistics):
         return value
 
     def _spare(self, seconds: float) -> None:
-        self.spared += seconds
+        self.seconds_saved += seconds
 
 
 @final

@@ -175,7 +175,7 @@ class Session:
         return True
 
     def _result(self, cell: Cell, recipe: Recipe, statistics: Statistics) -> CellResult:
-        before, drawn = statistics.spared, self.drawn[cell.seed]
+        before, drawn = statistics.seconds_saved, self.drawn[cell.seed]
         try:
             loaded = self.origin.fresh(self.scratch(), whole=self.speed is not None)
             report = prune(
@@ -190,7 +190,7 @@ class Session:
             )
             found = self.predictions.beside(loaded.decoder())
             weights = round((1 - report.sparsity_reached) * self.loaded.decoder().linear_weights())
-            alone = report.seconds + statistics.spared - before
+            alone = report.seconds + statistics.seconds_saved - before
             figures = self._figures(loaded, found, report.sparsity_reached, weights, alone, report.notes)
             if not math.isfinite(figures.perplexity):
                 return CellResult(cell, None, DESTROYED)

@@ -69,7 +69,7 @@ def collect(
         needs.walk(on_event)
         for recipe in _of_any_sparsity(recipes or ()):
             needs.measure_costs(recipe.settled(), on_event)
-    statistics.spared = 0.0
+    statistics.seconds_saved = 0.0
     return statistics
 
 

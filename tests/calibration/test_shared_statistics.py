@@ -53,7 +53,7 @@ def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
     shared, alone = Statistics(), pruned(None, **settings)
     for run in range(2):
         weights, report = pruned(shared, **settings)
-        assert (shared.spared > 0) == (run > 0)
+        assert (shared.seconds_saved > 0) == (run > 0)
         assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())
         assert (report.allocation, report.notes) == (alone[1].allocation, alone[1].notes)
 
@@ -62,7 +62,7 @@ def test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run(
     """The statistics lie in memory: what a run scales is its own copy."""
     shared, settings = Statistics(), {"recipe": "sparse_best", "probe_tokens": 50, "sparsity": 0.5}
     alone, first, second = (pruned(statistics, **settings) for statistics in (None, shared, shared))  # type: ignore[arg-type]
-    assert shared.spared > 0
+    assert shared.seconds_saved > 0
     for weights, report in (first, second):
         assert report.allocation == alone[1].allocation
         assert all(torch.equal(value, alone[0][name]) for name, value in weights.items())

@@ -17,24 +17,24 @@ RUN, EACH = 7.0, 100.0
 
 
 def test_a_cell_takes_its_run_and_what_was_measured_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prune, spared = session.prune, list[int]()
+    prune, calls = session.prune, list[int]()
 
-    def spare(self: Statistics, seconds: float) -> None:
-        self.spared += EACH
-        if spared:  # else the model is measured for all of them, before the first
-            spared[-1] += 1
+    def save(self: Statistics, seconds: float) -> None:
+        self.seconds_saved += EACH
+        if calls:  # else the model is measured for all of them, before the first
+            calls[-1] += 1
 
     def timed(*arguments: Any, **options: Any) -> Report:
-        spared.append(0)
+        calls.append(0)
         return replace(prune(*arguments, **options), seconds=RUN)
 
-    monkeypatch.setattr(Statistics, "_spare", spare)
+    monkeypatch.setattr(Statistics, "_spare", save)
     monkeypatch.setattr(session, "prune", timed)
     recipes = ["magnitude", "structured_best", "structured_uniform_best"]
     found = optprune.compare(loaded(), recipes, [0.2, 0.3], **TwoTexts.into(tmp_path).asked())
     cells = [result for result in found.results if result.figures is not None]
-    assert len(cells) == len(spared) == 6
-    assert sum(spared) > len(spared)
-    for result, count in zip(cells, spared, strict=True):
+    assert len(cells) == len(calls) == 6
+    assert sum(calls) > len(calls)
+    for result, count in zip(cells, calls, strict=True):
         assert result.figures is not None
         assert (result.spent, result.figures.seconds) == (RUN, RUN + count * EACH)
