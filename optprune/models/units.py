@@ -78,7 +78,10 @@ class Units(ABC):
 
     @abstractmethod
     def work(self, outputs: int, inputs: int) -> Work:
-        """Return the work of choosing units in a layer [outputs, inputs] beside that of the solver; Work() for none."""
+        """Return the work of choosing units in a layer [outputs, inputs], Work() for none.
+
+        The solver, and the search for a basis of `rotated` units, declare their own.
+        """
 
     @property
     def compete(self) -> bool:
@@ -241,16 +244,7 @@ class Values(LinkedUnits):
         return asked if coarse else 1
 
     def work(self, outputs: int, inputs: int) -> Work:
-        """Return the work of the search for a rotated basis (solvers/value_basis.py), none for coordinates.
-
-        A round takes nine products [outputs, inputs] x [inputs, inputs] and a Cholesky inverse; there are four rounds
-        in float64, which counts twice. The memory is that of A and B in float64, and of their parts for the kept
-        directions, fitted to peaks by benchmarks/workspace.py.
-        """
-        if not self.rotated:
-            return Work()
-        square, mixed = inputs**2, inputs * outputs
-        return Work(2 * (80 * mixed * inputs + 8 * square * inputs), 32 * square + 24 * mixed)
+        return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
 
 
 @final

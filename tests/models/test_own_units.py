@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from optprune import load_recipe, prune
-from optprune.models import UNITS, BlockShape, Decoder, LinkedUnits, Target, Values, unit_kinds
+from optprune.models import UNITS, BlockShape, Decoder, LinkedUnits, Mlp, Target, unit_kinds
+from optprune.models.units import Composite
 from optprune.work import Work
 from tests.helpers.tiny_models import tiny_llama
 
@@ -82,11 +83,9 @@ def test_units_say_what_choosing_them_costs(package) -> None:
     assert Target("mlp.down_proj", "mlp.down_proj").work(64, 128) == Work()
 
 
-def test_a_rotated_basis_costs_and_coordinates_do_not() -> None:
-    assert Values().work(64, 128) == Work()
-    basis = Values(rotated=True).work(64, 128)
-    assert basis.bytes == 32 * 128**2 + 24 * 64 * 128 and basis.flops > 72 * 64 * 128**2
-    assert UNITS["rotated-all-heads"].work(64, 128) == basis and UNITS["all"].work(64, 128) == Work()
+def test_a_composite_sums_the_work_of_its_kinds(package) -> None:
+    assert Composite("two", (Mlp(), package.Quads())).work(64, 128) == Work(flops=64 * 128)
+    assert all(units.work(64, 128) == Work() for units in UNITS.values())
 
 
 def test_every_kind_is_described() -> None:
