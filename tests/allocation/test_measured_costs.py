@@ -11,7 +11,7 @@ from transformers import OPTForCausalLM
 
 from optprune.allocation.currency import Prices, prices_of
 from optprune.allocation.knapsack import Curve, global_threshold, share_budget
-from optprune.allocation.width_curves import Choices, WidthCurve
+from optprune.allocation.width_costs import Choices, WidthCurve
 from optprune.models import UNITS, Decoder, Mlp
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.divided import divided
@@ -41,7 +41,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
 
 def test_a_sub_block_that_losses_call_worthless_costs_what_a_probe_measures() -> None:
     """A rate cannot make something of a loss of nothing."""
-    curve = WidthCurve(0, Mlp(), 128, {64: 2.0, 0: 0.0}).put_right({64: 1.0, 0: 0.5})
+    curve = WidthCurve(0, Mlp(), 128, {64: 2.0, 0: 0.0}).rescaled({64: 1.0, 0: 0.5})
     assert curve.losses == {64: pytest.approx(1.0, rel=1e-4), 0: 0.5}
 
 
@@ -108,7 +108,7 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
         found.update(curves)
         return share_budget(curves, budget)
 
-    monkeypatch.setattr("optprune.allocation.width_curves.share_budget", listen)
+    monkeypatch.setattr("optprune.allocation.width_costs.share_budget", listen)
     settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "least_kept": 0.0}
     divided(Decoder(model), load_recipe("structured_best", settings))
     for block, (part, layer) in product((0, 1), (("mlp", "fc2"), ("attention", "self_attn.out_proj"))):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optprune.allocation.width_curves import WidthCurve
+from optprune.allocation.width_costs import WidthCurve
 from optprune.calibration import Probe, calibrating
 from optprune.models import Decoder, Mlp
 from tests.helpers.tiny_models import by_variant
@@ -36,10 +36,10 @@ def test_a_sub_block_can_be_gone_for_a_divergence(make) -> None:
 def test_between_two_measurements_the_rate_is_between_theirs() -> None:
     predicted = {count: 128.0 - count for count in (96, 64, 32, 0)}
     curve = WidthCurve(0, Mlp(), 128, predicted, in_nats=False)
-    assert curve.put_right({}).losses == predicted
-    assert curve.put_right({64: 128.0}).losses == pytest.approx({96: 64, 64: 128, 32: 192, 0: 256}, rel=1e-5)
-    both = curve.put_right({64: 128.0, 0: 512.0}).losses
+    assert curve.rescaled({}).losses == predicted
+    assert curve.rescaled({64: 128.0}).losses == pytest.approx({96: 64, 64: 128, 32: 192, 0: 256}, rel=1e-5)
+    both = curve.rescaled({64: 128.0, 0: 512.0}).losses
     # Twice what was predicted of 64, four times of none: three times of 32, and above 64 twice.
     assert both == pytest.approx({96: 64, 64: 128, 32: 288, 0: 512}, rel=1e-5)
     # Of a loss of nothing no rate makes what was measured.
-    assert WidthCurve(0, Mlp(), 128, {64: 0.0, 0: 0.0}).put_right({0: 7.0}).losses == {64: 0.0, 0: 7.0}
+    assert WidthCurve(0, Mlp(), 128, {64: 0.0, 0: 0.0}).rescaled({0: 7.0}).losses == {64: 0.0, 0: 7.0}
