@@ -89,8 +89,8 @@ class CostBudget(ABC):
         """Return an empty collection. A `probe` rescales costs; `in_nats` says that losses are already in its unit."""
 
     @abstractmethod
-    def layer_work(self, outputs: int, inputs: int) -> Work:
-        """Return the work of measuring the costs of a layer with these widths."""
+    def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
+        """Return the work of measuring the costs of a layer of a block."""
 
     def held_bytes(self, decoder: Decoder) -> int:
         """Return the memory of the costs of all layers, which are held until the end."""
@@ -153,8 +153,7 @@ class ByCost(MeasuredBudget):
                 # The layers as the probe tries them together, in float32.
                 kept += sum(4 * shapes.layer(block, path).weight.numel() for path in {each.path for each in targets})
             for target in targets:
-                layer = shapes.layer(block, target.path)
-                costing = self.budget.layer_work(layer.out_features, layer.in_features)
+                costing = self.budget.layer_work(shapes, block, target)
                 work += Work(costing.flops, kept + costing.bytes)
             found.append(work + probe_block_work(shapes, block, probe_tokens, changes + own))
             changes += own

@@ -17,14 +17,11 @@ from optprune.patterns import PatternFamily, in_order
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.report import Event
 from optprune.solvers import ConjugateGradients, solve
-from optprune.solvers.removal import entry_costs
+from optprune.solvers.removal import entry_costs, entry_costs_work
 from optprune.work import Work
 
 MOST_COSTS = 1 << 22
 """the costs of single weights that are held for the whole model: of more, every k-th in sorted order is held"""
-
-INVERSE = 14.0
-"""the flops of the costs of a layer's weights over in^3: an inverse in float64"""
 
 
 @final
@@ -51,8 +48,9 @@ class WeightBudget(CostBudget):
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WeightCosts(self, decoder, statistics, probe, in_nats)
 
-    def layer_work(self, outputs: int, inputs: int) -> Work:
-        return Work(INVERSE * inputs**3, 16.0 * inputs**2 + 12.0 * inputs * outputs)
+    def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
+        outputs, inputs = shapes.layer(block, target.path).weight.shape
+        return entry_costs_work(outputs, inputs)
 
     def held_bytes(self, decoder: Decoder) -> int:
         # The costs, and the copies that are sorted.

@@ -21,14 +21,13 @@ from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from optprune.solvers import Restore, nested_basis
+from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.run import answer
+from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 
 TIMING = 0.8
 """the approximate share of the work of a budget in time that is done when the times of widths are measured"""
-
-CURVE = 14.0
-"""the flops of a layer's cost curve over in^3"""
 
 
 @final
@@ -85,8 +84,12 @@ class WidthBudget(CostBudget):
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WidthCosts(self, decoder, statistics, probe, in_nats)
 
-    def layer_work(self, outputs: int, inputs: int) -> Work:
-        return Work(CURVE * inputs**3, 23.0 * inputs**2 + 41.2 * inputs * outputs + 1.2 * outputs**2)
+    def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
+        assert target.kind is not None
+        multiple = target.kind.multiple(shapes.shape(block), self.multiple)
+        outputs, inputs = shapes.layer(block, target.path).weight.shape
+        curve = removal_curve_work(outputs, inputs, multiple)
+        return curve + best_basis_work(outputs, inputs) if target.kind.rotated else curve
 
 
 @dataclass(frozen=True, eq=False)

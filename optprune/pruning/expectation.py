@@ -11,26 +11,14 @@ import torch
 
 from optprune.allocation import Allocation
 from optprune.calibration import fisher_pass
-from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.calibration.moments_pass import moments_work
 from optprune.calibration.stream import SLOW, head_weights
 from optprune.measure.clock import clock
 from optprune.models import Decoder
+from optprune.pruning.matching import descent_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
-from optprune.solvers import (
-    Admm,
-    Chain,
-    ConjugateGradients,
-    FistaPruner,
-    GreedyObs,
-    Restore,
-    Spap,
-    SparseGpt,
-    Swaps,
-)
-from optprune.solvers.base import AnySolver
 
 WIDTH, TIMES = 512, 5
 """the width of the matrices whose product is timed, and how often it is"""
@@ -40,19 +28,6 @@ START = 3.0, 60.0
 """the least and the most seconds in which a process imports torch and transformers"""
 CHARACTERS_PER_SECOND = 1e6
 """what a tokenizer reads"""
-SEARCH: dict[type, float] = {
-    Admm: 60,
-    ConjugateGradients: 40,
-    FistaPruner: 175,
-    GreedyObs: 50,
-    Restore: 30,
-    SparseGpt: 18,
-    Spap: 75,
-    Swaps: 75,
-}
-"""how many times out in (out + in) multiplications a solver takes: on the shapes of SmolLM2-135M, as a rule of thumb"""
-RANKING = 8
-"""the same of solvers that rank and do not search"""
 
 
 def expected_seconds(
@@ -130,20 +105,15 @@ def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
-    work, search = 0.0, _search(recipe.layer_solver)
+    work, solver = 0.0, recipe.layer_solver
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
         passes, taps = 3 if recipe.policy.sequential else 2, {target.tap for target in targets}
         if recipe.matching is not None:
-            passes += recipe.matching.epochs * (1 + PASSES_BACK)
+            passes += descent_of(recipe.matching).work(decoder.weights_of(shape)).passes
         work += SLOW * tokens * (passes - 1) * decoder.weights_of(shape)
         work += moments_work(decoder, block, taps, tokens).flops / 2
         for outputs, inputs in (decoder.layer(block, path).weight.shape for path in {each.path for each in targets}):
-            work += search * outputs * inputs * (outputs + inputs)
+            # Two flops are a multiplication.
+            work += 0.0 if solver is None else solver.work(outputs, inputs).flops / 2
     return work
-
-
-def _search(solver: AnySolver | None) -> float:
-    if solver is None:
-        return 0.0
-    return sum(map(_search, solver.stages)) if isinstance(solver, Chain) else SEARCH.get(type(solver), RANKING)
