@@ -49,6 +49,7 @@ def run(model: PreTrainedModel, name: str, partial_sums: PartialSums, **more) ->
     return prune(model, batches(), load_recipe(recipe, settings), partial_sums=partial_sums, **more)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", RUNS)
 def test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums(name: str) -> None:
     make = tiny_opt if name in ("sparsegpt", "intra") else tiny_llama
