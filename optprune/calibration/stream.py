@@ -43,7 +43,7 @@ class Stream:
 
     def with_hidden(self, hidden: Iterable[Tensor]) -> "Stream":
         """A second stream at the same block, from other hidden states, which are taken one at a time."""
-        return Stream(self.hidden.anew(hidden), self.others, self.block, self.share)
+        return Stream(self.hidden.with_values(hidden), self.others, self.block, self.share)
 
     def past(self, hidden: States[Tensor]) -> None:
         """Go to the next block, which gets these hidden states."""

@@ -121,7 +121,7 @@ def test_what_does_not_stay_goes_with_the_store(tmp_path: Path) -> None:
     with opened.decoder().resident(0, keep=True):
         pass
     put, parts = store_of(opened), {"a": torch.randn(3, 2), "b": torch.tensor(1.0).bfloat16(), "c": torch.ones(0, 4)}
-    aside = put.aside.keep_all(parts)
+    aside = put.offload.keep_all(parts)
     assert all(torch.equal(value, parts[name]) for name, value in aside().items())
     folders = [put.scratch(name) for name in ("pruned", "aside")]
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 0], "what is put aside has no name"

@@ -95,7 +95,7 @@ REFUSED = {
     "mixtral": {
         "model.layers.0.mlp.gate": "it multiplies by a matrix [4, 64] and is no plain linear layer",
         "model.layers.0.mlp.experts": "hold several matrices, as those of experts do",
-        "model.layers.0": "there is one last layer of an MLP where blocks are understood, and here none",
+        "model.layers.0": "an MLP has one last layer in blocks that are understood, and here none",
     },
     "qwen2_moe": {"model.layers.0.mlp.shared_expert_gate": "it adds to the hidden states, and no linear layer stands"},
     "gpt_oss": {"model.layers.0.self_attn": "it has weights [4] and is no norm"},
@@ -191,14 +191,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         },
         "the layers run in the order",
     ),
-    "rows that lie otherwise": ({"rows_of_unit": 2}, "units mlp that are cut off are not units whose columns are zero"),
+    "rows that lie otherwise": ({"rows_of_unit": 2}, "removed units mlp do not equal units whose columns are zero"),
     "values in place of queries": (
         {"query": "self_attn.v_proj", "value": "self_attn.q_proj"},
-        "units kv-groups that are cut off are not units whose columns are zero",
+        "removed units kv-groups do not equal units whose columns are zero",
     ),
-    "a field that is none of the width": ({"mlp_width": "max_position_embeddings"}, "units mlp that are cut off"),
-    "a norm that is left out": ({"after_blocks": ()}, "what leaves the last block does not give the logits"),
-    "a factor that is none": ({"logits_factor": "num_attention_heads"}, "does not give the logits"),
+    "a field that is none of the width": ({"mlp_width": "max_position_embeddings"}, "removed units mlp do not equal"),
+    "a norm that is left out": ({"after_blocks": ()}, "the logits do not follow from the output of the last block"),
+    "a factor that is none": ({"logits_factor": "num_attention_heads"}, "the logits do not follow"),
     "other blocks": ({"blocks": "model"}, "the blocks are model.layers, and not model"),
     "a module that is not there": ({"after_blocks": ("model.nom",)}, "no model can be read by it"),
 }
