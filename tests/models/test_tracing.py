@@ -1,4 +1,4 @@
-"""Tracing: what is found out about an architecture by running it, beside descriptions by hand and beside refusals."""
+"""Traced drafts compared with the descriptions by hand, and refusals."""
 
 import functools
 from dataclasses import fields, replace
@@ -21,12 +21,12 @@ from tests.helpers.unknown_models import UNKNOWN, config_of
 
 BY_HAND = [each.name for each in fields(Draft) if each.name not in ("heads", "indivisible", "not_understood")]
 MORE_CAREFUL = {"phi3": ("head_dim_is_free",)}
-"""where the description by hand says no for the sake of configs other than this one"""
+"""fields that the description by hand denies because of configs other than this one"""
 
 
 @pytest.fixture
 def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No architecture is known."""
+    """Empty the table of architectures."""
     monkeypatch.setattr(registry, "ARCHITECTURES", {})
 
 
@@ -104,7 +104,7 @@ REFUSED = {
     "lfm2": {"model.layers.0.feed_forward.w2": "no field of the config says how many columns it has"},
     "gpt_bigcode": {"transformer.h.0.attn.c_proj": "the rows of attn.c_attn are not queries, keys and values"},
 }
-"""by model, modules that a draft must name, with the reason"""
+"""modules that a draft must name, with the reason, by model"""
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -119,7 +119,7 @@ def test_what_is_not_understood_is_named_and_keeps_a_draft_from_use(name: str) -
 
 
 def test_rows_of_an_mlp_unit_that_lie_beside_each_other_are_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phi-3 has the gates before all else; here each is before what it multiplies."""
+    """Phi-3 has all gates first; here each gate precedes the row that it multiplies."""
 
     def interleaved(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
         rows = mlp.gate_up_proj(hidden)

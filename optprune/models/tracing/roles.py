@@ -9,7 +9,9 @@ from torch import Tensor
 from optprune.models.architecture import BlockShape, Heads, rows_of_heads
 from optprune.models.tracing.traced_model import MOVED, SEQUENCES, TOKENS, TracedModel
 
-QUERY, KEY, VALUE = "query", "key", "value"
+QUERY: str = "query"
+KEY: str = "key"
+VALUE: str = "value"
 
 
 @dataclass(frozen=True)
