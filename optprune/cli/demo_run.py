@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optprune.cli.outputs import started
 from optprune.errors import InputError, OptpruneError
-from optprune.export import check_output, save_pruned
+from optprune.export import check_output, save_model
 from optprune.measure import perplexity
 from optprune.models import Decoder, LoadedModel, load_model, need_tokenizer
 from optprune.models.load import DEMO
@@ -130,7 +130,15 @@ def run_demo(
         after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
         reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
         window = measured_on[0]
-        saved = save_pruned(loaded, output, report, chosen, window=window, overwrite=overwrite, on_event=on_event)
+        saved = save_model(
+            loaded,
+            output,
+            report=report,
+            recipe=chosen,
+            check_tokens=window[None],
+            overwrite=overwrite,
+            on_event=on_event,
+        )
         again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
         reloaded = _measure(again, measured_on, EVALUATIONS[2], phases)
     if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:

@@ -18,7 +18,7 @@ from optprune.comparison.folder import ComparisonFolder
 from optprune.comparison.origins import Origin
 from optprune.comparison.results import CellResult, Figures
 from optprune.errors import OptpruneError, is_out_of_memory, no_room_behind
-from optprune.export import save_pruned
+from optprune.export import save_model
 from optprune.measure import Divergence, Work, measure_speed
 from optprune.measure.memory import free_memory, release
 from optprune.measure.speed import weight_bytes
@@ -225,7 +225,7 @@ class Session:
 
     def _save(self, cell: Cell, loaded: LoadedModel, report: Report, recipe: Recipe) -> None:
         place = self.folder.models / cell.name
-        save_pruned(loaded, place, report, recipe, window=self.windows[0], overwrite=True)
+        save_model(loaded, place, report=report, recipe=recipe, check_tokens=self.windows[:1], overwrite=True)
 
     def _is_much(self, decoder: Decoder) -> bool:
         """Whether what is kept of the dense model may be too much for the memory."""

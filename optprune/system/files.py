@@ -56,7 +56,7 @@ def write_whole(
         if replace:
             draft.replace(file)
         else:
-            _name_anew(draft, file)
+            name_anew(draft, file)
         if lasting:
             _sync_folder(file.parent)
     except BaseException as error:
@@ -69,7 +69,7 @@ def write_whole(
         raise InputError(f"{full}, so {file} was not written: make room and run again") from error
 
 
-def _name_anew(draft: Path, file: Path) -> None:
+def name_anew(draft: Path, file: Path) -> None:
     """Give a draft a name that nothing has. Raises InputError where something has it."""
     there = InputError(f"{file} is there since another command wrote it meanwhile: pass --overwrite to replace it")
     try:
