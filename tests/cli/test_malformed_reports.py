@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from optprune import prune
+from optprune import prune, save_model
 from optprune.cli import main
 from optprune.models import LoadedModel
 from optprune.recipe import load_recipe
