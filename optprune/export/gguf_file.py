@@ -18,9 +18,9 @@ from optprune.export.gguf_families import LLAMA_CPP, UNEVEN, Family, family_of, 
 from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensors
 from optprune.export.gguf_vocabulary import Vocabulary
 from optprune.models import Decoder, is_gguf, need_tokenizer, using_tokenizer
+from optprune.models.architecture import rope_types
 from optprune.models.checkpoint import Checkpoint
 from optprune.models.gguf import PlainReader
-from optprune.models.rotary import scalings
 from optprune.work import Work
 
 TYPES = {
@@ -212,7 +212,7 @@ def rotary_of(config: Any) -> dict[str, Any]:
 
     Raises InputError where llama.cpp does not support their scaling.
     """
-    for kind in scalings(config):
+    for kind in rope_types(config):
         if kind not in LLAMA_CPP.rotary:
             raise InputError(
                 f"rotary embeddings scaled by {kind} are not exported to GGUF: {', '.join(LLAMA_CPP.rotary)} are"

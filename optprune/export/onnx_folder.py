@@ -22,7 +22,7 @@ from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
 from optprune.export.portable import make_portable
 from optprune.export.source_files import origin_of
 from optprune.models import Decoder, LoadedModel, architecture_of
-from optprune.models.rotary import scalings
+from optprune.models.architecture import rope_types
 from optprune.recipe import RUNTIMES
 from optprune.system.wording import one_line
 from optprune.work import Work
@@ -82,7 +82,7 @@ class OnnxFolder(Exporter):
                 f"a {family} model runs other experts for other tokens, which a graph cannot: it is not exported to "
                 "ONNX"
             )
-        for kind in scalings(source.config):
+        for kind in rope_types(source.config):
             if kind not in runtime.rotary:
                 return (
                     f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "

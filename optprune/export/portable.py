@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.models.registry import architecture_called
+from optprune.models.registry import architecture_named
 
 ROTARY = ("rope_theta", "partial_rotary_factor")
 """fields that transformers 5 has in `rope_parameters`, and 4.x beside `rope_scaling`"""
@@ -35,7 +35,7 @@ def _add_older_fields(fields: dict[str, Any]) -> None:
     """Add the fields of 4.x for the dtype and the rotary embeddings, where 4.x would silently use its defaults."""
     if "dtype" in fields:
         fields["torch_dtype"] = fields["dtype"]
-    older = architecture_called(fields.get("model_type"), fields).older_names
+    older = architecture_named(fields.get("model_type"), fields).older_names
     fields |= {named: fields[name] for name, named in older.items() if name in fields}
     rotary = fields.get("rope_parameters")
     if not rotary:

@@ -158,9 +158,9 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tenso
 
 def _stored(decoder: Decoder, name: str) -> str:
     """Return the name of a tensor in a file; it is that in the model, except for stock classes."""
-    return decoder.architecture.stored(name) if is_stock(decoder.model.config) else name
+    return decoder.architecture.checkpoint_name(name) if is_stock(decoder.model.config) else name
 
 
 def _turned(decoder: Decoder, name: str, tensor: Tensor) -> Tensor:
     """Return a tensor in the layout of the file."""
-    return tensor.t() if decoder.architecture.is_turned(name) else tensor
+    return tensor.t() if decoder.architecture.is_transposed(name) else tensor

@@ -151,7 +151,7 @@ def test_a_folder_in_another_dtype(tmp_path: Path, capsys: pytest.CaptureFixture
     words = ["export", str(model), "--format", "transformers", "--type", "bfloat16", "--output", str(place)]
     assert main(words) == 0
     assert "check passed: logits differ by at most" in capsys.readouterr().out
-    assert optprune.load(place).dtype == torch.bfloat16
+    assert optprune.load_model(place, device="cpu").model.dtype == torch.bfloat16
     assert (place / "LICENSE").read_text() == "Do as you like." and (place / "tokenizer.json").is_file()
     with pytest.raises(InputError, match="float64"):
         export(model, tmp_path / "other", TransformersFolder(dtype="float64"))
