@@ -78,8 +78,11 @@ class GgufFile(Exporter):
         return Draft(draft, size, f"architecture {content.family.name}", content.notes(), expected=targets)
 
     def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
-        """Read the header back, and compare names, shapes and types of all tensors, and the end of the last one."""
-        stored = {tensor.name: tensor for tensor in PlainReader(draft.path).tensors}
+        """Read the header back, and compare names, shapes and types of all tensors."""
+        try:
+            stored = {tensor.name: tensor for tensor in PlainReader(draft.path).tensors}
+        except (ValueError, IndexError) as error:
+            raise OptpruneError(f"the GGUF file cannot be read back ({error}): please report this") from error
         expected: list[Target] = draft.expected
         for target in expected:
             found = stored.pop(target.name, None)

@@ -143,6 +143,9 @@ def test_a_file_that_differs_from_what_was_written_is_noticed(tmp_path: Path) ->
         changed = draft.__class__(draft.path, draft.bytes, expected=lost)
         with pytest.raises(OptpruneError, match="please report this"):
             exporter.check(ModelSource(folder), changed, lambda event: None)
+    draft.path.write_bytes(draft.path.read_bytes()[:-100_000])
+    with pytest.raises(OptpruneError, match="cannot be read back"):
+        exporter.check(ModelSource(folder), draft, lambda event: None)
 
 
 def test_a_folder_in_another_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
