@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from optprune.errors import InputError, OptpruneError
-from optprune.system.files import is_own_file, is_own_folder, name_anew, real_path
+from optprune.system.files import is_own_file, is_own_folder, real_path
 from optprune.system.wording import shown
 
 UNCHECKED = ".unchecked"
@@ -168,7 +168,7 @@ def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
         if overwrite:
             draft.replace(place)
         else:
-            name_anew(draft, place)
+            _name_anew(draft, place)
         return
     old = place.with_name(f".{place.name}.{draft.parent.name.rpartition('.')[2]}.old")
     replaced = place.exists()
@@ -190,3 +190,18 @@ def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
     if replaced:
         # The new folder is in place, even if parts of the old one cannot be deleted.
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_anew(draft: Path, file: Path) -> None:
+    """Rename a draft to a name that no file has. Raises InputError where a file has it."""
+    there = InputError(f"{file} is there since another command wrote it meanwhile: pass --overwrite to replace it")
+    try:
+        os.link(draft, file, follow_symlinks=False)  # unlike a rename, this replaces nothing
+    except FileExistsError:
+        raise there from None
+    except OSError:  # a file system without links
+        if file.exists() or file.is_symlink():
+            raise there from None
+        draft.rename(file)
+    else:
+        draft.unlink()
