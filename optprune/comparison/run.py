@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.calibration.source import digest_of_weights
+from optprune.calibration.statistics_cache import digest_of_weights
 from optprune.comparison.dense import dense_source
 from optprune.comparison.grid import Grid
 from optprune.comparison.kept_folder import ComparisonFolder
