@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks.common import markdown
 from optprune import Recipe, load_recipe
 from optprune.recipe import recipe_names
-from optprune.recipe.fields import recipe_fields
+from optprune.recipe.reference import recipe_fields
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def field_table() -> str:
     """What may be set of a recipe, and what that does."""
     rows = [
         {
-            "field": f"`{field.path}`" + (f" (`{field.flat}`)" if field.flat else ""),
+            "field": f"`{field.path}`",
             "value": field.kind,
             "default": f"`{field.default}`" if field.default else "",
             "what it says": field.meaning,

@@ -21,7 +21,7 @@ from optprune.report.phases import BUDGET
 
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
-    "set output_metric to diagonal, or probe_tokens to 512"
+    "set metric to diagonal, or allocation.probe_tokens to 512"
 )
 """the note of a division without an output metric and without probes"""
 

@@ -67,7 +67,7 @@ class WidthBudget(CostBudget):
         """Raise InputError unless a share of the model that can go is enough."""
         if self.sparsity > most:
             raise InputError(
-                f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and least_kept "
+                f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and allocation.least "
                 f"{self.least:g}: at most {most:.1%} of {unit} can go"
             )
 

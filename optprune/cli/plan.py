@@ -99,8 +99,8 @@ def plan_command(
         "seed": seed,
         "propagation": propagation,
         "units": units,
-        "pattern": pattern,
-        "width_multiple": width_multiple,
+        "units.weights": pattern,
+        "allocation.multiple": width_multiple,
         "strict": strict or None,
     }
     options = Options(

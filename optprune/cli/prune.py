@@ -95,8 +95,8 @@ def prune_command(
     ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
-    fields = {"sparsity": sparsity, "seed": seed, "propagation": propagation, "units": units, "pattern": pattern}
-    fields |= {"width_multiple": width_multiple, "strict": strict or None}
+    fields = {"sparsity": sparsity, "seed": seed, "propagation": propagation, "units": units, "strict": strict or None}
+    fields |= {"units.weights": pattern, "allocation.multiple": width_multiple}
     options = Options(
         model=model,
         recipe=recipe,

@@ -181,7 +181,9 @@ def a_head_that_nobody_needs(model: PreTrainedModel, block: int, head: int) -> P
 
 
 def recipe_with(**more: object) -> optprune.Recipe:
-    return load_recipe("structured_best", {"units": "all-heads", "sparsity": 0.1, "probe_tokens": 64, **more})
+    return load_recipe(
+        "structured_best", {"units": "all-heads", "sparsity": 0.1, "allocation.probe_tokens": 64, **more}
+    )
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)

@@ -145,7 +145,9 @@ def divided_by(prices: Prices, monkeypatch: pytest.MonkeyPatch, **settings) -> A
     report = prune(
         tiny_llama(),
         batches(),
-        load_recipe("structured_best", {"units": "mlp", "width_multiple": 16, "probe_tokens": 0, **settings}),
+        load_recipe(
+            "structured_best", {"units": "mlp", "allocation.multiple": 16, "allocation.probe_tokens": 0, **settings}
+        ),
     )
     assert any(prices.unit in note for note in report.notes)
     return Allocation(
@@ -176,7 +178,13 @@ def test_a_budget_in_time_takes_from_where_it_saves_time(monkeypatch) -> None:
 @pytest.mark.parametrize("units", ["mlp", "all", "kv-groups"])
 def test_budgets_are_told_in_the_report(budget: str, units: str, a_clock_that_counts_weights) -> None:
     sparsity = 0.1 if units == "kv-groups" else 0.2
-    settings = {"budget": budget, "units": units, "sparsity": sparsity, "budget_tokens": 64, "least_kept": 0.1}
+    settings = {
+        "allocation.currency": budget,
+        "units": units,
+        "sparsity": sparsity,
+        "allocation.tokens": 64,
+        "allocation.least": 0.1,
+    }
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
     saves = report.allocation["saves"]
     assert float(saves.split("%")[0]) / 100 >= sparsity
@@ -213,18 +221,18 @@ def test_attention_goes_whole_with_its_queries_and_keys() -> None:
 
     for units in ("vo", "kv-groups", "all"):
         model = useless_attention()
-        settings = {"units": units, "sparsity": 0.05, "least_kept": 0}
+        settings = {"units": units, "sparsity": 0.05, "allocation.least": 0}
         report = prune(model, batches(), load_recipe("structured_best", settings))
         assert Decoder(model).shape(1).kv_heads == 0
         assert report.sparsity_reached >= 0.05
 
 
 def test_what_is_refused() -> None:
-    for settings in ({"allocation": "uniform"}, {"units": "weights", "pattern": "unstructured", "solver": None}):
+    for settings in ({"allocation": "uniform"}, {"units": "weights", "units.weights": "unstructured", "solver": None}):
         with pytest.raises(InputError, match="divided over widths"):
-            load_recipe("structured_best", {"budget": "flops", "refit_damping": [], **settings})
+            load_recipe("structured_best", {"allocation.currency": "flops", "refit.dampings": [], **settings})
     with pytest.raises(InputError, match="budget"):
-        make_recipe({"budget": "seconds"})
+        make_recipe({"allocation.currency": "seconds"})
     decoder = Decoder(tiny_llama())
     with pytest.raises(InputError, match="positions"):
         prices_of(decoder, "time", 1 << 20, KINDS)
@@ -232,5 +240,5 @@ def test_what_is_refused() -> None:
         prune(
             tiny_llama(),
             batches(),
-            load_recipe("structured_best", {"units": "mlp", "budget": "flops", "sparsity": 0.6}),
+            load_recipe("structured_best", {"units": "mlp", "allocation.currency": "flops", "sparsity": 0.6}),
         )

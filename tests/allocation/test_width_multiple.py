@@ -34,7 +34,7 @@ def batches() -> list[torch.Tensor]:
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_units_of_ones_own_are_cut_to_the_multiple(allocation: str) -> None:
     model = tiny_llama()
-    fields = {"units": Neurons(), "sparsity": 0.3, "width_multiple": 16, "allocation": allocation}
+    fields = {"units": Neurons(), "sparsity": 0.3, "allocation.multiple": 16, "allocation": allocation}
     prune(model, batches(), load_recipe("structured_best", fields))
     widths = [block.mlp.up_proj.out_features for block in model.model.layers]
     assert all(width % 16 == 0 for width in widths) and min(widths) < 128

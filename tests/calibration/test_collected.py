@@ -118,7 +118,7 @@ def test_the_costs_of_a_budget_are_measured_once(
     monkeypatch.setattr("optprune.allocation.weight_costs.entry_costs", again)
     for one in chosen:
         passes.clear()
-        other = optprune.load_recipe(one.name, {"sparsity": 0.4, "probe_tokens": 0})
+        other = optprune.load_recipe(one.name, {"sparsity": 0.4, "allocation.probe_tokens": 0})
         optprune.prune(copy.deepcopy(dense), batches(), other, statistics=statistics)
         # On the pruned path: on from the first block, and through the second to solve it and to its end.
         fitted, _ = hold_out(batches(), 0.0 if one.refit is None else one.refit.held_out)

@@ -317,7 +317,9 @@ def test_a_pattern_may_be_set_without_quotes(
 
 
 def test_one_damping_is_a_list_of_one() -> None:
-    assert load_recipe("fasp", {"refit_damping": 0.1, "held_out": 0.1}).refit == Refit(held_out=0.1, dampings=(0.1,))
+    assert load_recipe("fasp", {"refit.dampings": 0.1, "refit.held_out": 0.1}).refit == Refit(
+        held_out=0.1, dampings=(0.1,)
+    )
 
 
 @pytest.mark.parametrize(

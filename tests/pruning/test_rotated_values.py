@@ -75,7 +75,7 @@ def test_the_held_out_error_is_that_of_a_pass(name: str) -> None:
 @by_model
 def test_one_budget_with_probes_and_a_metric(make) -> None:
     model = make()
-    fields = {"allocation": "global", "probe_tokens": 64, "metric": "full", "sparsity": 0.2}
+    fields = {"allocation": "global", "allocation.probe_tokens": 64, "metric": "full", "sparsity": 0.2}
     _, plain = pruned(model, "all", **fields)
     found, rotated = pruned(model, "rotated-all", **fields)
     assert rotated.sparsity_reached == pytest.approx(plain.sparsity_reached, abs=0.02)
