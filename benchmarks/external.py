@@ -39,7 +39,8 @@ from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.solvers import Answer, DirectSolver, Solver, solve
+from optprune.solvers import Answer, DirectSolver, Solver, SparseGpt, solve
+from optprune.work import Work
 
 DAMPING = 0.01
 
@@ -48,6 +49,9 @@ class Foreign(DirectSolver[SparseLeastSquares]):
     """Somebody else's function of a linear layer and its Hessian."""
 
     accepts = (SparseLeastSquares,)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        return SparseGpt().work(outputs, inputs, coupled=coupled)
 
 
 def asked(problem: SparseLeastSquares) -> tuple[float, int, int]:
@@ -176,7 +180,7 @@ def layer_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
 
 def by_prune(here: Setting, method: str, name: str) -> PreTrainedModel:
     solver = load_recipe(method).solver
-    recipe = Recipe(objective=sparse, solver=solver, units="weights", pattern=name, sparsity=0.5, damping=DAMPING)
+    recipe = Recipe(objective=sparse, solver=solver, units={"weights": name}, sparsity=0.5, damping=DAMPING)
     model = copy.deepcopy(here.loaded.model)
     prune(model, here.batches, recipe)
     return model

@@ -28,7 +28,7 @@ NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
 CHOSEN_RIDGE: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]}
 """that of spap_plus"""
-GIVEN_RIDGE: Settings = {"refit.held_out": 0.0, "refit.dampings": []}
+GIVEN_RIDGE: Settings = {"refit": "none"}
 BELIEVED: Settings = {"allocation.probe_tokens": 0}
 PROBED: Settings = {"allocation.probe_tokens": 1024}
 MANY_RIDGES: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0]}

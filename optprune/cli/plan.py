@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optprune.cli.choices import check_choices
 from optprune.cli.options import (
     Allocation,
     Architecture,
@@ -120,6 +121,16 @@ def plan_command(
         states=states,
         target=target,
         architecture=architecture,
+    )
+    check_choices(
+        recipe,
+        units=units,
+        propagation=propagation,
+        target=target,
+        states=states,
+        sequences=sequences,
+        dtype=dtype,
+        save_dtype=save_dtype,
     )
     reporter = start()
     from optprune.models import check_dtype, device_of

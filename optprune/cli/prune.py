@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optprune.cli.choices import check_choices
+from optprune.cli.help import ADVANCED
 from optprune.cli.log import LogFile
 from optprune.cli.options import (
     Allocation,
@@ -14,10 +16,10 @@ from optprune.cli.options import (
     Device,
     Dtype,
     JsonFile,
-    Lanes,
     MaxShardSize,
     Model,
     Overwrite,
+    PartialSums,
     Pattern,
     Propagation,
     Ray,
@@ -79,7 +81,7 @@ def prune_command(
     strict: Strict = False,
     workers: Workers = None,
     ray: Ray = None,
-    lanes: Lanes = None,
+    partial_sums: PartialSums = None,
     states: States = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -87,11 +89,22 @@ def prune_command(
     max_shard_size: MaxShardSize = "5GB",
     settings: Settings = None,
     no_plan: Annotated[
-        bool, typer.Option("--no-plan", help="Begin even where the memory or the disk is not enough by the plan.")
+        bool,
+        typer.Option(
+            "--no-plan",
+            help="Begin even if the plan exceeds the memory or the disk.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = False,
     json_file: JsonFile = None,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="Add the lines of progress to a file, with the time.")
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="Append the lines of progress to a file, with the time.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
@@ -114,6 +127,16 @@ def prune_command(
         states=states,
         target=target,
         architecture=architecture,
+    )
+    check_choices(
+        recipe,
+        units=units,
+        propagation=propagation,
+        target=target,
+        states=states,
+        sequences=sequences,
+        dtype=dtype,
+        save_dtype=save_dtype,
     )
     reporter = start(lines := LogFile(log))
     from optprune.models import device_of
@@ -163,7 +186,7 @@ def prune_command(
                 whole,
                 program,
                 drawn.batches,
-                lanes=lanes,
+                partial_sums=partial_sums,
                 peers=peers,
                 reporter=reporter,
                 phases=phases,

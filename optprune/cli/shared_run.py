@@ -8,10 +8,10 @@ from optprune.cli.whole_run import WholeRun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optprune.calibration.lanes import Peers
+    from optprune.calibration.partial_sums import Peers
     from optprune.export import SavedModel
     from optprune.program import Program
-    from optprune.pruning import Lanes
+    from optprune.pruning import PartialSums
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
 
@@ -21,38 +21,38 @@ def shared_run(
     program: "Program",
     batches: "Sequence[Tensor]",
     *,
-    lanes: int | None,
+    partial_sums: int | None,
     peers: "Peers",
     reporter: "Reporter",
     phases: "PhaseRecorder",
     calibration: str,
     window: "Tensor",
 ) -> "tuple[Report, SavedModel | None] | None":
-    """Do the run over so many lanes, or as many as there are processes; None in all processes but the first."""
-    from optprune.pruning import Lanes
+    """Do the run with so many partial sums, or as many as there are processes; None in all processes but the first."""
+    from optprune.pruning import PartialSums
 
-    shared = Lanes(peers.size if lanes is None else lanes, peers)
-    batches = _one_a_lane(batches, shared.count)
+    shared = PartialSums(peers.size if partial_sums is None else partial_sums, peers)
+    batches = _one_for_each(batches, shared.count)
     shared.check(batches)
     if peers.rank:
         _help(whole, program, batches, shared)
         return None
     return whole.run(
-        program, batches, reporter=reporter, phases=phases, calibration=calibration, window=window, lanes=shared
+        program, batches, reporter=reporter, phases=phases, calibration=calibration, window=window, partial_sums=shared
     )
 
 
-def _one_a_lane(batches: "Sequence[Tensor]", lanes: int) -> "list[Tensor]":
-    """The batches, of fewer windows where there would not be one for each lane."""
+def _one_for_each(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]":
+    """The batches, of fewer windows where there would not be one for each partial sum."""
     import torch
 
     windows = [window for batch in batches for window in batch.split(1)]
-    if len(batches) >= lanes or len(windows) < lanes:
+    if len(batches) >= partial_sums or len(windows) < partial_sums:
         return list(batches)
-    return list(torch.cat(windows).split(len(windows) // lanes))
+    return list(torch.cat(windows).split(len(windows) // partial_sums))
 
 
-def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", lanes: "Lanes") -> None:
+def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", partial_sums: "PartialSums") -> None:
     """Take part in a run, of which nothing is kept here."""
     from optprune.models.store import Nowhere
     from optprune.program import check_batches
@@ -60,7 +60,7 @@ def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", lane
 
     may_be_finished = whole.output.may_be_finished
     loaded = whole.opened(Nowhere())
-    if may_be_finished and lanes.peers.exchange(None)[0]:
+    if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process has found the output finished
     every = check_batches(loaded.model.config, batches)
-    run_program(program, loaded.decoder(), every, workers=whole.workers, lanes=lanes)
+    run_program(program, loaded.decoder(), every, workers=whole.workers, partial_sums=partial_sums)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optprune.models import LoadedModel
     from optprune.models.store import BlockSink
     from optprune.program import Program
-    from optprune.pruning import Lanes, Workers
+    from optprune.pruning import PartialSums, Workers
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
 
@@ -71,7 +71,7 @@ class WholeRun:
         phases: "PhaseRecorder",
         calibration: str,
         window: "Tensor",
-        lanes: "Lanes | None" = None,
+        partial_sums: "PartialSums | None" = None,
     ) -> "tuple[Report, SavedModel | None]":
         """Load, prune, save and check; `calibration` names the text that the batches are from.
 
@@ -80,20 +80,20 @@ class WholeRun:
         """
         from optprune.export import save_pruned
         from optprune.program import check_batches
-        from optprune.pruning import Journal, Lanes, run_program
+        from optprune.pruning import Journal, PartialSums, run_program
         from optprune.pruning.run import OPENED, facts
         from optprune.report import joined, read_report
         from optprune.report.phases import LOADING
 
-        lanes, may_be_finished = lanes or Lanes(), self.output.may_be_finished
+        partial_sums, may_be_finished = partial_sums or PartialSums(), self.output.may_be_finished
         with kept_in(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 loaded = self.opened(journal.sink, journal.scratch)
             every = check_batches(loaded.model.config, batches)
             if may_be_finished:
                 with phases.phase(LOADING):
-                    decided = facts(program, loaded.decoder(), every, lanes, phases.on_event)
-                if lanes.peers.exchange(self.output.is_finished(journal, decided))[0]:
+                    decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
+                if partial_sums.peers.all_gather(self.output.is_finished(journal, decided))[0]:
                     return read_report(self.output.folder), None
             report = run_program(
                 program,
@@ -104,7 +104,7 @@ class WholeRun:
                 calibration=calibration,
                 journal=journal,
                 workers=self.workers,
-                lanes=lanes,
+                partial_sums=partial_sums,
             )
             report = replace(report, phases=joined(phases.done, report.phases))
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")

@@ -25,8 +25,10 @@ from optprune.patterns import ANYWHERE
 from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
 from optprune.program.method import BlockProgram, Method, Request
 from optprune.recipe.groups import FisherMetric, Matching, Recovery
-from optprune.solvers import AnySolver, GreedyObs, choose
-from optprune.solvers.workspace import Workspace
+from optprune.solvers import AnySolver, choose
+from optprune.solvers.greedy_obs import removal_curve_work
+from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.value_basis import best_basis_work
 
 TOKENS_PER_BATCH = 2048
 """approximate tokens of a calibration batch (texts/windows.py)"""
@@ -34,12 +36,6 @@ FIRST_FEW = 4
 """blocks at the beginning that are passed over when one block stands for the rest"""
 AVERAGE = 4
 """bytes of a number in averages over tokens, which are float32"""
-REMOVAL = {False: GreedyObs.workspace, True: GreedyObs.coupled_workspace}
-"""workspace of a removal curve, which is a greedy elimination, without and with a whole metric"""
-ENTRIES = {False: Workspace(16.0, 12.0), True: Workspace(16.0, 28.0, 8.0)}
-"""workspace of the costs of single weights, without and with a whole metric"""
-BASIS = Workspace(32.0, 24.0)
-"""workspace of the search for directions: A and B in float64, and their parts for the directions kept"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,10 +331,10 @@ class Program:
         """The workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        workspace = max(
-            self.solver(coupled).takes(out, width, coupled), BASIS.bytes(out, width) if target.rotated else 0
-        )
-        return workspace + (AVERAGE * out**2 if coupled else 0)
+        work = self.solver(coupled).work(out, width, coupled=coupled)
+        if target.rotated:
+            work += best_basis_work(out, width)
+        return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
@@ -363,8 +359,8 @@ class Program:
         layer = self.decoder.layer(self.largest, target.path)
         out, width = layer.out_features, layer.in_features
         coupled = self.coupled(target.path)
-        measures = REMOVAL if target.kind is not None else ENTRIES
-        return measures[coupled].bytes(out, width) + (AVERAGE * out**2 if coupled else 0)
+        measure = entry_costs_work if target.kind is None else removal_curve_work
+        return round(measure(out, width, coupled=coupled).bytes) + (AVERAGE * out**2 if coupled else 0)
 
     @property
     def all_costs_bytes(self) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from optprune.allocation import Allocator, Depth, MeasuredBudget
 from optprune.allocation.cost_work import SLOW, grams, head_weights
 from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.errors import OptpruneError
@@ -27,6 +28,7 @@ from optprune.models import Decoder
 from optprune.program.memory import RELOADING
 from optprune.program.program import Program
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 
 WIDTH, TIMES = 512, 5
@@ -172,8 +174,8 @@ def block_solves(program: Program, index: int) -> Work:
     for target in program.units.candidates(program.decoder, index):
         layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path)
         total += program.solver(coupled).work(layer.out_features, layer.in_features, coupled=coupled)
-        if target.kind is not None:
-            total += target.kind.work(layer.out_features, layer.in_features)
+        if target.rotated:
+            total += best_basis_work(layer.out_features, layer.in_features)
     return total
 
 
@@ -200,6 +202,20 @@ def block_metric(program: Program, index: int) -> Work:
     return forward(decoder, index) * (1 + PASSES_BACK) + Work(2 * SLOW * squares)
 
 
+def budget_work(allocator: Allocator, decoder: Decoder, tokens: int) -> Work:
+    """Return the work of dividing a budget."""
+    blocks, weights = len(decoder.blocks), decoder.linear_weights()
+    if isinstance(allocator, Depth):
+        if allocator.score == "influence":
+            return Work(2 * 2.0 * SLOW * tokens * weights)
+        # As many rounds as sub-blocks go, with a pass of half the model for each that is left, on average.
+        parts = 2 * blocks
+        gone = allocator.sparsity * parts
+        once = weights / 2 + head_weights(decoder)
+        return Work(2 * SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * once)
+    return Work(2 * allocator.work(decoder, tokens)) if isinstance(allocator, MeasuredBudget) else Work()
+
+
 def evaluation(decoder: Decoder, tokens: int) -> Work:
     """Return the work of predicting so many tokens."""
     return (_total(forward(decoder, index) for index in range(len(decoder.blocks))) + head(decoder)) * tokens
@@ -215,7 +231,7 @@ def phase_work(program: Program) -> dict[str, Work]:
         metric = each * program.first_tokens(program.metric.tokens)
     return {
         METRIC: metric,
-        BUDGET: program.allocator.work(program.decoder, tokens),
+        BUDGET: budget_work(program.allocator, program.decoder, tokens),
         PRUNING: _total(block_passes(program, index) for index in blocks) * tokens
         + _total(block_solves(program, index) + block_refinement(program, index) for index in blocks),
     }
@@ -294,7 +310,7 @@ def _metric(program: Program, rates: Rates, around: Surroundings, scale: float) 
 def _budget(program: Program, rates: Rates, around: Surroundings, scale: float) -> float:
     if not program.divides:
         return 0.0
-    work = program.allocator.work(program.decoder, program.tokens)
+    work = budget_work(program.allocator, program.decoder, program.tokens)
     files = 0.0 if program.request.whole else program.block_count * program.probe_changes * around.write_file
     return work.flops * rates.budget + scale * (rates.read + files)
 

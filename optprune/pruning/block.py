@@ -27,7 +27,7 @@ from optprune.problems import Problem
 from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
-from optprune.pruning.refinement import descent_of, match_block, recover
+from optprune.pruning.refinement import match_block, recover
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
@@ -49,7 +49,7 @@ class BlockTask:
     """number of batches, the last ones, that are held out"""
     onwards: bool = True
     """whether a later block needs the outputs of this one"""
-    walked: bool = False
+    detached: bool = False
     """whether the parent process computes the next block's inputs itself: then the path ends with this block"""
     known: BlockMoments | None = None
     """moments of the dense block, where it gets the inputs of the dense model; for this process only"""
@@ -165,7 +165,7 @@ class _BlockRun:
             self.decoder.blocks[task.index],
             held_out=task.held_out,
             cut=bool(task.block.removed) or task.block.fewer_experts,
-            walked=task.walked,
+            detached=task.detached,
             calls=self.wanted(task.method.recovery),
             known=task.known,
             whole=whole,
@@ -256,7 +256,7 @@ class _BlockRun:
             decoder.blocks[task.index],
             fit,
             apart,
-            descent_of(matching),
+            matching.descent,
             at_once=matching.sequences,
             pull=matching.pull,
             metric=metric,

@@ -39,6 +39,7 @@ from optprune.program.time import (
     block_passes,
     block_refinement,
     block_solves,
+    budget_work,
     forward,
     head,
     seconds_of,
@@ -283,7 +284,7 @@ class BlockProbe:
         probe = Probe(one, first_tokens(self.batches, allocator.probe_tokens)) if allocator.probes else None
         began = clock(self.device)
         allocator.along(DenseModel(one, self.batches, metrics), self.entering(self.batches), probe)
-        return _rate(clock(self.device) - began, allocator.work(one, self.tokens))
+        return _rate(clock(self.device) - began, budget_work(allocator, one, self.tokens))
 
     @property
     def tokens(self) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
 from optprune.calibration import DenseStatistics, calibrating
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
@@ -48,7 +48,7 @@ def prune(
     store: BlockStore | None = None,
     journal: Journal | None = None,
     workers: Workers | None = None,
-    lanes: Lanes | None = None,
+    partial_sums: PartialSums | None = None,
     states: str = "auto",
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
@@ -61,8 +61,8 @@ def prune(
     gave comes with the `store` of its blocks, which are in memory one at a time; afterwards the store gives the pruned
     ones. With a `journal` every block is on the disk once it is finished, and a run that was stopped goes on where it
     was. `workers` prune blocks side by side, where blocks are independent by the policy (dense, intra), or share the
-    layers of a block; the weights are those of a run without. Sums over batches are added over `lanes`, which processes
-    may share: each calls this with the same arguments, but for the first one's journal. `states` says where the hidden
+    layers of a block; the weights are those of a run without. Sums over batches are added in `partial_sums`, which
+    processes may share: each calls this with the same arguments, but for the first one's journal. `states` says where the hidden
     states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
     where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
     and with `progress` that is shown on stderr, with the time left.
@@ -91,7 +91,7 @@ def prune(
         calibration=calibration,
         journal=journal,
         workers=workers,
-        lanes=lanes,
+        partial_sums=partial_sums,
     )
 
 
@@ -109,15 +109,15 @@ def run_program(
     calibration: str = "",
     journal: Journal | None = None,
     workers: Workers | None = None,
-    lanes: Lanes | None = None,
+    partial_sums: PartialSums | None = None,
 ) -> Report:
     """Prune a model in place, as a program says that was resolved for its shapes, and return the report.
 
     `batches` are checked ones; the rest is as in `prune`. The report counts the seconds from `began`, a perf_counter.
     """
-    began, workers, lanes = began or time.perf_counter(), workers or Serial(), lanes or Lanes()
+    began, workers, partial_sums = began or time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
     model, recipe = decoder.model, program.request.recipe
-    _check_workers(decoder, program, workers, lanes)
+    _check_workers(decoder, program, workers, partial_sums)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
     with followed(progress, on_event, program, model.device) as listener:
@@ -130,7 +130,7 @@ def run_program(
             executor=workers.executor,
             statistics=statistics,
             journal=journal,
-            lanes=lanes,
+            partial_sums=partial_sums,
         )
         with phases.phase(PRUNING), calibrating(run.decoder):
             workers.prune(run)
@@ -189,10 +189,10 @@ def followed(progress: bool, listener: Listener | None, program: Program, device
         yield on_event
 
 
-def _check_workers(decoder: Decoder, program: Program, workers: Workers, lanes: Lanes) -> None:
+def _check_workers(decoder: Decoder, program: Program, workers: Workers, partial_sums: PartialSums) -> None:
     """Raise InputError where the weights are not there, or there are workers that do not go with the run."""
     if decoder.store is None and any(weight.is_meta for weight in decoder.model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     workers.check(program.policy)
-    if lanes.peers.size > 1 and not isinstance(workers, Serial):
-        raise InputError("the processes that share the lanes are the workers: leave other workers out")
+    if partial_sums.peers.size > 1 and not isinstance(workers, Serial):
+        raise InputError("the processes that share the partial sums are the workers: leave other workers out")

@@ -17,15 +17,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.calibration.lanes import LaneSums, TensorSums
+from optprune.calibration.partial_sums import OrderedSum, TensorSums
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
 from optprune.numerics.modules import first_output
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
-from optprune.recipe.groups import Matching
 from optprune.report import RecoveredPart
-from optprune.solvers import Adam, Descent, Lbfgs, match
+from optprune.solvers import Descent, match
 from optprune.sums import MomentSums
 
 PATIENCE = 2
@@ -46,18 +45,18 @@ class ModuleLoss:
     def error(self, calls: Calls) -> float:
         """The mean over tokens of the squared change of the output, in the metric."""
         sums = self.numbers(calls)
-        for lane, args, kwargs, target in calls.each():
-            sums.at(lane).add(self.energy(first_output(self.module(*args, **kwargs)) - target))
+        for part, args, kwargs, target in calls.each():
+            sums.at(part).add(self.energy(first_output(self.module(*args, **kwargs)) - target))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def signal(self, calls: Calls) -> float:
         """The mean over tokens of the squared targets themselves, in the metric."""
         sums = self.numbers(calls)
         for number, target in enumerate(calls.targets):
-            sums.at(calls.lane(number)).add(self.energy(target))
+            sums.at(calls.part(number)).add(self.energy(target))
         return float(sums.total().tensors[0]) / calls.tokens
 
-    def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> LaneSums[TensorSums]:
+    def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> OrderedSum[TensorSums]:
         """Sums over calls, of numbers in float64, and of tensors of these shapes in the dtype of the module."""
         like = next(self.module.parameters())
 
@@ -65,7 +64,7 @@ class ModuleLoss:
             number = like.new_zeros((), dtype=torch.float64, requires_grad=False)
             return TensorSums(number, *(like.new_zeros(shape, requires_grad=False) for shape in shapes))
 
-        return LaneSums(calls.share.lanes, fresh)
+        return OrderedSum(calls.share.partial_sums, fresh)
 
     def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
         """The sum over tokens of e^T S e."""
@@ -95,11 +94,11 @@ class Inside:
         inputs: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
         try:
-            for lane, args, kwargs, target in loss.fit.each():
+            for part, args, kwargs, target in loss.fit.each():
                 with torch.enable_grad(), _weight(self.layer, self.layer.weight.detach().requires_grad_()) as weight:
                     half = loss.energy(first_output(loss.module(*args, **kwargs)) - target) / 2
-                    sums.at(lane).add(2 * half.detach().double(), torch.autograd.grad(half, weight)[0])
-                moments.at(lane).add(inputs.pop())
+                    sums.at(part).add(2 * half.detach().double(), torch.autograd.grad(half, weight)[0])
+                moments.at(part).add(inputs.pop())
         finally:
             handle.remove()
         error, total = sums.total().tensors
@@ -112,10 +111,10 @@ class Inside:
         """H d: without biases the output is linear in the weight, so d takes its place."""
         loss, sums = self.loss, self.loss.numbers(self.loss.fit, tuple(direction.shape))
         with _without_biases(loss.module, self.layers), torch.enable_grad():
-            for lane, args, kwargs, _ in loss.fit.each():
+            for part, args, kwargs, _ in loss.fit.each():
                 with _weight(self.layer, direction.detach().requires_grad_()) as weight:
                     energy = loss.energy(first_output(loss.module(*args, **kwargs)))
-                    sums.at(lane).add(energy.detach(), torch.autograd.grad(energy / 2, weight)[0])
+                    sums.at(part).add(energy.detach(), torch.autograd.grad(energy / 2, weight)[0])
         return sums.total().tensors[1] / loss.fit.tokens
 
     def trace(self, signs: Float[Tensor, "out in"]) -> float:
@@ -123,8 +122,8 @@ class Inside:
         loss, calls = self.loss, self.loss.fit.first(TRACE_TOKENS)
         sums = loss.numbers(calls)
         with _without_biases(loss.module, self.layers), _weight(self.layer, signs):
-            for lane, args, kwargs, _ in calls.each():
-                sums.at(lane).add(loss.energy(first_output(loss.module(*args, **kwargs))))
+            for part, args, kwargs, _ in calls.each():
+                sums.at(part).add(loss.energy(first_output(loss.module(*args, **kwargs))))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def outputs(self) -> Float[Tensor, "out out"]:
@@ -134,8 +133,8 @@ class Inside:
         """
         loss, layer, calls = self.loss, self.layer, self.loss.fit.first(TRACE_TOKENS)
         sums = loss.numbers(calls, (layer.out_features, layer.out_features))
-        # Each lane draws its own signs.
-        generators = [torch.Generator().manual_seed(lane) for lane in calls.share.lanes.numbers]
+        # Each part draws its own signs.
+        generators = [torch.Generator().manual_seed(part) for part in calls.share.partial_sums.numbers]
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -144,12 +143,12 @@ class Inside:
 
         handle = layer.register_forward_hook(catch)
         try:
-            for lane, args, kwargs, _ in calls.each():
+            for part, args, kwargs, _ in calls.each():
                 with torch.enable_grad():
                     answer = first_output(loss.module(*args, **kwargs))
-                    signs = torch.randint(0, 2, answer.shape, generator=generators[lane]).to(answer) * 2 - 1
+                    signs = torch.randint(0, 2, answer.shape, generator=generators[part]).to(answer) * 2 - 1
                     effect = torch.autograd.grad(answer, caught.pop(), loss.rooted(signs))[0].flatten(0, -2)
-                sums.at(lane).tensors[1].add_(effect.T @ effect)
+                sums.at(part).tensors[1].add_(effect.T @ effect)
         finally:
             handle.remove()
         return sums.total().tensors[1] / calls.tokens
@@ -175,11 +174,11 @@ class AtOutput:
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
         try:
-            for lane, args, kwargs, target in calls.each():
+            for part, args, kwargs, target in calls.each():
                 change = first_output(self.loss.module(*args, **kwargs)) - target
                 seen = inputs.pop()
-                moments.at(lane).add(seen)
-                sums.at(lane).add(self.loss.energy(change), change.flatten(0, -2).T @ seen)
+                moments.at(part).add(seen)
+                sums.at(part).add(self.loss.energy(change), change.flatten(0, -2).T @ seen)
         finally:
             handle.remove()
         error, total = sums.total().tensors
@@ -352,9 +351,9 @@ def _damped_inverse(factor: Float[Tensor, "n n"], damping: float) -> Float[Tenso
     return torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 
-def _moments_of(layer: nn.Linear, calls: Calls) -> LaneSums[MomentSums]:
+def _moments_of(layer: nn.Linear, calls: Calls) -> OrderedSum[MomentSums]:
     """The sums of the moments of a layer's inputs over calls."""
-    return LaneSums(calls.share.lanes, partial(MomentSums, layer.in_features, layer.weight.device))
+    return OrderedSum(calls.share.partial_sums, partial(MomentSums, layer.in_features, layer.weight.device))
 
 
 @contextmanager
@@ -384,26 +383,26 @@ def _without_biases(module: nn.Module, layers: Sequence[str]) -> Iterator[None]:
 
 @final
 class Sequences(Examples):
-    """The sequences of a block's calls, one an example. A draw has a few of every lane."""
+    """The sequences of a block's calls, one an example. A draw has a few of every part."""
 
     def __init__(self, calls: Calls, at_once: int) -> None:
-        """A draw has `at_once` sequences of each lane, as long as there are any."""
-        self.calls, self.lanes = calls, calls.share.lanes
-        self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.lanes.own)]
-        """the call and the place in it of every sequence, by this process's lanes"""
+        """A draw has `at_once` sequences of each part, as long as there are any."""
+        self.calls, self.partial_sums = calls, calls.share.partial_sums
+        self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.partial_sums.own)]
+        """the call and the place in it of every sequence, by this process's partial_sums"""
         for number, shape in enumerate(calls.targets.shapes):
-            self._places[calls.lane(number)] += [(number, place) for place in range(shape[0])]
+            self._places[calls.part(number)] += [(number, place) for place in range(shape[0])]
         counts = [len(places) for places in self._places]
-        most = max(max(every, default=0) for every in self.lanes.peers.exchange(counts))
+        most = max(max(every, default=0) for every in self.partial_sums.peers.all_gather(counts))
         self.at_once, self.draws = at_once, max(1, -(-most // at_once))
 
     def sums(self, terms: Terms, zeros: Callable[[], tuple[Tensor, ...]], draw: int | None = None) -> Point:
-        sums = LaneSums(self.lanes, lambda: TensorSums(*zeros()))
-        for lane, places in enumerate(self._places):
+        sums = OrderedSum(self.partial_sums, lambda: TensorSums(*zeros()))
+        for part, places in enumerate(self._places):
             for number, place in places if draw is None else self._drawn(places, draw):
                 # The first before there is room for sums, none while the next is made: that needs room inside a block.
                 found = terms(self._example(number, place))
-                sums.at(lane).add(*found)
+                sums.at(part).add(*found)
                 del found
         return sums.total().tensors
 
@@ -430,11 +429,6 @@ def _rows(value: Any, size: int, rows: slice) -> Any:
     return value
 
 
-def descent_of(matching: Matching) -> Descent[Any]:
-    """The solver that a recipe asks for."""
-    return Lbfgs(matching.epochs) if matching.solver == "lbfgs" else Adam(matching.epochs, matching.rate)
-
-
 def match_block(
     block: nn.Module,
     fit: Calls,
@@ -449,7 +443,7 @@ def match_block(
 ) -> RecoveredPart:
     """Move the parameters of a block in place, zeros of its matrices kept, so that it answers the targets.
 
-    A draw of the solver has `at_once` sequences of each lane. The state with the least error on the calls kept apart
+    A draw of the solver has `at_once` sequences of each part. The state with the least error on the calls kept apart
     stays, rounded to a `dtype` where weights will be stored in one of fewer digits than the block has: that error
     never rises. InputError where the block itself has too few.
     """

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from optprune.calibration import (
     first_tokens,
     hold_out,
 )
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError, StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import free_memory, release
@@ -116,7 +117,7 @@ class Run:
     records: list[BlockRecord] = field(default_factory=list)
     passed: int = 0
     """number of finished blocks that this run has passed"""
-    dense_seconds: dict[int, float] = field(default_factory=dict)
+    dense_pass_seconds: dict[int, float] = field(default_factory=dict)
     """seconds of the pass through a dense block that a worker prunes meanwhile"""
 
     @cached_property
@@ -148,7 +149,7 @@ class Run:
             metrics=self.metrics_of(index),
             held_out=self.held_out,
             onwards=index < self.last and not self.needs_no_pass,
-            walked=self.needs_no_pass,
+            detached=self.needs_no_pass,
             known=self.cached.block(index),
         )
 
@@ -178,13 +179,13 @@ class Run:
                     metrics=metrics,
                     held_out=self.held_out,
                     onwards=False,
-                    walked=onwards,
+                    detached=onwards,
                 )
                 job = BlockJob.of(decoder, task)
                 if onwards:
                     before = clock(decoder.model.device)
                     self.path.pass_by(block, lambda: None)
-                    self.dense_seconds[index] = clock(decoder.model.device) - before
+                    self.dense_pass_seconds[index] = clock(decoder.model.device) - before
             self.on_event(BlockStarted(index, len(decoder.blocks), done=len(self.records)))
             del metrics, task
             yield job
@@ -194,7 +195,7 @@ class Run:
     def take(self, outcome: BlockOutcome) -> None:
         """Put the weights of a worker's block into the model; blocks come in any order."""
         record, decoder = outcome.record, self.decoder
-        passes = 2 * self.dense_seconds.pop(record.index, 0.0)
+        passes = 2 * self.dense_pass_seconds.pop(record.index, 0.0)
         record = replace(record, floor_seconds=record.floor_seconds + passes)
         weights = moved(outcome.weights, decoder.model.device)
         with decoder.resident(record.index, keep=True):
@@ -246,39 +247,42 @@ def begin(
     executor: MakeExecutor,
     statistics: DenseStatistics | None = None,
     journal: Journal | None = None,
-    lanes: Lanes | None = None,
+    partial_sums: PartialSums | None = None,
 ) -> Run:
     """Return a run before its first block: the budget is divided, and no weight is changed.
 
     The recorder gets the phases until then; the first reads all weights, where a journal must know them.
     """
-    statistics, lanes = statistics or DenseStatistics(), lanes or Lanes()
+    statistics, partial_sums = statistics or DenseStatistics(), partial_sums or PartialSums()
     if program.precise:
         decoder = decoder.precise()
     decoder.states = place_for(program.request.states, decoder, every, None if journal is None else journal.scratch)
     fitted, held_out = hold_out(every, program.held_out)
-    lanes.check(fitted)
-    statistics.begin(decoder, every, lanes)
-    shared = journal if lanes.peers.size == 1 else SharedJournal(journal, lanes.peers)
+    partial_sums.check(fitted)
+    statistics.begin(decoder, every, partial_sums)
+    shared = journal if partial_sums.peers.size == 1 else SharedJournal(journal, partial_sums.peers)
     on_event, strict = phases.on_event, program.method.strict
     decided: dict[str, Any] = {}
     if shared is not None:
         with phases.phase(LOADING):
-            decided = facts(program, decoder, every, lanes, on_event)
+            decided = facts(program, decoder, every, partial_sums, on_event)
             shared.begin(decided)
     with phases.phase(METRIC):
-        metrics, notes = measured_metrics(program, decoder, every, statistics, on_event, shared, lanes)
-    if lanes.count > 1:
-        notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
+        metrics, notes = measured_metrics(program, decoder, every, statistics, on_event, shared, partial_sums)
+    if partial_sums.count > 1:
+        notes += (
+            f"sums over batches are added over {partial_sums.count} partial_sums (--partial_sums {partial_sums.count})",
+        )
     notes += program.notes + warn_or_raise(strict, program.allocator.warnings)
     with phases.phase(BUDGET), calibrating(decoder):
         costs = statistics if shared is None else shared.keeping_costs(statistics)
-        dense = DenseModel(decoder, fitted, metrics, costs, on_event, lanes)
+        dense = DenseModel(decoder, fitted, metrics, costs, on_event, partial_sums)
         division = _division(program.allocator, dense, shared)
-        entering = first_inputs(decoder, fitted, lanes)
+        entering = first_inputs(decoder, fitted, partial_sums)
         path = program.policy.start(entering)
-    known = statistics.known(decoder, fitted, held_out, lanes)
-    repaired = () if shared is None else shared.repaired()
+    known = statistics.known(decoder, fitted, held_out, partial_sums)
+    finished = set[int]() if shared is None else set(shared.finished())
+    repaired = () if shared is None else shared.repaired()  # what looking at them has found
     return Run(
         decoder=decoder,
         program=program,
@@ -292,8 +296,8 @@ def begin(
         notes=notes + warn_or_raise(strict, division.warnings) + division.notes + repaired,
         journal=shared,
         facts={} if journal is None else decided,
-        finished=set() if shared is None else set(shared.finished()),
-        executor=ProcessExecutor(lanes.peers) if lanes.peers.size > 1 else executor(decoder.model.device),
+        finished=finished,
+        executor=ProcessExecutor(partial_sums.peers) if partial_sums.peers.size > 1 else executor(decoder.model.device),
         on_event=on_event,
     )
 
@@ -303,7 +307,7 @@ def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol 
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
-    division = dense.lanes.peers.exchange(allocator.divide(dense))[0]
+    division = dense.partial_sums.peers.all_gather(allocator.divide(dense))[0]
     if journal is not None:
         journal.divided(division)
     return division
@@ -322,7 +326,7 @@ def undamped_metrics(
     batches: Sequence[Tensor],
     statistics: DenseStatistics,
     on_event: Callable[[Event], None],
-    lanes: Lanes,
+    partial_sums: PartialSums,
 ) -> Metrics:
     """Return the output metrics of a program that has some, without damping."""
     assert program.metric is not None
@@ -331,7 +335,7 @@ def undamped_metrics(
     def on_pass(done: int, total: int) -> None:
         on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
 
-    return statistics.metrics(decoder, used, program.seed, program.whole_metric, widest, on_pass, lanes)
+    return statistics.metrics(decoder, used, program.seed, program.whole_metric, widest, on_pass, partial_sums)
 
 
 def measured_metrics(
@@ -341,7 +345,7 @@ def measured_metrics(
     statistics: DenseStatistics,
     on_event: Callable[[Event], None],
     journal: JournalProtocol | None,
-    lanes: Lanes,
+    partial_sums: PartialSums,
 ) -> tuple[Metrics, tuple[str, ...]]:
     """Return the damped output metrics, and notes where they are less than the recipe asks for.
 
@@ -356,7 +360,7 @@ def measured_metrics(
         finished = journal.finished() if journal.division() is not None else []
         metrics = journal.metrics.read(decoder, finished)
     if metrics is None:
-        metrics = undamped_metrics(program, decoder, batches, statistics, on_event, lanes)
+        metrics = undamped_metrics(program, decoder, batches, statistics, on_event, partial_sums)
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     small = metrics.diagonal_only()
     cut = [path for path in program.whole_metric if any(name.endswith(f".{path}") for name in small)]
@@ -379,7 +383,11 @@ def measured_metrics(
 
 
 def facts(
-    program: Program, decoder: Decoder, batches: list[Tensor], lanes: Lanes, on_event: Callable[[Event], None]
+    program: Program,
+    decoder: Decoder,
+    batches: list[Tensor],
+    partial_sums: PartialSums,
+    on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of a run. All weights are read for it; events report how many."""
 
@@ -391,7 +399,7 @@ def facts(
         "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
-        "the lanes": lanes.count,
+        "the number of partial sums": partial_sums.count,
         **program.facts(),
         "the version": versions(),
         "the machine": machine(decoder.model.device),
@@ -405,7 +413,7 @@ def check_states(states: str) -> None:
         raise InputError(f"hidden states cannot be kept on {states!r}: choose {', '.join(STATES[:-1])} or {STATES[-1]}")
 
 
-def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: Path | None) -> Place:
+def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: FilePath | None) -> Place:
     """Where the hidden states of token ids [batch, length] are kept; `folder` is for a file of them.
 
     "auto" is the device where four copies of them fit in half of its free memory, else the host's memory by the same
@@ -421,7 +429,7 @@ def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: 
         return OnHost()
     if folder is not None:
         return InFile(folder)
-    return InFile(Path(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
+    return InFile(FilePath(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
 
 
 def _by_size(decoder: Decoder, tokens: int) -> str:

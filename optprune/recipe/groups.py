@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serial
 
 from optprune.allocation import Allocation
 from optprune.recipe.names import NONE, read_dampings
+from optprune.solvers import Adam, Descent, Lbfgs
 from optprune.system.wording import either, suggestion
 
 
@@ -26,8 +27,8 @@ class UniformShares(Group):
     kind: Literal["uniform"] = "uniform"
     """uniform: the same share from every block"""
     multiple: int | None = Field(default=None, ge=1)
-    """number of which the MLP width is a multiple; value dimensions are multiples of it too where the dense model's are,
-    except small heads that all keep the same number; null takes 64 for MLPs of 4096 units or more, and 8 elsewhere"""
+    """number of which the MLP width is a multiple; so are value dimensions where the dense model's are, except those of
+    small heads that all keep the same number; null takes 64 for MLPs of 4096 units or more, and 8 elsewhere"""
 
 
 class GlobalBudget(Group):
@@ -121,8 +122,8 @@ class Matching(Group):
     """Matching: all kept weights of a pruned block are trained towards the outputs of the dense block."""
 
     epochs: int = Field(ge=1)
-    """most passes over the calibration tokens that fit a pruned block's output to the dense block's; the held-out tokens
-    decide where to stop"""
+    """most passes over the calibration tokens that fit a pruned block's output to the dense block's; the held-out
+    tokens decide where to stop"""
     solver: Literal["adam", "lbfgs"] = "adam"
     """optimiser: Adam on a few sequences at a time, or L-BFGS on all of them at every step"""
     rate: float = Field(default=0.003, gt=0, le=1)
@@ -134,6 +135,11 @@ class Matching(Group):
     tokens: int | None = Field(default=None, ge=1)
     """about how many calibration tokens matching fits: whole batches, from the first; null takes all"""
 
+    @property
+    def descent(self) -> Descent[Any]:
+        """The solver that trains the weights."""
+        return Lbfgs(self.epochs) if self.solver == "lbfgs" else Adam(self.epochs, self.rate)
+
 
 class Refit(Group):
     """Refits that use held-out calibration sequences."""
@@ -141,7 +147,7 @@ class Refit(Group):
     held_out: float = Field(gt=0, lt=1)
     """share of the calibration sequences, the last ones, that are held out to measure each layer's error"""
     dampings: Annotated[tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(read_dampings)] = ()
-    """dampings of the last refit (or one) from which each layer takes the one with the least held-out error; the held-out
+    """dampings of the last refit (or one) from which each layer takes the one with the least held-out error; held-out
     tokens are then fitted too, unless recovery needs them; requires a solver that ends with a refit"""
     recovery: Recovery | None = None
     """refit of the kept weights of pruned sub-modules: none, or a number of rounds"""

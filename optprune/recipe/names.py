@@ -57,7 +57,7 @@ def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
 
 
 def sentence(error: ValidationError) -> str:
-    """Return the reason of the first field that pydantic refuses, with the nearest value where only some are allowed."""
+    """Return the reason why pydantic refuses the first field, with the nearest of the values that are allowed."""
     first = error.errors()[0]
     allowed = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
     return first["msg"].removeprefix("Value error, ") + suggestion(first["input"], allowed)

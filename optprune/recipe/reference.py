@@ -1,4 +1,4 @@
-"""Reference of recipes, made from the models: their fields in words, and the list of shipped recipes with their costs."""
+"""Reference of recipes: their fields in words, made from the models, and the list of shipped recipes with costs."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -189,7 +189,7 @@ class Settings:
             raise self.refused(error, path) from error
 
     def _check_unused(self, off: str, path: str, switch: Given) -> None:
-        """Raise InputError for a field without its group, unless it has its default or the group was switched off later.
+        """Raise InputError for a field without its group, unless it has its default or the group went off later.
 
         The group that is off, or is of another kind, may be one around that of the field.
         """

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from optprune.recipe.allocator import by_cost
 from torch import Tensor
 
 from optprune.allocation import Allocation, DenseModel
@@ -27,7 +28,6 @@ from optprune.numerics.kullback_leibler import divergence_terms
 from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.recipe.allocator import by_cost
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from tests.helpers.faults import noticed

@@ -1,4 +1,4 @@
-"""The command under torchrun: two processes write the folder that one writes with as many lanes."""
+"""The command under torchrun: two processes write the folder that one writes with as many partial sums."""
 
 import json
 import os
@@ -83,5 +83,7 @@ def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
         pass
 
 
-def test_more_lanes_than_windows_are_refused(attempt: Attempt) -> None:
-    assert "9 lanes need as many calibration batches, and there are" in attempt.fails(attempt.command("--lanes", "9"))
+def test_more_partial_sums_than_windows_are_refused(attempt: Attempt) -> None:
+    assert "9 partial sums need as many calibration batches, and there are" in attempt.fails(
+        attempt.command("--lanes", "9")
+    )

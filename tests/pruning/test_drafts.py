@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import optprune
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
@@ -20,7 +20,7 @@ from optprune.pruning import prune
 from optprune.pruning.run import facts
 from optprune.recipe import load_recipe
 from tests.helpers.programs import program_of
-from tests.helpers.streams import walked
+from tests.helpers.streams import detached
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
 from tests.helpers.unknown_models import UNKNOWN, config_of, unknown
@@ -55,7 +55,7 @@ def test_a_walk_block_by_block_gives_the_models_own_logits(name: str) -> None:
     model = unknown(name)
     expected = logits(model)
     draft_of(name).carried_by(model.config)
-    assert torch.allclose(walked(Decoder(model), TOKENS), expected, atol=1e-5)
+    assert torch.allclose(detached(Decoder(model), TOKENS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -149,7 +149,7 @@ def test_a_run_is_of_its_draft() -> None:
     model = unknown("starcoder2")
     draft_of("starcoder2").carried_by(model.config)
     program = program_of("wanda", decoder=Decoder(model))
-    found = facts(program, Decoder(model), batches(), Lanes(), lambda event: None)
+    found = facts(program, Decoder(model), batches(), PartialSums(), lambda event: None)
     assert found["its architecture"] == draft_of("starcoder2").to_dict()
 
 

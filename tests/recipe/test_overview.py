@@ -3,6 +3,7 @@
 from statistics import mean
 
 import pytest
+from optprune.recipe.overview import FLOORS, KINDS, loads_stock
 
 from benchmarks.models import read
 from benchmarks.studies import digest
@@ -10,7 +11,6 @@ from optprune.cli import main
 from optprune.models import is_stock
 from optprune.pruning import prune
 from optprune.recipe import load_recipe, recipe_names
-from optprune.recipe.overview import FLOORS, KINDS, loads_stock
 from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import tiny_llama
 

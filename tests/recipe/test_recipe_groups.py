@@ -3,14 +3,14 @@
 from typing import Any
 
 import pytest
+from optprune.recipe.aliases import ALIASES
+from optprune.recipe.fields import recipe_fields, spellings
 
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.models import UNITS, Blocks, Weights
 from optprune.patterns import InGroups
 from optprune.recipe import Recipe, load_recipe, make_recipe, recipe_names
-from optprune.recipe.aliases import ALIASES
-from optprune.recipe.fields import recipe_fields, spellings
 from optprune.recipe.groups import GROUPS, DepthSearch, FisherMetric, GlobalBudget, Recovery, Refit, UniformShares
 from tests.helpers.attempts import Attempt
 

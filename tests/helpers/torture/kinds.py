@@ -92,8 +92,9 @@ def against(drawn: Drawn) -> Case:
 
 
 def recipe(drawn: Drawn) -> Case:
-    from optprune.recipe import load_recipe, recipe_names
     from optprune.recipe.fields import spellings
+
+    from optprune.recipe import load_recipe, recipe_names
 
     file = drawn.sandbox.inputs / "recipe.yaml"
     text = load_recipe(drawn.rng.choice(recipe_names())).to_yaml()
