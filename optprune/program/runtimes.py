@@ -21,7 +21,7 @@ from optprune.models import (
 )
 from optprune.models.rotary import scalings
 from optprune.recipe.groups import DepthSearch, GivenBlocks, GlobalBudget, UniformShares
-from optprune.recipe.recipe import Recipe
+from optprune.recipe.recipe import Recipe, allocator_of
 
 NARROW_MLPS = "prune with --units mlp, as --recipe structured_uniform_best does"
 LAYERS = "remove whole layers, --recipe depth --set allocation.parts=layers"

@@ -120,7 +120,7 @@ def test_the_recommended_recipes_run_on_every_architecture(name: str, recipe: st
 
 
 def test_a_budget_out_of_reach_is_an_input_error() -> None:
-    with pytest.raises(InputError, match=r"out of reach with units 'mlp' and least_kept 0\.45"):
+    with pytest.raises(InputError, match=r"out of reach with units 'mlp' and allocation\.least 0\.45"):
         divided(Decoder(tiny_llama()), load_recipe("structured_best", {"units": "mlp", "sparsity": 0.7}))
     with pytest.raises(InputError, match=r"2:4 has a sparsity of 0\.5"):
         make_recipe({"units": "weights", "units.weights": "2:4", "sparsity": 0.6, "allocation": "global"})
@@ -132,7 +132,7 @@ def test_a_budget_divided_without_a_metric_is_told() -> None:
     assert any("not in one unit" in note for note in report.notes)
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"sparsity": 0.2}))
     assert not any("not in one unit" in note for note in report.notes)
-    with pytest.raises(StrictError, match="output_metric to diagonal"):
+    with pytest.raises(StrictError, match="set metric to diagonal"):
         prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "strict": True}))
 
 
@@ -152,7 +152,7 @@ def test_the_budget_of_a_pattern_is_filled() -> None:
 
 @pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
 def test_something_is_left_where_nothing_seems_to_matter(recipe: str) -> None:
-    """With least_kept 0: a layer that no output depends on, and attention that costs nothing anywhere."""
+    """With a least share of 0: a layer that no output depends on, and attention that costs nothing anywhere."""
     model = tiny_llama()
     for block in model.model.layers:
         if recipe == "sparse_best":
@@ -167,7 +167,7 @@ def test_something_is_left_where_nothing_seems_to_matter(recipe: str) -> None:
 
 def test_a_gram_matrix_that_must_be_damped_is_told() -> None:
     few = batches()[0][:1, :20]
-    settings = {"damping": 0.0, "units": "mlp", "sparsity": 0.2, "refit.held_out": 0.0, "refit.dampings": []}
+    settings = {"damping": 0.0, "units": "mlp", "sparsity": 0.2, "refit": "none"}
     report = prune(tiny_llama(), few, load_recipe("structured_best", settings))
     assert any("layers.0.mlp.down_proj" in note for note in report.notes)
     with pytest.raises(StrictError, match=r"layers\.0\.mlp\.down_proj"):
@@ -179,7 +179,7 @@ def test_a_gram_matrix_that_must_be_damped_is_told() -> None:
 @pytest.mark.parametrize(
     ("recipe", "settings", "error", "reason"),
     [
-        ("structured_best", {"units": "mlp", "sparsity": 0.55}, InputError, "least_kept 0.45: at most 33.3%"),
+        ("structured_best", {"units": "mlp", "sparsity": 0.55}, InputError, "allocation.least 0.45: at most 33.3%"),
         (
             "structured_best",
             {"units": "all", "sparsity": 0.6, "allocation.currency": "flops"},

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from optprune.recipe.allocator import allocator_of
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optprune.allocation import DenseModel
@@ -17,6 +16,7 @@ from optprune.measure import perplexity
 from optprune.models import Decoder, load
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from optprune.recipe.recipe import allocator_of
 from optprune.report import PhaseAdvanced, Report
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches

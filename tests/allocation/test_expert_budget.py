@@ -133,13 +133,13 @@ def test_without_a_probe_costs_are_shares_of_what_a_mixture_answers(gone: int) -
 def test_without_a_probe_it_is_told_that_units_differ() -> None:
     model, settings = mixture(2), {**BUDGET, "allocation.probe_tokens": 0, "sparsity": 0.1}
     report = prune(model, batches(), load_recipe("experts_best", settings))
-    assert any("not in one unit from block to block: set probe_tokens" in note for note in report.notes)
-    with pytest.raises(StrictError, match="set probe_tokens to 512"):
+    assert any("not in one unit from block to block: set allocation.probe_tokens" in note for note in report.notes)
+    with pytest.raises(StrictError, match=r"set allocation\.probe_tokens to 512"):
         prune(mixture(2), batches(), load_recipe("experts_best", {**settings, "strict": True}))
 
 
 def test_what_is_out_of_reach_is_refused() -> None:
-    with pytest.raises(InputError, match=r"out of reach .* and least_kept 0\.75: with 3 experts in every block"):
+    with pytest.raises(InputError, match=r"out of reach .* and allocation\.least 0\.75: with 3 experts in every block"):
         prune(mixture(2), batches(), load_recipe("experts_best", {**BUDGET, "allocation.least": 0.75, "sparsity": 0.3}))
 
 

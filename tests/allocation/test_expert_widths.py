@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from optprune.recipe.allocator import by_cost
 
 from optprune.allocation import Allocation, DenseModel
 from optprune.allocation.uniform import uniform
@@ -14,6 +13,7 @@ from optprune.calibration import Probe, calibrating, first_inputs
 from optprune.models import BlockAllocation, Decoder, Mlp
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from optprune.recipe.recipe import by_cost
 from tests.helpers.expert_tokens import inner, last, routed
 from tests.helpers.tiny_models import ALL_MODELS
 from tests.helpers.token_batches import batches

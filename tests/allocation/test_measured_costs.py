@@ -163,7 +163,7 @@ def test_no_layer_keeps_less_or_more_of_its_weights_than_its_limits() -> None:
         model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
     decoder = Decoder(model)
     for least, most in ((0.2, 0.8), (0.1, 0.75), (0.25, 0.9)):
-        allocation = divided(decoder, sparse(least_kept=least, most_kept=most))
+        allocation = divided(decoder, sparse(**{"allocation.least": least, "allocation.most": most}))
         size = decoder.layer(0, "mlp.down_proj").weight.numel()
         assert allocation.blocks[0].share("mlp.down_proj") == pytest.approx(least, abs=1 / size)
         assert allocation.blocks[1].share("mlp.up_proj") == pytest.approx(most, abs=1 / size)

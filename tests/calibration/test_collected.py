@@ -107,7 +107,9 @@ def test_under_pruned_the_first_block_is_gone_through_once_less(
 def test_the_costs_of_a_budget_are_measured_once(
     dense: PreTrainedModel, passes: list[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = [recipe(name, sparsity=0.2, probe_tokens=0) for name in ("structured_best", "sparse_best")]
+    chosen = [
+        recipe(name, **{"sparsity": 0.2, "allocation.probe_tokens": 0}) for name in ("structured_best", "sparse_best")
+    ]
     statistics = optprune.collect(dense, batches(), recipes=chosen)
 
     def again(*_: object, **__: object) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from optprune.recipe.allocator import by_cost
 from torch import Tensor
 
 from optprune.allocation import Allocation, DenseModel
@@ -28,6 +27,7 @@ from optprune.numerics.kullback_leibler import divergence_terms
 from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
+from optprune.recipe.recipe import by_cost
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from tests.helpers.faults import noticed
@@ -152,7 +152,10 @@ def test_a_sub_block_goes_where_its_absence_costs_little(block: int) -> None:
         gone = {other: [50.0, 50.0] for other in ("attention", "mlp")}
         gone[part][block] = 0.01
         shapes = [
-            each.shape for each in divided(ToldGone([9.0, 9.0], gone), units=units, least_kept=0, sparsity=0.15).blocks
+            each.shape
+            for each in divided(
+                ToldGone([9.0, 9.0], gone), units=units, sparsity=0.15, **{"allocation.least": 0}
+            ).blocks
         ]
         assert part not in shapes[block].parts
         assert len(shapes[1 - block].parts) == 2
@@ -207,7 +210,7 @@ def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
         probe.told.append(1.0)
 
     monkeypatch.setattr(Told, "try_out", look)
-    divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
+    divided(Told([1.0, 1.0]), sparsity=0.3, **{"allocation.multiple": 16})
     assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
 
 

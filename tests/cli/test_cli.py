@@ -119,7 +119,16 @@ def test_a_budget_in_operations_is_told_with_the_widths(
 ) -> None:
     output = tmp_path / "out"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL]
-    command += ["--recipe", "structured_best", "--units", "mlp", "--set", "budget=flops", "--set", "budget_tokens=64"]
+    command += [
+        "--recipe",
+        "structured_best",
+        "--units",
+        "mlp",
+        "--set",
+        "allocation.currency=flops",
+        "--set",
+        "allocation.tokens=64",
+    ]
     code, out, err = run(command, capsys)
     assert code == 0, err
     widths = [shape["mlp_width"] for shape in load(output).config.optprune_shapes]
@@ -307,7 +316,7 @@ def test_a_pattern_may_be_set_without_quotes(
 ) -> None:
     output = tmp_path / "out"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL, "--recipe", "wanda"]
-    code, _, err = run([*command, "--set", "pattern=2:4", "--set", "damping=1e-3"], capsys)
+    code, _, err = run([*command, "--set", "units.weights=2:4", "--set", "damping=1e-3"], capsys)
     assert code == 0, err
     recipe = json.loads((output / "report.json").read_text())["recipe"]
     assert (recipe["units"], recipe["damping"]) == ({"weights": "2:4"}, 0.001)

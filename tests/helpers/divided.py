@@ -1,12 +1,11 @@
 """The division of one budget over the blocks of a model, as a run makes it."""
 
-from optprune.recipe.allocator import by_cost
-
 from optprune.allocation import Allocation, DenseModel
 from optprune.calibration import calibrating, first_inputs
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.recipe import Recipe
+from optprune.recipe.recipe import by_cost
 from optprune.report import PhaseAdvanced
 from tests.helpers.token_batches import batches
 

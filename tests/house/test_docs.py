@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import typer
-from optprune.recipe.fields import spellings
 
 import optprune
 from benchmarks.readme import FIELDS, PAGES, RECIPES, put, tables
@@ -18,6 +17,7 @@ from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS
 from optprune.cli.app import app
 from optprune.models import LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
+from optprune.recipe.reference import spellings
 from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
 
 FIRST_BLOCKS = 2

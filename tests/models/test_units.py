@@ -175,7 +175,7 @@ def test_a_pattern_family_of_ones_own() -> None:
 
 @pytest.mark.parametrize("pattern", ["unstructured", "rows", "2:4"])
 def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
-    recipe = Recipe(units="weights", pattern=pattern, sparsity=0.5)
+    recipe = Recipe(units={"weights": pattern}, sparsity=0.5)
     assert recipe.units == Weights(pattern_family(pattern)) == Recipe(**{**dict(recipe), "units": recipe.units}).units
     assert make_recipe(recipe.to_dict()) == recipe
     for units in (recipe.units, {"weights": pattern}, "weights"):

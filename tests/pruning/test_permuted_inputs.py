@@ -120,7 +120,7 @@ def test_the_model_answers_as_the_report_says(name: str, policy: str) -> None:
 def test_the_held_out_error_is_that_of_a_pass() -> None:
     """On the sequences kept apart, which the moments of permuted inputs stand for: the last batch of four."""
     model = uneven(tiny_llama())
-    found, report = pruned(model, "sparsegpt", permuted=True, propagation="local", held_out=0.25)
+    found, report = pruned(model, "sparsegpt", permuted=True, propagation="local", refit=0.25)
     architecture = Decoder(model).architecture
     errors = {layer.name: layer.held_out_error for layer in report.layers}
     for path in (architecture.output, architecture.mlp_consumer):

@@ -215,7 +215,7 @@ def test_the_policy_of_the_pattern_is_the_policy_itself() -> None:
 
 
 def test_policies_default_to_pruned() -> None:
-    assert Recipe(units="weights", pattern="2:4", sparsity=0.5).policy is POLICIES["pruned"]
+    assert Recipe(units={"weights": "2:4"}, sparsity=0.5).policy is POLICIES["pruned"]
 
 
 # -- the digest of a benchmark's row
@@ -225,8 +225,9 @@ def test_a_digest_sees_what_is_done_and_not_how_it_is_said() -> None:
     def of(recipe: str, **settings: object) -> str:
         return digest(recipe, {"sparsity": 0.5, **settings}, 8192)
 
-    assert of("sparse_best", pattern="2:4") == of("sparse_best", pattern="2:4", propagation="intra")
-    assert of("sparse_best", pattern="2:4") != of("sparse_best", pattern="2:4", propagation="pruned")
+    pairs = {"units.weights": "2:4"}
+    assert of("sparse_best", **pairs) == of("sparse_best", **pairs, propagation="intra")
+    assert of("sparse_best", **pairs) != of("sparse_best", **pairs, propagation="pruned")
     assert of("sparse_best") == of("sparse_best", fit_bias=True) != of("sparse_best", fit_bias=False)
     assert of("fasp", units="mlp") != of("fasp")
 

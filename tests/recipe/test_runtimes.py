@@ -100,7 +100,7 @@ def test_value_dimensions(runtime: str) -> None:
 def test_single_sub_blocks(runtime: str) -> None:
     sentence = refused(runtime, load_recipe("depth"), tiny_llama())
     assert sentence.endswith(
-        "blocks without attention or without an MLP: remove whole layers, --recipe depth --set depth_parts=layers"
+        "blocks without attention or without an MLP: remove whole layers, --recipe depth --set allocation.parts=layers"
     )
     taken(runtime, load_recipe("depth", {"allocation.parts": "layers"}), tiny_llama())
     assert taken("gguf", load_recipe("depth"), tiny_llama())[0] == load_recipe("depth")
