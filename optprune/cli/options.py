@@ -137,7 +137,7 @@ PartialSums = Annotated[
     int | None,
     typer.Option(
         "--partial-sums",
-        "--partial-sums",
+        "--lanes",
         help="Number of partial sums over batches, which processes share. [default: torchrun's processes, or 1]",
         hidden=True,
     ),

@@ -62,8 +62,8 @@ def prune(
     ones. With a `journal` every block is on the disk once it is finished, and a run that was stopped goes on where it
     was. `workers` prune blocks side by side, where blocks are independent by the policy (dense, intra), or share the
     layers of a block; the weights are those of a run without. Sums over batches are added in `partial_sums`, which
-    processes may share: each calls this with the same arguments, but for the first one's journal. `states` says where the hidden
-    states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
+    processes may share: each calls this with the same arguments, but for the first one's journal. `states` says where
+    the hidden states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
     where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
     and with `progress` that is shown on stderr, with the time left.
     """

@@ -389,7 +389,7 @@ class Sequences(Examples):
         """A draw has `at_once` sequences of each part, as long as there are any."""
         self.calls, self.partial_sums = calls, calls.share.partial_sums
         self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.partial_sums.own)]
-        """the call and the place in it of every sequence, by this process's partial_sums"""
+        """the call and the place in it of every sequence, by this process's partial sums"""
         for number, shape in enumerate(calls.targets.shapes):
             self._places[calls.part(number)] += [(number, place) for place in range(shape[0])]
         counts = [len(places) for places in self._places]

@@ -271,7 +271,7 @@ def begin(
         metrics, notes = measured_metrics(program, decoder, every, statistics, on_event, shared, partial_sums)
     if partial_sums.count > 1:
         notes += (
-            f"sums over batches are added over {partial_sums.count} partial_sums (--partial_sums {partial_sums.count})",
+            f"sums over batches are added in {partial_sums.count} partial sums (--partial-sums {partial_sums.count})",
         )
     notes += program.notes + warn_or_raise(strict, program.allocator.warnings)
     with phases.phase(BUDGET), calibrating(decoder):
