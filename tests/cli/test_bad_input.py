@@ -36,8 +36,8 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"recipe": "faspp"},
             (),
-            "the recipe 'faspp' is not known (did you mean fasp?): use one of alps, alps_plus, depth, expert_frequency, experts_best, "
-            "fasp, ",
+            "the recipe 'faspp' is not known (did you mean fasp?): use one of alps, alps_plus, depth, "
+            "expert_frequency, experts_best, fasp, ",
         ),
         ({"recipe": "none.yaml"}, (), "none.yaml cannot be read"),
         ({}, ("--set", "dampening=1"), "no field 'dampening' (did you mean damping?): it has name, "),
