@@ -16,7 +16,7 @@ from optprune.errors import InputError, OptpruneError
 from optprune.export import check_output, save_pruned
 from optprune.measure import perplexity
 from optprune.models import Decoder, load_model, need_tokenizer
-from optprune.models.load import DEMO
+from optprune.models.sources import DEMO
 from optprune.program import Program, Request, check_batches, resolve
 from optprune.program.time import evaluation, expected_seconds, operations_per_second
 from optprune.pruning import run_program

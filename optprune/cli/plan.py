@@ -39,11 +39,12 @@ from optprune.cli.request import Options, Resolved
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
 from optprune.system.files import json_text
-from optprune.system.wording import amount
+from optprune.system.wording import amount, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from optprune.program import Program
     from optprune.program.plan import Plan
     from optprune.pruning.measured_plan import Measuring
     from optprune.texts import Document
@@ -159,7 +160,7 @@ def plan_command(
         reporter.say("measuring one block")
         planned = timed(program, model, _measuring(resolved, model, calibration, output))
     write_json(json_file, json_text({**planned.to_dict(), "program": program.to_dict()}), "nothing else is written")
-    for line in lines(planned):
+    for line in [*lines(planned), *program_lines(program)]:
         echo(line)
 
 
@@ -224,3 +225,12 @@ def lines(planned: "Plan") -> Sequence[str]:
     sizes = f"{amount(planned.host_bytes)} of memory" + (f", {amount(planned.device_bytes)} of the GPU" if gpu else "")
     disk = amount(planned.disk_bytes)
     return [*table, f"{whole}at most {sizes} and {disk} of the disk", f"the most is in {peak.name}: {made_of}"]
+
+
+def program_lines(program: "Program") -> Sequence[str]:
+    """Return what the run does, as lines: the recipe, and the stages of the largest block."""
+    example, recipe = program.example, program.request.recipe
+    first = f"recipe {recipe.name}, policy {program.policy.name}, allocator {type(program.allocator).__name__}"
+    stages = [", ".join(target.path for target in stage.targets) for stage in example.stages]
+    listed = "; ".join(f"{number}. {layers}" for number, layers in enumerate(stages, 1)) or "none"
+    return [f"{first}, {counted(program.block_count, 'block')}", f"stages of block {example.index}: {listed}"]

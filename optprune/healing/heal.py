@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from optprune.allocation.cost_work import SLOW, head_weights
 from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
+from optprune.calibration.stream import SLOW, head_weights
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
 from optprune.healing.generated import generated_windows, mixed
@@ -22,7 +22,7 @@ from optprune.healing.training import Clock, HeldOut, Training, Windows, checkpo
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
 from optprune.models import Decoder
-from optprune.models.digits import parameters_in
+from optprune.models.surgery import parameters_in
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import DivergenceMeasured, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import HEALING

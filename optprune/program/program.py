@@ -15,7 +15,8 @@ from optprune.allocation import Allocation, Allocator, DenseModel, Depth, Measur
 from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Propagation, Stream
-from optprune.calibration.expert_answers import MOST_PRODUCTS
+from optprune.calibration.calls import expert_choice_bytes
+from optprune.calibration.stream import TOKENS_PER_BATCH
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
 from optprune.models.places import OnDevice, States
@@ -28,10 +29,7 @@ from optprune.recipe.groups import FisherMetric, Matching, Recovery
 from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.removal import entry_costs_work
-from optprune.solvers.value_basis import best_basis_work
 
-TOKENS_PER_BATCH = 2048
-"""approximate tokens of a calibration batch (texts/windows.py)"""
 FIRST_FEW = 4
 """blocks at the beginning that are passed over when one block stands for the rest"""
 AVERAGE = 4
@@ -331,9 +329,7 @@ class Program:
         """The workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        work = self.solver(coupled).work(out, width, coupled=coupled)
-        if target.rotated:
-            work += best_basis_work(out, width)
+        work = self.solver(coupled).work(out, width, coupled=coupled) + target.work(out, width)
         return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
@@ -344,15 +340,10 @@ class Program:
 
     @property
     def expert_bytes(self) -> int:
-        """The calls of a mixture, what all experts make of a batch, and the products that whole experts go by."""
+        """The memory in which experts are chosen, where they are the units."""
         if not isinstance(self.units, Experts):
             return 0
-        count = self.decoder.shape(self.largest).experts
-        tokens = min(self.tokens, MOST_PRODUCTS // count**2)
-        calls = 2 * self.stream_bytes
-        answers = min(tokens, self.batch_tokens) * count * self.hidden * torch.float32.itemsize
-        # Once more in float64, for the errors.
-        return calls + answers + tokens * count**2 * (torch.float32.itemsize + torch.float64.itemsize)
+        return expert_choice_bytes(self.decoder, self.largest, self.tokens)
 
     def cost_bytes(self, target: Target) -> int:
         """What it takes to find what a layer would lose, where a budget is divided by that."""

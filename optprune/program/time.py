@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from optprune.allocation import Allocator, Depth, MeasuredBudget
-from optprune.allocation.cost_work import SLOW, grams, head_weights
 from optprune.calibration.fisher_pass import PASSES_BACK
+from optprune.calibration.fisher_pass import block_work as fisher_block_work
+from optprune.calibration.moments_pass import gram_work
+from optprune.calibration.stream import block_pass, head_work
 from optprune.errors import OptpruneError
 from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.program.memory import RELOADING
 from optprune.program.program import Program
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
-from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 
 WIDTH, TIMES = 512, 5
@@ -150,22 +150,12 @@ def operations_per_second(device: torch.device) -> float:
 # -- the work of a program
 
 
-def forward(decoder: Decoder, index: int) -> Work:
-    """Return the work of a token that goes through a block."""
-    return Work(2 * SLOW * decoder.weights_of(decoder.shape(index)), passes=1)
-
-
-def head(decoder: Decoder) -> Work:
-    """Return the work of a token that goes through the head."""
-    return Work(2 * SLOW * head_weights(decoder))
-
-
 def block_passes(program: Program, index: int) -> Work:
     """Return the work of a token in all passes that the policy makes of a block, with the Gram products."""
     decoder = program.decoder
     taps = {target.tap for target in program.units.candidates(decoder, index)}
     times = 3 if program.policy.sequential else 2
-    return forward(decoder, index) * times + Work(2 * SLOW * grams(decoder, index, taps))
+    return block_pass(decoder, index) * times + gram_work(decoder, index, taps)
 
 
 def block_solves(program: Program, index: int) -> Work:
@@ -174,14 +164,13 @@ def block_solves(program: Program, index: int) -> Work:
     for target in program.units.candidates(program.decoder, index):
         layer, coupled = program.decoder.layer(index, target.path), program.coupled(target.path)
         total += program.solver(coupled).work(layer.out_features, layer.in_features, coupled=coupled)
-        if target.rotated:
-            total += best_basis_work(layer.out_features, layer.in_features)
+        total += target.work(layer.out_features, layer.in_features)
     return total
 
 
 def block_refinement(program: Program, index: int) -> Work:
     """Return the work of recovering and matching a block."""
-    method, once, total = program.method, forward(program.decoder, index), Work()
+    method, once, total = program.method, block_pass(program.decoder, index), Work()
     if method.recovery is not None:
         # Each step of conjugate gradients is a pass forward and back, of layers that are about the whole block.
         steps = method.recovery.rounds * method.recovery.steps
@@ -194,31 +183,17 @@ def block_refinement(program: Program, index: int) -> Work:
 
 def block_metric(program: Program, index: int) -> Work:
     """Return the work of a token that goes forward and back through a block for the output metric."""
-    decoder, asked = program.decoder, program.metric
-    if asked is None:
+    if program.metric is None:
         return Work()
-    outputs = [decoder.layer(index, path).out_features for path in decoder.paths(index) if path in program.whole_metric]
-    squares = sum(count**2 for count in outputs if count <= (asked.width or count))
-    return forward(decoder, index) * (1 + PASSES_BACK) + Work(2 * SLOW * squares)
-
-
-def budget_work(allocator: Allocator, decoder: Decoder, tokens: int) -> Work:
-    """Return the work of dividing a budget."""
-    blocks, weights = len(decoder.blocks), decoder.linear_weights()
-    if isinstance(allocator, Depth):
-        if allocator.score == "influence":
-            return Work(2 * 2.0 * SLOW * tokens * weights)
-        # As many rounds as sub-blocks go, with a pass of half the model for each that is left, on average.
-        parts = 2 * blocks
-        gone = allocator.sparsity * parts
-        once = weights / 2 + head_weights(decoder)
-        return Work(2 * SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * once)
-    return Work(2 * allocator.work(decoder, tokens)) if isinstance(allocator, MeasuredBudget) else Work()
+    widest = program.metric.width or math.inf
+    return fisher_block_work(program.decoder, index, full=program.whole_metric, widest=widest)
 
 
 def evaluation(decoder: Decoder, tokens: int) -> Work:
     """Return the work of predicting so many tokens."""
-    return (_total(forward(decoder, index) for index in range(len(decoder.blocks))) + head(decoder)) * tokens
+    return _total(block_pass(decoder, index) for index in range(len(decoder.blocks))) * tokens + head_work(
+        decoder, tokens
+    )
 
 
 def phase_work(program: Program) -> dict[str, Work]:
@@ -227,11 +202,12 @@ def phase_work(program: Program) -> dict[str, Work]:
         return dict.fromkeys((METRIC, BUDGET, PRUNING), Work())
     blocks, tokens, metric = range(program.block_count), program.tokens, Work()
     if program.metric is not None:
-        each = _total(block_metric(program, index) for index in blocks) + head(program.decoder) * 3
-        metric = each * program.first_tokens(program.metric.tokens)
+        seen = program.first_tokens(program.metric.tokens)
+        inside = _total(block_metric(program, index) for index in blocks)
+        metric = inside * seen + head_work(program.decoder, seen) * (1 + PASSES_BACK)
     return {
         METRIC: metric,
-        BUDGET: budget_work(program.allocator, program.decoder, tokens),
+        BUDGET: program.allocator.work(program.decoder, tokens),
         PRUNING: _total(block_passes(program, index) for index in blocks) * tokens
         + _total(block_solves(program, index) + block_refinement(program, index) for index in blocks),
     }
@@ -304,13 +280,14 @@ def _metric(program: Program, rates: Rates, around: Surroundings, scale: float) 
         states = program.block_count * tokens * program.hidden * program.itemsize
         files = 2 * scale * rates.read + states * around.write
     inside = _total(block_metric(program, index) for index in range(program.block_count)).flops * rates.metric
-    return tokens * (inside + 3 * head(program.decoder).flops * rates.head) + files
+    head = (1 + PASSES_BACK) * head_work(program.decoder, tokens).flops * rates.head
+    return tokens * inside + head + files
 
 
 def _budget(program: Program, rates: Rates, around: Surroundings, scale: float) -> float:
     if not program.divides:
         return 0.0
-    work = budget_work(program.allocator, program.decoder, program.tokens)
+    work = program.allocator.work(program.decoder, program.tokens)
     files = 0.0 if program.request.whole else program.block_count * program.probe_changes * around.write_file
     return work.flops * rates.budget + scale * (rates.read + files)
 
@@ -326,5 +303,5 @@ def _pruning(program: Program, rates: Rates, around: Surroundings, scale: float)
     inside = scale * rates.fixed + passes + solves + refinement
     if program.workers == 1:
         return inside + scale * rates.read + kept
-    dense = tokens * _total(forward(program.decoder, index) for index in blocks).flops * rates.passes
+    dense = tokens * _total(block_pass(program.decoder, index) for index in blocks).flops * rates.passes
     return around.start + max(dense + scale * rates.read + kept, inside / program.workers)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from optprune.calibration import BlockMoments, Path, Stream, Visit, calibrating
-from optprune.calibration.calls import Calls, Wanted, calls_of
-from optprune.calibration.expert_answers import expert_choice
+from optprune.calibration.calls import Calls, Wanted, calls_of, expert_choice
 from optprune.calibration.moments_pass import Collected
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.measure.memory import release

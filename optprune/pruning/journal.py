@@ -24,8 +24,7 @@ from torch import Tensor
 
 from optprune.allocation import Allocation, Division
 from optprune.calibration import DenseStatistics
-from optprune.calibration.dense_statistics import Removal
-from optprune.calibration.known_moments import KnownMoments
+from optprune.calibration.dense_statistics import KnownMoments, Removal
 from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.statistics_cache import Key
 from optprune.metric import Metrics, MetricSums

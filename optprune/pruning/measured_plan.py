@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from optprune.allocation import Allocation, DenseModel, MeasuredBudget
 from optprune.calibration import Probe, calibrating, first_inputs, first_tokens, hold_out
 from optprune.calibration.fisher_pass import TOKENS_AT_ONCE, collect_metrics, head_gradient, next_tokens, sampled
-from optprune.calibration.stream import Stream, advance
+from optprune.calibration.stream import Stream, advance, block_pass, head_work
 from optprune.errors import InputError
 from optprune.measure.clock import clock
 from optprune.measure.memory import free_memory, held_bytes
@@ -39,9 +39,6 @@ from optprune.program.time import (
     block_passes,
     block_refinement,
     block_solves,
-    budget_work,
-    forward,
-    head,
     seconds_of,
 )
 from optprune.pruning.block import BlockTask, prune_block
@@ -200,9 +197,12 @@ class BlockProbe:
             # The probe refines on all of its tokens, where the run refines on those that it is asked to.
             asked = [one for one in (program.method.recovery, program.method.matching) if one is not None]
             fitted = max(map(program.fitted_tokens, asked), default=tokens)
+            head = metric_head / 3 if program.metric is not None else self.head()
             return Rates(
                 passes=_rate(passes, block_passes(program, index)),
-                head=_rate(metric_head / 3 if program.metric is not None else self.head(), head(program.decoder)),
+                head=_rate(
+                    metric_head / 3 if program.metric is not None else self.head(), head_work(program.decoder, 1)
+                ),
                 solves=_rate(full.solves, block_solves(program, index)),
                 refinement=_rate(refinement * fitted / tokens, block_refinement(program, index)),
                 metric=_rate(metric, block_metric(program, index)),
@@ -279,12 +279,12 @@ class BlockProbe:
         """Return the seconds per operation in which the allocator measures the costs of the block."""
         allocator = self.program.allocator
         if not isinstance(allocator, MeasuredBudget):
-            return _rate(self.forward(), forward(self.program.decoder, self.index))
+            return _rate(self.forward(), block_pass(self.program.decoder, self.index))
         one = self.alone()
         probe = Probe(one, first_tokens(self.batches, allocator.probe_tokens)) if allocator.probes else None
         began = clock(self.device)
         allocator.along(DenseModel(one, self.batches, metrics), self.entering(self.batches), probe)
-        return _rate(clock(self.device) - began, budget_work(allocator, one, self.tokens))
+        return _rate(clock(self.device) - began, allocator.work(one, self.tokens))
 
     @property
     def tokens(self) -> int:

@@ -54,18 +54,22 @@ def prune(
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
     All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
-    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
-    `allocation` says what every block keeps, in place of the recipe's sparsity; the report's recipe says it then.
-    `statistics` are those of the dense model, as `collect` gives them, where runs share them; without, this run
-    measures its own. `source` and `calibration` name the model and the text in the report. A model that `open_model`
-    gave comes with the `store` of its blocks, which are in memory one at a time; afterwards the store gives the pruned
-    ones. With a `journal` every block is on the disk once it is finished, and a run that was stopped goes on where it
-    was. `workers` prune blocks side by side, where blocks are independent by the policy (dense, intra), or share the
-    layers of a block; the weights are those of a run without. Sums over batches are added in `partial_sums`, which
-    processes may share: each calls this with the same arguments, but for the first one's journal. `states` says where
-    the hidden states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
-    where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
-    and with `progress` that is shown on stderr, with the time left.
+    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned.
+
+    - `allocation` says what every block keeps, in place of the recipe's sparsity; the report's recipe contains it.
+    - `statistics` are those of the dense model, from `collect`, which several runs share; without them this run
+      measures its own.
+    - `source` and `calibration` name the model and the text in the report.
+    - `store` comes with a model from `open_model`: its blocks are in memory one at a time, and afterwards the store
+      holds the pruned ones.
+    - `journal` keeps every finished block on the disk, so that a stopped run can be continued.
+    - `workers` prune blocks side by side, where the policy makes blocks independent (dense, intra), or share the layers
+      of a block; the weights are those of a run without.
+    - `partial_sums` adds sums over batches in parts, which processes may share: each process calls this with the same
+      arguments, except for the journal, which only the first one has.
+    - `states` is where hidden states are kept between two blocks: device, host, disk (an unnamed file, in the journal's
+      folder where there is one), or auto, the first of these that has room.
+    - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
     began, decoder = time.perf_counter(), Decoder(model, store)
     every = check_batches(model.config, batches)

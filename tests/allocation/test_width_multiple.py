@@ -9,12 +9,13 @@ from optprune import Recipe, load_recipe, prune
 from optprune.allocation.uniform import uniform
 from optprune.errors import InputError
 from optprune.models import UNITS, Architecture, Decoder, LinkedLayers, LinkedUnits, Mlp, Values
+from optprune.work import Work
 from tests.helpers.tiny_models import tiny_llama
 
 
 @dataclass(frozen=True)
 class Neurons(LinkedUnits):
-    """The hidden neurons of an MLP, as somebody else might write them."""
+    """The hidden neurons of an MLP, as a user's own unit kind."""
 
     name = "neurons"
     field = "mlp_width"
@@ -25,6 +26,9 @@ class Neurons(LinkedUnits):
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         return Mlp().linked(decoder, block, consumer)
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
 
 
 def batches() -> list[torch.Tensor]:
@@ -46,7 +50,7 @@ def test_heads_have_no_multiple(settings: dict) -> None:
         prune(tiny_llama(), batches(), Recipe({"allocation.multiple": 16}, sparsity=0.2, **settings))
 
 
-def test_heads_that_are_too_small_for_whole_multiples_are_told() -> None:
+def test_heads_that_are_too_small_for_whole_multiples_are_refused() -> None:
     decoder = Decoder(tiny_llama())
     assert decoder.shape(0).value_dim == 16
     with pytest.raises(InputError, match="a width multiple of 8 does nothing with units 'vo', of which a block has 16"):

@@ -83,7 +83,9 @@ def test_hidden_states_are_where_they_are_to_be() -> None:
     filed, held = planned_memory(on_disk, 0, 0), planned_memory(work, 0, 0)
     assert filed.host_bytes < held.host_bytes - work.stream_bytes
     assert filed.disk_bytes > held.disk_bytes + 1.9 * work.stream_bytes
-    gpu, moved = (planned_memory(replace(one, device="cuda"), 0, 0) for one in (work, on_host))
+    gpu, moved = (
+        planned_memory(replace(one, request=replace(one.request, device="cuda")), 0, 0) for one in (work, on_host)
+    )
     assert moved.device_bytes < gpu.device_bytes and moved.host_bytes > gpu.host_bytes
 
 
