@@ -197,7 +197,6 @@ class BlockProbe:
             # The probe refines on all of its tokens, where the run refines on those that it is asked to.
             asked = [one for one in (program.method.recovery, program.method.matching) if one is not None]
             fitted = max(map(program.fitted_tokens, asked), default=tokens)
-            head = metric_head / 3 if program.metric is not None else self.head()
             return Rates(
                 passes=_rate(passes, block_passes(program, index)),
                 head=_rate(
