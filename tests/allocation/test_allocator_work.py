@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from optprune.recipe.allocator import by_cost
 from transformers import AutoModelForCausalLM
 
 from optprune.allocation import Allocator, ByCost, Dense, Depth, ExpertBudget, Given, MeasuredBudget, Uniform
@@ -14,6 +13,7 @@ from optprune.calibration import fisher_pass
 from optprune.calibration.stream import forward_work, head_weights
 from optprune.models import UNITS, Decoder, Experts, Mlp
 from optprune.recipe import load_recipe
+from optprune.recipe.recipe import by_cost
 from optprune.work import Work
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 
