@@ -21,7 +21,7 @@ from optprune.program import Program, Request, check_batches, resolve
 from optprune.program.time import evaluation, expected_seconds, operations_per_second
 from optprune.pruning import run_program
 from optprune.recipe import load_recipe
-from optprune.report import PhaseAdvanced, PhaseRecorder
+from optprune.report import PhaseAdvanced, PhaseRecorder, Report
 from optprune.report.phases import EVALUATIONS, LOADING, TOKENISING
 from optprune.report.progress import Reporter, duration
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
@@ -81,6 +81,16 @@ class DemoResult:
         ):
             table.add_row(label, *(format(getattr(part, field), form) for part in self.parts))
         return table
+
+    def lines(self, report: Report, held_out: int) -> tuple[str, ...]:
+        """Return the sentences below the table; perplexity is on so many held-out tokens."""
+        return (
+            f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
+            f"on {report.tokens} calibration tokens; perplexity on {held_out} held-out tokens",
+            f"reload check passed: plain transformers loads {self.output}, its logits differ by at most "
+            f"{self.logits_difference:.2g} and its perplexity agrees",
+            f"the whole demo took {duration(self.seconds)}",
+        )
 
     @property
     def parts(self) -> tuple[Measured, Measured, Measured]:
@@ -158,13 +168,7 @@ def run_demo(
         output=str(output),
     )
     console.print(result.table())
-    for line in (
-        f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
-        f"on {report.tokens} calibration tokens; perplexity on {measured_on.numel()} held-out tokens",
-        f"reload check passed: plain transformers loads {output}, its logits differ by at most "
-        f"{saved.logits_difference:.2g} and its perplexity agrees",
-        f"the whole demo took {duration(result.seconds)}",
-    ):
+    for line in result.lines(report, measured_on.numel()):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return result
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.choices import check_choices
 from optprune.cli.options import (
     Allocation,
     Architecture,
@@ -96,43 +95,7 @@ def plan_command(
 
     A folder with a config.json alone is enough: the block that is timed then has random weights.
     """
-    fields = {
-        "sparsity": sparsity,
-        "seed": seed,
-        "propagation": propagation,
-        "units": units,
-        "units.weights": pattern,
-        "allocation.multiple": width_multiple,
-        "strict": strict or None,
-    }
-    options = Options(
-        model=model,
-        recipe=recipe,
-        fields=fields,
-        settings=settings or (),
-        allocation=allocation,
-        samples=samples,
-        seq_length=seq_length,
-        device=device,
-        dtype=dtype,
-        save_dtype=save_dtype,
-        workers=workers,
-        ray=ray,
-        max_shard_size=max_shard_size,
-        states=states,
-        target=target,
-        architecture=architecture,
-    )
-    check_choices(
-        recipe,
-        units=units,
-        propagation=propagation,
-        target=target,
-        states=states,
-        sequences=sequences,
-        dtype=dtype,
-        save_dtype=save_dtype,
-    )
+    options = Options.of(locals())
     reporter = start()
     from optprune.models import check_dtype, device_of
     from optprune.program.plan import planned_memory

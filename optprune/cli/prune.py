@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.choices import check_choices
 from optprune.cli.help import ADVANCED
 from optprune.cli.log import LogFile
 from optprune.cli.options import (
@@ -108,36 +107,7 @@ def prune_command(
     ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
-    fields = {"sparsity": sparsity, "seed": seed, "propagation": propagation, "units": units, "strict": strict or None}
-    fields |= {"units.weights": pattern, "allocation.multiple": width_multiple}
-    options = Options(
-        model=model,
-        recipe=recipe,
-        fields=fields,
-        settings=settings or (),
-        allocation=allocation,
-        samples=samples,
-        seq_length=seq_length,
-        device=device,
-        dtype=dtype,
-        save_dtype=save_dtype,
-        workers=workers,
-        ray=ray,
-        max_shard_size=max_shard_size,
-        states=states,
-        target=target,
-        architecture=architecture,
-    )
-    check_choices(
-        recipe,
-        units=units,
-        propagation=propagation,
-        target=target,
-        states=states,
-        sequences=sequences,
-        dtype=dtype,
-        save_dtype=save_dtype,
-    )
+    options = Options.of(locals())
     reporter = start(lines := LogFile(log))
     from optprune.models import device_of
     from optprune.program.room import Room, check_room

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optprune.cli.choices import check_choices
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from optprune.program import Program, Runtime
     from optprune.recipe import Recipe
     from optprune.recipe.groups import GivenBlocks
+
+
+FIELDS = {
+    **{name: name for name in ("sparsity", "seed", "propagation", "units")},
+    "pattern": "units.weights",
+    "width_multiple": "allocation.multiple",
+}
+"""the recipe fields that have an option of their own, beside --strict, by the argument of the command"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +53,15 @@ class Options:
     """the runtime that the model is for"""
     architecture: Path | None = None
     """the draft of the model's architecture"""
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Options":
+        """Return the options among a command's arguments; InputError, without heavy imports, for a mistyped name."""
+        named = {name: arguments[name] for name in ("units", "propagation", "target", "states", "dtype", "save_dtype")}
+        check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
+        own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
+        chosen = {field: arguments[name] for name, field in FIELDS.items()} | {"strict": arguments["strict"] or None}
+        return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})
 
     @property
     def allocation_file(self) -> str | None:

@@ -54,12 +54,12 @@ def _one_for_each(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tenso
 
 def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", partial_sums: "PartialSums") -> None:
     """Take part in a run, of which nothing is kept here."""
-    from optprune.models.store import Nowhere
+    from optprune.models.store import NullSink
     from optprune.program import check_batches
     from optprune.pruning import run_program
 
     may_be_finished = whole.output.may_be_finished
-    loaded = whole.opened(Nowhere())
+    loaded = whole.opened(NullSink())
     if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process has found the output finished
     every = check_batches(loaded.model.config, batches)

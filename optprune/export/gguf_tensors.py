@@ -13,7 +13,7 @@ from optprune.export.gguf_families import Family
 from optprune.models import Decoder
 from optprune.models.architecture import BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, StoredTensor
-from optprune.models.skeleton import named_as_in
+from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
 """the width of the MLP of zeros in a block that has none: under deci such a block would lose its attention, too"""
@@ -71,7 +71,7 @@ class Tensors:
         Raises InputError where something is missing, or has another shape than the config says.
         """
         known = dict(self.decoder.model.named_parameters())
-        named = named_as_in(self.decoder.model, self.checkpoint).tensors
+        named = with_model_names(self.decoder.model, self.checkpoint).tensors
         missing = sorted(known.keys() - named.keys())
         if missing:
             raise InputError(f"{missing[0]} is not among the weights of {self.checkpoint.source}: fetch them again")

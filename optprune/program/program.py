@@ -29,11 +29,19 @@ from optprune.recipe.groups import FisherMetric, Matching, Recovery
 from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.value_basis import best_basis_work
+from optprune.work import Work
 
 FIRST_FEW = 4
 """blocks at the beginning that are passed over when one block stands for the rest"""
 AVERAGE = 4
 """bytes of a number in averages over tokens, which are float32"""
+
+
+def units_work(target: Target, outputs: int, inputs: int) -> Work:
+    """Return the work of choosing the units of a layer beside its solve, with the search for directions."""
+    own = target.work(outputs, inputs)
+    return own + best_basis_work(outputs, inputs) if target.rotated else own
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,7 +337,7 @@ class Program:
         """The workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
-        work = self.solver(coupled).work(out, width, coupled=coupled) + target.work(out, width)
+        work = self.solver(coupled).work(out, width, coupled=coupled) + units_work(target, out, width)
         return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:

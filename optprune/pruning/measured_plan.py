@@ -25,7 +25,7 @@ from optprune.measure.memory import free_memory, held_bytes
 from optprune.metric import Metrics
 from optprune.models import DTYPES, Decoder, has_weights, load_config, load_model, load_shapes, open_model
 from optprune.models.registry import SHAPES_FIELD
-from optprune.models.skeleton import drawn
+from optprune.models.skeleton import one_block_model
 from optprune.numerics.precision import full_precision
 from optprune.objectives import OBJECTIVES
 from optprune.program.method import Method, Request
@@ -142,7 +142,7 @@ def _opened(program: Program, source: str) -> tuple[Decoder, float]:
         open_it = load_model if request.whole else open_model
         decoder = open_it(source, dtype=dtype, device=request.device).decoder()
     else:
-        decoder = Decoder(drawn(program.decoder.model.config, request.dtype, torch.device(request.device)))
+        decoder = Decoder(one_block_model(program.decoder.model.config, request.dtype, torch.device(request.device)))
     return decoder, time.perf_counter() - began
 
 
@@ -230,7 +230,8 @@ class BlockProbe:
         sizes = [len(batch) for batch in batches]
         hidden = torch.cat(list(self.hidden))[: sum(sizes)].split(sizes)
         return Stream(
-            self.hidden.anew(hidden), [[blocks[self.index]] for blocks in first_inputs(self.decoder, batches).others]
+            self.hidden.with_values(hidden),
+            [[blocks[self.index]] for blocks in first_inputs(self.decoder, batches).others],
         )
 
     def alone(self) -> Decoder:

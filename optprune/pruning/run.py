@@ -226,7 +226,7 @@ class Run:
             else:
                 finish()
         if decoder.store is not None:
-            decoder.store.take_from_sink(block)
+            decoder.store.mark_written(block)
         self._report_passed(1)
         return record
 
@@ -429,7 +429,7 @@ def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: 
         return OnHost()
     if folder is not None:
         return InFile(folder)
-    return InFile(FilePath(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
+    return InFile(FilePath(tempfile.gettempdir())) if decoder.store is None else decoder.store.offload
 
 
 def _by_size(decoder: Decoder, tokens: int) -> str:

@@ -1,4 +1,4 @@
-"""GGUF files read block by block: turned into safetensors once, with the numbers that transformers reads from them."""
+"""GGUF files read block by block: converted to safetensors once, with the numbers that transformers reads."""
 
 import weakref
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Matrices that files hold transposed: linear layers here, and on the outside what the stock class has."""
+"""Matrices that files hold transposed: linear layers in memory, and the stock layout in state dicts and files."""
 
 import copy
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_plain_transformers_reads_what_it_saves_itself(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_the_head_is_read_block_by_block(tmp_path: Path) -> None:
-    """As the one on the hub, whose names begin with h.0."""
+    """The checkpoint on the hub has names that begin with h.0."""
     model = gpt2()
     trunk: Any = model.base_model
     trunk.save_pretrained(tmp_path)
@@ -84,7 +84,7 @@ def test_a_checkpoint_without_the_head_is_read_block_by_block(tmp_path: Path) ->
 
 
 def test_shards_that_a_run_has_made_are_turned_again(tmp_path: Path) -> None:
-    """Two of the matrices are square, so that their shapes do not tell."""
+    """Two of the matrices are square, so that their shapes do not show the layout."""
     gpt2().save_pretrained(tmp_path / "dense")
     whole, journal = load_model(tmp_path / "dense"), Journal(tmp_path / "run")
     opened = open_model(tmp_path / "dense", sink=journal.sink)
