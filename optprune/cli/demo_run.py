@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optprune.cli.outputs import started
 from optprune.errors import InputError, OptpruneError
-from optprune.export import check_output, save_pruned
+from optprune.export import check_output, save_model
 from optprune.measure import perplexity
 from optprune.models import Decoder, load_model, need_tokenizer
 from optprune.models.sources import DEMO
@@ -21,7 +21,7 @@ from optprune.program import Program, Request, check_batches, resolve
 from optprune.program.time import evaluation, expected_seconds, operations_per_second
 from optprune.pruning import run_program
 from optprune.recipe import load_recipe
-from optprune.report import PhaseAdvanced, PhaseRecorder, Report
+from optprune.report import PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import EVALUATIONS, LOADING, TOKENISING
 from optprune.report.progress import Reporter, duration
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
@@ -82,16 +82,6 @@ class DemoResult:
             table.add_row(label, *(format(getattr(part, field), form) for part in self.parts))
         return table
 
-    def lines(self, report: Report, held_out: int) -> tuple[str, ...]:
-        """Return the sentences below the table; perplexity is on so many held-out tokens."""
-        return (
-            f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
-            f"on {report.tokens} calibration tokens; perplexity on {held_out} held-out tokens",
-            f"reload check passed: plain transformers loads {self.output}, its logits differ by at most "
-            f"{self.logits_difference:.2g} and its perplexity agrees",
-            f"the whole demo took {duration(self.seconds)}",
-        )
-
     @property
     def parts(self) -> tuple[Measured, Measured, Measured]:
         """The three columns of the table."""
@@ -133,10 +123,8 @@ def run_demo(
     batches = calibration_batches(tokens, samples, seq_length, seed)
     measured_on = evaluation_windows(held_out, seq_length, windows)
 
-    request = Request(recipe=chosen, samples=samples, seq_length=seq_length, whole=True)
-    program = resolve(loaded.decoder(), request)
-    expected = _expected(program, measured_on.numel(), loaded.model.device)
-    with reporter.events(expected) as on_event:
+    program = resolve(loaded.decoder(), Request(recipe=chosen, samples=samples, seq_length=seq_length, whole=True))
+    with reporter.events(_expected(program, measured_on.numel(), loaded.model.device)) as on_event:
         phases = PhaseRecorder(loaded.model.device, on_event)
         before = _measure(loaded.model, measured_on, EVALUATIONS[0], phases)
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
@@ -144,8 +132,15 @@ def run_demo(
         report = run_program(program, loaded.decoder(), every, on_event=on_event, source=model, calibration=text)
         after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
         reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-        window = measured_on[0]
-        saved = save_pruned(loaded, output, report, chosen, window=window, overwrite=overwrite, on_event=on_event)
+        saved = save_model(
+            loaded,
+            output,
+            report=report,
+            recipe=chosen,
+            check_tokens=measured_on[:1],
+            overwrite=overwrite,
+            on_event=on_event,
+        )
         again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
         reloaded = _measure(again, measured_on, EVALUATIONS[2], phases)
     if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
@@ -167,10 +162,21 @@ def run_demo(
         seconds=time.perf_counter() - began,
         output=str(output),
     )
-    console.print(result.table())
-    for line in result.lines(report, measured_on.numel()):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _show(console, result, report.tokens, measured_on.numel())
     return result
+
+
+def _show(console: Console, result: DemoResult, tokens: int, evaluated: int) -> None:
+    """Print the table, and sentences about pruning, the reload check and the time."""
+    console.print(result.table())
+    for line in (
+        f"{result.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(result.pruning_seconds)}, "
+        f"on {tokens} calibration tokens; perplexity on {evaluated} held-out tokens",
+        f"reload check passed: plain transformers loads {result.output}, its logits differ by at most "
+        f"{result.logits_difference:.2g} and its perplexity agrees",
+        f"the whole demo took {duration(result.seconds)}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _expected(program: Program, held_out: int, device: torch.device) -> dict[str, float]:

@@ -78,7 +78,7 @@ class WholeRun:
         The report has the phases of the recorder and those that follow. Where this command has already finished the
         output, that report is returned and nothing is saved.
         """
-        from optprune.export import save_pruned
+        from optprune.export import save_model
         from optprune.program import check_batches
         from optprune.pruning import Journal, PartialSums, run_program
         from optprune.pruning.run import OPENED, facts
@@ -108,12 +108,12 @@ class WholeRun:
             )
             report = replace(report, phases=joined(phases.done, report.phases))
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
-            saved = save_pruned(
+            saved = save_model(
                 loaded,
                 self.output.folder,
-                report,
-                program.request.recipe,
-                window=window,
+                report=report,
+                recipe=program.request.recipe,
+                check_tokens=window[None],
                 overwrite=self.output.overwrite,
                 dtype=self.save_dtype,
                 max_shard_size=self.max_shard_size,

@@ -91,8 +91,7 @@ def test_shards_that_a_run_has_made_are_turned_again(tmp_path: Path) -> None:
     recipe = load_recipe("wanda", {"units.weights": "2:4"})
     prune(whole.model, batches(), recipe)
     prune(opened.model, batches(), recipe, store=opened.store, journal=journal)
-    parts: dict[str, Any] = {"store": opened.store, "made": journal.shards(), "max_shard_size": "300KB"}
-    folder = save_model(opened.model, tmp_path / "out", **parts).folder
+    folder = save_model(opened, tmp_path / "out", made=journal.shards(), max_shard_size="300KB").folder
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(whole.model))
     shapes = {name: at.shape for name, at in Checkpoint.open(folder).tensors.items()}
