@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from optprune.models.demo_file import DEMO_NAME
-from optprune.models.load import DEMO
+from optprune.models.sources import DEMO, DEMO_NAME
 from optprune.report.by_block import pattern_of, shares, widths
 from optprune.report.drawings import can_draw, pictures
 from optprune.report.evaluated import Evaluated, Speed
@@ -268,5 +267,5 @@ def _load(held: Held | None) -> str:
         return "It has the stock classes of transformers."
     return (
         "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder, which it "
-        "does with trust_remote_code=True only; optprune.load(folder) needs no such trust."
+        "does with trust_remote_code=True only; optprune.load_model(folder) needs no such trust."
     )
