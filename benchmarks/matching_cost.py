@@ -49,7 +49,7 @@ def main() -> None:
             if index in options.blocks:
                 rows += of_block(decoder, index, stream, options)
                 print(rows[-1], flush=True)
-            stream.past(stream.hidden.anew(answers(block, stream)))
+            stream.past(stream.hidden.with_values(answers(block, stream)))
     print(write_table("matching_cost", "What matching a whole block costs", rows))
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optprune.cli.outputs import started
 from optprune.errors import InputError, OptpruneError
-from optprune.export import check_output, save_pruned
+from optprune.export import check_output, save_model
 from optprune.measure import perplexity
 from optprune.models import Decoder, LoadedModel, load_model, need_tokenizer
 from optprune.models.sources import DEMO
@@ -129,8 +129,15 @@ def run_demo(
         report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
         after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
         reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-        window = measured_on[0]
-        saved = save_pruned(loaded, output, report, chosen, window=window, overwrite=overwrite, on_event=on_event)
+        saved = save_model(
+            loaded,
+            output,
+            report=report,
+            recipe=chosen,
+            check_tokens=measured_on[:1],
+            overwrite=overwrite,
+            on_event=on_event,
+        )
         again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
         reloaded = _measure(again, measured_on, EVALUATIONS[2], phases)
     if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
@@ -152,16 +159,21 @@ def run_demo(
         seconds=time.perf_counter() - began,
         output=str(output),
     )
+    _show(console, result, report.tokens, measured_on.numel())
+    return result
+
+
+def _show(console: Console, result: DemoResult, tokens: int, evaluated: int) -> None:
+    """Print the table, and sentences about pruning, the reload check and the time."""
     console.print(result.table())
     for line in (
-        f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
-        f"on {report.tokens} calibration tokens; perplexity on {measured_on.numel()} held-out tokens",
-        f"reload check passed: plain transformers loads {output}, its logits differ by at most "
-        f"{saved.logits_difference:.2g} and its perplexity agrees",
+        f"{result.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(result.pruning_seconds)}, "
+        f"on {tokens} calibration tokens; perplexity on {evaluated} held-out tokens",
+        f"reload check passed: plain transformers loads {result.output}, its logits differ by at most "
+        f"{result.logits_difference:.2g} and its perplexity agrees",
         f"the whole demo took {duration(result.seconds)}",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return result
 
 
 def _expected(loaded: LoadedModel, recipe: Recipe, tokens: int, held_out: int) -> dict[str, float]:

@@ -108,7 +108,7 @@ class HealingRun:
     def _healed(
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
     ) -> "HealedOutput | None":
-        from optprune.export.healed import save_healed
+        from optprune.export import save_model
         from optprune.healing import HealingFolder, heal
         from optprune.healing.heal import healing_facts
 
@@ -140,12 +140,12 @@ class HealingRun:
             if not first:
                 return None
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
-            saved = save_healed(
+            saved = save_model(
                 student,
                 self.output.folder,
-                {**report.to_dict(), "held_out_documents": parts.documents},
+                healing={**report.to_dict(), "held_out_documents": parts.documents},
                 teacher=self.teacher,
-                window=parts.held_out[0],
+                check_tokens=parts.held_out[:1],
                 overwrite=self.output.overwrite,
                 on_event=phases.on_event,
             )

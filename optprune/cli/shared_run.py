@@ -60,11 +60,11 @@ def _help(
     partial_sums: "PartialSums",
 ) -> None:
     """Take part in a run, of which nothing is kept here."""
-    from optprune.models.store import Nowhere
+    from optprune.models.store import NullSink
     from optprune.pruning import prune
 
     may_be_finished = whole.output.may_be_finished
-    loaded = whole.opened(Nowhere())
+    loaded = whole.opened(NullSink())
     if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process has found the output finished
     prune(

@@ -81,7 +81,7 @@ class WholeRun:
         The report has the phases that the recorder has, and those that follow. Where this command has finished the
         output already, that is its report, and nothing is saved.
         """
-        from optprune.export import save_pruned
+        from optprune.export import save_model
         from optprune.pruning import Journal, PartialSums, prune
         from optprune.pruning.facts import OPENED, facts
         from optprune.pruning.preflight import check_batches
@@ -114,12 +114,12 @@ class WholeRun:
             )
             report = replace(report, phases=joined(phases.done, report.phases))
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
-            saved = save_pruned(
+            saved = save_model(
                 loaded,
                 self.output.folder,
-                report,
-                recipe,
-                window=window,
+                report=report,
+                recipe=recipe,
+                check_tokens=window[None],
                 overwrite=self.output.overwrite,
                 dtype=self.save_dtype,
                 max_shard_size=self.max_shard_size,

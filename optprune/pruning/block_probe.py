@@ -126,7 +126,8 @@ class BlockProbe:
         sizes = [len(batch) for batch in batches]
         hidden = torch.cat(list(self.hidden))[: sum(sizes)].split(sizes)
         return Stream(
-            self.hidden.anew(hidden), [[blocks[self.index]] for blocks in first_inputs(self.decoder, batches).others]
+            self.hidden.with_values(hidden),
+            [[blocks[self.index]] for blocks in first_inputs(self.decoder, batches).others],
         )
 
     def alone(self) -> Decoder:

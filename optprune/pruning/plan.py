@@ -22,7 +22,7 @@ from optprune.models import (
     open_model,
     stored_dtype,
 )
-from optprune.models.skeleton import drawn
+from optprune.models.skeleton import one_block_model
 from optprune.pruning.block_probe import BlockProbe, probe_batches
 from optprune.pruning.plan_memory import DEVICE, DISK, HOST, PHASES, RELOADING, Part, parts_of
 from optprune.pruning.plan_time import Surroundings, seconds_of
@@ -197,7 +197,7 @@ def _opened(work: Workload, source: str) -> tuple[Decoder, float]:
         open_it = load_model if work.whole else open_model
         decoder = open_it(source, dtype=dtype, device=work.device).decoder()
     else:
-        decoder = Decoder(drawn(work.decoder.model.config, work.dtype, device))
+        decoder = Decoder(one_block_model(work.decoder.model.config, work.dtype, device))
     return decoder, time.perf_counter() - began
 
 

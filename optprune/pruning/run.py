@@ -239,7 +239,7 @@ class Run:
             else:
                 finish()
         if decoder.store is not None:
-            decoder.store.take_from_sink(block)
+            decoder.store.mark_written(block)
         self._tell_passed_by(1)
         return record
 

@@ -200,7 +200,7 @@ class SharedMetrics:
         self.peers.broadcast(list(parts.values()), 0)
         if sums is not None:
             return sums
-        return MetricSums.elsewhere(told.width, told.tokens, decoder.aside.keep_all(parts), full=told.full)
+        return MetricSums.elsewhere(told.width, told.tokens, decoder.offload.keep_all(parts), full=told.full)
 
 
 class SharedJournal:

@@ -42,7 +42,7 @@ def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: 
         return OnHost()
     if folder is not None:
         return InFile(folder)
-    return InFile(Path(tempfile.gettempdir())) if decoder.store is None else decoder.store.aside
+    return InFile(Path(tempfile.gettempdir())) if decoder.store is None else decoder.store.offload
 
 
 def _by_size(decoder: Decoder, tokens: int) -> str:

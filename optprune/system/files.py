@@ -32,14 +32,12 @@ def write_whole(
     write: Callable[[BinaryIO], object],
     *,
     lasting: bool = True,
-    replace: bool = True,
     commit: Callable[[str], object] | None = None,
 ) -> None:
     """Write a file so that it is there whole or not at all; `lasting` keeps it through a crash of the machine.
 
     `write` gets a stream that takes bytes one after the other. `commit` gets the SHA-256 hex digest of what was written
-    before the file gets its name. Raises InputError where there is no room, or where a file of that name is there
-    already and `replace` is false.
+    before the file gets its name. Raises InputError where there is no room.
     """
     draft: Path | None = None
     try:
@@ -53,10 +51,7 @@ def write_whole(
                 os.fsync(stream.fileno())
         if commit is not None:
             commit(hashed.digest.hexdigest())
-        if replace:
-            draft.replace(file)
-        else:
-            _name_anew(draft, file)
+        draft.replace(file)
         if lasting:
             _sync_folder(file.parent)
     except BaseException as error:
@@ -67,21 +62,6 @@ def write_whole(
         if full is None:
             raise
         raise InputError(f"{full}, so {file} was not written: make room and run again") from error
-
-
-def _name_anew(draft: Path, file: Path) -> None:
-    """Give a draft a name that nothing has. Raises InputError where something has it."""
-    there = InputError(f"{file} is there since another command wrote it meanwhile: pass --overwrite to replace it")
-    try:
-        os.link(draft, file, follow_symlinks=False)  # unlike a rename it replaces nothing
-    except FileExistsError:
-        raise there from None
-    except OSError:  # a file system without links
-        if file.exists() or file.is_symlink():
-            raise there from None
-        draft.rename(file)
-    else:
-        draft.unlink()
 
 
 class _Hashed:

@@ -329,7 +329,7 @@ def test_a_file_of_the_users_is_not_written_over(prune, stop_at, monkeypatch, tm
 HOLDERS = {
     "prune": ("from optprune.pruning import Journal as Folder", "out.run", "run"),
     "heal": ("from optprune.healing import HealingFolder as Folder", "out.run", "healing run"),
-    "compare": ("from optprune.comparison.folder import ComparisonFolder as Folder", "out", "comparison"),
+    "compare": ("from optprune.comparison.kept_folder import ComparisonFolder as Folder", "out", "comparison"),
 }
 
 

@@ -47,7 +47,7 @@ def test_what_llama_cpp_cannot_read_is_refused(attempt: Attempt, tmp_path_factor
     attempt.model = save_tiny(tiny_llama(), folder / "llama")
     file = attempt.model / "tokenizer.json"
     file.write_text(file.read_text().replace('"ByteLevel"', '"Whitespace"', 1))
-    assert "the tokenizer cuts text by Whitespace" in attempt.fails(attempt.command("--target", "gguf"))
+    assert "the tokenizer splits text by Whitespace" in attempt.fails(attempt.command("--target", "gguf"))
 
 
 def test_a_run_for_vllm(

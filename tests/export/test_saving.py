@@ -111,7 +111,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         raise fault
 
-    monkeypatch.setattr("optprune.export.save.make_portable", fail)
+    monkeypatch.setattr("optprune.export.folder.make_portable", fail)
     for target in ("old", "new", "deep/er/new"):
         with pytest.raises((OptpruneError, KeyboardInterrupt, RuntimeError)):
             save_model(model, tmp_path / target, check_tokens=CHECK_TOKENS, overwrite=True)
@@ -151,7 +151,7 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
             write_weights(decoder, *rest)
             decoder.model.model.norm.weight[0] -= 0.5
 
-    monkeypatch.setattr("optprune.export.save.write_weights", corrupt)
+    monkeypatch.setattr("optprune.export.folder.write_weights", corrupt)
     with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked, but it was not seen to load: .* logits differ"):
         save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out.unchecked", *(["out"] if there else [])}

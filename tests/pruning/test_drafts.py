@@ -107,15 +107,15 @@ def test_without_the_draft_the_refusal_stays_and_names_the_command(tmp_path: Pat
 
 def test_a_draft_that_breaks_a_law_is_refused_when_it_is_given(tmp_path: Path) -> None:
     data = draft_of("starcoder2").to_dict() | {"after_blocks": []}
-    with pytest.raises(InputError, match="does not give the logits; see optprune inspect"):
+    with pytest.raises(InputError, match="logits do not follow from the output of the last block; see"):
         load_model(saved("starcoder2", tmp_path), architecture=Draft.from_dict(data, "a draft"))
 
 
 @pytest.mark.parametrize(
     ("recipe", "changed", "sentence"),
     [
-        ("fasp", {}, "all stay or none: the stock class cannot hold fewer"),
-        ("osscar", {"units": "vo"}, "all stay or none: the stock class cannot hold fewer"),
+        ("fasp", {}, "keeps all or none of them: the stock class cannot hold fewer"),
+        ("osscar", {"units": "vo"}, "keeps all or none of them: the stock class cannot hold fewer"),
         (
             "structured_best",
             {"units": "mlp"},

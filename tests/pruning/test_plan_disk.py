@@ -1,12 +1,13 @@
 """The disk that a plan tells of while a folder is saved, against the files that are there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from optprune.cli import main
-from optprune.export.progress import Progress
+from optprune.export import TransformersFolder
 from optprune.export.shards import size_of
 from optprune.models import Decoder
 from optprune.pruning.plan_memory import DISK, parts_of
@@ -24,15 +25,15 @@ def test_the_disk_while_saving_is_what_the_files_take(
     max_shard: str, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The blocks in the run folder, and the output, whose shards are links to those where they may be so large."""
-    seen, starts = dict[int, int](), Progress.process_starts
+    seen, check = dict[int, int](), TransformersFolder.check
 
-    def look(self: Progress) -> None:
+    def look(self: TransformersFolder, *given: Any) -> float | None:
         for file in tmp_path.rglob("*.safetensors"):
             if tmp_path / "model" not in file.parents and "logits" not in file.name:
                 seen[file.stat().st_ino] = file.stat().st_size
-        starts(self)
+        return check(self, *given)
 
-    monkeypatch.setattr(Progress, "process_starts", look)
+    monkeypatch.setattr(TransformersFolder, "check", look)
     decoder = Decoder(tiny_llama())
     model, text = save_tiny(decoder.model, tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("Prices rose again in March, the office said, and they will not fall before June. " * 40)
