@@ -48,6 +48,7 @@ CASES = [
 ]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("variant", "case", "policy"), CASES)
 def test_masks_and_widths_are_those_of_a_run_without(variant: str, case: tuple[str, dict], policy: str) -> None:
     (recipe, settings), make = case, VARIANTS[variant]
@@ -149,6 +150,7 @@ def test_a_metric_acts() -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
+@pytest.mark.e2e
 def test_the_metric_is_that_of_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The metric of what is added last: the gradient there is that at the block's output."""
     seen = []
@@ -263,6 +265,7 @@ def block_answers(block, args, kwargs) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_block_without_its_attention_aims_at_the_whole_one(policy: str) -> None:
     """What is removed whole is what the rest is matched for."""
