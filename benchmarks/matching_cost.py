@@ -27,7 +27,7 @@ from optprune.measure.memory import memory_increase
 from optprune.models import Decoder, Mlp
 from optprune.models.surgery import keep_inputs, keep_outputs
 from optprune.numerics.modules import first_output
-from optprune.pruning.matching import match_block
+from optprune.pruning.refinement import match_block
 from optprune.recipe import load_recipe
 from optprune.report import RecoveredPart
 from optprune.solvers import Adam

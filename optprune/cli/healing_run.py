@@ -61,7 +61,7 @@ class HealingRun:
         from optprune.healing import HealingFolder
         from optprune.models import device_of, load_config, load_shapes
         from optprune.models.draft import draft_in
-        from optprune.pruning.expectation import expected_reading, expected_writing
+        from optprune.program.time import expected_files
         from optprune.report import PhaseRecorder, PhasesExpected
         from optprune.report.phases import TOKENISING
         from optprune.texts import check_seq_length, read_documents, with_held_out
@@ -76,7 +76,7 @@ class HealingRun:
             check_seq_length(one, seq_length)
         shapes = load_shapes(self.model, config), load_shapes(self.teacher, dense)
         characters = sum(len(document) for document in documents if isinstance(document, str))
-        expected = expected_reading(shapes[0], characters) | expected_writing(shapes[0], started())
+        expected = expected_files(shapes[0], characters, started())
         with joined(self.device) as peers, reporter.events(expected) as on_event:
             phases = PhaseRecorder(device_of(self.device), self._telling(reporter, on_event))
             with phases.step(TOKENISING, f"tokenising {self.text}"):
@@ -99,11 +99,11 @@ class HealingRun:
         """The seconds that the training may take, now that its text is known."""
         from optprune.healing.heal import work
         from optprune.models import device_of
-        from optprune.pruning.expectation import products_per_second
+        from optprune.program.time import operations_per_second
         from optprune.report.phases import HEALING as PHASE
 
         flops = work(own, dense, parts.batches, parts.held_out, self.settings).flops
-        return {PHASE: flops / (2 * products_per_second(device_of(self.device)))}
+        return {PHASE: flops / operations_per_second(device_of(self.device))}
 
     def _healed(
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"

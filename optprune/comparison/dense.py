@@ -18,7 +18,7 @@ from optprune.measure.evaluate import TOKENS_AT_ONCE, check_windows
 from optprune.models import Decoder, LoadedModel, load_config, load_model, load_tokenizer, need_tokenizer, open_model
 from optprune.models.load import Described
 from optprune.models.places import States
-from optprune.pruning.states import place_for
+from optprune.pruning.run import place_for
 
 
 class DenseSource(ABC):

@@ -22,8 +22,8 @@ from optprune.measure import Divergence, Work, measure_speed
 from optprune.measure.memory import free_memory, release
 from optprune.measure.speed import weight_bytes
 from optprune.models import UNITS, Decoder, LoadedModel
+from optprune.program import Request, resolve
 from optprune.pruning import collect, prune
-from optprune.pruning.preflight import check_run
 from optprune.recipe import Recipe
 from optprune.report import Event, Report
 from optprune.report.progress import about, duration
@@ -167,7 +167,7 @@ class Session:
 
     def _fits(self, recipe: Recipe) -> bool:
         try:
-            check_run(self.loaded.decoder(), recipe.settled(), None)
+            resolve(self.loaded.decoder(), Request(recipe=recipe))
         except OptpruneError:
             return False
         return True

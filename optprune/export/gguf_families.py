@@ -13,7 +13,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.architecture import PARTS
-from optprune.recipe import RUNTIMES
+from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 """names of GELU with the tanh approximation"""

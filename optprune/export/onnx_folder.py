@@ -23,7 +23,7 @@ from optprune.export.portable import make_portable
 from optprune.export.source_files import origin_of
 from optprune.models import Decoder, LoadedModel, architecture_of
 from optprune.models.architecture import rope_types
-from optprune.recipe import RUNTIMES
+from optprune.program import RUNTIMES
 from optprune.system.wording import one_line
 from optprune.work import Work
 

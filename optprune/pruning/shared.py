@@ -22,9 +22,8 @@ from optprune.models import Decoder
 from optprune.problems import Permutation, Rotation
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.executors import LayerExecutor, Take
-from optprune.pruning.journal import Journal
+from optprune.pruning.journal import Journal, MetricFiles
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
-from optprune.pruning.metric_files import MetricFiles
 from optprune.system.facts import differences
 from optprune.system.wording import shown
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from optprune.cli import main
-from optprune.recipe import Runtime
+from optprune.program import Runtime
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 

@@ -18,7 +18,8 @@ from optprune.export import GgufFile, export, save_model
 from optprune.export.gguf_families import FAMILIES
 from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
-from optprune.recipe import RUNTIMES, Recipe, load_recipe
+from optprune.program import RUNTIMES
+from optprune.recipe import Recipe, load_recipe
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 from tests.helpers.tiny_models import tiny_tokenizer

@@ -243,6 +243,7 @@ def test_a_tokenizer_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         export(folder, tmp_path / "x.gguf", GgufFile())
 
 
+@pytest.mark.e2e
 def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) -> None:
     folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
     kill = (

@@ -137,6 +137,7 @@ def test_a_stock_folder_by_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     assert (folder / "model.onnx").read_bytes() == before
 
 
+@pytest.mark.e2e
 def test_a_graph_that_answers_otherwise_is_not_written(
     uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ def ran_at_home(tmp_path: Path, program: str, *words: str) -> list[Path]:
     return sorted(home.rglob("*"))
 
 
+@pytest.mark.e2e
 def test_the_telemetry_is_off_when_onnxruntime_is_imported(tmp_path: Path) -> None:
     """What ONNX Runtime writes into a home directory by itself depends on the machine, what it reads does not."""
     stand_in = tmp_path / "packages" / "onnxruntime.py"

@@ -71,6 +71,7 @@ def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str,
         assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("real_reload_check")
 def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
     for units in ("vo", "mlp"):
@@ -183,6 +184,7 @@ def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
     assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("real_reload_check")
 def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch in the user's site-packages or on PYTHONPATH: the interpreter itself does not know of it."""

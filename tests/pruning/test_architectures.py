@@ -13,6 +13,7 @@ from optprune.models import ARCHITECTURES, Decoder, open_model
 from optprune.models.checkpoint import Checkpoint
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from tests.helpers.programs import program_of
 from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
 from tests.helpers.token_batches import batches
@@ -117,7 +118,7 @@ def test_heads_under_one_norm_are_refused_before_anything_is_computed(settings: 
     decoder = Decoder(ALL_MODELS["olmo2"]().to("meta"))  # type: ignore[arg-type]
     sentence = "units kv-groups remove kv_heads, but a olmo2 model keeps all or none of them: one norm"
     with pytest.raises(InputError, match=sentence):
-        optprune.pruning.preflight.check_run(decoder, load_recipe("osscar", {"units": "kv-groups", **settings}), None)
+        program_of("osscar", decoder=decoder, fields={"units": "kv-groups", **settings})
 
 
 def test_an_allocation_that_narrows_heads_under_one_norm_is_refused() -> None:

@@ -12,8 +12,9 @@ from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
 from optprune.export import GgufFile, OnnxFolder, export, save_model
 from optprune.models import BlockAllocation, BlockShape, Decoder
+from optprune.program import RUNTIMES
 from optprune.pruning import prune
-from optprune.recipe import RUNTIMES, Recipe, load_recipe
+from optprune.recipe import Recipe, load_recipe
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import mixed
 from tests.helpers.short_runs import batches

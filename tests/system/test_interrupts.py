@@ -135,6 +135,7 @@ def test_saving_a_model_leaves_all_or_nothing_whatever_line_is_interrupted(there
     assert len(outcomes) > 60
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("again", [0, 1, 4, 9])
 @pytest.mark.parametrize("there", [False, True], ids=["new file", "old file"])
 def test_writing_a_file_leaves_all_or_nothing_whatever_line_is_interrupted(
