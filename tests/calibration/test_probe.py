@@ -245,8 +245,11 @@ def test_probes_bring_squared_errors_to_one_unit() -> None:
 
 def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
     monkeypatch.setattr("optprune.allocation.by_cost.Probe", lambda *_: pytest.fail("the model was probed"))
-    for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"units.weights": "2:4"})):
-        prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "allocation.probe_tokens": 50}))
+    for recipe, settings in (
+        ("structured_best", {"allocation": "uniform"}),  # over the probes of the recipe's own budget
+        ("sparse_best", {"units.weights": "2:4", "allocation.probe_tokens": 50}),
+    ):
+        prune(tiny_llama(), batches(), load_recipe(recipe, settings))
 
 
 def test_without_a_metric_the_size_of_the_hidden_states_changes_nothing() -> None:

@@ -110,9 +110,12 @@ def test_streamed_resumed_and_shared_runs_give_the_same_weights(policy: str, tmp
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too much": ({"sparsity": 0.8}, "out of reach with units 'experts': with 2 experts a block, as many as the router"),
     "too little": ({"sparsity": 0.01}, "rounds to nothing: one expert of 4 in each block is 18.8%"),
-    "another solver": ({"solver": "wanda"}, "Wanda does not solve what units experts state: experts are chosen by"),
-    "an objective": ({"objective": "linked"}, "whole experts go by their own cost: leave the objective out"),
-    "units of another kind": ({"units": "mlp"}, "Reap does not solve what units mlp state"),
+    "another solver": (
+        {"solver": "wanda"},
+        "Wanda does not solve the problems of units experts: experts are chosen by",
+    ),
+    "an objective": ({"objective": "linked"}, "whole experts have an objective of their own: leave the objective out"),
+    "units of another kind": ({"units": "mlp"}, "Reap does not solve the problems of units mlp"),
 }
 
 

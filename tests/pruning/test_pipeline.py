@@ -228,7 +228,7 @@ def test_a_solver_that_refuses_the_problem_says_why() -> None:
 
 
 def test_a_linked_objective_needs_units() -> None:
-    with pytest.raises(InputError, match="'linked' keeps units"):
+    with pytest.raises(InputError, match="'linked' removes whole units"):
         load_recipe("fasp", {"units": "weights"})
 
     def wrapped(context: LayerContext) -> LinkedLeastSquares:
