@@ -17,7 +17,7 @@ from benchmarks.reference_pages import KINDS, command_page
 from optprune.cli.app import app
 from optprune.models import ARCHITECTURES, LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from optprune.recipe.fields import recipe_fields
+from optprune.recipe.reference import recipe_fields
 from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
 
 FIRST_BLOCKS = 2

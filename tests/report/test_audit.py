@@ -41,7 +41,7 @@ def pruned(folder: Path, recipe: str, model: PreTrainedModel | None = None, **op
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which 2:4 holds."""
-    return pruned(tmp_path_factory.mktemp("sparse") / "out", "wanda", pattern="2:4")
+    return pruned(tmp_path_factory.mktemp("sparse") / "out", "wanda", units={"weights": "2:4"})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_what_is_half_zero_passes(sparse: Path, tmp_path: Path) -> None:
     found = optprune.audit(sparse, expect=["2:4", "4:8", "rows", "sparsity=0.5"])
     assert found.passed and found.removed == 0.5 and found.patterns == ("2:4", "4:8")
     for pattern, share in (("rows", 0.3), ("unstructured", 0.45)):
-        folder = pruned(tmp_path / pattern, "wanda", pattern=pattern, sparsity=share)
+        folder = pruned(tmp_path / pattern, "wanda", units={"weights": pattern}, sparsity=share)
         assert optprune.audit(folder, expect=[f"sparsity={share}"]).passed
 
 
@@ -200,7 +200,7 @@ def test_a_zero_that_is_in_another_row(tmp_path: Path) -> None:
         weight[3, int((weight[3] == 0).nonzero()[0])] = 0.5
         weight[4, int(weight[4].nonzero()[0])] = 0
 
-    rows = pruned(tmp_path / "rows", "wanda", pattern="rows", sparsity=0.5)
+    rows = pruned(tmp_path / "rows", "wanda", units={"weights": "rows"}, sparsity=0.5)
     assert optprune.audit(rows).passed
     sentences = [fault.sentence for fault in optprune.audit(spoilt(rows, tmp_path / "moved", move)).faults]
     assert f"the rows of {UP} differ in their zeros, and report.json says that they do not" in sentences

@@ -19,7 +19,7 @@ from tests.helpers.token_batches import batches
 
 
 def pruned_folder(folder: Path, model: Any, source: str, **options: Any) -> Path:
-    recipe = load_recipe("fasp", {"units": "all", "width_multiple": 1, **options})
+    recipe = load_recipe("fasp", {"units": "all", "allocation.multiple": 1, **options})
     report = prune(model, batches(), recipe, source=source)
     save_model(model, folder, files={"report.json": report.to_json()})
     return folder
@@ -87,7 +87,7 @@ def test_the_plot_draws_the_shares_of_the_original(
 def test_blocks_that_are_gone_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama(num_hidden_layers=4)
     whole = Decoder(model).linear_weights()
-    recipe = load_recipe("fasp", {"units": "blocks", "sparsity": 0.5, "depth_parts": "layers"})
+    recipe = load_recipe("fasp", {"units": "blocks", "sparsity": 0.5, "allocation.parts": "layers"})
     report = prune(model, batches(), recipe, source="four blocks")
     folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
     assert model.config.num_hidden_layers == 2
