@@ -80,6 +80,7 @@ def test_every_policy_gives_the_same_bytes_from_a_file(name: str, policy: str) -
     assert max(seen) <= 4
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("run", "streamed"), [*((run, True) for run in RUNS), ("structured_best", False), ("spap", False)]
 )
