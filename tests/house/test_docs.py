@@ -119,7 +119,7 @@ def test_an_extension_works_from_a_package_of_a_stranger(
 def test_every_extension_point_has_a_section_with_an_example() -> None:
     assert {name.lower() for name in SECTIONS} >= {
         *("objective", "penalty", "solver", "unit kind", "propagation policy", "allocator", "refinement"),
-        *("architecture", "recipe"),
+        *("architecture", "exporter", "recipe"),
     }
 
 
