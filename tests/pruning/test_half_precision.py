@@ -131,12 +131,14 @@ def test_a_block_is_matched_as_it_is_written(tmp_path: Path) -> None:
             assert ((weight == 0).sum(1) == weight.shape[1] // 2).all(), key
 
 
+@pytest.mark.e2e
 def test_workers_give_the_same_bytes(tmp_path: Path) -> None:
     folder, recipe = half(tmp_path), load_recipe("sparse_best", {"propagation": "intra"})
     _, expected = pruned(load_model(folder), recipe)
     assert equal(pruned(open_model(folder), recipe, workers=Processes(2))[1], expected)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_run_that_goes_on_gives_the_same_bytes(streamed: bool, tmp_path: Path) -> None:
     folder, recipe = half(tmp_path / "model"), load_recipe("sparse_best")

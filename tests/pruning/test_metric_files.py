@@ -112,6 +112,7 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

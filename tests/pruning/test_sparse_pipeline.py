@@ -54,6 +54,7 @@ def test_every_architecture(name: str) -> None:
     assert all("2:4" in layer.patterns for layer in model_patterns(Decoder(model)))
 
 
+@pytest.mark.e2e
 def test_better_solvers_leave_smaller_errors() -> None:
     """On the same moments: the first layers of the first block, whose inputs are those of the dense model."""
 

@@ -119,6 +119,7 @@ def check_choice(kind: str, seed: int) -> None:
     assert joined.solution.violation == 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", KINDS)
 @given(SEEDS)
 def test_the_ridge_with_the_least_loss_on_the_tokens_apart_is_taken(kind: str, seed: int) -> None:
