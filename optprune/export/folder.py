@@ -116,6 +116,8 @@ def save_model(
     )
     done = export(loaded, folder, exporter, overwrite=overwrite, on_event=on_event)
     whole = report and replace(report, phases=joined(report.phases, done.phases))
+    # The checks have split the experts of a mixture; the caller gets the model as transformers holds it.
+    loaded.decoder().joined()
     return SavedModel(done.path, done.bytes, is_stock(loaded.model.config), done.logits_difference, whole)
 
 

@@ -1,28 +1,29 @@
 """A block's work as a value: the same task gives the same bytes wherever and in whatever order it is run."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.tiny_models import TINY_MODELS
 from optprune import load_recipe, prune
-from optprune.allocation import DenseModel
 from optprune.calibration import POLICIES, Path, Stream, advance, calibrating, first_inputs
 from optprune.metric import Metrics
-from optprune.models import Decoder
+from optprune.models import BlockAllocation, Decoder
+from optprune.program import BlockProgram
 from optprune.pruning.block import BlockTask, prune_block
 from optprune.recipe import Recipe
-from optprune.recipe.recipe import allocator_of
+from tests.helpers.programs import program_of
 from tests.helpers.short_runs import batches
 
 INDEPENDENT = [name for name, policy in POLICIES.items() if policy.independent]
 
 
 def task_of(decoder: Decoder, recipe: Recipe, index: int, path: Path) -> BlockTask:
-    nothing = Metrics({})
-    wanted = allocator_of(recipe).divide(DenseModel(decoder, batches(), nothing)).allocation
-    return BlockTask(index, recipe, wanted.blocks[index], path, nothing)
+    program = program_of(recipe, decoder=decoder)
+    block = program.block(index, program.expected(index))
+    return BlockTask(block=block, method=program.method, path=path, metrics=Metrics({}))
 
 
 @pytest.mark.parametrize("recipe", ["fasp", "sparsegpt"])
@@ -75,7 +76,8 @@ def test_nothing_travels_past_the_last_block_that_has_something_to_solve() -> No
     with calibrating(decoder):
         path = recipe.policy.start(entering(decoder, 0))
         task = task_of(decoder, recipe, 0, path)
-        dense = BlockTask(0, recipe, type(task.wanted)(decoder.shape(0)), path, task.metrics, onwards=False)
+        untouched = BlockProgram(0, BlockAllocation(decoder.shape(0)))
+        dense = replace(task, block=untouched, onwards=False)
         before = [hidden.clone() for hidden in path.actual.hidden]
         result = prune_block(decoder, dense, lambda event: None)
     assert (result.record.layers, result.record.floor_seconds) == ((), 0.0)

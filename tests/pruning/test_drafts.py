@@ -20,6 +20,7 @@ from optprune.pruning import prune
 from optprune.pruning.run import facts
 from optprune.recipe import load_recipe
 from tests.helpers.programs import program_of
+from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
 from tests.helpers.unknown_models import UNKNOWN, config_of, unknown

@@ -186,7 +186,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "heads under one norm": (
         "olmoe",
         {"units": "kv-groups", "sparsity": 0.1},
-        "units kv-groups remove kv_heads, but of",
+        "units kv-groups remove kv_heads, but a .* model keeps all or none of them: one norm",
     ),
     "experts that differ": (
         "mixtral",
