@@ -144,6 +144,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.e2e
 def test_a_hub_that_is_out_of_reach(attempt: Attempt) -> None:
     command = [sys.executable, "-c", OFFLINE, "evaluate", "someone/tiny", "--text", str(attempt.text)]
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(attempt.folder)}
