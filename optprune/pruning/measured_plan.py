@@ -215,7 +215,7 @@ class BlockProbe:
         decoder, ids = self.alone(), self.batches[:count]
         fitted, held_out = hold_out(ids, self.program.held_out)
         stream = self.entering(fitted)
-        block = replace(self.program, decoder=decoder).block(0, self.program.wanted)
+        block = replace(self.program, decoder=decoder, method=method).block(0, self.program.wanted)
         path = self.program.policy.start(stream)
         task = BlockTask(block=block, method=method, path=path, metrics=metrics, held_out=held_out)
         began = clock(self.device)

@@ -198,5 +198,5 @@ def _check_workers(decoder: Decoder, program: Program, workers: Workers, partial
     if decoder.store is None and any(weight.is_meta for weight in decoder.model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     workers.check(program.policy)
-    if partial_sums.peers.size > 1 and not isinstance(workers, Serial):
+    if partial_sums.peers.size > 1 and workers.several:
         raise InputError("the processes that share the partial sums are the workers: leave other workers out")

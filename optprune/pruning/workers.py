@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.queues import SimpleQueue
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 
@@ -44,6 +44,9 @@ DIED = (
 
 class Workers(ABC):
     """A way to prune the blocks of a run."""
+
+    several: ClassVar[bool] = True
+    """whether several threads, processes or machines work"""
 
     @abstractmethod
     def prune(self, run: Run) -> None:
@@ -80,6 +83,8 @@ class WorkerPool(ABC, Generic[Handle]):
 class Serial(Workers):
     """One block after the other, in this process."""
 
+    several = False
+
     def prune(self, run: Run) -> None:
         for index in range(len(run.blocks)):
             run.prune_block(index)
@@ -113,6 +118,8 @@ class Layers(Serial):
     For policies that follow the pruned model, whose blocks cannot be shared. With single weights all layers of a block
     are solved together under `pruned`, and those that read the same input under `cross` and `local`; units have two.
     """
+
+    several = True
 
     count: int
     """layers that are solved at a time, each in a thread with as many threads of torch as this one"""

@@ -189,7 +189,10 @@ def test_any_callable_is_an_objective_but_no_code_is_imported_for_a_file(
     assert prune(tiny_llama(), batches(), recipe).recipe["objective"] == name
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    with pytest.raises(InputError, match=rf"'objective' cannot be '{name}': no code is imported for a file; give "):
+    with pytest.raises(
+        InputError,
+        match=rf"'objective' cannot be '{name}': a file can only name the objectives of optprune; pass your own ",
+    ):
         load_recipe(str(file))
     assert load_recipe(str(file), {"objective": objective}) == recipe
 

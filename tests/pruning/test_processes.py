@@ -37,11 +37,11 @@ class Lasting(ParallelWorkers):
     """Workers of several runs of models alike: to start processes takes longer than what they do here."""
 
     def __init__(self, pool: WorkerPool) -> None:
-        self.executor = pool
+        self.given = pool
 
     @contextmanager
     def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
-        yield self.executor
+        yield self.given
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_worker_has_the_threads_of_its_parent_whatever_it_began_with(
     for threads in (3, 2):
         torch.set_num_threads(threads)
         try:
-            monkeypatch.setattr(two.executor, "_context", WorkerContext.of(Decoder(tiny())))
+            monkeypatch.setattr(two.given, "_context", WorkerContext.of(Decoder(tiny())))
         finally:
             torch.set_num_threads(before)
         with pytest.raises(InputError, match=f"^{threads} threads$"):
