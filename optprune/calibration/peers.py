@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 
 from optprune.calibration.lanes import Alone, Peers, Value
 from optprune.errors import InputError, WorkerError
-from optprune.system.launched import started_by_torchrun
+from optprune.system.environment import started_by_torchrun
 
 PATIENCE = timedelta(days=30)
 """how long a process waits for another that is alive: a large layer takes its time"""

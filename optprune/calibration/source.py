@@ -11,7 +11,7 @@ from optprune.calibration.lanes import Lanes
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 from optprune.system.wording import shown
 
 IDLE = ("transformers_version", "dtype", "torch_dtype")

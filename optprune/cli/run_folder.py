@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
-from optprune.system.facts import differences
+from optprune.system.environment import differences, is_first
 from optprune.system.files import read_json, real_path
+from optprune.system.folders import RunFolder
 from optprune.system.interrupts import NOTHING, record_done, what_is_done
-from optprune.system.launched import is_first
-from optprune.system.run_folder import RunFolder
 from optprune.system.wording import shown
 
 Folder = TypeVar("Folder", bound=RunFolder)

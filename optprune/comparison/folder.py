@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from optprune.comparison.asked import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
 from optprune.system.files import real_path
-from optprune.system.kept_folder import KeptFolder
+from optprune.system.folders import KeptFolder
 
 CELLS, WORK, MODELS = "cells", "work", "models"
 Value = TypeVar("Value")

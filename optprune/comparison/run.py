@@ -26,9 +26,9 @@ from optprune.models.load import Described
 from optprune.numerics.fingerprint import fingerprint
 from optprune.recipe import Recipe
 from optprune.report import Event
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
-from optprune.system.kept_folder import check_kept
+from optprune.system.folders import check_kept
 from optprune.texts import (
     Document,
     Drawn,

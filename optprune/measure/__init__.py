@@ -1,8 +1,7 @@
 """Measures of a model: perplexity, divergence from the dense one, answers, generations, speed, memory, time."""
 
 from optprune.measure.divergence import Divergence, StandardErrors, Stretch, divergence_from, divergence_of
-from optprune.measure.evaluate import Evaluation, bits_per_byte, perplexity
-from optprune.measure.generations import generate
+from optprune.measure.evaluate import Evaluation, bits_per_byte, generate, perplexity
 from optprune.measure.questions import Answers, Question, answer_questions, read_questions
 from optprune.measure.speed import Measured, ModelSpeed, Ratios, Work, measure_speed
 from optprune.measure.tasks import Scores, Tasks

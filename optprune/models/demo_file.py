@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from optprune.system.installed import installed_file
+from optprune.system.environment import installed_file
 
 DEMO_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """the name on the hub of the model that the file was made from"""

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.models.decoder import Decoder
 from optprune.models.store import BlockStore
-from optprune.system.telling import Facts, Telling
+from optprune.system.display import Facts, Telling
 from optprune.system.wording import one_line
 
 

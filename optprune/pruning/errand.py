@@ -19,7 +19,7 @@ from optprune.models.places import OnDevice, States
 from optprune.models.skeleton import skeleton
 from optprune.pruning.block import BlockRecord, BlockTask, prune_block
 from optprune.report import BlockStarted, Event
-from optprune.system.facts import differences, machine, versions
+from optprune.system.environment import differences, machine, versions
 from optprune.system.wording import shown
 
 HOST = torch.device("cpu")

@@ -14,7 +14,7 @@ from optprune.pruning.journal import digest_of_model
 from optprune.recipe import Recipe
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import LOADING
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 
 OPENED = 0.5
 """the share of the loading that is done, roughly, when a model is there and its weights are to be read for a digest"""

@@ -29,7 +29,7 @@ from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.kept_costs import JournalledStatistics, KeptCosts
 from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
-from optprune.system.run_folder import RunFolder
+from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 
 DIVISION = "division.json"

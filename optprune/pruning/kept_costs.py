@@ -19,7 +19,7 @@ from optprune.calibration.shelf import Key
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
 from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
-from optprune.system.run_folder import RunFolder
+from optprune.system.folders import RunFolder
 
 PREFIX, REST = "cost-", "rest"
 

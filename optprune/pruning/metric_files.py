@@ -15,7 +15,7 @@ from torch import Tensor
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.models.checkpoint import stored_tensors, write_tensors
-from optprune.system.run_folder import RunFolder
+from optprune.system.folders import RunFolder
 
 INDEX = "metrics.json"
 

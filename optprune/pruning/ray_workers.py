@@ -12,7 +12,7 @@ from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
 from optprune.pruning.ray_local import check_closed, for_this_machine
 from optprune.pruning.workers import Crew, SideBySide, check_count
 from optprune.recipe import Recipe
-from optprune.system.facts import KERNELS
+from optprune.system.environment import KERNELS
 
 LOCAL = "local"
 RETRIES = 3

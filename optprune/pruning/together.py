@@ -25,7 +25,7 @@ from optprune.pruning.hands import Hands, Take
 from optprune.pruning.journal import Journal
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
 from optprune.pruning.metric_files import MetricFiles
-from optprune.system.facts import differences
+from optprune.system.environment import differences
 from optprune.system.wording import shown
 
 Value = TypeVar("Value")

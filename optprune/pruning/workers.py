@@ -21,7 +21,7 @@ from optprune.pruning.errand import Errand, Kit, Outcome
 from optprune.pruning.hands import OverDevices
 from optprune.pruning.run import Run
 from optprune.recipe import Recipe
-from optprune.system.launched import started_by_torchrun
+from optprune.system.environment import started_by_torchrun
 from optprune.system.wording import shown
 
 AHEAD = 2

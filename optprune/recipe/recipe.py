@@ -49,8 +49,8 @@ from optprune.recipe.names import (
 from optprune.recipe.settings import Settings
 from optprune.solvers import ExpertElimination, ExpertSolver, Solver
 from optprune.solvers.ridge import refitting
+from optprune.system.display import Facts, Telling
 from optprune.system.interrupts import interrupts_held
-from optprune.system.telling import Facts, Telling
 from optprune.system.wording import one_line
 
 

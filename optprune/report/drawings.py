@@ -1,20 +1,132 @@
-"""The pictures of a page about a run: what blocks keep, errors, gaps, divergence along the context."""
+"""Pictures of runs, audits and comparisons, drawn by matplotlib."""
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
+from optprune.errors import InputError
+from optprune.models import BlockShape
 from optprune.report.by_block import Kept, by_path, of_attention, shares, widths
-from optprune.report.evaluated import Evaluated
-from optprune.report.inline_svg import COLOURS, SETTINGS, inline_svg
+from optprune.report.folder_audit import Audit
+from optprune.report.reading import Evaluated
 from optprune.report.records import LayerReport, Report
-from optprune.system.telling import printable
+from optprune.report.stored import Original
+from optprune.system.display import printable
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+SALT = "optprune"
+COLOURS = {
+    "ink": "#000001",
+    "muted": "#000002",
+    "line": "#000003",
+    "first": "#000004",
+    "second": "#000005",
+    "third": "#000006",
+    "fourth": "#000007",
+}
+"""the colours that a picture is drawn in: each stands for the page's own of that name, light or dark"""
+SETTINGS = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": SALT,
+    "svg.image_inline": True,
+    "text.parse_math": False,  # a name is no formula
+    "font.size": 9,
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+}
+"""what a figure is to be drawn with, on top of matplotlib's own defaults and not of the user's"""
+
+
+def inline_svg(figure: "Figure", name: str, title: str, description: str) -> str:
+    """The figure as an <svg> element whose ids begin with the name, the same bytes for the same figure."""
+    file = BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    root = ElementTree.fromstring(file.getvalue())
+    _take_away(root)
+    used = {
+        found for part in root.iter() for value in part.attrib.values() for found in re.findall(r"#([\w-]+)", value)
+    }
+    for part in root.iter():
+        part.tag = _local(part.tag)
+        part.attrib = {_local(key): _rounded(_themed(_named(value, name))) for key, value in part.attrib.items()}
+        if "id" in part.attrib:
+            own = part.attrib.pop("id")
+            if own in used:
+                part.set("id", f"{name}-{own}")
+    for attribute in ("width", "height", "version"):
+        root.attrib.pop(attribute, None)
+    for place, (tag, text) in enumerate({"title": title, "desc": description}.items()):
+        part = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        part.text = text
+        root.insert(place, part)
+    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title {name}-desc"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _take_away(root: ElementTree.Element) -> None:
+    """Drop the metadata, the style that would hold for the whole page, and comments' line ends."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+        if _local(parent.tag) != "text":
+            parent.text = None
+        for child in parent:
+            child.tail = None
+
+
+def _local(name: str) -> str:
+    """A name without its namespace, which HTML has no use for."""
+    return name.rpartition("}")[2]
+
+
+def _named(value: str, name: str) -> str:
+    """A value whose reference to a part is to the part's name in the page."""
+    value = re.sub(r"url\(#([\w-]+)\)", rf"url(#{name}-\1)", value)
+    return re.sub(r"^#(?![0-9a-f]{6}$)([\w-]+)$", rf"#{name}-\1", value)
+
+
+def _themed(value: str) -> str:
+    """A value with the page's colours for those of the picture, and of a font the size only."""
+    value = re.sub(r"font: [^;]*?([\d.]+px)[^;]*", r"font-size: \1", value)
+    value = re.sub(r"font-family: [^;]*; ?", "", value)
+    names = {code: f"var(--{name})" for name, code in COLOURS.items()}
+    return re.sub(r"(?<=[ :])#[0-9a-f]{6}", lambda found: names.get(found[0], "currentColor"), value)
+
+
+def _rounded(value: str) -> str:
+    """A value whose coordinates have a hundredth of a point, which nobody sees, and half the bytes."""
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
+
 
 WIDTH = 4.6
 """the width of a picture in inches, so that it can be read on a phone without scrolling"""
@@ -220,3 +332,61 @@ def _along(evaluation: Evaluated) -> str | None:
         f"from the {last.first}th on; first choice the same in {first.agreement:.1%} and {last.agreement:.1%}."
     )
     return inline_svg(figure, "along", "Divergence and agreement along the context", words)
+
+
+FORMATS = ("png", "pdf", "svg")
+COUNTS: dict[str, Callable[[BlockShape], int]] = {
+    "MLP units": lambda shape: shape.mlp_width,
+    "value dimensions of all KV heads": lambda shape: shape.kv_heads * shape.value_dim,
+}
+"""what a picture shows of a block's shape"""
+
+
+def check_plot(file: Path) -> str:
+    """The kind of a picture of that name; InputError when none could be drawn."""
+    kind = file.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise InputError(f"the plot {file} must end in {', '.join(f'.{name}' for name in FORMATS)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise InputError("a plot needs matplotlib, which is not installed: pip install 'optprune[plot]'") from error
+    return kind
+
+
+def plot_kept(found: Audit, kind: str) -> bytes:
+    """What each block holds and the share of its weights that it keeps, as the bytes of a picture of that kind."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    # Not through pyplot: no window, no state.
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    original = found.original
+    shapes = found.blocks if original is None else _in_places(found.blocks, original)
+    for colour, (what, count) in enumerate(COUNTS.items()):
+        upper.plot(range(len(shapes)), list(map(count, shapes)), ".-", color=f"C{colour}", label=what)
+        if original is not None:
+            before = list(map(count, original.shapes))
+            upper.plot(range(len(before)), before, ":", color=f"C{colour}", label=f"{what} before")
+    for path, kept in found.shares.items():
+        lower.plot(range(len(kept)), kept, ".-", label=path)
+    gone = (
+        f"{found.zeros / (found.weights or 1):.1%} zeros" if found.removed is None else f"{found.removed:.1%} removed"
+    )
+    upper.set(ylabel="units", title=f"{Path(found.model).name}: {gone}", ylim=(0, None))
+    of_what = "over the most in a block" if original is None else "of the original's"
+    lower.set(xlabel="block", ylabel=f"weights kept {of_what}", ylim=(0, 1.05))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.yaxis.set_major_formatter(PercentFormatter(1))
+    for axes in (upper, lower):
+        axes.legend(fontsize=8, ncols=2)
+    picture = BytesIO()
+    figure.savefig(picture, format=kind)
+    return picture.getvalue()
+
+
+def _in_places(blocks: Sequence[BlockShape], original: Original) -> list[BlockShape]:
+    """What is left of each block of the original; nothing of those that are gone."""
+    left = dict(zip(original.left, blocks, strict=True))
+    return [left.get(number, BlockShape(0, 0, 0)) for number in range(len(original.shapes))]

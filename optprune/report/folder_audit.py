@@ -10,12 +10,27 @@ from torch import Tensor
 
 from optprune.models import BlockShape
 from optprune.models.draft import draft_in
-from optprune.report.dead_units import DeadUnits, Zeros, dead_units
-from optprune.report.expectations import Expectation, InEveryGroup, Measured, read_expectation, told_of
-from optprune.report.layer_pattern import NAMED, BrokenGroups, LayerPattern, broken_groups, layer_pattern
-from optprune.report.original import Original, config_faults, original_in, original_of, shares_kept
-from optprune.report.stored import Fault, Stored, stored_of
-from optprune.report.told import told_in
+from optprune.report.expectations import Expectation, InEveryGroup, Measured, read_expectation, told_in, told_of
+from optprune.report.stored import (
+    Fault,
+    Original,
+    Stored,
+    config_faults,
+    original_in,
+    original_of,
+    shares_kept,
+    stored_of,
+)
+from optprune.report.zeros import (
+    NAMED,
+    BrokenGroups,
+    DeadUnits,
+    LayerPattern,
+    Zeros,
+    broken_groups,
+    dead_units,
+    layer_pattern,
+)
 from optprune.system.files import json_text
 
 NEARLY = 0.01

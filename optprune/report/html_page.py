@@ -14,11 +14,8 @@ from optprune.models.demo_file import DEMO_NAME
 from optprune.models.load import DEMO
 from optprune.report.by_block import pattern_of, shares, widths
 from optprune.report.drawings import can_draw, pictures
-from optprune.report.evaluated import Evaluated, Speed
-from optprune.report.headline import Headline
-from optprune.report.healed import Healed
-from optprune.report.held import Held, loading_code
 from optprune.report.page_tables import (
+    Headline,
     Table,
     along_table,
     environment_table,
@@ -32,7 +29,9 @@ from optprune.report.page_tables import (
     removed_table,
     time_of,
 )
+from optprune.report.reading import Evaluated, Healed, Speed
 from optprune.report.records import Report
+from optprune.report.stored import Held, loading_code
 from optprune.system.wording import counted, one_line
 
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -1,15 +1,17 @@
-"""The tables of a page about a run: rows of words, made from a report and from what was measured beside it."""
+"""Tables and key figures of the page about a run."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optprune.report.by_block import Kept, shares, widths
-from optprune.report.evaluated import Evaluated
+from optprune.report.by_block import Kept, pattern_of, shares, widths
 from optprune.report.progress import duration
+from optprune.report.reading import Evaluated, Speed
 from optprune.report.records import Report
+from optprune.report.stored import Held
 
 
 @dataclass(frozen=True)
@@ -181,3 +183,149 @@ def _size(size: int | None) -> str:
 def mib(size: int) -> str:
     """A number of bytes in MiB."""
     return f"{size / 2**20:,.1f} MiB"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What is known of a run and of the model that it made."""
+
+    report: Report
+    held: Held | None = None
+    evaluation: Evaluated | None = None
+    speed: Speed | None = None
+
+    @property
+    def key_figures(self) -> list[tuple[str, str, str]]:
+        """The few figures to read first: what it is, the figure, and what belongs to it."""
+        report, evaluation = self.report, self.evaluation
+        found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} asked")]
+        if evaluation is not None:
+            before = evaluation.dense_perplexity
+            small = "" if before is None else f"{number(before, '.2f')} before"
+            found.append(("perplexity", number(evaluation.perplexity, ".2f"), small))
+            if evaluation.divergence is not None and evaluation.agreement is not None:
+                small = f"nats; first choice the same in {evaluation.agreement:.1%}"
+                found.append(("divergence", number(evaluation.divergence), small))
+        if self.speed is not None and len(self.speed.models) == 2:
+            now, was = (model.decode.median for model in self.speed.models)
+            found.append(("decoding speed", f"{now / was:.2f} times", f"{now:.1f} tokens a second, {was:.1f} before"))
+        if report.layers and evaluation is None:
+            mean = statistics.fmean(layer.relative_error for layer in report.layers)
+            when = ", before recovery" if report.recovered else ""
+            found.append(("mean relative error", number(mean), f"of {len(report.layers)} layers' outputs{when}"))
+        if self.held is not None:
+            found.append(("size of the weights", mib(self.held.bytes), f"{self.held.parameters:,} parameters"))
+        took = sum(phase.seconds for phase in report.phases) or report.seconds
+        found.append(("time", time_of(took), f"on {report.tokens:,} tokens"))
+        return found
+
+    @property
+    def table(self) -> Table:
+        """All that is known of the model before and after."""
+        rows = (*self._shapes(), *self._sizes(), *self._predictions(), *self._speeds())
+        return Table("The model before and after", ("", "before", "after", "change"), rows)
+
+    def _shapes(self) -> Iterator[tuple[str, str, str, str]]:
+        blocks = self.report.blocks
+        if blocks:
+            counts = [sum(bool(shape.parts) for shape in shapes) for shapes in self._before_and_after()]
+            yield ("decoder blocks", *_counted(*counts))
+        for kept in widths(self.report):
+            before, after = (_range(values) for values in (kept.before, kept.after))
+            yield (f"{kept.name} in a block", before, after, "")
+
+    def _before_and_after(self) -> tuple[list, list]:
+        return [change.before for change in self.report.blocks], [change.after for change in self.report.blocks]
+
+    def _sizes(self) -> Iterator[tuple[str, str, str, str]]:
+        held = self.held
+        if held is None:
+            return
+        yield ("linear weights of the blocks", *_counted(held.linear_before or None, held.linear_weights))
+        if pattern_of(self.report) is not None and held.linear_before:
+            kept = round(held.linear_before * (1 - self.report.sparsity_reached))
+            yield ("of them not zero", *_counted(held.linear_before, kept))
+        before = self._parameters_before
+        yield ("parameters in all", *_counted(before, held.parameters))
+        if held.itemsize is not None:
+            was, now = None if before is None else before * held.itemsize, held.parameters * held.itemsize
+            yield (f"size of the weights in {held.dtype}", _mib(was), mib(now), _change(was, now))
+        # Files may be of other dtypes, quantised ones too, so that their sizes are not compared.
+        if (stored := self._bytes_before) is not None:
+            yield ("files as they are stored", mib(stored), mib(held.bytes), "")
+
+    @property
+    def _parameters_before(self) -> int | None:
+        """The parameters of the dense model, as far as the report or a measurement says."""
+        if self.report.parameters_before is not None:
+            return self.report.parameters_before
+        if self.evaluation is not None and self.evaluation.dense_parameters is not None:
+            return self.evaluation.dense_parameters
+        return self.speed.models[1].parameters if self.speed is not None and len(self.speed.models) == 2 else None
+
+    @property
+    def _bytes_before(self) -> int | None:
+        """The size of the dense model's files, where something was measured of it."""
+        if self.evaluation is not None and self.evaluation.dense_bytes is not None:
+            return self.evaluation.dense_bytes
+        return self.speed.models[1].file_bytes if self.speed is not None and len(self.speed.models) == 2 else None
+
+    def _predictions(self) -> Iterator[tuple[str, str, str, str]]:
+        found = self.evaluation
+        if found is None:
+            return
+        known = found.standard_errors
+        before, after = found.dense_perplexity, found.perplexity
+        change = _change(before, after)
+        if change and known is not None and before and after is not None:
+            change += f" ± {after / before * known.surprise:.1%}"
+        yield ("perplexity", number(before, ".4f"), number(after, ".4f"), change)
+        before, after = found.dense_bits_per_byte, found.bits_per_byte
+        yield ("bits per byte", number(before, ".4f"), number(after, ".4f"), _change(before, after))
+        if found.divergence is not None and found.agreement is not None:
+            apart, same = ("", "") if known is None else (f" ± {known.divergence:.4f}", f" ± {known.agreement:.1%}")
+            yield ("divergence, nats a prediction", "0", f"{number(found.divergence, '.4f')}{apart}", "")
+            yield ("first choice the same", "100.0%", f"{found.agreement:.1%}{same}", "")
+        if found.questions is not None:
+            was = "-" if found.dense_questions is None else f"{found.dense_questions.accuracy:.1%}"
+            yield (f"of {found.questions.questions} questions right", was, f"{found.questions.accuracy:.1%}", "")
+
+    def _speeds(self) -> Iterator[tuple[str, str, str, str]]:
+        if self.speed is None:
+            return
+        after, before = self.speed.models[0], (*self.speed.models, None)[1]
+        for name, now, was in (
+            ("prefill, tokens a second", after.prefill, before and before.prefill),
+            ("decoding, tokens a second", after.decode, before and before.decode),
+        ):
+            medians = was and was.median, now.median
+            yield (name, number(medians[0], ".1f"), number(medians[1], ".1f"), _change(*medians))
+        if after.peak_bytes is not None:
+            was = before.peak_bytes if before else None
+            yield (
+                "peak memory",
+                "-" if was is None else mib(was),
+                mib(after.peak_bytes),
+                _change(was, after.peak_bytes),
+            )
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else mib(size)
+
+
+def _counted(before: int | None, after: int) -> tuple[str, str, str]:
+    return "-" if before is None else f"{before:,}", f"{after:,}", _change(before, after)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """How much more or less, in percent; nothing where it is the same or one is not known."""
+    if not before or after is None or before == after:
+        return ""
+    return f"{after / before - 1:+.1%}"
+
+
+def _range(values: tuple[float, ...]) -> str:
+    """The least and the most that a block has, of those that have any."""
+    there = [value for value in values if value] or [0.0]
+    return " to ".join(f"{value:,.0f}" for value in dict.fromkeys((min(there), max(there))))

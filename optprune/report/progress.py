@@ -9,11 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from optprune.report.estimate import TimeLeft
+from optprune.report.estimate import Position, Positions, TimeLeft
 from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
-from optprune.report.position import Position, Positions
+from optprune.system.display import printable
 from optprune.system.interrupts import check_interrupted
-from optprune.system.telling import printable
 from optprune.system.wording import one_line
 
 LINES_APART = 10.0

@@ -1,9 +1,7 @@
 """Texts: documents from files, data sets or the demo, tokenised once and cut into windows."""
 
 from optprune.texts.calibration import SEQUENCES, Drawn, Draws, Text, check_sequences, draw_windows, read_texts
-from optprune.texts.conversations import Conversation
-from optprune.texts.demo import demo_articles
-from optprune.texts.documents import FORMS, Document, read_documents, words_of
+from optprune.texts.documents import FORMS, Conversation, Document, demo_articles, read_documents, words_of
 from optprune.texts.held_out import TrainingText, with_held_out
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 

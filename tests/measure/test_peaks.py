@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from optprune.measure import peaks
-from optprune.measure.memory import memory_increase, release
-from optprune.measure.peaks import PeakMemory, highest_bytes, resident_bytes
+from optprune.measure import memory
+from optprune.measure.memory import PeakMemory, highest_bytes, memory_increase, release, resident_bytes
 from tests.helpers.memory import MIB, told
 
 CPU = torch.device("cpu")
@@ -29,7 +28,7 @@ def peak(run: Callable[[], object]) -> tuple[int, int]:
 def take(size: int) -> None:
     """Hold so many MiB for longer than the resident size is looked at."""
     held = torch.ones(size * MIB // 4)
-    time.sleep(5 * peaks.APART)
+    time.sleep(5 * memory.APART)
     del held
 
 
@@ -63,16 +62,16 @@ def test_the_watch_ends_with_the_run() -> None:
 
 
 def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peaks, "highest_bytes", lambda: None)
-    monkeypatch.setattr(peaks, "resident_bytes", lambda: None)
+    monkeypatch.setattr(memory, "highest_bytes", lambda: None)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: None)
     with PeakMemory(CPU) as taken:
         pass
     assert (taken.host_bytes, taken.device_bytes) == (None, None)
 
 
 def test_a_system_that_tells_the_largest_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peaks, "highest_bytes", lambda: 7)
-    monkeypatch.setattr(peaks, "resident_bytes", lambda: None)
+    monkeypatch.setattr(memory, "highest_bytes", lambda: 7)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: None)
     with PeakMemory(CPU) as taken:
         pass
     assert taken.host_bytes == 7

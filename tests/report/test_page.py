@@ -23,8 +23,7 @@ from optprune.report import (
     evaluation_in,
     page,
 )
-from optprune.report.evaluated import read_speed
-from optprune.report.healed import Healed, State
+from optprune.report.reading import Healed, State, read_speed
 from tests.helpers.html_pages import Element, ids, loaded, parsed, references
 from tests.helpers.reports import evaluated, layer, narrowed, speed, zeroed
 

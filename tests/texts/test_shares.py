@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.texts.shares import divided, interleaved, read_shares
+from optprune.texts.calibration import divided, interleaved, read_shares
 
 SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6).map(
     lambda parts: [Fraction(part, sum(parts)) for part in parts]

