@@ -143,7 +143,7 @@ def prune_command(
             with phases.step(TOKENISING, f"tokenising {calibration}"):
                 drawn = calibration_for(model, settled.config, texts, samples, seq_length, chosen.seed, sequences)
             del texts
-            batches, told, window = drawn.batches, drawn.told, drawn.first
+            batches, told, window = drawn.batches, drawn.description, drawn.first
             done = shared_run(whole, lanes, peers, reporter, phases, batches, chosen, divided, told, window=window)
     if done is not None:  # another process has it otherwise
         _finish(settled, *done, json_file, output)

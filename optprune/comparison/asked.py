@@ -8,7 +8,7 @@ from typing import Any
 from optprune.errors import InputError
 from optprune.recipe import Recipe, load_recipe
 from optprune.system.wording import shown
-from optprune.texts import Document, Text, read_documents, read_texts, words_of
+from optprune.texts import Document, Text, normalised_text, read_documents, read_texts
 
 OF_A_CELL = ("sparsity", "seed")
 """the recipe fields that are of a cell"""
@@ -105,7 +105,9 @@ def _label(recipe: str | Recipe) -> str:
 def texts_apart(calibration: str, text: str) -> tuple[list[Text], list[Document]]:
     """The texts to calibrate on and the documents to evaluate on; InputError where they have one in common."""
     fitted, told = read_texts(calibration), read_documents(text)
-    common = {words_of(document) for one in fitted for document in one.documents} & set(map(words_of, told))
+    common = {normalised_text(document) for one in fitted for document in one.documents} & set(
+        map(normalised_text, told)
+    )
     if common:
         first = shown(min(common)[:60])
         raise InputError(

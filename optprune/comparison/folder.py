@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from optprune.comparison.asked import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
 from optprune.system.files import real_path
-from optprune.system.folders import KeptFolder
+from optprune.system.folders import ManifestFolder
 
 CELLS, WORK, MODELS = "cells", "work", "models"
 Value = TypeVar("Value")
@@ -17,7 +17,7 @@ RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
 JSON, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.svg"
 
 
-class ComparisonFolder(KeptFolder):
+class ComparisonFolder(ManifestFolder):
     """A folder with the options that a comparison was begun with, and a file for each cell that is finished."""
 
     noun = "comparison"

@@ -19,7 +19,7 @@ from optprune.comparison.picture import picture_of
 from optprune.comparison.results import Comparison
 from optprune.comparison.session import Session
 from optprune.errors import InputError
-from optprune.measure import Work
+from optprune.measure import SpeedWorkload
 from optprune.models import LoadedModel, check_dtype, device_of, using_tokenizer
 from optprune.models.draft import draft_in
 from optprune.models.load import Described
@@ -28,12 +28,12 @@ from optprune.recipe import Recipe
 from optprune.report import Event
 from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
-from optprune.system.folders import check_kept
+from optprune.system.folders import check_manifest_folder
 from optprune.texts import (
     Document,
-    Drawn,
-    Draws,
+    DrawnWindows,
     Text,
+    WindowSampler,
     check_seq_length,
     check_sequences,
     check_vocabulary,
@@ -62,7 +62,7 @@ def compare(
     device: str = "auto",
     architecture: Described | None = None,
     keep_models: bool = False,
-    speed: Work | None = None,
+    speed: SpeedWorkload | None = None,
     say: Callable[[str], None] = lambda text: None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Comparison:
@@ -76,7 +76,7 @@ def compare(
     A cell that fails has its sentence in the table. With a `folder` each cell is kept once it is finished, a second
     call with the same options goes on, and the table is written there as comparison.md, comparison.json and, with
     matplotlib, comparison.svg. `architecture` is as in `load_model`. Models are kept, in models/ there, only with
-    `keep_models`; speed is measured only by a `Work`. `say` hears what is done, and `on_event` how far each run is.
+    `keep_models`; `speed` is a `SpeedWorkload`, or None. `say` hears what is done, `on_event` how far each run is.
     """
     asked = Asked.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
@@ -85,7 +85,7 @@ def compare(
         raise InputError("models are kept in the folder of the comparison: name one")
     check_sequences(sequences)
     if folder is not None:
-        check_kept(real_path(Path(folder)), ComparisonFolder.noun)
+        check_manifest_folder(real_path(Path(folder)), ComparisonFolder.noun)
     texts, documents = texts_apart(calibration, text)
     origin = origin_of(model, dtype, device, architecture)
     config, tokenizer = origin.config(), origin.tokenizer()
@@ -150,9 +150,9 @@ def _drawn(
     samples: int,
     seq_length: int,
     seeds: Sequence[int],
-) -> dict[int, Drawn]:
+) -> dict[int, DrawnWindows]:
     """What each seed draws of the calibration texts."""
-    draws = Draws(tokenizer, texts, sequences)
+    draws = WindowSampler(tokenizer, texts, sequences)
     drawn = {seed: draws.draw(samples, seq_length, seed) for seed in seeds}
     for each in drawn.values():
         for tokens in each.batches:

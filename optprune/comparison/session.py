@@ -19,7 +19,7 @@ from optprune.comparison.origins import Origin
 from optprune.comparison.results import CellResult, Figures
 from optprune.errors import OptpruneError, is_out_of_memory, no_room_behind
 from optprune.export import save_pruned
-from optprune.measure import Divergence, Work, measure_speed
+from optprune.measure import Divergence, SpeedWorkload, measure_speed
 from optprune.measure.memory import free_memory, release
 from optprune.measure.speed import weight_bytes
 from optprune.models import UNITS, Decoder, LoadedModel
@@ -30,7 +30,7 @@ from optprune.report import Event, Report
 from optprune.report.progress import about, duration
 from optprune.system.interrupts import record_done
 from optprune.system.wording import one_line
-from optprune.texts import Drawn
+from optprune.texts import DrawnWindows
 
 SHARE = 0.25
 """the share of the free memory that statistics may have: else they are in the folder"""
@@ -72,12 +72,12 @@ class Session:
     asked: Asked
     origin: Origin
     folder: ComparisonFolder
-    drawn: Mapping[int, Drawn]
+    drawn: Mapping[int, DrawnWindows]
     """what each seed draws of the calibration texts"""
     windows: Tensor
     """the windows to evaluate on: [n, length]"""
     keep_models: bool
-    speed: Work | None
+    speed: SpeedWorkload | None
     say: Callable[[str], None]
     on_event: Callable[[Event], None]
     loaded: LoadedModel
@@ -185,7 +185,7 @@ class Session:
                 statistics=statistics,
                 store=loaded.store,
                 source=self.origin.source,
-                calibration=drawn.told,
+                calibration=drawn.description,
                 on_event=self.on_event,
             )
             found = self.predictions.beside(loaded.decoder())

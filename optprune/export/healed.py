@@ -14,7 +14,7 @@ from optprune.export.origin import CARD, origin_of
 from optprune.export.own_files import check_own_files, own_text
 from optprune.export.save import SavedModel, save_model
 from optprune.models import LoadedModel
-from optprune.report import Event, healed_in, held_in, page, read_report
+from optprune.report import Event, page, read_healing, read_report, summarise_model
 from optprune.report.reading import PAGE, REPORT
 from optprune.system.files import json_text, write_whole
 
@@ -72,7 +72,7 @@ def _put_page(folder: Path) -> None:
         report = read_report(folder)
     except InputError:
         return
-    data = page(report, held=held_in(folder, report), healing=healed_in(folder)).encode()
+    data = page(report, model=summarise_model(folder, report), healing=read_healing(folder)).encode()
     write_whole(folder / PAGE, lambda stream: stream.write(data))
 
 

@@ -15,7 +15,7 @@ from optprune.healing.distillation import Reader, add_gradient, surprise_and_div
 from optprune.healing.records import HeldOut
 from optprune.healing.settings import Settings
 from optprune.healing.zeros import Masks, keep_zeros
-from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, of_surprise
+from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, perplexity_from_nll
 
 BETAS = (0.9, 0.95)
 """the decay rates of AdamW's moments; with the usual 0.999 the second would take longer than the whole training"""
@@ -98,7 +98,9 @@ class Training:
             raise NumericalError(f"the model gives NaN on held-out windows after {step} steps: lower the learning rate")
         own, dense, divergence = total
         count = held_out.predictions
-        return HeldOut(step, max(divergence / count, 0.0), of_surprise(own, count)), of_surprise(dense, count)
+        return HeldOut(step, max(divergence / count, 0.0), perplexity_from_nll(own, count)), perplexity_from_nll(
+            dense, count
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights."""

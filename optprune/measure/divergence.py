@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError, NumericalError
-from optprune.measure.evaluate import GIVES_NAN, check_windows, evaluating, of_surprise, passes
+from optprune.measure.evaluate import NAN_MESSAGE, check_windows, evaluating, passes, perplexity_from_nll
 from optprune.numerics.kullback_leibler import divergence_terms
 
 STRETCHES = 8
@@ -116,7 +116,7 @@ def divergence_of(
             by_window.append(found.mean(1))
         done += len(ids)
         if bool(sums.isnan().any()):
-            raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
+            raise NumericalError(NAN_MESSAGE.format(f"the first {done} windows"))
         if on_window is not None:
             on_window(done, count)
     total = Stretch(1, length - 1, *_means(sums, count))
@@ -125,7 +125,7 @@ def divergence_of(
         max(total.divergence, 0.0),
         total.agreement,
         total.perplexity,
-        of_surprise(float(sums[1].sum()), count * (length - 1)),
+        perplexity_from_nll(float(sums[1].sum()), count * (length - 1)),
         tuple(along),
         _standard_errors(torch.stack(by_window)),
     )
@@ -158,7 +158,7 @@ def _means(sums: Tensor, count: int) -> tuple[float, float, float]:
     """The perplexity, divergence and agreement of some predictions of so many windows."""
     surprise, _, divergence, agreement = (float(x) for x in sums.sum(1))
     predictions = count * sums.shape[1]
-    return of_surprise(surprise, predictions), divergence / predictions, agreement / predictions
+    return perplexity_from_nll(surprise, predictions), divergence / predictions, agreement / predictions
 
 
 def _stretches(predictions: int) -> Iterator[tuple[int, int]]:

@@ -16,7 +16,7 @@ from optprune.errors import InputError, NumericalError
 TOKENS_AT_ONCE = 2048
 """how many tokens go through the model together"""
 
-GIVES_NAN = "the model gives NaN within {}: look for damaged weights, or load it with --dtype float32"
+NAN_MESSAGE = "the model gives NaN within {}: look for damaged weights, or load it with --dtype float32"
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ def perplexity(
     done = 0
     with evaluating(model):
         for ids, logits in passes(model, windows):
-            total = surprise(ids, logits, total)
+            total = negative_log_likelihood(ids, logits, total)
             done += len(ids)
             if math.isnan(total):
-                raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
+                raise NumericalError(NAN_MESSAGE.format(f"the first {done} windows"))
             if on_window is not None:
                 on_window(done, count)
     tokens = count * (length - 1)
     return Evaluation(
-        perplexity=of_surprise(total, tokens),
+        perplexity=perplexity_from_nll(total, tokens),
         tokens=tokens,
         windows=count,
         seconds=time.perf_counter() - began,
@@ -98,7 +98,7 @@ def bits_per_byte(evaluation: Evaluation, windows: Tensor, tokenizer: Tokenizer)
     return math.log2(evaluation.perplexity) * windows.numel() / max(len(text.encode()), 1)
 
 
-def surprise(ids: Tensor, logits: Tensor, total: float = 0.0) -> float:
+def negative_log_likelihood(ids: Tensor, logits: Tensor, total: float = 0.0) -> float:
     """A total and the negative log-likelihood of the predictions of windows of token ids [n, length]."""
     # One window at a time: the float32 logits of a large vocabulary are the largest tensors here.
     for window, scores in zip(ids, logits, strict=True):
@@ -107,7 +107,7 @@ def surprise(ids: Tensor, logits: Tensor, total: float = 0.0) -> float:
     return total
 
 
-def of_surprise(total: float, tokens: int) -> float:
+def perplexity_from_nll(total: float, tokens: int) -> float:
     """The perplexity of a total over so many predictions."""
     mean = total / tokens
     # A hopeless model's may be beyond the largest float.

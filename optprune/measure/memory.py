@@ -74,10 +74,10 @@ def free_memory(device: torch.device | None = None) -> int | None:
     if (device is not None and device.type != "cpu") or not MEMORY.exists():
         return None
     available = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return min([int(available.split()[1]) * 1024, *group_rooms(Path("/"))])
+    return min([int(available.split()[1]) * 1024, *cgroup_free_bytes(Path("/"))])
 
 
-def group_rooms(root: Path) -> Iterator[int]:
+def cgroup_free_bytes(root: Path) -> Iterator[int]:
     """What is left to each control group of this process and those around it, in bytes, below a root folder.
 
     Of both versions (cgroups(7)); pages of files that nobody uses can be had.
@@ -154,7 +154,7 @@ def status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-APART = 0.02
+SAMPLE_SECONDS = 0.02
 """the seconds between two looks at the resident size"""
 
 
@@ -202,5 +202,5 @@ class PeakMemory:
         return self._watch.is_alive()
 
     def _look(self) -> None:
-        while not self._over.wait(APART):
+        while not self._over.wait(SAMPLE_SECONDS):
             self._seen = max(self._seen or 0, resident_bytes() or 0)

@@ -24,7 +24,7 @@ PEAK_MEMORY = (
 
 
 @dataclass(frozen=True)
-class Work:
+class SpeedWorkload:
     """What every model does in a repeat: read a prompt into the cache, then decode greedily, token by token."""
 
     prompt_tokens: int = 512
@@ -49,7 +49,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Repeats:
     """One number for each repeat, in their order."""
 
     values: tuple[float, ...]
@@ -66,9 +66,9 @@ class Measured:
         first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
         return first, third
 
-    def over(self, other: "Measured") -> "Measured":
+    def over(self, other: "Repeats") -> "Repeats":
         """The ratio in every repeat: what slows the machine down for a while slows both, and cancels."""
-        return Measured(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+        return Repeats(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
         """The median, the quartiles and the values as plain data."""
@@ -80,9 +80,9 @@ class ModelSpeed:
     """What was measured of one model."""
 
     name: str
-    prefill: Measured
+    prefill: Repeats
     """how many prompt tokens a second are read, of all prompts of a batch together"""
-    decode: Measured
+    decode: Repeats
     """how many new tokens a second are decoded, of all sequences of a batch together"""
     parameters: int
     weight_bytes: int
@@ -110,8 +110,8 @@ class ModelSpeed:
 class Ratios:
     """One model's figures over another's; above one is faster, and larger."""
 
-    prefill: Measured
-    decode: Measured
+    prefill: Repeats
+    decode: Repeats
     peak_memory: float | None
     weights: float
 
@@ -122,7 +122,7 @@ class Ratios:
 
 @torch.inference_mode()
 def measure_speed(
-    models: Mapping[str, PreTrainedModel], work: Work, *, on_run: Callable[[int, int], None] | None = None
+    models: Mapping[str, PreTrainedModel], work: SpeedWorkload, *, on_run: Callable[[int, int], None] | None = None
 ) -> list[ModelSpeed]:
     """The speed and the memory of models by name, all on one device and in one dtype, as they take turns.
 
@@ -164,8 +164,8 @@ def measure_speed(
     return [
         ModelSpeed(
             name=name,
-            prefill=Measured(tuple(ids.numel() / prefill for prefill, _ in seconds[name])),
-            decode=Measured(tuple(work.batch * work.new_tokens / decode for _, decode in seconds[name])),
+            prefill=Repeats(tuple(ids.numel() / prefill for prefill, _ in seconds[name])),
+            decode=Repeats(tuple(work.batch * work.new_tokens / decode for _, decode in seconds[name])),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             weight_bytes=weight_bytes(model),
             peak_bytes=None if increase[name] is None else weight_bytes(model) + increase[name],

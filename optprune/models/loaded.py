@@ -7,12 +7,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.models.decoder import Decoder
 from optprune.models.store import BlockStore
-from optprune.system.display import Facts, Telling
+from optprune.system.display import Displayed, SummaryTable
 from optprune.system.wording import one_line
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LoadedModel(Telling):
+class LoadedModel(Displayed):
     """A model ready to be pruned or evaluated, with its tokenizer where the source has one.
 
     The transformers model itself is its `model`, and all that `load` gives.
@@ -31,7 +31,7 @@ class LoadedModel(Telling):
     def __repr__(self) -> str:
         return f"LoadedModel({', '.join([repr(self.source), *(value for _, value in self._of_the_model())])})"
 
-    def facts(self) -> Facts:
+    def summary_table(self) -> SummaryTable:
         """What was loaded, for a terminal or a notebook."""
         name = type(self.tokenizer).__name__
         template = "a" if getattr(self.tokenizer, "chat_template", None) else "no"
@@ -39,7 +39,9 @@ class LoadedModel(Telling):
         decoder = self.decoder()
         widths = sorted({shape.mlp_width for shape in decoder.shapes()})
         shape = f"{len(decoder.blocks)}, of MLP width {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
-        return Facts(f"model {one_line(self.source)}", [*self._of_the_model(), ("blocks", shape), ("tokenizer", told)])
+        return SummaryTable(
+            f"model {one_line(self.source)}", [*self._of_the_model(), ("blocks", shape), ("tokenizer", told)]
+        )
 
     def _of_the_model(self) -> list[tuple[str, str]]:
         model = self.model

@@ -49,12 +49,12 @@ from optprune.recipe.names import (
 from optprune.recipe.settings import Settings
 from optprune.solvers import ExpertElimination, ExpertSolver, Solver
 from optprune.solvers.ridge import refitting
-from optprune.system.display import Facts, Telling
+from optprune.system.display import Displayed, SummaryTable
 from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import one_line
 
 
-class Recipe(Telling, BaseModel):
+class Recipe(Displayed, BaseModel):
     """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
 
     Fields are given by name, a field of a group by its path or by the flat name that it had: `Recipe(units="mlp",
@@ -186,7 +186,7 @@ class Recipe(Telling, BaseModel):
     def _none(self, group: Group | None) -> Any:
         return NONE if group is None else group.model_dump(mode="json")
 
-    def facts(self) -> Facts:
+    def summary_table(self) -> SummaryTable:
         """What the recipe sets, field by field, for a terminal or a notebook."""
         fields = self.to_dict()
         title = f"recipe {fields.pop('name')}" + (f": {self.summary}" if self.summary else "")
@@ -195,7 +195,7 @@ class Recipe(Telling, BaseModel):
             for name, value in fields.items()
             if name != "summary"
         ]
-        return Facts(one_line(title), told)
+        return SummaryTable(one_line(title), told)
 
     @property
     def layer_solver(self) -> Solver | None:

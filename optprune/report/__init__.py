@@ -17,17 +17,17 @@ from optprune.report.folder_audit import Audit, audit
 from optprune.report.html_page import page
 from optprune.report.phases import PHASES, PhaseReport, joined
 from optprune.report.reading import (
-    Evaluated,
-    Healed,
-    Speed,
-    evaluation_in,
-    healed_in,
+    EvaluationReport,
+    HealingReport,
+    SpeedReport,
+    parse_evaluation,
     read_evaluation,
+    read_healing,
     read_report,
     read_speed,
 )
 from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report
-from optprune.report.stored import Fault, Held, Original, held_in, original_of, shares_kept
+from optprune.report.stored import Fault, ModelSummary, Original, original_from_report, shares_kept, summarise_model
 from optprune.report.zeros import BrokenGroups, DeadUnits, LayerPattern, broken_groups, layer_pattern, model_patterns
 
 __all__ = [
@@ -39,14 +39,14 @@ __all__ = [
     "BrokenGroups",
     "DeadUnits",
     "DivergenceMeasured",
-    "Evaluated",
+    "EvaluationReport",
     "Event",
     "Fault",
-    "Healed",
-    "Held",
+    "HealingReport",
     "LayerPattern",
     "LayerReport",
     "LayerSolved",
+    "ModelSummary",
     "Original",
     "PhaseAdvanced",
     "PhaseFinished",
@@ -57,20 +57,20 @@ __all__ = [
     "RecoveredPart",
     "RemovedPart",
     "Report",
-    "Speed",
+    "SpeedReport",
     "audit",
     "broken_groups",
-    "evaluation_in",
-    "healed_in",
-    "held_in",
     "joined",
     "layer_pattern",
     "model_patterns",
-    "original_of",
+    "original_from_report",
     "page",
+    "parse_evaluation",
     "pictures",
     "read_evaluation",
+    "read_healing",
     "read_report",
     "read_speed",
     "shares_kept",
+    "summarise_model",
 ]

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 from optprune.errors import InputError
 from optprune.models import BlockShape
-from optprune.report.by_block import Kept, by_path, of_attention, shares, widths
+from optprune.report.block_values import BlockValues, is_attention, layers_by_path, shares, widths
 from optprune.report.folder_audit import Audit
-from optprune.report.reading import Evaluated
+from optprune.report.reading import EvaluationReport
 from optprune.report.records import LayerReport, Report
 from optprune.report.stored import Original
 from optprune.system.display import printable
@@ -147,7 +147,7 @@ def can_draw() -> bool:
     return True
 
 
-def pictures(report: Report, evaluation: Evaluated | None = None) -> dict[str, str]:
+def pictures(report: Report, evaluation: EvaluationReport | None = None) -> dict[str, str]:
     """The pictures that the data are there for, as <svg> elements by name; none without matplotlib."""
     if not can_draw():
         return {}
@@ -200,7 +200,7 @@ def _figure(heights: Sequence[float], above: float) -> "tuple[Figure, list[Axes]
     return figure, panels
 
 
-def _strips(name: str, title: str, kept: Sequence[Kept], *, shares_of: bool) -> str:
+def _strips(name: str, title: str, kept: Sequence[BlockValues], *, shares_of: bool) -> str:
     """A panel for each number: what a block had as a line, what it keeps filled, a cross where all is gone."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -225,7 +225,7 @@ def _strips(name: str, title: str, kept: Sequence[Kept], *, shares_of: bool) -> 
     return inline_svg(figure, name, title, _kept_in_words(kept, shares_of=shares_of))
 
 
-def _kept_in_words(kept: Sequence[Kept], *, shares_of: bool) -> str:
+def _kept_in_words(kept: Sequence[BlockValues], *, shares_of: bool) -> str:
     said = []
     for each in kept:
         least, most = min(each.after), max(each.after)
@@ -286,9 +286,9 @@ def _by_layer(
 
 def _groups(report: Report) -> list[dict[str, Mapping[int, LayerReport]]]:
     """The layers of attention, and those of MLPs; as one where there are few."""
-    found = {printable(path): layers for path, layers in by_path(report).items()}
-    attention = {path: layers for path, layers in found.items() if of_attention(path)}
-    others = {path: layers for path, layers in found.items() if not of_attention(path)}
+    found = {printable(path): layers for path, layers in layers_by_path(report).items()}
+    attention = {path: layers for path, layers in found.items() if is_attention(path)}
+    others = {path: layers for path, layers in found.items() if not is_attention(path)}
     return [dict(found)] if len(found) <= 2 else [group for group in (attention, others) if group]
 
 
@@ -301,7 +301,7 @@ def _points(
     return [(n, y) for n, y in found if y is not None and least <= y <= LARGEST]
 
 
-def _along(evaluation: Evaluated) -> str | None:
+def _along(evaluation: EvaluationReport) -> str | None:
     """The divergence and the agreement of the predictions along the context; None where there is none to draw."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from optprune.report.events import BlockFinished, BlockStarted, Event, LayerSolved, PhaseAdvanced
 from optprune.report.phases import BUDGET, EVALUATIONS, HEALING, METRIC, PRUNING
 
-SOLVING = 0.9
+SOLVED_SHARE = 0.9
 """the share of a block's work that is done, roughly, when its last layer is solved; then comes the way to the next"""
 
 
@@ -30,7 +30,7 @@ class Position:
     """the share that is done after it"""
 
 
-class Positions:
+class PositionTracker:
     """Tells the position after each event of a run."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Positions:
             self._blocks, self._done = event.blocks, event.block + 1 if event.done is None else event.done
             self._layers, self._within = [], 0.0
         elif isinstance(event, LayerSolved) and self._layers:
-            self._within += SOLVING * self._layers.pop(0)
+            self._within += SOLVED_SHARE * self._layers.pop(0)
         else:
             return None
         share = (self._done + self._within) / self._blocks
@@ -60,7 +60,7 @@ class Positions:
 
 COMPUTING = (METRIC, BUDGET, PRUNING, HEALING, *EVALUATIONS)
 """the phases that are slow or fast together; the others read and write files, or start a process"""
-ENOUGH = 0.01
+TRUSTED_SHARE = 0.01
 """the share of the work from which on its own speed is believed, and not what was expected of it"""
 
 
@@ -160,7 +160,7 @@ class TimeLeft:
         # The seconds of the whole step: by what was expected, and by its own speed.
         rate = whole * step.width
         if step.done > 0:
-            believed = min(1.0, step.done / ENOUGH) if rate > 0 else 1.0
+            believed = min(1.0, step.done / TRUSTED_SHARE) if rate > 0 else 1.0
             rate = step.rate**believed * rate ** (1 - believed)
         left = rate * (1 - step.last)
         # However long the part at work takes, those behind it are still to do.
@@ -176,5 +176,5 @@ class TimeLeft:
         taken = sum(step.seconds for seconds, step in steps if seconds * step.width * step.done > 0)
         if not expected or not taken:
             return 1.0
-        believed = min(1.0, expected / sum(self.expected[name] for name in kind) / ENOUGH)
+        believed = min(1.0, expected / sum(self.expected[name] for name in kind) / TRUSTED_SHARE)
         return (taken / expected) ** believed

@@ -15,7 +15,7 @@ import torch
 from optprune.errors import InputError
 from optprune.patterns import InGroups, InRows, PatternFamily, pattern_family
 from optprune.report.reading import REPORT
-from optprune.report.stored import Fault, Stored, original_of
+from optprune.report.stored import Fault, StoredModel, original_from_report
 from optprune.report.zeros import BrokenGroups, LayerPattern
 from optprune.system.wording import counted, shown
 
@@ -24,7 +24,7 @@ NUMBER = r"(?:[01]|[01]?\.\d+)"
 
 
 @dataclass(frozen=True)
-class Measured:
+class WeightFigures:
     """What was measured of a model, as far as expectations go."""
 
     layers: Sequence[LayerPattern]
@@ -52,7 +52,7 @@ class Expectation(ABC):
     """Something that is expected of a model."""
 
     @abstractmethod
-    def unmet(self, found: Measured) -> list[str]:
+    def unmet(self, found: WeightFigures) -> list[str]:
         """A sentence for each place where it is not so; none where it is met."""
 
 
@@ -64,12 +64,12 @@ class InEveryGroup(Expectation):
     n: int
     m: int
 
-    def unmet(self, found: Measured) -> list[str]:
+    def unmet(self, found: WeightFigures) -> list[str]:
         return [
             said
             for layer in found.layers
             for broken in found.breaks[layer.name]
-            if broken.pattern == f"{self.n}:{self.m}" and (said := told_of(layer, broken))
+            if broken.pattern == f"{self.n}:{self.m}" and (said := describe_break(layer, broken))
         ]
 
 
@@ -78,7 +78,7 @@ class InEveryGroup(Expectation):
 class SameInRows(Expectation):
     """Every row of a layer has the same number of zeros."""
 
-    def unmet(self, found: Measured) -> list[str]:
+    def unmet(self, found: WeightFigures) -> list[str]:
         return [f"the rows of {layer.name} differ in their zeros" for layer in found.layers if not layer.same_in_rows]
 
 
@@ -90,7 +90,7 @@ class Share(Expectation):
     low: float
     high: float
 
-    def unmet(self, found: Measured) -> list[str]:
+    def unmet(self, found: WeightFigures) -> list[str]:
         removed, whole = found.removed, found.original or found.there
         if self.low < self.high:
             least, most = self.low * whole, self.high * whole
@@ -113,7 +113,7 @@ class MultipleOf(Expectation):
 
     of: int
 
-    def unmet(self, found: Measured) -> list[str]:
+    def unmet(self, found: WeightFigures) -> list[str]:
         return [
             f"the MLP of block {block} has {width} units, which is no multiple of {self.of}"
             for block, width in enumerate(found.widths)
@@ -128,11 +128,11 @@ class DeadAtMost(Expectation):
 
     most: int
 
-    def unmet(self, found: Measured) -> list[str]:
+    def unmet(self, found: WeightFigures) -> list[str]:
         return [f"{counted(found.dead, 'unit')} could go for free, not {self.most}"] if found.dead > self.most else []
 
 
-def told_of(layer: LayerPattern, broken: BrokenGroups) -> str:
+def describe_break(layer: LayerPattern, broken: BrokenGroups) -> str:
     """Where a pattern does not hold in a layer, in words; nothing where it does."""
     if broken.holds:
         return ""
@@ -167,7 +167,7 @@ def read_expectation(text: str) -> Expectation:
 
 
 @dataclass(frozen=True)
-class Told:
+class ReportClaims:
     """What the report of a folder says of its layers."""
 
     kept: Mapping[str, int]
@@ -183,7 +183,7 @@ class Told:
         """The N:M that is told of."""
         return {(self.family.n, self.family.m)} if isinstance(self.family, InGroups) else set()
 
-    def faults(self, found: Measured) -> list[Fault]:
+    def faults(self, found: WeightFigures) -> list[Fault]:
         """Where the weights are not what the report says."""
         faults = []
         for layer in found.layers:
@@ -197,21 +197,23 @@ class Told:
             faults += [
                 f"{said}, and {REPORT} says that it is {broken.pattern}"
                 for broken in found.breaks[layer.name]
-                if self.family is not None and broken.pattern == self.family.name and (said := told_of(layer, broken))
+                if self.family is not None
+                and broken.pattern == self.family.name
+                and (said := describe_break(layer, broken))
             ]
         return [Fault("report", REPORT, sentence) for sentence in faults]
 
 
-def told_in(stored: Stored) -> Told:
+def report_claims(stored: StoredModel) -> ReportClaims:
     """What the report.json of a source says, if it has one that tells of these weights."""
-    silent, file = Told({}, None, False), Path(stored.source) / REPORT
+    silent, file = ReportClaims({}, None, False), Path(stored.source) / REPORT
     if not file.is_file() or _of_healing(file):
         return silent
     if not _is_report(file):
-        return Told({}, None, False, (f"{REPORT} holds no report, so it is not believed",))
-    original = original_of(stored.decoder, stored.source)
+        return ReportClaims({}, None, False, (f"{REPORT} holds no report, so it is not believed",))
+    original = original_from_report(stored.decoder, stored.source)
     if original is None:
-        return Told({}, None, False, (f"{REPORT} tells of other weights than these, so it is not believed",))
+        return ReportClaims({}, None, False, (f"{REPORT} tells of other weights than these, so it is not believed",))
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
         now = {number: index for index, number in enumerate(original.left)}
@@ -219,9 +221,9 @@ def told_in(stored: Stored) -> Told:
         kept = dict(_kept(report["layers"], blocks, now))
         family = _family(report["recipe"]["units"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return Told({}, None, False, (f"{REPORT} does not say what its layers keep, so it is not believed",))
+        return ReportClaims({}, None, False, (f"{REPORT} does not say what its layers keep, so it is not believed",))
     rounded = any(tensor.dtype == torch.float16 for tensor in stored.tensors.values())
-    return Told(kept, family, rounded) if family is not None else silent
+    return ReportClaims(kept, family, rounded) if family is not None else silent
 
 
 def _is_report(file: Path) -> bool:

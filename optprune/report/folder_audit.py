@@ -10,16 +10,23 @@ from torch import Tensor
 
 from optprune.models import BlockShape
 from optprune.models.draft import draft_in
-from optprune.report.expectations import Expectation, InEveryGroup, Measured, read_expectation, told_in, told_of
+from optprune.report.expectations import (
+    Expectation,
+    InEveryGroup,
+    WeightFigures,
+    describe_break,
+    read_expectation,
+    report_claims,
+)
 from optprune.report.stored import (
     Fault,
     Original,
-    Stored,
+    StoredModel,
     config_faults,
-    original_in,
-    original_of,
+    open_stored,
+    original_from_model,
+    original_from_report,
     shares_kept,
-    stored_of,
 )
 from optprune.report.zeros import (
     NAMED,
@@ -122,16 +129,18 @@ def audit(folder: str | Path, against: str | Path | None = None, expect: Sequenc
     cannot be read, of an architecture that is not known, or no expectation.
     """
     expected = [(text, read_expectation(text)) for text in expect]
-    stored = stored_of(str(folder))
-    before = None if against is None else stored_of(str(against), draft_in(stored.config))
-    told = told_in(stored)
+    stored = open_stored(str(folder))
+    before = None if against is None else open_stored(str(against), draft_in(stored.config))
+    told = report_claims(stored)
     groups = {(each.n, each.m) for _, each in expected if isinstance(each, InEveryGroup)} | set(NAMED)
     reading = _Reading(stored, groups | told.groups)
-    original = original_of(stored.decoder, stored.source) if before is None else original_in(before, stored)
+    original = (
+        original_from_report(stored.decoder, stored.source) if before is None else original_from_model(before, stored)
+    )
     weights = None if original is None else original.weights(stored.decoder)
     shapes, layers = stored.decoder.shapes(), tuple(reading.layers)
     dead = dead_units(stored.decoder, reading.zeros)
-    measured = Measured(
+    measured = WeightFigures(
         layers, reading.breaks, [shape.mlp_width for shape in shapes], sum(units.count for units in dead), weights
     )
     faults = [*stored.faults, *reading.faults, *told.faults(measured), *_unmet(expected, measured)]
@@ -154,7 +163,7 @@ def audit(folder: str | Path, against: str | Path | None = None, expect: Sequenc
 class _Reading:
     """One pass over the tensors: each is read, measured, and forgotten."""
 
-    def __init__(self, stored: Stored, groups: set[tuple[int, int]]) -> None:
+    def __init__(self, stored: StoredModel, groups: set[tuple[int, int]]) -> None:
         self.layers: list[LayerPattern] = []
         self.breaks: dict[str, list[BrokenGroups]] = {}
         self.zeros: dict[str, Zeros] = {}
@@ -186,7 +195,7 @@ class _Reading:
                 Fault("nan", name, f"{name} holds {bad} values of NaN or infinity, the first at {place}")
             )
 
-    def _compare_head(self, stored: Stored) -> None:
+    def _compare_head(self, stored: StoredModel) -> None:
         if stored.shares_head and stored.ties is not None:
             head, embeddings = stored.ties
             if not torch.equal(stored.tensors[head].read(), stored.tensors[embeddings].read()):
@@ -194,14 +203,14 @@ class _Reading:
                 self.faults.append(Fault("tied", head, f"{sentence}: readers take the one or the other"))
 
 
-def _unmet(expected: Sequence[tuple[str, Expectation]], measured: Measured) -> list[Fault]:
+def _unmet(expected: Sequence[tuple[str, Expectation]], measured: WeightFigures) -> list[Fault]:
     return [Fault("expected", text, f"{text}: {said}") for text, each in expected for said in each.unmet(measured)]
 
 
-def _nearly(measured: Measured) -> list[str]:
+def _nearly(measured: WeightFigures) -> list[str]:
     """The layers in which an N:M that is known by name holds almost everywhere."""
     return [
-        f"almost {broken.pattern}: {told_of(layer, broken)}"
+        f"almost {broken.pattern}: {describe_break(layer, broken)}"
         for layer in measured.layers
         for broken in measured.breaks[layer.name]
         if 0 < broken.broken <= NEARLY * broken.groups

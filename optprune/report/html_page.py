@@ -12,13 +12,14 @@ from markupsafe import Markup
 
 from optprune.models.demo_file import DEMO_NAME
 from optprune.models.load import DEMO
-from optprune.report.by_block import pattern_of, shares, widths
+from optprune.report.block_values import pattern_of, shares, widths
 from optprune.report.drawings import can_draw, pictures
 from optprune.report.page_tables import (
     Headline,
     Table,
     along_table,
     environment_table,
+    healing_table,
     kept_tables,
     layers_table,
     number,
@@ -29,9 +30,9 @@ from optprune.report.page_tables import (
     removed_table,
     time_of,
 )
-from optprune.report.reading import Evaluated, Healed, Speed
+from optprune.report.reading import EvaluationReport, HealingReport, SpeedReport
 from optprune.report.records import Report
-from optprune.report.stored import Held, loading_code
+from optprune.report.stored import ModelSummary, loading_code
 from optprune.system.wording import counted, one_line
 
 UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -41,28 +42,28 @@ UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 def page(
     report: Report,
     *,
-    held: Held | None = None,
-    evaluation: Evaluated | None = None,
-    speed: Speed | None = None,
-    healing: Healed | None = None,
+    model: ModelSummary | None = None,
+    evaluation: EvaluationReport | None = None,
+    speed: SpeedReport | None = None,
+    healing: HealingReport | None = None,
     drawn: Mapping[str, str] | None = None,
 ) -> str:
     """The page about a run as HTML: the same bytes for the same figures, with nothing to fetch and no script.
 
-    It has what is known: what the folder `held`, what `evaluate` and `benchmark-model` measured, what `healing` did
+    It has what is known: what the folder `model`, what `evaluate` and `benchmark-model` measured, what `healing` did
     since. `drawn` are the pictures where they were made before; without matplotlib there are none, and tables stand in
     their place.
     """
     found = pictures(report, evaluation) if drawn is None else drawn
     template = _environment().from_string(_text("page.html"))
     return template.render(
-        **_texts(report, held, evaluation, speed),
+        **_texts(report, model, evaluation, speed),
         sections=_sections(report, evaluation, healing),
-        **_tables(report, held, evaluation),
+        **_tables(report, model, evaluation),
         report=report,
-        headline=Headline(report, held, evaluation, speed),
+        headline=Headline(report, model, evaluation, speed),
         evaluation=evaluation,
-        healing=healing,
+        healing=None if healing is None else {"sentence": _healing(healing), "table": healing_table(healing)},
         style=Markup(_text("page.css")),
         pictures={name: Markup(svg) for name, svg in found.items()},
         drawn_kept={"widths", "shares"} & found.keys(),
@@ -90,7 +91,7 @@ def _text(name: str) -> str:
     return (files("optprune.report") / name).read_text(encoding="utf-8")
 
 
-def _tables(report: Report, held: Held | None, evaluation: Evaluated | None) -> dict[str, Any]:
+def _tables(report: Report, model: ModelSummary | None, evaluation: EvaluationReport | None) -> dict[str, Any]:
     notes = [(layer.name, "; ".join(layer.notes)) for layer in report.layers if layer.notes]
     return {
         "phases": phases_table(report) if report.phases else None,
@@ -100,13 +101,15 @@ def _tables(report: Report, held: Held | None, evaluation: Evaluated | None) -> 
         "recovered": recovered_table(report),
         "along": along_table(evaluation) if evaluation is not None else None,
         "recipe": recipe_table(report),
-        "environment": environment_table(report, None if held is None else held.dtype),
+        "environment": environment_table(report, None if model is None else model.dtype),
         "layer_notes": notes,
         "notes_table": Table("Notes by layer", ("layer", "notes"), tuple(notes), (0, 1)),
     }
 
 
-def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, speed: Speed | None) -> dict[str, Any]:
+def _texts(
+    report: Report, model: ModelSummary | None, evaluation: EvaluationReport | None, speed: SpeedReport | None
+) -> dict[str, Any]:
     recipe = one_line(report.recipe.get("name", "custom"))
     source = DEMO_NAME if report.model == DEMO else report.model
     name = one_line(PurePath(source).name or source)
@@ -127,12 +130,14 @@ def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, spee
         "damping": _damping(report),
         "statuses": _statuses(report),
         "evaluated_on": "" if evaluation is None else _evaluated_on(evaluation),
-        "code": None if held is None else loading_code(held),
-        "load_sentence": _load(held),
+        "code": None if model is None else loading_code(model),
+        "load_sentence": _load(model),
     }
 
 
-def _sections(report: Report, evaluation: Evaluated | None, healing: Healed | None) -> list[tuple[str, str]]:
+def _sections(
+    report: Report, evaluation: EvaluationReport | None, healing: HealingReport | None
+) -> list[tuple[str, str]]:
     there = {
         ("figures", "Before and after"): True,
         ("healing", "Healing"): healing is not None,
@@ -149,7 +154,7 @@ def _sections(report: Report, evaluation: Evaluated | None, healing: Healed | No
     return [section for section, is_there in there.items() if is_there]
 
 
-def _measured(report: Report, evaluation: Evaluated | None, speed: Speed | None) -> list[str]:
+def _measured(report: Report, evaluation: EvaluationReport | None, speed: SpeedReport | None) -> list[str]:
     """What was not measured and how to have it, and on what speed was."""
     said = []
     if evaluation is None:
@@ -239,6 +244,18 @@ def _damping(report: Report) -> str:
     return f"Damping added to the diagonals of the Gram matrices: {range_of}, by layer.{zero}"
 
 
+def _healing(healing: HealingReport) -> str:
+    early = ", until the divergence fell no further" if healing.stopped_early else ""
+    zeros = f"all {healing.zeros:,} zeros and every width are" if healing.zeros else "every width is"
+    generated = f", {healing.generated_windows:,} windows of which it generated itself"
+    partly = generated if healing.generated_windows else ""
+    return (
+        f"After pruning the model was trained to predict what the dense one does: {healing.steps:,} steps on "
+        f"{healing.tokens:,} tokens{partly}, in {time_of(healing.seconds)}{early}; {zeros} as pruning left them. "
+        "Errors and gaps by layer are those of pruning, before that."
+    )
+
+
 def _statuses(report: Report) -> list[str]:
     """The layers whose solver stopped for another reason than that it was done, by reason."""
     found: dict[str, int] = {}
@@ -251,7 +268,7 @@ def _statuses(report: Report) -> list[str]:
     ]
 
 
-def _evaluated_on(found: Evaluated) -> str:
+def _evaluated_on(found: EvaluationReport) -> str:
     beside, known = "" if found.against is None else f", beside {found.against}", found.standard_errors
     error = "" if known is None else f" ± is the standard error over {known.windows:,} windows, of differences paired."
     return (
@@ -260,10 +277,10 @@ def _evaluated_on(found: Evaluated) -> str:
     )
 
 
-def _load(held: Held | None) -> str:
-    if held is None:
+def _load(model: ModelSummary | None) -> str:
+    if model is None:
         return ""
-    if held.stock:
+    if model.stock:
         return "It has the stock classes of transformers."
     return (
         "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder, which it "

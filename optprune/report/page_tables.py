@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optprune.report.by_block import Kept, pattern_of, shares, widths
+from optprune.report.block_values import BlockValues, pattern_of, shares, widths
 from optprune.report.progress import duration
-from optprune.report.reading import Evaluated, Speed
+from optprune.report.reading import EvaluationReport, HealingReport, SpeedReport
 from optprune.report.records import Report
-from optprune.report.stored import Held
+from optprune.report.stored import ModelSummary
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def kept_tables(report: Report) -> list[Table]:
     return tables
 
 
-def _by_block(caption: str, kept: Sequence[Kept], told: Any) -> Table:
+def _by_block(caption: str, kept: Sequence[BlockValues], told: Any) -> Table:
     rows = (
         (str(number), *(told(each.before[number], each.after[number]) for each in kept))
         for number in range(len(kept[0].after))
@@ -116,7 +116,7 @@ def recovered_table(report: Report) -> Table:
     return Table("Relative error of the outputs of sub-modules, before and after recovery", head, rows)
 
 
-def along_table(evaluation: Evaluated) -> Table:
+def along_table(evaluation: EvaluationReport) -> Table:
     """What grows along the context."""
     rows = tuple(
         (
@@ -129,6 +129,17 @@ def along_table(evaluation: Evaluated) -> Table:
     )
     head = ("tokens seen", "perplexity", "divergence, nats", "first choice the same")
     return Table("Predictions along the context", head, rows)
+
+
+def healing_table(healing: HealingReport) -> Table:
+    """Return the quality on held-out windows before and after healing, beside the dense model's."""
+    states = healing.before, healing.after
+    rows = (
+        ("divergence, nats a prediction", *(number(state.divergence, ".4f") for state in states), "0"),
+        ("perplexity", *(number(state.perplexity, ".2f") for state in states), number(healing.dense_perplexity, ".2f")),
+    )
+    head = ("", "before healing", "after", "dense model")
+    return Table(f"On {healing.held_out_tokens:,} held-out tokens", head, rows)
 
 
 def recipe_table(report: Report) -> Table:
@@ -190,9 +201,9 @@ class Headline:
     """What is known of a run and of the model that it made."""
 
     report: Report
-    held: Held | None = None
-    evaluation: Evaluated | None = None
-    speed: Speed | None = None
+    model: ModelSummary | None = None
+    evaluation: EvaluationReport | None = None
+    speed: SpeedReport | None = None
 
     @property
     def key_figures(self) -> list[tuple[str, str, str]]:
@@ -213,8 +224,8 @@ class Headline:
             mean = statistics.fmean(layer.relative_error for layer in report.layers)
             when = ", before recovery" if report.recovered else ""
             found.append(("mean relative error", number(mean), f"of {len(report.layers)} layers' outputs{when}"))
-        if self.held is not None:
-            found.append(("size of the weights", mib(self.held.bytes), f"{self.held.parameters:,} parameters"))
+        if self.model is not None:
+            found.append(("size of the weights", mib(self.model.bytes), f"{self.model.parameters:,} parameters"))
         took = sum(phase.seconds for phase in report.phases) or report.seconds
         found.append(("time", time_of(took), f"on {report.tokens:,} tokens"))
         return found
@@ -238,21 +249,21 @@ class Headline:
         return [change.before for change in self.report.blocks], [change.after for change in self.report.blocks]
 
     def _sizes(self) -> Iterator[tuple[str, str, str, str]]:
-        held = self.held
-        if held is None:
+        model = self.model
+        if model is None:
             return
-        yield ("linear weights of the blocks", *_counted(held.linear_before or None, held.linear_weights))
-        if pattern_of(self.report) is not None and held.linear_before:
-            kept = round(held.linear_before * (1 - self.report.sparsity_reached))
-            yield ("of them not zero", *_counted(held.linear_before, kept))
+        yield ("linear weights of the blocks", *_counted(model.linear_before or None, model.linear_weights))
+        if pattern_of(self.report) is not None and model.linear_before:
+            kept = round(model.linear_before * (1 - self.report.sparsity_reached))
+            yield ("of them not zero", *_counted(model.linear_before, kept))
         before = self._parameters_before
-        yield ("parameters in all", *_counted(before, held.parameters))
-        if held.itemsize is not None:
-            was, now = None if before is None else before * held.itemsize, held.parameters * held.itemsize
-            yield (f"size of the weights in {held.dtype}", _mib(was), mib(now), _change(was, now))
+        yield ("parameters in all", *_counted(before, model.parameters))
+        if model.itemsize is not None:
+            was, now = None if before is None else before * model.itemsize, model.parameters * model.itemsize
+            yield (f"size of the weights in {model.dtype}", _mib(was), mib(now), _change(was, now))
         # Files may be of other dtypes, quantised ones too, so that their sizes are not compared.
         if (stored := self._bytes_before) is not None:
-            yield ("files as they are stored", mib(stored), mib(held.bytes), "")
+            yield ("files as they are stored", mib(stored), mib(model.bytes), "")
 
     @property
     def _parameters_before(self) -> int | None:

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from optprune.report.estimate import Position, Positions, TimeLeft
+from optprune.report.estimate import Position, PositionTracker, TimeLeft
 from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
 from optprune.system.display import printable
 from optprune.system.interrupts import check_interrupted
 from optprune.system.wording import one_line
 
-LINES_APART = 10.0
+LINE_INTERVAL = 10.0
 """the seconds between two lines where there is no terminal"""
 WHOLE = "the whole run"
 IN_ALL = "left in all"
@@ -72,7 +72,7 @@ class Reporter:
         `expected` has the seconds of each phase, as far as they are known: what is told is the time left of them all.
         `left` says of what that is, where it is not everything that the person waits for.
         """
-        positions, estimate, began = Positions(), TimeLeft(expected, self._clock), self._clock()
+        positions, estimate, began = PositionTracker(), TimeLeft(expected, self._clock), self._clock()
         with self._noting_errors(), self._follow(estimate, left) as show:
 
             def on_event(event: Event) -> None:
@@ -137,9 +137,9 @@ class _Lines:
         if position.share >= 1:
             del self._began[step]
             self._say(f"{step}{counts}, in {duration(now - began)}")
-        elif not counts or (position.done and (self._last is None or now - self._last >= LINES_APART)):
+        elif not counts or (position.done and (self._last is None or now - self._last >= LINE_INTERVAL)):
             self._last = now
-            self._say(f"{step}{counts}{_told(self._estimate, ', ', self._left)}")
+            self._say(f"{step}{counts}{_time_left_text(self._estimate, ', ', self._left)}")
 
 
 @contextmanager
@@ -174,10 +174,10 @@ class _Left(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """The time left, in words."""
-        return Text(_told(self._estimate, "", self._left) if task.fields["whole"] else "")
+        return Text(_time_left_text(self._estimate, "", self._left) if task.fields["whole"] else "")
 
 
-def _told(estimate: TimeLeft, before: str, left: str) -> str:
+def _time_left_text(estimate: TimeLeft, before: str, left: str) -> str:
     return f"{before}{about(estimate.seconds())} {left}" if estimate.known else ""
 
 

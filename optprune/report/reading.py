@@ -9,7 +9,6 @@ from typing import Any, TypeVar, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from optprune.errors import InputError
-from optprune.report.page_tables import Table, number, time_of
 from optprune.report.records import LayerReport, RecoveredPart, RemovedPart, Report
 from optprune.system.files import read_json
 from optprune.system.wording import one_line, shown
@@ -85,7 +84,7 @@ Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
-class Along:
+class ContextPart:
     """The predictions that see between so many tokens and so many."""
 
     first: int
@@ -126,7 +125,7 @@ class StandardErrors:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationReport:
     """A model on a text, and the dense model beside it where there was one."""
 
     text: str
@@ -145,7 +144,7 @@ class Evaluated:
     dense_bits_per_byte: float | None = None
     standard_errors: StandardErrors | None = None
     """how far the means are known; None of a single window, and where earlier versions measured"""
-    along: tuple[Along, ...] = ()
+    along: tuple[ContextPart, ...] = ()
     """the same along the context"""
     generations: tuple[Continuation, ...] = ()
     questions: RightAnswers | None = None
@@ -176,7 +175,7 @@ class SpeedOfModel:
 
 
 @dataclass(frozen=True)
-class Speed:
+class SpeedReport:
     """The speed of a model, and of the one that it took turns with."""
 
     device: str
@@ -189,19 +188,19 @@ class Speed:
     """the pruned model, and after it the dense one where there was one"""
 
 
-def evaluation_in(data: Mapping[str, Any], where: str) -> Evaluated:
+def parse_evaluation(data: Mapping[str, Any], where: str) -> EvaluationReport:
     """What `optprune evaluate` found, from the data that it writes; InputError for anything else."""
-    return _as(Evaluated, data, where, "evaluate")
+    return _as(EvaluationReport, data, where, "evaluate")
 
 
-def read_evaluation(file: Path) -> Evaluated:
+def read_evaluation(file: Path) -> EvaluationReport:
     """What `optprune evaluate --json` wrote; InputError for anything else."""
-    return evaluation_in(_data(file), str(file))
+    return parse_evaluation(_data(file), str(file))
 
 
-def read_speed(file: Path) -> Speed:
+def read_speed(file: Path) -> SpeedReport:
     """What `optprune benchmark-model --json` wrote; InputError for anything else."""
-    speed = _as(Speed, _data(file), str(file), "benchmark-model")
+    speed = _as(SpeedReport, _data(file), str(file), "benchmark-model")
     if len(speed.models) not in (1, 2):
         raise InputError(f"{file} tells of {len(speed.models)} models: one, or two that took turns, are known")
     return speed
@@ -229,7 +228,7 @@ def _as(kind: type[Kind], data: Any, where: str, command: str) -> Kind:
 
 
 @dataclass(frozen=True)
-class State:
+class HeldOutQuality:
     """The model on the held-out windows."""
 
     divergence: float | None
@@ -238,7 +237,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Healed:
+class HealingReport:
     """What healing did."""
 
     steps: int
@@ -246,8 +245,8 @@ class Healed:
     """the tokens that were trained on"""
     held_out_tokens: int
     seconds: float
-    before: State
-    after: State
+    before: HeldOutQuality
+    after: HeldOutQuality
     dense_perplexity: float | None
     zeros: int = 0
     """the weights that were zero and still are"""
@@ -255,34 +254,8 @@ class Healed:
     generated_windows: int = 0
     """the windows of the text that the dense model wrote itself"""
 
-    @property
-    def sentence(self) -> str:
-        """What was done, in words."""
-        early = ", until the divergence fell no further" if self.stopped_early else ""
-        zeros = f"all {self.zeros:,} zeros and every width are" if self.zeros else "every width is"
-        partly = f", {self.generated_windows:,} windows of which it wrote itself" if self.generated_windows else ""
-        return (
-            f"After pruning the model was trained to predict what the dense one does: {self.steps:,} steps on "
-            f"{self.tokens:,} tokens{partly}, in {time_of(self.seconds)}{early}; {zeros} as pruning left them. Errors "
-            "and gaps by layer are those of pruning, before that."
-        )
 
-    @property
-    def table(self) -> Table:
-        """The model before healing and after, on what was held out."""
-        rows = (
-            ("divergence, nats a prediction", *(number(at.divergence, ".4f") for at in (self.before, self.after)), "0"),
-            (
-                "perplexity",
-                *(number(at.perplexity, ".2f") for at in (self.before, self.after)),
-                number(self.dense_perplexity, ".2f"),
-            ),
-        )
-        head = ("", "before healing", "after", "dense model")
-        return Table(f"On {self.held_out_tokens:,} held-out tokens", head, rows)
-
-
-def healed_in(folder: str | Path) -> Healed | None:
+def read_healing(folder: str | Path) -> HealingReport | None:
     """What the report.json of a folder says of healing; None where it says nothing of it.
 
     InputError where it cannot be read, or says something else.
@@ -295,7 +268,7 @@ def healed_in(folder: str | Path) -> Healed | None:
     if not isinstance(data, dict) or "healing" not in data:
         return None
     try:
-        return TypeAdapter(Healed).validate_python(data["healing"])
+        return TypeAdapter(HealingReport).validate_python(data["healing"])
     except ValidationError as error:
         first = error.errors()[0]
         place = one_line(".".join(map(str, first["loc"])))

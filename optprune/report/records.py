@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from optprune.models import BlockShape
 from optprune.report.phases import PhaseReport
-from optprune.system.display import Facts, Telling
+from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import json_text
 from optprune.system.wording import counted, one_line
 
@@ -87,7 +87,7 @@ class RecoveredPart:
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Telling):
+class Report(Displayed):
     """What a pruning run did; written as report.json beside the weights."""
 
     model: str
@@ -128,8 +128,8 @@ class Report(Telling):
             "solved)"
         )
 
-    def facts(self) -> Facts:
-        return facts_of(self)
+    def summary_table(self) -> SummaryTable:
+        return report_table(self)
 
     def to_json(self) -> str:
         """The whole report as indented JSON."""
@@ -140,7 +140,7 @@ MOST_LAYERS = 10
 """how many layers a table tells, those with the largest errors"""
 
 
-def facts_of(report: "Report") -> Facts:
+def report_table(report: "Report") -> SummaryTable:
     """What a report says, for a terminal or a notebook."""
     errors = [layer.relative_error for layer in report.layers]
     facts = [
@@ -176,7 +176,7 @@ def facts_of(report: "Report") -> Facts:
     filled = [place for place in range(len(columns)) if any(row[place] for row in rows)]
     if len(errors) > MOST_LAYERS:
         facts.append(("below", f"the {MOST_LAYERS} layers of {len(errors)} with the largest errors"))
-    return Facts(
+    return SummaryTable(
         f"report of {one_line(report.recipe.get('name', 'a recipe'))}",
         facts,
         [columns[place] for place in filled],

@@ -49,7 +49,7 @@ class Fault:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class StoredModel:
     """A model source as it is stored."""
 
     source: str
@@ -69,7 +69,7 @@ class Stored:
         return self.ties is not None and all(name in self.tensors for name in self.ties)
 
 
-def stored_of(source: str, draft: Draft | None = None) -> Stored:
+def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
     """What a model source holds, of which nothing is read yet but names and shapes.
 
     An architecture that is not known is read by a `draft`, or by that which the config carries. InputError where there
@@ -103,7 +103,7 @@ def stored_of(source: str, draft: Draft | None = None) -> Stored:
                 Fault("shape", name, f"{name} is {list(there.shape)} in the weights and {wanted} by config.json")
             )
     _take_shapes(decoder, tensors)
-    return Stored(source, config, tensors, decoder, tuple(faults), ties)
+    return StoredModel(source, config, tensors, decoder, tuple(faults), ties)
 
 
 def _take_shapes(decoder: Decoder, tensors: Mapping[str, Readable]) -> None:
@@ -173,7 +173,7 @@ class Original:
         }
 
 
-def original_of(decoder: Decoder, folder: str) -> Original | None:
+def original_from_report(decoder: Decoder, folder: str) -> Original | None:
     """What report.json says that a folder's model was; None where there is none, or one that tells of other weights."""
     try:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
@@ -188,7 +188,7 @@ def original_of(decoder: Decoder, folder: str) -> Original | None:
         return None
 
 
-def original_in(before: Stored, stored: Stored) -> Original | None:
+def original_from_model(before: StoredModel, stored: StoredModel) -> Original | None:
     """The original, where it is at hand; None where it is not clear which of its blocks are left.
 
     Where blocks are gone, those that are left are told by their norms, which pruning leaves as they are.
@@ -205,7 +205,7 @@ def original_in(before: Stored, stored: Stored) -> Original | None:
     return Original(before.source, shapes, tuple(left))
 
 
-def _same_norms(before: Stored, number: int, stored: Stored, index: int) -> bool:
+def _same_norms(before: StoredModel, number: int, stored: StoredModel, index: int) -> bool:
     linear = stored.decoder.architecture.layers  # whose biases pruning may move
     vectors = [name for name, weight in stored.decoder.blocks[index].named_parameters() if weight.ndim == 1]
     pairs = [
@@ -219,14 +219,14 @@ def _same_norms(before: Stored, number: int, stored: Stored, index: int) -> bool
     )
 
 
-def config_faults(before: Stored, stored: Stored) -> list[Fault]:
+def config_faults(before: StoredModel, stored: StoredModel) -> list[Fault]:
     """What a model cannot have from pruning the original: other numbers of its config, blocks that have grown."""
     faults = []
     for name in KEPT_FIELDS:
         was, now = (getattr(each.config, name, None) for each in (before, stored))
         if was != now:
             faults.append(f"{name} is {shown(now)} in config.json, and {shown(was)} in {before.source}")
-    original = original_in(before, stored)
+    original = original_from_model(before, stored)
     if original is None:
         faults.append(
             f"its {counted(len(stored.decoder.blocks), 'block is', 'blocks are')} not known by norms among "
@@ -273,7 +273,7 @@ def _counts(shape: BlockShape) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Held:
+class ModelSummary:
     """The model in a folder."""
 
     stock: bool
@@ -295,7 +295,7 @@ class Held:
         return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 
     @classmethod
-    def by(cls, decoder: Decoder, report: Report, size: int, *, tokenizer: bool) -> "Held":
+    def of(cls, decoder: Decoder, report: Report, size: int, *, tokenizer: bool) -> "ModelSummary":
         """What a folder holds whose model this is, with weights files of so many bytes."""
         config = decoder.model.config
         return cls(
@@ -309,7 +309,7 @@ class Held:
         )
 
 
-def held_in(folder: Path, report: Report) -> Held | None:
+def summarise_model(folder: Path, report: Report) -> ModelSummary | None:
     """What a folder holds, of which no weight is read; None where it has no model, or one of other shapes.
 
     InputError where there is a config that cannot be read.
@@ -318,13 +318,13 @@ def held_in(folder: Path, report: Report) -> Held | None:
     if not files or not (folder / "config.json").is_file():
         return None
     decoder = load_shapes(str(folder), load_config(str(folder)))
-    if report.blocks and original_of(decoder, str(folder)) is None:
+    if report.blocks and original_from_report(decoder, str(folder)) is None:
         return None
     size = sum(file.stat().st_size for file in files)
-    return Held.by(decoder, report, size, tokenizer=any(folder.glob("tokenizer*")))
+    return ModelSummary.of(decoder, report, size, tokenizer=any(folder.glob("tokenizer*")))
 
 
-def loading_code(held: Held) -> str:
+def loading_code(held: ModelSummary) -> str:
     """The Python that loads the folder that it is written in."""
     trust = "" if held.stock else ", trust_remote_code=True"
     # AutoTokenizer asks whether to run the code beside the config, which no tokenizer needs.

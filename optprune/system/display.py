@@ -15,7 +15,7 @@ WIDTH = 100
 
 
 @dataclass(frozen=True)
-class Facts:
+class SummaryTable:
     """A title, facts by their names, and rows of more under the heads of their columns."""
 
     title: str
@@ -23,7 +23,7 @@ class Facts:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
 
-    def drawn(self) -> "Group":
+    def to_rich(self) -> "Group":
         """The facts for a console of rich. Nothing in them is read as markup."""
         from rich.console import Group
         from rich.table import Table
@@ -42,16 +42,16 @@ class Facts:
             parts.append(table)
         return Group(*parts)
 
-    def text(self) -> str:
+    def to_text(self) -> str:
         """The facts as lines of plain text."""
         from rich.console import Console
 
         stream = io.StringIO()
         # In a notebook it would be shown there, and not be written.
-        Console(file=stream, width=WIDTH, color_system=None, force_jupyter=False).print(self.drawn())
+        Console(file=stream, width=WIDTH, color_system=None, force_jupyter=False).print(self.to_rich())
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
-    def html(self) -> str:
+    def to_html(self) -> str:
         """The facts as a table of HTML, in which nothing of what they say is read as HTML."""
         facts = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self.facts
@@ -71,18 +71,18 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
-class Telling(ABC):
+class Displayed(ABC):
     """An object that prints as a table, in a terminal and in a notebook; its `repr` stays one line."""
 
     @abstractmethod
-    def facts(self) -> Facts:
+    def summary_table(self) -> SummaryTable:
         """What the object tells of itself."""
 
     def __str__(self) -> str:
-        return self.facts().text()
+        return self.summary_table().to_text()
 
     def __rich__(self) -> "Group":
-        return self.facts().drawn()
+        return self.summary_table().to_rich()
 
     def _repr_html_(self) -> str:
-        return self.facts().html()
+        return self.summary_table().to_html()

@@ -23,7 +23,7 @@ FACTS, FILES, FOLDERS, MADE, DIGEST = "facts", "files", "folders", "made", "dige
 """the entries of a manifest"""
 
 
-class KeptFolder:
+class ManifestFolder:
     """A folder that one process at a time works in, which knows each file that optprune wrote there.
 
     The manifest `run.json` holds our mark, the facts that decide all results, and the SHA-256 digest of every file.
@@ -44,7 +44,7 @@ class KeptFolder:
         Raises InputError where it is a link, holds anything else, is damaged, or another process is at work in it.
         """
         self.folder = Path(folder)
-        check_kept(self.folder, self.noun)
+        check_manifest_folder(self.folder, self.noun)
         with interrupts_held():
             made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
             # A process that was killed before there was a manifest has left nothing but a lock or a draft of it.
@@ -267,7 +267,7 @@ class KeptFolder:
         write_whole(self.folder / MANIFEST, lambda stream: stream.write(text))
 
 
-def check_kept(folder: Path, noun: str) -> dict[str, Any] | None:
+def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
     """Return the manifest of a folder that optprune keeps work in; None where there is none yet.
 
     Raises InputError where the folder cannot be used: a link, a file, the work of others, a manifest that is damaged or
@@ -352,7 +352,7 @@ SCRATCH = "scratch"
 """the folder for what a run puts aside"""
 
 
-class RunFolder(KeptFolder, ABC):
+class RunFolder(ManifestFolder, ABC):
     """The folder of a run, which is deleted when the run's output is whole."""
 
     stays: tuple[str, ...] = ()
@@ -404,7 +404,7 @@ class RunFolder(KeptFolder, ABC):
 
         `facts` are those that are known already: a run that was begun with others cannot go on.
         """
-        manifest = check_kept(folder, cls.noun)
+        manifest = check_manifest_folder(folder, cls.noun)
         if manifest is None or manifest[FACTS] is None or restart:
             return
         found = cls(folder, resume=resume)

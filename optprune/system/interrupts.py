@@ -56,7 +56,7 @@ def forget_done() -> None:
     _DONE.clear()
 
 
-def what_is_done() -> str:
+def done_sentence() -> str:
     """What has been recorded last."""
     return _DONE[0] if _DONE else NOTHING
 

@@ -10,44 +10,44 @@ from typing import TYPE_CHECKING
 from optprune.errors import InputError
 from optprune.system.wording import counted, shown
 from optprune.texts.documents import Document, read_documents
-from optprune.texts.windows import at_least, batched, drawn_windows, tokenise
+from optprune.texts.windows import batched, check_at_least, drawn_windows, tokenise
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-SHARED = re.compile(r"(.+?)=(\d{1,3}(?:\.\d{0,9})?|\.\d{1,9})(?:,|\Z)", re.DOTALL)
+SHARE_PATTERN = re.compile(r"(.+?)=(\d{1,3}(?:\.\d{0,9})?|\.\d{1,9})(?:,|\Z)", re.DOTALL)
 """a text with its share: a comma ends it only behind a share, so that names may hold commas and equals signs"""
 ROUNDED = Fraction(1, 100)
 """how far from 1 the sum of shares may be, since thirds have to be rounded"""
 
 
 @dataclass(frozen=True)
-class SharedText:
+class TextShare:
     """The name of a text, and the share of the windows that is drawn from it."""
 
     name: str
     share: Fraction
 
 
-def read_shares(spec: str) -> tuple[SharedText, ...]:
+def read_shares(spec: str) -> tuple[TextShare, ...]:
     """The texts that a calibration names: one, or several with shares, as in `a.jsonl:text=0.7,b.txt=0.3`.
 
     What is there as a file or a folder under this name is one text, whatever its name looks like. A text ends at a
     comma behind a share, and its share begins at the last equals sign before it. InputError where a text has no share
     or is given twice, or the shares do not come to 1.
     """
-    if Path(spec).exists() or not SHARED.match(spec):
-        return (SharedText(spec, Fraction(1)),)
-    texts, place = list[SharedText](), 0
+    if Path(spec).exists() or not SHARE_PATTERN.match(spec):
+        return (TextShare(spec, Fraction(1)),)
+    texts, place = list[TextShare](), 0
     while place < len(spec):
-        found = SHARED.match(spec, place)
+        found = SHARE_PATTERN.match(spec, place)
         if found is None:
             raise InputError(
                 f"the text {shown(spec[place:])} of the calibration has no share: write one behind each, as in "
                 "a.jsonl:text=0.7,b.txt=0.3"
             )
-        texts.append(SharedText(found[1], Fraction(found[2])))
+        texts.append(TextShare(found[1], Fraction(found[2])))
         place = found.end()
     names = [text.name for text in texts]
     for name in names:
@@ -62,14 +62,14 @@ def check_shares(shares: Sequence[Fraction]) -> None:
     if not shares:
         raise InputError("there is no text to draw from: give at least one")
     if min(shares) <= 0 or abs(sum(shares) - 1) > ROUNDED:
-        told = " + ".join(f"{float(share):g}" for share in shares)
+        listed = " + ".join(f"{float(share):g}" for share in shares)
         raise InputError(
-            f"the shares of the texts are {told}, which come to {float(sum(shares)):g}: give shares above 0 that come "
+            f"the shares of the texts are {listed}, which come to {float(sum(shares)):g}: give shares above 0 that come "
             "to 1, as in a.jsonl:text=0.7,b.txt=0.3"
         )
 
 
-def divided(samples: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
+def divide_by_shares(samples: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
     """How many of so many windows each share gets, by largest remainders; of equal ones the first has precedence."""
     whole = sum(shares)
     exact = [samples * share / whole for share in shares]
@@ -80,7 +80,7 @@ def divided(samples: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
+def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
     """The order of all windows, as (text, number within the text): each text's are spread evenly over the whole.
 
     Whatever is made of the first windows or of the last alone, every text has its share in it.
@@ -112,7 +112,7 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
+class DrawnWindows:
     """Calibration windows, and where they are from."""
 
     batches: "list[LongTensor]"
@@ -121,7 +121,7 @@ class Drawn:
     """a window [length] that stands first in the first text, to compare logits on"""
     counts: tuple[int, ...]
     """how many windows each text gave"""
-    told: str
+    description: str
     """all of it in words, for the report"""
 
 
@@ -150,7 +150,7 @@ def draw_windows(
     *,
     sequences: str = "packed",
     tokens_per_batch: int = 2048,
-) -> Drawn:
+) -> DrawnWindows:
     """`samples` windows, from each text as many as its share is, by largest remainders; the same for the same seed.
 
     Packed, the windows of a text do not overlap, and lie anywhere in its documents, one after the other as `tokenise`
@@ -159,11 +159,11 @@ def draw_windows(
     gives the windows that it would give alone, and those of all are spread evenly over the batches. InputError where
     a text is too short, or its share is less than a window.
     """
-    return Draws(tokenizer, texts, sequences).draw(samples, seq_length, seed, tokens_per_batch)
+    return WindowSampler(tokenizer, texts, sequences).draw(samples, seq_length, seed, tokens_per_batch)
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class WindowSampler:
     """What `draw_windows` gives for one seed after the other; packed texts are tokenised once for all of them."""
 
     tokenizer: "Tokenizer"
@@ -174,12 +174,12 @@ class Draws:
     def __post_init__(self) -> None:
         check_sequences(self.sequences)
 
-    def draw(self, samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048) -> Drawn:
+    def draw(self, samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048) -> DrawnWindows:
         """The windows of a seed: see `draw_windows`."""
-        at_least("--samples", samples, 1)
-        at_least("--seq-length", seq_length, 2)
+        check_at_least("--samples", samples, 1)
+        check_at_least("--seq-length", seq_length, 2)
         texts = self.texts
-        counts = divided(samples, _shares(texts))
+        counts = divide_by_shares(samples, _shares(texts))
         if 0 in counts:
             name = texts[counts.index(0)].name
             raise InputError(
@@ -198,9 +198,9 @@ class Draws:
                 windows, first = _whole(self.tokenizer, text.documents, count, seq_length, seed, what)
             drawn.append(windows)
             firsts.append(first)
-        mixed = torch.stack([drawn[text][number] for text, number in interleaved(counts)])
-        told = _in_words(texts, counts, seq_length, seed, self.sequences)
-        return Drawn(batched(mixed, tokens_per_batch), firsts[0], counts, told)  # type: ignore[arg-type]
+        mixed = torch.stack([drawn[text][number] for text, number in interleave(counts)])
+        description = _in_words(texts, counts, seq_length, seed, self.sequences)
+        return DrawnWindows(batched(mixed, tokens_per_batch), firsts[0], counts, description)  # type: ignore[arg-type]
 
     def _tokens(self, text: Text) -> "IntTensor":
         """All tokens of a text."""
@@ -237,7 +237,7 @@ def _whole(
 
 
 def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length: int) -> str:
-    # None of the others is as long as a window, so that their lengths are told in full.
+    # None of the others is as long as a window, so that their lengths are shown in full.
     enough = sorted(lengths, reverse=True)[count - 1] if count <= len(lengths) else 0
     advice = f"lower --seq-length to {enough}" if enough >= 2 else "lower --samples, give more documents"
     return (

@@ -167,13 +167,13 @@ def read_documents(spec: str) -> list[Document]:
     return documents
 
 
-def words_of(document: Document) -> str:
+def normalised_text(document: Document) -> str:
     """What a document says, with single spaces: two that say the same are the same document."""
     return " ".join(" ".join([document] if isinstance(document, str) else document.contents).split())
 
 
 def _says_something(document: Document) -> bool:
-    return bool(words_of(document))
+    return bool(normalised_text(document))
 
 
 def _read(spec: str) -> Iterable[Document]:

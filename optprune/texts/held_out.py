@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
 from optprune.system.wording import counted
-from optprune.texts.documents import Document, words_of
+from optprune.texts.documents import Document, normalised_text
 from optprune.texts.windows import calibration_batches, evaluation_windows
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -28,7 +28,7 @@ class TrainingText:
     """how many documents are held out; 0 where the text is a single one, whose end it is"""
 
 
-def with_held_out(
+def split_held_out(
     documents: Sequence[Document],
     tokenise: Tokenise,
     *,
@@ -56,7 +56,7 @@ def with_held_out(
             raise InputError(f"{option} cannot be {value}: it is at least {least}")
     wanted = held_out * seq_length
     # A document that is there twice would be trained on and held out.
-    distinct = list({words_of(document): document for document in documents}.values())
+    distinct = list({normalised_text(document): document for document in documents}.values())
     if len(distinct) == 1:
         found = tokenise(distinct)
         own, others, count = found[-wanted:], found[:-wanted], 0

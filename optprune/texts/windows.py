@@ -19,7 +19,7 @@ CONTEXT = 1 << 11
 """the characters that stand before a piece; behind it there are three times as many"""
 
 
-class NoCut(Exception):
+class CannotSplit(Exception):
     """The text cannot be seen to have the tokens of its pieces."""
 
 
@@ -38,9 +38,9 @@ class _Tokens:
 
 
 def token_pieces(tokenizer: "Tokenizer", documents: Iterable[str]) -> Iterator[list[int]]:
-    """The token ids of the documents joined by blank lines, in pieces; NoCut where they must be tokenised whole."""
+    """Yield the token ids of documents joined by blank lines, in pieces; CannotSplit where that would change them."""
     if not tokenizer.is_fast:
-        raise NoCut
+        raise CannotSplit
     before, after = _specials(tokenizer)
     coming, buffer, ended = _joined(documents), "", False
     begin, seen, pairs = 0, list[tuple[int, int]](), set[str]()
@@ -60,7 +60,7 @@ def token_pieces(tokenizer: "Tokenizer", documents: Iterable[str]) -> Iterator[l
         found = _tokenise(tokenizer, window)
         first = found.starts.index(begin) if begin in found.starts else 0
         if begin and (not seen or found.around(begin) != seen):
-            raise NoCut
+            raise CannotSplit
         if ended and len(window) == len(buffer):
             yield [*found.ids[first:], *after]
             return
@@ -93,7 +93,7 @@ def _specials(tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
     for first in range(len(full) - len(bare) + 1):
         if bare and full[first : first + len(bare)] == bare:
             return full[:first], full[first + len(bare) :]
-    raise NoCut
+    raise CannotSplit
 
 
 def _cut(tokenizer: "Tokenizer", found: _Tokens, place: int, pairs: set[str]) -> int:
@@ -109,7 +109,7 @@ def _cut(tokenizer: "Tokenizer", found: _Tokens, place: int, pairs: set[str]) ->
         left, right = tokenizer.convert_ids_to_tokens([found.ids[number - 1], found.ids[number]])
         if left[-1:] + right[:1] not in pairs:
             return number
-    raise NoCut
+    raise CannotSplit
 
 
 def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | None = None) -> "IntTensor":
@@ -134,7 +134,7 @@ def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | 
             held += len(ids)
             if most is not None and held >= most:
                 break
-    except NoCut:
+    except CannotSplit:
         whole = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
         pieces = [torch.tensor(whole, dtype=torch.int32)]
     return torch.cat(pieces)  # type: ignore[return-value]  # IntTensor is only a name
@@ -145,9 +145,9 @@ def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = 
 
     InputError when fewer fit than were asked for, or none.
     """
-    at_least("--seq-length", seq_length, 2)
+    check_at_least("--seq-length", seq_length, 2)
     if windows is not None:
-        at_least("--windows", windows, 1)
+        check_at_least("--windows", windows, 1)
     fitting = len(tokens) // seq_length
     wanted = fitting if windows is None else windows
     if fitting < max(wanted, 1):
@@ -174,8 +174,8 @@ def drawn_windows(
     """
     import torch
 
-    at_least("--samples", samples, 1)
-    at_least("--seq-length", seq_length, 2)
+    check_at_least("--samples", samples, 1)
+    check_at_least("--seq-length", seq_length, 2)
     fitting = len(tokens) // seq_length
     if fitting < samples:
         raise InputError(_too_short(what, len(tokens), fitting, samples, seq_length, "--samples"))
@@ -218,7 +218,7 @@ def _too_short(what: str, tokens: int, fitting: int, wanted: int, seq_length: in
     )
 
 
-def at_least(option: str, value: int, least: int) -> None:
+def check_at_least(option: str, value: int, least: int) -> None:
     """Raise InputError when the value of an option is too small."""
     if value < least:
         raise InputError(f"{option} cannot be {value}: it is at least {least}")

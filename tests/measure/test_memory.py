@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optprune.measure.memory import free_memory, group_rooms, memory_increase, release
+from optprune.measure.memory import cgroup_free_bytes, free_memory, memory_increase, release
 from tests.helpers.memory import MIB, told
 
 
@@ -77,14 +77,14 @@ def group(root: Path, folder: str, files: dict[str, str]) -> None:
 
 def test_what_control_groups_leave_is_told(tmp_path: Path) -> None:
     """Of both versions; a group without a limit, or that is not shown, tells nothing."""
-    assert list(group_rooms(tmp_path)) == []
+    assert list(cgroup_free_bytes(tmp_path)) == []
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("12:cpu,cpuacct:/a\n5:memory:/a/b\n0::/c/d\n")
     group(tmp_path, "memory/a", {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "700"})
     group(tmp_path, "memory/a", {"memory.stat": "cache 5\ntotal_inactive_file 50\n"})
     group(tmp_path, "c/d", {"memory.max": "max\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"})
     group(tmp_path, "c", {"memory.max": "2000\n", "memory.current": "700\n", "memory.stat": "inactive_file 50\n"})
-    assert list(group_rooms(tmp_path)) == [350, 1350]
+    assert list(cgroup_free_bytes(tmp_path)) == [350, 1350]
 
 
 @told

@@ -28,7 +28,7 @@ def peak(run: Callable[[], object]) -> tuple[int, int]:
 def take(size: int) -> None:
     """Hold so many MiB for longer than the resident size is looked at."""
     held = torch.ones(size * MIB // 4)
-    time.sleep(5 * memory.APART)
+    time.sleep(5 * memory.SAMPLE_SECONDS)
     del held
 
 

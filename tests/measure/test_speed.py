@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
-from optprune.measure import Measured, Work, measure_speed, memory, speed
+from optprune.measure import Repeats, SpeedWorkload, measure_speed, memory, speed
 from optprune.measure.speed import file_bytes, weight_bytes
 from optprune.models import Decoder, Mlp, Values, load
 from optprune.models.demo_file import demo_model_file
 from tests.helpers.memory import MIB, told
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
 
-WORK = Work(prompt_tokens=7, new_tokens=4, batch=3, repeats=2)
+WORK = SpeedWorkload(prompt_tokens=7, new_tokens=4, batch=3, repeats=2)
 
 
 def narrow_values() -> PreTrainedModel:
@@ -151,10 +151,10 @@ def test_a_system_that_does_not_tell_is_said_to_be_unknown(monkeypatch: pytest.M
 
 
 def test_medians_quartiles_and_ratios_by_hand() -> None:
-    measured = Measured((5.0, 1.0, 2.0, 4.0, 3.0))
+    measured = Repeats((5.0, 1.0, 2.0, 4.0, 3.0))
     assert (measured.median, measured.quartiles) == (3.0, (2.0, 4.0))
-    assert Measured((7.0,)).quartiles == (7.0, 7.0)
-    assert measured.over(Measured((1.0, 2.0, 4.0, 4.0, 6.0))).values == (5.0, 0.5, 0.5, 1.0, 0.5)
+    assert Repeats((7.0,)).quartiles == (7.0, 7.0)
+    assert measured.over(Repeats((1.0, 2.0, 4.0, 4.0, 6.0))).values == (5.0, 0.5, 0.5, 1.0, 0.5)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -162,7 +162,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(InputError, match="different dtypes"):
         measure_speed({"model": model, "half": half}, WORK)
     with pytest.raises(InputError, match="need 513 positions, but model has 512"):
-        measure_speed({"model": model}, Work(prompt_tokens=512, new_tokens=1))
+        measure_speed({"model": model}, SpeedWorkload(prompt_tokens=512, new_tokens=1))
 
 
 def test_the_size_of_the_weight_files(tmp_path: Path) -> None:

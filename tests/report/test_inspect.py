@@ -12,7 +12,7 @@ from optprune.export import save_model
 from optprune.models import Decoder, load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from optprune.report import model_patterns, original_of, shares_kept
+from optprune.report import model_patterns, original_from_report, shares_kept
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
@@ -58,7 +58,7 @@ def test_a_narrowed_model_is_measured_against_its_original(
     assert layer["original"] == list(sizes[down]) == [64, 128]
     assert f"1.{down} [64, {layer['inputs']}] of [64, 128], 0.00% zeros" in told
     decoder = Decoder(load_model(folder).model)
-    shares = shares_kept(decoder, model_patterns(decoder), original_of(decoder, str(folder)))
+    shares = shares_kept(decoder, model_patterns(decoder), original_from_report(decoder, str(folder)))
     assert shares[down] == (layer["inputs"] / 128,) * 2
     assert shares[decoder.architecture.query] == (1.0, 1.0)
 
@@ -94,7 +94,7 @@ def test_blocks_that_are_gone_count(tmp_path: Path, capsys: pytest.CaptureFixtur
     found, _ = inspected(folder, capsys)
     assert (found["original_weights"], found["removed"]) == (whole, 0.5)
     decoder = Decoder(load_model(folder).model)
-    shares = shares_kept(decoder, model_patterns(decoder), original_of(decoder, str(folder)))
+    shares = shares_kept(decoder, model_patterns(decoder), original_from_report(decoder, str(folder)))
     gone = {part.block for part in report.removed}
     assert set(shares.values()) == {tuple(float(block not in gone) for block in range(4))}
 
@@ -166,5 +166,5 @@ def test_a_report_that_is_not_there_or_tells_of_other_weights(
 def test_the_report_of_another_model(tmp_path: Path) -> None:
     folder = pruned_folder(tmp_path / "out", tiny_llama(), "the dense one", sparsity=0.3)
     other = Decoder(tiny_llama())
-    assert original_of(other, str(folder)) is None
-    assert original_of(other, "demo") is None
+    assert original_from_report(other, str(folder)) is None
+    assert original_from_report(other, "demo") is None

@@ -20,7 +20,7 @@ from optprune.report import (
     PhaseReport,
     PhaseStarted,
 )
-from optprune.report.estimate import SOLVING, Positions
+from optprune.report.estimate import SOLVED_SHARE, PositionTracker
 from optprune.report.progress import Reporter, about
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches
@@ -138,10 +138,10 @@ def test_times_are_told_as_roughly_as_they_are_known() -> None:
 
 
 def test_solved_layers_are_parts_of_a_block() -> None:
-    positions, solved = Positions(), LayerSolved(None)  # type: ignore[arg-type]  # whatever it says
+    positions, solved = PositionTracker(), LayerSolved(None)  # type: ignore[arg-type]  # whatever it says
     events = [BlockStarted(1, 4, layers=(0.25, 0.75)), solved, solved, BlockFinished(1, 4, 1.0), solved]
     shares = [position and position.share for position in map(positions.after, events)]
-    assert shares == [0.25, (1 + 0.25 * SOLVING) / 4, (1 + SOLVING) / 4, 0.5, None]
+    assert shares == [0.25, (1 + 0.25 * SOLVED_SHARE) / 4, (1 + SOLVED_SHARE) / 4, 0.5, None]
 
 
 def phases(recipe: str, **fields: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.texts import Conversation, Drawn, Text, calibration_batches, draw_windows, read_texts, tokenise
+from optprune.texts import Conversation, DrawnWindows, Text, calibration_batches, draw_windows, read_texts, tokenise
 from optprune.texts import calibration as module
 from tests.helpers.numbers_tokenizer import TEMPLATE, counted, numbers_tokenizer
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -28,11 +28,11 @@ def numbered(lengths: Sequence[Sequence[int]], shares: Sequence[float]) -> list[
     return texts
 
 
-def windows(drawn: Drawn) -> torch.Tensor:
+def windows(drawn: DrawnWindows) -> torch.Tensor:
     return torch.cat(drawn.batches)
 
 
-def draw(texts: list[Text], samples: int, length: int, seed: int, sequences: str = "packed") -> Drawn:
+def draw(texts: list[Text], samples: int, length: int, seed: int, sequences: str = "packed") -> DrawnWindows:
     return draw_windows(numbers_tokenizer(), texts, samples, length, seed, sequences=sequences)
 
 
@@ -117,11 +117,11 @@ def test_one_text_is_drawn_as_it_always_was() -> None:
     tokens = tokenise(tokenizer, text.documents)
     assert torch.equal(windows(drawn), torch.cat(calibration_batches(tokens, 7, 30, 5)))
     assert torch.equal(drawn.first, tokens[:30].long())
-    assert drawn.told == "demo:calibration, 7 windows of 30 tokens, seed 5"
+    assert drawn.description == "demo:calibration, 7 windows of 30 tokens, seed 5"
 
 
 def test_what_was_drawn_is_told() -> None:
-    told = draw(numbered([[9] * 9, [9] * 9], [0.7, 0.3]), 5, 4, 3, "whole").told
+    told = draw(numbered([[9] * 9, [9] * 9], [0.7, 0.3]), 5, 4, 3, "whole").description
     assert told == (
         "text 0 (share 0.7, 4 windows); text 1 (share 0.3, 1 window); "
         "5 windows of 4 tokens, each from the start of a document, seed 3"

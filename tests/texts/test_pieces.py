@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from optprune.texts import demo_articles, tokenise, windows
-from optprune.texts.windows import NoCut, token_pieces
+from optprune.texts.windows import CannotSplit, token_pieces
 from tests.helpers.tiny_models import tiny_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -126,7 +126,7 @@ def test_a_split_that_counts_from_far_away_is_noticed() -> None:
     tokenizer, text = digits_by_three(), "a b " + "123456" * 300
     assert tokenizer.tokenize("123456" * 2) == ["12", "3", "4", "56"] * 2
     assert tokenise(tokenizer, [text]).tolist() == tokenizer(text)["input_ids"]
-    with pytest.raises(NoCut):
+    with pytest.raises(CannotSplit):
         list(token_pieces(tokenizer, [text]))
 
 

@@ -1,4 +1,4 @@
-"""Shares of texts: how they are written, how windows are divided among them, and the order they come in."""
+"""Shares of texts: how they are written, how windows are divide_by_shares among them, and the order they come in."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.texts.calibration import divided, interleaved, read_shares
+from optprune.texts.calibration import divide_by_shares, interleave, read_shares
 
 SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6).map(
     lambda parts: [Fraction(part, sum(parts)) for part in parts]
@@ -65,7 +65,7 @@ def test_shares_that_are_none(spec: str, reason: str) -> None:
 
 @given(shares=SHARES, samples=st.integers(0, 400))
 def test_windows_are_divided_by_largest_remainders(shares: list[Fraction], samples: int) -> None:
-    counts = divided(samples, shares)
+    counts = divide_by_shares(samples, shares)
     assert sum(counts) == samples
     exact = [samples * share for share in shares]
     assert all(abs(count - due) < 1 for count, due in zip(counts, exact, strict=True))
@@ -75,13 +75,13 @@ def test_windows_are_divided_by_largest_remainders(shares: list[Fraction], sampl
 
 
 def test_of_equal_remainders_the_first_text_has_precedence() -> None:
-    assert divided(3, [Fraction(1, 2), Fraction(1, 2)]) == (2, 1)
-    assert divided(10, [Fraction(33, 100)] * 3) == (4, 3, 3)  # shares that were rounded count as thirds
+    assert divide_by_shares(3, [Fraction(1, 2), Fraction(1, 2)]) == (2, 1)
+    assert divide_by_shares(10, [Fraction(33, 100)] * 3) == (4, 3, 3)  # shares that were rounded count as thirds
 
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=5))
 def test_the_order_has_every_window_once_and_is_even(counts: list[int]) -> None:
-    order = interleaved(counts)
+    order = interleave(counts)
     assert sorted(order) == [(text, number) for text, count in enumerate(counts) for number in range(count)]
     for text, count in enumerate(counts):
         assert [number for other, number in order if other == text] == list(range(count))

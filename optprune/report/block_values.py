@@ -13,7 +13,7 @@ PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Kept:
+class BlockValues:
     """What every block keeps of something."""
 
     name: str
@@ -27,10 +27,10 @@ class Kept:
         return self.before != self.after
 
 
-def widths(report: Report) -> tuple[Kept, ...]:
+def widths(report: Report) -> tuple[BlockValues, ...]:
     """What the blocks had and have: MLP units, KV heads, value dimensions of a head. Nothing of a report without."""
     return tuple(
-        Kept(
+        BlockValues(
             what,
             tuple(float(getattr(change.before, field)) for change in report.blocks),
             tuple(float(getattr(change.after, field)) for change in report.blocks),
@@ -40,27 +40,27 @@ def widths(report: Report) -> tuple[Kept, ...]:
     )
 
 
-def shares(report: Report) -> tuple[Kept, ...]:
+def shares(report: Report) -> tuple[BlockValues, ...]:
     """The share of single weights that each kind of layer keeps, by block, where the recipe prunes single weights.
 
     A layer that the report does not tell of keeps all, and one that is gone with its sub-block keeps none.
     """
     if pattern_of(report) is None:
         return ()
-    found: list[Kept] = []
-    for path, layers in by_path(report).items():
-        after = [1.0] * count_of(report)
+    found: list[BlockValues] = []
+    for path, layers in layers_by_path(report).items():
+        after = [1.0] * block_count(report)
         for number, layer in layers.items():
             after[number] = layer.kept / layer.units if layer.units else 1.0
-        for number in gone_with(report, path) if report.blocks else ():
+        for number in removed_with(report, path) if report.blocks else ():
             after[number] = 0.0
-        found.append(Kept(path, (1.0,) * len(after), tuple(after)))
+        found.append(BlockValues(path, (1.0,) * len(after), tuple(after)))
     return tuple(found)
 
 
-def gone_with(report: Report, path: str) -> list[int]:
+def removed_with(report: Report, path: str) -> list[int]:
     """The blocks whose sub-block with a layer of this path is gone."""
-    field = "kv_heads" if of_attention(path) else "mlp_width"
+    field = "kv_heads" if is_attention(path) else "mlp_width"
     return [number for number, change in enumerate(report.blocks) if not getattr(change.after, field)]
 
 
@@ -72,17 +72,17 @@ def pattern_of(report: Report) -> str | None:
     return "unstructured" if units == "weights" else None
 
 
-def by_path(report: Report) -> Mapping[str, Mapping[int, LayerReport]]:
+def layers_by_path(report: Report) -> Mapping[str, Mapping[int, LayerReport]]:
     """The layers that were solved, by their path in a block and the number of the block."""
     found: dict[str, dict[int, LayerReport]] = {}
     for layer in report.layers:
         place = PLACE.fullmatch(layer.name)
-        if place is not None and int(place[1]) < count_of(report):
+        if place is not None and int(place[1]) < block_count(report):
             found.setdefault(place[2], {})[int(place[1])] = layer
     return found
 
 
-def count_of(report: Report) -> int:
+def block_count(report: Report) -> int:
     """How many blocks the model had; without a list of them, as many as there are numbers among the layers'."""
     if report.blocks:
         return len(report.blocks)
@@ -90,6 +90,6 @@ def count_of(report: Report) -> int:
     return len(numbers)
 
 
-def of_attention(path: str) -> bool:
+def is_attention(path: str) -> bool:
     """Whether a layer of this path in a block is one of attention."""
     return "att" in path
