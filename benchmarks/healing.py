@@ -28,7 +28,7 @@ from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdow
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
 from optprune.export import save_pruned
-from optprune.healing import HealingFolder, generated_windows, heal
+from optprune.healing import HealingFolder, HealingSettings, generated_windows, heal
 from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
@@ -178,10 +178,12 @@ def healed(
         dense.model,
         text.batches,
         held_out=text.held_out,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-        epochs=options.epochs,
-        generated=options.generated,
+        settings=HealingSettings(
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            epochs=options.epochs,
+            generated=options.generated,
+        ),
         folder=folder,
         on_event=tell,
     )

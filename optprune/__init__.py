@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optprune.calibration import Statistics
     from optprune.comparison import Comparison, compare
     from optprune.export import save_model, save_pruned
-    from optprune.healing import HealReport, KeepZeros, Masks, heal, keep_zeros, masks
+    from optprune.healing import HealingSettings, HealReport, KeepZeros, Masks, heal, keep_zeros, masks
     from optprune.measure import perplexity
     from optprune.models import load, load_model, open_model
     from optprune.objectives import LayerContext
@@ -35,6 +35,7 @@ _HOMES = {
     "Audit": "optprune.report",
     "Comparison": "optprune.comparison",
     "HealReport": "optprune.healing",
+    "HealingSettings": "optprune.healing",
     "KeepZeros": "optprune.healing",
     "LayerContext": "optprune.objectives",
     "Masks": "optprune.healing",
@@ -69,6 +70,7 @@ __all__ = [
     "Audit",
     "Comparison",
     "HealReport",
+    "HealingSettings",
     "KeepZeros",
     "LayerContext",
     "Masks",

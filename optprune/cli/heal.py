@@ -66,13 +66,19 @@ def heal_command(
     """Train a pruned model for a while to predict what the dense one does; zeros and widths stay as they are."""
     reporter = start()
     from optprune.cli.healing_run import HEALING, HealingRun
-    from optprune.healing.settings import LEARNING_RATE, Settings
+    from optprune.healing import HealingSettings
+    from optprune.healing.settings import LEARNING_RATE
     from optprune.models import device_of
 
     computes = dtype if dtype != "auto" else "bfloat16" if device_of(device).type == "cuda" else "float32"
-    rate = LEARNING_RATE if learning_rate is None else learning_rate
-    more = {"gradient_checkpointing": gradient_checkpointing, "seed": seed, "epochs": epochs, "generated": generated}
-    settings = Settings(rate, dtype=computes, **more)
+    settings = HealingSettings(
+        learning_rate=LEARNING_RATE if learning_rate is None else learning_rate,
+        dtype=computes,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        epochs=epochs,
+        generated=generated,
+    )
     run = HealingRun(
         model=model,
         teacher=teacher,

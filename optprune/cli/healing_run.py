@@ -12,8 +12,7 @@ from optprune.cli.tokens import check_alike, tokens_for
 if TYPE_CHECKING:
     from optprune.calibration.lanes import Peers
     from optprune.export import SavedModel
-    from optprune.healing import HealReport
-    from optprune.healing.settings import Settings
+    from optprune.healing import HealingSettings, HealReport
     from optprune.models import Decoder, LoadedModel
     from optprune.report import Event, PhaseRecorder
     from optprune.report.progress import Reporter
@@ -44,7 +43,7 @@ class HealingRun:
     text: str
     output: Output
     """the folder, whose report has the facts in its section `HEALING`"""
-    settings: "Settings"
+    settings: "HealingSettings"
     device: str
 
     def go(
@@ -98,15 +97,13 @@ class HealingRun:
 
     def _expected(self, parts: "TrainingText", own: "Decoder", dense: "Decoder") -> dict[str, float]:
         """The seconds that the training may take, now that its text is known."""
+        from optprune.healing.heal import work
         from optprune.models import device_of
-        from optprune.pruning.expectation import expected_healing
+        from optprune.pruning.expectation import products_per_second
+        from optprune.report.phases import HEALING as PHASE
 
-        batches, settings = parts.batches, self.settings
-        steps = settings.epochs * len(batches)
-        windows = sum(map(len, batches)) + settings.generated
-        tokens = settings.epochs * windows * batches[0].shape[1]
-        measured = parts.held_out.numel() * (1 + steps // settings.interval(steps))
-        return expected_healing(own, dense, tokens, measured, device_of(self.device))
+        flops = work(own, dense, parts.batches, parts.held_out, self.settings).flops
+        return {PHASE: flops / (2 * products_per_second(device_of(self.device)))}
 
     def _healed(
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
@@ -135,7 +132,7 @@ class HealingRun:
                 dense.model,
                 parts.batches,
                 held_out=parts.held_out,
-                **asdict(self.settings),
+                settings=self.settings,
                 folder=folder,
                 peers=peers,
                 on_event=phases.on_event,

@@ -1,15 +1,16 @@
-"""Healing: a pruned model is trained for a while to predict what the dense one does, and its zeros stay zeros."""
+"""Healing: a short distillation of a pruned model from the dense one, in which zeros stay zeros."""
 
-from optprune.healing.callback import KeepZeros
-from optprune.healing.folder import HealingFolder
 from optprune.healing.generated import generated_windows
-from optprune.healing.heal import heal
-from optprune.healing.records import HealReport, HeldOut
-from optprune.healing.zeros import Masks, keep_zeros, masks
+from optprune.healing.heal import HealReport, heal
+from optprune.healing.run_folder import HealingFolder
+from optprune.healing.settings import HealingSettings
+from optprune.healing.training import HeldOut
+from optprune.healing.zeros import KeepZeros, Masks, keep_zeros, masks
 
 __all__ = [
     "HealReport",
     "HealingFolder",
+    "HealingSettings",
     "HeldOut",
     "KeepZeros",
     "Masks",

@@ -1,9 +1,8 @@
-"""Distillation: how far a model's predictions are from the dense model's, and the gradient of that.
+"""Distillation loss: the divergence of a model's predictions from the dense model's, and its gradient.
 
-The loss is the mean over predictions of KL(dense || model) in nats, at temperature 1: the cross entropy with the dense
-model's whole distribution, less that distribution's own entropy. Logits are made from the last hidden states, some
-positions at a time, and their gradient is taken at once: the logits of a window, which over a large vocabulary are the
-largest tensors of all, are never held as a whole, of neither model.
+The loss is the mean over predictions of KL(dense || model) in nats, at temperature 1. Logits are computed from the last
+hidden states for some positions at a time, and their gradient is taken at once. The logits of a whole window, the
+largest tensors where the vocabulary is large, are never in memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,28 +19,28 @@ from optprune.models import answer_of
 from optprune.numerics.kullback_leibler import divergence_terms
 
 POSITIONS_AT_ONCE = 256
-"""how many predictions over the whole vocabulary are held at once, of each model"""
+"""number of positions whose logits are in memory at once, for each model"""
 ROUNDING = 1e-2
-"""how far logits made in parts may be from a model's own, relative to the largest: bfloat16 rounds to 0.004"""
+"""tolerance for logits computed in parts, relative to the largest log-probability: bfloat16 rounds to 0.004"""
 
 Precision = Callable[[], AbstractContextManager]
-"""what gives the context in which models are run, such as torch.autocast"""
+"""a function that returns the context in which a model is run, such as torch.autocast"""
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A model as what gives hidden states, and a head that reads logits from them."""
+    """Causal language model, split into the part that computes hidden states and the head."""
 
     model: PreTrainedModel
     precision: Precision
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """The last hidden states [windows, length, hidden] on token ids [windows, length]."""
+        """Return the last hidden states [windows, length, hidden] for token ids [windows, length]."""
         with self.precision():
             return self.model.base_model(input_ids=ids.to(self.model.device), use_cache=False).last_hidden_state
 
     def log_probabilities(self, hidden: Tensor) -> Tensor:
-        """The log-probabilities [..., vocabulary] in float32 of the next token at hidden states [..., hidden]."""
+        """Return log-probabilities [..., vocabulary] of the next token in float32, for hidden states [..., hidden]."""
         head: Any = self.model.get_output_embeddings()
         with self.precision():
             logits = answer_of(self.model.config, head(hidden))
@@ -49,27 +48,27 @@ class Reader:
 
     @torch.no_grad()
     def check(self, ids: Tensor) -> None:
-        """Raise InputError where the model's logits are not what its head makes of its last hidden states."""
+        """Raise InputError where the model's logits differ from its head applied to its last hidden states."""
         with self.precision():
             expected = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits.float().log_softmax(-1)
         difference = float((self.log_probabilities(self.hidden(ids)) - expected).abs().max())
         if difference > ROUNDING * float(expected.abs().max()):
             raise InputError(
-                f"the logits of a {self.model.config.model_type} model are not what its head makes of its last hidden "
-                "states, which healing builds on: train it in your own way, with optprune.keep_zeros"
+                f"the logits of a {self.model.config.model_type} model differ from its head applied to its last hidden "
+                "states, which healing requires: train it with your own code and optprune.keep_zeros"
             )
 
 
 def add_gradient(student: Reader, teacher: Reader, ids: Tensor, predictions: int) -> float:
-    """Add to the student's gradients those of windows [n, length] in the mean divergence of so many predictions.
+    """Add the gradients of windows [n, length] to the student's, and return their part of the mean divergence.
 
-    Returns their part of that mean. Predictions are the length - 1 that have a token following. With several calls a
-    step can be of more windows than fit in memory.
+    The mean is over `predictions`, which may include those of further calls: so a step can have more windows than fit
+    in memory. A window has length - 1 predictions, those that a token follows.
     """
     with torch.no_grad():
         expected = _predicting(teacher.hidden(ids))
     hidden = _predicting(student.hidden(ids))
-    # The graph below the head is walked once, when the gradient at the hidden states is whole.
+    # The backward pass below the head runs once, when the gradient at all hidden states is known.
     gradients, total = list[Tensor](), 0.0
     for part, dense in zip(_parts(hidden.detach()), _parts(expected), strict=True):
         with torch.no_grad():
@@ -85,15 +84,15 @@ def add_gradient(student: Reader, teacher: Reader, ids: Tensor, predictions: int
 
 
 def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """The sum over predictions of KL(p || q), of log-probabilities [predictions, vocabulary]."""
+    """Return the sum over predictions of KL(p || q), from log-probabilities [predictions, vocabulary]."""
     return divergence_terms(log_p, log_q).sum()
 
 
 @torch.no_grad()
 def surprise_and_divergence(student: Reader, teacher: Reader, ids: Tensor, expected: Tensor) -> Tensor:
-    """The sums over the predictions of windows [n, length]: both models' surprise and the divergence [3], in float64.
+    """Return float64 sums [3] over the predictions of windows [n, length]: both models' surprise, and the divergence.
 
-    `expected` [n, length, hidden] are the teacher's hidden states on them.
+    `expected` [n, length, hidden] are the teacher's hidden states for the windows.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     hidden, following = _predicting(student.hidden(ids)), ids[:, 1:].flatten()
@@ -107,10 +106,10 @@ def surprise_and_divergence(student: Reader, teacher: Reader, ids: Tensor, expec
 
 
 def _predicting(hidden: Tensor) -> Tensor:
-    """The hidden states [predictions, hidden] of windows [n, length, hidden] that a token follows."""
+    """Return the hidden states [predictions, hidden] of windows [n, length, hidden] that a token follows."""
     return hidden[:, :-1].flatten(0, 1)
 
 
 def _parts(rows: Tensor) -> Iterator[Tensor]:
-    """Rows, some at a time."""
+    """Yield the rows in parts."""
     return (rows[first : first + POSITIONS_AT_ONCE] for first in range(0, len(rows), POSITIONS_AT_ONCE))

@@ -1,5 +1,6 @@
-"""Healing a pruned model: a short distillation from the dense one, in which every zero and every width stays."""
+"""Healing of a pruned model: a short distillation from the dense one that keeps every zero and every width."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -10,28 +11,75 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
+from optprune.allocation.cost_work import SLOW, head_weights
 from optprune.calibration.lanes import Alone, Peers
 from optprune.calibration.peers import Group
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
-from optprune.healing.folder import HealingFolder, Progress
 from optprune.healing.generated import generated_windows, mixed
-from optprune.healing.records import HealReport, HeldOut
-from optprune.healing.settings import LEARNING_RATE, Settings
-from optprune.healing.training import Clock, Training, Windows, checkpointing, trainable
+from optprune.healing.run_folder import HealingFolder, Progress
+from optprune.healing.settings import HealingSettings
+from optprune.healing.training import Clock, HeldOut, Training, Windows, checkpointing, trainable
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
+from optprune.models import Decoder
 from optprune.models.digits import parameters_in
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import DivergenceMeasured, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import HEALING
 from optprune.system.environment import machine, versions
 from optprune.texts import check_seq_length, check_vocabulary
+from optprune.work import Work
 
-WRITING = 2
-"""what a window costs that the dense model writes, in passes, about: on a processor, where a few are written at once"""
-BACKWARD = 4
-"""what a step costs for each window, in forward passes of one model: one of each, and a backward pass of two"""
+GENERATION = 2
+"""forward passes that generating a window costs on a CPU, roughly, where a few are generated at once"""
+STEP = 4
+"""forward passes that a step costs for each window: one of each model, and a backward pass that counts as two"""
+BYTES_PER_WEIGHT = 20
+"""bytes for each weight in float32: 4 each for the weight, its gradient and the best state, 8 for AdamW's moments"""
+NOT_GIVEN = HealingSettings()
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """Result of healing; the section `healing` of report.json."""
+
+    steps: int
+    """number of steps done"""
+    steps_planned: int
+    """number of steps that the text is enough for"""
+    tokens: int
+    """number of tokens trained on, in all epochs"""
+    held_out_tokens: int
+    seconds: float
+    """duration of all steps and measurements, in seconds"""
+    before: HeldOut
+    after: HeldOut
+    """the state that was kept: the one with the smallest divergence, rounded to the dtype it is stored in"""
+    dense_perplexity: float
+    """perplexity of the dense model on the same windows"""
+    measured: tuple[HeldOut, ...]
+    """all measurements, the first before any step"""
+    zeros: int
+    """number of weights that were zero and still are"""
+    settings: dict[str, Any]
+    run_facts: dict[str, Any] = field(default_factory=dict)
+    """the inputs that decide the weights, of a run with a folder: `--resume` compares them with a command's own"""
+
+    @property
+    def generated_windows(self) -> int:
+        """Return the number of windows that the dense model generated."""
+        return self.settings["generated"]
+
+    @property
+    def stopped_early(self) -> bool:
+        """Return whether the training ended before the text did, since the divergence no longer fell."""
+        return self.steps < self.steps_planned
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        more = {"generated_windows": self.generated_windows, "stopped_early": self.stopped_early}
+        return {**asdict(self), **more}
 
 
 def heal(
@@ -40,96 +88,114 @@ def heal(
     batches: Sequence[Tensor],
     *,
     held_out: Tensor,
-    learning_rate: float = LEARNING_RATE,
-    warmup: float = 0.1,
-    weight_decay: float = 0.01,
-    clip: float = 1.0,
-    dtype: str = "float32",
-    gradient_checkpointing: bool = False,
-    every: int | None = None,
-    patience: int = 3,
-    seed: int = 0,
-    epochs: int = 1,
-    generated: int = 0,
+    settings: HealingSettings = NOT_GIVEN,
     folder: HealingFolder | None = None,
     peers: Peers | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
+    **deprecated: Any,
 ) -> HealReport:
-    """Train a pruned model in place to predict what the dense one, the `teacher`, does; its zeros stay zeros.
+    """Train a pruned model in place to predict what the dense `teacher` predicts; its zeros stay zeros.
 
     Each of the `batches`, token ids [windows, length], is one step of AdamW on the mean of KL(teacher || model) over
-    its predictions (Hinton, Vinyals and Dean, 2015, at temperature 1 and without labels), with gradients clipped and a
-    learning rate that warms up and falls along a cosine. `held_out` windows [n, length], of other documents than the
-    batches, are measured after every so many steps: the state of the least divergence is what the model has in the end,
-    and the training stops after `patience` measurements that found none less. With several `epochs` a short text is
-    gone through as often, from the second time on in an order that the seed draws. The teacher writes so many windows
-    `generated`, each going on from a piece of the batches (after LLM-QAT, arXiv 2305.17888): they are mixed in.
+    its predictions (Hinton, Vinyals and Dean, 2015, at temperature 1 and without labels), with clipped gradients and a
+    learning rate that warms up and falls along a cosine. The `held_out` windows [n, length], of other documents than
+    the batches, are measured every few steps. The model gets the state with the smallest divergence, and the training
+    ends after `patience` measurements without a smaller one. Further epochs visit the batches in seeded orders.
+    Windows that the teacher generates from pieces of the batches are mixed in (after LLM-QAT, arXiv 2305.17888).
 
-    Weights are float32 meanwhile and of the model's own dtype afterwards; see `Settings` for the other arguments. All
-    parameters are trained, but what was exactly zero in a linear weight of the blocks, and widths and ties stay as they
-    are. A `folder` keeps the state after each measurement, for a run that goes on with the bytes of one that was never
-    stopped. Where torch.distributed is set up (torchrun, accelerate), every process is given the same arguments, but
-    the folder only the first, and has a part of each batch. It takes 20 bytes for each weight of the model, one for
-    each in a mask, and the teacher. InputError where the two models or the texts do not go together; NumericalError
-    where training gives NaN.
+    Weights are float32 during the training and in the model's own dtype afterwards. All parameters are trained, except
+    exact zeros in the linear weights of the blocks; widths and ties stay. A `folder` stores a checkpoint after each
+    measurement, from which a run resumes to the same bytes. Where torch.distributed is set up (torchrun, accelerate),
+    every process gets the same arguments, but only the first gets the folder, and each has a part of each batch. It
+    takes 20 bytes for each weight of the model, one for each in a mask, and the teacher. Raises InputError where the
+    two models or the texts do not go together, NumericalError where training gives NaN.
     """
-    precise = learning_rate, warmup, weight_decay, clip
-    settings = Settings(*precise, dtype, gradient_checkpointing, every, patience, seed, epochs, generated)
+    settings = _with_deprecated(settings, deprecated)
     peers = peers or (Group() if distributed.is_available() and distributed.is_initialized() else Alone())
     _check(model, teacher, batches, held_out)
-    decided: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     if folder is not None:
-        decided = healing_facts(model, teacher, batches, held_out, settings, peers)
-        folder.begin(decided)
+        facts = healing_facts(model, teacher, batches, held_out, settings, peers)
+        folder.begin(facts)
     phases, stored = PhaseRecorder(model.device, on_event), model.dtype
     devices = [model.device] if model.device.type == "cuda" else []
-    precision = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    precision = partial(torch.autocast, model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
     student, dense = Reader(model, precision), Reader(teacher, precision)
     with phases.phase(HEALING), ExitStack() as contexts:
         for context in (
             trainable(model),
             evaluating(teacher),
             parameters_in(torch.float32, model),
-            checkpointing(model, gradient_checkpointing),
+            checkpointing(model, settings.gradient_checkpointing),
             torch.random.fork_rng(devices),
         ):
             contexts.enter_context(context)
         for reader in (student, dense):
             reader.check(held_out[:1, :8])
-        writing = WRITING * generated
-        writing /= writing + BACKWARD * epochs * (sum(map(len, batches)) + generated)
+        generation = GENERATION * settings.generated
+        generation /= generation + STEP * settings.epochs * (sum(map(len, batches)) + settings.generated)
 
-        def tell(done: int, total: int) -> None:
-            on_event(PhaseAdvanced(HEALING, "generating text", "part", done, total, 0.0, writing))
+        def on_part(done: int, total: int) -> None:
+            on_event(PhaseAdvanced(HEALING, "generating text", "part", done, total, 0.0, generation))
 
-        text = in_epochs(_with_generated(teacher, batches, settings, peers, folder, tell), epochs, seed)
+        text = _with_generated(teacher, batches, settings, peers, folder, on_part)
+        text = in_epochs(text, settings.epochs, settings.seed)
         training = Training(student, dense, masks(model), settings, peers)
-        run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, writing)
+        run = _Run(training, text, Windows.of(dense, held_out, peers), folder, on_event, generation)
         run.go()
-        return replace(run.end(held_out.numel(), stored), run_facts=decided)
+        return replace(run.end(held_out.numel(), stored), run_facts=facts)
+
+
+def work(
+    model: Decoder, teacher: Decoder, batches: Sequence[Tensor], held_out: Tensor, settings: HealingSettings
+) -> Work:
+    """Return the work of `heal`; the models may be on the meta device. Tokens pass two models, so all is in `flops`."""
+    own, dense = (each.linear_weights() + head_weights(each) for each in (model, teacher))
+    length, size = batches[0].shape[1], len(batches[0])
+    steps = settings.epochs * (len(batches) + -(-settings.generated // size))
+    tokens = settings.epochs * length * (sum(map(len, batches)) + settings.generated)
+    measurements = 1 + -(-steps // settings.interval(steps))
+    # Forward once (twice with checkpointing), backward for the inputs and for the weights.
+    passes = tokens * (3 + settings.gradient_checkpointing) + measurements * held_out.numel()
+    flops = passes * own + (tokens + held_out.numel() + GENERATION * settings.generated * length) * dense
+    weights = sum(weight.numel() for weight in model.model.parameters())
+    return Work(flops=2 * SLOW * flops, bytes=BYTES_PER_WEIGHT * weights + model.linear_weights())
+
+
+def _with_deprecated(settings: HealingSettings, flat: dict[str, Any]) -> HealingSettings:
+    """Return the settings with the keywords that `heal` took directly up to version 0.1."""
+    unknown = sorted(flat.keys() - asdict(settings).keys())
+    if unknown:
+        raise TypeError(f"heal() got an unexpected keyword argument {unknown[0]!r}")
+    if flat:
+        named = ", ".join(f"{name}={value!r}" for name, value in flat.items())
+        sentence = f"these arguments of heal() are deprecated: pass settings=HealingSettings({named})"
+        warnings.warn(sentence, DeprecationWarning, stacklevel=3)
+    return replace(settings, **flat)
 
 
 def _with_generated(
     teacher: PreTrainedModel,
     batches: Sequence[Tensor],
-    settings: Settings,
+    settings: HealingSettings,
     peers: Peers,
     folder: HealingFolder | None,
-    tell: Callable[[int, int], None],
+    on_part: Callable[[int, int], None],
 ) -> Sequence[Tensor]:
-    """The batches, with what the teacher writes: once, where a folder keeps it for a run that goes on."""
+    """Return the batches with the windows that the teacher generates, which a folder keeps for a run that resumes."""
     if not settings.generated:
         return batches
     windows = peers.exchange(None if folder is None else folder.generated())[0]
     if windows is None:
-        windows = generated_windows(teacher, batches, settings.generated, seed=settings.seed, peers=peers, tell=tell)
+        count, seed = settings.generated, settings.seed
+        windows = generated_windows(teacher, batches, count, seed=seed, peers=peers, on_part=on_part)
         if folder is not None:
             folder.keep_generated(windows)
     return mixed(batches, windows, settings.seed)
 
 
 def in_epochs(batches: Sequence[Tensor], epochs: int, seed: int) -> list[Tensor]:
-    """The batches as they are, and for each further epoch again, in an order of its own."""
+    """Return the batches, followed by as many seeded permutations of them as there are further epochs."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(batches), generator=generator).tolist() for _ in range(epochs - 1)]
     return [*batches, *(batches[number] for order in orders for number in order)]
@@ -137,45 +203,45 @@ def in_epochs(batches: Sequence[Tensor], epochs: int, seed: int) -> list[Tensor]
 
 @dataclass
 class _Run:
-    """The way through the batches, from wherever it begins."""
+    """Loop over the batches, from the start or from a checkpoint."""
 
     training: Training
     batches: Sequence[Tensor]
     held_out: Windows
     folder: HealingFolder | None
     on_event: Callable[[Event], None]
-    writing: float = 0.0
-    """the share of the whole time that was spent before"""
+    generation: float = 0.0
+    """share of the whole time that generating windows took"""
     measured: list[HeldOut] = field(default_factory=list)
     dense_perplexity: float = 0.0
     best: dict[str, Tensor] = field(default_factory=dict)
-    """the weights of the least divergence, in the first process"""
+    """the weights with the smallest divergence, in the first process"""
 
     def go(self) -> None:
-        """Take the steps that are worth taking, and have the best of all states in the model."""
+        """Train until the steps or the patience are used up, and load the best weights into the model."""
         progress = self._resumed()
         self.clock, self.done = Clock(progress.seconds if progress else 0.0), progress.step if progress else 0
         steps, every = len(self.batches), self.training.settings.interval(len(self.batches))
-        work = BACKWARD * sum(map(len, self.batches)) / steps
-        self.begins = min(0.5, sum(map(len, self.held_out.ids)) * self.training.peers.size / (work * steps))
+        cost = STEP * sum(map(len, self.batches)) / steps
+        self.begins = min(0.5, sum(map(len, self.held_out.ids)) * self.training.peers.size / (cost * steps))
         if progress is None:
-            self._tell("measuring the divergence before", 0, 1, 0.0, self.begins)
+            self._advance("measuring the divergence before", 0, 1, 0.0, self.begins)
             self._measure()
-            self._tell("measuring the divergence before", 1, 1, 0.0, self.begins)
+            self._advance("measuring the divergence before", 1, 1, 0.0, self.begins)
         over = progress is not None and progress.done
         while not over:
-            self._tell("healing", self.done, steps, self.begins, 1.0)
+            self._advance("healing", self.done, steps, self.begins, 1.0)
             self.training.step(self.done, steps, self.batches[self.done])
             self.done += 1
             if self.done % every == 0 or self.done == steps:
                 self._measure()
-                over = self.done == steps or self._in_vain() >= self.training.settings.patience
+                over = self.done == steps or self._without_gain() >= self.training.settings.patience
                 self._save(over)
-        self._tell("healing", steps, steps, self.begins, 1.0)
+        self._advance("healing", steps, steps, self.begins, 1.0)
         self.training.put(self.best)
 
     def end(self, held_out_tokens: int, stored: torch.dtype) -> HealReport:
-        """What it came to, with the weights as rounded to the dtype that they are stored in."""
+        """Return the report; the final measurement is of the weights rounded to the dtype that they are stored in."""
         training, after = self.training, self.least
         if stored != torch.float32:
             training.put({name: weight.to(stored).float() for name, weight in training.weights().items()})
@@ -197,11 +263,11 @@ class _Run:
 
     @property
     def least(self) -> HeldOut:
-        """The measurement that found the least divergence, the first where several did."""
+        """Return the first measurement with the smallest divergence."""
         return min(self.measured, key=lambda found: found.divergence)
 
-    def _in_vain(self) -> int:
-        """How many measurements there were since the best."""
+    def _without_gain(self) -> int:
+        """Return the number of measurements since the best."""
         return len(self.measured) - 1 - self.measured.index(self.least)
 
     def _measure(self) -> None:
@@ -219,7 +285,7 @@ class _Run:
             self.folder.save(Progress(*numbers, self.least.step, over), self.training.state(), self.best)
 
     def _resumed(self) -> Progress | None:
-        """How far an earlier run was, with its state in the model and the optimizer; None where there was none."""
+        """Load the checkpoint of an earlier run and return its progress; None where there is none."""
         progress = None if self.folder is None else self.folder.progress()
         progress = self.training.peers.exchange(progress)[0]
         if progress is None:
@@ -231,19 +297,20 @@ class _Run:
         self.training.restore(state, progress.step)
         return progress
 
-    def _tell(self, what: str, done: int, total: int, begins: float, ends: float) -> None:
-        bounds = (self.writing + (1 - self.writing) * at for at in (begins, ends))
-        self.on_event(PhaseAdvanced(HEALING, what, "step", done, total, *bounds))
+    def _advance(self, step: str, done: int, total: int, begins: float, ends: float) -> None:
+        bounds = (self.generation + (1 - self.generation) * at for at in (begins, ends))
+        self.on_event(PhaseAdvanced(HEALING, step, "step", done, total, *bounds))
 
 
 def _check(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Tensor], held_out: Tensor) -> None:
+    """Raise InputError where the models or the texts do not go together."""
     if model is teacher:
-        raise InputError("the model is its own teacher: load the dense model beside it")
+        raise InputError("the model is its own teacher: load the dense model and pass that")
     own, other = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
     if own != other:
         raise InputError(
-            f"the model has a vocabulary of {own} tokens and its teacher one of {other}: give the model that this one "
-            "was made from"
+            f"the model has a vocabulary of {own} tokens and its teacher one of {other}: give the dense model that the "
+            "pruned one was made from"
         )
     if not len(batches):
         raise InputError("there are no batches to train on: give token ids [windows, length]")
@@ -263,10 +330,10 @@ def healing_facts(
     teacher: PreTrainedModel,
     batches: Sequence[Tensor],
     held_out: Tensor,
-    settings: Settings,
+    settings: HealingSettings,
     peers: Peers,
 ) -> dict[str, Any]:
-    """Return what decides the bytes of the weights."""
+    """Return the facts that decide the bytes of the healed weights."""
     return {
         "the model": fingerprint(list(model.state_dict().items())),
         "the dense model": fingerprint(list(teacher.state_dict().items())),

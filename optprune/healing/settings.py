@@ -1,4 +1,4 @@
-"""The settings of healing, and the learning rate that a step has by them."""
+"""Settings of healing, and the learning rate of each step."""
 
 import math
 from dataclasses import dataclass
@@ -9,36 +9,36 @@ from optprune.system.wording import shown
 
 LEARNING_RATE = 2e-4
 MOST_EPOCHS, MOST_GENERATED = 10_000, 1_000_000
-TIMES = 10
-"""how often the held-out windows are measured over a run, where nobody says"""
+MEASUREMENTS = 10
+"""number of measurements on the held-out windows over a run, where `every` is not given"""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a model is healed."""
+@dataclass(frozen=True, kw_only=True)
+class HealingSettings:
+    """Hyperparameters of `heal`. Values out of range raise InputError."""
 
     learning_rate: float = LEARNING_RATE
-    """the highest that a step has"""
+    """peak learning rate"""
     warmup: float = 0.1
-    """the share of the steps over which the learning rate rises"""
+    """share of the steps over which the learning rate rises"""
     weight_decay: float = 0.01
-    """the decay of matrices; norms and biases have none"""
+    """weight decay of matrices; norms and biases have none"""
     clip: float = 1.0
-    """the largest Euclidean norm of a step's gradient"""
+    """largest Euclidean norm of a step's gradient"""
     dtype: str = "float32"
-    """what is computed in: float32, or bfloat16 for the products (autocast); the weights are float32 meanwhile"""
+    """dtype of the computation: float32, or bfloat16 for the products (autocast); weights are float32 meanwhile"""
     gradient_checkpointing: bool = False
-    """whether a block's inner activations are computed again for its gradient, and not kept"""
+    """whether a block's inner activations are computed again for its gradient instead of being kept"""
     every: int | None = None
-    """after how many steps the held-out windows are measured; a tenth of all where it is not given"""
+    """number of steps between measurements on the held-out windows; by default a tenth of all steps"""
     patience: int = 3
-    """after how many measurements that found no less divergence the training ends"""
+    """number of measurements in a row without a smaller divergence after which the training ends"""
     seed: int = 0
-    """the seed of dropout, in models that have it, and of the order of batches in further epochs"""
+    """seed of dropout, and of the order of batches in further epochs"""
     epochs: int = 1
-    """how often the batches are gone through"""
+    """number of passes over the batches"""
     generated: int = 0
-    """how many windows the teacher writes itself, beside those of the text"""
+    """number of windows that the teacher generates and that are mixed into the text"""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -55,18 +55,18 @@ class Settings:
         if self.every is not None and self.every < 1:
             raise InputError(f"the held-out windows cannot be measured after every {self.every} steps: give 1 or more")
         if not 1 <= self.epochs <= MOST_EPOCHS:
-            raise InputError(f"the text cannot be gone through {shown(self.epochs)} times: give 1 to {MOST_EPOCHS}")
+            raise InputError(f"the number of epochs cannot be {shown(self.epochs)}: give 1 to {MOST_EPOCHS}")
         if not 0 <= self.generated <= MOST_GENERATED:
-            raise InputError(f"the teacher cannot write {shown(self.generated)} windows: give 0 to {MOST_GENERATED}")
+            raise InputError(f"the teacher cannot generate {shown(self.generated)} windows: give 0 to {MOST_GENERATED}")
         if self.patience < 1:
             raise InputError(f"the patience cannot be {self.patience} measurements: it is at least 1")
 
     def interval(self, steps: int) -> int:
-        """After how many steps the held-out windows are measured."""
-        return self.every or max(1, steps // TIMES)
+        """Return the number of steps between measurements, for a run of `steps` steps."""
+        return self.every or max(1, steps // MEASUREMENTS)
 
     def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0: it rises in a line, then falls along half a cosine, to 0."""
+        """Return the learning rate of a step, counted from 0: a linear warm-up, then half a cosine down to 0."""
         rising = round(self.warmup * steps)
         if step < rising:
             return self.learning_rate * (step + 1) / rising

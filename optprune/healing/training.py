@@ -1,4 +1,4 @@
-"""The training of a model that is healed: its steps, its measurements, and the state that both come to."""
+"""Training of a model that is healed: steps, measurements, and the state to resume from."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,40 +12,50 @@ from torch.nn.utils import clip_grad_norm_
 from optprune.calibration.lanes import Peers
 from optprune.errors import NumericalError
 from optprune.healing.distillation import Reader, add_gradient, surprise_and_divergence
-from optprune.healing.records import HeldOut
-from optprune.healing.settings import Settings
+from optprune.healing.settings import HealingSettings
 from optprune.healing.zeros import Masks, keep_zeros
 from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, perplexity_from_nll
 
 BETAS = (0.9, 0.95)
-"""the decay rates of AdamW's moments; with the usual 0.999 the second would take longer than the whole training"""
+"""decay rates of AdamW's moments; the usual 0.999 would average over more steps than the training has"""
 LARGEST_SEED = 1 << 63
-"""torch takes seeds below it"""
+"""upper limit of torch's seeds"""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""the tensors that AdamW has for each parameter, beside the number of steps"""
+"""the tensors in AdamW's state of a parameter, beside the number of steps"""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Measurement on the held-out windows."""
+
+    step: int
+    """number of steps done by then"""
+    divergence: float
+    """KL(dense || model), in nats a prediction"""
+    perplexity: float
 
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """The held-out windows of one process, and the hidden states that the dense model has on them."""
+    """Held-out windows of one process, with the dense model's hidden states for them."""
 
     ids: Sequence[Tensor]
     hidden: Sequence[Tensor]
     predictions: int
-    """the number of predictions in the windows of all processes"""
+    """number of predictions in the windows of all processes"""
 
     @classmethod
     @torch.no_grad()
     def of(cls, teacher: Reader, windows: Tensor, peers: Peers) -> "Windows":
-        """Every process has its part of the windows [n, length]."""
+        """Return this process's part of the windows [n, length]."""
         mine = _at_once(windows[peers.rank :: peers.size])
         return cls(mine, [teacher.hidden(ids) for ids in mine], windows.shape[0] * (windows.shape[1] - 1))
 
 
 class Training:
-    """A student in float32, its teacher, and the optimizer. One process of several has a part of every batch."""
+    """Student in float32, its teacher and the optimizer. Each of several processes has a part of every batch."""
 
-    def __init__(self, student: Reader, teacher: Reader, masks: Masks, settings: Settings, peers: Peers) -> None:
+    def __init__(self, student: Reader, teacher: Reader, masks: Masks, settings: HealingSettings, peers: Peers) -> None:
         self.student, self.teacher, self.masks, self.settings, self.peers = student, teacher, masks, settings, peers
         self.parameters: dict[str, nn.Parameter] = dict(student.model.named_parameters())
         for parameter in self.parameters.values():
@@ -66,7 +76,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(number, steps)
         self.optimizer.zero_grad(set_to_none=True)
-        # What is drawn hangs on the number of the step alone, so that a run can begin at any.
+        # The seed depends on the step alone, so that a run can resume at any.
         seed = (self.settings.seed * steps + number) * self.peers.size + self.peers.rank
         torch.manual_seed(seed % LARGEST_SEED)
         predictions = windows.shape[0] * (windows.shape[1] - 1)
@@ -77,7 +87,7 @@ class Training:
         self.student.model.eval()
         gradients = {name: self._gradient(weight) for name, weight in self.parameters.items()}
         self.peers.add_up(list(gradients.values()))
-        for name in self.masks.kept:  # what will not move must not count when the rest is clipped
+        for name in self.masks.kept:  # gradients of pruned weights must not count in the norm
             self.masks.clear(name, gradients[name])
         norm = clip_grad_norm_(self.parameters.values(), self.settings.clip)
         if not bool(torch.isfinite(norm)):
@@ -88,7 +98,7 @@ class Training:
         self.optimizer.step()
 
     def measure(self, held_out: Windows, step: int) -> tuple[HeldOut, float]:
-        """The divergence and the perplexity on held-out windows, and the dense model's perplexity."""
+        """Return the measurement on held-out windows, and the dense model's perplexity."""
         sums = torch.zeros(3, dtype=torch.float64)
         with evaluating(self.student.model):
             for ids, hidden in zip(held_out.ids, held_out.hidden, strict=True):
@@ -103,18 +113,18 @@ class Training:
         )
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the weights."""
+        """Return a copy of the weights."""
         return {name: weight.detach().clone() for name, weight in self.parameters.items()}
 
     @torch.no_grad()
     def put(self, weights: Mapping[str, Tensor]) -> None:
-        """Take weights; every process gets those of the first."""
+        """Load weights; every process gets those of the first."""
         for name, weight in weights.items():
             self.parameters[name].copy_(weight)
         self.peers.spread(list(self._data()), 0)
 
     def state(self) -> dict[str, Tensor]:
-        """The weights and the moments of the optimizer, not copied."""
+        """Return the weights and the optimizer's moments, not copied."""
         found = {f"weight {name}": weight.detach() for name, weight in self.parameters.items()}
         for name, weight in self.parameters.items():
             own = self.optimizer.state.get(weight, {})
@@ -122,7 +132,7 @@ class Training:
         return found
 
     def restore(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take a state, which the first process alone need have."""
+        """Load a state. Only the first process needs to have it."""
         self.put({name: state[f"weight {name}"] for name in self.parameters} if state else {})
         if not step:
             return
@@ -135,7 +145,7 @@ class Training:
             self.optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
 
     def _gradient(self, weight: nn.Parameter) -> Tensor:
-        if weight.grad is None:  # of a process that had no window
+        if weight.grad is None:  # this process had no window
             weight.grad = torch.zeros_like(weight)
         return weight.grad
 
@@ -145,7 +155,7 @@ class Training:
 
 @contextmanager
 def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing, for as long as the context lasts."""
+    """Enable gradient checkpointing for the context."""
     if not wanted:
         yield
         return
@@ -158,7 +168,7 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def trainable(model: nn.Module) -> Iterator[None]:
-    """What is changed of a model's parameters for its training, but for their values, is as it was afterwards."""
+    """Restore the training mode and `requires_grad` of a model's parameters, and clear their gradients, at the end."""
     before = [(weight, weight.requires_grad) for weight in model.parameters()]
     training = model.training
     try:
@@ -172,7 +182,7 @@ def trainable(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Clock:
-    """The seconds of a run, with those before it was stopped."""
+    """Clock of a run, which includes the seconds before it was interrupted."""
 
     before: float = 0.0
 
@@ -181,10 +191,10 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """All of them."""
+        """Return the seconds of the whole run."""
         return self.before + time.perf_counter() - self._began
 
 
 def _at_once(windows: Tensor) -> list[Tensor]:
-    """The windows [n, length], as many at a time as go through a model together."""
+    """Return the windows [n, length] in parts that go through a model together."""
     return list(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))) if len(windows) else []

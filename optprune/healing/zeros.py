@@ -1,4 +1,4 @@
-"""Zeros: which weights pruning has set to zero, kept so while a model is trained, in whatever way that is done."""
+"""Masks of a model's zeros, which keep them zero while the model is trained by any code."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from optprune.errors import InputError
 from optprune.models import Decoder
@@ -15,13 +15,10 @@ from optprune.system.wording import counted
 
 
 class Masks:
-    """The zeros of a model's linear weights, which training is to leave at zero.
-
-    There is a mask for each matrix of the decoder blocks that holds exact zeros; it is True where a weight is kept.
-    """
+    """Masks of the matrices of the decoder blocks that hold exact zeros: True where a weight is kept."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
-        """`weights` are the matrices [out, in] by their full names, `kept` their bool masks of the same shape."""
+        """Take the matrices [out, in] by their full names, and their bool masks of the same shape."""
         self.weights = dict(weights)
         self.kept = dict(kept)
 
@@ -34,30 +31,30 @@ class Masks:
 
     @property
     def zeros(self) -> int:
-        """The number of weights that are zero."""
+        """Return the number of zeros."""
         return sum(mask.numel() - int(mask.sum()) for mask in self.kept.values())
 
     @property
     def shares(self) -> dict[str, float]:
-        """The share of zeros in each matrix, by its name."""
+        """Return the share of zeros in each matrix, by its name."""
         return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self.kept.items()}
 
     def apply(self, model: PreTrainedModel | None = None) -> None:
-        """Set what a mask does not keep to zero: in the model that the masks are of, or in another of its shapes."""
+        """Set the weights that are not kept to zero, in the masks' own model or in another of the same shapes."""
         for name, weight in self._found_in(model).items():
             self.clear(name, weight)
 
     def clear(self, name: str, tensor: Tensor) -> None:
-        """Set a tensor [out, in] to zero, and not to -0, where the mask of a matrix does not keep."""
+        """Set a tensor [out, in] to zero, never to -0, where the mask of the matrix `name` is False."""
         if self.kept[name].device != tensor.device:
             self.kept[name] = self.kept[name].to(tensor.device)
         with torch.no_grad():
             tensor.masked_fill_(self.kept[name].logical_not(), 0.0)
 
     def check(self, model: PreTrainedModel | None = None) -> None:
-        """Raise InputError where weights that were zero are zero no more, with the matrix and how many there are.
+        """Raise InputError, with a matrix and a count, where weights are not zero any more.
 
-        Of the model that the masks are of, or of another of its shapes, such as one that an adapter was merged into.
+        Checks the masks' own model, or another of the same shapes, such as one that an adapter was merged into.
         """
         filled = {}
         for name, weight in self._found_in(model).items():
@@ -74,23 +71,23 @@ class Masks:
             )
 
     def merge(self, adapted: Any) -> PreTrainedModel:
-        """Merge the adapters of a peft model (LoRA and its kin) into the weights, and give the model without them.
+        """Merge the adapters of a peft model (such as LoRA) into the weights, and return the model without them.
 
-        What an adapter adds where a weight was pruned is dropped, so that the zeros are where they were; that part of
-        what it has learned is lost. Needs peft, the extra optprune[heal].
+        The part of an adapter's update that falls on pruned weights is dropped and lost, so that zeros stay zeros.
+        Needs peft, the extra optprune[heal].
         """
         try:
             from peft import PeftModel
         except ImportError as error:
             raise InputError(f"adapters need peft ({error}): pip install 'optprune[heal]'") from error
         if not isinstance(adapted, PeftModel):
-            raise InputError(f"a model of peft can be merged, not a {type(adapted).__name__}: give what it has made")
+            raise InputError(f"a {type(adapted).__name__} is not a peft model: give the model that peft returned")
         merged: Any = adapted.merge_and_unload()
         self.apply(merged)
         return merged
 
     def _found_in(self, model: PreTrainedModel | None) -> dict[str, nn.Parameter]:
-        """The masked weights of a model; InputError where it has not all of them."""
+        """Return the masked weights of a model. Raises InputError where one is missing or has another shape."""
         if model is None:
             return self.weights
         own = dict(model.named_parameters())
@@ -105,14 +102,14 @@ class Masks:
 
 
 def masks(model: PreTrainedModel) -> Masks:
-    """The masks of a model's zeros: of every linear weight of its decoder blocks that holds any, as it is now.
+    """Return the masks of all linear weights of the decoder blocks that hold zeros now.
 
-    Rows that are zero as a whole count as the single zeros that they are. InputError for a model that is quantised or
-    has adapters. A mask takes a byte a weight.
+    Zeros in rows that are zero as a whole count too. A mask takes one byte a weight. Raises InputError for a model that
+    is quantised or has adapters.
     """
     if not isinstance(model, PreTrainedModel):
         raise InputError(
-            f"masks are of a transformers model, not of a {type(model).__name__}: take them before adapters"
+            f"masks are made of a transformers model, not of a {type(model).__name__}: make them before adding adapters"
         )
     decoder, weights = Decoder(model), {}
     for block in range(len(decoder.blocks)):
@@ -124,11 +121,11 @@ def masks(model: PreTrainedModel) -> Masks:
 
 
 def keep_zeros(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
-    """Keep the zeros of a model at zero after every step of an optimizer; the handle's `remove()` ends that.
+    """Register a hook that sets pruned weights to zero after every step of an optimizer; `remove()` it to stop.
 
-    Weights and everything of their shape in the optimizer's state, such as momentum, are set to zero where the mask
-    does not keep, now and after each step. Works with any optimizer of torch, also inside accelerate's. InputError
-    where it holds none of the masked weights: then it trains an adapter, see `Masks.merge`, or copies of them.
+    Tensors of the same shape in the optimizer's state, such as momentum, are set to zero as well, and all of it is done
+    once now. Works with any optimizer of torch, also inside accelerate's. Raises InputError where the optimizer holds
+    none of the masked weights: then it trains an adapter (see `Masks.merge`) or copies of them.
     """
     inner = _innermost(optimizer)
     names = {id(weight): name for name, weight in masks.weights.items()}
@@ -156,9 +153,32 @@ def keep_zeros(optimizer: Optimizer, masks: Masks) -> RemovableHandle:
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
-    """The optimizer of torch inside accelerate's, whose own hooks are never called."""
+    """Return the torch optimizer inside accelerate's, whose own hooks are never called."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+class KeepZeros(TrainerCallback):
+    """Callback with which transformers' Trainer keeps zeros: `Trainer(..., callbacks=[KeepZeros(masks(model))])`.
+
+    Raises InputError at the start of the training where the Trainer's optimizer holds none of the masked weights, as
+    with an adapter (merge it by `Masks.merge`) or with sharded parameters (FSDP, DeepSpeed).
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self.masks = masks
+        self._handle: RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._handle = keep_zeros(kwargs["optimizer"], self.masks)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._handle is not None:
+            self._handle.remove()

@@ -16,7 +16,7 @@ from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
-from optprune.report.phases import BUDGET, CHECKING, HEALING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
+from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
 from optprune.solvers import (
     Admm,
     Chain,
@@ -86,15 +86,6 @@ def expected_writing(decoder: Decoder, started: float | None = None) -> dict[str
 def expected_evaluation(decoder: Decoder, tokens: int, device: torch.device) -> float:
     """The seconds in which a model predicts so many tokens."""
     return SLOW * tokens * (decoder.linear_weights() + head_weights(decoder)) / products_per_second(device)
-
-
-def expected_healing(
-    decoder: Decoder, dense: Decoder, tokens: int, held_out_tokens: int, device: torch.device
-) -> dict[str, float]:
-    """The seconds in which a model is trained on so many tokens, and measured on so many, beside the dense one."""
-    own, other = (each.linear_weights() + head_weights(each) for each in (decoder, dense))
-    work = tokens * ((1 + PASSES_BACK) * own + other) + held_out_tokens * own
-    return {HEALING: SLOW * work / products_per_second(device)}
 
 
 def _files(decoder: Decoder) -> float:

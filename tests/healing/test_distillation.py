@@ -109,5 +109,5 @@ def test_a_model_whose_logits_are_not_its_heads_is_refused(monkeypatch) -> None:
         return found
 
     monkeypatch.setattr(model, "forward", capped)
-    with pytest.raises(ValueError, match="the logits of a llama model are not what its head makes"):
+    with pytest.raises(ValueError, match="the logits of a llama model differ from its head"):
         plain(model).check(batches(1)[0])

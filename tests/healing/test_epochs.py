@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optprune.healing import HealReport, heal
+from optprune.healing import HealingSettings, HealReport, heal
 from optprune.healing.heal import in_epochs
 from optprune.healing.training import Training
 from tests.helpers.trained_tiny import halved, news, trained
@@ -15,7 +15,8 @@ from tests.helpers.trained_tiny import halved, news, trained
 def healed(**settings: Any) -> HealReport:
     """A pruned tiny model after four steps an epoch."""
     text = list(news(10, 60)[:32].split(8))
-    return heal(halved(trained()), trained(), text, held_out=news(60, 70)[:16], learning_rate=2e-3, **settings)
+    chosen = HealingSettings(learning_rate=2e-3, **settings)
+    return heal(halved(trained()), trained(), text, held_out=news(60, 70)[:16], settings=chosen)
 
 
 def test_every_epoch_has_all_batches_and_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

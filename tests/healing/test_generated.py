@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from optprune import heal
 from optprune.errors import InputError
-from optprune.healing import HealingFolder, HealReport
+from optprune.healing import HealingFolder, HealingSettings, HealReport
 from optprune.healing.generated import PROMPT, _pieces, generated_windows, mixed
 from optprune.report import DivergenceMeasured, PhaseAdvanced
 from tests.helpers.faults import noticed
@@ -31,9 +31,12 @@ def written(count: int, text: list[Tensor] | None = None, model: Any = None, see
     return generated_windows(model or trained(), SHORT if text is None else text, count, seed=seed)
 
 
-def healed(batches: int = 4, **settings: Any) -> tuple[HealReport, PreTrainedModel]:
-    model = halved(trained())
-    return heal(model, trained(), SHORT[:batches], held_out=news(60, 70)[:16], learning_rate=2e-3, **settings), model
+def healed(
+    batches: int = 4, *, folder: HealingFolder | None = None, on_event: Any = lambda event: None, **settings: Any
+) -> tuple[HealReport, PreTrainedModel]:
+    model, held_out = halved(trained()), news(60, 70)[:16]
+    chosen, more = HealingSettings(learning_rate=2e-3, **settings), {"folder": folder, "on_event": on_event}
+    return heal(model, trained(), SHORT[:batches], held_out=held_out, settings=chosen, **more), model
 
 
 def test_windows_begin_with_pieces_of_the_text() -> None:
@@ -162,5 +165,5 @@ def test_the_share_of_the_time_is_told() -> None:
 
 
 def test_bad_counts_are_refused() -> None:
-    with pytest.raises(InputError, match="the teacher cannot write -1 windows: give 0 to 1000000"):
+    with pytest.raises(InputError, match="the teacher cannot generate -1 windows: give 0 to 1000000"):
         healed(generated=-1)

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor
 
 from optprune import heal, load_recipe, prune
 from optprune.errors import InputError, NumericalError
-from optprune.healing import HealingFolder, HealReport, training
-from optprune.healing.settings import Settings
+from optprune.healing import HealingFolder, HealingSettings, HealReport, training
+from optprune.healing.heal import work
 from optprune.healing.training import Training
 from optprune.measure import divergence_from
+from optprune.models import Decoder
 from optprune.report import DivergenceMeasured, PhaseFinished
 from tests.helpers.faults import noticed
 from tests.helpers.short_runs import same
@@ -24,6 +26,7 @@ from tests.helpers.token_batches import batches
 from tests.helpers.trained_tiny import halved, news, trained
 
 RATE = 2e-3
+SLOW = HealingSettings(learning_rate=RATE / 10)
 
 
 def held_out() -> Tensor:
@@ -35,11 +38,12 @@ def text(steps: int, size: int = 8) -> list[Tensor]:
     return list(news(10, 60)[: steps * size].split(size))
 
 
-def healed(steps: int = 6, model: Any = None, **settings: Any) -> tuple[HealReport, Any]:
-    """A pruned tiny model after a few steps, and the report."""
+def healed(steps: int = 6, model: Any = None, **options: Any) -> tuple[HealReport, Any]:
+    """A pruned tiny model after a few steps, and the report; options are of the settings or of `heal`."""
     model = halved(trained()) if model is None else model
-    report = heal(model, trained(), text(steps), held_out=held_out(), **{"learning_rate": RATE, **settings})
-    return report, model
+    own = {name: options.pop(name) for name in ("folder", "peers", "on_event") if name in options}
+    settings = HealingSettings(**{"learning_rate": RATE, **options})
+    return heal(model, trained(), text(steps), held_out=held_out(), settings=settings, **own), model
 
 
 def test_a_pruned_model_is_healed() -> None:
@@ -77,7 +81,7 @@ def test_ties_and_uneven_widths_stay(make: Callable[[], Any]) -> None:
             if "layers" in name and weight.ndim == 2:
                 weight.mul_(0.8)
     before = copy.deepcopy(model)
-    report = heal(model, dense, batches()[:3], held_out=batches()[3], learning_rate=RATE / 10)
+    report = heal(model, dense, batches()[:3], held_out=batches()[3], settings=SLOW)
     assert report.after.step
     assert {name: weight.shape for name, weight in model.named_parameters()} == shapes
     assert [name for name, _ in model.named_parameters(remove_duplicate=False)] == names
@@ -103,10 +107,10 @@ def test_checkpointing_and_autocast_and_half_precision() -> None:
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
-    rates = [Settings(1.0, warmup=0.2).rate(step, 10) for step in range(10)]
+    rates = [HealingSettings(learning_rate=1.0, warmup=0.2).rate(step, 10) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == pytest.approx([0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(8)])
-    assert Settings(1.0, warmup=0.0).rate(0, 1) == 1.0
+    assert HealingSettings(learning_rate=1.0, warmup=0.0).rate(0, 1) == 1.0
 
 
 def test_steps_have_the_rates_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +136,7 @@ def test_steps_have_the_rates_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -
         assert rates == pytest.approx([RATE, RATE, RATE * 0.75, RATE * 0.25])
 
     test()
-    noticed(monkeypatch, Settings, "rate", lambda self, step, steps: self.learning_rate, test)
+    noticed(monkeypatch, HealingSettings, "rate", lambda self, step, steps: self.learning_rate, test)
 
 
 def test_the_state_of_the_least_divergence_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +260,7 @@ def test_what_is_drawn_hangs_on_the_seed_alone() -> None:
     def with_dropout(seed: int) -> Any:
         model, teacher = tiny_opt(dropout=0.3), tiny_opt(1)
         state = torch.get_rng_state()
-        report = heal(model, teacher, batches()[:2], held_out=batches()[3], learning_rate=RATE / 10, seed=seed)
+        report = heal(model, teacher, batches()[:2], held_out=batches()[3], settings=replace(SLOW, seed=seed))
         assert report.after.step
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
@@ -291,14 +295,14 @@ def test_every_step_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dtype": "int"}, "healing computes in float32 or bfloat16: not 'int'"),
         ({"every": 0}, "after every 0 steps"),
         ({"patience": 0}, "the patience cannot be 0"),
-        ({"epochs": 0}, "gone through 0 times"),
-        ({"epochs": 2**64}, "gone through 18446744073709551616 times: give 1 to 10000"),
-        ({"generated": 2**62}, "cannot write 4611686018427387904 windows: give 0 to 1000000"),
+        ({"epochs": 0}, "number of epochs cannot be 0"),
+        ({"epochs": 2**64}, "number of epochs cannot be 18446744073709551616: give 1 to 10000"),
+        ({"generated": 2**62}, "cannot generate 4611686018427387904 windows: give 0 to 1000000"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        heal(tiny_llama(), tiny_llama(1), batches(1), held_out=batches(2)[1], **settings)
+        HealingSettings(**settings)
 
 
 def test_models_and_texts_that_do_not_go_together() -> None:
@@ -323,3 +327,25 @@ def test_training_that_gives_nan_is_told() -> None:
         model.model.norm.weight[0] = math.inf
     with pytest.raises(NumericalError, match="the model gives NaN on held-out windows after 0 steps"):
         heal(model, tiny_llama(1), batches()[:2], held_out=batches()[3])
+
+
+def test_keywords_of_version_0_1_are_settings() -> None:
+    model, again, ids = tiny_llama(), tiny_llama(), batches()
+    settings = HealingSettings(learning_rate=RATE / 10, seed=3)
+    report = heal(model, tiny_llama(1), ids[:2], held_out=ids[3], settings=settings)
+    sentence = r"deprecated: pass settings=HealingSettings\(learning_rate=0.0002, seed=3\)"
+    with pytest.warns(DeprecationWarning, match=sentence):
+        other = heal(again, tiny_llama(1), ids[:2], held_out=ids[3], learning_rate=RATE / 10, seed=3)
+    assert report.measured == other.measured and same(model, again)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        heal(model, tiny_llama(1), ids, held_out=ids[3], rate=1.0)
+
+
+def test_work_grows_with_the_text() -> None:
+    model, dense, ids = Decoder(tiny_llama()), Decoder(tiny_llama(1)), batches()
+    one, two = (work(model, dense, ids[:2], ids[3], HealingSettings(epochs=epochs)) for epochs in (1, 2))
+    more = work(model, dense, ids[:2], ids[3], HealingSettings(generated=2))
+    tokens = sum(batch.numel() for batch in ids[:2])
+    assert one.flops > 2 * 4 * tokens * model.linear_weights()
+    assert one.flops < more.flops and one.flops < two.flops < 2 * one.flops
+    assert one.bytes == two.bytes > 20 * model.linear_weights()

@@ -189,9 +189,9 @@ def test_a_merge_leaves_zeros_and_a_plain_one_is_told() -> None:
 
 def test_what_has_no_adapter_or_one_around_it_is_refused() -> None:
     found, peft_model = adapted()
-    with pytest.raises(InputError, match="a model of peft can be merged, not a LlamaForCausalLM"):
+    with pytest.raises(InputError, match="a LlamaForCausalLM is not a peft model"):
         found.merge(tiny_llama())
-    with pytest.raises(InputError, match="masks are of a transformers model, not of a PeftModel"):
+    with pytest.raises(InputError, match="masks are made of a transformers model, not of a PeftModel"):
         masks(peft_model)
     with pytest.raises(InputError, match="the optimizer holds none"):
         keep_zeros(torch.optim.AdamW(w for w in peft_model.parameters() if w.requires_grad), found)

@@ -1,4 +1,4 @@
-"""The run folder of healing: the state of the training after a measurement, from which it goes on bit for bit."""
+"""Run folder of healing: the checkpoint after a measurement, from which a run resumes bit for bit."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,7 +8,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from optprune.healing.records import HeldOut
+from optprune.healing.training import HeldOut
 from optprune.models.checkpoint import stored_tensors, write_tensors
 from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
@@ -19,7 +19,7 @@ GENERATED = "generated.json"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the training is, but for its tensors."""
+    """State of the training without its tensors."""
 
     step: int
     steps: int
@@ -27,15 +27,15 @@ class Progress:
     measured: tuple[HeldOut, ...]
     dense_perplexity: float
     best: int
-    """the step whose state has the least divergence"""
+    """step with the smallest divergence"""
     done: bool
-    """whether no step is left, or none is worth taking"""
+    """whether the training has ended: all steps are done, or the patience is used up"""
     stored: dict[str, str] = field(default_factory=dict)
-    """the files of the tensors: of the state, and of the best weights where they are another"""
+    """file names of the tensors, by "state" and "best" """
 
 
 class HealingFolder(RunFolder):
-    """The run folder of `heal`: `progress.json`, the weights and the optimizer's state, and the best weights."""
+    """Run folder of `heal`: `progress.json`, weights with the optimizer's state, and the best weights."""
 
     noun = "healing run"
     written = (PROGRESS, GENERATED, "*.safetensors")
@@ -49,7 +49,7 @@ class HealingFolder(RunFolder):
         progress = self.progress()
         if progress is not None:
             return f"{progress.step} of {counted(progress.steps, 'step is', 'steps are')} done"
-        return "the text of the dense model is written" if self.lists(GENERATED) else "no step is done"
+        return "the teacher's windows are generated" if self.lists(GENERATED) else "no step is done"
 
     @property
     def complete(self) -> bool:
@@ -57,7 +57,7 @@ class HealingFolder(RunFolder):
         return progress is not None and progress.done
 
     def progress(self) -> Progress | None:
-        """Return how far the run is; None where nothing of it is kept. Raises InputError where that is damaged."""
+        """Return the progress of the run, or None if there is none. Raises InputError where the file is damaged."""
         if not self.lists(PROGRESS):
             return None
         try:
@@ -66,7 +66,7 @@ class HealingFolder(RunFolder):
             raise self.damaged(PROGRESS) from error
 
     def generated(self) -> Tensor | None:
-        """Return the windows [n, length] that the dense model wrote; None where they are not there as written."""
+        """Return the windows [n, length] that the teacher generated; None where the file is missing or changed."""
         if not self.holds(GENERATED):
             return None
         try:
@@ -75,18 +75,18 @@ class HealingFolder(RunFolder):
             raise self.damaged(GENERATED) from error
 
     def keep_generated(self, windows: Tensor) -> None:
-        """Keep what the dense model wrote."""
+        """Store the windows that the teacher generated."""
         self.write(GENERATED, windows.tolist())
 
     def save(self, progress: Progress, state: Mapping[str, Tensor], best: Mapping[str, Tensor]) -> None:
-        """Keep a state in place of the one before; the best weights are written where they are new."""
+        """Store a checkpoint in place of the previous one; the best weights are written only when they have changed."""
         before = self.progress()
         names = {"state": f"state-{progress.step:06d}.safetensors", "best": f"best-{progress.best:06d}.safetensors"}
         self.keep(names["state"], partial(write_tensors, tensors=state))
         if before is None or before.best != progress.best:
             self.keep(names["best"], partial(write_tensors, tensors=best))
         self.write(PROGRESS, {**asdict(progress), "stored": names})
-        # No state refers to the others any more.
+        # The other files are unused now.
         self.forget([name for name in self.files if name.endswith(".safetensors") and name not in names.values()])
 
     def tensors(self, progress: Progress, which: str) -> dict[str, Tensor]:
