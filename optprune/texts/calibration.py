@@ -35,7 +35,7 @@ def read_shares(spec: str) -> tuple[TextShare, ...]:
 
     What is there as a file or a folder under this name is one text, whatever its name looks like. A text ends at a
     comma behind a share, and its share begins at the last equals sign before it. InputError where a text has no share
-    or is given twice, or the shares do not come to 1.
+    or is given twice, or the sum of the shares is not 1.
     """
     if Path(spec).exists() or not SHARE_PATTERN.match(spec):
         return (TextShare(spec, Fraction(1)),)
@@ -58,14 +58,14 @@ def read_shares(spec: str) -> tuple[TextShare, ...]:
 
 
 def check_shares(shares: Sequence[Fraction]) -> None:
-    """Raise InputError unless shares are above 0 and come to 1, to a hundredth."""
+    """Raise InputError unless all shares are above 0 and their sum is 1, to a hundredth."""
     if not shares:
         raise InputError("there is no text to draw from: give at least one")
     if min(shares) <= 0 or abs(sum(shares) - 1) > ROUNDED:
         listed = " + ".join(f"{float(share):g}" for share in shares)
         raise InputError(
-            f"the shares of the texts are {listed}, which come to {float(sum(shares)):g}: give shares above 0 that come "
-            "to 1, as in a.jsonl:text=0.7,b.txt=0.3"
+            f"the shares of the texts are {listed}, with the sum {float(sum(shares)):g}: give shares above 0 with the "
+            "sum 1, as in a.jsonl:text=0.7,b.txt=0.3"
         )
 
 
@@ -128,7 +128,7 @@ class DrawnWindows:
 def read_texts(spec: str) -> list[Text]:
     """The texts that a calibration names: one as `read_documents` takes it, or several with shares.
 
-    Several are written as in `a.jsonl:text=0.7,b.txt=0.3`; the shares come to 1, to a hundredth. InputError, in one
+    Several are written as in `a.jsonl:text=0.7,b.txt=0.3`; their sum is 1, to a hundredth. InputError, in one
     sentence, when one cannot be read or the shares are none.
     """
     # The names and shares are checked before the first text is read.
@@ -214,7 +214,7 @@ def _shares(texts: Sequence[Text]) -> list[Fraction]:
         # As they are written: 0.7 is seven tenths, and not the float that is nearest to them.
         shares = [Fraction(str(text.share)) for text in texts]
     except ValueError as error:
-        raise InputError(f"a share is no number: {error}; give shares that come to 1") from error
+        raise InputError(f"a share is no number: {error}; give shares with the sum 1") from error
     check_shares(shares)
     return shares
 

@@ -48,11 +48,11 @@ def test_what_is_there_is_one_text_whatever_it_is_called(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("a.txt=0.7,b.txt=0.2", r"are 0\.7 \+ 0\.2, which come to 0\.9: give shares above 0 that come to 1"),
-        ("a.txt=0.7,b.txt=0.4", "which come to 1.1"),
-        ("a.txt=70,b.txt=30", "which come to 100"),
+        ("a.txt=0.7,b.txt=0.2", r"are 0\.7 \+ 0\.2, with the sum 0\.9: give shares above 0 with the sum 1"),
+        ("a.txt=0.7,b.txt=0.4", "with the sum 1.1"),
+        ("a.txt=70,b.txt=30", "with the sum 100"),
         ("a.txt=1,b.txt=0", r"are 1 \+ 0, "),
-        ("a.txt=0.5", "which come to 0.5"),
+        ("a.txt=0.5", "with the sum 0.5"),
         ("a.txt=0.5,b.txt", r"the text 'b\.txt' of the calibration has no share"),
         ("a.txt=0.5,b.txt=half", r"'b\.txt=half' of the calibration has no share"),
         ("a.txt=0.5,a.txt=0.5", r"the text a\.txt is given twice"),
