@@ -67,7 +67,7 @@ def report_command(
         )
         measured = _evaluated(beside, generations)
     if not can_draw():
-        reporter.say("matplotlib is not installed: tables stand in place of pictures (pip install 'optprune[plot]')")
+        reporter.say("matplotlib is not installed, so tables replace pictures (pip install 'optprune[plot]')")
     drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing)
     write_file(place, drawn.encode(), "page", f"{folder} is as it was")
     echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")

@@ -1,26 +1,24 @@
-"""The picture of a comparison: quality against size and against time; matplotlib draws it."""
+"""Picture of a comparison: quality against size and against time."""
 
-from io import BytesIO
 from typing import Any
 
 from optprune.comparison.results import COLUMNS, Comparison, Row
+from optprune.report.drawings import picture_bytes, plot_settings
 
 QUALITY = ("perplexity", "divergence", "agreement")
 AGAINST = ("weights", "bytes", "seconds")
 SCALES = {"weights": 1e6, "bytes": 2**20}
-"""what the axes count"""
+"""the units of the axes"""
 
 
 def picture_of(comparison: Comparison) -> bytes:
-    """Each measure of quality against weights left, bytes and seconds of pruning, as the bytes of an SVG file.
+    """Draw each measure of quality against weights left, bytes and seconds of pruning, as the bytes of an SVG file.
 
-    A line for each recipe, a point for each sparsity: the mean over the seeds, with the standard deviation.
+    Each recipe is a line and each sparsity a point: the mean over the seeds, with the standard deviation.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
-    # The same figures give the same bytes; and not through pyplot: no window, no state.
-    with matplotlib.rc_context({"svg.hashsalt": "optprune"}):
+    with plot_settings():
         figure = Figure(figsize=(12, 10), layout="constrained")
         grid: Any = figure.subplots(len(QUALITY), len(AGAINST), sharey="row", sharex="col")
         dense, *rows = comparison.rows()
@@ -30,18 +28,15 @@ def picture_of(comparison: Comparison) -> bytes:
         for across, against in enumerate(AGAINST):
             for down, quality in enumerate(QUALITY):
                 axes = grid[down][across]
-                for name, of in recipes.items():
-                    _draw(axes, name, [row for row in of if row.figures], against, quality)
-                level = dense.mean(quality)
-                axes.axhline(level, color="grey", linestyle=":", label="dense")
+                for name, of_recipe in recipes.items():
+                    _draw(axes, name, [row for row in of_recipe if row.figures], against, quality)
+                axes.axhline(dense.mean(quality), color="grey", linestyle=":", label="dense")
             grid[-1][across].set_xlabel(_heading(against))
         for down, quality in enumerate(QUALITY):
             grid[down][0].set_ylabel(_heading(quality))
         grid[0][0].legend(fontsize=8)
         figure.suptitle(comparison.model)
-        picture = BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
+        return picture_bytes(figure, "svg")
 
 
 def _draw(axes: Any, name: str, rows: list[Row], against: str, quality: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports, on the way and at the end, and what a folder of weights says of itself."""
+"""Reports: events and records of a run, its progress, its page, and audits of stored weights."""
 
 from optprune.report.drawings import pictures
 from optprune.report.events import (

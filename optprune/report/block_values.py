@@ -1,4 +1,4 @@
-"""What a report says, block by block: widths, shares, and the layers that were solved."""
+"""Values of a report by block: widths, shares of weights, and solved layers."""
 
 import re
 from collections.abc import Mapping
@@ -7,28 +7,27 @@ from dataclasses import dataclass
 from optprune.report.records import LayerReport, Report
 
 FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
-"""what the numbers of a block's shape are called"""
+"""the numbers of a block's shape, in words"""
 PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
-"""a layer's name: the number of its block, and its path in it"""
+"""the name of a layer: the number of its block, and its path within the block"""
 
 
 @dataclass(frozen=True)
 class BlockValues:
-    """What every block keeps of something."""
+    """A value of every block, before and after pruning."""
 
     name: str
     before: tuple[float, ...]
-    """how much there was, by block"""
     after: tuple[float, ...]
 
     @property
     def changed(self) -> bool:
-        """Whether any block keeps less than it had."""
+        """Whether the value changed in any block."""
         return self.before != self.after
 
 
 def widths(report: Report) -> tuple[BlockValues, ...]:
-    """What the blocks had and have: MLP units, KV heads, value dimensions of a head. Nothing of a report without."""
+    """Return the MLP units, KV heads and value dimensions of every block; none where the report lists no blocks."""
     return tuple(
         BlockValues(
             what,
@@ -41,9 +40,9 @@ def widths(report: Report) -> tuple[BlockValues, ...]:
 
 
 def shares(report: Report) -> tuple[BlockValues, ...]:
-    """The share of single weights that each kind of layer keeps, by block, where the recipe prunes single weights.
+    """Return the share of its weights that each layer keeps, by its path; none unless the recipe prunes weights.
 
-    A layer that the report does not tell of keeps all, and one that is gone with its sub-block keeps none.
+    A layer that is not in the report keeps all weights, and a layer of a removed sub-block keeps none.
     """
     if pattern_of(report) is None:
         return ()
@@ -59,13 +58,13 @@ def shares(report: Report) -> tuple[BlockValues, ...]:
 
 
 def removed_with(report: Report, path: str) -> list[int]:
-    """The blocks whose sub-block with a layer of this path is gone."""
+    """Return the numbers of the blocks that lost the sub-block with this layer."""
     field = "kv_heads" if is_attention(path) else "mlp_width"
     return [number for number, change in enumerate(report.blocks) if not getattr(change.after, field)]
 
 
 def pattern_of(report: Report) -> str | None:
-    """The pattern of the zeros where a recipe prunes single weights."""
+    """Return the pattern of zeros; None where the recipe does not prune single weights."""
     units = report.recipe.get("units")
     if isinstance(units, dict) and "weights" in units:
         return str(units["weights"])
@@ -73,7 +72,7 @@ def pattern_of(report: Report) -> str | None:
 
 
 def layers_by_path(report: Report) -> Mapping[str, Mapping[int, LayerReport]]:
-    """The layers that were solved, by their path in a block and the number of the block."""
+    """Return the solved layers by their path within a block and the number of the block."""
     found: dict[str, dict[int, LayerReport]] = {}
     for layer in report.layers:
         place = PLACE.fullmatch(layer.name)
@@ -83,7 +82,7 @@ def layers_by_path(report: Report) -> Mapping[str, Mapping[int, LayerReport]]:
 
 
 def block_count(report: Report) -> int:
-    """How many blocks the model had; without a list of them, as many as there are numbers among the layers'."""
+    """Return the number of blocks of the dense model; without a list of blocks, the number of those with a layer."""
     if report.blocks:
         return len(report.blocks)
     numbers = {place[1] for layer in report.layers if (place := PLACE.fullmatch(layer.name)) is not None}
@@ -91,5 +90,5 @@ def block_count(report: Report) -> int:
 
 
 def is_attention(path: str) -> bool:
-    """Whether a layer of this path in a block is one of attention."""
+    """Return whether the layer with this path belongs to attention."""
     return "att" in path

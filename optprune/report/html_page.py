@@ -1,4 +1,4 @@
-"""The page about a run: report.html, one file that needs no other and no script."""
+"""Page about a run: report.html, a single file without scripts."""
 
 import re
 import statistics
@@ -35,8 +35,8 @@ from optprune.report.records import Report
 from optprune.report.stored import ModelSummary, loading_code
 from optprune.system.wording import counted, one_line
 
-UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""characters that HTML does not allow"""
+NOT_ALLOWED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""the characters that HTML does not allow"""
 
 
 def page(
@@ -48,11 +48,10 @@ def page(
     healing: HealingReport | None = None,
     drawn: Mapping[str, str] | None = None,
 ) -> str:
-    """The page about a run as HTML: the same bytes for the same figures, with nothing to fetch and no script.
+    """Return the page about a run as HTML without scripts and external files; equal figures give equal bytes.
 
-    It has what is known: what the folder `model`, what `evaluate` and `benchmark-model` measured, what `healing` did
-    since. `drawn` are the pictures where they were made before; without matplotlib there are none, and tables stand in
-    their place.
+    It shows the saved `model`, the `evaluation`, the `speed` and the `healing` where they are given. `drawn` are
+    pictures that were made before; without matplotlib, tables replace pictures.
     """
     found = pictures(report, evaluation) if drawn is None else drawn
     template = _environment().from_string(_text("page.html"))
@@ -78,13 +77,13 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
-        finalize=_seen,
+        finalize=_cleaned,
     )
 
 
-def _seen(value: Any) -> Any:
-    """A text with a sign in place of each character that a page cannot hold."""
-    return UNSEEN.sub("\ufffd", value) if type(value) is str else value
+def _cleaned(value: Any) -> Any:
+    """Return a text with a replacement for each character that HTML does not allow."""
+    return NOT_ALLOWED.sub("\ufffd", value) if type(value) is str else value
 
 
 def _text(name: str) -> str:
@@ -122,7 +121,7 @@ def _texts(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
         ),
         "measured": _measured(report, evaluation, speed),
-        "floor": f"The two calibration passes with their Gram products, without which no run can do, took "
+        "floor": f"The two calibration passes with their Gram products, which every run needs, took "
         f"{time_of(report.floor_seconds)}.",
         "kept_sentence": _kept(report),
         "error_sentence": _errors(report),
@@ -155,54 +154,54 @@ def _sections(
 
 
 def _measured(report: Report, evaluation: EvaluationReport | None, speed: SpeedReport | None) -> list[str]:
-    """What was not measured and how to have it, and on what speed was."""
-    said = []
+    """Return sentences about the conditions of measurements, and about commands for missing ones."""
+    sentences = []
     if evaluation is None:
-        said.append(
-            "Perplexity and divergence are not measured while a model is pruned: optprune report DIR --against MODEL "
-            "--text TEXT makes this page again with them and with continuations side by side."
+        sentences.append(
+            "Perplexity and divergence are not measured during pruning: optprune report DIR --against MODEL --text "
+            "TEXT makes this page again, with them and with continuations side by side."
         )
     if speed is None:
-        said.append(
-            "Speed was not measured: optprune benchmark-model DIR --against MODEL --json FILE does that, and optprune "
-            "report DIR --speed FILE puts it here."
+        sentences.append(
+            "Speed was not measured: run optprune benchmark-model DIR --against MODEL --json FILE, then optprune "
+            "report DIR --speed FILE."
         )
     else:
-        said.append(
+        sentences.append(
             f"Speed on {speed.device} in {speed.dtype}: batch {speed.batch}, prompts of {speed.prompt_tokens} tokens, "
             f"{speed.new_tokens} new ones, medians of {speed.repeats} repeats."
         )
     if (pattern := pattern_of(report)) is not None:
-        said.append(
-            "Zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
-            f"pattern {pattern}."
+        sentences.append(
+            "Zeros alone make a folder neither smaller nor faster: speed needs a runtime with a kernel for the pattern "
+            f"{pattern}."
         )
-    return said
+    return sentences
 
 
 def _kept(report: Report) -> str:
-    """What changed, in a sentence: the same in every block, or from the least to the most."""
+    """Return a sentence about the change of the blocks, with the range of the values."""
     changed = [each for each in widths(report) if each.changed]
-    said = []
+    sentences = []
     for each in changed:
         pairs = {(was, now) for was, now in zip(each.before, each.after, strict=True) if now}
         gone = sum(bool(was) and not now for was, now in zip(each.before, each.after, strict=True))
         least, most = (pick((now for _, now in pairs), default=0) for pick in (min, max))
         if len(pairs) == 1 and not gone:
             ((was, now),) = pairs
-            said.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
+            sentences.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
         else:
             tail = f", none in {counted(gone, 'block')}" if gone else ""
-            said.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
+            sentences.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
     pattern = pattern_of(report)
     if pattern is not None:
         every = [share for each in shares(report) for share in each.after] or [1.0]
         stay = " to ".join(dict.fromkeys(f"{share:.2%}" for share in (min(every), max(every))))
-        said.append(f"{stay} of the weights of a layer are not zero, in the pattern {pattern}")
+        sentences.append(f"{stay} of the weights of a layer are not zero, in the pattern {pattern}")
     unchanged = [each.name for each in widths(report) if not each.changed]
-    sentence = "; ".join(said) or "Every block keeps all that it had"
-    if said and unchanged and pattern is None:
-        sentence += f"; all {' and '.join(unchanged)} stay"
+    sentence = "; ".join(sentences) or "No block changed its shape"
+    if sentences and unchanged and pattern is None:
+        sentence += f"; all {' and '.join(unchanged)} are kept"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -223,10 +222,10 @@ def _errors(report: Report) -> str:
 def _gaps(report: Report) -> str:
     gaps = [layer.gap for layer in report.layers if layer.gap is not None]
     if not gaps:
-        return "No layer has a proved bound: its solver gives an answer and does not tell how far it is from the best."
+        return "No layer has a proved bound: the solvers give no bound on the distance to the optimum."
     return (
-        f"{len(gaps)} of {counted(len(report.layers), 'layer')} have a proved bound: their answers are at most "
-        f"{percent(max(gaps))} from the best, half of them at most {percent(statistics.median(gaps))}."
+        f"{len(gaps)} of {counted(len(report.layers), 'layer')} have a proved bound: their objectives are within "
+        f"{percent(max(gaps))} of the optimum, half of them within {percent(statistics.median(gaps))}."
     )
 
 
@@ -235,29 +234,29 @@ def _damping(report: Report) -> str:
     dead = sum(layer.dead_inputs for layer in report.layers)
     if not ridges:
         return ""
-    range_of = " to ".join(dict.fromkeys((number(min(ridges)), number(max(ridges)))))
+    span = " to ".join(dict.fromkeys((number(min(ridges)), number(max(ridges)))))
     zero = (
         f" {counted(dead, 'input of layers was', 'inputs of layers were')} zero on every calibration token."
         if dead
         else ""
     )
-    return f"Damping added to the diagonals of the Gram matrices: {range_of}, by layer.{zero}"
+    return f"Damping added to the diagonals of the Gram matrices: {span}, by layer.{zero}"
 
 
 def _healing(healing: HealingReport) -> str:
     early = ", until the divergence fell no further" if healing.stopped_early else ""
-    zeros = f"all {healing.zeros:,} zeros and every width are" if healing.zeros else "every width is"
-    generated = f", {healing.generated_windows:,} windows of which it generated itself"
+    zeros = f"all {healing.zeros:,} zeros and all widths are" if healing.zeros else "all widths are"
+    generated = f", {healing.generated_windows:,} windows of them generated by the dense model"
     partly = generated if healing.generated_windows else ""
     return (
-        f"After pruning the model was trained to predict what the dense one does: {healing.steps:,} steps on "
-        f"{healing.tokens:,} tokens{partly}, in {time_of(healing.seconds)}{early}; {zeros} as pruning left them. "
-        "Errors and gaps by layer are those of pruning, before that."
+        f"After pruning the model was trained to the predictions of the dense one: {healing.steps:,} steps on "
+        f"{healing.tokens:,} tokens{partly}, in {time_of(healing.seconds)}{early}; {zeros} unchanged. Errors "
+        "and gaps by layer are those before healing."
     )
 
 
 def _statuses(report: Report) -> list[str]:
-    """The layers whose solver stopped for another reason than that it was done, by reason."""
+    """Return the number of layers for each status other than converged."""
     found: dict[str, int] = {}
     for layer in report.layers:
         if layer.status.lower() != "converged":
@@ -281,8 +280,8 @@ def _load(model: ModelSummary | None) -> str:
     if model is None:
         return ""
     if model.stock:
-        return "It has the stock classes of transformers."
+        return "It uses the stock classes of transformers."
     return (
-        "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder, which it "
-        "does with trust_remote_code=True only; optprune.load(folder) needs no such trust."
+        "Its blocks differ from those of the stock class, so transformers needs the modelling file in the folder and "
+        "trust_remote_code=True; optprune.load(folder) does not."
     )

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,17 @@ from optprune.report.stored import ModelSummary
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head; the first cell of a row is its name, and all but `texts` of the columns are numbers."""
+    """Rows under a head; the first cell of a row is its name."""
 
     caption: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     texts: tuple[int, ...] = (0,)
-    """the columns that hold words"""
+    """the columns of text; the others are numbers"""
 
 
 def phases_table(report: Report) -> Table:
-    """What each phase took; a column of a device's memory where one was told."""
+    """Return the time and memory of each phase, with a column of device memory if it was measured."""
     whole = sum(phase.seconds for phase in report.phases)
     device = any(phase.device_bytes is not None for phase in report.phases)
     rows: list[tuple[str, ...]] = [
@@ -49,35 +49,35 @@ def phases_table(report: Report) -> Table:
 
 
 def kept_tables(report: Report) -> list[Table]:
-    """What every block keeps, and what it had."""
+    """Return the values of every block before and after pruning."""
     tables = []
     if (kept := widths(report)) and (any(each.changed for each in kept) or not shares(report)):
-        tables.append(_by_block("What each block keeps, of what it had", kept, _count_of))
+        tables.append(_by_block("What each block keeps, of its original count", kept, _count))
     if kept := shares(report):
         tables.append(_by_block("Share of the weights that are not zero", kept, lambda was, now: f"{now:.2%}"))
     return tables
 
 
-def _by_block(caption: str, kept: Sequence[BlockValues], told: Any) -> Table:
+def _by_block(caption: str, kept: Sequence[BlockValues], form: Callable[[float, float], str]) -> Table:
     rows = (
-        (str(number), *(told(each.before[number], each.after[number]) for each in kept))
+        (str(number), *(form(each.before[number], each.after[number]) for each in kept))
         for number in range(len(kept[0].after))
     )
     return Table(caption, ("block", *(each.name for each in kept)), tuple(rows))
 
 
-def _count_of(was: float, now: float) -> str:
+def _count(was: float, now: float) -> str:
     return f"{now:,.0f}" if was == now else f"{now:,.0f} of {was:,.0f}"
 
 
 def removed_table(report: Report) -> Table:
-    """The sub-blocks that were removed whole, in their order."""
+    """Return the sub-blocks that were removed whole, in order."""
     rows = tuple((str(part.block), part.part, f"{part.weights:,}", number(part.score)) for part in report.removed)
     return Table("Sub-blocks removed whole, first to last", ("block", "part", "weights", "score"), rows, (0, 1))
 
 
 def layers_table(report: Report) -> Table:
-    """Every layer that was solved."""
+    """Return the results of every solved layer."""
     held = any(layer.held_out_error is not None for layer in report.layers)
     rows = tuple(
         (
@@ -99,7 +99,7 @@ def layers_table(report: Report) -> Table:
 
 
 def recovered_table(report: Report) -> Table:
-    """The sub-modules that were refitted."""
+    """Return the errors of the recovered sub-modules."""
     rows = tuple(
         (
             part.name,
@@ -117,7 +117,7 @@ def recovered_table(report: Report) -> Table:
 
 
 def along_table(evaluation: EvaluationReport) -> Table:
-    """What grows along the context."""
+    """Return the quality of predictions by length of the context."""
     rows = tuple(
         (
             f"{each.first} to {each.last}",
@@ -143,12 +143,12 @@ def healing_table(healing: HealingReport) -> Table:
 
 
 def recipe_table(report: Report) -> Table:
-    """Every field of the recipe; those of a group are named with it."""
+    """Return every field of the recipe; the name of a field includes its group."""
     return Table("Every field of the recipe", ("field", "value"), tuple(_fields(report.recipe)), (0, 1))
 
 
 def environment_table(report: Report, dtype: str | None) -> Table:
-    """What the run was made with."""
+    """Return the model, the data and the versions of the run."""
     rows = [
         ("model", report.model),
         ("calibration", report.calibration),
@@ -157,7 +157,7 @@ def environment_table(report: Report, dtype: str | None) -> Table:
         ("dtype of the folder", dtype or ""),
         *report.versions.items(),
     ]
-    return Table("What it was made from and with", ("what", "value"), tuple(row for row in rows if row[1]), (0, 1))
+    return Table("Inputs and versions of the run", ("input", "value"), tuple(row for row in rows if row[1]), (0, 1))
 
 
 def _fields(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
@@ -166,24 +166,24 @@ def _fields(data: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
         if isinstance(value, dict) and value:
             rows += _fields(value, f"{above}{key}.")
         elif key == "blocks" and isinstance(value, list):
-            rows.append((f"{above}{key}", f"{len(value)}, each as recipe.yaml says"))
+            rows.append((f"{above}{key}", f"{len(value)}, listed in recipe.yaml"))
         else:
             rows.append((f"{above}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """A number in words; one that is not known, or none, is a dash."""
+    """Return a number as text; a dash for None, NaN and infinity."""
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def time_of(seconds: float) -> str:
-    """A time in words; one that is not known is a dash."""
+    """Return a time in words; a dash if it is not finite."""
     return duration(seconds) if math.isfinite(seconds) else "-"
 
 
 def percent(share: float) -> str:
-    """A share in percent with three digits, however small it is."""
+    """Return a share in percent with three significant digits."""
     return f"{100 * share:.3g}%" if math.isfinite(share) else "unbounded"
 
 
@@ -192,13 +192,13 @@ def _size(size: int | None) -> str:
 
 
 def mib(size: int) -> str:
-    """A number of bytes in MiB."""
+    """Return a number of bytes in MiB."""
     return f"{size / 2**20:,.1f} MiB"
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What is known of a run and of the model that it made."""
+    """Key figures of a run and its model, from all measurements that were made."""
 
     report: Report
     model: ModelSummary | None = None
@@ -207,7 +207,7 @@ class Headline:
 
     @property
     def key_figures(self) -> list[tuple[str, str, str]]:
-        """The few figures to read first: what it is, the figure, and what belongs to it."""
+        """The most important figures: name, figure, and a remark."""
         report, evaluation = self.report, self.evaluation
         found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} asked")]
         if evaluation is not None:
@@ -232,7 +232,7 @@ class Headline:
 
     @property
     def table(self) -> Table:
-        """All that is known of the model before and after."""
+        """The model before and after pruning."""
         rows = (*self._shapes(), *self._sizes(), *self._predictions(), *self._speeds())
         return Table("The model before and after", ("", "before", "after", "change"), rows)
 
@@ -261,13 +261,13 @@ class Headline:
         if model.itemsize is not None:
             was, now = None if before is None else before * model.itemsize, model.parameters * model.itemsize
             yield (f"size of the weights in {model.dtype}", _mib(was), mib(now), _change(was, now))
-        # Files may be of other dtypes, quantised ones too, so that their sizes are not compared.
+        # Files may have different dtypes, also quantised ones, so their sizes are not compared.
         if (stored := self._bytes_before) is not None:
             yield ("files as they are stored", mib(stored), mib(model.bytes), "")
 
     @property
     def _parameters_before(self) -> int | None:
-        """The parameters of the dense model, as far as the report or a measurement says."""
+        """The parameters of the dense model, from the report or a measurement; None if unknown."""
         if self.report.parameters_before is not None:
             return self.report.parameters_before
         if self.evaluation is not None and self.evaluation.dense_parameters is not None:
@@ -276,7 +276,7 @@ class Headline:
 
     @property
     def _bytes_before(self) -> int | None:
-        """The size of the dense model's files, where something was measured of it."""
+        """The size of the dense model's files, from a measurement; None if unknown."""
         if self.evaluation is not None and self.evaluation.dense_bytes is not None:
             return self.evaluation.dense_bytes
         return self.speed.models[1].file_bytes if self.speed is not None and len(self.speed.models) == 2 else None
@@ -299,7 +299,7 @@ class Headline:
             yield ("first choice the same", "100.0%", f"{found.agreement:.1%}{same}", "")
         if found.questions is not None:
             was = "-" if found.dense_questions is None else f"{found.dense_questions.accuracy:.1%}"
-            yield (f"of {found.questions.questions} questions right", was, f"{found.questions.accuracy:.1%}", "")
+            yield (f"correct of {found.questions.questions} questions", was, f"{found.questions.accuracy:.1%}", "")
 
     def _speeds(self) -> Iterator[tuple[str, str, str, str]]:
         if self.speed is None:
@@ -330,13 +330,13 @@ def _counted(before: int | None, after: int) -> tuple[str, str, str]:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    """How much more or less, in percent; nothing where it is the same or one is not known."""
+    """Return the change in percent; an empty text without a change, or if a value is unknown."""
     if not before or after is None or before == after:
         return ""
     return f"{after / before - 1:+.1%}"
 
 
 def _range(values: tuple[float, ...]) -> str:
-    """The least and the most that a block has, of those that have any."""
+    """Return the smallest and the largest value of the blocks with any."""
     there = [value for value in values if value] or [0.0]
     return " to ".join(f"{value:,.0f}" for value in dict.fromkeys((min(there), max(there))))

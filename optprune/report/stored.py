@@ -1,4 +1,4 @@
-"""Models as they are stored: tensors, differences from the config, the original, and how to load them."""
+"""Stored models: their tensors, their agreement with the config, the original model, and code that loads them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,60 +20,60 @@ from optprune.system.wording import counted, shown
 
 
 class Readable(Protocol):
-    """A tensor that can be read when it is needed."""
+    """Tensor of a file, which is read on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """The shape of the tensor."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is stored in."""
+        """The dtype in the file."""
         ...
 
     def read(self) -> Tensor:
-        """Its values, in memory."""
+        """Return the values."""
         ...
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something in a folder that is not as it should be."""
+    """An error in a model folder, or an expectation that is not met."""
 
     kind: str
     """shape, missing, unknown, tied, nan, report, original or expected"""
     where: str
-    """the tensor, the block or the file that it is in, or the expectation"""
+    """the tensor, block or file with the error, or the expectation"""
     sentence: str
 
 
 @dataclass(frozen=True, eq=False)
 class StoredModel:
-    """A model source as it is stored."""
+    """A model source, whose weights are read on demand."""
 
     source: str
     config: PretrainedConfig
     tensors: Mapping[str, Readable]
-    """the tensors, by the names that the model has for them"""
+    """the tensors by their names in the model"""
     decoder: Decoder
-    """a model of the shapes that are stored, whose weights are views of a single number"""
+    """a model of the stored shapes, whose weights are views of a single number"""
     faults: tuple[Fault, ...]
-    """what its config says otherwise"""
+    """the differences between tensors and config"""
     ties: tuple[str, str] | None
-    """the names of the head and of the embeddings, where the config says that they are one"""
+    """the names of head and embeddings, where the config ties them"""
 
     @property
     def shares_head(self) -> bool:
-        """Whether head and embeddings are both stored, though the config says that they are one."""
+        """Whether head and embeddings are both stored although the config ties them."""
         return self.ties is not None and all(name in self.tensors for name in self.ties)
 
 
 def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
-    """What a model source holds, of which nothing is read yet but names and shapes.
+    """Open a model source, and read the names and shapes of its tensors.
 
-    An architecture that is not known is read by a `draft`, or by that which the config carries. InputError where there
-    is no config or no weights to be had.
+    An unknown architecture is read by a `draft`, or by the draft within the config. InputError where the config or the
+    weights are missing.
     """
     config = load_config(source, draft)
     decoder = load_shapes(source, config)
@@ -88,7 +88,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
         tensors = checkpoint.tensors
         faults += [
             Fault(
-                "unknown", name, f"{name} is stored, and a {config.model_type} model of config.json has no such tensor"
+                "unknown", name, f"{name} is stored, but a {config.model_type} model of config.json has no such tensor"
             )
             for name in unknown_to(model, checkpoint)
         ]
@@ -97,7 +97,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
         wanted, there = list(weight.shape), tensors.get(name)
         if there is None:
             if ties is None or name not in ties or not any(other in tensors for other in ties):
-                faults.append(Fault("missing", name, f"{name} {wanted} is not stored, and config.json asks for it"))
+                faults.append(Fault("missing", name, f"{name} {wanted} is not stored, but config.json requires it"))
         elif list(there.shape) != wanted:
             faults.append(
                 Fault("shape", name, f"{name} is {list(there.shape)} in the weights and {wanted} by config.json")
@@ -107,7 +107,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
 
 
 def _take_shapes(decoder: Decoder, tensors: Mapping[str, Readable]) -> None:
-    """Let the blocks of a decoder have the shapes of these tensors, at the cost of one number each."""
+    """Give the blocks of a decoder the shapes of these tensors, as views of one number each."""
     for index, block in enumerate(decoder.blocks):
         shapes = {name: tuple(weight.shape) for name, weight in block.named_parameters()}
         for name, shape in shapes.items():
@@ -118,7 +118,7 @@ def _take_shapes(decoder: Decoder, tensors: Mapping[str, Readable]) -> None:
 
 
 def _ties(model: PreTrainedModel) -> tuple[str, str] | None:
-    """The names of the head's and the embeddings' weights, where the config ties them."""
+    """Return the names of the head's and the embeddings' weights, where the config ties them."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if not model.config.tie_word_embeddings or head is None:
         return None
@@ -146,26 +146,25 @@ KEPT_FIELDS = (
     "logits_scaling",
     "residual_multiplier",
 )
-"""fields of a config that decide what the weights mean, and that pruning leaves alone"""
+"""the fields of a config that change the meaning of the weights; pruning leaves them unchanged"""
 
 
 @dataclass(frozen=True)
 class Original:
-    """The model that a folder was made from."""
+    """The model before pruning."""
 
     model: str
-    """the name that it is called by"""
     shapes: tuple[BlockShape, ...]
     """the shapes of its blocks"""
     left: tuple[int, ...]
-    """the numbers of the blocks that are still there"""
+    """the numbers of the blocks that were kept"""
 
     def weights(self, decoder: Decoder) -> int:
-        """The linear weights it had."""
+        """Return its number of linear weights."""
         return sum(map(decoder.weights_of, self.shapes))
 
     def sizes(self, decoder: Decoder) -> dict[str, tuple[int, int]]:
-        """The outputs and inputs that the linear layers had which are still there, by their name now."""
+        """Return the original outputs and inputs of the kept linear layers, by their current names."""
         return {
             decoder.name(block, path): size
             for block, number in enumerate(self.left)
@@ -174,7 +173,7 @@ class Original:
 
 
 def original_from_report(decoder: Decoder, folder: str) -> Original | None:
-    """What report.json says that a folder's model was; None where there is none, or one that tells of other weights."""
+    """Return the original by a folder's report.json; None without a report, or where it describes other weights."""
     try:
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         before, after = ([_shape(block[when]) for block in report["blocks"]] for when in ("before", "after"))
@@ -189,9 +188,9 @@ def original_from_report(decoder: Decoder, folder: str) -> Original | None:
 
 
 def original_from_model(before: StoredModel, stored: StoredModel) -> Original | None:
-    """The original, where it is at hand; None where it is not clear which of its blocks are left.
+    """Return the original, from the model itself; None where it is not clear which of its blocks were kept.
 
-    Where blocks are gone, those that are left are told by their norms, which pruning leaves as they are.
+    If blocks were removed, the others are recognised by their norm weights, which pruning leaves unchanged.
     """
     shapes, there = before.decoder.shapes(), stored.decoder.shapes()
     left: list[int] = list(range(len(shapes))) if len(shapes) == len(there) else []
@@ -206,7 +205,7 @@ def original_from_model(before: StoredModel, stored: StoredModel) -> Original | 
 
 
 def _same_norms(before: StoredModel, number: int, stored: StoredModel, index: int) -> bool:
-    linear = stored.decoder.architecture.layers  # whose biases pruning may move
+    linear = stored.decoder.architecture.layers  # their biases may change by pruning
     vectors = [name for name, weight in stored.decoder.blocks[index].named_parameters() if weight.ndim == 1]
     pairs = [
         (before.tensors.get(before.decoder.name(number, name)), stored.tensors.get(stored.decoder.name(index, name)))
@@ -220,7 +219,7 @@ def _same_norms(before: StoredModel, number: int, stored: StoredModel, index: in
 
 
 def config_faults(before: StoredModel, stored: StoredModel) -> list[Fault]:
-    """What a model cannot have from pruning the original: other numbers of its config, blocks that have grown."""
+    """Return differences from the original that pruning cannot make: other values of the config, and larger blocks."""
     faults = []
     for name in KEPT_FIELDS:
         was, now = (getattr(each.config, name, None) for each in (before, stored))
@@ -229,8 +228,8 @@ def config_faults(before: StoredModel, stored: StoredModel) -> list[Fault]:
     original = original_from_model(before, stored)
     if original is None:
         faults.append(
-            f"its {counted(len(stored.decoder.blocks), 'block is', 'blocks are')} not known by norms among "
-            f"{before.source}'s"
+            f"the norm weights of its {counted(len(stored.decoder.blocks), 'block')} are not among those of "
+            f"{before.source}"
         )
     else:
         for index, (number, shape) in enumerate(zip(original.left, stored.decoder.shapes(), strict=True)):
@@ -243,9 +242,9 @@ def config_faults(before: StoredModel, stored: StoredModel) -> list[Fault]:
 def shares_kept(
     decoder: Decoder, layers: Sequence[LayerPattern], original: Original | None
 ) -> dict[str, tuple[float, ...]]:
-    """The weights of each kind of layer that are there and not zero, a block of the original, as a share of its own.
+    """Return the number of nonzero weights of each layer, by path and block, over that in the original.
 
-    Where the original is not known: in each block that is there, over the most in any.
+    Without an original: for each stored block, over the largest layer of that path.
     """
     there = {layer.name: layer.outputs * layer.inputs - layer.zeros for layer in layers}
     shapes = decoder.shapes() if original is None else original.shapes
@@ -264,7 +263,7 @@ def shares_kept(
 def _shape(counts: Mapping[str, Any]) -> BlockShape:
     shape = BlockShape(**counts)
     if not all(type(count) is int and count >= 0 for count in _counts(shape)):
-        raise TypeError("the numbers of a shape are whole")
+        raise TypeError("a shape has counts only")
     return shape
 
 
@@ -274,7 +273,7 @@ def _counts(shape: BlockShape) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """The model in a folder."""
+    """Properties of a saved model that the page of its run shows."""
 
     stock: bool
     """whether plain transformers loads it without the modelling file"""
@@ -284,19 +283,19 @@ class ModelSummary:
     bytes: int
     """the size of the weights files"""
     linear_weights: int
-    """the linear weights of the decoder blocks"""
+    """the number of linear weights of the decoder blocks"""
     linear_before: int
-    """how many there were before"""
+    """the number of linear weights before pruning"""
 
     @property
     def itemsize(self) -> int | None:
-        """The bytes of a number of its dtype; None of a dtype that is not known."""
+        """The bytes of an element; None for an unknown dtype."""
         dtype = getattr(torch, self.dtype, None)
         return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 
     @classmethod
     def of(cls, decoder: Decoder, report: Report, size: int, *, tokenizer: bool) -> "ModelSummary":
-        """What a folder holds whose model this is, with weights files of so many bytes."""
+        """Return the properties of a model whose weights files have `size` bytes."""
         config = decoder.model.config
         return cls(
             stock=is_stock(config),
@@ -310,9 +309,9 @@ class ModelSummary:
 
 
 def summarise_model(folder: Path, report: Report) -> ModelSummary | None:
-    """What a folder holds, of which no weight is read; None where it has no model, or one of other shapes.
+    """Return the properties of the model in a folder; None without a model, or with one of other shapes.
 
-    InputError where there is a config that cannot be read.
+    No weights are read. InputError where the config cannot be read.
     """
     files = list(folder.glob("*.safetensors"))
     if not files or not (folder / "config.json").is_file():
@@ -325,9 +324,9 @@ def summarise_model(folder: Path, report: Report) -> ModelSummary | None:
 
 
 def loading_code(held: ModelSummary) -> str:
-    """The Python that loads the folder that it is written in."""
+    """Return Python code that loads the model from the folder of the page."""
     trust = "" if held.stock else ", trust_remote_code=True"
-    # AutoTokenizer asks whether to run the code beside the config, which no tokenizer needs.
+    # AutoTokenizer would ask to trust the code beside the config, which the tokenizer does not need.
     tokenizer = "AutoTokenizer" if held.stock else "PreTrainedTokenizerFast"
     names = f"AutoModelForCausalLM, {tokenizer}" if held.tokenizer else "AutoModelForCausalLM"
     lines = [f"from transformers import {names}", "", 'folder = "."  # the one that this file is in']

@@ -1,4 +1,4 @@
-"""Zeros in the weights of a model: their pattern in each layer, and dead units."""
+"""Zeros in the weights of a model: patterns of layers, and dead units."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ from optprune.models import Decoder, LinkedLayers, LinkedUnits, Mlp, Values
 from optprune.system.wording import one_line
 
 NAMED = ((2, 4), (4, 8))
-"""the N:M patterns that hardware or papers name"""
+"""the N:M patterns of hardware and papers"""
 
 
 @dataclass(frozen=True)
 class LayerPattern:
-    """What the zeros of one linear layer look like."""
+    """Zeros of a linear layer."""
 
     name: str
     outputs: int
     inputs: int
     zeros: int
     same_in_rows: bool
-    """whether every row has the same number of zeros"""
+    """whether all rows have the same number of zeros"""
     patterns: tuple[str, ...]
-    """the N:M patterns that hold in every group: at most N of M consecutive inputs are not zero"""
+    """the patterns in `NAMED` that hold: at most N of M consecutive inputs are not zero"""
     zero_inputs: int
-    """the number of columns that are zero altogether"""
+    """the number of columns of zeros only"""
     zero_outputs: int
-    """the number of rows that are zero altogether"""
+    """the number of rows of zeros only"""
 
     @property
     def sparsity(self) -> float:
@@ -39,17 +39,17 @@ class LayerPattern:
 
 @dataclass(frozen=True)
 class BrokenGroups:
-    """The groups of a layer that keep more than an N:M pattern lets them."""
+    """Groups of a layer with more nonzero weights than an N:M pattern allows."""
 
     pattern: str
     groups: int
-    """how many groups there are, of M consecutive inputs of a row; none where M does not divide the inputs"""
+    """the number of groups of M consecutive inputs of a row; 0 where M does not divide the number of inputs"""
     broken: int
-    """how many of them keep more than N"""
+    """the number of groups with more than N nonzero weights"""
     row: int = 0
-    """the row of the first one"""
+    """the row of the first such group"""
     first_input: int = 0
-    """the input that it begins with"""
+    """the first input of that group"""
 
     @property
     def holds(self) -> bool:
@@ -58,7 +58,7 @@ class BrokenGroups:
 
 
 def broken_groups(weight: Tensor, n: int, m: int) -> BrokenGroups:
-    """The groups of a weight [out, in] that break N:M."""
+    """Return the groups of a weight [out, in] that break N:M."""
     inputs = weight.shape[1]
     if inputs % m:
         return BrokenGroups(f"{n}:{m}", 0, 0)
@@ -69,7 +69,7 @@ def broken_groups(weight: Tensor, n: int, m: int) -> BrokenGroups:
 
 
 def layer_pattern(name: str, weight: Tensor) -> LayerPattern:
-    """Measure one weight [out, in]."""
+    """Return the zeros of a weight [out, in]."""
     kept = weight != 0
     by_row = kept.sum(1)
     outputs, inputs = weight.shape
@@ -87,7 +87,7 @@ def layer_pattern(name: str, weight: Tensor) -> LayerPattern:
 
 
 def model_patterns(decoder: Decoder) -> list[LayerPattern]:
-    """Measure every linear layer of the decoder blocks."""
+    """Return the zeros of every linear layer of the decoder blocks."""
     found = []
     for block in range(len(decoder.blocks)):
         with torch.no_grad(), decoder.resident(block):
@@ -98,39 +98,39 @@ def model_patterns(decoder: Decoder) -> list[LayerPattern]:
 
 @dataclass(frozen=True, eq=False)
 class Zeros:
-    """Which rows and columns of a tensor are zero altogether; a bias is a column."""
+    """Masks of the rows and columns of a tensor that are zeros only; a bias is a column."""
 
     rows: Tensor
     columns: Tensor
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Zeros":
-        """Of a tensor [out, in]."""
+        """Return the masks of a tensor [out, in]."""
         kept = tensor != 0
         return cls(~kept.any(1), ~kept.any(0))
 
 
 @dataclass(frozen=True)
 class DeadUnits:
-    """The units of one kind that a block could lose without a change of any output."""
+    """Units of one kind whose removal from a block changes no output."""
 
     block: int
     units: str
-    """mlp or vo, as recipes name them"""
+    """the unit kind: mlp or vo"""
     numbers: tuple[int, ...]
-    """which, counted over all KV heads, or all experts: of each as many, since they keep equally many"""
+    """their numbers over all KV heads or experts, equally many of each, since each keeps the same number"""
 
     @property
     def count(self) -> int:
-        """How many."""
+        """The number of units."""
         return len(self.numbers)
 
 
 def dead_units(decoder: Decoder, zeros: Mapping[str, Zeros]) -> tuple[DeadUnits, ...]:
-    """The dead units of every block, from the zeros of its tensors by their full names.
+    """Return the dead units of every block, from the zeros of its tensors by their full names.
 
-    A unit is dead where all columns that read it are zero, or a row that makes it is, with its bias, and what the model
-    makes of that is zero.
+    A unit is dead if all columns that read it are zero, or if a row that produces it is zero with its bias and the
+    activation of zero is zero.
     """
     found = []
     for block in range(len(decoder.blocks)):
@@ -147,7 +147,7 @@ def dead_units(decoder: Decoder, zeros: Mapping[str, Zeros]) -> tuple[DeadUnits,
 def _dead(
     decoder: Decoder, block: int, kind: LinkedUnits, layers: LinkedLayers, zeros: Mapping[str, Zeros]
 ) -> list[int]:
-    """The dead units of one link."""
+    """Return the dead units of one link."""
     link = layers.link
     consumer = zeros.get(f"{decoder.name(block, layers.consumer)}.weight")
     dead = torch.zeros(link.units, dtype=torch.bool)
@@ -163,7 +163,7 @@ def _dead(
 
 
 def _keeps_zero(decoder: Decoder) -> bool:
-    """Whether the activation of an MLP makes zero of zero, as most do."""
+    """Return whether the activation of the MLP maps zero to zero, as most do."""
     config = decoder.model.config
     fields = ("hidden_act", "activation_function", "hidden_activation")
     name = next((found for field in fields if (found := getattr(config, field, None))), None)

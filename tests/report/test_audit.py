@@ -176,7 +176,7 @@ def test_a_broken_group(sparse: Path, tmp_path: Path) -> None:
         sentence.startswith(f"1 of the {weight.numel() // 4} groups of {UP} keep more than 2 of 4")
         and place in sentence
     )
-    # Nobody says that it is to be 2:4: then it is a note, until somebody does.
+    # Without a report, a broken 2:4 is a note, unless it is expected.
     alone = spoilt(sparse, tmp_path / "alone", fill_one, report=False)
     found = optprune.audit(alone)
     assert found.passed and any(note.startswith("almost 2:4: 1 of") and place in note for note in found.notes)
@@ -203,11 +203,11 @@ def test_a_zero_that_is_in_another_row(tmp_path: Path) -> None:
     rows = pruned(tmp_path / "rows", "wanda", pattern="rows", sparsity=0.5)
     assert optprune.audit(rows).passed
     sentences = [fault.sentence for fault in optprune.audit(spoilt(rows, tmp_path / "moved", move)).faults]
-    assert f"the rows of {UP} differ in their zeros, and report.json says that they do not" in sentences
+    assert f"the rows of {UP} have unequal numbers of zeros, unlike those in report.json" in sentences
 
 
 def test_layers_behind_a_block_that_is_gone(tmp_path: Path) -> None:
-    """They are told of by their numbers before, and are there by those that they have now."""
+    """The report names layers by their old blocks, and the audit by their current blocks."""
     model = tiny_llama(num_hidden_layers=3)
     block = Decoder(model).shape(0).counts()
     shares = [dict.fromkeys(Decoder(model).paths(0), share) for share in (0.25, 0.5)]
@@ -234,7 +234,7 @@ def test_a_value_that_is_no_number(name: str, value: float, narrow: Path, tmp_pa
     assert (fault.kind, fault.where) == (
         "nan",
         name,
-    ) and f"holds 1 values of NaN or infinity, the first at {place}" in (fault.sentence)
+    ) and f"has 1 value of NaN or infinity, the first at {place}" in (fault.sentence)
 
 
 def test_a_width_against_the_config(narrow: Path, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_healing_is_told_where_there_was_any() -> None:
     assert rows["divergence, nats a prediction"] == ["0.5432", "0.4321", "0"]
     assert rows["perplexity"] == ["35.01", "32.11", "29.43"]
     assert "12 steps on 24,576 tokens, in 1 min 30 s, until the divergence fell no further" in root.text
-    assert "all 1,234 zeros and every width are as pruning left them" in root.text
+    assert "all 1,234 zeros and all widths are unchanged" in root.text
 
 
 @pytest.mark.parametrize("make", [narrowed, zeroed])
@@ -239,7 +239,7 @@ def test_phases_recipe_and_environment_are_told_whole() -> None:
         "strict": "false",
         "sparsity": "0.25",
     }
-    assert dict(tables["What it was made from and with"][1:]) == {
+    assert dict(tables["Inputs and versions of the run"][1:]) == {
         "model": "models/Small-1B",
         "calibration": "news.txt, 8 windows of 512 tokens, seed 3",
         "tokens": "4,096",
@@ -279,10 +279,10 @@ def drawn(report: Report, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
 def test_widths_are_drawn_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn(narrowed(), monkeypatch)["MLP units"]["steps"] == [[1000, 1008, 1016], [1536] * 3]
     root = made(narrowed())
-    assert root.tables()["What each block keeps, of what it had"][1:] == [
+    assert root.tables()["What each block keeps, of its original count"][1:] == [
         [str(block), f"{1000 + 8 * block:,} of 1,536", "3", "64"] for block in range(3)
     ]
-    assert "1,000 to 1,016 MLP units (of 1,536); all KV heads and value dimensions of a head stay." in root.text
+    assert "1,000 to 1,016 MLP units (of 1,536); all KV heads and value dimensions of a head are kept." in root.text
 
 
 def test_a_uniformly_narrowed_model_shows_its_widths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,16 +319,16 @@ def test_shares_of_zeros_are_drawn_and_told(monkeypatch: pytest.MonkeyPatch) -> 
     head, *rows = root.tables()["Share of the weights that are not zero"]
     assert [row[head.index("mlp.gate_proj")] for row in rows] == ["40.40%", "41.40%", "42.40%"]
     assert "40.00% to 42.60% of the weights of a layer are not zero, in the pattern 2:4" in root.text
-    assert "Zeros by themselves make a folder neither smaller nor faster" in root.text
+    assert "Zeros alone make a folder neither smaller nor faster" in root.text
     rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
     assert rows["of them not zero"] == ["120,000", "90,384", "-24.7%"]
-    assert "Zeros by themselves" not in made(narrowed(), model=MODEL).text
+    assert "Zeros alone" not in made(narrowed(), model=MODEL).text
 
 
 def test_a_model_that_kept_all_says_so() -> None:
     same = tuple(BlockChange(change.before, change.before) for change in narrowed().blocks)
     root = made(narrowed(blocks=same, layers=()))
-    assert "Every block keeps all that it had." in root.text and not root.all("svg")
+    assert "No block changed its shape." in root.text and not root.all("svg")
 
 
 # -- errors, gaps, notes
@@ -336,7 +336,9 @@ def test_a_model_that_kept_all_says_so() -> None:
 
 def test_certified_layers_are_counted_and_their_gaps_drawn() -> None:
     root = made(zeroed())
-    assert "21 of 21 layers have a proved bound: their answers are at most 3% from the best, half of them" in root.text
+    assert (
+        "21 of 21 layers have a proved bound: their objectives are within 3% of the optimum, half of them" in root.text
+    )
     assert "gaps-title" in ids(root) and "errors-title" in ids(root)
     none = made(narrowed())
     assert "No layer has a proved bound" in none.text and "gaps-title" not in ids(none)
@@ -364,7 +366,7 @@ def test_dampings_fallbacks_and_notes_are_told() -> None:
     assert section.tables()["Notes by layer"][1:] == [
         ["model.layers.0.mlp.down_proj", "the factorisation failed: damping raised to 0.25"]
     ]
-    assert "Nothing was noted" not in root.text and "Nothing was noted" in made(narrowed()).text
+    assert "There are no notes" not in root.text and "There are no notes" in made(narrowed()).text
 
 
 def test_recovery_is_told() -> None:
@@ -391,7 +393,7 @@ def test_sections_are_there_with_their_data_only(measured: EvaluationReport) -> 
 
 
 def test_what_was_not_measured_is_said(measured: EvaluationReport, fast: SpeedReport) -> None:
-    missing = "Perplexity and divergence are not measured while a model is pruned"
+    missing = "Perplexity and divergence are not measured during pruning"
     text = made(narrowed()).text
     assert missing in text and "Speed was not measured" in text and "there is nothing to load" in text
     text = made(narrowed(), model=MODEL, evaluation=measured, speed=fast).text
@@ -431,7 +433,7 @@ def test_without_matplotlib_tables_stand_in_place_of_pictures(
         monkeypatch.setitem(sys.modules, name, None)
     root = made(zeroed(), evaluation=measured)
     assert not root.all("svg", "figure")
-    assert "matplotlib is not installed where this page was made, so tables stand in place of pictures" in root.text
+    assert "This page was made without matplotlib, so tables replace pictures" in root.text
     hidden = [table.all("caption")[0].text for part in root.all("details") for table in part.all("table")]
     shown = set(root.tables()) - set(hidden)
     assert shown >= {
