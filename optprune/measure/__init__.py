@@ -1,4 +1,4 @@
-"""Measures of a model: perplexity, divergence from the dense one, answers, generations, speed, memory, time."""
+"""Measures of a model: perplexity, divergence from the dense one, questions, continuations, speed, memory."""
 
 from optprune.measure.divergence import Divergence, StandardErrors, Stretch, divergence_from, divergence_of
 from optprune.measure.evaluate import Evaluation, bits_per_byte, generate, perplexity

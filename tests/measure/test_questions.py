@@ -28,8 +28,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ([1], "line 2 of .* is no question"),
-        ({"question": "Why?", "choices": ["a", "b"]}, "line 2 of .* is no question"),
+        ([1], "line 2 of .* is not a question"),
+        ({"question": "Why?", "choices": ["a", "b"]}, "line 2 of .* is not a question"),
         (GOOD | {"question": " "}, "the question in line 2 of .* is ' ', not a text"),
         (GOOD | {"choices": ["only"]}, "give two or more texts"),
         (GOOD | {"choices": ["one", ""]}, "give two or more texts"),

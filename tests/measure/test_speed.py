@@ -208,7 +208,7 @@ def test_the_command_tells_what_it_measured(name: str, tmp_path: Path, capsys: p
     assert ratios["prefill"]["values"] == pytest.approx([a / b for a, b in zip(*speeds, strict=True)])
     assert ratios["file"] == result["models"][0]["file_bytes"] / result["models"][1]["file_bytes"]
     assert f"{folder} over {dense}: prefill {ratios['prefill']['median']:.3f} (" in out
-    assert "peak memory: the weights, and the most that " in out
+    assert "peak memory: the weights, and the peak of " in out
 
 
 def test_one_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
