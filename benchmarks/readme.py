@@ -266,11 +266,15 @@ TABLES = (
 
 PAGES: dict[str, tuple[Table | Published | Families, ...]] = {
     "README.md": (SHORT,),
-    "docs/results.md": (*TABLES, Published(), Families()),
+    "docs/results/quality.md": (*TABLES, Published(), Families()),
 }
-RECIPES = {"docs/structured.md": UNITS, "docs/sparse.md": WEIGHTS, "docs/metric.md": LOSS_AWARE}
+RECIPES = {
+    "docs/explanation/units.md": UNITS,
+    "docs/explanation/sparse.md": WEIGHTS,
+    "docs/explanation/budgets.md": LOSS_AWARE,
+}
 """the columns and recipes of a page's table"""
-FIELDS = "docs/recipes.md"
+FIELDS = "docs/guide/prune.md"
 """the page with the table of fields"""
 
 

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: formulas become MathML when the site is built, so that no browser fetches a script for them."""
+"""Hook of mkdocs that turns formulas into MathML when the site is built, so that no browser fetches a script."""
 
 import html
 import re
@@ -10,7 +10,7 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>',
 
 
 def on_page_content(content: str, /, **_: Any) -> str:
-    """Replace what arithmatex has marked."""
+    """Return the page with MathML in place of the formulas that arithmatex marked."""
     return FORMULA.sub(_mathml, content)
 
 

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: every notebook is a page, with the outputs that are stored in it. Nothing is run."""
+"""Hook of mkdocs that turns every notebook into a page with its stored outputs, without running it."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages, and the images that they show."""
+    """Add a page for each notebook, and its images."""
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         parts: list[str] = []
         for number, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"]):
@@ -28,7 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                     name = f"{path.stem}-{number}-{shown}.png"
                     content = base64.b64decode("".join(image))
                     files.append(File.generated(config, f"notebooks/{name}", content=content))
-                    parts.append(f"![what the cell draws]({name})")
+                    parts.append(f"![output of the cell]({name})")
                 else:
                     parts += (f"```text\n{text.rstrip()}\n```" for text in _texts(output))
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content="\n\n".join(parts) + "\n"))
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _texts(output: dict[str, Any]) -> Iterator[str]:
-    """What a cell printed, or its value."""
+    """Yield the printed text of a cell, or the text of its value."""
     if output["output_type"] == "stream":
         yield "".join(output["text"])
     elif "data" in output:

@@ -1,4 +1,4 @@
-"""An extension of griffe: docstrings are plain text and formulas, and what Markdown would change is escaped."""
+"""Extension of griffe that shows docstrings as plain text with formulas, by escaping what Markdown would change."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ MARKUP = re.compile(r"(`[^`]*`)|([*<_\[\]$\\])")
 
 
 class PlainDocstrings(Extension):
-    """x* stays x*, <U, V> is no tag and [out, in] no link; code in backquotes and indented formulas are left alone."""
+    """Keeps x*, <U, V> and [out, in] as they are, and leaves code in backquotes and indented formulas alone."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
         """Escape the docstring of an object."""
@@ -18,7 +18,7 @@ class PlainDocstrings(Extension):
 
 
 def plain(line: str) -> str:
-    """A line of a docstring as Markdown that shows it as it stands."""
+    """Return a line of a docstring as Markdown that shows it unchanged."""
     if line.startswith("    "):
         return line
     return MARKUP.sub(lambda found: found[1] or ("&lt;" if found[2] == "<" else "\\" + found[2]), line)

@@ -1,4 +1,4 @@
-"""Screenshots of a run's page for docs/report.md: light, dark, and as wide as a phone.
+"""Screenshots of a run's page for docs/guide/report.md: light, dark, and as wide as a phone.
 
     .venv/bin/python docs/screenshots.py                # prunes the demo model on few tokens, a quarter of an hour
     .venv/bin/python docs/screenshots.py --page FILE    # of a page that is there

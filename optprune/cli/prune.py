@@ -111,7 +111,7 @@ def prune_command(
 
     # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
     chosen = request.chosen()
-    crew = workers_of(chosen, workers, ray)
+    executor = workers_of(chosen, workers, ray)
     whole = WholeRun(
         model=model,
         dtype=dtype,
@@ -119,7 +119,7 @@ def prune_command(
         output=Output(output, overwrite, resume, restart),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
-        workers=crew,
+        workers=executor,
         states=states,
         architecture=architecture,
     )

@@ -11,8 +11,8 @@ from optprune.calibration import BlockMoments, Path
 from optprune.calibration.calls import Calls, Wanted, calls_of
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, BlockShape, Decoder, Target
+from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.experts import remove_experts
-from optprune.pruning.hands import Hands, OneAfterTheOther
 from optprune.pruning.layer import LayerTask, SolvedLayer, write_layer
 from optprune.pruning.matching import descent_of, match_block
 from optprune.pruning.recovery import recover
@@ -72,16 +72,16 @@ class BlockResult:
 
 
 def prune_block(
-    decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], hands: Hands | None = None
+    decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor | None = None
 ) -> BlockResult:
     """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it.
 
-    `hands` solve the layers of a stage: one after the other, where nobody says otherwise.
+    `executor` solve the layers of a stage: one after the other, where nobody says otherwise.
     """
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks, layers=_shares(decoder, task)))
     with decoder.resident(index, keep=True):
-        work = _Work(decoder, task, on_event, hands or OneAfterTheOther())
+        work = _Work(decoder, task, on_event, executor or SerialExecutor())
         removed = parts_removed(decoder.shape(index), task.wanted.shape)
         if task.onwards or work.targets or work.fewer_experts:
             work.visit(removed)
@@ -103,8 +103,10 @@ def _shares(decoder: Decoder, task: BlockTask) -> tuple[float, ...]:
 class _Work:
     """What was done so far inside a block."""
 
-    def __init__(self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], hands: Hands) -> None:
-        self.decoder, self.task, self.on_event, self.hands = decoder, task, on_event, hands
+    def __init__(
+        self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor
+    ) -> None:
+        self.decoder, self.task, self.on_event, self.executor = decoder, task, on_event, executor
         self.targets = targets_of(decoder, task.recipe, task.wanted, task.index)
         shape = decoder.shape(task.index)
         self.fewer_experts = 0 < task.wanted.shape.experts < shape.experts
@@ -135,7 +137,7 @@ class _Work:
             for position, stage in enumerate(stages):
                 places = self.recovered_by(stage)
                 collected = visit.collect(self.taps(stage), places)
-                self.hands.solve([self.layer_task(target) for target in stage], collected, self.take)
+                self.executor.solve([self.layer_task(target) for target in stage], collected, self.take)
                 del collected
                 later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
                 for place in places:

@@ -17,7 +17,7 @@ from optprune.pruning.following import followed
 from optprune.pruning.journal import Journal
 from optprune.pruning.layer import summary
 from optprune.pruning.preflight import check_batches
-from optprune.pruning.run import Run, heeded
+from optprune.pruning.run import Run, warn_or_raise
 from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
@@ -85,7 +85,7 @@ def prune(
     most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)
     reached = 1 - kept / weights_before
     if kept > most:
-        notes += heeded(recipe, (MISSED.format(reached, divided.sparsity),))
+        notes += warn_or_raise(recipe, (MISSED.format(reached, divided.sparsity),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(

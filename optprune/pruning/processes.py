@@ -16,12 +16,12 @@ from multiprocessing.queues import SimpleQueue
 import torch
 
 from optprune.errors import InputError, OptpruneError, WorkerError
-from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
-from optprune.pruning.workers import Crew, SideBySide, check_count
+from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
+from optprune.pruning.workers import ParallelWorkers, WorkerPool, check_count
 
 
 @dataclass(frozen=True)
-class Processes(SideBySide):
+class Processes(ParallelWorkers):
     """Processes that are spawned for a run, shared out among the GPUs where there are several.
 
     A script that uses them keeps what it runs under `if __name__ == "__main__":`, as ever where processes are spawned.
@@ -33,7 +33,7 @@ class Processes(SideBySide):
         check_count(self.count)
 
     @contextmanager
-    def crew(self, kit: Kit) -> Iterator[Crew]:
+    def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
         spawn = multiprocessing.get_context("spawn")
         numbers: SimpleQueue[int] = spawn.SimpleQueue()
         for number in range(self.count):
@@ -42,10 +42,10 @@ class Processes(SideBySide):
         with ExitStack() as last:
             # Workers go when nobody holds the other end: this process has died, or has no more use for them.
             last.callback(lifeline.close)
-            pool = ProcessPoolExecutor(self.count, spawn, _begin, (numbers, lifeline, kit.device))
+            pool = ProcessPoolExecutor(self.count, spawn, _begin, (numbers, lifeline, context.device))
             last.callback(pool.shutdown, cancel_futures=True)
             last.callback(held.close)
-            yield _Pool(self.count, pool, kit)
+            yield _Pool(self.count, pool, context)
 
 
 def _begin(numbers: "SimpleQueue[int]", lifeline: Connection, device: str) -> None:
@@ -63,21 +63,21 @@ def _end_with(lifeline: Connection) -> None:
         os._exit(1)
 
 
-class _Pool(Crew["Future[bytes]"]):
-    def __init__(self, count: int, pool: ProcessPoolExecutor, kit: Kit) -> None:
-        self.count, self._pool, self._kit = count, pool, kit
+class _Pool(WorkerPool["Future[bytes]"]):
+    def __init__(self, count: int, pool: ProcessPoolExecutor, context: WorkerContext) -> None:
+        self.count, self._pool, self._context = count, pool, context
 
-    def send(self, errand: Errand) -> "Future[bytes]":
+    def send(self, job: BlockJob) -> "Future[bytes]":
         # Pickled here: multiprocessing would have tensors travel in /dev/shm, which is small in a container.
         try:
-            packed = pickle.dumps(errand)
+            packed = pickle.dumps(job)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise InputError(
                 f"the recipe cannot be handed to another process ({error}): define what is your own in it at the top "
                 "level of a module, or leave the workers out"
             ) from error
         try:
-            return self._pool.submit(_run, self._kit, packed)
+            return self._pool.submit(_run, self._context, packed)
         except BrokenProcessPool as error:
             raise WorkerError(DIED) from error
 
@@ -85,7 +85,7 @@ class _Pool(Crew["Future[bytes]"]):
         done = wait(handles, return_when=FIRST_COMPLETED).done
         return [handle for handle in handles if handle in done]
 
-    def get(self, handle: "Future[bytes]") -> Outcome | OptpruneError:
+    def get(self, handle: "Future[bytes]") -> BlockOutcome | OptpruneError:
         try:
             return pickle.loads(handle.result())
         except BrokenProcessPool as error:
@@ -98,5 +98,5 @@ DIED = (
 )
 
 
-def _run(kit: Kit, errand: bytes) -> bytes:
-    return pickle.dumps(run_errand(kit, pickle.loads(errand)))
+def _run(context: WorkerContext, job: bytes) -> bytes:
+    return pickle.dumps(run_job(context, pickle.loads(job)))

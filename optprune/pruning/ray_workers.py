@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from optprune.errors import InputError, OptpruneError, WorkerError
-from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
+from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.ray_local import check_closed, for_this_machine
-from optprune.pruning.workers import Crew, SideBySide, check_count
+from optprune.pruning.workers import ParallelWorkers, WorkerPool, check_count
 from optprune.recipe import Recipe
 from optprune.system.environment import KERNELS
 
@@ -20,7 +20,7 @@ RETRIES = 3
 
 
 @dataclass(frozen=True)
-class RayWorkers(SideBySide):
+class RayWorkers(ParallelWorkers):
     """Tasks on the Ray cluster at an address; "local" starts one here, closed to others, and ends it with the run.
 
     A task takes as many CPUs as this process has threads, and one GPU where the model is on one. optprune is installed
@@ -40,17 +40,17 @@ class RayWorkers(SideBySide):
         _ray()
 
     @contextmanager
-    def crew(self, kit: Kit) -> Iterator[Crew]:
+    def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
         ray = _ray()
         mine = not ray.is_initialized()
         with for_this_machine() if mine and self.address == LOCAL else nullcontext():
             if mine:
-                self._connect(ray, kit)
+                self._connect(ray, context)
             try:
                 if mine and self.address == LOCAL:
                     check_closed(ray)
-                there = self._room(ray, kit)
-                cluster = _Cluster(ray, kit, there if self.count is None else min(self.count, there))
+                there = self._room(ray, context)
+                cluster = _Cluster(ray, context, there if self.count is None else min(self.count, there))
                 try:
                     yield cluster
                 finally:
@@ -59,12 +59,12 @@ class RayWorkers(SideBySide):
                 if mine:
                     ray.shutdown()
 
-    def _connect(self, ray: Any, kit: Kit) -> None:
+    def _connect(self, ray: Any, context: WorkerContext) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         size = (
             {}
             if self.address != LOCAL
-            else {"include_dashboard": False, "num_cpus": self.count and self.count * kit.threads}
+            else {"include_dashboard": False, "num_cpus": self.count and self.count * context.threads}
         )
         kernels = {name: os.environ[name] for name in KERNELS if name in os.environ}
         try:
@@ -73,17 +73,17 @@ class RayWorkers(SideBySide):
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"there is no Ray cluster at {self.address!r}: {first}") from error
 
-    def _room(self, ray: Any, kit: Kit) -> int:
+    def _room(self, ray: Any, context: WorkerContext) -> int:
         """How many tasks the cluster has room for at a time; InputError where it has none, and a task would wait."""
-        gpu, found = kit.device == "cuda", 0
+        gpu, found = context.device == "cuda", 0
         for node in ray.nodes():
             there = node["Resources"] if node["Alive"] else {}
-            tasks = int(there.get("CPU", 0)) // kit.threads
+            tasks = int(there.get("CPU", 0)) // context.threads
             found += min(tasks, int(there.get("GPU", 0))) if gpu else tasks
         if not found:
             raise InputError(
-                f"no machine of the Ray cluster at {self.address!r} has {kit.threads} CPUs{' and a GPU' * gpu} for a "
-                "worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
+                f"no machine of the Ray cluster at {self.address!r} has {context.threads} CPUs{' and a GPU' * gpu} for "
+                "a worker, as this process has: set OMP_NUM_THREADS lower, or add such a machine"
             )
         return found
 
@@ -95,22 +95,22 @@ def _ray() -> Any:
         raise InputError("Ray is not installed: pip install optprune[ray]") from error
 
 
-class _Cluster(Crew[Any]):
-    def __init__(self, ray: Any, kit: Kit, count: int) -> None:
+class _Cluster(WorkerPool[Any]):
+    def __init__(self, ray: Any, context: WorkerContext, count: int) -> None:
         self._ray, self.count = ray, count
-        gpus = 1 if kit.device == "cuda" else 0
-        self._kit, self._under_way = ray.put(kit), set[Any]()
-        self._run = ray.remote(num_cpus=kit.threads, num_gpus=gpus, max_retries=RETRIES)(run_errand)
+        gpus = 1 if context.device == "cuda" else 0
+        self._context, self._under_way = ray.put(context), set[Any]()
+        self._run = ray.remote(num_cpus=context.threads, num_gpus=gpus, max_retries=RETRIES)(run_job)
 
-    def send(self, errand: Errand) -> Any:
-        handle = self._run.remote(self._kit, self._ray.put(errand))
+    def send(self, job: BlockJob) -> Any:
+        handle = self._run.remote(self._context, self._ray.put(job))
         self._under_way.add(handle)
         return handle
 
     def wait(self, handles: list[Any]) -> list[Any]:
         return self._ray.wait(handles)[0]
 
-    def get(self, handle: Any) -> Outcome | OptpruneError:
+    def get(self, handle: Any) -> BlockOutcome | OptpruneError:
         self._under_way.discard(handle)
         try:
             return self._ray.get(handle)

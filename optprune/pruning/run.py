@@ -18,15 +18,15 @@ from optprune.metric import Metrics
 from optprune.models import Decoder, Target
 from optprune.pruning.asked_metrics import asked_metrics, whole_in
 from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
-from optprune.pruning.errand import Errand, Outcome, moved
+from optprune.pruning.cached_moments import CachedMoments
+from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.facts import facts
-from optprune.pruning.hands import Hands, OneAfterTheOther
+from optprune.pruning.jobs import BlockJob, BlockOutcome, moved
 from optprune.pruning.journal import Journal
 from optprune.pruning.preflight import check_batches, check_run
-from optprune.pruning.recalled import Recalled
+from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
 from optprune.pruning.states import place_for
 from optprune.pruning.targets import targets_of
-from optprune.pruning.together import Diary, OverProcesses, SharedDiary
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
@@ -57,7 +57,7 @@ class Run:
         """what enters the next block"""
         self.from_dense = self.path.actual is entering
         """whether the path begins as that of the dense model"""
-        self.recalled = Recalled(decoder, recipe, None, self.from_dense)
+        self.cached = CachedMoments(decoder, recipe, None, self.from_dense)
         """the moments of the dense model that need not be measured"""
         self.records: list[BlockRecord] = []
         self.tokens = sum(batch.numel() for batch in batches)
@@ -68,14 +68,14 @@ class Run:
         """how many batches, the last ones, are kept apart"""
         self.notes: tuple[str, ...] = ()
         """the notes on what was found before the first block"""
-        self.journal: Diary | None = None
+        self.journal: JournalProtocol | None = None
         self.facts: dict[str, Any] = {}
         """what decides the bytes of the run, where there is a journal"""
         self.finished: set[int] = set()
         """the blocks that an earlier run has finished, by the journal"""
         self.passed_by = 0
         """how many of them this run has passed by"""
-        self.hands: Hands = OneAfterTheOther()
+        self.executor: LayerExecutor = SerialExecutor()
         """who solves the layers of a stage"""
         self.walked: dict[int, float] = {}
         """the seconds of the pass through a dense block that a worker prunes meanwhile"""
@@ -110,32 +110,32 @@ class Run:
         lanes = lanes or Lanes()
         lanes.check(fitted)
         statistics.begin(decoder, every, lanes)
-        diary = journal if lanes.peers.size == 1 else SharedDiary(journal, lanes.peers)
+        journal_view = journal if lanes.peers.size == 1 else SharedJournal(journal, lanes.peers)
         on_event = phases.on_event
         decided: dict[str, Any] = {}
-        if diary is not None:
+        if journal_view is not None:
             with phases.phase(LOADING):
                 decided = facts(decoder, every, recipe, allocation, lanes, on_event)
-                diary.begin(decided)
+                journal_view.begin(decided)
         with phases.phase(METRIC):
-            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, diary, lanes)
+            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal_view, lanes)
         if lanes.count > 1:
             notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
-        notes += idle + heeded(recipe, allocator.warnings)
+        notes += idle + warn_or_raise(recipe, allocator.warnings)
         with phases.phase(BUDGET), calibrating(decoder):
-            costs = statistics if diary is None else diary.keeping_costs(statistics)
+            costs = statistics if journal_view is None else journal_view.keeping_costs(statistics)
             dense = DenseModel(decoder, fitted, metrics, costs, on_event, lanes)
-            division = _division(allocator, dense, diary)
+            division = _division(allocator, dense, journal_view)
             run = cls(decoder, recipe, division, fitted, on_event, lanes)
-        run.metrics, run.held_out, run.journal = metrics, held_out, diary
+        run.metrics, run.held_out, run.journal = metrics, held_out, journal_view
         known = statistics.known(decoder, fitted, held_out, lanes)
-        run.recalled = Recalled(decoder, recipe, known, run.from_dense)
+        run.cached = CachedMoments(decoder, recipe, known, run.from_dense)
         run.facts = {} if journal is None else decided
-        run.finished = set() if diary is None else set(diary.finished())
+        run.finished = set() if journal_view is None else set(journal_view.finished())
         if lanes.peers.size > 1:
-            run.hands = OverProcesses(lanes.peers)
-        repaired = () if diary is None else diary.repaired()
-        run.notes = notes + heeded(recipe, division.warnings) + division.notes + repaired
+            run.executor = ProcessExecutor(lanes.peers)
+        repaired = () if journal_view is None else journal_view.repaired()
+        run.notes = notes + warn_or_raise(recipe, division.warnings) + division.notes + repaired
         return run
 
     def targets(self, index: int) -> list[Target]:
@@ -155,7 +155,7 @@ class Run:
         else:
             wanted, onwards = self.allocation.blocks[index], index < self.last
             # With all that enters any block known, nothing has to go on.
-            walked, known = self.walks_nowhere, self.recalled.block(index)
+            walked, known = self.walks_nowhere, self.cached.block(index)
             more = self.held_out, onwards and not walked, walked, known
             task = BlockTask(index, self.recipe, wanted, self.path, metrics, *more)
             self.records.append(self._pruned(task))
@@ -167,9 +167,9 @@ class Run:
         """Whether the run recalls all that it needs of the dense model; asked before the first block."""
         targets = [self.targets(index) for index in range(len(self.decoder.blocks))]
         shapes = [block.shape for block in self.allocation.blocks]
-        return not self.finished and self.recalled.whole(targets, shapes)
+        return not self.finished and self.cached.whole(targets, shapes)
 
-    def errands(self) -> Iterator[Errand]:
+    def jobs(self) -> Iterator[BlockJob]:
         """The blocks that are left, for workers; the path moves on through the dense model, whatever becomes of them.
 
         Blocks that an earlier run has finished are passed by when their turn comes.
@@ -185,18 +185,18 @@ class Run:
                 # The worker's path ends with the block: the next one's begins where this run's own path gets.
                 ends: dict[str, Any] = {"onwards": False, "walked": onwards}
                 task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
-                errand = Errand.of(decoder, task)
+                job = BlockJob.of(decoder, task)
                 if onwards:
                     before = clock(decoder.model.device)
                     self.path.pass_by(block, lambda: None)
                     self.walked[index] = clock(decoder.model.device) - before
             self.on_event(BlockStarted(index, len(decoder.blocks), done=len(self.records)))
             del metrics, task
-            yield errand
-            del errand
+            yield job
+            del job
             release()
 
-    def take(self, outcome: Outcome) -> None:
+    def take(self, outcome: BlockOutcome) -> None:
         """Let a block be what a worker made of it; they come in any order."""
         record, decoder = outcome.record, self.decoder
         passes = 2 * self.walked.pop(record.index, 0.0)
@@ -217,7 +217,7 @@ class Run:
         return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
     def _pruned(self, task: BlockTask) -> BlockRecord:
-        result = prune_block(self.decoder, task, self.on_event, self.hands)
+        result = prune_block(self.decoder, task, self.on_event, self.executor)
         self.path = result.path
         if self.journal is not None:
             self.journal.finish(self.decoder, result)
@@ -249,7 +249,7 @@ class Run:
         self.on_event(PhaseAdvanced(PRUNING, "passing finished blocks by", "block", *counts))
 
 
-def _division(allocator: Allocator, dense: DenseModel, journal: Diary | None) -> Division:
+def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol | None) -> Division:
     """What every block keeps: as an earlier run has divided it, or as it is divided now."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
@@ -266,7 +266,7 @@ def _metrics(
     recipe: Recipe,
     statistics: DenseStatistics,
     on_event: Listener,
-    journal: Diary | None,
+    journal: JournalProtocol | None,
     lanes: Lanes,
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
@@ -301,7 +301,7 @@ def _metrics(
     return metrics.damped(asked.damping), tuple(notes)
 
 
-def heeded(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
+def warn_or_raise(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
     """Warnings as notes; StrictError where a strict recipe has one."""
     if warnings and recipe.strict:
         raise StrictError(f"{warnings[0]} (strict mode makes this an error)")

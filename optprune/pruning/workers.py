@@ -1,7 +1,7 @@
 """Workers: who prunes the blocks of a run, one after the other here, or several side by side.
 
 One after the other, the layers of a block may still be shared among several devices. Side by side is for the policies
-under which blocks are independent. The run walks through the dense model and gives out errands, each with what enters
+under which blocks are independent. The run walks through the dense model and gives out jobs, each with what enters
 a block; a worker fills that block of a skeleton and prunes it. What comes back, in any order, is put into the model or
 its journal: the weights and the report are those of a run without workers.
 """
@@ -17,15 +17,15 @@ import torch
 
 from optprune.calibration import POLICIES
 from optprune.errors import InputError, OptpruneError
-from optprune.pruning.errand import Errand, Kit, Outcome
-from optprune.pruning.hands import OverDevices
+from optprune.pruning.executors import DeviceExecutor
+from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext
 from optprune.pruning.run import Run
 from optprune.recipe import Recipe
 from optprune.system.environment import started_by_torchrun
 from optprune.system.wording import shown
 
 AHEAD = 2
-"""errands that are under way for each worker: the one that it does, and the next"""
+"""jobs that are under way for each worker: the one that it does, and the next"""
 MOST = 1000
 """the most workers: no model has so many blocks, nor a block so many layers"""
 Handle = TypeVar("Handle")
@@ -76,7 +76,7 @@ class Layers(Workers):
         pass
 
     def prune(self, run: Run) -> None:
-        run.hands = OverDevices(self.over(run.decoder.model.device))
+        run.executor = DeviceExecutor(self.over(run.decoder.model.device))
         Serial().prune(run)
 
     def over(self, home: torch.device) -> tuple[torch.device, ...]:
@@ -92,26 +92,26 @@ class Layers(Workers):
         return tuple(torch.device("cuda", ((home.index or 0) + number) % present) for number in range(self.count))
 
 
-class Crew(ABC, Generic[Handle]):
+class WorkerPool(ABC, Generic[Handle]):
     """Workers that are at work."""
 
     count: int
     """how many they are"""
 
     @abstractmethod
-    def send(self, errand: Errand) -> Handle:
-        """Have an errand done some time."""
+    def send(self, job: BlockJob) -> Handle:
+        """Have an job done some time."""
 
     @abstractmethod
     def wait(self, handles: list[Handle]) -> list[Handle]:
         """Wait until one at least is done, and tell which are."""
 
     @abstractmethod
-    def get(self, handle: Handle) -> Outcome | OptpruneError:
-        """What came of an errand that is done."""
+    def get(self, handle: Handle) -> BlockOutcome | OptpruneError:
+        """What came of an job that is done."""
 
 
-class SideBySide(Workers):
+class ParallelWorkers(Workers):
     """Several blocks at a time, each by one of several workers."""
 
     def check(self, recipe: Recipe) -> None:
@@ -123,27 +123,27 @@ class SideBySide(Workers):
             )
 
     def prune(self, run: Run) -> None:
-        with self.crew(Kit.of(run.decoder)) as crew:
-            for outcome in outcomes(crew, run.errands()):
+        with self.pool(WorkerContext.of(run.decoder)) as pool:
+            for outcome in outcomes(pool, run.jobs()):
                 run.take(outcome)
 
     @abstractmethod
-    def crew(self, kit: Kit) -> AbstractContextManager[Crew]:
+    def pool(self, context: WorkerContext) -> AbstractContextManager[WorkerPool]:
         """The workers for a run, for as long as the context lasts."""
 
 
-def outcomes(crew: Crew[Handle], errands: Iterator[Errand]) -> Iterator[Outcome]:
-    """What comes of errands, as it comes; no more are made than workers soon need. An error of a worker's is raised."""
-    under_way = [crew.send(errand) for errand in islice(errands, AHEAD * crew.count)]
+def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[BlockOutcome]:
+    """What comes of jobs, as it comes; no more are made than workers soon need. An error of a worker's is raised."""
+    under_way = [pool.send(job) for job in islice(jobs, AHEAD * pool.count)]
     while under_way:
-        done = crew.wait(under_way)
+        done = pool.wait(under_way)
         for handle in done:
-            outcome = crew.get(handle)
+            outcome = pool.get(handle)
             if isinstance(outcome, OptpruneError):
                 raise outcome
             yield outcome
         under_way = [handle for handle in under_way if handle not in done]
-        under_way += [crew.send(errand) for errand in islice(errands, len(done))]
+        under_way += [pool.send(job) for job in islice(jobs, len(done))]
 
 
 def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None) -> Workers:

@@ -171,5 +171,5 @@ def test_the_tower_is_drawn_as_the_contract_has_it() -> None:
         "contracts"
     ]
     floors = [re.findall(r"[a-z]+", floor) for floor in contracts[0]["layers"]]
-    drawn = re.findall(r"(?:^    [a-z ]+\n)+", TEXTS["docs/design.md"], re.MULTILINE)[0]
+    drawn = re.findall(r"(?:^    [a-z ]+\n)+", TEXTS["docs/explanation/design.md"], re.MULTILINE)[0]
     assert [line.split() for line in drawn.splitlines()] == floors

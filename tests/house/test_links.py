@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import posixpath
 import re
 import tomllib
 from pathlib import Path
@@ -79,26 +80,26 @@ def test_every_link_leads_somewhere_on_the_site(page: str) -> None:
         for room, file in group.items()
         for name in HOOK.public(file)
     } | {room for group in HOOK.rooms().values() for room in group}
-    text = site[page.removeprefix("docs/")]
-    for target in links(text):
+    here = page.removeprefix("docs/")
+    for target in links(site[here]):
         path, _, anchor = target.partition("#")
-        if path.startswith("pictures/"):
-            assert (ROOT / "docs" / path).is_file()
+        other = posixpath.normpath(posixpath.join(posixpath.dirname(here), path)) if path else here
+        if other.startswith("pictures/"):
+            assert (ROOT / "docs" / other).is_file()
             continue
-        other = path or page.removeprefix("docs/")
         assert other in site, f"{page} links to {target}"
-        known = anchors(site[other]) | (entries if other == "api.md" else set())
+        known = anchors(site[other]) | (entries if other == "reference/api.md" else set())
         assert not anchor or anchor in known, f"{page} links to {target}"
 
 
 def test_a_name_of_the_api_is_linked_to_its_own_entry_on_the_site() -> None:
-    shown = HOOK.for_the_site(TEXTS["docs/layer.md"])
-    assert "[`LayerLoss`](api.md#optprune.problems.LayerLoss)" in shown
-    assert "[`Statistics`](api.md#optprune.Statistics)" in shown
+    shown = HOOK.for_the_site(TEXTS["docs/guide/layer.md"])
+    assert "[`LayerLoss`](../reference/api.md#optprune.problems.LayerLoss)" in shown
+    assert "[`Statistics`](../reference/api.md#optprune.Statistics)" in shown
 
 
 def test_the_site_shows_the_source_that_a_page_links_to_by_itself() -> None:
-    shown = HOOK.for_the_site(TEXTS["docs/extend.md"])
+    shown = HOOK.for_the_site(TEXTS["docs/guide/extend.md"])
     assert (ROOT / "optprune" / "models" / "opt.py").read_text(encoding="utf-8").rstrip() in shown
     assert "../optprune/" not in shown
 
@@ -109,7 +110,7 @@ def test_api_has_every_public_package_and_the_site_its_docstrings() -> None:
     } - {"optprune.cli", "optprune.numerics", "optprune.system"}
     listed = {room for group in HOOK.rooms().values() for room in group}
     assert packages <= listed
-    assert {f"::: {room}" for room in listed} <= set(HOOK.for_the_site(TEXTS["docs/api.md"]).splitlines())
+    assert {f"::: {room}" for room in listed} <= set(HOOK.for_the_site(TEXTS["docs/reference/api.md"]).splitlines())
     assert set(HOOK.public(ROOT / "optprune" / "__init__.py")) == set(optprune.__all__)
 
 
@@ -120,12 +121,12 @@ def test_the_pages_count_the_architectures_right() -> None:
         for number in re.findall(r"(\w+)\s+\[?(?:families|architectures)\](?=\()", text)
         if number.isdigit() or number.lower() in WORDS
     ]
-    assert {page for page, _ in counted} == {"README.md", "docs/recipes.md"}
+    assert {page for page, _ in counted} == {"README.md", "docs/guide/prune.md"}
     assert {number for _, number in counted} == {str(len(ARCHITECTURES))}, counted
 
 
 def test_the_table_of_architectures_has_each_once() -> None:
-    table = TEXTS["docs/architectures.md"].partition("\n\n## ")[0].partition("|---|")[2]
+    table = TEXTS["docs/reference/architectures.md"].partition("\n\n## ")[0].partition("|---|")[2]
     rows = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
     assert sorted(rows) == sorted(ARCHITECTURES)
 
@@ -135,7 +136,7 @@ def test_the_pages_count_notebooks_and_floors_right() -> None:
         "contracts"
     ][0]
     assert f"{WORDED[len(CELLS)]} notebooks are stored".capitalize() in TEXTS["docs/index.md"]
-    assert f"There are {WORDED[len(contract['layers'])]} floors" in TEXTS["docs/design.md"]
+    assert f"There are {WORDED[len(contract['layers'])]} floors" in TEXTS["docs/explanation/design.md"]
     assert f"{WORDED[len(contract['layers'])]} floors, held by".capitalize() in TEXTS["README.md"]
 
 

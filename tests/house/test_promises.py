@@ -18,56 +18,56 @@ PROMISES = {
         "README.md",
         "the same command makes it again, byte for byte",
     ): "cli/test_cli.py::test_the_same_command_gives_the_same_bytes",
-    ("docs/loading.md", "The same command on the same machine gives the same weights, byte for byte"): (
+    ("docs/guide/loading.md", "The same command on the same machine gives the same weights, byte for byte"): (
         "cli/test_cli.py::test_the_same_command_gives_the_same_bytes"
     ),
-    ("docs/loading.md", "`recipe.yaml` of a folder makes its weights again, byte for byte"): (
+    ("docs/guide/loading.md", "`recipe.yaml` of a folder makes its weights again, byte for byte"): (
         "cli/test_allocation_file.py::test_the_recipe_beside_the_weights_makes_the_folder_again"
     ),
-    ("docs/compare.md", "The weights are those of a run alone, bit for bit"): (
+    ("docs/guide/compare.md", "The weights are those of a run alone, bit for bit"): (
         "calibration/test_shared_statistics.py::test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run"
     ),
-    ("docs/heal.md", "Every zero and every width stays as it is, bit for bit"): (
+    ("docs/guide/heal.md", "Every zero and every width stays as it is, bit for bit"): (
         "healing/test_zeros.py::test_zeros_stay_zeros_in_weights_and_momentum[adamw]"
     ),
-    ("docs/heal.md", "Zeros and widths are those of the pruned model, bit for bit"): (
+    ("docs/guide/heal.md", "Zeros and widths are those of the pruned model, bit for bit"): (
         "healing/test_heal.py::test_a_pruned_model_is_healed"
     ),
-    ("docs/heal.md", "on the same machine ends with the bytes of one that was not"): (
+    ("docs/guide/heal.md", "on the same machine ends with the bytes of one that was not"): (
         "healing/test_heal.py::test_a_stopped_run_goes_on_to_the_same_bytes"
     ),
-    ("docs/large.md", "The weights are those of a run in memory, bit for bit"): (
+    ("docs/guide/large.md", "The weights are those of a run in memory, bit for bit"): (
         "pruning/test_streaming.py::test_the_bytes_are_those_of_a_run_in_memory[llama-sparse_best]"
     ),
-    ("docs/large.md", "The bytes are those of a run that was not stopped"): (
+    ("docs/guide/large.md", "The bytes are those of a run that was not stopped"): (
         "pruning/test_journal.py::test_a_stopped_run_ends_with_the_same_bytes[fasp-layer]"
     ),
-    ("docs/large.md", "the weights are those of a run without workers, bit for bit"): (
+    ("docs/guide/large.md", "the weights are those of a run without workers, bit for bit"): (
         "pruning/test_workers.py::test_the_bytes_and_the_report_are_those_of_a_serial_run[llama-dense-metric]"
     ),
-    ("docs/large.md", "the bytes are those of | |"): (
+    ("docs/guide/large.md", "the bytes are those of | |"): (
         "pruning/test_workers.py::test_the_bytes_and_the_report_are_those_of_a_serial_run[llama-dense-metric]"
     ),
-    ("docs/large.md", "The bytes of the result are the same for all of them"): (
+    ("docs/guide/large.md", "The bytes of the result are the same for all of them"): (
         "pruning/test_states.py::test_every_policy_gives_the_same_bytes_from_a_file[llama-cross]"
     ),
-    ("docs/large.md", "`--lanes 4` in one process gives the same bytes"): (
+    ("docs/guide/large.md", "`--lanes 4` in one process gives the same bytes"): (
         "pruning/test_lanes.py::test_processes_give_the_bytes_of_one_process_with_as_many_lanes[fasp]"
     ),
     (
-        "docs/large.md",
+        "docs/guide/large.md",
         "come back bit for bit",
     ): "pruning/test_half_precision.py::test_what_is_not_pruned_is_not_touched",
-    ("docs/layer.md", "So a loop over layers prunes as `prune` does, bit for bit"): (
+    ("docs/guide/layer.md", "So a loop over layers prunes as `prune` does, bit for bit"): (
         "pruning/test_one_layer.py::test_a_loop_of_ones_own_prunes_as_prune_does[cross]"
     ),
-    ("docs/recovery.md", "Masks and widths stay bit for bit"): (
+    ("docs/explanation/recovery.md", "Masks and widths stay bit for bit"): (
         "pruning/test_block_matching.py::test_masks_and_widths_are_those_of_a_run_without[llama-case0-intra]"
     ),
-    ("docs/recovery.md", "workers give the same bytes"): (
+    ("docs/explanation/recovery.md", "workers give the same bytes"): (
         "pruning/test_workers.py::test_the_bytes_and_the_report_are_those_of_a_serial_run[llama-dense-recovery]"
     ),
-    ("docs/report.md", "The same report gives the same bytes"): (
+    ("docs/guide/report.md", "The same report gives the same bytes"): (
         "report/test_page.py::test_the_same_report_gives_the_same_bytes_whatever_matplotlib_is_set_to"
     ),
 }

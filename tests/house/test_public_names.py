@@ -11,7 +11,9 @@ import pytest
 import optprune
 from tests.helpers.pages import BLOCKS, ROOT
 
-ROOMS = re.findall(r"^\[`(optprune[\w.]*)`\]\(", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+ROOMS = re.findall(
+    r"^\[`(optprune[\w.]*)`\]\(", (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
+)
 PIECES = {page: "\n".join(blocks) for page, blocks in BLOCKS.items() if blocks} | {
     path.name: "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -1,4 +1,4 @@
-"""docs/start.md: every command of a newcomer's path works, one after the other in one folder."""
+"""docs/guide/start.md: every command of a newcomer's path works, one after the other in one folder."""
 
 import re
 import shlex
@@ -15,7 +15,7 @@ from optprune.cli import main
 from optprune.cli.demo_run import run_demo
 from tests.helpers.pages import ROOT, TEXTS
 
-PAGE = re.sub(r"<!--.*?-->", "", TEXTS["docs/start.md"], flags=re.DOTALL)
+PAGE = re.sub(r"<!--.*?-->", "", TEXTS["docs/guide/start.md"], flags=re.DOTALL)
 COMMANDS = [
     line.split("  #")[0].strip()
     for line in re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL), re.MULTILINE)

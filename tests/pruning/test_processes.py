@@ -22,10 +22,10 @@ from optprune.errors import InputError, WorkerError
 from optprune.models import Decoder
 from optprune.problems import Problem
 from optprune.pruning import prune
-from optprune.pruning.errand import Kit
+from optprune.pruning.jobs import WorkerContext
 from optprune.pruning.journal import Journal
 from optprune.pruning.processes import Processes
-from optprune.pruning.workers import Crew, SideBySide
+from optprune.pruning.workers import ParallelWorkers, WorkerPool
 from optprune.report import BlockFinished, Event
 from tests.helpers.attempts import Attempt
 from tests.helpers.short_runs import batches, same
@@ -35,21 +35,21 @@ def tiny() -> PreTrainedModel:
     return TINY_MODELS["llama"](num_hidden_layers=6)
 
 
-class Lasting(SideBySide):
+class Lasting(ParallelWorkers):
     """Workers of several runs of models alike: to start processes takes longer than what they do here."""
 
-    def __init__(self, crew: Crew) -> None:
-        self.hands = crew
+    def __init__(self, pool: WorkerPool) -> None:
+        self.executor = pool
 
     @contextmanager
-    def crew(self, kit: Kit) -> Iterator[Crew]:
-        yield self.hands
+    def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
+        yield self.executor
 
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Lasting]:
-    with Processes(2).crew(Kit.of(Decoder(tiny()))) as crew:
-        yield Lasting(crew)
+    with Processes(2).pool(WorkerContext.of(Decoder(tiny()))) as pool:
+        yield Lasting(pool)
 
 
 @pytest.mark.parametrize("name", ["fasp", "alps", "fistapruner"])
@@ -78,7 +78,7 @@ def test_a_worker_has_the_threads_of_its_parent_whatever_it_began_with(
     for threads in (3, 2):
         torch.set_num_threads(threads)
         try:
-            monkeypatch.setattr(two.hands, "_kit", Kit.of(Decoder(tiny())))
+            monkeypatch.setattr(two.executor, "_context", WorkerContext.of(Decoder(tiny())))
         finally:
             torch.set_num_threads(before)
         with pytest.raises(InputError, match=f"^{threads} threads$"):
@@ -87,7 +87,7 @@ def test_a_worker_has_the_threads_of_its_parent_whatever_it_began_with(
 
 def test_a_kit_says_how_many_threads_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
-    assert Kit.of(Decoder(tiny())).threads == 7
+    assert WorkerContext.of(Decoder(tiny())).threads == 7
 
 
 def test_a_killed_worker_is_told_and_the_run_goes_on_from_its_journal(tmp_path: Path) -> None:

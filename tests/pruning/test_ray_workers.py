@@ -85,13 +85,13 @@ from contextlib import suppress
 import psutil
 from optprune.models import Decoder
 from optprune.pruning import RayWorkers
-from optprune.pruning.errand import Kit
+from optprune.pruning.jobs import WorkerContext
 from benchmarks.tiny_models import tiny_llama
 
 STRANGER = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('let in')"
 
 if __name__ == "__main__":
-    with RayWorkers("local", 1).crew(Kit.of(Decoder(tiny_llama()))) as crew:
+    with RayWorkers("local", 1).pool(WorkerContext.of(Decoder(tiny_llama()))) as pool:
         import ray
         ray.get(ray.remote(lambda: None).remote())
         here = psutil.Process()

@@ -19,11 +19,11 @@ from optprune.calibration import POLICIES, moments_pass, propagation, stream
 from optprune.calibration.stream import run_block
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
-from optprune.pruning import hands, prune
+from optprune.pruning import executors, prune
 from optprune.pruning import run as pruning_run
-from optprune.pruning.errand import Errand, Kit, Outcome, run_errand
+from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.journal import Journal
-from optprune.pruning.workers import AHEAD, Crew, Layers, SideBySide, workers_of
+from optprune.pruning.workers import AHEAD, Layers, ParallelWorkers, WorkerPool, workers_of
 from optprune.report import BlockFinished, BlockStarted, Event, Report
 from tests.helpers.short_runs import told
 from tests.helpers.tiny_models import by_variant
@@ -41,16 +41,16 @@ def tiny(**config) -> PreTrainedModel:
     return TINY_MODELS["llama"](num_hidden_layers=BLOCKS, **config)
 
 
-class Packed(Crew[bytes]):
-    """Two workers of this process, whose errands travel as pickle and of which the newest is always done first."""
+class Packed(WorkerPool[bytes]):
+    """Two workers of this process, whose jobs travel as pickle and of which the newest is always done first."""
 
     count = 2
 
-    def __init__(self, kit: Kit) -> None:
-        self.kit, self.most, self.done, self.largest = kit, 0, 0, 0
+    def __init__(self, context: WorkerContext) -> None:
+        self.context, self.most, self.done, self.largest = context, 0, 0, 0
 
-    def send(self, errand: Errand) -> bytes:
-        packed = pickle.dumps(errand)
+    def send(self, job: BlockJob) -> bytes:
+        packed = pickle.dumps(job)
         self.largest = max(self.largest, len(packed))
         return packed
 
@@ -58,20 +58,20 @@ class Packed(Crew[bytes]):
         self.most = max(self.most, len(handles))
         return handles[-1:]
 
-    def get(self, handle: bytes) -> Outcome | OptpruneError:
+    def get(self, handle: bytes) -> BlockOutcome | OptpruneError:
         self.done += 1
-        return pickle.loads(pickle.dumps(run_errand(self.kit, pickle.loads(handle))))
+        return pickle.loads(pickle.dumps(run_job(self.context, pickle.loads(handle))))
 
 
-class Here(SideBySide):
+class Here(ParallelWorkers):
     """Workers of this process."""
 
     def __init__(self) -> None:
         self.packed: list[Packed] = []
 
     @contextmanager
-    def crew(self, kit: Kit) -> Iterator[Crew]:
-        self.packed.append(Packed(kit))
+    def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
+        self.packed.append(Packed(context))
         yield self.packed[-1]
 
 
@@ -240,8 +240,8 @@ def test_what_stops_a_worker_stops_the_run_with_its_sentence() -> None:
 def test_a_worker_that_would_round_otherwise_is_refused() -> None:
     class Elsewhere(Here):
         @contextmanager
-        def crew(self, kit: Kit) -> Iterator[Crew]:
-            yield Packed(replace(kit, facts=kit.facts.replace(torch.__version__, "1.13")))
+        def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
+            yield Packed(replace(context, facts=context.facts.replace(torch.__version__, "1.13")))
 
     with pytest.raises(InputError, match=r"the version\.torch is '1\.13' here and '.*' there"):
         prune(tiny(), batches(), load_recipe("magnitude", {"propagation": "dense"}), workers=Elsewhere())
@@ -269,6 +269,6 @@ def test_no_more_threads_are_started_than_there_are_layers(monkeypatch: pytest.M
             started.append(count)
             super().__init__(count)
 
-    monkeypatch.setattr(hands, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(executors, "ThreadPoolExecutor", Pool)
     prune(tiny(), batches(), load_recipe("magnitude", {"propagation": "pruned"}), workers=Layers(1000))
     assert started and max(started) <= 7

@@ -5,7 +5,7 @@ from optprune.models import BlockShape, Decoder, Target
 from optprune.recipe import Recipe
 
 
-class Recalled:
+class CachedMoments:
     """The moments that a run may recall: of the blocks that get on its path what the dense model gives them.
 
     Those are all blocks where they are independent by the policy, else the first one.

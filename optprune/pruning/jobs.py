@@ -1,4 +1,4 @@
-"""An errand: one block's task as it travels to a worker, and what comes back."""
+"""An job: one block's task as it travels to a worker, and what comes back."""
 
 import copy
 import json
@@ -27,11 +27,11 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Kit:
+class WorkerContext:
     """What a worker needs once: the model without its blocks' weights, and how it is to compute."""
 
     config: bytes
-    """the config of the model, as one of our processes hands it to another"""
+    """the config of the model, as one of our processes executor it to another"""
     dtype: torch.dtype
     precise: bool
     """whether it is computed in float32 where that is half precision"""
@@ -43,8 +43,8 @@ class Kit:
     """what else decides how sums are rounded"""
 
     @classmethod
-    def of(cls, decoder: Decoder) -> "Kit":
-        """The kit for a model's blocks."""
+    def of(cls, decoder: Decoder) -> "WorkerContext":
+        """The context for a model's blocks."""
         model = decoder.model
         facts = json.dumps({"the version": versions(), "the machine": machine(model.device)})
         threads = torch.get_num_threads()
@@ -53,7 +53,7 @@ class Kit:
 
 
 @dataclass(frozen=True, eq=False)
-class Errand:
+class BlockJob:
     """All that decides what becomes of one block."""
 
     task: BlockTask
@@ -62,23 +62,23 @@ class Errand:
     """the parameters of the dense block, by their names inside it"""
 
     @classmethod
-    def of(cls, decoder: Decoder, task: BlockTask) -> "Errand":
+    def of(cls, decoder: Decoder, task: BlockTask) -> "BlockJob":
         """To prune a block, which is in memory, as it is now; what the task holds is copied to the host."""
         index = task.index
         return cls(task, decoder.shape(index), decoder.weights(index)).on(HOST)
 
-    def on(self, device: torch.device) -> "Errand":
+    def on(self, device: torch.device) -> "BlockJob":
         """The same with its tensors on another device."""
         task, path = self.task, self.task.path
         actual = _entering(path.actual, device)
         dense = actual if path.dense is path.actual else _entering(path.dense, device)
         metrics = {name: metric.to(device) for name, metric in task.metrics.items()}
         there = replace(task, path=Path(path.policy, actual, dense), metrics=metrics)
-        return Errand(there, self.shape, moved(self.weights, device))
+        return BlockJob(there, self.shape, moved(self.weights, device))
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class BlockOutcome:
     """What became of a block, on the host."""
 
     record: BlockRecord
@@ -87,19 +87,19 @@ class Outcome:
     """what was told on the way"""
 
 
-def run_errand(kit: Kit, errand: Errand) -> Outcome | OptpruneError:
+def run_job(context: WorkerContext, job: BlockJob) -> BlockOutcome | OptpruneError:
     """What a worker does: the outcome, or the error of ours that stopped it."""
     try:
-        decoder, device, index = _decoder(kit), torch.device(kit.device), errand.task.index
-        errand, events = errand.on(device), list[Event]()
+        decoder, device, index = _decoder(context), torch.device(context.device), job.task.index
+        job, events = job.on(device), list[Event]()
         dense = decoder.blocks[index]
         decoder.blocks[index] = copy.deepcopy(dense)  # which has no weights, so that this is a description only
         try:
-            decoder.put(index, errand.shape, errand.weights)
+            decoder.put(index, job.shape, job.weights)
             with calibrating(decoder):
-                result = prune_block(decoder, errand.task, events.append)
+                result = prune_block(decoder, job.task, events.append)
             told = tuple(event for event in events if not isinstance(event, BlockStarted))
-            return Outcome(result.record, moved(result.weights, HOST), told)
+            return BlockOutcome(result.record, moved(result.weights, HOST), told)
         finally:
             decoder.blocks[index] = dense
             release()
@@ -108,17 +108,17 @@ def run_errand(kit: Kit, errand: Errand) -> Outcome | OptpruneError:
 
 
 @lru_cache(maxsize=1)
-def _decoder(kit: Kit) -> Decoder:
+def _decoder(context: WorkerContext) -> Decoder:
     """The skeleton that a worker fills one block of at a time; InputError where it would round otherwise."""
-    torch.set_num_threads(kit.threads)
-    here = {"the version": versions(), "the machine": machine(torch.device(kit.device))}
-    for what, asked, found in differences(json.loads(kit.facts), json.loads(json.dumps(here))):
+    torch.set_num_threads(context.threads)
+    here = {"the version": versions(), "the machine": machine(torch.device(context.device))}
+    for what, asked, found in differences(json.loads(context.facts), json.loads(json.dumps(here))):
         raise InputError(
             f"a worker would not give the bytes of this run: {what} is {shown(asked)} here and {shown(found)} there; "
             "have the same software and the same kind of machine for all workers and for the command itself"
         )
-    decoder = Decoder(skeleton(pickle.loads(kit.config), kit.dtype).eval())
-    return decoder.precise() if kit.precise else decoder
+    decoder = Decoder(skeleton(pickle.loads(context.config), context.dtype).eval())
+    return decoder.precise() if context.precise else decoder
 
 
 def _entering(stream: Stream, device: torch.device) -> Stream:

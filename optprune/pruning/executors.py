@@ -1,4 +1,4 @@
-"""Hands: who solves the layers of a stage, one after the other or several at a time.
+"""LayerExecutor: who solves the layers of a stage, one after the other or several at a time.
 
 The layers of a stage are solved from the same statistics and none needs another's answer, so that it makes no
 difference to any of them where and when it is solved; the answers are written in the order of the forward pass.
@@ -22,7 +22,7 @@ Take = Callable[[LayerTask, SolvedLayer], None]
 """what is done with an answer"""
 
 
-class Hands(ABC):
+class LayerExecutor(ABC):
     """Who solves the layers of a stage."""
 
     @abstractmethod
@@ -31,7 +31,7 @@ class Hands(ABC):
 
 
 @dataclass(frozen=True)
-class OneAfterTheOther(Hands):
+class SerialExecutor(LayerExecutor):
     """Each layer is solved when the answer before it was taken, so that one answer is there at a time."""
 
     def solve(self, tasks: Sequence[LayerTask], collected: Collected, take: Take) -> None:
@@ -41,7 +41,7 @@ class OneAfterTheOther(Hands):
 
 
 @dataclass(frozen=True)
-class OverDevices(Hands):
+class DeviceExecutor(LayerExecutor):
     """A thread for each device solves layers, those with most inputs first, which take longest.
 
     A device named twice has two threads. On each device there are the moments that its layers need, and one layer's

@@ -21,7 +21,7 @@ from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.problems import Permutation, Rotation
 from optprune.pruning.block import BlockRecord, BlockResult
-from optprune.pruning.hands import Hands, Take
+from optprune.pruning.executors import LayerExecutor, Take
 from optprune.pruning.journal import Journal
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
 from optprune.pruning.metric_files import MetricFiles
@@ -57,7 +57,7 @@ def check_alike(peers: Peers, facts: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class OverProcesses(Hands):
+class ProcessExecutor(LayerExecutor):
     """Each process solves its share of the layers, one after the other, and tells the others the answers.
 
     The layers with most inputs, which take longest, are dealt out first.
@@ -127,7 +127,7 @@ class MetricsKept(Protocol):
     def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics: ...
 
 
-class Diary(Protocol):
+class JournalProtocol(Protocol):
     """What a run asks of its journal."""
 
     @property
@@ -203,7 +203,7 @@ class SharedMetrics:
         return MetricSums.elsewhere(told.width, told.tokens, decoder.aside.keep_all(parts), full=told.full)
 
 
-class SharedDiary:
+class SharedJournal:
     """The journal of the first process, if it has one, as all processes of a run see it."""
 
     def __init__(self, journal: Journal | None, peers: Peers) -> None:
