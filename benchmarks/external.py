@@ -39,7 +39,8 @@ from optprune.patterns import NM, Pattern, RowWise, Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.solvers import Answer, DirectSolver, Solver, solve
+from optprune.solvers import Answer, DirectSolver, Solver, SparseGpt, solve
+from optprune.work import Work
 
 DAMPING = 0.01
 
@@ -48,6 +49,9 @@ class Foreign(DirectSolver[SparseLeastSquares]):
     """Somebody else's function of a linear layer and its Hessian."""
 
     accepts = (SparseLeastSquares,)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        return SparseGpt().work(outputs, inputs, coupled=coupled)
 
 
 def asked(problem: SparseLeastSquares) -> tuple[float, int, int]:

@@ -1,4 +1,4 @@
-"""The sums from which moments are made: batch by batch, and lane by lane where batches are shared among processes."""
+"""The sums from which moments are made: batch by batch, in partial sums where processes share the batches."""
 
 from collections.abc import Sequence
 

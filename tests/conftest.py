@@ -46,13 +46,24 @@ def pytest_configure(config):
     from optprune.errors import InputError
     from optprune.testing.place import VARIABLE, place
     from tests.helpers.pretend import NAME, set_up
+    from tests.helpers.processor import ProcessorTime
 
+    config.pluginmanager.register(ProcessorTime())
     if os.environ.get(VARIABLE) == NAME:
         set_up()
     try:
         place()
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what only `make test-e2e` runs, before `-m` selects."""
+    from tests.helpers.split import ROOMS, names_of, split
+
+    if any(item.path.parent.name in ROOMS for item in items):
+        split(items, names_of())
 
 
 @pytest.fixture(scope="session", autouse=True)

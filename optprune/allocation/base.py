@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optprune.allocation.allocation import Allocation
 from optprune.calibration import DenseStatistics, Probe, Stream, first_tokens
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, Target, Units
 from optprune.report import Event, RemovedPart
@@ -25,7 +25,7 @@ class DenseModel:
     """what weighs the outputs of a layer, by its full name; those of a layer without one count alike"""
     statistics: DenseStatistics = field(default_factory=DenseStatistics)
     on_event: Callable[[Event], None] = lambda event: None
-    lanes: Lanes = field(default_factory=Lanes)
+    partial_sums: PartialSums = field(default_factory=PartialSums)
     """how passes over all batches divide them"""
 
 

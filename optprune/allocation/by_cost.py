@@ -11,7 +11,7 @@ from typing import final
 from optprune.allocation.base import DenseModel, Division, MeasuredBudget
 from optprune.allocation.cost_work import CostWork
 from optprune.allocation.costs import CostBudget, Costs
-from optprune.calibration import DenseWalk, Probe, Stream, first_inputs
+from optprune.calibration import DensePass, Probe, Stream, first_inputs
 from optprune.errors import NumericalError
 from optprune.measure.memory import release
 from optprune.models import Decoder, Target, Units
@@ -79,12 +79,12 @@ class ByCost(MeasuredBudget):
         taps = [sorted({target.tap for target in targets}, key=order) for targets in candidates]
         known = None
         if stream is None:
-            known = dense.statistics.known(decoder, dense.batches, 0, dense.lanes)
+            known = dense.statistics.known(decoder, dense.batches, 0, dense.partial_sums)
 
         def entering() -> Stream:
-            return stream or first_inputs(decoder, dense.batches, dense.lanes)
+            return stream or first_inputs(decoder, dense.batches, dense.partial_sums)
 
-        walk = DenseWalk(decoder, entering, known, taps)
+        dense_pass = DensePass(decoder, entering, known, taps)
 
         work, what = self._work(dense, probe), "measuring what blocks would lose"
 
@@ -95,7 +95,7 @@ class ByCost(MeasuredBudget):
         measured(0)
         for index in range(blocks):
             with decoder.resident(index):
-                moments = walk.visit(index).moments
+                moments = dense_pass.visit(index).moments
                 for target in candidates[index]:
                     layer, name = decoder.layer(index, target.path), decoder.name(index, target.path)
                     fit_bias = self.fit_bias and layer.bias is not None

@@ -83,7 +83,7 @@ class ExpertBudget(MeasuredBudget):
     def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
         decoder, on_event, mixture = dense.decoder, dense.on_event, dense.decoder.architecture.mixture
         assert mixture is not None
-        stream = stream or first_inputs(decoder, dense.batches, dense.lanes)
+        stream = stream or first_inputs(decoder, dense.batches, dense.partial_sums)
         passes, ending = self._work(decoder, sum(batch.numel() for batch in dense.batches))
         blocks, ends, found = len(decoder.blocks), passes / (passes + ending), list[_Block]()
         fewest, aim = self._fewest(decoder), self._aim(decoder)

@@ -3,7 +3,7 @@
 from optprune.calibration.dense_statistics import DenseStatistics, Statistics
 from optprune.calibration.divergence import Change, Probe
 from optprune.calibration.fisher_pass import collect_metrics, from_text, sampled
-from optprune.calibration.known_moments import BlockMoments, DenseWalk, KnownMoments
+from optprune.calibration.known_moments import BlockMoments, DensePass, KnownMoments
 from optprune.calibration.propagation import POLICIES, OnePath, Path, Propagation, TwoPaths, Visit
 from optprune.calibration.source import Source
 from optprune.calibration.stream import Stream, advance, calibrating, first_inputs, first_tokens, hold_out
@@ -12,8 +12,8 @@ __all__ = [
     "POLICIES",
     "BlockMoments",
     "Change",
+    "DensePass",
     "DenseStatistics",
-    "DenseWalk",
     "KnownMoments",
     "OnePath",
     "Path",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration.lanes import Share
+from optprune.calibration.partial_sums import Share
 from optprune.calibration.stream import Stream, run_block
 from optprune.models.places import States
 from optprune.numerics.modules import first_output
@@ -20,7 +20,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Calls:
-    """What a sub-module is called with, and what it should answer, one entry a batch; those of this process's lanes."""
+    """What a sub-module is called with, and what it should answer, one entry a batch; those of this process's share."""
 
     arguments: States[Arguments]
     targets: States[Tensor]
@@ -30,9 +30,9 @@ class Calls:
     places: Sequence[int] | None = None
     """the batches of the share that these are, where they are not all of them"""
 
-    def lane(self, number: int) -> int:
-        """Which of the process's lanes an entry is in."""
-        return self.share.lane(number if self.places is None else self.places[number])
+    def part(self, number: int) -> int:
+        """Return which of the process's partial sums an entry belongs to."""
+        return self.share.part(number if self.places is None else self.places[number])
 
     def split(self, apart: int) -> tuple["Calls", "Calls"]:
         """The first batches, and the last `apart` of all."""
@@ -41,32 +41,32 @@ class Calls:
         return self._taken(every[:count]), self._taken(every[count:])
 
     def first(self, tokens: int) -> "Calls":
-        """The first batches of each lane, as many as hold its part of that many tokens, or all."""
-        lanes = [self.lane(number) for number in range(len(self.targets))]
-        return self._taken(_first(lanes, self.targets.shapes, tokens / self.share.lanes.count))
+        """The first batches of each partial sum, as many as hold its part of that many tokens, or all."""
+        partial_sums = [self.part(number) for number in range(len(self.targets))]
+        return self._taken(_first(partial_sums, self.targets.shapes, tokens / self.share.partial_sums.count))
 
     def _taken(self, numbers: Sequence[int]) -> "Calls":
         places = [number if self.places is None else self.places[number] for number in numbers]
         return Calls(self.arguments.part(numbers), self.targets.part(numbers), self.share, places)
 
     def each(self) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any], Tensor]]:
-        """The lane, the arguments and the target of every entry, one after the other."""
+        """The partial sum, the arguments and the target of every entry, one after the other."""
         # By number: to enumerate a zip would keep the first entry in memory to the end.
         for number in range(len(self.targets)):
             (args, kwargs), target = self.arguments[number], self.targets[number]
-            yield self.lane(number), args, kwargs, target
+            yield self.part(number), args, kwargs, target
 
     @property
     def tokens(self) -> int:
         """The tokens of the calls of all processes, which ask for it together."""
-        return sum(self.share.lanes.peers.exchange(self.targets.tokens))
+        return sum(self.share.partial_sums.peers.all_gather(self.targets.tokens))
 
 
 @dataclass(frozen=True)
 class Wanted:
     """The batches that calls are wanted of: the first, as many as hold some tokens, and the last.
 
-    Of the tokens each lane has an equal part.
+    Of the tokens each partial sum has an equal part.
     """
 
     tokens: float = math.inf
@@ -77,8 +77,8 @@ class Wanted:
         """The numbers of those that are in a stream."""
         share, count = stream.share, len(stream.hidden)
         first = count - share.apart(count, self.apart)
-        lanes = [share.lane(number) for number in range(first)]
-        chosen = _first(lanes, stream.hidden.shapes[:first], self.tokens / share.lanes.count)
+        partial_sums = [share.part(number) for number in range(first)]
+        chosen = _first(partial_sums, stream.hidden.shapes[:first], self.tokens / share.partial_sums.count)
         return chosen + list(range(first, count))
 
 
@@ -86,12 +86,12 @@ EVERY = Wanted()
 """all batches"""
 
 
-def _first(lanes: Sequence[int], shapes: Sequence[torch.Size], tokens: float) -> list[int]:
-    """Which entries are the first of each lane, as many as hold so many tokens, by the lane and the shape of each."""
+def _first(partial_sums: Sequence[int], shapes: Sequence[torch.Size], tokens: float) -> list[int]:
+    """Return the first entries of each partial sum, as many as hold `tokens`, by the part and the shape of each."""
     held, taken = dict[int, int](), list[int]()
-    for number, (lane, shape) in enumerate(zip(lanes, shapes, strict=True)):
-        if held.get(lane, 0) < tokens:
-            held[lane] = held.get(lane, 0) + shape[:-1].numel()
+    for number, (part, shape) in enumerate(zip(partial_sums, shapes, strict=True)):
+        if held.get(part, 0) < tokens:
+            held[part] = held.get(part, 0) + shape[:-1].numel()
             taken.append(number)
     return taken
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from optprune.calibration.fisher_pass import collect_metrics, positions_before, sampled
 from optprune.calibration.known_moments import KnownMoments
-from optprune.calibration.lanes import Lanes
-from optprune.calibration.shelf import Form, InFolder, InMemory, Kept, Key
+from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.source import Source
+from optprune.calibration.statistics_cache import CacheEntry, FolderCache, Key, MemoryCache, Serializer
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
@@ -28,10 +28,12 @@ Value = TypeVar("Value")
 class DenseStatistics:
     """Output metrics, moments and removal curves, measured whenever they are asked for."""
 
-    def begin(self, decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes) -> None:
+    def begin(self, decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums) -> None:
         """A run on all these batches begins: InputError where it is not one that these statistics are for."""
 
-    def known(self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, lanes: Lanes) -> KnownMoments | None:
+    def known(
+        self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, partial_sums: PartialSums
+    ) -> KnownMoments | None:
         """What is known of the moments of the dense blocks on these batches; None where nothing is kept of them.
 
         The last `held_out` batches are kept apart.
@@ -46,12 +48,14 @@ class DenseStatistics:
         full: Collection[str],
         widest: float,
         on_pass: Callable[[int, int], None],
-        lanes: Lanes | None = None,
+        partial_sums: PartialSums | None = None,
     ) -> Metrics:
         """The output metrics of a model, not damped, with labels drawn by a seed: see `collect_metrics`."""
-        batches, lanes = list(batches), lanes or Lanes()
-        labels = sampled(seed, positions_before(batches, lanes))
-        return collect_metrics(decoder, batches, labels, full=full, widest=widest, on_pass=on_pass, lanes=lanes)
+        batches, partial_sums = list(batches), partial_sums or PartialSums()
+        labels = sampled(seed, positions_before(batches, partial_sums))
+        return collect_metrics(
+            decoder, batches, labels, full=full, widest=widest, on_pass=on_pass, partial_sums=partial_sums
+        )
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         """The removal curve of a layer's units: see `removal_curve`."""
@@ -86,20 +90,22 @@ class Statistics(DenseStatistics):
         self.seconds_saved = 0.0
         """the seconds of measuring that were saved"""
         self._present: Source | None = source
-        self._shelf = InMemory() if folder is None or source is None else InFolder(folder, source.facts)
+        self._cache = MemoryCache() if folder is None or source is None else FolderCache(folder, source.facts)
 
-    def begin(self, decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes) -> None:
-        self._present = Source.of(decoder, batches, lanes)
+    def begin(self, decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums) -> None:
+        self._present = Source.of(decoder, batches, partial_sums)
         if self.source is not None:
             self.source.check(self._present)
 
-    def known(self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, lanes: Lanes) -> KnownMoments | None:
+    def known(
+        self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, partial_sums: PartialSums
+    ) -> KnownMoments | None:
         # Of processes that share the batches, all measure or none does.
-        if self._present is None or lanes.peers.size > 1:
+        if self._present is None or partial_sums.peers.size > 1:
             return None
         computed = str(decoder.computes_in or decoder.model.dtype)
-        scope = (self._present.digest, fingerprint(list(batches)), held_out, lanes.count, computed)
-        return KnownMoments(self._shelf, scope, decoder.model.device, self._spare)
+        scope = (self._present.digest, fingerprint(list(batches)), held_out, partial_sums.count, computed)
+        return KnownMoments(self._cache, scope, decoder.model.device, self._add_saved)
 
     def metrics(
         self,
@@ -109,25 +115,25 @@ class Statistics(DenseStatistics):
         full: Collection[str],
         widest: float,
         on_pass: Callable[[int, int], None],
-        lanes: Lanes | None = None,
+        partial_sums: PartialSums | None = None,
     ) -> Metrics:
-        batches, lanes = list(batches), lanes or Lanes()
-        source = self._present or Source.of(decoder, batches, lanes)
+        batches, partial_sums = list(batches), partial_sums or PartialSums()
+        source = self._present or Source.of(decoder, batches, partial_sums)
         tokens, device = fingerprint(batches), decoder.model.device
-        scope = ("metric", source.digest, tokens, str(device), seed, *sorted(full), float(widest), lanes.count)
+        scope = ("metric", source.digest, tokens, str(device), seed, *sorted(full), float(widest), partial_sums.count)
         names = [decoder.name(index, path) for index in range(len(decoder.blocks)) for path in decoder.paths(index)]
-        if not all(self._shelf.has((*scope, name)) for name in names):
+        if not all(self._cache.has((*scope, name)) for name in names):
             began = time.perf_counter()
-            found = super().metrics(decoder, batches, seed, full, widest, on_pass, lanes)
+            found = super().metrics(decoder, batches, seed, full, widest, on_pass, partial_sums)
             seconds = (time.perf_counter() - began) / max(1, len(names))
             for name in names:
-                self._shelf.put((*scope, name), Kept(found.sums(name), seconds), SUMS)
+                self._cache.put((*scope, name), CacheEntry(found.sums(name), seconds), SUMS)
             return found
         sums = {}
         for name in names:
-            kept = self._shelf.get((*scope, name), SUMS, device)
+            kept = self._cache.get((*scope, name), SUMS, device)
             assert kept is not None
-            self._spare(kept.seconds)
+            self._add_saved(kept.seconds)
             sums[name] = kept.value
         return Metrics(sums)
 
@@ -144,25 +150,25 @@ class Statistics(DenseStatistics):
 
     def forget(self) -> None:
         """Free all that is kept."""
-        self._shelf.clear()
+        self._cache.clear()
 
-    def _once(self, key: Key, form: Form[Value], device: torch.device, measure: Callable[[], Value]) -> Value:
+    def _once(self, key: Key, form: Serializer[Value], device: torch.device, measure: Callable[[], Value]) -> Value:
         """What was measured under this key, or is now."""
-        kept = self._shelf.get(key, form, device)
+        kept = self._cache.get(key, form, device)
         if kept is not None:
-            self._spare(kept.seconds)
+            self._add_saved(kept.seconds)
             return kept.value
         began = time.perf_counter()
         value = measure()
-        self._shelf.put(key, Kept(value, time.perf_counter() - began), form)
+        self._cache.put(key, CacheEntry(value, time.perf_counter() - began), form)
         return value
 
-    def _spare(self, seconds: float) -> None:
+    def _add_saved(self, seconds: float) -> None:
         self.seconds_saved += seconds
 
 
 @final
-class _SumsForm(Form[MetricSums]):
+class _SumsForm(Serializer[MetricSums]):
     def parts(self, value: MetricSums) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return value.parts(), {"width": value.width, "tokens": value.tokens, "full": value.full}
 
@@ -173,7 +179,7 @@ class _SumsForm(Form[MetricSums]):
 
 
 @final
-class _CurveForm(Form[Removal]):
+class _CurveForm(Serializer[Removal]):
     def parts(self, value: Removal) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"order": value[0], "losses": value[1]}, {"notes": list(value[2])}
 
@@ -182,7 +188,7 @@ class _CurveForm(Form[Removal]):
 
 
 @final
-class _CostsForm(Form[Tensor]):
+class _CostsForm(Serializer[Tensor]):
     def parts(self, value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {"costs": value}, {}
 

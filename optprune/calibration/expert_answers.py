@@ -40,9 +40,9 @@ def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> Expe
 
 
 def _of_all(calls: Calls, *own: Tensor) -> list[Tensor]:
-    """The rows of all processes, in the order of the batches: a process has lanes, and batches, next to each other."""
-    peers = calls.share.lanes.peers
+    """The rows of all processes, in the order of the batches: a process has batches next to each other."""
+    peers = calls.share.partial_sums.peers
     if peers.size == 1:
         return list(own)
-    shared = peers.exchange([rows.cpu() for rows in own])
+    shared = peers.all_gather([rows.cpu() for rows in own])
     return [torch.cat(parts).to(rows.device) for parts, rows in zip(zip(*shared, strict=True), own, strict=True)]

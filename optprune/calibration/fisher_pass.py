@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration.lanes import Lanes, LaneSums, Share
+from optprune.calibration.partial_sums import OrderedSum, PartialSums, Share
 from optprune.calibration.stream import calibrating, first_inputs, run_block
 from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
@@ -77,7 +77,7 @@ def collect_metrics(
     full: Collection[str] = (),
     widest: float = math.inf,
     on_pass: Callable[[int, int], None] = lambda done, total: None,
-    lanes: Lanes | None = None,
+    partial_sums: PartialSums | None = None,
 ) -> Metrics:
     """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
 
@@ -85,8 +85,8 @@ def collect_metrics(
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
     is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
     it was. `on_pass` hears how many passes through a block are done, and of how many; a way back counts as several. The
-    sums are added over `lanes` of groups of sequences, of which this process goes over its own; `positions_before` says
-    where its labels begin.
+    sums are added in `partial_sums` over groups of sequences, of which this process goes over its own;
+    `positions_before` says where its labels begin.
     """
     unknown = set(full) - set(decoder.architecture.layers)
     if unknown:
@@ -95,7 +95,7 @@ def collect_metrics(
     groups = list(_groups(batches))
     if not groups:
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
-    share = (lanes or Lanes()).share(len(groups))
+    share = (partial_sums or PartialSums()).share(len(groups))
     groups, sums = share.of(groups), _LayerSums(decoder, full, widest, share)
     # The sums of a layer grow group by group in either case, so that they are the same.
     together = 1 if decoder.store is None else max(1, len(groups))
@@ -119,11 +119,11 @@ def collect_metrics(
 
 
 class _LayerSums:
-    """The sums of all layers, lane by lane."""
+    """The sums of all layers, in partial sums."""
 
     def __init__(self, decoder: Decoder, full: Collection[str], widest: float, share: Share) -> None:
         self._decoder, self._share, self._names = decoder, share, list[str]()
-        self._sums: dict[str, LaneSums[MetricSums]] = {}
+        self._sums: dict[str, OrderedSum[MetricSums]] = {}
         self._done: dict[str, MetricSums] = {}
         for index in range(len(decoder.blocks)):
             for path in decoder.paths(index):
@@ -133,14 +133,14 @@ class _LayerSums:
                 whole = path in full and layer.out_features <= widest
                 fresh = partial(MetricSums, layer.out_features, like, full=whole)
                 self._names.append(decoder.name(index, path))
-                self._sums[self._names[-1]] = LaneSums(share.lanes, fresh)
+                self._sums[self._names[-1]] = OrderedSum(share.partial_sums, fresh)
 
     def add(self, first: int, index: int, path: str, group: int, gradients: Tensor) -> None:
         """Add the gradients of a group, which is the `group`-th after the first of its sweep."""
-        self._sums[self._decoder.name(index, path)].at(self._share.lane(first + group)).add(gradients)
+        self._sums[self._decoder.name(index, path)].at(self._share.part(first + group)).add(gradients)
 
     def finish(self, index: int) -> None:
-        """No more comes of a block: add up its lanes."""
+        """No more comes of a block: add up its partial sums."""
         decoder = self._decoder
         for name in (decoder.name(index, path) for path in decoder.paths(index)):
             self._done[name] = self._sums.pop(name).total()
@@ -154,10 +154,10 @@ class _LayerSums:
         return Metrics({name: self._done[name] for name in self._names})
 
 
-def positions_before(batches: Iterable[Tensor], lanes: Lanes) -> int:
+def positions_before(batches: Iterable[Tensor], partial_sums: PartialSums) -> int:
     """How many positions of the batches come before those of this process."""
     groups = list(_groups(batches))
-    return sum(ids.numel() for ids in groups[: lanes.share(len(groups)).before])
+    return sum(ids.numel() for ids in groups[: partial_sums.share(len(groups)).before])
 
 
 def _groups(batches: Iterable[Tensor]) -> Iterator[Tensor]:

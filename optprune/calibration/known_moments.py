@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from optprune.calibration.moments_pass import Collected, collect
-from optprune.calibration.shelf import Form, Kept, Key, Shelf
+from optprune.calibration.statistics_cache import CacheEntry, Key, Serializer, StatisticsCache
 from optprune.calibration.stream import Stream, advance
 from optprune.models import Decoder
 from optprune.moments import InputMoments
@@ -27,7 +27,7 @@ class LayerMoments:
 
 
 @final
-class _LayerForm(Form[LayerMoments]):
+class _LayerForm(Serializer[LayerMoments]):
     """No drift: the inputs are the dense model's."""
 
     def parts(self, value: LayerMoments) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,7 +62,7 @@ class KnownMoments:
     What is measured of them is kept; `spare` hears of the seconds that were not spent again.
     """
 
-    shelf: Shelf
+    cache: StatisticsCache
     scope: Key
     """what all of them have in common"""
     device: torch.device
@@ -70,13 +70,13 @@ class KnownMoments:
 
     def knows(self, block: int, taps: Sequence[str]) -> bool:
         """Whether those at all of these layers of a block are known."""
-        return all(self.shelf.has(self._key(block, tap)) for tap in taps)
+        return all(self.cache.has(self._key(block, tap)) for tap in taps)
 
     def found(self, block: int, taps: Sequence[str], *, passing: bool) -> Collected | None:
         """Those at these layers of a block, or None; `passing` where the block is gone through all the same."""
         if not self.knows(block, taps):
             return None
-        kept = {tap: self.shelf.get(self._key(block, tap), FORM, self.device) for tap in taps}
+        kept = {tap: self.cache.get(self._key(block, tap), FORM, self.device) for tap in taps}
         layers = {tap: one.value for tap, one in kept.items() if one is not None}
         gram = sum(layer.gram_seconds for layer in layers.values())
         forward = max((layer.forward_seconds for layer in layers.values()), default=0.0)
@@ -90,8 +90,8 @@ class KnownMoments:
         for tap, moments in every.items():
             key, gram = self._key(block, tap), collected.gram_seconds / len(every)
             layer = LayerMoments(moments, collected.held_out.get(tap), gram, collected.forward_seconds)
-            if not self.shelf.has(key):
-                self.shelf.put(key, Kept(layer, gram), FORM)
+            if not self.cache.has(key):
+                self.cache.put(key, CacheEntry(layer, gram), FORM)
 
     def of(self, block: int) -> "BlockMoments":
         """Those of one block."""
@@ -117,7 +117,7 @@ class BlockMoments:
         self.known.keep(self.block, collected)
 
 
-class DenseWalk:
+class DensePass:
     """Goes through the dense model block by block, for the moments of its layers' inputs.
 
     Where all of them are known, it goes through no block; else those that are missing are measured, and kept.

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from optprune.calibration.lanes import LaneSums
+from optprune.calibration.partial_sums import OrderedSum
 from optprune.calibration.routing import same_routes
 from optprune.calibration.stream import Stream, run_block
 from optprune.measure.clock import clock
@@ -38,7 +38,7 @@ def collect(
     output: Stream | None = None,
     to_end: bool = False,
 ) -> Collected:
-    """The moments of the inputs x* of the tapped layers of a block, over all batches, added lane by lane.
+    """The moments of the inputs x* of the tapped layers of a block, over all batches, added in partial sums.
 
     `reference` is the dense block with its stream: it gives the dense inputs x of the same tokens. The last
     `held_out` batches are kept apart. Where `output` is given, it is advanced through the block in the same pass; it
@@ -46,8 +46,8 @@ def collect(
     """
     count, device, share = len(stream.hidden), stream.hidden.device, stream.share
     first_apart = count - share.apart(count, held_out)
-    calibration: dict[str, LaneSums[MomentSums]] = {}
-    kept_apart: dict[str, LaneSums[MomentSums]] = {}
+    calibration: dict[str, OrderedSum[MomentSums]] = {}
+    kept_apart: dict[str, OrderedSum[MomentSums]] = {}
     gram_seconds = forward_seconds = 0.0
     arguments = stream.arguments
     routes = nullcontext if reference is None else partial(same_routes, block, reference[0])
@@ -66,8 +66,11 @@ def collect(
         for path, inputs in actual.items():
             if path not in calibration:
                 fresh = partial(MomentSums, inputs.shape[-1], inputs.device, with_dense=reference is not None)
-                calibration[path], kept_apart[path] = LaneSums(share.lanes, fresh), LaneSums(share.lanes, fresh)
-            sums[path].at(share.lane(index)).add(inputs, ideal.get(path))
+                calibration[path], kept_apart[path] = (
+                    OrderedSum(share.partial_sums, fresh),
+                    OrderedSum(share.partial_sums, fresh),
+                )
+            sums[path].at(share.part(index)).add(inputs, ideal.get(path))
         # With dense inputs two more products of the same size are made.
         gram_seconds += (clock(device) - before) / (1 if reference is None else 3)
         if output is not None:

@@ -1,27 +1,82 @@
-"""Peers that are processes of torchrun: they talk by torch.distributed."""
+"""Peers: the processes that share a run. Those of torchrun talk by torch.distributed."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from optprune.calibration.lanes import Alone, Peers, Value
 from optprune.errors import InputError, WorkerError
 from optprune.system.environment import started_by_torchrun
 
+Value = TypeVar("Value")
 PATIENCE = timedelta(days=30)
-"""how long a process waits for another that is alive: a large layer takes its time"""
+"""how long a process waits for another that is alive: solving a large layer takes long"""
 GONE = (
     "another process of the run has ended, as its own message says, or the connection to it is lost: start the run "
     "again with torchrun, and with --resume where it had begun"
 )
 
 
-class Group(Peers):
-    """The default process group of torch.distributed, which has been made."""
+class Peers(ABC):
+    """The processes that share a run. All of them make every call, in the same order."""
+
+    rank: int
+    """the number of this process"""
+    size: int
+    """the number of processes"""
+
+    @abstractmethod
+    def receive(self, tensors: Sequence[Tensor]) -> None:
+        """Fill tensors with those that the process before this one sends."""
+
+    @abstractmethod
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        """Send tensors to the process after this one."""
+
+    @abstractmethod
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Fill contiguous tensors with those of one process, bit for bit."""
+
+    @abstractmethod
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Replace contiguous tensors by their sums over all processes: the same numbers in each process."""
+
+    @abstractmethod
+    def all_gather(self, value: Value) -> list[Value]:
+        """Return the values of all processes, by rank. A value is small and can be pickled."""
+
+
+@dataclass(frozen=True)
+class SingleProcess(Peers):
+    """A run of one process."""
+
+    rank: int = 0
+    size: int = 1
+
+    def receive(self, tensors: Sequence[Tensor]) -> None:
+        raise AssertionError("no process is before the first")
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        raise AssertionError("no process is after the last")
+
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        pass
+
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def all_gather(self, value: Value) -> list[Value]:
+        return [value]
+
+
+class TorchPeers(Peers):
+    """The default process group of torch.distributed, which exists."""
 
     def __init__(self) -> None:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
@@ -36,32 +91,31 @@ class Group(Peers):
             for tensor in tensors:
                 distributed.send(_bytes(tensor), self.rank + 1)
 
-    def spread(self, tensors: Sequence[Tensor], source: int) -> None:
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         with _others_alive():
             for tensor in tensors:
                 distributed.broadcast(_bytes(tensor), source)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         with _others_alive():
             for tensor in tensors:
                 distributed.all_reduce(tensor)
 
-    def exchange(self, value: Value) -> list[Value]:
+    def all_gather(self, value: Value) -> list[Value]:
         found: list[Value | None] = [None] * self.size
         with _others_alive():
             distributed.all_gather_object(found, value)
-        return found  # type: ignore[return-value]  # all have given one
+        return found  # type: ignore[return-value]  # every process has given one
 
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Peers]:
-    """This process among those that torchrun started, for as long as the context lasts; alone, where it started none.
+    """Make this process one of those that torchrun started, within the context; a single process where it started none.
 
-    `device` is auto, cpu or cuda; each process takes the GPU of its number on its machine. InputError where there is
-    none for it.
+    `device` is auto, cpu or cuda. Each process takes the GPU of its local rank; InputError where there is no such GPU.
     """
     if not started_by_torchrun():
-        yield Alone()
+        yield SingleProcess()
         return
     gpu = device != "cpu" and torch.cuda.is_available()
     if device not in ("auto", "cpu", "cuda"):
@@ -73,19 +127,19 @@ def joined(device: str = "auto") -> Iterator[Peers]:
         torch.cuda.set_device(number)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=PATIENCE)
     try:
-        yield Group()
+        yield TorchPeers()
     finally:
         distributed.destroy_process_group()
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as bytes, which travel whatever the dtype."""
+    """Return a view of the same memory as bytes, which can be sent whatever the dtype."""
     return tensor.view(-1).view(torch.uint8)
 
 
 @contextmanager
 def _others_alive() -> Iterator[None]:
-    """WorkerError where another process is gone."""
+    """Raise WorkerError where another process is gone."""
     try:
         yield
     except RuntimeError as error:

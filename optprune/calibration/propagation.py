@@ -116,7 +116,7 @@ class Path:
         held_out: int = 0,
         cut: bool = False,
         original: nn.Module | None = None,
-        walked: bool = False,
+        detached: bool = False,
         calls: Wanted = EVERY,
         known: BlockMoments | None = None,
         whole: bool = False,
@@ -124,12 +124,12 @@ class Path:
         """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
 
         The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
-        `original` there. With `walked` another path, through the dense model, goes on from here: this one ends. `calls`
+        `original` there. With `detached` another pass through the dense model moves on: this path ends here. `calls`
         says of which batches the visit tells the calls of sub-modules. `known` are moments of the block in the dense
         model, where it gets on this path what it gets there. With `whole` the calls of the block itself may be asked
         for.
         """
-        return Visit(self, block, held_out, cut, original, walked, calls, known, whole)
+        return Visit(self, block, held_out, cut, original, detached, calls, known, whole)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
         """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
@@ -147,7 +147,7 @@ class Visit:
 
     What is removed whole is removed first; then come the stages, one after the other: `collect` its moments, prune its
     layers, and refit sub-modules on their `calls`. Closed, the visit has moved the path on to the next block, through
-    the block as it is then, unless another path has walked on; a `with` statement closes it unless an error ended it.
+    the block as it is then, unless it is detached; a `with` statement closes it unless an error ended it.
     """
 
     def __init__(
@@ -157,12 +157,12 @@ class Visit:
         held_out: int,
         cut: bool,
         original: nn.Module | None,
-        walked: bool,
+        detached: bool,
         calls: Wanted,
         known: BlockMoments | None,
         whole: bool,
     ) -> None:
-        self.path, self.block, self.held_out, self._walked, self._wanted = path, block, held_out, walked, calls
+        self.path, self.block, self.held_out, self._detached, self._wanted = path, block, held_out, detached, calls
         self._known = known
         self.floor_seconds = 0.0
         """the seconds of what no run of such a policy can spare: two passes of the block, and the Gram products of its
@@ -179,7 +179,7 @@ class Visit:
         self._caught: dict[str, Calls] = {}
         self._onwards: Stream | None = None
         """the inputs of the next block, where the block as it was has given them"""
-        if policy.independent and not self._untouched and not walked:
+        if policy.independent and not self._untouched and not detached:
             # The next block's inputs are those of the dense model; this block's statistics know what is gone.
             self._onwards = path.actual.copy()
             self.floor_seconds += 2 * _advance(original, self._onwards)
@@ -201,10 +201,10 @@ class Visit:
         fresh = [place for place in places if place not in self._caught] if dense is None else []
         known = self._known if self._untouched and (dense is None or dense is actual) else None
         if known is not None and not fresh:
-            found = known.found(taps, passing=policy.independent and not self._walked)
+            found = known.found(taps, passing=policy.independent and not self._detached)
             if found is not None:
                 return self._recalled(found)
-        if self._untouched and policy.independent and not self._walked:
+        if self._untouched and policy.independent and not self._detached:
             # The block is still dense, so this pass also gives the next block's inputs.
             output = self._onwards = actual.copy()
         else:
@@ -224,7 +224,7 @@ class Visit:
         self.floor_seconds += collected.gram_seconds
         if output is not None:
             self.floor_seconds += 2 * collected.forward_seconds
-        elif self._onwards is None and not policy.sequential and not self._walked:
+        elif self._onwards is None and not policy.sequential and not self._detached:
             self.floor_seconds += collected.forward_seconds
         if known is not None:
             known.keep(collected)
@@ -234,7 +234,7 @@ class Visit:
         """What is known of the block as it is in the dense model, in place of a pass that collects it."""
         policy, self._untouched = self.path.policy, False
         self.floor_seconds += found.gram_seconds
-        if self._walked:
+        if self._detached:
             self.floor_seconds += 2 * found.forward_seconds
         elif policy.independent:
             self._onwards = self.path.actual.copy()
@@ -267,7 +267,7 @@ class Visit:
 
     def close(self) -> None:
         """Move the path on to the next block."""
-        if self._walked:
+        if self._detached:
             return
         actual, dense, policy = self.path.actual, self.path.dense, self.path.policy
         if self._onwards is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
@@ -26,14 +26,14 @@ class Source:
     """what decides the bytes, in words"""
 
     @classmethod
-    def of(cls, decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes) -> "Source":
+    def of(cls, decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums) -> "Source":
         """The source that a run has: all weights are read for it, a block at a time."""
         return cls(
             {
                 "the model": digest_of_weights(decoder),
                 "its dtype": str(decoder.model.dtype),
                 "the calibration tokens": fingerprint(list(batches)),
-                "the lanes": lanes.count,
+                "the number of partial sums": partial_sums.count,
                 "the version": versions(),
                 "the machine": machine(decoder.model.device),
             }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optprune.calibration.lanes import Lanes, Share
+from optprune.calibration.partial_sums import PartialSums, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from optprune.models.digits import entrance
@@ -99,17 +99,17 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
     return taken
 
 
-def first_inputs(decoder: Decoder, batches: Sequence[Tensor], lanes: Lanes | None = None) -> Stream:
+def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums | None = None) -> Stream:
     """Run the embeddings on token batches [batch, length] and stop where the first block begins.
 
-    Of all batches, on those in this process's `lanes`: without, on all of them, in one lane.
+    With `partial_sums`, only on this process's share of the batches.
 
     Where the attention of some blocks is of another kind, the first batch of each shape goes past all blocks, without
     going through them.
     """
     if not batches:
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
-    share = Share() if lanes is None else lanes.share(len(batches))
+    share = Share() if partial_sums is None else partial_sums.share(len(batches))
     stream, count = Stream(States(decoder.states), [], share=share), len(decoder.blocks)
     kinds = decoder.model.config.to_dict().get("layer_types") or []
     alike = len(set(kinds[:count])) < 2

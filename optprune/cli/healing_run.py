@@ -10,7 +10,7 @@ from optprune.cli.run_folder import Output, kept_in
 from optprune.cli.tokens import check_alike, tokens_for
 
 if TYPE_CHECKING:
-    from optprune.calibration.lanes import Peers
+    from optprune.calibration.peers import Peers
     from optprune.export import SavedModel
     from optprune.healing import HealingSettings, HealReport
     from optprune.models import Decoder, LoadedModel
@@ -125,7 +125,7 @@ class HealingRun:
                 done = folder is not None and self.output.is_finished(
                     folder, healing_facts(student.model, dense.model, *tokens, self.settings, peers)
                 )
-                if peers.exchange(done)[0]:
+                if peers.all_gather(done)[0]:
                     return self._section() if first else None
             report = heal(
                 student.model,

@@ -101,7 +101,7 @@ Workers = Annotated[
         help="How many work side by side: under dense or intra on blocks, else on the layers of one. [default: 1]",
     ),
 ]
-Lanes = Annotated[
+PartialSums = Annotated[
     int | None,
     typer.Option(
         "--lanes", help="Of how many parts sums over batches are; processes share them. [default: torchrun's, or 1]"

@@ -13,10 +13,10 @@ from optprune.cli.options import (
     Device,
     Dtype,
     JsonFile,
-    Lanes,
     MaxShardSize,
     Model,
     Overwrite,
+    PartialSums,
     Pattern,
     Propagation,
     Ray,
@@ -78,7 +78,7 @@ def prune_command(
     strict: Strict = False,
     workers: Workers = None,
     ray: Ray = None,
-    lanes: Lanes = None,
+    partial_sums: PartialSums = None,
     states: States = "auto",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -144,7 +144,9 @@ def prune_command(
                 drawn = calibration_for(model, settled.config, texts, samples, seq_length, chosen.seed, sequences)
             del texts
             batches, told, window = drawn.batches, drawn.description, drawn.first
-            done = shared_run(whole, lanes, peers, reporter, phases, batches, chosen, divided, told, window=window)
+            done = shared_run(
+                whole, partial_sums, peers, reporter, phases, batches, chosen, divided, told, window=window
+            )
     if done is not None:  # another process has it otherwise
         _finish(settled, *done, json_file, output)
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optprune.allocation import Allocation
-    from optprune.calibration.lanes import Peers
+    from optprune.calibration.peers import Peers
     from optprune.export import SavedModel
-    from optprune.pruning import Lanes
+    from optprune.pruning import PartialSums
     from optprune.recipe import Recipe
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def shared_run(
     whole: WholeRun,
-    lanes: int | None,
+    partial_sums: int | None,
     peers: "Peers",
     reporter: "Reporter",
     phases: "PhaseRecorder",
@@ -30,30 +30,34 @@ def shared_run(
     *,
     window: "Tensor",
 ) -> "tuple[Report, SavedModel | None] | None":
-    """The run, over so many lanes, or as many as there are processes; None in all processes but the first."""
-    from optprune.pruning import Lanes
+    """The run, over so many partial sums, or as many as there are processes; None in all processes but the first."""
+    from optprune.pruning import PartialSums
 
-    shared = Lanes(peers.size if lanes is None else lanes, peers)
-    batches = _one_a_lane(batches, shared.count)
+    shared = PartialSums(peers.size if partial_sums is None else partial_sums, peers)
+    batches = _one_a_part(batches, shared.count)
     shared.check(batches)
     if peers.rank:
         _help(whole, batches, recipe, allocation, shared)
         return None
-    return whole.run(reporter, phases, batches, recipe, allocation, calibration, window=window, lanes=shared)
+    return whole.run(reporter, phases, batches, recipe, allocation, calibration, window=window, partial_sums=shared)
 
 
-def _one_a_lane(batches: "Sequence[Tensor]", lanes: int) -> "list[Tensor]":
-    """The batches, of fewer windows where there would not be one for each lane."""
+def _one_a_part(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]":
+    """The batches, of fewer windows where there would not be one for each partial sum."""
     import torch
 
     windows = [window for batch in batches for window in batch.split(1)]
-    if len(batches) >= lanes or len(windows) < lanes:
+    if len(batches) >= partial_sums or len(windows) < partial_sums:
         return list(batches)
-    return list(torch.cat(windows).split(len(windows) // lanes))
+    return list(torch.cat(windows).split(len(windows) // partial_sums))
 
 
 def _help(
-    whole: WholeRun, batches: "Sequence[Tensor]", recipe: "Recipe", allocation: "Allocation | None", lanes: "Lanes"
+    whole: WholeRun,
+    batches: "Sequence[Tensor]",
+    recipe: "Recipe",
+    allocation: "Allocation | None",
+    partial_sums: "PartialSums",
 ) -> None:
     """Take part in a run, of which nothing is kept here."""
     from optprune.models.store import Nowhere
@@ -61,7 +65,7 @@ def _help(
 
     may_be_finished = whole.output.may_be_finished
     loaded = whole.opened(Nowhere())
-    if may_be_finished and lanes.peers.exchange(None)[0]:
+    if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process has found the output finished
     prune(
         loaded.model,
@@ -70,6 +74,6 @@ def _help(
         allocation=allocation,
         store=loaded.store,
         workers=whole.workers,
-        lanes=lanes,
+        partial_sums=partial_sums,
         states=whole.states,
     )

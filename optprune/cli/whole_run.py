@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from optprune.export import SavedModel
     from optprune.models import LoadedModel
     from optprune.models.store import BlockSink
-    from optprune.pruning import Lanes, Workers
+    from optprune.pruning import PartialSums, Workers
     from optprune.recipe import Recipe
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
@@ -74,7 +74,7 @@ class WholeRun:
         calibration: str,
         *,
         window: "Tensor",
-        lanes: "Lanes | None" = None,
+        partial_sums: "PartialSums | None" = None,
     ) -> "tuple[Report, SavedModel | None]":
         """Load, prune, save and check; `calibration` says in words where the batches are from.
 
@@ -82,21 +82,21 @@ class WholeRun:
         output already, that is its report, and nothing is saved.
         """
         from optprune.export import save_pruned
-        from optprune.pruning import Journal, Lanes, prune
+        from optprune.pruning import Journal, PartialSums, prune
         from optprune.pruning.facts import OPENED, facts
         from optprune.pruning.preflight import check_batches
         from optprune.report import joined, read_report
         from optprune.report.phases import LOADING
 
-        lanes, may_be_finished = lanes or Lanes(), self.output.may_be_finished
+        partial_sums, may_be_finished = partial_sums or PartialSums(), self.output.may_be_finished
         with kept_in(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 loaded = self.opened(journal.sink, journal.scratch)
             if may_be_finished:
                 with phases.phase(LOADING):
                     every = check_batches(loaded.model.config, batches)
-                    decided = facts(loaded.decoder(), every, recipe, allocation, lanes, phases.on_event)
-                if lanes.peers.exchange(self.output.is_finished(journal, decided))[0]:
+                    decided = facts(loaded.decoder(), every, recipe, allocation, partial_sums, phases.on_event)
+                if partial_sums.peers.all_gather(self.output.is_finished(journal, decided))[0]:
                     return read_report(self.output.folder), None
             report = prune(
                 loaded.model,
@@ -109,7 +109,7 @@ class WholeRun:
                 store=loaded.store,
                 journal=journal,
                 workers=self.workers,
-                lanes=lanes,
+                partial_sums=partial_sums,
                 states=self.states,
             )
             report = replace(report, phases=joined(phases.done, report.phases))

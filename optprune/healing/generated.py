@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from optprune.calibration.lanes import Alone, Peers
+from optprune.calibration.peers import Peers, SingleProcess
 from optprune.healing.training import LARGEST_SEED
 from optprune.measure.evaluate import evaluating
 
 PROMPT = 32
 """number of tokens of the text that a window begins with, at most half of the window"""
-ALONE = Alone()
+ALONE = SingleProcess()
 TOKENS_AT_ONCE = 16384
 """number of tokens whose keys and values are cached at once"""
 
@@ -51,7 +51,7 @@ def generated_windows(
             )
             own[number] = found.tolist()
     every = dict[int, list[list[int]]]()
-    for theirs in peers.exchange(own):
+    for theirs in peers.all_gather(own):
         every |= theirs
     return torch.tensor([window for number in range(len(parts)) for window in every[number]])
 

@@ -12,8 +12,7 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from optprune.allocation.cost_work import SLOW, head_weights
-from optprune.calibration.lanes import Alone, Peers
-from optprune.calibration.peers import Group
+from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
 from optprune.healing.generated import generated_windows, mixed
@@ -111,7 +110,7 @@ def heal(
     two models or the texts do not go together, NumericalError where training gives NaN.
     """
     settings = _with_deprecated(settings, deprecated)
-    peers = peers or (Group() if distributed.is_available() and distributed.is_initialized() else Alone())
+    peers = peers or (TorchPeers() if distributed.is_available() and distributed.is_initialized() else SingleProcess())
     _check(model, teacher, batches, held_out)
     facts: dict[str, Any] = {}
     if folder is not None:
@@ -185,7 +184,7 @@ def _with_generated(
     """Return the batches with the windows that the teacher generates, which a folder keeps for a run that resumes."""
     if not settings.generated:
         return batches
-    windows = peers.exchange(None if folder is None else folder.generated())[0]
+    windows = peers.all_gather(None if folder is None else folder.generated())[0]
     if windows is None:
         count, seed = settings.generated, settings.seed
         windows = generated_windows(teacher, batches, count, seed=seed, peers=peers, on_part=on_part)
@@ -287,7 +286,7 @@ class _Run:
     def _resumed(self) -> Progress | None:
         """Load the checkpoint of an earlier run and return its progress; None where there is none."""
         progress = None if self.folder is None else self.folder.progress()
-        progress = self.training.peers.exchange(progress)[0]
+        progress = self.training.peers.all_gather(progress)[0]
         if progress is None:
             return None
         self.measured, self.dense_perplexity = list(progress.measured), progress.dense_perplexity

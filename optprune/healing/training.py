@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from optprune.calibration.lanes import Peers
+from optprune.calibration.peers import Peers
 from optprune.errors import NumericalError
 from optprune.healing.distillation import Reader, add_gradient, surprise_and_divergence
 from optprune.healing.settings import HealingSettings
@@ -69,7 +69,7 @@ class Training:
         ]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=BETAS)
         keep_zeros(self.optimizer, masks)
-        peers.spread(list(self._data()), 0)
+        peers.broadcast(list(self._data()), 0)
 
     def step(self, number: int, steps: int, windows: Tensor) -> None:
         """Take one step, on windows of token ids [n, length]."""
@@ -86,7 +86,7 @@ class Training:
             found += add_gradient(self.student, self.teacher, part, predictions)
         self.student.model.eval()
         gradients = {name: self._gradient(weight) for name, weight in self.parameters.items()}
-        self.peers.add_up(list(gradients.values()))
+        self.peers.all_reduce(list(gradients.values()))
         for name in self.masks.kept:  # gradients of pruned weights must not count in the norm
             self.masks.clear(name, gradients[name])
         norm = clip_grad_norm_(self.parameters.values(), self.settings.clip)
@@ -103,7 +103,7 @@ class Training:
         with evaluating(self.student.model):
             for ids, hidden in zip(held_out.ids, held_out.hidden, strict=True):
                 sums += surprise_and_divergence(self.student, self.teacher, ids, hidden)
-        total = [sum(numbers) for numbers in zip(*self.peers.exchange(sums.tolist()), strict=True)]
+        total = [sum(numbers) for numbers in zip(*self.peers.all_gather(sums.tolist()), strict=True)]
         if not all(number < float("inf") for number in total):
             raise NumericalError(f"the model gives NaN on held-out windows after {step} steps: lower the learning rate")
         own, dense, divergence = total
@@ -121,7 +121,7 @@ class Training:
         """Load weights; every process gets those of the first."""
         for name, weight in weights.items():
             self.parameters[name].copy_(weight)
-        self.peers.spread(list(self._data()), 0)
+        self.peers.broadcast(list(self._data()), 0)
 
     def state(self) -> dict[str, Tensor]:
         """Return the weights and the optimizer's moments, not copied."""
@@ -141,7 +141,7 @@ class Training:
                 moment: state[f"{moment} {name}"].to(weight) if state else torch.zeros_like(weight)
                 for moment in MOMENTS
             }
-            self.peers.spread(list(moments.values()), 0)
+            self.peers.broadcast(list(moments.values()), 0)
             self.optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
 
     def _gradient(self, weight: nn.Parameter) -> Tensor:

@@ -1,6 +1,6 @@
 """Pruning: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.peers import joined
 from optprune.pruning.collecting import collect
 from optprune.pruning.journal import Journal
@@ -14,9 +14,9 @@ from optprune.pruning.workers import Layers, Serial, Workers, workers_of
 
 __all__ = [
     "Journal",
-    "Lanes",
     "Layers",
     "Measuring",
+    "PartialSums",
     "Plan",
     "PlannedPhase",
     "Processes",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from torch import Tensor
 
 from optprune.calibration import DenseStatistics, first_tokens
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.recipe import Recipe
@@ -26,7 +26,7 @@ def asked_metrics(
     recipe: Recipe,
     statistics: DenseStatistics,
     on_event: Callable[[Event], None],
-    lanes: Lanes,
+    partial_sums: PartialSums,
 ) -> Metrics:
     """The output metrics of a recipe that asks for some, not damped."""
     assert recipe.metric is not None
@@ -35,4 +35,4 @@ def asked_metrics(
     def on_pass(done: int, total: int) -> None:
         on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
 
-    return statistics.metrics(decoder, used, recipe.seed, whole_in(decoder, recipe), widest, on_pass, lanes)
+    return statistics.metrics(decoder, used, recipe.seed, whole_in(decoder, recipe), widest, on_pass, partial_sums)

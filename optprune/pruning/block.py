@@ -38,8 +38,8 @@ class BlockTask:
     """how many batches, the last ones, are kept apart"""
     onwards: bool = True
     """whether a later block needs what leaves this one"""
-    walked: bool = False
-    """whether somebody else gets what leaves it, from the dense model: then the path ends here, with its two passes"""
+    detached: bool = False
+    """whether another pass, through the dense model, moves on to the next block: the path then ends here"""
     known: BlockMoments | None = None
     """moments of the block in the dense model, where it gets what it gets there; for this process only"""
 
@@ -129,7 +129,7 @@ class _Work:
         matching = task.recipe.matching if self.targets or removed or self.fewer_experts else None
         whole = matching is not None
         cut = bool(removed) or self.fewer_experts
-        with task.path.visit(block, cut=cut, walked=task.walked, whole=whole, **wanted) as visit:
+        with task.path.visit(block, cut=cut, detached=task.detached, whole=whole, **wanted) as visit:
             self.remove(removed)
             if self.fewer_experts:
                 self.choose_experts()

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.allocation import ByCost, DenseModel
-from optprune.calibration import DenseWalk, KnownMoments, Statistics, calibrating, first_inputs, hold_out
-from optprune.calibration.lanes import Lanes
+from optprune.calibration import DensePass, KnownMoments, Statistics, calibrating, first_inputs, hold_out
+from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.source import Source
 from optprune.errors import InputError
 from optprune.measure.memory import release
@@ -35,7 +35,7 @@ def collect(
     recipes: Sequence[Recipe] | None = None,
     store: BlockStore | None = None,
     folder: str | Path | None = None,
-    lanes: Lanes | None = None,
+    partial_sums: PartialSums | None = None,
     states: str = "auto",
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Statistics:
@@ -46,17 +46,18 @@ def collect(
     moments of the layers' inputs: of all blocks where they are independent by the policy (dense, of intra the first
     stage) or a budget is divided, and else of the first. Without recipes they are the moments of all layers of all
     blocks. What a run needs beside them it measures and adds. Statistics know the model, its dtype, the tokens, the
-    lanes, the versions and the machine that they are from, and refuse any other by an InputError that names what
-    differs. They are in memory, 4 in^2 bytes for each different input of a layer, and as much again for what solvers
-    keep with it; or in a `folder`, whose files are there whole or not at all, and which a later call goes on with.
+    number of partial sums, the versions and the machine that they are from, and refuse any other by an InputError that
+    names what differs. They are in memory, 4 in^2 bytes for each different input of a layer, and as much again for what
+    solvers keep with it; or in a `folder`, whose files are there whole or not at all, and which a later call goes on
+    with.
     """
-    decoder, lanes = Decoder(model, store), lanes or Lanes()
-    if lanes.peers.size > 1:
+    decoder, partial_sums = Decoder(model, store), partial_sums or PartialSums()
+    if partial_sums.peers.size > 1:
         raise InputError("statistics are collected by one process: collect them before the run is shared")
     every = check_batches(model.config, batches)
     decoder.states = place_for(states, decoder, every, None)
-    statistics = Statistics(Source.of(decoder, every, lanes), folder)
-    needs = _Needs(decoder, every, statistics, lanes)
+    statistics = Statistics(Source.of(decoder, every, partial_sums), folder)
+    needs = _Needs(decoder, every, statistics, partial_sums)
     for recipe in recipes or ():
         check_run(decoder, recipe.settled(), None)
         needs.add(recipe.settled())
@@ -64,9 +65,9 @@ def collect(
         needs.add_everything()
     for recipe in recipes or ():
         if recipe.metric is not None:
-            asked_metrics(needs.access(recipe), every, recipe, statistics, on_event, lanes)
+            asked_metrics(needs.access(recipe), every, recipe, statistics, on_event, partial_sums)
     with calibrating(decoder):
-        needs.walk(on_event)
+        needs.measure(on_event)
         for recipe in _of_any_sparsity(recipes or ()):
             needs.measure_costs(recipe.settled(), on_event)
     statistics.seconds_saved = 0.0
@@ -79,7 +80,7 @@ def _of_any_sparsity(recipes: Sequence[Recipe]) -> list[Recipe]:
 
 
 @dataclass(eq=False)
-class _Walk:
+class _WantedMoments:
     """The layers whose moments are wanted on some batches, by block."""
 
     decoder: Decoder
@@ -92,9 +93,11 @@ class _Walk:
 class _Needs:
     """What recipes need of the dense model."""
 
-    def __init__(self, decoder: Decoder, every: list[Tensor], statistics: Statistics, lanes: Lanes) -> None:
-        self.decoder, self.every, self.statistics, self.lanes = decoder, every, statistics, lanes
-        self._walks: dict[tuple[object, ...], _Walk] = {}
+    def __init__(
+        self, decoder: Decoder, every: list[Tensor], statistics: Statistics, partial_sums: PartialSums
+    ) -> None:
+        self.decoder, self.every, self.statistics, self.partial_sums = decoder, every, statistics, partial_sums
+        self._wanted: dict[tuple[object, ...], _WantedMoments] = {}
 
     def access(self, recipe: Recipe) -> Decoder:
         """The model in the dtype that a run of a recipe computes in."""
@@ -124,22 +127,22 @@ class _Needs:
         self._want(decoder, self.every, 0, taps)
 
     def _want(self, decoder: Decoder, batches: list[Tensor], held_out: int, taps: dict[int, list[str]]) -> None:
-        known = self.statistics.known(decoder, batches, held_out, self.lanes)
+        known = self.statistics.known(decoder, batches, held_out, self.partial_sums)
         assert known is not None
-        walk = self._walks.setdefault(known.scope, _Walk(decoder, batches, held_out, known))
+        wanted = self._wanted.setdefault(known.scope, _WantedMoments(decoder, batches, held_out, known))
         for index, of in taps.items():
-            walk.taps.setdefault(index, set()).update(of)
+            wanted.taps.setdefault(index, set()).update(of)
 
-    def walk(self, on_event: Callable[[Event], None]) -> None:
+    def measure(self, on_event: Callable[[Event], None]) -> None:
         """Measure all moments that are wanted and not known: once through the blocks for each way to hold out."""
-        for number, walk in enumerate(self._walks.values()):
-            decoder, order = walk.decoder, walk.decoder.architecture.layers.index
-            taps = [sorted(walk.taps[index], key=order) for index in sorted(walk.taps) if walk.taps[index]]
-            entering = partial(first_inputs, decoder, walk.batches, self.lanes)
-            way = DenseWalk(decoder, entering, walk.known, taps, walk.held_out)
+        for number, wanted in enumerate(self._wanted.values()):
+            decoder, order = wanted.decoder, wanted.decoder.architecture.layers.index
+            taps = [sorted(wanted.taps[index], key=order) for index in sorted(wanted.taps) if wanted.taps[index]]
+            entering = partial(first_inputs, decoder, wanted.batches, self.partial_sums)
+            way = DensePass(decoder, entering, wanted.known, taps, wanted.held_out)
             if way.stream is None:
                 continue
-            what = f"measuring the dense model's moments, {number + 1} of {len(self._walks)}"
+            what = f"measuring the dense model's moments, {number + 1} of {len(self._wanted)}"
             for index in range(len(taps)):
                 on_event(PhaseAdvanced(BUDGET, what, "block", index, len(taps)))
                 with decoder.resident(index):
@@ -155,7 +158,7 @@ class _Needs:
         fitted, _ = hold_out(self.every, 0.0 if recipe.refit is None else recipe.refit.held_out)
         asked, metrics = recipe.metric, {}
         if asked is not None:
-            metrics = asked_metrics(decoder, self.every, recipe, self.statistics, on_event, self.lanes)
+            metrics = asked_metrics(decoder, self.every, recipe, self.statistics, on_event, self.partial_sums)
             metrics = metrics.damped(asked.damping)
-        dense = DenseModel(decoder, fitted, metrics, self.statistics, on_event, self.lanes)
+        dense = DenseModel(decoder, fitted, metrics, self.statistics, on_event, self.partial_sums)
         replace(allocator, probe_tokens=0).gathered(dense)

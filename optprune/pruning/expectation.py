@@ -14,21 +14,10 @@ from optprune.allocation.cost_work import SLOW, grams, head_weights
 from optprune.calibration.fisher_pass import PASSES_BACK
 from optprune.measure.clock import clock
 from optprune.models import Decoder
+from optprune.pruning.matching import descent_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
-from optprune.solvers import (
-    Admm,
-    Chain,
-    ConjugateGradients,
-    FistaPruner,
-    GreedyObs,
-    Restore,
-    Spap,
-    SparseGpt,
-    Swaps,
-)
-from optprune.solvers.base import AnySolver
 
 WIDTH, TIMES = 512, 5
 """the width of the matrices whose product is timed, and how often it is"""
@@ -38,19 +27,6 @@ START = 3.0, 60.0
 """the least and the most seconds in which a process imports torch and transformers"""
 CHARACTERS_PER_SECOND = 1e6
 """what a tokenizer reads"""
-SEARCH: dict[type, float] = {
-    Admm: 60,
-    ConjugateGradients: 40,
-    FistaPruner: 175,
-    GreedyObs: 50,
-    Restore: 30,
-    SparseGpt: 18,
-    Spap: 75,
-    Swaps: 75,
-}
-"""how many times out in (out + in) multiplications a solver takes: on the shapes of SmolLM2-135M, as a rule of thumb"""
-RANKING = 8
-"""the same of solvers that rank and do not search"""
 
 
 def expected_seconds(
@@ -144,19 +120,14 @@ def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int)
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
-    work, search = 0.0, _search(recipe.layer_solver)
+    work, solver = 0.0, recipe.layer_solver
     for block, shape in enumerate(decoder.shapes()):
         targets = recipe.units.candidates(decoder, block)
         passes, taps = 3 if recipe.policy.sequential else 2, {target.tap for target in targets}
         if recipe.matching is not None:
-            passes += recipe.matching.epochs * (1 + PASSES_BACK)
+            passes += descent_of(recipe.matching).work(decoder.weights_of(shape)).passes
         work += SLOW * tokens * (passes * decoder.weights_of(shape) + grams(decoder, block, taps))
         for outputs, inputs in (decoder.layer(block, path).weight.shape for path in {each.path for each in targets}):
-            work += search * outputs * inputs * (outputs + inputs)
+            # Two flops are a multiplication.
+            work += 0.0 if solver is None else solver.work(outputs, inputs).flops / 2
     return work
-
-
-def _search(solver: AnySolver | None) -> float:
-    if solver is None:
-        return 0.0
-    return sum(map(_search, solver.stages)) if isinstance(solver, Chain) else SEARCH.get(type(solver), RANKING)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from optprune.allocation import Allocation
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.models import Decoder
 from optprune.models.draft import DRAFT_FIELD
 from optprune.numerics.fingerprint import fingerprint
@@ -36,7 +36,7 @@ def facts(
     batches: list[Tensor],
     recipe: Recipe,
     allocation: Allocation | None,
-    lanes: Lanes,
+    partial_sums: PartialSums,
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
     """Return what decides the bytes of a run. All weights are read for it, which the events tell of."""
@@ -49,7 +49,7 @@ def facts(
         "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
         "its dtype": str(decoder.model.dtype),
         "the calibration tokens": fingerprint(batches),
-        "the lanes": lanes.count,
+        "the number of partial sums": partial_sums.count,
         **asked(recipe, allocation),
         "the version": versions(),
         "the machine": machine(decoder.model.device),

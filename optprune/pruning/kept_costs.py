@@ -14,8 +14,8 @@ from torch import Tensor
 from optprune.calibration import DenseStatistics
 from optprune.calibration.dense_statistics import Removal
 from optprune.calibration.known_moments import KnownMoments
-from optprune.calibration.lanes import Lanes
-from optprune.calibration.shelf import Key
+from optprune.calibration.partial_sums import PartialSums
+from optprune.calibration.statistics_cache import Key
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
 from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
@@ -73,8 +73,10 @@ class JournalledStatistics(DenseStatistics):
     def __init__(self, inner: DenseStatistics, costs: KeptCosts) -> None:
         self._inner, self._costs = inner, costs
 
-    def known(self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, lanes: Lanes) -> KnownMoments | None:
-        return self._inner.known(decoder, batches, held_out, lanes)
+    def known(
+        self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, partial_sums: PartialSums
+    ) -> KnownMoments | None:
+        return self._inner.known(decoder, batches, held_out, partial_sums)
 
     def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
         def measure() -> Measured:

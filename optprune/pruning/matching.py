@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.calibration.lanes import LaneSums, TensorSums
+from optprune.calibration.partial_sums import OrderedSum, TensorSums
 from optprune.metric import OutputMetric
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
@@ -20,26 +20,26 @@ from optprune.solvers import Adam, Descent, Lbfgs, match
 
 @final
 class Sequences(Examples):
-    """The sequences of a block's calls, one an example. A draw has a few of every lane."""
+    """The sequences of a block's calls, one an example. A draw has a few of every partial sum."""
 
     def __init__(self, calls: Calls, at_once: int) -> None:
-        """A draw has `at_once` sequences of each lane, as long as there are any."""
-        self.calls, self.lanes = calls, calls.share.lanes
-        self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.lanes.own)]
-        """the call and the place in it of every sequence, by this process's lanes"""
+        """A draw has `at_once` sequences of each partial sum, as long as there are any."""
+        self.calls, self.partial_sums = calls, calls.share.partial_sums
+        self._places: list[list[tuple[int, int]]] = [[] for _ in range(self.partial_sums.own)]
+        """the call and the place in it of every sequence, by this process's partial sums"""
         for number, shape in enumerate(calls.targets.shapes):
-            self._places[calls.lane(number)] += [(number, place) for place in range(shape[0])]
+            self._places[calls.part(number)] += [(number, place) for place in range(shape[0])]
         counts = [len(places) for places in self._places]
-        most = max(max(every, default=0) for every in self.lanes.peers.exchange(counts))
+        most = max(max(every, default=0) for every in self.partial_sums.peers.all_gather(counts))
         self.at_once, self.draws = at_once, max(1, -(-most // at_once))
 
     def sums(self, terms: Terms, zeros: Callable[[], tuple[Tensor, ...]], draw: int | None = None) -> Point:
-        sums = LaneSums(self.lanes, lambda: TensorSums(*zeros()))
-        for lane, places in enumerate(self._places):
+        sums = OrderedSum(self.partial_sums, lambda: TensorSums(*zeros()))
+        for part, places in enumerate(self._places):
             for number, place in places if draw is None else self._drawn(places, draw):
                 # The first before there is room for sums, none while the next is made: that needs room inside a block.
                 found = terms(self._example(number, place))
-                sums.at(lane).add(*found)
+                sums.at(part).add(*found)
                 del found
         return sums.total().tensors
 
@@ -85,8 +85,8 @@ def match_block(
 ) -> RecoveredPart:
     """Move the parameters of a block in place, zeros of its matrices kept, so that it answers the targets.
 
-    A draw of the solver has `at_once` sequences of each lane. The state with the least error on the calls kept apart
-    stays, rounded to a `dtype` where weights will be stored in one of fewer digits than the block has: that error
+    A draw of the solver has `at_once` sequences of each partial sum. The state with the least error on the calls kept
+    apart stays, rounded to a `dtype` where weights will be stored in one of fewer digits than the block has: that error
     never rises. InputError where the block itself has too few.
     """
     began = time.perf_counter()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.calibration.lanes import LaneSums, TensorSums
+from optprune.calibration.partial_sums import OrderedSum, TensorSums
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
 from optprune.numerics.modules import first_output
@@ -33,18 +33,18 @@ class ModuleLoss:
     def error(self, calls: Calls) -> float:
         """The mean over tokens of the squared change of the output, in the metric."""
         sums = self.numbers(calls)
-        for lane, args, kwargs, target in calls.each():
-            sums.at(lane).add(self.energy(first_output(self.module(*args, **kwargs)) - target))
+        for part, args, kwargs, target in calls.each():
+            sums.at(part).add(self.energy(first_output(self.module(*args, **kwargs)) - target))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def signal(self, calls: Calls) -> float:
         """The mean over tokens of the squared targets themselves, in the metric."""
         sums = self.numbers(calls)
         for number, target in enumerate(calls.targets):
-            sums.at(calls.lane(number)).add(self.energy(target))
+            sums.at(calls.part(number)).add(self.energy(target))
         return float(sums.total().tensors[0]) / calls.tokens
 
-    def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> LaneSums[TensorSums]:
+    def numbers(self, calls: Calls, *shapes: tuple[int, ...]) -> OrderedSum[TensorSums]:
         """Sums over calls, of numbers in float64, and of tensors of these shapes in the dtype of the module."""
         like = next(self.module.parameters())
 
@@ -52,7 +52,7 @@ class ModuleLoss:
             number = like.new_zeros((), dtype=torch.float64, requires_grad=False)
             return TensorSums(number, *(like.new_zeros(shape, requires_grad=False) for shape in shapes))
 
-        return LaneSums(calls.share.lanes, fresh)
+        return OrderedSum(calls.share.partial_sums, fresh)
 
     def energy(self, change: Float[Tensor, "... out"]) -> Tensor:
         """The sum over tokens of e^T S e."""
@@ -82,11 +82,11 @@ class Inside:
         inputs: list[Tensor] = []
         handle = self.layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
         try:
-            for lane, args, kwargs, target in loss.fit.each():
+            for part, args, kwargs, target in loss.fit.each():
                 with torch.enable_grad(), _weight(self.layer, self.layer.weight.detach().requires_grad_()) as weight:
                     half = loss.energy(first_output(loss.module(*args, **kwargs)) - target) / 2
-                    sums.at(lane).add(2 * half.detach().double(), torch.autograd.grad(half, weight)[0])
-                moments.at(lane).add(inputs.pop())
+                    sums.at(part).add(2 * half.detach().double(), torch.autograd.grad(half, weight)[0])
+                moments.at(part).add(inputs.pop())
         finally:
             handle.remove()
         error, total = sums.total().tensors
@@ -99,10 +99,10 @@ class Inside:
         """H d: without biases the output is linear in the weight, so d takes its place."""
         loss, sums = self.loss, self.loss.numbers(self.loss.fit, tuple(direction.shape))
         with _without_biases(loss.module, self.layers), torch.enable_grad():
-            for lane, args, kwargs, _ in loss.fit.each():
+            for part, args, kwargs, _ in loss.fit.each():
                 with _weight(self.layer, direction.detach().requires_grad_()) as weight:
                     energy = loss.energy(first_output(loss.module(*args, **kwargs)))
-                    sums.at(lane).add(energy.detach(), torch.autograd.grad(energy / 2, weight)[0])
+                    sums.at(part).add(energy.detach(), torch.autograd.grad(energy / 2, weight)[0])
         return sums.total().tensors[1] / loss.fit.tokens
 
     def trace(self, signs: Float[Tensor, "out in"]) -> float:
@@ -110,8 +110,8 @@ class Inside:
         loss, calls = self.loss, self.loss.fit.first(TRACE_TOKENS)
         sums = loss.numbers(calls)
         with _without_biases(loss.module, self.layers), _weight(self.layer, signs):
-            for lane, args, kwargs, _ in calls.each():
-                sums.at(lane).add(loss.energy(first_output(loss.module(*args, **kwargs))))
+            for part, args, kwargs, _ in calls.each():
+                sums.at(part).add(loss.energy(first_output(loss.module(*args, **kwargs))))
         return float(sums.total().tensors[0]) / calls.tokens
 
     def outputs(self) -> Float[Tensor, "out out"]:
@@ -121,8 +121,8 @@ class Inside:
         """
         loss, layer, calls = self.loss, self.layer, self.loss.fit.first(TRACE_TOKENS)
         sums = loss.numbers(calls, (layer.out_features, layer.out_features))
-        # Each lane draws its own signs.
-        generators = [torch.Generator().manual_seed(lane) for lane in calls.share.lanes.numbers]
+        # Each partial sum draws its own signs.
+        generators = [torch.Generator().manual_seed(part) for part in calls.share.partial_sums.numbers]
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -131,12 +131,12 @@ class Inside:
 
         handle = layer.register_forward_hook(catch)
         try:
-            for lane, args, kwargs, _ in calls.each():
+            for part, args, kwargs, _ in calls.each():
                 with torch.enable_grad():
                     answer = first_output(loss.module(*args, **kwargs))
-                    signs = torch.randint(0, 2, answer.shape, generator=generators[lane]).to(answer) * 2 - 1
+                    signs = torch.randint(0, 2, answer.shape, generator=generators[part]).to(answer) * 2 - 1
                     effect = torch.autograd.grad(answer, caught.pop(), loss.rooted(signs))[0].flatten(0, -2)
-                sums.at(lane).tensors[1].add_(effect.T @ effect)
+                sums.at(part).tensors[1].add_(effect.T @ effect)
         finally:
             handle.remove()
         return sums.total().tensors[1] / calls.tokens
@@ -162,11 +162,11 @@ class AtOutput:
         inputs: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
         try:
-            for lane, args, kwargs, target in calls.each():
+            for part, args, kwargs, target in calls.each():
                 change = first_output(self.loss.module(*args, **kwargs)) - target
                 seen = inputs.pop()
-                moments.at(lane).add(seen)
-                sums.at(lane).add(self.loss.energy(change), change.flatten(0, -2).T @ seen)
+                moments.at(part).add(seen)
+                sums.at(part).add(self.loss.energy(change), change.flatten(0, -2).T @ seen)
         finally:
             handle.remove()
         error, total = sums.total().tensors
@@ -193,9 +193,9 @@ class AtOutput:
         return self.error + float((change * (2 * gradient + self.loss.weigh(change) @ gram)).sum())
 
 
-def _moments_of(layer: nn.Linear, calls: Calls) -> LaneSums[MomentSums]:
+def _moments_of(layer: nn.Linear, calls: Calls) -> OrderedSum[MomentSums]:
     """The sums of the moments of a layer's inputs over calls."""
-    return LaneSums(calls.share.lanes, partial(MomentSums, layer.in_features, layer.weight.device))
+    return OrderedSum(calls.share.partial_sums, partial(MomentSums, layer.in_features, layer.weight.device))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
 from optprune.calibration import DenseStatistics, calibrating
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
@@ -46,7 +46,7 @@ def prune(
     store: BlockStore | None = None,
     journal: Journal | None = None,
     workers: Workers | None = None,
-    lanes: Lanes | None = None,
+    partial_sums: PartialSums | None = None,
     states: str = "auto",
 ) -> Report:
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
@@ -59,14 +59,14 @@ def prune(
     gave comes with the `store` of its blocks, which are in memory one at a time; afterwards the store gives the pruned
     ones. With a `journal` every block is on the disk once it is finished, and a run that was stopped goes on where it
     was. `workers` prune blocks side by side, where blocks are independent by the policy (dense, intra), or share the
-    layers of a block; the weights are those of a run without. Sums over batches are added over `lanes`, which processes
-    may share: each calls this with the same arguments, but for the first one's journal. `states` says where the hidden
-    states of the tokens are between two blocks: device, host, disk (in a file without a name, in the journal's folder
-    where there is one), or auto, which is the first of these that has room enough. `on_event` hears how far the run is,
-    and with `progress` that is shown on stderr, with the time left.
+    layers of a block; the weights are those of a run without. Sums over batches are added in `partial_sums`, which
+    processes may share: each calls this with the same arguments, but for the first one's journal. `states` says where
+    the hidden states of the tokens are between two blocks: device, host, disk (in a file without a name, in the
+    journal's folder where there is one), or auto, which is the first of these that has room enough. `on_event` hears
+    how far the run is, and with `progress` that is shown on stderr, with the time left.
     """
-    began, workers, lanes = time.perf_counter(), workers or Serial(), lanes or Lanes()
-    _check_hands(model, store, recipe, workers, lanes)
+    began, workers, partial_sums = time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
+    _check_hands(model, store, recipe, workers, partial_sums)
     decoder = Decoder(model, store)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
@@ -74,7 +74,7 @@ def prune(
     recipe, work = recipe.settled(), recipe.worked() if allocation is None else recipe
     with followed(progress, on_event, decoder, every, work, allocation) as listener:
         phases = PhaseRecorder(model.device, listener)
-        run = Run.begin(decoder, every, work, allocation, statistics, phases, journal, states, lanes)
+        run = Run.begin(decoder, every, work, allocation, statistics, phases, journal, states, partial_sums)
         with phases.phase(PRUNING), calibrating(decoder):
             workers.prune(run)
     divided, notes = run.allocation, run.notes
@@ -112,11 +112,11 @@ def prune(
 
 
 def _check_hands(
-    model: PreTrainedModel, store: BlockStore | None, recipe: Recipe, workers: Workers, lanes: Lanes
+    model: PreTrainedModel, store: BlockStore | None, recipe: Recipe, workers: Workers, partial_sums: PartialSums
 ) -> None:
     """Raise InputError where the weights are not at hand, or there are workers that do not go with the run."""
     if store is None and any(weight.is_meta for weight in model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
     workers.check(recipe)
-    if lanes.peers.size > 1 and not isinstance(workers, Serial):
-        raise InputError("the processes that share the lanes are the workers: leave other workers out")
+    if partial_sums.peers.size > 1 and not isinstance(workers, Serial):
+        raise InputError("the processes that share the partial sums are the workers: leave other workers out")

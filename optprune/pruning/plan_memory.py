@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from optprune.models import Target, reorderable
+from optprune.pruning.matching import descent_of
 from optprune.pruning.workers import AHEAD
 from optprune.pruning.workload import AVERAGE, Workload
 from optprune.recipe.groups import Matching
-from optprune.solvers import Lbfgs
+from optprune.solvers.descent import NUMBER
 from optprune.sums import AT_ONCE
 
 PHASES = ("loading", "tokenising", "metric", "budget", "pruning", "saving", "checking")
@@ -242,7 +243,7 @@ def numbers_of(matching: Matching) -> int:
     one that is tried, each with its gradient. Where entries are gone all of these are so much smaller, and where the
     others are is as large as one.
     """
-    return 3 + (matching.pull > 0) + (2 * Lbfgs().pairs + 5 if matching.solver == "lbfgs" else 2)
+    return 3 + (matching.pull > 0) + round(descent_of(matching).work(1).bytes / NUMBER)
 
 
 def _saving(work: Workload) -> Iterator[Part]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optprune.allocation import Allocation, Allocator, DenseModel, Division
 from optprune.calibration import DenseStatistics, calibrating, first_inputs, hold_out
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import StrictError
 from optprune.measure.clock import clock
 from optprune.measure.memory import release
@@ -48,11 +48,11 @@ class Run:
         division: Division,
         batches: list[Tensor],
         on_event: Listener,
-        lanes: Lanes | None = None,
+        partial_sums: PartialSums | None = None,
     ) -> None:
         self.decoder, self.recipe, self.division, self.on_event = decoder, recipe, division, on_event
         self.allocation = division.allocation
-        entering = first_inputs(decoder, batches, lanes)
+        entering = first_inputs(decoder, batches, partial_sums)
         self.path = recipe.policy.start(entering)
         """what enters the next block"""
         self.from_dense = self.path.actual is entering
@@ -77,7 +77,7 @@ class Run:
         """how many of them this run has passed by"""
         self.executor: LayerExecutor = SerialExecutor()
         """who solves the layers of a stage"""
-        self.walked: dict[int, float] = {}
+        self.dense_pass_seconds: dict[int, float] = {}
         """the seconds of the pass through a dense block that a worker prunes meanwhile"""
         blocks = range(len(decoder.blocks))
         self.last = max((index for index in blocks if self.chooses(index)), default=-1)
@@ -94,7 +94,7 @@ class Run:
         phases: PhaseRecorder,
         journal: Journal | None = None,
         states: str = "auto",
-        lanes: Lanes | None = None,
+        partial_sums: PartialSums | None = None,
     ) -> "Run":
         """A run before its first block: all fits together, the budget is divided, and no weight is changed.
 
@@ -107,33 +107,35 @@ class Run:
             decoder = decoder.precise()
         decoder.states = place_for(states, decoder, every, None if journal is None else journal.scratch)
         fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
-        lanes = lanes or Lanes()
-        lanes.check(fitted)
-        statistics.begin(decoder, every, lanes)
-        journal_view = journal if lanes.peers.size == 1 else SharedJournal(journal, lanes.peers)
+        partial_sums = partial_sums or PartialSums()
+        partial_sums.check(fitted)
+        statistics.begin(decoder, every, partial_sums)
+        journal_view = journal if partial_sums.peers.size == 1 else SharedJournal(journal, partial_sums.peers)
         on_event = phases.on_event
         decided: dict[str, Any] = {}
         if journal_view is not None:
             with phases.phase(LOADING):
-                decided = facts(decoder, every, recipe, allocation, lanes, on_event)
+                decided = facts(decoder, every, recipe, allocation, partial_sums, on_event)
                 journal_view.begin(decided)
         with phases.phase(METRIC):
-            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal_view, lanes)
-        if lanes.count > 1:
-            notes += (f"sums over batches are added over {lanes.count} lanes (--lanes {lanes.count})",)
+            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal_view, partial_sums)
+        if partial_sums.count > 1:
+            notes += (
+                f"sums over batches are added in {partial_sums.count} partial sums (--lanes {partial_sums.count})",
+            )
         notes += idle + warn_or_raise(recipe, allocator.warnings)
         with phases.phase(BUDGET), calibrating(decoder):
             costs = statistics if journal_view is None else journal_view.keeping_costs(statistics)
-            dense = DenseModel(decoder, fitted, metrics, costs, on_event, lanes)
+            dense = DenseModel(decoder, fitted, metrics, costs, on_event, partial_sums)
             division = _division(allocator, dense, journal_view)
-            run = cls(decoder, recipe, division, fitted, on_event, lanes)
+            run = cls(decoder, recipe, division, fitted, on_event, partial_sums)
         run.metrics, run.held_out, run.journal = metrics, held_out, journal_view
-        known = statistics.known(decoder, fitted, held_out, lanes)
+        known = statistics.known(decoder, fitted, held_out, partial_sums)
         run.cached = CachedMoments(decoder, recipe, known, run.from_dense)
         run.facts = {} if journal is None else decided
         run.finished = set() if journal_view is None else set(journal_view.finished())
-        if lanes.peers.size > 1:
-            run.executor = ProcessExecutor(lanes.peers)
+        if partial_sums.peers.size > 1:
+            run.executor = ProcessExecutor(partial_sums.peers)
         repaired = () if journal_view is None else journal_view.repaired()
         run.notes = notes + warn_or_raise(recipe, division.warnings) + division.notes + repaired
         return run
@@ -155,15 +157,15 @@ class Run:
         else:
             wanted, onwards = self.allocation.blocks[index], index < self.last
             # With all that enters any block known, nothing has to go on.
-            walked, known = self.walks_nowhere, self.cached.block(index)
-            more = self.held_out, onwards and not walked, walked, known
+            detached, known = self.recalls_everything, self.cached.block(index)
+            more = self.held_out, onwards and not detached, detached, known
             task = BlockTask(index, self.recipe, wanted, self.path, metrics, *more)
             self.records.append(self._pruned(task))
         del metrics  # freed with the block's
         release()
 
     @cached_property
-    def walks_nowhere(self) -> bool:
+    def recalls_everything(self) -> bool:
         """Whether the run recalls all that it needs of the dense model; asked before the first block."""
         targets = [self.targets(index) for index in range(len(self.decoder.blocks))]
         shapes = [block.shape for block in self.allocation.blocks]
@@ -183,13 +185,13 @@ class Run:
             with decoder.resident(index) as block:
                 wanted, onwards = self.allocation.blocks[index], index < self.last
                 # The worker's path ends with the block: the next one's begins where this run's own path gets.
-                ends: dict[str, Any] = {"onwards": False, "walked": onwards}
+                ends: dict[str, Any] = {"onwards": False, "detached": onwards}
                 task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
                 job = BlockJob.of(decoder, task)
                 if onwards:
                     before = clock(decoder.model.device)
                     self.path.pass_by(block, lambda: None)
-                    self.walked[index] = clock(decoder.model.device) - before
+                    self.dense_pass_seconds[index] = clock(decoder.model.device) - before
             self.on_event(BlockStarted(index, len(decoder.blocks), done=len(self.records)))
             del metrics, task
             yield job
@@ -199,7 +201,7 @@ class Run:
     def take(self, outcome: BlockOutcome) -> None:
         """Let a block be what a worker made of it; they come in any order."""
         record, decoder = outcome.record, self.decoder
-        passes = 2 * self.walked.pop(record.index, 0.0)
+        passes = 2 * self.dense_pass_seconds.pop(record.index, 0.0)
         record = replace(record, floor_seconds=record.floor_seconds + passes)
         weights = moved(outcome.weights, decoder.model.device)
         with decoder.resident(record.index, keep=True):
@@ -254,7 +256,7 @@ def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol 
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
-    division = dense.lanes.peers.exchange(allocator.divide(dense))[0]
+    division = dense.partial_sums.peers.all_gather(allocator.divide(dense))[0]
     if journal is not None:
         journal.divided(division)
     return division
@@ -267,7 +269,7 @@ def _metrics(
     statistics: DenseStatistics,
     on_event: Listener,
     journal: JournalProtocol | None,
-    lanes: Lanes,
+    partial_sums: PartialSums,
 ) -> tuple[Metrics, tuple[str, ...]]:
     """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
 
@@ -282,7 +284,7 @@ def _metrics(
         finished = journal.finished() if journal.division() is not None else []
         metrics = journal.metrics.read(decoder, finished)
     if metrics is None:
-        metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, lanes)
+        metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, partial_sums)
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     small = metrics.diagonal_only()
     cut = [path for path in whole_in(decoder, recipe) if any(name.endswith(f".{path}") for name in small)]

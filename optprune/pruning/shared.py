@@ -1,4 +1,4 @@
-"""Together: a run that the processes of torchrun share. Each goes over its lanes of the batches; all hold the model.
+"""Together: a run that the processes of torchrun share. Each goes over its share of the batches; all hold the model.
 
 The layers of a stage are shared among them too: each is solved by one process, and all write the same bytes. The first
 process alone has the journal; what it finds there the others are told.
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from optprune.allocation import Division
 from optprune.calibration import DenseStatistics
-from optprune.calibration.lanes import Peers
 from optprune.calibration.moments_pass import Collected
+from optprune.calibration.peers import Peers
 from optprune.errors import InputError, OptpruneError
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
@@ -39,7 +39,7 @@ def agreed(peers: Peers, make: Callable[[], Value]) -> Value:
             made = make()
         except OptpruneError as error:
             made = error
-    found: Any = peers.exchange(made)[0]
+    found: Any = peers.all_gather(made)[0]
     if isinstance(found, OptpruneError):
         raise found
     return found
@@ -47,7 +47,7 @@ def agreed(peers: Peers, make: Callable[[], Value]) -> Value:
 
 def check_alike(peers: Peers, facts: Mapping[str, Any]) -> None:
     """Raise InputError, in all processes, unless all have the same facts that decide the bytes of a run."""
-    found = peers.exchange(json.loads(json.dumps(facts)))
+    found = peers.all_gather(json.loads(json.dumps(facts)))
     for number, other in enumerate(found):
         for what, first, own in differences(found[0], other):
             raise InputError(
@@ -77,8 +77,8 @@ class ProcessExecutor(LayerExecutor):
                 own[number] = solved
             except OptpruneError as error:
                 errors[number] = error
-        failed = {number: error for found in peers.exchange(errors) for number, error in found.items()}
-        told = peers.exchange({number: _Told.of(solved) for number, solved in own.items()})
+        failed = {number: error for found in peers.all_gather(errors) for number, error in found.items()}
+        told = peers.all_gather({number: _Told.of(solved) for number, solved in own.items()})
         for number, task in enumerate(tasks):
             if number in failed:
                 raise failed[number]
@@ -116,7 +116,7 @@ def _spread(peers: Peers, solved: SolvedLayer, source: int) -> SolvedLayer:
     """A layer as the process that solved it has it."""
     bias = None if solved.bias is None else solved.bias.contiguous()
     whole = replace(solved, weight=solved.weight.contiguous(), bias=bias, reads=solved.reads.contiguous())
-    peers.spread([part for part in (whole.weight, whole.bias, whole.reads) if part is not None], source)
+    peers.broadcast([part for part in (whole.weight, whole.bias, whole.reads) if part is not None], source)
     return whole
 
 
@@ -197,7 +197,7 @@ class SharedMetrics:
             device = decoder.model.device
             forms = told.forms.items()
             parts = {part: torch.empty(shape, dtype=dtype, device=device) for part, (shape, dtype) in forms}
-        self.peers.spread(list(parts.values()), 0)
+        self.peers.broadcast(list(parts.values()), 0)
         if sums is not None:
             return sums
         return MetricSums.elsewhere(told.width, told.tokens, decoder.aside.keep_all(parts), full=told.full)
@@ -248,7 +248,7 @@ class SharedJournal:
 
         told, device = self._agreed(forms, {}), decoder.model.device
         parts = read or {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in told.items()}
-        self._peers.spread(list(parts.values()), 0)
+        self._peers.broadcast(list(parts.values()), 0)
         return parts
 
     def finish(self, decoder: Decoder, result: BlockResult) -> None:

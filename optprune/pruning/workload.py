@@ -18,8 +18,10 @@ from optprune.pruning.targets import by_stage, targets_of
 from optprune.recipe import Recipe
 from optprune.recipe.allocator import allocator_of
 from optprune.recipe.groups import Matching, Recovery
-from optprune.solvers import GreedyObs, choose
-from optprune.solvers.workspace import Workspace
+from optprune.solvers import choose
+from optprune.solvers.greedy_obs import removal_curve_work
+from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.value_basis import best_basis_work
 
 TOKENS_PER_BATCH = 2048
 """about how many tokens a calibration batch has (texts/windows.py)"""
@@ -27,12 +29,6 @@ FIRST_FEW = 4
 """how many blocks are passed by for one that stands for the rest"""
 AVERAGE = 4
 """the bytes of a number in averages over tokens, which are float32"""
-REMOVAL = {False: GreedyObs.workspace, True: GreedyObs.coupled_workspace}
-"""the workspace of a removal curve, which a greedy elimination is, without and with a whole metric"""
-ENTRIES = {False: Workspace(16.0, 12.0), True: Workspace(16.0, 28.0, 8.0)}
-"""the workspace of the costs of single weights, likewise"""
-BASIS = Workspace(32.0, 24.0)
-"""the workspace of the search for directions: A and B in float64, and what of them is for the directions kept"""
 MAX_SHARD = 5 * 10**9
 """the most bytes of a weights file, where nobody says it"""
 
@@ -250,8 +246,10 @@ class Workload:
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
         solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=coupled))
-        workspace = max(solver.takes(out, width, coupled), BASIS.bytes(out, width) if target.rotated else 0)
-        return workspace + (AVERAGE * out**2 if coupled else 0)
+        work = solver.work(out, width, coupled=coupled)
+        if target.rotated:
+            work += best_basis_work(out, width)
+        return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: list[Target], target: Target) -> int:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
@@ -276,8 +274,8 @@ class Workload:
         layer = self.decoder.layer(self.largest, target.path)
         out, width = layer.out_features, layer.in_features
         coupled = self.coupled(target.path)
-        measures = REMOVAL if target.kind is not None else ENTRIES
-        return measures[coupled].bytes(out, width) + (AVERAGE * out**2 if coupled else 0)
+        measure = entry_costs_work if target.kind is None else removal_curve_work
+        return round(measure(out, width, coupled=coupled).bytes) + (AVERAGE * out**2 if coupled else 0)
 
     @property
     def all_costs_bytes(self) -> int:

@@ -7,8 +7,9 @@ from typing import final
 import torch
 
 from optprune.problems.matching import BlockMatching, Point
-from optprune.solvers.descent import Descent
+from optprune.solvers.descent import GRADIENT_PASSES, NUMBER, Descent
 from optprune.solvers.solution import Status
+from optprune.work import Work, sweeps
 
 TINY = 1e-12
 """a gradient far below that, in units of the problem and of its weights, moves nothing: it may be rounding"""
@@ -51,6 +52,10 @@ class Adam(Descent[AdamState]):
     """what the averages of the gradient and of its square keep from step to step"""
     warm: float = 0.1
     """the share of the steps over which the rate grows"""
+
+    def work(self, weights: int, draws: int = 1) -> Work:
+        passes = self.epochs * GRADIENT_PASSES
+        return Work(self.epochs * draws * sweeps(10, weights), 2 * NUMBER * weights, passes)
 
     def begin(self, problem: BlockMatching) -> AdamState:
         mean, square = (tuple(one.zeros() for one in problem.entries) for _ in range(2))

@@ -9,8 +9,8 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.solution import Certificate, Record, Status
-from optprune.solvers.workspace import Workspace
 from optprune.system.wording import shown
+from optprune.work import DOUBLE, Work, eigenvectors, product, storage, sweeps
 
 P = TypeVar("P", bound=Problem)
 State = TypeVar("State")
@@ -86,18 +86,18 @@ class Solver(ABC, Generic[P, State]):
         """A promise that the answer is never worse than a feasible start; held to it unconditionally."""
         return self.exact(problem)
 
-    workspace: ClassVar[Workspace] = Workspace(24.0, 80.0, 2.0)
-    """what a solve takes beside the weight and the moments; a solver without a fit of its own states the most"""
-    coupled_workspace: ClassVar[Workspace] = Workspace(24.0, 80.0, 30.0)
-    """the same where a whole metric couples the outputs"""
+    @abstractmethod
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        """Return the work of a solve for a weight [outputs, inputs]; `coupled` under a full output metric.
 
-    def takes(self, outputs: int, inputs: int, coupled: bool) -> int:
-        """The bytes that a solve takes at most beside the weight [outputs, inputs], the moments and the metric."""
-        return (self.coupled_workspace if coupled else self.workspace).bytes(outputs, inputs)
+        The flops are an estimate, for a plan, from the options and the widths alone. They hold the measurement of the
+        answer by the problem (`measuring`), which each stage of a chain has. The bytes are the peak beside the weight,
+        the moments and the metric.
+        """
 
     @property
     def keeps(self) -> int:
-        """The bytes over in^2 that stay with the moments, for the next layer that reads the same inputs."""
+        """Return the bytes over in^2 that stay with the moments, for the next layer that reads the same inputs."""
         return 0
 
     @property
@@ -125,6 +125,19 @@ def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
                 raise InputError(
                     f"{option.name} of {solver.label} must be between {least:g} and {most:g}, not {shown(value)}"
                 )
+
+
+def measuring(outputs: int, inputs: int, *, coupled: bool = False) -> float:
+    """Return the flops of posing a problem and of measuring one answer, in float64."""
+    flops = DOUBLE * product(outputs, inputs, inputs) + sweeps(50, outputs, inputs)
+    if coupled:
+        flops += DOUBLE * product(outputs, outputs, inputs) + eigenvectors(outputs)
+    return flops
+
+
+def unfitted(outputs: int, inputs: int, *, coupled: bool = False) -> float:
+    """Return the bytes of a solver whose peak was not fitted: more than any fit."""
+    return storage(outputs, inputs, 24.0, 80.0, 30.0 if coupled else 2.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from optprune.errors import InputError
 from optprune.problems import Problem
 from optprune.solvers.base import AnySolver, Solver
 from optprune.solvers.solution import Certificate, Record, Status
+from optprune.work import Work
 
 DEEPEST = 8
 """chains in chains: a flat one does the same"""
@@ -58,8 +59,8 @@ class Chain(Solver[Problem, ChainState]):
     def keeps(self) -> int:
         return max((stage.keeps for stage in self.stages), default=0)
 
-    def takes(self, outputs: int, inputs: int, coupled: bool) -> int:
-        return max((stage.takes(outputs, inputs, coupled) for stage in self.stages), default=0)
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        return sum((stage.work(outputs, inputs, coupled=coupled) for stage in self.stages), Work())
 
     def why_not(self, problem: Problem) -> str | None:
         if not self.stages:

@@ -8,13 +8,16 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Solver, check_options
+from optprune.solvers.base import Solver, check_options, measuring, unfitted
 from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
-from optprune.solvers.tableau import Tableau
+from optprune.solvers.tableau import EXCHANGE, Tableau, tableau_flops
+from optprune.work import Work, factor, inverse, sweeps
 
 REFRESH = 64
 """exchanges after which the tableau, which is updated in place of being computed, is computed anew"""
+USUAL_EXCHANGES = 4
+"""the exchanges that lower the loss, from the answer of a greedy elimination"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,13 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
 
     def __post_init__(self) -> None:
         check_options(self, may_be_zero=("depth",))
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        rounds = USUAL_EXCHANGES + self.depth
+        each = EXCHANGE + sweeps(12, inputs, inputs) + sweeps(12, outputs, inputs)
+        flops = measuring(outputs, inputs, coupled=coupled) + factor(inputs) + inverse(inputs)
+        flops += tableau_flops(outputs, inputs) + rounds * each
+        return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
     def monotone(self, problem: StructuredProblem) -> bool:
         return True

@@ -12,12 +12,17 @@ from torch import Tensor
 from optprune.numerics.precision import full_precision
 from optprune.problems.matching import BlockMatching, Examples, Point
 from optprune.solvers.solution import Status
+from optprune.work import Work
 
 State = TypeVar("State")
 Rounding = Callable[[Tensor], Tensor]
 """weights as they will be stored"""
 PATIENCE = 3
 """looks at the held-out examples, without a smaller error there, after which a descent ends"""
+GRADIENT_PASSES = 4.0
+"""the forward passes in whose time a gradient is found: one, and three for the way back, as a rule of thumb"""
+NUMBER = 4
+"""the bytes of a kept weight, which is float32 at least"""
 
 
 class Descent(ABC, Generic[State]):
@@ -49,6 +54,14 @@ class Descent(ABC, Generic[State]):
     @abstractmethod
     def looks(self, problem: BlockMatching) -> int:
         """After how many steps the held-out examples are looked at again."""
+
+    @abstractmethod
+    def work(self, weights: int, draws: int = 1) -> Work:
+        """Return the work on a block of so many kept weights, its examples gone through in so many draws.
+
+        The bytes are those of the solver's own vectors, beside the weights and their gradient. Looks at held-out
+        examples come on top.
+        """
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from optprune.problems import ExpertChoice
+from optprune.work import Work, sweeps
 
 ENOUGH = 1e-12
 """the share of a cost by which a swap must lower it: less is rounding"""
+USUAL_SWEEPS = 2
+"""the sweeps after which no swap helps, mostly"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,13 @@ class ExpertSolver(ABC):
     def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
         """The experts to keep, as many as the problem says."""
 
+    @abstractmethod
+    def work(self, experts: int, keep: int, *, chosen: int, tokens: int) -> Work:
+        """Return the work of a choice among `experts`, of which the router chooses `chosen` for each token.
+
+        The bytes are those of the products of the answers in float64, in which costs are measured.
+        """
+
     def exact(self, problem: ExpertChoice) -> bool:
         """A promise that no other choice costs less."""
         return False
@@ -43,6 +53,12 @@ class ExpertSolver(ABC):
     def label(self) -> str:
         """The name in reports."""
         return type(self).__name__
+
+
+def _evaluation(experts: int, chosen: int, tokens: int) -> Work:
+    """Return the work of one evaluation of the cost of a choice."""
+    flops = sweeps(40, tokens, experts) + sweeps(10, tokens, 2 * chosen, 2 * chosen)
+    return Work(flops, 8.0 * tokens * experts**2)
 
 
 def choose_experts(problem: ExpertChoice, solver: ExpertSolver) -> ChosenExperts:
@@ -68,6 +84,13 @@ class ExpertElimination(ExpertSolver):
 
     sweeps: int = 10
     exhaustive: int = 2000
+
+    def work(self, experts: int, keep: int, *, chosen: int, tokens: int) -> Work:
+        sets = math.comb(experts, keep)
+        # The elimination, and the sweeps until none helps.
+        turns = 1 + min(self.sweeps, USUAL_SWEEPS)
+        evaluations = sets if sets <= self.exhaustive else turns * chosen * (experts - keep)
+        return _evaluation(experts, chosen, tokens) * (1 + evaluations)
 
     def exact(self, problem: ExpertChoice) -> bool:
         return math.comb(problem.experts, problem.keep) <= self.exhaustive
@@ -128,6 +151,9 @@ def every_choice(problem: ExpertChoice) -> Iterator[Bool[Tensor, "experts"]]:
 
 class ExpertScore(ExpertSolver):
     """Keep the experts with the largest scores, each by itself."""
+
+    def work(self, experts: int, keep: int, *, chosen: int, tokens: int) -> Work:
+        return _evaluation(experts, chosen, tokens) * 2
 
     @abstractmethod
     def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:

@@ -1,5 +1,6 @@
 """A support from a path of reweighted l1 problems: scaled columns, rising strengths, warm starts; no start is used."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -12,15 +13,18 @@ from optprune.numerics import linalg
 from optprune.numerics.selection import median_among
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
-from optprune.solvers.base import Solver, check_options
+from optprune.solvers.base import Solver, check_options, measuring, unfitted
 from optprune.solvers.fista import Fista, GradientStep
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
+from optprune.work import Work, selection
 
 FIRST = 1e-5
 """the first strength, as a share of the one at which zero is the answer"""
 SOFT = 0.1
 """what keeps the penalty of a weight that is zero finite"""
+USUAL_GROWTH = 1500.0
+"""the last strength over the first, on layers like those of SmolLM2"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,13 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
         check_options(self)
         if self.ratio <= 1:
             raise InputError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        # From the first strength to where the pattern's mask holds.
+        steps = min(float(self.most), math.log(USUAL_GROWTH) / math.log(self.ratio))
+        flops = measuring(outputs, inputs, coupled=coupled) + steps * 3 * selection(outputs, inputs)
+        flops += Fista.steps_flops(outputs, inputs, steps * self.inner_steps, coupled=coupled)
+        return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
     def init(self, problem: SparseLeastSquares, start: Tensor) -> PathState:
         loss = problem.loss

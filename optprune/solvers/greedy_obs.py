@@ -12,14 +12,16 @@ from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.numerics.selection import places
 from optprune.problems import Channels, StructuredProblem
-from optprune.solvers.base import Answer, DirectSolver, check_options
+from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
-from optprune.solvers.workspace import Workspace
+from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweeps
 
 PENDING = 64
 """columns removed before their updates are carried out on the whole matrices, in one product"""
 ROWS = 512
 """rows of those that move at a time, where they move within their place"""
+REMOVED = 0.3
+"""the share of the units that a plan takes as removed, whatever a problem keeps"""
 
 
 @final
@@ -42,13 +44,14 @@ class GreedyObs(DirectSolver[StructuredProblem]):
     """
 
     accepts = (StructuredProblem,)
-    workspace = Workspace(23.0, 41.2, 1.2)
-    coupled_workspace = Workspace(23.0, 41.2, 27.9)
 
     batch: int = 1
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        return _elimination_work(outputs, inputs, REMOVED, self.batch, coupled)
 
     def answer(self, problem: StructuredProblem, start: Tensor) -> Answer:
         form, channels = InverseForm.of(problem.loss), problem.channels
@@ -74,6 +77,22 @@ def removal_curve(
     steps = list(_eliminate(form, channels, targets, batch))
     rise = torch.cat([cost for _, cost in steps]).cumsum(0)
     return torch.cat([units for units, _ in steps]), problem.loss.value(form.minimiser) + rise, form.notes
+
+
+def removal_curve_work(outputs: int, inputs: int, batch: int = 1, *, coupled: bool = False) -> Work:
+    """Return the work of `removal_curve`, for a weight [outputs, inputs]."""
+    # The matrices shrink to nothing on the way.
+    return _elimination_work(outputs, inputs, 0.5, batch, coupled)
+
+
+def _elimination_work(outputs: int, inputs: int, share: float, batch: int, coupled: bool) -> Work:
+    """Return the work of removing a share of the units at the cost of the first ones."""
+    removed = share * inputs
+    flops = measuring(outputs, inputs, coupled=coupled) + factor(inputs) + inverse(inputs)
+    flops += DOUBLE * share * product(outputs, inputs, inputs)
+    flops += removed * sweeps(2.2 / batch + 1.15, outputs, inputs)
+    flops += removed / PENDING * sweeps(8.5, inputs, inputs + outputs)
+    return Work(flops, storage(outputs, inputs, 23.0, 41.2, 27.9 if coupled else 1.2))
 
 
 def _eliminate(

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from optprune.patterns import within
 from optprune.problems import SelectionProblem
-from optprune.solvers.base import Solver, check_options
+from optprune.solvers.base import Solver, check_options, measuring, unfitted
 from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_steps
+from optprune.work import Work, product, selection, sweeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,14 @@ class HardThreshold(Solver[SelectionProblem, ThresholdState]):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        step = product(outputs, inputs, inputs) + selection(outputs, inputs) + sweeps(10, outputs, inputs)
+        if coupled:
+            step += product(outputs, outputs, inputs)
+        # The mask moves for about as long as it then stands still.
+        flops = measuring(outputs, inputs, coupled=coupled) + 4 * product(inputs, inputs, inputs)
+        return Work(flops + 2 * self.patience * step, unfitted(outputs, inputs, coupled=coupled))
 
     def monotone(self, problem: SelectionProblem) -> bool:
         return True

@@ -6,8 +6,9 @@ from typing import final
 import torch
 
 from optprune.problems.matching import BlockMatching, Point
-from optprune.solvers.descent import Descent
+from optprune.solvers.descent import GRADIENT_PASSES, NUMBER, Descent
 from optprune.solvers.solution import Status
+from optprune.work import Work, sweeps
 
 DECREASE = 1e-4
 """the share of what the slope promises that a step must gain"""
@@ -45,6 +46,11 @@ class Lbfgs(Descent[LbfgsState]):
     """the steps at most, each of which goes through all examples"""
     pairs: int = 8
     tolerance: float = 1e-6
+
+    def work(self, weights: int, draws: int = 1) -> Work:
+        # The pairs are gone through twice for a direction; then come the direction, a point, its gradient and a pair.
+        flops = self.epochs * sweeps(8 * self.pairs + 10, weights)
+        return Work(flops, (2 * self.pairs + 5) * NUMBER * weights, self.epochs * GRADIENT_PASSES)
 
     def begin(self, problem: BlockMatching) -> LbfgsState:
         start = problem.point()

@@ -12,6 +12,7 @@ from optprune.penalties import NormPenalty
 from optprune.problems import PenalisedLeastSquares
 from optprune.solvers.duality import DualMap
 from optprune.solvers.solution import Certificate, Status
+from optprune.work import DOUBLE, inverse, product
 
 FIRST_CHECK = 10
 GROWTH = 1.2
@@ -126,6 +127,18 @@ class StopsAtGap:
     def certify(self, problem: PenalisedLeastSquares, state: Measuring) -> Certificate | None:
         """The best bound seen at a check."""
         return state.measured.certificate
+
+
+def gap_flops(outputs: int, inputs: int, steps: float, *, coupled: bool = False) -> float:
+    """Return the flops of the dual map, and of measuring the gap on so many steps: an objective and two bounds each."""
+    even = min(steps, FIRST_CHECK / (GROWTH - 1))
+    checks = 1 + even / FIRST_CHECK + math.log(steps / even, GROWTH)
+    check = 10 * DOUBLE * product(outputs, inputs, inputs)
+    once = 2 * inverse(inputs)
+    if coupled:
+        check += 10 * DOUBLE * product(outputs, outputs, inputs)
+        once += 2 * inverse(outputs)
+    return once + checks * check
 
 
 def _gap(problem: PenalisedLeastSquares, weight: Tensor, objective: float, bound: float) -> float:

@@ -12,11 +12,12 @@ from optprune.numerics import linalg
 from optprune.numerics.rounding import OUTWARD, UNIT, gamma
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import LayerLoss, SelectionProblem, SparseLeastSquares
-from optprune.solvers.base import Answer, DirectSolver, check_options
+from optprune.solvers.base import Answer, DirectSolver, check_options, measuring, unfitted
 from optprune.solvers.solution import Certificate
 from optprune.solvers.spectrum import column_steps
 from optprune.solvers.splitting import split_off
 from optprune.solvers.verified import VerifiedLoss
+from optprune.work import DOUBLE, Work, inverse, product, sweeps
 
 EVERY = 10
 """steps between two measurements of the bound"""
@@ -58,6 +59,13 @@ class PerspectiveBound(DirectSolver[SelectionProblem]):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        step = 2 * DOUBLE * product(outputs, inputs, inputs) + sweeps(115, outputs, inputs)
+        if coupled:
+            step += 2 * DOUBLE * product(outputs, outputs, inputs)
+        flops = measuring(outputs, inputs, coupled=coupled) + 40 * inverse(inputs) + 40 * inverse(outputs) * coupled
+        return Work(flops + self.most * step, unfitted(outputs, inputs, coupled=coupled))
 
     def monotone(self, problem: SelectionProblem) -> bool:
         return True

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.problems import SelectionProblem, SparseLeastSquares, StructuredProblem
-from optprune.solvers.base import Answer, DirectSolver
-from optprune.solvers.workspace import Workspace
+from optprune.solvers.base import Answer, DirectSolver, measuring
 from optprune.system.wording import shown
+from optprune.work import Work, selection, storage, sweeps
 
 P = TypeVar("P", bound=SelectionProblem)
 
@@ -27,8 +27,11 @@ class Ranking(DirectSolver[P]):
     """
 
     accepts = (SelectionProblem,)
-    workspace = Workspace(3.6, 44.0)
-    coupled_workspace = Workspace(6.8, 62.5, 27.0)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        flops = measuring(outputs, inputs, coupled=coupled) + selection(outputs, inputs) + sweeps(25, outputs, inputs)
+        form = (6.8, 62.5, 27.0) if coupled else (3.6, 44.0)
+        return Work(flops, storage(outputs, inputs, *form))
 
     @abstractmethod
     def scores(self, problem: P) -> Float[Tensor, "out in"]:
@@ -83,6 +86,11 @@ class Wanda(Ranking[SparseLeastSquares]):
 
     by_row: bool = False
 
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        work = super().work(outputs, inputs, coupled=coupled)
+        # Two sorts of every row.
+        return work + Work(sweeps(220, outputs, inputs)) if self.by_row else work
+
     def scores(self, problem: SparseLeastSquares) -> Float[Tensor, "out in"]:
         score = problem.loss.weight.abs() * problem.loss.moments.mean_square.sqrt()
         if not self.by_row:
@@ -95,6 +103,11 @@ class UnitRanking(Ranking[StructuredProblem]):
     """A ranking that is meant for whole units."""
 
     accepts = (StructuredProblem,)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        # Few units are compared.
+        selected = Work(-selection(outputs, inputs) - sweeps(25, outputs, inputs))
+        return super().work(outputs, inputs, coupled=coupled) + selected
 
 
 @final

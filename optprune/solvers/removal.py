@@ -10,6 +10,7 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss, Link
 from optprune.solvers.sparsegpt import inverse_gram
+from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweeps
 
 
 def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
@@ -24,6 +25,13 @@ def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
     inverse, weight = inverse_gram(loss)
     costs = weight.square() / (2 * inverse.diagonal())
     return (costs if loss.metric is None else loss.metric.diagonal.double()[:, None] * costs).to(loss.weight)
+
+
+def entry_costs_work(outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+    """Return the work of `entry_costs`, for a weight [outputs, inputs]; that of `unit_costs` of one column is less."""
+    flops = factor(inputs) + inverse(inputs) + DOUBLE * product(outputs, inputs, inputs)
+    form = (16.0, 28.0, 8.0) if coupled else (16.0, 12.0)
+    return Work(flops + sweeps(10, outputs, inputs), storage(outputs, inputs, *form))
 
 
 def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:

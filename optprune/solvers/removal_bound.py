@@ -12,9 +12,10 @@ from optprune.numerics import linalg
 from optprune.numerics.finite import all_finite
 from optprune.numerics.rounding import OUTWARD, gamma
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Answer, DirectSolver
+from optprune.solvers.base import Answer, DirectSolver, measuring, unfitted
 from optprune.solvers.solution import Certificate
 from optprune.solvers.verified import VerifiedLoss
+from optprune.work import DOUBLE, Work, eigenvectors, inverse, product
 
 SHARPNESS = 1000.0
 """how much less an eigenvector counts as leading whose eigenvalue is smaller by some share: e^-1 at a thousandth"""
@@ -54,6 +55,11 @@ class RemovalBound(DirectSolver[StructuredProblem]):
     """the steps in log y"""
 
     accepts = (StructuredProblem,)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        flops = measuring(outputs, inputs, coupled=coupled) + DOUBLE * (self.steps + 1) * eigenvectors(inputs)
+        flops += 5 * inverse(inputs) + 25 * product(outputs, inputs, inputs)
+        return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
     def monotone(self, problem: StructuredProblem) -> bool:
         return True

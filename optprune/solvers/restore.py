@@ -10,11 +10,11 @@ from torch import Tensor
 
 from optprune.numerics import linalg
 from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
-from optprune.solvers.base import Answer, DirectSolver
+from optprune.solvers.base import Answer, DirectSolver, measuring
 from optprune.solvers.solution import Certificate
 from optprune.solvers.spectrum import ScaledGram, factor_rounding
 from optprune.solvers.verified import VerifiedLoss
-from optprune.solvers.workspace import Workspace
+from optprune.work import Work, factor, product, storage, sweeps
 
 SINGULAR = (
     "singular Gram matrix on the kept inputs: the solution nearest the original weights, each measured by the size of "
@@ -32,6 +32,8 @@ MOST_FACTORS = 1e12
 """multiplications that proving every row's matrix regular may take where all of A is not"""
 ROWS = 512
 """how many rows that share a mask are solved for at a time"""
+KEPT = 0.75
+"""the share of the inputs that a plan takes as kept, whatever a problem keeps"""
 
 
 @final
@@ -62,10 +64,15 @@ class Restore(DirectSolver[Restorable]):
     """
 
     accepts = (MaskedLeastSquares, SelectionProblem)
-    workspace = Workspace(15.2, 34.7, 1.2)
-    coupled_workspace = Workspace(16.9, 55.5, 25.0)
 
     factor_dtype: torch.dtype = torch.float64
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        # One mask for all rows that keeps KEPT of the inputs; `choose` leaves others to gradients where they cost more.
+        kept = round(KEPT * inputs)
+        flops = measuring(outputs, inputs, coupled=coupled) + 2 * factor(kept) + 4 * product(outputs, kept, kept)
+        form = (16.9, 55.5, 25.0) if coupled else (15.2, 34.7, 1.2)
+        return Work(flops + sweeps(70, outputs, inputs), storage(outputs, inputs, *form))
 
     def why_not(self, problem: Restorable) -> str | None:
         coupled = problem.loss.coupled and fixed_mask(problem, problem.loss.weight).shape[0] > 1

@@ -1,5 +1,6 @@
 """SPAP: the choice of units by a growing penalty on dropped columns and alternating minimisation, then a refit."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -10,13 +11,17 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.numerics import linalg
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Solver, check_options
+from optprune.solvers.base import Solver, check_options, measuring, unfitted
 from optprune.solvers.core_search import Core
 from optprune.solvers.inverse import InverseForm, cost_rounding
 from optprune.solvers.solution import Status
-from optprune.solvers.tableau import Tableau
+from optprune.solvers.tableau import EXCHANGE, Tableau, tableau_flops
+from optprune.work import Work, factor, inverse, product
 
 Scale = Literal["inverse", "gram", "unit"]
+
+CHANGES_PER_PENALTY = 3
+"""the products [out, in] x [in, in] in whose time the choice settles under a penalty, on layers like SmolLM2's"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +98,15 @@ class Spap(Solver[StructuredProblem, SpapState]):
                 f"the penalty of {self.label} grows from first to last by growth, which is above 1: not from "
                 f"{self.first:g} to {self.last:g} by {self.growth:g}"
             )
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        penalties = 1 + math.ceil(math.log(self.last / self.first, self.growth)) if self.last > self.first else 1
+        changes = CHANGES_PER_PENALTY * penalties * product(outputs, inputs, inputs)
+        # Excursions of 1, 2, ... units out and back, twice, then the walk.
+        searched = (2 * self.depth * (self.depth + 1) + self.walk) * EXCHANGE
+        flops = measuring(outputs, inputs, coupled=coupled) + factor(inputs) + inverse(inputs)
+        flops += penalties * tableau_flops(outputs, inputs) + changes + searched
+        return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
     def init(self, problem: StructuredProblem, start: Tensor) -> SpapState:
         form = InverseForm.of(problem.loss)

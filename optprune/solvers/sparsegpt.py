@@ -11,9 +11,9 @@ from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured, largest
 from optprune.problems import LayerLoss, SparseLeastSquares
-from optprune.solvers.base import Answer, DirectSolver, check_options
+from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
 from optprune.solvers.spectrum import ScaledGram
-from optprune.solvers.workspace import Workspace
+from optprune.work import Work, factor, inverse, product, storage
 
 
 @final
@@ -36,12 +36,17 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
     """
 
     accepts = (SparseLeastSquares,)
-    workspace = Workspace(24.3, 20.5, 7.4)
 
     block: int = 128
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
+        # Updates within a block go column by column, at the speed of memory.
+        updates = (1 + 12 * self.block / 128) * product(outputs, inputs, inputs)
+        flops = measuring(outputs, inputs, coupled=coupled) + 2 * factor(inputs) + inverse(inputs) + updates
+        return Work(flops, storage(outputs, inputs, 24.3, 20.5, 7.4))
 
     def why_not(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern

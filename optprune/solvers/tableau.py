@@ -11,6 +11,10 @@ from optprune.numerics import linalg
 from optprune.numerics.selection import places
 from optprune.problems import Channels
 from optprune.solvers.inverse import half_trace, unit_blocks
+from optprune.work import DOUBLE, inverse, product
+
+EXCHANGE = 8e7
+"""the flops in whose time an exchange among a few units is found: many small operations, whatever the widths"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +151,12 @@ class Tableau:
     def columns(self, units: Int[Tensor, " k"]) -> Int[Tensor, " columns"]:
         """The rows and columns of the matrix that belong to units."""
         return (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
+
+
+def tableau_flops(outputs: int, inputs: int) -> float:
+    """Return the flops of a tableau from scratch that drops a quarter of the units."""
+    dropped = inputs // 4
+    return inverse(dropped) + DOUBLE * product(inputs + outputs, dropped, inputs)
 
 
 def _sweep(

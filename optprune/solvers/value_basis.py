@@ -21,6 +21,7 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.numerics.precision import full_precision
 from optprune.problems import Channels, LayerLoss, Rotation
+from optprune.work import DOUBLE, Work, inverse, product, storage
 
 ROUNDS = 4
 """turns of the alternation; on the layers of a real model four leave 2 percent of the loss to a hundred"""
@@ -47,6 +48,12 @@ def best_basis(loss: LayerLoss, channels: Channels, keep: int) -> Rotation:
         directions = linalg.orthonormal(pull.turn(directions))
     whole = linalg.orthonormal(directions, whole=True)
     return Rotation.of(whole.to(loss.weight.dtype), channels)
+
+
+def best_basis_work(outputs: int, inputs: int) -> Work:
+    """Return the work of `best_basis`, for a weight [outputs, inputs]: A and B in float64, and parts of them."""
+    turn = (STEPS + 2) * DOUBLE * product(outputs, inputs, inputs) + DOUBLE * product(inputs, inputs, inputs)
+    return Work(ROUNDS * (turn + inverse(inputs)), storage(outputs, inputs, 32.0, 24.0))
 
 
 class _Pull:

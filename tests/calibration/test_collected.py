@@ -16,7 +16,7 @@ from optprune.calibration import hold_out, moments_pass, propagation, stream
 from optprune.errors import InputError
 from optprune.models import open_model
 from optprune.numerics import linalg
-from optprune.pruning import Lanes
+from optprune.pruning import PartialSums
 from optprune.recipe import Recipe
 from tests.helpers.short_runs import same, told
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
@@ -162,26 +162,26 @@ def reversed_text() -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("make", "text", "lanes", "what"),
+    ("make", "text", "partial_sums", "what"),
     [
         (lambda: tiny_llama(1), batches, 1, "the model"),
         (lambda: tiny_llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), batches, 1, "the model"),
         (lambda: tiny_llama().bfloat16(), batches, 1, "the model"),
         (tiny_llama, reversed_text, 1, "the calibration tokens"),
         (tiny_llama, lambda: batches(3), 1, "the calibration tokens"),
-        (tiny_llama, batches, 2, "the lanes"),
+        (tiny_llama, batches, 2, "the number of partial sums"),
         (tiny_opt, batches, 1, "the model"),
     ],
-    ids=["weights", "config", "dtype", "tokens", "fewer", "lanes", "architecture"],
+    ids=["weights", "config", "dtype", "tokens", "fewer", "partial_sums", "architecture"],
 )
 def test_another_source_is_refused_by_name(
-    make: Callable[[], PreTrainedModel], text: Callable[[], Sequence[Tensor]], lanes: int, what: str
+    make: Callable[[], PreTrainedModel], text: Callable[[], Sequence[Tensor]], partial_sums: int, what: str
 ) -> None:
     statistics = optprune.collect(tiny_llama(), batches(), recipes=[])
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(InputError, match=rf"collected where {what} was .*, and here it is .*: collect them anew"):
-        optprune.prune(model, text(), recipe("fasp"), statistics=statistics, lanes=Lanes(lanes))
+        optprune.prune(model, text(), recipe("fasp"), statistics=statistics, partial_sums=PartialSums(partial_sums))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 

@@ -61,6 +61,7 @@ def test_all_phases_of_prune_are_expected(model: str, text: str, heard: dict[str
     assert all(heard.values()), heard
 
 
+@pytest.mark.e2e
 def test_all_phases_of_the_demo_are_expected(
     model: str, text: str, heard: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_all_phases_of_the_demo_are_expected(
     assert all(heard.values()), heard
 
 
+@pytest.mark.e2e
 def test_all_phases_of_healing_are_expected(model: str, heard: dict[str, bool], tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(f'{{"text": "{number} {TEXT[:400]}"}}\n' for number in range(40)))

@@ -1,4 +1,4 @@
-"""The command under torchrun: two processes write the folder that one writes with as many lanes."""
+"""The command under torchrun: two processes write the folder that one writes with as many partial sums."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from tests.helpers.attempts import Attempt
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.e2e
 def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkeypatch) -> None:
     one, two = attempt.folder / "one", attempt.folder / "two"
     options = {"recipe": "sparsegpt", "device": "cpu"}
@@ -39,6 +40,7 @@ def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkey
     assert not run_folder_of(two).exists()
 
 
+@pytest.mark.e2e
 def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> None:
     run, said = Journal(run_folder_of(tmp_path / "out")), list[str]()
     told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: go on with --resume")
@@ -83,5 +85,7 @@ def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
         pass
 
 
-def test_more_lanes_than_windows_are_refused(attempt: Attempt) -> None:
-    assert "9 lanes need as many calibration batches, and there are" in attempt.fails(attempt.command("--lanes", "9"))
+def test_more_partial_sums_than_windows_are_refused(attempt: Attempt) -> None:
+    assert "9 partial sums need as many calibration batches, and there are" in attempt.fails(
+        attempt.command("--lanes", "9")
+    )

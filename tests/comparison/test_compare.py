@@ -136,13 +136,13 @@ def test_statistics_that_are_too_large_are_in_the_folder_meanwhile(
 ) -> None:
     expected = optprune.compare(loaded(), ["alps"], [0.3], **texts.asked())
     folders = list[Path]()
-    shelf = dense_statistics.InFolder
+    shelf = dense_statistics.FolderCache
 
     def noted(folder: Path, facts: dict) -> object:
         folders.append(folder)
         return shelf(folder, facts)
 
-    monkeypatch.setattr(dense_statistics, "InFolder", noted)
+    monkeypatch.setattr(dense_statistics, "FolderCache", noted)
     monkeypatch.setattr(session, "free_memory", lambda device: 1000)
     found = optprune.compare(loaded(), ["alps"], [0.3], folder=tmp_path / "out", **texts.asked())
     assert len(folders) == 1 and not folders[0].exists()

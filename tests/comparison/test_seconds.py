@@ -28,7 +28,7 @@ def test_a_cell_takes_its_run_and_what_was_measured_for_it(tmp_path: Path, monke
         calls.append(0)
         return replace(prune(*arguments, **options), seconds=RUN)
 
-    monkeypatch.setattr(Statistics, "_spare", save)
+    monkeypatch.setattr(Statistics, "_add_saved", save)
     monkeypatch.setattr(session, "prune", timed)
     recipes = ["magnitude", "structured_best", "structured_uniform_best"]
     found = optprune.compare(loaded(), recipes, [0.2, 0.3], **TwoTexts.into(tmp_path).asked())

@@ -113,6 +113,7 @@ def check_generates(source: Path, folder: Path) -> None:
     assert said[0].tolist() == generated(model)
 
 
+@pytest.mark.e2e
 def test_an_uneven_folder(uneven: Exported) -> None:
     check_alike(uneven.source, uneven.folder)
     check_generates(uneven.source, uneven.folder)
@@ -166,6 +167,7 @@ def test_a_cache_in_the_wrong_order_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.e2e
 def test_weights_too_large_for_one_file_lie_beside_the_graph(
     uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +235,7 @@ def test_the_telemetry_is_off_when_onnxruntime_is_imported(tmp_path: Path) -> No
     assert subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout == "1\n"
 
 
+@pytest.mark.e2e
 def test_the_check_writes_nothing_into_the_home_directory(uneven: Exported, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from optprune.export import onnx_check;"

@@ -42,5 +42,6 @@ def test_the_seed_draws_the_orders() -> None:
     assert len(orders) == 5 and all(order[:8] == tuple(range(8)) for order in orders)
 
 
+@pytest.mark.e2e
 def test_a_second_look_at_a_short_text_helps() -> None:
     assert healed(epochs=4).after.divergence < 0.9 * healed().after.divergence

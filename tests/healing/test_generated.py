@@ -99,6 +99,7 @@ def test_every_architecture_writes(variant: str) -> None:
     assert windows.shape == (3, batches()[0].shape[1]) and bool((windows >= 0).all())
 
 
+@pytest.mark.e2e
 def test_what_is_drawn_hangs_on_the_seed_and_not_on_the_processes(monkeypatch: Any) -> None:
     state = torch.get_rng_state()
     expected = written(6)
@@ -123,6 +124,7 @@ def test_they_are_mixed_in() -> None:
     )
 
 
+@pytest.mark.e2e
 def test_a_short_text_heals_more_with_them() -> None:
     """As many steps on the text alone learn it by heart."""
     alone, _ = healed(1, epochs=41, patience=99)

@@ -188,6 +188,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_divergence(monkeypatch: pyte
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6 * float(other.abs().max()) + 1e-9)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_that_share_batches_do_what_one_does(count: int) -> None:
     alone, model = healed(3, halved(trained()))

@@ -8,7 +8,7 @@ from optprune.calibration.stream import advance
 from optprune.models import Decoder
 
 
-def walked(decoder: Decoder, tokens: Tensor) -> torch.Tensor:
+def logits_block_by_block(decoder: Decoder, tokens: Tensor) -> torch.Tensor:
     """The logits of what leaves the last block, where each block gets what the walk hands it."""
     with calibrating(decoder):
         stream = first_inputs(decoder, [tokens])

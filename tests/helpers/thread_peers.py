@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from optprune.calibration.lanes import Peers
+from optprune.calibration.peers import Peers
 
 Result = TypeVar("Result")
 LONGEST = 60
@@ -42,17 +42,17 @@ class ThreadPeers(Peers):
         self.sent += len(tensors)
         self.meeting.links[self.rank + 1].put([tensor.clone() for tensor in tensors])
 
-    def spread(self, tensors: Sequence[Tensor], source: int) -> None:
-        found = self.exchange([tensor.clone() for tensor in tensors])
+    def broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        found = self.all_gather([tensor.clone() for tensor in tensors])
         for tensor, other in zip(tensors, found[source], strict=True):
             tensor.copy_(other)
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
-        found = self.exchange([tensor.clone() for tensor in tensors])
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        found = self.all_gather([tensor.clone() for tensor in tensors])
         for tensor, others in zip(tensors, zip(*found, strict=True), strict=True):
             tensor.copy_(sum(others[1:], others[0]))
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.meeting.table[self.rank] = value
         self.meeting.barrier.wait()
         found = list(self.meeting.table)

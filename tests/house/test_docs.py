@@ -71,6 +71,7 @@ def run_page(page: str, demo: LoadedModel, place: Path, monkeypatch: pytest.Monk
         exec(compile(block, f"{page}, block {number}", "exec"), names)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
 def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
     page: str,

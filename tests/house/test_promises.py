@@ -52,7 +52,7 @@ PROMISES = {
         "pruning/test_states.py::test_every_policy_gives_the_same_bytes_from_a_file[llama-cross]"
     ),
     ("docs/guide/large.md", "`--lanes 4` in one process gives the same bytes"): (
-        "pruning/test_lanes.py::test_processes_give_the_bytes_of_one_process_with_as_many_lanes[fasp]"
+        "pruning/test_partial_sums.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
     ),
     (
         "docs/guide/large.md",
@@ -90,6 +90,7 @@ def test_every_promise_of_a_page_has_a_test() -> None:
         assert SAID.findall(text) == [], page
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("threads", [2])
 def test_the_promises_hold_with_so_many_threads(threads: int) -> None:
     names = [f"tests/{name}" for name in dict.fromkeys(PROMISES.values())]

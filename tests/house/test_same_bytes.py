@@ -21,6 +21,7 @@ def test_it_prunes_three_architectures_by_every_recipe_under_every_policy_and_al
     assert {f"{name} {recipe} pruned" for name in ARCHITECTURES for recipe in same_bytes.FEW} <= found
 
 
+@pytest.mark.e2e
 def test_two_runs_agree_and_a_weight_of_another_last_bit_is_told(tmp_path, capsys, monkeypatch) -> None:
     before, again, after = (tmp_path / f"{name}.json" for name in ("before", "again", "after"))
     assert same_bytes.main([str(before), "--only", ONE]) == 0

@@ -13,7 +13,7 @@ from optprune.models import ARCHITECTURES, Decoder, open_model
 from optprune.models.checkpoint import Checkpoint
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from tests.helpers.streams import walked
+from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
 from tests.helpers.token_batches import batches
 
@@ -27,7 +27,7 @@ by_family = pytest.mark.parametrize("name", OTHERS)
     # The soft caps of Gemma 2 are in no other attention.
     [(name, kind) for name in ALL_MODELS for kind in ("sdpa", "eager") if (name, kind) != ("gemma2", "sdpa")],
 )
-def test_a_walk_block_by_block_gives_the_models_own_logits(name: str, attention: str, tmp_path: Path) -> None:
+def test_a_pass_block_by_block_gives_the_models_own_logits(name: str, attention: str, tmp_path: Path) -> None:
     """Each block gets its own mask and its own rotary embeddings, and the head its scales and caps."""
     model = ALL_MODELS[name](num_hidden_layers=4)
     model.set_attn_implementation(attention)
@@ -40,10 +40,10 @@ def test_a_walk_block_by_block_gives_the_models_own_logits(name: str, attention:
         assert torch.equal(expected, stock)
     else:  # one by one, experts add up in another order
         assert (expected - stock).abs().max() <= 1e-5 * stock.abs().max()
-    assert torch.equal(walked(decoder, TOKENS), expected)
+    assert torch.equal(logits_block_by_block(decoder, TOKENS), expected)
     opened = open_model(tmp_path)
     opened.model.set_attn_implementation(attention)
-    assert torch.equal(walked(opened.decoder(), TOKENS), expected)
+    assert torch.equal(logits_block_by_block(opened.decoder(), TOKENS), expected)
 
 
 @by_family

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import optprune
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
@@ -20,7 +20,7 @@ from optprune.pruning import prune
 from optprune.pruning.facts import facts
 from optprune.pruning.preflight import check_run
 from optprune.recipe import load_recipe
-from tests.helpers.streams import walked
+from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
 from tests.helpers.unknown_models import UNKNOWN, config_of, unknown
@@ -51,11 +51,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_walk_block_by_block_gives_the_models_own_logits(name: str) -> None:
+def test_a_pass_block_by_block_gives_the_models_own_logits(name: str) -> None:
     model = unknown(name)
     expected = logits(model)
     draft_of(name).carried_by(model.config)
-    assert torch.allclose(walked(Decoder(model), TOKENS), expected, atol=1e-5)
+    assert torch.allclose(logits_block_by_block(Decoder(model), TOKENS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -148,7 +148,7 @@ def test_a_run_is_of_its_draft() -> None:
     """So that it is not taken up again with another one."""
     model = unknown("starcoder2")
     draft_of("starcoder2").carried_by(model.config)
-    given = batches(), load_recipe("wanda"), None, Lanes(), lambda event: None
+    given = batches(), load_recipe("wanda"), None, PartialSums(), lambda event: None
     assert facts(Decoder(model), *given)["its architecture"] == draft_of("starcoder2").to_dict()
 
 

@@ -7,9 +7,10 @@ from optprune.testing.exact_objective import exact_objective
 from tests.helpers.bound_cases import SOLVERS, case, good_points
 
 
+@pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 60), marks=pytest.mark.e2e)], ids=str)
 @pytest.mark.parametrize("kind", SOLVERS)
-def test_no_bound_exceeds_a_point(kind):
-    for seed in range(60):
+def test_no_bound_exceeds_a_point(kind, seeds):
+    for seed in seeds:
         problem = case(kind, seed)
         proved = [
             solve(problem, solver) for solver in SOLVERS[kind] if solver.refusal(problem.in_output_basis()[0]) is None

@@ -18,6 +18,7 @@ from optprune.solvers.adam import AdamState
 from optprune.solvers.descent import Rounding
 from optprune.testing import Listed, check_descent, matchings
 from optprune.testing.matching import affine_optimum
+from optprune.work import Work
 from tests.helpers.gated_block import gated
 from tests.helpers.solver_table import concrete
 
@@ -282,6 +283,9 @@ class Scripted(Descent[int]):
 
     def looks(self, problem: BlockMatching) -> int:
         return 1
+
+    def work(self, weights: int, draws: int = 1) -> Work:
+        return Work()
 
 
 @pytest.mark.parametrize("rounded", [None, coarse])

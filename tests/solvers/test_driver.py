@@ -30,6 +30,7 @@ from optprune.solvers import (
 )
 from optprune.solvers.auto import CANDIDATES, GRADIENTS
 from optprune.solvers.run import CONTRADICTED
+from optprune.work import Work
 
 
 @pytest.fixture
@@ -87,6 +88,9 @@ class Counter(Solver[Problem, int]):
     def value(self, problem, state):
         return state[1] + state[0] + self.bad
 
+    def work(self, outputs, inputs, *, coupled=False):
+        return Work()
+
     def certify(self, problem, state):
         return None if self.bound is None else Certificate(self.bound, "said so")
 
@@ -130,6 +134,9 @@ class OnlyOneRow(DirectSolver[MaskedLeastSquares]):
 
     def why_not(self, problem):
         return None if problem.mask.shape[0] == 1 else "it restores a single row"
+
+    def work(self, outputs, inputs, *, coupled=False):
+        return Work()
 
     def answer(self, problem, start):
         return Answer(problem.start())

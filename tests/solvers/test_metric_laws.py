@@ -1,4 +1,4 @@
-"""Every kind of problem under an output metric with every solver: the laws hold, or the solver refuses and says why."""
+"""Problems under an output metric: accepted pairs keep the laws, refused ones say why."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from optprune.solvers import Chain, Restore, SparseGpt, Swaps
 from optprune.testing import invariance_laws, laws
 from optprune.testing.loss_strategies import METRIC_KINDS
 from optprune.testing.strategies import weighted
-from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, by_kind, by_solver
+from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, by_pair, by_solver
 
 EXAMPLES = max(settings().max_examples // 7, 1)
 WEIGHTED = [kind for kind in METRIC_KINDS if kind != "none"]
@@ -33,25 +33,33 @@ def is_accepted(problem, solver):
     return not any(isinstance(stage, row_by_row) for stage in stages)
 
 
-@by_solver
+@by_pair
 @by_metric
-@by_kind
 def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, metric, solver):
     @settings(max_examples=EXAMPLES)
     @given(st.sampled_from(DTYPES).flatmap(lambda dtype: weighted(kind, metric, dtype=dtype)))
     def check(problem):
-        assert (solver.refusal(problem) is None) == is_accepted(problem, solver)
-        if solver.refusal(problem) is None:
-            laws.keep_laws(problem, solver)
-        else:
-            laws.refuse(problem, solver)
+        accepted = is_accepted(problem, solver)
+        assert (solver.refusal(problem) is None) == accepted
+        (laws.keep_laws if accepted else laws.refuse)(problem, solver)
 
     check()
 
 
 @by_solver
+def test_a_metric_makes_no_solver_accept_what_it_refuses_without(solver):
+    refused = [kind for kind in KINDS if (kind.__name__, solver.label) not in ACCEPTED]
+
+    @settings(max_examples=2 * EXAMPLES)
+    @given(st.sampled_from(refused), st.sampled_from(WEIGHTED), st.data())
+    def check(kind, metric, data):
+        laws.refuse(data.draw(weighted(kind, metric)), solver)
+
+    check()
+
+
+@by_pair
 @by_metric
-@by_kind
 def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver):
     @settings(max_examples=max(EXAMPLES // 3, 1))
     @given(weighted(kind, metric, generic=True))

@@ -1,4 +1,4 @@
-"""Every concrete kind of problem with every concrete solver, found by inspection: it keeps the laws or refuses."""
+"""Every concrete kind of problem with every concrete solver: accepted pairs keep the laws, refused ones say why."""
 
 from dataclasses import replace
 from typing import TypeVar, get_args
@@ -36,6 +36,7 @@ from tests.helpers.solver_table import (
     SOLVERS,
     by_dtype,
     by_kind,
+    by_pair,
     by_solver,
     concrete,
 )
@@ -44,28 +45,42 @@ from tests.helpers.solver_table import (
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
 
 
+def of_any_dtype(kind):
+    return st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype))
+
+
 @by_dtype
-@by_solver
-@by_kind
-def test_accepted_problems_keep_the_laws_and_refused_ones_say_why(kind, solver, dtype):
+@by_pair
+def test_accepted_problems_keep_the_laws(kind, solver, dtype):
     @(settings() if dtype == torch.float64 else FEWER)
     @given(STRATEGIES[kind](dtype=dtype))
     def check(problem):
-        if solver.refusal(problem) is None:
-            laws.keep_laws(problem, solver)
-        else:
-            laws.refuse(problem, solver)
+        laws.keep_laws(problem, solver)
 
     check()
 
 
 @by_solver
-@by_kind
+def test_a_kind_is_accepted_for_every_problem_or_refused_for_every_one_with_the_reason(solver):
+    for kind in KINDS:
+
+        @FEWER
+        @given(of_any_dtype(kind))
+        def check(problem):
+            accepted = solver.refusal(problem) is None
+            assert accepted == ((type(problem).__name__, solver.label) in ACCEPTED)
+            if not accepted:
+                laws.refuse(problem, solver)
+
+        check()
+
+
+@by_pair
 def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
     @FEWER
-    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
+    @given(of_any_dtype(kind))
     def check(problem):
-        if solver.refusal(problem) is None and not laws.refused_as_singular(problem, solver):
+        if not laws.refused_as_singular(problem, solver):
             for start in (problem.loss.weight, torch.ones_like(problem.loss.weight)):
                 assert solve(problem, solver, start=start).violation == 0
                 assert solve(problem, solver, start=start, max_steps=0).violation == 0
@@ -73,8 +88,7 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
     check()
 
 
-@by_solver
-@by_kind
+@by_pair
 def test_the_default_device_is_not_used(kind, solver):
     """Under a default device that holds no numbers the answer is the same: everything made is where the problem is."""
 
@@ -95,32 +109,16 @@ def test_the_default_device_is_not_used(kind, solver):
     check()
 
 
-@by_solver
-@by_kind
+@by_pair
 def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
     @FEWER
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
-        if solver.refusal(problem) is not None:
-            laws.refuse(problem, solver)
-        elif isinstance(solver, IN_ORDER):
+        if isinstance(solver, IN_ORDER):
             invariance_laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
             for law in invariance_laws.GENERIC_LAWS:
                 law(problem, solver)
-
-    check()
-
-
-@by_solver
-@by_kind
-def test_a_pair_is_accepted_for_every_problem_or_for_none(kind, solver):
-    expected = (kind.__name__, solver.label) in ACCEPTED
-
-    @FEWER
-    @given(st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype)))
-    def check(problem):
-        assert (solver.refusal(problem) is None) == expected
 
     check()
 

@@ -98,6 +98,7 @@ def is_intact() -> None:
     assert umask != 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("there", [False, True], ids=["new folder", "old folder"])
 def test_saving_a_model_leaves_all_or_nothing_whatever_line_is_interrupted(there: bool, tmp_path: Path) -> None:
     model = tiny_llama()

@@ -18,6 +18,7 @@ from optprune.solvers import (
     Status,
 )
 from optprune.testing import check_solver
+from optprune.work import Work
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class PseudoInverse(DirectSolver[MaskedLeastSquares]):
 
     def exact(self, problem):
         return True
+
+    def work(self, outputs, inputs, *, coupled=False):
+        return Work()
 
     def answer(self, problem, start):
         loss, value = problem.loss, problem.start()
@@ -54,6 +58,9 @@ class Descent(Solver[MaskedLeastSquares, tuple[int, torch.Tensor]]):
 
     def monotone(self, problem):
         return True
+
+    def work(self, outputs, inputs, *, coupled=False):
+        return Work()
 
     def init(self, problem, start):
         return 0, start
@@ -90,6 +97,9 @@ class Broken(DirectSolver):
 
     def why_not(self, problem):
         return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
+
+    def work(self, outputs, inputs, *, coupled=False):
+        return Work()
 
     def good(self, problem):
         return Restore().answer(problem, problem.start())

@@ -10,6 +10,7 @@ QUICK = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DAMAGES]
 )

@@ -14,6 +14,7 @@ QUICK = {("fasp in shards", 0): KILL, ("structured_best", 0): INTERRUPT, ("heal"
 EVERY = [(name, seed) for name in LONG for seed in range(SEEDS[name])]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "seed", "how"),
     [
@@ -25,6 +26,7 @@ def test_what_was_ended_goes_on_to_the_same_bytes(name: str, seed: int, how: str
     assert killing.faults(name, seed, how) == []
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "how"),
     [

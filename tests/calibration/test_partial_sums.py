@@ -1,4 +1,4 @@
-"""Sums over lanes: added in the order of the lanes, by however many processes, and what one pass over all gives."""
+"""Partial sums: added in order by any number of processes, and equal to one pass over all batches."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from optprune.calibration import calibrating, collect_metrics, first_inputs, sampled
 from optprune.calibration.calls import Wanted, calls_of, catching
 from optprune.calibration.dense_statistics import DenseStatistics
-from optprune.calibration.lanes import Lanes, LaneSums
 from optprune.calibration.moments_pass import collect
+from optprune.calibration.partial_sums import OrderedSum, PartialSums
 from optprune.models import Decoder
 from optprune.sums import MomentSums
 from tests.helpers.thread_peers import ThreadPeers, together
@@ -19,7 +19,7 @@ from tests.helpers.token_batches import batches
 
 
 class Digits:
-    """Sums that show how they were added: the digits of the lanes, in their order, if each was added to all before."""
+    """Sums that show how they were added: the digits of the parts, in order, if each was added to all before."""
 
     def __init__(self) -> None:
         self.number = torch.zeros(1, dtype=torch.int64)
@@ -35,21 +35,21 @@ class Digits:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_lanes_are_added_one_by_one_in_their_order(size: int) -> None:
+def test_partial_sums_are_added_one_by_one_in_their_order(size: int) -> None:
     def add(peers: ThreadPeers) -> int:
-        lanes = Lanes(4, peers)
-        sums = LaneSums(lanes, Digits)
-        for own, lane in enumerate(lanes.numbers):
-            sums.at(own).number += lane + 1
+        partial_sums = PartialSums(4, peers)
+        sums = OrderedSum(partial_sums, Digits)
+        for own, part in enumerate(partial_sums.numbers):
+            sums.at(own).number += part + 1
         return int(sums.total().number)
 
     assert together(size, add) == [1234] * size
 
 
 def test_two_sums_are_there_at_a_time_in_the_process_that_begins() -> None:
-    sums, most = LaneSums(Lanes(6), Digits), 0
-    for lane in range(6):
-        sums.at(lane).number += 1
+    sums, most = OrderedSum(PartialSums(6), Digits), 0
+    for part in range(6):
+        sums.at(part).number += 1
         most = max(most, len(sums._parts))
     assert most == 2 and int(sums.total().number) == 111111
 
@@ -57,21 +57,21 @@ def test_two_sums_are_there_at_a_time_in_the_process_that_begins() -> None:
 @pytest.mark.parametrize(("total", "count"), [(6, 4), (4, 4), (7, 2), (1, 3), (0, 2)])
 def test_every_batch_is_in_one_lane_of_one_process(total: int, count: int) -> None:
     def mine(peers: ThreadPeers) -> list[tuple[int, int]]:
-        lanes = Lanes(count, peers)
-        share = lanes.share(total)
+        partial_sums = PartialSums(count, peers)
+        share = partial_sums.share(total)
         own = share.of(range(total))
-        return [(batch, lanes.numbers[share.lane(place)]) for place, batch in enumerate(own)]
+        return [(batch, partial_sums.numbers[share.part(place)]) for place, batch in enumerate(own)]
 
     for size in (size for size in range(1, count + 1) if count % size == 0):
         found = [pair for part in together(size, mine) for pair in part]
         assert [batch for batch, _ in found] == list(range(total))
-        lanes = [lane for _, lane in found]
-        assert lanes == sorted(lanes) and all(lane * total // count <= batch for batch, lane in found)
-        assert lanes == [lane for _, lane in mine(ThreadPeers.alone())], "whoever has them"
+        partial_sums = [part for _, part in found]
+        assert partial_sums == sorted(partial_sums) and all(part * total // count <= batch for batch, part in found)
+        assert partial_sums == [part for _, part in mine(ThreadPeers.alone())], "whoever has them"
 
 
 def test_batches_kept_apart_are_the_last_of_all() -> None:
-    shares = together(3, lambda peers: Lanes(3, peers).share(6))
+    shares = together(3, lambda peers: PartialSums(3, peers).share(6))
     assert [share.apart(2, 3) for share in shares] == [0, 1, 2]
 
 
@@ -82,14 +82,14 @@ def test_calls_are_wanted_of_the_first_batches_of_each_lane(count: int, first: l
     """Of six batches of 24 tokens each, of which the last is kept apart: 48 tokens, and then 24 of those."""
     decoder, wanted = Decoder(tiny_llama()), Wanted(tokens=48, apart=1)
     with calibrating(decoder):
-        stream = first_inputs(decoder, batches(count=6, length=12), Lanes(count))
+        stream = first_inputs(decoder, batches(count=6, length=12), PartialSums(count))
         assert wanted.of(stream) == [*first, 5]
         calls = calls_of(decoder.blocks[0], "mlp", stream, wanted)
         with catching(decoder.blocks[0], ["mlp"], stream, wanted) as caught:
             collect(decoder.blocks[0], stream, ["mlp.down_proj"], to_end=True)
     fit, apart = calls.split(1)
     assert [fit.places, apart.places, fit.first(24).places] == [first, [5], fewer]
-    assert [lane for lane, *_ in fit.each()] == [stream.share.lane(batch) for batch in first]
+    assert [part for part, *_ in fit.each()] == [stream.share.part(batch) for batch in first]
     assert caught["mlp"].places == calls.places
     for one, other in zip(calls.targets, caught["mlp"].targets, strict=True):
         assert torch.equal(one, other)
@@ -106,23 +106,23 @@ def drawn(seed: int, tokens: int) -> Tensor:
 def test_moments_of_two_lanes_are_those_of_all_tokens(with_dense: bool) -> None:
     """In float64, where the rounding of sums of squares of 100 is 1e-10 at the most: no tolerance hides a term."""
     parts = [(drawn(seed, 20 + seed), drawn(10 + seed, 20 + seed) if with_dense else None) for seed in range(4)]
-    whole, lanes = MomentSums(5, torch.device("cpu"), with_dense=with_dense), []
+    whole, partial_sums = MomentSums(5, torch.device("cpu"), with_dense=with_dense), []
     for number, (inputs, dense) in enumerate(parts):
         if number % 2 == 0:
-            lanes.append(MomentSums(5, torch.device("cpu"), with_dense=with_dense))
+            partial_sums.append(MomentSums(5, torch.device("cpu"), with_dense=with_dense))
         whole.add(inputs, dense)
-        lanes[-1].add(inputs, dense)
-    lanes[0].join(lanes[1])
+        partial_sums[-1].add(inputs, dense)
+    partial_sums[0].join(partial_sums[1])
     travelled = MomentSums(5, torch.device("cpu"), with_dense=with_dense)
-    travelled.restore([part.clone() for part in lanes[0].state()])
-    for sums in (lanes[0], travelled):
+    travelled.restore([part.clone() for part in partial_sums[0].state()])
+    for sums in (partial_sums[0], travelled):
         expected, found = whole.moments(torch.float64), sums.moments(torch.float64)
         assert found.tokens == expected.tokens
         for one, other in zip(expected.parts(), found.parts(), strict=True):
             assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
-def test_lanes_of_nothing_change_nothing() -> None:
+def test_partial_sums_of_nothing_change_nothing() -> None:
     sums, empty = MomentSums(5, torch.device("cpu")), MomentSums(5, torch.device("cpu"))
     sums.add(drawn(0, 20))
     expected = sums.moments(torch.float64)
@@ -137,7 +137,7 @@ def test_moments_in_float32_differ_by_the_rounding_of_their_products() -> None:
     decoder, tap = Decoder(tiny_llama()), "mlp.down_proj"
     with calibrating(decoder):
         one = collect(decoder.blocks[0], first_inputs(decoder, batches()), [tap]).moments[tap]
-        four = collect(decoder.blocks[0], first_inputs(decoder, batches(), Lanes(4)), [tap]).moments[tap]
+        four = collect(decoder.blocks[0], first_inputs(decoder, batches(), PartialSums(4)), [tap]).moments[tap]
         calls = calls_of(decoder.blocks[0], tap, first_inputs(decoder, batches()))
     inputs = torch.cat([args[0].flatten(0, -2) for args, _ in calls.arguments]).double()
     spread = inputs.abs() + 2 * inputs.abs().mean(0)  # no deviation from the mean of some of them is larger
@@ -147,14 +147,14 @@ def test_moments_in_float32_differ_by_the_rounding_of_their_products() -> None:
 
 
 def test_each_process_draws_the_labels_of_its_own_positions() -> None:
-    """In float64 the metrics of three processes are those of one lane but for rounding; other labels give others."""
+    """In float64, metrics of three processes are those of one up to rounding; other labels give others."""
     decoder, tokens = Decoder(tiny_llama().double()), batches(count=5)
     full = ("mlp.down_proj",)
     expected = collect_metrics(decoder, tokens, sampled(7), full=full)
 
     def measure(peers: ThreadPeers):
         own = Decoder(tiny_llama().double())
-        return DenseStatistics().metrics(own, tokens, 7, full, 1e9, lambda done, total: None, Lanes(3, peers))
+        return DenseStatistics().metrics(own, tokens, 7, full, 1e9, lambda done, total: None, PartialSums(3, peers))
 
     for metrics in together(3, measure):
         assert list(metrics) == list(expected)

@@ -1,4 +1,4 @@
-"""Calibration batches divided into lanes: the bytes hang on the number of lanes, and not on who goes over which."""
+"""Calibration batches divided into partial sums: the bytes depend on their number, not on the processes."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optprune import LayerContext, load_recipe
 from optprune.calibration import DenseStatistics
-from optprune.calibration.lanes import Lanes
+from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError, NumericalError
 from optprune.problems import Problem
 from optprune.pruning import Journal, Layers, prune
@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import ALL_MODELS, tiny_llama, tiny_opt
 
 
 def batches() -> list[Tensor]:
-    """Six batches, which four lanes have one or two of each."""
+    """Six batches, of which four partial sums have one or two each."""
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(0, 500, (2, 24), generator=generator) for _ in range(6)]
 
@@ -44,20 +44,21 @@ RUNS = {
 }
 
 
-def run(model: PreTrainedModel, name: str, lanes: Lanes, **more) -> Report:
+def run(model: PreTrainedModel, name: str, partial_sums: PartialSums, **more) -> Report:
     recipe, settings = RUNS[name]
-    return prune(model, batches(), load_recipe(recipe, settings), lanes=lanes, **more)
+    return prune(model, batches(), load_recipe(recipe, settings), partial_sums=partial_sums, **more)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", RUNS)
-def test_processes_give_the_bytes_of_one_process_with_as_many_lanes(name: str) -> None:
+def test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums(name: str) -> None:
     make = tiny_opt if name in ("sparsegpt", "intra") else tiny_llama
     one, models = make(), dict[int, PreTrainedModel]()
-    expected = run(one, name, Lanes(4))
+    expected = run(one, name, PartialSums(4))
 
     def shared(peers: ThreadPeers) -> Report:
         models[peers.rank] = make()
-        report = run(models[peers.rank], name, Lanes(4, peers))
+        report = run(models[peers.rank], name, PartialSums(4, peers))
         assert peers.sent or peers.rank == 1
         return report
 
@@ -67,15 +68,15 @@ def test_processes_give_the_bytes_of_one_process_with_as_many_lanes(name: str) -
 
 
 def test_experts_are_chosen_by_the_tokens_of_all_processes() -> None:
-    """And those held out of the last lane alone are heard of by all."""
+    """And those held out of the last partial sum alone are heard of by all."""
     budget = {"allocation": "global", "probe_tokens": 96}
     recipe = load_recipe("experts_best", {"held_out": 0.2, "sparsity": 0.2, **budget})
     one, models = ALL_MODELS["mixtral"](), dict[int, PreTrainedModel]()
-    expected = prune(one, batches(), recipe, lanes=Lanes(4))
+    expected = prune(one, batches(), recipe, partial_sums=PartialSums(4))
 
     def shared(peers: ThreadPeers) -> Report:
         models[peers.rank] = ALL_MODELS["mixtral"]()
-        return prune(models[peers.rank], batches(), recipe, lanes=Lanes(4, peers))
+        return prune(models[peers.rank], batches(), recipe, partial_sums=PartialSums(4, peers))
 
     for report in together(2, shared):
         assert told(report) == told(expected)
@@ -93,13 +94,13 @@ def quiet(event: Event) -> None:
 
 def test_a_run_that_was_stopped_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     whole = tiny_llama()
-    expected = run(whole, "alps", Lanes(4))
+    expected = run(whole, "alps", PartialSums(4))
 
     def part(journal: Journal, on_event, models: dict[int, PreTrainedModel]):
         def shared(peers: ThreadPeers) -> Report:
             models[peers.rank] = tiny_llama()
             own = None if peers.rank else journal
-            return run(models[peers.rank], "alps", Lanes(4, peers), journal=own, on_event=on_event)
+            return run(models[peers.rank], "alps", PartialSums(4, peers), journal=own, on_event=on_event)
 
         return shared
 
@@ -112,8 +113,8 @@ def test_a_run_that_was_stopped_goes_on_with_any_number_of_processes(tmp_path: P
         for report in together(size, part(Journal(folder, resume=True), quiet, models)):
             assert told(report).layers == told(expected).layers
         assert all(same(model, whole) for model in models.values())
-    with pytest.raises(InputError, match="the lanes was 4 and is 3"):
-        run(tiny_llama(), "alps", Lanes(3), journal=Journal(tmp_path / "run", resume=True))
+    with pytest.raises(InputError, match="the number of partial sums was 4 and is 3"):
+        run(tiny_llama(), "alps", PartialSums(3), journal=Journal(tmp_path / "run", resume=True))
 
 
 class Unasked(DenseStatistics):
@@ -125,13 +126,15 @@ class Unasked(DenseStatistics):
 
 def test_processes_that_go_on_are_told_the_metrics_in_the_folder(tmp_path: Path) -> None:
     whole = tiny_llama()
-    expected = run(whole, "metric", Lanes(4))
+    expected = run(whole, "metric", PartialSums(4))
 
     def part(journal: Journal, on_event, models: dict[int, PreTrainedModel], statistics: DenseStatistics):
         def shared(peers: ThreadPeers) -> Report:
             models[peers.rank] = tiny_llama()
             more = {"on_event": on_event, "statistics": statistics}
-            return run(models[peers.rank], "metric", Lanes(4, peers), journal=None if peers.rank else journal, **more)
+            return run(
+                models[peers.rank], "metric", PartialSums(4, peers), journal=None if peers.rank else journal, **more
+            )
 
         return shared
 
@@ -146,12 +149,12 @@ def test_processes_that_go_on_are_told_the_metrics_in_the_folder(tmp_path: Path)
 
 def test_where_hidden_states_wait_changes_no_byte_of_a_shared_run_in_half_precision() -> None:
     one, models = tiny_llama().bfloat16(), dict[int, PreTrainedModel]()
-    expected = run(one, "recovery in a metric", Lanes(4), states="device")
+    expected = run(one, "recovery in a metric", PartialSums(4), states="device")
 
     def shared(peers: ThreadPeers) -> Report:
         models[peers.rank] = tiny_llama().bfloat16()
         states = ("disk", "host")[peers.rank]
-        return run(models[peers.rank], "recovery in a metric", Lanes(4, peers), states=states)
+        return run(models[peers.rank], "recovery in a metric", PartialSums(4, peers), states=states)
 
     for report in together(2, shared):
         assert told(report) == told(expected)
@@ -169,7 +172,7 @@ def test_an_error_at_one_layer_is_raised_in_all_processes() -> None:
 
     def shared(peers: ThreadPeers) -> str:
         with pytest.raises(NumericalError) as caught:
-            prune(tiny_llama(), batches(), recipe, lanes=Lanes(2, peers))
+            prune(tiny_llama(), batches(), recipe, partial_sums=PartialSums(2, peers))
         return str(caught.value)
 
     assert together(2, shared) == ["no problem at model.layers.0.mlp.up_proj"] * 2
@@ -179,40 +182,40 @@ def test_processes_that_are_not_alike_are_refused() -> None:
     def shared(peers: ThreadPeers) -> str:
         tokens = [batch + peers.rank for batch in batches()]
         with pytest.raises(InputError) as caught:
-            prune(tiny_llama(), tokens, load_recipe("magnitude"), lanes=Lanes(2, peers))
+            prune(tiny_llama(), tokens, load_recipe("magnitude"), partial_sums=PartialSums(2, peers))
         return str(caught.value)
 
     for message in together(2, shared):
         assert "not alike: the calibration tokens is" in message and "number 1" in message
 
 
-def test_lanes_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there must be a lane at least, not 0"):
-        Lanes(0)
-    with pytest.raises(InputError, match="7 lanes need as many calibration batches, and there are 6"):
-        run(tiny_llama(), "wanda", Lanes(7))
+def test_impossible_partial_sums_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there must be at least one partial sum, not 0"):
+        PartialSums(0)
+    with pytest.raises(InputError, match="7 partial sums need as many calibration batches, and there are 6"):
+        run(tiny_llama(), "wanda", PartialSums(7))
 
     def shared(peers: ThreadPeers) -> None:
-        with pytest.raises(InputError, match="3 lanes cannot be shared equally by 2 processes"):
-            Lanes(3, peers)
-        with pytest.raises(InputError, match="the processes that share the lanes are the workers"):
-            run(tiny_llama(), "wanda", Lanes(2, peers), workers=Layers(2))
+        with pytest.raises(InputError, match="3 partial sums cannot be shared equally by 2 processes"):
+            PartialSums(3, peers)
+        with pytest.raises(InputError, match="the processes that share the partial sums are the workers"):
+            run(tiny_llama(), "wanda", PartialSums(2, peers), workers=Layers(2))
         if peers.rank:
             with pytest.raises(InputError, match="the first process alone has a journal"):
-                run(tiny_llama(), "wanda", Lanes(2, peers), journal=Journal(tmp_path / "run"))
+                run(tiny_llama(), "wanda", PartialSums(2, peers), journal=Journal(tmp_path / "run"))
 
     together(2, shared)
 
 
-def test_the_lanes_of_one_process_go_to_workers_too() -> None:
+def test_the_partial_sums_of_one_process_go_to_workers_too() -> None:
     one, shared = tiny_llama(), tiny_llama()
-    expected = run(one, "alps", Lanes(3))
-    report = run(shared, "alps", Lanes(3), workers=Layers(2, ("cpu", "cpu")))
+    expected = run(one, "alps", PartialSums(3))
+    report = run(shared, "alps", PartialSums(3), workers=Layers(2, ("cpu", "cpu")))
     assert same(one, shared) and told(report) == told(expected)
-    assert not same(run_with_one_lane(), one)
+    assert not same(run_with_one_partial_sum(), one)
 
 
-def run_with_one_lane() -> PreTrainedModel:
+def run_with_one_partial_sum() -> PreTrainedModel:
     model = tiny_llama()
-    run(model, "alps", Lanes())
+    run(model, "alps", PartialSums())
     return model

@@ -22,10 +22,10 @@ from optprune.system.wording import shown
 Value = TypeVar("Value")
 Key = tuple[str | int | float, ...]
 """what a statistic goes by: plain data, the same in every process"""
-ABOUT = "statistics.json"
+FACTS_FILE = "statistics.json"
 
 
-class Form(ABC, Generic[Value]):
+class Serializer(ABC, Generic[Value]):
     """How one kind of statistic is written as tensors and plain data, and read again."""
 
     @abstractmethod
@@ -38,14 +38,14 @@ class Form(ABC, Generic[Value]):
 
 
 @dataclass(frozen=True)
-class Kept(Generic[Value]):
+class CacheEntry(Generic[Value]):
     """A statistic, and what it took to measure it."""
 
     value: Value
     seconds: float
 
 
-class Shelf(ABC):
+class StatisticsCache(ABC):
     """Somewhere to keep statistics by their keys."""
 
     @abstractmethod
@@ -53,11 +53,11 @@ class Shelf(ABC):
         """Whether there is one."""
 
     @abstractmethod
-    def get(self, key: Key, form: Form[Value], device: torch.device) -> Kept[Value] | None:
+    def get(self, key: Key, form: Serializer[Value], device: torch.device) -> CacheEntry[Value] | None:
         """The one that was put there, with its tensors on a device; None where there is none."""
 
     @abstractmethod
-    def put(self, key: Key, kept: Kept[Value], form: Form[Value]) -> None:
+    def put(self, key: Key, kept: CacheEntry[Value], form: Serializer[Value]) -> None:
         """Keep one."""
 
     @abstractmethod
@@ -66,19 +66,19 @@ class Shelf(ABC):
 
 
 @final
-class InMemory(Shelf):
+class MemoryCache(StatisticsCache):
     """The objects themselves: solvers find again what they have put beside them."""
 
     def __init__(self) -> None:
-        self._kept: dict[Key, Kept[Any]] = {}
+        self._kept: dict[Key, CacheEntry[Any]] = {}
 
     def has(self, key: Key) -> bool:
         return key in self._kept
 
-    def get(self, key: Key, form: Form[Value], device: torch.device) -> Kept[Value] | None:
+    def get(self, key: Key, form: Serializer[Value], device: torch.device) -> CacheEntry[Value] | None:
         return self._kept.get(key)
 
-    def put(self, key: Key, kept: Kept[Value], form: Form[Value]) -> None:
+    def put(self, key: Key, kept: CacheEntry[Value], form: Serializer[Value]) -> None:
         self._kept[key] = kept
 
     def clear(self) -> None:
@@ -86,13 +86,13 @@ class InMemory(Shelf):
 
 
 @final
-class InFolder(Shelf):
+class FolderCache(StatisticsCache):
     """A file for each, whole or not there; none is in memory for longer than it is used."""
 
     def __init__(self, folder: str | Path, facts: Mapping[str, Any]) -> None:
         """A folder that is new, or has statistics of the same source by its `facts`; else InputError."""
         self.folder = Path(folder)
-        plain, about = json.loads(json.dumps(facts)), self.folder / ABOUT
+        plain, about = json.loads(json.dumps(facts)), self.folder / FACTS_FILE
         if about.is_file():
             before = self._json(about)
             for what in dict.fromkeys((*before, *plain)):
@@ -110,18 +110,18 @@ class InFolder(Shelf):
     def has(self, key: Key) -> bool:
         return self._file(key).with_suffix(".json").is_file()
 
-    def get(self, key: Key, form: Form[Value], device: torch.device) -> Kept[Value] | None:
+    def get(self, key: Key, form: Serializer[Value], device: torch.device) -> CacheEntry[Value] | None:
         if not self.has(key):
             return None
         file = self._file(key)
         told = self._json(file.with_suffix(".json"))
         try:
             stored = _Stored(file, device, self._damaged(file))
-            return Kept(form.whole(stored, told["rest"]), float(told["seconds"]))
+            return CacheEntry(form.whole(stored, told["rest"]), float(told["seconds"]))
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(file) from error
 
-    def put(self, key: Key, kept: Kept[Value], form: Form[Value]) -> None:
+    def put(self, key: Key, kept: CacheEntry[Value], form: Serializer[Value]) -> None:
         file = self._file(key)
         tensors, rest = form.parts(kept.value)
         _write(file, save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}))
@@ -131,7 +131,7 @@ class InFolder(Shelf):
 
     def clear(self) -> None:
         for file in self.folder.glob("*.json"):
-            if file.name != ABOUT:
+            if file.name != FACTS_FILE:
                 file.unlink(missing_ok=True)
                 file.with_suffix(".safetensors").unlink(missing_ok=True)
 

@@ -1,0 +1,96 @@
+"""Split of the suite: which tests run in `make test`, and which only in `make test-e2e`.
+
+A test is marked `e2e` by hand where it is a whole run of several seconds. Tests of models and of runs are parametrised
+over families, recipes, policies and more, and all combinations take long. Of these `make test` runs
+
+- one family of each structure, and some recipes, and
+- of several parameters as few combinations as hold every value once (each-choice coverage; Ammann and Offutt, 1994).
+
+The other combinations are marked `e2e` here. Laws are not split: each accepted pair of problem and solver keeps all of
+them in `make test`.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import pytest
+
+ROOMS = {
+    "allocation",
+    "calibration",
+    "cli",
+    "comparison",
+    "export",
+    "healing",
+    "measure",
+    "models",
+    "pruning",
+    "report",
+    "solvers",
+}
+"""folders of the tests that are split"""
+LAWS = {"test_metric_laws.py", "test_solver_laws.py"}
+"""files of tests that are not split"""
+FAMILIES = {"gpt2", "llama", "mixtral", "opt", "phi3"}
+"""one family of each structure: fused and transposed layers; Llama-like; experts; LayerNorm, learned positions and
+biases; fused layers"""
+RECIPES = {"depth", "experts_best", "fasp", "sparse_best", "structured_best", "wanda"}
+"""one recipe of each kind: sub-blocks, experts, units, weights in a metric, units in a metric, a baseline"""
+
+
+def _key(value: object) -> Hashable:
+    """Return what identifies a value of a parameter."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
+
+
+def _minor(item: pytest.Function, names: dict[Hashable, str]) -> set[str]:
+    """Return the families and recipes of a test that do not run every day."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    found = {names[_key(value)] for value in values if _key(value) in names}
+    return found - FAMILIES - RECIPES
+
+
+def chosen(combinations: list[dict[str, Any]]) -> list[int]:
+    """Return the places of few combinations in which every value of every parameter occurs, chosen greedily."""
+    values = [{(name, _key(value)) for name, value in each.items()} for each in combinations]
+    missing = set[tuple[str, Hashable]]().union(*values)
+    places = []
+    while missing:
+        best = max(range(len(values)), key=lambda place: len(values[place] & missing))
+        missing -= values[best]
+        places.append(best)
+    return sorted(places)
+
+
+def split(items: Iterable[pytest.Item], names: dict[Hashable, str]) -> None:
+    """Mark as `e2e` the combinations of parameters that do not run every day.
+
+    names: the families and recipes by the keys of the values that stand for them.
+    """
+    groups: dict[tuple, list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        here = item.path.parent.name in ROOMS and item.path.name not in LAWS
+        if here and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            groups[item.path, item.originalname].append(item)
+    for group in groups.values():
+        everyday = [item for item in group if not (item.get_closest_marker("slow") or item.get_closest_marker("e2e"))]
+        # Where no representative takes part, the first combination stands for the others.
+        major = [item for item in everyday if not _minor(item, names)] or everyday[:1]
+        kept = {major[place] for place in chosen([item.callspec.params for item in major])}
+        for item in everyday:
+            if item not in kept:
+                item.add_marker(pytest.mark.e2e)
+
+
+def names_of() -> dict[Hashable, str]:
+    """Return every family and recipe by the keys of the values that stand for them in parameters."""
+    from optprune.recipe import recipe_names
+    from tests.helpers.tiny_models import ALL_MODELS
+
+    known = {_key(name): name for name in (*ALL_MODELS, *recipe_names())}
+    return known | {_key(make): name for name, make in ALL_MODELS.items()}

@@ -1,0 +1,30 @@
+"""What `make test` leaves to `make test-e2e`: combinations, and never a value of a parameter as a whole."""
+
+from itertools import product
+
+from optprune.recipe import recipe_names
+from tests.helpers.split import FAMILIES, LAWS, RECIPES, ROOMS, chosen
+from tests.helpers.tiny_models import ALL_MODELS
+
+
+def test_what_runs_every_day_is_there(pytestconfig) -> None:
+    assert set(ALL_MODELS) >= FAMILIES
+    assert set(recipe_names()) >= RECIPES
+    tests = pytestconfig.rootpath / "tests"
+    assert {path.name for path in tests.iterdir() if path.is_dir()} >= ROOMS
+    assert {path.name for path in tests.glob("*/*.py")} >= LAWS
+
+
+def test_every_value_of_every_parameter_occurs_in_few_combinations() -> None:
+    every = [dict(zip("abc", values, strict=True)) for values in product((1, 2, 3), ("x", "y"), ([], {}, 1.0, True))]
+    places = chosen(every)
+    assert len(places) <= 6
+    for name in "abc":
+        values = [(type(each[name]), each[name]) for each in every]
+        assert all((type(value), value) in [values[place] for place in places] for _, value in values)
+
+
+def test_one_test_stays_of_parameters_that_go_together() -> None:
+    assert chosen([{"a": 1, "b": 2}]) == [0]
+    assert chosen([{"a": 1, "b": 2}, {"a": 1, "b": 2}]) == [0]
+    assert chosen([]) == []
