@@ -15,7 +15,7 @@ from optprune.recipe import load_recipe, make_recipe
 from optprune.recipe.names import SOLVERS
 from optprune.solvers import Chain, Magnitude, Random, Restore
 from optprune.system.files import DEEPEST, MOST_VALUES, read_json, read_yaml
-from optprune.system.wording import shown
+from optprune.system.wording import counted, shown
 from optprune.texts import read_documents
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import tiny_llama
@@ -210,3 +210,17 @@ def test_solver_options_that_make_no_sense(attempt: Attempt, solver: str, option
 
 def test_the_seed_of_a_random_choice() -> None:
     assert Random(seed=2**63 - 1).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "said"),
+    [
+        (0, ("layer",), "0 layers"),
+        (1, ("layer",), "1 layer"),
+        (2, ("layer",), "2 layers"),
+        (1, ("matrix", "matrices"), "1 matrix"),
+        (1000, ("block is", "blocks are"), "1000 blocks are"),
+    ],
+)
+def test_one_is_no_plural(number: int, words: tuple[str, ...], said: str) -> None:
+    assert counted(number, *words) == said
