@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optprune.export import save_model, save_pruned
     from optprune.healing import HealingSettings, HealReport, KeepZeros, Masks, heal, keep_zeros, masks
     from optprune.measure import perplexity
-    from optprune.models import load, load_model, open_model
+    from optprune.models import load_model, open_model
     from optprune.objectives import LayerContext
     from optprune.pruning import collect, layer_loss, layer_problem, prune
     from optprune.recipe import Recipe, load_recipe
@@ -51,7 +51,6 @@ _HOMES = {
     "keep_zeros": "optprune.healing",
     "layer_loss": "optprune.pruning",
     "layer_problem": "optprune.pruning",
-    "load": "optprune.models",
     "load_model": "optprune.models",
     "load_recipe": "optprune.recipe",
     "masks": "optprune.healing",
@@ -86,7 +85,6 @@ __all__ = [
     "keep_zeros",
     "layer_loss",
     "layer_problem",
-    "load",
     "load_model",
     "load_recipe",
     "masks",
@@ -99,6 +97,17 @@ __all__ = [
     "solve",
     "tokenise",
 ]
+
+
+def _load(folder: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Return the transformers model alone."""
+    from optprune.models import load_model
+
+    return load_model(folder, dtype=dtype, device=device).model
+
+
+_DEPRECATED = {"load": ("optprune.load(X) is optprune.load_model(X).model now", _load)}
+"""names of the version before, each with the sentence that names the new one"""
 __version__: str
 """the version of the installed package"""
 
@@ -109,6 +118,12 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("optprune")
+    if name in _DEPRECATED:
+        import warnings
+
+        sentence, function = _DEPRECATED[name]
+        warnings.warn(f"{sentence}; the old name goes with the next version", DeprecationWarning, stacklevel=2)
+        return globals().setdefault(name, function)  # a second use of the name does not come here
     if name not in _HOMES:
         raise AttributeError(f"module 'optprune' has no attribute {name!r}")
     from importlib import import_module

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE
 from optprune.calibration.variants import Variants
 from optprune.models import Decoder
-from optprune.models.digits import readout
 from optprune.models.surgery import write
 from optprune.numerics.kullback_leibler import divergence_terms
 from optprune.problems import LayerLoss
@@ -84,7 +83,7 @@ class Probe:
         dense, changes = self.variants.stream.hidden, self.variants.ends()
         totals, predictions, tokens = [0.0] * len(changes), 0, dense.tokens
         on_change(0, len(changes))
-        with readout(self.decoder):
+        with self.decoder.head_in_dtype():
             for number, expected in enumerate(dense):
                 # What the dense model predicts there is computed once for all changes.
                 for rows, log_p in self._predicted(expected):

@@ -23,7 +23,6 @@ from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
-from optprune.models.digits import readout
 from optprune.models.places import States
 from optprune.numerics.modules import first_output
 
@@ -185,7 +184,7 @@ def _sweep(
             stream.past(stream.hidden.anew(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs))
         on_forward()
     gradients = stream.hidden.anew(())
-    with readout(decoder):
+    with decoder.head_in_dtype():
         for ids, hidden in zip(groups, stream.hidden, strict=True):
             slope = head_gradient(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
             if not bool(torch.isfinite(slope).all()):

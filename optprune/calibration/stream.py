@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from optprune.calibration.partial_sums import PartialSums, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
-from optprune.models.digits import entrance
 from optprune.models.places import States
 from optprune.numerics.modules import first_output
 from optprune.numerics.precision import full_precision
@@ -130,7 +129,7 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
             caught.clear()
             # Without padding, masks and positions depend on the shape alone, so one copy serves all batches of a shape.
             last = 1 if alike or batch.shape in shared else count
-            with suppress(_Reached), _passing(decoder.blocks), entrance(decoder):
+            with suppress(_Reached), _passing(decoder.blocks), decoder.embeddings_in_dtype():
                 decoder.model(input_ids=batch.to(device), use_cache=False)
             stream.hidden.append(caught[0][0])
             others = [arguments for _, arguments in caught]

@@ -15,7 +15,7 @@ from optprune.errors import InputError, OptpruneError
 from optprune.export import check_output, save_pruned
 from optprune.measure import perplexity
 from optprune.models import Decoder, LoadedModel, load_model, need_tokenizer
-from optprune.models.load import DEMO
+from optprune.models.sources import DEMO
 from optprune.pruning import prune
 from optprune.pruning.expectation import expected_computing, expected_evaluation, expected_writing
 from optprune.recipe import Recipe, load_recipe

@@ -173,7 +173,7 @@ def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     errors = [layer.relative_error for layer in report.layers]
     trust = "" if saved.stock else ", trust_remote_code=True"
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
-    loads += "" if saved.stock else f" or optprune.load({str(folder)!r})"
+    loads += "" if saved.stock else f" or optprune.load_model({str(folder)!r})"
     currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
     echo(

@@ -13,8 +13,8 @@ LEGEND = """\
 x      how many times as long as its two calibration passes a run took, on SmolLM2-135M with 8192 tokens; less with
        more tokens, and - where it was not measured
 stock  AutoModelForCausalLM.from_pretrained(DIR) loads the folder
-code   so does it with trust_remote_code=True, or optprune.load(DIR), which runs nothing from the folder; with --units
-       mlp fasp is stock, and so is depth with --set depth_parts=layers"""
+code   so does it with trust_remote_code=True, or optprune.load_model(DIR), which runs nothing from the folder; with
+       --units mlp fasp is stock, and so is depth with --set depth_parts=layers"""
 
 
 def recipes_command(

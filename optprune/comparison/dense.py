@@ -10,7 +10,6 @@ from optprune.calibration import advance, calibrating, first_inputs
 from optprune.measure import Divergence, divergence_of
 from optprune.measure.evaluate import TOKENS_AT_ONCE, check_windows
 from optprune.models import Decoder
-from optprune.models.digits import readout
 from optprune.models.places import States
 from optprune.pruning.states import place_for
 
@@ -54,7 +53,7 @@ class DensePredictions:
         self, decoder: Decoder, ends: Sequence[Tensor], on_window: Callable[[int, int], None] | None
     ) -> Divergence:
         dense = self.decoder
-        with calibrating(decoder), calibrating(dense), readout(decoder), readout(dense), torch.no_grad():
+        with calibrating(decoder), calibrating(dense), decoder.head_in_dtype(), dense.head_in_dtype(), torch.no_grad():
             pairs = zip(ends, self._ends, strict=True)
             logits = ((decoder.logits(found), dense.logits(expected)) for found, expected in pairs)
             return divergence_of(self.windows, logits, on_window)

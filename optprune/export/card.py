@@ -113,8 +113,8 @@ class ModelCard:
             "It has the stock classes of transformers."
             if stock
             else "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder "
-            "(about a hundred lines), which it does with `trust_remote_code=True` only; `optprune.load` needs no such "
-            "trust, nor does the tokenizer, though `AutoTokenizer` of transformers 5 would ask."
+            "(about a hundred lines), which it does with `trust_remote_code=True` only; `optprune.load_model` needs no "
+            "such trust, nor does the tokenizer, though `AutoTokenizer` of transformers 5 would ask."
         )
         tokenizer = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         return [

@@ -27,8 +27,8 @@ from optprune.models import (
     need_tokenizer,
     using_tokenizer,
 )
+from optprune.models.architecture import rope_types
 from optprune.models.checkpoint import Checkpoint
-from optprune.models.rotary import scalings
 from optprune.system.files import real_path, write_whole
 
 TYPES = {
@@ -184,7 +184,7 @@ class _Plan:
     def _rotary(self) -> dict[str, Any]:
         """How queries and keys are rotated, in blocks that see all tokens; nothing where they are not."""
         config = self.decoder.model.config
-        for kind in scalings(config):
+        for kind in rope_types(config):
             if kind not in LLAMA_CPP.rotary:
                 raise InputError(
                     f"rotary embeddings scaled by {kind} are not exported to GGUF: {', '.join(LLAMA_CPP.rotary)} are"

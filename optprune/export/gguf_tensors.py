@@ -11,9 +11,8 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.export.gguf_families import Family
 from optprune.models import Decoder
-from optprune.models.architecture import BlockShape
+from optprune.models.architecture import BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, StoredTensor
-from optprune.models.rows import rows_of_heads
 from optprune.models.skeleton import named_as_in
 
 IDLE_WIDTH = 32

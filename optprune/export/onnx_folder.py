@@ -23,7 +23,7 @@ from optprune.export.own_files import check_own_files
 from optprune.export.place import Scratch, check_output, delete_left_behind, missing_parents, put_in_place
 from optprune.export.portable import make_portable
 from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
-from optprune.models.rotary import scalings
+from optprune.models.architecture import rope_types
 from optprune.recipe import RUNTIMES
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
@@ -86,7 +86,7 @@ def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, 
         raise InputError(
             f"a {family} model runs other experts for other tokens, which a graph cannot: it is not exported to ONNX"
         )
-    for kind in scalings(config):
+    for kind in rope_types(config):
         if kind not in RUNTIMES["onnx"].rotary:
             raise InputError(
                 f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "

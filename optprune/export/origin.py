@@ -12,9 +12,8 @@ from huggingface_hub import metadata_load
 from transformers.utils.hub import cached_file
 
 from optprune.export.own_files import own_file, own_text
-from optprune.models.demo_file import DEMO_LICENCE, DEMO_NAME
 from optprune.models.gguf import PlainReader
-from optprune.models.load import DEMO, HUB_NAME
+from optprune.models.sources import DEMO, DEMO_LICENCE, DEMO_NAME, HUB_NAME
 from optprune.system.wording import one_line
 
 CARD = "README.md"

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.models.registry import architecture_called
+from optprune.models.registry import architecture_named
 
 ROTARY = ("rope_theta", "partial_rotary_factor")
 """what transformers 5 keeps among the parameters of rotary embeddings, and 4.x beside them"""
@@ -35,7 +35,7 @@ def _say_config(fields: dict[str, Any]) -> None:
     """Say the dtype and the rotary embeddings in the words of 4.x too, which otherwise takes its defaults silently."""
     if "dtype" in fields:
         fields["torch_dtype"] = fields["dtype"]
-    older = architecture_called(fields.get("model_type"), fields).older_names
+    older = architecture_named(fields.get("model_type"), fields).older_names
     fields |= {named: fields[name] for name, named in older.items() if name in fields}
     rotary = fields.get("rope_parameters")
     if not rotary:

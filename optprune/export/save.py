@@ -34,7 +34,7 @@ class SavedModel:
     bytes: int
     """the size of the weights"""
     stock: bool
-    """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load"""
+    """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load_model"""
     logits_difference: float | None
     """the largest difference between the logits in memory and those of the reloaded model; None when not checked"""
     report: Report | None = None

@@ -158,9 +158,9 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tenso
 
 def _stored(decoder: Decoder, name: str) -> str:
     """What a file calls a tensor: of classes of ours it has the name that it has in the model."""
-    return decoder.architecture.stored(name) if is_stock(decoder.model.config) else name
+    return decoder.architecture.checkpoint_name(name) if is_stock(decoder.model.config) else name
 
 
 def _turned(decoder: Decoder, name: str, tensor: Tensor) -> Tensor:
     """A tensor as a file holds it."""
-    return tensor.t() if decoder.architecture.is_turned(name) else tensor
+    return tensor.t() if decoder.architecture.is_transposed(name) else tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError
-from optprune.models import answer_of
+from optprune.models import scale_logits
 from optprune.numerics.kullback_leibler import divergence_terms
 
 POSITIONS_AT_ONCE = 256
@@ -43,7 +43,7 @@ class Reader:
         """Return log-probabilities [..., vocabulary] of the next token in float32, for hidden states [..., hidden]."""
         head: Any = self.model.get_output_embeddings()
         with self.precision():
-            logits = answer_of(self.model.config, head(hidden))
+            logits = scale_logits(self.model.config, head(hidden))
         return logits.float().log_softmax(-1)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from optprune.healing.training import Clock, HeldOut, Training, Windows, checkpo
 from optprune.healing.zeros import masks
 from optprune.measure.evaluate import check_windows, evaluating
 from optprune.models import Decoder
-from optprune.models.digits import parameters_in
+from optprune.models.surgery import parameters_in
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import DivergenceMeasured, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import HEALING

@@ -14,8 +14,7 @@ from transformers.utils.hub import cached_file
 from optprune.errors import InputError
 from optprune.measure.clock import clock
 from optprune.measure.memory import memory_increase
-from optprune.models.demo_file import demo_model_file
-from optprune.models.load import DEMO
+from optprune.models.sources import DEMO, demo_model_file
 
 PEAK_MEMORY = (
     "the weights, and the peak of a prefill with its decoding on top: of torch's allocations on CUDA, of the "

@@ -1,32 +1,41 @@
-"""Models: one architecture a file, mostly data; what can go together in them; loading."""
+"""Models: their architectures as data, the units that can be removed from them, and how they are loaded."""
 
-from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads
+from optprune.models.architecture import PARTS, Architecture, BlockAllocation, BlockShape, Heads, rope_types
+from optprune.models.checkpoint import has_weights
 from optprune.models.decoder import Decoder, LinkedLayers
 from optprune.models.draft import Draft, NotUnderstood
-from optprune.models.granularities import UNITS, Blocks, Experts, Weights
+from optprune.models.families import ARCHITECTURES
 from optprune.models.load import (
     DTYPES,
     LoadedModel,
     check_dtype,
     device_of,
     gguf_tensors,
-    is_gguf,
-    load,
     load_config,
     load_model,
     load_shapes,
-    load_tokenizer,
-    need_tokenizer,
     open_model,
     stored_dtype,
     traceable_config,
-    using_tokenizer,
 )
-from optprune.models.registry import ARCHITECTURES, answer_of, architecture_of, is_known, is_stock
-from optprune.models.reordering import reorderable
+from optprune.models.registry import architecture_of, is_known, is_stock, scale_logits
+from optprune.models.sources import is_gguf
+from optprune.models.tokenizer import load_tokenizer, need_tokenizer, using_tokenizer
 from optprune.models.tracing import trace
-from optprune.models.units import KvGroups, LinkedUnits, Mlp, Target, Units, Values
-from optprune.models.weights_files import has_weights
+from optprune.models.units import (
+    UNITS,
+    Blocks,
+    Experts,
+    KvGroups,
+    LinkedUnits,
+    Mlp,
+    Target,
+    Units,
+    Values,
+    Weights,
+    reorderable,
+    unit_kinds,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -51,7 +60,6 @@ __all__ = [
     "Units",
     "Values",
     "Weights",
-    "answer_of",
     "architecture_of",
     "check_dtype",
     "device_of",
@@ -60,7 +68,6 @@ __all__ = [
     "is_gguf",
     "is_known",
     "is_stock",
-    "load",
     "load_config",
     "load_model",
     "load_shapes",
@@ -68,8 +75,11 @@ __all__ = [
     "need_tokenizer",
     "open_model",
     "reorderable",
+    "rope_types",
+    "scale_logits",
     "stored_dtype",
     "trace",
     "traceable_config",
+    "unit_kinds",
     "using_tokenizer",
 ]

@@ -1,11 +1,12 @@
-"""What optprune must know of an architecture: where its linear layers are and which of them go together."""
+"""Data that describes an architecture: where its linear layers are, and which of them go together."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from types import ModuleType
-from typing import Any, Self
+from itertools import accumulate
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,6 +14,8 @@ from optprune.errors import InputError
 
 PARTS = ("attention", "mlp")
 """the sub-blocks of a block, which can be removed whole"""
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""the layers of a gated MLP"""
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """How many query heads read one KV head."""
+        """The number of query heads that read one KV head."""
         return self.query // self.kv
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What a decoder block holds; zeros say that it has no MLP, or no attention."""
+    """The sizes of a decoder block; zeros stand for an MLP or an attention that is removed."""
 
     mlp_width: int
     """the units of the MLP, or of each expert"""
@@ -39,28 +42,28 @@ class BlockShape:
     value_dim: int
     """the value dimensions of a head"""
     experts: int = 0
-    """the experts that a router chooses from; none where the block has one MLP"""
+    """the experts that a router chooses from; zero where the block has one MLP"""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The sub-blocks that it has."""
+        """The sub-blocks that are left."""
         return tuple(part for part, size in zip(PARTS, (self.kv_heads, self.mlp_width), strict=True) if size)
 
     def without(self, part: str) -> "BlockShape":
-        """The shape without a sub-block, "attention" or "mlp"."""
+        """Return the shape without a sub-block, "attention" or "mlp"."""
         if part == "attention":
             return replace(self, kv_heads=0, value_dim=0)
         return replace(self, mlp_width=0, experts=0)
 
     def counts(self) -> dict[str, int]:
-        """The numbers by name, as files hold them: of a block without a router nothing is said of experts."""
+        """Return the numbers by name, as files hold them; without a router there is no entry for experts."""
         counts: dict[str, Any] = asdict(self)
         return counts if self.experts else {name: count for name, count in counts.items() if name != "experts"}
 
 
 @dataclass(frozen=True)
 class BlockAllocation:
-    """What one block keeps."""
+    """The sizes and shares that one block keeps."""
 
     shape: BlockShape
     """a zero for mlp_width or kv_heads removes the MLP or the attention whole"""
@@ -68,35 +71,25 @@ class BlockAllocation:
     """the share of single weights kept in a layer, by its path in the block; a layer that is not named keeps all"""
 
     def share(self, path: str) -> float:
-        """The share of single weights that a layer keeps."""
+        """Return the share of single weights that a layer keeps."""
         return self.shares.get(path, 1.0)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a family that matter here. Stock and pruned ones have the same state: only forward differs."""
+    """The classes of a family that pruning exchanges. Stock and pruned ones have the same state; forward differs."""
 
     config: type[PretrainedConfig]
     model: type[PreTrainedModel]
     block: type[nn.Module]
     attention: type[nn.Module]
 
-    @classmethod
-    def called(cls, family: str, module: ModuleType) -> Self:
-        """Those of a modelling file that are called as most families call theirs, after the family."""
-        kinds = ("Config", "ForCausalLM", "DecoderLayer", "Attention")
-        return cls(*(getattr(module, f"{family}{kind}") for kind in kinds))
-
-
-GATED = ("gate_proj", "up_proj", "down_proj")
-"""the layers of a gated MLP"""
-
 
 @dataclass(frozen=True)
 class Mixture:
-    """A mixture of experts, gated MLPs that are alike, of which a router chooses some for each token.
+    """A mixture of experts: gated MLPs of one shape, of which a router chooses some for each token.
 
-    While a decoder has the model each expert is a module of its own, called by its number, as checkpoints name it.
+    While a `Decoder` holds the model each expert is a module of its own, named by its number as in checkpoints.
     """
 
     module: str = "mlp"
@@ -108,20 +101,20 @@ class Mixture:
     count: str = "num_experts"
     """the config field that holds the number of experts"""
     chosen: str = "num_experts_per_tok"
-    """the config field that holds how many of them a token goes to"""
+    """the config field that holds the number of experts that each token goes to"""
     shared: str = ""
-    """the gated MLP that every token goes through besides, where there is one"""
+    """the shared expert, a gated MLP that every token goes through; empty where there is none"""
     shared_width: str = ""
     """the config field that holds its width"""
     multiple: int = 8
-    """what experts' widths are multiples of: kernels that multiply all experts of a block read 16 bytes at a time"""
+    """experts' widths are multiples of this: kernels that multiply all experts of a block read 16 bytes at a time"""
     normalised: Callable[[PretrainedConfig], bool] = lambda config: bool(config.norm_topk_prob)
     """whether the weights of the chosen experts are scaled to add up to one"""
     stored: Mapping[str, str] = field(default_factory=dict)
-    """what checkpoints call parts of the names in a block, where that is not as they are here"""
+    """parts of tensor names in a block, each with its spelling in checkpoints where that differs"""
 
     def stages(self, count: int) -> tuple[tuple[str, ...], ...]:
-        """The linear layers of so many experts, those that run together."""
+        """Return the linear layers of so many experts, grouped by those that run together."""
         every = tuple(f"{self.experts}.{number}" for number in range(count))
         stages = []
         for places in ((self.shared,), every) if self.shared else (every,):
@@ -130,7 +123,7 @@ class Mixture:
         return tuple(stages)
 
     def mlps(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Of the layers of a block those whose columns are units of an expert, each with those whose rows they are."""
+        """Return the last layer of every expert among these, each with the layers whose rows are its units."""
         places = [path.removesuffix(f".{GATED[2]}") for path in layers if path.endswith(f".{GATED[2]}")]
         return {f"{place}.{GATED[2]}": tuple(f"{place}.{layer}" for layer in GATED[:2]) for place in places}
 
@@ -144,7 +137,7 @@ class Architecture:
     blocks: str
     """path from the model to the list of decoder blocks"""
     after_blocks: tuple[str, ...]
-    """paths from the model to what the hidden states pass between the last block and the head, where a model has it"""
+    """paths from the model to the modules between the last block and the head, where a model has them"""
     stages: tuple[tuple[str, ...], ...]
     """the linear layers in the order of the forward pass; those of one stage and one module read the same input"""
     mlp_producers: tuple[str, ...]
@@ -167,7 +160,7 @@ class Architecture:
     head_dim_is_free: bool
     """whether the stock class takes a head_dim from the config, so that it can have fewer heads"""
     attention_parts: tuple[str, ...]
-    """the modules that make up the attention sub-block: they go when it goes"""
+    """the modules that make up the attention sub-block: they are removed with it"""
     mlp_parts: tuple[str, ...]
     """the modules that make up the MLP sub-block"""
     recoverable: tuple[tuple[str, tuple[str, ...]], ...]
@@ -177,46 +170,46 @@ class Architecture:
     pruned: Classes | None
     """the classes whose blocks may differ in shape, where there are any"""
     ends_with_norm: Callable[[PretrainedConfig], bool] = lambda config: False
-    """whether a norm follows what a block adds last, whose output is not the block's then"""
+    """whether a norm follows the last addition in a block, so that the block's output is that norm's"""
     joined: str = ""
-    """how queries, keys and values lie in the layer that makes them all, where one does: see `rows`"""
+    """how queries, keys and values lie in one layer that makes all of them: see `rows_of_heads`"""
     rows_of_unit: int = 1
-    """how many rows of each MLP producer a unit has, as far apart as there are units"""
+    """the rows of each MLP producer that a unit has; they are as far apart as there are units"""
     by_block: tuple[str, ...] = ("layer_types",)
     """the config fields that list something for each block"""
     indivisible: Mapping[str, str] = field(default_factory=dict)
-    """the counts of a block's shape of which all stay, or none, and why"""
+    """the counts of a block's shape that can only stay whole or become zero, each with the reason"""
     off: tuple[str, ...] = ()
     """the config fields that must be off: with them a model computes something else"""
     transposed: tuple[str, ...] = ()
     """the linear layers whose weight a file holds as [in, out], as transformers' Conv1D does"""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """the config fields of which one value is understood"""
+    """the config fields that must have one value"""
     stored_names: Mapping[str, str] = field(default_factory=dict)
-    """what checkpoints of the stock class call a tensor, where that is not its name in the model"""
+    """tensor names in the model, each with its name in checkpoints of the stock class where that differs"""
     older_names: Mapping[str, str] = field(default_factory=dict)
-    """what the config of transformers 4.x calls a field, rope_theta among them, where it is not that"""
+    """config fields (rope_theta among them), each with its name in transformers 4.x where that differs"""
     logits_divisor: str = ""
-    """the config field by which what the head gives is divided, where there is one"""
+    """the config field by which the head's output is divided, where there is one"""
     logits_factor: str = ""
-    """the config field by which what the head gives is multiplied, where there is one"""
+    """the config field by which the head's output is multiplied, where there is one"""
     logits_cap: str = ""
-    """the config field c, where logits x are c tanh(x / c) in the end"""
+    """the config field c, where the final logits are c tanh(x / c)"""
     mixture: Mixture | None = None
     """the experts in place of one MLP, where there are any"""
 
-    def of(self, config: PretrainedConfig) -> "Architecture":
-        """The same with the linear layers of as many experts as a config says."""
+    def for_config(self, config: PretrainedConfig) -> "Architecture":
+        """Return the same with the linear layers of as many experts as a config says."""
         if self.mixture is None:
             return self
         return replace(self, stages=self.stages + self.mixture.stages(getattr(config, self.mixture.count)))
 
-    def stored(self, name: str) -> str:
-        """What checkpoints of the stock class call a tensor of the model."""
+    def checkpoint_name(self, name: str) -> str:
+        """Return the name of a tensor of the model in checkpoints of the stock class."""
         return self.stored_names.get(name) or self._renamed(name, self._stored_parts)
 
-    def given(self, name: str) -> str:
-        """What the model calls a tensor of a checkpoint of the stock class; one without a place stays as it is."""
+    def model_name(self, name: str) -> str:
+        """Return the name in the model of a tensor of a checkpoint; a tensor that has no place there keeps its name."""
         names = {stored: own for own, stored in self.stored_names.items()}
         return names.get(name) or self._renamed(name, {there: here for here, there in self._stored_parts.items()})
 
@@ -232,7 +225,7 @@ class Architecture:
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """What config.json calls its models, pruned or not."""
+        """The model_type that config.json has, of models as they are and of pruned ones."""
         return (self.model_type,) if self.pruned is None else (self.model_type, self.pruned.config.model_type)
 
     @property
@@ -242,35 +235,35 @@ class Architecture:
 
     @cached_property
     def mlps(self) -> Mapping[str, tuple[str, ...]]:
-        """The layers whose columns are MLP units, one or one of every expert, with those whose rows these units are."""
+        """The layers whose columns are MLP units (one, or one of every expert), with those whose rows are the units."""
         if self.mixture is None:
             return {self.mlp_consumer: self.mlp_producers}
         return self.mixture.mlps(self.layers)
 
     @property
     def mlp_consumers(self) -> tuple[str, ...]:
-        """Those whose columns a block's `mlp_width` counts: of all MLPs but a shared expert."""
+        """The layers whose columns a block's `mlp_width` counts: those of all MLPs but a shared expert."""
         shared = "" if self.mixture is None else f"{self.mixture.shared}.{GATED[2]}"
         return tuple(path for path in self.mlps if path != shared)
 
     @property
     def taps(self) -> dict[str, str]:
-        """For every linear layer of a block the first one that reads the same input."""
+        """The first layer that reads the same input, for every linear layer of a block."""
         first: dict[tuple[int, str], str] = {}
         places = [(number, path) for number, stage in enumerate(self.stages) for path in stage]
         return {path: first.setdefault((number, path.rpartition(".")[0]), path) for number, path in places}
 
-    def is_turned(self, name: str) -> bool:
-        """Whether a file holds the tensor of that full name transposed."""
+    def is_transposed(self, name: str) -> bool:
+        """Return whether a file holds the tensor of that full name transposed."""
         own = name.removeprefix(f"{self.blocks}.").partition(".")[2]
         return own.endswith(".weight") and own.removesuffix(".weight") in self.transposed
 
     def modules_of(self, part: str) -> tuple[str, ...]:
-        """The modules that make up a sub-block, "attention" or "mlp"."""
+        """Return the modules that make up a sub-block, "attention" or "mlp"."""
         return self.attention_parts if part == "attention" else self.mlp_parts
 
-    def answer(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
-        """The logits of a model whose head gives these; the operations are those of the stock class."""
+    def scale_logits(self, config: PretrainedConfig, logits: Tensor) -> Tensor:
+        """Return a model's logits from its head's output, by the same operations as the stock class."""
         names = (self.logits_divisor, self.logits_factor, self.logits_cap)
         divisor, factor, cap = (getattr(config, name) if name else None for name in names)
         if divisor is not None:
@@ -279,21 +272,79 @@ class Architecture:
             logits = logits * factor
         return logits if cap is None else (logits / cap).tanh() * cap
 
-    def check_divisible(self, count: str, what: str) -> None:
-        """Raise InputError where some of a count of a block's shape cannot go; `what` asks for it, in words."""
+    def check_divisible(self, count: str, request: str) -> None:
+        """Raise InputError where a count of a block's shape cannot be lowered; `request` says in words who asks."""
         if count in self.indivisible:
-            raise InputError(f"{what}, but of a {self.model_type} model all stay or none: {self.indivisible[count]}")
+            raise InputError(f"{request}, but of a {self.model_type} model all stay or none: {self.indivisible[count]}")
 
-    def check_kept(self, count: str, kept: int, what: str) -> None:
-        """Raise InputError where a block cannot have so many, but some, of a count of its shape."""
-        self.check_divisible(count, what)
+    def check_kept(self, count: str, kept: int, request: str) -> None:
+        """Raise InputError where a block cannot keep so many, more than zero, of a count of its shape."""
+        self.check_divisible(count, request)
         multiple = 1 if self.mixture is None else self.mixture.multiple
         if count == "mlp_width" and kept % multiple:
             raise InputError(
-                f"{what}, but experts' widths are multiples of {multiple}: transformers' kernels for all experts of a "
-                f"block run no others (--width-multiple {multiple})"
+                f"{request}, but experts' widths are multiples of {multiple}: transformers' kernels for all experts of "
+                f"a block run no others (--width-multiple {multiple})"
             )
 
     def stage_of(self, path: str) -> int:
-        """The position in the forward pass of a layer's input."""
+        """Return the position in the forward pass of a layer's input."""
         return next(index for index, stage in enumerate(self.stages) if path in stage)
+
+    def layer_sizes(self, config: PretrainedConfig, heads: Heads, shape: BlockShape) -> dict[str, tuple[int, int]]:
+        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for layers that are gone."""
+        hidden = int(config.hidden_size)
+        outputs = dict.fromkeys(self.mlp_producers, shape.mlp_width * self.rows_of_unit)
+        rows = ((self.query, heads.group * heads.dim), (self.key, heads.dim), (self.value, shape.value_dim))
+        for path, width in rows:
+            outputs[path] = outputs.get(path, 0) + shape.kv_heads * width  # one layer may make them all
+        inputs = {self.output: shape.kv_heads * heads.group * shape.value_dim, self.mlp_consumer: shape.mlp_width}
+        for place, width in self._expert_widths(config, shape).items():
+            outputs |= {f"{place}.{layer}": width for layer in GATED[:2]}
+            inputs[f"{place}.{GATED[2]}"] = width
+        found = {path: (count, hidden) for path, count in outputs.items()}
+        found |= {path: (hidden, count) for path, count in inputs.items()}
+        return {path: found.get(path, (0, hidden)) for path in self.layers}
+
+    def _expert_widths(self, config: PretrainedConfig, shape: BlockShape) -> dict[str, int]:
+        """Return the widths of the gated MLPs of a mixture, by their paths."""
+        mixture = self.mixture
+        if mixture is None or not shape.mlp_width:
+            return {}
+        widths = {f"{mixture.experts}.{number}": shape.mlp_width for number in range(shape.experts)}
+        return widths | ({mixture.shared: int(getattr(config, mixture.shared_width))} if mixture.shared else {})
+
+
+def rows_of_heads(joined: str, heads: Heads, shape: BlockShape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows of the queries [kv_heads, group dim], keys [kv_heads, dim] and values [kv_heads, value_dim].
+
+    `joined` is "" for three layers, "parts" for one layer with all queries before all keys before all values, and
+    "heads" for one layer with one KV head after the other.
+    """
+    widths = (heads.group * heads.dim, heads.dim, shape.value_dim)
+    head = torch.arange(shape.kv_heads, device=device)[:, None]
+    before = [0, *accumulate(widths)]
+    rows = []
+    for width, start in zip(widths, before[:3], strict=True):
+        stride, first = {
+            "": (width, 0),
+            "parts": (width, shape.kv_heads * start),
+            "heads": (before[3], start),
+        }[joined]
+        rows.append(first + head * stride + torch.arange(width, device=device))
+    query, key, value = rows
+    return query, key, value
+
+
+def counts_of_heads(joined: str, heads: Heads, key_rows: int, output_columns: int) -> tuple[int, int]:
+    """Return the KV heads and the value dimensions of each, from the sizes of the key layer and the output layer."""
+    values = output_columns // heads.group
+    kv_heads = (key_rows - values) // ((heads.group + 1) * heads.dim) if joined else key_rows // heads.dim
+    return kv_heads, values // kv_heads
+
+
+def rope_types(config: PretrainedConfig) -> tuple[str, ...]:
+    """Return the scalings of a model's rotary embeddings by name; each kind of attention may have its own."""
+    found = getattr(config, "rope_parameters", None) or {}
+    each = list(found.values()) if found and all(isinstance(value, dict) for value in found.values()) else [found]
+    return tuple(dict.fromkeys(one.get("rope_type", "default") for one in each))

@@ -1,4 +1,4 @@
-"""A transformers model seen as a row of decoder blocks with linear layers that can be read, written and narrowed."""
+"""Decoder blocks of a transformers model, whose linear layers can be read, written and narrowed."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -9,22 +9,28 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optprune.models.architecture import BlockShape, Classes
-from optprune.models.digits import HALF, parameters_in
-from optprune.models.mixture import join, keep_experts, only_experts, separate
+from optprune.errors import InputError
+from optprune.models.architecture import GATED, BlockShape, Classes, counts_of_heads
+from optprune.models.mixture import SeparateExperts, experts_in, join, keep_experts, only_experts, separate
 from optprune.models.places import InFile, OnDevice, Place
-from optprune.models.record import record_shapes
-from optprune.models.registry import architecture_of
-from optprune.models.shapes import head_counts, layer_sizes, linear_weights, mlp_counts
+from optprune.models.registry import SHAPES_FIELD, architecture_of, is_stock
 from optprune.models.store import BlockStore
-from optprune.models.surgery import classes_of, keep_inputs, keep_outputs, put_parameters, set_classes
-from optprune.models.turned import check_linear
+from optprune.models.surgery import (
+    HALF,
+    check_linear,
+    classes_of,
+    keep_inputs,
+    keep_outputs,
+    parameters_in,
+    put_parameters,
+    set_classes,
+)
 from optprune.problems import Link
 
 
 @dataclass(frozen=True, eq=False)
 class LinkedLayers:
-    """The layers of one block that share a choice of units, with the Link that says how."""
+    """Layers of one block that share a choice of units, with the `Link` between their columns and rows."""
 
     consumer: str
     producers: tuple[str, ...]
@@ -32,12 +38,12 @@ class LinkedLayers:
 
 
 class Decoder:
-    """Access to the parts of a model that pruning reads and writes. Nothing is copied; writing changes the model.
+    """The parts of a model that pruning reads and writes. Nothing is copied; writing changes the model.
 
-    Experts are modules of their own, which share memory with the tensors that held them, until they are `joined`.
+    Experts are modules of their own, which share memory with the tensors of the stock class, until `joined` is called.
 
-    The blocks of a skeleton come from a `store` and have values only while they are `resident`. Where it `computes_in`
-    another dtype than the weights are stored in, a block is of that dtype while it is resident, and rounded then.
+    The blocks of a skeleton come from a `store` and have values only while they are `resident`. Where `computes_in`
+    differs from the dtype of the stored weights, a resident block has that dtype, and is rounded at the end.
     """
 
     def __init__(
@@ -45,7 +51,7 @@ class Decoder:
     ) -> None:
         self.model, self.store, self.computes_in = model, store, computes_in
         self.states: Place = OnDevice()
-        """where hidden states are kept while no block needs them"""
+        """the place of hidden states while no block needs them"""
         self.architecture = architecture_of(model.config)
         self.heads = self.architecture.heads(model.config)
         """the head layout of the stock class; a block may hold fewer KV heads, each with as many query heads"""
@@ -55,15 +61,15 @@ class Decoder:
                 separate(block, self.architecture.mixture)
         for index in range(len(self.blocks)):
             for path in self.paths(index):
-                check_linear(self.layer(index, path), path, turned=path in self.architecture.transposed)
+                check_linear(self.layer(index, path), path, path in self.architecture.transposed)
 
     def precise(self) -> "Decoder":
-        """Access to the same model in float32 where it is in half precision: for gradients and small differences."""
+        """Return a decoder of the same model that computes in float32 where the weights are in half precision."""
         wider = self.model.dtype in HALF and self.computes_in is None
         return self._computing_in(torch.float32) if wider else self
 
     def as_stored(self) -> "Decoder":
-        """Access to the same model in the dtype that it has."""
+        """Return a decoder of the same model that computes in the dtype of its weights."""
         return self._computing_in(None)
 
     def _computing_in(self, dtype: torch.dtype | None) -> "Decoder":
@@ -72,36 +78,56 @@ class Decoder:
         return other
 
     def name(self, block: int, path: str) -> str:
-        """The full name of a layer, as in the checkpoint."""
+        """Return the full name of a layer, as in the checkpoint."""
         return f"{self.block_name(block)}.{path}"
 
     def block_name(self, block: int) -> str:
-        """The full name of a block, as in the checkpoint."""
+        """Return the full name of a block, as in the checkpoint."""
         return f"{self.architecture.blocks}.{block}"
 
     def layer(self, block: int, path: str) -> nn.Linear:
-        """One linear layer; its weight is [out, in]."""
+        """Return one linear layer; its weight is [out, in]."""
         return self.blocks[block].get_submodule(path)  # type: ignore[return-value]
 
     @contextmanager
     def resident(self, index: int, *, keep: bool = False) -> Iterator[nn.Module]:
-        """A block in memory for as long as the context lasts, which every block of a model without a store is.
+        """Hold a block in memory within the context; without a store every block is in memory anyway.
 
-        With `keep` what became of it is what a later context has; else that is as if it had never been.
+        With `keep` the changes made to it last; without, a block from a store is read anew the next time.
         """
         block = self.blocks[index]
         present = nullcontext() if self.store is None else self.store.resident(block, keep)
         with present, parameters_in(self.computes_in, block):
             yield block
 
+    @contextmanager
+    def embeddings_in_dtype(self) -> Iterator[None]:
+        """Let the modules before the blocks give the blocks' inputs in the dtype of `computes_in` within the context.
+
+        Rows of an embedding are looked up in their own dtype and then converted: the numbers are the same.
+        """
+        dtype, model = self.computes_in, self.model
+        others = {*self.blocks.modules(), model.get_output_embeddings()}
+        leaves = [each for each in model.modules() if each not in others and not any(each.children())]
+        with ExitStack() as hooks:
+            for module in leaves if dtype is not None else ():
+                if isinstance(module, nn.Embedding):
+                    hooks.callback(module.register_forward_hook(lambda _, __, rows: rows.to(dtype)).remove)
+            with parameters_in(dtype, *(each for each in leaves if not isinstance(each, nn.Embedding))):
+                yield
+
+    def head_in_dtype(self) -> AbstractContextManager[None]:
+        """Let the modules behind the blocks compute in the dtype of `computes_in` within the context."""
+        return parameters_in(self.computes_in, *self.after_blocks())
+
     @property
     def aside(self) -> Place:
-        """Where tensors are kept that nobody needs for a while: in a file where blocks are read from files."""
+        """The place of tensors that are not needed for a while: a file where blocks are read from files."""
         return self.states if self.store is None or isinstance(self.states, InFile) else self.store.aside
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it the model can be run as a whole: each block is in memory while it runs."""
+        """Let the whole model run within the context: each block is in memory while it runs."""
         if self.store is None:
             yield
             return
@@ -117,31 +143,31 @@ class Decoder:
             yield
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [..., vocabulary] of what leaves the last block [..., hidden]."""
+        """Return the logits [..., vocabulary] for outputs of the last block [..., hidden]."""
         for module in self.after_blocks():
             hidden = module(hidden)
-        return self.architecture.answer(self.model.config, hidden)
+        return self.architecture.scale_logits(self.model.config, hidden)
 
     def after_blocks(self) -> list[nn.Module]:
-        """What hidden states go through behind the last block, one after the other, to the head."""
+        """Return the modules behind the last block in their order, the head at the end."""
         places = [path.rpartition(".") for path in self.architecture.after_blocks]
         found = [getattr(self.model.get_submodule(parent), name) for parent, _, name in places]
         return [module for module in (*found, self.model.get_output_embeddings()) if module is not None]
 
     def weights(self, block: int) -> dict[str, Tensor]:
-        """A block's parameters by their names inside it, as they are stored: copies only if need be."""
+        """Return a block's parameters by their names inside it, in the stored dtype: copies only if need be."""
         return {name: self.rounded(weight.detach()) for name, weight in self.blocks[block].named_parameters()}
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """A weight with the digits that will be stored of it."""
+        """Return a weight in the dtype that it is stored in."""
         return weight if self.computes_in is None else weight.to(self.model.dtype)
 
     def paths(self, block: int) -> tuple[str, ...]:
-        """The linear layers that a block has, in the order of the forward pass."""
+        """Return the linear layers that a block has, in the order of the forward pass."""
         return tuple(path for path in self.architecture.layers if self._has(block, path))
 
     def linear_weights(self) -> int:
-        """The number of weights in the decoder blocks' linear layers, which sparsity is counted over."""
+        """Return the number of weights in the decoder blocks' linear layers, which sparsity is counted over."""
         return sum(
             self.layer(block, path).weight.numel() for block in range(len(self.blocks)) for path in self.paths(block)
         )
@@ -149,30 +175,44 @@ class Decoder:
     # -- shapes
 
     def shape(self, block: int) -> BlockShape:
-        """What a block holds."""
-        architecture = self.architecture
-        there = self.blocks[block]
-        width, experts = mlp_counts(architecture, there) if self._has_part(block, "mlp") else (0, 0)
-        heads = head_counts(architecture, self.heads, there) if self._has_part(block, "attention") else (0, 0)
+        """Return the sizes of a block."""
+        width, experts = self._mlp_counts(block) if self._has_part(block, "mlp") else (0, 0)
+        heads = self._head_counts(block) if self._has_part(block, "attention") else (0, 0)
         return BlockShape(width, *heads, experts)
 
+    def _mlp_counts(self, block: int) -> tuple[int, int]:
+        """Return the units of a block's MLP, or of each expert, and the number of experts (zero for one MLP)."""
+        architecture = self.architecture
+        if architecture.mixture is None:
+            return self.layer(block, architecture.mlp_consumer).in_features, 0
+        experts = experts_in(self.blocks[block], architecture.mixture)
+        assert isinstance(experts, SeparateExperts)
+        first: Any = experts["0"].get_submodule(GATED[2])
+        return first.in_features, experts.count
+
+    def _head_counts(self, block: int) -> tuple[int, int]:
+        """Return the KV heads of a block's attention, and the value dimensions of each."""
+        names = self.architecture
+        keys, output = self.layer(block, names.key), self.layer(block, names.output)
+        return counts_of_heads(names.joined, self.heads, keys.out_features, output.in_features)
+
     def shapes(self) -> tuple[BlockShape, ...]:
-        """What every block holds."""
+        """Return the sizes of every block."""
         return tuple(self.shape(block) for block in range(len(self.blocks)))
 
     def weights_of(self, shape: BlockShape) -> int:
-        """The linear weights of a block of this shape."""
-        return linear_weights(self.architecture, self.model.config, self.heads, shape)
+        """Return the number of linear weights in a block of a shape."""
+        return sum(outputs * inputs for outputs, inputs in self.layer_sizes(shape).values())
 
     @property
     def experts_for_a_token(self) -> int:
-        """How many experts a router chooses for a token; none without a router."""
+        """The number of experts that a router chooses for a token; zero without a router."""
         mixture = self.architecture.mixture
         return 0 if mixture is None else int(getattr(self.model.config, mixture.chosen))
 
     def layer_sizes(self, shape: BlockShape) -> dict[str, tuple[int, int]]:
-        """The outputs and inputs of every linear layer in a block of this shape, zeros where it is not there."""
-        return layer_sizes(self.architecture, self.model.config, self.heads, shape)
+        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for layers that are gone."""
+        return self.architecture.layer_sizes(self.model.config, self.heads, shape)
 
     def _has(self, block: int, path: str) -> bool:
         module: nn.Module | None = self.blocks[block]
@@ -203,12 +243,12 @@ class Decoder:
         keep_experts(self.blocks[block], self.architecture.mixture, kept)
 
     def only_experts(self, block: int, kept: Tensor) -> AbstractContextManager[None]:
-        """A block with the experts of a mask [experts] alone, for as long as the context lasts."""
+        """Leave a block only the experts of a mask [experts] within the context."""
         assert self.architecture.mixture is not None
         return only_experts(self.blocks[block], self.architecture.mixture, kept)
 
     def joined(self) -> PreTrainedModel:
-        """The model as the classes of transformers hold it, whose experts are no modules; then this is done with it.
+        """Return the model with the experts of each block in the tensors of the stock class; this decoder ends then.
 
         With a store the experts stay modules, as its files name them.
         """
@@ -218,13 +258,13 @@ class Decoder:
         return self.model
 
     def remove(self, block: int, part: str) -> None:
-        """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states pass it by."""
+        """Remove a whole sub-block, "attention" or "mlp", with its norm: the hidden states skip it."""
         for name in self.architecture.modules_of(part):
             self.blocks[block]._modules[name] = None
         self.take_classes(self.architecture.pruned, block)
 
     def put(self, block: int, shape: BlockShape, weights: Mapping[str, Tensor]) -> None:
-        """Let a block be what a run made of it: of this shape, with these parameters by their names inside it."""
+        """Load a pruned block: its shape, and its parameters by their names inside it."""
         before = self.shape(block)
         for part in before.parts:
             if part not in shape.parts:
@@ -238,7 +278,7 @@ class Decoder:
 
     @contextmanager
     def without(self, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
-        """The model without some sub-blocks (block, part), for as long as the context lasts."""
+        """Remove some sub-blocks (block, part) from the model within the context."""
         taken: list[tuple[nn.Module, dict[str, nn.Module | None], list[tuple[nn.Module, type]]]] = []
         try:
             for block, part in parts:
@@ -253,7 +293,7 @@ class Decoder:
 
     @contextmanager
     def narrowed(self, block: int, layers: LinkedLayers, choice: Tensor) -> Iterator[None]:
-        """The model with only these units of a block, for as long as the context lasts."""
+        """Leave a block of the model only these units within the context."""
         linear = [self.layer(block, path) for path in (layers.consumer, *layers.producers)]
         before = [(layer, dict(layer._parameters), layer.in_features, layer.out_features) for layer in linear]
         classes = classes_of(self.blocks[block])
@@ -266,19 +306,75 @@ class Decoder:
                 layer.in_features, layer.out_features = inputs, outputs
             set_classes(classes)
 
-    # -- what the classes and the config must say
+    # -- classes and config
 
     def record_shapes(self) -> None:
-        """Make the model's classes and config say what the blocks hold, so that a saved folder says it too.
+        """Write the blocks' shapes into the model's classes and config, so that a saved folder has them too.
 
-        Blocks that hold nothing are dropped. The model is of its stock class where that can hold the shapes, and is
-        `joined`.
+        Empty blocks are dropped. The model gets its stock class where that can hold the shapes, and is `joined`.
         """
-        record_shapes(self)
+        self._drop_empty_blocks()
+        architecture, config, shapes = self.architecture, self.model.config, self.shapes()
+        if not any(shape.kv_heads for shape in shapes):
+            raise InputError("no block has attention left, so no token would see another: remove less")
+        setattr(config, architecture.mlp_width, max(shape.mlp_width for shape in shapes) or 1)
+        self._record_experts(shapes)
+        stock = self._stock_can_hold(shapes)
+        for block in range(len(self.blocks)):
+            self.take_classes(architecture.stock if stock else architecture.pruned, block)
+        if stock:
+            self._record_stock(shapes)
+        else:
+            self._record_pruned(shapes)
         self.joined()
 
+    def _record_pruned(self, shapes: Sequence[BlockShape]) -> None:
+        """Give the model the pruned classes of its family, and list the shapes in the config."""
+        classes, config = self.architecture.pruned, self.model.config
+        if classes is None:
+            family = self.architecture.model_type
+            raise InputError(f"blocks of a {family} model are alike under a draft: prune evenly")
+        config.__class__, self.model.__class__ = classes.config, classes.model
+        vars(config).pop("auto_map", None)  # classes of another owner; saving names ours
+        setattr(config, SHAPES_FIELD, [shape.counts() for shape in shapes])
+        self.model.number_caches()  # type: ignore[operator]  # the pruned classes have it
+
+    def _record_stock(self, shapes: Sequence[BlockShape]) -> None:
+        """Give the model the stock classes of its family, and write the sizes of its blocks, all alike."""
+        architecture, config, first = self.architecture, self.model.config, shapes[0]
+        if architecture.stock is not None and not is_stock(config):
+            config.__class__, self.model.__class__ = architecture.stock.config, architecture.stock.model
+            for field in (SHAPES_FIELD, "auto_map"):
+                vars(config).pop(field, None)
+        if first.kv_heads < self.heads.kv:
+            config.head_dim = self.heads.dim
+            config.num_key_value_heads = first.kv_heads
+            config.num_attention_heads = first.kv_heads * self.heads.group
+            self.heads = architecture.heads(config)
+        for index, block in enumerate(self.blocks):
+            block.get_submodule(architecture.attention).layer_idx = index  # type: ignore[assignment]
+            if architecture.mixture is None:
+                mlp = block.get_submodule(architecture.mlp_consumer.rpartition(".")[0])
+                if architecture.mlp_width in vars(mlp):
+                    setattr(mlp, architecture.mlp_width, first.mlp_width)
+
+    def _record_experts(self, shapes: Sequence[BlockShape]) -> None:
+        """Write the number of experts into the config and the model, whose balancing loss uses its own copy."""
+        mixture, most = self.architecture.mixture, max(shape.experts for shape in shapes)
+        if mixture is not None and most:
+            setattr(self.model.config, mixture.count, most)
+            vars(self.model)["num_experts"] = most
+
+    def _stock_can_hold(self, shapes: Sequence[BlockShape]) -> bool:
+        heads, first = self.heads, shapes[0]
+        if any(shape != first for shape in shapes) or not first.mlp_width or first.value_dim != heads.dim:
+            return False
+        # The stock configs require heads that divide the hidden size, though head_dim gives their width.
+        divides = first.kv_heads > 0 and self.model.config.hidden_size % (first.kv_heads * heads.group) == 0
+        return first.kv_heads == heads.kv or (self.architecture.head_dim_is_free and divides)
+
     def take_classes(self, classes: Classes | None, block: int) -> None:
-        """Let a block be of these classes: their state is the same, only forward differs."""
+        """Give a block these classes: their state is the same, only forward differs."""
         if classes is None:
             return
         module = self.blocks[block]
@@ -286,8 +382,15 @@ class Decoder:
         if self._has_part(block, "attention"):
             module.get_submodule(self.architecture.attention).__class__ = classes.attention
 
-    def drop_blocks(self, kept: Sequence[int]) -> None:
-        """Leave only these blocks."""
+    def _drop_empty_blocks(self) -> None:
+        kept = [index for index, shape in enumerate(self.shapes()) if shape.parts]
+        if len(kept) == len(self.blocks):
+            return
         parent, _, name = self.architecture.blocks.rpartition(".")
         setattr(self.model.get_submodule(parent), name, nn.ModuleList(self.blocks[index] for index in kept))
         self.blocks = self.model.get_submodule(self.architecture.blocks)  # type: ignore[assignment]
+        config = self.model.config
+        config.num_hidden_layers = len(kept)
+        for field in self.architecture.by_block:
+            if getattr(config, field, None):
+                setattr(config, field, [getattr(config, field)[index] for index in kept])

@@ -115,7 +115,7 @@ class Draft:
             )
         return _architecture(json.dumps(self.to_dict(), sort_keys=True))
 
-    def carried_by(self, config: PretrainedConfig) -> None:
+    def put_into(self, config: PretrainedConfig) -> None:
         """Let a config say that its model is read by this draft; InputError where it is of another kind."""
         if config.model_type != self.model_type:
             raise InputError(
@@ -141,7 +141,7 @@ def _architecture(text: str) -> Architecture:
         del own[name]
     return Architecture(
         **own,
-        heads=partial(described_heads, draft.heads),
+        heads=partial(heads_from_fields, draft.heads),
         ends_with_norm=lambda config: draft.ends_with_norm,
         indivisible={**draft.indivisible, "value_dim": OF_STOCK},
         stock=None,
@@ -149,7 +149,7 @@ def _architecture(text: str) -> Architecture:
     )
 
 
-def described_heads(names: Mapping[str, str], config: PretrainedConfig) -> Heads:
+def heads_from_fields(names: Mapping[str, str], config: PretrainedConfig) -> Heads:
     """The head layout that a config says in the fields of these names: without KV heads every query has its own."""
     query = getattr(config, names["query"])
     dim = getattr(config, names.get("dim", ""), None) or config.hidden_size // query

@@ -1,69 +1,97 @@
-"""Loading: a local folder, a hub name, a .gguf file, or the packaged demo model. No pickle, no remote code."""
+"""Loading of models, whole (`load_model`) or block by block (`open_model`). No pickle and no remote code is read."""
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.errors import InputError
-from optprune.models.checkpoint import Checkpoint, check_finite
-from optprune.models.config_check import check_config
+from optprune.models.checkpoint import Checkpoint, check_finite, check_weights_files, check_weights_named
 from optprune.models.decoder import Decoder
-from optprune.models.demo_file import demo_model_file
 from optprune.models.draft import Draft
-from optprune.models.gguf import GgufTensor, converted, gguf_config, gguf_tokenizer, tensors_in
-from optprune.models.growth import check_file, check_growth
-from optprune.models.loaded import LoadedModel
-from optprune.models.reading import cause, reading
-from optprune.models.registry import architecture_called, architecture_of
+from optprune.models.gguf import GgufTensor, converted, gguf_config, tensors_in
+from optprune.models.registry import architecture_named, architecture_of, check_config
 from optprune.models.skeleton import check_whole, fill, skeleton
+from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, reading
 from optprune.models.store import BlockSink, BlockStore
+from optprune.models.tokenizer import load_tokenizer
 from optprune.models.tracing import check_laws
-from optprune.models.weights_files import check_weights_files, check_weights_named
+from optprune.system.display import Displayed, SummaryTable
+from optprune.system.wording import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEMO = "demo"
-NO_CODE = {"trust_remote_code": False}
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-FORMS = "a model folder, a .gguf file, a hub name (OWNER/NAME) or 'demo'"
-"""what a model source may be, in words"""
-CONVERT = (
-    "that is pickle (pytorch_model.bin), which can run code when it is read: where you trust it, convert it with "
-    "transformers' AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW), which writes safetensors"
-)
+DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
 Described = str | Path | Draft
 """a draft of an architecture, or the YAML file that holds one"""
-DEVICE = re.compile(r"cpu|cuda(:\d+)?", re.ASCII)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LoadedModel(Displayed):
+    """A model to prune, evaluate and save, with its tokenizer where the source has one.
+
+    `model` is the transformers model itself.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer | None
+    source: str
+    store: BlockStore | None = None
+    """the store that the blocks come from, where `open_model` gave the model"""
+
+    def decoder(self) -> Decoder:
+        """Return access to the model's blocks, in memory or in files."""
+        return Decoder(self.model, self.store)
+
+    def __repr__(self) -> str:
+        return f"LoadedModel({', '.join([repr(self.source), *(value for _, value in self._model_facts())])})"
+
+    def summary_table(self) -> SummaryTable:
+        """Return a summary for a terminal or a notebook."""
+        name = type(self.tokenizer).__name__
+        template = "a" if getattr(self.tokenizer, "chat_template", None) else "no"
+        tokenizer = (
+            "none" if self.tokenizer is None else f"{name}, {len(self.tokenizer):,} tokens, {template} chat template"
+        )
+        decoder = self.decoder()
+        widths = sorted({shape.mlp_width for shape in decoder.shapes()})
+        shape = f"{len(decoder.blocks)}, of MLP width {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
+        return SummaryTable(
+            f"model {one_line(self.source)}", [*self._model_facts(), ("blocks", shape), ("tokenizer", tokenizer)]
+        )
+
+    def _model_facts(self) -> list[tuple[str, str]]:
+        model = self.model
+        place = (
+            str(model.device) if self.store is None else f"{self.store.device}, blocks in files until they are needed"
+        )
+        return [
+            ("architecture", model.config.model_type),
+            ("parameters", f"{model.num_parameters():,} parameters"),
+            ("computes in", f"{str(model.dtype).removeprefix('torch.')} on {place}"),
+        ]
 
 
 def load_model(
     source: str | Path, *, dtype: str = "auto", device: str = "auto", architecture: Described | None = None
 ) -> LoadedModel:
-    """Load a model with its tokenizer, to prune, evaluate and save it; `load` gives the transformers model alone.
+    """Load a model into memory with its tokenizer; the transformers model itself is the result's `model`.
 
-    The source is a folder, a .gguf file, a hub name, or "demo" (SmolLM2-135M-Instruct).
-    `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16; `device` is auto, cpu, cuda or
-    cuda:N. Of an `architecture` that is not known, the draft that `optprune inspect` wrote, or its file, can be given:
-    what it says is tried on a small model, and goes into the config. Raises InputError for a path that is not there,
-    an unknown architecture, a draft that is not of this model, damaged or missing weights.
+    The source is a folder (also one that optprune wrote, whatever the shapes of its blocks), a .gguf file, a hub name,
+    or "demo" (SmolLM2-135M-Instruct). `dtype` is auto (as stored; float32 for GGUF), float32, bfloat16 or float16;
+    `device` is auto, cpu, cuda or cuda:N. For an `architecture` that is not known, the draft that `optprune inspect`
+    wrote, or its file, can be given: its claims are tried on a small model, and it is recorded in the config. Raises
+    InputError for a missing path, an unknown architecture, a draft of another model, damaged or missing weights.
     """
     source = str(source)
     check_dtype(dtype)
     target = device_of(device)
-    where, options = _locate(source)
+    where, options = locate(source)
     config = _config(source, where, options, architecture)
     model = _weights(source, where, config, options, DTYPES.get(dtype, "auto"))
     for name, weight in model.named_parameters():
@@ -82,17 +110,17 @@ def open_model(
     scratch: Path | None = None,
     architecture: Described | None = None,
 ) -> LoadedModel:
-    """A model whose blocks stay in its files until they are needed: its skeleton, and a store that reads them.
+    """Open a model whose blocks stay in its files until they are needed: a skeleton, and a store that reads blocks.
 
-    With the sources, options and errors of `load_model`, but that NaN in a block is found when it is read. `prune`
-    takes the store. What pruning makes of a block goes into the `sink`; without one, and with what else a pass puts
-    aside, into a folder in `scratch` (the system's for temporary files, which may be in memory itself). A GGUF file is
-    turned into safetensors there first, which stay in `scratch` for another call.
+    Sources, options and errors are those of `load_model`, but NaN in a block is found only when the block is read.
+    `prune` uses the store. Pruned blocks go into the `sink`. Without one they go, like all temporary data of a pass,
+    into a folder in `scratch` (by default the system's temporary folder, which may itself be in memory). A GGUF file is
+    first converted to safetensors there, which stay in `scratch` for another call.
     """
     source = str(source)
     check_dtype(dtype)
     target = device_of(device)
-    where, options = _locate(source)
+    where, options = locate(source)
     config, gguf = _config(source, where, options, architecture), options.get("gguf_file")
     listed = architecture_of(config).blocks
     with reading("weights", source, where, options):
@@ -113,73 +141,23 @@ def open_model(
     return LoadedModel(model.eval(), load_tokenizer(source), source, store)
 
 
-def is_gguf(source: str | Path) -> bool:
-    """Whether a model source is a GGUF file, as "demo" is; InputError where there is none."""
-    return "gguf_file" in _locate(str(source))[1]
-
-
 def gguf_tensors(source: str, model: PreTrainedModel) -> dict[str, GgufTensor]:
-    """The tensors of a GGUF source that have a place in a model, by their names there; none is read yet."""
-    where, options = _locate(source)
+    """Return the tensors of a GGUF source that have a place in a model, by their names there; none is read yet."""
+    where, options = locate(source)
     with reading("weights", source, where, options):
         return tensors_in(Path(where, str(options["gguf_file"])), model)
 
 
-def load(folder: str | Path, *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
-    """The transformers model alone that is in a folder that optprune wrote, whatever its shapes.
-
-    It is for use, in place of `AutoModelForCausalLM.from_pretrained`. It takes every source of `load_model`, raises its
-    errors, and is that one's `model`: on the CPU where no device is named, and without a tokenizer.
-    """
-    return load_model(folder, dtype=dtype, device=device).model
-
-
-def load_tokenizer(source: str | Path) -> Tokenizer | None:
-    """The tokenizer of a model source, or None when it has none."""
-    source = str(source)
-    where, options = _locate(source)
-    if not options and Path(where).is_dir() and not any(Path(where).glob("*token*")):
-        return None
-    with reading("tokenizer", source, where, options):
-        try:
-            if options:
-                return gguf_tokenizer(where, **options)
-            check_file(where, source)
-            tokenizer = AutoTokenizer.from_pretrained(where, **NO_CODE)
-            check_growth(tokenizer, source)
-            return tokenizer
-        except ValueError as error:
-            if "trust_remote_code" in str(error):
-                raise InputError(
-                    f"the tokenizer of {source} is code that comes with it, which is not run: save it as tokenizer.json"
-                ) from error
-            raise
-
-
-@contextmanager
-def using_tokenizer(source: str) -> Iterator[None]:
-    """What a tokenizer raises only when it is used, as the sentences of `load_tokenizer`."""
-    with reading("tokenizer", source, source, {}):
-        yield
-
-
-def need_tokenizer(tokenizer: Tokenizer | None, source: str) -> Tokenizer:
-    """The tokenizer of a model source; InputError where it has none."""
-    if tokenizer is None:
-        raise InputError(f"the model {source} has no tokenizer, which is needed to read text: save one in its folder")
-    return tokenizer
-
-
 def load_config(source: str | Path, architecture: Described | None = None) -> PretrainedConfig:
-    """The config of a model source, without its weights; with the draft of its architecture where one is given."""
+    """Return the config of a model source, without its weights; with the draft of its architecture if one is given."""
     source = str(source)
-    return _config(source, *_locate(source), architecture)
+    return _config(source, *locate(source), architecture)
 
 
 def traceable_config(source: str | Path) -> PretrainedConfig:
-    """The config of a model source of any architecture that transformers knows, to be traced."""
+    """Return the config of a model source of any architecture that transformers knows, to be traced."""
     source = str(source)
-    where, options = _locate(source)
+    where, options = locate(source)
     if options:
         raise InputError(f"{source} is a GGUF file, whose architecture is known or not: give a model folder to trace")
     with reading("config", source, where, options):
@@ -187,29 +165,9 @@ def traceable_config(source: str | Path) -> PretrainedConfig:
 
 
 def load_shapes(source: str | Path, config: PretrainedConfig) -> Decoder:
-    """A model of a source's config that holds shapes only; InputError when there is none."""
+    """Return a decoder of a config's model that holds shapes only; InputError where there is no such model."""
     with reading("config", str(source), str(source), {}), torch.device("meta"):
         return Decoder(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-
-
-def _locate(source: str) -> tuple[str, dict[str, Any]]:
-    """What to hand to from_pretrained, and the options a GGUF file needs."""
-    path = Path(demo_model_file() if source == DEMO else source)
-    if path.suffix == ".gguf" and not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"there is no GGUF file {source}: check the path")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and source.strip():
-        if not (path / "config.json").is_file():
-            raise InputError(f"the folder {source} has no config.json: give a folder written by save_pretrained")
-        if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
-            raise InputError(f"the folder {source} holds weights in a format that is not loaded; {CONVERT}")
-        return str(path), {}
-    # A name is not looked up in the hub where there is a folder it could have been in.
-    here = path.exists() or (len(path.parts) > 1 and path.parent.is_dir())
-    if here or not HUB_NAME.fullmatch(source) or source.startswith("."):
-        raise InputError(f"there is no model folder {source!r}: give {FORMS}")
-    return source, {}
 
 
 def _config(source: str, where: str, options: dict[str, Any], described: Described | None = None) -> PretrainedConfig:
@@ -219,14 +177,14 @@ def _config(source: str, where: str, options: dict[str, Any], described: Describ
             fields: Any = PretrainedConfig.get_config_dict(where)[0]
             if draft is None:
                 # Asked before AutoConfig is, for which an architecture it does not know is code to run.
-                architecture_called(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
+                architecture_named(*(fields.get("model_type"), fields) if isinstance(fields, dict) else (None,))
             if isinstance(fields, dict) and "text_config" in fields:
                 raise InputError(
                     f"the config of {source} has a text_config, as models that read images have: give one of text alone"
                 )
         config = gguf_config(where, **options) if options else AutoConfig.from_pretrained(where, **NO_CODE)
         if draft is not None:
-            draft.carried_by(config)
+            draft.put_into(config)
         architecture = architecture_of(config)
         check_config(config, architecture, source)
         if options and architecture.mixture is not None:
@@ -257,10 +215,10 @@ def _weights(
             dtype = torch.float32 if dtype == "auto" else dtype
         else:
             check_weights_files(source, where)
-            # Of a draft the files say nothing, so the config is handed on.
+            # The config is passed on, since the files do not hold a draft.
             folder, given = where, {"config": copy.deepcopy(config), "use_safetensors": True, **NO_CODE}
         try:
-            # Pruned shapes are held by classes of ours that transformers knows: the folder's own copy is not run.
+            # Our classes, registered with transformers, hold pruned shapes: the folder's own copy of them is not run.
             model, report = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **given)
         except OSError as error:
             if "use_safetensors" in str(error):
@@ -273,20 +231,20 @@ def _weights(
 
 
 def check_dtype(name: str) -> None:
-    """Raise InputError when a dtype's name is not known."""
+    """Raise InputError where the name of a dtype is not known."""
     if name != "auto" and name not in DTYPES:
         raise InputError(f"the dtype {name!r} is not known: use auto, {', '.join(DTYPES)}")
 
 
 def stored_dtype(source: str, config: PretrainedConfig, dtype: str = "auto") -> torch.dtype | None:
-    """The dtype that `load_model` and `open_model` give a model of a config; None where only the weights say it."""
+    """Return the dtype that `load_model` and `open_model` give a model; None where only the weights can tell."""
     if dtype != "auto":
         return DTYPES[dtype]
     return torch.float32 if is_gguf(source) else getattr(config, "dtype", None)
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a name stands for; InputError when it cannot be used."""
+    """Return the device of a name; InputError where it cannot be used."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not DEVICE.fullmatch(name):

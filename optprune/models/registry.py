@@ -1,39 +1,36 @@
-"""The architectures that optprune knows, by the name that config.json calls them."""
+"""The architecture of a config: found among the families or in a draft, and the config checked against it."""
 
-from torch import Tensor
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from optprune.errors import InputError
 from optprune.models.architecture import Architecture
 from optprune.models.draft import draft_in
-from optprune.models.gemma2 import GEMMA2
-from optprune.models.gemma3 import GEMMA3
-from optprune.models.gpt2 import GPT2
-from optprune.models.gpt_neox import GPT_NEOX
-from optprune.models.granite import GRANITE
-from optprune.models.llama import LLAMA
-from optprune.models.mistral import MISTRAL
-from optprune.models.mixtral import MIXTRAL
-from optprune.models.olmo2 import OLMO2
-from optprune.models.olmoe import OLMOE
-from optprune.models.opt import OPT
-from optprune.models.phi3 import PHI3
-from optprune.models.qwen2 import QWEN2
-from optprune.models.qwen2_moe import QWEN2_MOE
-from optprune.models.qwen3 import QWEN3
-from optprune.models.qwen3_moe import QWEN3_MOE
-from optprune.models.smollm3 import SMOLLM3
-from optprune.models.unknown import not_understood
+from optprune.models.families import ARCHITECTURES
+from optprune.system.wording import shown
 
-ARCHITECTURES = {
-    architecture.model_type: architecture
-    for architecture in (
-        *(GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMOE),
-        *(OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
-    )
-}
 SHAPES_FIELD = "optprune_shapes"
 """the config field that lists the blocks' shapes where the stock class cannot have them"""
+LARGEST = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**20,
+    "num_key_value_heads": 2**20,
+    "hidden_size": 2**24,
+    "head_dim": 2**24,
+    "vocab_size": 2**31,
+    "max_position_embeddings": 2**40,
+}
+"""the config fields that are counts, each with a number that no model exceeds"""
+REQUIRED = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""the values of the config fields that say what the forward pass returns"""
+MOST_NAMED = 6
+"""the most modules that one error message names"""
 
 for _architecture in ARCHITECTURES.values():
     assert _architecture.pruned is not None
@@ -43,38 +40,38 @@ for _architecture in ARCHITECTURES.values():
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
-    """The architecture of a config, or an InputError that lists those known, and what is not understood."""
-    return architecture_called(config.model_type, config).of(config)
+    """Return the architecture of a config; InputError that lists the known ones and what is not understood."""
+    return architecture_named(config.model_type, config).for_config(config)
 
 
 def is_known(config: PretrainedConfig) -> bool:
-    """Whether there is an architecture of a config, described here or in a draft that it carries."""
+    """Return whether a config has an architecture, in the table of families or in a draft that it carries."""
     return _known(config.model_type, config) is not None
 
 
-def architecture_called(model_type: object, config: PretrainedConfig | dict[str, object] | None = None) -> Architecture:
-    """The architecture that config.json calls so, pruned or not; or an InputError that lists those known.
+def architecture_named(model_type: object, config: PretrainedConfig | dict[str, object] | None = None) -> Architecture:
+    """Return the architecture of a model_type in config.json, pruned or not; InputError where it is not known.
 
-    The error names what of a block has no place in any of those, where transformers can make one of the `config`.
+    The error names the modules of a block that no known architecture has, if transformers can build the `config`.
     """
     found = _known(model_type, config)
     if found is None:
         raise InputError(
             f"the architecture {model_type!r} is not known: optprune prunes {', '.join(sorted(ARCHITECTURES))} "
-            f"(an architecture is one file of data in optprune/models){not_understood(config, ARCHITECTURES.values())}"
+            f"(an architecture is an entry of optprune/models/families.py){not_understood(config)}"
             "; optprune inspect MODEL drafts one for --architecture, where that is safe"
         )
     return found
 
 
-def answer_of(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """The logits of a model whose head gives these: of one that is not known, those that its head gives."""
+def scale_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
+    """Return a model's logits from its head's output; for an architecture that is not known they are the output."""
     found = _known(config.model_type, config)
-    return logits if found is None else found.answer(config, logits)
+    return logits if found is None else found.scale_logits(config, logits)
 
 
 def is_stock(config: PretrainedConfig) -> bool:
-    """Whether plain transformers can hold a model of this config."""
+    """Return whether plain transformers can hold a model of this config."""
     return getattr(config, SHAPES_FIELD, None) is None
 
 
@@ -83,3 +80,97 @@ def _known(model_type: object, config: PretrainedConfig | dict[str, object] | No
     if draft is not None:
         return draft.architecture()
     return next((one for one in ARCHITECTURES.values() if model_type in one.model_types), None)
+
+
+# -- architectures that are not known
+
+
+def not_understood(config: PretrainedConfig | dict[str, Any] | None) -> str:
+    """Return the end of a sentence that names the modules of a block that the nearest architecture does not have.
+
+    It takes a config, or the contents of config.json. The answer is empty where transformers has no such model; only
+    code of transformers is run.
+    """
+    try:
+        path, layers = _matrices_of(config)
+    except Exception:  # a config that nobody knows may fail in any way, and then its modules cannot be named
+        return ""
+    nearest = max(ARCHITECTURES.values(), key=lambda one: len(layers.keys() & set(one.layers)))
+    left = [f"{layer} ({kind})" for layer, kind in layers.items() if layer not in nearest.layers]
+    absent = [layer for layer in nearest.layers if layer not in layers]
+    if not left and not absent:
+        return f"; the linear layers of {path} are where {nearest.model_type} has them, so that the entry may be short"
+    found = [f"does not account for {_listed(left)}"] if left else []
+    found += [f"asks for {_listed(absent)}"] if absent else []
+    return f"; of {path} the nearest, {nearest.model_type}, {' and '.join(found)}"
+
+
+def _matrices_of(config: PretrainedConfig | dict[str, Any] | None) -> tuple[str, dict[str, str]]:
+    """Return the path of the first block, and its modules that have a matrix of their own, with their classes."""
+    if isinstance(config, dict):
+        fields = {name: value for name, value in config.items() if name not in ("auto_map", "quantization_config")}
+        config = AutoConfig.for_model(**fields)
+    config = copy.deepcopy(config)
+    assert config is not None
+    config.num_hidden_layers = 1
+    cls: Any = AutoModelForCausalLM
+    with init_empty_weights(include_buffers=False):
+        model = cls.from_config(config, trust_remote_code=False)
+    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    name, blocks = max(lists, key=lambda each: sum(weight.numel() for weight in each[1].parameters()))
+    return f"{name}.0", {
+        path: type(module).__name__
+        for path, module in blocks[0].named_modules()
+        if any(weight.ndim > 1 for weight in module.parameters(recurse=False))
+    }
+
+
+def _listed(names: Iterable[str]) -> str:
+    every = list(names)
+    more = f" and {len(every) - MOST_NAMED} more" if len(every) > MOST_NAMED else ""
+    return ", ".join(every[:MOST_NAMED]) + more
+
+
+# -- the numbers of a config
+
+
+def check_config(config: PretrainedConfig, architecture: Architecture, source: str) -> None:
+    """Raise InputError where a config's numbers do not make a model: the libraries would fail late, and anywhere."""
+
+    def refuse(name: str, value: Any, wanted: str) -> None:
+        raise InputError(
+            f"the config of {source} has {name} {shown(value)}, which is not {wanted}: correct config.json, or fetch "
+            "it again"
+        )
+
+    for name, most in (LARGEST | {architecture.mlp_width: 2**24}).items():
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            refuse(name, value, f"a whole number from 1 to {most}")
+    for name, value in REQUIRED.items():
+        if getattr(config, name, value) is not value:
+            refuse(name, getattr(config, name), f"{value}, as it is here")
+    _check_understood(config, architecture, source)
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        refuse("dtype", dtype, "a floating-point dtype")
+    heads = architecture.heads(config)
+    if heads.query % heads.kv:
+        refuse("num_key_value_heads", heads.kv, f"a divisor of num_attention_heads {heads.query}")
+    rotary: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rotary and heads.dim % 2:
+        refuse("head_dim", heads.dim, "an even number, since the halves of a head are rotated")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        refuse("sliding_window", window, "a whole number of at least 1")
+
+
+def _check_understood(config: PretrainedConfig, architecture: Architecture, source: str) -> None:
+    """Raise InputError where config fields switch on a computation that the architecture does not describe."""
+    wrong = [name for name in architecture.off if getattr(config, name, None)]
+    wrong += [name for name, wanted in architecture.fixed.items() if getattr(config, name, wanted) != wanted]
+    for name in wrong:
+        raise InputError(
+            f"the config of {source} has {name} {shown(getattr(config, name))}, and what a "
+            f"{architecture.model_type} model computes then is not known: give one without it"
+        )

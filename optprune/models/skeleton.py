@@ -86,19 +86,19 @@ def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
     A folder of a model without its head names all from there on.
     """
     architecture = architecture_of(model.config)
-    tensors = {architecture.given(name): at for name, at in checkpoint.tensors.items()}
+    tensors = {architecture.model_name(name): at for name, at in checkpoint.tensors.items()}
     if architecture.mixture is not None:
-        tensors = taken_apart(tensors, architecture.mixture.experts)
+        tensors = split_experts(tensors, architecture.mixture.experts)
     prefix = f"{model.base_model_prefix}."
     if not any(name.startswith(prefix) for name in tensors):
         weights = dict(model.named_parameters(remove_duplicate=False))
         named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         tensors = {name: tensor for name, tensor in named.items() if name in weights} or named
-    turned = {name: at.transposed() for name, at in tensors.items() if architecture.is_turned(name)}
+    turned = {name: at.transposed() for name, at in tensors.items() if architecture.is_transposed(name)}
     return replace(checkpoint, tensors=tensors | turned)
 
 
-def taken_apart(tensors: Mapping[str, StoredTensor], experts: str) -> dict[str, StoredTensor]:
+def split_experts(tensors: Mapping[str, StoredTensor], experts: str) -> dict[str, StoredTensor]:
     """The tensors with the matrices of each expert in place of those that hold all: they lie one behind the other."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():

@@ -1,9 +1,17 @@
-"""What changes modules in place: weights written, rows and columns deleted, classes exchanged."""
+"""Changes of modules in place: weights written, rows and columns deleted, dtypes and classes exchanged."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from optprune.errors import InputError
+
+HALF = (torch.bfloat16, torch.float16)
+"""the dtypes that are too coarse for gradients and small differences; float32 holds all numbers of both"""
 
 
 def write(layer: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -39,7 +47,7 @@ def keep_outputs(layer: nn.Linear, mask: Tensor) -> None:
 
 
 def classes_of(module: nn.Module) -> list[tuple[nn.Module, type]]:
-    """A module and all that is in it, each with its class."""
+    """Return a module and all modules inside it, each with its class."""
     return [(part, part.__class__) for part in module.modules()]
 
 
@@ -47,3 +55,69 @@ def set_classes(classes: list[tuple[nn.Module, type]]) -> None:
     """Give modules the classes that `classes_of` found."""
     for part, cls in classes:
         part.__class__ = cls
+
+
+@contextmanager
+def parameters_in(dtype: torch.dtype | None, *modules: nn.Module) -> Iterator[None]:
+    """Convert the parameters of modules to a dtype within the context, and round them to their own dtype after it.
+
+    Parameters that have the dtype already, as within another such context, stay as they are; None converts nothing. In
+    a wider dtype numbers that nobody changes come back bit for bit.
+    """
+    own = [
+        {name: each.dtype for name, each in module.named_parameters() if dtype not in (None, each.dtype)}
+        for module in modules
+    ]
+    try:
+        for module, dtypes in zip(modules, own, strict=True):
+            for name in dtypes:
+                parameter = module.get_parameter(name)
+                parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for module, dtypes in zip(modules, own, strict=True):
+            for name, parameter in module.named_parameters():
+                if name in dtypes:
+                    parameter.data = parameter.data.to(dtypes[name])
+
+
+class TransposedLinear(nn.Linear):
+    """A linear layer whose weight [out, in] is a view of a stored matrix [in, out], as in transformers' Conv1D.
+
+    Its state dict holds the matrix as it is stored, so that saving and loading match the stock class.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        # The same operation as Conv1D's, so that the output is equal bit for bit.
+        rows = torch.addmm(self.bias, input.reshape(-1, self.in_features), self.weight.t())
+        return rows.view(*input.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        name = f"{prefix}weight"
+        found = {**state_dict, name: state_dict[name].t()} if name in state_dict else state_dict
+        super()._load_from_state_dict(found, prefix, *others)
+
+
+def as_linear(layer: nn.Module) -> None:
+    """Make a Conv1D a `TransposedLinear`, in place and without a copy; other layers stay as they are."""
+    if type(layer) is not Conv1D:
+        return
+    weight, linear = layer.weight, cast(Any, layer)
+    linear.__class__ = TransposedLinear
+    linear.out_features, linear.in_features = vars(layer).pop("nf"), vars(layer).pop("nx")
+    linear.weight = nn.Parameter(weight.detach().t(), weight.requires_grad)
+
+
+def check_linear(layer: nn.Module, path: str, transposed: bool) -> None:
+    """Raise InputError where a layer is no plain linear one; a `transposed` one is made linear first."""
+    if transposed:
+        as_linear(layer)
+    if type(layer) is not (TransposedLinear if transposed else nn.Linear):
+        raise InputError(
+            f"{path} is a {type(layer).__name__}, not a plain linear layer: load the model without quantisation or "
+            "adapters"
+        )

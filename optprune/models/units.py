@@ -1,4 +1,4 @@
-"""Units: what a recipe removes. They say which layers that prunes, how those are linked, what a shape has left."""
+"""Kinds of units that a recipe can remove: the layers they prune, how those are linked, and the shape that is left."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -8,35 +8,36 @@ from typing import final
 import torch
 
 from optprune.errors import InputError
-from optprune.models.architecture import Architecture, BlockAllocation, BlockShape
+from optprune.models.architecture import Architecture, BlockAllocation, BlockShape, rows_of_heads
 from optprune.models.decoder import Decoder, LinkedLayers
-from optprune.models.rows import rows_of_heads
 from optprune.patterns import ANYWHERE, Pattern, PatternFamily
 from optprune.problems import Link
+from optprune.system.wording import counted
+from optprune.work import Work
 
 MULTIPLE = 8
-"""what counts are multiples of where a recipe does not say: matrix kernels are slower on other sizes"""
+"""the default multiple of counts: matrix kernels are slower on other sizes"""
 WIDE = 4096
-"""an MLP of so many units is wide"""
+"""an MLP of at least so many units is wide"""
 WIDE_MULTIPLE = 64
-"""the multiple of a wide MLP where a recipe does not say: kernels for GPUs read tiles of 64, and to round to half of
-those moves less than 1 percent of its units; of a narrow one it would be several percent, which a budget notices"""
+"""the default multiple of a wide MLP: kernels for GPUs read tiles of 64, and rounding by half a tile moves less than 1
+percent of its units; in a narrow one it would move several percent, which a budget notices"""
 STEPS = 5
-"""where the same share goes from every block, only a head of so many multiples is narrowed by whole multiples: in a
-smaller one a sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
+"""where every block loses the same share, heads of fewer multiples than this are not narrowed by whole multiples: a
+sparsity of 10 percent, FASP's least, would round to no value dimension at all"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to prune in a block, and the place in the forward pass where its input is seen."""
+    """A layer to prune in a block, and the place in the forward pass where its input is recorded."""
 
     path: str
     tap: str
     """the first layer that reads the same input: layers of one stage share one set of moments"""
     kind: "LinkedUnits | None" = None
-    """the units that its columns are, where units are pruned"""
+    """the unit kind of its columns, where units are pruned"""
     family: PatternFamily = ANYWHERE
-    """the pattern that its mask is to have, where single weights are pruned"""
+    """the pattern of its mask, where single weights are pruned"""
 
     @property
     def rotated(self) -> bool:
@@ -44,83 +45,96 @@ class Target:
         return self.kind is not None and self.kind.rotated
 
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
-        """How many units or weights an allocation leaves of the layer, whose weight is [outputs, inputs]."""
+        """Return the number of units or weights that an allocation keeps of the weight [outputs, inputs]."""
         if self.kind is not None:
             return self.kind.total(wanted.shape)
         return self.family.keep(outputs, inputs, wanted.share(self.path))
 
     def pattern(self, outputs: int, inputs: int, wanted: BlockAllocation) -> Pattern | None:
-        """The pattern of its weights, or None where units are pruned."""
+        """Return the pattern of its weights, or None where units are pruned."""
         return self.family.of(outputs, inputs, wanted.share(self.path)) if self.kind is None else None
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        """Return the work of choosing its units beside that of the solver; single weights are chosen by the solver."""
+        return Work() if self.kind is None else self.kind.work(outputs, inputs)
 
 
 class Units(ABC):
     """The granularity of a recipe."""
 
     name: str
-    """the name that a recipe spells"""
+    """the name in recipes"""
+    description: str
+    """a few words for help texts and tables"""
     objective: str = "linked"
-    """the name of the objective of a recipe that has none of its own"""
+    """the name of the default objective of a recipe"""
     family: PatternFamily | None = None
-    """the family of the layers' patterns, where single weights go"""
+    """the family of the layers' patterns, where single weights are removed"""
 
     @property
     @abstractmethod
     def kinds(self) -> "tuple[LinkedUnits, ...]":
-        """The kinds of units that are removed, the last one to fill up a budget; none where no layer is narrowed."""
+        """The kinds of units that are removed; the last one fills up a budget. Empty where no layer is narrowed."""
+
+    @abstractmethod
+    def work(self, outputs: int, inputs: int) -> Work:
+        """Return the work of choosing units in a layer [outputs, inputs], Work() for none.
+
+        The solver, and the search for a basis of `rotated` units, declare their own.
+        """
 
     @property
     def compete(self) -> bool:
-        """Whether a sub-block has units of several kinds: by what they cost a block is narrowed in one of them then."""
+        """Whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
         return len({kind.part for kind in self.kinds}) < len(self.kinds)
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
-        """The layers of a block that may be pruned, in the order of the forward pass, once for each kind of units."""
+        """Return the layers of a block that may be pruned, in the forward order, once for each unit kind."""
         consumers = [(path, kind) for kind in self.kinds for path in kind.consumers(decoder.architecture)]
         return _in_order(decoder, decoder.shape(block), consumers)
 
     def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
-        """The layers of a block that an allocation prunes, in the order of the forward pass, whoever chose it.
+        """Return the layers of a block that an allocation prunes, in the order of the forward pass.
 
-        Where inputs have `drifted` from those that a layer is to answer for, all of these units are corrected, even
-        those of which all stay.
+        The allocation may narrow units of any kind. Where inputs have `drifted` from the dense model's, all layers with
+        units of the recipe's own kinds are corrected, even those that keep every unit.
         """
         before, after = decoder.shape(block), wanted.shape
         changed = [kind for kind in self._every() if kind.there(after) < kind.there(before)]
         changed += self.kinds if drifted else ()
-        # A layer has units of one kind: those that an allocation removes come before those that are only corrected.
+        # A layer has units of one kind: kinds that the allocation narrows precede those that are only corrected.
         chosen = {path: kind for kind in reversed(changed) for path in kind.consumers(decoder.architecture)}
         return _in_order(decoder, after, chosen.items())
 
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
-        """Raise InputError when an allocation asks of a block what these units cannot do."""
+        """Raise InputError where an allocation asks something of a block that these units cannot do."""
         if wanted.shares:
             raise InputError(
                 f"the allocation thins out layers of block {block}: that needs a recipe with units weights"
             )
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
-        """The layers that want a whole output metric: units are columns of few, and a matrix for each is dear."""
+        """Return the layers that get a full output metric, which takes a matrix [outputs, outputs] for each."""
         every = {kind: kind.consumers(architecture) for kind in self._every()}
-        # Those of experts are many: they have one where the recipe itself removes their units.
+        # Experts are many: their layers get one only where the recipe removes their units.
         wanted = [paths for kind, paths in every.items() if kind in self.kinds or len(paths) == 1]
         return tuple(dict.fromkeys(path for paths in wanted for path in paths))
 
     def _every(self) -> "tuple[LinkedUnits, ...]":
-        """What an allocation may narrow, whoever chose it: the recipe's own units first."""
+        """Return the kinds that an allocation may narrow, the recipe's own first."""
         return tuple(dict.fromkeys((*self.kinds, KvGroups(), Values(), Mlp())))
 
 
 class LinkedUnits(Units):
-    """Units of one kind: each is some columns of a layer, and the rows of the layers before it that make those.
+    """Units of one kind: each is some columns of a layer, and the rows of earlier layers that produce these columns.
 
-    A block may have several such layers, one of every expert, which all keep equally many units, each its own.
+    A block may have several such layers, one of every expert: all keep equally many units, each layer its own choice.
     """
 
     field: str
     """the field of a block's shape that counts them, in every slot"""
     part: str
-    """the sub-block that is gone without any of them"""
+    """the sub-block that is removed when none is left"""
     rotated: bool = False
     """whether they are directions, taken from a rotated basis of each slot, and not coordinates"""
 
@@ -130,33 +144,33 @@ class LinkedUnits(Units):
 
     @abstractmethod
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
-        """The layers whose columns they are: one, or one of every expert."""
+        """Return the layers whose columns they are: one, or one of every expert."""
 
     @abstractmethod
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
-        """How they link one of these layers of a block with those before it."""
+        """Return how they link one of these layers of a block with earlier layers."""
 
     def layers(self, decoder: Decoder, block: int) -> tuple[LinkedLayers, ...]:
-        """How they link the layers of a block, for each of these layers that it has."""
+        """Return the links of all of these layers that a block has."""
         there = self.consumers(decoder.architecture)
         return tuple(self.linked(decoder, block, path) for path in decoder.paths(block) if path in there)
 
     def there(self, shape: BlockShape) -> int:
-        """How many a shape has in every slot."""
+        """Return the number of units that a shape has in every slot."""
         return getattr(shape, self.field)
 
     def total(self, shape: BlockShape) -> int:
-        """How many a shape has in all slots of one layer."""
+        """Return the number of units that a shape has in all slots of one layer."""
         return self.there(shape)
 
     def with_count(self, shape: BlockShape, count: int) -> BlockShape:
-        """The shape with so many in every slot; with none the sub-block is gone."""
+        """Return the shape with so many units in every slot; zero removes the sub-block."""
         return replace(shape, **{self.field: count}) if count else shape.without(self.part)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        """What a count is a multiple of, unless all stay, where a recipe asks for multiples, or leaves them open.
+        """Return the number whose multiples a count must be, unless all units stay.
 
-        `alike` where the same share is to go from every block.
+        `asked` is the recipe's `width_multiple`; `alike` says that every block loses the same share.
         """
         return asked or 1
 
@@ -164,9 +178,10 @@ class LinkedUnits(Units):
 @final
 @dataclass(frozen=True)
 class Mlp(LinkedUnits):
-    """The hidden neurons of an MLP, or of every expert: one slot."""
+    """The hidden units of an MLP, or of every expert: one slot."""
 
     name = "mlp"
+    description = "hidden units of the MLPs, or of every expert"
     field = "mlp_width"
     part = "mlp"
 
@@ -185,6 +200,9 @@ class Mlp(LinkedUnits):
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return asked or (WIDE_MULTIPLE if shape.mlp_width >= WIDE else MULTIPLE)
 
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
+
 
 @final
 @dataclass(frozen=True)
@@ -198,6 +216,10 @@ class Values(LinkedUnits):
     @property
     def name(self) -> str:
         return "rotated-vo" if self.rotated else "vo"
+
+    @property
+    def description(self) -> str:
+        return f"value dimensions of the heads{', as directions of a rotated basis' if self.rotated else ''}"
 
     def consumers(self, architecture: Architecture) -> tuple[str, ...]:
         return (architecture.output,)
@@ -221,6 +243,9 @@ class Values(LinkedUnits):
         coarse = shape.value_dim % asked == 0 and (not alike or shape.value_dim >= STEPS * asked)
         return asked if coarse else 1
 
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()  # the search for a rotated basis declares its own, in solvers/value_basis.py
+
 
 @final
 @dataclass(frozen=True)
@@ -228,6 +253,7 @@ class KvGroups(LinkedUnits):
     """The KV heads, each with its query heads: one slot."""
 
     name = "kv-groups"
+    description = "KV heads, each with its query heads"
     field = "kv_heads"
     part = "attention"
 
@@ -250,10 +276,156 @@ class KvGroups(LinkedUnits):
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
         return 1
 
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
+
 
 def _in_order(decoder: Decoder, shape: BlockShape, consumers: Iterable[tuple[str, LinkedUnits]]) -> list[Target]:
-    """The targets among these layers that a block of a shape has."""
+    """Return the targets among these layers that a block of a shape has."""
     taps, sizes = decoder.architecture.taps, decoder.layer_sizes(shape)
     order = {path: number for number, path in enumerate(sizes)}
     there = [(path, kind) for path, kind in consumers if all(sizes[path])]
     return [Target(path, taps[path], kind) for path, kind in sorted(there, key=lambda pair: order[pair[0]])]
+
+
+@final
+@dataclass(frozen=True)
+class Composite(Units):
+    """Units of several kinds. Kinds of one sub-block compete, block by block (`Units.compete`)."""
+
+    name: str
+    of: tuple[LinkedUnits, ...]
+    """the kinds of units; the last one fills up the rest of a budget"""
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return self.of
+
+    @property
+    def description(self) -> str:
+        return "; ".join(kind.description for kind in self.of)
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return sum((kind.work(outputs, inputs) for kind in self.of), Work())
+
+
+@final
+@dataclass(frozen=True)
+class Weights(Units):
+    """Single weights of every linear layer."""
+
+    family: PatternFamily = ANYWHERE
+    name = "weights"
+    description = "single weights of all linear layers, anywhere or in a pattern such as 2:4"
+    objective = "sparse"
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return ()
+
+    def candidates(self, decoder: Decoder, block: int) -> list[Target]:
+        taps = decoder.architecture.taps
+        return [Target(path, taps[path], family=self.family) for path in decoder.paths(block)]
+
+    def targets(self, decoder: Decoder, block: int, wanted: BlockAllocation, drifted: bool) -> list[Target]:
+        return [target for target in self.candidates(decoder, block) if wanted.share(target.path) < 1]
+
+    def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
+        if wanted.shape.parts and wanted.shape != decoder.shape(block):
+            raise InputError(f"the allocation narrows block {block}, but the recipe's units are single weights")
+        if not all(map(self.family.admits, wanted.shares.values())):
+            raise InputError(f"with the pattern {self.family.name} a layer of block {block} keeps that share, or 1")
+
+    def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
+        return architecture.layers
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
+
+
+@final
+@dataclass(frozen=True)
+class Experts(Units):
+    """Whole experts, with the rows of the router that choose them; no layer is solved afterwards.
+
+    Every block keeps equally many, at least as many as its router chooses for a token.
+    """
+
+    name = "experts"
+    description = "whole experts of a mixture"
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return ()
+
+    def least(self, decoder: Decoder) -> int:
+        """Return the number of experts that a router chooses for a token; InputError where there is no router."""
+        if decoder.architecture.mixture is None:
+            raise InputError(
+                f"units {self.name} need a router, and a {decoder.architecture.model_type} model has none: "
+                "choose a recipe with other units"
+            )
+        return decoder.experts_for_a_token
+
+    def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
+        super().check(decoder, block, wanted)
+        least, kept = self.least(decoder), wanted.shape.experts
+        if 0 < kept < least:
+            raise InputError(
+                f"the allocation keeps {counted(kept, 'expert')} in block {block}, where the router chooses {least} "
+                "for each token"
+            )
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()  # experts are chosen by their outputs, in a pass of the calibration, and not layer by layer
+
+
+@final
+@dataclass(frozen=True)
+class Blocks(Units):
+    """Whole sub-blocks, attention or MLP; no layer is solved."""
+
+    name = "blocks"
+    description = "whole attention and MLP sub-blocks"
+
+    @property
+    def kinds(self) -> tuple[LinkedUnits, ...]:
+        return ()
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
+
+
+UNITS: dict[str, Units] = {
+    units.name: units
+    for units in (
+        *(Mlp(), Values(), Values(rotated=True), KvGroups()),
+        *(Composite("all", (Values(), Mlp())), Composite("rotated-all", (Values(rotated=True), Mlp()))),
+        *(
+            Composite("all-heads", (Values(), KvGroups(), Mlp())),
+            Composite("rotated-all-heads", (Values(rotated=True), KvGroups(), Mlp())),
+        ),
+        *(Weights(), Experts(), Blocks()),
+    )
+}
+"""the units of a recipe, by name"""
+
+
+def unit_kinds() -> dict[str, str]:
+    """Return every kind of units that a recipe can name, with a few words about it, for help texts and tables."""
+    return {name: units.description for name, units in UNITS.items()}
+
+
+def reorderable(decoder: Decoder, block: int, path: str, size: int) -> LinkedLayers | None:
+    """Return the units that are a layer's inputs, if they can be permuted into whole groups of a `size`, or None.
+
+    Inputs can stand in another order where other layers of the block make them: MLP units (of experts too) and the
+    value dimensions of a KV head. None where a layer has no such inputs, where a head does not hold whole groups, and
+    where the architecture says that they are indivisible.
+    """
+    architecture = decoder.architecture
+    for kind, paths in ((Values(), (architecture.output,)), (Mlp(), architecture.mlps)):
+        if path in paths and kind.field not in architecture.indivisible:
+            linked = kind.linked(decoder, block, path)
+            return linked if linked.link.units // linked.link.slot_count % size == 0 else None
+    return None

@@ -246,7 +246,7 @@ class Workload:
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
         solver = self.recipe.layer_solver or choose(small_problem(self.recipe, full=coupled))
-        work = solver.work(out, width, coupled=coupled)
+        work = solver.work(out, width, coupled=coupled) + target.work(out, width)
         if target.rotated:
             work += best_basis_work(out, width)
         return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)

@@ -19,7 +19,7 @@ from optprune.models import (
     load_config,
     load_shapes,
 )
-from optprune.models.rotary import scalings
+from optprune.models.architecture import rope_types
 from optprune.recipe.allocator import allocator_of
 from optprune.recipe.groups import DepthSearch, GivenBlocks, GlobalBudget, UniformShares
 from optprune.recipe.recipe import Recipe
@@ -148,7 +148,7 @@ class Runtime:
             raise InputError(
                 f"the target {self.name} does not take models of the kind {family}: it takes {', '.join(self.families)}"
             )
-        for kind in scalings(config):
+        for kind in rope_types(config):
             if kind not in self.rotary:
                 raise InputError(
                     f"the target {self.name} does not take rotary embeddings scaled by {kind}: it takes "

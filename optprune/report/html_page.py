@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from optprune.models.demo_file import DEMO_NAME
-from optprune.models.load import DEMO
+from optprune.models.sources import DEMO, DEMO_NAME
 from optprune.report.block_values import pattern_of, shares, widths
 from optprune.report.drawings import can_draw, pictures
 from optprune.report.page_tables import (
@@ -283,5 +282,5 @@ def _load(model: ModelSummary | None) -> str:
         return "It uses the stock classes of transformers."
     return (
         "Its blocks differ from those of the stock class, so transformers needs the modelling file in the folder and "
-        "trust_remote_code=True; optprune.load(folder) does not."
+        "trust_remote_code=True; optprune.load_model(folder) does not."
     )

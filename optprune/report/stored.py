@@ -80,7 +80,7 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
     model, faults = decoder.model, list[Fault]()
     tensors: Mapping[str, Readable]
     if is_gguf(source):
-        turned = decoder.architecture.is_turned
+        turned = decoder.architecture.is_transposed
         found = gguf_tensors(source, model)
         tensors = {name: tensor.transposed() if turned(name) else tensor for name, tensor in found.items()}
     else:

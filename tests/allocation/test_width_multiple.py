@@ -9,6 +9,7 @@ from optprune import Recipe, load_recipe, prune
 from optprune.allocation.uniform import uniform
 from optprune.errors import InputError
 from optprune.models import UNITS, Architecture, Decoder, LinkedLayers, LinkedUnits, Mlp, Values
+from optprune.work import Work
 from tests.helpers.tiny_models import tiny_llama
 
 
@@ -25,6 +26,9 @@ class Neurons(LinkedUnits):
 
     def linked(self, decoder: Decoder, block: int, consumer: str) -> LinkedLayers:
         return Mlp().linked(decoder, block, consumer)
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
 
 
 def batches() -> list[torch.Tensor]:

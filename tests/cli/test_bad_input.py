@@ -22,7 +22,7 @@ from optprune.allocation.uniform import uniform
 from optprune.cli import main
 from optprune.models import Decoder, Mlp
 from optprune.models.checkpoint import StoredTensor
-from optprune.models.demo_file import demo_model_file
+from optprune.models.sources import demo_model_file
 from tests.helpers.attempts import Attempt, snapshot
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 

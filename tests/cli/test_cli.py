@@ -21,7 +21,7 @@ from optprune.cli import main
 from optprune.cli.demo_run import run_demo
 from optprune.errors import InputError
 from optprune.measure import perplexity
-from optprune.models import Weights, load, load_tokenizer
+from optprune.models import Weights, load_model, load_tokenizer
 from optprune.patterns import InGroups
 from optprune.recipe import load_recipe, make_recipe, recipe_names
 from optprune.recipe.groups import Refit
@@ -107,8 +107,8 @@ def test_value_dimensions_need_optprune_to_load(
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL]  # by fasp
     code, out, err = run(command, capsys)
     assert code == 0, err
-    assert f"optprune.load('{output}')" in out
-    assert all(shape["value_dim"] < 16 for shape in load(output).config.optprune_shapes)
+    assert f"optprune.load_model('{output}')" in out
+    assert all(shape["value_dim"] < 16 for shape in load_model(output, device="cpu").model.config.optprune_shapes)
     code, out, err = run(["evaluate", str(output), "--text", text, "--seq-length", "64", "--windows", "2"], capsys)
     assert code == 0, err
     assert out.startswith("perplexity ")
@@ -122,7 +122,7 @@ def test_a_budget_in_operations_is_told_with_the_widths(
     command += ["--recipe", "structured_best", "--units", "mlp", "--set", "budget=flops", "--set", "budget_tokens=64"]
     code, out, err = run(command, capsys)
     assert code == 0, err
-    widths = [shape["mlp_width"] for shape in load(output).config.optprune_shapes]
+    widths = [shape["mlp_width"] for shape in load_model(output, device="cpu").model.config.optprune_shapes]
     assert f"mlp_width by block: {' '.join(map(str, widths))}\n" in out
     assert "% of the operations asked)" in out
     assert "note: the budget was counted in flops: the allocation saves " in out
@@ -234,7 +234,7 @@ def test_evaluate_measures_what_the_library_measures(
     result = json.loads(record.read_text())
     assert set(result) == {"model", "text", "seq_length", "perplexity", "tokens", "windows", "seconds", "bits_per_byte"}
     tokens = tokenise(load_tokenizer(source), read_documents(text))  # type: ignore[arg-type]
-    expected = perplexity(load(source), evaluation_windows(tokens, 64, 5))
+    expected = perplexity(load_model(source, device="cpu").model, evaluation_windows(tokens, 64, 5))
     assert result["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
     assert (result["tokens"], result["windows"], result["seq_length"]) == (5 * 63, 5, 64)
     assert (result["model"], result["text"]) == (source, text)

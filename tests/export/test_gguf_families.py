@@ -84,7 +84,7 @@ def saved(model: PreTrainedModel, folder: Path) -> Path:
 
 def expected_of(folder: Path, prompt: Tensor) -> tuple[Tensor, float]:
     """The log-probabilities of the token behind a prompt, and how far off llama.cpp may be."""
-    model = optprune.load(folder).float().eval()
+    model = optprune.load_model(folder, device="cpu").model.float().eval()
     tables = 0
     for module in model.modules():
         for name in ("act", "act_fn"):

@@ -54,7 +54,7 @@ def folder_of(model, folder: Path, shapes: tuple[BlockShape, ...] = ()) -> Path:
 
 def check_alike(folder: Path, file: Path, tolerance: float) -> None:
     """The log-probabilities of the token behind a text, all of them, and what goes on from it."""
-    model, tokenizer = optprune.load(folder).float().eval(), load_tokenizer(folder)
+    model, tokenizer = optprune.load_model(folder, device="cpu").model.float().eval(), load_tokenizer(folder)
     ids = torch.tensor(tokenizer(TEXT)["input_ids"])  # type: ignore[misc]
     with torch.no_grad():
         expected = model(input_ids=ids[None]).logits[0, -1].double().log_softmax(-1)
@@ -70,7 +70,13 @@ def test_the_likelihood_of_each_token_is_that_of_the_whole_vocabulary(tmp_path: 
     folder = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "model", UNEVEN)
     windows = torch.randint(5, 500, (3, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = optprune.load(folder).float()(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+        expected = (
+            optprune.load_model(folder, device="cpu")
+            .model.float()(input_ids=windows)
+            .logits[:, :-1]
+            .double()
+            .log_softmax(-1)
+        )
     file = export_gguf(folder, tmp_path / "model.gguf", kind="f32").file
     found = LlamaCpp(file, slots=3).log_likelihoods(windows)
     assert (found - expected.gather(2, windows[:, 1:, None])[..., 0]).abs().max() < 1e-4
@@ -101,7 +107,7 @@ def test_smaller_types(kind: str, bits: float, tmp_path: Path) -> None:
     folder = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "model", UNEVEN)
     written = export_gguf(folder, tmp_path / "model.gguf", kind=kind)
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(written.file).tensors}
-    up = optprune.load(folder).model.layers[0].mlp.up_proj.weight.detach()
+    up = optprune.load_model(folder, device="cpu").model.model.layers[0].mlp.up_proj.weight.detach()
     tensor = stored["blk.0.ffn_up.weight"]
     numbers = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(up.shape)
     block = up.view(-1, 32).abs().amax(1).max()

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 import optprune
 from optprune.export import export_gguf
 from optprune.models import load_tokenizer, need_tokenizer
-from optprune.models.demo_file import demo_model_file
+from optprune.models.sources import demo_model_file
 from optprune.texts import evaluation_windows, read_documents, tokenise
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.pruned_demo import PrunedDemo
@@ -42,7 +42,10 @@ TIED = 4.0
 @pytest.mark.parametrize("recipe", ["fasp", "structured_best"])
 def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedDemo, tmp_path: Path) -> None:
     folder = pruned_demo.by(recipe)
-    model, tokenizer = optprune.load(folder).float(), need_tokenizer(load_tokenizer(folder), str(folder))
+    model, tokenizer = (
+        optprune.load_model(folder, device="cpu").model.float(),
+        need_tokenizer(load_tokenizer(folder), str(folder)),
+    )
     tokens = tokenise(tokenizer, read_documents("demo:evaluation"), WINDOWS * LENGTH)
     windows = evaluation_windows(tokens, LENGTH, WINDOWS)
     expected = log_likelihoods(model, windows)
@@ -59,7 +62,7 @@ def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedD
 @pytest.mark.slow
 def test_the_dense_file_differs_too() -> None:
     """Its weights are the same in both: llama.cpp rounds what enters their products to 8 bits."""
-    model, other = optprune.load("demo").float(), LlamaCpp(demo_model_file(), WINDOWS)
+    model, other = optprune.load_model("demo", device="cpu").model.float(), LlamaCpp(demo_model_file(), WINDOWS)
     tokenizer = need_tokenizer(load_tokenizer("demo"), "demo")
     windows = evaluation_windows(tokenise(tokenizer, read_documents("demo:evaluation"), 1024), 256, WINDOWS)
     noise = float((other.log_likelihoods(windows) - log_likelihoods(model, windows)).std())

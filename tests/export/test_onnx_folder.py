@@ -87,7 +87,7 @@ def step(
 
 def check_alike(source: Path, folder: Path) -> None:
     """The logits of batches of several sizes, one of them padded, read at once."""
-    model, session = optprune.load(source).float().eval(), session_of(folder)
+    model, session = optprune.load_model(source, device="cpu").model.float().eval(), session_of(folder)
     generator = torch.Generator().manual_seed(1)
     for batch, length, padding in ((1, 1, 0), (1, 50, 0), (4, 9, 2)):
         ids = torch.randint(500, (batch, length), generator=generator)
@@ -104,7 +104,7 @@ def check_alike(source: Path, folder: Path) -> None:
 
 def check_generates(source: Path, folder: Path) -> None:
     """The greedy tokens, one by one from the cache."""
-    model, session = optprune.load(source).float().eval(), session_of(folder)
+    model, session = optprune.load_model(source, device="cpu").model.float().eval(), session_of(folder)
     said, past, new = PROMPT, None, PROMPT
     for _ in range(12):
         logits, past = step(session, new, torch.ones_like(said), past)
@@ -176,7 +176,7 @@ def test_weights_too_large_for_one_file_lie_beside_the_graph(
     written = export_onnx(uneven.source, tmp_path / "onnx", cache=True)
     graph, beside = written.folder / "model.onnx", written.folder / "model.onnx.data"
     assert written.bytes == graph.stat().st_size + beside.stat().st_size
-    weights = sum(weight.numel() for weight in optprune.load(uneven.source).parameters())
+    weights = sum(weight.numel() for weight in optprune.load_model(uneven.source, device="cpu").model.parameters())
     assert 0.9 * 4 * weights < beside.stat().st_size <= 4 * weights
     check_generates(uneven.source, written.folder)
 

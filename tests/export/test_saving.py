@@ -16,6 +16,7 @@ from optprune.errors import InputError, OptpruneError
 from optprune.export import cast, check_output, save_model
 from optprune.export.shards import write_weights
 from optprune.models import Decoder, load_model, load_tokenizer
+from optprune.models import load as load_module
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
 from optprune.texts import demo_articles
@@ -65,7 +66,7 @@ def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str,
     model = pruned(name, units)
     saved = save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS)
     assert not saved.stock
-    again = optprune.load(tmp_path / "out")
+    again = optprune.load_model(tmp_path / "out", device="cpu").model
     with torch.no_grad():
         assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
@@ -210,7 +211,10 @@ def test_a_reload_check_that_cannot_run_says_so(
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["out.unchecked"]
     with torch.no_grad():
-        assert torch.equal(optprune.load(tmp_path / "out.unchecked")(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
+        assert torch.equal(
+            optprune.load_model(tmp_path / "out.unchecked", device="cpu").model(CHECK_TOKENS).logits,
+            model(CHECK_TOKENS).logits,
+        )
 
 
 @pytest.mark.usefixtures("real_reload_check")
@@ -333,9 +337,8 @@ def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: py
         raise OSError(f"{where} has no model.safetensors. Please do not set `use_safetensors=True`.")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is beside the weights is not asked for over and over
-    module = sys.modules["optprune.models.load"]  # optprune.models.load is the function
-    monkeypatch.setattr(module, "_config", lambda *_: tiny_llama().config)
-    monkeypatch.setattr(module.AutoModelForCausalLM, "from_pretrained", missing)
+    monkeypatch.setattr(load_module, "_config", lambda *_: tiny_llama().config)
+    monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", missing)
     with pytest.raises(InputError, match=r"the weights of owner/name are not there as safetensors; that is pickle"):
         load_model("owner/name")
     assert asked["use_safetensors"] is True

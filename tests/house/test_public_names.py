@@ -4,12 +4,14 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import nbformat
 import pytest
 
 import optprune
 from tests.helpers.pages import BLOCKS, ROOT
+from tests.helpers.tiny_models import save_tiny, tiny_llama
 
 ROOMS = re.findall(
     r"^\[`(optprune[\w.]*)`\]\(", (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8"), re.MULTILINE
@@ -83,3 +85,13 @@ def test_every_name_of_the_package_is_what_its_room_gives() -> None:
     assert optprune._HOMES.keys() == set(optprune.__all__)
     for name, room in optprune._HOMES.items():
         assert is_public(room, name)
+
+
+def test_a_name_of_the_version_before_warns_once_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(optprune), "load", raising=False)
+    save_tiny(tiny_llama(), tmp_path)
+    with pytest.warns(DeprecationWarning, match=r"optprune\.load\(X\) is optprune\.load_model\(X\)\.model now"):
+        load = optprune.load
+    assert optprune.load is load
+    assert type(load(tmp_path)) is type(optprune.load_model(tmp_path).model)
+    monkeypatch.delitem(vars(optprune), "load")

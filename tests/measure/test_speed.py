@@ -13,8 +13,8 @@ from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.measure import Repeats, SpeedWorkload, measure_speed, memory, speed
 from optprune.measure.speed import file_bytes, weight_bytes
-from optprune.models import Decoder, Mlp, Values, load
-from optprune.models.demo_file import demo_model_file
+from optprune.models import Decoder, Mlp, Values, load_model
+from optprune.models.sources import demo_model_file
 from tests.helpers.memory import MIB, told
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
 
@@ -198,7 +198,7 @@ def test_the_command_tells_what_it_measured(name: str, tmp_path: Path, capsys: p
     for source, one in zip((folder, dense), result["models"], strict=True):
         assert one["name"] == str(source)
         assert one["file_bytes"] == (source / "model.safetensors").stat().st_size
-        assert one["weight_bytes"] == weight_bytes(load(source))
+        assert one["weight_bytes"] == weight_bytes(load_model(source, device="cpu").model)
         assert len(one["prefill"]["values"]) == len(one["decode"]["values"]) == 3
         first, third = one["decode"]["quartiles"]
         assert 0 < first <= one["decode"]["median"] <= third

@@ -15,7 +15,7 @@ from optprune.errors import InputError
 from optprune.export.origin import origin_of
 from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
-from optprune.models.demo_file import demo_model_file
+from optprune.models.sources import demo_model_file
 from optprune.system.files import digest_of_file
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_qwen2

@@ -117,7 +117,7 @@ def test_optprune_loads_what_it_saved_and_never_runs_the_file_in_the_folder(name
     model = mixed(ALL_MODELS[name](num_hidden_layers=4))
     save_model(model, tmp_path / "out")
     (tmp_path / "out" / f"modeling_pruned_{name}.py").write_text("raise SystemExit('the folder ran its own code')")
-    again = optprune.load(tmp_path / "out")
+    again = optprune.load_model(tmp_path / "out", device="cpu").model
     assert type(again) is type(model)
     with torch.no_grad():
         assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
@@ -177,7 +177,9 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
     Decoder(model).joined()
     save_model(model, tmp_path / "twice")
     with torch.no_grad():
-        assert torch.equal(optprune.load(tmp_path / "twice")(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
+        assert torch.equal(
+            optprune.load_model(tmp_path / "twice", device="cpu").model(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits
+        )
 
 
 @pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
@@ -206,7 +208,7 @@ CACHED = {
 def test_a_cache_is_as_small_as_the_blocks_and_changes_nothing(variant: str, tmp_path: Path) -> None:
     model = mixed(CACHED[variant]())
     save_model(model, tmp_path / "out")
-    for each in (model, optprune.load(tmp_path / "out")):
+    for each in (model, optprune.load_model(tmp_path / "out", device="cpu").model):
         with torch.no_grad():
             cache = each(CHECK_TOKENS, use_cache=True).past_key_values
             assert cache.get_seq_length() == CHECK_TOKENS.shape[1]

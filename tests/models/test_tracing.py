@@ -229,4 +229,4 @@ def test_data_that_is_no_draft(data: Any, sentence: str) -> None:
 def test_a_draft_of_another_kind_is_refused() -> None:
     _, draft = llama()
     with pytest.raises(InputError, match="describes llama models, and this one is a glm4"):
-        draft.carried_by(config_of("glm4"))
+        draft.put_into(config_of("glm4"))

@@ -1,4 +1,4 @@
-"""Units: every kind says what it prunes, and one of one's own is a class."""
+"""Units: every kind says what it prunes and what that costs, and one of one's own is a class."""
 
 from dataclasses import dataclass, replace
 
@@ -23,6 +23,7 @@ from optprune.models import (
 from optprune.patterns import Pattern, PatternFamily, largest, pattern_family
 from optprune.problems import Link
 from optprune.recipe import make_recipe
+from optprune.work import Work
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 
 
@@ -75,6 +76,9 @@ class Pairs(LinkedUnits):
 
     def with_count(self, shape: BlockShape, count: int) -> BlockShape:
         return replace(shape, mlp_width=2 * count)
+
+    def work(self, outputs: int, inputs: int) -> Work:
+        return Work()
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "phi3"])

@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_pass_block_by_block_gives_the_models_own_logits(name: str) -> None:
     model = unknown(name)
     expected = logits(model)
-    draft_of(name).carried_by(model.config)
+    draft_of(name).put_into(model.config)
     assert torch.allclose(logits_block_by_block(Decoder(model), TOKENS), expected, atol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_what_a_run_leaves_loads_with_plain_transformers(name: str, run: str, tm
     assert torch.allclose(logits(stock), logits(loaded.model), atol=1e-5)
     # The folder says what it was read by, so that optprune reads it again.
     assert json.loads((tmp_path / "out" / "config.json").read_text())[DRAFT_FIELD] == draft_of(name).to_dict()
-    assert torch.equal(logits(optprune.load(tmp_path / "out")), logits(loaded.model))
+    assert torch.equal(logits(optprune.load_model(tmp_path / "out", device="cpu").model), logits(loaded.model))
     assert optprune.audit(tmp_path / "out").passed
 
 
@@ -129,14 +129,14 @@ def test_what_a_stock_class_cannot_hold_is_refused_beforehand(
     recipe: str, changed: dict[str, Any], sentence: str
 ) -> None:
     model = unknown("starcoder2")
-    draft_of("starcoder2").carried_by(model.config)
+    draft_of("starcoder2").put_into(model.config)
     with pytest.raises(InputError, match=sentence):
         check_run(Decoder(model), load_recipe(recipe, changed), None)
 
 
 def test_a_division_that_is_uneven_is_refused(tmp_path: Path) -> None:
     model = unknown("starcoder2")
-    draft_of("starcoder2").carried_by(model.config)
+    draft_of("starcoder2").put_into(model.config)
     whole, narrow = ({"mlp_width": width, "kv_heads": 2, "value_dim": 16} for width in (128, 64))
     for other, sentence in ((narrow, "different shapes"), (whole | {"mlp_width": 0}, "no sub-block")):
         allocation = optprune.Allocation.from_dict({"sparsity": 0.1, "blocks": [whole, other]})
@@ -147,7 +147,7 @@ def test_a_division_that_is_uneven_is_refused(tmp_path: Path) -> None:
 def test_a_run_is_of_its_draft() -> None:
     """So that it is not taken up again with another one."""
     model = unknown("starcoder2")
-    draft_of("starcoder2").carried_by(model.config)
+    draft_of("starcoder2").put_into(model.config)
     given = batches(), load_recipe("wanda"), None, PartialSums(), lambda event: None
     assert facts(Decoder(model), *given)["its architecture"] == draft_of("starcoder2").to_dict()
 
@@ -221,7 +221,7 @@ def test_the_story_of_a_model_that_nobody_described(tmp_path: Path) -> None:
     assert main(command) == 2 and not out.exists()
     assert main([*command, "--architecture", str(draft)]) == 0
     assert main(["audit", str(out), "--expect", "sparsity=0.15..0.3"]) == 0
-    shapes = Decoder(optprune.load(out)).shapes()
+    shapes = Decoder(optprune.load_model(out, device="cpu").model).shapes()
     assert len(set(shapes)) == 1 and shapes[0].mlp_width < 128
     words = ["--text", str(tmp_path / "text.txt"), "--seq-length", "64"]
     asked = ["heal", str(out), "--teacher", str(tmp_path / "dense"), "--output", str(tmp_path / "healed"), *words]

@@ -10,7 +10,7 @@ from importlib.metadata import distribution
 import pytest
 
 from optprune.errors import InputError
-from optprune.models.demo_file import demo_model_file
+from optprune.models.sources import demo_model_file
 from optprune.system import environment
 from optprune.texts import demo_articles
 

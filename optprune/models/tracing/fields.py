@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from optprune.models.architecture import Heads
-from optprune.models.draft import described_heads
+from optprune.models.draft import heads_from_fields
 from optprune.models.tracing.bench import Bench, of_config, shapes_only
 from optprune.models.tracing.parts import nearly, same
 from optprune.numerics.modules import first_output
@@ -57,7 +57,7 @@ def heads_of(config: PretrainedConfig) -> list[tuple[dict[str, str], Heads]]:
     """The head layouts that a config may mean, with the fields that say it; some have a field that says nothing."""
     there = {what: name for what, name in HEADS.items() if what == "query" or getattr(config, name, None) is not None}
     layouts = [there, *({k: v for k, v in there.items() if k != what} for what in ("kv", "dim") if what in there)]
-    return [(names, described_heads(names, config)) for names in layouts]
+    return [(names, heads_from_fields(names, config)) for names in layouts]
 
 
 def head_dim_is_free(bench: Bench, heads: Heads, output: str) -> bool:

@@ -31,7 +31,7 @@ def check_laws(draft: Draft, config: PretrainedConfig) -> None:
 def broken_laws(draft: Draft, config: PretrainedConfig) -> list[str]:
     """What a draft says and is not so, in words: of the first law that it breaks."""
     small = of_config(config)
-    draft.carried_by(small)
+    draft.put_into(small)
     for law in (_layers, _inputs, _logits, _slicing):
         try:
             broken = law(draft, small)
@@ -80,7 +80,7 @@ def _inputs(draft: Draft, config: PretrainedConfig) -> list[str]:
 def _logits(draft: Draft, config: PretrainedConfig) -> list[str]:
     """What leaves the last block gives the model's logits."""
     bench = Bench(config)
-    draft.carried_by(bench.model.config)
+    draft.put_into(bench.model.config)
     with torch.no_grad():
         found = Decoder(bench.model).logits(bench.outputs[-1])
     return [] if _close(found, bench.logits) else ["what leaves the last block does not give the logits"]

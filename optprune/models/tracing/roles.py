@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optprune.models.architecture import BlockShape, Heads
-from optprune.models.rows import rows_of_heads
+from optprune.models.architecture import BlockShape, Heads, rows_of_heads
 from optprune.models.tracing.bench import MOVED, SEQUENCES, TOKENS, Bench
 
 QUERY: str

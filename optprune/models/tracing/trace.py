@@ -171,7 +171,7 @@ def _with_heads(draft: Draft, bench: Bench) -> Draft:
     if "kv_heads" in draft.indivisible:
         return draft
     config = bench.config
-    draft.carried_by(config)
+    draft.put_into(config)
     heads = draft.architecture().heads(config)
     if heads.kv == 1 or holds(KvGroups(), config):
         return draft

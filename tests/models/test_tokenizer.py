@@ -9,7 +9,7 @@ from tokenizers import normalizers
 
 from optprune.errors import InputError
 from optprune.models import load_tokenizer
-from optprune.models.growth import growth
+from optprune.models.tokenizer import growth
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
 DOUBLING = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optprune.calibration import first_inputs
 from optprune.calibration.stream import calibrating, run_block
 from optprune.models import Decoder, load_model, open_model
-from optprune.models.digits import parameters_in, readout
+from optprune.models.surgery import parameters_in
 from tests.helpers.tiny_models import by_variant, tiny_llama, tiny_opt
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -26,7 +26,7 @@ def logits(decoder: Decoder) -> Tensor:
         for index in range(len(decoder.blocks)):
             with decoder.resident(index) as block:
                 stream.past([run_block(block, stream.hidden[0], stream.arguments[0])[1]])
-        with readout(decoder):
+        with decoder.head_in_dtype():
             return decoder.logits(stream.hidden[0])
 
 

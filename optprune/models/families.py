@@ -1,0 +1,309 @@
+"""The architectures that optprune knows, as one table of data; each takes over what it shares with an earlier one.
+
+A new architecture is one entry here, and a modelling file in `pruned/` whose blocks may differ in shape.
+"""
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.granite import modeling_granite
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.mixtral import modeling_mixtral
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.olmoe import modeling_olmoe
+from transformers.models.opt import modeling_opt
+from transformers.models.phi3 import modeling_phi3
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen2_moe import modeling_qwen2_moe
+from transformers.models.qwen3 import modeling_qwen3
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.models.smollm3 import modeling_smollm3
+
+from optprune.models.architecture import Architecture, Classes, Heads, Mixture
+from optprune.models.pruned import (
+    modeling_pruned_gemma2,
+    modeling_pruned_gemma3_text,
+    modeling_pruned_gpt2,
+    modeling_pruned_gpt_neox,
+    modeling_pruned_granite,
+    modeling_pruned_llama,
+    modeling_pruned_mistral,
+    modeling_pruned_mixtral,
+    modeling_pruned_olmo2,
+    modeling_pruned_olmoe,
+    modeling_pruned_opt,
+    modeling_pruned_phi3,
+    modeling_pruned_qwen2,
+    modeling_pruned_qwen2_moe,
+    modeling_pruned_qwen3,
+    modeling_pruned_qwen3_moe,
+    modeling_pruned_smollm3,
+)
+
+
+def grouped_heads(config: PretrainedConfig) -> Heads:
+    """Return the head layout of grouped-query attention; configs since Llama 3.2 name a head_dim of their own."""
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Heads(config.num_attention_heads, config.num_key_value_heads, dim)
+
+
+def equal_heads(config: PretrainedConfig) -> Heads:
+    """Return the head layout of attention in which every query head has a KV head of its own."""
+    count = config.num_attention_heads
+    return Heads(count, count, config.hidden_size // count)
+
+
+def classes(
+    family: str,
+    stock: ModuleType,
+    pruned: ModuleType,
+    *,
+    model: str = "ForCausalLM",
+    block: str = "DecoderLayer",
+    config: str = "Config",
+) -> dict[str, Any]:
+    """Return the stock and the pruned classes of a family; a class name is the family and an ending."""
+    stock_names = [f"{family}{ending}" for ending in (config, model, block, "Attention")]
+    pruned_names = [f"Pruned{family}{ending}" for ending in ("Config", model, block, "Attention")]
+    return {
+        "stock": Classes(*(getattr(stock, name) for name in stock_names)),
+        "pruned": Classes(*(getattr(pruned, name) for name in pruned_names)),
+    }
+
+
+# Llama 1 to 3.2, and models of its class such as SmolLM2.
+LLAMA = Architecture(
+    model_type="llama",
+    blocks="model.layers",
+    after_blocks=("model.norm",),
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    mlp_producers=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_consumer="mlp.down_proj",
+    mlp_width="intermediate_size",
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    heads=grouped_heads,
+    head_dim_is_free=True,
+    attention_parts=("input_layernorm", "self_attn"),
+    mlp_parts=("post_attention_layernorm", "mlp"),
+    recoverable=(
+        ("self_attn", ("self_attn.v_proj", "self_attn.o_proj")),
+        ("mlp", ("mlp.up_proj", "mlp.down_proj")),
+    ),
+    **classes("Llama", modeling_llama, modeling_pruned_llama),
+)
+# A sliding window over every block where the config has one.
+MISTRAL = replace(LLAMA, model_type="mistral", **classes("Mistral", modeling_mistral, modeling_pruned_mistral))
+# Qwen2 and Qwen2.5: biases on queries, keys and values, and an optional sliding window.
+QWEN2 = replace(LLAMA, model_type="qwen2", **classes("Qwen2", modeling_qwen2, modeling_pruned_qwen2))
+# Norms of the queries and keys of each head, and sliding windows in some blocks.
+QWEN3 = replace(LLAMA, model_type="qwen3", **classes("Qwen3", modeling_qwen3, modeling_pruned_qwen3))
+# Four norms in a block, a sliding window in every other block, and soft caps of the logits.
+GEMMA2 = replace(
+    LLAMA,
+    model_type="gemma2",
+    attention_parts=("input_layernorm", "self_attn", "post_attention_layernorm"),
+    mlp_parts=("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
+    off=("use_bidirectional_attention",),
+    logits_cap="final_logit_softcapping",
+    **classes("Gemma2", modeling_gemma2, modeling_pruned_gemma2),
+)
+# Text-only Gemma 3: Gemma 2's blocks, with norms of queries and keys, and two rotary embeddings.
+GEMMA3 = replace(
+    GEMMA2,
+    model_type="gemma3_text",
+    **classes("Gemma3", modeling_gemma3, modeling_pruned_gemma3_text, config="TextConfig"),
+)
+# Multipliers of the embeddings, the attention scores, the residual branches and the logits.
+GRANITE = replace(
+    LLAMA,
+    model_type="granite",
+    logits_divisor="logits_scaling",
+    **classes("Granite", modeling_granite, modeling_pruned_granite),
+)
+# Norms behind both sub-blocks and none before them, and one norm over the queries (and keys) of all heads.
+OLMO2 = replace(
+    LLAMA,
+    model_type="olmo2",
+    attention_parts=("self_attn", "post_attention_layernorm"),
+    mlp_parts=("mlp", "post_feedforward_layernorm"),
+    indivisible={"kv_heads": "one norm goes over the queries of all heads, so that without a head the rest are others"},
+    **classes("Olmo2", modeling_olmo2, modeling_pruned_olmo2),
+)
+# Phi-3 and 4: one layer for queries, keys and values, and one for both halves of the gated MLP.
+PHI3 = replace(
+    LLAMA,
+    model_type="phi3",
+    stages=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    mlp_producers=("mlp.gate_up_proj",),
+    rows_of_unit=2,
+    query="self_attn.qkv_proj",
+    key="self_attn.qkv_proj",
+    value="self_attn.qkv_proj",
+    joined="parts",
+    # With the long rotary scaling the config insists on heads that make up the hidden size.
+    head_dim_is_free=False,
+    # A sub-module is not affine in a layer that also makes the factors of its output.
+    recoverable=(),
+    **classes("Phi3", modeling_phi3, modeling_pruned_phi3),
+)
+# Some blocks have no rotary embeddings, and those may have a sliding window.
+SMOLLM3 = replace(
+    LLAMA,
+    model_type="smollm3",
+    by_block=("layer_types", "no_rope_layers"),
+    **classes("SmolLM3", modeling_smollm3, modeling_pruned_smollm3),
+)
+
+# Qwen3's attention, and a router that chooses some of many gated MLPs for each token.
+QWEN3_MOE = replace(
+    LLAMA,
+    model_type="qwen3_moe",
+    stages=LLAMA.stages[:2],
+    mlp_producers=(),
+    mlp_consumer="",
+    mlp_width="moe_intermediate_size",
+    mixture=Mixture(),
+    # Routing decides which outputs are affine in the weights of an expert.
+    recoverable=LLAMA.recoverable[:1],
+    off=("mlp_only_layers", "output_router_logits"),
+    fixed={"decoder_sparse_step": 1},
+    older_names={"num_local_experts": "num_experts"},
+    **classes("Qwen3Moe", modeling_qwen3_moe, modeling_pruned_qwen3_moe),
+)
+# Biases on queries, keys and values, and a shared expert that every token goes through.
+QWEN2_MOE = replace(
+    QWEN3_MOE,
+    model_type="qwen2_moe",
+    mixture=Mixture(shared="mlp.shared_expert", shared_width="shared_expert_intermediate_size"),
+    **classes("Qwen2Moe", modeling_qwen2_moe, modeling_pruned_qwen2_moe),
+)
+# Mistral's attention and eight experts, under names of their own in checkpoints.
+MIXTRAL = replace(
+    QWEN3_MOE,
+    model_type="mixtral",
+    mlp_width="intermediate_size",
+    mixture=Mixture(
+        normalised=lambda config: True,
+        stored={
+            "mlp.": "block_sparse_moe.",
+            **{".gate_proj.": ".w1.", ".up_proj.": ".w3.", ".down_proj.": ".w2."},
+        },
+    ),
+    off=("output_router_logits",),
+    fixed={},
+    older_names={},
+    **classes("Mixtral", modeling_mixtral, modeling_pruned_mixtral),
+)
+# One norm over the queries (and keys) of all heads, as in OLMo 2, and experts.
+OLMOE = replace(
+    QWEN3_MOE,
+    model_type="olmoe",
+    mlp_width="intermediate_size",
+    indivisible=OLMO2.indivisible,
+    off=("output_router_logits", "clip_qkv"),
+    fixed={},
+    **classes("Olmoe", modeling_olmoe, modeling_pruned_olmoe),
+)
+
+# A plain MLP, learned positions, biases everywhere.
+OPT = Architecture(
+    model_type="opt",
+    blocks="model.decoder.layers",
+    after_blocks=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+    stages=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.out_proj",),
+        ("fc1",),
+        ("fc2",),
+    ),
+    mlp_producers=("fc1",),
+    mlp_consumer="fc2",
+    mlp_width="ffn_dim",
+    attention="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.out_proj",
+    heads=equal_heads,
+    head_dim_is_free=False,
+    attention_parts=("self_attn_layer_norm", "self_attn"),
+    mlp_parts=("final_layer_norm", "fc1", "fc2"),
+    # The MLP is not affine in fc1, and restoration refits fc2.
+    recoverable=(("self_attn", ("self_attn.v_proj", "self_attn.out_proj")),),
+    ends_with_norm=lambda config: not config.do_layer_norm_before,
+    **classes("OPT", modeling_opt, modeling_pruned_opt),
+)
+# Matrices stored transposed, one layer for queries, keys and values, learned positions, a plain MLP.
+GPT2 = Architecture(
+    model_type="gpt2",
+    blocks="transformer.h",
+    after_blocks=("transformer.ln_f",),
+    stages=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    mlp_producers=("mlp.c_fc",),
+    mlp_consumer="mlp.c_proj",
+    mlp_width="n_inner",
+    attention="attn",
+    query="attn.c_attn",
+    key="attn.c_attn",
+    value="attn.c_attn",
+    joined="parts",
+    output="attn.c_proj",
+    heads=equal_heads,
+    head_dim_is_free=False,
+    attention_parts=("ln_1", "attn"),
+    mlp_parts=("ln_2", "mlp"),
+    recoverable=(),
+    # Scores that depend on the number of the block would change when a block before it is removed.
+    off=("add_cross_attention", "reorder_and_upcast_attn", "scale_attn_by_inverse_layer_idx"),
+    **classes("GPT2", modeling_gpt2, modeling_pruned_gpt2, model="LMHeadModel", block="Block"),
+)
+# GPT-NeoX (Pythia): a plain MLP beside the attention, and one layer for queries, keys and values, head by head.
+GPT_NEOX = Architecture(
+    model_type="gpt_neox",
+    blocks="gpt_neox.layers",
+    after_blocks=("gpt_neox.final_layer_norm",),
+    stages=(("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    mlp_producers=("mlp.dense_h_to_4h",),
+    mlp_consumer="mlp.dense_4h_to_h",
+    mlp_width="intermediate_size",
+    attention="attention",
+    query="attention.query_key_value",
+    key="attention.query_key_value",
+    value="attention.query_key_value",
+    joined="heads",
+    output="attention.dense",
+    heads=equal_heads,
+    head_dim_is_free=False,
+    attention_parts=("input_layernorm", "attention"),
+    mlp_parts=("post_attention_layernorm", "mlp"),
+    recoverable=(),
+    stored_names={"lm_head.weight": "embed_out.weight"},
+    older_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    **classes("GPTNeoX", modeling_gpt_neox, modeling_pruned_gpt_neox, block="Layer"),
+)
+
+ARCHITECTURES = {
+    architecture.model_type: architecture
+    for architecture in (
+        *(GEMMA2, GEMMA3, GPT2, GPT_NEOX, GRANITE, LLAMA, MISTRAL, MIXTRAL, OLMO2, OLMOE),
+        *(OPT, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SMOLLM3),
+    )
+}
+"""every architecture, by the model_type of its config"""
