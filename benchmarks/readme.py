@@ -1,13 +1,13 @@
-"""The tables of README.md and docs/: whole models from the rows in results/, recipes from what they say of themselves.
+"""Generated parts of README.md and docs/: tables of results from the rows in results/, and the reference.
 
-    .venv/bin/python -m benchmarks.readme    # put them into the pages; tests/house/test_docs.py holds the pages to them
+    .venv/bin/python -m benchmarks.readme    # write them into the pages; tests/house/test_docs.py checks them
 
 A cell is the mean perplexity on held-out news, with the standard deviation of its seeds; the lowest of a column is in
-bold type, the dense model apart. A table stands where its page has a table with the same first line.
+bold type, except the dense model. A table replaces the one of its page that has the same first line.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from benchmarks.common import RESULTS, markdown
 from benchmarks.families import Families
 from benchmarks.models import read
 from benchmarks.published import Published
-from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS, field_table, recipe_table
+from benchmarks.reference_pages import KINDS, command_page, field_table, recipe_table, unit_table
 from benchmarks.studies import (
     BELIEVED,
     CHOSEN_RIDGE,
@@ -268,27 +268,23 @@ PAGES: dict[str, tuple[Table | Published | Families, ...]] = {
     "README.md": (SHORT,),
     "docs/results/quality.md": (*TABLES, Published(), Families()),
 }
-RECIPES = {
-    "docs/explanation/units.md": UNITS,
-    "docs/explanation/sparse.md": WEIGHTS,
-    "docs/explanation/budgets.md": LOSS_AWARE,
+REFERENCE: dict[str, Callable[[], list[str]]] = {
+    "docs/reference/recipes.md": lambda: [recipe_table(kind) for kind in KINDS],
+    "docs/reference/fields.md": lambda: [field_table()],
+    "docs/reference/units.md": lambda: [unit_table()],
 }
-"""the columns and recipes of a page's table"""
-FIELDS = "docs/guide/prune.md"
-"""the page with the table of fields"""
+"""the tables of the pages of the reference"""
+COMMANDS = "docs/reference/cli.md"
+"""the page that is generated as a whole"""
 
 
 def tables(page: str) -> list[str]:
-    """The tables of a page that are made here."""
-    return (
-        [table.markdown() for table in PAGES.get(page, ())]
-        + ([recipe_table(RECIPES[page])] if page in RECIPES else [])
-        + ([field_table()] if page == FIELDS else [])
-    )
+    """Return the generated tables of a page."""
+    return [table.markdown() for table in PAGES.get(page, ())] + REFERENCE.get(page, list)()
 
 
 def put(text: str, made: Sequence[str]) -> str:
-    """A text with each table in place of the one with the same first line."""
+    """Return a text in which each table replaces the one with the same first line."""
     for table in made:
         first = table.split("\n", 1)[0]
         lines = text.split("\n")
@@ -302,9 +298,10 @@ def put(text: str, made: Sequence[str]) -> str:
 
 
 def main() -> None:
-    for page in (*PAGES, *RECIPES, FIELDS):
+    for page in (*PAGES, *REFERENCE):
         path = ROOT / page
         path.write_text(put(path.read_text(encoding="utf-8"), tables(page)), encoding="utf-8")
+    (ROOT / COMMANDS).write_text(command_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,34 @@
-"""README.md and docs/: their Python runs, their commands exist, and their tables are what rows and recipes say."""
+"""README.md and docs/: the Python runs, the commands exist, and generated parts are current."""
 
 import copy
+import importlib
 import re
 import shlex
 import tomllib
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 
 import optprune
-from benchmarks.readme import FIELDS, PAGES, RECIPES, put, tables
-from benchmarks.recipe_tables import LOSS_AWARE, UNITS, WEIGHTS
+from benchmarks.readme import COMMANDS, PAGES, REFERENCE, put, tables
+from benchmarks.reference_pages import KINDS, command_page
 from optprune.cli.app import app
-from optprune.models import LoadedModel
+from optprune.models import ARCHITECTURES, LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from optprune.recipe.fields import spellings
+from optprune.recipe.fields import recipe_fields
 from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
 
 FIRST_BLOCKS = 2
-"""what the pages prune of the demo model, for which `notebooks/quickstart.ipynb` runs the whole"""
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
+"""the number of blocks that the pages prune; `notebooks/quickstart.ipynb` prunes the whole model"""
+NAMES = {field.path for field in recipe_fields()}
+EXTEND = "docs/guide/extend.md"
+SECTIONS = [re.findall(r"^## (.+)$", TEXTS[EXTEND].partition(block)[0], re.MULTILINE)[-1] for block in BLOCKS[EXTEND]]
+"""the headings above the examples of the page about extensions"""
+PROGRAM = typer.main.get_command(app).commands  # type: ignore[attr-defined]  # a group
 OPTIONS = {
-    name: {"--help", *(text for option in command.params for text in option.opts)} for name, command in COMMANDS.items()
+    name: {"--help", *(text for option in command.params for text in option.opts)} for name, command in PROGRAM.items()
 }
 LINES = [
     (page, line.split("#")[0].split("...")[0].strip())
@@ -55,40 +59,76 @@ def first_blocks(demo: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def run_page(page: str, demo: LoadedModel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the Python of a page in a folder, where `load_model("demo")` gives a copy of a model."""
+def copied(loaded: LoadedModel) -> LoadedModel:
+    """Return a loaded model whose weights are a copy."""
+    again = copy.copy(loaded)
+    object.__setattr__(again, "model", copy.deepcopy(loaded.model))
+    return again
 
-    def load_model(name: str) -> LoadedModel:
-        assert name == "demo"
-        loaded = copy.copy(demo)
-        object.__setattr__(loaded, "model", copy.deepcopy(demo.model))
-        return loaded
 
-    monkeypatch.setattr(optprune, "load_model", load_model, raising=False)
+def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a block by itself in a folder, where `load_model("demo")` returns a copy of a model."""
+
+    monkeypatch.setattr(optprune, "load_model", lambda name: copied(demo), raising=False)
     monkeypatch.chdir(place)
-    names: dict[str, Any] = {"__name__": page}
-    for number, block in enumerate(BLOCKS[page]):
-        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    exec(compile(code, name, "exec"), {"__name__": name})
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("page", [page for page, blocks in BLOCKS.items() if blocks])
-def test_the_python_of_a_page_runs_from_its_first_block_to_its_last(
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [(page, number) for page, blocks in BLOCKS.items() if page != EXTEND for number in range(len(blocks))],
+)
+def test_a_block_of_python_runs_by_itself(
     page: str,
+    number: int,
     first_blocks: LoadedModel,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_page(page, first_blocks, tmp_path, monkeypatch)
+    run(BLOCKS[page][number], f"{page}, block {number}", first_blocks, tmp_path, monkeypatch)
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("number", range(len(BLOCKS[EXTEND])), ids=SECTIONS)
+def test_an_extension_works_from_a_package_of_a_stranger(
+    number: int,
+    first_blocks: LoadedModel,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = tmp_path / f"stranger{number}"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "extension.py").write_text(BLOCKS[EXTEND][number], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(optprune, "load_model", lambda name: copied(first_blocks), raising=False)
+    known = dict(ARCHITECTURES)
+    try:
+        importlib.import_module(f"stranger{number}.extension")
+    finally:
+        ARCHITECTURES.clear()
+        ARCHITECTURES.update(known)
+    assert capsys.readouterr().out.strip()
+
+
+def test_every_extension_point_has_a_section_with_an_example() -> None:
+    assert {name.lower() for name in SECTIONS} >= {
+        *("objective", "penalty", "solver", "unit kind", "propagation policy", "allocator", "refinement"),
+        *("architecture", "recipe"),
+    }
 
 
 @pytest.mark.slow
 def test_the_python_of_the_readme_runs_on_the_whole_model(
     demo: LoadedModel, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_page("README.md", demo, tmp_path, monkeypatch)
+    for number, block in enumerate(BLOCKS["README.md"]):
+        run(block, f"README.md, block {number}", demo, tmp_path, monkeypatch)
     assert capsys.readouterr().out.strip()
 
 
@@ -100,24 +140,12 @@ def test_a_recipe_file_in_a_page_is_one(page: str, text: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 15), ("optprune.layer_loss(loaded", 20)]
+    ("sign", "most"), [("LayerContext) ->", 20), ("(NormPenalty)", 30), ("optprune.layer_loss(loaded", 20)]
 )
 def test_an_objective_a_penalty_and_a_layer_are_short(sign: str, most: int) -> None:
     shown = [block for blocks in BLOCKS.values() for block in blocks if sign in block]
     assert shown
     assert all(len([line for line in block.splitlines() if line.strip()]) <= most for block in shown)
-
-
-@pytest.mark.parametrize("base", ["LinkedUnits", "Propagation"])
-def test_a_kind_of_units_and_a_policy_are_one_class(base: str) -> None:
-    classes = [
-        found
-        for blocks in BLOCKS.values()
-        for block in blocks
-        if f"({base})" in block
-        for found in re.findall(r"^class .*$|^def .*$", block, re.MULTILINE)
-    ]
-    assert len(classes) == 1 and classes[0].endswith(f"({base}):")
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=lambda value: str(value)[:60])
@@ -147,20 +175,53 @@ def test_every_option_and_recipe_field_in_a_text_exists() -> None:
     for page, text in TEXTS.items():
         plain = " ".join(text.split())
         assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", plain)) - known, page
-        assert not set(re.findall(r"--set ([a-z_.]+)=", plain)) - set(spellings()), page
+        assert not set(re.findall(r"--set ([a-z_.]+)=", plain)) - NAMES, page
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [(page, number) for page in (*PAGES, *RECIPES, FIELDS) for number in range(len(tables(page)))]
+    ("page", "number"), [(page, number) for page in (*PAGES, *REFERENCE) for number in range(len(tables(page)))]
 )
-def test_a_table_is_what_the_rows_and_the_recipes_say(page: str, number: int) -> None:
-    # A failure is mended by `python -m benchmarks.readme`, once the sentences beside the table are true too.
+def test_a_generated_table_is_current(page: str, number: int) -> None:
+    # If this fails, run `python -m benchmarks.readme` and read the sentences beside the table.
     assert put(TEXTS[page], [tables(page)[number]]) == TEXTS[page]
+
+
+def test_the_page_of_the_command_line_is_current() -> None:
+    # If this fails, run `python -m benchmarks.readme`.
+    assert command_page() == TEXTS[COMMANDS]
 
 
 def test_every_recipe_is_in_one_table() -> None:
     for name in recipe_names():
-        assert sum(kind.holds(load_recipe(name)) for kind in (LOSS_AWARE, WEIGHTS, UNITS)) == 1
+        assert sum(kind.holds(load_recipe(name)) for kind in KINDS) == 1
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if page.startswith("docs/") and page != "docs/index.md"])
+def test_a_page_is_in_the_folder_of_its_kind_and_tells_no_history(page: str) -> None:
+    assert page.split("/")[1] in ("guide", "explanation", "reference", "results")
+    found = re.findall(r"\b(?:no longer|used to be|was once|since version|formerly)\b", TEXTS[page])
+    assert not found, f"{page}: {found}"
+
+
+def test_the_glossary_has_the_words_of_the_code() -> None:
+    terms = {term.lower() for term in re.findall(r"\*\*(.+?)\*\*", TEXTS["docs/reference/glossary.md"])}
+    assert terms >= {
+        *("block", "layer", "unit", "unit kind", "keep", "remove", "mask", "support", "pattern", "share", "budget"),
+        *("allocation", "cost curve", "gram matrix", "moments", "damping", "output metric", "stage", "refinement"),
+        *(
+            "executor",
+            "worker",
+            "job",
+            "journal",
+            "run folder",
+            "shard",
+            "checkpoint",
+            "cache",
+            "partial sums",
+            "draft",
+        ),
+        *("certificate", "bound", "gap", "warm start", "restore", "recover", "heal", "teacher"),
+    }
 
 
 def test_the_readme_stays_short() -> None:

@@ -16,24 +16,24 @@ from tests.helpers.pages import ROOT, TEXTS
 PROMISES = {
     (
         "README.md",
-        "the same command makes it again, byte for byte",
+        "The same command makes it again, byte for byte",
     ): "cli/test_cli.py::test_the_same_command_gives_the_same_bytes",
-    ("docs/guide/loading.md", "The same command on the same machine gives the same weights, byte for byte"): (
+    ("docs/reference/folders.md", "The same command on the same machine gives the same weights, byte for byte"): (
         "cli/test_cli.py::test_the_same_command_gives_the_same_bytes"
     ),
-    ("docs/guide/loading.md", "`recipe.yaml` of a folder makes its weights again, byte for byte"): (
+    ("docs/reference/folders.md", "`recipe.yaml` of a folder makes its weights again, byte for byte"): (
         "cli/test_allocation_file.py::test_the_recipe_beside_the_weights_makes_the_folder_again"
     ),
-    ("docs/guide/compare.md", "The weights are those of a run alone, bit for bit"): (
+    ("docs/explanation/budgets.md", "The weights are those of a run alone, bit for bit"): (
         "calibration/test_shared_statistics.py::test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run"
     ),
     ("docs/guide/heal.md", "Every zero and every width stays as it is, bit for bit"): (
         "healing/test_zeros.py::test_zeros_stay_zeros_in_weights_and_momentum[adamw]"
     ),
-    ("docs/guide/heal.md", "Zeros and widths are those of the pruned model, bit for bit"): (
+    ("docs/results/parts.md", "Zeros and widths are those of the pruned model, bit for bit"): (
         "healing/test_heal.py::test_a_pruned_model_is_healed"
     ),
-    ("docs/guide/heal.md", "on the same machine ends with the bytes of one that was not"): (
+    ("docs/guide/heal.md", "On the same machine it ends with the bytes of an uninterrupted run"): (
         "healing/test_heal.py::test_a_stopped_run_goes_on_to_the_same_bytes"
     ),
     ("docs/guide/large.md", "The weights are those of a run in memory, bit for bit"): (
@@ -42,7 +42,7 @@ PROMISES = {
     ("docs/guide/large.md", "The bytes are those of a run that was not stopped"): (
         "pruning/test_journal.py::test_a_stopped_run_ends_with_the_same_bytes[fasp-layer]"
     ),
-    ("docs/guide/large.md", "the weights are those of a run without workers, bit for bit"): (
+    ("docs/guide/large.md", "The weights are those of a run without workers, bit for bit"): (
         "pruning/test_workers.py::test_the_bytes_and_the_report_are_those_of_a_serial_run[llama-dense-metric]"
     ),
     ("docs/guide/large.md", "the bytes are those of | |"): (
@@ -55,7 +55,7 @@ PROMISES = {
         "pruning/test_partial_sums.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
     ),
     (
-        "docs/guide/large.md",
+        "docs/explanation/large.md",
         "come back bit for bit",
     ): "pruning/test_half_precision.py::test_what_is_not_pruned_is_not_touched",
     ("docs/guide/layer.md", "So a loop over layers prunes as `prune` does, bit for bit"): (
