@@ -89,7 +89,7 @@ def test_lines_tell_the_time_left_of_the_whole_run(terminal: bool) -> None:
 
 
 LEFT = ((1, "2 h 20 min"), (2, "1 h 39 min"), (3, "57 min"))
-"""what is left of 10 940 s after each quarter of the metric"""
+"""the remaining part of 10 940 s after each quarter of the metric"""
 
 
 def test_lines_are_some_seconds_apart_but_for_the_ends_of_steps() -> None:
