@@ -211,10 +211,10 @@ def _errors(report: Report) -> str:
         return ""
     worst = max(report.layers, key=lambda layer: layer.relative_error)
     when = " before recovery" if report.recovered else ""
-    held = f" On held-out tokens the mean is {number(statistics.fmean(apart))}." if apart else ""
+    held_out = f" On held-out tokens the mean is {number(statistics.fmean(apart))}." if apart else ""
     return (
         f"The mean relative error of {counted(len(errors), 'layer')}{when} is {number(statistics.fmean(errors))}, the "
-        f"largest {number(worst.relative_error)} ({worst.name}).{held}"
+        f"largest {number(worst.relative_error)} ({worst.name}).{held_out}"
     )
 
 

@@ -78,13 +78,13 @@ def removed_table(report: Report) -> Table:
 
 def layers_table(report: Report) -> Table:
     """Return the results of every solved layer."""
-    held = any(layer.held_out_error is not None for layer in report.layers)
+    held_out = any(layer.held_out_error is not None for layer in report.layers)
     rows = tuple(
         (
             layer.name,
             f"{layer.kept:,} of {layer.units:,}",
             number(layer.relative_error),
-            *([number(layer.held_out_error)] if held else []),
+            *([number(layer.held_out_error)] if held_out else []),
             "no bound" if layer.gap is None else percent(layer.gap),
             number(layer.damping),
             time_of(layer.seconds),
@@ -93,7 +93,7 @@ def layers_table(report: Report) -> Table:
         )
         for layer in report.layers
     )
-    head = ("layer", "kept", "relative error", *(["held out"] if held else []), "gap", "damping", "time")
+    head = ("layer", "kept", "relative error", *(["held out"] if held_out else []), "gap", "damping", "time")
     texts = (0, len(head), len(head) + 1)
     return Table("Every layer that was solved", (*head, "status", "solver"), rows, texts)
 

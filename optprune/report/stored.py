@@ -323,13 +323,13 @@ def summarise_model(folder: Path, report: Report) -> ModelSummary | None:
     return ModelSummary.of(decoder, report, size, tokenizer=any(folder.glob("tokenizer*")))
 
 
-def loading_code(held: ModelSummary) -> str:
+def loading_code(model: ModelSummary) -> str:
     """Return Python code that loads the model from the folder of the page."""
-    trust = "" if held.stock else ", trust_remote_code=True"
+    trust = "" if model.stock else ", trust_remote_code=True"
     # AutoTokenizer would ask to trust the code beside the config, which the tokenizer does not need.
-    tokenizer = "AutoTokenizer" if held.stock else "PreTrainedTokenizerFast"
-    names = f"AutoModelForCausalLM, {tokenizer}" if held.tokenizer else "AutoModelForCausalLM"
+    tokenizer = "AutoTokenizer" if model.stock else "PreTrainedTokenizerFast"
+    names = f"AutoModelForCausalLM, {tokenizer}" if model.tokenizer else "AutoModelForCausalLM"
     lines = [f"from transformers import {names}", "", 'folder = "."  # the one that this file is in']
-    if held.tokenizer:
+    if model.tokenizer:
         lines += [f"tokenizer = {tokenizer}.from_pretrained(folder)"]
     return "\n".join([*lines, f"model = AutoModelForCausalLM.from_pretrained(folder{trust})"])

@@ -73,14 +73,14 @@ def layer_pattern(name: str, weight: Tensor) -> LayerPattern:
     kept = weight != 0
     by_row = kept.sum(1)
     outputs, inputs = weight.shape
-    held = tuple(f"{n}:{m}" for n, m in NAMED if broken_groups(weight, n, m).holds)
+    holding = tuple(f"{n}:{m}" for n, m in NAMED if broken_groups(weight, n, m).holds)
     return LayerPattern(
         name=name,
         outputs=outputs,
         inputs=inputs,
         zeros=int((~kept).sum()),
         same_in_rows=bool((by_row == by_row[0]).all()),
-        patterns=held,
+        patterns=holding,
         zero_inputs=int((~kept.any(0)).sum()),
         zero_outputs=int((~kept.any(1)).sum()),
     )

@@ -133,12 +133,12 @@ def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | 
     chats = [document for document in documents if isinstance(document, Conversation)]
     if texts and chats:
         raise InputError("texts and conversations cannot be joined: tokenise them separately")
-    pieces, held = list[torch.Tensor](), 0
+    pieces, count = list[torch.Tensor](), 0
     try:
         for ids in conversation_pieces(tokenizer, chats) if chats else token_pieces(tokenizer, texts):
             pieces.append(torch.tensor(ids, dtype=torch.int32))
-            held += len(ids)
-            if most is not None and held >= most:
+            count += len(ids)
+            if most is not None and count >= most:
                 break
     except CannotSplit:
         whole = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Perplexity against its definition, written out with torch's cross entropy in float64."""
+"""Perplexity against its definition, by torch's cross entropy in float64, and greedy continuations."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: what a file may hold, and whose likelihood decides."""
+"""Multiple-choice questions: accepted files, and the likelihoods that decide."""
 
 import json
 from pathlib import Path

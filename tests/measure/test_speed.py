@@ -1,4 +1,4 @@
-"""Speed and memory: the work is what it says, models take turns, and the figures are those of the clock."""
+"""Speed and memory: the stated work is done, models run in turn, and the figures agree with the clock."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The audit finds every fault that is planted in a folder, and none in folders as people write them."""
+"""Audit: every planted fault of a folder is found, and saved folders have none."""
 
 import json
 import weakref

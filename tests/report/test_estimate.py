@@ -1,4 +1,4 @@
-"""The time left of a whole run: within a factor of two from its first tenth on, however wrong the expectations were."""
+"""Remaining time of a run: within a factor of two after its first tenth, even for wrong expectations."""
 
 import random
 from collections.abc import Iterator

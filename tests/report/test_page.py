@@ -1,4 +1,4 @@
-"""The page about a run: well formed, self-contained, the figures of the report, and a section only where data are."""
+"""Page about a run: well formed, self-contained, with the figures of the report and no empty section."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ from tests.helpers.reports import evaluated, layer, narrowed, speed, zeroed
 
 MODEL = ModelSummary(False, True, "bfloat16", 123456, 7 * 2**20, linear_weights=90000, linear_before=120000)
 LARGEST = 1_500_000
-"""the most bytes of a page about the largest model there is"""
+"""the limit of bytes of a page about the largest model"""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A report read back from report.json: of this version, of earlier ones, and what is none."""
+"""Reading of report.json: reports of this and earlier versions, and refused files."""
 
 import json
 import math

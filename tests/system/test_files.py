@@ -1,4 +1,4 @@
-"""YAML and JSON that people write: what no recipe needs is refused in a sentence of a line, and at once."""
+"""YAML and JSON: unusual input is refused quickly in one line; and the wording of messages."""
 
 import json
 import time
@@ -21,7 +21,7 @@ from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import tiny_llama
 
 LINE = 400
-"""characters in a sentence that shows one value"""
+"""the limit of characters of a sentence with one value"""
 
 
 @pytest.fixture(autouse=True)

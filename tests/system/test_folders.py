@@ -1,4 +1,4 @@
-"""Folders that keep work: which files are ours, what a damage or a kill leaves, and what is never touched."""
+"""Work folders: files in the manifest, damage and kills, and foreign files that are never changed."""
 
 import json
 import secrets

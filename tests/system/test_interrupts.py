@@ -1,4 +1,4 @@
-"""Interrupts: one that comes at any moment leaves everything or nothing, and says which."""
+"""Interrupts at any moment: all or nothing is written, and the message says which."""
 
 import contextlib
 import gc
@@ -28,7 +28,7 @@ from optprune.system.interrupts import done_sentence, forget_done, interrupts_he
 from tests.helpers.tiny_models import tiny_llama
 
 SENT: list[int] = []
-"""how many signals every interrupted run got"""
+"""the number of signals of every interrupted run"""
 HOLDING = (optprune.system.interrupts.__file__, contextlib.__file__)
 
 

@@ -1,4 +1,4 @@
-"""Texts cut into what is trained on and what is held out: no document, and no token of it, is in both."""
+"""Training and held-out windows: no document and no token is in both."""
 
 import pytest
 import torch

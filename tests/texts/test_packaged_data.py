@@ -1,4 +1,4 @@
-"""The demo's model and texts, as files of environment packages."""
+"""The demo's model and texts, as files of installed packages."""
 
 import csv
 import io
@@ -59,7 +59,7 @@ def test_a_third_half_is_refused() -> None:
         demo_articles("training")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("package", ["no-such-package", "pytest"])  # not environment; environment without the file
+@pytest.mark.parametrize("package", ["no-such-package", "pytest"])  # not installed; installed without the file
 def test_what_is_missing_is_told_with_the_command_that_fetches_it(package: str) -> None:
     with pytest.raises(InputError) as caught:
         environment.installed_file(package, "not/there.gguf", "model")

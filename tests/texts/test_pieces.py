@@ -1,4 +1,4 @@
-"""Tokens of a text in pieces: those of the whole text, whatever is in it and whatever the tokenizer is like."""
+"""Tokens of a text in pieces equal those of the whole text, for any text and tokenizer."""
 
 import functools
 from collections.abc import Callable
