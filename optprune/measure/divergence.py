@@ -39,10 +39,10 @@ class StandardErrors:
     """Standard errors of means over windows; differences between the two models are paired by window."""
 
     surprise: float
-    """that of the difference of the models' mean negative log-likelihood, which is the logarithm of the ratio of their
+    """the standard error of the difference of mean negative log-likelihoods, which is the logarithm of the ratio of
     perplexities, in nats a prediction"""
     divergence: float
-    """that of the divergence, in nats a prediction"""
+    """the standard error of the divergence, in nats a prediction"""
     agreement: float
     windows: int
     """the number of windows; for few windows the errors are uncertain"""

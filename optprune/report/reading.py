@@ -118,7 +118,7 @@ class StandardErrors:
     """Standard errors of means over windows; differences are paired."""
 
     surprise: float
-    """that of the difference of mean negative log-likelihood to the dense model, in nats a prediction"""
+    """the standard error of the difference of mean negative log-likelihood to the dense model, in nats a prediction"""
     divergence: float
     agreement: float
     windows: int
