@@ -1,13 +1,11 @@
-"""Allocation: how a budget over the whole model is divided over its blocks."""
+"""Allocation: division of a budget over the whole model between its blocks."""
 
 from optprune.allocation.allocation import Allocation
 from optprune.allocation.base import Allocator, DenseModel, Division, MeasuredBudget
 from optprune.allocation.by_cost import ByCost
-from optprune.allocation.dense import Dense
 from optprune.allocation.depth import Depth
 from optprune.allocation.expert_budget import ExpertBudget
-from optprune.allocation.given import Given
-from optprune.allocation.uniform import Uniform
+from optprune.allocation.uniform import Dense, Given, Uniform
 
 __all__ = [
     "Allocation",

@@ -1,4 +1,4 @@
-"""How a budget over the whole model is divided over its blocks: each has its own numbers, whoever chose them."""
+"""Allocation: the numbers of units, or shares of weights, that every block keeps of a budget over the whole model."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,16 +18,16 @@ NO_ALLOCATION = (
 
 @dataclass(frozen=True)
 class Allocation:
-    """What every block keeps, and the sparsity that this comes to over the decoder blocks' linear weights."""
+    """Numbers that every block keeps, and the resulting sparsity over the decoder blocks' linear weights."""
 
     blocks: tuple[BlockAllocation, ...]
     sparsity: float
     saves: str = ""
-    """what it saves of the budget that it was made for, in words, where that was not counted in weights"""
+    """the part of the budget that it saves, in words, where the budget was not counted in weights"""
 
     @classmethod
     def of(cls, decoder: Decoder, blocks: Iterable[BlockAllocation], saves: str = "") -> "Allocation":
-        """The allocation of these numbers, with the sparsity that they come to in this model; InputError if unfit."""
+        """Return the allocation of these numbers with their sparsity in a model; InputError where they do not fit."""
         allocation = cls(tuple(blocks), 0.0, saves)
         allocation.check(decoder)
         total, kept = decoder.linear_weights(), 0.0
@@ -40,7 +40,7 @@ class Allocation:
         return replace(allocation, sparsity=1 - kept / total)
 
     def check(self, decoder: Decoder) -> None:
-        """Raise InputError unless every block of the model can keep what is asked."""
+        """Raise InputError unless every block of the model can keep its numbers."""
         shapes = decoder.shapes()
         if len(self.blocks) != len(shapes):
             raise InputError(
@@ -71,7 +71,7 @@ class Allocation:
                 raise InputError(f"the allocation narrows block {index} and removes single weights: choose one")
 
     def with_shapes(self, decoder: Decoder, total: int) -> "Allocation":
-        """What the blocks keep now, of so many linear weights: the same, unless the problems chose other shapes."""
+        """Return the allocation with the model's present shapes, for `total` weights before; self where they agree."""
         shapes = decoder.shapes()
         if shapes == tuple(block.shape for block in self.blocks):
             return self
@@ -80,7 +80,7 @@ class Allocation:
         return Allocation(blocks, 1 - kept / total)
 
     def lines(self) -> list[str]:
-        """What blocks keep, a line for each number that is not the same in all of them."""
+        """Return a line of text for each number that differs between blocks."""
         counts = [asdict(block.shape) for block in self.blocks]
         paths = dict.fromkeys(path for block in self.blocks for path in block.shares)
         numbers = {name: [str(count[name]) for count in counts] for name in counts[0]}
@@ -88,14 +88,14 @@ class Allocation:
         return [f"{what} by block: {' '.join(each)}" for what, each in numbers.items() if len(set(each)) > 1]
 
     def to_dict(self) -> dict[str, Any]:
-        """The allocation as plain data."""
+        """Return the allocation as plain data."""
         blocks = [
             asdict(block.shape) | ({"shares": dict(block.shares)} if block.shares else {}) for block in self.blocks
         ]
         return {"sparsity": self.sparsity, **({"saves": self.saves} if self.saves else {}), "blocks": blocks}
 
     def to_json(self) -> str:
-        """The allocation as JSON that `from_json` reads."""
+        """Return the allocation as JSON that `from_json` reads."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
@@ -109,7 +109,7 @@ class Allocation:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Allocation":
-        """The allocation that `to_dict` wrote; InputError when the data are something else."""
+        """Return the allocation that `to_dict` wrote; InputError where the data are something else."""
         try:
             if not isinstance(data, Mapping):
                 raise TypeError(f"it is {shown(data)}")
@@ -123,7 +123,7 @@ class Allocation:
 
 
 def _shape_in(entry: Mapping[str, Any]) -> BlockShape:
-    """The shape that an entry says beside its shares; TypeError where it says none."""
+    """Return the shape in an entry, beside its shares; TypeError where there is none."""
     counts = {name: count for name, count in entry.items() if name != "shares"}
     needed = {each.name: each.default is MISSING for each in fields(BlockShape)}
     for name in counts:
@@ -139,5 +139,5 @@ def _shape_in(entry: Mapping[str, Any]) -> BlockShape:
 
 
 def everything(decoder: Decoder) -> Allocation:
-    """The allocation that keeps all of every block."""
+    """Return the allocation that keeps all of every block."""
     return Allocation(tuple(BlockAllocation(shape) for shape in decoder.shapes()), 0.0)

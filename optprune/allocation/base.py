@@ -1,4 +1,4 @@
-"""Allocators: each divides a budget over the blocks of a model in its own way, and says beforehand whether it can."""
+"""Allocators: each divides a budget over the blocks of a model, checks beforehand that it can, and states its work."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,67 +12,72 @@ from optprune.calibration.partial_sums import PartialSums
 from optprune.metric import OutputMetric
 from optprune.models import Decoder, Target, Units
 from optprune.report import Event, RemovedPart
+from optprune.work import Work
 
 
 @dataclass(frozen=True, eq=False)
 class DenseModel:
-    """The model before anything is removed, and what may be asked of it to divide a budget over its blocks."""
+    """The dense model with the calibration tokens and their statistics, from which an allocator divides a budget."""
 
     decoder: Decoder
     batches: Sequence[Tensor]
     """the calibration tokens"""
     metrics: Mapping[str, OutputMetric] = field(default_factory=dict)
-    """what weighs the outputs of a layer, by its full name; those of a layer without one count alike"""
+    """the output metric of a layer by its full name; the outputs of a layer without one count alike"""
     statistics: DenseStatistics = field(default_factory=DenseStatistics)
     on_event: Callable[[Event], None] = lambda event: None
     partial_sums: PartialSums = field(default_factory=PartialSums)
-    """how passes over all batches divide them"""
+    """the division of the batches in passes over all of them"""
 
 
 @dataclass(frozen=True)
 class Division:
-    """What an allocator came to."""
+    """Result of an allocator."""
 
     allocation: Allocation
     removed: tuple[RemovedPart, ...] = ()
-    """the sub-blocks that a score chose"""
+    """the sub-blocks that are removed by their score"""
     warnings: tuple[str, ...] = ()
-    """the sentences that strict mode makes errors"""
+    """sentences that are errors in strict mode"""
     notes: tuple[str, ...] = ()
 
 
 class Allocator(ABC):
-    """A way to say what every block keeps."""
+    """Rule by which every block's allocation is chosen."""
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to tell of any division of this kind; strict mode makes it an error."""
+        """Warnings about every division of this kind, which are errors in strict mode."""
         return ()
 
     @property
     def probes(self) -> bool:
-        """Whether the model itself is tried with less: half precision is too coarse for that, and float32 is used."""
+        """Whether changes of the model are tried, which needs float32: half precision is too coarse."""
         return False
 
     @abstractmethod
     def check(self, decoder: Decoder) -> None:
-        """Raise InputError when a model of these shapes cannot be divided so; it may be on the meta device."""
+        """Raise InputError where a model of these shapes, which may be on the meta device, cannot be divided so."""
 
     @abstractmethod
     def divide(self, dense: DenseModel) -> Division:
-        """Say what every block keeps. The model is left as it was."""
+        """Return the allocation of every block. The model does not change."""
+
+    @abstractmethod
+    def work(self, shapes: Decoder, tokens: int) -> Work:
+        """Return the work of `divide` on so many calibration tokens; `shapes` may be on the meta device."""
 
 
 class MeasuredBudget(Allocator):
-    """Divides one budget by what removing would cost the dense model, as far as that is known block by block.
+    """Allocator of one budget by the costs of removal, measured block by block in the dense model.
 
-    A probe may put the costs right: it removes something of each block alone and goes on to the predictions.
+    A probe may rescale the costs: it removes units of each block alone and measures the divergence of the predictions.
     """
 
     units: Units
-    """what is removed"""
+    """the units that are removed"""
     probe_tokens: int
-    """about how many tokens a probe tries changes on; 0 where there is none"""
+    """the approximate number of tokens of the probe; 0 for no probe"""
 
     @property
     def probes(self) -> bool:
@@ -80,17 +85,13 @@ class MeasuredBudget(Allocator):
 
     @abstractmethod
     def changes(self, targets: Sequence[Target]) -> int:
-        """How many changes a probe tries of a block with these layers, each alone."""
-
-    @abstractmethod
-    def work(self, decoder: Decoder, tokens: int) -> float:
-        """The work by so many tokens, in multiplications as a product of matrices counts them: a guess, to go by."""
+        """Return the number of changes that a probe tries of a block with these layers."""
 
     @abstractmethod
     def along(self, dense: DenseModel, stream: Stream | None, probe: Probe | None = None) -> Division:
-        """Divide by what is met along a stream, which holds the inputs of the first block and goes on to the end.
+        """Divide the budget by costs measured along a stream, which holds the inputs of the first block.
 
-        Without one, the batches are gone through, as far as what is asked of them is not known.
+        Without a stream, the batches are run as far as their statistics are not cached.
         """
 
     def divide(self, dense: DenseModel) -> Division:

@@ -1,7 +1,7 @@
-"""What blocks cost, whole and narrower: in weights, in floating-point operations, or in seconds on this machine.
+"""Prices of blocks with all or fewer units: in weights, in floating-point operations, or in seconds on this machine.
 
-A budget over the model is counted in one of these. Attention and MLP add up, so what a block costs with less of one is
-known for each alone.
+A budget over the model is counted in one of these. Prices of attention and MLP add up, so narrower blocks are priced
+for each sub-block alone.
 """
 
 import statistics
@@ -19,20 +19,20 @@ from optprune.measure.clock import clock
 from optprune.models import BlockShape, Decoder, LinkedUnits
 
 REPEATS = 5
-"""the number of timings that a median is taken of"""
+"""the number of timings in a median"""
 MOST_TIMED = 8
-"""how many counts of units are timed, however many there are: times between them are interpolated"""
+"""the most counts of units that are timed; times between them are interpolated"""
 
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """The cost of every block of a model, and what it is with another count of its units of one kind."""
+    """Price of every block of a model, and its price with another number of units of one kind."""
 
     unit: str
-    """the words that follow a share, such as "the decoder's linear weights" """
+    """the unit in words that follow a share, such as "the decoder's linear weights" """
     whole: tuple[float, ...]
     narrowed: Callable[[int, LinkedUnits, int], float]
-    """the cost for a block, a kind of units and their count; a count of zero is a block without that sub-block"""
+    """the price by block, unit kind and number of units; zero units is a block without that sub-block"""
 
 
 def prices_of(
@@ -42,10 +42,10 @@ def prices_of(
     kinds: Iterable[LinkedUnits],
     on_timed: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prices:
-    """The prices of a recipe's budget: "parameters", "flops" or "time" of a forward pass over so many tokens.
+    """Return the prices of a recipe's budget: "parameters", "flops" or "time" of a forward pass over so many tokens.
 
-    Times are measured now, of the kinds of units that are asked for; InputError when the model has not the positions.
-    `on_timed` hears how many widths are timed, and of how many.
+    Times are measured here, for the given unit kinds; InputError where the model has too few positions. `on_timed` is
+    called with the number of widths timed and their total.
     """
     if budget == "parameters":
         return _by_formula(decoder, "the decoder's linear weights", decoder.weights_of)
@@ -56,17 +56,17 @@ def prices_of(
 
 
 def check_tokens(decoder: Decoder, tokens: int) -> None:
-    """Raise InputError when a forward pass cannot have so many tokens."""
+    """Raise InputError where a forward pass cannot have so many tokens."""
     positions = getattr(decoder.model.config, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
         raise InputError(f"budget_tokens is {tokens}, but the model has {positions} positions: lower it")
 
 
 def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
-    """The floating-point operations of one block for one token of a causal forward pass over `tokens`, on average.
+    """Return the floating-point operations of a block for a token of a causal forward pass over `tokens`, on average.
 
-    Two for each linear weight that the token meets, and two for each query head, position seen and dimension of a head
-    and of its values.
+    Two for each linear weight that the token uses, and two for each query head, visible position and dimension of a
+    head and of its values.
     """
     heads = decoder.heads
     seen = (tokens + 1) / 2
@@ -75,7 +75,7 @@ def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:
 
 
 def _met(decoder: Decoder, shape: BlockShape) -> float:
-    """The linear weights of a block that a token meets: of experts, which are alike, as many as its router chooses."""
+    """Return the linear weights of a block that a token uses; it is routed to some of the experts, which are alike."""
     weights = decoder.weights_of(shape)
     if not shape.experts:
         return weights
@@ -90,7 +90,7 @@ def _by_formula(decoder: Decoder, unit: str, cost: Callable[[BlockShape], float]
 
 
 def _measured(decoder: Decoder, tokens: int, kinds: list[LinkedUnits], on_timed: Callable[[int, int], None]) -> Prices:
-    """The seconds of a forward pass of a block: one table for each shape that blocks have."""
+    """Return prices in seconds of a forward pass of a block, timed once for each shape that blocks have."""
     shapes = decoder.shapes()
     ids = torch.zeros(1, tokens, dtype=torch.long)
     stream = first_inputs(decoder, [ids])
@@ -111,7 +111,7 @@ def _measured(decoder: Decoder, tokens: int, kinds: list[LinkedUnits], on_timed:
                     counts = sorted({max(1, round(there * step / MOST_TIMED)) for step in range(1, MOST_TIMED)})
                     times = [_without(decoder, block, stream, kind)]
                     times += [_narrower(decoder, block, stream, kind, count) for count in counts]
-                    # A clock is noisy, a budget is not: a wider block costs no less, and a unit costs something.
+                    # Timings are noisy: a wider block must cost no less, and each unit something.
                     rising = np.minimum(np.maximum.accumulate(times), whole[shape])
                     tables[shape, kind] = [0, *counts, there], [*rising.tolist(), whole[shape]]
     on_timed(done, total)
@@ -131,7 +131,7 @@ def _seconds(decoder: Decoder, block: int, stream: Stream) -> float:
         before = clock(hidden.device)
         run_block(decoder.blocks[block], hidden, stream.arguments[0])
         times.append(clock(hidden.device) - before)
-    # The first is to warm up.
+    # The first timing is a warm-up.
     return statistics.median(times[1:])
 
 
@@ -144,7 +144,7 @@ def _narrower(decoder: Decoder, block: int, stream: Stream, kind: LinkedUnits, c
     with ExitStack() as narrowed:
         for layers in kind.layers(decoder, block):
             slots = layers.link.slots
-            # As many of every slot.
+            # Each slot keeps the same number.
             place = torch.arange(len(slots), device=slots.device) % (len(slots) // layers.link.slot_count)
             narrowed.enter_context(decoder.narrowed(block, layers, place < count))
         return _seconds(decoder, block, stream)

@@ -1,6 +1,6 @@
-"""Depth: whole attention and MLP sub-blocks removed, chosen by a score; the weights that stay are not changed.
+"""Depth: removal of whole attention and MLP sub-blocks by a score; the remaining weights do not change.
 
-Not a layer problem: removing a sub-block leaves nothing to solve. What is chosen is an `Allocation` with zeros.
+This is not a layer problem: removing a sub-block leaves nothing to solve. The result is an `Allocation` with zeros.
 """
 
 import math
@@ -14,19 +14,20 @@ from torch import Tensor
 from optprune.allocation.allocation import Allocation, everything
 from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.calibration import calibrating, first_inputs
-from optprune.calibration.stream import run_block
-from optprune.calibration.variants import Variants
+from optprune.calibration.divergence import Variants
+from optprune.calibration.stream import forward_work, head_work, run_block, stream_bytes
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import NAN_MESSAGE, TOKENS_AT_ONCE, negative_log_likelihood, perplexity_from_nll
 from optprune.models import BlockShape, Decoder
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import PhaseAdvanced, RemovedPart
 from optprune.report.phases import BUDGET
+from optprune.work import Work
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Sub-blocks of one block that are removed together."""
+    """Group of sub-blocks of one block that are removed together."""
 
     block: int
     parts: tuple[str, ...]
@@ -36,23 +37,40 @@ class Candidate:
 @final
 @dataclass(frozen=True)
 class Depth(Allocator):
-    """Sub-blocks to remove, the lowest score first, until the budget is met as nearly as sub-blocks can.
+    """Allocator that removes sub-blocks, the lowest score first, until the budget is met as closely as possible.
 
-    `perplexity` (2SSP): that of the model without the sub-block, measured anew after every removal, so that the cost
-    is about removals x candidates forward passes on `tokens` tokens. `influence` (ShortGPT): the mean over tokens of
-    1 - cos(h, h') with h, h' the hidden states before and after it, from one pass over all batches. Both are
+    `perplexity` (2SSP) is that of the model without the sub-block. It is measured anew after every removal, which costs
+    about removals x candidates forward passes on `tokens` tokens. `influence` (ShortGPT) is the mean over tokens of
+    1 - cos(h, h') with h, h' the hidden states before and after the sub-block, from one pass over all batches. Both are
     reconstructions: 2SSP removes attention only, ShortGPT whole layers.
     """
 
     sparsity: float
     parts: str
-    """which sub-blocks may go: attention, mlp, both, or layers, the two of a layer together"""
+    """the sub-blocks that may be removed: attention, mlp, both, or layers (the two of a layer together)"""
     score: str
     """the name of the score, perplexity or influence"""
     tokens: int
 
     def check(self, decoder: Decoder) -> None:
         return
+
+    def work(self, shapes: Decoder, tokens: int) -> Work:
+        states = stream_bytes(shapes, min(tokens, self.tokens))
+        if self.score == "influence":
+            # Each block is run twice, once without its MLP.
+            passes = forward_work(shapes, tokens, 2.0)
+            return Work(passes.flops, passes.bytes + stream_bytes(shapes, tokens), 2.0)
+        candidates = _candidates(shapes, self.parts)
+        if not candidates:
+            return Work()
+        # A round for each removal, in which every remaining candidate costs half a pass on average, and the head.
+        rounds = self.sparsity * shapes.linear_weights() * len(candidates) / sum(each.weights for each in candidates)
+        rounds = min(rounds, float(len(candidates)))
+        tried, seen = rounds * (len(candidates) - rounds / 2), min(tokens, self.tokens)
+        half, head = forward_work(shapes, seen, 0.5), head_work(shapes, seen)
+        kept = 0 if shapes.store is not None else len(candidates) * states
+        return Work(tried * (half.flops + head.flops), half.bytes + states + kept)
 
     def divide(self, dense: DenseModel) -> Division:
         decoder, on_event = dense.decoder, dense.on_event
@@ -69,7 +87,7 @@ class Depth(Allocator):
         removed: list[tuple[Candidate, float]] = []
         gone = 0
         while True:
-            # Whatever brings the sum nearer to the budget may go; the last attention stays.
+            # A candidate may be removed if that brings the sum closer to the budget; the last attention stays.
             able = [
                 candidate
                 for candidate in candidates
@@ -125,7 +143,7 @@ def _without(shapes: Sequence[BlockShape], candidate: Candidate) -> list[BlockSh
 
 
 def _windows(batches: Sequence[Tensor], tokens: int) -> Tensor:
-    """The first windows of the first batch, up to a number of tokens; at least one."""
+    """Return the first windows of the first batch's length, up to a number of tokens; at least one."""
     length = batches[0].shape[1]
     rows = torch.cat([batch for batch in batches if batch.shape[1] == length])
     return rows[: max(1, tokens // length), :tokens]
@@ -134,7 +152,7 @@ def _windows(batches: Sequence[Tensor], tokens: int) -> Tensor:
 def _perplexities(
     dense: DenseModel, candidates: Sequence[Candidate], windows: Tensor, removed: Sequence[Candidate]
 ) -> dict[Candidate, float]:
-    """Return the perplexity without each candidate, and without all that were removed before."""
+    """Return the perplexity without each candidate and without all that were removed before."""
     names = [f"{each.block} {' '.join(each.parts)}" for each in (*removed, *candidates)]
     found = dense.statistics.scores(
         ("perplexity", fingerprint(windows), len(removed), *names),
@@ -162,7 +180,7 @@ def _measured_perplexities(
 
 
 def _perplexity(decoder: Decoder, batches: Sequence[Tensor], ends: Sequence[Tensor]) -> float:
-    """The perplexity of a model on windows, by what leaves its last block."""
+    """Return the perplexity of a model on windows, from the outputs of its last block."""
     total = 0.0
     for ids, hidden in zip(batches, ends, strict=True):
         total = negative_log_likelihood(ids.to(hidden.device), decoder.logits(hidden), total)
@@ -172,7 +190,7 @@ def _perplexity(decoder: Decoder, batches: Sequence[Tensor], ends: Sequence[Tens
 
 
 def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequence[Candidate]) -> dict[Candidate, float]:
-    """1 - cos between the hidden states before and after each candidate, the mean over tokens, in one pass."""
+    """Return 1 - cos of the hidden states before and after each candidate, the mean over tokens, from one pass."""
     stream = first_inputs(decoder, batches)
     sums = dict.fromkeys(candidates, 0.0)
     tokens = stream.hidden.tokens

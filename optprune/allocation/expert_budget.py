@@ -1,4 +1,4 @@
-"""One budget of experts for the whole model: how many of them each block keeps, by what their absence costs."""
+"""Allocator of one budget of experts for the whole model by the costs of their removal."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import torch
 
 from optprune.allocation.allocation import Allocation
 from optprune.allocation.base import DenseModel, Division, MeasuredBudget
-from optprune.allocation.cost_work import SLOW, predictions
-from optprune.allocation.costs import Costs, rate_of
+from optprune.allocation.by_cost import Costs, rate_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.allocation.uniform import gone_by_experts
 from optprune.calibration import Probe, Stream, advance, first_inputs
-from optprune.calibration.calls import EVERY, catching
-from optprune.calibration.expert_answers import expert_choice
+from optprune.calibration.calls import EVERY, catching, expert_choice, expert_choice_bytes
+from optprune.calibration.divergence import probe_block_work, probe_end_work
+from optprune.calibration.stream import forward_work
 from optprune.errors import InputError
 from optprune.measure.memory import release
 from optprune.models import BlockAllocation, Decoder, Experts, Target
@@ -24,6 +24,7 @@ from optprune.report import PhaseAdvanced
 from optprune.report.phases import BUDGET
 from optprune.solvers.experts import without
 from optprune.system.wording import counted
+from optprune.work import Work
 
 UNLIKE_MIXTURES = (
     "the experts were divided by shares of what each mixture answers, which are not in one unit from block to block: "
@@ -34,34 +35,34 @@ UNLIKE_MIXTURES = (
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """What a mixture loses with fewer experts."""
+    """Losses of a mixture with fewer experts."""
 
     number: int
     costs: dict[int, float]
-    """what is lost, by how many are kept"""
+    """the loss by the number of experts kept"""
     tried: int
-    """the number kept that the probe has tried"""
+    """the number of experts kept that the probe has tried"""
 
 
 @final
 @dataclass(frozen=True)
 class ExpertBudget(MeasuredBudget):
-    """Divide a budget over the blocks of a mixture so that the sum of what their answers lose is least.
+    """Allocator that divides a budget over the blocks of a mixture so that the sum of their losses is least.
 
-    The curve of a block is exact for the sets that a greedy elimination comes by (`ExpertChoice`), on the dense model's
-    hidden states: the squared change of what its mixture answers. These are not in one unit from block to block, so
-    that a probe puts them right: of each block alone experts are removed, down to about the share that all keep, and
-    the curve is scaled to the divergence that this brings. With 0 `probe_tokens` each is taken as a share of what the
-    mixture answers.
+    The cost curve of a block is exact for the sets that a greedy elimination visits (`ExpertChoice`), on the dense
+    model's hidden states: the squared change of the mixture's output. These costs are not in one unit from block to
+    block, so a probe rescales them: experts of each block alone are removed, down to about the share that all keep, and
+    the curve is rescaled to the divergence that this causes. With 0 `probe_tokens` each curve is a share of the squared
+    output of the mixture.
 
-    Costs a pass of the calibration tokens through all experts, of every block k (E - least) evaluations of its cost,
+    Costs a pass of the calibration tokens through all experts, k (E - least) evaluations of the cost of every block,
     and a pass of the probe's tokens from each block on.
     """
 
     units: Experts
     sparsity: float
     least: float
-    """the least share of its experts that a block keeps, and never fewer than its router chooses"""
+    """the least share of its experts that a block keeps; it never keeps fewer than its router chooses"""
     probe_tokens: int
 
     @property
@@ -69,7 +70,7 @@ class ExpertBudget(MeasuredBudget):
         return () if self.probes else (UNLIKE_MIXTURES,)
 
     def changes(self, targets: Sequence[Target]) -> int:
-        return 1  # whatever layers a block has
+        return 1  # experts are removed together, whatever the layers
 
     def check(self, decoder: Decoder) -> None:
         gone, least = gone_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
@@ -84,8 +85,8 @@ class ExpertBudget(MeasuredBudget):
         decoder, on_event, mixture = dense.decoder, dense.on_event, dense.decoder.architecture.mixture
         assert mixture is not None
         stream = stream or first_inputs(decoder, dense.batches, dense.partial_sums)
-        passes, ending = self._work(decoder, sum(batch.numel() for batch in dense.batches))
-        blocks, ends, found = len(decoder.blocks), passes / (passes + ending), list[_Block]()
+        passing, end = self._works(decoder, sum(batch.numel() for batch in dense.batches))
+        blocks, ends, found = len(decoder.blocks), passing.flops / (passing.flops + end.flops), list[_Block]()
         fewest, aim = self._fewest(decoder), self._aim(decoder)
         for index in range(blocks):
             on_event(PhaseAdvanced(BUDGET, "measuring what experts cost", "block", index, blocks, ends=ends))
@@ -107,7 +108,7 @@ class ExpertBudget(MeasuredBudget):
             release()
         if probe is not None:
             measured = Costs.divergences(probe, on_event, ends)
-            found = [_put_right(block, divergence) for block, divergence in zip(found, measured, strict=True)]
+            found = [_rescaled(block, divergence) for block, divergence in zip(found, measured, strict=True)]
         return Division(self._allocation(decoder, found))
 
     def _allocation(self, decoder: Decoder, found: list[_Block]) -> Allocation:
@@ -118,7 +119,7 @@ class ExpertBudget(MeasuredBudget):
             weights = [decoder.weights_of(replace(shape, experts=count)) - decoder.weights_of(shape) for count in kept]
             losses = torch.tensor([block.costs[count] for count in kept], dtype=torch.float64)
             curves[str(block.number)] = Curve(torch.tensor(weights, dtype=torch.float64), losses)
-        # Prices are below zero: the weights that are saved.
+        # Prices are negative: the weights that are saved.
         left = -self.sparsity * decoder.linear_weights()
         chosen = fill_budget(curves, share_budget(curves, left), left)
         for name, choice in chosen.items():
@@ -130,29 +131,33 @@ class ExpertBudget(MeasuredBudget):
         return max(self.units.least(decoder), math.ceil(self.least * most))
 
     def _aim(self, decoder: Decoder) -> int:
-        """The number of experts in every block that comes nearest to the budget, with one expert gone at least."""
+        """Return the number of experts in every block that is closest to the budget, with at least one removed."""
         gone = gone_by_experts(decoder, self._fewest(decoder))
         return min(list(gone)[:-1], key=lambda count: abs(gone[count] - self.sparsity))
 
-    def work(self, decoder: Decoder, tokens: int) -> float:
-        return SLOW * sum(self._work(decoder, tokens))
+    def work(self, shapes: Decoder, tokens: int) -> Work:
+        passing, end = self._works(shapes, tokens)
+        return Work(passing.flops + end.flops, passing.bytes + end.bytes, passing.passes)
 
-    def _work(self, decoder: Decoder, tokens: int) -> tuple[float, float]:
-        """That of the blocks, through all experts twice, and that of the probe's divergences at the end."""
-        changes, weights = len(decoder.blocks), decoder.linear_weights()
-        along = self.probe_tokens * changes * weights / 2
-        return 2.0 * tokens * weights + along, predictions(decoder, self.probe_tokens, changes)
+    def _works(self, shapes: Decoder, tokens: int) -> tuple[Work, Work]:
+        """Return the work of all blocks, through all experts twice, and that of the divergences at the end."""
+        blocks = len(shapes.blocks)
+        passing = forward_work(shapes, tokens, 2.0)
+        held = max(expert_choice_bytes(shapes, index, tokens) for index in range(blocks))
+        passing += Work(bytes=passing.bytes + held)
+        along = sum(probe_block_work(shapes, index, self.probe_tokens, index + 1).flops for index in range(blocks))
+        return passing + Work(along), probe_end_work(shapes, self.probe_tokens, blocks if self.probes else 0)
 
 
 def _curve(number: int, problem: ExpertChoice, costs: list[float], aim: int) -> _Block:
-    """The costs of a block by the number of experts kept, as shares of what it answers."""
+    """Return the costs of a block by the number of experts kept, as shares of its squared output."""
     answered = problem.answered()
     scale = 1 / answered if answered > 0 else 1.0
     by_count = {problem.experts - gone: scale * cost for gone, cost in enumerate(costs, start=1)}
     return _Block(number, {problem.experts: 0.0, **by_count}, min(max(aim, problem.keep), problem.experts - 1))
 
 
-def _put_right(block: _Block, measured: float) -> _Block:
-    """The curve scaled to what a probe measured."""
+def _rescaled(block: _Block, measured: float) -> _Block:
+    """Return the block with its costs rescaled to the divergence of a probe."""
     rate = rate_of(measured, block.costs[block.tried], False)
     return replace(block, costs={count: rate * cost for count, cost in block.costs.items()})

@@ -1,6 +1,6 @@
-"""How one budget is shared between layers by their costs: pure arithmetic on tensors, without a model.
+"""Division of one budget between layers by their costs: pure arithmetic on tensors, without a model.
 
-Costs must be in one unit, which the plain layer loss is not: weigh it by an output metric.
+Costs must be in one unit. The plain layer loss is not; under an output metric it is.
 """
 
 import math
@@ -16,10 +16,10 @@ from optprune.errors import InputError
 
 
 def global_threshold(costs: Mapping[str, Tensor], keep: int, low: float = 0.0, high: float = 1.0) -> dict[str, int]:
-    """How many entries each layer keeps when the `keep` most costly of all layers stay.
+    """Return the number of entries that each layer keeps when the `keep` most costly entries of all layers stay.
 
     Each layer keeps at least the share `low` of its entries and at most the share `high`; the counts add up to `keep`
-    exactly, and no other counts within these limits keep a larger total of costs. Ties go to the layer named first.
+    exactly, and no other counts within these limits keep a larger sum of costs. Ties go to the layer named first.
     """
     if not 0 <= low <= high <= 1:
         raise InputError(f"layers must keep a share between {low:g} and {high:g}, which is no range within [0, 1]")
@@ -34,14 +34,14 @@ def global_threshold(costs: Mapping[str, Tensor], keep: int, low: float = 0.0, h
         )
 
     def counts(bits: int) -> dict[str, int]:
-        """How many entries each layer keeps when those with a cost above a threshold stay."""
+        """Return the number of entries that each layer keeps above a threshold, given by its bits."""
         threshold = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
         return {
             name: min(max(int((cost.float() > threshold.to(cost.device)).sum()), least[name]), most[name])
             for name, cost in costs.items()
         }
 
-    # Floats that are not negative are in the order of their bits. -1 stands for a threshold below zero.
+    # Floats that are not negative are ordered like their bits. -1 stands for a threshold below zero.
     below, above = -1, int(torch.tensor(math.inf).view(torch.int32))
     kept, more = counts(above), most
     while above - below > 1:
@@ -61,10 +61,10 @@ def global_threshold(costs: Mapping[str, Tensor], keep: int, low: float = 0.0, h
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What a layer's choices cost: choice k takes prices[k] of the budget and leaves the error errors[k].
+    """Cost curve of a layer: choice k takes prices[k] of the budget and leaves the error errors[k].
 
     Prices rise from choice to choice. Errors of a greedy method need not fall; a choice that costs more and is worse
-    is never taken.
+    is never chosen.
     """
 
     prices: Float[Tensor, " choices"] | Int[Tensor, " choices"]
@@ -81,7 +81,7 @@ class Curve:
             raise InputError("an error of a curve is NaN or infinite")
 
     def hull(self) -> list[int]:
-        """The choices on the lower convex hull that are worth their price: errors fall, never by more for it."""
+        """Return the choices on the lower convex hull whose errors fall; the gain for a price never rises along it."""
         prices, errors = self.prices.tolist(), self.errors.tolist()
         corners: list[int] = []
         for choice, (price, error) in enumerate(zip(prices, errors, strict=True)):
@@ -97,11 +97,11 @@ class Curve:
 
 
 def share_budget(curves: Mapping[str, Curve], budget: float) -> dict[str, int]:
-    """The choice of each layer: greedy by the fall of the error for its price, along the lower convex hulls.
+    """Return the choice of each layer, greedy by the fall of the error for its price, along the lower convex hulls.
 
     The total price is at most `budget`. No choices of the same total price or less have a smaller total error
-    (Lagrange; Everett, 1963), so what the greedy leaves of the budget is all that a knapsack could still gain from:
-    the first step that does not fit ends it.
+    (Lagrange; Everett, 1963), so only the unspent rest of the budget could still lower the error. The first step that
+    does not fit ends the search.
     """
     hulls = {name: curve.hull() for name, curve in curves.items()}
     spent = sum(float(curve.prices[hulls[name][0]]) for name, curve in curves.items())
@@ -115,7 +115,7 @@ def share_budget(curves: Mapping[str, Curve], budget: float) -> dict[str, int]:
             gain = float(curve.errors[last] - curve.errors[choice])
             steps.append((-gain / price, order, price, name, choice))
     chosen = {name: hull[0] for name, hull in hulls.items()}
-    # Within a layer gains fall, so sorting keeps the order of its steps.
+    # Within a layer gains fall, so that sorting keeps the order of its steps.
     for _, _, price, name, choice in sorted(steps, key=lambda step: step[:2]):
         if spent + price > budget:
             break
@@ -125,9 +125,9 @@ def share_budget(curves: Mapping[str, Curve], budget: float) -> dict[str, int]:
 
 
 def fill_budget(curves: Mapping[str, Curve], chosen: Mapping[str, int], budget: float) -> dict[str, int]:
-    """The choices once what they leave of a budget is spent, by the one change that gains most for its price each time.
+    """Return the choices after the rest of a budget is spent, each time on the change that gains most for its price.
 
-    Of use where hulls have few corners. The choices are better than before, not the best of all for their price.
+    This helps where hulls have few corners. The result is better than `chosen`, but not proved optimal.
     """
     found = dict(chosen)
     left = budget - sum(float(curve.prices[found[name]]) for name, curve in curves.items())
@@ -139,7 +139,7 @@ def fill_budget(curves: Mapping[str, Curve], chosen: Mapping[str, int], budget: 
             fits = (gain > 0) & (price <= left)
             if not bool(fits.any()):
                 continue
-            # Better for the same or less is better without end.
+            # A gain for no price has an infinite rate.
             rate = torch.where(fits, gain / price.clamp(min=0), -math.inf)
             choice = int(rate.argmax())
             if best is None or float(rate[choice]) > best[0]:

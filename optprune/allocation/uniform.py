@@ -1,4 +1,4 @@
-"""The uniform allocator: the same share from every block."""
+"""Allocators without measurements: uniform shares, a given allocation, and the dense model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +9,15 @@ from optprune.allocation.base import Allocator, DenseModel, Division
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, BlockShape, Decoder, Experts, LinkedUnits, Mlp, Units, Weights
 from optprune.system.wording import counted
+from optprune.work import Work
+
+NOTHING = "the sparsity is 0: nothing is removed, and no layer is solved"
 
 
 @final
 @dataclass(frozen=True)
 class Uniform(Allocator):
-    """The same share from every block."""
+    """Allocator of the same share in every block."""
 
     units: Units
     sparsity: float
@@ -27,19 +30,58 @@ class Uniform(Allocator):
         return Division(self.allocation(dense.decoder))
 
     def allocation(self, decoder: Decoder) -> Allocation:
-        """What every block keeps; shapes are enough."""
+        """Return the allocation, for which shapes are enough."""
         return uniform(decoder, self.sparsity, self.units, self.width_multiple)
+
+    def work(self, shapes: Decoder, tokens: int) -> Work:
+        return Work()
+
+
+@final
+@dataclass(frozen=True)
+class Given(Allocator):
+    """Allocator that returns a given allocation."""
+
+    units: Units
+    allocation: Allocation
+
+    def check(self, decoder: Decoder) -> None:
+        self.allocation.check(decoder)
+        for index, block in enumerate(self.allocation.blocks):
+            self.units.check(decoder, index, block)
+
+    def divide(self, dense: DenseModel) -> Division:
+        # The sparsity that a file states is not used: the file may have been edited.
+        return Division(Allocation.of(dense.decoder, self.allocation.blocks, self.allocation.saves))
+
+    def work(self, shapes: Decoder, tokens: int) -> Work:
+        return Work()
+
+
+@final
+@dataclass(frozen=True)
+class Dense(Allocator):
+    """Allocator that keeps everything."""
+
+    def check(self, decoder: Decoder) -> None:
+        pass
+
+    def divide(self, dense: DenseModel) -> Division:
+        return Division(everything(dense.decoder), notes=(NOTHING,))
+
+    def work(self, shapes: Decoder, tokens: int) -> Work:
+        return Work()
 
 
 def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int | None) -> Allocation:
-    """The same share from every block, for a sparsity over all linear weights of the decoder blocks.
+    """Return the same share for every block, for a sparsity over all linear weights of the decoder blocks.
 
-    What is not pruned makes the pruned units take a larger share: with units 'all', the ratio of MLP units and of
-    value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first,
-    then the MLP widths are chosen to meet the budget as nearly as a multiple of `width_multiple` can; None leaves that
-    to the kind of units (`LinkedUnits.multiple`). Value dimensions are multiples of it too, since attention has fast
-    kernels for multiples of 8, but in small heads.
-    Units 'blocks' remove whole sub-blocks, which is not for every block: everything is kept here (see depth.py).
+    Since some layers are not pruned, the pruned units lose a larger share: with units 'all', the ratio of MLP units and
+    of value dimensions is sparsity / (1 - share of Q and K) (FASP). Value dimensions and KV heads are rounded first.
+    The MLP widths then meet the budget as closely as multiples of `width_multiple` can; None leaves the multiple to the
+    unit kind (`LinkedUnits.multiple`). Value dimensions are multiples of it too, except in small heads, since attention
+    has fast kernels for multiples of 8. Units 'blocks' remove whole sub-blocks, not shares: everything is kept here
+    (see depth.py).
     """
     shapes, total = decoder.shapes(), decoder.linear_weights()
     if isinstance(units, Weights):
@@ -92,7 +134,7 @@ def check_multiple(units: Units, shapes: Sequence[BlockShape], asked: int | None
 
 
 def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocation:
-    """As many experts in every block as come nearest to a sparsity over all linear weights; shapes are enough."""
+    """Return the number of experts in every block that is closest to a sparsity over all linear weights."""
     least = units.least(decoder)
     gone = gone_by_experts(decoder, least)
     most = max(gone)
@@ -112,7 +154,7 @@ def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocat
 
 
 def gone_by_experts(decoder: Decoder, least: int) -> dict[int, float]:
-    """The share of the decoder's linear weights that is gone with so many experts in every block, from `least` on."""
+    """Return the share of the decoder's linear weights that is removed, by the number of experts kept."""
     most, total = max(shape.experts for shape in decoder.shapes()), decoder.linear_weights()
     counts = range(least, most + 1)
     return {count: 1 - sum(map(decoder.weights_of, _keeping(decoder, count))) / total for count in counts}
@@ -123,7 +165,7 @@ def _keeping(decoder: Decoder, count: int) -> list[BlockShape]:
 
 
 def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[LinkedUnits, int]:
-    """The linear weights that the units hold, by their kind; InputError when those are too few."""
+    """Return the linear weights that the units hold, by unit kind; InputError where they are too few."""
     shapes, total = decoder.shapes(), decoder.linear_weights()
     hold = {kind: sum(_weights_in(decoder, shape, kind) for shape in shapes) for kind in units.kinds}
     if sparsity * total >= sum(hold.values()):
@@ -136,21 +178,21 @@ def _check_reach(decoder: Decoder, sparsity: float, units: Units) -> dict[Linked
 
 
 def _besides(decoder: Decoder, units: Units) -> str:
-    """What of the MLPs stays where their units go, in words."""
+    """Return in words which part of the MLPs is never pruned."""
     mixture = decoder.architecture.mixture
     stays = mixture is not None and mixture.shared and any(isinstance(kind, Mlp) for kind in units.kinds)
     return " (the expert that every token goes through stays as it is)" if stays else ""
 
 
 def _weights_in(decoder: Decoder, shape: BlockShape, kind: LinkedUnits) -> int:
-    """The linear weights that go with the units, without what else a sub-block holds."""
+    """Return the linear weights that the units hold, without others of the sub-block."""
     there = kind.there(shape)
     one = decoder.weights_of(kind.with_count(shape, there + 1)) - decoder.weights_of(shape)
     return one * there
 
 
 def _narrower(shape: BlockShape, kind: LinkedUnits, ratio: float, multiple: int) -> BlockShape:
-    """The shape with a share `ratio` of its units removed, rounded to a multiple; at least one multiple stays."""
+    """Return the shape without a share `ratio` of its units, rounded to a multiple; at least one multiple stays."""
     there = kind.there(shape)
     kept = min(there, max(1, round(there * (1 - ratio) / multiple)) * multiple)
     return kind.with_count(shape, there if kept > there - there % multiple else kept)

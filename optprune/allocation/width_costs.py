@@ -1,17 +1,19 @@
-"""What units cost, and one budget divided by that: how many of them each block keeps."""
+"""Costs of units, and the budget that they divide: the number of units of each unit kind that each block keeps."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Self, final
 
+import numpy as np
 import torch
 
 from optprune.allocation.allocation import Allocation
-from optprune.allocation.costs import CostBudget, Costs
+from optprune.allocation.by_cost import CostBudget, Costs, rate_of
 from optprune.allocation.currency import Prices, check_tokens, prices_of
+from optprune.allocation.knapsack import Curve, fill_budget, share_budget
 from optprune.allocation.uniform import check_multiple
-from optprune.allocation.width_curves import Choices, Kept, WidthCurve, least_lost, most_saved
 from optprune.calibration import Change, DenseStatistics, Probe
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
@@ -19,19 +21,22 @@ from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from optprune.solvers import Restore, nested_basis
+from optprune.solvers.greedy_obs import removal_curve_work
 from optprune.solvers.run import answer
+from optprune.solvers.value_basis import best_basis_work
+from optprune.work import Work
 
 TIMING = 0.8
-"""the share of the work of a budget in time that is done, roughly, when the times of widths are measured"""
+"""the approximate share of the work of a budget in time that is done when the times of widths are measured"""
 
 
 @final
 @dataclass(frozen=True)
 class WidthBudget(CostBudget):
-    """Units: each layer's whole error curve by greedy elimination, down to nothing where `least` is zero.
+    """Budget of units: each layer has a cost curve by greedy elimination, down to no units where `least` is zero.
 
-    The budget, in weights, operations or time, goes where it lowers the sum most, along the lower convex hulls; what is
-    left then goes to single steps.
+    The budget, in weights, operations or time, is spent where it lowers the sum of losses most, along the lower convex
+    hulls of the curves; the rest is spent on single steps.
     """
 
     units: Units
@@ -40,12 +45,12 @@ class WidthBudget(CostBudget):
     """the least share of its units that a layer keeps"""
     multiple: int | None
     currency: str
-    """what the sparsity is a share of: parameters, flops or time"""
+    """the quantity that the sparsity is a share of: parameters, flops or time"""
     tokens: int
-    """the tokens of the forward pass that operations and time are of"""
+    """the tokens of the forward pass whose operations or time are counted"""
 
     def check(self, decoder: Decoder) -> None:
-        """Raise InputError where the shapes alone say that the budget is out of reach, which they do not of a time."""
+        """Raise InputError where the shapes alone show that the budget is out of reach; they cannot for a time."""
         check_multiple(self.units, decoder.shapes(), self.multiple, alike=False)
         asked = [] if self.multiple is None else [(kind.field, self.multiple) for kind in self.units.kinds]
         for field, multiple in asked:
@@ -64,7 +69,7 @@ class WidthBudget(CostBudget):
         self.check_most(sum(most.values()) / sum(prices.whole), prices.unit)
 
     def check_most(self, most: float, unit: str) -> None:
-        """Raise InputError unless a share of the model that can go is enough."""
+        """Raise InputError where the sparsity exceeds `most`, the share of the model that can be removed."""
         if self.sparsity > most:
             raise InputError(
                 f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and least_kept "
@@ -72,28 +77,121 @@ class WidthBudget(CostBudget):
             )
 
     def changes(self, targets: Sequence[Target]) -> int:
-        # The units of each kind, and each sub-block that may go whole.
+        # The units of each kind, and each sub-block that may be removed whole.
         kinds = {target.kind for target in targets if target.kind is not None}
         return len(kinds) + (0 if self.least else len({kind.part for kind in kinds}))
 
     def costs(self, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool) -> Costs:
         return WidthCosts(self, decoder, statistics, probe, in_nats)
 
+    def layer_work(self, shapes: Decoder, block: int, target: Target) -> Work:
+        assert target.kind is not None
+        multiple = target.kind.multiple(shapes.shape(block), self.multiple)
+        outputs, inputs = shapes.layer(block, target.path).weight.shape
+        curve = removal_curve_work(outputs, inputs, multiple)
+        return curve + best_basis_work(outputs, inputs) if target.kind.rotated else curve
+
+
+@dataclass(frozen=True, eq=False)
+class WidthCurve:
+    """Loss of a block for each number of units of one kind that it may keep."""
+
+    block: int
+    kind: LinkedUnits
+    there: int
+    """the number of units, in every slot"""
+    losses: Mapping[int, float]
+    """the loss by the number of units kept, which is less than all; with zero the sub-block is removed"""
+    in_nats: bool = False
+    """whether losses are already in nats, the unit of a probe"""
+
+    @property
+    def part(self) -> tuple[int, str]:
+        """The sub-block, which may have units of several kinds."""
+        return self.block, self.kind.part
+
+    def rescaled(self, measured: Mapping[int, float]) -> "WidthCurve":
+        """Return the curve rescaled to a probe's divergences at some numbers of units, interpolated between."""
+        if not measured:
+            return self
+        counts = sorted(measured)
+        rates = [rate_of(measured[count], self.losses[count], self.in_nats) for count in counts]
+        losses = {count: float(np.interp(count, counts, rates)) * lost for count, lost in self.losses.items()}
+        if 0 in measured:  # no rate turns a loss of zero into the divergence
+            losses[0] = measured[0]
+        return replace(self, losses=losses)
+
+    def kept(self, least: float, prices: Prices) -> "list[Kept]":
+        """Return the choices that keep at least the share `least` of the units, up to all of them."""
+        every, whole = {self.there: 0.0, **self.losses}, prices.whole[self.block]
+        counts = sorted(count for count in every if count >= least * self.there)
+        saved = {count: whole - prices.narrowed(self.block, self.kind, count) for count in counts}
+        return [Kept(self.kind, count, saved[count], every[count]) for count in counts]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Choice of a sub-block: units of one kind that it keeps, with all of other kinds; with none it is removed."""
+
+    kind: LinkedUnits
+    count: int
+    saved: float
+    """the part of the budget that is saved"""
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """Choices of a sub-block, sorted by what they save, the most first; no two save the same."""
+
+    part: tuple[int, str]
+    kept: tuple[Kept, ...]
+
+    @classmethod
+    def of(cls, widths: Sequence[WidthCurve], least: float, prices: Prices) -> Self:
+        """Return the choices of all unit kinds of one sub-block; of two that save the same, the better one."""
+        every = [kept for width in widths for kept in width.kept(least, prices)]
+        every.sort(key=lambda kept: (-kept.saved, kept.loss))
+        better = [after for before, after in pairwise(every) if after.saved < before.saved]
+        return cls(widths[0].part, (every[0], *better))
+
+    @property
+    def curve(self) -> Curve:
+        """The losses of the choices by their prices, which are negative: the savings."""
+        prices = torch.tensor([-kept.saved for kept in self.kept], dtype=torch.float64)
+        return Curve(prices, torch.tensor([kept.loss for kept in self.kept], dtype=torch.float64))
+
+    def present(self) -> "Choices":
+        """Return the choices that keep the sub-block."""
+        return replace(self, kept=tuple(kept for kept in self.kept if kept.count))
+
+
+def most_saved(choices: Sequence[Choices]) -> float:
+    """Return the savings where every sub-block keeps the least."""
+    return sum(each.kept[0].saved for each in choices)
+
+
+def least_lost(choices: Sequence[Choices], due: float) -> dict[tuple[int, str], Kept]:
+    """Return the choice of each sub-block that saves `due` at a small loss: see `share_budget` and `fill_budget`."""
+    curves = {f"{block} {part}": each.curve for each in choices for block, part in (each.part,)}
+    chosen = fill_budget(curves, share_budget(curves, -due), -due)
+    return {each.part: each.kept[choice] for each, choice in zip(choices, chosen.values(), strict=True)}
+
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """What one layer of a block loses without its units."""
+    """Losses of one layer of a block without its units."""
 
     losses: Mapping[int, float]
-    """the loss for a token that reaches it, by the number of units kept"""
+    """the loss of a token that reaches the layer, by the number of units kept"""
     tokens: int
-    """the tokens that reach it"""
+    """the tokens that reach the layer"""
     tried: tuple[int, Change] | None
-    """what the probe tries: with how many units, and the layer then"""
+    """the probe's number of units, and the layer with that many"""
 
 
 class WidthCosts(Costs):
-    """The curve of every block by each kind of units: of a layer, or of all experts, which keep equally many."""
+    """Cost curves of every block and unit kind, of a layer or of all experts, which keep equally many units."""
 
     def __init__(
         self, budget: WidthBudget, decoder: Decoder, statistics: DenseStatistics, probe: Probe | None, in_nats: bool
@@ -102,13 +200,13 @@ class WidthCosts(Costs):
         self.statistics = statistics
         self.widths: list[WidthCurve] = []
         self.present: dict[tuple[int, LinkedUnits], list[_Layer]] = {}
-        """the layers of the present block"""
+        """the layers of the current block"""
         self.tried: list[tuple[tuple[int, str], LinkedUnits | None, int]] = []
-        """what the probe has tried: the sub-block, the kind of units (None where it is gone), and how many it kept"""
+        """the changes that the probe has tried: sub-block, unit kind (None: the sub-block is removed), units kept"""
         self.noted: dict[str, list[str]] = {}
-        """the names of the layers that each note is about"""
+        """the names of the layers that each note concerns"""
         self.saves = ""
-        """what the allocation saves, where that is not counted in weights"""
+        """the part of the budget that the allocation saves, where it is not counted in weights"""
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -136,7 +234,7 @@ class WidthCosts(Costs):
         self.present.clear()
 
     def _layer(self, block: int, target: Target, kind: LinkedUnits, loss: LayerLoss) -> tuple[_Layer, tuple[str, ...]]:
-        """The losses of one layer by greedy elimination of its units, a multiple at a time, and notes on that."""
+        """Return the losses of one layer by greedy elimination of its units, a multiple at a time, with notes."""
         shape, link = self.decoder.shape(block), kind.linked(self.decoder, block, target.path).link
         there, slots, multiple = kind.there(shape), link.slot_count, kind.multiple(shape, self.budget.multiple)
         rotation = nested_basis(loss, link) if kind.rotated else None
@@ -144,7 +242,7 @@ class WidthCosts(Costs):
         order, losses, notes = self.statistics.removal(
             LinkedLeastSquares(stated.whitened(), link, link.units), multiple
         )
-        # Entry gone * slots - 1 is the loss once every slot has lost `gone` units.
+        # Entry gone * slots - 1 is the loss after every slot has lost `gone` units.
         after = {there - gone: loss for gone, loss in enumerate(losses[slots - 1 :: slots].tolist(), start=1)}
         found, tried = {count: loss for count, loss in after.items() if count % multiple == 0}, None
         between = [count for count in found if count]
@@ -159,7 +257,7 @@ class WidthCosts(Costs):
         return _Layer(found, loss.moments.tokens, tried), notes
 
     def _curve(self, block: int, kind: LinkedUnits, layers: list[_Layer]) -> WidthCurve:
-        """The losses of a block for a token that goes through it, which reaches some of the layers."""
+        """Return the losses of a block for a token, which reaches some of the layers."""
         reached = 1 if len(kind.consumers(self.decoder.architecture)) == 1 else self.decoder.experts_for_a_token
         tokens = sum(layer.tokens for layer in layers) / reached
         losses = {
@@ -168,7 +266,7 @@ class WidthCosts(Costs):
         return WidthCurve(block, kind, kind.there(self.decoder.shape(block)), losses, self.in_nats)
 
     def _try_out(self, probe: Probe, width: WidthCurve, tried: list[tuple[int, Change]]) -> None:
-        """Have the layers of a block with fewer units tried, together, and the block without the sub-block."""
+        """Try the layers of a block with fewer units, together, and the block without the sub-block."""
         if tried:
             probe.try_out([change for _, change in tried])
             self.tried.append((width.part, width.kind, tried[0][0]))
@@ -176,10 +274,10 @@ class WidthCosts(Costs):
             probe.try_without(width.block, width.kind.part)
             self.tried.append((width.part, None, 0))
 
-    def _put_right(self, divergences: Sequence[float]) -> None:
+    def _rescale(self, divergences: Sequence[float]) -> None:
         found = list(zip(self.tried, divergences, strict=True))
         self.widths = [
-            width.put_right(
+            width.rescaled(
                 {
                     count: measured
                     for (part, kind, count), measured in found
@@ -192,12 +290,12 @@ class WidthCosts(Costs):
     def allocation(self, on_event: Callable[[Event], None], begins: float = 0.0) -> Allocation:
         budget, shapes = self.budget, list(self.decoder.shapes())
         if self.probe is not None:
-            self._put_right(self.divergences(self.probe, on_event, begins))
+            self._rescale(self.divergences(self.probe, on_event, begins))
 
         def on_timed(done: int, total: int) -> None:
             on_event(PhaseAdvanced(BUDGET, "measuring the time of narrower blocks", "width", done, total, TIMING))
 
-        # Of the model as it will be used, in its own dtype.
+        # Prices of the model in its own dtype, as it will be used.
         stored = self.decoder.as_stored()
         prices = prices_of(stored, budget.currency, budget.tokens, budget.units.kinds, on_timed)
         chosen = self._chosen(prices)
@@ -208,9 +306,9 @@ class WidthCosts(Costs):
         return Allocation.of(self.decoder, map(BlockAllocation, shapes), self.saves)
 
     def _chosen(self, prices: Prices) -> dict[tuple[int, str], Kept]:
-        """What each sub-block keeps.
+        """Return the choice of each sub-block.
 
-        Where kinds of units compete, the greedy division may come to more than without one of them: the least is taken.
+        Where unit kinds compete, the greedy division may lose more than one without one of them: the best is returned.
         """
         kinds, total = list(dict.fromkeys(width.kind for width in self.widths)), sum(prices.whole)
         due = self.budget.sparsity * total
@@ -221,19 +319,19 @@ class WidthCosts(Costs):
         return min(found, key=lambda chosen: sum(kept.loss for kept in chosen.values()))
 
     def _divided(self, choices: list[Choices], due: float, total: float, unit: str) -> dict[tuple[int, str], Kept]:
-        """What each sub-block keeps of its choices, so that so much is saved; InputError where that is too much."""
+        """Return the choice of each sub-block that saves `due` together; InputError where no choices save as much."""
         self.budget.check_most(most_saved(choices) / total, unit)
         chosen = least_lost(choices, due)
         attention = [each for each in choices if each.part[1] == "attention"]
         if attention and not any(chosen[each.part].count for each in attention):
-            # Without any attention no token would see another: the dearest stays.
+            # Without any attention no token would see another: the most costly one stays.
             dearest = max(attention, key=lambda each: each.kept[0].loss)
-            left = [each.standing() if each is dearest else each for each in choices]
+            left = [each.present() if each is dearest else each for each in choices]
             return self._divided(left, due, total, unit)
         return chosen
 
     def _choices(self, kinds: Sequence[LinkedUnits], prices: Prices) -> list[Choices]:
-        """The choices of each sub-block among some kinds of units."""
+        """Return the choices of each sub-block among some unit kinds."""
         parts: dict[tuple[int, str], list[WidthCurve]] = {}
         for width in self.widths:
             if width.kind in kinds:

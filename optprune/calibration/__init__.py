@@ -1,11 +1,10 @@
-"""Calibration: what the text does inside the model, along a propagation policy, reduced to statistics."""
+"""Calibration: passes of a text through the model, along a propagation policy, reduced to statistics."""
 
-from optprune.calibration.dense_statistics import DenseStatistics, Statistics
+from optprune.calibration.dense_statistics import BlockMoments, DensePass, DenseStatistics, KnownMoments, Statistics
 from optprune.calibration.divergence import Change, Probe
 from optprune.calibration.fisher_pass import collect_metrics, from_text, sampled
-from optprune.calibration.known_moments import BlockMoments, DensePass, KnownMoments
 from optprune.calibration.propagation import POLICIES, OnePath, Path, Propagation, TwoPaths, Visit
-from optprune.calibration.source import Source
+from optprune.calibration.statistics_cache import Source
 from optprune.calibration.stream import Stream, advance, calibrating, first_inputs, first_tokens, hold_out
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Calls: what a sub-module of a block is called with during calibration, and what it answers."""
+"""Calls of a block's sub-modules during calibration: their arguments and their target outputs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,47 +10,52 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.partial_sums import Share
-from optprune.calibration.stream import Stream, run_block
+from optprune.calibration.stream import TOKENS_PER_BATCH, Stream, run_block, stream_bytes
+from optprune.models import Decoder
+from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.models.places import States
 from optprune.numerics.modules import first_output
+from optprune.problems import ExpertChoice
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""what a module is called with: the positional arguments, and the named ones"""
+"""the positional and the named arguments of a call"""
+MOST_PRODUCTS = 2**26
+"""the products of expert outputs that are held of a block: for 8 experts those of a million tokens, for 128 of 4096"""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What a sub-module is called with, and what it should answer, one entry a batch; those of this process's share."""
+    """Calls of a sub-module with their target outputs, one entry a batch, of this process's share of the batches."""
 
     arguments: States[Arguments]
     targets: States[Tensor]
-    """the answers [..., out]"""
+    """the target outputs [..., out]"""
     share: Share = field(default_factory=Share)
-    """which batches of all the calls were"""
+    """the share of all batches that the process has"""
     places: Sequence[int] | None = None
-    """the batches of the share that these are, where they are not all of them"""
+    """the batches of the share that the entries belong to; None for all"""
 
     def part(self, number: int) -> int:
         """Return which of the process's partial sums an entry belongs to."""
         return self.share.part(number if self.places is None else self.places[number])
 
     def split(self, apart: int) -> tuple["Calls", "Calls"]:
-        """The first batches, and the last `apart` of all."""
+        """Return the first batches, and the last `apart` of all."""
         every = range(len(self.targets))
         count = len(every) - self.share.apart(len(every), apart)
         return self._taken(every[:count]), self._taken(every[count:])
 
     def first(self, tokens: int) -> "Calls":
-        """The first batches of each partial sum, as many as hold its part of that many tokens, or all."""
-        partial_sums = [self.part(number) for number in range(len(self.targets))]
-        return self._taken(_first(partial_sums, self.targets.shapes, tokens / self.share.partial_sums.count))
+        """Return the first batches of each partial sum, as many as hold its part of the tokens, or all."""
+        parts = [self.part(number) for number in range(len(self.targets))]
+        return self._taken(_first(parts, self.targets.shapes, tokens / self.share.partial_sums.count))
 
     def _taken(self, numbers: Sequence[int]) -> "Calls":
         places = [number if self.places is None else self.places[number] for number in numbers]
         return Calls(self.arguments.part(numbers), self.targets.part(numbers), self.share, places)
 
     def each(self) -> Iterator[tuple[int, tuple[Any, ...], dict[str, Any], Tensor]]:
-        """The partial sum, the arguments and the target of every entry, one after the other."""
+        """Yield the partial sum, the arguments and the target of every entry."""
         # By number: to enumerate a zip would keep the first entry in memory to the end.
         for number in range(len(self.targets)):
             (args, kwargs), target = self.arguments[number], self.targets[number]
@@ -58,27 +63,27 @@ class Calls:
 
     @property
     def tokens(self) -> int:
-        """The tokens of the calls of all processes, which ask for it together."""
+        """The tokens of the calls of all processes, which read this together."""
         return sum(self.share.partial_sums.peers.all_gather(self.targets.tokens))
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The batches that calls are wanted of: the first, as many as hold some tokens, and the last.
+    """Selection of batches: the first ones, as many as hold some tokens, and the last ones.
 
-    Of the tokens each partial sum has an equal part.
+    Each partial sum has an equal part of the tokens.
     """
 
     tokens: float = math.inf
     apart: int = 0
-    """how many of the last batches are wanted, and do not count among the first"""
+    """the number of last batches, which do not count among the first"""
 
     def of(self, stream: Stream) -> list[int]:
-        """The numbers of those that are in a stream."""
+        """Return the numbers of the selected batches of a stream."""
         share, count = stream.share, len(stream.hidden)
         first = count - share.apart(count, self.apart)
-        partial_sums = [share.part(number) for number in range(first)]
-        chosen = _first(partial_sums, stream.hidden.shapes[:first], self.tokens / share.partial_sums.count)
+        parts = [share.part(number) for number in range(first)]
+        chosen = _first(parts, stream.hidden.shapes[:first], self.tokens / share.partial_sums.count)
         return chosen + list(range(first, count))
 
 
@@ -86,10 +91,10 @@ EVERY = Wanted()
 """all batches"""
 
 
-def _first(partial_sums: Sequence[int], shapes: Sequence[torch.Size], tokens: float) -> list[int]:
+def _first(parts: Sequence[int], shapes: Sequence[torch.Size], tokens: float) -> list[int]:
     """Return the first entries of each partial sum, as many as hold `tokens`, by the part and the shape of each."""
     held, taken = dict[int, int](), list[int]()
-    for number, (part, shape) in enumerate(zip(partial_sums, shapes, strict=True)):
+    for number, (part, shape) in enumerate(zip(parts, shapes, strict=True)):
         if held.get(part, 0) < tokens:
             held[part] = held.get(part, 0) + shape[:-1].numel()
             taken.append(number)
@@ -98,9 +103,9 @@ def _first(partial_sums: Sequence[int], shapes: Sequence[torch.Size], tokens: fl
 
 @contextmanager
 def catching(block: nn.Module, paths: Sequence[str], stream: Stream, wanted: Wanted) -> Iterator[dict[str, Calls]]:
-    """The calls of sub-modules of a block meanwhile, by path: what goes in and what comes out, one entry a pass.
+    """Record the calls of sub-modules of a block within the context, by path: inputs and outputs, one entry a pass.
 
-    There is a pass for each batch of a stream; what the stream holds anyway is not kept twice.
+    There is one pass for each batch of a stream. Tensors that the stream holds are not kept twice.
     """
     with _catching(block, paths, stream, range(len(stream.hidden)), wanted.of(stream)) as calls:
         yield calls
@@ -110,7 +115,7 @@ def catching(block: nn.Module, paths: Sequence[str], stream: Stream, wanted: Wan
 def _catching(
     block: nn.Module, paths: Sequence[str], stream: Stream, passes: Sequence[int], numbers: Sequence[int]
 ) -> Iterator[dict[str, Calls]]:
-    """The calls with the batches of these numbers, where the passes are over others of the stream too."""
+    """Record the calls for the batches `numbers`, where the passes visit the batches `passes`."""
     place, batches = stream.hidden.place, set(numbers)
     besides = _tensors(stream.arguments)
     calls = {path: Calls(States(place, besides=besides), States(place), stream.share, numbers) for path in paths}
@@ -136,7 +141,7 @@ def _catching(
 
 
 def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY) -> Calls:
-    """What a sub-module of a block is called with on batches of a stream, and what it answers."""
+    """Run selected batches of a stream through a block; return the calls of a sub-module with its outputs."""
     numbers, arguments = wanted.of(stream), stream.arguments
     with _catching(block, [path], stream, numbers, numbers) as calls:
         for number in numbers:
@@ -145,15 +150,63 @@ def calls_of(block: nn.Module, path: str, stream: Stream, wanted: Wanted = EVERY
 
 
 def block_calls(stream: Stream, targets: States[Tensor], wanted: Wanted) -> Calls:
-    """What the current block is called with on the batches wanted of a stream, which is to answer these targets."""
+    """Return the calls of the current block itself on selected batches of a stream, with these targets."""
     numbers, arguments = wanted.of(stream), stream.arguments
     called = (((stream.hidden[number],), arguments[number]) for number in numbers)
     return Calls(States(stream.hidden.place, called, _tensors(arguments)), targets, stream.share, numbers)
 
 
 def _tensors(value: Any) -> set[int]:
-    """The `id`s of the tensors in nested values."""
+    """Return the `id`s of the tensors in nested values."""
     if isinstance(value, Tensor):
         return {id(value)}
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
     return set().union(*map(_tensors, parts))
+
+
+# -- the experts of a mixture
+
+
+@torch.no_grad()
+def expert_choice(decoder: Decoder, index: int, calls: Calls, keep: int) -> ExpertChoice:
+    """Return the problem of choosing `keep` experts of a block, for the tokens that its mixture is called with.
+
+    The first tokens are used, as many as have at most MOST_PRODUCTS products of the outputs of two experts. Processes
+    that share the calls call this together and get the same problem.
+    """
+    mixture, config, block = decoder.architecture.mixture, decoder.model.config, decoder.blocks[index]
+    assert mixture is not None
+    experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
+    assert isinstance(experts, SeparateExperts)
+    count, device = experts.count, router.get_parameter("weight").device
+    most = left = MOST_PRODUCTS // count**2
+    logits = [torch.zeros(0, count, device=device)]
+    products = [torch.zeros(0, count, count, device=device)]
+    for _, args, _, _ in calls.each():
+        tokens = args[0].reshape(-1, args[0].shape[-1])[:left]
+        left -= len(tokens)
+        if not len(tokens):
+            break
+        logits.append(router(tokens)[0].float())
+        outputs = torch.stack([experts.outputs(tokens, number) for number in range(count)], 1).float()
+        products.append(outputs @ outputs.mT)
+    scores, pairs = (rows[:most] for rows in _gathered(calls, torch.cat(logits), torch.cat(products)))
+    return ExpertChoice(scores, pairs, decoder.experts_for_a_token, mixture.normalised(config), keep)
+
+
+def expert_choice_bytes(decoder: Decoder, index: int, tokens: int) -> int:
+    """Return the memory of `expert_choice`: the calls, all experts' outputs for a batch, and the products."""
+    count = decoder.shape(index).experts
+    held = min(tokens, MOST_PRODUCTS // max(count, 1) ** 2)
+    outputs = 4 * min(held, TOKENS_PER_BATCH) * count * decoder.model.config.hidden_size
+    # The products once more in float64, for the errors.
+    return 2 * stream_bytes(decoder, tokens) + outputs + held * count**2 * (4 + 8)
+
+
+def _gathered(calls: Calls, *own: Tensor) -> list[Tensor]:
+    """Return the rows of all processes, in the order of the batches, which are contiguous in a process."""
+    peers = calls.share.partial_sums.peers
+    if peers.size == 1:
+        return list(own)
+    shared = peers.all_gather([rows.cpu() for rows in own])
+    return [torch.cat(parts).to(rows.device) for parts, rows in zip(zip(*shared, strict=True), own, strict=True)]

@@ -1,12 +1,12 @@
 """The Fisher information of every layer's outputs, by a backward pass that goes through the model block by block.
 
-Of activations, no more is kept at a time than the inputs of the blocks for one group of sequences, what is inside one
-block, and the logits of a few positions. The metrics of all layers are there at the end, on the model's device and in
-its dtype: diagonals are small, whole matrices take 2 out^2 bytes a layer in float32. A model in half precision is
-computed in float32, and its metrics are those of the same weights in float32, bit for bit.
+At most the block inputs of one group of sequences, the activations of one block and the logits of a few positions are
+in memory. The metrics of all layers are complete at the end, on the model's device and in its dtype: diagonals are
+small, whole matrices take 2 out^2 bytes a layer in float32. A model in half precision is computed in float32, and its
+metrics are those of the same weights in float32, bit for bit.
 
-Where blocks have to be read, all groups go through the model in one sweep forward and one backward, so that each block
-is read twice. The inputs of the blocks and the metrics are then put aside in files.
+Where blocks are read from files, all groups go through the model in one sweep forward and one backward, so that each
+block is read twice. The inputs of the blocks and the metrics are then kept in files.
 """
 
 import math
@@ -18,31 +18,42 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.partial_sums import OrderedSum, PartialSums, Share
-from optprune.calibration.stream import calibrating, first_inputs, run_block
+from optprune.calibration.stream import (
+    SLOW,
+    activation_bytes,
+    block_pass,
+    calibrating,
+    first_inputs,
+    head_work,
+    itemsize,
+    run_block,
+    stream_bytes,
+)
 from optprune.errors import InputError, NumericalError
 from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.models.places import States
 from optprune.numerics.modules import first_output
+from optprune.work import Work
 
 TOKENS_AT_ONCE = 512
-"""how many tokens go through the blocks together"""
+"""the tokens that go through the blocks together"""
 POSITIONS_AT_ONCE = 128
-"""how many tokens go through the head together: the logits of a large vocabulary would be the largest tensors here"""
+"""the tokens that go through the head together: the logits of a large vocabulary would be the largest tensors"""
 PASSES_BACK = 3
-"""the passes through a block that the way back takes, roughly: forward again, back, and the products of gradients"""
+"""the backward pass of a block in forward passes, roughly: forward again, back, and the products of gradients"""
 NO_LABEL = -100
-"""the label of a position whose prediction does not count"""
+"""the label of a position without a prediction"""
 
 Labels = Callable[[Tensor, Tensor], Tensor]
 """a function from logits [positions, vocabulary] and the text's next tokens [positions] to labels, some NO_LABEL"""
 
 
 def sampled(seed: int, before: int = 0) -> Labels:
-    """Labels drawn from the model's own predictions, at every position: the true Fisher information.
+    """Return labels drawn from the model's own predictions at every position: the true Fisher information.
 
-    Those of the positions after the first `before`, which are drawn elsewhere.
+    The labels of the first `before` positions are skipped: another process draws them.
     """
     generator = torch.Generator().manual_seed(seed)
     torch.rand(before, generator=generator, dtype=torch.float64)
@@ -59,12 +70,12 @@ def sampled(seed: int, before: int = 0) -> Labels:
 
 
 def from_text(_: Tensor, following: Tensor) -> Tensor:
-    """The text's own next tokens: the empirical Fisher information, for comparison."""
+    """Return the text's own next tokens: the empirical Fisher information, for comparison."""
     return following
 
 
 def next_tokens(ids: Tensor) -> Tensor:
-    """What follows each position of ids [batch, length]: [batch, length], NO_LABEL at the end of a sequence."""
+    """Return the token after each position of ids [batch, length]; NO_LABEL at the end of a sequence."""
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NO_LABEL)], dim=1)
 
 
@@ -78,13 +89,13 @@ def collect_metrics(
     on_pass: Callable[[int, int], None] = lambda done, total: None,
     partial_sums: PartialSums | None = None,
 ) -> Metrics:
-    """The output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
+    """Return the output metric of every linear layer of the decoder blocks, by the layer's full name, not damped.
 
     `batches` are token ids [batch, length] without padding. g is the gradient of the negative log-likelihood, summed
     over the predictions of a sequence; E[g g^T] is the average over all its tokens. Layers whose path within a block
-    is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model is left as
-    it was. `on_pass` hears how many passes through a block are done, and of how many; a way back counts as several. The
-    sums are added in `partial_sums` over groups of sequences, of which this process goes over its own;
+    is in `full` get a matrix, if they have at most `widest` outputs; all others get its diagonal. The model does not
+    change. `on_pass` is called with the number of block passes done and with their total; a backward pass counts as
+    several. The sums are added in `partial_sums` over groups of sequences, of which this process runs its own;
     `positions_before` says where its labels begin.
     """
     unknown = set(full) - set(decoder.architecture.layers)
@@ -96,7 +107,7 @@ def collect_metrics(
         raise InputError("there are no batches for the output metric: give at least one tensor of ids [batch, length]")
     share = (partial_sums or PartialSums()).share(len(groups))
     groups, sums = share.of(groups), _LayerSums(decoder, full, widest, share)
-    # The sums of a layer grow group by group in either case, so that they are the same.
+    # The sums of a layer grow group by group in both cases, so they are the same.
     together = 1 if decoder.store is None else max(1, len(groups))
     sweeps, done = range(0, len(groups), together), 0
 
@@ -118,7 +129,7 @@ def collect_metrics(
 
 
 class _LayerSums:
-    """The sums of all layers, in partial sums."""
+    """The partial sums of all layers."""
 
     def __init__(self, decoder: Decoder, full: Collection[str], widest: float, share: Share) -> None:
         self._decoder, self._share, self._names = decoder, share, list[str]()
@@ -135,18 +146,18 @@ class _LayerSums:
                 self._sums[self._names[-1]] = OrderedSum(share.partial_sums, fresh)
 
     def add(self, first: int, index: int, path: str, group: int, gradients: Tensor) -> None:
-        """Add the gradients of a group, which is the `group`-th after the first of its sweep."""
+        """Add the gradients of the `group`-th group after the `first` of its sweep."""
         self._sums[self._decoder.name(index, path)].at(self._share.part(first + group)).add(gradients)
 
     def finish(self, index: int) -> None:
-        """No more comes of a block: add up its partial sums."""
+        """Add up the partial sums of a block, which is complete."""
         decoder = self._decoder
         for name in (decoder.name(index, path) for path in decoder.paths(index)):
             self._done[name] = self._sums.pop(name).total()
             self._done[name].move(decoder.aside.keep_all)
 
     def metrics(self) -> Metrics:
-        """What all blocks come to; those of which nothing came here are finished now."""
+        """Return the metrics of all blocks. A process without batches adds them up only now."""
         if not self._done:
             for index in reversed(range(len(self._decoder.blocks))):
                 self.finish(index)
@@ -154,7 +165,7 @@ class _LayerSums:
 
 
 def positions_before(batches: Iterable[Tensor], partial_sums: PartialSums) -> int:
-    """How many positions of the batches come before those of this process."""
+    """Return the number of positions of the batches before those of this process."""
     groups = list(_groups(batches))
     return sum(ids.numel() for ids in groups[: partial_sums.share(len(groups)).before])
 
@@ -171,10 +182,10 @@ def _sweep(
     add: Callable[[int, str, int, Tensor], None],
     on_forward: Callable[[], None],
 ) -> Iterator[int]:
-    """Forward and backward through all blocks with some groups of sequences; tells which are done, from the last on.
+    """Run some groups of sequences forward and backward through all blocks; yield each finished block, last first.
 
-    `add` is given the gradients at the outputs of a block's layers, group by group: block, path, group, gradients.
-    `on_forward` hears of each block that the groups have gone through on the way there.
+    `add` is called with the gradients at the outputs of a block's layers: block, path, group, gradients. `on_forward`
+    is called after each block of the forward sweep.
     """
     stream, entries = first_inputs(decoder, groups), list[States[Tensor]]()
     for index in range(len(decoder.blocks)):
@@ -192,7 +203,7 @@ def _sweep(
             gradients.append(slope)
     stream.hidden = stream.hidden.anew(())
     for index in reversed(range(len(decoder.blocks))):
-        # Popped, so that the inputs of the blocks that are done are free.
+        # Popped, so that the inputs of finished blocks are freed.
         entry = entries.pop()
         stream.block = index
         with decoder.resident(index):
@@ -204,7 +215,7 @@ def _sweep(
 
 
 def head_gradient(decoder: Decoder, hidden: Tensor, labels: Labels, following: Tensor) -> Tensor:
-    """The gradient of the summed negative log-likelihood behind the last block, a few positions at a time."""
+    """Return the gradient of the summed negative log-likelihood after the last block, a few positions at a time."""
     slope = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     parts = (tensor.flatten(0, 1).split(POSITIONS_AT_ONCE) for tensor in (hidden, slope, following))
     for position, found, text in zip(*parts, strict=True):
@@ -216,7 +227,7 @@ def head_gradient(decoder: Decoder, hidden: Tensor, labels: Labels, following: T
 
 
 def _error(logits: Tensor, labels: Tensor) -> Tensor:
-    """The gradient of the summed negative log-likelihood at the logits [positions, vocabulary]: p - e_label."""
+    """Return the gradient of the summed negative log-likelihood at the logits [positions, vocabulary]: p - e_label."""
     error = logits.softmax(-1)
     counts = labels != NO_LABEL
     error.scatter_add_(-1, labels.where(counts, 0)[:, None], error.new_full((), -1.0).expand(len(labels), 1))
@@ -226,7 +237,7 @@ def _error(logits: Tensor, labels: Tensor) -> Tensor:
 def _backward(
     decoder: Decoder, index: int, hidden: Tensor, arguments: dict[str, Any], gradient: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The gradients at the outputs of a block's linear layers, by path, and at the block's input."""
+    """Return the gradients at the outputs of a block's linear layers, by path, and at the block's input."""
     paths = decoder.paths(index)
     outputs: dict[str, Tensor] = {}
 
@@ -242,9 +253,47 @@ def _backward(
         with torch.enable_grad():
             entry = hidden.detach().requires_grad_()
             after = first_output(block(entry, **arguments))
-        # Of these tensors only: no parameter gets a gradient, whether it asks for one or not.
+        # Only these tensors get gradients, whatever parameters require.
         found = torch.autograd.grad(after, [entry, *(outputs[path] for path in paths)], gradient)
     finally:
         for handle in handles:
             handle.remove()
     return dict(zip(paths, found[1:], strict=True)), found[0]
+
+
+# -- the work of the pass
+
+
+def block_work(decoder: Decoder, index: int, *, full: Collection[str] = (), widest: float = math.inf) -> Work:
+    """Return the work of one token in a block: forward, backward, and the products of whole metrics."""
+    squares = sum(count**2 for count in _whole(decoder, index, full, widest))
+    return block_pass(decoder, index) * (1 + PASSES_BACK) + Work(2 * SLOW * squares)
+
+
+def work(decoder: Decoder, tokens: int, *, full: Collection[str] = (), widest: float = math.inf) -> Work:
+    """Return the work of `collect_metrics` on so many tokens, with the memory of all sums."""
+    blocks = range(len(decoder.blocks))
+    flops = tokens * sum(block_work(decoder, index, full=full, widest=widest).flops for index in blocks)
+    group = min(tokens, TOKENS_AT_ONCE)
+    inside = max(activation_bytes(decoder, index, group, backward=True) for index in blocks)
+    # The logits and their softmax; in float64 its cumulated sums and their input.
+    head = POSITIONS_AT_ONCE * decoder.model.config.vocab_size * (2 * itemsize(decoder) + 16)
+    sums = sum(metric_bytes(decoder, index, full=full, widest=widest) for index in blocks)
+    entries = (len(blocks) + 2) * stream_bytes(decoder, group)
+    if decoder.store is not None:
+        # The sums and the inputs of blocks are in files; all groups are under way together.
+        sums = max(metric_bytes(decoder, index, full=full, widest=widest) for index in blocks)
+        entries = 2 * stream_bytes(decoder, tokens)
+    passes = Work(flops, sums + entries + max(head, inside), 1.0 + PASSES_BACK)
+    return passes + head_work(decoder, tokens) * 3
+
+
+def metric_bytes(decoder: Decoder, index: int, *, full: Collection[str], widest: float = math.inf) -> int:
+    """Return the memory of the sums of a block's whole metrics: half of each matrix. Diagonals are not counted."""
+    return sum(count**2 * itemsize(decoder) // 2 for count in _whole(decoder, index, full, widest))
+
+
+def _whole(decoder: Decoder, index: int, full: Collection[str], widest: float) -> list[int]:
+    """Return the outputs of the layers of a block whose metric is a whole matrix."""
+    outputs = [decoder.layer(index, path).out_features for path in decoder.paths(index) if path in full]
+    return [count for count in outputs if count <= widest]

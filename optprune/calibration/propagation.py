@@ -1,7 +1,7 @@
 """Propagation policies: the path that statistics take through the model, one block at a time.
 
-A policy starts a `Path`, which holds what travels between two blocks. The path opens a `Visit` of the current block:
-what is solved together there, the moments and the calls that it is solved from, and what goes on to the next block.
+A policy starts a `Path`, which holds the hidden states between two blocks. The path opens a `Visit` of the current
+block, which gives the stages, their moments and calls, and then the inputs of the next block.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from optprune.calibration.calls import EVERY, Calls, Wanted, block_calls, calls_of, catching
-from optprune.calibration.known_moments import BlockMoments
+from optprune.calibration.dense_statistics import BlockMoments
 from optprune.calibration.moments_pass import Collected, collect
 from optprune.calibration.stream import Stream, advance
 from optprune.measure.clock import clock
@@ -23,12 +23,12 @@ Item = TypeVar("Item")
 
 
 class Propagation(ABC):
-    """A propagation policy: which inputs a block's statistics are taken from, and which output is the target.
+    """Policy that decides which inputs a block's statistics are taken from, and which output is the target.
 
-    Any recipe can use any policy with any solver. One's own is a class that states these four facts, starts a path on
-    one stream (as `OnePath` does) or two (as `TwoPaths`), and overrides `reference` where the dense block of the target
-    gets other inputs; `Recipe(propagation=MyPolicy())` then uses it. Targets half way between those of the policies
-    `local` and `cross`, where the dense block gets the pruned one's inputs or the dense model's:
+    Any recipe can use any policy with any solver. A new policy is a class that states these four facts, starts a path
+    on one stream (as `OnePath` does) or two (as `TwoPaths`), and overrides `reference` where the dense block of the
+    target gets other inputs; `Recipe(propagation=MyPolicy())` uses it. For example, targets half way between those of
+    the policies `local` and `cross`, where the dense block gets the inputs of the pruned model or of the dense model:
 
         class Halfway(Propagation):
             name, independent, sequential, dense_target = "halfway", False, True, True
@@ -42,28 +42,28 @@ class Propagation(ABC):
     """
 
     name: str
-    """the name of the policy in a file and a report"""
+    """the name of the policy in recipe files and reports"""
     independent: bool
-    """whether every block gets what the dense model gives it, whatever becomes of the blocks before it, so that blocks
-    can be pruned in any order; else it gets what the pruned blocks before it give"""
+    """whether every block gets its inputs from the dense model, so that blocks can be pruned in any order; otherwise it
+    gets them from the pruned blocks before it"""
     sequential: bool
     """whether, inside a block, a layer's inputs are collected after the layers before it were pruned"""
     dense_target: bool
-    """whether the target is what the dense block gives, not the original weight's answer to the pruned block's inputs;
+    """whether the target is the output of the dense block, not of the original weight for the pruned block's inputs;
     then layers that keep all their units are corrected too"""
 
     @abstractmethod
     def start(self, stream: Stream) -> "Path":
-        """The path that begins with the inputs of the first block."""
+        """Return the path that begins with the inputs of the first block."""
 
     def reference(self, path: "Path") -> Stream:
-        """The inputs of the current block's dense original, where its outputs are the target."""
+        """Return the inputs of the current block's dense original, where its outputs are the target."""
         return path.dense
 
 
 @dataclass(frozen=True)
 class OnePath(Propagation):
-    """A policy for which one stream is enough: where there is a dense block, it gets the inputs of the pruned one."""
+    """Policy with one stream: a dense block gets the same inputs as the pruned one."""
 
     name: str
     independent: bool
@@ -76,7 +76,7 @@ class OnePath(Propagation):
 
 @dataclass(frozen=True)
 class TwoPaths(Propagation):
-    """A policy in which the dense model's hidden states travel beside those of the pruned one."""
+    """Policy with two streams: the hidden states of the dense model travel beside those of the pruned one."""
 
     name: str
     independent: bool
@@ -101,13 +101,13 @@ POLICIES: dict[str, Propagation] = {
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """What travels between blocks; with the same streams a path can be taken up again at any block."""
+    """Hidden states between blocks. A path can be resumed at any block with the same streams."""
 
     policy: Propagation
     actual: Stream
-    """what the current block will really get"""
+    """the inputs that the current block will really get"""
     dense: Stream
-    """what the current block gets in the dense model; the same stream where the policy follows only one"""
+    """the inputs of the current block in the dense model; the same stream where the policy has only one"""
 
     def visit(
         self,
@@ -121,18 +121,18 @@ class Path:
         known: BlockMoments | None = None,
         whole: bool = False,
     ) -> "Visit":
-        """Enter the current block, as it is in the dense model; `cut` where sub-blocks of it will be removed first.
+        """Open a visit of the current block, which is that of the dense model.
 
-        The last `held_out` batches are kept apart. A block that is no longer as in the dense model comes with its
-        `original` there. With `detached` another pass through the dense model moves on: this path ends here. `calls`
-        says of which batches the visit tells the calls of sub-modules. `known` are moments of the block in the dense
-        model, where it gets on this path what it gets there. With `whole` the calls of the block itself may be asked
-        for.
+        The last `held_out` batches are held out. `cut` says that sub-blocks will be removed first. A block that was
+        changed before comes with its `original`. A `detached` visit does not move the path on: another pass through
+        the dense model does. `calls` selects the batches for the calls of sub-modules. `known` are cached moments of
+        the block in the dense model, valid where its inputs on this path are the same. `whole` allows to ask for the
+        calls of the block itself.
         """
         return Visit(self, block, held_out, cut, original, detached, calls, known, whole)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
-        """Move on past a block that is done, as a visit of it did: `finish` makes the dense block what it became."""
+        """Move on past a block that was pruned before; `finish` loads the pruned block in place of the dense one."""
         if self.dense is not self.actual:
             advance(block, self.dense)
         if self.policy.independent:
@@ -143,11 +143,11 @@ class Path:
 
 
 class Visit:
-    """One block, from its first calibration pass to the next block's inputs.
+    """Visit of one block, from its first calibration pass to the next block's inputs.
 
-    What is removed whole is removed first; then come the stages, one after the other: `collect` its moments, prune its
-    layers, and refit sub-modules on their `calls`. Closed, the visit has moved the path on to the next block, through
-    the block as it is then, unless it is detached; a `with` statement closes it unless an error ended it.
+    Sub-blocks are removed first. Then, for each stage: `collect` its moments, prune its layers, and refit sub-modules
+    on their `calls`. Closing the visit moves the path on to the next block, through the block as it is then, unless
+    the visit is detached. A `with` statement closes it unless an error is raised.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Visit:
         self.path, self.block, self.held_out, self._detached, self._wanted = path, block, held_out, detached, calls
         self._known = known
         self.floor_seconds = 0.0
-        """the seconds of what no run of such a policy can spare: two passes of the block, and the Gram products of its
+        """the seconds that every run of such a policy needs: two passes of the block, and the Gram products of its
         inputs x*"""
         policy = path.policy
         if original is None:
@@ -178,34 +178,34 @@ class Visit:
         self._reference = policy.reference(path) if policy.dense_target else None
         self._caught: dict[str, Calls] = {}
         self._onwards: Stream | None = None
-        """the inputs of the next block, where the block as it was has given them"""
+        """the inputs of the next block, where the dense block has computed them"""
         if policy.independent and not self._untouched and not detached:
-            # The next block's inputs are those of the dense model; this block's statistics know what is gone.
+            # The next block's inputs are those of the dense model, computed before sub-blocks are removed.
             self._onwards = path.actual.copy()
             self.floor_seconds += 2 * _advance(original, self._onwards)
 
     def stages(self, groups: list[list[Item]]) -> list[list[Item]]:
-        """What is solved together, of groups that read the same input, in the order of the forward pass."""
+        """Return the stages: groups of items that are solved together, in the order of the forward pass."""
         if self.path.policy.sequential or not groups:
             return groups
         return [[item for group in groups for item in group]]
 
     def collect(self, taps: Sequence[str], places: Sequence[str] = ()) -> Collected:
-        """The moments of a stage, of the inputs of these layers; `places` are the sub-modules that it prunes.
+        """Return the moments of the inputs of a stage's layers; `places` are the sub-modules that it prunes.
 
-        Whoever asks for the `calls` of a sub-module has named it here with the first stage that prunes it.
+        A sub-module whose `calls` are needed must be named here with the first stage that prunes it.
         """
         policy, actual, dense = self.path.policy, self.path.actual, self._reference
         drifted = dense is not actual or not self._untouched
-        # Where the target is no dense block's, the pass that collects the statistics also calls the sub-modules.
+        # Without a dense target the pass that collects the moments also records the calls of the sub-modules.
         fresh = [place for place in places if place not in self._caught] if dense is None else []
         known = self._known if self._untouched and (dense is None or dense is actual) else None
         if known is not None and not fresh:
             found = known.found(taps, passing=policy.independent and not self._detached)
             if found is not None:
-                return self._recalled(found)
+                return self._from_cache(found)
         if self._untouched and policy.independent and not self._detached:
-            # The block is still dense, so this pass also gives the next block's inputs.
+            # The block is still dense, so this pass also computes the next block's inputs.
             output = self._onwards = actual.copy()
         else:
             output = None
@@ -230,8 +230,8 @@ class Visit:
             known.keep(collected)
         return collected
 
-    def _recalled(self, found: Collected) -> Collected:
-        """What is known of the block as it is in the dense model, in place of a pass that collects it."""
+    def _from_cache(self, found: Collected) -> Collected:
+        """Use cached moments of the dense block in place of a pass that collects them."""
         policy, self._untouched = self.path.policy, False
         self.floor_seconds += found.gram_seconds
         if self._detached:
@@ -244,19 +244,16 @@ class Visit:
         return found
 
     def calls(self, place: str) -> Calls:
-        """What a sub-module is called with on the path, and what it should answer: the stages' targets, whole.
-
-        Of the batches wanted.
-        """
+        """Return the calls of a sub-module on the path for the selected batches, with its target outputs."""
         if self._reference is None:
             return self._caught[place]
         ideal = calls_of(self._original, place, self._reference, self._wanted)
         return replace(calls_of(self.block, place, self.path.actual, self._wanted), targets=ideal.targets)
 
     def whole_calls(self, wanted: Wanted) -> Calls:
-        """What the block itself is called with on the path, and what the dense block answers to the policy's inputs.
+        """Return the calls of the block itself on the path, with the dense block's outputs as targets.
 
-        Of the batches wanted; the visit was opened for `whole` blocks.
+        The visit must have been opened for `whole` blocks.
         """
         actual, reference = self.path.actual, self._reference or self.path.actual
         if self._onwards is not None and reference is actual:
@@ -273,7 +270,7 @@ class Visit:
         if self._onwards is not None:
             actual.past(self._onwards.hidden)
         else:
-            # A stage at a time, no pass of the block was whole: this one stands for two.
+            # With one pass a stage, no pass covered the whole block: this one counts for two.
             self.floor_seconds += (2 if policy.sequential else 1) * _advance(self.block, actual)
         if dense is not actual:
             advance(self._original, dense)
@@ -289,7 +286,7 @@ class Visit:
 
 
 def _advance(block: nn.Module, stream: Stream) -> float:
-    """The seconds in which a block moves a stream on."""
+    """Move a stream on through a block; return the seconds."""
     before = clock(stream.hidden.device)
     advance(block, stream)
     return clock(stream.hidden.device) - before

@@ -1,4 +1,4 @@
-"""Streams: the hidden states that calibration keeps, those between two blocks, and how a block moves them on."""
+"""Streams: the hidden states between two blocks, and the passes that take them through a block."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,48 +15,54 @@ from optprune.models import Decoder
 from optprune.models.places import States
 from optprune.numerics.modules import first_output
 from optprune.numerics.precision import full_precision
+from optprune.work import Work
+
+SLOW = 1.5
+"""how many times as long an operation takes in a pass of tokens as in a large matrix product: 1.45 on SmolLM2"""
+TOKENS_PER_BATCH = 2048
+"""the tokens of a calibration batch, about (texts/windows.py)"""
 
 
 @dataclass
 class Stream:
-    """The hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks.
+    """Hidden states that enter the current block, one tensor a batch, with the other arguments of all blocks.
 
-    Where processes share the batches, those of this one.
+    Where processes share the batches, a stream holds those of this process.
     """
 
     hidden: States[Tensor]
     others: list[list[dict[str, Any]]]
-    """the arguments of each block by batch and block: blocks with a sliding window get another mask than the rest"""
+    """the other arguments, by batch and block: blocks with a sliding window get another mask than the rest"""
     block: int = 0
-    """the current block's number"""
+    """the number of the current block"""
     share: Share = field(default_factory=Share)
-    """which batches of all these are"""
+    """the share of all batches that these are"""
 
     @property
     def arguments(self) -> list[dict[str, Any]]:
-        """The current block's other arguments, by batch."""
+        """The other arguments of the current block, by batch."""
         return [blocks[self.block] for blocks in self.others]
 
     def copy(self) -> "Stream":
-        """A second stream from the same hidden states."""
+        """Return a second stream with the same hidden states."""
         return Stream(self.hidden[:], self.others, self.block, self.share)
 
     def with_hidden(self, hidden: Iterable[Tensor]) -> "Stream":
-        """A second stream at the same block, from other hidden states, which are taken one at a time."""
+        """Return a second stream at the same block with other hidden states, which are read one at a time."""
         return Stream(self.hidden.anew(hidden), self.others, self.block, self.share)
 
     def past(self, hidden: States[Tensor]) -> None:
-        """Go to the next block, which gets these hidden states."""
+        """Move on to the next block, whose inputs are these hidden states."""
         self.hidden, self.block = hidden, self.block + 1
 
 
 class _Reached(Exception):  # control flow, not an error
-    """Ends a forward pass early."""
+    """Signal that ends a forward pass early."""
 
 
 @contextmanager
 def calibrating(decoder: Decoder) -> Iterator[None]:
-    """Evaluation mode, no gradients, no TF32; everything is put back afterwards."""
+    """Use evaluation mode, no gradients and no TF32 within the context; restore all of it afterwards."""
     modes = [(module, module.training) for module in decoder.model.modules()]
     decoder.model.eval()
     try:
@@ -68,7 +74,7 @@ def calibrating(decoder: Decoder) -> Iterator[None]:
 
 
 def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
-    """The batches cut so that the last ones hold a share of the sequences, one at least, and how many those are."""
+    """Return the batches, cut so that the last ones hold a share of the sequences (at least one), and their number."""
     if not share:
         return batches, 0
     count = sum(len(batch) for batch in batches)
@@ -89,7 +95,7 @@ def hold_out(batches: list[Tensor], share: float) -> tuple[list[Tensor], int]:
 
 
 def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first sequences of the batches, as many as hold that many tokens, or all."""
+    """Return the first sequences of the batches, as many as hold `tokens`, or all."""
     taken: list[Tensor] = []
     for batch in batches:
         missing = tokens - sum(part.numel() for part in taken)
@@ -99,12 +105,10 @@ def first_tokens(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 
 def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums | None = None) -> Stream:
-    """Run the embeddings on token batches [batch, length] and stop where the first block begins.
+    """Return the inputs of the first block for token batches [batch, length].
 
-    With `partial_sums`, only on this process's share of the batches.
-
-    Where the attention of some blocks is of another kind, the first batch of each shape goes past all blocks, without
-    going through them.
+    With `partial_sums`, only this process's share of the batches is run. Where blocks have different kinds of
+    attention, the first batch of each shape visits all blocks, without being computed, for their arguments.
     """
     if not batches:
         raise InputError("there are no calibration batches: give at least one tensor of token ids [batch, length]")
@@ -141,15 +145,15 @@ def first_inputs(decoder: Decoder, batches: Sequence[Tensor], partial_sums: Part
 
 
 def _named(block: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    """What a block is called with by position, behind the hidden states, by name."""
+    """Return by name the positional arguments of a block that follow the hidden states."""
     names = list(signature(type(block).forward).parameters)[1 : len(args) + 1]
     return dict(zip(names[1:], args[1:], strict=True))
 
 
 @contextmanager
 def _passing(blocks: nn.ModuleList) -> Iterator[None]:
-    """Blocks that give back what they get, for as long as the context lasts."""
-    before = [vars(block).pop("forward", None) for block in blocks]  # where somebody has replaced it
+    """Make the blocks return their inputs within the context."""
+    before = [vars(block).pop("forward", None) for block in blocks]  # a user may have replaced it
     for block in blocks:
         vars(block)["forward"] = lambda hidden_states, *_, **__: hidden_states
     try:
@@ -164,9 +168,9 @@ def _passing(blocks: nn.ModuleList) -> Iterator[None]:
 def run_block(
     block: nn.Module, hidden: Tensor, arguments: dict[str, Any], taps: Sequence[str] = (), *, to_end: bool = True
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One forward pass of a block: the inputs of the tapped layers and the block's output (meaningless if not to_end).
+    """Run a block once; return the inputs of the tapped layers and the block's output.
 
-    With `to_end` False the pass stops at the last tap.
+    Without `to_end` the pass stops at the last tap, and the output is meaningless.
     """
     caught: dict[str, Tensor] = {}
 
@@ -191,7 +195,7 @@ def run_block(
 
 
 def advance(block: nn.Module, stream: Stream) -> None:
-    """Replace the stream's hidden states by the block's outputs."""
+    """Replace the hidden states of a stream by the outputs of the block, and move on to the next block."""
     for index, (hidden, arguments) in enumerate(zip(stream.hidden, stream.arguments, strict=True)):
         _, output = run_block(block, hidden, arguments)
         if not bool(torch.isfinite(output).all()):
@@ -200,3 +204,46 @@ def advance(block: nn.Module, stream: Stream) -> None:
             )
         stream.hidden[index] = output
     stream.past(stream.hidden)
+
+
+# -- the work of a pass
+
+
+def block_pass(decoder: Decoder, index: int) -> Work:
+    """Return the work of one token in a forward pass of a block."""
+    return Work(2 * SLOW * decoder.weights_of(decoder.shape(index)), passes=1.0)
+
+
+def forward_work(decoder: Decoder, tokens: int, times: float = 1.0) -> Work:
+    """Return the work of forward passes of all blocks, with the activations of the largest block for one batch."""
+    kept = max(activation_bytes(decoder, index, min(tokens, TOKENS_PER_BATCH)) for index in range(len(decoder.blocks)))
+    return Work(2 * SLOW * times * tokens * decoder.linear_weights(), kept, times)
+
+
+def head_work(decoder: Decoder, tokens: int) -> Work:
+    """Return the work of a forward pass of the head."""
+    return Work(2 * SLOW * tokens * head_weights(decoder))
+
+
+def head_weights(decoder: Decoder) -> int:
+    """Return the number of weights of the head."""
+    head = decoder.model.get_output_embeddings()
+    return 0 if head is None else sum(weight.numel() for weight in head.parameters())
+
+
+def activation_bytes(decoder: Decoder, index: int, tokens: int, *, backward: bool = False) -> int:
+    """Return the memory of the activations inside a block for so many tokens; `backward` where all are kept."""
+    hidden, width = decoder.model.config.hidden_size, decoder.shape(index).mlp_width
+    # The residual, the norm, q, k, v and the output of attention; the gate, its activation, up, and their product.
+    numbers = 14 * hidden + 8 * width if backward else max(7 * hidden, 3 * hidden + 3 * width)
+    return tokens * numbers * itemsize(decoder)
+
+
+def stream_bytes(decoder: Decoder, tokens: int) -> int:
+    """Return the memory of the hidden states of so many tokens between two blocks."""
+    return tokens * decoder.model.config.hidden_size * itemsize(decoder)
+
+
+def itemsize(decoder: Decoder) -> int:
+    """Return the bytes of a number in the dtype that the model computes in."""
+    return (decoder.computes_in or decoder.model.dtype).itemsize

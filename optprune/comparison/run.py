@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.calibration.source import digest_of_weights
+from optprune.calibration.statistics_cache import digest_of_weights
 from optprune.comparison.asked import Asked, texts_apart
 from optprune.comparison.folder import ComparisonFolder
 from optprune.comparison.origins import origin_of

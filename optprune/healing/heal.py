@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
-from optprune.allocation.cost_work import SLOW, head_weights
 from optprune.calibration.peers import Peers, SingleProcess, TorchPeers
+from optprune.calibration.stream import SLOW, head_weights
 from optprune.errors import InputError
 from optprune.healing.distillation import Reader
 from optprune.healing.generated import generated_windows, mixed

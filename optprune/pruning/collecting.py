@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optprune.allocation import ByCost, DenseModel
 from optprune.calibration import DensePass, KnownMoments, Statistics, calibrating, first_inputs, hold_out
 from optprune.calibration.partial_sums import PartialSums
-from optprune.calibration.source import Source
+from optprune.calibration.statistics_cache import Source
 from optprune.errors import InputError
 from optprune.measure.memory import release
 from optprune.models import UNITS, Decoder

@@ -9,9 +9,10 @@ import time
 
 import torch
 
-from optprune.allocation import Allocation, Allocator, Depth, MeasuredBudget
-from optprune.allocation.cost_work import SLOW, grams, head_weights
-from optprune.calibration.fisher_pass import PASSES_BACK
+from optprune.allocation import Allocation
+from optprune.calibration import fisher_pass
+from optprune.calibration.moments_pass import moments_work
+from optprune.calibration.stream import SLOW, head_weights
 from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.pruning.matching import descent_of
@@ -79,7 +80,7 @@ def expected_computing(
     recipe, rate = recipe.settled(), products_per_second(device)
     work = {
         METRIC: _metric(decoder, recipe, tokens),
-        BUDGET: _budget(decoder, recipe, allocator_of(recipe, allocation), tokens),
+        BUDGET: allocator_of(recipe, allocation).work(decoder, tokens).flops / 2,
         PRUNING: _pruning(decoder, recipe, tokens),
     }
     return {phase: count / rate for phase, count in work.items()}
@@ -98,25 +99,9 @@ def products_per_second(device: torch.device) -> float:
 def _metric(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
     if recipe.metric is None:
         return 0.0
-    seen, widest, squares = min(tokens, recipe.metric.tokens), recipe.metric.width, 0
-    whole = recipe.units.whole_metric(decoder.architecture) if recipe.metric.kind == "full" else ()
-    for block in range(len(decoder.blocks)):
-        for path in decoder.paths(block):
-            outputs = decoder.layer(block, path).out_features
-            squares += outputs**2 if path in whole and outputs <= (widest or outputs) else 0
-    return SLOW * seen * ((1 + PASSES_BACK) * decoder.linear_weights() + 3 * head_weights(decoder) + squares)
-
-
-def _budget(decoder: Decoder, recipe: Recipe, allocator: Allocator, tokens: int) -> float:
-    blocks, weights = len(decoder.blocks), decoder.linear_weights()
-    if isinstance(allocator, Depth):
-        if allocator.score == "influence":
-            return 2.0 * SLOW * tokens * weights
-        # As many rounds as sub-blocks go, with a pass of half the model for each that is left, on average.
-        parts = 2 * blocks
-        gone = allocator.sparsity * parts
-        return SLOW * min(tokens, allocator.tokens) * gone * (parts - gone / 2) * (weights / 2 + head_weights(decoder))
-    return allocator.work(decoder, tokens) if isinstance(allocator, MeasuredBudget) else 0.0
+    full = recipe.units.whole_metric(decoder.architecture) if recipe.metric.kind == "full" else ()
+    widest = recipe.metric.width or math.inf
+    return fisher_pass.work(decoder, min(tokens, recipe.metric.tokens), full=full, widest=widest).flops / 2
 
 
 def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
@@ -126,7 +111,8 @@ def _pruning(decoder: Decoder, recipe: Recipe, tokens: int) -> float:
         passes, taps = 3 if recipe.policy.sequential else 2, {target.tap for target in targets}
         if recipe.matching is not None:
             passes += descent_of(recipe.matching).work(decoder.weights_of(shape)).passes
-        work += SLOW * tokens * (passes * decoder.weights_of(shape) + grams(decoder, block, taps))
+        work += SLOW * tokens * (passes - 1) * decoder.weights_of(shape)
+        work += moments_work(decoder, block, taps, tokens).flops / 2
         for outputs, inputs in (decoder.layer(block, path).weight.shape for path in {each.path for each in targets}):
             # Two flops are a multiplication.
             work += 0.0 if solver is None else solver.work(outputs, inputs).flops / 2

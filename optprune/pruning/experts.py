@@ -4,8 +4,7 @@ import time
 
 import torch
 
-from optprune.calibration.calls import Calls
-from optprune.calibration.expert_answers import expert_choice
+from optprune.calibration.calls import Calls, expert_choice
 from optprune.errors import StrictError
 from optprune.models import Decoder
 from optprune.recipe import Recipe

@@ -12,8 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from optprune.calibration import DenseStatistics
-from optprune.calibration.dense_statistics import Removal
-from optprune.calibration.known_moments import KnownMoments
+from optprune.calibration.dense_statistics import KnownMoments, Removal
 from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.statistics_cache import Key
 from optprune.models import Decoder

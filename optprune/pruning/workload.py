@@ -10,7 +10,7 @@ from optprune.allocation import Allocation, Allocator, DenseModel, Depth, Measur
 from optprune.allocation.weight_costs import MOST_COSTS
 from optprune.calibration import Path as Track
 from optprune.calibration import Stream
-from optprune.calibration.expert_answers import MOST_PRODUCTS
+from optprune.calibration.calls import MOST_PRODUCTS
 from optprune.models import BlockAllocation, Decoder, Experts, Target
 from optprune.models.places import OnDevice, States
 from optprune.pruning.preflight import small_problem

@@ -126,7 +126,7 @@ def test_a_budget_out_of_reach_is_an_input_error() -> None:
         make_recipe({"units": "weights", "pattern": "2:4", "sparsity": 0.6, "allocation": "global"})
 
 
-def test_a_budget_divided_without_a_metric_is_told() -> None:
+def test_a_budget_divided_without_a_metric_gives_a_note() -> None:
     settings = {"output_metric": "none", "sparsity": 0.2, "probe_tokens": 0}
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
     assert any("not in one unit" in note for note in report.notes)
@@ -165,7 +165,7 @@ def test_something_is_left_where_nothing_seems_to_matter(recipe: str) -> None:
     assert all(share > 0 for block in report.allocation["blocks"] for share in block.get("shares", {}).values())
 
 
-def test_a_gram_matrix_that_must_be_damped_is_told() -> None:
+def test_a_gram_matrix_that_must_be_damped_gives_a_warning() -> None:
     few = batches()[0][:1, :20]
     settings = {"damping": 0.0, "units": "mlp", "sparsity": 0.2, "held_out": 0.0, "refit_damping": []}
     report = prune(tiny_llama(), few, load_recipe("structured_best", settings))

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 import optprune
 from optprune import Allocation
-from optprune.allocation.width_costs import WidthBudget, WidthCosts
-from optprune.allocation.width_curves import WidthCurve
+from optprune.allocation.width_costs import WidthBudget, WidthCosts, WidthCurve
 from optprune.calibration import DenseStatistics
 from optprune.errors import InputError
 from optprune.export import save_model

@@ -145,7 +145,7 @@ def test_whole_layers_leave_a_stock_model(name: str, tmp_path: Path) -> None:
         assert torch.equal(again(batches()[0]).logits, model(batches()[0]).logits)
 
 
-def test_choosing_changes_nothing_and_tells_how_far_it_is() -> None:
+def test_choosing_changes_nothing_and_reports_progress() -> None:
     model = tiny_opt()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     events: list[object] = []

@@ -117,7 +117,7 @@ def test_without_a_probe_costs_are_shares_of_what_a_mixture_answers(gone: int) -
     assert by_squares != chosen
 
 
-def test_without_a_probe_it_is_told_that_units_differ() -> None:
+def test_without_a_probe_a_note_says_that_units_differ() -> None:
     model, settings = mixture(2), {**BUDGET, "probe_tokens": 0, "sparsity": 0.1}
     report = prune(model, batches(), load_recipe("experts_best", settings))
     assert any("not in one unit from block to block: set probe_tokens" in note for note in report.notes)

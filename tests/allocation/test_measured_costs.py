@@ -1,7 +1,8 @@
-"""What the division of one budget is told: costs of all weights or quantiles of them, free biases, limits kept."""
+"""Costs that divide one budget: of all weights or of quantiles, with free biases, rescaled, within their limits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,8 +12,13 @@ from transformers import OPTForCausalLM
 
 from optprune.allocation.currency import Prices, prices_of
 from optprune.allocation.knapsack import Curve, global_threshold, share_budget
-from optprune.allocation.width_curves import Choices, WidthCurve
-from optprune.models import UNITS, Decoder, Mlp
+from optprune.allocation.weight_costs import WeightBudget
+from optprune.allocation.width_costs import Choices, WidthCurve
+from optprune.calibration import DenseStatistics
+from optprune.models import UNITS, Decoder, Mlp, Target
+from optprune.moments import InputMoments
+from optprune.patterns import InGroups, InMatrix, PatternFamily
+from optprune.problems import LayerLoss
 from optprune.recipe import Recipe, load_recipe
 from tests.helpers.divided import divided
 from tests.helpers.layer_inputs import inputs_of
@@ -26,8 +32,8 @@ def sparse(**settings: object) -> Recipe:
 
 
 @contextmanager
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
-    """The costs that the division of the budget is told, by layer."""
+def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
+    """Record the costs by layer that the division of the budget receives."""
     found: dict[str, Tensor] = {}
 
     def listen(costs: dict[str, Tensor], keep: int, low: float, high: float) -> dict[str, int]:
@@ -41,18 +47,18 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Tensor]]:
 
 def test_a_sub_block_that_losses_call_worthless_costs_what_a_probe_measures() -> None:
     """A rate cannot make something of a loss of nothing."""
-    curve = WidthCurve(0, Mlp(), 128, {64: 2.0, 0: 0.0}).put_right({64: 1.0, 0: 0.5})
+    curve = WidthCurve(0, Mlp(), 128, {64: 2.0, 0: 0.0}).rescaled({64: 1.0, 0: 0.5})
     assert curve.losses == {64: pytest.approx(1.0, rel=1e-4), 0: 0.5}
 
 
-def test_of_too_many_costs_every_so_many_th_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_too_many_costs_every_so_many_th_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder(tiny_llama())
-    with told(monkeypatch) as every:
+    with received(monkeypatch) as every:
         whole = divided(decoder, sparse())
     assert sum(map(len, every.values())) == decoder.linear_weights()
     stride = 16
     monkeypatch.setattr("optprune.allocation.weight_costs.MOST_COSTS", decoder.linear_weights() // stride)
-    with told(monkeypatch) as some:
+    with received(monkeypatch) as some:
         few = divided(decoder, sparse())
     assert sum(map(len, some.values())) == decoder.linear_weights() // stride
     for name, costs in some.items():
@@ -89,7 +95,7 @@ def around_the_mean(model: OPTForCausalLM, name: str) -> tuple[Tensor, Tensor]:
 
 def test_a_free_bias_makes_up_for_weights_on_what_does_not_vary(monkeypatch: pytest.MonkeyPatch) -> None:
     model = constant_units(tiny_opt())
-    with told(monkeypatch) as costs:
+    with received(monkeypatch) as costs:
         divided(Decoder(model), sparse(damping=0.01))
     for layer in ("0.fc1", "0.fc2", "1.self_attn.q_proj"):
         name = f"model.decoder.layers.{layer}"
@@ -108,7 +114,7 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
         found.update(curves)
         return share_budget(curves, budget)
 
-    monkeypatch.setattr("optprune.allocation.width_curves.share_budget", listen)
+    monkeypatch.setattr("optprune.allocation.width_costs.share_budget", listen)
     settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "least_kept": 0.0}
     divided(Decoder(model), load_recipe("structured_best", settings))
     for block, (part, layer) in product((0, 1), (("mlp", "fc2"), ("attention", "self_attn.out_proj"))):
@@ -169,3 +175,31 @@ def test_no_layer_keeps_less_or_more_of_its_weights_than_its_limits() -> None:
         assert allocation.blocks[1].share("mlp.up_proj") == pytest.approx(most, abs=1 / size)
         shares = [share for block in allocation.blocks for share in block.shares.values()]
         assert all(least <= share <= most for share in shares)
+
+
+def test_between_two_measurements_the_rate_is_between_theirs() -> None:
+    predicted = {count: 128.0 - count for count in (96, 64, 32, 0)}
+    curve = WidthCurve(0, Mlp(), 128, predicted, in_nats=False)
+    assert curve.rescaled({}).losses == predicted
+    assert curve.rescaled({64: 128.0}).losses == pytest.approx({96: 64, 64: 128, 32: 192, 0: 256}, rel=1e-5)
+    both = curve.rescaled({64: 128.0, 0: 512.0}).losses
+    # Twice what was predicted of 64, four times of none: three times of 32, and above 64 twice.
+    assert both == pytest.approx({96: 64, 64: 128, 32: 288, 0: 512}, rel=1e-5)
+    # Of a loss of nothing no rate makes what was measured.
+    assert WidthCurve(0, Mlp(), 128, {64: 0.0, 0: 0.0}).rescaled({0: 7.0}).losses == {64: 0.0, 0: 7.0}
+
+
+@pytest.mark.parametrize("family", [InMatrix(), InGroups(2, 4)], ids=["shares", "which layers"])
+def test_a_loss_of_few_tokens_counts_by_their_share(family: PatternFamily) -> None:
+    decoder = Decoder(tiny_llama())
+    costs = WeightBudget(family, 0.5, 0.2, 0.8).costs(decoder, DenseStatistics(), None, in_nats=True)
+    generator = torch.Generator().manual_seed(0)
+    moments = InputMoments.from_samples(torch.randn(60, 8, generator=generator))
+    loss = LayerLoss.of(torch.randn(4, 8, generator=generator), moments, damping=0.01)
+    few = replace(loss, moments=replace(loss.moments, tokens=15))
+    for path, each in (("self_attn.q_proj", loss), ("mlp.up_proj", few)):
+        costs.add(0, Target(path, path, family=family), each)
+    found = costs.every or {name: curve.errors for name, curve in costs.curves.items()}
+    all_tokens, some_tokens = (found[decoder.name(0, path)] for path in ("self_attn.q_proj", "mlp.up_proj"))
+    assert all_tokens.max() > 0
+    torch.testing.assert_close(some_tokens, all_tokens / 4)

@@ -1,4 +1,4 @@
-"""What blocks cost: weights and operations by counting them, time by a clock; and budgets in each of them."""
+"""Prices of blocks: weights and operations by counting, time by a clock; and budgets in each of them."""
 
 import copy
 from itertools import pairwise, product
@@ -174,7 +174,7 @@ def test_a_budget_in_time_takes_from_where_it_saves_time(monkeypatch) -> None:
 
 @pytest.mark.parametrize("budget", ["flops", "time"])
 @pytest.mark.parametrize("units", ["mlp", "all", "kv-groups"])
-def test_budgets_are_told_in_the_report(budget: str, units: str, a_clock_that_counts_weights) -> None:
+def test_budgets_are_in_the_report(budget: str, units: str, a_clock_that_counts_weights) -> None:
     sparsity = 0.1 if units == "kv-groups" else 0.2
     settings = {"budget": budget, "units": units, "sparsity": sparsity, "budget_tokens": 64, "least_kept": 0.1}
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))

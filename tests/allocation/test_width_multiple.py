@@ -15,7 +15,7 @@ from tests.helpers.tiny_models import tiny_llama
 
 @dataclass(frozen=True)
 class Neurons(LinkedUnits):
-    """The hidden neurons of an MLP, as somebody else might write them."""
+    """The hidden neurons of an MLP, as a user's own unit kind."""
 
     name = "neurons"
     field = "mlp_width"
@@ -50,7 +50,7 @@ def test_heads_have_no_multiple(settings: dict) -> None:
         prune(tiny_llama(), batches(), Recipe(width_multiple=16, sparsity=0.2, **settings))
 
 
-def test_heads_that_are_too_small_for_whole_multiples_are_told() -> None:
+def test_heads_that_are_too_small_for_whole_multiples_are_refused() -> None:
     decoder = Decoder(tiny_llama())
     assert decoder.shape(0).value_dim == 16
     with pytest.raises(InputError, match="a width multiple of 8 does nothing with units 'vo', of which a block has 16"):

@@ -1,4 +1,4 @@
-"""What `collect` measures of the dense model is not measured again, and runs with it come to the same weights."""
+"""`collect`: runs with collected statistics give the same weights and measure nothing twice."""
 
 import copy
 import functools
@@ -200,7 +200,7 @@ def test_blocks_that_are_read_from_files_are_the_same_source(dense: PreTrainedMo
     assert told(found).layers == told(expected).layers
 
 
-def test_a_policy_whose_path_begins_elsewhere_recalls_nothing(dense: PreTrainedModel) -> None:
+def test_a_policy_whose_path_begins_elsewhere_uses_no_cache(dense: PreTrainedModel) -> None:
     class Halved(propagation.Propagation):
         name, independent, sequential, dense_target = "halved", True, False, False
 
@@ -214,8 +214,8 @@ def test_a_policy_whose_path_begins_elsewhere_recalls_nothing(dense: PreTrainedM
     assert same(shared, alone)
 
 
-def test_a_block_without_attention_recalls_nothing_of_itself(dense: PreTrainedModel) -> None:
-    """What its MLP reads is no longer what it reads in the dense model."""
+def test_a_block_without_attention_uses_no_cached_moments(dense: PreTrainedModel) -> None:
+    """The inputs of its MLP differ from those in the dense model."""
     chosen = recipe("fasp", propagation="dense", units="mlp")
     model = copy.deepcopy(dense)
     blocks = optprune.prune(model, batches(), chosen).allocation["blocks"]

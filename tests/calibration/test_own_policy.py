@@ -1,4 +1,4 @@
-"""A propagation policy of one's own: one class, through `prune`."""
+"""A user's own propagation policy: one class, used by `prune`."""
 
 import copy
 import inspect

@@ -46,7 +46,7 @@ def test_partial_sums_are_added_one_by_one_in_their_order(size: int) -> None:
     assert together(size, add) == [1234] * size
 
 
-def test_two_sums_are_there_at_a_time_in_the_process_that_begins() -> None:
+def test_the_first_process_holds_two_sums_at_a_time() -> None:
     sums, most = OrderedSum(PartialSums(6), Digits), 0
     for part in range(6):
         sums.at(part).number += 1
@@ -55,7 +55,7 @@ def test_two_sums_are_there_at_a_time_in_the_process_that_begins() -> None:
 
 
 @pytest.mark.parametrize(("total", "count"), [(6, 4), (4, 4), (7, 2), (1, 3), (0, 2)])
-def test_every_batch_is_in_one_lane_of_one_process(total: int, count: int) -> None:
+def test_every_batch_is_in_one_part_of_one_process(total: int, count: int) -> None:
     def mine(peers: ThreadPeers) -> list[tuple[int, int]]:
         partial_sums = PartialSums(count, peers)
         share = partial_sums.share(total)
@@ -70,7 +70,7 @@ def test_every_batch_is_in_one_lane_of_one_process(total: int, count: int) -> No
         assert partial_sums == [part for _, part in mine(ThreadPeers.alone())], "whoever has them"
 
 
-def test_batches_kept_apart_are_the_last_of_all() -> None:
+def test_held_out_batches_are_the_last_of_all() -> None:
     shares = together(3, lambda peers: PartialSums(3, peers).share(6))
     assert [share.apart(2, 3) for share in shares] == [0, 1, 2]
 
@@ -78,8 +78,8 @@ def test_batches_kept_apart_are_the_last_of_all() -> None:
 @pytest.mark.parametrize(
     ("count", "first", "fewer"), [(1, [0, 1], [0]), (2, [0, 3], [0, 3]), (5, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])]
 )
-def test_calls_are_wanted_of_the_first_batches_of_each_lane(count: int, first: list[int], fewer: list[int]) -> None:
-    """Of six batches of 24 tokens each, of which the last is kept apart: 48 tokens, and then 24 of those."""
+def test_calls_are_wanted_of_the_first_batches_of_each_part(count: int, first: list[int], fewer: list[int]) -> None:
+    """Of six batches of 24 tokens each, of which the last is held out: 48 tokens, and then 24 of those."""
     decoder, wanted = Decoder(tiny_llama()), Wanted(tokens=48, apart=1)
     with calibrating(decoder):
         stream = first_inputs(decoder, batches(count=6, length=12), PartialSums(count))
@@ -103,7 +103,7 @@ def drawn(seed: int, tokens: int) -> Tensor:
 
 
 @pytest.mark.parametrize("with_dense", [False, True])
-def test_moments_of_two_lanes_are_those_of_all_tokens(with_dense: bool) -> None:
+def test_moments_of_two_parts_are_those_of_all_tokens(with_dense: bool) -> None:
     """In float64, where the rounding of sums of squares of 100 is 1e-10 at the most: no tolerance hides a term."""
     parts = [(drawn(seed, 20 + seed), drawn(10 + seed, 20 + seed) if with_dense else None) for seed in range(4)]
     whole, partial_sums = MomentSums(5, torch.device("cpu"), with_dense=with_dense), []

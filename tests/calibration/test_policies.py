@@ -1,4 +1,4 @@
-"""Propagation policies: what each of the five means, stated literally and measured on models put together by hand."""
+"""Propagation policies: the meaning of each of the five, stated literally and measured on models made by hand."""
 
 import copy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Probes: the measured divergence of a model with one block changed, and budgets that are put right by it."""
+"""Probes: the divergence of a model with one block changed, and budgets that are rescaled by it."""
 
 import copy
 import itertools
@@ -95,16 +95,16 @@ class Told(Probe):
     """Divergences that the test gives, block by block."""
 
     def __init__(self, values: list[float]) -> None:
-        self.values, self.block, self.told = values, 0, list[float]()
+        self.values, self.block, self.returned = values, 0, list[float]()
 
     def try_out(self, changes: Sequence[Change]) -> None:
-        self.told.append(self.values[self.block])
+        self.returned.append(self.values[self.block])
 
     def advance(self) -> None:
         self.block += 1
 
     def divergences(self, on_change: object = None) -> list[float]:
-        return self.told
+        return self.returned
 
 
 def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric], probe: Probe) -> Allocation:
@@ -142,7 +142,7 @@ class ToldGone(Told):
 
     def try_without(self, block: int, part: str) -> None:
         assert block == self.block
-        self.told.append(self.gone[part][block])
+        self.returned.append(self.gone[part][block])
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -178,7 +178,7 @@ def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatc
 
     def look(probe, changes):
         shares.extend(float((change.weight != 0).double().mean()) for change in changes)
-        probe.told.append(1.0)
+        probe.returned.append(1.0)
 
     monkeypatch.setattr(Told, "try_out", look)
     decoder = Decoder(tiny_llama())
@@ -204,7 +204,7 @@ def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
     def look(probe, changes):
         [change] = changes
         seen.append(int((change.weight != 0).any(0).sum()))
-        probe.told.append(1.0)
+        probe.returned.append(1.0)
 
     monkeypatch.setattr(Told, "try_out", look)
     divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
@@ -276,7 +276,7 @@ def test_a_divergence_the_wrong_way_round_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("recipe", ["structured_best", "sparse_best"])
-def test_how_far_the_budget_is_is_told_to_its_end(recipe: str) -> None:
+def test_progress_of_the_budget_reaches_its_end(recipe: str) -> None:
     """Also while divergences are measured, and with what blocks behind the first ones take more."""
     told = list[PhaseAdvanced]()
 
@@ -293,3 +293,48 @@ def test_how_far_the_budget_is_is_told_to_its_end(recipe: str) -> None:
     first, second, third = (later.share - before.share for before, later in itertools.pairwise(blocks))
     assert 0 < first < second < third
     assert changes[0].share == blocks[-1].share < 1
+
+
+def test_the_head_answers_once_for_the_dense_model_and_once_for_each_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In parts of a batch, whose sums are those of all at once."""
+    monkeypatch.setattr(divergence_module, "POSITIONS_AT_ONCE", 7)
+    model, ids, rows = tiny_llama().double(), torch.cat(batches())[:3, :20], list[int]()
+    found = list[list[float]]()
+    for split in (list(ids.split(2)), [ids]):
+        decoder = Decoder(model)
+        with calibrating(decoder):
+            probe = Probe(decoder, split)
+            for block in range(len(decoder.blocks)):
+                for path in ("self_attn.o_proj", "mlp.down_proj"):
+                    layer = decoder.layer(block, path)
+                    probe.try_out([Change(layer, layer.weight * 0.5, None)])
+                probe.advance()
+            handle = model.lm_head.register_forward_hook(lambda _, __, output: rows.append(output[..., 0].numel()))
+            found.append(probe.divergences())
+            handle.remove()
+    changes = 2 * len(decoder.blocks)
+    assert sum(rows) == 2 * (1 + changes) * ids.numel() and max(rows) == 7
+    assert found[0] == pytest.approx(found[1], rel=1e-9) and len(set(found[0])) == changes
+
+
+@by_variant
+def test_a_sub_block_can_be_gone_for_a_divergence(make) -> None:
+    """As with all that it adds to the hidden states gone, and the model is left as it was."""
+    model, dense = make(), make()
+    decoder, ids = Decoder(model), torch.cat(batches())[:2, :20]
+    index, measured = len(decoder.blocks) - 1, []
+    for part in ("attention", "mlp"):
+        less = make()
+        Decoder(less).remove(index, part)
+        with torch.no_grad():
+            log_p, log_q = (each(input_ids=ids).logits.double().log_softmax(-1) for each in (dense, less))
+        measured.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+    with calibrating(decoder):
+        probe = Probe(decoder, [ids])
+        for block in range(len(decoder.blocks)):
+            for part in ("attention", "mlp") if block == index else ():
+                probe.try_without(block, part)
+            probe.advance()
+        assert probe.divergences() == pytest.approx(measured, rel=1e-3) and min(measured) > 1e-5
+    assert [type(each) for each in model.modules()] == [type(each) for each in dense.modules()]
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""What is measured of a dense model can be shared by runs, which come to the same weights."""
+"""Statistics of a dense model that several runs share: the weights are the same."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def pruned(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is really measured, in this order."""
+    """Record the measurements that are made, in order."""
     asked: list[str] = []
     metrics, removal = DenseStatistics.metrics, DenseStatistics.removal
 

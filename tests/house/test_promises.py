@@ -52,7 +52,7 @@ PROMISES = {
         "pruning/test_states.py::test_every_policy_gives_the_same_bytes_from_a_file[llama-cross]"
     ),
     ("docs/guide/large.md", "`--lanes 4` in one process gives the same bytes"): (
-        "pruning/test_partial_sums.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
+        "pruning/test_shared_batches.py::test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums[fasp]"
     ),
     (
         "docs/explanation/large.md",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from optprune.calibration.routing import same_routes
+from optprune.calibration.moments_pass import same_routes
 from optprune.errors import InputError
 from optprune.models import ARCHITECTURES, Decoder, load_model, open_model
 from tests.helpers.tiny_models import ALL_MODELS, save_tiny
