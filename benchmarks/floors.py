@@ -137,7 +137,9 @@ def floor(name: str, samples: int, seq_length: int) -> Spent:
             for block, targets in zip(decoder.blocks, candidates, strict=True):
                 taps = () if second else sorted({target.tap for target in targets})
                 pairs = zip(stream.hidden, stream.arguments, strict=True)
-                stream.past(stream.hidden.anew(passed(block, hidden, arguments, taps) for hidden, arguments in pairs))
+                stream.past(
+                    stream.hidden.with_values(passed(block, hidden, arguments, taps) for hidden, arguments in pairs)
+                )
         return Spent(time.perf_counter() - clock, time.process_time() - processor)
 
 

@@ -33,7 +33,7 @@ import torch
 from benchmarks.common import with_earlier, write_table
 from benchmarks.random_checkpoints import SHAPES, write_checkpoint
 from optprune import load_recipe, prune
-from optprune.export import save_pruned
+from optprune.export import save_model
 from optprune.models import DTYPES, open_model
 from optprune.report.phases import BUDGET, CHECKING, METRIC, PRUNING, SAVING
 
@@ -115,7 +115,7 @@ def run(folder: Path, name: str, options: argparse.Namespace) -> dict[str, float
     batches = list(tokens.split(max(1, 2048 // options.seq_length)))
     report = prune(loaded.model, batches, recipe, store=loaded.store)
     output = folder.parent / "pruned"
-    saved = save_pruned(loaded, output, report, recipe, window=tokens[0], overwrite=True)
+    saved = save_model(loaded, output, report=report, recipe=recipe, check_tokens=tokens[:1], overwrite=True)
     after, whole = os.times(), time.perf_counter() - began
     spent = sum(after[:4]) - sum(processor[:4])
     phases = {phase.name: phase.seconds for phase in saved.report.phases} if saved.report else {}

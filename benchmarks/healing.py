@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from benchmarks.common import RESULTS, TEXTS, evaluation_texts, machine, markdown, tokenizer_of
 from optprune import load_recipe, prune
 from optprune.calibration import hold_out
-from optprune.export import save_pruned
+from optprune.export import save_model
 from optprune.healing import HealingFolder, HealingSettings, generated_windows, heal
 from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
@@ -154,7 +154,7 @@ def pruned(
         batches = calibration_batches(tokens, options.samples, options.seq_length, options.seed)
         chosen = load_recipe(recipe, settings)
         report = prune(loaded.model, batches, chosen)
-        save_pruned(loaded, folder, report, chosen, window=batches[0][0])
+        save_model(loaded, folder, report=report, recipe=chosen, check_tokens=batches[0][:1])
     return load_model(folder, dtype="float32")
 
 

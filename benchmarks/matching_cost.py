@@ -27,7 +27,7 @@ from optprune.measure.memory import memory_increase
 from optprune.models import Decoder, Mlp
 from optprune.models.surgery import keep_inputs, keep_outputs
 from optprune.numerics.modules import first_output
-from optprune.pruning.matching import match_block
+from optprune.pruning.refinement import match_block
 from optprune.recipe import load_recipe
 from optprune.report import RecoveredPart
 from optprune.solvers import Adam
@@ -49,7 +49,7 @@ def main() -> None:
             if index in options.blocks:
                 rows += of_block(decoder, index, stream, options)
                 print(rows[-1], flush=True)
-            stream.past(stream.hidden.anew(answers(block, stream)))
+            stream.past(stream.hidden.with_values(answers(block, stream)))
     print(write_table("matching_cost", "What matching a whole block costs", rows))
 
 

@@ -178,7 +178,7 @@ def digest(recipe: str, settings: Settings, tokens: int) -> str:
 
 @cache
 def _digest(recipe: str, settings: str, tokens: int) -> str:
-    fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).settled().to_dict()))
+    fields = dict(_leaves(load_recipe(recipe, json.loads(settings)).resolved().to_dict()))
     if "allocation.multiple" in fields and fields["allocation.multiple"] is None:
         fields["allocation.multiple"] = MULTIPLE  # which null is here: no model of the tables has a wide MLP
     told = {key: value for key, value in fields.items() if key not in ("name", "summary", "source", "seed")}

@@ -52,7 +52,7 @@ class Variants:
     def _outputs(self, hidden: States[Tensor]) -> States[Tensor]:
         with self.decoder.resident(self.stream.block) as block:
             batches = zip(hidden, self.stream.arguments, strict=True)
-            return States(self.decoder.aside, (run_block(block, entry, arguments)[1] for entry, arguments in batches))
+            return States(self.decoder.offload, (run_block(block, entry, arguments)[1] for entry, arguments in batches))
 
 
 @dataclass(frozen=True, eq=False)

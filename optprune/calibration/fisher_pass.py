@@ -154,7 +154,7 @@ class _LayerSums:
         decoder = self._decoder
         for name in (decoder.name(index, path) for path in decoder.paths(index)):
             self._done[name] = self._sums.pop(name).total()
-            self._done[name].move(decoder.aside.keep_all)
+            self._done[name].move(decoder.offload.keep_all)
 
     def metrics(self) -> Metrics:
         """Return the metrics of all blocks. A process without batches adds them up only now."""
@@ -189,19 +189,21 @@ def _sweep(
     """
     stream, entries = first_inputs(decoder, groups), list[States[Tensor]]()
     for index in range(len(decoder.blocks)):
-        entries.append(stream.hidden.to(decoder.aside))
+        entries.append(stream.hidden.to(decoder.offload))
         with decoder.resident(index) as block:
             pairs = zip(stream.hidden, stream.arguments, strict=True)
-            stream.past(stream.hidden.anew(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs))
+            stream.past(
+                stream.hidden.with_values(run_block(block, hidden, arguments)[1] for hidden, arguments in pairs)
+            )
         on_forward()
-    gradients = stream.hidden.anew(())
+    gradients = stream.hidden.with_values(())
     with decoder.head_in_dtype():
         for ids, hidden in zip(groups, stream.hidden, strict=True):
             slope = head_gradient(decoder, hidden, labels, next_tokens(ids.to(hidden.device)))
             if not bool(torch.isfinite(slope).all()):
                 raise NumericalError("the gradient of the model's loss holds NaN or infinity: look for damaged weights")
             gradients.append(slope)
-    stream.hidden = stream.hidden.anew(())
+    stream.hidden = stream.hidden.with_values(())
     for index in reversed(range(len(decoder.blocks))):
         # Popped, so that the inputs of finished blocks are freed.
         entry = entries.pop()

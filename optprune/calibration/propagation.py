@@ -132,7 +132,7 @@ class Path:
         return Visit(self, block, held_out, cut, original, detached, calls, known, whole)
 
     def pass_by(self, block: nn.Module, finish: Callable[[], None]) -> None:
-        """Move on past a block that was pruned before; `finish` loads the pruned block in place of the dense one."""
+        """Move on past a block as a visit of it does; `finish` loads the pruned weights into the dense block."""
         if self.dense is not self.actual:
             advance(block, self.dense)
         if self.policy.independent:
@@ -180,7 +180,7 @@ class Visit:
         self._onwards: Stream | None = None
         """the inputs of the next block, where the dense block has computed them"""
         if policy.independent and not self._untouched and not detached:
-            # The next block's inputs are those of the dense model, computed before sub-blocks are removed.
+            # The next block's inputs come from the dense block, this block's statistics from the changed one.
             self._onwards = path.actual.copy()
             self.floor_seconds += 2 * _advance(original, self._onwards)
 

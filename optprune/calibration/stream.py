@@ -49,7 +49,7 @@ class Stream:
 
     def with_hidden(self, hidden: Iterable[Tensor]) -> "Stream":
         """Return a second stream at the same block with other hidden states, which are read one at a time."""
-        return Stream(self.hidden.anew(hidden), self.others, self.block, self.share)
+        return Stream(self.hidden.with_values(hidden), self.others, self.block, self.share)
 
     def past(self, hidden: States[Tensor]) -> None:
         """Move on to the next block, whose inputs are these hidden states."""

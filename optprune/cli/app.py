@@ -14,6 +14,7 @@ from optprune.cli.errors import reported, tell
 from optprune.cli.evaluate import evaluate_command
 from optprune.cli.export import export_command
 from optprune.cli.heal import heal_command
+from optprune.cli.help import Command
 from optprune.cli.inspect import inspect_command
 from optprune.cli.plan import plan_command
 from optprune.cli.prune import prune_command
@@ -45,28 +46,23 @@ def program(
     """Prune language models: each layer an optimisation problem."""
 
 
-app.command("prune", short_help="Prune a model and write it to a folder.")(reported(prune_command))
-app.command("plan", short_help="Tell the memory and the time that prune would take.")(reported(plan_command))
-app.command("audit", short_help="Measure what a model's weights are, and whether that is as expected.")(
-    reported(audit_command)
-)
-app.command("inspect", short_help="Audit a model, or draft a description of an architecture that is not known.")(
-    reported(inspect_command)
-)
-app.command("evaluate", short_help="Measure a model's perplexity on a text.")(reported(evaluate_command))
-app.command("heal", short_help="Train a pruned model towards the dense one; zeros stay.")(reported(heal_command))
-app.command("compare", short_help="Prune by several recipes, and tell quality against size and time.")(
-    reported(compare_command)
-)
-app.command("report", short_help="Make the page about a pruned folder, with what was measured since.")(
-    reported(report_command)
-)
-app.command("export", short_help="Write a model folder for llama.cpp (GGUF) or as ONNX.")(reported(export_command))
-app.command("benchmark-model", short_help="Measure a model's speed and memory, alone or against another.")(
-    reported(benchmark_model_command)
-)
-app.command("recipes", short_help="List the recipes, or print one as YAML.")(reported(recipes_command))
-app.command("demo", short_help="The whole story on packaged data, in minutes.")(reported(demo_command))
+COMMANDS = {
+    "prune": (prune_command, "Prune a model and write it to a folder."),
+    "plan": (plan_command, "Plan the memory and the time of a run of prune."),
+    "audit": (audit_command, "Measure a model's weights, and check expectations of them."),
+    "inspect": (inspect_command, "Audit a model, or draft the description of an unknown architecture."),
+    "evaluate": (evaluate_command, "Measure a model's perplexity on a text."),
+    "heal": (heal_command, "Train a pruned model towards the dense one; zeros stay."),
+    "compare": (compare_command, "Prune by several recipes and compare quality, size and time."),
+    "report": (report_command, "Make the report page of a pruned folder, with later measurements."),
+    "export": (export_command, "Write a model folder for llama.cpp (GGUF) or as ONNX."),
+    "benchmark-model": (benchmark_model_command, "Measure a model's speed and memory, alone or against another."),
+    "recipes": (recipes_command, "List the recipes, or print one as YAML."),
+    "demo": (demo_command, "Prune, save and reload a small model on packaged data, in minutes."),
+}
+"""the commands by name, with the line that the list of commands has"""
+for name, (command, line) in COMMANDS.items():
+    app.command(name, cls=Command, short_help=line)(reported(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

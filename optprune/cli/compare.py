@@ -78,8 +78,8 @@ def compare_command(
     """
     reporter = start()
     from optprune.comparison import compare
-    from optprune.comparison.asked import MOST_DRAWS
-    from optprune.comparison.folder import JSON, PICTURE, TABLE
+    from optprune.comparison.grid import MOST_DRAWS
+    from optprune.comparison.kept_folder import JSON, PICTURE, TABLE
     from optprune.comparison.run import NO_PICTURE
     from optprune.measure import SpeedWorkload
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -12,15 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optprune.cli.outputs import started
 from optprune.errors import InputError, OptpruneError
-from optprune.export import check_output, save_pruned
+from optprune.export import check_output, save_model
 from optprune.measure import perplexity
-from optprune.models import Decoder, LoadedModel, load_model, need_tokenizer
+from optprune.models import Decoder, load_model, need_tokenizer
 from optprune.models.sources import DEMO
-from optprune.pruning import prune
-from optprune.pruning.expectation import expected_computing, expected_evaluation, expected_writing
-from optprune.recipe import Recipe, load_recipe
+from optprune.program import Program, Request, check_batches, resolve
+from optprune.program.time import evaluation, expected_seconds, operations_per_second
+from optprune.pruning import run_program
+from optprune.recipe import load_recipe
 from optprune.report import PhaseAdvanced, PhaseRecorder
-from optprune.report.phases import EVALUATIONS
+from optprune.report.phases import EVALUATIONS, LOADING, TOKENISING
 from optprune.report.progress import Reporter, duration
 from optprune.texts import calibration_batches, evaluation_windows, read_documents, tokenise
 
@@ -121,16 +123,24 @@ def run_demo(
     batches = calibration_batches(tokens, samples, seq_length, seed)
     measured_on = evaluation_windows(held_out, seq_length, windows)
 
-    expected = _expected(loaded, chosen, samples * seq_length, measured_on.numel())
-    with reporter.events(expected) as on_event:
+    program = resolve(loaded.decoder(), Request(recipe=chosen, samples=samples, seq_length=seq_length, whole=True))
+    with reporter.events(_expected(program, measured_on.numel(), loaded.model.device)) as on_event:
         phases = PhaseRecorder(loaded.model.device, on_event)
         before = _measure(loaded.model, measured_on, EVALUATIONS[0], phases)
         text = f"{calibration}, {samples} windows of {seq_length} tokens, seed {seed}"
-        report = prune(loaded.model, batches, chosen, on_event=on_event, source=model, calibration=text)
+        every = check_batches(loaded.model.config, batches)
+        report = run_program(program, loaded.decoder(), every, on_event=on_event, source=model, calibration=text)
         after = _measure(loaded.model, measured_on, EVALUATIONS[1], phases)
         reporter.say(f"saving to {output}, and reloading it in a fresh process to compare logits")
-        window = measured_on[0]
-        saved = save_pruned(loaded, output, report, chosen, window=window, overwrite=overwrite, on_event=on_event)
+        saved = save_model(
+            loaded,
+            output,
+            report=report,
+            recipe=chosen,
+            check_tokens=measured_on[:1],
+            overwrite=overwrite,
+            on_event=on_event,
+        )
         again = AutoModelForCausalLM.from_pretrained(output, dtype=loaded.model.dtype, device_map=loaded.model.device)
         reloaded = _measure(again, measured_on, EVALUATIONS[2], phases)
     if not abs(reloaded.perplexity - after.perplexity) <= RELOAD_TOLERANCE * after.perplexity:
@@ -152,24 +162,28 @@ def run_demo(
         seconds=time.perf_counter() - began,
         output=str(output),
     )
-    console.print(result.table())
-    for line in (
-        f"{report.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(report.seconds)}, "
-        f"on {report.tokens} calibration tokens; perplexity on {measured_on.numel()} held-out tokens",
-        f"reload check passed: plain transformers loads {output}, its logits differ by at most "
-        f"{saved.logits_difference:.2g} and its perplexity agrees",
-        f"the whole demo took {duration(result.seconds)}",
-    ):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _show(console, result, report.tokens, measured_on.numel())
     return result
 
 
-def _expected(loaded: LoadedModel, recipe: Recipe, tokens: int, held_out: int) -> dict[str, float]:
+def _show(console: Console, result: DemoResult, tokens: int, evaluated: int) -> None:
+    """Print the table, and sentences about pruning, the reload check and the time."""
+    console.print(result.table())
+    for line in (
+        f"{result.sparsity_reached:.1%} of the decoder's linear weights removed in {duration(result.pruning_seconds)}, "
+        f"on {tokens} calibration tokens; perplexity on {evaluated} held-out tokens",
+        f"reload check passed: plain transformers loads {result.output}, its logits differ by at most "
+        f"{result.logits_difference:.2g} and its perplexity agrees",
+        f"the whole demo took {duration(result.seconds)}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _expected(program: Program, held_out: int, device: torch.device) -> dict[str, float]:
     """The seconds of all phases from here on, by name."""
-    decoder, device = loaded.decoder(), loaded.model.device
-    evaluations = dict.fromkeys(EVALUATIONS, expected_evaluation(decoder, held_out, device))
-    pruning, writing = expected_computing(decoder, recipe, None, tokens, device), expected_writing(decoder, started())
-    return evaluations | pruning | writing
+    each = evaluation(program.decoder, held_out).flops / operations_per_second(device)
+    found = dict.fromkeys(EVALUATIONS, each) | expected_seconds(program, 0, device, started=started())
+    return {name: seconds for name, seconds in found.items() if name not in (TOKENISING, LOADING)}
 
 
 def _measure(model: PreTrainedModel, windows: Tensor, phase: str, phases: PhaseRecorder) -> Measured:

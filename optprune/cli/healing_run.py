@@ -61,7 +61,7 @@ class HealingRun:
         from optprune.healing import HealingFolder
         from optprune.models import device_of, load_config, load_shapes
         from optprune.models.draft import draft_in
-        from optprune.pruning.expectation import expected_reading, expected_writing
+        from optprune.program.time import expected_files
         from optprune.report import PhaseRecorder, PhasesExpected
         from optprune.report.phases import TOKENISING
         from optprune.texts import check_seq_length, read_documents, split_held_out
@@ -76,7 +76,7 @@ class HealingRun:
             check_seq_length(one, seq_length)
         shapes = load_shapes(self.model, config), load_shapes(self.teacher, dense)
         characters = sum(len(document) for document in documents if isinstance(document, str))
-        expected = expected_reading(shapes[0], characters) | expected_writing(shapes[0], started())
+        expected = expected_files(shapes[0], characters, started())
         with joined(self.device) as peers, reporter.events(expected) as on_event:
             phases = PhaseRecorder(device_of(self.device), self._telling(reporter, on_event))
             with phases.step(TOKENISING, f"tokenising {self.text}"):
@@ -99,16 +99,16 @@ class HealingRun:
         """The seconds that the training may take, now that its text is known."""
         from optprune.healing.heal import work
         from optprune.models import device_of
-        from optprune.pruning.expectation import products_per_second
+        from optprune.program.time import operations_per_second
         from optprune.report.phases import HEALING as PHASE
 
         flops = work(own, dense, parts.batches, parts.held_out, self.settings).flops
-        return {PHASE: flops / (2 * products_per_second(device_of(self.device)))}
+        return {PHASE: flops / operations_per_second(device_of(self.device))}
 
     def _healed(
         self, reporter: "Reporter", phases: "PhaseRecorder", parts: "TrainingText", peers: "Peers"
     ) -> "HealedOutput | None":
-        from optprune.export.healed import save_healed
+        from optprune.export import save_model
         from optprune.healing import HealingFolder, heal
         from optprune.healing.heal import healing_facts
 
@@ -140,12 +140,12 @@ class HealingRun:
             if not first:
                 return None
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
-            saved = save_healed(
+            saved = save_model(
                 student,
                 self.output.folder,
-                {**report.to_dict(), "held_out_documents": parts.documents},
+                healing={**report.to_dict(), "held_out_documents": parts.documents},
                 teacher=self.teacher,
-                window=parts.held_out[0],
+                check_tokens=parts.held_out[:1],
                 overwrite=self.output.overwrite,
                 on_event=phases.on_event,
             )

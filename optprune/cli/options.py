@@ -5,6 +5,10 @@ from typing import Annotated
 
 import typer
 
+from optprune.cli import choices
+from optprune.cli.choices import listed
+from optprune.cli.help import ADVANCED
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, a hub name, or 'demo'.")]
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
@@ -18,58 +22,33 @@ Restart = Annotated[
     bool, typer.Option("--restart", help="Delete the unfinished run into this folder, if there is one, and begin anew.")
 ]
 
-# What a run of pruning is asked for: `prune` does it, and `plan` tells what it would take.
+# The options of prune; plan takes most of them.
 
 Calibration = Annotated[
     str,
     typer.Option(
         "--calibration",
         metavar="TEXT",
-        help="FILE.txt, FILE.jsonl[:COLUMN], also .csv and .parquet, a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, "
-        "demo:calibration, or several with shares: a.jsonl:text=0.7,b.txt=0.3.",
+        help="The calibration text: FILE.txt, FILE.jsonl[:COLUMN], also .csv and .parquet, a folder of .txt, "
+        "hf:DATASET[:CONFIG]:SPLIT, demo:calibration, or several with shares: a.jsonl:text=0.7,b.txt=0.3.",
     ),
 ]
-Sequences = Annotated[
-    str,
-    typer.Option(
-        "--sequences",
-        help="packed: windows lie anywhere in the documents one after the other; whole: each begins where a document "
-        "does and ends within it.",
-    ),
-]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a .yaml file.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name (see optprune recipes), or a .yaml file.")]
 Sparsity = Annotated[
-    float | None, typer.Option("--sparsity", help="The share of the decoder's linear weights to remove.")
-]
-Samples = Annotated[int, typer.Option("--samples", help="How many calibration windows to draw.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of the draws. [default: the recipe's, or 0]")]
-SaveDtype = Annotated[
-    str, typer.Option("--save-dtype", help="auto (the dtype computed in), float32, bfloat16 or float16.")
-]
-Propagation = Annotated[
-    str | None,
+    float | None,
     typer.Option(
-        "--propagation",
-        help="dense, pruned, intra, cross, local or auto (intra under N:M, else pruned). [default: the recipe's]",
+        "--sparsity", help="The share of the decoder's linear weights to remove. [default: the recipe's, 0.2 for fasp]"
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", help="Number of calibration windows.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything drawn. [default: the recipe's, or 0]")]
 Units = Annotated[
     str | None,
-    typer.Option(
-        "--units", help="mlp, vo, kv-groups, all, all-heads, weights, experts or blocks. [default: the recipe's]"
-    ),
+    typer.Option("--units", help=f"What is removed: {listed(choices.UNITS)}. [default: the recipe's]"),
 ]
 Pattern = Annotated[
     str | None,
-    typer.Option("--pattern", help="Of single weights: unstructured, rows or N:M. [default: the recipe's]"),
-]
-Architecture = Annotated[
-    Path | None,
-    typer.Option(
-        "--architecture",
-        metavar="FILE",
-        help="A description of the model's architecture, where that is not known: a draft by optprune inspect.",
-    ),
+    typer.Option("--pattern", help="Pattern of single weights: unstructured, rows or N:M. [default: the recipe's]"),
 ]
 Allocation = Annotated[
     str | None,
@@ -78,43 +57,101 @@ Allocation = Annotated[
         help="uniform, global (one budget for the model), or a FILE.json such as a report. [default: the recipe's]",
     ),
 ]
-WidthMultiple = Annotated[
-    int | None,
-    typer.Option("--width-multiple", help="What MLP widths and value dimensions are multiples of. [default: 8]"),
-]
 Runs = Annotated[
     str | None,
     typer.Option(
         "--target",
         metavar="RUNTIME",
-        help="Make only what transformers (without trust_remote_code), vllm, gguf (llama.cpp) or onnx takes.",
+        help=f"Make only what a runtime takes: {listed(choices.RUNTIMES)}; transformers means without "
+        "trust_remote_code.",
     ),
 ]
-States = Annotated[
-    str, typer.Option("--states", help="Where hidden states wait for a block: device, host, disk or auto, by size.")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Fallbacks, too few tokens and a missed budget are errors.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Make fallbacks, too few tokens and a missed budget errors.")]
 Workers = Annotated[
     int | None,
     typer.Option(
         "--workers",
-        help="How many work side by side: under dense or intra on blocks, else on the layers of one. [default: 1]",
+        help="Workers side by side: on blocks under dense or intra, else on the layers of a block. [default: 1]",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set any recipe field (see optprune recipes --fields); may be repeated."
+    ),
+]
+
+# Advanced ones.
+
+Sequences = Annotated[
+    str,
+    typer.Option(
+        "--sequences",
+        help="packed: windows lie anywhere in the joined documents; whole: each lies in one document, from its start.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+SaveDtype = Annotated[
+    str,
+    typer.Option(
+        "--save-dtype",
+        help="dtype of the saved weights: auto (the dtype computed in), float32, bfloat16 or float16.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Propagation = Annotated[
+    str | None,
+    typer.Option(
+        "--propagation",
+        help=f"Path of the statistics: {listed(choices.POLICIES)} (intra under N:M, else pruned). "
+        "[default: the recipe's]",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Architecture = Annotated[
+    Path | None,
+    typer.Option(
+        "--architecture",
+        metavar="FILE",
+        help="Description of an unknown architecture: a draft made by optprune inspect.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+WidthMultiple = Annotated[
+    int | None,
+    typer.Option(
+        "--width-multiple",
+        help=f"Make MLP widths and value dimensions multiples of this. [default: {choices.MULTIPLES}]",
+        rich_help_panel=ADVANCED,
+    ),
+]
+States = Annotated[
+    str,
+    typer.Option(
+        "--states",
+        help="Where hidden states between blocks are kept: device, host, disk, or auto by their size.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 PartialSums = Annotated[
     int | None,
     typer.Option(
-        "--lanes", help="Of how many parts sums over batches are; processes share them. [default: torchrun's, or 1]"
+        "--partial-sums",
+        "--lanes",
+        help="Number of partial sums over batches, which processes share. [default: torchrun's processes, or 1]",
+        hidden=True,
     ),
 ]
 Ray = Annotated[
     str | None,
-    typer.Option("--ray", metavar="ADDRESS", help="Workers of the Ray cluster there; 'local' starts one for the run."),
-]
-MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="The most that a weights file holds, such as 5GB.")]
-Settings = Annotated[
-    list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any recipe field (see optprune recipes --fields); may be repeated."
+        "--ray",
+        metavar="ADDRESS",
+        help="Use workers of the Ray cluster there; 'local' starts one for the run.",
+        rich_help_panel=ADVANCED,
     ),
+]
+MaxShardSize = Annotated[
+    str,
+    typer.Option("--max-shard-size", help="Largest weights file, such as 5GB.", rich_help_panel=ADVANCED),
 ]

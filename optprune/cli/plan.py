@@ -34,17 +34,18 @@ from optprune.cli.options import (
     Workers,
 )
 from optprune.cli.outputs import check_json, echo, start, write_json
-from optprune.cli.request import Request, Settled
+from optprune.cli.request import Options, Resolved
 from optprune.cli.tokens import tokens_for
 from optprune.errors import InputError
 from optprune.system.files import json_text
-from optprune.system.wording import amount
+from optprune.system.wording import amount, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optprune.pruning.plan import Measuring, Plan
-    from optprune.pruning.workload import Workload
+    from optprune.program import Program
+    from optprune.program.plan import Plan
+    from optprune.pruning.measured_plan import Measuring
     from optprune.texts import Document
 
 CHARACTERS = 8
@@ -94,54 +95,42 @@ def plan_command(
 
     A folder with a config.json alone is enough: the block that is timed then has random weights.
     """
-    fields = {
-        "sparsity": sparsity,
-        "seed": seed,
-        "propagation": propagation,
-        "units": units,
-        "pattern": pattern,
-        "width_multiple": width_multiple,
-        "strict": strict or None,
-    }
-    places = device, dtype, save_dtype, workers, ray, max_shard_size, states
-    request = Request(
-        model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target, architecture
-    )
+    options = Options.of(locals())
     reporter = start()
     from optprune.models import check_dtype, device_of
+    from optprune.program.plan import planned_memory
     from optprune.pruning import workers_of
-    from optprune.pruning.plan import planned_memory, timed
+    from optprune.pruning.measured_plan import timed
     from optprune.texts import check_sequences
 
-    # Whole ones take as much, but that tokenising them may end sooner.
+    # Whole documents take as much, except that tokenising them may end sooner.
     check_sequences(sequences)
-    chosen = request.chosen()
+    chosen = options.chosen()
     if not chosen.sparsity and chosen.given is None:
         raise InputError("a sparsity of 0 has nothing to plan: the model is read and written as it is")
-    workers_of(chosen, workers, ray)
+    workers_of(chosen.policy, workers, ray)
     check_json(json_file, models=[model])
     for name in (dtype, save_dtype):
         check_dtype(name)
     if not no_probe:
         device_of(device)
-    settled = request.settled(chosen)
-    settled.tell(reporter.say)
-    work = settled.workload()
+    resolved = options.resolve(chosen)
+    program = resolved.program
+    resolved.report_notes(reporter.say)
     if no_probe:
-        planned = planned_memory(work)
+        planned = planned_memory(program)
     else:
         reporter.say("measuring one block")
-        planned = timed(work, model, _measuring(settled, work, calibration, output))
-    write_json(json_file, json_text(planned.to_dict()), "nothing else is written")
-    for line in lines(planned):
+        planned = timed(program, model, _measuring(resolved, model, calibration, output))
+    write_json(json_file, json_text({**planned.to_dict(), "program": program.to_dict()}), "nothing else is written")
+    for line in [*lines(planned), *program_lines(program)]:
         echo(line)
 
 
-def _measuring(settled: Settled, work: "Workload", calibration: str | None, output: Path | None) -> "Measuring":
-    """What a probe is fed with: the first tokens of each text, and the time that all of them take."""
-    from optprune.pruning.block_probe import probe_batches
-    from optprune.pruning.plan import Measuring
-    from optprune.pruning.room import existing_folder
+def _measuring(resolved: Resolved, model: str, calibration: str | None, output: Path | None) -> "Measuring":
+    """Return the first tokens of each text, for the probe, and the time in which all of them are tokenised."""
+    from optprune.program.room import existing_folder
+    from optprune.pruning.measured_plan import Measuring, probe_batches
     from optprune.texts import read_texts
 
     place = None if output is None else existing_folder(output)
@@ -150,11 +139,11 @@ def _measuring(settled: Settled, work: "Workload", calibration: str | None, outp
     began = time.perf_counter()
     texts = read_texts(calibration)
     reading = time.perf_counter() - began
-    needed = max(PIECE, CHARACTERS * probe_batches(work) * work.batch_tokens)
+    needed = max(PIECE, CHARACTERS * probe_batches(resolved.program) * resolved.program.batch_tokens)
 
     def tokenised(documents: "Sequence[Document]") -> "tuple[Tensor, float]":
         began = time.perf_counter()
-        return tokens_for(settled.request.model, settled.config, documents), time.perf_counter() - began
+        return tokens_for(model, resolved.config, documents), time.perf_counter() - began
 
     # The first use of a tokenizer takes longer, and each needs it loaded.
     (_, first), (_, again) = tokenised([""]), tokenised([""])
@@ -199,3 +188,12 @@ def lines(planned: "Plan") -> Sequence[str]:
     sizes = f"{amount(planned.host_bytes)} of memory" + (f", {amount(planned.device_bytes)} of the GPU" if gpu else "")
     disk = amount(planned.disk_bytes)
     return [*table, f"{whole}at most {sizes} and {disk} of the disk", f"the most is in {peak.name}: {made_of}"]
+
+
+def program_lines(program: "Program") -> Sequence[str]:
+    """Return what the run does, as lines: the recipe, and the stages of the largest block."""
+    example, recipe = program.example, program.request.recipe
+    first = f"recipe {recipe.name}, policy {program.policy.name}, allocator {type(program.allocator).__name__}"
+    stages = [", ".join(target.path for target in stage.targets) for stage in example.stages]
+    listed = "; ".join(f"{number}. {layers}" for number, layers in enumerate(stages, 1)) or "none"
+    return [f"{first}, {counted(program.block_count, 'block')}", f"stages of block {example.index}: {listed}"]

@@ -1,10 +1,12 @@
 """optprune prune: from a model and a text to a folder."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from optprune.cli.help import ADVANCED
 from optprune.cli.log import LogFile
 from optprune.cli.options import (
     Allocation,
@@ -38,7 +40,7 @@ from optprune.cli.options import (
     Workers,
 )
 from optprune.cli.outputs import check_json, echo, start, started, write_json
-from optprune.cli.request import Request
+from optprune.cli.request import Options
 from optprune.cli.run_folder import FINISHED, Output
 from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import calibration_for
@@ -46,9 +48,9 @@ from optprune.cli.whole_run import WholeRun
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
-    from optprune.cli.request import Settled
+    from optprune.cli.request import Resolved
     from optprune.export import SavedModel
-    from optprune.recipe import Recipe
+    from optprune.program import Program
     from optprune.report import Report
 
 DESTROYED = 0.5
@@ -86,32 +88,37 @@ def prune_command(
     max_shard_size: MaxShardSize = "5GB",
     settings: Settings = None,
     no_plan: Annotated[
-        bool, typer.Option("--no-plan", help="Begin even where the memory or the disk is not enough by the plan.")
+        bool,
+        typer.Option(
+            "--no-plan",
+            help="Begin even if the plan exceeds the memory or the disk.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = False,
     json_file: JsonFile = None,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="Add the lines of progress to a file, with the time.")
+        Path | None,
+        typer.Option(
+            "--log",
+            metavar="FILE",
+            help="Append the lines of progress to a file, with the time.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None,
 ) -> None:
     """Prune a model and write it to a folder, with its report and recipe beside the weights."""
-    fields = {"sparsity": sparsity, "seed": seed, "propagation": propagation, "units": units, "pattern": pattern}
-    fields |= {"width_multiple": width_multiple, "strict": strict or None}
-    places = device, dtype, save_dtype, workers, ray, max_shard_size, states
-    request = Request(
-        model, recipe, fields, settings or (), allocation, samples, seq_length, *places, target, architecture
-    )
+    options = Options.of(locals())
     reporter = start(lines := LogFile(log))
     from optprune.models import device_of
+    from optprune.program.room import Room, check_room
+    from optprune.program.time import expected_seconds
     from optprune.pruning import joined, workers_of
-    from optprune.pruning.expectation import expected_seconds
-    from optprune.pruning.room import Room, check_room
     from optprune.report import PhaseRecorder
     from optprune.report.phases import TOKENISING
     from optprune.texts import check_sequences, read_texts
 
-    # What costs nothing is checked first: the weights are loaded when nothing the user gave can be wrong any more.
-    chosen = request.chosen()
-    executor = workers_of(chosen, workers, ray)
+    # Checks that take no time come first: the weights are loaded when no option can be wrong any more.
+    chosen = options.chosen()
     whole = WholeRun(
         model=model,
         dtype=dtype,
@@ -119,7 +126,7 @@ def prune_command(
         output=Output(output, overwrite, resume, restart),
         save_dtype=save_dtype,
         max_shard_size=max_shard_size,
-        workers=executor,
+        workers=workers_of(chosen.policy, workers, ray),
         states=states,
         architecture=architecture,
     )
@@ -127,44 +134,53 @@ def prune_command(
     check_json(json_file, output=output, models=[model])
     lines.check(output, model)
     check_sequences(sequences)
-    settled = request.settled(chosen)
-    chosen, divided = settled.recipe, settled.divided
-    whole.check_run(chosen, divided)
+    resolved = options.resolve(chosen)
+    program = resolved.program
+    whole.check_run(program)
     texts = read_texts(calibration)
-    settled.tell(reporter.say)
-    sizes = samples * seq_length, sum(text.characters for text in texts)
+    resolved.report_notes(reporter.say)
+    characters = sum(text.characters for text in texts)
     # Joined first, so that each process has its own GPU for whatever follows.
     with joined(device) as peers:
         if not no_plan:
-            reporter.say(check_room(settled.workload(peers.size), Room.measured(device_of(device), output)))
-        asked = settled.shapes, chosen, divided, *sizes, device_of(device)
-        with reporter.events(expected_seconds(*asked, started=started())) as on_event:
+            own = replace(program.request, samples=-(-samples // peers.size))
+            room = Room.measured(device_of(device), output)
+            reporter.say(check_room(replace(program, request=own), room))
+        expected = expected_seconds(program, characters, device_of(device), started=started())
+        with reporter.events(expected) as on_event:
             phases = PhaseRecorder(device_of(device), on_event)
             with phases.step(TOKENISING, f"tokenising {calibration}"):
-                drawn = calibration_for(model, settled.config, texts, samples, seq_length, chosen.seed, sequences)
+                drawn = calibration_for(model, resolved.config, texts, samples, seq_length, program.seed, sequences)
             del texts
-            batches, told, window = drawn.batches, drawn.description, drawn.first
             done = shared_run(
-                whole, partial_sums, peers, reporter, phases, batches, chosen, divided, told, window=window
+                whole,
+                program,
+                drawn.batches,
+                partial_sums=partial_sums,
+                peers=peers,
+                reporter=reporter,
+                phases=phases,
+                calibration=drawn.description,
+                window=drawn.first,
             )
     if done is not None:  # another process has it otherwise
-        _finish(settled, *done, json_file, output)
+        _finish(resolved, *done, json_file, output)
 
 
 def _finish(
-    settled: "Settled", report: "Report", saved: "SavedModel | None", json_file: Path | None, output: Path
+    resolved: "Resolved", report: "Report", saved: "SavedModel | None", json_file: Path | None, output: Path
 ) -> None:
     """Write and print the result of a run."""
     if saved is not None:
-        settled.check(output)
+        resolved.check(output)
     write_json(json_file, report.to_json(), f"the pruned model is in {output}")
     if saved is None:
         echo(FINISHED.format(output))
     else:
-        _summarise(settled.recipe, report, saved)
+        _summarise(resolved.program, report, saved)
 
 
-def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
+def _summarise(program: "Program", report: "Report", saved: "SavedModel") -> None:
     from optprune.allocation import Allocation
     from optprune.recipe.groups import GlobalBudget
     from optprune.report.progress import duration
@@ -174,6 +190,7 @@ def _summarise(recipe: "Recipe", report: "Report", saved: "SavedModel") -> None:
     trust = "" if saved.stock else ", trust_remote_code=True"
     loads = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{trust})"
     loads += "" if saved.stock else f" or optprune.load_model({str(folder)!r})"
+    recipe = program.request.recipe
     currency = recipe.allocation.currency if isinstance(recipe.allocation, GlobalBudget) else "parameters"
     of_what = {"parameters": "", "flops": " of the operations", "time": " of the time"}[currency]
     echo(

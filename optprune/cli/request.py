@@ -1,11 +1,12 @@
-"""A request: what the options of `prune` and `plan` ask for, checked before anything costs."""
+"""The options of `prune` and `plan`, checked and resolved before anything takes time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optprune.cli.choices import check_choices
 from optprune.errors import InputError
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
@@ -15,21 +16,25 @@ if TYPE_CHECKING:
 
     from optprune.allocation import Allocation
     from optprune.models import Decoder
-    from optprune.pruning.workload import Workload
-    from optprune.recipe import Recipe, Runtime
+    from optprune.program import Program, Runtime
+    from optprune.recipe import Recipe
     from optprune.recipe.groups import GivenBlocks
 
 
-@dataclass(frozen=True)
-class Request:
+FIELDS = ("sparsity", "seed", "propagation", "units", "pattern", "width_multiple")
+"""the recipe fields that have an option of their own, beside --strict"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """The options as they are spelled."""
 
     model: str
     recipe: str
     fields: Mapping[str, Any]
-    """the recipe fields that have an option of their own; None for those not given"""
+    """recipe fields that have an option of their own; None where it is not given"""
     settings: Sequence[str]
-    """the recipe fields as KEY=VALUE"""
+    """recipe fields as KEY=VALUE"""
     allocation: str | None
     samples: int
     seq_length: int
@@ -44,6 +49,15 @@ class Request:
     """the runtime that the model is for"""
     architecture: Path | None = None
     """the draft of the model's architecture"""
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Options":
+        """Return the options among a command's arguments; InputError, without heavy imports, for a mistyped name."""
+        named = {name: arguments[name] for name in ("units", "propagation", "target", "states", "dtype", "save_dtype")}
+        check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
+        own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
+        chosen = {name: arguments[name] for name in FIELDS} | {"strict": arguments["strict"] or None}
+        return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})
 
     @property
     def allocation_file(self) -> str | None:
@@ -72,79 +86,68 @@ class Request:
 
     def runtime(self) -> "Runtime | None":
         """The runtime that the model is for; InputError where it is not known."""
-        from optprune.recipe.runtimes import runtime_called
+        from optprune.program.runtimes import runtime_called
 
         return None if self.target is None else runtime_called(self.target)
 
-    def settled(self, recipe: "Recipe") -> "Settled":
-        """The request against the model's shapes; InputError where they do not go together."""
+    def resolve(self, recipe: "Recipe") -> "Resolved":
+        """Return the program of the run, against the model's shapes; InputError where they do not go together."""
+        from optprune.allocation import Given
+        from optprune.export.shards import size_of
         from optprune.models import load_config, load_shapes
-        from optprune.pruning.preflight import check_parts, check_run
-        from optprune.recipe.allocator import allocator_of
-        from optprune.recipe.runtimes import runtime_called
+        from optprune.program import Request, resolve
+        from optprune.program.check import check_parts
+        from optprune.program.resolve import places_of
+        from optprune.program.runtimes import runtime_called
         from optprune.texts import check_seq_length
 
         config = load_config(self.model, self.architecture)
         check_seq_length(config, self.seq_length)
         shapes, divided = load_shapes(self.model, config), recipe.given
-        if self.allocation_file is not None:
+        if divided is not None and self.allocation_file is not None:
             with _named(self.allocation_file, "does not fit"):
-                allocator_of(recipe, divided).check(shapes)
-        runtime, told = self.runtime(), tuple[str, ...]()
+                Given(recipe.units, divided).check(shapes)
+        runtime, notes = self.runtime(), tuple[str, ...]()
         if runtime is None and shapes.architecture.pruned is None:
             check_parts(shapes, recipe, divided)
             runtime = runtime_called("transformers")  # a draft has no classes for blocks that differ
         if runtime is not None:
-            recipe, told = runtime.fitted(recipe, shapes, divided)
+            recipe, notes = runtime.fitted(recipe, shapes, divided)
             if runtime.own_vocabulary:
                 _check_exportable(self.model, config, shapes)
-        check_run(shapes, recipe, divided)
-        return Settled(self, recipe, divided, config, shapes, runtime, told)
+        request = Request(
+            recipe=recipe,
+            allocation=divided,
+            samples=self.samples,
+            seq_length=self.seq_length,
+            workers=self.workers or 1,
+            ray=self.ray is not None,
+            states=self.states,
+            max_shard=size_of(self.max_shard_size),
+            **places_of(self.model, shapes, self.device, self.dtype),
+        )
+        return Resolved(resolve(shapes, request), config, runtime, notes)
 
 
 @dataclass(frozen=True, eq=False)
-class Settled:
-    """A request that fits the model's shapes."""
+class Resolved:
+    """A program with what it was resolved from."""
 
-    request: Request
-    recipe: "Recipe"
-    divided: "Allocation | None"
+    program: "Program"
     config: "PretrainedConfig"
-    shapes: "Decoder"
     runtime: "Runtime | None" = None
-    told: tuple[str, ...] = ()
-    """what was set of the recipe for the runtime"""
+    notes: tuple[str, ...] = ()
+    """changes of the recipe for the runtime"""
 
-    def tell(self, say: Callable[[str], None]) -> None:
-        """Say what was set of the recipe for the runtime that it is for."""
-        for sentence in self.told:
+    def report_notes(self, say: Callable[[str], None]) -> None:
+        """Report what was changed of the recipe for the runtime."""
+        for sentence in self.notes:
             say(f"for the target {self.runtime.name if self.runtime else ''}: {sentence}")
 
     def check(self, folder: Path) -> None:
-        """Raise OptpruneError when the folder that came of it is not what its runtime takes."""
+        """Raise OptpruneError where the runtime does not take the folder that was written."""
         if self.runtime is not None:
-            self.runtime.check_folder(self.shapes, folder)
-
-    def workload(self, processes: int = 1) -> "Workload":
-        """What the run will be, for each of so many processes that share its samples."""
-        from optprune.export.shards import size_of
-        from optprune.pruning.plan import workload_of
-
-        asked = self.request
-        return workload_of(
-            asked.model,
-            self.shapes,
-            self.recipe,
-            samples=-(-asked.samples // processes),
-            seq_length=asked.seq_length,
-            device=asked.device,
-            dtype=asked.dtype,
-            allocation=self.divided,
-            workers=asked.workers or 1,
-            ray=asked.ray is not None,
-            max_shard=size_of(asked.max_shard_size),
-            states=asked.states,
-        )
+            self.runtime.check_folder(self.program.decoder, folder)
 
 
 def _check_exportable(model: str, config: "PretrainedConfig", shapes: "Decoder") -> None:

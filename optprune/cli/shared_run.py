@@ -8,41 +8,41 @@ from optprune.cli.whole_run import WholeRun
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optprune.allocation import Allocation
-    from optprune.calibration.peers import Peers
+    from optprune.calibration.partial_sums import Peers
     from optprune.export import SavedModel
+    from optprune.program import Program
     from optprune.pruning import PartialSums
-    from optprune.recipe import Recipe
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
 
 
 def shared_run(
     whole: WholeRun,
+    program: "Program",
+    batches: "Sequence[Tensor]",
+    *,
     partial_sums: int | None,
     peers: "Peers",
     reporter: "Reporter",
     phases: "PhaseRecorder",
-    batches: "Sequence[Tensor]",
-    recipe: "Recipe",
-    allocation: "Allocation | None",
     calibration: str,
-    *,
     window: "Tensor",
 ) -> "tuple[Report, SavedModel | None] | None":
-    """The run, over so many partial sums, or as many as there are processes; None in all processes but the first."""
+    """Do the run with so many partial sums, or as many as there are processes; None in all processes but the first."""
     from optprune.pruning import PartialSums
 
     shared = PartialSums(peers.size if partial_sums is None else partial_sums, peers)
-    batches = _one_a_part(batches, shared.count)
+    batches = _one_for_each(batches, shared.count)
     shared.check(batches)
     if peers.rank:
-        _help(whole, batches, recipe, allocation, shared)
+        _help(whole, program, batches, shared)
         return None
-    return whole.run(reporter, phases, batches, recipe, allocation, calibration, window=window, partial_sums=shared)
+    return whole.run(
+        program, batches, reporter=reporter, phases=phases, calibration=calibration, window=window, partial_sums=shared
+    )
 
 
-def _one_a_part(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]":
+def _one_for_each(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]":
     """The batches, of fewer windows where there would not be one for each partial sum."""
     import torch
 
@@ -52,28 +52,15 @@ def _one_a_part(batches: "Sequence[Tensor]", partial_sums: int) -> "list[Tensor]
     return list(torch.cat(windows).split(len(windows) // partial_sums))
 
 
-def _help(
-    whole: WholeRun,
-    batches: "Sequence[Tensor]",
-    recipe: "Recipe",
-    allocation: "Allocation | None",
-    partial_sums: "PartialSums",
-) -> None:
+def _help(whole: WholeRun, program: "Program", batches: "Sequence[Tensor]", partial_sums: "PartialSums") -> None:
     """Take part in a run, of which nothing is kept here."""
-    from optprune.models.store import Nowhere
-    from optprune.pruning import prune
+    from optprune.models.store import NullSink
+    from optprune.program import check_batches
+    from optprune.pruning import run_program
 
     may_be_finished = whole.output.may_be_finished
-    loaded = whole.opened(Nowhere())
+    loaded = whole.opened(NullSink())
     if may_be_finished and partial_sums.peers.all_gather(None)[0]:
         return  # the first process has found the output finished
-    prune(
-        loaded.model,
-        batches,
-        recipe,
-        allocation=allocation,
-        store=loaded.store,
-        workers=whole.workers,
-        partial_sums=partial_sums,
-        states=whole.states,
-    )
+    every = check_batches(loaded.model.config, batches)
+    run_program(program, loaded.decoder(), every, workers=whole.workers, partial_sums=partial_sums)

@@ -10,12 +10,11 @@ from optprune.cli.run_folder import Output, kept_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optprune.allocation import Allocation
     from optprune.export import SavedModel
     from optprune.models import LoadedModel
     from optprune.models.store import BlockSink
+    from optprune.program import Program
     from optprune.pruning import PartialSums, Workers
-    from optprune.recipe import Recipe
     from optprune.report import PhaseRecorder, Report
     from optprune.report.progress import Reporter
 
@@ -50,12 +49,11 @@ class WholeRun:
         device_of(self.device)
         check_states(self.states)
 
-    def check_run(self, recipe: "Recipe", allocation: "Allocation | None") -> None:
-        """Raise InputError where the run could not go on in its folder, or an output is another command's."""
+    def check_run(self, program: "Program") -> None:
+        """Raise InputError where the run could not go on in its folder, or the output is another command's."""
         from optprune.pruning import Journal
-        from optprune.pruning.facts import asked
 
-        self.output.check_run(Journal, asked(recipe, allocation))
+        self.output.check_run(Journal, program.facts())
 
     def opened(self, sink: "BlockSink", scratch: Path | None = None) -> "LoadedModel":
         """The model, whose blocks stay in its files."""
@@ -66,25 +64,24 @@ class WholeRun:
 
     def run(
         self,
+        program: "Program",
+        batches: "Sequence[Tensor]",
+        *,
         reporter: "Reporter",
         phases: "PhaseRecorder",
-        batches: "Sequence[Tensor]",
-        recipe: "Recipe",
-        allocation: "Allocation | None",
         calibration: str,
-        *,
         window: "Tensor",
         partial_sums: "PartialSums | None" = None,
     ) -> "tuple[Report, SavedModel | None]":
-        """Load, prune, save and check; `calibration` says in words where the batches are from.
+        """Load, prune, save and check; `calibration` names the text that the batches are from.
 
-        The report has the phases that the recorder has, and those that follow. Where this command has finished the
-        output already, that is its report, and nothing is saved.
+        The report has the phases of the recorder and those that follow. Where this command has already finished the
+        output, that report is returned and nothing is saved.
         """
-        from optprune.export import save_pruned
-        from optprune.pruning import Journal, PartialSums, prune
-        from optprune.pruning.facts import OPENED, facts
-        from optprune.pruning.preflight import check_batches
+        from optprune.export import save_model
+        from optprune.program import check_batches
+        from optprune.pruning import Journal, PartialSums, run_program
+        from optprune.pruning.run import OPENED, facts
         from optprune.report import joined, read_report
         from optprune.report.phases import LOADING
 
@@ -92,34 +89,31 @@ class WholeRun:
         with kept_in(self.output.run_folder(Journal, reporter.say), reporter.say) as journal:
             with phases.step(LOADING, f"loading {self.model}", ends=OPENED):
                 loaded = self.opened(journal.sink, journal.scratch)
+            every = check_batches(loaded.model.config, batches)
             if may_be_finished:
                 with phases.phase(LOADING):
-                    every = check_batches(loaded.model.config, batches)
-                    decided = facts(loaded.decoder(), every, recipe, allocation, partial_sums, phases.on_event)
+                    decided = facts(program, loaded.decoder(), every, partial_sums, phases.on_event)
                 if partial_sums.peers.all_gather(self.output.is_finished(journal, decided))[0]:
                     return read_report(self.output.folder), None
-            report = prune(
-                loaded.model,
-                batches,
-                recipe,
-                allocation=allocation,
+            report = run_program(
+                program,
+                loaded.decoder(),
+                every,
                 on_event=phases.on_event,
                 source=self.model,
                 calibration=calibration,
-                store=loaded.store,
                 journal=journal,
                 workers=self.workers,
                 partial_sums=partial_sums,
-                states=self.states,
             )
             report = replace(report, phases=joined(phases.done, report.phases))
             reporter.say(f"saving to {self.output.folder}, and reloading it in a fresh process to compare logits")
-            saved = save_pruned(
+            saved = save_model(
                 loaded,
                 self.output.folder,
-                report,
-                recipe,
-                window=window,
+                report=report,
+                recipe=program.request.recipe,
+                check_tokens=window[None],
                 overwrite=self.output.overwrite,
                 dtype=self.save_dtype,
                 max_shard_size=self.max_shard_size,

@@ -1,10 +1,9 @@
-"""Comparison: recipes beside each other on the same statistics, text and evaluator, in one table and picture."""
+"""Comparison of recipes on the same statistics, texts and evaluator, in one table and one picture."""
 
-from optprune.comparison.asked import Cell
 from optprune.comparison.dense import DensePredictions
-from optprune.comparison.folder import ComparisonFolder
-from optprune.comparison.picture import picture_of
-from optprune.comparison.results import CellResult, Comparison, Figures, Row
+from optprune.comparison.grid import Cell
+from optprune.comparison.kept_folder import ComparisonFolder
+from optprune.comparison.results import CellResult, Comparison, Figures, Row, picture_of
 from optprune.comparison.run import compare
 
 __all__ = [

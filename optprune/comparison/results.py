@@ -1,74 +1,79 @@
-"""What a comparison found: cell by cell, and with the seeds of a recipe and a sparsity drawn together."""
+"""Results of a comparison: by cell, averaged over seeds, as a table and as a picture."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from statistics import mean, stdev
 from typing import Any
 
-from optprune.comparison.asked import Cell
+from optprune.comparison.grid import Cell
 from optprune.system.files import json_text
 
 DENSE = "dense"
+QUALITY = ("perplexity", "divergence", "agreement")
+AGAINST = ("weights", "bytes", "seconds")
+SCALES = {"weights": 1e6, "bytes": 2**20}
+"""units of the axes"""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of a model."""
+    """Measurements of a model."""
 
     perplexity: float
     divergence: float
     """KL(dense || model), in nats a prediction"""
     agreement: float
-    """the share of predictions in which both hold the same token for the most likely"""
+    """share of predictions with the same most likely token as the dense model's"""
     sparsity: float
-    """the share of the decoder blocks' linear weights that is gone"""
+    """share of the decoder blocks' linear weights that are removed"""
     weights: int
-    """how many of them are left that are not zero"""
+    """number of these weights that are not zero"""
     bytes: int
-    """the size of the weights as they are stored, zeros included"""
+    """size of the weights as stored, zeros included"""
     seconds: float
-    """the seconds that pruning takes by itself, with what other cells have measured for it"""
+    """seconds that pruning takes alone, including statistics that other cells have measured"""
     prefill: float | None = None
-    """the prompt tokens that are read in a second, where that was asked for"""
+    """prompt tokens per second, where speed is measured"""
     decode: float | None = None
-    """the tokens that are decoded in a second, likewise"""
+    """decoded tokens per second, where speed is measured"""
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What came of a cell: figures, or a sentence on why there are none."""
+    """Result of a cell: figures, or a sentence that says why there are none."""
 
     cell: Cell
     figures: Figures | None
     failure: str = ""
     spent: float = 0.0
-    """the seconds that pruning took here, where other cells had measured some of it"""
+    """seconds that pruning took here, without statistics that other cells have measured"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """The cells of a recipe and a sparsity, which differ in their seeds."""
+    """Cells of one recipe and sparsity, which differ in their seeds."""
 
     recipe: str
     sparsity: float | None
-    """the share that was asked for; None of the dense model"""
+    """the requested sparsity; None for the dense model"""
     figures: tuple[Figures, ...]
     failures: tuple[str, ...] = ()
 
-    def values(self, what: str) -> list[float]:
-        """A figure by its name, of every seed that has it."""
-        found = (getattr(figures, what) for figures in self.figures)
+    def values(self, figure: str) -> list[float]:
+        """Return a figure by its name, for every seed that has it."""
+        found = (getattr(figures, figure) for figures in self.figures)
         return [float(value) for value in found if value is not None]
 
-    def mean(self, what: str) -> float | None:
-        """Its mean over the seeds; None where there is none."""
-        values = self.values(what)
+    def mean(self, figure: str) -> float | None:
+        """Return the mean of a figure over the seeds, or None without values."""
+        values = self.values(figure)
         return mean(values) if values else None
 
-    def deviation(self, what: str) -> float | None:
-        """Its standard deviation over the seeds, as of a sample; None where there are fewer than two."""
-        values = self.values(what)
+    def deviation(self, figure: str) -> float | None:
+        """Return the sample standard deviation of a figure over the seeds, or None with fewer than two values."""
+        values = self.values(figure)
         return stdev(values) if len(values) > 1 else None
 
 
@@ -87,28 +92,28 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "prefill": ("prefill, tokens/s", _plain(0)),
     "decode": ("decoding, tokens/s", _plain(1)),
 }
-"""the columns of the table: the figure, its heading, and how a value is told"""
-RATHER_STEADY = ("weights", "bytes")
-"""the figures of which no deviation is told"""
+"""columns of the table: the figure, its heading, and the format of a value"""
+WITHOUT_DEVIATION = ("weights", "bytes")
+"""figures whose deviation is not shown"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Recipes beside each other; printed, it is a table."""
+    """Result of a comparison; printed as a table."""
 
     model: str
     dense: Figures
     results: tuple[CellResult, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    """what was asked for"""
+    """options of the comparison"""
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """A sentence for each cell that has no figures."""
+        """Return a sentence for each cell without figures."""
         return tuple(f"{result.cell}: {result.failure}" for result in self.results if result.figures is None)
 
     def rows(self) -> list[Row]:
-        """The dense model, then each recipe at each sparsity, in the order in which they were asked for."""
+        """Return rows for the dense model, then for each recipe at each sparsity, in the requested order."""
         groups: dict[tuple[str, float], list[CellResult]] = {}
         for result in self.results:
             groups.setdefault((result.cell.recipe, result.cell.sparsity), []).append(result)
@@ -119,17 +124,17 @@ class Comparison:
         return rows
 
     def markdown(self) -> str:
-        """The table as Markdown, with what it was measured on."""
+        """Return the table as Markdown, with the texts it was measured on."""
         head, *body = self._cells()
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in body)]
-        told = [f"- {sentence}" for sentence in self._sentences()]
-        return "\n".join([f"# {self.model}", "", *lines, "", *told]) + "\n"
+        notes = [f"- {sentence}" for sentence in self._sentences()]
+        return "\n".join([f"# {self.model}", "", *lines, "", *notes]) + "\n"
 
     def to_json(self) -> str:
-        """All figures of all cells, and the means and deviations, as JSON."""
+        """Return all figures of all cells, with means and deviations, as JSON."""
         rows = []
         for row in self.rows():
-            found = {what: {"mean": row.mean(what), "deviation": row.deviation(what)} for what in COLUMNS}
+            found = {name: {"mean": row.mean(name), "deviation": row.deviation(name)} for name in COLUMNS}
             rows.append({"recipe": row.recipe, "sparsity": row.sparsity, "seeds": len(row.figures), **found})
         cells = [asdict(result) for result in self.results]
         return json_text(
@@ -143,20 +148,20 @@ class Comparison:
         return "\n".join([*lines, *self._sentences()])
 
     def _repr_markdown_(self) -> str:
-        """The table in a notebook."""
+        """Return the table for a notebook."""
         return self.markdown()
 
     def _cells(self) -> list[list[str]]:
         rows = self.rows()
-        shown = [what for what in COLUMNS if any(row.values(what) for row in rows)]
-        table = [["recipe", "asked", "seeds", *(COLUMNS[what][0] for what in shown)]]
+        shown = [figure for figure in COLUMNS if any(row.values(figure) for row in rows)]
+        table = [["recipe", "asked", "seeds", *(COLUMNS[figure][0] for figure in shown)]]
         for row in rows:
             asked = "" if row.sparsity is None else f"{row.sparsity:g}"
             seeds = "" if row.sparsity is None else str(len(row.figures))
-            told = [_told(row, what) for what in shown]
+            cells = [_formatted(row, figure) for figure in shown]
             if not row.figures:
-                told[0] = "failed"
-            table.append([row.recipe, asked, seeds, *told])
+                cells[0] = "failed"
+            table.append([row.recipe, asked, seeds, *cells])
         return table
 
     def _sentences(self) -> Iterator[str]:
@@ -170,8 +175,55 @@ class Comparison:
         yield from (f"failed: {sentence}" for sentence in self.failures)
 
 
-def _told(row: Row, what: str) -> str:
-    value, deviation, tell = row.mean(what), row.deviation(what), COLUMNS[what][1]
-    if value is None or (row.sparsity is None and what == "seconds"):
+def _formatted(row: Row, figure: str) -> str:
+    """Return a figure of a row as text, with its deviation; an empty text where there is none."""
+    value, deviation, text = row.mean(figure), row.deviation(figure), COLUMNS[figure][1]
+    if value is None or (row.sparsity is None and figure == "seconds"):
         return ""
-    return tell(value) if deviation is None or what in RATHER_STEADY else f"{tell(value)} ± {tell(deviation)}"
+    return text(value) if deviation is None or figure in WITHOUT_DEVIATION else f"{text(value)} ± {text(deviation)}"
+
+
+def picture_of(comparison: Comparison) -> bytes:
+    """Plot each measure of quality against weights left, bytes and seconds of pruning; return an SVG file.
+
+    There is a line for each recipe and a point for each sparsity: the mean over the seeds, with the standard deviation.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # A fixed salt gives the same bytes for the same figures. Without pyplot there is no window and no global state.
+    with matplotlib.rc_context({"svg.hashsalt": "optprune"}):
+        figure = Figure(figsize=(12, 10), layout="constrained")
+        grid: Any = figure.subplots(len(QUALITY), len(AGAINST), sharey="row", sharex="col")
+        dense, *rows = comparison.rows()
+        recipes: dict[str, list[Row]] = {}
+        for row in rows:
+            recipes.setdefault(row.recipe, []).append(row)
+        for across, against in enumerate(AGAINST):
+            for down, quality in enumerate(QUALITY):
+                axes = grid[down][across]
+                for name, of in recipes.items():
+                    _draw(axes, name, [row for row in of if row.figures], against, quality)
+                level = dense.mean(quality)
+                axes.axhline(level, color="grey", linestyle=":", label="dense")
+            grid[-1][across].set_xlabel(_heading(against))
+        for down, quality in enumerate(QUALITY):
+            grid[down][0].set_ylabel(_heading(quality))
+        grid[0][0].legend(fontsize=8)
+        figure.suptitle(comparison.model)
+        picture = BytesIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    return picture.getvalue()
+
+
+def _draw(axes: Any, name: str, rows: list[Row], against: str, quality: str) -> None:
+    scale = SCALES.get(against, 1.0)
+    places = [(row.mean(against) or 0.0) / scale for row in rows]
+    values = [row.mean(quality) for row in rows]
+    errors = [row.deviation(quality) or 0.0 for row in rows]
+    axes.errorbar(places, values, yerr=errors, fmt=".-", capsize=2, label=name)
+
+
+def _heading(figure: str) -> str:
+    units = {"weights": "linear weights left, millions", "bytes": "weights, MiB", "seconds": "seconds of pruning"}
+    return units.get(figure, COLUMNS[figure][0])

@@ -1,4 +1,4 @@
-"""Comparing: every recipe at every sparsity on the same statistics, text and evaluator, in one table."""
+"""Comparison of recipes: each at every sparsity, on the same statistics, texts and evaluator."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,10 @@ from transformers import PretrainedConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from optprune.calibration.statistics_cache import digest_of_weights
-from optprune.comparison.asked import Asked, texts_apart
-from optprune.comparison.folder import ComparisonFolder
-from optprune.comparison.origins import origin_of
-from optprune.comparison.picture import picture_of
-from optprune.comparison.results import Comparison
+from optprune.comparison.dense import dense_source
+from optprune.comparison.grid import Grid
+from optprune.comparison.kept_folder import ComparisonFolder
+from optprune.comparison.results import Comparison, picture_of
 from optprune.comparison.session import Session
 from optprune.errors import InputError
 from optprune.measure import SpeedWorkload
@@ -29,6 +28,7 @@ from optprune.report import Event
 from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
 from optprune.system.folders import check_manifest_folder
+from optprune.system.wording import shown
 from optprune.texts import (
     Document,
     DrawnWindows,
@@ -38,6 +38,9 @@ from optprune.texts import (
     check_sequences,
     check_vocabulary,
     evaluation_windows,
+    normalised_text,
+    read_documents,
+    read_texts,
     tokenise,
 )
 
@@ -66,19 +69,21 @@ def compare(
     say: Callable[[str], None] = lambda text: None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Comparison:
-    """Prune a model by each recipe at each sparsity, and tell what each costs in quality, and saves in size.
+    """Prune a model by each recipe at each sparsity, and return a table of quality, size and time.
 
-    `recipes` are names, .yaml files or recipes, of which `settings` set more fields; `calibration` is one text or
-    several with shares as `read_texts` takes them, and `text` as `read_documents` does, without a document in common. A
-    seed draws the `samples` windows of `seq_length` tokens, by `sequences` as `draw_windows` does; for `seeds` a number
-    stands for the first ones from 0. Each model is evaluated on the first `windows` windows of the text, or all, and
-    beside the dense model. What the cells of a seed have in common of the dense model is measured once (see `collect`).
-    A cell that fails has its sentence in the table. With a `folder` each cell is kept once it is finished, a second
-    call with the same options goes on, and the table is written there as comparison.md, comparison.json and, with
-    matplotlib, comparison.svg. `architecture` is as in `load_model`. Models are kept, in models/ there, only with
-    `keep_models`; `speed` is a `SpeedWorkload`, or None. `say` hears what is done, `on_event` how far each run is.
+    The model is a source of `load_model`, or a loaded one, which is not changed. A recipe is a name, a YAML file or a
+    `Recipe`; `settings` are recipe fields for all of them. `calibration` is one text or several with shares, as for
+    `read_texts`, and `text` is as for `read_documents`; they must have no document in common. Each seed draws `samples`
+    windows of `seq_length` tokens, by `sequences` as `draw_windows` does; a number of `seeds` means 0, 1, and so on.
+    Each model is evaluated on the first `windows` windows of the text, or all, and compared with the dense model. Cells
+    of a seed share the statistics of the dense model (see `collect`). A cell that fails has its sentence in the table.
+
+    With a `folder`, finished cells are stored, a second call with the same options resumes, and the table is written
+    there as comparison.md, comparison.json and, with matplotlib, comparison.svg. `keep_models` saves the models there
+    in models/. Speed is measured only with a `Work`. `architecture` is as in `load_model`. `say` is called with
+    sentences about finished steps, `on_event` with the events of each run.
     """
-    asked = Asked.of(recipes, sparsities, seeds, settings)
+    grid = Grid.of(recipes, sparsities, seeds, settings)
     check_dtype(dtype)
     device_of(device)
     if keep_models and folder is None:
@@ -87,22 +92,22 @@ def compare(
     if folder is not None:
         check_manifest_folder(real_path(Path(folder)), ComparisonFolder.noun)
     texts, documents = texts_apart(calibration, text)
-    origin = origin_of(model, dtype, device, architecture)
-    config, tokenizer = origin.config(), origin.tokenizer()
+    source = dense_source(model, dtype, device, architecture)
+    config, tokenizer = source.config(), source.tokenizer()
     check_seq_length(config, seq_length)
     if speed is not None:
-        speed.check(origin.source, config)
+        speed.check(source.source, config)
     say(f"tokenising {calibration} and {text}")
-    with using_tokenizer(origin.source):
-        # Where a text is too short, that is told before anything is loaded.
-        drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, asked.seeds)
+    with using_tokenizer(source.source):
+        # A text that is too short is refused before anything is loaded.
+        drawn = _drawn(tokenizer, config, texts, sequences, samples, seq_length, grid.seeds)
         held = _to_evaluate_on(tokenizer, config, documents, seq_length, windows)
     with ExitStack() as contexts:
         place = _folder(folder, contexts)
-        say(f"loading {origin.source}")
-        dense = origin.dense(place.work, whole=speed is not None)
+        say(f"loading {source.source}")
+        dense = source.to_measure(place.work, whole=speed is not None)
         options = {
-            "the model": origin.source,
+            "the model": source.source,
             "the weights": digest_of_weights(dense.decoder()),
             "the dtype": str(dense.model.dtype),
             "the calibration text": calibration,
@@ -112,7 +117,7 @@ def compare(
             "the length of a window": seq_length,
             "the windows evaluated": len(held),
             "the architecture": fingerprint(str(draft_in(config))),
-            **asked.facts(),
+            **grid.facts(),
             "the tokens": fingerprint([held, *(batch for each in drawn.values() for batch in each.batches)]),
             "whether speed is measured": speed is not None,
             "whether models are kept": keep_models,
@@ -120,14 +125,14 @@ def compare(
             "the machine": machine(dense.model.device),
         }
         place.begin(options)
-        session = Session(asked, origin, place, drawn, held, keep_models, speed, say, on_event, dense)
-        comparison = Comparison(origin.source, session.dense(), session.measure(), options)
+        session = Session(grid, source, place, drawn, held, keep_models, speed, say, on_event, dense)
+        comparison = Comparison(source.source, session.dense(), session.measure(), options)
         place.conclude(comparison, picture_of(comparison) if find_spec("matplotlib") else None)
     return comparison
 
 
 def _folder(folder: str | Path | None, contexts: ExitStack) -> ComparisonFolder:
-    """Return the folder of a comparison for as long as the contexts last; a temporary one where none is named."""
+    """Return the folder of a comparison, which the contexts close; a temporary one where none is named."""
     place = ComparisonFolder(folder or contexts.enter_context(tempfile.TemporaryDirectory(prefix="optprune-")))
     contexts.callback(place.close)
     return place
@@ -136,7 +141,7 @@ def _folder(folder: str | Path | None, contexts: ExitStack) -> ComparisonFolder:
 def _to_evaluate_on(
     tokenizer: Tokenizer, config: PretrainedConfig, documents: list[Document], seq_length: int, windows: int | None
 ) -> Tensor:
-    """The windows [n, seq_length] of the evaluation text."""
+    """Return the windows [n, seq_length] of the evaluation text."""
     tokens = tokenise(tokenizer, documents, None if windows is None else max(windows, 1) * seq_length)
     check_vocabulary(config, tokens)
     return evaluation_windows(tokens, seq_length, windows)
@@ -151,10 +156,28 @@ def _drawn(
     seq_length: int,
     seeds: Sequence[int],
 ) -> dict[int, DrawnWindows]:
-    """What each seed draws of the calibration texts."""
+    """Return the calibration windows of each seed."""
     draws = WindowSampler(tokenizer, texts, sequences)
     drawn = {seed: draws.draw(samples, seq_length, seed) for seed in seeds}
     for each in drawn.values():
         for tokens in each.batches:
             check_vocabulary(config, tokens.flatten())
     return drawn
+
+
+def texts_apart(calibration: str, text: str) -> tuple[list[Text], list[Document]]:
+    """Return the texts to calibrate on and the documents to evaluate on.
+
+    Raises InputError where they have a document in common.
+    """
+    fitted, held = read_texts(calibration), read_documents(text)
+    common = {normalised_text(document) for one in fitted for document in one.documents} & set(
+        map(normalised_text, held)
+    )
+    if common:
+        first = shown(min(common)[:60])
+        raise InputError(
+            f"the evaluation text {text} shares {len(common)} of its {len(held)} documents with the calibration text "
+            f"{calibration}, such as {first}: evaluate on a text that no model was fitted to"
+        )
+    return fitted, held

@@ -1,23 +1,29 @@
-"""Export: folders of pruned models, whole or not at all, that are checked by loading them."""
+"""Export of models: folders for transformers, GGUF files, ONNX; each appears whole or not at all, and is checked."""
 
-from optprune.export.folder import save_pruned
-from optprune.export.gguf_file import GgufFile, export_gguf
-from optprune.export.healed import save_healed
-from optprune.export.onnx_folder import OnnxFolder, export_onnx
-from optprune.export.own_files import check_own_files
+from optprune.export.exporter import Draft, Exported, Exporter, ModelSource, export
+from optprune.export.folder import SavedModel, TransformersFolder, cast, save_model, save_pruned
+from optprune.export.gguf_file import GgufFile
+from optprune.export.onnx_folder import OnnxFolder
 from optprune.export.place import check_output
-from optprune.export.save import SavedModel, cast, save_model
+from optprune.export.source_files import check_own_files
+
+EXPORTERS: dict[str, type[Exporter]] = {one.name: one for one in (GgufFile, OnnxFolder, TransformersFolder)}
+"""the shipped exporters, by the name of their format"""
 
 __all__ = [
+    "EXPORTERS",
+    "Draft",
+    "Exported",
+    "Exporter",
     "GgufFile",
+    "ModelSource",
     "OnnxFolder",
     "SavedModel",
+    "TransformersFolder",
     "cast",
     "check_output",
     "check_own_files",
-    "export_gguf",
-    "export_onnx",
-    "save_healed",
+    "export",
     "save_model",
     "save_pruned",
 ]

@@ -1,36 +1,38 @@
-"""The model card of a pruned folder: README.md, with what a hub reads and what a reader wants to know first."""
+"""Model card of a pruned folder, README.md: metadata for a hub, and a summary of the pruning for readers."""
 
 import html
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
-from optprune.export.origin import Origin
+from optprune.export.source_files import Origin
 from optprune.models import BlockShape, Decoder, is_stock
 from optprune.report import Report
 from optprune.system.display import printable
 from optprune.system.wording import counted, one_line
 
 PUBLIC_TEXT = ("hf:", "demo:")
-"""how a calibration text begins that has no path of the user's machine in it"""
-ABSENT = "not known: it is that of the base model"
+"""prefixes of calibration texts that hold no path of the user's machine"""
+UNKNOWN = "not known: it is that of the base model"
 MARKUP = re.compile(r"[\\`*\[\]|]")
-"""what Markdown takes for more than text, wherever it stands in a line"""
+"""characters that Markdown interprets anywhere in a line"""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card is made of."""
+    """Model card of a pruned model."""
 
     origin: Origin
     report: Report
     model: PreTrainedModel
-    """the pruned model, of which shapes and class count"""
+    """the pruned model; the card says its shapes and its class"""
 
     def text(self) -> str:
-        """The card, in Markdown below the metadata of a hub; without a path of this machine or its folder's name."""
+        """Return the card: metadata for a hub, then Markdown, without paths of this machine."""
         return f"---\n{self._metadata().to_yaml()}\n---\n\n{self._body()}"
 
     def _metadata(self) -> ModelCardData:
@@ -59,11 +61,11 @@ class ModelCard:
                 "",
                 "| | before | after |",
                 "|---|---|---|",
-                *(f"| {what} | {before} | {after} |" for what, before, after in self._shapes()),
+                *(f"| {name} | {before} | {after} |" for name, before, after in self._shapes()),
                 "",
                 *self._figures(),
                 "",
-                "No perplexity is measured while a model is pruned: `optprune evaluate` does that, on a text of yours.",
+                "Pruning does not measure the perplexity: `optprune evaluate` does, on a text of yours.",
                 "",
                 "## Use",
                 "",
@@ -84,7 +86,7 @@ class ModelCard:
         lines = [
             ("decoder blocks", *(str(sum(1 for shape in shapes if shape.parts)) for shapes in (before, after))),
             ("linear weights in them", *(f"{count:,}" for count in weights)),
-            *((what, _range(before, field), _range(after, field)) for field, what in FIELDS.items()),
+            *((name, _range(before, field), _range(after, field)) for field, name in FIELDS.items()),
         ]
         return [line for line in lines if self.report.blocks]
 
@@ -93,14 +95,14 @@ class ModelCard:
         text = f" ({plain(report.calibration)})" if is_public(report.calibration) else ""
         lines = [f"- calibration: {report.tokens:,} tokens{text}, seed {report.seed}"]
         errors = [layer.relative_error for layer in report.layers]
-        apart = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
+        held_out = [layer.held_out_error for layer in report.layers if layer.held_out_error is not None]
         if errors:
             when = " before recovery" if report.recovered else ""
             lines += [
                 f"- mean relative error of the outputs of {counted(len(errors), 'layer')}{when}: {_mean(errors):.3g}"
             ]
-        if apart:
-            lines += [f"- the same on held-out tokens, {counted(len(apart), 'layer')}: {_mean(apart):.3g}"]
+        if held_out:
+            lines += [f"- the same on held-out tokens, {counted(len(held_out), 'layer')}: {_mean(held_out):.3g}"]
         units = report.recipe.get("units")
         if isinstance(units, dict) and "weights" in units:
             lines += [f"- pattern of the zeros: {plain(str(units['weights']))}"]
@@ -128,23 +130,23 @@ class ModelCard:
             f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
             "```",
             "",
-            "`recipe.yaml` makes it again, `report.json` tells of every layer, and `optprune audit` holds the weights "
-            "against both.",
+            "`recipe.yaml` reproduces the model, `report.json` describes every layer, and `optprune audit` compares "
+            "the weights with both.",
         ]
 
     def _licence(self) -> str:
         origin = self.origin
-        named = " ".join(filter(None, (origin.licence, origin.licence_name))) or ABSENT
+        named = " ".join(filter(None, (origin.licence, origin.licence_name))) or UNKNOWN
         files = ", ".join(f"`{name}`" for name in origin.licence_files)
         return f"{plain(named)} ({files})" if files else plain(named)
 
 
 FIELDS = {"mlp_width": "MLP width", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
-"""what the fields of a block's shape are called"""
+"""names of the fields of a block's shape"""
 
 
 def _range(shapes: list[BlockShape], field: str) -> str:
-    """The least and the most of a number in any block that is there, as words."""
+    """Return the minimum and the maximum of a field over all blocks that are not removed, as text."""
     counts = sorted({getattr(shape, field) for shape in shapes if shape.parts})
     return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1]))) if counts else "0"
 
@@ -154,12 +156,27 @@ def _mean(values: list[float]) -> float:
 
 
 def plain(text: str) -> str:
-    """Return a text as Markdown that shows it letter by letter: nothing is HTML or a link, and no sign is invisible."""
+    """Return a text escaped for Markdown: no HTML, no links, no invisible characters."""
     return MARKUP.sub(r"\\\g<0>", html.escape(printable(one_line(text)), quote=False))
 
 
 def is_public(calibration: str) -> bool:
-    """Whether there is no path of the user's machine in what a report says of the calibration."""
-    # Of several texts each is a part, and the last part says how many windows there are.
+    """Return whether a report's description of the calibration holds no path of the user's machine."""
+    # Several texts are parts separated by "; ", and the last part is the number of windows.
     texts = calibration.split("; ")[:-1] or [calibration]
     return all(text.startswith(PUBLIC_TEXT) for text in texts)
+
+
+def healing_section(healing: Mapping[str, Any], teacher: str) -> str:
+    """Return the section of a card about healing, from a report of `heal` as plain data."""
+    before, after, written = healing["before"], healing["after"], healing.get("generated_windows", 0)
+    partly = f", {written:,} windows of which that one wrote itself;" if written else ""
+    return (
+        "## Healing\n\n"
+        f"Trained after pruning by optprune to predict what {plain(teacher)} does, for {healing['steps']} steps on "
+        f"{healing['tokens']:,} tokens{partly or ';'} all zeros and widths are as pruning left them. On "
+        f"{healing['held_out_tokens']:,} held-out tokens:\n\n"
+        "| | before healing | after | dense |\n|---|---|---|---|\n"
+        f"| divergence from the dense model, nats | {before['divergence']:.4f} | {after['divergence']:.4f} | 0 |\n"
+        f"| perplexity | {before['perplexity']:.2f} | {after['perplexity']:.2f} | {healing['dense_perplexity']:.2f} |\n"
+    )

@@ -1,4 +1,4 @@
-"""The check of a folder: a fresh process loads it, a block at a time, and its logits must be those in memory."""
+"""Check of a saved folder: the logits of a fresh process that loads it must agree with those in memory."""
 
 import json
 import os
@@ -19,18 +19,15 @@ from optprune.export import reload_check
 from optprune.models import Decoder
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""the largest difference of logits, relative to the largest logit, that threads and kernels may explain; norms and
-rotations are in float32 in a float64 model too"""
+"""largest difference of logits, relative to the largest logit, that different threads and kernels may cause; a float64
+model computes norms and rotations in float32 too"""
 
 OnBlock = Callable[[int, int], None]
-"""a function that is called with how many blocks are done, and of how many"""
+"""a function that is called with the number of blocks done and the number of all blocks"""
 
 
 def logits_of(decoder: Decoder, ids: Tensor, on_block: OnBlock = lambda done, blocks: None) -> Tensor:
-    """The logits of a model on token ids [batch, tokens]; InputError where they are not finite.
-
-    `on_block` hears how many blocks are done, and of how many.
-    """
+    """Return the logits of a model for token ids [batch, tokens]. Raises InputError where they are not finite."""
     model, training, done = decoder.model, decoder.model.training, 0
 
     def passed(*_: Any) -> None:
@@ -58,7 +55,7 @@ def logits_of(decoder: Decoder, ids: Tensor, on_block: OnBlock = lambda done, bl
 
 
 def places_of(decoder: Decoder) -> dict[str, Any]:
-    """The place of each part in a process that loads the folder: blocks on the disk, all else on the model's device."""
+    """Return a device map for the process that loads the folder: blocks on the disk, the rest on the model's device."""
     device = decoder.model.device
     here = "cpu" if device.type == "cpu" else (device.index or 0)
     blocks = decoder.architecture.blocks
@@ -78,14 +75,14 @@ def compare(
     scratch: Path,
     on_block: OnBlock = lambda done, blocks: None,
 ) -> float:
-    """The largest difference between logits and those of a fresh process that loads a folder.
+    """Return the largest difference between logits and those of a fresh process that loads the folder.
 
-    OptpruneError when it is more than rounding, or the process cannot tell. `on_block` hears how many blocks that
-    process is through, from none on when it has loaded the folder, and of how many.
+    `on_block` is called first with 0 when the process has loaded the folder. Raises OptpruneError when the difference
+    is more than rounding, or the process fails.
     """
     record = scratch / "logits.safetensors"
     save_file({"input_ids": ids.cpu().contiguous(), "logits": logits}, record)
-    # Without the script's folder (-P), but with everything that this process imports from, wherever it is.
+    # The import path is that of this process, without the script's folder (-P).
     task = {
         "folder": str(folder),
         "record": str(record),
@@ -94,7 +91,7 @@ def compare(
         "places": places_of(decoder),
         "scratch": str(scratch),
     }
-    # transformers copies a folder's code into its modules cache, where ours has no business to stay.
+    # transformers copies a folder's code into its modules cache, which is temporary here.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
 
     def on_line(line: str) -> None:
@@ -134,9 +131,9 @@ def compare(
 def run_alongside(
     words: list[str], environment: dict[str, str], on_line: Callable[[str], None] = lambda line: None
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a process whose standard input ends with this one, however that ends: so it can end as well.
+    """Run a process whose standard input closes when this process ends, so that it can end too.
 
-    `on_line` hears each line of its output as it comes.
+    `on_line` is called with each line of its output.
     """
     ours, theirs = os.pipe()
     lines: list[str] = []

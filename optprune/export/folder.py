@@ -1,68 +1,335 @@
-"""The folder of a pruned model: its weights, and beside them the report and the recipe that made them."""
+"""Exporter of model folders for transformers, and `save_model`, which adds the report, the recipe and the card."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from optprune.export.card import ModelCard
-from optprune.export.origin import CARD, origin_of
-from optprune.export.own_files import check_own_files
-from optprune.export.save import SavedModel, cast, save_model
-from optprune.export.shards import MAX_SHARD_SIZE
-from optprune.models import DTYPES, LoadedModel, check_dtype
+from optprune.errors import InputError
+from optprune.export.card import ModelCard, healing_section, plain
+from optprune.export.check import compare, logits_of
+from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent, export
+from optprune.export.place import check_output
+from optprune.export.portable import make_portable
+from optprune.export.shards import MAX_SHARD_SIZE, size_of, write_weights
+from optprune.export.source_files import CARD, origin_of, own_text
+from optprune.measure.speed import file_bytes
+from optprune.models import DTYPES, Decoder, LoadedModel, check_dtype, is_stock, open_model
+from optprune.models.store import BlockStore
 from optprune.recipe import Recipe
-from optprune.report import Event, PhaseRecorder, Report, joined
-from optprune.report.phases import SAVING
+from optprune.report import (
+    Event,
+    ModelSummary,
+    PhaseAdvanced,
+    PhaseReport,
+    Report,
+    joined,
+    page,
+    pictures,
+    read_healing,
+    read_report,
+    summarise_model,
+)
+from optprune.report.phases import CHECKING, SAVING
+from optprune.report.reading import PAGE, REPORT
+from optprune.system.files import json_text, write_whole
+from optprune.work import Work
 
 CHECK_TOKENS = 128
-"""how many tokens the logits of the saved model are compared on"""
+"""maximum number of tokens of a sequence that the logits are compared on"""
+RECIPE = "recipe.yaml"
+COMPUTED = 0.3
+"""share of the saving that computing the logits takes, roughly"""
+STARTED, COMPARED = 0.7, 0.8
+"""shares of the checking after which, roughly, a process has loaded the folder, and has run all blocks"""
 
 
-def save_pruned(
-    loaded: LoadedModel,
+@dataclass(frozen=True)
+class SavedModel:
+    """Result of `save_model`."""
+
+    folder: Path
+    bytes: int
+    """size of the weights"""
+    stock: bool
+    """whether plain transformers loads the folder; otherwise it needs trust_remote_code=True, or optprune.load_model"""
+    logits_difference: float | None
+    """largest difference between the logits in memory and those of the reloaded model; None when not checked"""
+    report: Report | None = None
+    """the report as it is in the folder, with the durations of saving and checking"""
+
+
+def save_model(
+    model: PreTrainedModel | LoadedModel,
     folder: str | Path,
-    report: Report,
-    recipe: Recipe,
     *,
-    window: Tensor,
+    report: Report | None = None,
+    recipe: Recipe | None = None,
+    healing: Mapping[str, Any] | None = None,
+    teacher: str = "",
+    check_tokens: Tensor | None = None,
     overwrite: bool = False,
     dtype: str = "auto",
+    tokenizer: Tokenizer | None = None,
+    files: Mapping[str, str] | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
     made: Sequence[Path] = (),
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> SavedModel:
-    """Write a pruned model with its tokenizer, report.json, recipe.yaml and a model card, whole or not at all.
+    """Write a model folder with safetensors weights and the tokenizer, whole or not at all.
 
-    The card and the licence files go by what the source's own card says.
+    A `report` becomes report.json and the page report.html. With the `recipe` too there are recipe.yaml, a model card
+    and the licence files of the source. With `healing`, a report of `heal` as plain data, and the name of its
+    `teacher`, the folder has these files of the source with a section about healing. `files` are more texts by name.
 
-    A fresh process reloads the folder, and its logits on the first tokens of `window` [length] must agree with those
-    in memory. A `dtype` other than auto (float32, bfloat16 or float16) rounds the model to it before, in place.
-    report.json, and `SavedModel.report`, have what saving and checking took as well.
+    With `check_tokens` [batch, tokens], of which the first 128 are used, a fresh Python process loads the folder
+    without optprune, a block at a time, with the modelling file in the folder where the shapes are not stock. Its
+    logits must agree with those in memory; otherwise the folder stays under a name that ends with ".unchecked".
+
+    A `dtype` other than auto (float32, bfloat16 or float16) rounds the model in place before. A `LoadedModel` brings
+    its tokenizer and the store of its blocks. Where the weights are more than `max_shard_size`, files `made` that hold
+    a block each are linked instead of copied.
     """
-    check_dtype(dtype)
-    check_own_files(loaded.source)
-    phases = PhaseRecorder(loaded.model.device, on_event)
-    if dtype != "auto":
-        with phases.phase(SAVING):
-            cast(loaded.model, DTYPES[dtype], loaded.store)
-    origin = origin_of(loaded.source)
-    card = ModelCard(origin, report, loaded.model)
-    return save_model(
-        loaded.model,
-        folder,
-        tokenizer=loaded.tokenizer,
-        files={
-            **origin.licence_files,
-            CARD: card.text(),
-            "recipe.yaml": recipe.as_run(report.recipe).to_yaml(),
-        },
-        report=replace(report, phases=joined(report.phases, phases.done)),
-        on_event=on_event,
-        check_tokens=window[None, :CHECK_TOKENS],
-        overwrite=overwrite,
-        store=loaded.store,
+    loaded = model if isinstance(model, LoadedModel) else LoadedModel(model, tokenizer, "")
+    loaded = replace(loaded, tokenizer=tokenizer or loaded.tokenizer)
+    texts = dict(files or {})
+    if report is not None and recipe is not None:
+        texts |= pruned_files(loaded, report, recipe)
+    if healing is not None:
+        texts |= healed_files(loaded.source, healing, teacher)
+    exporter = TransformersFolder(
+        dtype=dtype,
         max_shard_size=max_shard_size,
+        check_tokens=check_tokens,
+        checks=check_tokens is not None,
+        files=texts,
+        report=report,
+        healed=healing is not None,
         made=made,
     )
+    done = export(loaded, folder, exporter, overwrite=overwrite, on_event=on_event)
+    whole = report and replace(report, phases=joined(report.phases, done.phases))
+    return SavedModel(done.path, done.bytes, is_stock(loaded.model.config), done.logits_difference, whole)
+
+
+def save_pruned(
+    loaded: LoadedModel, folder: str | Path, report: Report, recipe: Recipe, *, window: Tensor, **options: Any
+) -> SavedModel:
+    """Save a pruned model. Deprecated: use `save_model`, which does the same."""
+    sentence = "save_pruned is deprecated: call save_model(loaded, folder, report=..., recipe=..., check_tokens=...)"
+    warnings.warn(sentence, DeprecationWarning, stacklevel=2)
+    return save_model(loaded, folder, report=report, recipe=recipe, check_tokens=window[None], **options)
+
+
+def pruned_files(loaded: LoadedModel, report: Report, recipe: Recipe) -> dict[str, str]:
+    """Return the recipe, the model card and the licence files of a pruned model, by file name."""
+    origin = origin_of(loaded.source)
+    card = ModelCard(origin, report, loaded.model).text()
+    return {**origin.licence_files, CARD: card, RECIPE: recipe.as_run(report.recipe).to_yaml()}
+
+
+def healed_files(source: str, healing: Mapping[str, Any], teacher: str) -> dict[str, str]:
+    """Return report, card, recipe and licence files of a model's source folder, with a section about healing."""
+    found = {name: own_text(Path(source), name) for name in (REPORT, RECIPE, CARD)}
+    try:
+        before = json.loads(found[REPORT] or "{}")
+    except (ValueError, RecursionError):
+        before = {}
+    origin = origin_of(source)
+    card = found[CARD] or f"# {plain(origin.name.rpartition('/')[2])}\n"
+    files = {
+        **origin.licence_files,
+        REPORT: json_text({**(before if isinstance(before, dict) else {}), "healing": dict(healing)}),
+        CARD: f"{card.rstrip()}\n\n{healing_section(healing, origin_of(teacher).name)}",
+    }
+    recipe = found[RECIPE]
+    return files if recipe is None else {**files, RECIPE: recipe}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TransformersFolder(Exporter):
+    """Model folder with safetensors weights, which a fresh process loads and compares with the original."""
+
+    name: ClassVar[str] = "transformers"
+    description: ClassVar[str] = "a folder for transformers and vLLM"
+    noun: ClassVar[str] = "pruned model"
+    keeps_unchecked: ClassVar[bool] = True
+
+    dtype: str = "auto"
+    """auto (as it is), float32, bfloat16 or float16; a loaded model is rounded in place"""
+    max_shard_size: str = MAX_SHARD_SIZE
+    check_tokens: Tensor | None = None
+    """token ids [batch, tokens] to compare logits on; by default drawn from the vocabulary"""
+    checks: bool = True
+    """whether the folder is loaded and compared"""
+    files: Mapping[str, str] | None = None
+    """further texts by file name; by default the licence files of the source"""
+    report: Report | None = None
+    """report of the pruning, written as report.json and report.html"""
+    healed: bool = False
+    """whether `files` hold a report with a section about healing, of which there is to be a page"""
+    made: Sequence[Path] = ()
+    """files that hold the tensors of a block each, and can be linked"""
+
+    def why_not(self, source: ModelSource) -> str | None:
+        try:
+            check_dtype(self.dtype)
+            size_of(self.max_shard_size)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def check_output(self, output: Path, overwrite: bool) -> None:
+        check_output(output, overwrite, self.files or ())
+
+    def write(self, source: ModelSource, draft: Path, on_event: OnEvent) -> Draft:
+        loaded = source.loaded or open_model(source.name, dtype=self.dtype, device="cpu", scratch=draft.parent)
+        if source.loaded is not None and self.dtype != "auto":
+            cast(loaded.model, DTYPES[self.dtype], loaded.store)
+        decoder, begins, expected = loaded.decoder(), 0.0, None
+        if self.checks:
+            begins, ids = COMPUTED, self._check_tokens(loaded.model)
+
+            def on_block(done: int, blocks: int) -> None:
+                step = "computing the logits to compare"
+                on_event(PhaseAdvanced(SAVING, step, "block", done, blocks, ends=COMPUTED))
+
+            expected = ids, logits_of(decoder, ids, on_block)
+
+        def on_tensor(done: int, tensors: int) -> None:
+            on_event(PhaseAdvanced(SAVING, "saving", "tensor", done, tensors, begins))
+
+        decoder.model.save_pretrained(draft, state_dict={})  # without the weights, which would all be in memory
+        write_weights(decoder, draft, size_of(self.max_shard_size), self.made, on_tensor)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(draft)
+        make_portable(draft, loaded.tokenizer)
+        files = origin_of(source.name).licence_files if self.files is None else self.files
+        for name, text in files.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        usual = draft.stat().st_mode & 0o666
+        for file in draft.rglob("*"):
+            # transformers makes some files private, which would surprise in a folder that is shared.
+            if file.is_file():
+                file.chmod(usual)
+        if self.healed:
+            _write_healed_page(draft)
+        reports = self.report and _Reports.of(self.report, decoder, draft, tokenizer=loaded.tokenizer is not None)
+        size = file_bytes(str(draft))
+        return Draft(draft, size, f"dtype {_name(loaded.model.dtype)}", expected=_Expected(decoder, expected, reports))
+
+    def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
+        expected: _Expected = draft.expected
+        starting = "starting a process that reloads the folder"
+        on_event(PhaseAdvanced(CHECKING, starting, "step", 0, 1, ends=STARTED))
+
+        def on_block(done: int, blocks: int) -> None:
+            if not done:
+                on_event(PhaseAdvanced(CHECKING, starting, "step", 1, 1, ends=STARTED))
+            on_event(PhaseAdvanced(CHECKING, "checking", "block", done, blocks, STARTED, COMPARED))
+
+        assert expected.logits is not None
+        return compare(expected.decoder, draft.path, *expected.logits, draft.path.parent, on_block)
+
+    def record_phases(self, draft: Draft, phases: tuple[PhaseReport, ...]) -> None:
+        if draft.expected.reports is not None:
+            draft.expected.reports.write(draft.path, phases)
+
+    def work(self, source: ModelSource) -> Work:
+        decoder = source.shapes
+        weights = sum(parameter.numel() for parameter in decoder.model.parameters())
+        tokens = CHECK_TOKENS if self.check_tokens is None else self.check_tokens.numel()
+        blocks = [decoder.weights_of(shape) for shape in decoder.shapes()]
+        outside = weights - sum(blocks)
+        # Both passes read each weight once for each token; a block and the rest are in memory, in this process and
+        # in the one that checks.
+        flops = 2 * 2 * tokens * weights if self.checks else 0
+        return Work(flops=flops, bytes=(1 + self.checks) * decoder.model.dtype.itemsize * (outside + max(blocks)))
+
+    def _check_tokens(self, model: PreTrainedModel) -> Tensor:
+        if self.check_tokens is not None:
+            return self.check_tokens[:, :CHECK_TOKENS]
+        length = min(CHECK_TOKENS, getattr(model.config, "max_position_embeddings", None) or CHECK_TOKENS)
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(model.config.get_text_config().vocab_size, (1, length), generator=generator)
+
+
+@dataclass(frozen=True, eq=False)
+class _Expected:
+    """Values that a draft is checked and completed with."""
+
+    decoder: Decoder
+    logits: tuple[Tensor, Tensor] | None
+    """token ids and the logits of the model in memory"""
+    reports: "_Reports | None"
+
+
+@dataclass(frozen=True)
+class _Reports:
+    """The files report.json and report.html, which are written again when the duration of the check is known."""
+
+    report: Report
+    held: ModelSummary
+    drawn: Mapping[str, str] = field(default_factory=dict)
+    """pictures of the page, which do not depend on the durations"""
+
+    @classmethod
+    def of(cls, report: Report, decoder: Decoder, folder: Path, *, tokenizer: bool) -> "_Reports":
+        """Return the files for a folder that this model has been written to."""
+        held = ModelSummary.of(decoder, report, file_bytes(str(folder)), tokenizer=tokenizer)
+        return cls(report, held, pictures(report))
+
+    def write(self, folder: Path, phases: Sequence[PhaseReport]) -> None:
+        """Write both files, with these phases after those of the report."""
+        whole = replace(self.report, phases=joined(self.report.phases, phases))
+        texts = {REPORT: whole.to_json(), PAGE: page(whole, model=self.held, drawn=self.drawn)}
+        for name, text in texts.items():
+            data = text.encode()
+            write_whole(folder / name, lambda stream, data=data: stream.write(data), lasting=False)
+
+
+def _write_healed_page(folder: Path) -> None:
+    """Write the page of a folder, unless its report is about healing alone."""
+    try:
+        report = read_report(folder)
+    except InputError:
+        return
+    data = page(report, model=summarise_model(folder, report), healing=read_healing(folder)).encode()
+    write_whole(folder / PAGE, lambda stream: stream.write(data))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype, store: BlockStore | None = None) -> None:
+    """Round a model's weights to another dtype, in place. Raises InputError where a value is out of its range.
+
+    Buffers that are not stored (the frequencies of rotary embeddings) stay as they are, as when a folder in that dtype
+    is loaded. Where the blocks come from a `store`, each is read once to see that it can be rounded.
+    """
+    decoder, names = Decoder(model, store), {parameter: name for name, parameter in model.named_parameters()}
+    rounded = {parameter: _rounded(name, parameter, dtype) for parameter, name in names.items()}
+    for index in range(0 if store is None else len(decoder.blocks)):
+        with decoder.resident(index) as block:
+            for name, parameter in block.named_parameters():
+                _rounded(decoder.name(index, name), parameter, dtype)
+    for parameter, value in rounded.items():
+        parameter.data = value
+    decoder.joined()
+    if store is not None:
+        store.dtype = dtype
+
+
+def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    value = parameter.detach().to(dtype)
+    if not value.is_meta and not bool(torch.isfinite(value).all()):
+        raise InputError(f"{name} holds values beyond {dtype}: save in bfloat16 or float32")
+    return value

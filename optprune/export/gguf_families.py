@@ -1,7 +1,7 @@
-"""The families that llama.cpp knows: by what name, what a file says of each, and what of it has no words there.
+"""Model families of llama.cpp: their names, the metadata of each, and the settings that llama.cpp does not support.
 
-What is here of llama.cpp is from its sources (src/llama-model.cpp, conversion/), whose graphs have numbers of their own
-where a config could say others; tests compare every family with transformers.
+Facts about llama.cpp are from its sources (src/llama-model.cpp, conversion/), whose graphs hard-code some numbers that
+a config may set; tests compare every family with transformers.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,53 +13,53 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.architecture import PARTS
-from optprune.recipe import RUNTIMES
+from optprune.program import RUNTIMES
 
 TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
-"""names of GELU by tanh"""
+"""names of GELU with the tanh approximation"""
 ACTIVATION = ("hidden_act", "hidden_activation", "activation_function")
 """the config fields that name the activation of an MLP"""
 SLIDING = "sliding_attention"
 LARGEST = {"gemma2": 46, "gemma3": 62}
-"""the blocks of the model of 27 billion weights, whose scores llama.cpp scales by hidden size over heads"""
+"""number of blocks of the 27B model, for which llama.cpp scales scores by hidden size over heads"""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp knows the models of a family."""
+    """Family of models, as llama.cpp reads it."""
 
     known_as: MODEL_ARCH
     neighbours: bool = False
-    """whether it rotates neighbouring dimensions of a head, where transformers rotates halves"""
+    """whether rotary embeddings rotate neighbouring dimensions of a head; transformers rotates halves"""
     activation: tuple[str, ...] = ("silu",)
-    """the activations that its MLP may have, as configs name them"""
+    """supported activations of the MLP, by their names in configs"""
     biases: bool = False
     """whether linear layers may have biases"""
     tied: bool = True
-    """whether it takes the embeddings for the head where there is no other"""
+    """whether the embeddings serve as the head where the file has none"""
     shift: float = 0.0
-    """what is added to the weights of norms"""
-    says: Callable[[Any, GGUFWriter], None] = lambda config, writer: None
-    """what else the file says of a config"""
-    lacks: Callable[[Any], Iterator[str]] = lambda config: iter(())
-    """what a config says that it has no words for"""
+    """constant that is added to the weights of norms"""
+    describe: Callable[[Any, GGUFWriter], None] = lambda config, writer: None
+    """function that writes further metadata from a config"""
+    unsupported: Callable[[Any], Iterator[str]] = lambda config: iter(())
+    """function that yields the settings of a config that are not supported"""
     windows: bool = False
-    """whether it has sliding windows"""
+    """whether sliding windows are supported"""
     scaled: bool | None = None
-    """whether a mixture scales the weights of the chosen experts to add up to one; None where there are no experts"""
+    """whether a mixture scales the weights of the chosen experts to sum to one; None without experts"""
 
     @property
     def name(self) -> str:
-        """Its general.architecture."""
+        """Return its general.architecture."""
         return MODEL_ARCH_NAMES[self.known_as]
 
     @property
     def named_as(self) -> MODEL_ARCH:
-        """The family whose names of tensors are its own."""
+        """Return the family that has the same names of tensors."""
         return MODEL_ARCH.LLAMA if self.known_as == MODEL_ARCH.DECI else self.known_as
 
     def refusal(self, decoder: Decoder) -> str | None:
-        """The first thing of a model that has no words there; None where all has."""
+        """Return the first property of a model that is not supported, or None."""
         config = decoder.model.config
         activation = next((getattr(config, name) for name in ACTIVATION if hasattr(config, name)), None)
         if activation not in self.activation:
@@ -70,7 +70,7 @@ class Family:
         biased = [name for name, _ in decoder.model.named_parameters() if name.endswith("proj.bias")]
         if biased and not self.biases:
             return f"biases of linear layers, as {biased[0]}"
-        return next(self.lacks(config), None)
+        return next(self.unsupported(config), None)
 
 
 def _layer_norms(config: Any, writer: GGUFWriter) -> None:
@@ -112,14 +112,14 @@ def _gemma3(config: Any, writer: GGUFWriter) -> None:
 
 
 def _period(config: Any) -> int:
-    """The last block of every so many sees all, the others a window; 0 where blocks are in no such order."""
+    """Return n where every n-th block sees all tokens and the others a window; 0 where the order is another."""
     windows = [kind == SLIDING for kind in config.layer_types]
     every = range(1, len(windows) + 2)
     return next((n for n in every if windows == [(index + 1) % n > 0 for index in range(len(windows))]), 0)
 
 
-def _gemma_lacks(name: str) -> Callable[[Any], Iterator[str]]:
-    def lacks(config: Any) -> Iterator[str]:
+def _gemma_unsupported(name: str) -> Callable[[Any], Iterator[str]]:
+    def unsupported(config: Any) -> Iterator[str]:
         largest = config.num_hidden_layers == LARGEST[name]
         size = config.hidden_size // config.num_attention_heads if largest else config.head_dim
         if config.query_pre_attn_scalar != size:
@@ -129,22 +129,22 @@ def _gemma_lacks(name: str) -> Callable[[Any], Iterator[str]]:
         if _period(config) == 0 or (name == "gemma2" and _period(config) != 2):
             yield "sliding windows in another order of blocks, as it is when whole blocks are removed"
 
-    return lacks
+    return unsupported
 
 
-def _smollm3_lacks(config: Any) -> Iterator[str]:
+def _smollm3_unsupported(config: Any) -> Iterator[str]:
     rotated = [bool(flag) for flag in config.no_rope_layers]
     if rotated != [(index + 1) % 4 > 0 for index in range(len(rotated))]:
         yield "blocks without rotary embeddings that are not every fourth, as it is when whole blocks are removed"
 
 
-def _olmoe_lacks(config: Any) -> Iterator[str]:
+def _olmoe_unsupported(config: Any) -> Iterator[str]:
     if config.num_key_value_heads != config.num_attention_heads:
         yield "grouped-query attention in an OLMoE"
 
 
 def has_windows(config: Any) -> bool:
-    """Whether some block sees a window of tokens only."""
+    """Return whether some block has a sliding window."""
     if getattr(config, "sliding_window", None) is None:
         return False
     kinds = getattr(config, "layer_types", None)
@@ -153,30 +153,30 @@ def has_windows(config: Any) -> bool:
 
 GEMMA: dict[str, Any] = {"activation": TANH, "shift": 1.0, "windows": True}
 FAMILIES: dict[str, Family] = {
-    "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, says=_gemma2, lacks=_gemma_lacks("gemma2")),
-    "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, says=_gemma3, lacks=_gemma_lacks("gemma3")),
-    "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, says=_layer_norms),
-    "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, says=_parallel, tied=False),
-    "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, says=_multipliers),
+    "gemma2": Family(MODEL_ARCH.GEMMA2, **GEMMA, describe=_gemma2, unsupported=_gemma_unsupported("gemma2")),
+    "gemma3_text": Family(MODEL_ARCH.GEMMA3, **GEMMA, describe=_gemma3, unsupported=_gemma_unsupported("gemma3")),
+    "gpt2": Family(MODEL_ARCH.GPT2, activation=TANH, biases=True, describe=_layer_norms),
+    "gpt_neox": Family(MODEL_ARCH.GPTNEOX, activation=("gelu",), biases=True, describe=_parallel, tied=False),
+    "granite": Family(MODEL_ARCH.GRANITE, neighbours=True, describe=_multipliers),
     "llama": Family(MODEL_ARCH.LLAMA, neighbours=True, biases=True),
     "mistral": Family(MODEL_ARCH.LLAMA, neighbours=True),
     "mixtral": Family(MODEL_ARCH.LLAMA, neighbours=True, scaled=True),
     "olmo2": Family(MODEL_ARCH.OLMO2, tied=False),
-    "olmoe": Family(MODEL_ARCH.OLMOE, tied=False, lacks=_olmoe_lacks, scaled=False),
+    "olmoe": Family(MODEL_ARCH.OLMOE, tied=False, unsupported=_olmoe_unsupported, scaled=False),
     "phi3": Family(MODEL_ARCH.PHI3),
     "qwen2": Family(MODEL_ARCH.QWEN2, biases=True),
     "qwen2_moe": Family(MODEL_ARCH.QWEN2MOE, tied=False, biases=True, scaled=False),
     "qwen3": Family(MODEL_ARCH.QWEN3),
     "qwen3_moe": Family(MODEL_ARCH.QWEN3MOE, scaled=True),
-    "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, lacks=_smollm3_lacks),
+    "smollm3": Family(MODEL_ARCH.SMOLLM3, neighbours=True, unsupported=_smollm3_unsupported),
 }
 UNEVEN = Family(MODEL_ARCH.DECI, neighbours=True, biases=True)
-"""whose head counts and MLP widths are arrays: Llama's blocks, which may differ"""
+"""Llama's blocks with arrays of head counts and MLP widths, so that they may differ"""
 LLAMA_CPP = RUNTIMES["gguf"]
 
 
 def family_of(decoder: Decoder) -> Family:
-    """The family as which llama.cpp takes a model; InputError where there is none."""
+    """Return the family of a model. Raises InputError where llama.cpp does not support the model."""
     model_type = decoder.architecture.model_type
     family = FAMILIES.get(model_type)
     if family is None:
@@ -185,12 +185,12 @@ def family_of(decoder: Decoder) -> Family:
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)
     if wrong is not None:
-        raise InputError(f"llama.cpp has no words for {wrong}: the model cannot be exported to GGUF")
+        raise InputError(f"llama.cpp does not support {wrong}: the model cannot be exported to GGUF")
     return family
 
 
 def _refused_shapes(decoder: Decoder, family: Family) -> str | None:
-    """What a family whose blocks are all alike has no words for in the shapes of a model."""
+    """Return the first property of a model's shapes that a family with equal blocks does not support, or None."""
     shapes, heads, hidden = decoder.shapes(), decoder.heads, decoder.model.config.hidden_size
     alike = len({(shape.mlp_width, shape.kv_heads, shape.experts) for shape in shapes}) == 1
     if not alike or len(shapes[0].parts) < len(PARTS):

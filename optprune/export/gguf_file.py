@@ -1,10 +1,10 @@
-"""A model folder as a GGUF file for llama.cpp: blocks that are alike as what they are, others as deci."""
+"""Exporter to GGUF for llama.cpp: models whose blocks are alike under their own architecture, others as deci."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import gguf
 import numpy as np
@@ -12,24 +12,16 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
-from optprune.errors import InputError
+from optprune.errors import InputError, OptpruneError
+from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
 from optprune.export.gguf_families import LLAMA_CPP, UNEVEN, Family, family_of, has_windows
 from optprune.export.gguf_tensors import BLOCK_OF_Q8, IDLE_WIDTH, Target, Tensors
 from optprune.export.gguf_vocabulary import Vocabulary
-from optprune.export.own_files import check_own_files
-from optprune.export.place import delete_left_drafts, hold_draft
-from optprune.models import (
-    Decoder,
-    is_gguf,
-    load_config,
-    load_shapes,
-    load_tokenizer,
-    need_tokenizer,
-    using_tokenizer,
-)
+from optprune.models import Decoder, is_gguf, need_tokenizer, using_tokenizer
 from optprune.models.architecture import rope_types
 from optprune.models.checkpoint import Checkpoint
-from optprune.system.files import real_path, write_whole
+from optprune.models.gguf import PlainReader
+from optprune.work import Work
 
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -38,70 +30,97 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class GgufFile:
-    """A file that was written."""
+@dataclass(frozen=True, kw_only=True)
+class GgufFile(Exporter):
+    """GGUF file with the model, its vocabulary and its chat template.
 
-    file: Path
-    architecture: str
-    """the name by which llama.cpp knows it"""
-    bytes: int
-    notes: tuple[str, ...]
-
-
-def export_gguf(folder: str | Path, file: str | Path, *, kind: str = "f16", overwrite: bool = True) -> GgufFile:
-    """Write the model of a folder, with its vocabulary and chat template, as one GGUF file, whole or not at all.
-
-    `kind` is f32, f16 or q8_0; vectors stay float32. Blocks that differ in shape go out under llama.cpp's architecture
-    deci where they are Llama's but for that: its head counts and MLP widths are arrays. Fewer value dimensions than a
-    head has are filled up with zeros, since there all heads of a file are alike: the answers are the same, the file is
-    no smaller for them. One tensor is in memory at a time, or one kind of matrix of all experts of a block. InputError
-    for what llama.cpp has no words for: a family, a rotary scaling, a tokenizer; and where a file is there already and
-    `overwrite` is false.
+    `kind` is the type of matrices: f32, f16 or q8_0; vectors stay float32. Blocks that differ in shape are written
+    under llama.cpp's architecture deci where they are otherwise Llama's: its head counts and MLP widths are arrays.
+    Value dimensions that were removed are filled with zeros, since all heads of a file have the same: the output is the
+    same, and the file is not smaller for them. One tensor is in memory at a time, or one kind of matrix of all experts
+    of a block. Families, rotary scalings and tokenizers that llama.cpp does not support are refused.
     """
-    if kind not in TYPES:
-        raise InputError(f"the type {kind!r} is unknown: give {', '.join(TYPES)}")
-    if is_gguf(folder):
-        raise InputError(f"{folder} is GGUF already, which llama.cpp reads as it is: give a model folder to export")
-    folder, place = Path(folder), real_path(Path(file))
-    check_own_files(folder)
-    config = load_config(folder)
-    decoder = load_shapes(folder, config)
-    tokenizer = need_tokenizer(load_tokenizer(folder), str(folder))
-    vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
-    plan = _Plan.of(decoder, Checkpoint.open(folder), kind)
-    writer = GGUFWriter(None, plan.family.name, use_temp_file=False)
-    plan.describe(writer)
-    with using_tokenizer(str(folder)):
-        vocabulary.write(writer, tokenizer, folder)
-    targets = list(plan.targets())
-    delete_left_drafts(place)
-    write_whole(place, lambda stream: _write(writer, targets, stream), lasting=False, replace=overwrite)
-    return GgufFile(place, plan.family.name, place.stat().st_size, plan.notes())
+
+    name: ClassVar[str] = "gguf"
+    description: ClassVar[str] = "a file for llama.cpp"
+    is_folder: ClassVar[bool] = False
+
+    kind: str = "f16"
+
+    def __post_init__(self) -> None:
+        if self.kind not in TYPES:
+            raise InputError(f"the type {self.kind!r} is unknown: give {', '.join(TYPES)}")
+
+    def why_not(self, source: ModelSource) -> str | None:
+        if source.loaded is not None:
+            return "a loaded model is not exported to GGUF: save it, and export the folder"
+        if is_gguf(source.name):
+            return f"{source.name} is GGUF already, which llama.cpp reads as it is: give a model folder to export"
+        try:
+            family_of(source.shapes)
+            rotary_of(source.config)
+            Vocabulary.of(need_tokenizer(source.tokenizer, source.name), source.config.vocab_size)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def write(self, source: ModelSource, draft: Path, on_event: OnEvent) -> Draft:
+        folder, tokenizer = Path(source.name), need_tokenizer(source.tokenizer, source.name)
+        content = _Content.of(source.shapes, Checkpoint.open(folder), self.kind)
+        writer = GGUFWriter(None, content.family.name, use_temp_file=False)
+        content.describe(writer)
+        with using_tokenizer(source.name):
+            Vocabulary.of(tokenizer, source.config.vocab_size).write(writer, tokenizer, folder)
+        targets = list(content.targets())
+        with draft.open("wb") as stream:
+            write_tensors(writer, targets, stream)
+        size = draft.stat().st_size
+        return Draft(draft, size, f"architecture {content.family.name}", content.notes(), expected=targets)
+
+    def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
+        """Read the header back, and compare names, shapes and types of all tensors."""
+        try:
+            stored = {tensor.name: tensor for tensor in PlainReader(draft.path).tensors}
+        except (ValueError, IndexError) as error:
+            raise OptpruneError(f"the GGUF file cannot be read back ({error}): please report this") from error
+        expected: list[Target] = draft.expected
+        for target in expected:
+            found = stored.pop(target.name, None)
+            shape = None if found is None else tuple(int(size) for size in reversed(found.shape))
+            if found is None or shape != target.shape or found.tensor_type != target.kind:
+                raise OptpruneError(f"the tensor {target.name} is not in the GGUF file as written: please report this")
+        if stored:
+            raise OptpruneError(f"the GGUF file has a tensor {min(stored)} that was not written: please report this")
+        return None
+
+    def work(self, source: ModelSource) -> Work:
+        # The largest tensor as it is stored, in float32, and packed.
+        largest = max(parameter.numel() for parameter in source.shapes.model.parameters())
+        return Work(bytes=12 * largest)
 
 
-def _write(writer: GGUFWriter, targets: list[Target], stream: Any) -> None:
-    hold_draft(stream)
+def write_tensors(writer: GGUFWriter, targets: list[Target], stream: BinaryIO) -> None:
+    """Write the header, the metadata and the tensors, one at a time."""
     for target in targets:
         size = math.prod(gguf.quant_shape_to_byte_shape(target.shape, target.kind))
-        as_stored = np.dtype(np.float32)  # not looked at where the kind is given
+        as_stored = np.dtype(np.float32)  # unused where the kind is given
         writer.add_tensor_info(target.name, target.shape, as_stored, size, raw_dtype=target.kind)
-    # The writer would open files by name; what it writes goes to a stream that is renamed when it is whole.
-    writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY
+    # The writer opens files by name unless it is given a stream and a state.
+    writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY  # type: ignore[list-item]
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for target in targets:
         numbers = gguf.quantize(target.make().to(torch.float32).contiguous().numpy(), target.kind)
-        # As `write_tensor_data` does, whose own writing does not tell a full disk from other faults.
-        writer.write_padding(stream, stream.tell())
+        # The writer's own `write_tensor_data` does not distinguish a full disk from other errors.
+        writer.write_padding(stream, stream.tell())  # type: ignore[arg-type]
         stream.write(np.ascontiguousarray(numbers).data)
-        writer.write_padding(stream, numbers.nbytes)
+        writer.write_padding(stream, numbers.nbytes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
-    """What a file says and holds, from a folder's config and tensors."""
+class _Content:
+    """Metadata and tensors of a file, from a folder's config and weights."""
 
     decoder: Decoder
     family: Family
@@ -109,14 +128,14 @@ class _Plan:
     kind: str
 
     @classmethod
-    def of(cls, decoder: Decoder, checkpoint: Checkpoint, kind: str) -> "_Plan":
-        """Of a folder's model and its tensors; InputError where llama.cpp has no words for what it is."""
+    def of(cls, decoder: Decoder, checkpoint: Checkpoint, kind: str) -> "_Content":
+        """Return the content for a model and its tensors. Raises InputError where the family is not supported."""
         family = family_of(decoder)
         names = gguf.get_tensor_name_map(family.named_as, len(decoder.shapes()))
         return cls(decoder, family, Tensors(decoder, checkpoint, family, names, TYPES[kind][0]), kind)
 
     def describe(self, writer: GGUFWriter) -> None:
-        """Have the file say what the config says."""
+        """Write the config into the metadata of the file."""
         config, shapes, heads = self.decoder.model.config, self.decoder.shapes(), self.decoder.heads
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(Path(self.tensors.checkpoint.source).name or "model")
@@ -137,7 +156,7 @@ class _Plan:
         writer.add_value_length(heads.dim)
         if hasattr(config, "rms_norm_eps"):
             writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        rotary = self._rotary()
+        rotary = rotary_of(self.decoder.model.config)
         if rotary:
             writer.add_rope_dimension_count(int(heads.dim * rotary.get("partial_rotary_factor", 1.0)))
             writer.add_rope_freq_base(float(rotary["rope_theta"]))
@@ -152,17 +171,17 @@ class _Plan:
                 writer.add_expert_feed_forward_length(widths[0])
             if mixture.shared:
                 writer.add_expert_shared_feed_forward_length(int(getattr(config, mixture.shared_width)))
-        self.family.says(config, writer)
+        self.family.describe(config, writer)
 
     def targets(self) -> Iterator[Target]:
-        """The tensors of the file."""
-        if self._rotary().get("rope_type") == "llama3":
+        """Yield the tensors of the file."""
+        if rotary_of(self.decoder.model.config).get("rope_type") == "llama3":
             shape = (self.decoder.heads.dim // 2,)
             yield Target("rope_freqs.weight", shape, GGMLQuantizationType.F32, self._factors)
         yield from self.tensors.targets()
 
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the file."""
+        """Return sentences that the user of the file should read."""
         found, shapes, config = [], self.decoder.shapes(), self.decoder.model.config
         if any(shape.kv_heads and shape.value_dim != self.decoder.heads.dim for shape in shapes):
             found.append(
@@ -176,27 +195,30 @@ class _Plan:
             )
         if has_windows(config) and not self.family.windows:
             found.append(
-                f"llama.cpp lets tokens of a {self.family.name} model see all before them: behind the "
-                f"{config.sliding_window} of this model's sliding windows its answers are others"
+                f"llama.cpp ignores the sliding windows of a {self.family.name} model: its answers differ beyond "
+                f"{config.sliding_window} tokens"
             )
         return tuple(found)
 
-    def _rotary(self) -> dict[str, Any]:
-        """How queries and keys are rotated, in blocks that see all tokens; nothing where they are not."""
-        config = self.decoder.model.config
-        for kind in rope_types(config):
-            if kind not in LLAMA_CPP.rotary:
-                raise InputError(
-                    f"rotary embeddings scaled by {kind} are not exported to GGUF: {', '.join(LLAMA_CPP.rotary)} are"
-                )
-        rotary: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
-        return dict(rotary.get("full_attention", rotary))
-
     def _factors(self) -> Tensor:
-        """By what llama.cpp divides each frequency, for the scaling of Llama 3.1."""
+        """Return the divisors of the rotary frequencies, for the scaling of Llama 3.1."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](self.decoder.model.config, torch.device("cpu"))
         exponents = torch.arange(0, self.decoder.heads.dim, 2, dtype=torch.float64) / self.decoder.heads.dim
-        plain = float(self._rotary()["rope_theta"]) ** -exponents
+        plain = float(rotary_of(self.decoder.model.config)["rope_theta"]) ** -exponents
         return plain / scaled.double()
+
+
+def rotary_of(config: Any) -> dict[str, Any]:
+    """Return the rotary parameters of blocks that see all tokens; empty where there are none.
+
+    Raises InputError where llama.cpp does not support their scaling.
+    """
+    for kind in rope_types(config):
+        if kind not in LLAMA_CPP.rotary:
+            raise InputError(
+                f"rotary embeddings scaled by {kind} are not exported to GGUF: {', '.join(LLAMA_CPP.rotary)} are"
+            )
+    rotary: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or {})
+    return dict(rotary.get("full_attention", rotary))

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, made of those of a checkpoint when their turn comes."""
+"""Tensors of a GGUF file, made from those of a checkpoint one at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from optprune.export.gguf_families import Family
 from optprune.models import Decoder
 from optprune.models.architecture import BlockShape, rows_of_heads
 from optprune.models.checkpoint import Checkpoint, StoredTensor
-from optprune.models.skeleton import named_as_in
+from optprune.models.skeleton import with_model_names
 
 IDLE_WIDTH = 32
-"""the width of the MLP of zeros in a block that has none: under deci such a block would lose its attention, too"""
+"""width of the MLP of zeros in a block that has none: deci would skip the attention of such a block too"""
 BLOCK_OF_Q8 = 32
-"""how many numbers share a scale in q8_0: rows of another length are float16"""
+"""number of values that share a scale in q8_0: rows of other lengths are float16"""
 ROUTER = ".mlp.gate.weight"
-"""the matrix that routes tokens: like vectors it stays float32"""
+"""name of the router's matrix, which stays float32 like vectors"""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to come: its name in the file, its shape and type, and how it is made when its turn comes."""
+    """Tensor to write: name in the file, shape, type, and a function that makes it."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """The tensors of a model as a family of llama.cpp has them."""
+    """Tensors of a model in the layout of a llama.cpp family."""
 
     decoder: Decoder
     """shapes only"""
@@ -43,13 +43,13 @@ class Tensors:
     family: Family
     names: TensorNameMap
     kind: GGMLQuantizationType
-    """the type of matrices"""
+    """type of matrices"""
 
     def targets(self) -> Iterator[Target]:
-        """Them all, in the order of the checkpoint; matrices of experts behind the others."""
+        """Yield all tensors in the order of the checkpoint, matrices of experts last."""
         experts, found = dict[str, dict[int, StoredTensor]](), self._stored()
         for name, stored in found.items():
-            every, number = self._of_every_expert(name)
+            every, number = self._split_expert(name)
             if every:
                 experts.setdefault(every, {})[number] = stored
             else:
@@ -66,12 +66,12 @@ class Tensors:
                 yield from self._idle(index)
 
     def _stored(self) -> dict[str, StoredTensor]:
-        """Return what the checkpoint has of the model, by the names in it.
+        """Return the stored tensors of the model by their names in it.
 
-        Raises InputError where something is missing, or has another shape than the config says.
+        Raises InputError where a tensor is missing, or its shape differs from the config's.
         """
         known = dict(self.decoder.model.named_parameters())
-        named = named_as_in(self.decoder.model, self.checkpoint).tensors
+        named = with_model_names(self.decoder.model, self.checkpoint).tensors
         missing = sorted(known.keys() - named.keys())
         if missing:
             raise InputError(f"{missing[0]} is not among the weights of {self.checkpoint.source}: fetch them again")
@@ -81,19 +81,19 @@ class Tensors:
                     f"{name} of {self.checkpoint.source} is {list(named[name].shape)} in the weights and "
                     f"{list(weight.shape)} by config.json: fetch the folder again"
                 )
-        # Older files hold masks besides.
+        # Older files hold masks as well.
         return {name: stored for name, stored in named.items() if name in known}
 
     def _embeddings(self, found: dict[str, StoredTensor]) -> StoredTensor | None:
-        """The embeddings where they are the head, and llama.cpp wants a head of its own."""
+        """Return the embeddings where they are also the head and llama.cpp needs a separate head."""
         model = self.decoder.model
         inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
         if self.family.tied or outer is None or inner.weight is not outer.weight:
             return None
         return found[next(name for name, parameter in model.named_parameters() if parameter is inner.weight)]
 
-    def _of_every_expert(self, name: str) -> tuple[str, int]:
-        """What the matrix of an expert is called with those of all, and whose it is; "" where it is no expert's."""
+    def _split_expert(self, name: str) -> tuple[str, int]:
+        """Return the common name of an expert's matrix and the expert's number; "" and 0 for other tensors."""
         mixture = self.decoder.architecture.mixture
         before, found, after = name.partition(f".{mixture.experts}.") if mixture else (name, "", "")
         number, _, rest = after.partition(".")
@@ -104,14 +104,14 @@ class Tensors:
         shape, make = stored.shape, stored.read
         if block is not None:
             shape, make = self._of_heads(path, self.decoder.shape(block), shape, make)
-        if len(shape) == 2 and shape[0] == 1:  # a gate of one row is a vector there
+        if len(shape) == 2 and shape[0] == 1:  # llama.cpp has a vector in place of a gate with one row
             shape, make = shape[1:], _flat(make)
         if self.family.shift and len(shape) == 1:
             make = _shifted(make, self.family.shift)
         return Target(self._name(name), shape, self._kind(name, shape), make)
 
     def _path(self, name: str) -> tuple[str, int | None]:
-        """A tensor's layer, by its path in the block, and the block; the whole name and None outside of blocks."""
+        """Return the path of a tensor's layer in its block, and the block; the name and None outside of blocks."""
         blocks = f"{self.decoder.architecture.blocks}."
         if not name.startswith(blocks):
             return name, None
@@ -121,7 +121,7 @@ class Tensors:
     def _of_heads(
         self, path: str, own: BlockShape, shape: tuple[int, ...], make: Callable[[], Tensor]
     ) -> tuple[tuple[int, ...], Callable[[], Tensor]]:
-        """A layer of queries, keys or values with its rows as llama.cpp has them; an output layer with its columns."""
+        """Return shape and maker of a tensor, with the rows or columns of heads in llama.cpp's layout."""
         architecture, heads = self.decoder.architecture, self.decoder.heads
         missing = heads.dim - own.value_dim
         if path == architecture.output and missing and own.kv_heads and len(shape) == 2:
@@ -149,7 +149,7 @@ class Tensors:
         return (query.numel() + key.numel() + own.kv_heads * heads.dim, *shape[1:]), gathered
 
     def _idle(self, block: int) -> Iterator[Target]:
-        """The tensors of an MLP that adds nothing."""
+        """Yield the tensors of an MLP of zeros."""
         hidden = int(self.decoder.model.config.hidden_size)
         wide = (IDLE_WIDTH, hidden)
         shapes = {"ffn_norm": (hidden,), "ffn_gate": wide, "ffn_up": wide, "ffn_down": wide[::-1]}
@@ -182,7 +182,7 @@ def _shifted(make: Callable[[], Tensor], by: float) -> Callable[[], Tensor]:
 
 
 def _turned(make: Callable[[], Tensor], count: int) -> Callable[[], Tensor]:
-    """Rows of so many heads, in which the two halves of each head alternate, as llama.cpp rotates neighbours."""
+    """Return a maker that interleaves the two halves of each head's rows, since llama.cpp rotates neighbours."""
 
     def turned() -> Tensor:
         return make().unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""A fast tokenizer in the words of llama.cpp: its tokens with kinds and scores, and how text is cut before merging."""
+"""Vocabulary of a GGUF file, from a fast tokenizer: tokens with kinds and scores, and the pre-tokenizer's name."""
 
 import json
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ LLAMA3 = (
 QWEN2 = LLAMA3.replace("\\p{N}{1,3}", "\\p{N}")
 DIGITS = "single digits"
 CUTS = {(GPT2,): "gpt-2", (DIGITS, GPT2): "smollm", (LLAMA3,): "llama-bpe", (QWEN2,): "qwen2"}
-"""the steps in which a text is cut before bytes are merged, and llama.cpp's name for that"""
+"""llama.cpp's names of pre-tokenizers, by the steps that split a text before bytes are merged"""
 NEVER = -1000.0
-"""the score of a token that no merge makes"""
+"""score of a token that no merge produces"""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a model, by their ids, as llama.cpp knows them."""
+    """Tokens of a model by id, as llama.cpp stores them."""
 
     model: str
-    """how text becomes tokens: gpt2 (merged bytes) or llama (merged pieces with byte fallback)"""
+    """tokenizer model: gpt2 (merged bytes) or llama (merged pieces with byte fallback)"""
     cut: str
-    """the name of the steps before merging"""
+    """name of the pre-tokenizer"""
     tokens: tuple[str, ...]
     scores: tuple[float, ...]
     kinds: tuple[int, ...]
@@ -40,10 +40,13 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, size: int) -> "Vocabulary":
-        """The vocabulary of a fast tokenizer, padded to `size` tokens; InputError where llama.cpp cannot cut alike."""
+        """Return the vocabulary of a fast tokenizer, padded to `size` tokens.
+
+        Raises InputError where llama.cpp would split text differently.
+        """
         if not tokenizer.is_fast:
             raise InputError("the tokenizer has no tokenizer.json, which the export reads: save it as a fast one")
-        # Every fast tokenizer has one, which the base class does not say.
+        # Every fast tokenizer has this attribute; the base class does not declare it.
         data: Mapping[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         model = data["model"]
         if model["type"] != "BPE":
@@ -51,7 +54,7 @@ class Vocabulary:
         added = {token["id"]: token for token in data["added_tokens"]}
         names = {index: text for text, index in model["vocab"].items()}
         pieces = bool(model.get("byte_fallback"))
-        # Where pieces are merged llama.cpp goes by scores: the earlier a merge, the higher that of what it makes.
+        # llama.cpp merges pieces by score: the earlier a merge, the higher the score of its result.
         ranks = {"".join(_pair(merge)): -float(rank) for rank, merge in enumerate(model["merges"])} if pieces else {}
         tokens, scores, kinds = list[str](), list[float](), list[int]()
         for index in range(size):
@@ -71,7 +74,7 @@ class Vocabulary:
         return cls("llama" if pieces else "gpt2", cut, tuple(tokens), tuple(scores), tuple(kinds), space_first)
 
     def write(self, writer: GGUFWriter, tokenizer: Tokenizer, folder: Path) -> None:
-        """Have a file hold the vocabulary, with the special tokens and the chat template of the folder."""
+        """Write the vocabulary, the special tokens and the chat template of a folder."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.cut)
         writer.add_token_list(list(self.tokens))
@@ -79,7 +82,7 @@ class Vocabulary:
         writer.add_token_types(list(self.kinds))
         writer.add_add_space_prefix(self.space_first)
         special = SpecialVocab(folder, load_merges=self.model == "gpt2", n_vocab=len(self.tokens))
-        # What the tokenizer does counts, not what files beside it say.
+        # The tokenizer's behaviour decides, not the files beside it.
         first = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         special.add_special_token = {"bos": first, "eos": False}
         names = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
@@ -100,7 +103,7 @@ def _is_byte(text: str) -> bool:
 
 
 def _cut(pre: Mapping[str, Any] | None) -> str:
-    """The name of the steps before merging; InputError where they are none that llama.cpp is known to take alike."""
+    """Return llama.cpp's name of a pre-tokenizer. Raises InputError where none is known to split text the same way."""
     steps = list[str]()
     for step in (pre or {}).get("pretokenizers", [pre]):
         if step is None:
@@ -119,7 +122,7 @@ def _cut(pre: Mapping[str, Any] | None) -> str:
     name = CUTS.get(tuple(steps))
     if name is None:
         raise InputError(
-            f"the tokenizer cuts text by {' and '.join(steps) or 'no rule'}, which is not among the ways that are "
-            f"known to be the same in llama.cpp ({', '.join(CUTS.values())}): the model cannot be exported to GGUF"
+            f"the tokenizer splits text by {' and '.join(steps) or 'no rule'}, and none of llama.cpp's pre-tokenizers "
+            f"is known to do the same ({', '.join(CUTS.values())}): the model cannot be exported to GGUF"
         )
     return name

@@ -1,140 +1,127 @@
-"""A model folder as ONNX: one graph for all batches and lengths, with or without a key/value cache, checked by running.
+"""Exporter to ONNX: one graph for all batch sizes and lengths, with or without a key/value cache, which is run once.
 
-It stands on torch's own exporter, since optimum's is for transformers before 4.58.
+It uses torch's own exporter, since optimum's requires transformers before 4.58.
 """
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from optprune.errors import InputError, OptpruneError, is_out_of_memory, no_room
-from optprune.export.onnx_check import difference_of, without_telemetry
-from optprune.export.origin import origin_of
-from optprune.export.own_files import check_own_files
-from optprune.export.place import Scratch, check_output, delete_left_behind, missing_parents, put_in_place
+from optprune.errors import InputError, OptpruneError, is_out_of_memory
+from optprune.export.exporter import Draft, Exporter, ModelSource, OnEvent
 from optprune.export.portable import make_portable
-from optprune.models import Decoder, LoadedModel, architecture_of, load_config, load_model
+from optprune.export.source_files import origin_of
+from optprune.models import Decoder, LoadedModel, architecture_of
 from optprune.models.architecture import rope_types
-from optprune.recipe import RUNTIMES
-from optprune.system.files import real_path
-from optprune.system.interrupts import interrupts_held, record_done
+from optprune.program import RUNTIMES
 from optprune.system.wording import one_line
+from optprune.work import Work
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 FILE = "model.onnx"
-"""the name of the graph in its folder, where runtimes look for it"""
+"""name of the graph in its folder, where runtimes look for it"""
 LARGEST = 1_500_000_000
-"""the most bytes of weights that are written into the graph's own file: no such file can have over 2 GiB"""
+"""maximum number of bytes of weights in the graph's own file, which cannot have over 2 GiB"""
 TOLERANCE = 1e-3
-"""the largest difference of logits with which a graph is believed"""
+"""largest difference of logits that passes the check"""
 EXAMPLE = (2, 7, 5)
-"""the batch, the tokens and the tokens before them that the graph is traced with: all different, and none is 1"""
+"""batch size, number of tokens and of cached tokens that the graph is traced with: all different, and none is 1"""
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+"""variable that ONNX Runtime reads when it is imported: unless it is 1, it sends events, and writes an id of the
+machine into the home directory"""
+SIZES = ((1, 32, 0), (3, 17, 4))
+"""batch size, length, and length of the padding before the first text, of the inputs that are compared"""
+CACHED = "past_key_values"
 
 
-@dataclass(frozen=True)
-class OnnxFolder:
-    """A folder that was written."""
-
-    folder: Path
-    bytes: int
-    """the size of the graph with its weights"""
-    cache: bool
-    """whether the graph takes keys and values of the tokens before, and gives them"""
-    logits_difference: float
-    """the largest difference between logits of ONNX Runtime and of transformers"""
-
-
-def export_onnx(source: str | Path, output: str | Path, *, cache: bool = False, overwrite: bool = False) -> OnnxFolder:
-    """Write a model as model.onnx in float32 into a folder, with its tokenizer and configs, whole or not at all.
+@dataclass(frozen=True, kw_only=True)
+class OnnxFolder(Exporter):
+    """Folder with model.onnx in float32, the tokenizer and the configs.
 
     The inputs are `input_ids`, `attention_mask` and `position_ids` [batch, tokens], the output is `logits` [batch,
     tokens, vocabulary]. With `cache` there are also `past_key_values.N.key` and `.value` [batch, heads, before, dim],
-    whose `before` may be 0, and `present.N.key` and `.value`; N counts the blocks that have attention, and the mask
-    is then [batch, before + tokens]. Blocks may differ in shape.
+    whose `before` may be 0, and `present.N.key` and `.value`; N counts the blocks that have attention, and the mask is
+    then [batch, before + tokens]. Blocks may differ in shape.
 
-    The folder gets its name once ONNX Runtime on the CPU gives the logits that transformers gives, within 1e-3, in
-    batches and lengths other than those of the export. The model is in memory in float32, and twice more while it is
-    checked. The telemetry of ONNX Runtime is off in this process from then on. InputError where a package or a place is
-    missing, or the model's rotary embeddings go by the length.
+    The check compares the logits of ONNX Runtime on the CPU with those of transformers, in batches and lengths other
+    than those of the export. The model is in memory in float32, and twice more during the check. The telemetry of ONNX
+    Runtime is off in this process from then on.
     """
-    absent = [name for name in PACKAGES if find_spec(name) is None]
-    if absent:
-        raise InputError(
-            f"to export ONNX takes the package {absent[0]}, which is not installed: run pip install 'optprune[onnx]'"
-        )
-    without_telemetry()
-    source, output = str(source), Path(output)
-    place = real_path(output)
-    if place.suffix == ".onnx":
-        raise InputError(f"ONNX is written as a folder with {FILE} in it: name one in place of {output}")
-    if real_path(Path(source)).is_relative_to(place):
-        raise InputError(f"the output folder {output} holds the model that is read: name another")
-    check_output(output, overwrite)
-    check_own_files(source)
-    config = load_config(source)
-    family = architecture_of(config).model_type
-    if family not in RUNTIMES["onnx"].families:
-        raise InputError(
-            f"a {family} model runs other experts for other tokens, which a graph cannot: it is not exported to ONNX"
-        )
-    for kind in rope_types(config):
-        if kind not in RUNTIMES["onnx"].rotary:
-            raise InputError(
-                f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "
-                f"scalings {', '.join(RUNTIMES['onnx'].rotary)} are exported to ONNX"
+
+    name: ClassVar[str] = "onnx"
+    description: ClassVar[str] = "a folder for ONNX Runtime"
+
+    cache: bool = False
+    """whether the graph takes keys and values of earlier tokens as inputs, and returns them"""
+
+    def check_output(self, output: Path, overwrite: bool) -> None:
+        if output.suffix == ".onnx":
+            raise InputError(f"ONNX is written as a folder with {FILE} in it: name one in place of {output}")
+        super().check_output(output, overwrite)
+
+    def why_not(self, source: ModelSource) -> str | None:
+        absent = [name for name in PACKAGES if find_spec(name) is None]
+        if absent:
+            return (
+                f"to export ONNX takes the package {absent[0]}, which is not installed: run "
+                "pip install 'optprune[onnx]'"
             )
-    loaded = load_model(source, dtype="float32", device="cpu")
-    return _written(loaded, output, place, cache, overwrite)
+        family, runtime = architecture_of(source.config).model_type, RUNTIMES["onnx"]
+        if family not in runtime.families:
+            return (
+                f"a {family} model runs other experts for other tokens, which a graph cannot: it is not exported to "
+                "ONNX"
+            )
+        for kind in rope_types(source.config):
+            if kind not in runtime.rotary:
+                return (
+                    f"rotary embeddings scaled by {kind} change with the length of a text, which a graph cannot: the "
+                    f"scalings {', '.join(runtime.rotary)} are exported to ONNX"
+                )
+        if source.loaded is not None:
+            model, store = source.loaded.model, source.loaded.store
+            if store is not None or model.device.type != "cpu" or model.dtype != torch.float32:
+                return "a loaded model is exported to ONNX in float32 on the CPU only: save it, and export the folder"
+        return None
 
-
-def _written(loaded: LoadedModel, output: Path, place: Path, cache: bool, overwrite: bool) -> OnnxFolder:
-    delete_left_behind(place)
-    program, created = program_of(loaded.model, cache), missing_parents(place)
-    with interrupts_held():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Scratch(place)
-    try:
-        draft = scratch.folder / "model"
+    def write(self, source: ModelSource, draft: Path, on_event: OnEvent) -> Draft:
+        without_telemetry()
+        loaded = source.load("float32")
+        program = program_of(loaded.model, self.cache)
         draft.mkdir()
-        file = draft / FILE
-        program.save(file, external_data=_bytes_of(loaded.model) > LARGEST)
+        program.save(draft / FILE, external_data=_bytes_of(loaded.model) > LARGEST)
         del program
-        _put_beside(loaded, draft)
-        difference = difference_of(file, loaded.model, cache)
+        _write_beside(loaded, draft)
+        size = sum(part.stat().st_size for part in draft.glob(f"{FILE}*"))
+        return Draft(draft, size, f"{'with' if self.cache else 'without'} a key/value cache", expected=loaded.model)
+
+    def check(self, source: ModelSource, draft: Draft, on_event: OnEvent) -> float | None:
+        difference = difference_of(draft.path / FILE, draft.expected, self.cache)
         if not difference <= TOLERANCE:
             raise OptpruneError(
                 f"nothing was written, since the logits of ONNX Runtime differ by {difference:.3g} from those of "
                 f"transformers (at most {TOLERANCE:g} is rounding): please report this"
             )
-        size = sum(part.stat().st_size for part in draft.glob(f"{FILE}*"))
-        with interrupts_held():
-            put_in_place(draft, place, overwrite)
-            record_done(f"the exported model is in {output}")
-    except Exception as error:
-        full = no_room(error)
-        if full is None:
-            raise
-        raise InputError(f"{full}, so {output} was not written: make room and run again") from error
-    finally:
-        with interrupts_held():
-            scratch.discard()
-            for parent in () if place.exists() else created:
-                with contextlib.suppress(OSError):  # somebody else has put something into it
-                    parent.rmdir()
-    return OnnxFolder(output, size, cache, difference)
+        return difference
+
+    def work(self, source: ModelSource) -> Work:
+        weights = sum(parameter.numel() for parameter in source.shapes.model.parameters())
+        tokens = sum(batch * length for batch, length, _ in SIZES)
+        return Work(flops=2 * 2 * tokens * weights, bytes=3 * 4 * weights)
 
 
-def _put_beside(loaded: LoadedModel, draft: Path) -> None:
-    """What a runtime wants beside the graph: the configs, the tokenizer, and the licence that goes along."""
+def _write_beside(loaded: LoadedModel, draft: Path) -> None:
+    """Write the configs, the tokenizer and the licence files beside the graph."""
     loaded.model.config.save_pretrained(draft)
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(draft)
@@ -146,7 +133,7 @@ def _put_beside(loaded: LoadedModel, draft: Path) -> None:
 
 
 def program_of(model: PreTrainedModel, cache: bool) -> torch.onnx.ONNXProgram:
-    """The graph of a model in evaluation mode on the CPU, with its weights; OptpruneError where torch can make none."""
+    """Return the graph of a model in evaluation mode on the CPU. Raises OptpruneError where torch fails."""
     batch, tokens, before = EXAMPLE if cache else (*EXAMPLE[:2], 0)
     shapes = [shape for shape in Decoder(model).shapes() if shape.kv_heads]
     ids = torch.zeros(batch, tokens, dtype=torch.long)
@@ -167,7 +154,7 @@ def program_of(model: PreTrainedModel, cache: bool) -> torch.onnx.ONNXProgram:
         axes["attention_mask"] = {0: "batch", 1: "before_and_tokens"}
         axes["past"] = [({0: "batch", 2: "before"},) * 2 for _ in shapes]
         outputs += cache_names("present", len(shapes))
-    names = [*list(inputs)[:3], *(cache_names("past_key_values", len(shapes)) if cache else ())]
+    names = [*list(inputs)[:3], *(cache_names(CACHED, len(shapes)) if cache else ())]
     with _quietly(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -189,12 +176,12 @@ def program_of(model: PreTrainedModel, cache: bool) -> torch.onnx.ONNXProgram:
 
 
 def cache_names(of: str, blocks: int) -> list[str]:
-    """The names of the keys and values of the blocks that have attention."""
+    """Return the names of the keys and values of the blocks that have attention."""
     return [f"{of}.{block}.{part}" for block in range(blocks) for part in ("key", "value")]
 
 
 class _Graph(nn.Module):
-    """A model as a function of tensors alone."""
+    """Model as a function of tensors alone."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -224,7 +211,7 @@ def _bytes_of(model: PreTrainedModel) -> int:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the exporter says of packages that are not there and of torch's own future."""
+    """Silence the exporter's messages about missing packages and its own deprecations for the context."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -234,3 +221,70 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+def difference_of(file: Path, model: PreTrainedModel, cache: bool) -> float:
+    """Return the largest difference of logits between a graph and its model in float32 and evaluation mode, or NaN.
+
+    The second batch begins with padding. With a `cache` the graph reads a text in three parts, the first with an empty
+    cache and the last of one token, and transformers reads it at once.
+    """
+    session = _session(file)
+    found = [_largest(session, model, cache, ids, mask) for ids, mask in _texts(model)]
+    return float(torch.tensor(found).max())
+
+
+def without_telemetry() -> None:
+    """Switch the telemetry of ONNX Runtime off: call this before anything imports onnxruntime."""
+    os.environ[TELEMETRY] = "1"
+
+
+def _session(file: Path) -> Any:
+    without_telemetry()
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()  # in case other code has imported it before
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _texts(model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield token ids [batch, length] drawn from the vocabulary, and masks that are 0 for padding."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, limit = model.config.vocab_size, getattr(model.config, "max_position_embeddings", None)
+    for batch, most, padding in SIZES:
+        length = min(most, limit or most)
+        mask = torch.ones(batch, length, dtype=torch.long)
+        mask[0, : min(padding, length - 1)] = 0
+        yield torch.randint(vocabulary, (batch, length), generator=generator), mask
+
+
+def _largest(session: Any, model: PreTrainedModel, cache: bool, ids: Tensor, mask: Tensor) -> float:
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        # Without padding, transformers numbers the positions itself.
+        own = {"attention_mask": mask, "position_ids": positions} if not bool(mask.all()) else {}
+        expected = model(input_ids=ids, use_cache=False, **own).logits
+    length = ids.shape[1]
+    ends = sorted({length // 2, length - 1, length} - {0}) if cache else [length]
+    parts, past, begin = list[Tensor](), _empty_cache(session, len(ids)), 0
+    names = [output.name for output in session.get_outputs()]
+    for end in ends:
+        feed = {
+            "input_ids": ids[:, begin:end].numpy(),
+            "attention_mask": mask[:, :end].numpy(),
+            "position_ids": positions[:, begin:end].numpy(),
+        }
+        outputs = dict(zip(names, session.run(names, feed | past), strict=True))
+        parts.append(torch.from_numpy(outputs.pop("logits")))
+        past = {name.replace("present", CACHED, 1): value for name, value in outputs.items()}
+        begin = end
+    return float((torch.cat(parts, dim=1) - expected)[mask.bool()].abs().max())
+
+
+def _empty_cache(session: Any, batch: int) -> dict[str, Any]:
+    """Return keys and values of no tokens, by input name."""
+    past = [one for one in session.get_inputs() if one.name.startswith(f"{CACHED}.")]
+    return {one.name: torch.zeros(batch, one.shape[1], 0, one.shape[3]).numpy() for one in past}

@@ -1,27 +1,25 @@
-"""The place of an output: whether one can be written there, drafts beside it, how a draft takes the place."""
+"""Place of an output: whether it can be written, scratch folders beside it, and how a draft takes the place."""
 
 import contextlib
 import glob
 import os
 import re
 import shutil
-import stat
 import tempfile
 import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from optprune.errors import InputError, OptpruneError
-from optprune.system.files import is_draft, is_own_file, is_own_folder, real_path
+from optprune.system.files import is_own_file, is_own_folder, real_path
 from optprune.system.wording import shown
 
 UNCHECKED = ".unchecked"
-"""the end of the name of a folder that was not seen to load"""
+"""end of the name of a folder that failed its check"""
 LOCK = ".optprune-draft"
-"""the name of a file in a draft: the process that writes the draft holds a lock on it, which ends with the process"""
+"""name of the file in a scratch folder that its process holds a lock on; the lock ends with the process"""
 MODEL_FILES = re.compile(
     r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
     r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
@@ -29,7 +27,7 @@ MODEL_FILES = re.compile(
 )
 """the names that files of a saved folder may have"""
 GRAPH_FILES = re.compile(r"model\.onnx(\..+|_data)?")
-"""the names that an exported graph may have beside them"""
+"""the names that files of an exported graph may have"""
 
 
 def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = ()) -> None:
@@ -57,13 +55,28 @@ def check_output(folder: str | Path, overwrite: bool, files: Collection[str] = (
         _check_all_known(folder, place, files)
         if not os.access(place, os.W_OK):
             raise InputError(f"the output folder {folder} cannot be replaced: it is not writable")
+    _check_parent(f"the output folder {folder}", place)
+
+
+def check_output_file(file: str | Path, overwrite: bool) -> None:
+    """Raise InputError unless the output file can be written: call it before the long work."""
+    place = real_path(Path(file))
+    if place.is_dir():
+        raise InputError(f"the output {file} is a folder: name a file")
+    if place.exists() and not overwrite:
+        raise InputError(f"the file {file} exists: choose another, or pass --overwrite to replace it")
+    _check_parent(f"the output {file}", place)
+
+
+def _check_parent(described: str, place: Path) -> None:
+    """Raise InputError where no file or folder can be made at this place."""
     parent = place.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
-        raise InputError(f"the output folder {folder} cannot be created: {parent} is not a folder")
+        raise InputError(f"{described} cannot be created: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
-        raise InputError(f"the output folder {folder} cannot be created: {parent} is not writable")
+        raise InputError(f"{described} cannot be created: {parent} is not writable")
 
 
 def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
@@ -78,17 +91,17 @@ def _check_all_known(folder: Path, place: Path, files: Collection[str]) -> None:
 
 
 def missing_parents(place: Path) -> list[Path]:
-    """The parents of an output that do not exist yet, innermost first."""
+    """Return the parents of an output that do not exist yet, innermost first."""
     return [parent for parent in place.parents if not parent.exists()]
 
 
 class Scratch:
-    """A folder beside an output, which goes when it is discarded, or at the latest when nothing refers to it."""
+    """Folder beside an output, which is deleted by `discard`, or at the latest when nothing refers to it."""
 
     def __init__(self, place: Path) -> None:
-        # For `_discard`, should there be none left by then. First, so that no folder is made when there is none now.
+        # A spare file descriptor for `_discard`, opened first so that no folder is made when there is none left.
         spare = os.open(os.devnull, os.O_RDONLY)
-        # A sibling, so that the rename at the end stays within one file system.
+        # A sibling of the output, so that the rename at the end stays within one file system.
         self.folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         self._lock = FileLock(self.folder / LOCK)
         self.discard = weakref.finalize(self, _discard, self.folder, self._lock, spare)
@@ -96,7 +109,7 @@ class Scratch:
 
 
 def left_behind(place: Path) -> list[Path]:
-    """Return the drafts of an output that no process is at work on any more: those of runs that were killed."""
+    """Return the scratch folders of an output whose processes were killed."""
     return [
         folder
         for folder in sorted(place.parent.glob(f".{glob.escape(place.name)}.????????"))
@@ -105,14 +118,14 @@ def left_behind(place: Path) -> list[Path]:
 
 
 def delete_left_behind(place: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
-    """Delete the drafts of an output that killed runs have left, and say so."""
+    """Delete the scratch folders of an output whose processes were killed, and say so."""
     for folder in left_behind(place):
         say(f"deleting {folder}, which a run that was killed has left behind")
         discard(folder)
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process is at work on a folder."""
+    """Return whether a process holds the lock of a scratch folder."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -123,7 +136,7 @@ def in_use(folder: Path) -> bool:
 
 
 def discard(folder: Path) -> None:
-    """Delete as much of a folder as can be, with one file descriptor at a time: shutil.rmtree needs more."""
+    """Delete as much of a folder as possible with one file descriptor at a time: shutil.rmtree needs more."""
     with contextlib.suppress(OSError):
         for path in list(folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
@@ -140,7 +153,7 @@ def _discard(folder: Path, lock: BaseFileLock, spare: int) -> None:
 
 
 def set_aside(draft: Path, place: Path) -> Path:
-    """Give a draft a name beside its place which says that it was not seen to load, and return that."""
+    """Rename a draft to NAME.unchecked beside its place, or NAME.unchecked-2 and so on, and return the new path."""
     number, unchecked = 1, place.with_name(f"{place.name}{UNCHECKED}")
     while unchecked.exists() or unchecked.is_symlink():
         number += 1
@@ -149,61 +162,46 @@ def set_aside(draft: Path, place: Path) -> Path:
     return unchecked
 
 
-def put_in_place(draft: Path, folder: Path, overwrite: bool) -> None:
-    """Rename a draft to the folder; a folder that was there is deleted after that, and put back if it fails."""
-    old = folder.with_name(f".{folder.name}.{draft.parent.name.rpartition('.')[2]}.old")
-    replaced = folder.exists()
+def put_in_place(draft: Path, place: Path, overwrite: bool) -> None:
+    """Rename a draft to its place. An old folder there is deleted after that, and put back if the rename fails."""
+    if draft.is_file():
+        if overwrite:
+            draft.replace(place)
+        else:
+            _name_anew(draft, place)
+        return
+    old = place.with_name(f".{place.name}.{draft.parent.name.rpartition('.')[2]}.old")
+    replaced = place.exists()
     if replaced:
-        # Somebody else may have made it meanwhile.
-        check_output(folder, overwrite, [path.name for path in draft.iterdir()])
-        folder.rename(old)
+        # Another process may have made it meanwhile.
+        check_output(place, overwrite, [path.name for path in draft.iterdir()])
+        place.rename(old)
     try:
-        draft.rename(folder)
+        draft.rename(place)
     except BaseException as error:
         if replaced:
             try:
-                old.rename(folder)
+                old.rename(place)
             except OSError:
                 raise OptpruneError(
-                    f"{folder} could not be replaced ({error}): the model that was there is now in {old}"
+                    f"{place} could not be replaced ({error}): the model that was there is now in {old}"
                 ) from error
         raise
     if replaced:
-        # Whatever cannot be deleted of the old folder, the new one is there.
+        # The new folder is in place, even if parts of the old one cannot be deleted.
         shutil.rmtree(old, ignore_errors=True)
 
 
-def hold_draft(stream: BinaryIO) -> None:
-    """Lock a draft for as long as it is open: call it before the first byte is written."""
-    with contextlib.suppress(OSError, ImportError):  # without locks `delete_left_drafts` deletes nothing either
-        import fcntl
-
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def delete_left_drafts(target: Path) -> None:
-    """Delete the drafts of a target that no process is writing.
-
-    They are regular files beside it, by the names that `exclusive_draft` gives. An empty one may be about to be locked.
-    """
-    for draft in sorted(target.parent.iterdir() if target.parent.is_dir() else ()):
-        if is_draft(draft.name, target.name) and _is_left(draft):
-            with contextlib.suppress(OSError):
-                draft.unlink()
-
-
-def _is_left(draft: Path) -> bool:
-    """Return whether a draft is a regular file with bytes in it that no process has locked."""
-    with contextlib.suppress(OSError, ImportError):
-        import fcntl
-
-        number = os.open(draft, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            told = os.fstat(number)
-            if not stat.S_ISREG(told.st_mode) or not told.st_size or told.st_nlink > 1:
-                return False
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        finally:
-            os.close(number)
-    return False
+def _name_anew(draft: Path, file: Path) -> None:
+    """Rename a draft to a name that no file has. Raises InputError where a file has it."""
+    there = InputError(f"{file} is there since another command wrote it meanwhile: pass --overwrite to replace it")
+    try:
+        os.link(draft, file, follow_symlinks=False)  # unlike a rename, this replaces nothing
+    except FileExistsError:
+        raise there from None
+    except OSError:  # a file system without links
+        if file.exists() or file.is_symlink():
+            raise there from None
+        draft.rename(file)
+    else:
+        draft.unlink()

@@ -1,4 +1,4 @@
-"""What a saved folder says to other readers: to transformers 4.57 too, and of no code but what lies in the folder."""
+"""Portability of saved folders: configs that transformers 4.57 reads too, and that refer to no code elsewhere."""
 
 import json
 import re
@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from optprune.models.registry import architecture_named
 
 ROTARY = ("rope_theta", "partial_rotary_factor")
-"""what transformers 5 keeps among the parameters of rotary embeddings, and 4.x beside them"""
+"""fields that transformers 5 has in `rope_parameters`, and 4.x beside `rope_scaling`"""
 OF_ITS_CLASS = ("model_input_names", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
-"""what a tokenizer may have from its class only"""
+"""attributes that a tokenizer may inherit from its class only"""
 
 
 def make_portable(folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Rewrite config.json and tokenizer_config.json of a folder that transformers 5 has just written."""
+    """Rewrite config.json and tokenizer_config.json of a folder that transformers 5 has written."""
     own = {file.stem for file in folder.glob("*.py")}
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
@@ -25,14 +25,14 @@ def make_portable(folder: Path, tokenizer: Tokenizer | None) -> None:
         fields = json.loads(file.read_text(encoding="utf-8"))
         _keep_own_code(fields, own)
         if name == "config.json":
-            _say_config(fields)
+            _add_older_fields(fields)
         elif tokenizer is not None and tokenizer.is_fast:
-            _say_tokenizer(fields, tokenizer)
+            _set_tokenizer(fields, tokenizer)
         file.write_text(json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _say_config(fields: dict[str, Any]) -> None:
-    """Say the dtype and the rotary embeddings in the words of 4.x too, which otherwise takes its defaults silently."""
+def _add_older_fields(fields: dict[str, Any]) -> None:
+    """Add the fields of 4.x for the dtype and the rotary embeddings, where 4.x would silently use its defaults."""
     if "dtype" in fields:
         fields["torch_dtype"] = fields["dtype"]
     older = architecture_named(fields.get("model_type"), fields).older_names
@@ -52,21 +52,21 @@ def _say_config(fields: dict[str, Any]) -> None:
         fields["original_max_position_embeddings"] = rotary["original_max_position_embeddings"]
 
 
-def _say_tokenizer(fields: dict[str, Any], tokenizer: Any) -> None:
-    """Name the class that does what tokenizer.json says, which 4.x and 5 both know, and the rest in the words of 4.x.
+def _set_tokenizer(fields: dict[str, Any], tokenizer: Any) -> None:
+    """Set the class that follows tokenizer.json in 4.x and 5 alike, and the fields of 4.x.
 
-    Other classes are not the same in both: Llama's in 4.x begins with a token whatever tokenizer.json says.
+    Other classes differ between the two: Llama's in 4.x adds a first token whatever tokenizer.json says.
     """
     fields |= {"tokenizer_class": "PreTrainedTokenizerFast"} | {name: getattr(tokenizer, name) for name in OF_ITS_CLASS}
     if "extra_special_tokens" in fields:
         fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     first = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    if "add_prefix_space" in first:  # 4.x sets it to what stands here, or to false
+    if "add_prefix_space" in first:  # 4.x sets it from this file, or to false
         fields["add_prefix_space"] = first["add_prefix_space"]
 
 
 def _keep_own_code(fields: dict[str, Any], own: set[str]) -> None:
-    """Drop what names code elsewhere, such as the first owner's: who trusts this folder trusts no other."""
+    """Remove references to code outside of the folder: trusting this folder must not mean trusting another."""
     fields.pop("custom_pipelines", None)
     listed = fields.pop("auto_map", None)
     if isinstance(listed, dict):
@@ -75,7 +75,7 @@ def _keep_own_code(fields: dict[str, Any], own: set[str]) -> None:
 
 
 def _lies_in(where: Any, own: set[str]) -> bool:
-    """Whether an entry, MODULE.CLASS or a list of such, names these modules; REPOSITORY--MODULE.CLASS is elsewhere."""
+    """Return whether an entry, MODULE.CLASS or a list of them, names these modules; REPOSITORY--... does not."""
     entries = where if isinstance(where, list) else [where]
     found = [re.fullmatch(r"(\w+)\.\w+", str(entry), re.ASCII) for entry in entries if entry is not None]
     return all(match is not None and match[1] in own for match in found)

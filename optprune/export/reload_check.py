@@ -1,11 +1,11 @@
-"""Run as a script in a fresh process: reload a model folder and compare its logits with recorded ones.
+"""Script for a fresh process: load a model folder, and compare its logits with recorded ones.
 
 usage: python -P reload_check.py TASK
 
-TASK is JSON: the folder, the record of token ids and logits, the number of threads, the import path of the process that
-saved the folder, where the model's parts are to be ("disk" for what is read when it runs), and a scratch folder. It
-stands for a user without optprune: importing optprune is an error, and code in the folder, which optprune wrote a
-moment ago, is trusted.
+TASK is JSON: the folder, the file with token ids and logits, the number of threads, the import path of the process that
+saved the folder, the device map ("disk" for blocks that are read when they run), and a scratch folder. The script takes
+the part of a user without optprune: importing optprune is an error. Code in the folder, which optprune has just
+written, is trusted.
 """
 
 import json
@@ -15,11 +15,11 @@ import threading
 from pathlib import Path
 
 CANNOT_IMPORT = 3
-"""the exit status where torch, safetensors or transformers cannot be imported"""
+"""exit status where torch, safetensors or transformers cannot be imported"""
 
 
 def main(words: str) -> None:
-    """Print lines of JSON: the blocks that are done, from none on when it is loaded, and the difference of logits."""
+    """Print lines of JSON: the number of blocks done, first 0 for a loaded model, then the difference."""
     task = json.loads(words)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.path[:] = task["paths"]
@@ -58,7 +58,7 @@ def main(words: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait for the end of the standard input, which comes when the parent is gone, however it went."""
+    """Exit when the standard input closes, which happens when the parent has ended for any reason."""
     while os.read(0, 1):
         pass
     os._exit(1)

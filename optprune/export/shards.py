@@ -1,4 +1,4 @@
-"""Weights files: a model's tensors in safetensors shards and an index, written with one block in memory at a time."""
+"""Weights files: safetensors shards and their index, written with one block in memory at a time."""
 
 import json
 import os
@@ -21,16 +21,16 @@ MAX_SHARD_SIZE = "5GB"
 
 @dataclass(frozen=True)
 class Shard:
-    """A weights file to be."""
+    """Weights file to write."""
 
     names: tuple[str, ...]
     """the names of its tensors"""
     made: Path | None = None
-    """a file that holds just these already"""
+    """an existing file with exactly these tensors"""
 
 
 def size_of(text: str) -> int:
-    """The bytes that a size such as 5GB stands for, as transformers counts them; InputError when it is none."""
+    """Return the bytes of a size such as 5GB, as transformers counts them. Raises InputError for other text."""
     number, unit = text[:-2].strip(), text[-2:].upper()
     with suppress(ValueError):
         if unit in UNITS and float(number) * UNITS[unit] >= 1:
@@ -45,10 +45,10 @@ def write_weights(
     made: Sequence[Path] = (),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write a model's tensors into a folder, in files of at most so many bytes unless one tensor has more.
+    """Write a model's tensors into a folder, in files of at most `most` bytes unless one tensor has more.
 
-    Where one file is not enough, files `made` that hold a block each, under its names, are linked and not copied.
-    `on_tensor` hears how many tensors are written, and of how many.
+    Where one file is not enough, files `made` that hold a block each, under its names, are linked instead of copied.
+    `on_tensor` is called with the number of tensors written and the number of all tensors.
     """
     tensors, done = _tensors(decoder), 0
 
@@ -58,7 +58,7 @@ def write_weights(
         on_tensor(done, len(tensors))
 
     written(0)
-    # Such a file holds matrices as they are in memory.
+    # These files hold matrices as they are in memory, not transposed.
     shards = _shards(tensors, most, () if decoder.architecture.transposed else made)
     names = [SAFE_WEIGHTS_NAME]
     if len(shards) > 1:
@@ -83,7 +83,7 @@ def write_weights(
 
 
 def _tensors(decoder: Decoder) -> dict[str, Tensor]:
-    """What a folder holds: every parameter once, however many names it has, and the buffers that are kept."""
+    """Return the tensors of a folder: every parameter once, under one of its names, and the persistent buffers."""
     model = decoder.model
     parameters, state = dict(model.named_parameters()), model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in state}
@@ -113,7 +113,7 @@ def _shards(tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> l
 
 
 def _ready(tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> Iterator[Shard]:
-    """The files that can stay as they are: not too large, and of tensors as they are to be."""
+    """Yield the existing files that can be linked: not too large, with tensors of the right shapes and dtypes."""
     for file in made:
         if file.is_file():
             stored = stored_tensors(file, str(file.parent))
@@ -126,7 +126,7 @@ def _ready(tensors: Mapping[str, Tensor], most: int, made: Sequence[Path]) -> It
 
 
 def _linked(file: Path, name: Path) -> bool:
-    """Whether the file could be given a second name, which costs no room."""
+    """Give the file a second name, which takes no space, and return whether that worked."""
     with suppress(OSError):
         os.link(file, name)
         return True
@@ -134,7 +134,7 @@ def _linked(file: Path, name: Path) -> bool:
 
 
 def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tensor: Callable[[], None]) -> None:
-    """Write a file; of blocks that are on the disk, one at a time is in memory. Hears of each tensor."""
+    """Write a file. Of blocks that are on the disk, one at a time is in memory."""
     places = {f"{decoder.block_name(index)}.": index for index in range(len(decoder.blocks))}
 
     def values() -> Iterator[Tensor]:
@@ -157,10 +157,10 @@ def _write(decoder: Decoder, file: Path, tensors: Mapping[str, Tensor], on_tenso
 
 
 def _stored(decoder: Decoder, name: str) -> str:
-    """What a file calls a tensor: of classes of ours it has the name that it has in the model."""
+    """Return the name of a tensor in a file; it is that in the model, except for stock classes."""
     return decoder.architecture.checkpoint_name(name) if is_stock(decoder.model.config) else name
 
 
 def _turned(decoder: Decoder, name: str, tensor: Tensor) -> Tensor:
-    """A tensor as a file holds it."""
+    """Return a tensor in the layout of the file."""
     return tensor.t() if decoder.architecture.is_transposed(name) else tensor

@@ -275,7 +275,9 @@ class Architecture:
     def check_divisible(self, count: str, request: str) -> None:
         """Raise InputError where a count of a block's shape cannot be lowered; `request` says in words who asks."""
         if count in self.indivisible:
-            raise InputError(f"{request}, but of a {self.model_type} model all stay or none: {self.indivisible[count]}")
+            raise InputError(
+                f"{request}, but a {self.model_type} model keeps all or none of them: {self.indivisible[count]}"
+            )
 
     def check_kept(self, count: str, kept: int, request: str) -> None:
         """Raise InputError where a block cannot keep so many, more than zero, of a count of its shape."""

@@ -21,62 +21,63 @@ from optprune.system.wording import shown
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 LONGEST_HEADER = 100_000_000
-"""the most bytes of a header: safetensors itself reads no longer one"""
+"""the most bytes of a header that safetensors reads"""
 FETCH = "fetch it again"
 ENDING = ".safetensors"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a file."""
+    """The location of a tensor in a file."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """the place of the first byte, from the beginning of the file"""
-    turned: bool = False
-    """whether the file has it transposed"""
+    """the offset of the first byte in the file"""
+    stored_transposed: bool = False
+    """whether the file holds the transposed matrix"""
     version: tuple[int, int, int] | None = None
-    """which file it was when its header was read, and as of when; None is whichever it is now"""
+    """the identity and time of the file when its header was read; None accepts the file as it is now"""
 
     def transposed(self) -> "StoredTensor":
-        """The same matrix as [out, in], where the file has [in, out]."""
-        return replace(self, shape=self.shape[::-1], turned=not self.turned)
+        """Return the same matrix as [out, in], where the file has [in, out]."""
+        return replace(self, shape=self.shape[::-1], stored_transposed=not self.stored_transposed)
 
     @property
     def bytes(self) -> int:
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor in memory of its own: a map of the file would count as this process's memory, all of it."""
+        """Return the tensor in new memory: a memory map of the whole file would count as this process's memory."""
         data = torch.empty(self.bytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             if self.version not in (None, _version(file)):
                 raise InputError(
-                    f"{self.file.name} has been written to since its header was read, so that its weights are not of "
-                    "one model: begin again, and leave it as it is meanwhile"
+                    f"{self.file.name} has been written to since its header was read, so that its weights may be "
+                    "of two models: begin again, and do not write to it during the run"
                 )
             file.seek(self.begin)
             if file.readinto(data.numpy().data) != self.bytes:
                 raise InputError(f"{self.file.name} is cut short: {FETCH}")
         found = data.view(self.dtype)
-        return found.reshape(self.shape[::-1]).t() if self.turned else found.reshape(self.shape)
+        return found.reshape(self.shape[::-1]).t() if self.stored_transposed else found.reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """The tensors of a model's safetensors files, by name; nothing of them is held."""
+    """The tensors of a model's safetensors files by name; their values are read on demand."""
 
     source: str
-    """the name that the user calls it by"""
+    """the source as the user named it"""
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
     def open(cls, folder: str | Path, source: str = "") -> "Checkpoint":
-        """The weights in a model folder (or of a hub name), of one file or of shards named by an index.
+        """Return the weights in a model folder (or of a hub name), in one file or in the shards of an index.
 
-        InputError for anything but safetensors of the folder's own, and for files that are not whole.
+        InputError for anything but safetensors in the folder itself, and for files that are not whole.
         """
         source = source or str(folder)
         tensors: dict[str, StoredTensor] = {}
@@ -92,20 +93,20 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold them."""
+        """The files that hold the tensors."""
         return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most models have one of: that of the first tensor."""
+        """The dtype of the first tensor; most models have one dtype."""
         return next((tensor.dtype for tensor in self.tensors.values()), torch.float32)
 
     def read(
         self, prefix: str, names: Iterable[str] | None = None, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """The tensors below a prefix such as "model.layers.3", by what follows it; all of them, or those named.
+        """Return the tensors below a prefix such as "model.layers.3", all or those named, by the rest of their names.
 
-        In their own dtype, or in another. InputError, with its name, where one of them holds NaN or infinity.
+        They are converted to `dtype` where one is given. InputError where one of them holds NaN or infinity.
         """
         if names is None:
             names = [name.removeprefix(f"{prefix}.") for name in self.tensors if name.startswith(f"{prefix}.")]
@@ -125,9 +126,9 @@ def check_finite(name: str, tensor: Tensor, source: str) -> None:
 
 
 def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
-    """What a safetensors file holds, by its header; InputError where that is not whole, or not of plain floats.
+    """Return the tensors that a safetensors file's header lists; InputError where it is damaged or lists other dtypes.
 
-    The tensors fill the file: there is nothing between two of them, and nothing behind the last one.
+    The tensors must fill the file, with no bytes between them or behind the last one.
     """
     what = f"{file.name} of {source}"
     with file.open("rb") as stream:
@@ -162,9 +163,9 @@ def stored_tensors(file: Path, source: str) -> dict[str, StoredTensor]:
 
 
 def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], values: Iterable[Tensor] | None = None) -> None:
-    """Write tensors as a safetensors file does, without a copy of them all.
+    """Write tensors in the format of a safetensors file, one at a time.
 
-    Where they are read one after the other, `tensors` may be on the meta device, and `values` gives what they hold.
+    `tensors` may be on the meta device; then `values` gives their contents in the same order.
     """
     kinds = {dtype: name for name, dtype in FLOATS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -182,9 +183,9 @@ def write_tensors(stream: BinaryIO, tensors: Mapping[str, Tensor], values: Itera
 
 
 def _version(stream: BinaryIO) -> tuple[int, int, int]:
-    """Which file a stream reads, how many bytes it has, and when it was written to last."""
-    told = os.fstat(stream.fileno())
-    return told.st_ino, told.st_size, told.st_mtime_ns
+    """Return the inode of a stream's file, its size in bytes, and the time of its last change."""
+    status = os.fstat(stream.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _stored(file: Path, what: str, entry: Any, data: int, version: tuple[int, int, int]) -> StoredTensor:
@@ -204,7 +205,7 @@ def _stored(file: Path, what: str, entry: Any, data: int, version: tuple[int, in
 
 
 def check_weights_named(config: PretrainedConfig, source: str) -> None:
-    """Raise InputError when a config names the file of its weights, which may be anywhere and of any kind."""
+    """Raise InputError where a config names the file of its weights, which could be anywhere and in any format."""
     named = getattr(config, "transformers_weights", None)
     if named is not None:
         raise InputError(
@@ -214,21 +215,21 @@ def check_weights_named(config: PretrainedConfig, source: str) -> None:
 
 
 def has_weights(source: str) -> bool:
-    """Whether a model source is more than a folder with a config."""
+    """Return whether a model source holds weights, and not just a config."""
     return not Path(source).is_dir() or any(Path(source).glob(f"*{ENDING}"))
 
 
 def check_weights_files(source: str, where: str) -> None:
-    """Raise InputError when a folder or hub name would have its weights read from anything but safetensors of its own.
+    """Raise InputError where the weights of a folder or hub name are not safetensors files of its own.
 
-    Shards may be links, as in the hub's cache; what leads out of the folder is a name with a path.
+    Shards may be links, as in the hub's cache, but their names may not lead out of the folder.
     """
     if own_or_cached(where, SAFE_WEIGHTS_NAME) is None:  # the index is not read then
         _shards(source, where)  # from_pretrained says what is missing
 
 
 def weights_files(source: str, where: str) -> list[Path]:
-    """The safetensors files that hold the weights of a folder or hub name; InputError where one of them is missing."""
+    """Return the safetensors files of a folder or hub name; InputError where one of them is missing."""
     whole = own_or_cached(where, SAFE_WEIGHTS_NAME)
     if whole is not None:
         return [Path(whole)]
@@ -241,7 +242,7 @@ def weights_files(source: str, where: str) -> list[Path]:
 
 
 def _shards(source: str, where: str) -> list[str]:
-    """The names of the shards that an index names, which are safetensors of the folder's own; none without one."""
+    """Return the shards named by an index, which must be safetensors in the folder itself; none without an index."""
     index = own_or_cached(where, SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
@@ -264,7 +265,7 @@ def _shards(source: str, where: str) -> list[str]:
 
 
 def own_or_cached(where: str, name: str) -> str | None:
-    """Return the path of a file of a model folder or hub name; None where there is none, or the hub is out of reach."""
+    """Return the path of a file of a model folder or hub name; None where it or the hub is not found."""
     return cached_file(
         where, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )

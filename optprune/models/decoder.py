@@ -121,9 +121,9 @@ class Decoder:
         return parameters_in(self.computes_in, *self.after_blocks())
 
     @property
-    def aside(self) -> Place:
+    def offload(self) -> Place:
         """The place of tensors that are not needed for a while: a file where blocks are read from files."""
-        return self.states if self.store is None or isinstance(self.states, InFile) else self.store.aside
+        return self.states if self.store is None or isinstance(self.states, InFile) else self.store.offload
 
     @contextmanager
     def running(self) -> Iterator[None]:

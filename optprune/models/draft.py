@@ -1,4 +1,4 @@
-"""Drafts: descriptions of an architecture that are traced, or written by hand, and stand in a YAML file."""
+"""Drafts: descriptions of an architecture in a YAML file, traced or written by hand."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
 
 DRAFT_FIELD = "optprune_architecture"
-"""the config field that carries a draft, so that a model and the folder it is saved in say what they were read by"""
+"""the config field that holds a draft, so that a model and its saved folder record how they were read"""
 OF_STOCK = "the stock class cannot hold fewer, and a draft has no class of its own: prune units mlp"
 
 
@@ -34,9 +34,9 @@ class NotUnderstood:
 
 @dataclass(frozen=True)
 class Draft:
-    """What `Architecture` says, as far as plain data can; fields of the same name mean the same.
+    """The part of an `Architecture` that is plain data; fields of the same name mean the same.
 
-    A draft has no classes of its own: the blocks of what is pruned by it are alike, as stock classes hold them.
+    A draft has no pruned classes: after pruning the blocks are alike, as the stock classes require.
     """
 
     model_type: str
@@ -68,11 +68,11 @@ class Draft:
     logits_factor: str = ""
     logits_cap: str = ""
     not_understood: tuple[NotUnderstood, ...] = ()
-    """what keeps it from being used"""
+    """the modules without a place; a draft that has any cannot be used"""
 
     @classmethod
     def from_dict(cls, data: Any, where: str) -> "Draft":
-        """A draft from plain data; InputError, with the field, where that is none. `where` says what it is from."""
+        """Return a draft from plain data; InputError that names a wrong field. `where` names the data's origin."""
         if not isinstance(data, dict):
             raise InputError(f"{where} holds no fields and values: write a draft by optprune inspect")
         known = {each.name for each in fields(cls)}
@@ -88,7 +88,7 @@ class Draft:
 
     @classmethod
     def read(cls, file: str | Path) -> "Draft":
-        """A draft from a YAML file, as `optprune inspect` writes it; InputError where it cannot be used."""
+        """Return a draft from a YAML file, as `optprune inspect` writes it; InputError where it cannot be used."""
         where = f"the architecture file {file}"
         try:
             text = Path(file).read_text(encoding="utf-8")
@@ -97,15 +97,15 @@ class Draft:
         return cls.from_dict(read_yaml(text, where), where)
 
     def to_dict(self) -> dict[str, Any]:
-        """It as plain data, as JSON has it."""
+        """Return it as plain data that JSON can hold."""
         return json.loads(json.dumps(asdict(self)))
 
     def to_yaml(self) -> str:
-        """It as YAML, in the order of its fields."""
+        """Return it as YAML, in the order of its fields."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
     def architecture(self) -> Architecture:
-        """The description that models are read by; InputError where something is not understood."""
+        """Return the architecture; InputError where something is not understood."""
         if self.not_understood:
             first, more = self.not_understood[0], len(self.not_understood) - 1
             others = f" (and {more} more)" if more else ""
@@ -116,7 +116,7 @@ class Draft:
         return _architecture(json.dumps(self.to_dict(), sort_keys=True))
 
     def put_into(self, config: PretrainedConfig) -> None:
-        """Let a config say that its model is read by this draft; InputError where it is of another kind."""
+        """Record this draft in the config of a model that it describes; InputError where it describes another."""
         if config.model_type != self.model_type:
             raise InputError(
                 f"the architecture file describes {self.model_type} models, and this one is a {config.model_type}: "
@@ -127,14 +127,14 @@ class Draft:
 
 
 def draft_in(config: PretrainedConfig | Mapping[str, Any] | None) -> Draft | None:
-    """The draft that a config, or what config.json holds, carries, where it does."""
+    """Return the draft in a config or in the contents of config.json, or None."""
     found = config.get(DRAFT_FIELD) if isinstance(config, Mapping) else getattr(config, DRAFT_FIELD, None)
     return None if found is None else Draft.from_dict(found, f"{DRAFT_FIELD} in the config")
 
 
 @lru_cache(maxsize=32)
 def _architecture(text: str) -> Architecture:
-    """One object for each draft, so that models read by the same one are of the same architecture."""
+    """Return one object for each draft, so that models read by the same draft have the same architecture."""
     draft = Draft.from_dict(json.loads(text), "the draft")
     own = asdict(draft) | {"recoverable": draft.recoverable, "stages": draft.stages}
     for name in ("not_understood", "ends_with_norm", "heads", "indivisible"):
@@ -150,7 +150,7 @@ def _architecture(text: str) -> Architecture:
 
 
 def heads_from_fields(names: Mapping[str, str], config: PretrainedConfig) -> Heads:
-    """The head layout that a config says in the fields of these names: without KV heads every query has its own."""
+    """Return the head layout from config fields of these names; without one for KV heads there is one a query head."""
     query = getattr(config, names["query"])
     dim = getattr(config, names.get("dim", ""), None) or config.hidden_size // query
     return Heads(query, getattr(config, names.get("kv", ""), None) or query, dim)

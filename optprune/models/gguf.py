@@ -1,6 +1,6 @@
-"""GGUF files: read by transformers, and turned into plain weights once, so that blocks can be read one at a time.
+"""GGUF files: read as transformers reads them, or converted to safetensors once, so that blocks can be read one by one.
 
-The names and the order of rows are those of transformers, whose own tables say them, and so is every number.
+Names, the order of rows and the dequantised numbers come from the tables and functions of transformers and gguf.
 """
 
 import copy
@@ -29,20 +29,15 @@ from optprune.system.files import digest_of_file, is_own_file, write_whole
 
 CONVERTED = "converted"
 """the folder of converted files, in a scratch folder"""
-
-
 _SUBSTITUTION = threading.Lock()
 
 
 class PlainReader(GGUFReader):
-    """gguf's reader, on a plain array instead of a `numpy.memmap`, each slice of which is an object with a cost.
-
-    It cuts a vocabulary and its merges into a million of them: seconds of processor time for nothing.
-    """
+    """gguf's reader on a plain array: the million slices of a vocabulary take seconds on a `numpy.memmap`."""
 
     @property
     def data(self) -> Any:
-        """The bytes of the file, mapped."""
+        """The mapped bytes of the file."""
         return self._bytes
 
     @data.setter
@@ -52,7 +47,7 @@ class PlainReader(GGUFReader):
 
 @contextmanager
 def _plain_readers() -> Iterator[None]:
-    """Within it transformers, which asks gguf for its reader each time, reads by ours."""
+    """Let transformers, which looks up gguf's reader for each file, use `PlainReader` within the context."""
     with _SUBSTITUTION:
         theirs, gguf.GGUFReader = gguf.GGUFReader, PlainReader
         try:
@@ -62,19 +57,19 @@ def _plain_readers() -> Iterator[None]:
 
 
 def gguf_config(folder: str, gguf_file: str) -> PretrainedConfig:
-    """The config in a GGUF file, as transformers reads it. Parsing takes seconds, so the last one is kept."""
+    """Return the config in a GGUF file, as transformers reads it. Parsing takes seconds, so the last one is cached."""
     return copy.deepcopy(_config(*_version(Path(folder, gguf_file))))
 
 
 def gguf_tokenizer(folder: str, gguf_file: str) -> Tokenizer:
-    """The tokenizer in a GGUF file, as transformers reads it; the last one is kept as well."""
+    """Return the tokenizer in a GGUF file, as transformers reads it; the last one is cached."""
     return copy.deepcopy(_tokenizer(*_version(Path(folder, gguf_file))))
 
 
 def _version(file: Path) -> tuple[Path, int, int]:
-    """A file as it is now: where it has changed, what was kept of it is not used."""
-    told = file.stat()
-    return file, told.st_size, told.st_mtime_ns
+    """Return the key of a file's cached contents, which differs once the file has changed."""
+    status = file.stat()
+    return file, status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=1)
@@ -90,12 +85,11 @@ def _tokenizer(file: Path, size: int, changed: int) -> Tokenizer:
 
 
 def converted(file: Path, model: PreTrainedModel, dtype: torch.dtype, scratch: Path | None, source: str) -> Checkpoint:
-    """The weights of a GGUF file in a dtype, by the names that a model (which may be a skeleton) has for them.
+    """Return the weights of a GGUF file in a dtype, by their names in a model (which may be a skeleton).
 
-    They are in one safetensors file in `scratch`, written tensor by tensor: one at a time is in memory. Where an
-    earlier call has left it there, of a file of the same bytes, and its own bytes have the digest that was kept beside
-    it, it is taken as it is. Without a `scratch` it is in the system's folder of temporary files, and goes with the
-    model.
+    They are written to one safetensors file in `scratch`, one tensor at a time. A file that an earlier call has written
+    from the same bytes is used again if it still has the digest that was stored beside it. Without a `scratch` the file
+    is in the system's temporary folder, and is deleted with the model.
     """
     digest = digest_of_file(file)
     if scratch is None:
@@ -122,28 +116,28 @@ class GgufTensor:
     def __init__(self, file: Path, tensor: Any, processor: TensorProcessor) -> None:
         self._file, self._tensor, self._processor = file, tensor, processor
         self.shape = tuple(int(size) for size in reversed(tensor.shape))
-        self.dtype, self._turned = torch.float32, False
+        self.dtype, self._transposed = torch.float32, False
 
     def transposed(self) -> "GgufTensor":
-        """The same matrix as [out, in], where the stock class has [in, out]."""
+        """Return the same matrix as [out, in], where the stock class has [in, out]."""
         other = copy.copy(self)
-        other.shape, other._turned = self.shape[::-1], not self._turned
+        other.shape, other._transposed = self.shape[::-1], not self._transposed
         return other
 
     def read(self) -> Tensor:
-        """The tensor in memory of its own: a map of the file would count as this process's memory, all of it."""
+        """Return the tensor in new memory: a memory map of the whole file would count as this process's memory."""
         tensor = self._tensor
         packed = np.fromfile(self._file, tensor.data.dtype, tensor.data.size, offset=int(tensor.data_offset))
         plain = dequantize(packed.reshape(tensor.data.shape), tensor.tensor_type)
         weights: Any = self._processor.process(weights=plain, name=tensor.name)
         found = torch.from_numpy(np.ascontiguousarray(weights.weights))
-        return found.t() if self._turned else found
+        return found.t() if self._transposed else found
 
 
 def tensors_in(file: Path, model: PreTrainedModel) -> dict[str, GgufTensor]:
-    """The tensors of a file that have a place in a model (which may be a skeleton), by their names there."""
+    """Return the tensors of a file that have a place in a model (which may be a skeleton), by their names there."""
     reader, config = PlainReader(file), model.config.to_dict()
-    kind = reader.fields["general.architecture"].contents()  # another word than the config's: gemma3 for gemma3_text
+    kind = reader.fields["general.architecture"].contents()  # not the config's model_type: gemma3 for gemma3_text
     processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config)
     # transformers asks every module inside the model for its names too, which takes seconds and finds the same ones.
     whole: Any = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)

@@ -1,8 +1,8 @@
-"""Experts as modules of their own, each of three linear layers, and the tensors in which transformers 5 holds them all.
+"""Experts as modules of three linear layers each, and as the two tensors of the stock classes of transformers 5.
 
-In memory the stock classes hold the experts of a block in two tensors: gate_up_proj [experts, 2 width, hidden], the
-rows of the gate before those of the other half, and down_proj [experts, hidden, width]. Checkpoints hold three matrices
-for each expert, under the names that the modules here give them.
+The stock classes hold the experts of a block in gate_up_proj [experts, 2 width, hidden], with the rows of the gate
+first, and down_proj [experts, hidden, width]. Checkpoints hold three matrices for each expert, under the names that the
+modules here have.
 """
 
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ class Expert(nn.Module):
 
 
 class SeparateExperts(nn.ModuleDict):
-    """The experts of a block by number, called as the stock module is that holds them in two tensors."""
+    """The experts of a block by number; it is called with the same arguments as the stock module."""
 
     def __init__(self, stock: nn.Module) -> None:
-        """Take the experts out of a stock module, whose tensors they share; it holds nothing until `joined`."""
+        """Take the experts out of a stock module, whose tensors they share; that module is empty until `joined`."""
         super().__init__()
         fused, last = stock.get_parameter(FUSED), stock.get_parameter(LAST)
         for number, (both, down) in enumerate(zip(fused.detach(), last.detach(), strict=True)):
@@ -46,34 +46,34 @@ class SeparateExperts(nn.ModuleDict):
 
     @property
     def count(self) -> int:
-        """How many experts there are."""
+        """The number of experts."""
         return len(self)
 
     def outputs(self, hidden_states: Tensor, number: int) -> Tensor:
-        """What an expert answers to these tokens [tokens, hidden]."""
+        """Return the output of an expert [tokens, hidden] for these tokens [tokens, hidden]."""
         return self._layer(number, DOWN)(self._inner(hidden_states, number))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The weighted sum [tokens, hidden] of what its experts [tokens, k] answer to each token.
+        """Return the weighted sum [tokens, hidden] of the outputs of each token's experts [tokens, k].
 
-        Experts that get no token are called too, with none: who listens to their layers hears of all.
+        Experts without tokens are called too, with an empty batch, so that hooks on their layers run for all of them.
         """
         routed = [torch.where(top_k_index == number) for number in range(self.count)]
         inner = [self._inner(hidden_states[tokens], number) for number, (tokens, _) in enumerate(routed)]
         total = torch.zeros_like(hidden_states)
         for number, (tokens, places) in enumerate(routed):
-            answer = self._layer(number, DOWN)(inner[number]) * top_k_weights[tokens, places, None]
-            total = total.index_add(0, tokens, answer.to(total.dtype))
+            output = self._layer(number, DOWN)(inner[number]) * top_k_weights[tokens, places, None]
+            total = total.index_add(0, tokens, output.to(total.dtype))
         return total
 
     def keep(self, kept: Tensor) -> None:
-        """Leave only the experts of a mask [experts], numbered anew."""
+        """Keep only the experts of a mask [experts], and renumber them."""
         experts = [self[str(number)] for number in kept.nonzero()[:, 0].tolist()]
         self.clear()
         self.update({str(number): expert for number, expert in enumerate(experts)})
 
     def joined(self) -> nn.Module:
-        """The stock module with what the experts are now."""
+        """Return the stock module, filled with the experts as they are now."""
         stock, numbers = self._stock[0], range(self.count)
         fused = torch.stack([torch.cat([self._matrix(number, name) for name in (GATE, UP)]) for number in numbers])
         last = torch.stack([self._matrix(number, DOWN) for number in numbers])
@@ -94,14 +94,14 @@ class SeparateExperts(nn.ModuleDict):
 
 
 def separate(block: nn.Module, mixture: Mixture) -> None:
-    """Make the experts of a block modules of their own, which share memory with what held them, if they are not yet."""
+    """Make the experts of a block separate modules that share memory with the stock tensors, if they are not yet."""
     experts = experts_in(block, mixture)
     if experts is not None and not isinstance(experts, SeparateExperts):
         block.set_submodule(mixture.experts, SeparateExperts(experts))
 
 
 def join(block: nn.Module, mixture: Mixture) -> None:
-    """Let the stock module hold the experts of a block again, as they are now."""
+    """Put the experts of a block, as they are now, back into the stock module."""
     experts = experts_in(block, mixture)
     if isinstance(experts, SeparateExperts):
         block.set_submodule(mixture.experts, experts.joined())
@@ -119,7 +119,7 @@ def keep_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> None:
 
 @contextmanager
 def only_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> Iterator[None]:
-    """The block with the experts of a mask [experts] alone, for as long as the context lasts."""
+    """Leave a block only the experts of a mask [experts] within the context."""
     experts, router = experts_in(block, mixture), block.get_submodule(mixture.router)
     assert isinstance(experts, SeparateExperts)
     modules, weight, count = dict(experts.items()), router.get_parameter("weight"), experts.count
@@ -133,5 +133,5 @@ def only_experts(block: nn.Module, mixture: Mixture, kept: Tensor) -> Iterator[N
 
 
 def experts_in(block: nn.Module, mixture: Mixture) -> nn.Module | None:
-    """The module that holds the experts of a block; None where its MLP is gone."""
+    """Return the module that holds the experts of a block; None where its MLP is removed."""
     return None if block._modules[mixture.module] is None else block.get_submodule(mixture.experts)

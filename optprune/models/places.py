@@ -1,7 +1,7 @@
-"""Places: where tensors are kept between two uses, in the memory of their device, in the host's, or in a file.
+"""Places that keep tensors between two uses: the memory of their device, the memory of the host, or a file.
 
-What a pass needs of many batches is kept as `States`, and fetched a batch at a time: a model's hidden states may be
-larger than any memory.
+`States` keeps one value for each batch, and fetches one batch at a time: the hidden states of all batches may be larger
+than any memory.
 """
 
 import tempfile
@@ -20,14 +20,17 @@ Value = TypeVar("Value")
 
 
 class Place(ABC):
-    """Somewhere to keep tensors."""
+    """A place that keeps tensors."""
 
     @abstractmethod
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Keep a tensor for as long as the answer is there, which gives it, on its device; it must not be changed."""
+        """Keep a tensor, which must not be changed, and return a function that gives it on its device.
+
+        The tensor is kept for as long as that function exists.
+        """
 
     def keep_all(self, value: Value, besides: Collection[int] = ()) -> Callable[[], Value]:
-        """Keep all tensors in nested dicts, lists and tuples but those that stay anyway, by their `id`s."""
+        """Keep all tensors in nested dicts, lists and tuples, except those with the `id`s in `besides`."""
         found: Any = value
         if isinstance(value, Tensor) and id(value) not in besides:
             return cast(Callable[[], Value], self.keep(value))
@@ -35,7 +38,7 @@ class Place(ABC):
             named = {name: self.keep_all(part, besides) for name, part in found.items()}
             return lambda: cast(Value, {name: part() for name, part in named.items()})
         if type(value) in (list, tuple):
-            # By its kind alone: to name the value here would keep its tensors in memory.
+            # The closure holds only the type: a reference to the value would keep its tensors in memory.
             parts, kind = [self.keep_all(part, besides) for part in found], type(found)
             return lambda: cast(Value, kind(part() for part in parts))
         return lambda: value
@@ -43,7 +46,7 @@ class Place(ABC):
 
 @final
 class OnDevice(Place):
-    """Where they are."""
+    """The memory of the tensors' own device."""
 
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
@@ -60,14 +63,14 @@ class OnHost(Place):
 
 @final
 class InFile(Place):
-    """A file without a name, which goes with this process however that ends; no page of it counts as its memory."""
+    """An unnamed file that disappears with this process, however that ends; it does not count as its memory."""
 
     def __init__(self, folder: Path) -> None:
-        """The file is made in a `folder`, once there is something to keep."""
+        """The file is created in a `folder` when the first tensor is kept."""
         self._folder, self._end = folder, 0
         self._file: _File | None = None
         self._free: dict[int, list[int]] = {}
-        """where there is room again, by how much there is"""
+        """the offsets of released tensors, by their size"""
 
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -88,16 +91,16 @@ class InFile(Place):
                 "(--states host), or calibrate on fewer tokens"
             ) from error
         slot = _Slot(self._file, begin, tensor)
-        # What nobody can fetch any more is written over.
+        # The bytes of a tensor that cannot be fetched any more are reused.
         weakref.finalize(slot, free.append, begin).atexit = False
         return slot
 
 
 class _File:
-    """The file, for as long as anybody can keep something in it or fetch something from it."""
+    """The file, which is closed when neither its place nor any of its tensors is referenced."""
 
     def __init__(self, folder: Path) -> None:
-        self._stream: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed when this goes
+        self._stream: Any = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed with this object
         weakref.finalize(self, self._stream.close)
 
     def write(self, begin: int, data: Tensor) -> None:
@@ -126,24 +129,24 @@ class _Slot:
 
 @final
 class States(Sequence[Value], Generic[Value]):
-    """One value for each batch, such as its hidden states [batch, length, hidden], whose tensors are kept in a place.
+    """One value for each batch, such as its hidden states [batch, length, hidden], with its tensors kept in a place.
 
-    To ask for one is to fetch it; whoever goes through all of them has one at a time in memory.
+    Indexing fetches a value, so that iteration holds one at a time in memory.
     """
 
     def __init__(self, place: Place, values: Iterable[Value] = (), besides: Collection[int] = ()) -> None:
-        """`besides` are the `id`s of tensors that stay in memory anyway, and are not put into the place."""
+        """`besides` holds the `id`s of tensors that stay in memory anyway and are not put into the place."""
         self.place, self._besides = place, besides
         self._kept: list[Callable[[], Value]] = []
         self.shapes: list[torch.Size] = []
         """the shapes of the values that are tensors"""
         self.device = torch.device("cpu")
-        """the device of the tensor that came last"""
+        """the device of the last tensor added"""
         for value in values:
             self.append(value)
 
     def append(self, value: Value) -> None:
-        """Keep one more."""
+        """Add a value."""
         self._kept.append(self.place.keep_all(value, self._besides))
         if isinstance(value, Tensor):
             self.shapes.append(value.shape)
@@ -164,7 +167,7 @@ class States(Sequence[Value], Generic[Value]):
         return self.part(range(len(self))[index])
 
     def part(self, numbers: Iterable[int]) -> Self:
-        """Those of some batches; none is fetched for it."""
+        """Return the values of some batches, without fetching any."""
         chosen, part = list(numbers), type(self)(self.place, besides=self._besides)
         part._kept, part.device = [self._kept[number] for number in chosen], self.device
         part.shapes = [self.shapes[number] for number in chosen] if self.shapes else []
@@ -174,18 +177,18 @@ class States(Sequence[Value], Generic[Value]):
         return len(self._kept)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # In another process they are in memory.
+        # Another process holds them in memory.
         return type(self), (OnDevice(), list(self))
 
     @property
     def tokens(self) -> int:
-        """The tokens of all batches, of values that are tensors [..., hidden]."""
+        """The number of tokens in all batches, for values that are tensors [..., hidden]."""
         return sum(shape[:-1].numel() for shape in self.shapes)
 
-    def anew(self, values: Iterable[Value]) -> "States[Value]":
-        """Others, in the same place."""
+    def with_values(self, values: Iterable[Value]) -> "States[Value]":
+        """Return other values in the same place."""
         return States(self.place, values, self._besides)
 
     def to(self, place: Place) -> "States[Value]":
-        """The same in another place; no copies where it is the same one."""
+        """Return the same values in another place; nothing is copied where it is the same place."""
         return self[:] if place is self.place else States(place, self, self._besides)

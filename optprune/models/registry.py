@@ -171,6 +171,6 @@ def _check_understood(config: PretrainedConfig, architecture: Architecture, sour
     wrong += [name for name, wanted in architecture.fixed.items() if getattr(config, name, wanted) != wanted]
     for name in wrong:
         raise InputError(
-            f"the config of {source} has {name} {shown(getattr(config, name))}, and what a "
-            f"{architecture.model_type} model computes then is not known: give one without it"
+            f"the config of {source} has {name} {shown(getattr(config, name))}, with which the "
+            f"computation of a {architecture.model_type} model is not known: give one without it"
         )

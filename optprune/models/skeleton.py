@@ -1,4 +1,4 @@
-"""The skeleton of a model: everything but its decoder blocks, which have shapes only."""
+"""Skeletons: models whose decoder blocks have shapes only, and whose other weights are read from a checkpoint."""
 
 import copy
 import re
@@ -18,23 +18,23 @@ from optprune.models.registry import architecture_of
 from optprune.system.wording import counted
 
 OLD_BUFFER = r"rotary_emb\.inv_freq"
-"""what older checkpoints hold in every block, and transformers passes over"""
+"""a tensor that older checkpoints hold in every block, and that transformers ignores"""
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a config whose weights have shapes only; its buffers are those of every model of this config."""
+    """Return a model of a config whose weights have shapes only; its buffers have their values."""
     cls: Any = AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         model = cls.from_config(config, dtype=dtype, trust_remote_code=False)
     architecture = architecture_of(config)
-    if architecture.mixture is not None:  # as files name them
+    if architecture.mixture is not None:  # files hold experts one by one
         for block in model.get_submodule(architecture.blocks):
             separate(block, architecture.mixture)
     return model
 
 
-def drawn(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model of a config with one block, of random weights: what takes as long as one that was trained."""
+def one_block_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Return a model of a config with one block of random weights, for measuring time and memory."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):
@@ -52,13 +52,13 @@ def drawn(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) ->
 
 
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: torch.device) -> Checkpoint:
-    """Read the weights of a skeleton outside its `blocks`, and tie those that are tied; the rest is only checked.
+    """Read the weights of a skeleton outside its `blocks`, tie the tied ones, and check the rest.
 
-    Returns the checkpoint with the names that the model has for its tensors. InputError where it is not one of it.
+    Return the checkpoint with the model's names for its tensors. InputError where it is not one of this model.
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
-    checkpoint = named_as_in(model, checkpoint)
-    there, unknown = checkpoint.tensors, unknown_to(model, checkpoint)
+    checkpoint = with_model_names(model, checkpoint)
+    there, unknown = checkpoint.tensors, unexpected_tensors(model, checkpoint)
     absent = weights.keys() - there.keys()
     misshapen = [
         f"{name} ({list(there[name].shape)}, not {list(weight.shape)})"
@@ -71,7 +71,7 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
             parent, _, own = name.rpartition(".")
             value = checkpoint.read(parent, [own], weight.dtype)[own].to(device)
             model.get_submodule(parent)._parameters[own] = nn.Parameter(value)
-    # As from_pretrained does: with whichever of the two is there, and not at all where both are and differ.
+    # As in from_pretrained: a weight that is present stands in for a missing one, and two that differ are not tied.
     model.tie_weights(missing_keys=absent, recompute_mapping=False)
     check_whole(checkpoint.source, model.config.model_type, sorted(absent), ())
     for module in model.modules():
@@ -80,10 +80,10 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str, device: to
     return checkpoint
 
 
-def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as a model has it, by names and shapes, which its architecture may store otherwise.
+def with_model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the names and shapes of a model, where its architecture stores others.
 
-    A folder of a model without its head names all from there on.
+    In a checkpoint of the base model alone, without the head, names lack the base model's prefix, which is added.
     """
     architecture = architecture_of(model.config)
     tensors = {architecture.model_name(name): at for name, at in checkpoint.tensors.items()}
@@ -94,12 +94,12 @@ def named_as_in(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
         weights = dict(model.named_parameters(remove_duplicate=False))
         named = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
         tensors = {name: tensor for name, tensor in named.items() if name in weights} or named
-    turned = {name: at.transposed() for name, at in tensors.items() if architecture.is_transposed(name)}
-    return replace(checkpoint, tensors=tensors | turned)
+    transposed = {name: at.transposed() for name, at in tensors.items() if architecture.is_transposed(name)}
+    return replace(checkpoint, tensors=tensors | transposed)
 
 
 def split_experts(tensors: Mapping[str, StoredTensor], experts: str) -> dict[str, StoredTensor]:
-    """The tensors with the matrices of each expert in place of those that hold all: they lie one behind the other."""
+    """Return the tensors with the matrices of each expert, as views of the tensors that hold all experts in a row."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         place, _, own = name.rpartition(".")
@@ -117,11 +117,11 @@ def split_experts(tensors: Mapping[str, StoredTensor], experts: str) -> dict[str
     return found
 
 
-def unknown_to(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    """The tensors of a checkpoint that a model has no place for, but for those that transformers passes over too."""
+def unexpected_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    """Return the tensors of a checkpoint that are not in a model, except those that transformers ignores too."""
     weights = dict(model.named_parameters(remove_duplicate=False))
-    passed_over = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
-    return [name for name in checkpoint.tensors if name not in weights and not passed_over.search(name)]
+    ignored = re.compile("|".join([OLD_BUFFER, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    return [name for name in checkpoint.tensors if name not in weights and not ignored.search(name)]
 
 
 def check_whole(source: str, model_type: str, absent: Collection[str], unknown: Collection[str]) -> None:

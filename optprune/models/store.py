@@ -1,7 +1,7 @@
-"""The store of a model's blocks: read from a checkpoint one at a time, and put aside once they are pruned.
+"""Stores of a skeleton's blocks: read from a checkpoint one at a time, and written to a sink once they are pruned.
 
-A skeleton is a model whose decoder blocks are on the meta device, where a tensor has a shape and no memory; all that
-every pass needs (embeddings, norms, head, buffers) is there.
+The decoder blocks of a skeleton are on the meta device, where a tensor has a shape and no memory; the embeddings,
+norms, head and buffers are in memory.
 """
 
 import tempfile
@@ -22,36 +22,36 @@ from optprune.models.surgery import put_parameters
 from optprune.system.files import write_whole
 
 Keep = Callable[[str, Callable[[BinaryIO], object]], object]
-"""takes the name of a file, and what writes its bytes to a stream"""
+"""a function that writes a file, given its name and a function that writes its bytes to a stream"""
 
 
 class BlockSink(ABC):
-    """A place that pruned blocks go to, and come from when they are needed again."""
+    """A destination of pruned blocks, from which they are read when they are needed again."""
 
     @abstractmethod
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take a block, called as in the checkpoint ("model.layers.3"), with its tensors by their names within it."""
+        """Write a block, named as in the checkpoint ("model.layers.3"), with its tensors by their names within it."""
 
     @abstractmethod
-    def take(self, block: str) -> None:
-        """Count a block as written that an earlier run has left there."""
+    def mark_written(self, block: str) -> None:
+        """Count a block as written that an earlier run has written."""
 
     @abstractmethod
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
-        """These tensors of a block as it was written last; None where it was not."""
+        """Return these tensors of a block as last written; None where it was not written."""
 
 
 class ShardSink(BlockSink):
-    """One safetensors file for each block, in a folder: whole or not there."""
+    """A folder with one safetensors file for each block, which is whole or absent."""
 
     def __init__(self, folder: Path, keep: Keep | None = None) -> None:
-        """`keep` writes a file of the folder, whole or not at all, by its name."""
+        """`keep` writes a file of the folder by its name, completely or not at all."""
         self.folder, self._keep = folder, keep
         self.done = set[str]()
-        """the blocks that are there; files of other blocks do not count, whatever their names"""
+        """the blocks that are written; files of other blocks are ignored"""
 
     def file(self, block: str) -> Path:
-        """The file of a block, there or not."""
+        """Return the path of a block's file, whether or not it exists."""
         return self.folder / f"{block}.safetensors"
 
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
@@ -63,7 +63,7 @@ class ShardSink(BlockSink):
             self._keep(self.file(block).name, write)
         self.done.add(block)
 
-    def take(self, block: str) -> None:
+    def mark_written(self, block: str) -> None:
         self.done.add(block)
 
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
@@ -73,13 +73,13 @@ class ShardSink(BlockSink):
         return Checkpoint(str(file), stored_tensors(file, str(self.folder))).read(block, names)
 
 
-class Nowhere(BlockSink):
-    """Keeps nothing: for a process whose pruned blocks another one keeps."""
+class NullSink(BlockSink):
+    """A sink that keeps nothing, for a process whose pruned blocks another process writes."""
 
     def write(self, block: str, tensors: Mapping[str, Tensor]) -> None:
         pass
 
-    def take(self, block: str) -> None:
+    def mark_written(self, block: str) -> None:
         pass
 
     def read(self, block: str, names: Iterable[str]) -> dict[str, Tensor] | None:
@@ -87,7 +87,7 @@ class Nowhere(BlockSink):
 
 
 class BlockStore:
-    """The blocks of a skeleton: from a checkpoint, or once pruned from a sink. Only those in use take memory."""
+    """The blocks of a skeleton, read from a checkpoint, or once pruned from a sink. Only blocks in use take memory."""
 
     def __init__(
         self,
@@ -98,9 +98,10 @@ class BlockStore:
         sink: BlockSink | None = None,
         scratch: Path | None = None,
     ) -> None:
-        """`blocks` by their names in the checkpoint. Without a `sink` they go where all goes that does not stay.
+        """`blocks` are keyed by their names in the checkpoint.
 
-        That is a folder of this store's own, made in `scratch` or in the system's folder of temporary files.
+        Without a `sink` pruned blocks go into this store's temporary folder, which is made in `scratch` or in the
+        system's temporary folder.
         """
         self.checkpoint, self.device, self.dtype, self._place = checkpoint, device, dtype, scratch
         self._names = {block: name for name, block in blocks.items()}
@@ -110,9 +111,9 @@ class BlockStore:
 
     @contextmanager
     def resident(self, block: nn.Module, keep: bool) -> Iterator[None]:
-        """A block in memory for as long as the context lasts; within another such context of it nothing happens.
+        """Hold a block in memory within the context; a nested context of the same block does nothing.
 
-        What became of its weights is forgotten then; with `keep` it goes into the sink, unless an error ended it.
+        At the end its weights are written to the sink with `keep`, and dropped without it or after an error.
         """
         if block in self._in_use:
             yield
@@ -129,31 +130,31 @@ class BlockStore:
 
     def _load(self, block: nn.Module) -> None:
         prefix = self._names[block]
-        # A part that is removed meanwhile is not read.
+        # A part that was removed is not read.
         names = [name for name, _ in block.named_parameters()]
         found = None if self._sink is None else self._sink.read(prefix, names)
         if found is None:
             found = self.checkpoint.read(prefix, names, self.dtype)
         put_parameters(block, {name: found[name].to(self.device, self.dtype) for name in names})
 
-    def take_from_sink(self, block: nn.Module) -> None:
-        """Let a block be what an earlier run left of it in the sink; it has the shapes for it already."""
-        self.sink.take(self._names[block])
+    def mark_written(self, block: nn.Module) -> None:
+        """Read a block from the sink from now on, where an earlier run wrote it; it has those shapes already."""
+        self.sink.mark_written(self._names[block])
 
     @cached_property
-    def aside(self) -> InFile:
-        """Where what nobody needs for a while is out of memory."""
-        return InFile(self.scratch("aside"))
+    def offload(self) -> InFile:
+        """The file for tensors that are not needed for a while."""
+        return InFile(self.scratch("offload"))
 
     @property
     def sink(self) -> BlockSink:
-        """The place that pruned blocks go to."""
+        """The destination of pruned blocks."""
         if self._sink is None:
             self._sink = ShardSink(self.scratch("pruned"))
         return self._sink
 
     def scratch(self, name: str) -> Path:
-        """A folder for what does not stay, which is deleted with the store at the latest."""
+        """Return a temporary folder of this name, which is deleted with the store at the latest."""
         if self._scratch is None:
             holder = tempfile.TemporaryDirectory(prefix="optprune-", dir=self._place, ignore_cleanup_errors=True)
             weakref.finalize(self, holder.cleanup)

@@ -4,21 +4,18 @@ from optprune.calibration.partial_sums import PartialSums
 from optprune.calibration.peers import joined
 from optprune.pruning.collecting import collect
 from optprune.pruning.journal import Journal
+from optprune.pruning.measured_plan import Measuring, plan
 from optprune.pruning.one_layer import layer_loss, layer_problem
-from optprune.pruning.pipeline import prune
-from optprune.pruning.plan import Measuring, Plan, PlannedPhase, plan
-from optprune.pruning.processes import Processes
+from optprune.pruning.pipeline import prune, run_program
 from optprune.pruning.ray_workers import RayWorkers
-from optprune.pruning.states import check_states
-from optprune.pruning.workers import Layers, Serial, Workers, workers_of
+from optprune.pruning.run import check_states
+from optprune.pruning.workers import Layers, Processes, Serial, Workers, workers_of
 
 __all__ = [
     "Journal",
     "Layers",
     "Measuring",
     "PartialSums",
-    "Plan",
-    "PlannedPhase",
     "Processes",
     "RayWorkers",
     "Serial",
@@ -30,5 +27,6 @@ __all__ = [
     "layer_problem",
     "plan",
     "prune",
+    "run_program",
     "workers_of",
 ]

@@ -1,47 +1,62 @@
 """One block's work as a value: a `BlockTask` goes in, a `BlockResult` comes out, wherever it is run."""
 
+import copy
+import json
 import math
+import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from optprune.calibration import BlockMoments, Path
-from optprune.calibration.calls import Calls, Wanted, calls_of
+from optprune.calibration import BlockMoments, Path, Stream, Visit, calibrating
+from optprune.calibration.calls import Calls, Wanted, calls_of, expert_choice
+from optprune.calibration.moments_pass import Collected
+from optprune.errors import InputError, OptpruneError, StrictError
+from optprune.measure.memory import release
 from optprune.metric import OutputMetric
-from optprune.models import BlockAllocation, BlockShape, Decoder, Target
+from optprune.models import BlockShape, Decoder, Target
+from optprune.models.places import OnDevice, States
+from optprune.models.skeleton import skeleton
+from optprune.problems import Problem
+from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
-from optprune.pruning.experts import remove_experts
-from optprune.pruning.layer import LayerTask, SolvedLayer, write_layer
-from optprune.pruning.matching import descent_of, match_block
-from optprune.pruning.recovery import recover
-from optprune.pruning.targets import by_stage, parts_removed, targets_of
-from optprune.recipe import Recipe
+from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
+from optprune.pruning.refinement import match_block, recover
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
+from optprune.solvers.experts import choose_experts
+from optprune.system.environment import differences, machine, versions
+from optprune.system.wording import shown
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BlockTask:
-    """What pruning one block takes beside the block itself: nothing else decides what becomes of it."""
+    """Everything that decides how one block is pruned, beside the block itself."""
 
-    index: int
-    recipe: Recipe
-    wanted: BlockAllocation
-    """what the block is to keep"""
+    block: BlockProgram
+    method: Method
     path: Path
-    """what enters the block; it is used up, and moved on to the next block"""
+    """hidden states that enter the block; they are used up, and replaced by those that enter the next block"""
     metrics: Mapping[str, OutputMetric]
-    """the output metrics by the full name of the block's layers; none where outputs count alike"""
+    """the output metrics by the full name of the block's layers; empty where all outputs count alike"""
     held_out: int = 0
-    """how many batches, the last ones, are kept apart"""
+    """number of batches, the last ones, that are held out"""
     onwards: bool = True
-    """whether a later block needs what leaves this one"""
+    """whether a later block needs the outputs of this one"""
     detached: bool = False
-    """whether another pass, through the dense model, moves on to the next block: the path then ends here"""
+    """whether the parent process computes the next block's inputs itself: then the path ends with this block"""
     known: BlockMoments | None = None
-    """moments of the block in the dense model, where it gets what it gets there; for this process only"""
+    """moments of the dense block, where it gets the inputs of the dense model; for this process only"""
+
+    @property
+    def index(self) -> int:
+        """The number of the block."""
+        return self.block.index
 
 
 @dataclass(frozen=True)
@@ -74,42 +89,40 @@ class BlockResult:
 def prune_block(
     decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor | None = None
 ) -> BlockResult:
-    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it.
-
-    `executor` solve the layers of a stage: one after the other, where nobody says otherwise.
-    """
+    """Calibrate, solve and write one block of a model, which is changed in place, and move its path past it."""
     began, index, blocks = time.perf_counter(), task.index, len(decoder.blocks)
     on_event(BlockStarted(index, blocks, layers=_shares(decoder, task)))
     with decoder.resident(index, keep=True):
-        work = _Work(decoder, task, on_event, executor or SerialExecutor())
-        removed = parts_removed(decoder.shape(index), task.wanted.shape)
-        if task.onwards or work.targets or work.fewer_experts:
-            work.visit(removed)
+        run = _BlockRun(decoder, task, on_event, executor or SerialExecutor())
+        if task.onwards or task.block.solves:
+            run.visit()
         else:
-            work.remove(removed)
-        result = work.result()
+            run.remove_parts()
+        result = run.result()
     on_event(BlockFinished(index, blocks, time.perf_counter() - began))
     return result
 
 
+def block_problem(decoder: Decoder, task: BlockTask, path: str) -> Problem:
+    """Return the problem of the layer with a path in a block, once the stages before it are solved and written."""
+    with decoder.resident(task.index, keep=True):
+        return _BlockRun(decoder, task, lambda event: None, SerialExecutor()).problem(path)
+
+
 def _shares(decoder: Decoder, task: BlockTask) -> tuple[float, ...]:
-    """The share of the solving that each layer is, in the order of the forward pass, if solvers go by products."""
-    targets = targets_of(decoder, task.recipe, task.wanted, task.index)
-    sizes = [decoder.layer(task.index, target.path).weight.shape for target in targets]
+    """The share of each layer in the solves, in the order of the forward pass, if solvers go by products."""
+    sizes = [decoder.layer(task.index, target.path).weight.shape for target in task.block.targets]
     work = [outputs * inputs * (outputs + inputs) for outputs, inputs in sizes]
     return tuple(each / sum(work) for each in work)
 
 
-class _Work:
-    """What was done so far inside a block."""
+class _BlockRun:
+    """The state inside a block while it is pruned."""
 
     def __init__(
         self, decoder: Decoder, task: BlockTask, on_event: Callable[[Event], None], executor: LayerExecutor
     ) -> None:
         self.decoder, self.task, self.on_event, self.executor = decoder, task, on_event, executor
-        self.targets = targets_of(decoder, task.recipe, task.wanted, task.index)
-        shape = decoder.shape(task.index)
-        self.fewer_experts = 0 < task.wanted.shape.experts < shape.experts
         self.layers: list[LayerReport] = []
         self.recovered: list[RecoveredPart] = []
         self.zeros = self.due = 0
@@ -122,38 +135,66 @@ class _Work:
         record = BlockRecord(index, decoder.shape(index), *done)
         return BlockResult(record, decoder.weights(index), self.task.path)
 
-    def visit(self, removed: Sequence[str]) -> None:
-        """Go through the block stage by stage, and on to the next one."""
-        task, block = self.task, self.decoder.blocks[self.task.index]
-        wanted = {"held_out": task.held_out, "calls": self.wanted(task.recipe.recovery), "known": task.known}
-        matching = task.recipe.matching if self.targets or removed or self.fewer_experts else None
-        whole = matching is not None
-        cut = bool(removed) or self.fewer_experts
-        with task.path.visit(block, cut=cut, detached=task.detached, whole=whole, **wanted) as visit:
-            self.remove(removed)
-            if self.fewer_experts:
-                self.choose_experts()
-            stages = visit.stages(by_stage(self.decoder, self.targets))
-            for position, stage in enumerate(stages):
-                places = self.recovered_by(stage)
-                collected = visit.collect(self.taps(stage), places)
-                self.executor.solve([self.layer_task(target) for target in stage], collected, self.take)
-                del collected
-                later = {place for following in stages[position + 1 :] for place in self.recovered_by(following)}
-                for place in places:
-                    if place not in later:
-                        self.recover(place, visit.calls(place))
+    def visit(self) -> None:
+        """Go through the block stage by stage, and move the path on to the next block."""
+        matching = self.task.method.matching if self.task.block.changes else None
+        with self.entered(whole=matching is not None) as visit:
+            self.begin()
+            for stage in self.task.block.stages:
+                self.solve(stage, visit)
             if matching is not None:
                 self.match(matching, visit.whole_calls(self.wanted(matching)))
         self.floor_seconds += visit.floor_seconds
 
+    def problem(self, path: str) -> Problem:
+        """Return the problem of a layer, once the stages before its own are solved."""
+        visit = self.entered(whole=False)
+        self.begin()
+        for stage in self.task.block.stages:
+            for target in stage.targets:
+                if target.path == path:
+                    return stated_problem(self.layer_task(target), self.collect(stage, visit).moments[target.tap])
+            self.solve(stage, visit)
+        raise AssertionError(f"no stage of block {self.task.index} solves {path}")
+
+    def entered(self, whole: bool) -> Visit:
+        """Return the visit of the block; `whole` is whether its own inputs and outputs are needed."""
+        task = self.task
+        return task.path.visit(
+            self.decoder.blocks[task.index],
+            held_out=task.held_out,
+            cut=bool(task.block.removed) or task.block.fewer_experts,
+            detached=task.detached,
+            calls=self.wanted(task.method.recovery),
+            known=task.known,
+            whole=whole,
+        )
+
+    def begin(self) -> None:
+        """Remove sub-blocks and experts."""
+        self.remove_parts()
+        if self.task.block.fewer_experts:
+            self.choose_experts()
+
+    def collect(self, stage: Stage, visit: Visit) -> Collected:
+        """Return the moments of the inputs of a stage."""
+        return visit.collect(stage.taps, stage.touched)
+
+    def solve(self, stage: Stage, visit: Visit) -> None:
+        """Solve and write the layers of a stage, and recover the sub-modules that it completes."""
+        collected = self.collect(stage, visit)
+        self.executor.solve([self.layer_task(target) for target in stage.targets], collected, self.take)
+        del collected
+        for place in stage.recovered:
+            self.recover(place, visit.calls(place))
+
     def wanted(self, of: Recovery | Matching | None) -> Wanted:
-        """The batches whose calls are wanted: the first that hold so many tokens, and those that are held out."""
+        """Return which batches have their calls kept: the first with so many tokens, and those that are held out."""
         return Wanted(math.inf if of is None or of.tokens is None else of.tokens, self.task.held_out)
 
-    def remove(self, parts: Sequence[str]) -> None:
+    def remove_parts(self) -> None:
         """Remove sub-blocks whole."""
-        for part in parts:
+        for part in self.task.block.removed:
             self.decoder.remove(self.task.index, part)
 
     def choose_experts(self) -> None:
@@ -162,20 +203,15 @@ class _Work:
         mixture = decoder.architecture.mixture
         assert mixture is not None
         calls = calls_of(decoder.blocks[task.index], mixture.module, task.path.actual)
-        report = remove_experts(
-            decoder, task.index, task.wanted.shape.experts, task.recipe, *calls.split(task.held_out)
-        )
+        fit, apart = calls.split(task.held_out)
+        report = remove_experts(decoder, task.index, task.block.wanted.shape.experts, task.method, fit, apart)
         self.layers.append(report)
         self.on_event(LayerSolved(report))
 
-    def taps(self, targets: Sequence[Target]) -> list[str]:
-        """The layers at which the inputs of all targets are seen, in the order of the forward pass."""
-        return sorted({target.tap for target in targets}, key=self.decoder.architecture.layers.index)
-
     def layer_task(self, target: Target) -> LayerTask:
-        """What is to become of one layer."""
+        """Return one layer with everything that decides its problem."""
         task = self.task
-        return LayerTask(self.decoder, task.index, target, task.wanted, task.recipe, task.metrics)
+        return LayerTask(self.decoder, task.index, target, task.block.wanted, task.method, task.metrics)
 
     def take(self, layer: LayerTask, solved: SolvedLayer) -> None:
         """Write what became of one layer."""
@@ -185,14 +221,9 @@ class _Work:
         self.due += pruned.due
         self.on_event(LayerSolved(pruned.report))
 
-    def recovered_by(self, targets: Sequence[Target]) -> list[str]:
-        """The paths of the sub-modules that are refitted after these layers, if no stage of theirs follows."""
-        places = [path for path, _ in self.decoder.architecture.recoverable if self.task.recipe.recovery is not None]
-        return [path for path in places if any(target.path.startswith(f"{path}.") for target in targets)]
-
     def recover(self, path: str, calls: Calls) -> None:
         """Refit a sub-module whose layers are pruned."""
-        decoder, task, recovery = self.decoder, self.task, self.task.recipe.recovery
+        decoder, task, recovery = self.decoder, self.task, self.task.method.recovery
         assert recovery is not None
         layers = dict(decoder.architecture.recoverable)[path]
         fit, apart = calls.split(task.held_out)
@@ -224,7 +255,7 @@ class _Work:
             decoder.blocks[task.index],
             fit,
             apart,
-            descent_of(matching),
+            matching.descent,
             at_once=matching.sequences,
             pull=matching.pull,
             metric=metric,
@@ -232,3 +263,167 @@ class _Work:
             name=decoder.block_name(task.index),
         )
         self.recovered.append(part)
+
+
+FEW = 32
+"""fewer tokens than these say little of an expert"""
+
+
+def remove_experts(decoder: Decoder, index: int, keep: int, method: Method, fit: Calls, apart: Calls) -> LayerReport:
+    """Choose `keep` experts of a block by what it is called with, delete the others, and say how well that went.
+
+    The tokens are the first of those to `fit`, as many as `expert_choice` takes; those `apart` only measure the choice.
+    """
+    began, solver, mixture = time.perf_counter(), method.expert_solver, decoder.architecture.mixture
+    assert mixture is not None
+    name, problem = decoder.name(index, mixture.experts), expert_choice(decoder, index, fit, keep)
+    found = choose_experts(problem, solver)
+    held_out = None
+    if apart.tokens:
+        held_out = expert_choice(decoder, index, apart, keep).relative_error(found.kept)
+    every = torch.ones_like(found.kept)
+    reached = (problem.weights(every) > 0).sum(0)
+    few = [f"{expert} ({int(count)})" for expert, count in enumerate(reached) if count < FEW]
+    notes = (f"few calibration tokens reach some experts: {', '.join(few[:4])}",) if few else ()
+    if method.strict and notes:
+        raise StrictError(f"{name}: {notes[0]} (strict mode makes this an error)")
+    decoder.keep_experts(index, found.kept)
+    return LayerReport(
+        name=name,
+        kind=problem.kind,
+        solver=solver.label,
+        relative_error=problem.relative_error(found.kept),
+        held_out_error=held_out,
+        status="converged",
+        objective=found.objective,
+        lower_bound=found.lower_bound,
+        gap=None if found.lower_bound is None else 0.0,
+        damping=0.0,
+        tokens=problem.tokens,
+        seconds=time.perf_counter() - began,
+        kept=keep,
+        units=problem.experts,
+        dead_inputs=int((reached == 0).sum()),
+        notes=notes,
+    )
+
+
+HOST = torch.device("cpu")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What a worker needs once: the model without its blocks' weights, and how it is to compute."""
+
+    config: bytes
+    """the config of the model, as one of our processes executor it to another"""
+    dtype: torch.dtype
+    precise: bool
+    """whether it is computed in float32 where that is half precision"""
+    device: str
+    """cpu, or cuda: the GPU that the worker has been given"""
+    threads: int
+    """the threads of each worker, as many as a run without workers has: an eigh of two threads rounds otherwise"""
+    facts: str
+    """what else decides how sums are rounded"""
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "WorkerContext":
+        """The context for a model's blocks."""
+        model = decoder.model
+        facts = json.dumps({"the version": versions(), "the machine": machine(model.device)})
+        threads = torch.get_num_threads()
+        precise = decoder.computes_in is not None
+        return cls(pickle.dumps(model.config), model.dtype, precise, model.device.type, threads, facts)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockJob:
+    """All that decides what becomes of one block."""
+
+    task: BlockTask
+    shape: BlockShape
+    weights: dict[str, Tensor]
+    """the parameters of the dense block, by their names inside it"""
+
+    @classmethod
+    def of(cls, decoder: Decoder, task: BlockTask) -> "BlockJob":
+        """To prune a block, which is in memory, as it is now; what the task holds is copied to the host."""
+        index = task.index
+        return cls(task, decoder.shape(index), decoder.weights(index)).on(HOST)
+
+    def on(self, device: torch.device) -> "BlockJob":
+        """The same with its tensors on another device."""
+        task, path = self.task, self.task.path
+        actual = _entering(path.actual, device)
+        dense = actual if path.dense is path.actual else _entering(path.dense, device)
+        metrics = {name: metric.to(device) for name, metric in task.metrics.items()}
+        there = replace(task, path=Path(path.policy, actual, dense), metrics=metrics)
+        return BlockJob(there, self.shape, moved(self.weights, device))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockOutcome:
+    """What became of a block, on the host."""
+
+    record: BlockRecord
+    weights: dict[str, Tensor]
+    events: tuple[Event, ...]
+    """what was told on the way"""
+
+
+def run_job(context: WorkerContext, job: BlockJob) -> BlockOutcome | OptpruneError:
+    """What a worker does: the outcome, or the error of ours that stopped it."""
+    try:
+        decoder, device, index = _decoder(context), torch.device(context.device), job.task.index
+        job, events = job.on(device), list[Event]()
+        dense = decoder.blocks[index]
+        decoder.blocks[index] = copy.deepcopy(dense)  # which has no weights, so that this is a description only
+        try:
+            decoder.put(index, job.shape, job.weights)
+            with calibrating(decoder):
+                result = prune_block(decoder, job.task, events.append)
+            told = tuple(event for event in events if not isinstance(event, BlockStarted))
+            return BlockOutcome(result.record, moved(result.weights, HOST), told)
+        finally:
+            decoder.blocks[index] = dense
+            release()
+    except OptpruneError as error:
+        return error
+
+
+@lru_cache(maxsize=1)
+def _decoder(context: WorkerContext) -> Decoder:
+    """The skeleton that a worker fills one block of at a time; InputError where it would round otherwise."""
+    torch.set_num_threads(context.threads)
+    here = {"the version": versions(), "the machine": machine(torch.device(context.device))}
+    for what, asked, found in differences(json.loads(context.facts), json.loads(json.dumps(here))):
+        raise InputError(
+            f"a worker would not give the bytes of this run: {what} is {shown(asked)} here and {shown(found)} there; "
+            "have the same software and the same kind of machine for all workers and for the command itself"
+        )
+    decoder = Decoder(skeleton(pickle.loads(context.config), context.dtype).eval())
+    return decoder.precise() if context.precise else decoder
+
+
+def _entering(stream: Stream, device: torch.device) -> Stream:
+    """What enters the current block, with no other block's arguments: batches of one shape go on sharing theirs."""
+    arguments = {id(one): one for one in stream.arguments}
+    there = {key: moved(one, device) for key, one in arguments.items()}
+    hidden = States(OnDevice(), (moved(batch, device) for batch in stream.hidden))
+    return Stream(hidden, [[there[id(one)]] for one in stream.arguments], share=stream.share)
+
+
+def moved(value: Value, device: torch.device) -> Value:
+    """The tensors of a nested value on another device, each with memory of its own: a view would travel whole."""
+    found: Any = value
+    if isinstance(value, Tensor):
+        found = value.detach().to(device)
+        if found.untyped_storage().nbytes() > found.nbytes:
+            found = found.clone()
+    elif isinstance(value, Mapping):
+        found = {name: moved(part, device) for name, part in value.items()}
+    elif isinstance(value, list | tuple):
+        found = type(value)(moved(part, device) for part in value)
+    return found

@@ -18,11 +18,9 @@ from optprune.measure.memory import release
 from optprune.models import UNITS, Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.pruning.asked_metrics import asked_metrics
-from optprune.pruning.preflight import check_batches, check_run
-from optprune.pruning.states import place_for
+from optprune.program import Program, Request, check_batches, resolve
+from optprune.pruning.run import place_for, undamped_metrics
 from optprune.recipe import Recipe
-from optprune.recipe.allocator import allocator_of
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 
@@ -46,10 +44,9 @@ def collect(
     moments of the layers' inputs: of all blocks where they are independent by the policy (dense, of intra the first
     stage) or a budget is divided, and else of the first. Without recipes they are the moments of all layers of all
     blocks. What a run needs beside them it measures and adds. Statistics know the model, its dtype, the tokens, the
-    number of partial sums, the versions and the machine that they are from, and refuse any other by an InputError that
-    names what differs. They are in memory, 4 in^2 bytes for each different input of a layer, and as much again for what
-    solvers keep with it; or in a `folder`, whose files are there whole or not at all, and which a later call goes on
-    with.
+    partial_sums, the versions and the machine that they are from, and refuse any other by an InputError that names what
+    differs. They are in memory, 4 in^2 bytes for each different input of a layer, and as much again for what solvers
+    keep with it; or in a `folder`, whose files are there whole or not at all, and which a later call goes on with.
     """
     decoder, partial_sums = Decoder(model, store), partial_sums or PartialSums()
     if partial_sums.peers.size > 1:
@@ -58,25 +55,26 @@ def collect(
     decoder.states = place_for(states, decoder, every, None)
     statistics = Statistics(Source.of(decoder, every, partial_sums), folder)
     needs = _Needs(decoder, every, statistics, partial_sums)
-    for recipe in recipes or ():
-        check_run(decoder, recipe.settled(), None)
-        needs.add(recipe.settled())
+    programs = [resolve(decoder, Request(recipe=recipe)) for recipe in recipes or ()]
+    for program in programs:
+        needs.add(program)
     if recipes is None:
         needs.add_everything()
-    for recipe in recipes or ():
-        if recipe.metric is not None:
-            asked_metrics(needs.access(recipe), every, recipe, statistics, on_event, partial_sums)
+    for program in programs:
+        if program.metric is not None:
+            undamped_metrics(program, needs.access(program), every, statistics, on_event, partial_sums)
     with calibrating(decoder):
         needs.measure(on_event)
-        for recipe in _of_any_sparsity(recipes or ()):
-            needs.measure_costs(recipe.settled(), on_event)
+        for program in _of_any_sparsity(programs):
+            needs.measure_costs(program, on_event)
     statistics.seconds_saved = 0.0
     return statistics
 
 
-def _of_any_sparsity(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """One of all recipes that differ in their sparsity only, on which no cost hangs."""
-    return list({json.dumps(recipe.to_dict() | {"sparsity": 0}): recipe for recipe in recipes}.values())
+def _of_any_sparsity(programs: Sequence[Program]) -> list[Program]:
+    """Return one of all programs whose recipes differ only in their sparsity, which no cost depends on."""
+    fields = [program.request.recipe.to_dict() | {"sparsity": 0} for program in programs]
+    return list({json.dumps(key): program for key, program in zip(fields, programs, strict=True)}.values())
 
 
 @dataclass(eq=False)
@@ -99,20 +97,19 @@ class _Needs:
         self.decoder, self.every, self.statistics, self.partial_sums = decoder, every, statistics, partial_sums
         self._wanted: dict[tuple[object, ...], _WantedMoments] = {}
 
-    def access(self, recipe: Recipe) -> Decoder:
-        """The model in the dtype that a run of a recipe computes in."""
-        precise = recipe.precise(allocator_of(recipe, None).probes)
-        return self.decoder.precise() if precise else self.decoder
+    def access(self, program: Program) -> Decoder:
+        """Return the model in the dtype that a run of a program computes in."""
+        return self.decoder.precise() if program.precise else self.decoder
 
-    def add(self, recipe: Recipe) -> None:
-        """The moments that a run of a recipe recalls."""
-        decoder, policy = self.access(recipe), recipe.policy
-        fitted, held_out = hold_out(self.every, 0.0 if recipe.refit is None else recipe.refit.held_out)
+    def add(self, program: Program) -> None:
+        """Add the moments that a run of a program takes from the cache."""
+        decoder, policy = self.access(program), program.policy
+        fitted, held_out = hold_out(self.every, program.held_out)
         blocks = range(len(decoder.blocks))
-        taps = {index: [target.tap for target in recipe.units.candidates(decoder, index)] for index in blocks}
-        if isinstance(allocator_of(recipe, None), ByCost):
+        taps = {index: [target.tap for target in program.units.candidates(decoder, index)] for index in blocks}
+        if isinstance(program.allocator, ByCost):
             self._want(decoder, fitted, 0, taps)
-        if recipe.recovery is not None and not policy.dense_target:
+        if program.method.recovery is not None and not policy.dense_target:
             return  # the pass that collects them also calls the sub-modules
         first = {index: of for index, of in taps.items() if index == 0 or policy.independent}
         if policy.sequential:
@@ -149,16 +146,15 @@ class _Needs:
                     way.visit(index)
                 release()
 
-    def measure_costs(self, recipe: Recipe, on_event: Callable[[Event], None]) -> None:
-        """Measure what a recipe divides a budget by, but for its probes."""
-        allocator = allocator_of(recipe, None)
+    def measure_costs(self, program: Program, on_event: Callable[[Event], None]) -> None:
+        """Measure the costs that a program divides its budget by, except for its probes."""
+        allocator = program.allocator
         if not isinstance(allocator, ByCost):
             return
-        decoder = self.access(recipe)
-        fitted, _ = hold_out(self.every, 0.0 if recipe.refit is None else recipe.refit.held_out)
-        asked, metrics = recipe.metric, {}
-        if asked is not None:
-            metrics = asked_metrics(decoder, self.every, recipe, self.statistics, on_event, self.partial_sums)
-            metrics = metrics.damped(asked.damping)
+        decoder, metrics = self.access(program), {}
+        fitted, _ = hold_out(self.every, program.held_out)
+        if program.metric is not None:
+            metrics = undamped_metrics(program, decoder, self.every, self.statistics, on_event, self.partial_sums)
+            metrics = metrics.damped(program.metric.damping)
         dense = DenseModel(decoder, fitted, metrics, self.statistics, on_event, self.partial_sums)
         replace(allocator, probe_tokens=0).gathered(dense)

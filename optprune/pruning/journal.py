@@ -9,25 +9,32 @@ bit for bit.
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import cached_property
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from optprune.allocation import Allocation, Division
 from optprune.calibration import DenseStatistics
+from optprune.calibration.dense_statistics import KnownMoments, Removal
+from optprune.calibration.partial_sums import PartialSums
+from optprune.calibration.statistics_cache import Key
+from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
-from optprune.models.checkpoint import Checkpoint, stored_tensors
+from optprune.models.checkpoint import Checkpoint, stored_tensors, write_tensors
 from optprune.models.gguf import CONVERTED
 from optprune.models.store import ShardSink
 from optprune.numerics.fingerprint import fingerprint
+from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
 from optprune.pruning.block import BlockRecord, BlockResult
-from optprune.pruning.kept_costs import JournalledStatistics, KeptCosts
-from optprune.pruning.metric_files import MetricFiles
 from optprune.report import RemovedPart
 from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
@@ -38,6 +45,150 @@ BLOCKS = "the blocks"
 RECIPE = "the recipe"
 PIECE = 1 << 24
 """how many bytes of a file are in memory while it is hashed"""
+PREFIX, REST = "cost-", "rest"
+INDEX = "metrics.json"
+
+
+class MetricFiles:
+    """The files of the metrics in a run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    @property
+    def there(self) -> bool:
+        """Whether the metrics were measured."""
+        return self._folder.lists(INDEX)
+
+    def file(self, block: int) -> Path:
+        """Return the path of a block's file, there or not: it is no part of the model, so its name ends otherwise."""
+        return self._folder.folder / _name(block)
+
+    def keep(self, decoder: Decoder, metrics: Metrics) -> Metrics:
+        """Write metrics that were measured, block by block; they are read from there from now on."""
+        layers: dict[str, dict[str, Any]] = {}
+        for block in range(len(decoder.blocks)):
+            names = [name for path in decoder.paths(block) if (name := decoder.name(block, path)) in metrics]
+            sums = {name: metrics.sums(name) for name in names}
+            parts = {f"{name}/{part}": value for name in names for part, value in sums[name].parts().items()}
+            self._folder.keep(_name(block), partial(write_tensors, tensors=parts))
+            del parts
+            for name, of in sums.items():
+                layers[name] = {"block": block, "width": of.width, "tokens": of.tokens, "full": of.full}
+        self._folder.write(INDEX, layers)
+        return self._metrics(layers, decoder.model.device)
+
+    def read(self, decoder: Decoder, finished: Collection[int]) -> Metrics | None:
+        """Return the metrics that an earlier run has measured.
+
+        None where it has not, or where a file of a block that is not `finished` is not as it was written.
+        """
+        needed = [block for block in range(len(decoder.blocks)) if block not in finished]
+        if not self._folder.holds(INDEX) or not all(self._folder.holds(_name(block)) for block in needed):
+            return None
+        try:
+            return self._metrics(self._folder.read(INDEX), decoder.model.device)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._folder.damaged(INDEX) from error
+
+    def drop(self, block: int) -> None:
+        """Delete the file of a block that is finished."""
+        self._folder.forget([_name(block)])
+
+    def _metrics(self, layers: Mapping[str, Mapping[str, Any]], device: torch.device) -> Metrics:
+        def sums(name: str, block: int, width: int, tokens: int, full: bool) -> MetricSums:
+            def fetch() -> dict[str, Tensor]:
+                stored = stored_tensors(self.file(block), str(self._folder.folder))
+                own = {key.removeprefix(f"{name}/"): tensor for key, tensor in stored.items()}
+                return {part: tensor.read().to(device) for part, tensor in own.items() if "/" not in part}
+
+            return MetricSums.elsewhere(int(width), int(tokens), fetch, full=bool(full))
+
+        return Metrics({name: sums(name, **of) for name, of in layers.items()})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: tensors by name, and plain data."""
+
+    tensors: dict[str, Tensor]
+    rest: Any = None
+
+
+class KeptCosts:
+    """The files of costs in a run folder, each named after the problem whose costs it holds."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the files."""
+        return [name for name in self._folder.files if name.startswith(PREFIX)]
+
+    def once(self, key: Key, measure: Callable[[], Measured], device: torch.device | None = None) -> Measured:
+        """Return what was measured under a key: from its file, with tensors on a device, or by `measure`."""
+        name = f"{PREFIX}{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}"
+        if self._folder.holds(name):
+            return self._read(name, str(device or "cpu"))
+        found = measure()
+        tensors = {part: tensor.detach().contiguous() for part, tensor in found.tensors.items()}
+        data = save(tensors, {REST: json.dumps(found.rest)})
+        self._folder.keep(name, lambda stream: stream.write(data))
+        return found
+
+    def drop(self) -> None:
+        """Delete the files."""
+        self._folder.forget(self.names)
+
+    def _read(self, name: str, device: str) -> Measured:
+        try:
+            with safe_open(self._folder.folder / name, framework="pt", device=device) as stored:
+                tensors = {part: stored.get_tensor(part).clone() for part in stored.keys()}  # noqa: SIM118  # no mapping
+                return Measured(tensors, json.loads(stored.metadata()[REST]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise self._folder.damaged(name) from error
+
+
+class JournalledStatistics(DenseStatistics):
+    """What dividing a budget asks of dense statistics, with the costs of removal kept in a run folder."""
+
+    def __init__(self, inner: DenseStatistics, costs: KeptCosts) -> None:
+        self._inner, self._costs = inner, costs
+
+    def known(
+        self, decoder: Decoder, batches: Sequence[Tensor], held_out: int, partial_sums: PartialSums
+    ) -> KnownMoments | None:
+        return self._inner.known(decoder, batches, held_out, partial_sums)
+
+    def removal(self, problem: LinkedLeastSquares, batch: int) -> Removal:
+        def measure() -> Measured:
+            order, losses, notes = self._inner.removal(problem, batch)
+            return Measured({"order": order, "losses": losses}, list(notes))
+
+        device = problem.loss.weight.device
+        found = self._costs.once(("removal", problem.fingerprint(), str(device), batch), measure, device)
+        return found.tensors["order"], found.tensors["losses"], tuple(map(str, found.rest))
+
+    def entries(self, loss: LayerLoss, stride: int, measure: Callable[[], Tensor]) -> Tensor:
+        def measured() -> Measured:
+            return Measured({"costs": self._inner.entries(loss, stride, measure)})
+
+        key = ("entries", fingerprint(loss), str(loss.weight.device), stride)
+        return self._costs.once(key, measured).tensors["costs"]
+
+    def experts(self, problem: ExpertChoice) -> tuple[list[int], list[float]]:
+        def measure() -> Measured:
+            return Measured({}, self._inner.experts(problem))
+
+        order, costs = self._costs.once(("experts", fingerprint(problem), str(problem.logits.device)), measure).rest
+        return list(map(int, order)), list(map(float, costs))
+
+    def scores(self, key: Key, measure: Callable[[], list[float]]) -> list[float]:
+        def measured() -> Measured:
+            return Measured({}, self._inner.scores(key, measure))
+
+        return list(map(float, self._costs.once(("scores", *key), measured).rest))
 
 
 class Journal(RunFolder):
@@ -200,3 +351,7 @@ def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lam
                 on_bytes(done := done + len(piece), size)
         digest.update(of_file.digest())
     return digest.hexdigest()
+
+
+def _name(block: int) -> str:
+    return f"metric-{block:05d}.sums"

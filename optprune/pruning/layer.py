@@ -16,7 +16,7 @@ from optprune.moments import InputMoments
 from optprune.objectives import LayerContext
 from optprune.patterns import NM
 from optprune.problems import LayerLoss, Permutation, Problem, Rotation
-from optprune.recipe import Recipe
+from optprune.program import Method
 from optprune.report import LayerReport
 from optprune.solvers import Solution, Status, best_basis, best_permutation, solve
 from optprune.solvers.ridge import HeldOut, refit
@@ -25,14 +25,14 @@ from optprune.system.wording import counted
 
 @dataclass(frozen=True, eq=False)
 class LayerTask:
-    """A layer of a model, and what is to become of it."""
+    """A layer of a model to prune, with everything that decides its problem."""
 
     decoder: Decoder
     block: int
     target: Target
     wanted: BlockAllocation
-    """what its block is to keep"""
-    recipe: Recipe
+    """what its block keeps"""
+    method: Method
     metrics: Mapping[str, OutputMetric]
     """the output metrics by the full name of the block's layers"""
 
@@ -55,16 +55,16 @@ class LayerTask:
     @property
     def reordered(self) -> LinkedLayers | None:
         """How its inputs link it with the layers that make them, where single weights go and inputs may be permuted."""
-        if not self.recipe.permuted or self.target.kind is not None:
+        if not self.method.permuted or self.target.kind is not None:
             return None
         return reorderable(self.decoder, self.block, self.target.path, self.target.family.multiple)
 
     def context(self, moments: InputMoments) -> LayerContext:
         """What an objective is given, with the moments of the layer's inputs and on their device."""
-        layer, recipe, units = self.layer, self.recipe, self.units
-        fit_bias = recipe.fit_bias and layer.bias is not None
+        layer, method, units = self.layer, self.method, self.units
+        fit_bias = method.fit_bias and layer.bias is not None
         metric = self.metrics.get(self.name)
-        loss = LayerLoss.of(layer.weight, moments, recipe.damping, fit_bias=fit_bias, metric=metric)
+        loss = LayerLoss.of(layer.weight, moments, method.damping, fit_bias=fit_bias, metric=metric)
         asked = layer.out_features, layer.in_features, self.wanted
         link = None if units is None else units.link.to(moments.mean.device)
         return LayerContext(self.name, self.block, loss, self.target.keep(*asked), link, self.target.pattern(*asked))
@@ -145,7 +145,7 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
         _check_alike(task, int(choice.sum()))
         task.decoder.keep_units(task.block, units, choice)
         report = replace(report, kept=int(choice.sum()), units=choice.numel())
-    if task.recipe.strict and report.notes:
+    if task.method.strict and report.notes:
         raise StrictError(f"{task.name}: {report.notes[0]} (strict mode makes this an error)")
     return PrunedLayer(report, int((layer.weight == 0).sum()), due)
 
@@ -209,6 +209,15 @@ def _best_answer(
     return plain, None
 
 
+def stated_problem(task: LayerTask, moments: InputMoments) -> Problem:
+    """Return the problem of a layer, from the moments of its inputs, as `solve_layer` hands it to the solver."""
+    context = task.context(moments)
+    if task.reordered is not None and isinstance(context.pattern, NM):
+        order = best_permutation(context.loss, task.reordered.link.to(context.loss.weight.device), context.pattern)
+        context = replace(context, loss=order.loss(context.loss))
+    return task.method.objective(context)
+
+
 def _in_order(
     task: LayerTask, context: LayerContext, held_out: InputMoments | None, units: LinkedLayers, pattern: NM
 ) -> tuple[_Answer, Permutation]:
@@ -220,13 +229,14 @@ def _in_order(
 
 
 def _answer(task: LayerTask, context: LayerContext, held_out: InputMoments | None) -> _Answer:
-    recipe, problem = task.recipe, task.recipe.state(context)
-    solution = solve(problem, recipe.layer_solver)
+    method = task.method
+    problem = method.objective(context)
+    solution = solve(problem, method.solver)
     _check(solution, task.name)
-    if held_out is None or recipe.refit is None or not recipe.refit.dampings:
+    if held_out is None or not method.dampings:
         return _Answer(problem, solution, held_out, None, _dead(problem))
-    dampings, join = recipe.refit.dampings, not recipe.recovers
-    refitted = refit(problem, solution, held_out, dampings, recipe.layer_solver, join=join)
+    join = not method.moves_weights_later
+    refitted = refit(problem, solution, held_out, method.dampings, method.solver, join=join)
     _check(refitted.solution, task.name)
     return _Answer(refitted.problem, refitted.solution, held_out, refitted.held_out_error, _dead(refitted.problem))
 
@@ -248,7 +258,7 @@ def _report(task: LayerTask, answer: _Answer, value: Tensor, began: float) -> La
 
     Of a layer whose units go, the number kept is known once they are gone.
     """
-    problem, solution, solver = answer.problem, answer.solution, task.recipe.layer_solver
+    problem, solution, solver = answer.problem, answer.solution, task.method.solver
     loss = problem.loss
     written = value.to(loss.weight)
     return LayerReport(

@@ -14,11 +14,11 @@ from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.numerics.precision import full_precision
-from optprune.objectives import LayerContext
 from optprune.problems import LayerLoss, Problem
-from optprune.pruning.preflight import check_batches
-from optprune.pruning.run import Run
-from optprune.pruning.targets import parts_removed
+from optprune.program import Request, check_batches, resolve
+from optprune.pruning.block import block_problem
+from optprune.pruning.run import begin
+from optprune.pruning.workers import Serial
 from optprune.recipe import Recipe, make_recipe
 from optprune.report import PhaseRecorder
 from optprune.system.wording import counted, shown
@@ -51,7 +51,8 @@ def layer_loss(
     batches = check_batches(before.model.config, batches)
     tap, original = before.architecture.taps[path], before.blocks[block]
     # All layers of a block that is solved at once see it as it was, but for what is removed whole: that goes first.
-    gone = () if policy.sequential else parts_removed(before.shape(block), now.shape(block))
+    left = now.shape(block).parts
+    gone = () if policy.sequential else tuple(part for part in before.shape(block).parts if part not in left)
     whole = copy.deepcopy(original) if gone else original
     with calibrating(now), calibrating(before):
         way = policy.start(first_inputs(before, batches))
@@ -80,36 +81,28 @@ def layer_problem(
     weights. Where the recipe's policy lets pruned blocks give the inputs, the blocks before the layer's are pruned
     first, in a copy; no block behind it is solved, and the model is left as it is. The rest is as in `prune`.
     """
-    block, _ = place_of(Decoder(model), name)
-    independent = recipe.policy.independent
+    block, path = place_of(Decoder(model), name)
+    every = check_batches(model.config, batches)
+    independent = recipe.resolved().policy.independent
     own = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
-    run = Run.begin(own, batches, recipe, allocation, statistics, PhaseRecorder(own.model.device))
+    program = resolve(own, Request(recipe=recipe, allocation=allocation))
+    phases = PhaseRecorder(own.model.device)
+    run = begin(program, own, every, phases=phases, executor=Serial().executor, statistics=statistics)
     decoder = run.decoder
-    solved = [decoder.name(block, target.path) for target in run.targets(block)]
+    solved = [decoder.name(block, target.path) for target in run.blocks[block].targets]
     if name not in solved:
         raise InputError(
             f"the recipe {recipe.name} states no problem at {name}: in this block it prunes "
             f"{', '.join(solved) or 'no single layer'}"
         )
-
-    def state(context: LayerContext) -> Problem:
-        problem = recipe.state(context)
-        if context.name == name:
-            raise _Stated(problem)
-        return problem
-
-    run.recipe = run.recipe.model_copy(update={"objective": state})
-    try:
-        with calibrating(decoder):
-            for index in range(block + 1):
-                if independent and index < block:
-                    with decoder.resident(index) as passed:
-                        run.path.pass_by(passed, lambda: None)
-                else:
-                    run.prune_block(index)
-    except _Stated as reached:
-        return reached.problem
-    raise AssertionError(f"{name} is solved in its block")
+    with calibrating(decoder):
+        for index in range(block):
+            if independent:
+                with decoder.resident(index) as passed:
+                    run.path.pass_by(passed, lambda: None)
+            else:
+                run.prune_block(index)
+        return block_problem(decoder, run.task(block), path)
 
 
 def place_of(decoder: Decoder, name: str) -> tuple[int, str]:
@@ -131,14 +124,6 @@ def place_of(decoder: Decoder, name: str) -> tuple[int, str]:
     raise InputError(
         f"{shown(name)} {what}, not a linear layer of a decoder block: the nearest of those are {', '.join(nearest)}"
     )
-
-
-class _Stated(Exception):  # control flow, not an error
-    """Ends a run at the layer that was asked for."""
-
-    def __init__(self, problem: Problem) -> None:
-        super().__init__()
-        self.problem = problem
 
 
 def _visit(path: Path, block: nn.Module, original: nn.Module) -> Visit:

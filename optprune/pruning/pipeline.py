@@ -1,8 +1,10 @@
-"""The pipeline: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
+"""Pruning a model: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,15 +15,15 @@ from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
-from optprune.pruning.following import followed
+from optprune.program import Program, Request, check_batches, resolve
+from optprune.program.time import expected_seconds
 from optprune.pruning.journal import Journal
 from optprune.pruning.layer import summary
-from optprune.pruning.preflight import check_batches
-from optprune.pruning.run import Run, warn_or_raise
+from optprune.pruning.run import Listener, begin, warn_or_raise
 from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
-from optprune.report.phases import PRUNING
+from optprune.report.phases import BUDGET, METRIC, PRUNING
 from optprune.system.environment import versions
 
 MISSED = (
@@ -52,51 +54,111 @@ def prune(
     """Prune a transformers model in place, by a recipe, on batches of token ids [batch, length].
 
     All tokens count, so batches must hold no padding; one tensor [batch, length] is one batch. Raises an OptpruneError
-    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned. An
-    `allocation` says what every block keeps, in place of the recipe's sparsity; the report's recipe says it then.
-    `statistics` are those of the dense model, as `collect` gives them, where runs share them; without, this run
-    measures its own. `source` and `calibration` name the model and the text in the report. A model that `open_model`
-    gave comes with the `store` of its blocks, which are in memory one at a time; afterwards the store gives the pruned
-    ones. With a `journal` every block is on the disk once it is finished, and a run that was stopped goes on where it
-    was. `workers` prune blocks side by side, where blocks are independent by the policy (dense, intra), or share the
-    layers of a block; the weights are those of a run without. Sums over batches are added in `partial_sums`, which
-    processes may share: each calls this with the same arguments, but for the first one's journal. `states` says where
-    the hidden states of the tokens are between two blocks: device, host, disk (in a file without a name, in the
-    journal's folder where there is one), or auto, which is the first of these that has room enough. `on_event` hears
-    how far the run is, and with `progress` that is shown on stderr, with the time left.
+    that says why when the model, the recipe or the batches do not fit; the model in memory may then be half pruned.
+
+    - `allocation` says what every block keeps, in place of the recipe's sparsity; the report's recipe contains it.
+    - `statistics` are those of the dense model, from `collect`, which several runs share; without them this run
+      measures its own.
+    - `source` and `calibration` name the model and the text in the report.
+    - `store` comes with a model from `open_model`: its blocks are in memory one at a time, and afterwards the store
+      holds the pruned ones.
+    - `journal` keeps every finished block on the disk, so that a stopped run can be continued.
+    - `workers` prune blocks side by side, where the policy makes blocks independent (dense, intra), or share the layers
+      of a block; the weights are those of a run without.
+    - `partial_sums` adds sums over batches in parts, which processes may share: each process calls this with the same
+      arguments, except for the journal, which only the first one has.
+    - `states` is where hidden states are kept between two blocks: device, host, disk (an unnamed file, in the journal's
+      folder where there is one), or auto, the first of these that has room.
+    - `on_event` receives the events of the run, and `progress` shows them on stderr with the time left.
     """
-    began, workers, partial_sums = time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
-    _check_hands(model, store, recipe, workers, partial_sums)
-    decoder = Decoder(model, store)
+    began, decoder = time.perf_counter(), Decoder(model, store)
+    every = check_batches(model.config, batches)
+    request = Request(
+        recipe=recipe,
+        allocation=allocation,
+        samples=sum(map(len, every)),
+        seq_length=max(batch.shape[1] for batch in every),
+        dtype=model.dtype,
+        device=model.device.type,
+        states=states,
+        whole=store is None,
+    )
+    return run_program(
+        resolve(decoder, request),
+        decoder,
+        every,
+        began=began,
+        statistics=statistics,
+        on_event=on_event,
+        progress=progress,
+        source=source,
+        calibration=calibration,
+        journal=journal,
+        workers=workers,
+        partial_sums=partial_sums,
+    )
+
+
+@full_precision()
+def run_program(
+    program: Program,
+    decoder: Decoder,
+    batches: list[Tensor],
+    *,
+    began: float | None = None,
+    statistics: DenseStatistics | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    progress: bool = False,
+    source: str = "",
+    calibration: str = "",
+    journal: Journal | None = None,
+    workers: Workers | None = None,
+    partial_sums: PartialSums | None = None,
+) -> Report:
+    """Prune a model in place, as a program says that was resolved for its shapes, and return the report.
+
+    `batches` are checked ones; the rest is as in `prune`. The report counts the seconds from `began`, a perf_counter.
+    """
+    began, workers, partial_sums = began or time.perf_counter(), workers or Serial(), partial_sums or PartialSums()
+    model, recipe = decoder.model, program.request.recipe
+    _check_workers(decoder, program, workers, partial_sums)
     weights_before, shapes = decoder.linear_weights(), decoder.shapes()
     parameters_before = sum(parameter.numel() for parameter in model.parameters())
-    every, allocation = check_batches(model.config, batches), allocation or recipe.given
-    recipe, work = recipe.settled(), recipe.worked() if allocation is None else recipe
-    with followed(progress, on_event, decoder, every, work, allocation) as listener:
+    with followed(progress, on_event, program, model.device) as listener:
         phases = PhaseRecorder(model.device, listener)
-        run = Run.begin(decoder, every, work, allocation, statistics, phases, journal, states, partial_sums)
-        with phases.phase(PRUNING), calibrating(decoder):
+        run = begin(
+            program,
+            decoder,
+            batches,
+            phases=phases,
+            executor=workers.executor,
+            statistics=statistics,
+            journal=journal,
+            partial_sums=partial_sums,
+        )
+        with phases.phase(PRUNING), calibrating(run.decoder):
             workers.prune(run)
-    divided, notes = run.allocation, run.notes
-    recipe = recipe if allocation is None else recipe.with_given(divided)
+    divided, notes = run.division.allocation, run.notes
+    if program.allocation is not None:
+        recipe = recipe.with_given(divided)
     records = sorted(run.records, key=lambda record: record.index)
     layers = [layer for record in records for layer in record.layers]
     kept = decoder.linear_weights() - sum(record.zeros for record in records)
     most = sum(decoder.weights_of(block.shape) for block in divided.blocks) - sum(record.due for record in records)
     reached = 1 - kept / weights_before
     if kept > most:
-        notes += warn_or_raise(recipe, (MISSED.format(reached, divided.sparsity),))
+        notes += warn_or_raise(program.method.strict, (MISSED.format(reached, divided.sparsity),))
     blocks, left = tuple(map(BlockChange, shapes, decoder.shapes())), divided.with_shapes(decoder, weights_before)
     decoder.record_shapes()
     return Report(
         model=source or model.config.name_or_path or model.config.model_type,
         recipe=recipe.to_dict(),
-        sparsity_requested=recipe.sparsity if allocation is None else divided.sparsity,
+        sparsity_requested=program.sparsity if program.allocation is None else divided.sparsity,
         sparsity_reached=reached,
         seconds=time.perf_counter() - began,
         floor_seconds=sum(record.floor_seconds for record in records),
         tokens=run.tokens,
-        seed=recipe.seed,
+        seed=program.seed,
         versions=versions(),
         layers=tuple(layers),
         notes=summary(layers) + notes,
@@ -111,12 +173,30 @@ def prune(
     )
 
 
-def _check_hands(
-    model: PreTrainedModel, store: BlockStore | None, recipe: Recipe, workers: Workers, partial_sums: PartialSums
-) -> None:
-    """Raise InputError where the weights are not at hand, or there are workers that do not go with the run."""
-    if store is None and any(weight.is_meta for weight in model.parameters()):
+@contextmanager
+def followed(progress: bool, listener: Listener | None, program: Program, device: torch.device) -> Iterator[Listener]:
+    """Yield what receives the events of a run: the listener, if any, and with `progress` a display of them too."""
+    listener = listener or (lambda event: None)
+    if not progress:
+        yield listener
+        return
+    from optprune.report.progress import Reporter
+
+    expected = expected_seconds(program, 0, device)
+    computing = {phase: expected[phase] for phase in (METRIC, BUDGET, PRUNING)}
+    with Reporter().events(computing, left="left of pruning") as show:
+
+        def on_event(event: Event) -> None:
+            show(event)
+            listener(event)
+
+        yield on_event
+
+
+def _check_workers(decoder: Decoder, program: Program, workers: Workers, partial_sums: PartialSums) -> None:
+    """Raise InputError where the weights are not there, or there are workers that do not go with the run."""
+    if decoder.store is None and any(weight.is_meta for weight in decoder.model.parameters()):
         raise InputError("the model's weights are not in memory: hand over the store that came with it from open_model")
-    workers.check(recipe)
+    workers.check(program.policy)
     if partial_sums.peers.size > 1 and not isinstance(workers, Serial):
         raise InputError("the processes that share the partial sums are the workers: leave other workers out")

@@ -2,16 +2,24 @@
 
 import importlib
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
+from optprune.calibration import Propagation
 from optprune.errors import InputError, OptpruneError, WorkerError
-from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
-from optprune.pruning.ray_local import check_closed, for_this_machine
-from optprune.pruning.workers import ParallelWorkers, WorkerPool, check_count
-from optprune.recipe import Recipe
+from optprune.pruning.workers import (
+    BlockJob,
+    BlockOutcome,
+    ParallelWorkers,
+    WorkerContext,
+    WorkerPool,
+    check_count,
+    run_job,
+)
 from optprune.system.environment import KERNELS
 
 LOCAL = "local"
@@ -35,8 +43,8 @@ class RayWorkers(ParallelWorkers):
         if self.count is not None:
             check_count(self.count)
 
-    def check(self, recipe: Recipe) -> None:
-        super().check(recipe)
+    def check(self, policy: Propagation) -> None:
+        super().check(policy)
         _ray()
 
     @contextmanager
@@ -126,3 +134,53 @@ class _Cluster(WorkerPool[Any]):
         """Give up what is still under way."""
         for handle in self._under_way:
             self._ray.cancel(handle, force=True)
+
+
+REACHABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""the variable by which Ray takes an address for this machine that others reach, or the loopback where it is 0"""
+MODE, TOKEN, TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+"""the variables that say whether Ray asks for a token, which one, and which file it is in"""
+
+
+@contextmanager
+def for_this_machine() -> Iterator[None]:
+    """Have `ray.init` start a cluster that is closed to others, for as long as the context lasts.
+
+    Ray's own token would be in a file that all users of the machine can read. This one is in the environment of its
+    processes, which only their owner sees.
+    """
+    before = {name: os.environ.get(name) for name in (REACHABLE, MODE, TOKEN, TOKEN_FILE)}
+    constants: Any = importlib.import_module("ray._private.ray_constants")
+    reachable = getattr(constants, "ENABLE_RAY_CLUSTER", None)  # what Ray read when it was imported
+    os.environ |= {REACHABLE: "0", MODE: "token", TOKEN: secrets.token_hex(32)}
+    os.environ.pop(TOKEN_FILE, None)
+    constants.ENABLE_RAY_CLUSTER = False
+    _read_again()
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = reachable
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        _read_again()
+
+
+def check_closed(ray: Any) -> None:
+    """Raise OptpruneError where the cluster is on an address that others could reach."""
+    for node in ray.nodes():
+        address = str(node["NodeManagerAddress"])
+        if not ip_address(address).is_loopback:
+            raise OptpruneError(
+                f"this version of Ray ({ray.__version__}) would listen on {address}, which other machines may reach: "
+                "install the version that optprune[ray] asks for"
+            )
+
+
+def _read_again() -> None:
+    """Have Ray read the variables once more, which it keeps from its import or its first cluster."""
+    with suppress(ImportError, AttributeError):
+        raylet = importlib.import_module("ray._raylet")
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()

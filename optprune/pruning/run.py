@@ -1,192 +1,186 @@
 """A run: what all its blocks share, and where it stands between two of them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path as FilePath
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from optprune.allocation import Allocation, Allocator, DenseModel, Division
-from optprune.calibration import DenseStatistics, calibrating, first_inputs, hold_out
+from optprune.allocation import Allocator, DenseModel, Division
+from optprune.calibration import (
+    BlockMoments,
+    DenseStatistics,
+    KnownMoments,
+    Path,
+    calibrating,
+    first_inputs,
+    first_tokens,
+    hold_out,
+)
 from optprune.calibration.partial_sums import PartialSums
-from optprune.errors import StrictError
+from optprune.errors import InputError, StrictError
 from optprune.measure.clock import clock
-from optprune.measure.memory import release
+from optprune.measure.memory import free_memory, release
 from optprune.metric import Metrics
-from optprune.models import Decoder, Target
-from optprune.pruning.asked_metrics import asked_metrics, whole_in
-from optprune.pruning.block import BlockRecord, BlockResult, BlockTask, prune_block
-from optprune.pruning.cached_moments import CachedMoments
-from optprune.pruning.executors import LayerExecutor, SerialExecutor
-from optprune.pruning.facts import facts
-from optprune.pruning.jobs import BlockJob, BlockOutcome, moved
-from optprune.pruning.journal import Journal
-from optprune.pruning.preflight import check_batches, check_run
+from optprune.models import Decoder
+from optprune.models.draft import DRAFT_FIELD
+from optprune.models.places import InFile, OnDevice, OnHost, Place
+from optprune.numerics.fingerprint import fingerprint
+from optprune.program import BlockProgram, Program
+from optprune.pruning.block import BlockJob, BlockOutcome, BlockRecord, BlockResult, BlockTask, moved, prune_block
+from optprune.pruning.executors import LayerExecutor
+from optprune.pruning.journal import Journal, digest_of_model
 from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
-from optprune.pruning.states import place_for
-from optprune.pruning.targets import targets_of
-from optprune.recipe import Recipe
-from optprune.recipe.allocator import allocator_of
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
+from optprune.system.environment import machine, versions
 from optprune.system.wording import counted
 
 Listener = Callable[[Event], None]
+MakeExecutor = Callable[[torch.device], LayerExecutor]
+"""returns the executor of a run's layers, for the device of the model"""
 MOST_NAMED = 8
-"""how many layers a note names: those of experts are many"""
+"""the most layers that a note names: a model with experts has many"""
+OPENED = 0.5
+"""the approximate share of the loading that is done when a model is open and its weights are still to be read"""
+STATES = ("auto", "device", "host", "disk")
+"""what a user may say"""
+COPIES = 4
+"""how often hidden states may be there: those that enter a block, those that leave it, and the calls of a sub-module
+with their answers"""
+SHARE = 0.5
+"""the share of the free memory that they may have: the rest is for a block and the solve of a layer"""
 
 
+class CachedMoments:
+    """The moments of blocks that get the inputs of the dense model: of all independent blocks, else of the first."""
+
+    def __init__(self, decoder: Decoder, program: Program, known: KnownMoments | None) -> None:
+        """Use what is known, which is None where the path does not begin with the dense model's inputs."""
+        self._decoder, self._policy, self._known = decoder, program.policy, known
+        self._moves_weights_later = program.method.moves_weights_later
+
+    def block(self, index: int) -> BlockMoments | None:
+        """Return the moments of a block, as far as they are known."""
+        if self._known is None or (index > 0 and not self._policy.independent):
+            return None
+        return self._known.of(index)
+
+    def cover(self, blocks: Sequence[BlockProgram]) -> bool:
+        """Return whether a run needs no pass at all: only known moments of the dense model decide its blocks."""
+        policy, known = self._policy, self._known
+        if known is None or self._moves_weights_later:
+            return False
+        if policy.sequential or policy.dense_target or not policy.independent:
+            return False
+        return all(
+            known.knows(block.index, [target.tap for target in block.targets])
+            and not block.removed
+            and self._decoder.shape(block.index).experts == block.wanted.shape.experts
+            for block in blocks
+        )
+
+
+@dataclass(eq=False, kw_only=True)
 class Run:
     """A run between two blocks: what enters the next one, and the records of those that are done."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        recipe: Recipe,
-        division: Division,
-        batches: list[Tensor],
-        on_event: Listener,
-        partial_sums: PartialSums | None = None,
-    ) -> None:
-        self.decoder, self.recipe, self.division, self.on_event = decoder, recipe, division, on_event
-        self.allocation = division.allocation
-        entering = first_inputs(decoder, batches, partial_sums)
-        self.path = recipe.policy.start(entering)
-        """what enters the next block"""
-        self.from_dense = self.path.actual is entering
-        """whether the path begins as that of the dense model"""
-        self.cached = CachedMoments(decoder, recipe, None, self.from_dense)
-        """the moments of the dense model that need not be measured"""
-        self.records: list[BlockRecord] = []
-        self.tokens = sum(batch.numel() for batch in batches)
-        self.metrics = Metrics({})
-        """the output metrics of the dense model, by the layer's full name, for the blocks to come; empty where outputs
-        count alike"""
-        self.held_out = 0
-        """how many batches, the last ones, are kept apart"""
-        self.notes: tuple[str, ...] = ()
-        """the notes on what was found before the first block"""
-        self.journal: JournalProtocol | None = None
-        self.facts: dict[str, Any] = {}
-        """what decides the bytes of the run, where there is a journal"""
-        self.finished: set[int] = set()
-        """the blocks that an earlier run has finished, by the journal"""
-        self.passed_by = 0
-        """how many of them this run has passed by"""
-        self.executor: LayerExecutor = SerialExecutor()
-        """who solves the layers of a stage"""
-        self.dense_pass_seconds: dict[int, float] = {}
-        """the seconds of the pass through a dense block that a worker prunes meanwhile"""
-        blocks = range(len(decoder.blocks))
-        self.last = max((index for index in blocks if self.chooses(index)), default=-1)
-        """the last block with something to solve: nothing travels past it"""
-
-    @classmethod
-    def begin(
-        cls,
-        decoder: Decoder,
-        batches: Iterable[Tensor],
-        recipe: Recipe,
-        allocation: Allocation | None,
-        statistics: DenseStatistics | None,
-        phases: PhaseRecorder,
-        journal: Journal | None = None,
-        states: str = "auto",
-        partial_sums: PartialSums | None = None,
-    ) -> "Run":
-        """A run before its first block: all fits together, the budget is divided, and no weight is changed.
-
-        The recorder has the phases until then; the first is to read all weights, where a journal must know them.
-        """
-        recipe, every = recipe.settled(), check_batches(decoder.model.config, batches)
-        idle = check_run(decoder, recipe, allocation)
-        allocator, statistics = allocator_of(recipe, allocation), statistics or DenseStatistics()
-        if recipe.precise(allocator.probes):
-            decoder = decoder.precise()
-        decoder.states = place_for(states, decoder, every, None if journal is None else journal.scratch)
-        fitted, held_out = hold_out(every, 0.0 if recipe.refit is None else recipe.refit.held_out)
-        partial_sums = partial_sums or PartialSums()
-        partial_sums.check(fitted)
-        statistics.begin(decoder, every, partial_sums)
-        journal_view = journal if partial_sums.peers.size == 1 else SharedJournal(journal, partial_sums.peers)
-        on_event = phases.on_event
-        decided: dict[str, Any] = {}
-        if journal_view is not None:
-            with phases.phase(LOADING):
-                decided = facts(decoder, every, recipe, allocation, partial_sums, on_event)
-                journal_view.begin(decided)
-        with phases.phase(METRIC):
-            metrics, notes = _metrics(decoder, every, recipe, statistics, on_event, journal_view, partial_sums)
-        if partial_sums.count > 1:
-            notes += (
-                f"sums over batches are added in {partial_sums.count} partial sums (--lanes {partial_sums.count})",
-            )
-        notes += idle + warn_or_raise(recipe, allocator.warnings)
-        with phases.phase(BUDGET), calibrating(decoder):
-            costs = statistics if journal_view is None else journal_view.keeping_costs(statistics)
-            dense = DenseModel(decoder, fitted, metrics, costs, on_event, partial_sums)
-            division = _division(allocator, dense, journal_view)
-            run = cls(decoder, recipe, division, fitted, on_event, partial_sums)
-        run.metrics, run.held_out, run.journal = metrics, held_out, journal_view
-        known = statistics.known(decoder, fitted, held_out, partial_sums)
-        run.cached = CachedMoments(decoder, recipe, known, run.from_dense)
-        run.facts = {} if journal is None else decided
-        run.finished = set() if journal_view is None else set(journal_view.finished())
-        if partial_sums.peers.size > 1:
-            run.executor = ProcessExecutor(partial_sums.peers)
-        repaired = () if journal_view is None else journal_view.repaired()
-        run.notes = notes + warn_or_raise(recipe, division.warnings) + division.notes + repaired
-        return run
-
-    def targets(self, index: int) -> list[Target]:
-        """The layers to prune in a block."""
-        return targets_of(self.decoder, self.recipe, self.allocation.blocks[index], index)
-
-    def chooses(self, index: int) -> bool:
-        """Whether what becomes of a block hangs on what enters it."""
-        experts = self.allocation.blocks[index].shape.experts
-        return bool(self.targets(index)) or 0 < experts < self.decoder.shape(index).experts
-
-    def prune_block(self, index: int) -> None:
-        """Prune the block that comes next, or let it be what an earlier run made of it."""
-        metrics = self._metrics_of(index)
-        if index in self.finished:
-            self.records.append(self._passed_by(index))
-        else:
-            wanted, onwards = self.allocation.blocks[index], index < self.last
-            # With all that enters any block known, nothing has to go on.
-            detached, known = self.recalls_everything, self.cached.block(index)
-            more = self.held_out, onwards and not detached, detached, known
-            task = BlockTask(index, self.recipe, wanted, self.path, metrics, *more)
-            self.records.append(self._pruned(task))
-        del metrics  # freed with the block's
-        release()
+    decoder: Decoder
+    program: Program
+    division: Division
+    blocks: tuple[BlockProgram, ...]
+    """the stages of every block"""
+    path: Path
+    """hidden states that enter the next block"""
+    cached: CachedMoments
+    """moments of the dense model that need not be measured"""
+    metrics: Metrics
+    """output metrics by the layer's full name, for the blocks to come; empty where all outputs count alike"""
+    held_out: int
+    """number of batches, the last ones, that are held out"""
+    tokens: int
+    """tokens of the batches that are fitted"""
+    notes: tuple[str, ...]
+    """notes on what was found before the first block"""
+    journal: JournalProtocol | None
+    facts: dict[str, Any]
+    """everything that decides the bytes of the run, where there is a journal"""
+    finished: set[int]
+    """blocks that an earlier run has finished, by the journal"""
+    executor: LayerExecutor
+    on_event: Listener
+    records: list[BlockRecord] = field(default_factory=list)
+    passed: int = 0
+    """number of finished blocks that this run has passed"""
+    dense_pass_seconds: dict[int, float] = field(default_factory=dict)
+    """seconds of the pass through a dense block that a worker prunes meanwhile"""
 
     @cached_property
-    def recalls_everything(self) -> bool:
-        """Whether the run recalls all that it needs of the dense model; asked before the first block."""
-        targets = [self.targets(index) for index in range(len(self.decoder.blocks))]
-        shapes = [block.shape for block in self.allocation.blocks]
-        return not self.finished and self.cached.whole(targets, shapes)
+    def last(self) -> int:
+        """The last block with something to solve: no hidden states are needed after it."""
+        return max((block.index for block in self.blocks if block.solves), default=-1)
+
+    def prune_block(self, index: int) -> None:
+        """Prune the next block, or load it where an earlier run has finished it."""
+        if index in self.finished:
+            self.metrics_of(index)  # freed with the block's
+            self.records.append(self._load_finished(index))
+        else:
+            result = prune_block(self.decoder, self.task(index), self.on_event, self.executor)
+            self.path = result.path
+            if self.journal is not None:
+                self.journal.finish(self.decoder, result)
+            self.records.append(result.record)
+            del result
+        release()
+
+    def task(self, index: int) -> BlockTask:
+        """Return everything that decides how the next block is pruned."""
+        # With all that enters any block known, no hidden states have to go on.
+        return BlockTask(
+            block=self.blocks[index],
+            method=self.program.method,
+            path=self.path,
+            metrics=self.metrics_of(index),
+            held_out=self.held_out,
+            onwards=index < self.last and not self.needs_no_pass,
+            detached=self.needs_no_pass,
+            known=self.cached.block(index),
+        )
+
+    @cached_property
+    def needs_no_pass(self) -> bool:
+        """Whether all moments are cached; asked before the first block."""
+        return not self.finished and self.cached.cover(self.blocks)
 
     def jobs(self) -> Iterator[BlockJob]:
-        """The blocks that are left, for workers; the path moves on through the dense model, whatever becomes of them.
+        """Yield the blocks that are left, for workers, while the path moves on through the dense model.
 
-        Blocks that an earlier run has finished are passed by when their turn comes.
+        Blocks that an earlier run has finished are passed when their turn comes.
         """
         decoder = self.decoder
         for index in range(len(decoder.blocks)):
-            metrics = self._metrics_of(index)
+            metrics = self.metrics_of(index)
             if index in self.finished:
-                self.records.append(self._passed_by(index))
+                self.records.append(self._load_finished(index))
                 continue
             with decoder.resident(index) as block:
-                wanted, onwards = self.allocation.blocks[index], index < self.last
-                # The worker's path ends with the block: the next one's begins where this run's own path gets.
-                ends: dict[str, Any] = {"onwards": False, "detached": onwards}
-                task = BlockTask(index, self.recipe, wanted, self.path, metrics, self.held_out, **ends)
+                onwards = index < self.last
+                # The worker's path ends with the block: the next block's begins where this run's own path gets.
+                task = BlockTask(
+                    block=self.blocks[index],
+                    method=self.program.method,
+                    path=self.path,
+                    metrics=metrics,
+                    held_out=self.held_out,
+                    onwards=False,
+                    detached=onwards,
+                )
                 job = BlockJob.of(decoder, task)
                 if onwards:
                     before = clock(decoder.model.device)
@@ -199,7 +193,7 @@ class Run:
             release()
 
     def take(self, outcome: BlockOutcome) -> None:
-        """Let a block be what a worker made of it; they come in any order."""
+        """Put the weights of a worker's block into the model; blocks come in any order."""
         record, decoder = outcome.record, self.decoder
         passes = 2 * self.dense_pass_seconds.pop(record.index, 0.0)
         record = replace(record, floor_seconds=record.floor_seconds + passes)
@@ -213,22 +207,15 @@ class Run:
             done = {"done": len(self.records)} if isinstance(event, BlockFinished) else {}
             self.on_event(replace(event, **done))
 
-    def _metrics_of(self, index: int) -> Metrics:
-        """The metrics of a block's layers, which the run no longer holds."""
+    def metrics_of(self, index: int) -> Metrics:
+        """Return the metrics of a block's layers, which the run then no longer holds."""
         decoder = self.decoder
         return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
-    def _pruned(self, task: BlockTask) -> BlockRecord:
-        result = prune_block(self.decoder, task, self.on_event, self.executor)
-        self.path = result.path
-        if self.journal is not None:
-            self.journal.finish(self.decoder, result)
-        return result.record
-
-    def _passed_by(self, index: int) -> BlockRecord:
+    def _load_finished(self, index: int) -> BlockRecord:
         assert self.journal is not None
         decoder, journal, record = self.decoder, self.journal, self.journal.record(index)
-        self._tell_passed_by(0)
+        self._report_passed(0)
 
         def finish() -> None:
             decoder.put(index, record.shape, journal.weights(decoder, index))
@@ -239,20 +226,84 @@ class Run:
             else:
                 finish()
         if decoder.store is not None:
-            decoder.store.take_from_sink(block)
-        self._tell_passed_by(1)
+            decoder.store.mark_written(block)
+        self._report_passed(1)
         return record
 
-    def _tell_passed_by(self, more: int) -> None:
-        """Tell how many finished blocks are passed by, the present one as well with `more`."""
-        self.passed_by += more
+    def _report_passed(self, more: int) -> None:
+        """Report how many finished blocks are passed, with the present one if `more` is 1."""
+        self.passed += more
         blocks, finished = len(self.decoder.blocks), len(self.finished)
-        counts = self.passed_by, finished, 0.0, finished / blocks
+        counts = self.passed, finished, 0.0, finished / blocks
         self.on_event(PhaseAdvanced(PRUNING, "passing finished blocks by", "block", *counts))
 
 
+def begin(
+    program: Program,
+    decoder: Decoder,
+    every: list[Tensor],
+    *,
+    phases: PhaseRecorder,
+    executor: MakeExecutor,
+    statistics: DenseStatistics | None = None,
+    journal: Journal | None = None,
+    partial_sums: PartialSums | None = None,
+) -> Run:
+    """Return a run before its first block: the budget is divided, and no weight is changed.
+
+    The recorder gets the phases until then; the first reads all weights, where a journal must know them.
+    """
+    statistics, partial_sums = statistics or DenseStatistics(), partial_sums or PartialSums()
+    if program.precise:
+        decoder = decoder.precise()
+    decoder.states = place_for(program.request.states, decoder, every, None if journal is None else journal.scratch)
+    fitted, held_out = hold_out(every, program.held_out)
+    partial_sums.check(fitted)
+    statistics.begin(decoder, every, partial_sums)
+    shared = journal if partial_sums.peers.size == 1 else SharedJournal(journal, partial_sums.peers)
+    on_event, strict = phases.on_event, program.method.strict
+    decided: dict[str, Any] = {}
+    if shared is not None:
+        with phases.phase(LOADING):
+            decided = facts(program, decoder, every, partial_sums, on_event)
+            shared.begin(decided)
+    with phases.phase(METRIC):
+        metrics, notes = measured_metrics(program, decoder, every, statistics, on_event, shared, partial_sums)
+    if partial_sums.count > 1:
+        notes += (
+            f"sums over batches are added in {partial_sums.count} partial sums (--partial-sums {partial_sums.count})",
+        )
+    notes += program.notes + warn_or_raise(strict, program.allocator.warnings)
+    with phases.phase(BUDGET), calibrating(decoder):
+        costs = statistics if shared is None else shared.keeping_costs(statistics)
+        dense = DenseModel(decoder, fitted, metrics, costs, on_event, partial_sums)
+        division = _division(program.allocator, dense, shared)
+        entering = first_inputs(decoder, fitted, partial_sums)
+        path = program.policy.start(entering)
+    known = statistics.known(decoder, fitted, held_out, partial_sums)
+    finished = set[int]() if shared is None else set(shared.finished())
+    repaired = () if shared is None else shared.repaired()  # what looking at them has found
+    return Run(
+        decoder=decoder,
+        program=program,
+        division=division,
+        blocks=program.blocks(division.allocation),
+        path=path,
+        cached=CachedMoments(decoder, program, known if path.actual is entering else None),
+        metrics=metrics,
+        held_out=held_out,
+        tokens=sum(batch.numel() for batch in fitted),
+        notes=notes + warn_or_raise(strict, division.warnings) + division.notes + repaired,
+        journal=shared,
+        facts={} if journal is None else decided,
+        finished=finished,
+        executor=ProcessExecutor(partial_sums.peers) if partial_sums.peers.size > 1 else executor(decoder.model.device),
+        on_event=on_event,
+    )
+
+
 def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol | None) -> Division:
-    """What every block keeps: as an earlier run has divided it, or as it is divided now."""
+    """The division of an earlier run, or a new one."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
         return earlier
@@ -262,20 +313,45 @@ def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol 
     return division
 
 
-def _metrics(
+def warn_or_raise(strict: bool, warnings: tuple[str, ...]) -> tuple[str, ...]:
+    """Return warnings as notes; StrictError where there is one and the recipe is strict."""
+    if warnings and strict:
+        raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
+    return warnings
+
+
+def undamped_metrics(
+    program: Program,
+    decoder: Decoder,
+    batches: Sequence[Tensor],
+    statistics: DenseStatistics,
+    on_event: Callable[[Event], None],
+    partial_sums: PartialSums,
+) -> Metrics:
+    """Return the output metrics of a program that has some, without damping."""
+    assert program.metric is not None
+    widest, used = program.metric.width or math.inf, first_tokens(batches, program.metric.tokens)
+
+    def on_pass(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(METRIC, "measuring the output metric", "pass", done, total))
+
+    return statistics.metrics(decoder, used, program.seed, program.whole_metric, widest, on_pass, partial_sums)
+
+
+def measured_metrics(
+    program: Program,
     decoder: Decoder,
     batches: list[Tensor],
-    recipe: Recipe,
     statistics: DenseStatistics,
-    on_event: Listener,
+    on_event: Callable[[Event], None],
     journal: JournalProtocol | None,
     partial_sums: PartialSums,
 ) -> tuple[Metrics, tuple[str, ...]]:
-    """The output metrics that a recipe asks for, damped, and a note where they are less than it asks for.
+    """Return the damped output metrics, and notes where they are less than the recipe asks for.
 
-    A run that goes on has those that were measured before it was stopped.
+    A run that continues has those that were measured before it was stopped.
     """
-    asked = recipe.metric
+    asked = program.metric
     if asked is None:
         return Metrics({}), ()
     metrics = None
@@ -284,14 +360,17 @@ def _metrics(
         finished = journal.finished() if journal.division() is not None else []
         metrics = journal.metrics.read(decoder, finished)
     if metrics is None:
-        metrics = asked_metrics(decoder, batches, recipe, statistics, on_event, partial_sums)
+        metrics = undamped_metrics(program, decoder, batches, statistics, on_event, partial_sums)
         metrics = metrics if journal is None else journal.metrics.keep(decoder, metrics)
     small = metrics.diagonal_only()
-    cut = [path for path in whole_in(decoder, recipe) if any(name.endswith(f".{path}") for name in small)]
-    widest, notes = asked.width or math.inf, list[str]()
+    cut = [path for path in program.whole_metric if any(name.endswith(f".{path}") for name in small)]
+    notes = list[str]()
     if cut:
-        of = ", ".join(cut[:MOST_NAMED]) + (f" and {len(cut) - MOST_NAMED} more" if len(cut) > MOST_NAMED else "")
-        notes.append(f"of {of} with over {widest} outputs (metric_width) only the diagonal of the metric is used")
+        named = ", ".join(cut[:MOST_NAMED]) + (f" and {len(cut) - MOST_NAMED} more" if len(cut) > MOST_NAMED else "")
+        notes.append(
+            f"of {named} with over {asked.width or math.inf} outputs (metric.width) only the diagonal of the metric is "
+            "used"
+        )
     reached, blocks = set(metrics), range(len(decoder.blocks))
     every = [decoder.name(index, path) for index in blocks for path in decoder.paths(index)]
     missed = [name for name in every if name not in reached]
@@ -303,8 +382,62 @@ def _metrics(
     return metrics.damped(asked.damping), tuple(notes)
 
 
-def warn_or_raise(recipe: Recipe, warnings: tuple[str, ...]) -> tuple[str, ...]:
-    """Warnings as notes; StrictError where a strict recipe has one."""
-    if warnings and recipe.strict:
-        raise StrictError(f"{warnings[0]} (strict mode makes this an error)")
-    return warnings
+def facts(
+    program: Program,
+    decoder: Decoder,
+    batches: list[Tensor],
+    partial_sums: PartialSums,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """Return everything that decides the bytes of a run. All weights are read for it; events report how many."""
+
+    def on_bytes(done: int, total: int) -> None:
+        on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))
+
+    return {
+        "the model": digest_of_model(decoder, on_bytes),
+        "its architecture": getattr(decoder.model.config, DRAFT_FIELD, None),
+        "its dtype": str(decoder.model.dtype),
+        "the calibration tokens": fingerprint(batches),
+        "the number of partial sums": partial_sums.count,
+        **program.facts(),
+        "the version": versions(),
+        "the machine": machine(decoder.model.device),
+        "the blocks": len(decoder.blocks),
+    }
+
+
+def check_states(states: str) -> None:
+    """Raise InputError where nobody knows such a place."""
+    if states not in STATES:
+        raise InputError(f"hidden states cannot be kept on {states!r}: choose {', '.join(STATES[:-1])} or {STATES[-1]}")
+
+
+def place_for(states: str, decoder: Decoder, batches: Sequence[Tensor], folder: FilePath | None) -> Place:
+    """Where the hidden states of token ids [batch, length] are kept; `folder` is for a file of them.
+
+    "auto" is the device where four copies of them fit in half of its free memory, else the host's memory by the same
+    measure, else a file. Without a `folder` that is where the model's store puts things aside, or the system's folder
+    of temporary files. What is chosen changes no bit of a result.
+    """
+    check_states(states)
+    if states == "auto":
+        states = _by_size(decoder, sum(batch.numel() for batch in batches))
+    if states == "device":
+        return OnDevice()
+    if states == "host":
+        return OnHost()
+    if folder is not None:
+        return InFile(folder)
+    return InFile(FilePath(tempfile.gettempdir())) if decoder.store is None else decoder.store.offload
+
+
+def _by_size(decoder: Decoder, tokens: int) -> str:
+    """The first place with room enough; where the system tells nothing, there is."""
+    model = decoder.model
+    size = COPIES * tokens * model.config.hidden_size * (decoder.computes_in or model.dtype).itemsize
+    for name, device in (("device", model.device.type), ("host", "cpu")):
+        free = free_memory(model.device if device != "cpu" else None)
+        if free is None or size <= SHARE * free:
+            return name
+    return "disk"

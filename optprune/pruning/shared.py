@@ -22,9 +22,8 @@ from optprune.models import Decoder
 from optprune.problems import Permutation, Rotation
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.executors import LayerExecutor, Take
-from optprune.pruning.journal import Journal
+from optprune.pruning.journal import Journal, MetricFiles
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
-from optprune.pruning.metric_files import MetricFiles
 from optprune.system.environment import differences
 from optprune.system.wording import shown
 
@@ -200,7 +199,7 @@ class SharedMetrics:
         self.peers.broadcast(list(parts.values()), 0)
         if sums is not None:
             return sums
-        return MetricSums.elsewhere(told.width, told.tokens, decoder.aside.keep_all(parts), full=told.full)
+        return MetricSums.elsewhere(told.width, told.tokens, decoder.offload.keep_all(parts), full=told.full)
 
 
 class SharedJournal:

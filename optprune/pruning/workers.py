@@ -1,86 +1,134 @@
-"""Workers: who prunes the blocks of a run, one after the other here, or several side by side.
+"""Workers: they prune the blocks of a run, one after the other here, or several side by side.
 
-One after the other, the layers of a block may still be shared among several devices. Side by side is for the policies
-under which blocks are independent. The run walks through the dense model and gives out jobs, each with what enters
-a block; a worker fills that block of a skeleton and prunes it. What comes back, in any order, is put into the model or
-its journal: the weights and the report are those of a run without workers.
+One after the other, the layers of a block may still be shared among several devices. Side by side needs a policy under
+which blocks are independent. The run then passes through the dense model and gives out jobs, each with the hidden
+states that enter a block; a worker fills that block of a skeleton and prunes it. The outcomes, in any order, are put
+into the model or its journal: weights and report are those of a run without workers.
 """
 
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.queues import SimpleQueue
 from typing import Generic, TypeVar
 
 import torch
 
-from optprune.calibration import POLICIES
-from optprune.errors import InputError, OptpruneError
-from optprune.pruning.executors import DeviceExecutor
-from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext
+from optprune.calibration import POLICIES, Propagation
+from optprune.errors import InputError, OptpruneError, WorkerError
+from optprune.program.memory import AHEAD
+from optprune.pruning.block import BlockJob, BlockOutcome, WorkerContext, run_job
+from optprune.pruning.executors import DeviceExecutor, LayerExecutor, SerialExecutor
 from optprune.pruning.run import Run
-from optprune.recipe import Recipe
 from optprune.system.environment import started_by_torchrun
 from optprune.system.wording import shown
 
-AHEAD = 2
-"""jobs that are under way for each worker: the one that it does, and the next"""
 MOST = 1000
-"""the most workers: no model has so many blocks, nor a block so many layers"""
+"""the most workers: no model has so many blocks, and no block so many layers"""
 Handle = TypeVar("Handle")
+DIED = (
+    "a worker process ended in the middle of its work, perhaps since the memory is not enough for so many: use fewer "
+    "workers, and in a script have all that runs under if __name__ == '__main__'"
+)
 
 
 class Workers(ABC):
-    """Who prunes the blocks of a run."""
-
-    @abstractmethod
-    def check(self, recipe: Recipe) -> None:
-        """Raise InputError where a recipe's blocks cannot be pruned so."""
+    """A way to prune the blocks of a run."""
 
     @abstractmethod
     def prune(self, run: Run) -> None:
         """Prune all blocks of a run that has begun."""
 
+    def check(self, policy: Propagation) -> None:
+        """Raise InputError where the blocks of a policy cannot be pruned so."""
+        return
+
+    def executor(self, device: torch.device) -> LayerExecutor:
+        """Return what solves the layers of a stage, for a model on a device."""
+        return SerialExecutor()
+
+
+class WorkerPool(ABC, Generic[Handle]):
+    """Workers that have been started."""
+
+    count: int
+    """the number of workers"""
+
+    @abstractmethod
+    def send(self, job: BlockJob) -> Handle:
+        """Submit a job."""
+
+    @abstractmethod
+    def wait(self, handles: list[Handle]) -> list[Handle]:
+        """Wait until at least one job is done, and return those that are."""
+
+    @abstractmethod
+    def get(self, handle: Handle) -> BlockOutcome | OptpruneError:
+        """Return the outcome of a job that is done."""
+
 
 class Serial(Workers):
     """One block after the other, in this process."""
 
-    def check(self, recipe: Recipe) -> None:
-        pass
-
     def prune(self, run: Run) -> None:
-        for index in range(len(run.decoder.blocks)):
+        for index in range(len(run.blocks)):
             run.prune_block(index)
 
 
-@dataclass(frozen=True)
-class Layers(Workers):
-    """One block after the other, in this process; its layers that need no other's answer several at a time.
+class ParallelWorkers(Workers):
+    """Several blocks at a time, each by one of several workers."""
 
-    For the policies that follow the pruned model, whose blocks cannot be shared. Single weights have all layers of a
-    block to share under `pruned`, and those that read the same input under `cross` and `local`; of units there are two.
+    def check(self, policy: Propagation) -> None:
+        if not policy.independent:
+            free = " or ".join(name for name, one in POLICIES.items() if one.independent)
+            raise InputError(
+                f"under the policy {policy.name} every block depends on those before it, so that workers have no "
+                f"blocks to share: choose the propagation {free}, or --workers without --ray, which share the layers"
+            )
+
+    def prune(self, run: Run) -> None:
+        with self.pool(WorkerContext.of(run.decoder)) as pool:
+            for outcome in outcomes(pool, run.jobs()):
+                run.take(outcome)
+
+    @abstractmethod
+    def pool(self, context: WorkerContext) -> AbstractContextManager[WorkerPool]:
+        """Return a context that starts the workers, and stops them at its end."""
+
+
+@dataclass(frozen=True)
+class Layers(Serial):
+    """One block after the other, in this process, with several layers of a block solved at a time.
+
+    For policies that follow the pruned model, whose blocks cannot be shared. With single weights all layers of a block
+    are solved together under `pruned`, and those that read the same input under `cross` and `local`; units have two.
     """
 
     count: int
-    """how many layers are solved at a time, each in a thread with as many threads of torch as this one"""
+    """layers that are solved at a time, each in a thread with as many threads of torch as this one"""
     devices: tuple[str, ...] = ()
-    """where, such as cuda:0; by default on the model's device, and where that is a GPU on those after it too"""
+    """the devices, such as cuda:0; by default the model's, and where that is a GPU those after it too"""
 
     def __post_init__(self) -> None:
         check_count(self.count)
         if self.devices and len(self.devices) != self.count:
             raise InputError(f"{self.count} layers at a time need {self.count} devices, not {len(self.devices)}")
 
-    def check(self, recipe: Recipe) -> None:
-        pass
-
-    def prune(self, run: Run) -> None:
-        run.executor = DeviceExecutor(self.over(run.decoder.model.device))
-        Serial().prune(run)
+    def executor(self, device: torch.device) -> LayerExecutor:
+        return DeviceExecutor(self.over(device))
 
     def over(self, home: torch.device) -> tuple[torch.device, ...]:
-        """The devices, for a model on a device; InputError where one is of another kind, which rounds otherwise."""
+        """Return the devices for a model on a device; InputError for those of another kind, which round otherwise."""
         named = tuple(torch.device(name) for name in self.devices)
         if any(device.type != home.type for device in named):
             raise InputError(
@@ -92,48 +140,36 @@ class Layers(Workers):
         return tuple(torch.device("cuda", ((home.index or 0) + number) % present) for number in range(self.count))
 
 
-class WorkerPool(ABC, Generic[Handle]):
-    """Workers that are at work."""
+@dataclass(frozen=True)
+class Processes(ParallelWorkers):
+    """Processes that are spawned for a run, shared out among the GPUs where there are several.
+
+    A script that uses them keeps what it runs under `if __name__ == "__main__":`, as ever where processes are spawned.
+    """
 
     count: int
-    """how many they are"""
 
-    @abstractmethod
-    def send(self, job: BlockJob) -> Handle:
-        """Have an job done some time."""
+    def __post_init__(self) -> None:
+        check_count(self.count)
 
-    @abstractmethod
-    def wait(self, handles: list[Handle]) -> list[Handle]:
-        """Wait until one at least is done, and tell which are."""
-
-    @abstractmethod
-    def get(self, handle: Handle) -> BlockOutcome | OptpruneError:
-        """What came of an job that is done."""
-
-
-class ParallelWorkers(Workers):
-    """Several blocks at a time, each by one of several workers."""
-
-    def check(self, recipe: Recipe) -> None:
-        if not recipe.policy.independent:
-            free = " or ".join(name for name, policy in POLICIES.items() if policy.independent)
-            raise InputError(
-                f"under the policy {recipe.policy.name} every block depends on those before it, so that workers have "
-                f"no blocks to share: choose the propagation {free}, or --workers without --ray, which share the layers"
-            )
-
-    def prune(self, run: Run) -> None:
-        with self.pool(WorkerContext.of(run.decoder)) as pool:
-            for outcome in outcomes(pool, run.jobs()):
-                run.take(outcome)
-
-    @abstractmethod
-    def pool(self, context: WorkerContext) -> AbstractContextManager[WorkerPool]:
-        """The workers for a run, for as long as the context lasts."""
+    @contextmanager
+    def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
+        spawn = multiprocessing.get_context("spawn")
+        numbers: SimpleQueue[int] = spawn.SimpleQueue()
+        for number in range(self.count):
+            numbers.put(number)
+        lifeline, held = spawn.Pipe(duplex=False)
+        with ExitStack() as last:
+            # Workers go when nobody holds the other end: this process has died, or has no more use for them.
+            last.callback(lifeline.close)
+            pool = ProcessPoolExecutor(self.count, spawn, _begin, (numbers, lifeline, context.device))
+            last.callback(pool.shutdown, cancel_futures=True)
+            last.callback(held.close)
+            yield _Pool(self.count, pool, context)
 
 
 def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[BlockOutcome]:
-    """What comes of jobs, as it comes; no more are made than workers soon need. An error of a worker's is raised."""
+    """Yield outcomes as they come. Only as many jobs are made as workers soon need. A worker's error is raised."""
     under_way = [pool.send(job) for job in islice(jobs, AHEAD * pool.count)]
     while under_way:
         done = pool.wait(under_way)
@@ -146,27 +182,75 @@ def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[Blo
         under_way += [pool.send(job) for job in islice(jobs, len(done))]
 
 
-def workers_of(recipe: Recipe, count: int | None = None, ray: str | None = None) -> Workers:
-    """The workers that a command asks for: so many here, or those of a Ray cluster at an address.
+def workers_of(policy: Propagation, count: int | None = None, ray: str | None = None) -> Workers:
+    """Return the workers that a command asks for: `count` of them here, or those of a Ray cluster at an address.
 
-    Those here are processes with a block each, or where blocks hang on each other threads with a layer each.
-    InputError where the recipe's blocks cannot be pruned so.
+    Here they are processes with a block each or, where blocks depend on each other, threads with a layer each.
+    InputError where the blocks of the policy cannot be pruned so.
     """
-    from optprune.pruning.processes import Processes
     from optprune.pruning.ray_workers import RayWorkers
+    from optprune.pruning.workers import Processes
 
     if started_by_torchrun() and (count is not None or ray is not None):
         raise InputError("the processes that torchrun started are the workers: leave --workers and --ray out")
-    several = Processes if recipe.policy.independent else Layers
+    several = Processes if policy.independent else Layers
     here = Serial() if count is None or count == 1 else several(count)
     workers = here if ray is None else RayWorkers(ray, count)
-    workers.check(recipe)
+    workers.check(policy)
     return workers
 
 
 def check_count(count: int) -> None:
-    """Raise InputError where there is no worker at all, or more than any run has use for."""
+    """Raise InputError unless there is at least one worker, and at most as many as a run can use."""
     if count < 1:
         raise InputError(f"there must be a worker at least, not {count}")
     if count > MOST:
         raise InputError(f"there can be {MOST} workers at most, not {shown(count)}: give as many as there are cores")
+
+
+def _begin(numbers: "SimpleQueue[int]", lifeline: Connection, device: str) -> None:
+    """What a worker does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    if device == "cuda":
+        torch.cuda.set_device(numbers.get() % torch.cuda.device_count())
+
+
+def _end_with(lifeline: Connection) -> None:
+    try:
+        lifeline.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+class _Pool(WorkerPool["Future[bytes]"]):
+    def __init__(self, count: int, pool: ProcessPoolExecutor, context: WorkerContext) -> None:
+        self.count, self._pool, self._context = count, pool, context
+
+    def send(self, job: BlockJob) -> "Future[bytes]":
+        # Pickled here: multiprocessing would have tensors travel in /dev/shm, which is small in a container.
+        try:
+            packed = pickle.dumps(job)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"the recipe cannot be handed to another process ({error}): define what is your own in it at the top "
+                "level of a module, or leave the workers out"
+            ) from error
+        try:
+            return self._pool.submit(_run, self._context, packed)
+        except BrokenProcessPool as error:
+            raise WorkerError(DIED) from error
+
+    def wait(self, handles: "list[Future[bytes]]") -> "list[Future[bytes]]":
+        done = wait(handles, return_when=FIRST_COMPLETED).done
+        return [handle for handle in handles if handle in done]
+
+    def get(self, handle: "Future[bytes]") -> BlockOutcome | OptpruneError:
+        try:
+            return pickle.loads(handle.result())
+        except BrokenProcessPool as error:
+            raise WorkerError(DIED) from error
+
+
+def _run(context: WorkerContext, job: bytes) -> bytes:
+    return pickle.dumps(run_job(context, pickle.loads(job)))

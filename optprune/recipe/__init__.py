@@ -2,6 +2,5 @@
 
 from optprune.recipe.files import load_recipe, make_recipe, recipe_names
 from optprune.recipe.recipe import Recipe
-from optprune.recipe.runtimes import RUNTIMES, Runtime
 
-__all__ = ["RUNTIMES", "Recipe", "Runtime", "load_recipe", "make_recipe", "recipe_names"]
+__all__ = ["Recipe", "load_recipe", "make_recipe", "recipe_names"]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_serial
 
 from optprune.allocation import Allocation
 from optprune.recipe.names import NONE, read_dampings
+from optprune.solvers import Adam, Descent, Lbfgs
 
 
 class Group(BaseModel):
@@ -131,6 +132,11 @@ class Matching(Group):
     """the weight of the mean squared move of the weights, in such shares, beside the block's relative error"""
     tokens: int | None = Field(default=None, ge=1)
     """about how many of the calibration tokens matching fits: whole batches, from the first; null takes all"""
+
+    @property
+    def descent(self) -> Descent[Any]:
+        """The solver that moves the weights."""
+        return Lbfgs(self.epochs) if self.solver == "lbfgs" else Adam(self.epochs, self.rate)
 
 
 class Refit(Group):

@@ -222,13 +222,6 @@ class Recipe(Displayed, BaseModel):
         """Whether weights are moved again after their layers are solved."""
         return self.recovery is not None or self.matching is not None
 
-    def precise(self, probes: bool) -> bool:
-        """Whether a run computes in float32 at least, with or without an allocator's `probes`.
-
-        Gradients, and what differs little from what it is taken from, have too few digits in half precision.
-        """
-        return self.metric is not None or self.recovers or probes
-
     def state(self, context: LayerContext) -> Problem:
         """The problem to solve at a layer."""
         objective = self.objective or OBJECTIVES[self.units.objective]
@@ -246,17 +239,9 @@ class Recipe(Displayed, BaseModel):
             return self.propagation
         return POLICIES["pruned" if self.only_share is None else "intra"]
 
-    def settled(self) -> "Recipe":
-        """The recipe as it is run: with the policy that it leaves to the pattern."""
+    def resolved(self) -> "Recipe":
+        """Return the recipe with the propagation policy that it leaves to the pattern."""
         return self.model_copy(update={"propagation": self.policy})
-
-    def worked(self) -> "Recipe":
-        """The settled recipe, of which only what its sparsity leaves to do is left: with zero, nothing."""
-        if self.sparsity:
-            return self.settled()
-        return self.model_copy(
-            update={"propagation": POLICIES["dense"], "metric": None, "refit": None, "permuted": False}
-        )
 
     @property
     def given(self) -> Allocation | None:
@@ -270,7 +255,7 @@ class Recipe(Displayed, BaseModel):
 
     def as_run(self, told: Mapping[str, Any]) -> "Recipe":
         """The settled recipe, with what every block keeps where the recipe that a report has `told` says that."""
-        recipe, allocation = self.settled(), told.get("allocation")
+        recipe, allocation = self.resolved(), told.get("allocation")
         if not isinstance(allocation, dict) or allocation.get("kind") != "given":
             return recipe
         return recipe.with_given(Allocation.from_dict(allocation | {"sparsity": told["sparsity"]}))

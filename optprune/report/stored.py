@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from optprune.models import BlockShape, Decoder, Draft, gguf_tensors, is_gguf, is_stock, load_config, load_shapes
 from optprune.models.checkpoint import Checkpoint
-from optprune.models.skeleton import named_as_in, unknown_to
+from optprune.models.skeleton import unexpected_tensors, with_model_names
 from optprune.models.surgery import put_parameters
 from optprune.report.records import Report
 from optprune.report.zeros import LayerPattern
@@ -84,13 +84,13 @@ def open_stored(source: str, draft: Draft | None = None) -> StoredModel:
         found = gguf_tensors(source, model)
         tensors = {name: tensor.transposed() if turned(name) else tensor for name, tensor in found.items()}
     else:
-        checkpoint = named_as_in(model, Checkpoint.open(source))
+        checkpoint = with_model_names(model, Checkpoint.open(source))
         tensors = checkpoint.tensors
         faults += [
             Fault(
                 "unknown", name, f"{name} is stored, but a {config.model_type} model of config.json has no such tensor"
             )
-            for name in unknown_to(model, checkpoint)
+            for name in unexpected_tensors(model, checkpoint)
         ]
     ties = _ties(model)
     for name, weight in model.named_parameters(remove_duplicate=False):

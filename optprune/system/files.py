@@ -32,13 +32,12 @@ def write_whole(
     write: Callable[[BinaryIO], object],
     *,
     lasting: bool = True,
-    replace: bool = True,
     commit: Callable[[str], object] | None = None,
 ) -> None:
     """Write a file as a whole or not at all; a `lasting` file survives a crash of the machine.
 
     `write` writes bytes to a stream in order. `commit` gets the SHA-256 hex digest of these bytes before the file gets
-    its name. Raises InputError where the disk is full, or where the file exists and `replace` is false.
+    its name. Raises InputError where the disk is full.
     """
     draft: Path | None = None
     try:
@@ -52,10 +51,7 @@ def write_whole(
                 os.fsync(stream.fileno())
         if commit is not None:
             commit(hashed.digest.hexdigest())
-        if replace:
-            draft.replace(file)
-        else:
-            _rename_new(draft, file)
+        draft.replace(file)
         if lasting:
             _sync_folder(file.parent)
     except BaseException as error:
@@ -66,21 +62,6 @@ def write_whole(
         if full is None:
             raise
         raise InputError(f"{full}, so {file} was not written: make room and run again") from error
-
-
-def _rename_new(draft: Path, file: Path) -> None:
-    """Rename a draft to a new name. Raises InputError where that exists."""
-    there = InputError(f"another command wrote {file} meanwhile: pass --overwrite to replace it")
-    try:
-        os.link(draft, file, follow_symlinks=False)  # unlike a rename, a link replaces nothing
-    except FileExistsError:
-        raise there from None
-    except OSError:  # a file system without links
-        if file.exists() or file.is_symlink():
-            raise there from None
-        draft.rename(file)
-    else:
-        draft.unlink()
 
 
 class _Hashed:

@@ -18,12 +18,11 @@ from optprune.calibration import DenseStatistics
 from optprune.errors import InputError
 from optprune.export import save_model
 from optprune.models import UNITS, BlockAllocation, BlockShape, Decoder, Units
+from optprune.program import RUNTIMES
 from optprune.pruning import prune
-from optprune.pruning.preflight import check_run
-from optprune.pruning.workload import Workload
 from optprune.recipe import load_recipe
-from optprune.recipe.runtimes import RUNTIMES
 from tests.helpers.faults import noticed
+from tests.helpers.programs import program_of
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS, tiny_llama
 from tests.helpers.token_batches import batches
 
@@ -245,24 +244,24 @@ def test_what_a_plan_counts_is_what_a_probe_tries(least: float, monkeypatch: pyt
 
     monkeypatch.setattr(WidthCosts, "divergences", staticmethod(listen))
     recipe, model = recipe_with(least_kept=least), tiny_llama()
-    work = Workload(Decoder(model), recipe.settled(), 8, 48, torch.float32)
+    program = program_of(recipe, decoder=Decoder(model), length=48)
     prune(model, batches(), recipe)
-    assert tried == [2 * work.probe_changes] == [2 * (3 if least else 5)]
-    assert len({*work.targets}) == 2  # of attention one layer, once
+    assert tried == [2 * program.probe_changes] == [2 * (3 if least else 5)]
+    assert len({*program.example.targets}) == 2  # of attention one layer, once
 
 
 def test_what_is_refused() -> None:
     for units in ("all-heads", "rotated-all-heads"):
         with pytest.raises(InputError, match=f"of units '{units}' a block loses heads or value dimensions"):
             prune(tiny_llama(), batches(), load_recipe("fasp", {"units": units}))
-    with pytest.raises(InputError, match="units kv-groups remove kv_heads, but of a olmo2 model"):
+    with pytest.raises(InputError, match="units kv-groups remove kv_heads, but a olmo2 model"):
         prune(ALL_MODELS["olmo2"](), batches(), recipe_with())
     with pytest.raises(InputError, match="the target transformers does not take blocks of different shapes"):
         RUNTIMES["transformers"].fitted(recipe_with(), Decoder(tiny_llama()))
     # At most the heads of a block and no value dimensions beside, or the other way round.
     most = 1 - 2 * FOUR_HEADS.weights_of(BlockShape(64, 2, 16)) / FOUR_HEADS.linear_weights()
     with pytest.raises(InputError, match=f"least_kept 0.45: at most {most:.1%} of"):
-        check_run(FOUR_HEADS, recipe_with(sparsity=most + 0.01), None)
+        program_of(recipe_with(sparsity=most + 0.01), decoder=FOUR_HEADS)
 
 
 # -- faults planted

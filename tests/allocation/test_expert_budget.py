@@ -9,9 +9,9 @@ import torch
 
 from optprune.errors import InputError, StrictError
 from optprune.models import Decoder
+from optprune.program import RUNTIMES
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
-from optprune.recipe.runtimes import RUNTIMES
 from tests.helpers.cut_mixtures import answers, cut
 from tests.helpers.tiny_models import ALL_MODELS
 from tests.helpers.token_batches import batches

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,12 @@ def test_a_folder_of_something_else_and_a_damaged_one_are_refused(dense: PreTrai
     (tmp_path / "two" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something other than statistics"):
         optprune.collect(dense, batches(), recipes=chosen, folder=tmp_path / "two")
+    facts = tmp_path / "one" / "statistics.json"
+    now = facts.read_text()
+    facts.write_text(json.dumps({key: value for key, value in json.loads(now).items() if key != "the format"}))
+    with pytest.raises(InputError, match=r"where the format was None, and here it is 2: choose another folder"):
+        optprune.collect(dense, batches(), recipes=chosen, folder=tmp_path / "one")
+    facts.write_text(now)
     for file in (tmp_path / "one").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
     damaged = optprune.collect(dense, batches(), recipes=chosen, folder=tmp_path / "one")

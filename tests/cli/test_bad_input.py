@@ -541,6 +541,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("moment", "sent"),
     [("pruning, block", signal.SIGINT), ("saving to", signal.SIGINT), ("pruning, block", signal.SIGTERM)],

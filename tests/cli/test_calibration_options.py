@@ -66,7 +66,7 @@ def test_a_plan_measures_the_tokens_of_all_texts(
         asked.append(measuring)
         raise InputError("that is enough")
 
-    monkeypatch.setattr(import_module("optprune.pruning.plan"), "timed", stop)
+    monkeypatch.setattr(import_module("optprune.pruning.measured_plan"), "timed", stop)
     words = ["--samples", "8", "--seq-length", "64", "--calibration", f"{chats}=0.5,{attempt.text}=0.5"]
     assert main(["plan", str(attempt.model), *words]) == 2
     tokenizer = load_tokenizer(attempt.model)

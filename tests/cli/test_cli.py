@@ -398,7 +398,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_package_lists_its_names_without_importing_torch() -> None:
     code = "import sys, optprune; print(dir(optprune)); print('torch' in sys.modules)"
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert {"__version__", "load_recipe", "prune", "save_pruned"} <= set(eval(lines[0]))
+    assert {"__version__", "load_recipe", "prune", "save_model"} <= set(eval(lines[0]))
     assert lines[1] == "False"
     assert all(getattr(optprune, name) is not None for name in optprune.__all__)
 
@@ -423,6 +423,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "evaluate" in out
 
 
+@pytest.mark.e2e
 def test_the_reader_of_a_pipe_may_leave() -> None:
     command = f"{sys.executable} -m optprune.cli recipes | true"
     run = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, check=False)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from optprune import prune
 from optprune.cli import main
 from optprune.cli.run_folder import run_folder_of
-from optprune.export import healed, save_pruned
+from optprune.export import folder as folders
+from optprune.export import save_model
 from optprune.models import load_model
 from optprune.recipe import load_recipe
 from optprune.report import audit
@@ -38,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = prune(loaded.model, batches(), recipe)
     with torch.no_grad():
         loaded.model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
-    save_pruned(loaded, place / "pruned", report, recipe, window=batches()[0][0])
+    save_model(loaded, place / "pruned", report=report, recipe=recipe, check_tokens=batches()[0][:1])
     rows = [json.dumps({"text": article}) for article in demo_articles("calibration")[:30]]
     (place / "text.jsonl").write_text("\n".join(rows))
     return place
@@ -94,9 +95,13 @@ def test_the_page_is_there_when_the_folder_has_its_name(
     folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     healing, seen = json.loads((whole / "report.json").read_text())["healing"], list[bool]()
-    monkeypatch.setattr(healed, "page", lambda *_, **__: seen.append((folder / "paged").exists()) or "a page")
-    healed.save_healed(
-        load_model(whole), folder / "paged", healing, teacher=str(folder / "dense"), window=batches()[0][0]
+    monkeypatch.setattr(folders, "page", lambda *_, **__: seen.append((folder / "paged").exists()) or "a page")
+    save_model(
+        load_model(whole),
+        folder / "paged",
+        healing=healing,
+        teacher=str(folder / "dense"),
+        check_tokens=batches()[0][:1],
     )
     assert seen == [False] and (folder / "paged" / "report.html").read_text() == "a page"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from optprune import prune, save_pruned
+from optprune import prune, save_model
 from optprune.cli import main
 from optprune.models import LoadedModel
 from optprune.recipe import load_recipe
@@ -28,7 +28,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, recipe = tiny_llama(), load_recipe("wanda", {"sparsity": 0.5})
     report = prune(model, batches(), recipe)
     place = tmp_path_factory.mktemp("pruned") / "model"
-    return save_pruned(LoadedModel(model, None, ""), place, report, recipe, window=batches()[0][0]).folder
+    return save_model(
+        LoadedModel(model, None, ""), place, report=report, recipe=recipe, check_tokens=batches()[0][:1]
+    ).folder
 
 
 @pytest.fixture

@@ -9,13 +9,16 @@ import typer
 from optprune.cli import main
 from optprune.cli.app import app
 from optprune.errors import InputError
-from optprune.pruning.room import Room
+from optprune.program.room import Room
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import tiny_llama
 
 PHASES = ["loading", "tokenising", "metric", "budget", "pruning", "saving", "checking"]
 SMALL = ("--samples", "8", "--seq-length", "64", "--device", "cpu")
-ONLY_PLAN, ONLY_PRUNE = {"--no-probe"}, {"--overwrite", "--resume", "--restart", "--no-plan", "--log", "--lanes"}
+ONLY_PLAN, ONLY_PRUNE = (
+    {"--no-probe"},
+    {"--overwrite", "--resume", "--restart", "--no-plan", "--log", "--lanes", "--partial-sums"},
+)
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert main(["plan", str(attempt.model), *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     written = json.loads(file.read_text())
-    assert set(written) == {"device_bytes", "host_bytes", "disk_bytes", "seconds", "phases"}
+    assert set(written) == {"device_bytes", "host_bytes", "disk_bytes", "seconds", "phases", "program"}
     assert [phase["name"] for phase in written["phases"]] == PHASES
     for field in ("host_bytes", "disk_bytes"):
         assert written[field] == max(phase[field] for phase in written["phases"]) > 0
@@ -41,7 +44,10 @@ def test_a_plan_is_printed_and_written(attempt: Attempt, capsys: pytest.CaptureF
     assert written["seconds"] == pytest.approx(sum(phase["seconds"] for phase in written["phases"]))
     assert all(phase["seconds"] > 0 for phase in written["phases"])
     assert [line.split()[0] for line in lines[1:8]] == PHASES
-    assert lines[-2].count("at most") == 1 and lines[-1].startswith("the most is in ")
+    assert lines[-4].count("at most") == 1 and lines[-3].startswith("the most is in ")
+    assert lines[-2].startswith("recipe structured_best, policy ") and "mlp.down_proj" in lines[-1]
+    blocks = written["program"]["blocks"]
+    assert len(blocks) == 2 and blocks[0]["stages"][-1]["layers"] == ["self_attn.o_proj", "mlp.down_proj"]
     assert attempt.model.stat().st_mtime_ns == before
 
 

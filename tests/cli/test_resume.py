@@ -159,6 +159,7 @@ def test_an_unfinished_run_is_neither_deleted_nor_gone_on_with_unasked(
     assert not (tmp_path / "out.run").exists()
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("what", "event"),
     [
@@ -231,6 +232,7 @@ def test_a_finished_healing_is_found_too(heal, tmp_path, capsys) -> None:
     assert contents(tmp_path) == before
 
 
+@pytest.mark.e2e
 def test_healing_with_other_settings_leaves_the_run_as_it_is(heal, tmp_path, capsys) -> None:
     stopped(heal, how=TERMINATE)
     assert "and kept in" in capsys.readouterr().err
@@ -327,10 +329,11 @@ def test_a_file_of_the_users_is_not_written_over(prune, stop_at, monkeypatch, tm
 HOLDERS = {
     "prune": ("from optprune.pruning import Journal as Folder", "out.run", "run"),
     "heal": ("from optprune.healing import HealingFolder as Folder", "out.run", "healing run"),
-    "compare": ("from optprune.comparison.folder import ComparisonFolder as Folder", "out", "comparison"),
+    "compare": ("from optprune.comparison.kept_folder import ComparisonFolder as Folder", "out", "comparison"),
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("command", HOLDERS)
 def test_a_second_run_at_the_same_time_is_told_of_the_first(
     command: str, prune, heal, compare, tmp_path, capsys

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from optprune.cli import main
-from optprune.recipe import Runtime
+from optprune.program import Runtime
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 
@@ -47,7 +47,7 @@ def test_what_llama_cpp_cannot_read_is_refused(attempt: Attempt, tmp_path_factor
     attempt.model = save_tiny(tiny_llama(), folder / "llama")
     file = attempt.model / "tokenizer.json"
     file.write_text(file.read_text().replace('"ByteLevel"', '"Whitespace"', 1))
-    assert "the tokenizer cuts text by Whitespace" in attempt.fails(attempt.command("--target", "gguf"))
+    assert "the tokenizer splits text by Whitespace" in attempt.fails(attempt.command("--target", "gguf"))
 
 
 def test_a_run_for_vllm(

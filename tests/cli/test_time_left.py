@@ -9,8 +9,8 @@ import pytest
 
 from optprune.cli import main
 from optprune.cli.demo_run import run_demo
-from optprune.comparison.asked import Cell
-from optprune.comparison.session import Pace
+from optprune.comparison.grid import Cell
+from optprune.comparison.session import TimeLeft
 from optprune.report import Event, PhasesExpected, PhaseStarted
 from optprune.report.phases import CHECKING, EVALUATIONS, HEALING, PRUNING, SAVING
 from optprune.report.progress import IN_ALL, Reporter
@@ -97,7 +97,7 @@ def test_a_comparison_tells_what_is_left_of_all_cells_by_those_that_are_finished
 
 
 def test_cells_to_come_take_what_those_of_their_recipe_took() -> None:
-    pace = Pace()
+    pace = TimeLeft()
     pace.prepare(0, 100.0)
     pace.finish(Cell("fasp", 0.1, 0), 10.0)
     pace.finish(Cell("fasp", 0.2, 0), 20.0)

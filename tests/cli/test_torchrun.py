@@ -51,6 +51,7 @@ def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> 
     assert run_folder_of(tmp_path / "out").exists() and not said
 
 
+@pytest.mark.e2e
 def test_the_first_process_alone_looks_at_the_run_folder(tmp_path: Path, monkeypatch) -> None:
     """Each would take the lock for a moment, and be taken by another for a second run."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from optprune.export import save_healed, save_pruned
+from optprune.export import save_model
 from optprune.export.card import is_public
-from optprune.export.origin import origin_of
+from optprune.export.source_files import origin_of
 from optprune.models import Decoder, LoadedModel, load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
@@ -26,7 +26,7 @@ def pruned(source: Path, folder: Path, **options: Any) -> tuple[Path, LoadedMode
     loaded = load_model(source)
     recipe = load_recipe("fasp", {"width_multiple": 1, **options})
     report = prune(loaded.model, batches(), recipe, source=str(source), calibration=f"{source}/news.txt, 4 windows")
-    return save_pruned(loaded, folder, report, recipe, window=batches()[0][0]).folder, loaded
+    return save_model(loaded, folder, report=report, recipe=recipe, check_tokens=batches()[0][:1]).folder, loaded
 
 
 @pytest.mark.parametrize(("name", "units"), [("llama", "mlp"), ("opt", "all")])
@@ -86,7 +86,9 @@ def test_a_name_is_text_in_the_card_whatever_is_in_it(healed: bool, tmp_path: Pa
         healing = {"steps": 1, "tokens": 2, "held_out_tokens": 3, "dense_perplexity": 4.0}
         healing |= {when: {"divergence": 0.5, "perplexity": 6.0} for when in ("before", "after")}
         window, loaded = batches()[0][0], load_model(source)
-        folder = save_healed(loaded, tmp_path / "out", healing, teacher=str(source), window=window).folder
+        folder = save_model(
+            loaded, tmp_path / "out", healing=healing, teacher=str(source), check_tokens=window[None]
+        ).folder
     else:
         names = f"license_name: {json.dumps(HOSTILE)}\nlicense: '[x](javascript:y)`'\n"
         (source / "README.md").write_text(f"---\n{names}---\n")
@@ -108,7 +110,8 @@ def test_a_text_of_the_hub_is_named(tmp_path: Path) -> None:
     loaded, recipe = load_model(source), load_recipe("wanda", {"pattern": "2:4", "sparsity": 0.5})
     report = prune(loaded.model, batches(), recipe, source=str(source), calibration="hf:owner/news:train, 4 windows")
     text = (
-        save_pruned(loaded, tmp_path / "out", report, recipe, window=batches()[0][0]).folder / "README.md"
+        save_model(loaded, tmp_path / "out", report=report, recipe=recipe, check_tokens=batches()[0][:1]).folder
+        / "README.md"
     ).read_text()
     assert "(hf:owner/news:train, 4 windows)" in text and "pattern of the zeros: 2:4" in text
 

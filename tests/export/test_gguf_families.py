@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 import optprune
 from benchmarks.tiny_models import tiny, tiny_llama, tiny_qwen2
 from optprune.errors import InputError
-from optprune.export import export_gguf, save_model
+from optprune.export import GgufFile, export, save_model
 from optprune.export.gguf_families import FAMILIES
 from optprune.models import Decoder, Mlp, Values
 from optprune.models.units import KvGroups, LinkedUnits
-from optprune.recipe import RUNTIMES, Recipe, load_recipe
+from optprune.program import RUNTIMES
+from optprune.recipe import Recipe, load_recipe
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import narrow
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -102,10 +103,10 @@ def apart(file: Path, expected: Tensor, prompt: Tensor) -> float:
 
 
 def check_alike(folder: Path, known_as: str) -> None:
-    written = export_gguf(folder, folder.parent / "model.gguf", kind="f32")
+    written = export(folder, folder.parent / "model.gguf", GgufFile(kind="f32"))
     expected, tolerance = expected_of(folder, PROMPT)
-    assert written.architecture == known_as
-    assert apart(written.file, expected, PROMPT) < tolerance
+    assert written.summary == f"architecture {known_as}"
+    assert apart(written.path, expected, PROMPT) < tolerance
 
 
 def test_all_that_it_knows_is_tried() -> None:
@@ -134,16 +135,16 @@ def test_heads_of_qwen2_that_do_not_make_up_the_hidden_size(tmp_path: Path) -> N
 def test_windows_that_it_lacks_are_told(tmp_path: Path) -> None:
     """The answers are the same as far as a window goes."""
     folder = saved(made("mistral", sliding_window=8), tmp_path / "model")
-    written = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind="f32"))
     [note] = written.notes
-    assert "see all before them: behind the 8 of this model's sliding windows its answers are others" in note
+    assert "ignores the sliding windows of a llama model: its answers differ beyond 8 tokens" in note
     short = PROMPT[:8]
-    assert apart(written.file, expected_of(folder, short)[0], short) < 1e-4
-    assert apart(written.file, expected_of(folder, PROMPT)[0], PROMPT) > 1e-2
+    assert apart(written.path, expected_of(folder, short)[0], short) < 1e-4
+    assert apart(written.path, expected_of(folder, PROMPT)[0], PROMPT) > 1e-2
 
 
 def test_a_router_stays_float32(tmp_path: Path) -> None:
-    file = export_gguf(saved(made("qwen3_moe"), tmp_path / "model"), tmp_path / "model.gguf", kind="q8_0").file
+    file = export(saved(made("qwen3_moe"), tmp_path / "model"), tmp_path / "model.gguf", GgufFile(kind="q8_0")).path
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
     assert kinds["blk.0.ffn_gate_inp.weight"] == gguf.GGMLQuantizationType.F32
     assert kinds["blk.0.ffn_up_exps.weight"] == gguf.GGMLQuantizationType.Q8_0
@@ -158,7 +159,7 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
     check_alike(folder, "gpt2")
     save_file({name: tensor for name, tensor in tensors.items() if name != "ln_f.bias"}, file, {"format": "pt"})
     with pytest.raises(InputError, match=r"transformer.ln_f.bias is not among the weights of"):
-        export_gguf(folder, tmp_path / "x.gguf")
+        export(folder, tmp_path / "x.gguf", GgufFile())
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,8 @@ def test_a_file_of_the_model_without_its_head(tmp_path: Path) -> None:
 )
 def test_what_it_has_no_words_for(family: str, config: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     folder = saved(made(family, **config), tmp_path / "model")
-    with pytest.raises(InputError, match=f"llama.cpp has no words for {sentence}.*: the model cannot be exported"):
-        export_gguf(folder, tmp_path / "model.gguf")
+    with pytest.raises(InputError, match=f"llama.cpp does not support {sentence}.*: the model cannot be exported"):
+        export(folder, tmp_path / "model.gguf", GgufFile())
     assert not list(tmp_path.glob("*.gguf*"))
 
 
@@ -193,8 +194,8 @@ def test_shapes_that_it_has_no_words_for(
     family: str, counts: dict[LinkedUnits, int], blocks: Sequence[int], sentence: str, tmp_path: Path
 ) -> None:
     folder = saved(cut(made(family), counts, blocks), tmp_path / "model")
-    with pytest.raises(InputError, match=f"llama.cpp has no words for {sentence}"):
-        export_gguf(folder, tmp_path / "model.gguf")
+    with pytest.raises(InputError, match=f"llama.cpp does not support {sentence}"):
+        export(folder, tmp_path / "model.gguf", GgufFile())
 
 
 def test_a_target_is_refused_what_the_export_would_refuse() -> None:

@@ -15,9 +15,9 @@ import torch
 import optprune
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.export import export_gguf, gguf_file, save_model
+from optprune.export import GgufFile, export, exporter, gguf_file, save_model
 from optprune.export.gguf_vocabulary import Vocabulary
-from optprune.export.place import hold_draft
+from optprune.export.place import Scratch
 from optprune.models import Decoder, KvGroups, Mlp, Values, load_model, load_tokenizer
 from optprune.models.architecture import BlockShape
 from tests.helpers.llama_cpp import LlamaCpp
@@ -77,7 +77,7 @@ def test_the_likelihood_of_each_token_is_that_of_the_whole_vocabulary(tmp_path: 
             .double()
             .log_softmax(-1)
         )
-    file = export_gguf(folder, tmp_path / "model.gguf", kind="f32").file
+    file = export(folder, tmp_path / "model.gguf", GgufFile(kind="f32")).path
     found = LlamaCpp(file, slots=3).log_likelihoods(windows)
     assert (found - expected.gather(2, windows[:, 1:, None])[..., 0]).abs().max() < 1e-4
     whole = LlamaCpp(file).log_probabilities(windows[1, :9])
@@ -88,25 +88,25 @@ def test_the_likelihood_of_each_token_is_that_of_the_whole_vocabulary(tmp_path: 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_llama_cpp_gives_the_same_probabilities(family: str, shapes: tuple[BlockShape, ...], tmp_path: Path) -> None:
     folder = folder_of(TINY_MODELS[family](num_hidden_layers=3), tmp_path / "model", shapes)
-    written = export_gguf(folder, tmp_path / "model.gguf", kind="f32")
-    assert written.architecture == ("deci" if shapes == UNEVEN else family)
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind="f32"))
+    assert written.summary == f"architecture {'deci' if shapes == UNEVEN else family}"
     assert bool(written.notes) == (shapes == NARROW)
-    check_alike(folder, written.file, 1e-4)
+    check_alike(folder, written.path, 1e-4)
 
 
 @pytest.mark.parametrize("rotary", [LLAMA3, {"rope_type": "linear", "factor": 4.0}], ids=["llama3", "linear"])
 def test_rotary_embeddings_that_are_scaled(rotary: dict, tmp_path: Path) -> None:
     parameters = {**rotary, "rope_theta": 50000.0}
     folder = folder_of(tiny_llama(rope_parameters=parameters, max_position_embeddings=1024), tmp_path / "model")
-    check_alike(folder, export_gguf(folder, tmp_path / "model.gguf", kind="f32").file, 1e-4)
+    check_alike(folder, export(folder, tmp_path / "model.gguf", GgufFile(kind="f32")).path, 1e-4)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("f16", 16.0), ("q8_0", 8.5)])
 def test_smaller_types(kind: str, bits: float, tmp_path: Path) -> None:
     """What is stored is the weight within the type's rounding; rows that q8_0 cannot hold are float16, and told."""
     folder = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "model", UNEVEN)
-    written = export_gguf(folder, tmp_path / "model.gguf", kind=kind)
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(written.file).tensors}
+    written = export(folder, tmp_path / "model.gguf", GgufFile(kind=kind))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(written.path).tensors}
     up = optprune.load_model(folder, device="cpu").model.model.layers[0].mlp.up_proj.weight.detach()
     tensor = stored["blk.0.ffn_up.weight"]
     numbers = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).view(up.shape)
@@ -116,7 +116,7 @@ def test_smaller_types(kind: str, bits: float, tmp_path: Path) -> None:
     assert stored["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     assert not written.notes
     odd = folder_of(tiny_llama(num_hidden_layers=3), tmp_path / "odd", (BlockShape(88, 2, 16),) * 3)
-    told = export_gguf(odd, tmp_path / "odd.gguf", kind=kind).notes
+    told = export(odd, tmp_path / "odd.gguf", GgufFile(kind=kind)).notes
     assert ("rows of 88 numbers are no multiple of 32 and stay float16" in "".join(told)) == (kind == "q8_0")
 
 
@@ -125,7 +125,7 @@ def test_the_vocabulary_and_the_template_go_along(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # type: ignore[union-attr]
     tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
-    fields = gguf.GGUFReader(export_gguf(folder, tmp_path / "model.gguf").file).fields
+    fields = gguf.GGUFReader(export(folder, tmp_path / "model.gguf", GgufFile()).path).fields
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template  # type: ignore[union-attr]
     tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
     assert tokens[:VOCABULARY] == tokenizer.convert_ids_to_tokens(range(VOCABULARY))  # type: ignore[union-attr]
@@ -154,22 +154,22 @@ def test_pieces_are_merged_by_their_rank() -> None:
 
 def test_what_llama_cpp_has_no_words_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"models of the kind opt are not exported to GGUF: gemma2, .*, smollm3 are"):
-        export_gguf(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf")
+        export(save_tiny(tiny_opt(), tmp_path / "opt"), tmp_path / "x.gguf", GgufFile())
     folder = save_tiny(tiny_llama(), tmp_path / "llama")
     with pytest.raises(InputError, match="the type 'q9' is unknown: give f32, f16, q8_0"):
-        export_gguf(folder, tmp_path / "x.gguf", kind="q9")
+        export(folder, tmp_path / "x.gguf", GgufFile(kind="q9"))
     other = json.loads((folder / "tokenizer.json").read_text())
     other["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(other))
-    with pytest.raises(InputError, match="the tokenizer cuts text by Whitespace, which is not among the ways"):
-        export_gguf(folder, tmp_path / "x.gguf")
+    with pytest.raises(InputError, match="the tokenizer splits text by Whitespace, and none of"):
+        export(folder, tmp_path / "x.gguf", GgufFile())
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
 
 
 def test_a_gguf_file_is_refused_before_it_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_file, "load_config", lambda *_: pytest.fail("the file was read"))
+    monkeypatch.setattr(exporter, "load_config", lambda *_: pytest.fail("the file was read"))
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     for source in ("demo", str(tmp_path / "x.gguf")):
         assert main(["export", source, "--output", str(tmp_path / "out.gguf")]) == 2
@@ -184,7 +184,7 @@ def test_a_link_where_a_draft_might_be_is_not_followed(tmp_path: Path) -> None:
     mine.write_text("do not lose me")
     link = tmp_path / ".model.gguf.part"
     link.symlink_to(mine)
-    export_gguf(folder, tmp_path / "model.gguf")
+    export(folder, tmp_path / "model.gguf", GgufFile())
     assert mine.read_text() == "do not lose me" and link.is_symlink()
     assert (tmp_path / "model.gguf").is_file() and not (tmp_path / "model.gguf").is_symlink()
 
@@ -192,37 +192,37 @@ def test_a_link_where_a_draft_might_be_is_not_followed(tmp_path: Path) -> None:
 def test_two_exports_into_one_file_leave_one_of_the_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second begins and ends while the first is half through its tensors."""
     folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
-    export_gguf(folder, tmp_path / "alone.gguf", kind="f16")
+    export(folder, tmp_path / "alone.gguf", GgufFile(kind="f16"))
     make, started = gguf_file.gguf.quantize, list[bool]()
 
     def interrupted(*args):
         if not started:
             started.append(True)
-            export_gguf(folder, place, kind="f32")
+            export(folder, place, GgufFile(kind="f32"))
             assert place.stat().st_size > (tmp_path / "alone.gguf").stat().st_size
         return make(*args)
 
     monkeypatch.setattr(gguf_file.gguf, "quantize", interrupted)
-    export_gguf(folder, place, kind="f16")
+    export(folder, place, GgufFile(kind="f16"), overwrite=True)
     assert place.read_bytes() == (tmp_path / "alone.gguf").read_bytes()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_file_that_another_command_wrote_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, file, write = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "x.gguf", gguf_file._write
+    model, file, write = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "x.gguf", gguf_file.write_tensors
 
     def meanwhile(*given: Any) -> None:
         write(*given)
         file.write_text("another's")
 
-    monkeypatch.setattr(gguf_file, "_write", meanwhile)
-    with pytest.raises(InputError, match=r"another command wrote .*x\.gguf meanwhile"):
-        export_gguf(model, file, overwrite=False)
+    monkeypatch.setattr(gguf_file, "write_tensors", meanwhile)
+    with pytest.raises(InputError, match=r"x\.gguf is there since another command wrote it meanwhile"):
+        export(model, file, GgufFile())
     assert file.read_text() == "another's"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
     file.unlink()
     monkeypatch.undo()
-    assert export_gguf(model, file, overwrite=False).bytes == file.stat().st_size
+    assert export(model, file, GgufFile()).bytes == file.stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "x.gguf"]
 
 
@@ -231,7 +231,7 @@ def test_weights_of_other_shapes_than_the_config_says_are_refused(tmp_path: Path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 1}))
     with pytest.raises(InputError, match=r"\[\d+, \d+\] in the weights and \[.*\] by config\.json"):
-        export_gguf(folder, tmp_path / "x.gguf")
+        export(folder, tmp_path / "x.gguf", GgufFile())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -240,34 +240,33 @@ def test_a_tokenizer_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": [1]}))
     with pytest.raises(InputError, match=r"the tokenizer of .* cannot be"):
-        export_gguf(folder, tmp_path / "x.gguf")
+        export(folder, tmp_path / "x.gguf", GgufFile())
 
 
+@pytest.mark.e2e
 def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) -> None:
     folder, place = save_tiny(tiny_llama(), tmp_path / "model"), tmp_path / "model.gguf"
     kill = (
-        "import os, signal, sys; from optprune.export import export_gguf, gguf_file\n"
+        "import os, signal, sys; from optprune.export import GgufFile, export, gguf_file\n"
         "gguf_file.gguf.quantize = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "export_gguf(*sys.argv[1:])"
+        "export(*sys.argv[1:], GgufFile())"
     )
     run = subprocess.run([sys.executable, "-c", kill, str(folder), str(place)], check=False)
     assert run.returncode == -signal.SIGKILL
-    (left,) = tmp_path.glob(".model.gguf.*.part")
-    assert left.stat().st_size
-    others = [".model.gguf.part", ".model.gguf.notes123.part", ".model.gguf.0123abcd.part.txt", ".x.gguf.0123abcd.part"]
+    (left,) = tmp_path.glob(".model.gguf.????????")
+    assert (left / "model").stat().st_size
+    others = [".model.gguf.part", ".model.gguf.notes123.part", ".model.gguf.0123abcd", ".x.gguf.0123abcd"]
     for name in others:
         (tmp_path / name).write_text("do not lose me")
-    (tmp_path / ".model.gguf.0123abcd.part").symlink_to(tmp_path / ".model.gguf.part")
-    (tmp_path / ".model.gguf.0123abce.part").mkdir()
-    with (tmp_path / ".model.gguf.0123abcf.part").open("wb") as writing:
-        hold_draft(writing)
-        writing.write(b"half")
-        writing.flush()
-        export_gguf(folder, place)
-        assert not left.exists() and place.is_file()
-        kept = [*others, *(f".model.gguf.0123abc{letter}.part" for letter in "def")]
-        assert {path.name for path in tmp_path.glob(".*")} == set(kept)
+    (tmp_path / ".model.gguf.0123abce").mkdir()
+    (tmp_path / ".model.gguf.0123abce" / "notes").write_text("do not lose me")
+    writing = Scratch(place)
+    export(folder, place, GgufFile())
+    assert not left.exists() and place.is_file()
+    kept = [*others, ".model.gguf.0123abce", writing.folder.name]
+    assert {path.name for path in tmp_path.glob(".*")} == set(kept)
     assert all((tmp_path / name).read_text() == "do not lose me" for name in others)
+    writing.discard()
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -275,8 +274,8 @@ def test_more_than_ten_experts_are_in_the_order_of_their_numbers(family: str, tm
     """As words 10 and 11 come before 2."""
     counts = ("num_experts", *(["num_local_experts"] if family == "mixtral" else []))
     model = ALL_MODELS[family](num_hidden_layers=1, **dict.fromkeys(counts, 12))
-    written = export_gguf(save_tiny(model, tmp_path / "model"), tmp_path / "model.gguf", kind="f32")
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.file).tensors}
+    written = export(save_tiny(model, tmp_path / "model"), tmp_path / "model.gguf", GgufFile(kind="f32"))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.path).tensors}
     weights = load_model(tmp_path / "model").decoder().weights(0)
     for own, theirs in (("gate", "gate"), ("up", "up"), ("down", "down")):
         stored = torch.from_numpy(tensors[f"blk.0.ffn_{theirs}_exps.weight"].data.copy())
@@ -297,7 +296,7 @@ def test_a_file_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(InputError, match=r"a file would be larger than .*, so .*model.gguf was not written: make"):
-            export_gguf(folder, tmp_path / "model.gguf")
+            export(folder, tmp_path / "model.gguf", GgufFile())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import optprune
-from optprune.export import export_gguf
+from optprune.export import GgufFile, export
 from optprune.models import load_tokenizer, need_tokenizer
 from optprune.models.sources import demo_model_file
 from optprune.texts import evaluation_windows, read_documents, tokenise
@@ -50,7 +50,7 @@ def test_llama_cpp_says_what_transformers_says(recipe: str, pruned_demo: PrunedD
     windows = evaluation_windows(tokens, LENGTH, WINDOWS)
     expected = log_likelihoods(model, windows)
     for kind in ("f32", "f16", "q8_0"):
-        other = LlamaCpp(export_gguf(folder, tmp_path / f"{kind}.gguf", kind=kind).file, WINDOWS)
+        other = LlamaCpp(export(folder, tmp_path / f"{kind}.gguf", GgufFile(kind=kind)).path, WINDOWS)
         differences = (other.log_likelihoods(windows) - expected).flatten()
         mean, noise = float(differences.mean()), float(differences.std())
         assert TELLING * noise / math.sqrt(differences.numel()) <= WITHIN, "the tokens are too few"

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 import optprune
 from optprune.cli import main
 from optprune.errors import InputError, OptpruneError
-from optprune.export import export_onnx, onnx_folder, save_model
-from optprune.export.onnx_check import TELEMETRY
+from optprune.export import OnnxFolder, export, exporter, onnx_folder, save_model
+from optprune.export.onnx_folder import TELEMETRY
 from optprune.models import ARCHITECTURES
 from tests.helpers.mixed_models import PROMPT, generated, mixed
 from tests.helpers.tiny_models import ALL_MODELS, LLAMA3, save_tiny, tiny_llama, tiny_opt, tiny_sliding, tiny_tokenizer
@@ -55,9 +55,9 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Exported]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_folder, "program_of", recorded)
-        written = export_onnx(source, place / "onnx", cache=True)
-    assert written.cache and written.logits_difference < WITHIN
-    yield Exported(source, written.folder, programs[0])
+        written = export(source, place / "onnx", OnnxFolder(cache=True))
+    assert written.summary == "with a key/value cache" and written.logits_difference < WITHIN
+    yield Exported(source, written.path, programs[0])
 
 
 def session_of(folder: Path) -> onnxruntime.InferenceSession:
@@ -137,6 +137,7 @@ def test_a_stock_folder_by_the_command(tmp_path: Path, capsys: pytest.CaptureFix
     assert (folder / "model.onnx").read_bytes() == before
 
 
+@pytest.mark.e2e
 def test_a_graph_that_answers_otherwise_is_not_written(
     uneven: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,7 +145,7 @@ def test_a_graph_that_answers_otherwise_is_not_written(
     other = saved(tiny_opt(seed=1, num_hidden_layers=4), tmp_path / "other", uneven=True)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OptpruneError, match=r"nothing was written, since the logits of ONNX Runtime differ by \d"):
-        export_onnx(other, tmp_path / "new" / "onnx", cache=True)
+        export(other, tmp_path / "new" / "onnx", OnnxFolder(cache=True))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -160,7 +161,7 @@ def test_a_cache_in_the_wrong_order_is_not_written(
     monkeypatch.setattr(onnx_folder, "program_of", lambda model, cache: program)
     try:
         with pytest.raises(OptpruneError, match="nothing was written"):
-            export_onnx(uneven.source, tmp_path / "onnx", cache=True)
+            export(uneven.source, tmp_path / "onnx", OnnxFolder(cache=True))
     finally:
         first.name, third.name = "swapped", "present.2.key"
         first.name = "present.1.key"
@@ -173,16 +174,16 @@ def test_weights_too_large_for_one_file_lie_beside_the_graph(
 ) -> None:
     monkeypatch.setattr(onnx_folder, "program_of", lambda model, cache: uneven.program)
     monkeypatch.setattr(onnx_folder, "LARGEST", 1000)
-    written = export_onnx(uneven.source, tmp_path / "onnx", cache=True)
-    graph, beside = written.folder / "model.onnx", written.folder / "model.onnx.data"
+    written = export(uneven.source, tmp_path / "onnx", OnnxFolder(cache=True))
+    graph, beside = written.path / "model.onnx", written.path / "model.onnx.data"
     assert written.bytes == graph.stat().st_size + beside.stat().st_size
     weights = sum(weight.numel() for weight in optprune.load_model(uneven.source, device="cpu").model.parameters())
     assert 0.9 * 4 * weights < beside.stat().st_size <= 4 * weights
-    check_generates(uneven.source, written.folder)
+    check_generates(uneven.source, written.path)
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None:
-    monkeypatch.setattr(onnx_folder, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(exporter, "load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     source = save_tiny(tiny_llama(), tmp_path / "llama")
     for output, sentence in (
         (tmp_path / "x.onnx", "ONNX is written as a folder with model.onnx in it: name one in place of"),
@@ -190,16 +191,16 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_wei
         (tmp_path, "holds the model that is read: name another"),
     ):
         with pytest.raises(InputError, match=sentence):
-            export_onnx(source, output, overwrite=True)
+            export(source, output, OnnxFolder(), overwrite=True)
     rotary = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
     moving = save_tiny(tiny_llama(**rotary), tmp_path / "moving")
     with pytest.raises(InputError, match="rotary embeddings scaled by dynamic change with the length of a text"):
-        export_onnx(moving, tmp_path / "onnx")
+        export(moving, tmp_path / "onnx", OnnxFolder())
     monkeypatch.setattr(onnx_folder, "find_spec", lambda name: None if name == "onnxscript" else True)
     with pytest.raises(
         InputError, match=r"takes the package onnxscript, .* not installed: run pip install 'optprune\[onnx\]'$"
     ):
-        export_onnx(source, tmp_path / "onnx")
+        export(source, tmp_path / "onnx", OnnxFolder())
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "moving"}
 
 
@@ -208,7 +209,7 @@ def test_options_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*words, "--format", "onnx", "--type", "q8_0"]) == 2
     assert "ONNX is written in float32, not in 'q8_0': leave out --type" in capsys.readouterr().err
     assert main([*words, "--cache"]) == 2
-    assert "--cache is of --format onnx" in capsys.readouterr().err
+    assert "--cache is for --format onnx" in capsys.readouterr().err
 
 
 def ran_at_home(tmp_path: Path, program: str, *words: str) -> list[Path]:
@@ -221,14 +222,15 @@ def ran_at_home(tmp_path: Path, program: str, *words: str) -> list[Path]:
     return sorted(home.rglob("*"))
 
 
+@pytest.mark.e2e
 def test_the_telemetry_is_off_when_onnxruntime_is_imported(tmp_path: Path) -> None:
     """What ONNX Runtime writes into a home directory by itself depends on the machine, what it reads does not."""
     stand_in = tmp_path / "packages" / "onnxruntime.py"
     stand_in.parent.mkdir()
     stand_in.write_text(f"import os\nprint(os.environ.get({TELEMETRY!r}))\nraise SystemExit")
     program = (
-        "import sys; from pathlib import Path; from optprune.export import onnx_check;"
-        "sys.path.insert(0, sys.argv[1]); onnx_check._session(Path('model.onnx'))"
+        "import sys; from pathlib import Path; from optprune.export import onnx_folder;"
+        "sys.path.insert(0, sys.argv[1]); onnx_folder._session(Path('model.onnx'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != TELEMETRY}
     words = [sys.executable, "-c", program, str(stand_in.parent)]
@@ -238,8 +240,8 @@ def test_the_telemetry_is_off_when_onnxruntime_is_imported(tmp_path: Path) -> No
 @pytest.mark.e2e
 def test_the_check_writes_nothing_into_the_home_directory(uneven: Exported, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from optprune.export import onnx_check;"
-        "onnx_check._session(Path(sys.argv[1]) / 'model.onnx')"
+        "import sys; from pathlib import Path; from optprune.export import onnx_folder;"
+        "onnx_folder._session(Path(sys.argv[1]) / 'model.onnx')"
     )
     assert ran_at_home(tmp_path, program, str(uneven.folder)) == []
 
@@ -247,7 +249,7 @@ def test_the_check_writes_nothing_into_the_home_directory(uneven: Exported, tmp_
 def test_nothing_else_imports_onnxruntime() -> None:
     importing = re.compile(r"^\s*(import|from) onnxruntime\b", re.MULTILINE)
     files = Path(optprune.__file__).parent.rglob("*.py")
-    assert [file.name for file in files if importing.search(file.read_text(encoding="utf-8"))] == ["onnx_check.py"]
+    assert [file.name for file in files if importing.search(file.read_text(encoding="utf-8"))] == ["onnx_folder.py"]
 
 
 @pytest.mark.slow
@@ -274,7 +276,7 @@ MODELS = {
 def test_experts_are_refused(tmp_path: Path) -> None:
     source = save_tiny(ALL_MODELS["mixtral"](num_hidden_layers=1), tmp_path / "model")
     with pytest.raises(InputError, match="a mixtral model runs other experts for other tokens"):
-        export_onnx(source, tmp_path / "onnx")
+        export(source, tmp_path / "onnx", OnnxFolder())
 
 
 @pytest.mark.slow
@@ -283,7 +285,7 @@ def test_experts_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture(name: str, other: bool, cache: bool, tmp_path: Path) -> None:
     source = saved(MODELS[name](), tmp_path / "model", other, torch.bfloat16 if other else torch.float32)
-    written = export_onnx(source, tmp_path / "onnx", cache=cache)
-    check_alike(source, written.folder)
+    written = export(source, tmp_path / "onnx", OnnxFolder(cache=cache))
+    check_alike(source, written.path)
     if cache:
-        check_generates(source, written.folder)
+        check_generates(source, written.path)

@@ -8,9 +8,8 @@ import pytest
 
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.export import check_own_files, export_gguf, export_onnx, save_pruned
-from optprune.export.healed import save_healed
-from optprune.export.origin import origin_of
+from optprune.export import GgufFile, OnnxFolder, check_own_files, export, save_model
+from optprune.export.source_files import origin_of
 from optprune.models import load_model
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
@@ -54,7 +53,7 @@ def test_a_licence_that_is_a_link_to_elsewhere_is_left_out(source: Path, secret:
     assert dict(origin_of(str(source)).licence_files) == {"NOTICE": "By us."}
     loaded, recipe = load_model(source), load_recipe("fasp")
     report = prune(loaded.model, batches(), recipe, source=str(source))
-    folder = save_pruned(loaded, tmp_path / "out", report, recipe, window=batches()[0][0]).folder
+    folder = save_model(loaded, tmp_path / "out", report=report, recipe=recipe, check_tokens=batches()[0][:1]).folder
     assert SECRET not in whole_text(folder) and not (folder / "LICENSE").exists()
 
 
@@ -68,7 +67,9 @@ def test_the_texts_of_a_healed_folder_are_its_own(source: Path, secret: Path, tm
     for name in ("README.md", "recipe.yaml", "report.json"):
         (source / name).symlink_to(secret)
     window = batches()[0][0]
-    folder = save_healed(load_model(source), tmp_path / "out", HEALING, teacher="demo", window=window).folder
+    folder = save_model(
+        load_model(source), tmp_path / "out", healing=HEALING, teacher="demo", check_tokens=window[None]
+    ).folder
     assert SECRET not in whole_text(folder)
 
 
@@ -80,8 +81,8 @@ def test_a_template_that_is_a_link_to_elsewhere_is_refused_by_all_that_write(
     (source / name).unlink(missing_ok=True)
     (source / name).symlink_to(secret)
     for write in (
-        lambda: export_gguf(source, tmp_path / "out.gguf"),
-        lambda: export_onnx(source, tmp_path / "onnx"),
+        lambda: export(source, tmp_path / "out.gguf", GgufFile()),
+        lambda: export(source, tmp_path / "onnx", OnnxFolder()),
         lambda: check_own_files(source),
     ):
         with pytest.raises(InputError, match=f"{name} of .* is a link to a file outside of the folder"):

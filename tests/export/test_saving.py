@@ -71,6 +71,7 @@ def test_value_pruning_gives_a_folder_that_optprune_loads(name: str, units: str,
         assert torch.equal(again(CHECK_TOKENS).logits, model(CHECK_TOKENS).logits)
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("real_reload_check")
 def test_a_pruned_folder_can_be_pruned_again(tmp_path: Path) -> None:
     for units in ("vo", "mlp"):
@@ -110,7 +111,7 @@ def test_a_failure_while_writing_leaves_nothing(
     def fail(*args: object, **kwargs: object) -> None:
         raise fault
 
-    monkeypatch.setattr("optprune.export.save.make_portable", fail)
+    monkeypatch.setattr("optprune.export.folder.make_portable", fail)
     for target in ("old", "new", "deep/er/new"):
         with pytest.raises((OptpruneError, KeyboardInterrupt, RuntimeError)):
             save_model(model, tmp_path / target, check_tokens=CHECK_TOKENS, overwrite=True)
@@ -150,7 +151,7 @@ def test_a_reloaded_model_that_differs_is_called_unchecked(
             write_weights(decoder, *rest)
             decoder.model.model.norm.weight[0] -= 0.5
 
-    monkeypatch.setattr("optprune.export.save.write_weights", corrupt)
+    monkeypatch.setattr("optprune.export.folder.write_weights", corrupt)
     with pytest.raises(OptpruneError, match=r"is in .*out\.unchecked, but it was not seen to load: .* logits differ"):
         save_model(model, tmp_path / "out", check_tokens=CHECK_TOKENS, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"out.unchecked", *(["out"] if there else [])}
@@ -183,6 +184,7 @@ def test_the_dtype_is_kept(dtype: str, tmp_path: Path) -> None:
     assert str(load_model(str(tmp_path / "out")).model.dtype) == f"torch.{dtype}"
 
 
+@pytest.mark.e2e
 @pytest.mark.usefixtures("real_reload_check")
 def test_the_reload_check_imports_what_the_parent_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch in the user's site-packages or on PYTHONPATH: the interpreter itself does not know of it."""

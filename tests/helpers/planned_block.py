@@ -14,10 +14,11 @@ from benchmarks.tiny_models import tiny_llama
 from optprune.calibration import calibrating, first_inputs
 from optprune.measure.memory import memory_increase
 from optprune.models import Decoder
+from optprune.program import Program
+from optprune.program.memory import parts_of
 from optprune.pruning.block import BlockTask, prune_block
-from optprune.pruning.plan_memory import parts_of
-from optprune.pruning.workload import Workload
 from optprune.recipe import Recipe
+from tests.helpers.programs import program_of
 
 SQUARE = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 768}
 NARROW = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
@@ -46,18 +47,19 @@ def pair(config: Mapping[str, int], fields: dict[str, Any], samples: int) -> tup
     recipe = Recipe(fields)
     decoder = Decoder(tiny_llama(num_hidden_layers=1, **config))
     ids = torch.randint(0, 500, (samples, LENGTH), generator=torch.Generator().manual_seed(0))
-    work = Workload(decoder, recipe, samples, LENGTH, torch.float32, whole=True)
-    rows = work.batch_tokens // LENGTH
+    program = program_of(recipe, samples, decoder, length=LENGTH, whole=True)
+    rows = program.batch_tokens // LENGTH
     # Before the run, which narrows the model that the plan is of.
-    parts = [part for part in parts_of(work, "pruning", 0, 0) if part.where != "disk"]
-    planned = sum(part.bytes for part in parts) - work.resident_bytes
-    return memory_increase(torch.device("cpu"), lambda: _prune(decoder, work, list(ids.split(rows)))) or 0, planned
+    parts = [part for part in parts_of(program, "pruning", 0, 0) if part.where != "disk"]
+    planned = sum(part.bytes for part in parts) - program.resident_bytes
+    return memory_increase(torch.device("cpu"), lambda: _prune(decoder, program, list(ids.split(rows)))) or 0, planned
 
 
-def _prune(decoder: Decoder, work: Workload, batches: list[Tensor]) -> None:
+def _prune(decoder: Decoder, program: Program, batches: list[Tensor]) -> None:
     with calibrating(decoder):
-        path = work.recipe.policy.start(first_inputs(decoder, batches))
-        prune_block(decoder, BlockTask(0, work.recipe, work.wanted, path, {}), lambda event: None)
+        path = program.policy.start(first_inputs(decoder, batches))
+        task = BlockTask(block=program.example, method=program.method, path=path, metrics={})
+        prune_block(decoder, task, lambda event: None)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ def check_every_way_gives_the_same(family: str, recipe: Recipe, place: Path, *, 
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     streamed = open_model(place / "dense")
     prune(streamed.model, batches(), recipe, store=streamed.store)
-    save_model(streamed.model, place / "out", store=streamed.store)
+    save_model(streamed, place / "out")
     resumed = ALL_MODELS[family]()
     prune(resumed, batches(), recipe, journal=Journal(place / "run", resume=True))
     models = [AutoModelForCausalLM.from_pretrained(place / "out"), resumed]

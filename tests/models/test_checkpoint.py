@@ -1,4 +1,4 @@
-"""Where a model's weights may come from: safetensors in its own folder, and nothing else."""
+"""Weights are read from safetensors in the model's own folder, and from nothing else."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def with_shard(folder: Path, name: Any) -> None:
-    """The index with another name for its first shard."""
+    """Rename the first shard in the index."""
     index = json.loads((folder / INDEX).read_text())
     first = min(index["weight_map"].values())
     index["weight_map"] = {key: name if file == first else file for key, file in index["weight_map"].items()}
@@ -36,7 +36,7 @@ def with_shard(folder: Path, name: Any) -> None:
 
 
 class Code:
-    """Pickle that would leave a mark."""
+    """Pickle that would leave a file behind if it were run."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -102,7 +102,7 @@ def test_weights_that_are_pickle_by_another_name(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cached(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The sharded model as it lies in the hub's cache: links to files that are named by their hashes."""
+    """Return the sharded model as in the hub's cache: links to files that are named by their hashes."""
     cache = tmp_path / "hub"
     commit = "0" * 40
     snapshot, blobs = cache / "models--someone--tiny" / "snapshots" / commit, cache / "models--someone--tiny" / "blobs"

@@ -1,4 +1,4 @@
-"""A model in half precision whose parts are computed in float32, one at a time, and come back as they were."""
+"""Models in half precision whose parts compute in float32, one at a time, and are restored exactly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 def logits(decoder: Decoder) -> Tensor:
-    """What a decoder computes, a part at a time."""
+    """Return the logits of a decoder, computed one part at a time."""
     with calibrating(decoder):
         stream = first_inputs(decoder, [IDS])
         for index in range(len(decoder.blocks)):
@@ -36,7 +36,7 @@ def bits(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @contextmanager
 def one_block_in_float32(model: PreTrainedModel, decoder: Decoder) -> Iterator[set[int]]:
-    """Whenever a linear layer of a block runs, no other block is in float32, nor is what stands around the blocks."""
+    """Check that while a linear layer of a block runs, nothing outside that block is in float32."""
     seen, blocks = set[int](), list(decoder.blocks)
 
     def look(index: int) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files read block by block: turned into safetensors once, with the numbers that transformers reads from them."""
+"""GGUF files read block by block: converted to safetensors once, with the numbers that transformers reads."""
 
 import weakref
 from pathlib import Path
@@ -12,7 +12,7 @@ from gguf import GGUFReader
 
 from benchmarks.tiny_models import tiny
 from optprune.errors import InputError
-from optprune.export.origin import origin_of
+from optprune.export.source_files import origin_of
 from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
 from optprune.models.sources import demo_model_file

@@ -1,4 +1,4 @@
-"""Experts as modules of their own: the same function and memory, whatever a checkpoint calls them."""
+"""Experts as separate modules: the same function and memory, for all names in checkpoints."""
 
 import json
 from pathlib import Path
@@ -85,5 +85,5 @@ def test_fields_that_are_not_understood_are_refused(name: str, fields: dict[str,
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
     [field] = fields
-    with pytest.raises(InputError, match=f"has {field} .*, and what a {name} model computes then is not known"):
+    with pytest.raises(InputError, match=f"has {field} .*, with which the computation of a {name} model is not known"):
         load_model(tmp_path)

@@ -1,4 +1,4 @@
-"""Architectures: what slicing does to a model, with biases, grouped-query attention, rotary variants and caches."""
+"""Slicing of models with biases, grouped-query attention, rotary variants and caches."""
 
 import copy
 from dataclasses import replace
@@ -41,7 +41,7 @@ COUNTS = {"mlp": "mlp_width", "vo": "value_dim", "kv": "kv_heads"}
 
 
 def stays(name: str) -> set[str]:
-    """The counts of which all units stay in a family."""
+    """Return the counts of a family that cannot be lowered."""
     return set(ARCHITECTURES[name].indivisible) if name in ARCHITECTURES else set()
 
 
@@ -61,7 +61,7 @@ def tokens(batch: int = 2, length: int = 24) -> torch.Tensor:
 
 
 def halve(decoder: Decoder, block: int, kind: str, generator: torch.Generator, cut: bool) -> None:
-    """Random new weights for the consumers on a random choice of units (half of each slot, rounded up); cut to that."""
+    """Give the consumers random weights on a random half of each slot's units (rounded up), and remove the others."""
     for layers in {"mlp": Mlp(), "vo": Values(), "kv": KvGroups()}[kind].layers(decoder, block):
         link = layers.link
         size = link.units // link.slot_count
@@ -98,7 +98,7 @@ def test_slicing_equals_zeroed_columns(variant: str, kinds: tuple[str, ...], att
 @pytest.mark.parametrize("gone", [0, 1])
 @pytest.mark.parametrize("name", [name for name in ALL_MODELS if "kv_heads" not in stays(name)])
 def test_a_kv_head_whose_values_were_narrowed_before_goes_whole(name: str, gone: int) -> None:
-    """As zeros in the columns of the output projection that read it, counted out here."""
+    """Removing a head equals zeros in the columns of the output projection that read it."""
     sliced = narrowed(ALL_MODELS[name]())
     zeroed = copy.deepcopy(sliced)
     decoder, other = Decoder(sliced), Decoder(zeroed)

@@ -1,4 +1,4 @@
-"""A kind of units in a package of somebody else: one class, through `prune`, with all that recipes ask of units."""
+"""A unit kind in somebody else's package: one class, through `prune`."""
 
 from pathlib import Path
 

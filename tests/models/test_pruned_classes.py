@@ -1,4 +1,4 @@
-"""The classes of pruned models on blocks that are whole ask of an attention, and drop out, what the stock ones do."""
+"""Pruned classes on whole blocks pass the same arguments to attention, and use the same dropout, as the stock ones."""
 
 import copy
 from typing import Any
@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import ALL_MODELS, SLIDING, tiny_opt, tiny_qwen2
 
 TOKENS = torch.arange(10, 42)[None]
 SEEN: list[dict[str, Any]] = []
-"""what a custom attention was called with, a block an entry"""
+"""the arguments of a custom attention, one entry a block"""
 
 
 def noted(
@@ -34,7 +34,7 @@ AttentionMaskInterface.register("noted", sdpa_mask)
 
 
 def asked(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """What the model asks of a custom attention, block by block."""
+    """Return the arguments of a custom attention, block by block."""
     SEEN.clear()
     Decoder(model)  # which has experts one by one, so that they add up in the same order
     model.set_attn_implementation("noted")
@@ -44,7 +44,7 @@ def asked(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def as_pruned(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with whole blocks of the pruned classes."""
+    """Return the same model with whole blocks of the pruned classes."""
     model = copy.deepcopy(model)
     decoder = Decoder(model)
     for block in range(len(decoder.blocks)):
@@ -67,7 +67,7 @@ def test_a_custom_attention_is_asked_what_the_stock_class_asks(make: Any) -> Non
 
 
 def test_a_custom_attention_gets_the_window_of_every_block_that_is_left() -> None:
-    """The first block has no attention any more, the second and the last a window, the third none."""
+    """The first block has lost its attention, the second and the last have a window, the third has none."""
     windows = [options["sliding_window"] for options in asked(mixed(sliding()))]
     assert windows == [8, None, 8]
 

@@ -1,4 +1,4 @@
-"""The architecture of a config: refused where it is not known, or where its numbers make no model."""
+"""Configs that are refused: of unknown architectures, or with numbers that make no model."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_attention_in_both_directions(attempt: Attempt) -> None:
     attempt.model = save_tiny(tiny("gemma2"), attempt.folder / "gemma2")
     spoiled(attempt, {"use_bidirectional_attention": True})
     sentence = attempt.fails(attempt.evaluate())
-    assert "has use_bidirectional_attention True, and what a gemma2 model computes then is not known" in sentence
+    assert "has use_bidirectional_attention True, with which the computation of a gemma2 model is not known" in sentence
 
 
 def test_a_width_of_opt(attempt: Attempt) -> None:

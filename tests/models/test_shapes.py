@@ -1,4 +1,4 @@
-"""Models whose blocks differ in shape: what the folder says, who can load it, caches, generation and training."""
+"""Models whose blocks differ in shape: their folders, loading, caches, generation and training."""
 
 import ast
 import copy
@@ -30,21 +30,21 @@ CHECK_TOKENS = torch.arange(10, 42)[None]
 
 
 def heads_go(name: str) -> bool:
-    """Whether single heads of a family may go."""
+    """Return whether single heads of a family can be removed."""
     return "kv_heads" not in ARCHITECTURES[name].indivisible
 
 
 def experts_in(name: str) -> bool:
-    """Whether a family has experts in place of an MLP: one by one they add up in another order than in two tensors."""
+    """Return whether a family has experts; separate experts add up in another order than fused ones."""
     return ARCHITECTURES[name].mixture is not None
 
 
 OTHERS = {name: make for name, make in ALL_MODELS.items() if name not in TINY_MODELS and heads_go(name)}
-"""the other families whose heads may go"""
+"""the other families whose heads can be removed"""
 
 
 def classes(name: str, which: str = "pruned") -> Classes:
-    """The pruned classes of an architecture, or the stock ones, which every one that is described by hand has."""
+    """Return the pruned classes of an architecture, or the stock ones."""
     found = getattr(ARCHITECTURES[name], which)
     assert isinstance(found, Classes)
     return found
@@ -151,7 +151,7 @@ def test_the_file_is_short_and_imports_torch_and_transformers_only(name: str) ->
 
 
 def imported(file: Path) -> set[str]:
-    """The modules that a file imports; a dot is before those beside it."""
+    """Return the modules that a file imports, with a dot before relative ones."""
     imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
     homes = {"." * node.level + (node.module or "") for node in imports if isinstance(node, ast.ImportFrom)}
     return homes | {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}

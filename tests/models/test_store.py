@@ -121,7 +121,7 @@ def test_what_does_not_stay_goes_with_the_store(tmp_path: Path) -> None:
     with opened.decoder().resident(0, keep=True):
         pass
     put, parts = store_of(opened), {"a": torch.randn(3, 2), "b": torch.tensor(1.0).bfloat16(), "c": torch.ones(0, 4)}
-    aside = put.aside.keep_all(parts)
+    aside = put.offload.keep_all(parts)
     assert all(torch.equal(value, parts[name]) for name, value in aside().items())
     folders = [put.scratch(name) for name in ("pruned", "aside")]
     assert [len(list(folder.iterdir())) for folder in folders] == [1, 0], "what is put aside has no name"
@@ -156,7 +156,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def renamed(folder: Path, name: str) -> None:
-    """The index with another name for its first shard, and that shard there."""
+    """Rename the first shard in the index and on disk."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     first = min(index["weight_map"].values())
     (folder / first).rename(folder / name)
@@ -225,7 +225,7 @@ def test_bytes_behind_the_last_tensor_are_refused_however_a_model_is_read(read, 
 
 @pytest.mark.parametrize("how", ["in place", "another file"])
 def test_weights_that_change_on_the_disk_at_the_same_size_are_noticed(how: str, tmp_path: Path) -> None:
-    """Blocks are read when they are needed, and those of another model must not go in between."""
+    """Blocks are read when they are needed, and never from a checkpoint that has changed since."""
     save_tiny(tiny_llama(), tmp_path / "model")
     opened, file = open_model(tmp_path / "model"), tmp_path / "model" / "model.safetensors"
     logits(opened)
@@ -242,7 +242,7 @@ def test_weights_that_change_on_the_disk_at_the_same_size_are_noticed(how: str, 
 
 
 def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
-    """One tensor over the bytes of another would hide that a third place in the file belongs to nobody."""
+    """Two tensors over the same bytes would hide bytes that belong to no tensor."""
     save_tiny(tiny_llama(), tmp_path)
     file = tmp_path / "model.safetensors"
     data = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Tokenizers whose rules make a text many times as long are refused; those that are in use are not."""
+"""Tokenizers whose rules make a text many times as long are refused; common ones are accepted."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_rules_that_explode_are_refused(rules: list[Any], tmp_path: Path) -> Non
 
 
 def test_they_are_refused_before_a_token_of_the_file_is_rewritten_by_them(tmp_path: Path) -> None:
-    """The library rewrites added tokens when it reads the file: 2 ** 40 letters here."""
+    """The library normalises added tokens when it reads the file: 2 ** 40 letters here."""
     with pytest.raises(InputError, match="1,099,511,627,776 times as long"):
         load_tokenizer(with_rules(tmp_path / "model", [DOUBLING] * 40, added="e"))
 

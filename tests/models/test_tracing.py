@@ -1,4 +1,4 @@
-"""Tracing: what is found out about an architecture by running it, beside descriptions by hand and beside refusals."""
+"""Traced drafts compared with the descriptions by hand, and refusals."""
 
 import functools
 from dataclasses import fields, replace
@@ -21,12 +21,12 @@ from tests.helpers.unknown_models import UNKNOWN, config_of
 
 BY_HAND = [each.name for each in fields(Draft) if each.name not in ("heads", "indivisible", "not_understood")]
 MORE_CAREFUL = {"phi3": ("head_dim_is_free",)}
-"""where the description by hand says no for the sake of configs other than this one"""
+"""fields that the description by hand denies because of configs other than this one"""
 
 
 @pytest.fixture
 def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No architecture is known."""
+    """Empty the table of architectures."""
     monkeypatch.setattr(registry, "ARCHITECTURES", {})
 
 
@@ -95,7 +95,7 @@ REFUSED = {
     "mixtral": {
         "model.layers.0.mlp.gate": "it multiplies by a matrix [4, 64] and is no plain linear layer",
         "model.layers.0.mlp.experts": "hold several matrices, as those of experts do",
-        "model.layers.0": "there is one last layer of an MLP where blocks are understood, and here none",
+        "model.layers.0": "an MLP has one last layer in blocks that are understood, and here none",
     },
     "qwen2_moe": {"model.layers.0.mlp.shared_expert_gate": "it adds to the hidden states, and no linear layer stands"},
     "gpt_oss": {"model.layers.0.self_attn": "it has weights [4] and is no norm"},
@@ -104,7 +104,7 @@ REFUSED = {
     "lfm2": {"model.layers.0.feed_forward.w2": "no field of the config says how many columns it has"},
     "gpt_bigcode": {"transformer.h.0.attn.c_proj": "the rows of attn.c_attn are not queries, keys and values"},
 }
-"""by model, modules that a draft must name, with the reason"""
+"""modules that a draft must name, with the reason, by model"""
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -119,7 +119,7 @@ def test_what_is_not_understood_is_named_and_keeps_a_draft_from_use(name: str) -
 
 
 def test_rows_of_an_mlp_unit_that_lie_beside_each_other_are_not_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phi-3 has the gates before all else; here each is before what it multiplies."""
+    """Phi-3 has all gates first; here each gate precedes the row that it multiplies."""
 
     def interleaved(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
         rows = mlp.gate_up_proj(hidden)
@@ -191,14 +191,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         },
         "the layers run in the order",
     ),
-    "rows that lie otherwise": ({"rows_of_unit": 2}, "units mlp that are cut off are not units whose columns are zero"),
+    "rows that lie otherwise": ({"rows_of_unit": 2}, "removed units mlp do not equal units whose columns are zero"),
     "values in place of queries": (
         {"query": "self_attn.v_proj", "value": "self_attn.q_proj"},
-        "units kv-groups that are cut off are not units whose columns are zero",
+        "removed units kv-groups do not equal units whose columns are zero",
     ),
-    "a field that is none of the width": ({"mlp_width": "max_position_embeddings"}, "units mlp that are cut off"),
-    "a norm that is left out": ({"after_blocks": ()}, "what leaves the last block does not give the logits"),
-    "a factor that is none": ({"logits_factor": "num_attention_heads"}, "does not give the logits"),
+    "a field that is none of the width": ({"mlp_width": "max_position_embeddings"}, "removed units mlp do not equal"),
+    "a norm that is left out": ({"after_blocks": ()}, "the logits do not follow from the output of the last block"),
+    "a factor that is none": ({"logits_factor": "num_attention_heads"}, "the logits do not follow"),
     "other blocks": ({"blocks": "model"}, "the blocks are model.layers, and not model"),
     "a module that is not there": ({"after_blocks": ("model.nom",)}, "no model can be read by it"),
 }

@@ -1,4 +1,4 @@
-"""Matrices that files hold transposed: linear layers here, and on the outside what the stock class has."""
+"""Matrices that files hold transposed: linear layers in memory, and the stock layout in state dicts and files."""
 
 import copy
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_plain_transformers_reads_what_it_saves_itself(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_the_head_is_read_block_by_block(tmp_path: Path) -> None:
-    """As the one on the hub, whose names begin with h.0."""
+    """The checkpoint on the hub has names that begin with h.0."""
     model = gpt2()
     trunk: Any = model.base_model
     trunk.save_pretrained(tmp_path)
@@ -84,15 +84,14 @@ def test_a_checkpoint_without_the_head_is_read_block_by_block(tmp_path: Path) ->
 
 
 def test_shards_that_a_run_has_made_are_turned_again(tmp_path: Path) -> None:
-    """Two of the matrices are square, so that their shapes do not tell."""
+    """Two of the matrices are square, so that their shapes do not show the layout."""
     gpt2().save_pretrained(tmp_path / "dense")
     whole, journal = load_model(tmp_path / "dense"), Journal(tmp_path / "run")
     opened = open_model(tmp_path / "dense", sink=journal.sink)
     recipe = load_recipe("wanda", {"pattern": "2:4"})
     prune(whole.model, batches(), recipe)
     prune(opened.model, batches(), recipe, store=opened.store, journal=journal)
-    parts: dict[str, Any] = {"store": opened.store, "made": journal.shards(), "max_shard_size": "300KB"}
-    folder = save_model(opened.model, tmp_path / "out", **parts).folder
+    folder = save_model(opened, tmp_path / "out", made=journal.shards(), max_shard_size="300KB").folder
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(whole.model))
     shapes = {name: at.shape for name, at in Checkpoint.open(folder).tensors.items()}

@@ -1,4 +1,4 @@
-"""Units: every kind says what it prunes and what that costs, and one of one's own is a class."""
+"""Unit kinds: the layers that each prunes, and a kind of one's own."""
 
 from dataclasses import dataclass, replace
 
@@ -34,10 +34,10 @@ def batches() -> list[torch.Tensor]:
 @pytest.mark.parametrize("units", [Mlp(), Values(), KvGroups()], ids=lambda units: units.name)
 @pytest.mark.parametrize("name", ALL_MODELS)
 def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> None:
-    """Deleting a unit of every slot leaves the shape with one fewer, whose linear weights are what is left."""
+    """Deleting one unit of every slot gives the shape with one fewer, and its number of linear weights."""
     decoder = Decoder(ALL_MODELS[name]())
     if units.field in decoder.architecture.indivisible:
-        with pytest.raises(InputError, match=rf"units {units.name} remove {units.field}, but of a {name} model"):
+        with pytest.raises(InputError, match=rf"units {units.name} remove {units.field}, but a {name} model"):
             units.layers(decoder, 1)
         return
     before, every, total = decoder.shape(1), units.layers(decoder, 1), decoder.linear_weights()
@@ -56,7 +56,7 @@ def test_a_block_keeps_the_units_of_its_shape(name: str, units: LinkedUnits) -> 
 
 @dataclass(frozen=True)
 class Pairs(LinkedUnits):
-    """The hidden neurons of an MLP, two by two."""
+    """The hidden units of an MLP in pairs."""
 
     name = "pairs"
     field = "mlp_width"
@@ -83,7 +83,7 @@ class Pairs(LinkedUnits):
 
 @pytest.mark.parametrize("name", ["llama", "opt", "phi3"])
 def test_a_kv_head_with_fewer_value_dimensions_goes_with_its_own_columns(name: str) -> None:
-    """The model answers as with zeros in their place."""
+    """The output is that of zeros in their place."""
     model = ALL_MODELS[name]()
     decoder, ids = Decoder(model), batches()[0]
     architecture, group = decoder.architecture, decoder.heads.group
@@ -105,7 +105,7 @@ def test_a_kv_head_with_fewer_value_dimensions_goes_with_its_own_columns(name: s
 
 @pytest.mark.parametrize("settings", [{}, {"propagation": "cross"}, {"allocation": "global"}], ids=str)
 def test_units_of_ones_own(settings: dict) -> None:
-    """Neurons go two by two, from wherever the budget takes them."""
+    """Pairs of units are removed wherever the budget takes them."""
     model = tiny_llama()
     before = [block.mlp.up_proj.weight.detach().clone() for block in model.model.layers]
     recipe = load_recipe("structured_best", {"units": Pairs(), "sparsity": 0.2, "width_multiple": 1, **settings})
@@ -119,7 +119,7 @@ def test_units_of_ones_own(settings: dict) -> None:
 
 
 def test_an_allocation_of_other_units_than_are_corrected() -> None:
-    """Where all KV heads stay and are only corrected, the value dimensions that an allocation removes still go."""
+    """Where all KV heads stay and are only corrected, an allocation can still remove value dimensions."""
     model = tiny_llama()
     decoder = Decoder(model)
     narrow = BlockAllocation(replace(decoder.shape(0), value_dim=9))
@@ -144,7 +144,7 @@ def test_units_that_are_not_known(wrong: object) -> None:
 
 @dataclass(frozen=True)
 class HalfOfEachColumn(Pattern):
-    """The half of the entries of every column."""
+    """Half of the entries of every column."""
 
     def project(self, score: torch.Tensor) -> torch.Tensor:
         return largest(score.T.contiguous(), score.shape[0] // 2).T

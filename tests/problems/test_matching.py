@@ -14,7 +14,7 @@ from optprune.errors import InputError, NumericalError
 from optprune.metric import OutputMetric
 from optprune.problems import BlockMatching, Example
 from optprune.problems import matching as problem_module
-from optprune.pruning.matching import Sequences
+from optprune.pruning.refinement import Sequences
 from optprune.testing import Listed, matchings
 from tests.helpers.damaged_blocks import LAYERS, damaged_block
 

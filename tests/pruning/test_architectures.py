@@ -13,6 +13,7 @@ from optprune.models import ARCHITECTURES, Decoder, open_model
 from optprune.models.checkpoint import Checkpoint
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from tests.helpers.programs import program_of
 from tests.helpers.streams import logits_block_by_block
 from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS
 from tests.helpers.token_batches import batches
@@ -115,9 +116,9 @@ def test_a_run_leaves_a_folder_that_answers_as_the_model_does(name: str, run: st
 @pytest.mark.parametrize("settings", [{}, {"allocation": "global"}], ids=str)
 def test_heads_under_one_norm_are_refused_before_anything_is_computed(settings: dict) -> None:
     decoder = Decoder(ALL_MODELS["olmo2"]().to("meta"))  # type: ignore[arg-type]
-    sentence = "units kv-groups remove kv_heads, but of a olmo2 model all stay or none: one norm"
+    sentence = "units kv-groups remove kv_heads, but a olmo2 model keeps all or none of them: one norm"
     with pytest.raises(InputError, match=sentence):
-        optprune.pruning.preflight.check_run(decoder, load_recipe("osscar", {"units": "kv-groups", **settings}), None)
+        program_of("osscar", decoder=decoder, fields={"units": "kv-groups", **settings})
 
 
 def test_an_allocation_that_narrows_heads_under_one_norm_is_refused() -> None:
@@ -126,5 +127,5 @@ def test_an_allocation_that_narrows_heads_under_one_norm_is_refused() -> None:
     whole, narrow = ({"mlp_width": 128, "kv_heads": heads, "value_dim": 16} for heads in (2, 1))
     assert shapes[0].kv_heads == 2
     allocation = optprune.Allocation.from_dict({"sparsity": 0.1, "blocks": [whole, narrow]})
-    with pytest.raises(InputError, match="keeps kv_heads 1 in block 1, which has 2, but of a olmo2 model"):
+    with pytest.raises(InputError, match="keeps kv_heads 1 in block 1, which has 2, but a olmo2 model"):
         prune(decoder.model, batches(), load_recipe("fasp"), allocation=allocation)

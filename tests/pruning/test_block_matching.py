@@ -19,7 +19,7 @@ from optprune.models import Decoder
 from optprune.models.places import States
 from optprune.pruning import block as block_module
 from optprune.pruning import prune
-from optprune.pruning.matching import Sequences, match_block
+from optprune.pruning.refinement import Sequences, match_block
 from optprune.recipe import load_recipe
 from optprune.report import Report
 from optprune.solvers import Adam, Lbfgs

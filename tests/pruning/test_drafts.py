@@ -17,10 +17,9 @@ from optprune.export import save_model
 from optprune.models import Decoder, Draft, load_model, open_model, trace
 from optprune.models.draft import DRAFT_FIELD
 from optprune.pruning import prune
-from optprune.pruning.facts import facts
-from optprune.pruning.preflight import check_run
+from optprune.pruning.run import facts
 from optprune.recipe import load_recipe
-from tests.helpers.streams import logits_block_by_block
+from tests.helpers.programs import program_of
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.token_batches import batches
 from tests.helpers.unknown_models import UNKNOWN, config_of, unknown
@@ -107,15 +106,15 @@ def test_without_the_draft_the_refusal_stays_and_names_the_command(tmp_path: Pat
 
 def test_a_draft_that_breaks_a_law_is_refused_when_it_is_given(tmp_path: Path) -> None:
     data = draft_of("starcoder2").to_dict() | {"after_blocks": []}
-    with pytest.raises(InputError, match="does not give the logits; see optprune inspect"):
+    with pytest.raises(InputError, match="logits do not follow from the output of the last block; see"):
         load_model(saved("starcoder2", tmp_path), architecture=Draft.from_dict(data, "a draft"))
 
 
 @pytest.mark.parametrize(
     ("recipe", "changed", "sentence"),
     [
-        ("fasp", {}, "all stay or none: the stock class cannot hold fewer"),
-        ("osscar", {"units": "vo"}, "all stay or none: the stock class cannot hold fewer"),
+        ("fasp", {}, "keeps all or none of them: the stock class cannot hold fewer"),
+        ("osscar", {"units": "vo"}, "keeps all or none of them: the stock class cannot hold fewer"),
         (
             "structured_best",
             {"units": "mlp"},
@@ -131,7 +130,7 @@ def test_what_a_stock_class_cannot_hold_is_refused_beforehand(
     model = unknown("starcoder2")
     draft_of("starcoder2").put_into(model.config)
     with pytest.raises(InputError, match=sentence):
-        check_run(Decoder(model), load_recipe(recipe, changed), None)
+        program_of(recipe, decoder=Decoder(model), fields=changed)
 
 
 def test_a_division_that_is_uneven_is_refused(tmp_path: Path) -> None:
@@ -148,8 +147,9 @@ def test_a_run_is_of_its_draft() -> None:
     """So that it is not taken up again with another one."""
     model = unknown("starcoder2")
     draft_of("starcoder2").put_into(model.config)
-    given = batches(), load_recipe("wanda"), None, PartialSums(), lambda event: None
-    assert facts(Decoder(model), *given)["its architecture"] == draft_of("starcoder2").to_dict()
+    program = program_of("wanda", decoder=Decoder(model))
+    found = facts(program, Decoder(model), batches(), PartialSums(), lambda event: None)
+    assert found["its architecture"] == draft_of("starcoder2").to_dict()
 
 
 # -- the commands

@@ -18,30 +18,24 @@ from optprune.errors import InputError
 from optprune.export.check import logits_of
 from optprune.models import Decoder
 from optprune.problems import BlockMatching
+from optprune.program import Program
+from optprune.program.memory import Part, numbers_of, parts_of
+from optprune.program.plan import planned_memory
+from optprune.program.room import Room, alternatives, check_room
+from optprune.program.time import Rates, Surroundings, block_passes, seconds_of
 from optprune.pruning import Measuring, plan, prune
-from optprune.pruning.block_probe import BlockProbe, Pace
-from optprune.pruning.plan import planned_memory
-from optprune.pruning.plan_memory import Part, numbers_of, parts_of
-from optprune.pruning.plan_time import Surroundings, seconds_of
-from optprune.pruning.room import Room, alternatives, check_room
-from optprune.pruning.workload import Workload
-from optprune.recipe import Recipe, load_recipe
+from optprune.pruning.measured_plan import BlockProbe
+from optprune.recipe import load_recipe
 from optprune.recipe.groups import Matching
 from optprune.report import Event, LayerSolved
 from optprune.solvers import Adam
 from optprune.testing import Listed
 from tests.helpers.memory import told
+from tests.helpers.programs import LENGTH, program_of
 from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
 
 GB = 10**9
-LENGTH = 32
-
-
-def workload(recipe: str = "fasp", samples: int = 8, decoder: Decoder | None = None, **more: Any) -> Workload:
-    decoder = Decoder(tiny_llama()) if decoder is None else decoder
-    fields = {"propagation": more.pop("propagation")} if "propagation" in more else {}
-    return Workload(decoder, load_recipe(recipe, fields).settled(), samples, LENGTH, torch.float32, **more)
 
 
 def part(parts: list[Part], name: str) -> int:
@@ -56,10 +50,10 @@ def test_what_stays_and_a_block_are_counted_as_the_model_has_them(make: Any) -> 
     decoder = Decoder(make())
     inside = {id(weight): weight.nbytes for weight in decoder.blocks.parameters()}
     every = {id(weight): weight.nbytes for weight in decoder.model.parameters()}
-    work = workload(decoder=decoder)
+    work = program_of(decoder=decoder)
     assert work.resident_bytes == sum(every.values()) - sum(inside.values())
     assert work.block_bytes == sum(weight.nbytes for weight in decoder.blocks[0].parameters())
-    whole = parts_of(replace(work, whole=True), "pruning", 0, 0)
+    whole = parts_of(replace(work, request=replace(work.request, whole=True)), "pruning", 0, 0)
     assert part(whole, "embeddings, head and norms") == sum(every.values())
     assert part(whole, "the block") == 0 < part(parts_of(work, "pruning", 0, 0), "the block")
 
@@ -78,31 +72,33 @@ def test_hidden_states_are_counted_as_often_as_a_policy_holds_them(policy: str) 
 
     recipe = load_recipe("fasp", {"propagation": policy, "units": "mlp"})
     prune(model, given, recipe, on_event=on_event)
-    work = workload(propagation=policy)
+    work = program_of(propagation=policy)
     assert len(held) == work.streams * len(given)
     assert part(parts_of(work, "pruning", 0, 0), "hidden states") == work.streams * 8 * LENGTH * 64 * 4
 
 
 def test_hidden_states_are_where_they_are_to_be() -> None:
-    work = workload(samples=4096, propagation="intra")
-    on_disk, on_host = (replace(work, states=states) for states in ("disk", "host"))
+    work = program_of(samples=4096, propagation="intra")
+    on_disk, on_host = (replace(work, request=replace(work.request, states=states)) for states in ("disk", "host"))
     filed, held = planned_memory(on_disk, 0, 0), planned_memory(work, 0, 0)
     assert filed.host_bytes < held.host_bytes - work.stream_bytes
     assert filed.disk_bytes > held.disk_bytes + 1.9 * work.stream_bytes
-    gpu, moved = (planned_memory(replace(one, device="cuda"), 0, 0) for one in (work, on_host))
+    gpu, moved = (
+        planned_memory(replace(one, request=replace(one.request, device="cuda")), 0, 0) for one in (work, on_host)
+    )
     assert moved.device_bytes < gpu.device_bytes and moved.host_bytes > gpu.host_bytes
 
 
 def test_the_logits_that_are_compared_are_those_of_a_window() -> None:
     decoder = Decoder(tiny_llama())
     logits = logits_of(decoder, torch.zeros(1, LENGTH, dtype=torch.long))
-    parts = parts_of(workload(decoder=decoder), "checking", 0, 0)
+    parts = parts_of(program_of(decoder=decoder), "checking", 0, 0)
     assert part(parts, "logits of a window") == logits.nbytes
     assert part(parts, "logits, compared") >= 2 * logits.nbytes
 
 
 def test_the_process_that_reloads_counts_beside_this_one() -> None:
-    work, base, fresh = workload(), 400 << 20, 200 << 20
+    work, base, fresh = program_of(), 400 << 20, 200 << 20
     phases = {phase.name: phase for phase in planned_memory(work, base, fresh).phases}
     assert phases["checking"].host_bytes > phases["pruning"].host_bytes + fresh - (50 << 20)
     assert planned_memory(work, base, fresh).host_bytes == phases["checking"].host_bytes
@@ -110,7 +106,7 @@ def test_the_process_that_reloads_counts_beside_this_one() -> None:
 
 def test_a_head_of_many_words_is_what_a_metric_takes() -> None:
     plain, wide = (Decoder(tiny_llama(vocab_size=size)) for size in (512, 50_000))
-    small, large = (planned_memory(workload("sparse_best", decoder=one), 0, 0) for one in (plain, wide))
+    small, large = (planned_memory(program_of("sparse_best", decoder=one), 0, 0) for one in (plain, wide))
     metric = [phase.parts["backward pass"] for one in (small, large) for phase in one.phases if phase.name == "metric"]
     # For 128 positions at a time: logits and softmax in float32, and two in float64.
     assert metric[1] == 128 * 50_000 * 24 > metric[0]
@@ -143,81 +139,75 @@ def test_what_a_block_is_matched_with_is_what_adam_and_a_pull_hold(pull: float) 
 
 def test_workers_are_counted_each() -> None:
     one, two, four = (
-        planned_memory(workload("alps", propagation="intra", workers=count, samples=64), 0, 100 << 20)
+        planned_memory(program_of("alps", propagation="intra", workers=count, samples=64), 0, 100 << 20)
         for count in (1, 2, 4)
     )
     imports = [plan.phases[4].parts.get("imports of the workers", 0) for plan in (one, two, four)]
     assert imports[0] == 0 < 2 * imports[1] == imports[2]
     assert one.host_bytes < two.host_bytes < four.host_bytes
-    elsewhere = planned_memory(workload("alps", propagation="intra", workers=4, ray=True, samples=64), 0, 100 << 20)
+    elsewhere = planned_memory(program_of("alps", propagation="intra", workers=4, ray=True, samples=64), 0, 100 << 20)
     assert elsewhere.host_bytes < four.host_bytes
 
 
 # -- times
 
 
-PACE = Pace(
-    forward=1e-6,
-    head=1e-6,
-    passes=1e-5,
-    fixed=0.1,
-    solves=2.0,
-    recovery=0.0,
-    metric=1e-5,
-    metric_head=1e-5,
-    costs=1.0,
-    costs_passes=1e-5,
-    read=0.01,
-)
+RATES = Rates(passes=1e-9, head=1e-9, solves=1e-9, refinement=1e-9, metric=1e-9, budget=1e-9, fixed=0.1, read=0.01)
 AROUND = Surroundings(reload=3.0, start=4.0, fresh=1, write=1e-9, write_file=0.0, digest=1e-9)
 
 
-def times(work: Workload) -> dict[str, float]:
-    return seconds_of(work, PACE, AROUND, opening=0.5, tokenising=1.5, starting=4.0)
+def times(program: Program) -> dict[str, float]:
+    return seconds_of(program, RATES, AROUND, opening=0.5, tokenising=1.5, starting=4.0)
 
 
 def test_passes_go_with_the_tokens_and_all_with_the_blocks() -> None:
-    few, many = (times(workload(samples=samples)) for samples in (1000, 3000))
-    assert many["pruning"] - few["pruning"] == pytest.approx(2 * 2000 * LENGTH * PACE.passes)
-    deep = times(workload(samples=1000, decoder=Decoder(tiny_llama(num_hidden_layers=6))))
-    assert deep["pruning"] == pytest.approx(3 * few["pruning"])
-    assert few["checking"] > AROUND.reload and few["tokenising"] == 1.5
+    few, many = (program_of(samples=samples) for samples in (1000, 3000))
+    passes = 2 * block_passes(few, 0).flops * RATES.passes
+    assert times(many)["pruning"] - times(few)["pruning"] == pytest.approx(2000 * LENGTH * passes)
+    deep = times(program_of(samples=1000, decoder=Decoder(tiny_llama(num_hidden_layers=6))))
+    assert deep["pruning"] == pytest.approx(3 * times(few)["pruning"])
+    assert times(few)["checking"] > AROUND.reload and times(few)["tokenising"] == 1.5
 
 
 def test_only_phases_that_a_recipe_has_take_time() -> None:
-    plain, best = times(workload()), times(workload("structured_best"))
+    plain, best = times(program_of()), times(program_of("structured_best"))
     assert plain["metric"] == plain["budget"] == 0
-    assert best["metric"] > 0 and best["budget"] > 2 * PACE.costs
-    work = workload("structured_best", decoder=Decoder(tiny_llama(num_hidden_layers=12)))
-    unprobed = replace(work, recipe=Recipe(work.recipe.to_dict(), {"allocation.probe_tokens": 0}))
-    # Each of two changes in twelve blocks goes through those behind it; one block alone had the dense logits made too.
-    further, once = 12 * 2 * 11 / 2 * work.probe_tokens * PACE.forward, 11 * work.probe_tokens * PACE.head
-    assert times(work)["budget"] - times(unprobed)["budget"] == pytest.approx(further - once, rel=0.01)
+    assert best["metric"] > 0 and best["budget"] > 0
+    deep = Decoder(tiny_llama(num_hidden_layers=12))
+    probed, unprobed = (
+        program_of("structured_best", decoder=deep, fields={"allocation.probe_tokens": tokens}) for tokens in (64, 0)
+    )
+    # Each of two changes in twelve blocks goes through those behind it, half of them on average.
+    forward = 2 * deep.linear_weights() / 12 * probed.probe_tokens
+    along = times(probed)["budget"] - times(unprobed)["budget"]
+    assert along > 12 * 2 * 11 / 2 * forward * RATES.budget
 
 
 def test_workers_share_the_solves() -> None:
-    work = workload("alps", propagation="intra", decoder=Decoder(tiny_llama(num_hidden_layers=12)))
-    alone, shared = (times(replace(work, workers=count))["pruning"] for count in (1, 3))
-    assert alone / 3 < shared < alone / 2
+    decoder = Decoder(tiny_llama(num_hidden_layers=12))
+    alone, shared = (
+        times(program_of("alps", propagation="intra", decoder=decoder, workers=count))["pruning"] - AROUND.start
+        for count in (1, 3)
+    )
+    assert (alone + AROUND.start) / 3 < shared + AROUND.start < (alone + AROUND.start) * 0.6 + AROUND.start
 
 
 @pytest.mark.parametrize("recipe", ["fasp", "structured_best", "sparse_best", "spap"])
 def test_a_probe_times_what_a_recipe_does_and_leaves_the_model(recipe: str) -> None:
     model = tiny_llama(num_hidden_layers=2)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    work = workload(recipe, decoder=Decoder(model))
-    pace = BlockProbe(work, Decoder(model), batches(), 1).pace()
-    assert pace.passes > 0 and pace.solves > 0 and pace.forward > 0
-    assert (pace.metric > 0) == (work.recipe.metric is not None)
-    assert (pace.costs > 0) == work.divides
-    assert (pace.recovery > 0) == (work.recipe.recovery is not None)
+    program = program_of(recipe, decoder=Decoder(model))
+    rates = BlockProbe(program, Decoder(model), batches(), 1).rates()
+    assert rates.passes > 0 and rates.solves > 0 and rates.head > 0 and rates.budget > 0
+    assert (rates.metric > 0) == (program.metric is not None)
+    assert (rates.refinement > 0) == (program.method.recovery is not None)
     after = model.state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
 def test_a_probe_is_fed_with_what_enters_its_block() -> None:
     decoder, given = Decoder(tiny_llama(num_hidden_layers=2)), batches()
-    probe = BlockProbe(workload(decoder=decoder), decoder, given, 1)
+    probe = BlockProbe(program_of(decoder=decoder), decoder, given, 1)
     with torch.no_grad():
         [first, *_] = first_inputs(decoder, given).hidden
         assert not torch.equal(probe.hidden[0], first)
@@ -254,7 +244,7 @@ def test_a_block_that_cannot_fit_is_not_measured(tmp_path: Path) -> None:
     [(Room(host=GB), "GB of memory"), (Room(process=GB), "(ulimit -v)"), (Room(disk=1000), "MB of the disk")],
 )
 def test_what_cannot_fit_is_refused_in_a_sentence(room: Room, what: str) -> None:
-    work = workload("alps", samples=10**6, propagation="cross")
+    work = program_of("alps", samples=10**6, propagation="cross")
     with pytest.raises(InputError) as refused:
         check_room(work, room)
     sentence = str(refused.value)
@@ -263,7 +253,7 @@ def test_what_cannot_fit_is_refused_in_a_sentence(room: Room, what: str) -> None
 
 
 def test_a_refusal_proposes_what_fits_and_nothing_else() -> None:
-    work = workload("structured_best", samples=800_000, propagation="cross")
+    work = program_of("structured_best", samples=800_000, propagation="cross")
     room = Room(host=5 * GB)
     with pytest.raises(InputError, match=r"--samples \d+ would fit") as refused:
         check_room(work, room)
@@ -278,7 +268,7 @@ def test_a_refusal_proposes_what_fits_and_nothing_else() -> None:
 
 
 def test_another_policy_is_proposed_where_that_is_enough() -> None:
-    work = workload("alps", samples=40_000, propagation="cross")
+    work = program_of("alps", samples=40_000, propagation="cross")
     need = planned_memory(work).host_bytes
     # Refused by a hair: half of the hidden states less is enough.
     room = Room(host=round(need / 1.3))
@@ -287,12 +277,12 @@ def test_another_policy_is_proposed_where_that_is_enough() -> None:
 
 
 def test_what_fits_is_told_in_a_line() -> None:
-    told_of = check_room(workload(), Room.measured(torch.device("cpu"), Path("out")))
+    told_of = check_room(program_of(), Room.measured(torch.device("cpu"), Path("out")))
     assert told_of.startswith("planned: at most ") and "of the disk" in told_of
 
 
 def test_the_gpu_has_room_of_its_own() -> None:
-    work = workload(samples=10**6, device="cuda")
+    work = program_of(samples=10**6, device="cuda")
     assert planned_memory(work).device_bytes > 8 * GB > planned_memory(work).host_bytes
     with pytest.raises(InputError, match="of the GPU's memory"):
         check_room(work, Room(host=8 * GB, device=GB))

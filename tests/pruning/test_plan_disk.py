@@ -1,17 +1,17 @@
 """The disk that a plan tells of while a folder is saved, against the files that are there."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 from optprune.cli import main
-from optprune.export.progress import Progress
+from optprune.export import TransformersFolder
 from optprune.export.shards import size_of
 from optprune.models import Decoder
-from optprune.pruning.plan_memory import DISK, parts_of
-from optprune.pruning.workload import Workload
+from optprune.program.memory import DISK, parts_of
 from optprune.recipe import load_recipe
+from tests.helpers.programs import program_of
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 
 LENGTH = 32
@@ -24,24 +24,24 @@ def test_the_disk_while_saving_is_what_the_files_take(
     max_shard: str, linked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The blocks in the run folder, and the output, whose shards are links to those where they may be so large."""
-    seen, starts = dict[int, int](), Progress.process_starts
+    seen, check = dict[int, int](), TransformersFolder.check
 
-    def look(self: Progress) -> None:
+    def look(self: TransformersFolder, *given: Any) -> float | None:
         for file in tmp_path.rglob("*.safetensors"):
             if tmp_path / "model" not in file.parents and "logits" not in file.name:
                 seen[file.stat().st_ino] = file.stat().st_size
-        starts(self)
+        return check(self, *given)
 
-    monkeypatch.setattr(Progress, "process_starts", look)
+    monkeypatch.setattr(TransformersFolder, "check", look)
     decoder = Decoder(tiny_llama())
     model, text = save_tiny(decoder.model, tmp_path / "model"), tmp_path / "text.txt"
     text.write_text("Prices rose again in March, the office said, and they will not fall before June. " * 40)
     words = ["--recipe", "wanda", "--sparsity", "0.5", "--samples", "4", "--seq-length", str(LENGTH)]
     places = ["--calibration", str(text), "--output", str(tmp_path / "out"), "--max-shard-size", max_shard]
     assert main(["prune", str(model), *words, *places]) == 0
-    recipe = load_recipe("wanda", {"sparsity": 0.5}).settled()
-    work = Workload(decoder, recipe, 4, LENGTH, torch.float32, max_shard=size_of(max_shard))
-    planned = sum(each.bytes for each in parts_of(work, "saving", 0, 0) if each.where == DISK)
+    recipe = load_recipe("wanda", {"sparsity": 0.5})
+    program = program_of(recipe, 4, decoder, length=LENGTH, max_shard=size_of(max_shard))
+    planned = sum(each.bytes for each in parts_of(program, "saving", 0, 0) if each.where == DISK)
     written = sum(seen.values())
     tensors = len(decoder.model.state_dict())
     assert planned <= written <= planned + HEADER * 2 * tensors

@@ -22,10 +22,8 @@ from optprune.errors import InputError, WorkerError
 from optprune.models import Decoder
 from optprune.problems import Problem
 from optprune.pruning import prune
-from optprune.pruning.jobs import WorkerContext
 from optprune.pruning.journal import Journal
-from optprune.pruning.processes import Processes
-from optprune.pruning.workers import ParallelWorkers, WorkerPool
+from optprune.pruning.workers import ParallelWorkers, Processes, WorkerContext, WorkerPool
 from optprune.report import BlockFinished, Event
 from tests.helpers.attempts import Attempt
 from tests.helpers.short_runs import batches, same

@@ -18,7 +18,7 @@ from optprune import LayerContext, load_recipe
 from optprune.errors import InputError, StrictError
 from optprune.problems import Problem
 from optprune.pruning import RayWorkers, prune, workers_of
-from optprune.pruning.ray_local import for_this_machine
+from optprune.pruning.ray_workers import for_this_machine
 from tests.helpers.short_runs import batches, same
 
 
@@ -85,7 +85,7 @@ from contextlib import suppress
 import psutil
 from optprune.models import Decoder
 from optprune.pruning import RayWorkers
-from optprune.pruning.jobs import WorkerContext
+from optprune.pruning.workers import WorkerContext
 from benchmarks.tiny_models import tiny_llama
 
 STRANGER = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False); print('let in')"

@@ -15,9 +15,8 @@ from optprune.calibration.calls import Calls, calls_of
 from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import BlockAllocation, Decoder
-from optprune.pruning import module_loss, prune, recovery
-from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
-from optprune.pruning.recovery import recover
+from optprune.pruning import prune, refinement
+from optprune.pruning.refinement import AtOutput, Inside, ModuleLoss, recover
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, answers, damaged, linearised
 from tests.helpers.tiny_models import TINY_MODELS
@@ -50,7 +49,7 @@ def check_one_layer(name: str, path: str, layers: tuple[str, ...], turn: int) ->
     least, before = least_squares(module, layers[turn], calls), error_of(module, calls)
     with torch.no_grad():
         # The tokens that decide are those fitted, so nothing stops early.
-        taken = recovery._Turn(ModuleLoss(module, calls, calls, None), 600, 0.0).take(layers[turn:], before)
+        taken = refinement._Turn(ModuleLoss(module, calls, calls, None), 600, 0.0).take(layers[turn:], before)
     assert taken is not None and taken.steps > 0
     # What the turn learns on its way is what passes before and after it say.
     assert taken.before == pytest.approx(before, rel=1e-9)
@@ -78,7 +77,7 @@ def test_a_metric_weighs_the_error(full: bool, turn: int) -> None:
     root = torch.linalg.cholesky(metric.matrix).T
     least, before = least_squares(module, layers[turn], calls, root), error_of(module, calls, root)
     with torch.no_grad():
-        recovery._Turn(ModuleLoss(module, calls, calls, metric), 600, 0.0).take(layers[turn:], before)
+        refinement._Turn(ModuleLoss(module, calls, calls, metric), 600, 0.0).take(layers[turn:], before)
     assert -1e-9 * before <= error_of(module, calls, root) - least <= 1e-5 * before
 
 
@@ -128,7 +127,7 @@ def test_a_step_that_knows_its_outputs_goes_further(
             monkeypatch.setattr(Inside, "outputs", lambda self: torch.eye(self.layer.out_features).double())
         before = error_of(module, calls)
         with torch.no_grad():
-            recovery._Turn(ModuleLoss(module, calls, calls, None), 1, 0.01).take(layers, before)
+            refinement._Turn(ModuleLoss(module, calls, calls, None), 1, 0.01).take(layers, before)
         errors.append(error_of(module, calls) / before)
     assert errors[0] < errors[1]
 
@@ -139,13 +138,13 @@ FAULTS = ["biases are counted", "the step is doubled", "the last step is doubled
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "biases are counted":
-        monkeypatch.setattr(module_loss, "_without_biases", lambda module, layers: torch.no_grad())
+        monkeypatch.setattr(refinement, "_without_biases", lambda module, layers: torch.no_grad())
     elif fault.endswith("is doubled"):
         place = AtOutput if "last" in fault else Inside
         honest = place.product
         monkeypatch.setattr(place, "product", lambda *args: honest(*args) / 2)
     else:
-        monkeypatch.setattr(recovery.torch, "where", lambda mask, yes, no: yes)
+        monkeypatch.setattr(refinement.torch, "where", lambda mask, yes, no: yes)
     with pytest.raises((AssertionError, RuntimeError)):
         for turn in (0, 1):
             check_one_layer("qwen2", "self_attn", ("v_proj", "o_proj"), turn)

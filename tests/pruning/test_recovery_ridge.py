@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from optprune.calibration.calls import Calls
-from optprune.pruning import module_loss, prune, recovery
-from optprune.pruning.module_loss import AtOutput, Inside, ModuleLoss
+from optprune.pruning import prune, refinement
+from optprune.pruning.refinement import AtOutput, Inside, ModuleLoss
 from optprune.recipe import load_recipe
 from tests.helpers.damaged_modules import PARTS, damaged, linearised
 from tests.helpers.tiny_models import tiny_llama
@@ -37,7 +37,7 @@ def step_of(name: str, path: str, layers: tuple[str, ...], turn: int, damping: f
     mask, hessian, slope = normal_equations(module, layers[turn], calls)
     layer: nn.Linear = module.get_submodule(layers[turn])  # type: ignore[assignment]
     start = layer.weight.clone()
-    taken = recovery._Turn(ModuleLoss(module, calls, calls, None), 300, damping).take(layers[turn:], 0.0)
+    taken = refinement._Turn(ModuleLoss(module, calls, calls, None), 300, damping).take(layers[turn:], 0.0)
     assert taken is not None and taken.steps > 50
     return (layer.weight - start)[mask], hessian, slope
 
@@ -75,7 +75,7 @@ def test_twice_the_damping_is_twice_the_ridge(turn: int, every_step_is_taken: No
 def test_the_trace_of_the_first_tokens_is_a_mean_over_those(monkeypatch: pytest.MonkeyPatch) -> None:
     """<s, H s> with H the Hessian of the first batch alone, column by column."""
     module, calls = damaged("llama", "mlp", ("up_proj", "down_proj"), torch.float64)
-    monkeypatch.setattr(module_loss, "TRACE_TOKENS", 1)
+    monkeypatch.setattr(refinement, "TRACE_TOKENS", 1)
     first = calls.first(1)
     assert first.tokens < calls.tokens
     mask, hessian, _ = normal_equations(module, "up_proj", first)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from optprune.allocation import Allocation
 from optprune.cli import main
 from optprune.errors import InputError
-from optprune.export import save_pruned
+from optprune.export import save_model
 from optprune.models import load_model
 from optprune.pruning import Processes, prune
 from optprune.recipe import load_recipe, recipe_names
@@ -35,7 +35,7 @@ def test_no_recipe_does_anything(name: str) -> None:
     assert report.layers == report.removed == report.recovered == ()
     assert all(block.before == block.after for block in report.blocks)
     assert report.notes == (NOTE,)
-    assert report.recipe == recipe.settled().to_dict()
+    assert report.recipe == recipe.resolved().to_dict()
     assert report.floor_seconds == 0
 
 
@@ -71,7 +71,7 @@ def test_the_folder_is_a_stock_one_with_the_same_weights(tmp_path: Path) -> None
     source = save_tiny(tiny_llama().to(torch.bfloat16), tmp_path / "dense")
     loaded, recipe = load_model(source), load_recipe("structured_best", {"sparsity": 0})
     report = prune(loaded.model, batches(), recipe)
-    saved = save_pruned(loaded, tmp_path / "out", report, recipe, window=batches()[0][0])
+    saved = save_model(loaded, tmp_path / "out", report=report, recipe=recipe, check_tokens=batches()[0][:1])
     assert saved.stock and saved.logits_difference == 0
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.dtype == torch.bfloat16

@@ -18,7 +18,7 @@ from optprune.errors import InputError
 from optprune.models import Decoder, open_model
 from optprune.models.places import InFile, OnDevice, OnHost, States
 from optprune.pruning import Journal, prune
-from optprune.pruning.states import place_for
+from optprune.pruning.run import place_for
 from optprune.report import BlockFinished, Event
 from tests.helpers.attempts import Attempt
 from tests.helpers.short_runs import same
@@ -166,7 +166,7 @@ def test_auto_is_the_first_place_with_room_enough(
     """Four copies of 8 x 48 tokens of 64 numbers of 4 bytes must fit in half of what is free."""
     decoder = Decoder(tiny_llama())
     assert decoder.model.config.hidden_size == 64
-    monkeypatch.setattr("optprune.pruning.states.free_memory", lambda device=None: free)
+    monkeypatch.setattr("optprune.pruning.run.free_memory", lambda device=None: free)
     place = place_for("auto", decoder, batches(), tmp_path)
     assert isinstance(place, OnDevice) == (free is None or free >= 4 * 8 * 48 * 64 * 4 * 2)
     assert isinstance(place, InFile) == (not isinstance(place, OnDevice))

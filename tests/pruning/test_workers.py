@@ -21,9 +21,18 @@ from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
 from optprune.pruning import executors, prune
 from optprune.pruning import run as pruning_run
-from optprune.pruning.jobs import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.journal import Journal
-from optprune.pruning.workers import AHEAD, Layers, ParallelWorkers, WorkerPool, workers_of
+from optprune.pruning.workers import (
+    AHEAD,
+    BlockJob,
+    BlockOutcome,
+    Layers,
+    ParallelWorkers,
+    WorkerContext,
+    WorkerPool,
+    run_job,
+    workers_of,
+)
 from optprune.report import BlockFinished, BlockStarted, Event, Report
 from tests.helpers.short_runs import told
 from tests.helpers.tiny_models import by_variant

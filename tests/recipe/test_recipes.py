@@ -202,7 +202,7 @@ def test_sparse_best_takes_intra_under_n_of_m(settings: dict, policy: str) -> No
     recipe = load_recipe("sparse_best", settings)
     assert recipe.policy is POLICIES[policy]
     assert make_recipe(recipe.to_dict()) == recipe
-    assert recipe.settled().to_dict() == {**recipe.to_dict(), "propagation": policy}
+    assert recipe.resolved().to_dict() == {**recipe.to_dict(), "propagation": policy}
     report = prune(tiny_llama(), batches(), recipe)
     assert report.recipe["propagation"] == policy
 

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.tiny_models import tiny
 from optprune.allocation import Allocation
 from optprune.errors import InputError, OptpruneError
-from optprune.export import export_gguf, export_onnx, save_model
+from optprune.export import GgufFile, OnnxFolder, export, save_model
 from optprune.models import BlockAllocation, BlockShape, Decoder
+from optprune.program import RUNTIMES
 from optprune.pruning import prune
-from optprune.recipe import RUNTIMES, Recipe, load_recipe
+from optprune.recipe import Recipe, load_recipe
 from tests.helpers.llama_cpp import LlamaCpp
 from tests.helpers.mixed_models import mixed
 from tests.helpers.short_runs import batches
@@ -230,9 +231,9 @@ def test_what_is_pruned_for_vllm_is_of_a_class_of_transformers(
 
 def test_what_is_pruned_for_llama_cpp_is_read_there(tmp_path: Path) -> None:
     folder = pruned("gguf", load_recipe("structured_best"), tiny_llama(), tmp_path / "out")
-    written = export_gguf(folder, tmp_path / "out.gguf", kind="f32")
+    written = export(folder, tmp_path / "out.gguf", GgufFile(kind="f32"))
     prompt = torch.arange(20, 40)
-    found = LlamaCpp(written.file).log_probabilities(prompt)
+    found = LlamaCpp(written.path).log_probabilities(prompt)
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(folder)
         expected = model(prompt[None]).logits[0, -1].double().log_softmax(-1)
@@ -242,4 +243,4 @@ def test_what_is_pruned_for_llama_cpp_is_read_there(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_is_pruned_for_onnx_is_exported(tmp_path: Path) -> None:
     folder = pruned("onnx", load_recipe("structured_best"), tiny_opt(), tmp_path / "out")
-    assert export_onnx(folder, tmp_path / "onnx").logits_difference < 1e-3
+    assert export(folder, tmp_path / "onnx", OnnxFolder()).logits_difference < 1e-3

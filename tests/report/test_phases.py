@@ -12,7 +12,7 @@ import torch
 from optprune.allocation import Allocation
 from optprune.cli import main
 from optprune.errors import OptpruneError
-from optprune.export import SavedModel, check, save_pruned
+from optprune.export import SavedModel, check, save_model
 from optprune.export.place import UNCHECKED
 from optprune.models import load_model
 from optprune.pruning import Journal, prune
@@ -122,7 +122,9 @@ def test_a_folder_that_was_not_checked_says_nothing_of_checking(
         told = subprocess.CompletedProcess([], 0, json.dumps({"difference": difference}), "")
         monkeypatch.setattr(check, "run_alongside", lambda *_: told)
         window = batches()[0][0]
-        return save_pruned(loaded, tmp_path / "out", report, recipe, window=window, on_event=on_event)
+        return save_model(
+            loaded, tmp_path / "out", report=report, recipe=recipe, check_tokens=window[None], on_event=on_event
+        )
 
     with pytest.raises(OptpruneError, match="logits differ by"):
         save(1e9)

@@ -52,6 +52,7 @@ def test_adam_comes_close_to_least_squares(problem: BlockMatching) -> None:
     assert found - best <= 0.1 * (before - best) + 1e-9 * before
 
 
+@pytest.mark.e2e
 def test_lbfgs_goes_as_far_as_that_of_scipy() -> None:
     """On a block that is not convex, from the same start, with as many steps: about the same objective."""
     problem = gated()

@@ -154,6 +154,7 @@ def test_a_warm_start_at_the_answer_stops_at_once(problem):
     assert again.objective <= first.objective
 
 
+@pytest.mark.e2e
 @FEWER
 @given(penalised(), st.integers(0, 100))
 def test_perturbing_the_answer_never_improves_it(problem, seed):

@@ -98,6 +98,7 @@ def test_fistapruner_improves_on_sparsegpt_by_the_stated_share(pattern):
 PATH_SHARES = {"unstructured": 0.65, "rows": 0.8, "2:4": 0.93}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("pattern", PATH_SHARES)
 def test_the_path_with_a_refit_is_better_than_wanda_with_a_refit_by_the_stated_share(pattern):
     problems = [correlated(seed, 16, 32, pattern) for seed in SEEDS]

@@ -127,6 +127,7 @@ def test_a_unit_is_worth_what_its_absence_costs_and_a_set_the_change_it_makes(ma
         assert moved.cost - tableau.cost == pytest.approx(change, rel=1e-7)
 
 
+@pytest.mark.e2e
 @by_problem
 @by_kind
 def test_where_the_choice_settles_no_exchange_lowers_the_penalised_loss(make, kind):
@@ -195,6 +196,7 @@ def excess(kind, solver, count=25):
 CORRELATED = pytest.mark.parametrize("kind", ["correlated", "low rank"])
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", CHOICE_KINDS)
 def test_the_recipe_ends_near_the_exhaustive_optimum_and_below_greedy_elimination(kind):
     """Within 0.2 percent on average and 5 at worst, as docs/results/parts.md says."""
@@ -219,6 +221,7 @@ def test_many_units_change_places_in_one_step():
     assert max(moved) > 2
 
 
+@pytest.mark.e2e
 @CORRELATED
 def test_each_part_brings_the_choice_nearer_to_the_optimum(kind):
     """The last penalty, exchanges that look at pairs, and the search of the core; without all it is a ranking."""

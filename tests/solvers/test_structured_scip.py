@@ -7,6 +7,7 @@ from optprune.testing.choice_references import exhaustive, mixed_integer
 from tests.helpers.structured_cases import KINDS, channels, grouped_query
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("problem", ["channels", "grouped_query"])
 def test_scip_finds_the_exhaustive_optimum(problem, kind):
@@ -17,6 +18,7 @@ def test_scip_finds_the_exhaustive_optimum(problem, kind):
     assert best.optimum - best.rounding <= found.optimum <= best.optimum + found.rounding
 
 
+@pytest.mark.e2e
 def test_no_answer_is_below_what_scip_finds_and_no_bound_above():
     problem = channels(3, "mixed", units=10, keep=5)
     best = mixed_integer(problem)

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import optprune.cli.outputs
-import optprune.export.save
+import optprune.export.exporter
+import optprune.export.folder
 import optprune.recipe
 import optprune.recipe.names
 import optprune.recipe.recipe
@@ -29,6 +30,7 @@ from tests.helpers.tiny_models import tiny_llama
 
 SENT: list[int] = []
 """the number of signals of every interrupted run"""
+FILES = (optprune.export.exporter.__file__, optprune.export.folder.__file__, optprune.system.interrupts.__file__)
 HOLDING = (optprune.system.interrupts.__file__, contextlib.__file__)
 
 
@@ -118,7 +120,7 @@ def test_saving_a_model_leaves_all_or_nothing_whatever_line_is_interrupted(there
         def save(output: Path = folder / target) -> None:
             save_model(model, output, files={"made": "new"}, overwrite=True)
 
-        if not interrupted(save, (optprune.export.save.__file__, optprune.system.interrupts.__file__), line):
+        if not interrupted(save, FILES, line):
             break
         done = done_sentence() == f"the pruned model is in {folder / target}"
         assert done or done_sentence() == "nothing was written"
@@ -133,6 +135,7 @@ def test_saving_a_model_leaves_all_or_nothing_whatever_line_is_interrupted(there
     assert len(outcomes) > 60
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("again", [0, 1, 4, 9])
 @pytest.mark.parametrize("there", [False, True], ids=["new file", "old file"])
 def test_writing_a_file_leaves_all_or_nothing_whatever_line_is_interrupted(
@@ -173,7 +176,7 @@ def test_an_interrupt_after_the_first_still_finds_everything_cleaned(tmp_path: P
     SENT.clear()
     for line in range(30, 150, 3):
         for again in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
-            if interrupted(save, (optprune.export.save.__file__, optprune.system.interrupts.__file__), line, again):
+            if interrupted(save, FILES, line, again):
                 assert not list(tmp_path.rglob(".*")), (line, again)
                 assert not (tmp_path / "new" / "out").exists() or done_sentence() != "nothing was written"
                 is_intact()
@@ -209,14 +212,14 @@ def test_an_old_model_that_cannot_be_put_back_is_kept_and_named(
 
 
 def test_a_folder_that_another_run_made_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare = optprune.export.save.compare
+    compare = optprune.export.folder.compare
 
     def meanwhile(*args: Any) -> float:
-        monkeypatch.setattr("optprune.export.save.compare", compare)
+        monkeypatch.setattr("optprune.export.folder.compare", compare)
         save_model(tiny_llama(), tmp_path / "out", files={"theirs": ""})
         return 0.0
 
-    monkeypatch.setattr("optprune.export.save.compare", meanwhile)
+    monkeypatch.setattr("optprune.export.folder.compare", meanwhile)
     with pytest.raises(OptpruneError, match=r"exists already: .*; the pruned model is in .*out\.unchecked"):
         save_model(tiny_llama(), tmp_path / "out", check_tokens=tiny_llama().dummy_inputs["input_ids"])
     assert {path.name for path in tmp_path.iterdir()} == {"out", "out.unchecked"}

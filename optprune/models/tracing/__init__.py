@@ -1,4 +1,4 @@
-"""Tracing: unknown architectures found out from what a small model of them does, where that is safe."""
+"""Tracing of unknown architectures: descriptions derived from the behaviour of a small model."""
 
 from optprune.models.tracing.laws import check_laws
 from optprune.models.tracing.trace import trace

@@ -1,4 +1,4 @@
-"""Fields: which of a config's fields say what of a model, found by setting them and looking at what changes."""
+"""Meaning of config fields, found by setting them and comparing the models."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,63 +9,63 @@ from transformers import PretrainedConfig
 
 from optprune.models.architecture import Heads
 from optprune.models.draft import heads_from_fields
-from optprune.models.tracing.bench import Bench, of_config, shapes_only
 from optprune.models.tracing.parts import nearly, same
+from optprune.models.tracing.traced_model import TracedModel, shapes_only, small_config
 from optprune.numerics.modules import first_output
 
 HEADS = {"query": "num_attention_heads", "kv": "num_key_value_heads", "dim": "head_dim"}
-"""what transformers calls them, in every config that has them or an attribute map to them"""
+"""their names in transformers, in every config that has them or maps an attribute to them"""
 
 
 def _sizes(config: PretrainedConfig, blocks: str, **changes: Any) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the weights in the first block of a config that is changed; None where there is no such model."""
+    """Return the shapes of the weights in the first block of a changed config; None where there is no such model."""
     try:
-        block = shapes_only(of_config(config, **changes)).get_submodule(f"{blocks}.0")
-    except Exception:  # what a config of other numbers leads to is up to the library
+        block = shapes_only(small_config(config, **changes)).get_submodule(f"{blocks}.0")
+    except Exception:  # a config with other numbers may fail anywhere in the library
         return None
     return {name: tuple(weight.shape) for name, weight in block.named_parameters()}
 
 
-def mlp_width(bench: Bench, consumer: str) -> str | None:
-    """The field that says how wide the MLP is: with another number there, the input of its last layer is as wide."""
-    width = bench.linear[consumer].entered.shape[-1]
-    fields = bench.whole.to_dict()
+def mlp_width(traced: TracedModel, consumer: str) -> str | None:
+    """Return the field that holds the MLP's width: with another number there, the last layer's input has that width."""
+    width = traced.linear[consumer].input.shape[-1]
+    fields = traced.whole.to_dict()
     named = [name for name, value in fields.items() if type(value) is int and value == width]
     unset = [name for name, value in fields.items() if value is None and "token" not in name]
-    usual = _sizes(bench.whole, bench.blocks)
+    usual = _sizes(traced.whole, traced.blocks)
     for name in (*sorted(named, key=lambda name: "inter" not in name), *unset):
-        # Several widths, since some fields are only a multiple of it.
+        # Several widths are tried, since some fields hold a divisor of the width.
         if usual is not None and all(
-            _so_wide(bench, usual, consumer, name, other) for other in (2 * width, width + 8, max(8, width // 4))
+            _so_wide(traced, usual, consumer, name, other) for other in (2 * width, width + 8, max(8, width // 4))
         ):
             return name
     return None
 
 
-def _so_wide(bench: Bench, usual: dict[str, tuple[int, ...]], consumer: str, name: str, width: int) -> bool:
-    """Whether with this width in a field the MLP's last layer reads so much, and hidden states are as before."""
-    sizes = _sizes(bench.whole, bench.blocks, **{name: width})
+def _so_wide(traced: TracedModel, usual: dict[str, tuple[int, ...]], consumer: str, name: str, width: int) -> bool:
+    """Return whether a width in a field becomes the input width of the MLP's last layer and changes nothing else."""
+    sizes = _sizes(traced.whole, traced.blocks, **{name: width})
     if sizes is None or sizes.keys() != usual.keys():
         return False
-    before = bench.linear[consumer].entered.shape[-1]
+    before = traced.linear[consumer].input.shape[-1]
     wanted = [width if length == before else length for length in usual[f"{consumer}.weight"]]
     moved = {path for path, size in sizes.items() if size != usual[path]}
     return list(sizes[f"{consumer}.weight"]) == wanted and not any("norm" in path for path in moved)
 
 
 def heads_of(config: PretrainedConfig) -> list[tuple[dict[str, str], Heads]]:
-    """The head layouts that a config may mean, with the fields that say it; some have a field that says nothing."""
-    there = {what: name for what, name in HEADS.items() if what == "query" or getattr(config, name, None) is not None}
-    layouts = [there, *({k: v for k, v in there.items() if k != what} for what in ("kv", "dim") if what in there)]
+    """Return the head layouts that a config may mean, with their fields; some configs have a field without effect."""
+    known = {role: name for role, name in HEADS.items() if role == "query" or getattr(config, name, None) is not None}
+    layouts = [known, *({k: v for k, v in known.items() if k != role} for role in ("kv", "dim") if role in known)]
     return [(names, heads_from_fields(names, config)) for names in layouts]
 
 
-def head_dim_is_free(bench: Bench, heads: Heads, output: str) -> bool:
-    """Whether a config with twice the heads, of the dimension that they have, makes a model that has them."""
+def head_dim_is_free(traced: TracedModel, heads: Heads, output: str) -> bool:
+    """Return whether a config with twice the heads, of unchanged dimension, gives a model with twice the heads."""
     changes = {HEADS["query"]: 2 * heads.query, HEADS["dim"]: heads.dim}
-    if getattr(bench.whole, HEADS["kv"], None) is not None:
+    if getattr(traced.whole, HEADS["kv"], None) is not None:
         changes[HEADS["kv"]] = 2 * heads.kv
-    usual, sizes = _sizes(bench.whole, bench.blocks), _sizes(bench.whole, bench.blocks, **changes)
+    usual, sizes = _sizes(traced.whole, traced.blocks), _sizes(traced.whole, traced.blocks, **changes)
     if usual is None or sizes is None or sizes.keys() != usual.keys():
         return False
     width = heads.query * heads.dim
@@ -77,44 +77,44 @@ def head_dim_is_free(bench: Bench, heads: Heads, output: str) -> bool:
     )
 
 
-def after_blocks(bench: Bench) -> tuple[str, ...]:
-    """The modules that change the hidden states between the last block and the head, in order."""
-    listed: Any = bench.model.get_submodule(bench.blocks)
-    head = bench.model.get_output_embeddings()
-    last = max(index for index, call in enumerate(bench.calls) if call.module is listed[-1])
+def after_blocks(traced: TracedModel) -> tuple[str, ...]:
+    """Return the modules that change the hidden states between the last block and the head, in order."""
+    listed: Any = traced.model.get_submodule(traced.blocks)
+    head = traced.model.get_output_embeddings()
+    last = max(index for index, call in enumerate(traced.calls) if call.module is listed[-1])
     found = []
-    for call in bench.calls[last + 1 :]:
+    for call in traced.calls[last + 1 :]:
         if call.module is head:
             break
-        if not any(call.module.children()) and not same(call.entered, call.left):
+        if not any(call.module.children()) and not same(call.input, call.output):
             found.append(call.path)
     return tuple(found)
 
 
-def answer(bench: Bench, behind: tuple[str, ...]) -> Mapping[str, str] | None:
-    """What becomes of the head's logits: the fields of a divisor, a factor or a cap; None where it is not known."""
-    hidden = bench.outputs[-1]
-    head: nn.Module | None = bench.model.get_output_embeddings()  # type: ignore[assignment]
+def logit_fields(traced: TracedModel, modules: tuple[str, ...]) -> Mapping[str, str] | None:
+    """Return the field that divides, multiplies or caps the head's output, by its role; None where neither fits."""
+    hidden = traced.outputs[-1]
+    head: nn.Module | None = traced.model.get_output_embeddings()  # type: ignore[assignment]
     if head is None:
         return None
     with torch.no_grad():
-        for module in (*map(bench.model.get_submodule, behind), head):
+        for module in (*map(traced.model.get_submodule, modules), head):
             hidden = first_output(module(hidden))
     numbers = {
         name: value
-        for name, value in bench.config.to_dict().items()
+        for name, value in traced.config.to_dict().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1)
     }
-    if nearly(hidden, bench.logits):
+    if nearly(hidden, traced.logits):
         return {}
     for name, value in numbers.items():
-        for what, answered in _answers(hidden, value).items():
-            if nearly(answered, bench.logits):
-                return {what: name}
+        for role, logits in _rescaled(hidden, value).items():
+            if nearly(logits, traced.logits):
+                return {role: name}
     return None
 
 
-def _answers(logits: Tensor, value: float) -> dict[str, Tensor]:
+def _rescaled(logits: Tensor, value: float) -> dict[str, Tensor]:
     return {
         "logits_divisor": logits / value,
         "logits_factor": logits * value,
@@ -122,12 +122,12 @@ def _answers(logits: Tensor, value: float) -> dict[str, Tensor]:
     }
 
 
-def stored_names(bench: Bench) -> dict[str, str]:
-    """What files call the tensors that they do not call as the model does."""
+def stored_names(traced: TracedModel) -> dict[str, str]:
+    """Return the tensors whose names in files differ from those in the model, with the names in files."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = bench.model.state_dict()
-    stored = revert_weight_conversion(bench.model, dict(state))
+    state = traced.model.state_dict()
+    stored = revert_weight_conversion(traced.model, dict(state))
     new = {name: tensor for name, tensor in stored.items() if name not in state}
     gone = [name for name in state if name not in stored]
     pairs = {name: [other for other, tensor in new.items() if tensor is state[name]] for name in gone}

@@ -1,4 +1,4 @@
-"""Parts: the norms of a block and where they stand, and what of it has no place that is known."""
+"""Parts of a block: its norms and their places, and the modules that have no place."""
 
 from collections.abc import Iterable
 
@@ -6,57 +6,57 @@ import torch
 from torch import Tensor, nn
 
 from optprune.models.draft import NotUnderstood
-from optprune.models.tracing.bench import Bench, Call
-from optprune.models.tracing.roles import Fed
+from optprune.models.tracing.roles import ResidualBranch
+from optprune.models.tracing.traced_model import Call, TracedModel
 from optprune.numerics.modules import first_output
 
 SCALED = 100.0
-"""inputs so much larger make nothing of the constant under a norm's root"""
+"""the factor of inputs that makes the constant under a norm's root negligible"""
 NEARLY = 1e-3
-"""the relative difference that float32 may explain"""
+"""the relative difference allowed to float32"""
 
 
-def norms(bench: Bench) -> list[Call]:
-    """The calls of modules without matrices or parts, whose answer is the same for inputs of any size."""
-    return [call for call in bench.in_block if _is_norm(call)]
+def norms(traced: TracedModel) -> list[Call]:
+    """Return the calls of modules without matrices or sub-modules whose output does not depend on the input's scale."""
+    return [call for call in traced.in_block if _is_norm(call)]
 
 
 def _is_norm(call: Call) -> bool:
     if any(weight.ndim > 1 for weight in call.module.parameters()) or any(call.module.children()):
         return False
     with torch.no_grad():
-        large, larger = (first_output(call.module(by * SCALED * call.entered)) for by in (1, 3))
+        large, larger = (first_output(call.module(by * SCALED * call.input)) for by in (1, 3))
     return nearly(larger, large)
 
 
-def parts_of(bench: Bench, fed: Fed, module: str) -> tuple[str, ...]:
-    """The modules of a block that make up a sub-block, with the norms before and behind it; `module` is "" for none."""
-    linear = bench.linear
-    first, last = linear[fed.producers[0]], linear[fed.consumer]
-    inner = [module] if module else [path.partition(".")[0] for path in (*fed.producers, fed.consumer)]
-    outside = [call for call in norms(bench) if not _within(call.path, inner)]
-    before = [call.path for call in outside if same(call.left, first.entered)]
-    behind = [call.path for call in outside if same(call.entered, last.left)]
+def parts_of(traced: TracedModel, branch: ResidualBranch, module: str) -> tuple[str, ...]:
+    """Return the modules that make up a sub-block, with the norms before and behind it; `module` is "" for none."""
+    linear = traced.linear
+    first, last = linear[branch.producers[0]], linear[branch.consumer]
+    inner = [module] if module else [path.partition(".")[0] for path in (*branch.producers, branch.consumer)]
+    outside = [call for call in norms(traced) if not _within(call.path, inner)]
+    before = [call.path for call in outside if same(call.output, first.input)]
+    behind = [call.path for call in outside if same(call.input, last.output)]
     return tuple(dict.fromkeys((*before, *inner, *behind)))
 
 
-def ends_with_norm(bench: Bench) -> bool:
-    """Whether what a block gives is what a norm of it gives."""
-    args, kwargs = bench.arguments
+def ends_with_norm(traced: TracedModel) -> bool:
+    """Return whether a block's output is the output of a norm."""
+    args, kwargs = traced.arguments
     with torch.no_grad():
-        output = first_output(bench.block(*args, **kwargs))
-    return any(same(call.left, output) for call in norms(bench))
+        output = first_output(traced.block(*args, **kwargs))
+    return any(same(call.output, output) for call in norms(traced))
 
 
-def left_over(bench: Bench, known: Iterable[str], odd: dict[str, str]) -> list[NotUnderstood]:
-    """The modules with weights of their own that are neither `known` linear layers nor norms, and why."""
+def unplaced_modules(traced: TracedModel, known: Iterable[str], unplaced: dict[str, str]) -> list[NotUnderstood]:
+    """Return the modules with weights of their own that are neither `known` linear layers nor norms, with reasons."""
     known, found = set(known), list[NotUnderstood]()
-    placed = known | {call.path for call in norms(bench)}
-    ran = [call.path for call in bench.in_block]
-    prefix = f"{bench.blocks}.0"
-    for path, module in bench.block.named_modules():
+    placed = known | {call.path for call in norms(traced)}
+    ran = [call.path for call in traced.in_block]
+    prefix = f"{traced.blocks}.0"
+    for path, module in traced.block.named_modules():
         own = list(module.parameters(recurse=False))
-        why = odd.get(path)
+        why = unplaced.get(path)
         if why is None and path in known and ran.count(path) != 1:
             why = f"it runs {ran.count(path)} times in a block"
         elif why is None and own and path not in placed:
@@ -77,8 +77,8 @@ def _why_not(module: nn.Module, own: list[nn.Parameter], runs: int) -> str:
     return f"it has weights {shapes[0]} and is no norm"
 
 
-def differing(model: nn.Module, blocks: str) -> list[NotUnderstood]:
-    """The blocks of a model, which may be without memory, that do not hold what the first one holds."""
+def differing_blocks(model: nn.Module, blocks: str) -> list[NotUnderstood]:
+    """Return the first block whose weights have other shapes than those of block 0, as a list of one, or none."""
     held = [
         (block, {name: tuple(weight.shape) for name, weight in block.named_parameters()})
         for block in model.get_submodule(blocks).children()
@@ -99,21 +99,21 @@ def _first(own: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]]) -
     return f"{name} {list(own.get(name, ()))} in place of {list(other.get(name, ()))}"
 
 
-def affine(bench: Bench, module: str, layers: Iterable[str]) -> tuple[str, ...]:
-    """The layers in whose weight the output of a sub-module is affine, while all other weights stay."""
+def affine_layers(traced: TracedModel, module: str, layers: Iterable[str]) -> tuple[str, ...]:
+    """Return the layers in whose weight alone the output of a sub-module is affine."""
     found: list[Tensor] = []
-    handle = bench.block.get_submodule(module).register_forward_hook(lambda *call: found.append(first_output(call[2])))
-    args, kwargs = bench.arguments
+    handle = traced.block.get_submodule(module).register_forward_hook(lambda *call: found.append(first_output(call[2])))
+    args, kwargs = traced.arguments
     affine_in = []
     try:
         for path in layers:
-            layer = bench.linear[path].module
+            layer = traced.linear[path].module
             weight: Tensor = layer.weight.data  # type: ignore[assignment]
             step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * weight.std()
             found.clear()
             for count in range(3):
-                with bench.weight(layer, weight + count * step), torch.no_grad():
-                    bench.block(*args, **kwargs)
+                with traced.weight(layer, weight + count * step), torch.no_grad():
+                    traced.block(*args, **kwargs)
             if nearly(found[2] - found[1], found[1] - found[0]):
                 affine_in.append(path)
     finally:
@@ -122,12 +122,12 @@ def affine(bench: Bench, module: str, layers: Iterable[str]) -> tuple[str, ...]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, in whatever shape."""
+    """Return whether two tensors hold the same numbers, in any shape."""
     return one.numel() == other.numel() and torch.equal(one.flatten(), other.flatten())
 
 
 def nearly(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors differ by rounding."""
+    """Return whether two tensors differ by rounding only."""
     return bool((one - other).abs().max() <= NEARLY * other.abs().max())
 
 
@@ -135,8 +135,8 @@ def _within(path: str, modules: Iterable[str]) -> bool:
     return any(f"{path}.".startswith(f"{module}.") for module in modules)
 
 
-def common(paths: Iterable[str]) -> str:
-    """The module that all of these are in, "" for the block itself."""
+def common_module(paths: Iterable[str]) -> str:
+    """Return the innermost module that holds all of these, "" for the block itself."""
     split = [path.split(".")[:-1] for path in paths]
     shared = []
     for names in zip(*split, strict=False):

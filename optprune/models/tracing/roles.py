@@ -1,4 +1,4 @@
-"""Roles: which of a block's linear layers feed which, and what their rows are, by moving rows and looking behind."""
+"""Roles of a block's linear layers and of their rows, found by changing outputs and comparing later inputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,79 +7,79 @@ import torch
 from torch import Tensor
 
 from optprune.models.architecture import BlockShape, Heads, rows_of_heads
-from optprune.models.tracing.bench import MOVED, SEQUENCES, TOKENS, Bench
+from optprune.models.tracing.traced_model import MOVED, SEQUENCES, TOKENS, TracedModel
 
-QUERY: str
-KEY: str
-VALUE: str
-QUERY, KEY, VALUE = "query", "key", "value"
+QUERY: str = "query"
+KEY: str = "key"
+VALUE: str = "value"
 
 
 @dataclass(frozen=True)
-class Fed:
-    """A layer that adds to the hidden states, and what stands before it."""
+class ResidualBranch:
+    """A layer that adds to the hidden states, with the linear layers before it."""
 
     consumer: str
     producers: tuple[str, ...]
     mixes: bool
-    """whether tokens see others on the way"""
+    """whether tokens are mixed on the way"""
 
 
-def wiring(bench: Bench) -> tuple[list[Fed], dict[str, str]]:
-    """Which layers add to the hidden states and which feed those alone; and what has no such place, with the reason."""
-    linear, odd = bench.linear, dict[str, str]()
-    quiet, still = bench.run({}, tuple(linear))
+def wiring(traced: TracedModel) -> tuple[list[ResidualBranch], dict[str, str]]:
+    """Return the layers that add to the hidden states with those that feed them, and the other layers with reasons."""
+    linear, unplaced = traced.linear, dict[str, str]()
+    baseline, baseline_output = traced.run({}, tuple(linear))
     feeds: dict[str, list[str]] = {}
     mixing, writers = set[tuple[str, str]](), list[str]()
     for path, call in linear.items():
-        if call.left.shape[:-1].numel() != SEQUENCES * TOKENS:
-            odd[path] = f"it runs on states of shape {list(call.left.shape)}, and not on those of every token"
+        if call.output.shape[:-1].numel() != SEQUENCES * TOKENS:
+            unplaced[path] = f"it runs on states of shape {list(call.output.shape)}, and not on those of every token"
             continue
-        seen, output = bench.run({path: _moved_token}, tuple(linear))
-        reached = [other for other in linear if not torch.equal(seen[other], quiet[other])]
-        if not torch.equal(output, still):
+        seen, output = traced.run({path: _moved_token}, tuple(linear))
+        reached = [other for other in linear if not torch.equal(seen[other], baseline[other])]
+        if not torch.equal(output, baseline_output):
             writers.append(path)
         else:
             feeds[path] = reached
-            mixing |= {(path, other) for other in reached if _tokens(seen[other], quiet[other]) - {MOVED}}
+            mixing |= {(path, other) for other in reached if _tokens(seen[other], baseline[other]) - {MOVED}}
     found = []
     for writer in writers:
         producers = tuple(path for path, reached in feeds.items() if writer in reached)
         mixes = any((path, writer) in mixing for path in producers)
-        found.append(Fed(writer, producers, mixes))
+        found.append(ResidualBranch(writer, producers, mixes))
         if not producers:
-            odd[writer] = "it adds to the hidden states, and no linear layer stands before it"
+            unplaced[writer] = "it adds to the hidden states, and no linear layer stands before it"
     for path, reached in feeds.items():
         if len(reached) != 1 or reached[0] not in writers:
             others = ", ".join(reached) or "no linear layer"
-            odd[path] = f"it leads to {others}, and not to one layer that adds to the hidden states"
-    return found, odd
+            unplaced[path] = f"it leads to {others}, and not to one layer that adds to the hidden states"
+    return found, unplaced
 
 
-def rows_apart(bench: Bench, fed: Fed) -> int | None:
-    """How many rows of each producer an MLP unit has, as far apart as there are units; None where they lie otherwise.
+def rows_apart(traced: TracedModel, branch: ResidualBranch) -> int | None:
+    """Return the rows of each producer that an MLP unit has, as far apart as there are units; None for other layouts.
 
-    Half of the units are moved, at all tokens: those columns of the consumer's input change, and no others.
+    Half of the units are changed at all tokens: exactly those columns of the consumer's input must change.
     """
-    width = bench.linear[fed.consumer].entered.shape[-1]
-    counts = {bench.linear[path].left.shape[-1] / width for path in fed.producers}
+    width = traced.linear[branch.consumer].input.shape[-1]
+    counts = {traced.linear[path].output.shape[-1] / width for path in branch.producers}
     if len(counts) != 1 or (count := counts.pop()) != int(count):
         return None
-    quiet, _ = bench.run({}, (fed.consumer,))
+    baseline, _ = traced.run({}, (branch.consumer,))
     half = torch.randperm(width, generator=torch.Generator().manual_seed(1)) < (width + 1) // 2
-    for path in fed.producers:
+    for path in branch.producers:
         for part in range(int(count)):
             rows = torch.zeros(int(count), width, dtype=torch.bool)
             rows[part] = half
-            seen, _ = bench.run({path: lambda out, rows=rows: out + 3 * _noise(out) * rows.flatten()}, (fed.consumer,))
-            if not torch.equal(_columns(seen[fed.consumer], quiet[fed.consumer]), half):
+            change = {path: lambda out, rows=rows: out + 3 * _noise(out) * rows.flatten()}
+            seen, _ = traced.run(change, (branch.consumer,))
+            if not torch.equal(_columns(seen[branch.consumer], baseline[branch.consumer]), half):
                 return None
     return int(count)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What the rows before an attention's output layer are."""
+    """The layers of queries, keys and values of an attention, and the layout of their rows."""
 
     query: str
     key: str
@@ -89,43 +89,42 @@ class Attention:
     """whether a row of queries, or of keys, changes all heads, as under one norm of them all"""
 
 
-def attention_rows(bench: Bench, fed: Fed, heads: Heads) -> Attention | str:
-    """The layers of queries, keys and values and how they lie there, or why that is not understood."""
-    width = bench.linear[fed.consumer].entered.shape[-1]
+def attention_rows(traced: TracedModel, branch: ResidualBranch, heads: Heads) -> Attention | str:
+    """Return the layers of queries, keys and values and their layout, or the reason why it is not understood."""
+    width = traced.linear[branch.consumer].input.shape[-1]
     if width != heads.query * heads.dim:
-        return f"{fed.consumer} reads {width} numbers, and not {heads.query} heads of {heads.dim}"
-    if len(fed.producers) == 3:
-        first = {path: _roles(bench, fed, heads, path, [0])[0][0] for path in fed.producers}
+        return f"{branch.consumer} reads {width} numbers, and not {heads.query} heads of {heads.dim}"
+    if len(branch.producers) == 3:
+        first = {path: _roles(traced, branch, heads, path, [0])[0][0] for path in branch.producers}
         by_role = {role: path for path, role in first.items()}
         guesses = [("", by_role)] if set(by_role) == {QUERY, KEY, VALUE} else []
-    elif len(fed.producers) == 1:
-        guesses = [(joined, dict.fromkeys((QUERY, KEY, VALUE), fed.producers[0])) for joined in ("parts", "heads")]
+    elif len(branch.producers) == 1:
+        guesses = [(joined, dict.fromkeys((QUERY, KEY, VALUE), branch.producers[0])) for joined in ("parts", "heads")]
     else:
         guesses = []
     for joined, paths in guesses:
-        coupled = _fits(bench, fed, heads, joined, paths)
+        coupled = _fits(traced, branch, heads, joined, paths)
         if coupled is not None:
             return Attention(paths[QUERY], paths[KEY], paths[VALUE], joined, coupled)
-    return (
-        f"the rows of {', '.join(fed.producers)} are not queries, keys and values of {heads} in an order that is known"
-    )
+    producers = ", ".join(branch.producers)
+    return f"the rows of {producers} are not queries, keys and values of {heads} in an order that is known"
 
 
-def _fits(bench: Bench, fed: Fed, heads: Heads, joined: str, paths: dict[str, str]) -> bool | None:
-    """Whether heads are coupled, where rows are what is guessed of them; else None. One of each head is moved."""
+def _fits(traced: TracedModel, branch: ResidualBranch, heads: Heads, joined: str, paths: dict[str, str]) -> bool | None:
+    """Return whether heads are coupled if the guessed layout holds, else None. One row of each head is changed."""
     rows = rows_of_heads(joined, heads, BlockShape(0, heads.kv, heads.dim), torch.device("cpu"))
     columns = torch.arange(heads.query * heads.dim).reshape(heads.kv, heads.group, heads.dim)
     sizes: dict[str, int] = {}
     for path, each in zip((paths[QUERY], paths[KEY], paths[VALUE]), rows, strict=True):
         sizes[path] = sizes.get(path, 0) + each.numel()
-    if any(bench.linear[path].left.shape[-1] != size for path, size in sizes.items()):
+    if any(traced.linear[path].output.shape[-1] != size for path, size in sizes.items()):
         return None
     coupled = set[bool]()
     for role, each in zip((QUERY, KEY, VALUE), rows, strict=True):
         # Another dimension of each head, so that none of them is special.
         picked = [(head, (5 * head + 1) % heads.dim) for head in range(heads.kv)]
         places = [(head, dim + heads.dim * (head % heads.group)) for head, dim in picked] if role == QUERY else picked
-        found = _roles(bench, fed, heads, paths[role], [int(each[head, place]) for head, place in places])
+        found = _roles(traced, branch, heads, paths[role], [int(each[head, place]) for head, place in places])
         for (head, dim), (is_role, changed) in zip(picked, found, strict=True):
             own = {
                 QUERY: columns[head, head % heads.group].flatten(),
@@ -141,12 +140,14 @@ def _fits(bench: Bench, fed: Fed, heads: Heads, joined: str, paths: dict[str, st
     return None if len(coupled) != 1 else coupled.pop()
 
 
-def _roles(bench: Bench, fed: Fed, heads: Heads, path: str, rows: Sequence[int]) -> list[tuple[str, Tensor]]:
-    """What each of these rows of a layer is, and the columns of the consumer's input that it changes.
+def _roles(
+    traced: TracedModel, branch: ResidualBranch, heads: Heads, path: str, rows: Sequence[int]
+) -> list[tuple[str, Tensor]]:
+    """Return the role of each of these rows of a layer, and the columns of the consumer's input that it changes.
 
-    A query changes what its own token gets. A value changes one column of each head that reads it, a key whole heads.
+    A query changes only its own token. A value changes one column of each head that reads it, a key whole heads.
     """
-    quiet, _ = bench.run({}, (fed.consumer,))
+    baseline, _ = traced.run({}, (branch.consumer,))
     found = []
     for start in range(0, len(rows), SEQUENCES):
         part = rows[start : start + SEQUENCES]
@@ -157,9 +158,9 @@ def _roles(bench: Bench, fed: Fed, heads: Heads, path: str, rows: Sequence[int])
                 out[sequence, MOVED, row] += 2 * out.std()
             return out
 
-        seen, _ = bench.run({path: move}, (fed.consumer,))
+        seen, _ = traced.run({path: move}, (branch.consumer,))
         for sequence in range(len(part)):
-            after, before = seen[fed.consumer][sequence][None], quiet[fed.consumer][sequence][None]
+            after, before = seen[branch.consumer][sequence][None], baseline[branch.consumer][sequence][None]
             columns, tokens = _columns(after, before), _tokens(after, before)
             behind = VALUE if int(columns.sum()) == heads.group else KEY
             role = QUERY if tokens == {MOVED} else behind
@@ -178,10 +179,10 @@ def _moved_token(out: Tensor) -> Tensor:
 
 
 def _columns(after: Tensor, before: Tensor) -> Tensor:
-    """The columns that differ, as a bool mask."""
+    """Return the columns that differ, as a bool mask."""
     return (after != before).flatten(0, -2).any(0)
 
 
 def _tokens(after: Tensor, before: Tensor) -> set[int]:
-    """The tokens at which anything differs."""
+    """Return the tokens at which anything differs."""
     return set((after != before).any(-1).any(0).nonzero().flatten().tolist())

@@ -1,4 +1,4 @@
-"""Tracing: a draft of a description, from what a small model of a config does when it is run."""
+"""Derivation of a draft from runs of a small model of a config."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 from optprune.errors import InputError, is_out_of_memory
 from optprune.models.draft import OF_STOCK, Draft, NotUnderstood
 from optprune.models.tracing import fields, parts
-from optprune.models.tracing.bench import Bench, by_block, shapes_only
 from optprune.models.tracing.laws import broken_laws, holds
-from optprune.models.tracing.roles import Attention, Fed, attention_rows, rows_apart, wiring
+from optprune.models.tracing.roles import Attention, ResidualBranch, attention_rows, rows_apart, wiring
+from optprune.models.tracing.traced_model import TracedModel, by_block, shapes_only
 from optprune.models.units import KvGroups
 from optprune.system.wording import one_line
 
@@ -19,17 +19,17 @@ COUPLED = "one norm goes over the queries of all heads, so that without a head t
 
 
 def trace(config: PretrainedConfig) -> Draft:
-    """A draft of the architecture of a config's models, and what of a block it does not understand.
+    """Return a draft of the architecture of a config's models, with the modules of a block that are not understood.
 
-    A model with two blocks of the config's widths and random weights is run, in float32 and on the CPU; laws take three
-    of them. No file is read. Layers are told apart by what they read and by what changes where their outputs are moved.
-    What the draft claims is then tried: units cut off must equal zeroed columns, what leaves the blocks must give the
-    logits. A claim that fails is among what is not understood. InputError where transformers cannot make or run such a
-    model.
+    A model with two blocks of the config's widths and random weights runs in float32 on the CPU; the laws use three
+    such models. No file is read. Layers are identified by their inputs, and by the inputs that change when their
+    outputs are changed. The claims of the draft are then tested: removed units must equal zeroed columns, and the
+    logits must follow from the output of the last block. A failed claim is listed among the things that are not
+    understood. InputError where transformers cannot build or run such a model.
     """
     try:
-        bench = Bench(config)
-        draft = _drafted(bench)
+        traced = TracedModel(config)
+        draft = _drafted(traced)
     except InputError:
         raise
     except Exception as error:
@@ -39,59 +39,60 @@ def trace(config: PretrainedConfig) -> Draft:
         raise InputError(f"a {kind} model cannot be made and run to trace it: {one_line(error)}") from error
     broken: list[str] = []
     if not draft.not_understood:
-        draft = _with_heads(draft, bench)
+        draft = _with_heads(draft, traced)
         broken = broken_laws(draft, config)
-    kind = type(bench.block).__name__
-    failed = tuple(NotUnderstood(f"{bench.blocks}.0", kind, sentence) for sentence in broken)
+    kind = type(traced.block).__name__
+    failed = tuple(NotUnderstood(f"{traced.blocks}.0", kind, sentence) for sentence in broken)
     return replace(draft, not_understood=(*draft.not_understood, *failed))
 
 
-def _drafted(bench: Bench) -> Draft:
-    config, linear = bench.whole, bench.linear
-    feds, odd = wiring(bench)
-    mixing, local = ([fed for fed in feds if fed.mixes is mixes and fed.producers] for mixes in (True, False))
-    whole: list[str] = []
+def _drafted(traced: TracedModel) -> Draft:
+    config, linear = traced.whole, traced.linear
+    branches, unplaced = wiring(traced)
+    fed = [branch for branch in branches if branch.producers]
+    mixing, local = ([branch for branch in fed if branch.mixes is mixes] for mixes in (True, False))
+    problems: list[str] = []
     for what, found in (("an attention", mixing), ("an MLP", local)):
         if len(found) != 1:
-            layers = ", ".join(fed.consumer for fed in found) or "none"
-            whole.append(f"there is one last layer of {what} where blocks are understood, and here {layers}")
-    claims = _empty(config, bench)
+            layers = ", ".join(branch.consumer for branch in found) or "none"
+            problems.append(f"{what} has one last layer in blocks that are understood, and here {layers}")
+    claims = _initial_fields(config, traced)
     if len(mixing) == 1:
-        claims |= _of_attention(bench, mixing[0], odd)
+        claims |= _attention_fields(traced, mixing[0], unplaced)
     if len(local) == 1:
-        claims |= _of_mlp(bench, local[0], odd)
-    claims["recoverable"] += claims.pop("of_mlp", ())
-    known = {path for fed in (*mixing[:1], *local[:1]) for path in (*fed.producers, fed.consumer)}
+        claims |= _mlp_fields(traced, local[0], unplaced)
+    claims["recoverable"] += claims.pop("mlp_recoverable", ())
+    known = {path for branch in (*mixing[:1], *local[:1]) for path in (*branch.producers, branch.consumer)}
     order = [path for path in linear if path in known]
     stages: list[list[str]] = []
     for path in order:
-        if stages and parts.same(linear[stages[-1][0]].entered, linear[path].entered):
+        if stages and parts.same(linear[stages[-1][0]].input, linear[path].input):
             stages[-1].append(path)
         else:
             stages.append([path])
-    behind = fields.after_blocks(bench)
-    answered = fields.answer(bench, behind)
-    if answered is None:
-        whole.append("what becomes of the logits behind the head is not known")
-    prefix, kind = f"{bench.blocks}.0", type(bench.block).__name__
-    answers: dict[str, Any] = {**claims, **(answered or {})}
+    behind = fields.after_blocks(traced)
+    scaling = fields.logit_fields(traced, behind)
+    if scaling is None:
+        problems.append("the computation of the logits behind the head is not known")
+    prefix, kind = f"{traced.blocks}.0", type(traced.block).__name__
+    claims |= scaling or {}
     return Draft(
         after_blocks=behind,
         stages=tuple(map(tuple, stages)),
-        ends_with_norm=parts.ends_with_norm(bench),
+        ends_with_norm=parts.ends_with_norm(traced),
         transposed=tuple(path for path in order if type(linear[path].module) is Conv1D),
-        stored_names=fields.stored_names(bench),
+        stored_names=fields.stored_names(traced),
         not_understood=(
-            *parts.left_over(bench, known, odd),
-            *parts.differing(shapes_only(config), bench.blocks),
-            *(NotUnderstood(prefix, kind, why) for why in whole),
+            *parts.unplaced_modules(traced, known, unplaced),
+            *parts.differing_blocks(shapes_only(config), traced.blocks),
+            *(NotUnderstood(prefix, kind, why) for why in problems),
         ),
-        **answers,
+        **claims,
     )
 
 
-def _empty(config: PretrainedConfig, bench: Bench) -> dict[str, Any]:
-    """What is claimed of any model, and the names of what may not be found."""
+def _initial_fields(config: PretrainedConfig, traced: TracedModel) -> dict[str, Any]:
+    """Return the fields of any draft, empty where they are still to be found."""
     names = ("mlp_consumer", "mlp_width", "attention", "query", "key", "value", "output")
     sets = ("mlp_producers", "attention_parts", "mlp_parts", "recoverable")
     return (
@@ -99,7 +100,7 @@ def _empty(config: PretrainedConfig, bench: Bench) -> dict[str, Any]:
         | dict.fromkeys(sets, ())
         | {
             "model_type": config.model_type,
-            "blocks": bench.blocks,
+            "blocks": traced.blocks,
             "heads": {},
             "head_dim_is_free": False,
             "by_block": tuple(dict.fromkeys(("layer_types", *by_block(config)))),
@@ -107,27 +108,27 @@ def _empty(config: PretrainedConfig, bench: Bench) -> dict[str, Any]:
     )
 
 
-def _of_attention(bench: Bench, fed: Fed, odd: dict[str, str]) -> dict[str, Any]:
-    module = parts.common((*fed.producers, fed.consumer))
-    tried = [(*layout, attention_rows(bench, fed, layout[1])) for layout in fields.heads_of(bench.whole)]
+def _attention_fields(traced: TracedModel, branch: ResidualBranch, unplaced: dict[str, str]) -> dict[str, Any]:
+    module = parts.common_module((*branch.producers, branch.consumer))
+    tried = [(*layout, attention_rows(traced, branch, layout[1])) for layout in fields.heads_of(traced.whole)]
     names, heads, rows = next((each for each in tried if not isinstance(each[2], str)), tried[0])
     if isinstance(rows, str):
-        odd[fed.consumer] = rows
+        unplaced[branch.consumer] = rows
         return {}
     if not module:
-        odd[fed.consumer] = "the layers of the attention are in no module of their own"
-    free = fields.head_dim_is_free(bench, heads, fed.consumer)
+        unplaced[branch.consumer] = "the layers of the attention are in no module of their own"
+    free = fields.head_dim_is_free(traced, heads, branch.consumer)
     return {
         "attention": module,
         "query": rows.query,
         "key": rows.key,
         "value": rows.value,
         "joined": rows.joined,
-        "output": fed.consumer,
+        "output": branch.consumer,
         "heads": names | ({"dim": fields.HEADS["dim"]} if free else {}),
         "head_dim_is_free": free,
-        "attention_parts": parts.parts_of(bench, fed, module),
-        "recoverable": _recoverable(bench, fed, module),
+        "attention_parts": parts.parts_of(traced, branch, module),
+        "recoverable": _recoverable(traced, branch, module),
         "indivisible": _indivisible(rows, free),
     }
 
@@ -138,39 +139,39 @@ def _indivisible(rows: Attention, free: bool) -> dict[str, str]:
     return {} if free else {"kv_heads": OF_STOCK}
 
 
-def _of_mlp(bench: Bench, fed: Fed, odd: dict[str, str]) -> dict[str, Any]:
-    module = parts.common((*fed.producers, fed.consumer))
-    apart = rows_apart(bench, fed)
-    width = fields.mlp_width(bench, fed.consumer)
+def _mlp_fields(traced: TracedModel, branch: ResidualBranch, unplaced: dict[str, str]) -> dict[str, Any]:
+    module = parts.common_module((*branch.producers, branch.consumer))
+    apart = rows_apart(traced, branch)
+    width = fields.mlp_width(traced, branch.consumer)
     if apart is None:
-        odd[fed.consumer] = (
-            f"its columns are not one for each row of {', '.join(fed.producers)}, or for some that lie apart"
+        unplaced[branch.consumer] = (
+            f"its columns are not one for each row of {', '.join(branch.producers)}, or for some that lie apart"
         )
     elif width is None:
-        odd[fed.consumer] = "no field of the config says how many columns it has"
+        unplaced[branch.consumer] = "no field of the config says how many columns it has"
     return {
-        "mlp_producers": fed.producers,
-        "mlp_consumer": fed.consumer,
+        "mlp_producers": branch.producers,
+        "mlp_consumer": branch.consumer,
         "mlp_width": width or "",
         "rows_of_unit": apart or 1,
-        "mlp_parts": parts.parts_of(bench, fed, module),
-        "of_mlp": _recoverable(bench, fed, module),
+        "mlp_parts": parts.parts_of(traced, branch, module),
+        "mlp_recoverable": _recoverable(traced, branch, module),
     }
 
 
-def _recoverable(bench: Bench, fed: Fed, module: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The sub-module with the layers in which it is affine, where those are more than its last one."""
+def _recoverable(traced: TracedModel, branch: ResidualBranch, module: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return the sub-module with the layers in which it is affine, where there is more than its last layer."""
     if not module:
         return ()
-    layers = parts.affine(bench, module, (*fed.producers, fed.consumer))
+    layers = parts.affine_layers(traced, module, (*branch.producers, branch.consumer))
     return ((module, layers),) if len(layers) > 1 else ()
 
 
-def _with_heads(draft: Draft, bench: Bench) -> Draft:
-    """The draft, with heads that all stay where the stock class cannot run or hold fewer."""
+def _with_heads(draft: Draft, traced: TracedModel) -> Draft:
+    """Return the draft, with indivisible heads where the stock class cannot run or hold fewer."""
     if "kv_heads" in draft.indivisible:
         return draft
-    config = bench.config
+    config = traced.config
     draft.put_into(config)
     heads = draft.architecture().heads(config)
     if heads.kv == 1 or holds(KvGroups(), config):

@@ -22,13 +22,13 @@ QUICK = "print(2e8, 1, 0)"
 def command(words: list[str], checked: bool = False) -> int:
     """Run a command of optprune; only where it is `checked` are written folders reloaded in another process."""
     from optprune.cli.app import main
-    from optprune.export import check, save
+    from optprune.export import check, folder
     from optprune.pruning import plan_time
 
     if checked:
         check.run_alongside = reloads  # type: ignore[assignment]
     else:
-        save.compare = lambda *_: 0.0  # type: ignore[assignment]
+        folder.compare = lambda *_: 0.0  # type: ignore[assignment]
     plan_time.FRESH = QUICK
     return main(words)
 
@@ -103,7 +103,7 @@ def of_onnx(place: Path) -> str | None:
     """What is wrong with a folder of ONNX."""
     import numpy as np
 
-    from optprune.export.onnx_check import without_telemetry
+    from optprune.export.onnx_folder import without_telemetry
 
     without_telemetry()
     import onnxruntime

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from tests.helpers.torture.sandbox import Sandbox, state
 from tests.helpers.torture.stock import Stock
 
 STOPPED, FAILED = 130, 2
-DRAFT = r"\.out\.[0-9a-f]{8}\.part"
 LONG: dict[str, Callable[[Any, Path], list[str]]] = {
     "fasp in shards": lambda words, output: words.prune(output, "--max-shard-size", "300KB", sparsity=0.3),
     "alps under intra": lambda words, output: words.prune(output, recipe="alps", propagation="intra"),
@@ -134,7 +132,5 @@ class Killing:
         found = [f"{path!r} is another" for path, held in theirs.items() if after.get(path) != held]
         if output.exists():
             found += [f"{name} is another" for name in sorted(differing(contents(output), contents(whole.output)))]
-        # A killed export leaves the draft of its file, which cannot be told from a file of somebody else.
-        drafts = [name for name in self._drafts(sandbox) if not re.fullmatch(DRAFT, name)]
-        left = [*drafts, *(["out.run"] if (sandbox.place / "out.run").exists() else [])]
+        left = [*self._drafts(sandbox), *(["out.run"] if (sandbox.place / "out.run").exists() else [])]
         return found + [f"{name} is left beside the output" for name in left]

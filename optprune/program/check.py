@@ -1,4 +1,4 @@
-"""What needs no weights and no pass over the text, so that it is refused before either: shapes are enough."""
+"""The checks of a program: what shapes alone tell is refused before weights or text are read."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -10,34 +10,31 @@ from transformers import PretrainedConfig
 
 from optprune.allocation import Allocation
 from optprune.errors import InputError, StrictError
-from optprune.metric import OutputMetric
 from optprune.models import PARTS, Blocks, Decoder, reorderable
-from optprune.moments import InputMoments
-from optprune.objectives import OBJECTIVES, LayerContext
+from optprune.objectives import OBJECTIVES
 from optprune.patterns import ANYWHERE
-from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
-from optprune.pruning.targets import targets_of
+from optprune.program.program import Program
+from optprune.program.runtimes import RUNTIMES
 from optprune.recipe import Recipe
-from optprune.recipe.allocator import allocator_of
-from optprune.recipe.runtimes import RUNTIMES
 from optprune.solvers.run import check_accepted
 from optprune.system.wording import counted
 
+Layers = list[tuple[int, str]]
+"""layers as (block, path)"""
 
-def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> tuple[str, ...]:
-    """Raise InputError when a model of these shapes cannot be pruned so; it may be on the meta device.
 
-    Returns notes on what of the recipe will do nothing there, which in strict mode is an error too.
+def check(program: Program) -> tuple[str, ...]:
+    """Return notes on settings that do nothing for the model; InputError where it cannot be pruned so.
 
-    NoSolver when the recipe's solver does not solve what the recipe states.
+    NoSolver where the solver refuses the problems of the layers; StrictError where a strict recipe has a note.
     """
-    allocation = allocation or recipe.given
-    _check_alike(decoder, recipe, allocation)
-    for kind in recipe.units.kinds:
+    decoder, method = program.decoder, program.method
+    _check_alike(program)
+    for kind in program.units.kinds:
         decoder.architecture.check_divisible(kind.field, f"units {kind.name} remove {kind.field}")
-    allocator_of(recipe, allocation).check(decoder)
-    pruned = _pruned(decoder, recipe, allocation)
-    family = recipe.units.family or ANYWHERE
+    program.allocator.check(decoder)
+    pruned = [(index, target.path) for index, targets in enumerate(program.candidates()) for target in targets]
+    family = program.units.family or ANYWHERE
     for index, path in pruned:
         inputs, multiple = decoder.layer(index, path).in_features, family.multiple
         if inputs % multiple:
@@ -45,17 +42,16 @@ def check_run(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -
                 f"a {family.name} pattern needs a multiple of {multiple} inputs, not {inputs} as in "
                 f"{decoder.name(index, path)}: choose another pattern"
             )
-    idle = _idle_recovery(decoder, recipe, pruned) + _idle_matching(recipe, pruned)
-    idle += _idle_order(decoder, recipe, pruned)
-    if idle and recipe.strict:
-        raise StrictError(f"{idle[0]} (strict mode makes this an error)")
-    if recipe.layer_solver is not None and recipe.objective in (None, *OBJECTIVES.values()) and pruned:
-        full = recipe.metric is not None and recipe.metric.kind == "full"
-        widest = (recipe.metric and recipe.metric.width) or math.inf
+    notes = _idle_recovery(program, pruned) + _idle_matching(program, pruned) + _idle_order(program, pruned)
+    if notes and method.strict:
+        raise StrictError(f"{notes[0]} (strict mode makes this an error)")
+    if method.solver is not None and method.objective in OBJECTIVES.values() and pruned:
+        metric = program.metric
+        widest = (metric and metric.width) or math.inf
         whole = any(decoder.layer(index, path).out_features <= widest for index, path in pruned)
-        small = small_problem(recipe, full=full and whole)
-        check_accepted(small.in_output_basis()[0], recipe.layer_solver)
-    return idle
+        small = program.small_problem(coupled=metric is not None and metric.kind == "full" and whole)
+        check_accepted(small.in_output_basis()[0], method.solver)
+    return notes
 
 
 def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> None:
@@ -68,11 +64,12 @@ def check_parts(decoder: Decoder, recipe: Recipe, allocation: Allocation | None)
         )
 
 
-def _check_alike(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> None:
+def _check_alike(program: Program) -> None:
     """Raise InputError where blocks may come to differ, and there are no classes for that, as under a draft."""
-    check_parts(decoder, recipe, allocation)
+    decoder, recipe, allocation = program.decoder, program.request.recipe, program.allocation
     if decoder.architecture.pruned is not None:
         return
+    check_parts(decoder, recipe, allocation)
     fitted, _ = RUNTIMES["transformers"].fitted(recipe, decoder, allocation)
     if fitted != recipe:
         raise InputError(
@@ -81,31 +78,33 @@ def _check_alike(decoder: Decoder, recipe: Recipe, allocation: Allocation | None
         )
 
 
-def _idle_recovery(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
-    """A note where recovery finds no sub-module whose output is affine in its layers one at a time."""
+def _idle_recovery(program: Program, pruned: Layers) -> tuple[str, ...]:
+    """Return a note where recovery finds no sub-module whose output is affine in its layers one at a time."""
+    decoder = program.decoder
     parts = [part for part, _ in decoder.architecture.recoverable]
-    if recipe.recovery is None or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
+    if program.method.recovery is None or any(path.startswith(f"{part}.") for _, path in pruned for part in parts):
         return ()
     family = decoder.architecture.model_type
     if not parts:
         return (f"recovery has nothing to refit: no sub-module of {family} is affine in a layer before its last one",)
     return (
         f"recovery has nothing to refit: of {family} it knows {', '.join(parts)} where a layer is pruned, and units "
-        f"{recipe.units.name} prune none there",
+        f"{program.units.name} prune none there",
     )
 
 
-def _idle_matching(recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
-    """A note where no layer is pruned, so that there is no block to match."""
-    if recipe.matching is None or pruned:
+def _idle_matching(program: Program, pruned: Layers) -> tuple[str, ...]:
+    """Return a note where no layer is pruned, so that there is no block to match."""
+    if program.method.matching is None or pruned:
         return ()
-    return (f"matching has nothing to match: units {recipe.units.name} prune no layer of a block",)
+    return (f"matching has nothing to match: units {program.units.name} prune no layer of a block",)
 
 
-def _idle_order(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]]) -> tuple[str, ...]:
-    """A note where value dimensions are to be permuted and cannot be."""
-    output, size = decoder.architecture.output, (recipe.units.family or ANYWHERE).multiple
-    blocks = [index for index, path in pruned if path == output] if recipe.permuted else []
+def _idle_order(program: Program, pruned: Layers) -> tuple[str, ...]:
+    """Return a note where value dimensions should be permuted and cannot be."""
+    decoder = program.decoder
+    output, size = decoder.architecture.output, (program.units.family or ANYWHERE).multiple
+    blocks = [index for index, path in pruned if path == output] if program.method.permuted else []
     left = [index for index in blocks if reorderable(decoder, index, output, size) is None]
     if not left:
         return ()
@@ -119,32 +118,6 @@ def _idle_order(decoder: Decoder, recipe: Recipe, pruned: list[tuple[int, str]])
         f"permuted leaves the value dimensions of {counted(len(left), 'block')} in their order, as those of {name}: "
         f"{why}",
     )
-
-
-def small_problem(recipe: Recipe, full: bool) -> Problem:
-    """A problem such as the recipe states at its layers, with four outputs and without their statistics."""
-    family = recipe.units.family
-    inputs = 2 * math.lcm(4, (family or ANYWHERE).multiple)
-    weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
-    metric = None if recipe.metric is None else OutputMetric.from_samples(torch.eye(4).to(weight), full=full)
-    loss = LayerLoss.of(weight, InputMoments.from_samples(torch.eye(inputs).to(weight)), recipe.damping, metric=metric)
-    if family is None:
-        groups = ChannelGroups.of(inputs)
-        return recipe.state(LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots)))
-    pattern = family.of(4, inputs, 0.5)
-    return recipe.state(LayerContext("", 0, loss, weight.numel() // 2, None, pattern))
-
-
-def _pruned(decoder: Decoder, recipe: Recipe, allocation: Allocation | None) -> list[tuple[int, str]]:
-    """The layers that will be pruned, or may be where the allocation is not known yet, as (block, path)."""
-    units = recipe.units
-    named = (
-        units.candidates(decoder, index)
-        if allocation is None
-        else targets_of(decoder, recipe, allocation.blocks[index], index)
-        for index in range(len(decoder.blocks))
-    )
-    return [(index, target.path) for index, targets in enumerate(named) for target in targets]
 
 
 def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:

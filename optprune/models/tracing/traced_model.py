@@ -1,4 +1,4 @@
-"""The bench that a description is traced on: a small model of a config, whose first block is run again and again."""
+"""Small random model of a config, whose first block is run repeatedly to derive and test a description."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,28 +19,28 @@ from optprune.numerics.modules import first_output
 BLOCKS = 2
 VOCABULARY = 128
 SEQUENCES, TOKENS = 16, 8
-"""the sequences are alike, so that each can have another of its rows moved"""
+"""the sequences are equal, so that a different row can be changed in each"""
 MOVED = 2
-"""the token at which a single row is moved: some are before it and some behind"""
+"""the token at which a single row is changed: some tokens precede it and some follow"""
 SEED = 0
 
 Change = Callable[[Tensor], Tensor]
-"""what becomes of a layer's output [sequences, tokens, out]"""
+"""a change of a layer's output [sequences, tokens, out]"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with, and what it gave."""
+    """The input and the output of one call of a module."""
 
     path: str
     """its path in the model, or in the block"""
     module: nn.Module
-    entered: Tensor
-    left: Tensor
+    input: Tensor
+    output: Tensor
 
 
-def of_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
-    """A copy of a config with few blocks, few tokens, and whatever is changed."""
+def small_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
+    """Return a copy of a config with few blocks and a small vocabulary, and with some fields changed."""
     count = config.num_hidden_layers
     config = copy.deepcopy(config)
     vars(config).pop(DRAFT_FIELD, None)
@@ -52,13 +52,13 @@ def of_config(config: PretrainedConfig, **changes: Any) -> PretrainedConfig:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         try:
             setattr(config, name, None)
-        except Exception:  # some configs want a number, and check it in ways of their own
+        except Exception:  # some configs require a number
             setattr(config, name, 0)
     return config
 
 
 def by_block(config: PretrainedConfig) -> tuple[str, ...]:
-    """The config fields that list something for each block."""
+    """Return the config fields that list something for each block."""
     return tuple(
         name
         for name, value in config.to_dict().items()
@@ -67,14 +67,14 @@ def by_block(config: PretrainedConfig) -> tuple[str, ...]:
 
 
 def shapes_only(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of a config without any memory."""
+    """Return a model of a config whose weights have shapes only."""
     cls: Any = AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
         return cls.from_config(copy.deepcopy(config), trust_remote_code=False)
 
 
-def drawn(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of a config with random weights, biases and norms, in float32, so that nothing is zero or one."""
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Return a float32 model of a config with random weights, biases and norms, so that nothing is zero or one."""
     cls: Any = AutoModelForCausalLM
     options = {"trust_remote_code": False, "dtype": torch.float32, "attn_implementation": "eager"}
     model = cls.from_config(copy.deepcopy(config), **options)
@@ -89,23 +89,23 @@ def drawn(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-class Bench:
-    """A small model of a config with what its modules were called with, and the first block to be run again."""
+class TracedModel:
+    """A small model of a config, with the recorded calls of its modules, whose first block can be run again."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """InputError where there is no row of blocks, each of which gets what the one before it gives."""
+        """Raise InputError where the model is no sequence of blocks, each reading the output of the one before it."""
         self.whole = config
-        self.config = of_config(config)
-        self.model = drawn(self.config)
+        self.config = small_config(config)
+        self.model = random_model(self.config)
         self.blocks = _blocks_of(self.model)
         generator = torch.Generator().manual_seed(SEED)
         one = torch.randint(0, self.config.vocab_size, (1, TOKENS), generator=generator)
         self.ids = one.expand(SEQUENCES, -1).contiguous()
         listed: Any = self.model.get_submodule(self.blocks)
         self.block: nn.Module = listed[0]
-        entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        received: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         handles = [
-            block.register_forward_pre_hook(lambda _, args, kwargs: entered.append((args, kwargs)), with_kwargs=True)
+            block.register_forward_pre_hook(lambda _, args, kwargs: received.append((args, kwargs)), with_kwargs=True)
             for block in listed
         ]
         try:
@@ -113,31 +113,32 @@ class Bench:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(entered) != len(listed):
-            raise InputError(f"not every block of {self.blocks} runs once: such a model is described by hand")
-        self.arguments = entered[0]
-        self.outputs = [call.left for call in self.calls if call.module in set(listed)]
-        for (args, kwargs), before in zip(entered[1:], self.outputs, strict=False):
+        if len(received) != len(listed):
+            raise InputError(f"not every block of {self.blocks} runs once: such a model needs a description by hand")
+        self.arguments = received[0]
+        self.outputs = [call.output for call in self.calls if call.module in set(listed)]
+        for (args, kwargs), before in zip(received[1:], self.outputs, strict=False):
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or not torch.equal(hidden, before):
                 raise InputError(
-                    f"a block of {self.blocks} does not get what the one before it gives: it is described by hand"
+                    f"a block of {self.blocks} does not read the output of the one before it: such a model needs a "
+                    "description by hand"
                 )
 
     def _recorded(self) -> tuple[list[Call], Tensor]:
         calls: list[Call] = []
 
-        def note(path: str) -> Any:
+        def recorder(path: str) -> Any:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 entered = args[0] if args else kwargs.get("hidden_states")
-                left = first_output(output)
-                if isinstance(entered, Tensor) and isinstance(left, Tensor):
-                    calls.append(Call(path, module, entered, left))
+                first = first_output(output)
+                if isinstance(entered, Tensor) and isinstance(first, Tensor):
+                    calls.append(Call(path, module, entered, first))
 
             return hook
 
         modules = [(path, part) for path, part in self.model.named_modules() if path]
-        handles = [part.register_forward_hook(note(path), with_kwargs=True) for path, part in modules]
+        handles = [part.register_forward_hook(recorder(path), with_kwargs=True) for path, part in modules]
         try:
             with torch.no_grad():
                 logits = self.model(input_ids=self.ids, use_cache=False).logits
@@ -148,10 +149,10 @@ class Bench:
 
     @property
     def in_block(self) -> list[Call]:
-        """The calls within the first block, in order, with their paths in it."""
+        """The calls inside the first block, in order, with their paths in it."""
         prefix = f"{self.blocks}.0."
         return [
-            Call(call.path.removeprefix(prefix), call.module, call.entered, call.left)
+            Call(call.path.removeprefix(prefix), call.module, call.input, call.output)
             for call in self.calls
             if call.path.startswith(prefix)
         ]
@@ -164,10 +165,10 @@ class Bench:
     def run(
         self, changes: Mapping[str, Change], watched: Sequence[str], *, frozen: bool = True
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What enters the watched modules, and what the block gives, where the outputs of some layers are changed.
+        """Return the inputs of the watched modules and the block's output when the outputs of some layers are changed.
 
-        With `frozen` all other linear layers give what they gave before, so that a change is followed along the ways
-        that lead through none of them.
+        With `frozen` all other linear layers repeat their recorded outputs, so that a change only spreads along paths
+        without another linear layer.
         """
         seen: dict[str, Tensor] = {}
         linear = self.linear
@@ -175,16 +176,16 @@ class Bench:
             for path, call in linear.items():
                 if path in changes:
                     own = changes[path]
-                    hook: Any = lambda module, args, output, own=own: own(by_token(output)).view_as(output)  # noqa: E731
+                    hook: Any = lambda module, args, output, own=own: own(per_token(output)).view_as(output)  # noqa: E731
                 elif frozen:
-                    hook = lambda module, args, output, call=call: call.left  # noqa: E731
+                    hook = lambda module, args, output, call=call: call.output  # noqa: E731
                 else:
                     continue
                 hooks.callback(call.module.register_forward_hook(hook).remove)
             for path in watched:
 
                 def see(module: nn.Module, args: Any, path: str = path) -> None:
-                    seen[path] = by_token(args[0])
+                    seen[path] = per_token(args[0])
 
                 hooks.callback(self.block.get_submodule(path).register_forward_pre_hook(see).remove)
             args, kwargs = self.arguments
@@ -193,7 +194,7 @@ class Bench:
 
     @contextmanager
     def weight(self, layer: Any, weight: Tensor) -> Iterator[None]:
-        """Another weight in the place of a layer's, for as long as the context lasts."""
+        """Replace the weight of a layer within the context."""
         before = layer.weight.data
         layer.weight.data = weight
         try:
@@ -202,14 +203,14 @@ class Bench:
             layer.weight.data = before
 
 
-def by_token(states: Tensor) -> Tensor:
-    """States [sequences, tokens, width], which some layers get with all tokens one after the other."""
+def per_token(states: Tensor) -> Tensor:
+    """Return states as [sequences, tokens, width]; some layers read all tokens as one list."""
     return states.reshape(SEQUENCES, TOKENS, -1)
 
 
 def _blocks_of(model: PreTrainedModel) -> str:
-    """The path of the list of modules with the most weights."""
+    """Return the path of the list of modules with the most weights."""
     lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:
-        raise InputError(f"a {model.config.model_type} model has no list of blocks: it is described by hand")
+        raise InputError(f"a {model.config.model_type} model has no list of blocks: it needs a description by hand")
     return max(lists, key=lambda each: sum(weight.numel() for weight in each[1].parameters()))[0]

@@ -1,4 +1,4 @@
-"""The folder of a comparison: its cells as they are finished, so that it can go on, and what it comes to."""
+"""Folder of a comparison: finished cells, so that it can resume, and the final table."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from optprune.comparison.asked import Cell
+from optprune.comparison.grid import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
 from optprune.system.files import real_path
 from optprune.system.folders import ManifestFolder
@@ -18,30 +18,30 @@ JSON, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.svg"
 
 
 class ComparisonFolder(ManifestFolder):
-    """A folder with the options that a comparison was begun with, and a file for each cell that is finished."""
+    """Folder with the options of a comparison, and a file for each finished cell."""
 
     noun = "comparison"
     begin_anew = "choose another output"
     written = (f"{CELLS}/*.json", JSON, TABLE, PICTURE)
 
     def __init__(self, folder: str | Path) -> None:
-        """Take a folder that is new, empty, or has a comparison; raises InputError otherwise."""
+        """Take a folder that is new, empty, or holds a comparison. Raises InputError otherwise."""
         super().__init__(real_path(Path(folder)))
-        # What a comparison that was killed has put aside.
+        # Temporary files of a comparison that was killed.
         self.remove_subfolder(WORK)
 
     @property
     def work(self) -> Path:
-        """The folder for what does not stay."""
+        """Return the folder for temporary files."""
         return self.subfolder(WORK)
 
     @property
     def models(self) -> Path:
-        """The folder for the models that are kept."""
+        """Return the folder for saved models."""
         return self.subfolder(MODELS)
 
     def close(self) -> None:
-        """Let the next one have the folder, which is deleted where the comparison did not begin."""
+        """Release the folder, or delete it where the comparison did not begin."""
         self.remove_subfolder(WORK)
         if self.begun:
             self.release()
@@ -53,21 +53,21 @@ class ComparisonFolder(ManifestFolder):
         return self.holds(_file_of(cell.name))
 
     def cell(self, cell: Cell) -> CellResult | None:
-        """Return the result of a cell; None where it is not finished."""
+        """Return the result of a cell, or None where it is not finished."""
         return self._as(RESULT, _file_of(cell.name)) if self.has(cell) else None
 
     def finish(self, result: CellResult) -> None:
-        """Keep the result of a cell; one that failed is tried again by the next call."""
+        """Store the result of a cell, unless it failed: the next call tries that again."""
         if result.figures is not None:
             self._keep(result.cell.name, asdict(result))
 
     def dense(self) -> Figures | None:
-        """Return the figures of the dense model; None where they are not known."""
+        """Return the figures of the dense model, or None where they are not stored."""
         name = _file_of(DENSE)
         return self._as(FIGURES, name) if self.holds(name) else None
 
     def keep_dense(self, figures: Figures) -> None:
-        """Keep the figures of the dense model."""
+        """Store the figures of the dense model."""
         self._keep(DENSE, asdict(figures))
 
     def conclude(self, comparison: Comparison, picture: bytes | None) -> None:

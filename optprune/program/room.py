@@ -7,15 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from optprune.calibration import POLICIES
 from optprune.errors import InputError
 from optprune.measure.memory import free_memory, held_bytes
-from optprune.pruning.plan import MARGIN, Plan, planned_memory
-from optprune.pruning.plan_memory import DEVICE, DISK, HOST
-from optprune.pruning.workload import Workload
+from optprune.program.memory import DEVICE, DISK, HOST
+from optprune.program.plan import MARGIN, Plan, planned_memory
+from optprune.program.program import Program
 from optprune.system.wording import amount
 
 FEWEST = 8
@@ -49,17 +50,17 @@ class Room:
         )
 
 
-def check_room(work: Workload, room: Room) -> str:
+def check_room(program: Program, room: Room) -> str:
     """A line on what a run takes at most; InputError where it cannot fit, which says what would."""
-    plan = planned_memory(work)
-    lacking = _lacking(plan, work, room)
+    plan = planned_memory(program)
+    lacking = _lacking(plan, program, room)
     if lacking is None:
         parts = [(plan.host_bytes, "memory"), (plan.device_bytes, "the GPU"), (plan.disk_bytes, "the disk")]
         told = ", ".join(f"{amount(bytes)} of {what}" for bytes, what in parts if bytes)
         return f"planned: at most {told} (optprune plan tells more, and the time)"
     what, needed, there, parts, phase = lacking
     largest = max(parts, key=lambda name: parts[name])
-    fitting = [words for words, other in alternatives(work) if _lacking(planned_memory(other), other, room) is None]
+    fitting = [words for words, other in alternatives(program) if _lacking(planned_memory(other), other, room) is None]
     advice = f"{' or '.join(fitting)} would fit" if fitting else "use a machine with more"
     raise InputError(
         f"the run would take {amount(needed)} of {what} in the phase {phase}, the most of it for the {largest} "
@@ -67,10 +68,10 @@ def check_room(work: Workload, room: Room) -> str:
     )
 
 
-def _lacking(plan: Plan, work: Workload, room: Room) -> tuple[str, int, int, dict[str, int], str] | None:
+def _lacking(plan: Plan, program: Program, room: Room) -> tuple[str, int, int, dict[str, int], str] | None:
     """What there is not enough of, how much a run takes and how much there is, for what, and in which phase."""
     # The process that reloads and those that work have a limit of their own.
-    alone = [phase for phase in plan.phases if phase.name != "checking" and work.workers == 1]
+    alone = [phase for phase in plan.phases if phase.name != "checking" and program.workers == 1]
     kinds = [
         ("memory", room.host, plan.phases, HOST),
         ("the memory that a process may have (ulimit -v)", room.process, alone, HOST),
@@ -85,25 +86,27 @@ def _lacking(plan: Plan, work: Workload, room: Room) -> tuple[str, int, int, dic
     return None
 
 
-def alternatives(work: Workload) -> Iterator[tuple[str, Workload]]:
+def alternatives(program: Program) -> Iterator[tuple[str, Program]]:
     """Other runs that take less, each with the option that asks for it."""
-    recipe = work.recipe
-    if work.states != "disk":
-        yield "--states disk", replace(work, states="disk")
-    if work.workers > 1 or work.layers > 1:
-        yield "--workers 1", replace(work, workers=1, layers=1)
-    fewer = work.samples // 2
+
+    def asked(**changes: Any) -> Program:
+        return replace(program, request=replace(request, **changes))
+
+    request = program.request
+    if request.states != "disk":
+        yield "--states disk", asked(states="disk")
+    if request.workers > 1:
+        yield "--workers 1", asked(workers=1)
+    fewer = request.samples // 2
     while fewer >= FEWEST:
-        yield f"--samples {fewer}", replace(work, samples=fewer)
+        yield f"--samples {fewer}", asked(samples=fewer)
         fewer //= 4
-    if work.streams > 1 or work.keeps_original:
-        yield (
-            "--propagation pruned",
-            replace(work, recipe=recipe.model_copy(update={"propagation": POLICIES["pruned"]}), workers=1),
-        )
-    if recipe.metric is not None and recipe.metric.kind == "full":
-        metric = recipe.metric.model_copy(update={"kind": "diagonal"})
-        yield "--set metric=diagonal", replace(work, recipe=recipe.model_copy(update={"metric": metric}))
+    if program.streams > 1 or program.keeps_original:
+        alone = replace(request, workers=1)
+        yield "--propagation pruned", replace(program, request=alone, policy=POLICIES["pruned"])
+    if program.metric is not None and program.metric.kind == "full":
+        metric = program.metric.model_copy(update={"kind": "diagonal"})
+        yield "--set metric=diagonal", replace(program, metric=metric)
 
 
 def _of_process(held: int) -> int | None:

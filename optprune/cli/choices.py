@@ -1,0 +1,66 @@
+"""The names that options take, without the imports that define them: a typing error is refused at once.
+
+The tables themselves stand beside the code (models, calibration, program, texts), which takes seconds to import;
+tests/cli/test_choices.py compares each of them with its copy here.
+"""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from optprune.errors import InputError
+from optprune.system.wording import shown
+
+SHIPPED = Path(__file__).parents[1] / "recipe" / "shipped"
+RECIPES = tuple(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+UNITS = (
+    "mlp",
+    "vo",
+    "rotated-vo",
+    "kv-groups",
+    "all",
+    "rotated-all",
+    "all-heads",
+    "rotated-all-heads",
+    "weights",
+    "experts",
+    "blocks",
+)
+POLICIES = ("dense", "pruned", "intra", "cross", "local", "auto")
+RUNTIMES = ("transformers", "vllm", "gguf", "onnx")
+STATES = ("auto", "device", "host", "disk")
+SEQUENCES = ("packed", "whole")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MULTIPLES = "8, and 64 for MLPs of 4096 units or more"
+"""the default multiples of widths"""
+CHOICES: Mapping[str, Sequence[str]] = {
+    "units": UNITS,
+    "propagation": POLICIES,
+    "target": RUNTIMES,
+    "states": STATES,
+    "sequences": SEQUENCES,
+    "dtype": DTYPES,
+    "save-dtype": DTYPES,
+}
+"""the names that an option takes, by the option"""
+
+
+def check_choices(recipe: str | None = None, **given: str | None) -> None:
+    """Raise InputError where a recipe or the value of an option in `CHOICES` is not known; None is not checked."""
+    if recipe is not None and recipe not in RECIPES and Path(recipe).suffix not in (".yaml", ".yml"):
+        raise InputError(f"the recipe {shown(recipe)} is not known{_nearest(recipe, RECIPES)}, or a .yaml file")
+    for name, value in given.items():
+        option = name.replace("_", "-")
+        if value is not None and value not in CHOICES[option]:
+            raise InputError(f"--{option} cannot be {shown(value)}{_nearest(value, CHOICES[option])}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    found = get_close_matches(name, known, n=1)
+    meant = f", did you mean {found[0]}?" if found else ":"
+    return f"{meant} Use one of {', '.join(known)}" if found else f"{meant} use one of {', '.join(known)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as the words of a help text."""
+    return f"{', '.join(names[:-1])} or {names[-1]}"

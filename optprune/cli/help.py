@@ -1,0 +1,35 @@
+"""The help of a command: its options in two sections, the usual ones and the advanced ones."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import typer.core
+
+ADVANCED = "Advanced options"
+"""the section of options that few runs need, as `rich_help_panel` of their declaration"""
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose help puts advanced options last."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments and options in their sections."""
+        shown: list[tuple[Any, tuple[str, str]]] = [
+            (one, record) for one in self.get_params(ctx) if (record := one.get_help_record(ctx)) is not None
+        ]
+        arguments = [record for one, record in shown if one.param_type_name == "argument"]
+        usual = [record for one, record in shown if one.param_type_name == "option" and not _is_advanced(one)]
+        advanced = [record for one, record in shown if _is_advanced(one)]
+        _section(formatter, "Arguments", arguments)
+        _section(formatter, "Options", usual)
+        _section(formatter, ADVANCED, advanced)
+
+
+def _is_advanced(parameter: Any) -> bool:
+    return getattr(parameter, "rich_help_panel", None) == ADVANCED
+
+
+def _section(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> None:
+    if records:
+        with formatter.section(title):
+            formatter.write_dl(records)

@@ -1,0 +1,19 @@
+"""Programs: what a run will do, as one value that preflight, plan, progress, executors and the report read."""
+
+from optprune.program.check import check_batches
+from optprune.program.method import BlockProgram, Method, Request, Stage
+from optprune.program.program import Program
+from optprune.program.resolve import resolve
+from optprune.program.runtimes import RUNTIMES, Runtime
+
+__all__ = [
+    "RUNTIMES",
+    "BlockProgram",
+    "Method",
+    "Program",
+    "Request",
+    "Runtime",
+    "Stage",
+    "check_batches",
+    "resolve",
+]

@@ -1,0 +1,294 @@
+"""The memory of a run by phase, part by part, from shapes alone: each part is a product of widths that the docs state.
+
+docs/large.md explains the parts. What `workload` says decides all but `base`, what a process has with its imports.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from optprune.allocation import Depth
+from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
+from optprune.models import Target, reorderable
+from optprune.program.program import AVERAGE, Program
+from optprune.recipe.groups import Matching
+from optprune.solvers.descent import NUMBER
+from optprune.sums import AT_ONCE
+
+AHEAD = 2
+"""block jobs under way for each worker: the one at work, and the next"""
+PHASES = ("loading", "tokenising", "metric", "budget", "pruning", "saving", "checking")
+SUM = 8
+"""the bytes of a number in sums over tokens, which are float64"""
+RELOADING = 192 * 2**20
+"""what a process has for itself that has imported torch and transformers, as the one that reloads a folder does"""
+HOST, DEVICE, DISK = "host", "device", "disk"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What takes memory in a phase."""
+
+    name: str
+    bytes: int
+    where: str = DEVICE
+    """device, host or disk: what is on the device is in the host's memory where that computes"""
+
+
+def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
+    """What takes memory at the peak of a phase.
+
+    `base` is what this process has with its imports, `fresh` what another process adds to that with its own, in bytes.
+    """
+    always = [Part("imports", base, HOST), Part("embeddings, head and norms", program.resident_bytes)]
+    if phase == "loading":
+        return [*always, *_loading(program)]
+    if phase == "tokenising":
+        return [Part("imports", base, HOST), Part("token ids", 64 * program.tokens, HOST)]
+    if phase == "metric":
+        return [*always, *_metric(program)] if program.metric is not None else []
+    if phase == "budget":
+        return [*always, *_budget(program), *metric_files(program)] if program.divides else []
+    if phase == "pruning":
+        return [
+            *always,
+            *_pruning(program, fresh),
+            *metric_files(program),
+            Part("run folder", program.pruned_bytes, DISK),
+        ]
+    if phase == "saving":
+        return [*always, *_saving(program)]
+    return [*always, *_checking(program, fresh)]
+
+
+def _loading(program: Program) -> Iterator[Part]:
+    # Of each number the absolute value, and two answers, on whether it is finite.
+    largest = program.vocabulary * program.hidden
+    yield Part("the largest tensor as it is checked", largest * (program.itemsize + 2), HOST)
+    yield Part(
+        "the largest tensor before it is moved",
+        0 if program.request.device == "cpu" else largest * program.itemsize,
+        HOST,
+    )
+
+
+# -- passes
+
+
+def activations(program: Program, tokens: int, backward: bool = False) -> int:
+    """What is inside the largest block while so many tokens go through it."""
+    hidden, width = program.hidden, program.decoder.shape(program.largest).mlp_width
+    # Residual and norm, q, k, v and what attention makes of them; the gate, what it lets pass, up, their product.
+    numbers = 14 * hidden + 8 * width if backward else max(7 * hidden, 3 * hidden + 3 * width)
+    return tokens * numbers * program.itemsize
+
+
+def streams(program: Program, count: int) -> Iterator[Part]:
+    """The hidden states of all tokens between two blocks, `count` times, where the run has them."""
+    where = {"host": HOST, "disk": DISK}.get(program.request.states, DEVICE)
+    yield Part("hidden states", count * program.stream_bytes, where)
+    if where != DEVICE:
+        yield Part("hidden states of two batches", 2 * program.batch_tokens * program.hidden * program.itemsize)
+
+
+def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
+    """The most that the sums of moments take while they are gathered and averaged, by the width of each tap."""
+    kinds = 3 if drifted else 1
+    squares = sorted(width**2 for width in taps.values())
+    if not squares:
+        return 0
+    sums = SUM * kinds * sum(squares)
+    # A batch's product, which is copied when it is added to the sums.
+    adding = sums * (2 if held_out else 1) + (AVERAGE + SUM) * squares[-1]
+    adding += min(AT_ONCE, program.batch_tokens) * int(squares[-1] ** 0.5) * 4 * kinds
+    # The last and widest is averaged beside the averages of the others.
+    averaging = AVERAGE * kinds * sum(squares[:-1]) + ((SUM + AVERAGE) * kinds + SUM) * squares[-1]
+    averaging += sums if held_out else 0
+    return max(adding, averaging)
+
+
+def moments(program: Program, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
+    """The averages that are there while the layers are solved."""
+    return AVERAGE * (3 if drifted else 1) * (2 if held_out else 1) * sum(width**2 for width in taps.values())
+
+
+def changed(program: Program, targets: list[Target]) -> int:
+    """The layers of a block as a probe tries them together, where there is one."""
+    layers = {target.path: program.decoder.layer(program.largest, target.path).weight.numel() for target in targets}
+    return AVERAGE * sum(layers.values()) if program.probe_changes else 0
+
+
+def reordered(program: Program, target: Target) -> dict[str, int]:
+    """The width of a layer whose inputs are permuted or rotated, and have moments of their own then; else nothing."""
+    path = target.path
+    free = (
+        program.method.permuted
+        and reorderable(program.decoder, program.largest, path, target.family.multiple) is not None
+    )
+    return {path: program.decoder.layer(program.largest, path).in_features} if free or target.rotated else {}
+
+
+# -- the phases
+
+
+def _metric(program: Program) -> Iterator[Part]:
+    assert program.metric is not None
+    tokens = program.first_tokens(program.metric.tokens)
+    group = min(tokens, max(1, TOKENS_AT_ONCE // program.length) * program.length)
+    states = tokens * program.hidden * program.itemsize
+    yield Part("a block", 0 if program.request.whole else program.block_bytes)
+    inside = activations(program, group, backward=True) + _metric_sums(program, [program.largest])
+    # Logits, their softmax, and its cumulated sums in float64 with what is summed.
+    head = POSITIONS_AT_ONCE * program.vocabulary * (2 * program.itemsize + 2 * SUM)
+    if program.request.whole:
+        # One group at a time goes through all blocks, and the sums of all layers are there.
+        entries = (program.block_count + 2) * group * program.hidden * program.itemsize
+        yield Part("block inputs and gradients of a group", entries)
+        yield Part("sums of the metric", _metric_sums(program, range(program.block_count)))
+        yield Part("backward pass", max(head, activations(program, group, backward=True)))
+        return
+    yield Part("hidden states and gradients", 2 * states)
+    yield Part("backward pass", max(head, inside))
+    yield Part("block inputs", program.block_count * states, DISK)
+    yield from metric_files(program)
+
+
+def _metric_sums(program: Program, blocks: "range | list[int]") -> int:
+    """Half of each matrix, or the diagonals, which are next to nothing, in the dtype of the model."""
+    asked, whole, total = program.metric, program.whole_metric, 0
+    if asked is None:
+        return 0
+    for index in blocks:
+        for path in set(program.decoder.paths(index)) & set(whole):
+            out = program.decoder.layer(index, path).out_features
+            total += out**2 * program.itemsize // 2 if out <= (asked.width or out) else 0
+    return total
+
+
+def metric_files(program: Program) -> Iterator[Part]:
+    """The sums of the output metric of all layers, which are read again block by block."""
+    if program.metric is not None:
+        total = _metric_sums(program, range(program.block_count))
+        yield Part("sums of the metric", total, DEVICE if program.request.whole else DISK)
+
+
+def _budget(program: Program) -> Iterator[Part]:
+    if isinstance(program.allocator, Depth):
+        yield from streams(program, 2)
+        yield Part("a block", 0 if program.request.whole else program.block_bytes)
+        yield Part("activations", activations(program, program.batch_tokens))
+        return
+    yield from streams(program, 1)
+    yield Part("a block", 0 if program.request.whole else program.block_bytes)
+    candidates = program.units.candidates(program.decoder, program.largest)
+    taps = program.taps(candidates)
+    gathering = collecting(program, taps, False, False) + activations(program, program.batch_tokens)
+    costing = moments(program, taps, False, False) + max(map(program.cost_bytes, candidates), default=0)
+    costing += changed(program, candidates)
+    yield Part("moments and costs", max(gathering, costing))
+    yield Part("answers of experts", program.expert_bytes)
+    yield Part("costs of all weights", program.all_costs_bytes, HOST)
+    yield Part("hidden states of probes", program.probe_bytes, DEVICE if program.request.whole else DISK)
+
+
+def _pruning(program: Program, fresh: int) -> Iterator[Part]:
+    if program.workers == 1:
+        yield from streams(program, program.streams)
+        yield from _inside(program)
+        return
+    yield from streams(program, program.streams)
+    yield Part("a block", 0 if program.request.whole else program.block_bytes)
+    yield Part("activations", activations(program, program.batch_tokens))
+    job = program.streams * program.stream_bytes + program.block_bytes
+    own = program.streams * program.stream_bytes + sum(part.bytes for part in _inside(program, worker=True))
+    if program.request.ray:
+        yield Part("block jobs under way", (AHEAD * program.workers + 1) * job, HOST)
+        here = program.resident_bytes + program.streams * program.stream_bytes + program.block_bytes
+        yield Part("work of a worker, beyond that", max(0, own - here))
+        return
+    # Pickled, and once more on their way.
+    yield Part("block jobs under way", (AHEAD + 1) * program.workers * job, HOST)
+    yield Part("imports of the workers", program.workers * fresh, HOST)
+    yield Part("block jobs that workers unpack", program.workers * job, HOST)
+    yield Part("work of the workers", -(-program.workers // program.request.devices) * own)
+
+
+def _inside(program: Program, worker: bool = False) -> Iterator[Part]:
+    """What pruning one block takes: the dense block, its statistics, or the most that one layer's solve takes."""
+    method, held_out = program.method, bool(program.held_out)
+    copies = (0 if program.request.whole or worker else 1) + program.keeps_original
+    yield Part("the block", copies * program.block_bytes)
+    gathering = solving = 0
+    batch = activations(program, program.batch_tokens)
+    for number, stage in enumerate(program.example.stages):
+        taps = program.taps(stage.targets)
+        drifted = program.policy.dense_target and (number > 0 or program.two_paths)
+        gathering = max(gathering, collecting(program, taps, drifted, held_out) + (2 if drifted else 1) * batch)
+        given = moments(program, taps, drifted, held_out)
+        solves = sorted(
+            program.spectra_bytes(stage.targets, target)
+            + program.layer_bytes(target)
+            + moments(program, reordered(program, target), drifted, held_out)
+            for target in stage.targets
+        )
+        solving = max(solving, given + sum(solves[-program.layers_at_once :]))
+    yield Part("moments while they are gathered", max(gathering, batch))
+    yield Part("solving, beyond that", max(0, solving - max(gathering, batch)))
+    yield Part("answers of experts", program.expert_bytes)
+    if method.recovery is not None:
+        # Of a sub-module: its inputs and its answers, in the dense block and in the pruned one.
+        tokens = program.fitted_tokens(method.recovery)
+        yield Part("inputs and answers of sub-modules", 4 * tokens * program.hidden * program.itemsize)
+    if method.matching is not None:
+        asked = method.matching
+        yield Part(
+            "answers of the dense block", program.fitted_tokens(asked) * program.hidden * program.computed_itemsize
+        )
+        matching = numbers_of(asked) * program.block_bytes + activations(program, program.length, backward=True)
+        yield Part("matching, beyond solving", max(0, matching - max(gathering, batch, solving)))
+
+
+def numbers_of(matching: Matching) -> int:
+    """What a block is matched with beside itself, in blocks at most: the point kept, a gradient and its sum.
+
+    Then the point that a pull is towards, the averages of Adam, or the pairs of L-BFGS, its direction, its point and
+    one that is tried, each with its gradient. Where entries are gone all of these are so much smaller, and where the
+    others are is as large as one.
+    """
+    return 3 + (matching.pull > 0) + round(matching.descent.work(1).bytes / NUMBER)
+
+
+def _saving(program: Program) -> Iterator[Part]:
+    yield Part("a block", 0 if program.request.whole else program.block_bytes)
+    yield Part("logits of a window", logits(program))
+    yield Part("run folder", program.pruned_bytes, DISK)
+    yield Part("output", output_bytes(program), DISK)
+
+
+def _checking(program: Program, fresh: int) -> Iterator[Part]:
+    yield Part("logits of a window", logits(program), HOST)
+    yield Part("imports of the process that reloads", fresh, HOST)
+    resident = program.resident_numbers * program.itemsize
+    yield Part("embeddings, head and norms, reloaded", resident)
+    yield Part("a block, reloaded", program.block_bytes)
+    yield Part("logits, compared", 3 * logits(program))
+    yield Part("run folder", program.pruned_bytes, DISK)
+    yield Part("output", output_bytes(program), DISK)
+
+
+def output_bytes(program: Program) -> int:
+    """What the output takes on the disk beside the run folder, whose blocks its shards are links to where it can.
+
+    A block is linked where the output has several shards, one may be as large, and files hold its matrices as they are
+    in memory.
+    """
+    resident = program.resident_numbers * program.itemsize
+    whole = program.pruned_bytes + resident
+    if program.request.whole or program.decoder.architecture.transposed or whole <= program.request.max_shard:
+        return whole
+    sizes = (program.pruned_bytes * numbers // sum(program.block_numbers) for numbers in program.block_numbers)
+    return whole - sum(size for size in sizes if size <= program.request.max_shard)
+
+
+def logits(program: Program) -> int:
+    """The logits of one window, in float32."""
+    return program.length * program.vocabulary * 4

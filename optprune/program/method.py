@@ -1,0 +1,176 @@
+"""The parts of a program: what is asked for, how layers are solved, and what happens in each block, stage by stage."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optprune.allocation import Allocation
+from optprune.calibration import Propagation
+from optprune.models import BlockAllocation, Decoder, Target, Units
+from optprune.objectives import Objective
+from optprune.recipe import Recipe
+from optprune.recipe.groups import Matching, Recovery
+from optprune.solvers import ExpertSolver, Solver
+
+MAX_SHARD = 5 * 10**9
+"""the default of the largest weights file, in bytes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a run is asked for: a recipe, the size of the calibration text, and the machine that it may use."""
+
+    recipe: Recipe
+    allocation: Allocation | None = None
+    """what every block keeps, in place of the recipe's sparsity"""
+    samples: int = 128
+    """calibration sequences"""
+    seq_length: int = 2048
+    """tokens of a sequence"""
+    dtype: torch.dtype = torch.float32
+    """the dtype of the model while it is pruned"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    devices: int = 1
+    """GPUs that the processes of this machine share"""
+    workers: int = 1
+    """workers side by side: on blocks where the policy makes them independent, else on the layers of a block"""
+    ray: bool = False
+    """whether the workers are on other machines"""
+    states: str = "auto"
+    """where hidden states between blocks are kept: auto or device, host, or disk"""
+    whole: bool = False
+    """whether the whole model is in memory, instead of one block at a time"""
+    max_shard: int = MAX_SHARD
+    """largest weights file of the output, in bytes"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How layers are stated, solved and refitted: the same for every block of a run."""
+
+    objective: Objective
+    """states the problem of a layer"""
+    solver: Solver | None
+    """solves it; None lets the problem choose"""
+    expert_solver: ExpertSolver
+    damping: float
+    fit_bias: bool
+    permuted: bool = False
+    """whether inputs change places for N:M patterns"""
+    dampings: tuple[float, ...] = ()
+    """dampings that the last refit of a layer chooses from, on held-out tokens"""
+    recovery: Recovery | None = None
+    matching: Matching | None = None
+    strict: bool = False
+    """whether notes of layers are errors"""
+
+    @property
+    def moves_weights_later(self) -> bool:
+        """Whether weights are moved again after their layers are solved."""
+        return self.recovery is not None or self.matching is not None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers of a block that are solved from the same statistics."""
+
+    targets: tuple[Target, ...]
+    taps: tuple[str, ...]
+    """layers at which the inputs of the targets are collected, in the order of the forward pass"""
+    touched: tuple[str, ...] = ()
+    """sub-modules to recover that have a layer in this stage"""
+    recovered: tuple[str, ...] = ()
+    """sub-modules that are recovered once this stage is solved: no later stage has a layer of theirs"""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockProgram:
+    """What pruning does to one block, in this order: remove sub-blocks and experts, solve stages, match the block."""
+
+    index: int
+    wanted: BlockAllocation
+    """what the block keeps"""
+    removed: tuple[str, ...] = ()
+    """sub-blocks that are removed whole"""
+    fewer_experts: bool = False
+    """whether experts are removed"""
+    stages: tuple[Stage, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        decoder: Decoder,
+        index: int,
+        wanted: BlockAllocation,
+        *,
+        units: Units,
+        policy: Propagation,
+        recovery: Recovery | None = None,
+    ) -> "BlockProgram":
+        """Return what has to happen for a block to keep what an allocation leaves it.
+
+        Where the inputs may have drifted from those of the dense model, layers that keep everything are corrected too.
+        """
+        shape, architecture = decoder.shape(index), decoder.architecture
+        targets = units.targets(decoder, index, wanted, drifted=policy.dense_target)
+        stages = [
+            [target for target in targets if architecture.stage_of(target.path) == stage]
+            for stage in range(len(architecture.stages))
+        ]
+        groups = [stage for stage in stages if stage]
+        if groups and not policy.sequential:
+            groups = [[target for stage in groups for target in stage]]
+        parts = [part for part, _ in architecture.recoverable] if recovery is not None else []
+        touched = [
+            tuple(part for part in parts if any(target.path.startswith(f"{part}.") for target in group))
+            for group in groups
+        ]
+        return cls(
+            index,
+            wanted,
+            removed=tuple(part for part in shape.parts if part not in wanted.shape.parts),
+            fewer_experts=0 < wanted.shape.experts < shape.experts,
+            stages=tuple(
+                Stage(
+                    tuple(group),
+                    taps=tuple(sorted({target.tap for target in group}, key=architecture.layers.index)),
+                    touched=touched[number],
+                    recovered=tuple(
+                        part for part in touched[number] if not any(part in later for later in touched[number + 1 :])
+                    ),
+                )
+                for number, group in enumerate(groups)
+            ),
+        )
+
+    @property
+    def targets(self) -> list[Target]:
+        """The layers that are solved, in the order of the forward pass."""
+        return [target for stage in self.stages for target in stage.targets]
+
+    @property
+    def solves(self) -> bool:
+        """Whether the block's statistics decide anything."""
+        return bool(self.stages) or self.fewer_experts
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything of the block changes."""
+        return self.solves or bool(self.removed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the stages as plain data."""
+        return {
+            "removed": list(self.removed),
+            "experts": self.wanted.shape.experts if self.fewer_experts else None,
+            "stages": [
+                {
+                    "layers": [target.path for target in stage.targets],
+                    "moments": list(stage.taps),
+                    "recovered": list(stage.recovered),
+                }
+                for stage in self.stages
+            ],
+        }

@@ -1,0 +1,86 @@
+"""The plan of a run: memory, disk and time of each phase, before it begins."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from optprune.measure.memory import held_bytes
+from optprune.program.memory import DEVICE, DISK, HOST, PHASES, RELOADING, Part, parts_of
+from optprune.program.program import Program
+
+MARGIN = 1.25
+"""what is planned is refused where it is more than so many times what there is: it is right within a fifth"""
+FIRST_USE = 32 * 2**20
+"""what libraries take for themselves with their first use, such as the buffers of matrix products"""
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase of a run: how long it takes, and the most memory that it takes."""
+
+    name: str
+    """loading, tokenising, metric, budget, pruning, saving or checking"""
+    seconds: float | None
+    """None where nothing was measured"""
+    host_bytes: int
+    """the memory of this machine: of the command and of all processes that it starts"""
+    device_bytes: int
+    """the memory of the GPU; 0 where the CPU computes"""
+    disk_bytes: int
+    """what is on the disk beside the model that is read"""
+    parts: dict[str, int]
+    """what the memory, not the disk, is made of, in bytes"""
+    by_place: dict[str, dict[str, int]] = field(default_factory=dict)
+    """the same for each place by itself: host, device and disk"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes: the peaks over its phases, and the sum of their times."""
+
+    phases: tuple[PlannedPhase, ...]
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    seconds: float | None
+
+    @classmethod
+    def of(cls, phases: Sequence[PlannedPhase]) -> "Plan":
+        """The plan of these phases."""
+        times = [phase.seconds for phase in phases if phase.seconds is not None]
+        return cls(
+            tuple(phases),
+            max(phase.device_bytes for phase in phases),
+            max(phase.host_bytes for phase in phases),
+            max(phase.disk_bytes for phase in phases),
+            sum(times) if times else None,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return asdict(self)
+
+
+def planned_memory(program: Program, base: int | None = None, fresh: int = RELOADING) -> Plan:
+    """The plan without times, from shapes alone.
+
+    `base` is what the process has with its imports, in bytes: without, what this one has now. `fresh` is what another
+    one has for itself with its own.
+    """
+    base = held_bytes() if base is None else base
+    base += FIRST_USE
+    fresh += FIRST_USE
+    return Plan.of([_phase(program, name, parts_of(program, name, base, fresh)) for name in PHASES])
+
+
+def _phase(program: Program, name: str, parts: list[Part]) -> PlannedPhase:
+    here = program.request.device == "cpu"
+    named: dict[str, int] = {}
+    places: dict[str, dict[str, int]] = {HOST: {}, DEVICE: {}, DISK: {}}
+    for part in parts:
+        where = places[HOST if here and part.where == DEVICE else part.where]
+        for found in (where, *([named] if part.where != DISK else [])):
+            if part.bytes:
+                found[part.name] = found.get(part.name, 0) + part.bytes
+    host, device, disk = (sum(places[where].values()) for where in (HOST, DEVICE, DISK))
+    return PlannedPhase(name, None, host, device, disk, named, places)

@@ -1,0 +1,381 @@
+"""A program: what a run will do, resolved once from the request, the model's shapes and the sizes of the data.
+
+Preflight, plan, progress, executors, journal and report read it; nothing of it is decided again.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from optprune.allocation import Allocation, Allocator, DenseModel, Depth, MeasuredBudget
+from optprune.allocation.weight_costs import MOST_COSTS
+from optprune.calibration import Path as Track
+from optprune.calibration import Propagation, Stream
+from optprune.calibration.calls import expert_choice_bytes
+from optprune.calibration.stream import TOKENS_PER_BATCH
+from optprune.metric import OutputMetric
+from optprune.models import BlockAllocation, Decoder, Experts, Target, Units
+from optprune.models.places import OnDevice, States
+from optprune.moments import InputMoments
+from optprune.objectives import LayerContext
+from optprune.patterns import ANYWHERE
+from optprune.problems import ChannelGroups, LayerLoss, Link, Problem
+from optprune.program.method import BlockProgram, Method, Request
+from optprune.recipe.groups import FisherMetric, Matching, Recovery
+from optprune.solvers import AnySolver, choose
+from optprune.solvers.greedy_obs import removal_curve_work
+from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.value_basis import best_basis_work
+from optprune.work import Work
+
+FIRST_FEW = 4
+"""blocks at the beginning that are passed over when one block stands for the rest"""
+AVERAGE = 4
+"""bytes of a number in averages over tokens, which are float32"""
+
+
+def units_work(target: Target, outputs: int, inputs: int) -> Work:
+    """Return the work of choosing the units of a layer beside its solve, with the search for directions."""
+    own = target.work(outputs, inputs)
+    return own + best_basis_work(outputs, inputs) if target.rotated else own
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A run before it begins."""
+
+    request: Request
+    """what was asked for, with the recipe resolved and the allocation that is given, wherever it was given"""
+    decoder: Decoder
+    """the model, of which only shapes are read"""
+    allocator: Allocator
+    """what divides the budget over the blocks"""
+    units: Units
+    policy: Propagation
+    method: Method
+    sparsity: float
+    seed: int
+    metric: FisherMetric | None = None
+    """what weighs output errors"""
+    held_out: float = 0.0
+    """share of the calibration sequences that is held out"""
+    notes: tuple[str, ...] = ()
+    """settings of the recipe that do nothing for this model"""
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """What every block keeps, where that is given."""
+        return self.request.allocation
+
+    @property
+    def idle(self) -> bool:
+        """Whether the run leaves the model as it is."""
+        return not self.sparsity and self.allocation is None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the request decides of a run's bytes, before a model or a text is read."""
+        recipe, allocation = self.request.recipe.to_dict(), self.allocation
+        return {
+            # The summary is text about the other fields.
+            "the recipe": {name: value for name, value in recipe.items() if name != "summary"},
+            "the allocation": None if allocation is None else allocation.to_dict(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the program as plain data, with the expected stages where the budget is not divided yet."""
+        return {
+            **self.facts(),
+            "policy": self.policy.name,
+            "allocator": type(self.allocator).__name__,
+            "computes in": "float32" if self.precise else str(self.request.dtype).removeprefix("torch."),
+            "notes": list(self.notes),
+            "blocks": [self.block(index, self.expected(index)).to_dict() for index in range(self.block_count)],
+        }
+
+    def blocks(self, allocation: Allocation) -> tuple[BlockProgram, ...]:
+        """Return the stages of every block, once it is known what the blocks keep."""
+        return tuple(self.block(index, wanted) for index, wanted in enumerate(allocation.blocks))
+
+    def block(self, index: int, wanted: BlockAllocation) -> BlockProgram:
+        """Return the stages of one block."""
+        method = self.method
+        return BlockProgram.of(
+            self.decoder, index, wanted, units=self.units, policy=self.policy, recovery=method.recovery
+        )
+
+    def candidates(self) -> list[list[Target]]:
+        """Return the layers of every block that may be pruned, or that the given allocation prunes."""
+        blocks, allocation = range(self.block_count), self.allocation
+        if allocation is None:
+            return [self.units.candidates(self.decoder, index) for index in blocks]
+        return [self.block(index, allocation.blocks[index]).targets for index in blocks]
+
+    @property
+    def precise(self) -> bool:
+        """Whether the run computes in float32 at least.
+
+        Gradients, and small differences of nearly equal numbers, have too few digits in half precision.
+        """
+        return self.metric is not None or self.method.moves_weights_later or self.allocator.probes
+
+    def solver(self, coupled: bool) -> AnySolver:
+        """Return the solver of the layers, chosen by the problem where the recipe leaves it open.
+
+        `coupled` is whether a whole metric weighs the outputs.
+        """
+        return self.method.solver or choose(self.small_problem(coupled))
+
+    def small_problem(self, coupled: bool) -> Problem:
+        """Return a problem as the layers have it, with four outputs; `coupled` is whether its metric is a whole one."""
+        family = self.units.family
+        inputs = 2 * math.lcm(4, (family or ANYWHERE).multiple)
+        weight = torch.ones(4, inputs, dtype=torch.float64, device="cpu")
+        metric = None if self.metric is None else OutputMetric.from_samples(torch.eye(4).to(weight), full=coupled)
+        moments = InputMoments.from_samples(torch.eye(inputs).to(weight))
+        loss = LayerLoss.of(weight, moments, self.method.damping, metric=metric)
+        if family is None:
+            groups = ChannelGroups.of(inputs)
+            context = LayerContext("", 0, loss, inputs // 2, Link(groups.columns, groups.slots))
+        else:
+            context = LayerContext("", 0, loss, weight.numel() // 2, None, family.of(4, inputs, 0.5))
+        return self.method.objective(context)
+
+    # -- the text
+
+    @property
+    def length(self) -> int:
+        """The tokens of a sequence."""
+        return self.request.seq_length
+
+    @property
+    def tokens(self) -> int:
+        """The calibration tokens."""
+        return self.request.samples * self.length
+
+    @property
+    def batch_tokens(self) -> int:
+        """The tokens of the largest batch."""
+        return min(self.tokens, max(1, TOKENS_PER_BATCH // self.length) * self.length)
+
+    @property
+    def batches(self) -> int:
+        """The batches."""
+        return -(-self.tokens // self.batch_tokens)
+
+    def first_tokens(self, asked: int) -> int:
+        """The tokens of the first whole sequences that hold as many as asked for, or of all."""
+        return min(self.tokens, -(-asked // self.length) * self.length)
+
+    def fitted_tokens(self, asked: Recovery | Matching) -> int:
+        """The tokens that recovery or matching fits."""
+        return self.tokens if asked.tokens is None else self.first_tokens(asked.tokens)
+
+    # -- the model
+
+    @property
+    def itemsize(self) -> int:
+        """The bytes of a number."""
+        return self.request.dtype.itemsize
+
+    @property
+    def computed_itemsize(self) -> int:
+        """The bytes of a number in what is computed: gradients, probes and recovery take float32 at least."""
+        return max(self.itemsize, torch.float32.itemsize) if self.precise else self.itemsize
+
+    @property
+    def block_count(self) -> int:
+        """The number of decoder blocks."""
+        return len(self.decoder.blocks)
+
+    @property
+    def hidden(self) -> int:
+        """The width of the hidden states."""
+        return self.decoder.model.config.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """The outputs of the head."""
+        return self.decoder.model.config.vocab_size
+
+    @cached_property
+    def block_numbers(self) -> tuple[int, ...]:
+        """The numbers in each block's parameters."""
+        return tuple(sum(weight.numel() for weight in block.parameters()) for block in self.decoder.blocks)
+
+    @cached_property
+    def resident_numbers(self) -> int:
+        """The numbers in all parameters outside the blocks, of which those that are tied count once."""
+        return sum(weight.numel() for weight in self.decoder.model.parameters()) - sum(self.block_numbers)
+
+    @property
+    def block_bytes(self) -> int:
+        """The largest block."""
+        return max(self.block_numbers) * self.computed_itemsize
+
+    @property
+    def resident_bytes(self) -> int:
+        """What is in memory in every phase: all but the blocks, or with them where the model is whole."""
+        return (self.resident_numbers + (sum(self.block_numbers) if self.request.whole else 0)) * self.itemsize
+
+    @cached_property
+    def largest(self) -> int:
+        """The block with the most to it; of several such one behind the first few, which are not like the rest."""
+        return max(range(self.block_count), key=lambda index: (self.block_numbers[index], -abs(index - FIRST_FEW)))
+
+    @property
+    def stream_bytes(self) -> int:
+        """The hidden states of all tokens between two blocks."""
+        return self.tokens * self.hidden * self.computed_itemsize
+
+    # -- the recipe
+
+    @cached_property
+    def _path(self) -> Track:
+        return self.policy.start(Stream(States(OnDevice()), []))
+
+    @property
+    def two_paths(self) -> bool:
+        """Whether the dense model's hidden states travel beside the pruned one's."""
+        return self._path.dense is not self._path.actual
+
+    @property
+    def streams(self) -> int:
+        """How many hidden states of all tokens the policy holds at once."""
+        # Where blocks are independent, the next block's inputs are made while this one's are needed.
+        return 1 + self.two_paths + (self.policy.independent and self.workers == 1)
+
+    @property
+    def keeps_original(self) -> bool:
+        """Whether the dense block is kept beside the one that is pruned."""
+        return self.policy.dense_target or self.two_paths or self.method.matching is not None
+
+    @cached_property
+    def wanted(self) -> BlockAllocation:
+        """What the largest block keeps, or may keep where a budget is not divided yet."""
+        return self.expected(self.largest)
+
+    @cached_property
+    def _known(self) -> Allocation | None:
+        """What every block keeps, where that is known before the run."""
+        return None if self.divides else self.allocator.divide(DenseModel(self.decoder, ())).allocation
+
+    def expected(self, index: int) -> BlockAllocation:
+        """Return what a block keeps, or about the average where a budget is not divided yet."""
+        if self._known is not None:
+            return self._known.blocks[index]
+        shape, kept = self.decoder.shape(index), 1 - self.sparsity
+        if self.units.family is not None:
+            return BlockAllocation(shape, dict.fromkeys(self.decoder.paths(index), kept))
+        # Of kinds that compete for a sub-block one is narrowed.
+        for kind in {kind.part: kind for kind in reversed(self.units.kinds)}.values():
+            shape = kind.with_count(shape, max(1, round(kept * kind.there(shape))))
+        return BlockAllocation(shape)
+
+    @cached_property
+    def example(self) -> BlockProgram:
+        """The stages of the largest block."""
+        return self.block(self.largest, self.wanted)
+
+    def taps(self, targets: Iterable[Target]) -> dict[str, int]:
+        """The layers at which the inputs of targets are seen, with their widths."""
+        return {target.tap: self.decoder.layer(self.largest, target.tap).in_features for target in targets}
+
+    @property
+    def divides(self) -> bool:
+        """Whether a budget is divided by what is measured."""
+        return isinstance(self.allocator, MeasuredBudget | Depth)
+
+    @property
+    def probe_changes(self) -> int:
+        """How many changes of a block a division tries, each on the tokens of a probe."""
+        if not isinstance(self.allocator, MeasuredBudget) or not self.allocator.probes:
+            return 0
+        return self.allocator.changes(self.units.candidates(self.decoder, self.largest))
+
+    @property
+    def probe_tokens(self) -> int:
+        """The tokens that a division tries changes on."""
+        allocator = self.allocator
+        return self.first_tokens(allocator.probe_tokens) if isinstance(allocator, MeasuredBudget) else 0
+
+    # -- what a layer takes
+
+    @property
+    def layers_at_once(self) -> int:
+        """How many layers a device solves at a time."""
+        return -(-self.layers // self.request.devices)
+
+    @property
+    def workers(self) -> int:
+        """Workers that prune blocks side by side, which takes independent blocks."""
+        return self.request.workers if self.request.ray or self.policy.independent else 1
+
+    @property
+    def layers(self) -> int:
+        """Layers of a block that are solved at a time, where blocks depend on each other."""
+        return 1 if self.request.ray or self.policy.independent else self.request.workers
+
+    @property
+    def whole_metric(self) -> Collection[str]:
+        """The layers of a block, by their paths, that get a whole output metric unless they are too wide."""
+        if self.metric is None or self.metric.kind != "full":
+            return ()
+        return self.units.whole_metric(self.decoder.architecture)
+
+    def coupled(self, path: str) -> bool:
+        """Whether a whole metric weighs the outputs of a layer, by its path in the largest block."""
+        asked = self.metric
+        if asked is None or path not in self.whole_metric:
+            return False
+        return self.decoder.layer(self.largest, path).out_features <= (asked.width or math.inf)
+
+    def layer_bytes(self, target: Target) -> int:
+        """The workspace of a layer's solve, or of the search for its basis, with its metric."""
+        layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
+        out, width = layer.out_features, layer.in_features
+        work = self.solver(coupled).work(out, width, coupled=coupled) + units_work(target, out, width)
+        return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
+
+    def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
+        """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
+        solver = self.solver(self.coupled(target.path))
+        before = stage[: stage.index(target)]
+        return solver.keeps * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
+
+    @property
+    def expert_bytes(self) -> int:
+        """The memory in which experts are chosen, where they are the units."""
+        if not isinstance(self.units, Experts):
+            return 0
+        return expert_choice_bytes(self.decoder, self.largest, self.tokens)
+
+    def cost_bytes(self, target: Target) -> int:
+        """What it takes to find what a layer would lose, where a budget is divided by that."""
+        layer = self.decoder.layer(self.largest, target.path)
+        out, width = layer.out_features, layer.in_features
+        coupled = self.coupled(target.path)
+        measure = entry_costs_work if target.kind is None else removal_curve_work
+        return round(measure(out, width, coupled=coupled).bytes) + (AVERAGE * out**2 if coupled else 0)
+
+    @property
+    def all_costs_bytes(self) -> int:
+        """The costs of single weights that are held for the whole model, and the copies that are sorted."""
+        weights = self.units.family is not None
+        return 5 * 4 * min(MOST_COSTS, self.decoder.linear_weights()) if weights else 0
+
+    @property
+    def probe_bytes(self) -> int:
+        """The hidden states of all changes that a division tries, which go along to the end of the model."""
+        return self.probe_changes * self.block_count * self.probe_tokens * self.hidden * self.itemsize
+
+    # -- the folder
+
+    @property
+    def pruned_bytes(self) -> int:
+        """The blocks once they are pruned: weights that are zero are there, units that are removed are not."""
+        kept = 1.0 if self.units.family is not None else 1 - self.sparsity
+        return round(kept * sum(self.block_numbers)) * self.itemsize

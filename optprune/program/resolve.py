@@ -1,0 +1,61 @@
+"""Resolution: the program of a run, made once from what is asked for and the model's shapes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from optprune.calibration import POLICIES
+from optprune.models import Decoder, stored_dtype
+from optprune.objectives import OBJECTIVES
+from optprune.program.check import check
+from optprune.program.method import Method, Request
+from optprune.program.program import Program
+from optprune.recipe.allocator import allocator_of
+
+
+def resolve(shapes: Decoder, request: Request) -> Program:
+    """Return the program of a request on a model, of which shapes are enough; it may be on the meta device.
+
+    InputError where the two do not go together, and NoSolver where the solver refuses the problems of the layers.
+    """
+    recipe = request.recipe.resolved()
+    allocation = request.allocation or recipe.given
+    # With a sparsity of zero there is nothing to measure, weigh or refit.
+    idle = not recipe.sparsity and allocation is None
+    refit = None if idle else recipe.refit
+    method = Method(
+        objective=recipe.objective or OBJECTIVES[recipe.units.objective],
+        solver=recipe.layer_solver,
+        expert_solver=recipe.expert_solver,
+        damping=recipe.damping,
+        fit_bias=recipe.fit_bias,
+        permuted=recipe.permuted and not idle,
+        dampings=() if refit is None else refit.dampings,
+        recovery=None if refit is None else refit.recovery,
+        matching=None if refit is None else refit.matching,
+        strict=recipe.strict,
+    )
+    program = Program(
+        request=replace(request, recipe=recipe, allocation=allocation),
+        decoder=shapes,
+        allocator=allocator_of(recipe, allocation),
+        units=recipe.units,
+        policy=POLICIES["dense"] if idle else recipe.policy,
+        method=method,
+        sparsity=recipe.sparsity,
+        seed=recipe.seed,
+        metric=None if idle else recipe.metric,
+        held_out=0.0 if refit is None else refit.held_out,
+    )
+    return replace(program, notes=check(program))
+
+
+def places_of(source: str, shapes: Decoder, device: str, dtype: str) -> dict[str, Any]:
+    """Return the fields of a Request for a device and a dtype as commands name them."""
+    gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return {
+        "dtype": stored_dtype(source, shapes.model.config, dtype) or torch.float32,
+        "device": "cuda" if gpu else "cpu",
+        "devices": max(1, torch.cuda.device_count()) if gpu else 1,
+    }

@@ -1,0 +1,330 @@
+"""The plan of a run with its times: memory from shapes alone, and seconds from a short probe of one block.
+
+The probe runs the program's own code on one block and a few batches. What it takes, divided by the work that is
+declared for that block (program/time.py), gives the seconds per operation, which the work of the whole run is
+multiplied by.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from optprune.allocation import Allocation, DenseModel, MeasuredBudget
+from optprune.calibration import Probe, calibrating, first_inputs, first_tokens, hold_out
+from optprune.calibration.fisher_pass import TOKENS_AT_ONCE, collect_metrics, head_gradient, next_tokens, sampled
+from optprune.calibration.stream import Stream, advance, block_pass, head_work
+from optprune.errors import InputError
+from optprune.measure.clock import clock
+from optprune.measure.memory import free_memory, held_bytes
+from optprune.metric import Metrics
+from optprune.models import DTYPES, Decoder, has_weights, load_config, load_model, load_shapes, open_model
+from optprune.models.registry import SHAPES_FIELD
+from optprune.models.skeleton import one_block_model
+from optprune.numerics.precision import full_precision
+from optprune.objectives import OBJECTIVES
+from optprune.program.method import Method, Request
+from optprune.program.plan import MARGIN, Plan, planned_memory
+from optprune.program.program import Program
+from optprune.program.resolve import places_of, resolve
+from optprune.program.time import (
+    Rates,
+    Surroundings,
+    block_metric,
+    block_passes,
+    block_refinement,
+    block_solves,
+    seconds_of,
+)
+from optprune.pruning.block import BlockTask, prune_block
+from optprune.recipe import Recipe
+from optprune.solvers import FaspMetric, Magnitude
+from optprune.system.wording import amount
+from optprune.work import Work
+
+TOKENS_OVER_WIDTH = 1.25
+"""the tokens of a probe over the widest layer's inputs: with fewer, its Gram matrix would not be like that of a run"""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The text and the place that the times of a plan are measured with."""
+
+    tokens: Tensor | None = None
+    """the first tokens of the calibration text, in one row; without them, random tokens are used"""
+    tokenising: float = 0.0
+    """the seconds in which the whole text is tokenised"""
+    starting: float | None = None
+    """the seconds in which the command starts; None measures those of another process"""
+    place: Path | None = None
+    """the folder on whose disk the output will be; None uses that of temporary files"""
+
+
+def plan(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    samples: int = 128,
+    seq_length: int = 2048,
+    device: str = "auto",
+    dtype: str = "auto",
+    allocation: Allocation | None = None,
+    workers: int = 1,
+    measuring: Measuring | None = Measuring(),
+) -> Plan:
+    """Return the memory and the time that the command `prune` takes for a model source and a recipe.
+
+    Memory is computed from shapes, so that a folder with config.json is enough. Times come from a probe of one block,
+    whose weights are read, or drawn where there are none. Without `measuring` there are no times, and the device need
+    not be there. InputError where the model cannot be pruned so, or where the probe needs far more memory than is free.
+    """
+    source = str(source)
+    shapes = load_shapes(source, load_config(source))
+    request = Request(
+        recipe=recipe,
+        allocation=allocation,
+        samples=samples,
+        seq_length=seq_length,
+        workers=workers,
+        **places_of(source, shapes, device, dtype),
+    )
+    program = resolve(shapes, request)
+    return timed(program, source, measuring) if measuring is not None else planned_memory(program)
+
+
+def timed(program: Program, source: str, measuring: Measuring) -> Plan:
+    """Return the plan with times, measured on this machine in about the time of one block."""
+    base, count = held_bytes(), probe_batches(program)
+    _check_probe_fits(program, count, base)
+    around = Surroundings.measured(measuring.place)
+    decoder, opening = _opened(program, source)
+    index = program.largest if len(decoder.blocks) == program.block_count else 0
+    batches = _batches(program, measuring.tokens, count)
+    rates = BlockProbe(program, decoder, batches, index).rates()
+    starting = around.start if measuring.starting is None else measuring.starting
+    seconds = seconds_of(program, rates, around, opening=opening, tokenising=measuring.tokenising, starting=starting)
+    plan = planned_memory(program, base, around.fresh)
+    return Plan.of([replace(phase, seconds=seconds[phase.name]) for phase in plan.phases])
+
+
+def probe_batches(program: Program) -> int:
+    """Return how many batches, the first ones, a probe takes."""
+    widest = max(program.taps(program.example.targets).values(), default=program.hidden)
+    sequences = -(-TOKENS_OVER_WIDTH * widest // program.batch_tokens)
+    return min(program.batches, max(2, int(sequences)))
+
+
+def _check_probe_fits(program: Program, batches: int, base: int) -> None:
+    """Raise InputError where one block and a few batches take far more memory than is free, from shapes alone."""
+    free, request = free_memory(), program.request
+    samples = min(request.samples, batches * (program.batch_tokens // program.length))
+    small = replace(program, request=replace(request, samples=samples, workers=1))
+    phases = planned_memory(small, base, 0).phases
+    needed = next(phase.host_bytes for phase in phases if phase.name == "pruning") - base
+    if free is not None and needed > MARGIN * free:
+        raise InputError(
+            f"measuring one block takes {amount(needed)} of memory, and {amount(free)} are free: --no-probe tells the "
+            "memory of the run without its times"
+        )
+
+
+def _opened(program: Program, source: str) -> tuple[Decoder, float]:
+    """The model, or one block of random weights in its shape where there is only a config, and the seconds it took."""
+    request = program.request
+    dtype = {known: name for name, known in DTYPES.items()}.get(request.dtype, "auto")
+    began = time.perf_counter()
+    if has_weights(source):
+        open_it = load_model if request.whole else open_model
+        decoder = open_it(source, dtype=dtype, device=request.device).decoder()
+    else:
+        decoder = Decoder(one_block_model(program.decoder.model.config, request.dtype, torch.device(request.device)))
+    return decoder, time.perf_counter() - began
+
+
+def _batches(program: Program, tokens: Tensor | None, count: int) -> list[Tensor]:
+    """Batches of the size that the run has."""
+    rows = program.batch_tokens // program.length
+    needed = min(count * rows, program.request.samples)
+    if tokens is None or len(tokens) < needed * program.length:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, program.vocabulary, (needed * program.length,), generator=generator)
+    return list(tokens[: needed * program.length].view(needed, program.length).split(rows))
+
+
+class BlockProbe:
+    """The block of a model that stands for the rest, with what enters it from the first calibration tokens."""
+
+    def __init__(self, program: Program, decoder: Decoder, batches: Sequence[Tensor], index: int) -> None:
+        """The block with a number, of a model with its weights, which stay as they are.
+
+        `batches` are some of the calibration's.
+        """
+        self.program, self.decoder, self.index = program, decoder, index
+        self.device = decoder.model.device
+        self.batches = list(batches)
+        with calibrating(decoder):
+            stream = first_inputs(decoder, self.batches)
+            for before in range(index):
+                with decoder.resident(before) as block:
+                    advance(block, stream)
+        began = time.perf_counter()
+        with decoder.resident(index) as block:
+            self.read = time.perf_counter() - began
+            self.block = copy.deepcopy(block)
+        self.hidden = stream.hidden
+        """what enters the block, by batch"""
+
+    @full_precision()
+    def rates(self) -> Rates:
+        """Return the seconds per operation of each kind of work, each timed once after the libraries' first use."""
+        program, index = self.program, self.index
+        with calibrating(self.decoder):
+            tokens, few = self.tokens, max(1, len(self.batches) // 2)
+            cheap = _cheap(program)
+            self.prune(cheap, Metrics({}), few)
+            first, whole = (self.prune(cheap, Metrics({}), count) for count in (few, len(self.batches)))
+            some = sum(batch.numel() for batch in self.batches[:few])
+            passes = max(0.0, whole.passes - first.passes) / (tokens - some) if tokens > some else 0.0
+            passes = passes or whole.passes / tokens
+            metrics, metric, metric_head = self.metric()
+            full = self.prune(program.method, metrics, len(self.batches))
+            refinement = full.recovery + max(0.0, full.passes - whole.passes) if full.recovery else 0.0
+            # The probe refines on all of its tokens, where the run refines on those that it is asked to.
+            asked = [one for one in (program.method.recovery, program.method.matching) if one is not None]
+            fitted = max(map(program.fitted_tokens, asked), default=tokens)
+            return Rates(
+                passes=_rate(passes, block_passes(program, index)),
+                head=_rate(
+                    metric_head / 3 if program.metric is not None else self.head(), head_work(program.decoder, 1)
+                ),
+                solves=_rate(full.solves, block_solves(program, index)),
+                refinement=_rate(refinement * fitted / tokens, block_refinement(program, index)),
+                metric=_rate(metric, block_metric(program, index)),
+                budget=self.budget(metrics),
+                fixed=max(0.0, whole.passes - passes * tokens),
+                read=self.read,
+            )
+
+    def prune(self, method: Method, metrics: Metrics, count: int) -> "Times":
+        """Return the times of pruning the block on so many batches."""
+        decoder, ids = self.alone(), self.batches[:count]
+        fitted, held_out = hold_out(ids, self.program.held_out)
+        stream = self.entering(fitted)
+        block = replace(self.program, decoder=decoder).block(0, self.program.wanted)
+        path = self.program.policy.start(stream)
+        task = BlockTask(block=block, method=method, path=path, metrics=metrics, held_out=held_out)
+        began = clock(self.device)
+        result = prune_block(decoder, task, lambda event: None)
+        total = clock(self.device) - began
+        solves = sum(layer.seconds for layer in result.record.layers)
+        recovery = sum(part.seconds for part in result.record.recovered)
+        return Times(total - solves - recovery, solves, recovery)
+
+    def entering(self, batches: Sequence[Tensor]) -> Stream:
+        """What enters the block from these batches, which are some of the probe's, cut anew."""
+        sizes = [len(batch) for batch in batches]
+        hidden = torch.cat(list(self.hidden))[: sum(sizes)].split(sizes)
+        return Stream(
+            self.hidden.with_values(hidden),
+            [[blocks[self.index]] for blocks in first_inputs(self.decoder, batches).others],
+        )
+
+    def alone(self) -> Decoder:
+        """A model of the block alone: a copy of it, with the embeddings and the head of the whole model."""
+        decoder, model = self.decoder, self.decoder.model
+        inside = {id(weight) for weight in decoder.blocks.parameters()}
+        shared: dict[int, object] = {id(weight): weight for weight in model.parameters() if id(weight) not in inside}
+        shared[id(decoder.blocks)] = nn.ModuleList([copy.deepcopy(self.block)])
+        shared[id(decoder.blocks)].train(False)  # type: ignore[attr-defined]
+        one = copy.deepcopy(model, shared)
+        one.config.num_hidden_layers = 1
+        for field in (*decoder.architecture.by_block, SHAPES_FIELD):
+            every = getattr(one.config, field, None)
+            if every:
+                setattr(one.config, field, [every[self.index]])
+        alone = Decoder(one)
+        return alone.precise() if self.program.computed_itemsize > self.program.itemsize else alone
+
+    def metric(self) -> tuple[Metrics, float, float]:
+        """The block's output metrics, the seconds of a token for them in the block, and in the head."""
+        asked = self.program.metric
+        if asked is None:
+            return Metrics({}), 0.0, 0.0
+        one, widest = self.alone(), asked.width or math.inf
+        full = self.program.whole_metric
+        used = first_tokens(self.batches, 4 * TOKENS_AT_ONCE)
+        small = [used[0][:1]]
+
+        def measured(ids: list[Tensor]) -> tuple[Metrics, float]:
+            began = clock(self.device)
+            found = collect_metrics(one, ids, sampled(0), full=full, widest=widest)
+            return found, clock(self.device) - began
+
+        measured(small)
+        metrics, seconds = measured(used)
+        hidden = first_inputs(one, used[:1]).hidden[0]
+        began = clock(self.device)
+        head_gradient(one, hidden, sampled(0), next_tokens(used[0].to(self.device)))
+        head = (clock(self.device) - began) / used[0].numel()
+        each = seconds / sum(batch.numel() for batch in used)
+        # A pass back is no faster than one forward, whatever the clock says of two that differ little.
+        return metrics.damped(asked.damping), max(self.forward(), each - head), min(head, each)
+
+    def budget(self, metrics: Metrics) -> float:
+        """Return the seconds per operation in which the allocator measures the costs of the block."""
+        allocator = self.program.allocator
+        if not isinstance(allocator, MeasuredBudget):
+            return _rate(self.forward(), block_pass(self.program.decoder, self.index))
+        one = self.alone()
+        probe = Probe(one, first_tokens(self.batches, allocator.probe_tokens)) if allocator.probes else None
+        began = clock(self.device)
+        allocator.along(DenseModel(one, self.batches, metrics), self.entering(self.batches), probe)
+        return _rate(clock(self.device) - began, allocator.work(one, self.tokens))
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the probe."""
+        return sum(batch.numel() for batch in self.batches)
+
+    def forward(self) -> float:
+        """The seconds of a token through the block."""
+        one, stream = self.alone(), self.entering(self.batches)
+        return _timed(self.device, lambda: advance(one.blocks[0], stream)) / self.tokens
+
+    def head(self) -> float:
+        """The seconds of a token through the head."""
+        hidden = self.hidden[0].flatten(0, -2)[:128]
+        self.decoder.logits(hidden)
+        return _timed(self.device, lambda: self.decoder.logits(hidden).log_softmax(-1)) / len(hidden)
+
+
+@dataclass(frozen=True)
+class Times:
+    """The seconds of pruning a block."""
+
+    passes: float
+    solves: float
+    recovery: float
+
+
+def _rate(seconds: float, work: Work) -> float:
+    """The seconds of an operation; nothing where no work is declared."""
+    return seconds / work.flops if work.flops else 0.0
+
+
+def _cheap(program: Program) -> Method:
+    """A method with the same passes, whose solves take next to nothing."""
+    solver = FaspMetric() if program.units.kinds else Magnitude()
+    objective = OBJECTIVES[program.units.objective]
+    return replace(program.method, solver=solver, objective=objective, dampings=(), recovery=None, matching=None)
+
+
+def _timed(device: torch.device, run: Callable[[], object]) -> float:
+    began = clock(device)
+    run()
+    return clock(device) - began

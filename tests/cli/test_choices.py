@@ -1,0 +1,63 @@
+"""The names that options take: those of the tables, refused at once where they are mistyped, and told in the help."""
+
+import subprocess
+import sys
+
+import pytest
+
+from optprune.calibration import POLICIES
+from optprune.cli import choices, main
+from optprune.models import DTYPES, UNITS
+from optprune.models.units import MULTIPLE, WIDE, WIDE_MULTIPLE
+from optprune.program import RUNTIMES
+from optprune.pruning.run import STATES
+from optprune.recipe import load_recipe, recipe_names
+from optprune.texts import SEQUENCES
+
+
+def test_the_copies_are_the_tables() -> None:
+    assert tuple(recipe_names()) == choices.RECIPES
+    assert tuple(UNITS) == choices.UNITS
+    assert (*POLICIES, "auto") == choices.POLICIES
+    assert tuple(RUNTIMES) == choices.RUNTIMES
+    assert tuple(STATES) == choices.STATES
+    assert tuple(SEQUENCES) == choices.SEQUENCES
+    assert ("auto", *DTYPES) == choices.DTYPES
+    assert f"{MULTIPLE}, and {WIDE_MULTIPLE} for MLPs of {WIDE} units or more" == choices.MULTIPLES
+
+
+def test_the_help_tells_names_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for names in (choices.UNITS, choices.POLICIES, choices.RUNTIMES):
+        assert choices.listed(names) in told
+    assert f"the recipe's, {load_recipe('fasp').sparsity} for fasp" in told
+    usual, advanced = told.split("Advanced options:")
+    assert usual.count(" --") <= 22
+    assert "--max-shard-size" in advanced and "--partial-sums" not in told and "--lanes" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["--recipe", "fassp"], "did you mean fasp?"),
+        (["--units", "ml"], "did you mean mlp?"),
+        (["--propagation", "inta"], "did you mean intra?"),
+        (["--target", "vlm"], "did you mean vllm?"),
+        (["--dtype", "bfloat"], "did you mean bfloat16?"),
+        (["--recpie", "fasp"], "--recipe"),
+    ],
+)
+def test_a_mistyped_name_is_refused(words: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "model", "--calibration", "text.txt", "--output", "out", *words]) == 2
+    assert meant in capsys.readouterr().err
+
+
+def test_a_refusal_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from optprune.cli import main;"
+        "main(['prune', 'model', '--calibration', 'text.txt', '--output', 'out', '--recipe', 'fassp']);"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
