@@ -28,7 +28,7 @@ from optprune.texts import demo_articles, evaluation_windows, read_documents, to
 RESULTS = Path(__file__).parent / "results" / "experts.json"
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts_best": ("experts_best", {}),
-    "experts_best, one budget": ("experts_best", {"allocation": "global", "probe_tokens": 2048}),
+    "experts_best, one budget": ("experts_best", {"allocation": "global", "allocation.probe_tokens": 2048}),
     "reap, as published": ("reap", {"propagation": "dense"}),
     "reap, as in llm-compressor": ("reap", {"propagation": "dense", "solver": {"reap": {"renormalised": True}}}),
     "expert_frequency": ("expert_frequency", {"propagation": "dense"}),

@@ -180,7 +180,7 @@ def layer_tier(options: argparse.Namespace, pairs: list[Pair]) -> list[dict]:
 
 def by_prune(here: Setting, method: str, name: str) -> PreTrainedModel:
     solver = load_recipe(method).solver
-    recipe = Recipe(objective=sparse, solver=solver, units="weights", pattern=name, sparsity=0.5, damping=DAMPING)
+    recipe = Recipe(objective=sparse, solver=solver, units={"weights": name}, sparsity=0.5, damping=DAMPING)
     model = copy.deepcopy(here.loaded.model)
     prune(model, here.batches, recipe)
     return model

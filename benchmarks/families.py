@@ -37,6 +37,6 @@ def _cell(perplexity: float | None, dense: float) -> str:
 
 
 def _removed(settings: dict[str, Any]) -> str:
-    if "pattern" not in settings:
+    if "units.weights" not in settings:
         return UNITS
-    return PAIRS if settings["pattern"] == "2:4" else HALF
+    return PAIRS if settings["units.weights"] == "2:4" else HALF

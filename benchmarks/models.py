@@ -179,7 +179,7 @@ def table(study: str, rows: list[dict[str, Any]]) -> str:
 def _order(same: list[dict[str, Any]]) -> tuple[Any, ...]:
     settings = same[0]["settings"]
     return (
-        settings.get("pattern", ""),
+        settings.get("units.weights", ""),
         settings["sparsity"],
         settings.get("propagation", ""),
         -same[0]["tokens"],

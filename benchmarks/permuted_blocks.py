@@ -50,7 +50,7 @@ def main() -> None:
     dense = optprune.perplexity(model, here.windows).perplexity
     for recipe in options.recipes:
         for permuted in (False, True):
-            fields = {"pattern": "2:4", "propagation": "intra", "permuted": permuted}
+            fields = {"units.weights": "2:4", "propagation": "intra", "permuted": permuted}
             pruned, began = copy.deepcopy(model), time.process_time()
             every = pruned.model.layers
             pruned.model.layers = every[: options.blocks]

@@ -15,7 +15,7 @@ MODEL, TOKENS = "SmolLM2-135M-Instruct", 8192
 PRUNED: Settings = {"propagation": "pruned"}
 ROWS: tuple[tuple[str, Case | None, Case | None, float | None, float | None], ...] = (
     ("SparseGPT", ("sparsegpt", HALF | PRUNED), ("sparsegpt", PAIRS | PRUNED), 0.717, 1.313),
-    ("Wanda", ("wanda", HALF | {"pattern": "rows"}), ("wanda", PAIRS), 0.896, 2.230),
+    ("Wanda", ("wanda", HALF | {"units.weights": "rows"}), ("wanda", PAIRS), 0.896, 2.230),
     ("SparseGPT behind DenoiseRotator's rotations", None, None, math.log(12.86 / 9.75), math.log(18.1 / 9.75)),
     ("`sparse_best` (ours; 2:4 under `intra`)", ("sparse_best", HALF), under_intra(("sparse_best", PAIRS)), None, None),
 )

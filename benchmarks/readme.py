@@ -165,7 +165,7 @@ SHORT = Table(
         _both("`structured_uniform_best` (ours)", "structured_uniform_best", None, {}),
         _both("OSSCAR, ALPS", "osscar", "alps", PRUNED),
         _both("FASP (MLP units), SparseGPT", "fasp", "sparsegpt", PRUNED),
-        _both("FLAP, Wanda", "flap", "wanda", {"pattern": "rows"}),
+        _both("FLAP, Wanda", "flap", "wanda", {"units.weights": "rows"}),
         _both("optipfair 0.4.2", "optipfair", None, {}),
     ),
     SMOLLM2,
@@ -209,7 +209,7 @@ TABLES = (
                 _sparse(f"`{name}`", name, PRUNED)
                 for name in ("alps_plus", "alps", "fistapruner_plus", "fistapruner", "sparsegpt")
             ),
-            _sparse("`wanda` (at 50 percent the same count in every row)", "wanda", {"pattern": "rows"}, {}),
+            _sparse("`wanda` (at 50 percent the same count in every row)", "wanda", {"units.weights": "rows"}, {}),
             ("`wanda` over the matrix", (("wanda", HALF), None, None, None)),
             _sparse("`magnitude`", "magnitude", {}),
         ),
@@ -226,7 +226,7 @@ TABLES = (
             ),
             (
                 "and recovery",
-                (*_units("", "structured_best", {"recovery": 1})[1], None, None, None),
+                (*_units("", "structured_best", {"refit.recovery": 1})[1], None, None, None),
             ),
         ),
         SMOLLM2,

@@ -14,7 +14,7 @@ from optprune import Recipe, load_recipe
 from optprune.cli.app import app
 from optprune.models import UNITS
 from optprune.recipe import recipe_names
-from optprune.recipe.fields import recipe_fields
+from optprune.recipe.reference import recipe_fields
 
 
 @dataclass(frozen=True)

@@ -42,25 +42,35 @@ from optprune.recipe import recipe_names
 
 Settings = dict[str, Any]
 Result = dict[str, Any]
-MORE: tuple[tuple[str, Settings], ...] = (
-    ("magnitude", {"units": "mlp", "sparsity": 0.2}),
-    ("fasp", {"units": "vo", "sparsity": 0.1}),
-    ("fasp", {"width_multiple": 1, "fit_bias": False}),
-    ("osscar", {"units": "kv-groups"}),
-    ("osscar", {"allocation": "global"}),
-    ("osscar", {"units": "all", "allocation": "global", "output_metric": "diagonal", "budget": "flops"}),
-    ("structured_best", {"least_kept": 0.0, "sparsity": 0.5}),
-    ("spap", {"units": "all"}),
-    ("wanda", {"pattern": "4:8"}),
-    ("sparsegpt", {"pattern": "2:4"}),
-    ("alps", {"pattern": "rows"}),
-    ("sparse_best", {"pattern": "2:4", "sparsity": 0.3}),
-    ("sparse_best", {"probe_tokens": 128}),
-    ("sparse_best", {"metric_width": 64, "held_out": 0.125, "recovery": 1}),
-    ("depth", {"depth_parts": "attention"}),
-    ("depth", {"depth_parts": "layers", "depth_score": "influence"}),
-)
-"""settings that no shipped recipe has: other units, patterns and budgets, recovery where it is not usual"""
+MORE: dict[str, tuple[str, Settings]] = {
+    "magnitude units=mlp sparsity=0.2": ("magnitude", {"units": "mlp", "sparsity": 0.2}),
+    "fasp units=vo sparsity=0.1": ("fasp", {"units": "vo", "sparsity": 0.1}),
+    "fasp width_multiple=1 fit_bias=False": ("fasp", {"allocation.multiple": 1, "fit_bias": False}),
+    "osscar units=kv-groups": ("osscar", {"units": "kv-groups"}),
+    "osscar allocation=global": ("osscar", {"allocation": "global"}),
+    "osscar units=all allocation=global output_metric=diagonal budget=flops": (
+        "osscar",
+        {"units": "all", "allocation": "global", "metric": "diagonal", "allocation.currency": "flops"},
+    ),
+    "structured_best least_kept=0.0 sparsity=0.5": ("structured_best", {"allocation.least": 0.0, "sparsity": 0.5}),
+    "spap units=all": ("spap", {"units": "all"}),
+    "wanda pattern=4:8": ("wanda", {"units.weights": "4:8"}),
+    "sparsegpt pattern=2:4": ("sparsegpt", {"units.weights": "2:4"}),
+    "alps pattern=rows": ("alps", {"units.weights": "rows"}),
+    "sparse_best pattern=2:4 sparsity=0.3": ("sparse_best", {"units.weights": "2:4", "sparsity": 0.3}),
+    "sparse_best probe_tokens=128": ("sparse_best", {"allocation.probe_tokens": 128}),
+    "sparse_best metric_width=64 held_out=0.125 recovery=1": (
+        "sparse_best",
+        {"metric.width": 64, "refit.held_out": 0.125, "refit.recovery": 1},
+    ),
+    "depth depth_parts=attention": ("depth", {"allocation.parts": "attention"}),
+    "depth depth_parts=layers depth_score=influence": (
+        "depth",
+        {"allocation.parts": "layers", "allocation.score": "influence"},
+    ),
+}
+"""settings that no shipped recipe has: other units, patterns and budgets, recovery where it is not usual; their names
+are those of the files that results are compared with"""
 FEW = ("fasp", "structured_best", "sparse_best", "experts_best", "depth")
 """the recipes for families that are not among the three on which everything is tried"""
 DEMO = "demo"
@@ -69,22 +79,14 @@ DEMO = "demo"
 
 def combinations() -> dict[str, tuple[str, str, Settings]]:
     """All that is pruned, by name: (architecture, recipe, settings)."""
-    cases = [*((recipe, {}) for recipe in recipe_names()), *MORE]
+    cases = {name: (name, {}) for name in recipe_names()} | MORE
     tried = [
-        *(
-            (name, recipe, settings, policy)
-            for name in TINY_MODELS
-            for recipe, settings in cases
-            for policy in POLICIES
-        ),
-        *((name, recipe, {}, "pruned") for name in ALL_MODELS if name not in TINY_MODELS for recipe in FEW),
+        *((model, name, policy) for model in TINY_MODELS for name in cases for policy in POLICIES),
+        *((model, name, "pruned") for model in ALL_MODELS if model not in TINY_MODELS for name in FEW),
     ]
     return {
-        " ".join([name, recipe, *(f"{key}={value}" for key, value in settings.items()), policy]): (
-            *(name, recipe),
-            {**settings, "propagation": policy},
-        )
-        for name, recipe, settings, policy in tried
+        f"{model} {name} {policy}": (model, cases[name][0], {**cases[name][1], "propagation": policy})
+        for model, name, policy in tried
     }
 
 

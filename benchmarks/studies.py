@@ -21,19 +21,19 @@ MLP: Settings = {"units": "mlp"}
 OF_FAMILIES = ("wanda", "sparsegpt", "alps", "sparse_best")
 OTHER_UNITS = ("random", "magnitude", "fasp")
 """recipes that prune something else by themselves"""
-HALF: Settings = {"pattern": "unstructured", "sparsity": 0.5}
-PAIRS: Settings = {"pattern": "2:4", "sparsity": 0.5}
-DIAGONAL: Settings = {"output_metric": "diagonal", "metric_damping": 0.01}
+HALF: Settings = {"units.weights": "unstructured", "sparsity": 0.5}
+PAIRS: Settings = {"units.weights": "2:4", "sparsity": 0.5}
+DIAGONAL: Settings = {"metric": "diagonal", "metric.damping": 0.01}
 NOT_RESTORED: Settings = {"solver": "fasp_metric"}
 GLOBAL: Settings = {"allocation": "global"}
-CHOSEN_RIDGE: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]}
+CHOSEN_RIDGE: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]}
 """that of spap_plus"""
-GIVEN_RIDGE: Settings = {"held_out": 0.0, "refit_damping": []}
-BELIEVED: Settings = {"probe_tokens": 0}
-PROBED: Settings = {"probe_tokens": 1024}
-MANY_RIDGES: Settings = {"held_out": 0.125, "refit_damping": [0.01, 0.03, 0.1, 0.3, 1.0]}
-RECOVERY: Settings = {"recovery": 1, "held_out": 0.0625}
-MATCHED: Settings = {"held_out": 0.125, "matching": 4}
+GIVEN_RIDGE: Settings = {"refit": "none"}
+BELIEVED: Settings = {"allocation.probe_tokens": 0}
+PROBED: Settings = {"allocation.probe_tokens": 1024}
+MANY_RIDGES: Settings = {"refit.held_out": 0.125, "refit.dampings": [0.01, 0.03, 0.1, 0.3, 1.0]}
+RECOVERY: Settings = {"refit.recovery": 1, "refit.held_out": 0.0625}
+MATCHED: Settings = {"refit.held_out": 0.125, "refit.matching": 4}
 CROSS: Settings = {"propagation": "cross"}
 POLICIES = ("dense", "pruned", "intra", "cross", "local")
 ALL, VALUES = ("all", "rotated-all"), ("vo", "rotated-vo")
@@ -50,15 +50,15 @@ def structured(recipe: str, sparsity: float) -> tuple[str, Settings]:
 
 def half(recipe: str, policy: str | None = None) -> tuple[str, Settings]:
     """A recipe at 50 percent; Wanda, as its paper has it, with the same count in every row."""
-    settings = HALF | ({"pattern": "rows"} if recipe == "wanda" else {})
+    settings = HALF | ({"units.weights": "rows"} if recipe == "wanda" else {})
     return recipe, settings | ({} if policy is None else {"propagation": policy})
 
 
 def steps(recipe: str, settings: Settings) -> list[tuple[str, Settings]]:
     """A loss-aware recipe without its parts, one after another; costs are believed, and units are those of MLPs."""
     settings = settings | BELIEVED
-    plain = {"output_metric": "none", "allocation": "uniform", "metric_damping": 0.01}
-    full = {"output_metric": "full", "metric_damping": 0.1}
+    plain = {"metric": "none", "allocation": "uniform", "metric.damping": 0.01}
+    full = {"metric": "full", "metric.damping": 0.1}
     parts = (plain, plain | DIAGONAL, plain | full, plain | DIAGONAL | GLOBAL, plain | full | GLOBAL)
     both = full | GLOBAL
     return [(recipe, settings | part) for part in (*parts, both | GIVEN_RIDGE, plain | RECOVERY, both | RECOVERY)]
@@ -103,7 +103,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
         for units in pair
     ],
     "heads": [
-        ("structured_best", {"sparsity": sparsity, "units": units, "least_kept": least})
+        ("structured_best", {"sparsity": sparsity, "units": units, "allocation.least": least})
         for sparsity, least in ((0.3, 0.45), (0.2, 0.45), (0.3, 0.0))
         for units in ("all", "all-heads")
     ],
@@ -129,7 +129,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             *steps("structured_best", {"sparsity": sparsity, "units": "mlp"}),
             *(
                 ("structured_best", {"sparsity": sparsity, **more})
-                for more in ({"units": "mlp"}, BELIEVED, {}, {"recovery": 1}, {"units": "mlp"} | PROBED, PROBED)
+                for more in ({"units": "mlp"}, BELIEVED, {}, {"refit.recovery": 1}, {"units": "mlp"} | PROBED, PROBED)
             ),
         )
     ],
@@ -143,7 +143,7 @@ STUDIES: dict[str, list[tuple[str, Settings]]] = {
             for settings in (HALF, {"sparsity": 0.6})
             for more in (BELIEVED | DIAGONAL | RECOVERY, DIAGONAL | PROBED)
         ),
-        ("sparse_best", {**steps("sparse_best", {"sparsity": 0.6})[1][1], "metric_damping": 0.1}),
+        ("sparse_best", {**steps("sparse_best", {"sparsity": 0.6})[1][1], "metric.damping": 0.1}),
         ("sparse_best", HALF | BELIEVED | DIAGONAL | MANY_RIDGES),
     ],
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.numerics import linalg
 from optprune.numerics.selection import INTEGERS, kth_largest
-from optprune.system.wording import shown
+from optprune.system.wording import shown, suggestion
 
 NETWORK = 16
 """rows up to this long are sorted by comparing columns"""
@@ -196,7 +196,8 @@ def pattern_family(name: str) -> PatternFamily:
             return family
     numbers = re.fullmatch(r"([1-9][0-9]{0,8}):([1-9][0-9]{0,8})", name)
     if numbers is None:
-        raise InputError(f"the pattern {shown(name)} is not known: use unstructured, rows, or N:M such as 2:4")
+        nearest = suggestion(name, (ANYWHERE.name, InRows.name))
+        raise InputError(f"the pattern {shown(name)} is not known{nearest}: use unstructured, rows, or N:M such as 2:4")
     return InGroups(int(numbers[1]), int(numbers[2]))
 
 

@@ -27,7 +27,7 @@ NOISE_FLOOR_NATS = 1e-5
 """the smallest divergence, in nats a token, that float32 arithmetic tells from none"""
 UNLIKE_UNITS = (
     "the budget was divided by squared errors without an output metric, which are not in one unit from layer to layer: "
-    "set output_metric to diagonal, or probe_tokens to 512"
+    "set metric to diagonal, or allocation.probe_tokens to 512"
 )
 """the note of a division without an output metric and without probes"""
 

@@ -59,7 +59,7 @@ def check_tokens(decoder: Decoder, tokens: int) -> None:
     """Raise InputError where a forward pass cannot have so many tokens."""
     positions = getattr(decoder.model.config, "max_position_embeddings", None)
     if positions is not None and tokens > positions:
-        raise InputError(f"budget_tokens is {tokens}, but the model has {positions} positions: lower it")
+        raise InputError(f"allocation.tokens is {tokens}, but the model has {positions} positions: lower it")
 
 
 def operations(decoder: Decoder, shape: BlockShape, tokens: int) -> float:

@@ -28,7 +28,7 @@ from optprune.work import Work
 
 UNLIKE_MIXTURES = (
     "the experts were divided by shares of what each mixture answers, which are not in one unit from block to block: "
-    "set probe_tokens to 512"
+    "set allocation.probe_tokens to 512"
 )
 """the note of a division without probes"""
 
@@ -76,7 +76,7 @@ class ExpertBudget(MeasuredBudget):
         gone, least = gone_by_experts(decoder, self.units.least(decoder)), self._fewest(decoder)
         if self.sparsity > gone[least]:
             raise InputError(
-                f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and least_kept "
+                f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and allocation.least "
                 f"{self.least:g}: with {counted(least, 'expert')} in every block {gone[least]:.1%} of the linear "
                 "weights are gone"
             )

@@ -72,7 +72,7 @@ class WidthBudget(CostBudget):
         """Raise InputError where the sparsity exceeds `most`, the share of the model that can be removed."""
         if self.sparsity > most:
             raise InputError(
-                f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and least_kept "
+                f"a sparsity of {self.sparsity:g} is out of reach with units {self.units.name!r} and allocation.least "
                 f"{self.least:g}: at most {most:.1%} of {unit} can go"
             )
 

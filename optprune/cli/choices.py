@@ -5,11 +5,10 @@ tests/cli/test_choices.py compares each of them with its copy here.
 """
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from optprune.errors import InputError
-from optprune.system.wording import shown
+from optprune.system.wording import either, shown, suggestion
 
 SHIPPED = Path(__file__).parents[1] / "recipe" / "shipped"
 RECIPES = tuple(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
@@ -48,19 +47,12 @@ CHOICES: Mapping[str, Sequence[str]] = {
 def check_choices(recipe: str | None = None, **given: str | None) -> None:
     """Raise InputError where a recipe or the value of an option in `CHOICES` is not known; None is not checked."""
     if recipe is not None and recipe not in RECIPES and Path(recipe).suffix not in (".yaml", ".yml"):
-        raise InputError(f"the recipe {shown(recipe)} is not known{_nearest(recipe, RECIPES)}, or a .yaml file")
+        raise InputError(
+            f"the recipe {shown(recipe)} is not known{suggestion(recipe, RECIPES)}: use one of {', '.join(RECIPES)}, "
+            "or a .yaml file"
+        )
     for name, value in given.items():
         option = name.replace("_", "-")
         if value is not None and value not in CHOICES[option]:
-            raise InputError(f"--{option} cannot be {shown(value)}{_nearest(value, CHOICES[option])}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    found = get_close_matches(name, known, n=1)
-    meant = f", did you mean {found[0]}?" if found else ":"
-    return f"{meant} Use one of {', '.join(known)}" if found else f"{meant} use one of {', '.join(known)}"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return names as the words of a help text."""
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+            known = CHOICES[option]
+            raise InputError(f"--{option} cannot be {shown(value)}{suggestion(value, known)}: use {either(known)}")

@@ -84,7 +84,7 @@ def compare_command(
     from optprune.measure import SpeedWorkload
 
     check_json(json_file, models=[model])
-    fields = {"propagation": propagation, "units": units, "pattern": pattern, "strict": strict or None}
+    fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
     if not 1 <= seeds <= MOST_DRAWS:
         raise InputError(f"--seeds cannot be {shown(seeds)}: give 1 to {MOST_DRAWS}")
     # What the whole comparison takes shows once cells are finished, and is told behind each.

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from optprune.cli import choices
-from optprune.cli.choices import listed
 from optprune.cli.help import ADVANCED
+from optprune.system.wording import either
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a .gguf file, a hub name, or 'demo'.")]
 SeqLength = Annotated[int, typer.Option("--seq-length", help="Tokens in a window.")]
@@ -44,7 +44,7 @@ Samples = Annotated[int, typer.Option("--samples", help="Number of calibration w
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything drawn. [default: the recipe's, or 0]")]
 Units = Annotated[
     str | None,
-    typer.Option("--units", help=f"What is removed: {listed(choices.UNITS)}. [default: the recipe's]"),
+    typer.Option("--units", help=f"What is removed: {either(choices.UNITS)}. [default: the recipe's]"),
 ]
 Pattern = Annotated[
     str | None,
@@ -62,7 +62,7 @@ Runs = Annotated[
     typer.Option(
         "--target",
         metavar="RUNTIME",
-        help=f"Make only what a runtime takes: {listed(choices.RUNTIMES)}; transformers means without "
+        help=f"Make only what a runtime takes: {either(choices.RUNTIMES)}; transformers means without "
         "trust_remote_code.",
     ),
 ]
@@ -103,7 +103,7 @@ Propagation = Annotated[
     str | None,
     typer.Option(
         "--propagation",
-        help=f"Path of the statistics: {listed(choices.POLICIES)} (intra under N:M, else pruned). "
+        help=f"Path of the statistics: {either(choices.POLICIES)} (intra under N:M, else pruned). "
         "[default: the recipe's]",
         rich_help_panel=ADVANCED,
     ),

@@ -14,7 +14,7 @@ x      how many times as long as its two calibration passes a run took, on SmolL
        more tokens, and - where it was not measured
 stock  AutoModelForCausalLM.from_pretrained(DIR) loads the folder
 code   so does it with trust_remote_code=True, or optprune.load_model(DIR), which runs nothing from the folder; with
-       --units mlp fasp is stock, and so is depth with --set depth_parts=layers"""
+       --units mlp fasp is stock, and so is depth with --set allocation.parts=layers"""
 
 
 def recipes_command(
@@ -24,15 +24,14 @@ def recipes_command(
     """List the recipes by what they prune, print one as YAML, or tell the fields that --set and a file may set."""
     from optprune.errors import InputError
     from optprune.recipe import load_recipe
-    from optprune.recipe.fields import recipe_fields
+    from optprune.recipe.reference import recipe_fields
 
     if name is not None and fields:
         raise InputError("--fields tells what every recipe has: leave out the name of one")
     if fields:
         for field in recipe_fields():
             default = f" [default: {field.default}]" if field.default else ""
-            also = f" (also: {field.flat})" if field.flat else ""
-            echo(f"{field.path}{also}: {field.kind}{default}")
+            echo(f"{field.path}: {field.kind}{default}")
             echo(textwrap.fill(field.meaning, 100, initial_indent="    ", subsequent_indent="    "))
         return
     if name is not None:
@@ -42,14 +41,14 @@ def recipes_command(
 
 
 def _overview() -> None:
-    from optprune.recipe.overview import FLOORS, KINDS, loads_stock
+    from optprune.recipe.reference import COSTS, KINDS, loads_stock
 
     groups = {kind.title: kind.recipes() for kind in KINDS}
     width = max(len(recipe.name) for recipes in groups.values() for recipe in recipes)
     for title, recipes in groups.items():
         echo(f"{title}\n")
         for recipe in recipes:
-            cost = f"{FLOORS[recipe.name]:.3g}x" if recipe.name in FLOORS else "-"
+            cost = f"{COSTS[recipe.name]:.3g}x" if recipe.name in COSTS else "-"
             loads = "stock" if loads_stock(recipe) else "code"
             head = f"  {recipe.name:<{width}}  {cost:>5}  {loads:<5}  "
             echo(textwrap.fill(recipe.summary, LINE, initial_indent=head, subsequent_indent=" " * len(head)))

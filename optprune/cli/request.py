@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from optprune.recipe.groups import GivenBlocks
 
 
-FIELDS = ("sparsity", "seed", "propagation", "units", "pattern", "width_multiple")
-"""the recipe fields that have an option of their own, beside --strict"""
+FIELDS = {
+    **{name: name for name in ("sparsity", "seed", "propagation", "units")},
+    "pattern": "units.weights",
+    "width_multiple": "allocation.multiple",
+}
+"""the recipe fields that have an option of their own, beside --strict, by the argument of the command"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class Options:
         named = {name: arguments[name] for name in ("units", "propagation", "target", "states", "dtype", "save_dtype")}
         check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
         own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
-        chosen = {name: arguments[name] for name in FIELDS} | {"strict": arguments["strict"] or None}
+        chosen = {field: arguments[name] for name, field in FIELDS.items()} | {"strict": arguments["strict"] or None}
         return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})
 
     @property

@@ -11,7 +11,7 @@ from optprune.objectives import OBJECTIVES
 from optprune.program.check import check
 from optprune.program.method import Method, Request
 from optprune.program.program import Program
-from optprune.recipe.allocator import allocator_of
+from optprune.recipe import allocator_of
 
 
 def resolve(shapes: Decoder, request: Request) -> Program:

@@ -20,12 +20,11 @@ from optprune.models import (
     load_shapes,
 )
 from optprune.models.architecture import rope_types
-from optprune.recipe.allocator import allocator_of
 from optprune.recipe.groups import DepthSearch, GivenBlocks, GlobalBudget, UniformShares
-from optprune.recipe.recipe import Recipe
+from optprune.recipe.recipe import Recipe, allocator_of
 
 NARROW_MLPS = "prune with --units mlp, as --recipe structured_uniform_best does"
-LAYERS = "remove whole layers, --recipe depth --set depth_parts=layers"
+LAYERS = "remove whole layers, --recipe depth --set allocation.parts=layers"
 ALIKE = "let all blocks keep the same, --allocation uniform"
 FIXED = ("default", "linear", "llama3", "yarn")
 """the scalings of rotary embeddings whose angles do not go by the length of the text"""

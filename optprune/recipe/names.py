@@ -1,6 +1,7 @@
-"""Recipe fields that are not plain data, and how a file tells them: units, patterns, policies and solvers by name."""
+"""Readers and writers of the recipe fields that a file names: objectives, units, patterns, policies and solvers."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -14,7 +15,7 @@ from optprune.models import UNITS, Units
 from optprune.objectives import OBJECTIVES, Objective
 from optprune.patterns import ANYWHERE, PatternFamily, pattern_family
 from optprune.solvers import Chain, ExpertSolver, Solver
-from optprune.system.wording import shown
+from optprune.system.wording import shown, suggestion
 
 SOLVERS: dict[str, type[Solver] | type[ExpertSolver]] = {
     "admm": solvers.Admm,
@@ -40,30 +41,40 @@ SOLVERS: dict[str, type[Solver] | type[ExpertSolver]] = {
     "wanda": solvers.Wanda,
 }
 AUTO = "auto"
-"""the propagation policy that goes by the pattern"""
+"""the propagation policy that the pattern decides"""
 NONE = "none"
-"""the name of a group that is not there"""
+"""the name for a group that is off"""
 SOLVER_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-"""the solvers that an option of a solver may name"""
+"""the dtypes that an option of a solver may name"""
 
 
 def _known(what: str, table: Mapping[str, Any], name: Any) -> Any:
+    """Return the entry of a table by its name; ValueError, with the nearest name, where there is none."""
     if not isinstance(name, str) or name not in table:
-        raise ValueError(f"the {what} {shown(name)} is not known: use one of {', '.join(sorted(table))}")
+        nearest = suggestion(name, table)
+        raise ValueError(f"the {what} {shown(name)} is not known{nearest}: use one of {', '.join(sorted(table))}")
     return table[name]
 
 
+def sentence(error: ValidationError) -> str:
+    """Return the reason why pydantic refuses the first field, with the nearest of the values that are allowed."""
+    first = error.errors()[0]
+    allowed = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
+    return first["msg"].removeprefix("Value error, ") + suggestion(first["input"], allowed)
+
+
 def read_objective(value: Any) -> Any:
-    """An objective from its name; anything else as it is."""
+    """Return the objective of a name; anything else is returned as it is."""
     if isinstance(value, str) and ":" in value:
         raise ValueError(
-            "no code is imported for a file; give the function itself, as in load_recipe(FILE, {'objective': FUNCTION})"
+            "a file can only name the objectives of optprune; pass your own function in Python, as in "
+            "load_recipe(FILE, {'objective': FUNCTION})"
         )
     return _known("objective", OBJECTIVES, value) if isinstance(value, str) else value
 
 
 def write_objective(objective: Objective | None) -> str | None:
-    """The name of an objective, or where it is defined: its type, where it has no name itself."""
+    """Return the name of an objective, or the place where it, or else its type, is defined."""
     if objective is None:
         return None
     names = [name for name, known in OBJECTIVES.items() if known is objective]
@@ -74,11 +85,11 @@ def write_objective(objective: Objective | None) -> str | None:
 
 
 def read_pattern(value: Any) -> Any:
-    """A pattern family from its name; one of one's own as it is."""
+    """Return the pattern family of a name; a PatternFamily is returned as it is."""
     if isinstance(value, PatternFamily):
         return value
     if not isinstance(value, str):
-        raise ValueError("a pattern is told by its name: unstructured, rows, or N:M such as 2:4")
+        raise ValueError("a pattern is given by its name: unstructured, rows, or N:M such as 2:4")
     try:
         return pattern_family(value)
     except InputError as error:
@@ -86,32 +97,32 @@ def read_pattern(value: Any) -> Any:
 
 
 def read_units(value: Any) -> Units:
-    """Units from their name; those of one's own as they are."""
-    return value if isinstance(value, Units) else _known("kind of units", UNITS, value)
+    """Return the units of a name; Units are returned as they are."""
+    return value if isinstance(value, Units) else _known("unit kind", UNITS, value)
 
 
 def write_units(units: Units) -> str | dict[str, str]:
-    """The name of units; of single weights in a pattern, that too."""
+    """Return the name of units, with the pattern where single weights have one."""
     return units.name if units.family in (None, ANYWHERE) else {units.name: units.family.name}
 
 
 def read_propagation(value: Any) -> Any:
-    """A propagation policy from its name, None from "auto"; anything else as it is."""
+    """Return the policy of a name, None for "auto"; anything else is returned as it is."""
     return _known("propagation policy", POLICIES | {AUTO: None}, value) if isinstance(value, str) else value
 
 
 def write_propagation(policy: Propagation | None) -> str:
-    """The name of a propagation policy."""
+    """Return the name of a propagation policy."""
     return AUTO if policy is None else policy.name
 
 
 def read_dampings(value: Any) -> Any:
-    """A single damping as one of several."""
+    """Return a single damping as a tuple of one."""
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def read_solver(value: Any) -> Any:
-    """A solver from its name, {name: options}, or a list of those (a chain)."""
+    """Return the solver of a name, of {name: options}, or of a list of those (a chain)."""
     if isinstance(value, str):
         return _known("solver", SOLVERS, value)()
     if isinstance(value, list):
@@ -131,7 +142,8 @@ def read_solver(value: Any) -> Any:
         fields = {field.name: types[field.name] for field in dataclasses.fields(cls)}
         for option in options or {}:
             if option not in fields:
-                raise ValueError(f"the solver {name} has no option {shown(option)}: it has {sorted(fields) or 'none'}")
+                nearest, known = suggestion(option, fields), ", ".join(sorted(fields)) or "none"
+                raise ValueError(f"the solver {name} has no option {shown(option)}{nearest}: it has {known}")
         return cls(
             **{option: _read_option(name, option, fields[option], text) for option, text in (options or {}).items()}
         )
@@ -139,17 +151,17 @@ def read_solver(value: Any) -> Any:
 
 
 def _read_option(solver: str, option: str, kind: Any, value: Any) -> Any:
-    """An option's value in the type that the solver declares."""
+    """Return the value of an option in the type that the solver declares."""
     if kind is torch.dtype and isinstance(value, str):
         value = _known("dtype", SOLVER_DTYPES, value.removeprefix("torch."))
     try:
         return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"the option {option} of {solver} is {shown(value)}: {error.errors()[0]['msg']}") from error
+        raise ValueError(f"the option {option} of {solver} is {shown(value)}: {sentence(error)}") from error
 
 
 def write_solver(solver: Solver | ExpertSolver | None) -> Any:
-    """What `read_solver` reads: only options that are not the default are told."""
+    """Return a solver as `read_solver` reads it, with the options that differ from their defaults."""
     if solver is None:
         return None
     if isinstance(solver, Chain):

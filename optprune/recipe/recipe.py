@@ -1,7 +1,9 @@
-"""Recipes: everything a pruning run decides, as one validated object, readable from and writable to YAML."""
+"""Recipe: all settings of a pruning run, as one validated object that is read from and written to YAML."""
 
 import json
 from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -16,22 +18,21 @@ from pydantic import (
     model_validator,
 )
 
-from optprune.allocation import Allocation
+from optprune.allocation import Allocation, Allocator, ByCost, Dense, Depth, ExpertBudget, Given, Uniform
+from optprune.allocation.weight_costs import WeightBudget
+from optprune.allocation.width_costs import WidthBudget
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError
 from optprune.models import UNITS, Experts, Units
 from optprune.objectives import OBJECTIVES, LayerContext, Objective
 from optprune.patterns import InGroups
 from optprune.problems import Problem
-from optprune.recipe.aliases import NEEDS
 from optprune.recipe.groups import (
     DepthSearch,
     FisherMetric,
     GivenBlocks,
     GlobalBudget,
     Group,
-    Matching,
-    Recovery,
     Refit,
     UniformShares,
 )
@@ -46,20 +47,22 @@ from optprune.recipe.names import (
     write_solver,
     write_units,
 )
-from optprune.recipe.settings import Settings
+from optprune.recipe.settings import Settings, unknown_field
 from optprune.solvers import ExpertElimination, ExpertSolver, Solver
 from optprune.solvers.ridge import refitting
 from optprune.system.display import Displayed, SummaryTable
+from optprune.system.files import read_yaml
 from optprune.system.interrupts import interrupts_held
-from optprune.system.wording import one_line
+from optprune.system.wording import one_line, shown, suggestion
 
 
 class Recipe(Displayed, BaseModel):
-    """What to solve at each layer, with what, how much to remove, and on which path statistics travel.
+    """Settings of a pruning run: units, sparsity and allocation, objective and solver, propagation and refits.
 
-    Fields are given by name, a field of a group by its path or by the flat name that it had: `Recipe(units="mlp",
-    metric="full", metric_width=64)`, `Recipe({"metric.width": 64})`. Mappings come before names, each over those before
-    it. What is wrong is an InputError of one sentence.
+    Fields are given as keywords or in mappings; a group by its switch or as a mapping, and its fields by their paths:
+    `Recipe(units="mlp", metric="full")`, `Recipe(metric={"kind": "full", "width": 64})`, `Recipe({"metric.width": 64},
+    metric="full")`. Later mappings override earlier ones, and keywords override mappings. A wrong setting raises an
+    InputError of one sentence.
     """
 
     model_config = ConfigDict(
@@ -71,51 +74,50 @@ class Recipe(Displayed, BaseModel):
     )
 
     name: str = "custom"
-    """what the recipe is called"""
+    """name of the recipe"""
     summary: str = ""
-    """what it does, in a line"""
+    """description in a line"""
     source: str = ""
-    """where it comes from"""
+    """paper or code that the recipe follows"""
     objective: Annotated[Objective | None, BeforeValidator(read_objective), PlainSerializer(write_objective)] = None
-    """a function LayerContext -> Problem; null states the problem that goes with the units: sparse or linked"""
+    """function LayerContext -> Problem; null takes the objective of the units: sparse or linked"""
     solver: Annotated[Solver | ExpertSolver | None, BeforeValidator(read_solver), PlainSerializer(write_solver)] = None
-    """what solves the problems: a name, {name: {option: value}}, or a list of those; null lets optprune choose by the
+    """solver of the problems: a name, {name: {option: value}}, or a list of those; null lets optprune choose by the
     problem"""
     units: Annotated[Units, BeforeValidator(read_units), PlainSerializer(write_units)] = UNITS["mlp"]
-    """what is pruned: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
+    """units to remove: MLP units, value dimensions (rotated: directions in place of coordinates), KV heads with their
     query heads, MLP units and value dimensions (all-heads: or KV heads in place of a block's value dimensions), single
-    weights of every linear layer, in a pattern where it is {weights: 2:4}, whole experts, or whole sub-blocks"""
+    weights of every linear layer, with a pattern as in {weights: 2:4}, whole experts, or whole sub-blocks"""
     propagation: Annotated[
         Propagation | None, BeforeValidator(read_propagation), PlainSerializer(write_propagation)
     ] = POLICIES["pruned"]
-    """the path of the statistics from block to block; auto goes by the pattern: intra under N:M, pruned elsewhere"""
+    """propagation policy of the hidden states; auto is intra under N:M, and pruned elsewhere"""
     sparsity: float = Field(default=0.2, ge=0, lt=1)
-    """the share of the decoder blocks' linear weights to remove; with zero the model stays as it is"""
+    """share of the decoder blocks' linear weights to remove; 0 leaves the model as it is"""
     damping: float = Field(default=0.01, ge=0)
-    """the ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
+    """ridge towards the original weights, as a share of the mean diagonal of the Gram matrix"""
     fit_bias: bool = True
-    """whether the bias of a pruned layer, where it has one, is fitted with its weights; else it stays as it was"""
+    """whether the bias of a pruned layer is fitted with its weights; otherwise it keeps its value"""
     permuted: bool = False
-    """whether MLP units, and value dimensions within a head, change places so that groups of N:M hold together what can
-    be spared: the model is what it was, and stock transformers loads it; needs such a pattern"""
+    """whether MLP units, and value dimensions within a head, are reordered so that groups of N:M lose less: the outputs
+    of the dense model stay the same, and stock transformers loads it; requires an N:M pattern"""
     allocation: UniformShares | GlobalBudget | DepthSearch | GivenBlocks = UniformShares()
-    """what every block loses: the same share, a part of one budget for the model, whole sub-blocks, or what is said"""
+    """share that every block loses: the same, a part of one budget for the model, whole sub-blocks, or as listed"""
     metric: FisherMetric | None = None
-    """what weighs output errors: nothing, or the Fisher information of the outputs"""
+    """output metric: none, or the Fisher information of the outputs"""
     refit: Refit | None = None
-    """what held-out calibration tokens are for: nothing, or errors measured, ridges chosen, sub-modules recovered"""
+    """use of held-out calibration tokens: none, or measured errors, chosen dampings, recovery and matching"""
     strict: bool = False
-    """fallbacks, dead inputs, too few tokens and a budget that is not met are errors"""
+    """whether fallbacks, dead inputs, too few tokens and a missed budget are errors"""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """the seed of all that is drawn"""
+    """seed of all random numbers"""
 
     def __init__(self, /, *settings: Mapping[Any, Any], **more: Any) -> None:
         given = Settings.of([*settings, more])
         fields = given.fields()
-        unknown = [key for key in fields if key not in type(self).model_fields]
-        if unknown:
-            known = ", ".join(type(self).model_fields)
-            raise InputError(f"a recipe has no field {one_line(unknown[0])!r}: it has {known}")
+        for key in fields:
+            if key not in type(self).model_fields:
+                raise unknown_field(key, type(self).model_fields)
         try:
             super().__init__(**fields)
         except RecursionError as error:
@@ -128,52 +130,57 @@ class Recipe(Displayed, BaseModel):
 
     @classmethod
     def model_validate(cls, obj: Any, **_: Any) -> "Recipe":
-        # pydantic would wrap the sentence of `__init__` in an error of its own.
+        # pydantic would wrap the InputError of `__init__` in a ValidationError.
         return obj if isinstance(obj, cls) else cls(obj)
 
     @model_validator(mode="after")
     def _fields_that_fit(self) -> "Recipe":
         single = self.units.family is not None
         if self.objective is OBJECTIVES["linked"] and single:
-            raise ValueError("the objective 'linked' keeps units, so units must be mlp, vo, kv-groups or all")
+            raise ValueError("the objective 'linked' removes whole units, so units cannot be weights")
         if self.objective is OBJECTIVES["sparse"] and not single:
-            raise ValueError("the objective 'sparse' keeps single weights, so units must be weights")
+            raise ValueError("the objective 'sparse' removes single weights, so units must be weights")
         experts = isinstance(self.units, Experts)
         if self.solver is not None and isinstance(self.solver, ExpertSolver) != experts:
             raise ValueError(
-                f"{self.solver.label} does not solve what units {self.units.name} state: experts are chosen by "
-                "expert_elimination, reap or expert_frequency, and those choose nothing else"
+                f"{self.solver.label} does not solve the problems of units {self.units.name}: experts are chosen by "
+                "expert_elimination, reap or expert_frequency, which solve no other problems"
             )
         if experts and self.objective is not None:
-            raise ValueError("whole experts go by their own cost: leave the objective out")
+            raise ValueError("whole experts have an objective of their own: leave the objective out")
         if self.permuted and not isinstance(self.units.family, InGroups):
             pattern = "no pattern" if self.units.family is None else f"the pattern {self.units.family.name}"
             raise ValueError(
-                f"permuted orders inputs for groups of N:M, and units {self.units.name} have {pattern}: give single "
-                "weights such a pattern, as 2:4, or leave permuted out"
+                f"permuted orders inputs for groups of N:M, and units {self.units.name} have {pattern}: set "
+                "units.weights to an N:M pattern such as 2:4, or leave permuted out"
             )
         refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
         if refitted and solver is not None and refitting(solver) is None:
             raise ValueError(
-                f"refit_damping needs a solver that ends with restore or conjugate_gradients, not {solver.label}"
+                f"refit.dampings needs a solver that ends with restore or conjugate_gradients, not {solver.label}"
             )
         return self
 
     @model_validator(mode="after")
     def _budget_of_the_units(self) -> "Recipe":
-        """What a budget may be hangs on the units and their pattern."""
+        """Raise ValueError where the units or their pattern do not allow the allocation."""
         budget, share = self.allocation, self.only_share
         divided = isinstance(budget, GlobalBudget)
         if isinstance(budget, GivenBlocks):
             return self
         if isinstance(budget, UniformShares | GlobalBudget) and budget.multiple is not None and not self.units.kinds:
-            raise ValueError(NEEDS["allocation.multiple"].format(budget.multiple))
+            raise ValueError(
+                f"allocation.multiple is {budget.multiple}, but units {self.units.name} have no widths: leave it out"
+            )
         if divided and budget.currency != "parameters" and not self.units.kinds:
-            raise ValueError(NEEDS["allocation.currency"].format(budget.currency))
+            raise ValueError(
+                f"allocation.currency is {budget.currency}, but units {self.units.name} have no widths to divide it "
+                "over: set units to mlp, vo, kv-groups or all"
+            )
         if divided and self.units.family is not None and budget.least > budget.most:
             raise ValueError(
                 f"no layer keeps at least {budget.least:g} and at most {budget.most:g} of its weights: lower "
-                "least_kept, or raise most_kept"
+                "allocation.least, or raise allocation.most"
             )
         if share is None or (divided and self.sparsity < 1 - share):  # then some layers stay dense
             return self
@@ -187,49 +194,34 @@ class Recipe(Displayed, BaseModel):
         return NONE if group is None else group.model_dump(mode="json")
 
     def summary_table(self) -> SummaryTable:
-        """What the recipe sets, field by field, for a terminal or a notebook."""
+        """Return the settings, field by field, for a terminal or a notebook."""
         fields = self.to_dict()
         title = f"recipe {fields.pop('name')}" + (f": {self.summary}" if self.summary else "")
-        told = [
+        lines = [
             (name, one_line(value if isinstance(value, str) else json.dumps(value)))
             for name, value in fields.items()
             if name != "summary"
         ]
-        return SummaryTable(one_line(title), told)
+        return SummaryTable(one_line(title), lines)
 
     @property
     def layer_solver(self) -> Solver | None:
-        """What solves the problems of layers, where that is said."""
+        """The solver of the layers' problems; None where the problem chooses it, or experts are removed."""
         return self.solver if isinstance(self.solver, Solver) else None
 
     @property
     def expert_solver(self) -> ExpertSolver:
-        """What chooses experts."""
+        """The solver that chooses experts."""
         return self.solver if isinstance(self.solver, ExpertSolver) else ExpertElimination()
 
-    @property
-    def recovery(self) -> Recovery | None:
-        """How pruned sub-modules are refitted against their dense outputs, if they are."""
-        return None if self.refit is None else self.refit.recovery
-
-    @property
-    def matching(self) -> Matching | None:
-        """How pruned blocks are matched as a whole to what the dense ones answer, if they are."""
-        return None if self.refit is None else self.refit.matching
-
-    @property
-    def recovers(self) -> bool:
-        """Whether weights are moved again after their layers are solved."""
-        return self.recovery is not None or self.matching is not None
-
     def state(self, context: LayerContext) -> Problem:
-        """The problem to solve at a layer."""
+        """Return the problem of a layer."""
         objective = self.objective or OBJECTIVES[self.units.objective]
         return objective(context)
 
     @property
     def only_share(self) -> float | None:
-        """The share that the pattern leaves of a pruned layer; None where that may be any, and of units."""
+        """The share of a layer that the pattern keeps; None where it may be any, and for whole units."""
         return None if self.units.family is None else self.units.family.only_share
 
     @property
@@ -245,36 +237,126 @@ class Recipe(Displayed, BaseModel):
 
     @property
     def given(self) -> Allocation | None:
-        """What every block keeps, where the recipe says it."""
+        """The allocation that the recipe lists; None where it lists none."""
         return self.allocation.allocation(self.sparsity) if isinstance(self.allocation, GivenBlocks) else None
 
     def with_given(self, allocation: Allocation) -> "Recipe":
-        """The recipe that says what every block keeps, and the sparsity that this comes to."""
+        """Return the recipe with an allocation that lists what every block keeps, and its sparsity."""
         found = {"allocation": GivenBlocks.of(allocation), "sparsity": allocation.sparsity}
         return self.model_copy(update=found)
 
-    def as_run(self, told: Mapping[str, Any]) -> "Recipe":
-        """The settled recipe, with what every block keeps where the recipe that a report has `told` says that."""
-        recipe, allocation = self.resolved(), told.get("allocation")
+    def as_run(self, reported: Mapping[str, Any]) -> "Recipe":
+        """Return the resolved recipe, with the listed allocation of the recipe in a report where that has one."""
+        recipe, allocation = self.resolved(), reported.get("allocation")
         if not isinstance(allocation, dict) or allocation.get("kind") != "given":
             return recipe
-        return recipe.with_given(Allocation.from_dict(allocation | {"sparsity": told["sparsity"]}))
+        return recipe.with_given(Allocation.from_dict(allocation | {"sparsity": reported["sparsity"]}))
 
     @property
     def divides(self) -> bool:
-        """Whether there is a budget to divide: not where N:M holds in every layer."""
+        """Whether a budget is divided over the layers; not where all layers have the sparsity of N:M."""
         share = self.only_share
         return isinstance(self.allocation, GlobalBudget) and (share is None or self.sparsity < 1 - share - 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data."""
-        # pydantic would make an error of its own of an interrupt.
+        """Return the recipe as plain data."""
+        # pydantic would turn an interrupt into an error of its own.
         with interrupts_held():
             return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML file, which `load_recipe` reads unless the objective or a solver is one's own.
+        """Return the recipe as YAML, which `load_recipe` reads.
 
-        Those are told by name only; for such a file `load_recipe` wants the objective or the solver itself.
+        An objective or a solver from outside optprune is written by name only; to read such a file, pass it to
+        `load_recipe` as an override.
         """
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+SHIPPED = resources.files("optprune.recipe") / "shipped"
+"""the folder of the recipes that come with optprune"""
+DESCRIBED = ("objective", "solver", "units", "propagation", "allocation", "metric", "refit")
+"""fields whose values a summary may describe"""
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes that come with optprune."""
+    return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir() if file.name.endswith(".yaml"))
+
+
+def make_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """Return a recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
+    return Recipe(fields)
+
+
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe by its name or from a YAML file, with some fields replaced."""
+    names = recipe_names()
+    if name_or_path not in names and Path(name_or_path).suffix not in (".yaml", ".yml"):
+        raise InputError(
+            f"the recipe {shown(name_or_path)} is not known{suggestion(name_or_path, names)}: use one of "
+            f"{', '.join(names)}, or a .yaml file"
+        )
+    file = SHIPPED / f"{name_or_path}.yaml" if name_or_path in names else Path(name_or_path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe file {name_or_path} cannot be read: {error}") from error
+    fields = read_yaml(text, f"the recipe file {name_or_path}")
+    if not isinstance(fields, dict):
+        raise InputError(f"the recipe file {name_or_path} must hold fields and values, such as 'sparsity: 0.2'")
+    recipe = Recipe(fields, overrides or {})
+    return recipe if "summary" in (overrides or {}) else _with_changes_in_summary(recipe, fields)
+
+
+def _with_changes_in_summary(recipe: Recipe, fields: Mapping[str, Any]) -> Recipe:
+    """Return the recipe, whose summary lists the changes of the fields that it describes."""
+    if not recipe.summary:
+        return recipe
+    try:
+        before = Recipe(fields).to_dict()
+    except InputError:  # the file needs the overrides to be complete
+        return recipe
+    now = recipe.to_dict()
+    changed = [f"{name} {_in_short(now[name])}" for name in DESCRIBED if now[name] != before[name]]
+    if not changed:
+        return recipe
+    return recipe.model_copy(update={"summary": f"{recipe.summary} (changed here: {', '.join(changed)})"})
+
+
+def _in_short(value: Any) -> str:
+    """Return a field's value, or the kind of its group, in a line."""
+    kind = value.get("kind", value) if isinstance(value, dict) else value
+    return kind if isinstance(kind, str) else one_line(json.dumps(kind), 60)
+
+
+def allocator_of(recipe: Recipe, allocation: Allocation | None = None) -> Allocator:
+    """Return the allocator of a run; an allocation that is given overrides the recipe's."""
+    allocation = allocation or recipe.given
+    if allocation is not None:
+        return Given(recipe.units, allocation)
+    if not recipe.sparsity:
+        return Dense()
+    match recipe.allocation:
+        case DepthSearch() as depth:
+            return Depth(recipe.sparsity, depth.parts, depth.score, depth.score_tokens)
+        case GlobalBudget() as group if isinstance(recipe.units, Experts):
+            return ExpertBudget(recipe.units, recipe.sparsity, group.least, group.probe_tokens)
+        case GlobalBudget() if recipe.divides:
+            return by_cost(recipe)
+        case UniformShares() | GlobalBudget() as shares:
+            return Uniform(recipe.units, recipe.sparsity, shares.multiple)
+    raise AssertionError("a listed allocation is handled above")
+
+
+def by_cost(recipe: Recipe) -> ByCost:
+    """Return the allocator that divides one budget over the whole model."""
+    group = recipe.allocation
+    if not isinstance(group, GlobalBudget):
+        raise InputError(f"the recipe divides no budget: its allocation is {group.kind}, not global")
+    if recipe.units.family is not None:
+        budget = WeightBudget(recipe.units.family, recipe.sparsity, group.least, group.most)
+    else:
+        budget = WidthBudget(recipe.units, recipe.sparsity, group.least, group.multiple, group.currency, group.tokens)
+    weighed = recipe.metric is not None
+    return ByCost(recipe.units, budget, recipe.damping, recipe.fit_bias, weighed, group.probe_tokens)

@@ -1,39 +1,68 @@
-"""Settings: the fields of a recipe as people spell them, from a file and what overrides it, put into their groups."""
+"""Settings of a recipe, from a file and its overrides, put into the groups of the recipe's fields."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from optprune.errors import InputError
 from optprune.models import UNITS, Blocks, Units, Weights
 from optprune.patterns import ANYWHERE
-from optprune.recipe.aliases import ALIASES, NEEDS
 from optprune.recipe.groups import GROUPS, DepthSearch, Group
-from optprune.recipe.names import read_pattern, read_units
-from optprune.system.wording import one_line, shown
+from optprune.recipe.names import read_pattern, read_units, sentence
+from optprune.system.wording import nearest, one_line, shown
+
+RENAMED = {
+    "pattern": "units.weights",
+    "width_multiple": "allocation.multiple",
+    "budget": "allocation.currency",
+    "budget_tokens": "allocation.tokens",
+    "probe_tokens": "allocation.probe_tokens",
+    "least_kept": "allocation.least",
+    "most_kept": "allocation.most",
+    "depth_parts": "allocation.parts",
+    "depth_score": "allocation.score",
+    "depth_tokens": "allocation.score_tokens",
+    "output_metric": "metric.kind",
+    "metric_tokens": "metric.tokens",
+    "metric_width": "metric.width",
+    "metric_damping": "metric.damping",
+    "held_out": "refit.held_out",
+    "refit_damping": "refit.dampings",
+    "recovery": "refit.recovery",
+    "recovery_steps": "refit.recovery.steps",
+    "recovery_tokens": "refit.recovery.tokens",
+    "recovery_damping": "refit.recovery.damping",
+    "matching": "refit.matching",
+    "matching_solver": "refit.matching.solver",
+    "matching_rate": "refit.matching.rate",
+    "matching_sequences": "refit.matching.sequences",
+    "matching_pull": "refit.matching.pull",
+    "matching_tokens": "refit.matching.tokens",
+}
+"""former names of fields, which are refused with the present name"""
 
 
 @dataclass(frozen=True)
 class Given:
-    """A value that somebody set."""
+    """Value of a field, with its origin."""
 
     value: Any
     spelling: str
-    """the field as it was spelled"""
+    """the field as it was written"""
     layer: int
-    """the number of the mapping it is from: a later one overrides"""
+    """the number of the mapping that sets it; later mappings override earlier ones"""
 
     def refused(self, reason: str, value: Any = ..., *within: object) -> InputError:
-        """The sentence on a value that is wrong, or on something within it."""
+        """Return the error for a wrong value, or for a wrong part of it."""
         key = one_line(".".join([self.spelling, *map(str, within)]))
         return InputError(
             f"the recipe field {key!r} cannot be {shown(self.value if value is ... else value)}: {one_line(reason)}"
         )
 
     def read(self, reader: Callable[[Any], Any]) -> Any:
-        """What the value says to a function that raises ValueError for what it does not know."""
+        """Return the value as a reader converts it; the reader's ValueError becomes an InputError."""
         try:
             return reader(self.value)
         except ValueError as error:
@@ -42,23 +71,25 @@ class Given:
 
 @dataclass
 class Settings:
-    """Everything that was set, by the path of a field, such as metric.width."""
+    """Values that were set, by the path of their field, such as metric.width."""
 
     given: dict[str, Given] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layers: Iterable[Mapping[Any, Any]]) -> "Settings":
-        """What layers come to, each over those before, field by field."""
+        """Merge mappings field by field; later mappings override earlier ones."""
         found = cls()
         for number, layer in enumerate(layers):
             fresh = cls()
-            for key, value in layer.items():
-                fresh.add(ALIASES.get(str(key), str(key)), Given(value, str(key), number))
+            for name, value in ((str(key), value) for key, value in layer.items()):
+                if name in RENAMED:
+                    raise InputError(f"the recipe field {name!r} is spelled {RENAMED[name]}")
+                fresh.add(name, Given(value, name, number))
             found.given |= fresh.given
         return found
 
     def add(self, path: str, given: Given) -> None:
-        """Set a field, the fields of a group, or its switch alone."""
+        """Set a field; a group is set by its fields or by the value of its switch."""
         value, spelling, layer = given.value, given.spelling, given.layer
         if path in GROUPS and isinstance(value, Mapping | Group):
             for key, item in dict(value).items():
@@ -76,9 +107,9 @@ class Settings:
             self.given[path] = given
 
     def fields(self) -> dict[str, Any]:
-        """The fields of a recipe of which something was set, with its groups made."""
+        """Return the values by field of the recipe, with those of groups as group objects."""
         units = self._units()
-        self._check_share()
+        self._check_sparsity()
         found: dict[str, Any] = {} if units is None else {"units": units}
         for path, given in self.given.items():
             top = path.partition(".")[0]
@@ -89,22 +120,20 @@ class Settings:
         return found
 
     def refused(self, error: ValidationError, *group: str) -> InputError:
-        """The sentence on the first field, of a group or of the recipe itself, that pydantic finds wrong."""
+        """Return the error for the first field that pydantic refuses, of a group or of the recipe itself."""
         first = error.errors()[0]
-        name, *within = map(str, first["loc"]) if first["loc"] else ("",)  # a group as a whole
+        name, *within = map(str, first["loc"]) if first["loc"] else ("",)  # no name: a group as a whole
         path = ".".join(filter(None, [*group, name]))
         given = self.given.get(path) or Given(first["input"], path, 0)
-        return given.refused(first["msg"].removeprefix("Value error, "), first["input"], *within)
+        return given.refused(sentence(error), first["input"], *within)
 
     def _units(self) -> Units | None:
-        """The units; those of depth are whole sub-blocks, and whole sub-blocks are of depth, where one is not given."""
-        units, kind = self._patterned(), self.given.get("allocation.kind")
+        """Return the units; the later of units and allocation decides whether whole sub-blocks are removed."""
+        units, kind = self._units_and_pattern(), self.given.get("allocation.kind")
         chosen, depth = self.given.get("units"), kind is not None and kind.read(GROUPS["allocation"].of) is DepthSearch
         if isinstance(units, Blocks) == depth or chosen is None:
             return UNITS["blocks"] if depth else units
-        # A flat recipe of blocks was one of depth whatever its allocation.
-        flat = kind is not None and kind.spelling == "allocation" and not depth
-        if kind is None or flat or chosen.layer > kind.layer:
+        if kind is None or chosen.layer > kind.layer:
             self.given["allocation.kind"] = Given("uniform" if depth else "depth", "units", chosen.layer)
             return units
         if chosen.layer == kind.layer or not depth:
@@ -114,36 +143,35 @@ class Settings:
             )
         return UNITS["blocks"]
 
-    def _check_share(self) -> None:
-        """Refuse a sparsity that was set after what every block keeps, which it would not change."""
-        share, kind = self.given.get("sparsity"), self.given.get("allocation.kind")
-        if share is None or kind is None or kind.value != "given" or share.layer <= kind.layer:
-            return
-        raise share.refused("the recipe says what every block keeps: set allocation too, such as uniform")
-
-    def _patterned(self) -> Units | None:
-        """The units that were set, single weights in the pattern that was set."""
+    def _units_and_pattern(self) -> Units | None:
+        """Return the units as they were set, single weights with their pattern."""
         chosen, pattern = self.given.get("units"), self.given.get("units.weights")
         units = None if chosen is None else chosen.read(read_units)
         if pattern is None:
             return units
-        family = pattern.read(read_pattern)
-        if chosen is None or not isinstance(units, Weights):
-            replaced = chosen is not None and chosen.layer > pattern.layer and pattern.spelling not in ALIASES
-            if replaced or family == ANYWHERE:
+        family, age = pattern.read(read_pattern), -1 if chosen is None else chosen.layer - pattern.layer
+        if not isinstance(units, Weights):
+            if family == ANYWHERE or age > 0:
                 return units
             raise InputError(
                 f"the pattern {family.name} is one of single weights, but units are {(units or UNITS['mlp']).name}: "
                 "choose a recipe with units weights, such as sparsegpt"
             )
-        if units.family in (ANYWHERE, family) or chosen.layer < pattern.layer:
+        if units.family in (ANYWHERE, family) or age < 0:
             return Weights(family)
-        if chosen.layer == pattern.layer:
+        if age == 0:
             raise InputError(f"the pattern {family.name} is not {units.family.name}, that of the units: give one")
         return units
 
+    def _check_sparsity(self) -> None:
+        """Raise InputError where a sparsity overrides a recipe that lists what every block keeps."""
+        share, kind = self.given.get("sparsity"), self.given.get("allocation.kind")
+        if share is None or kind is None or kind.value != "given" or share.layer <= kind.layer:
+            return
+        raise share.refused("the recipe lists what every block keeps: set allocation too, such as uniform")
+
     def _group(self, path: str) -> Group | None:
-        """A group, made of what was set of it."""
+        """Return the group object of the values that were set; None where the group is off."""
         choice = GROUPS[path]
         switch = self.given.get(f"{path}.{choice.switch}", Given(choice.default, path, -1))
         model = switch.read(choice.of)
@@ -151,7 +179,7 @@ class Settings:
         for key in [key for key in self.given if key.startswith(f"{path}.")]:
             name = key.removeprefix(f"{path}.").partition(".")[0]
             if model is None or name not in model.model_fields:
-                self._idle(path, key, switch)
+                self._check_unused(path, key, switch)
             else:
                 inner = f"{path}.{name}"
                 made[name] = self._group(inner) if inner in GROUPS else self.given[key].value
@@ -160,34 +188,31 @@ class Settings:
         except ValidationError as error:
             raise self.refused(error, path) from error
 
-    def _idle(self, off: str, path: str, switch: Given) -> None:
-        """Let go what a group has no use for, if that may be: what is flat, or older than the group's switch.
+    def _check_unused(self, off: str, path: str, switch: Given) -> None:
+        """Raise InputError for a field without its group, unless it has its default or the group went off later.
 
-        The group that is off, or another than it was, may be one around that of the field.
+        The group that is off, or is of another kind, may be one around that of the field.
         """
         given, (group, _, name) = self.given[path], path.rpartition(".")
         owners = GROUPS[group].owners(name) if group in GROUPS else []
         if not owners:
-            inside = one_line(path.removeprefix(f"{off}."))
-            raise InputError(f"{off} has no field {inside!r}: it has {', '.join(GROUPS[off].names)}")
+            raise unknown_field(path, GROUPS[off].names, off)
         if name == GROUPS[group].switch and given.read(GROUPS[group].of) is None:
             return
-        info = owners[0].model_fields[name]
-        kind: Any = Annotated[info.annotation, info]  # type: ignore[valid-type]  # a type all the same
-        adapter = TypeAdapter[Any](kind, config=ConfigDict(allow_inf_nan=False))
-        try:
-            value = adapter.validate_python(given.value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise given.refused(first["msg"].removeprefix("Value error, "), first["input"], *first["loc"]) from error
-        flat, older = given.spelling in ALIASES, given.layer < switch.layer
-        if value == info.default:
+        if given.value == owners[0].model_fields[name].default or given.layer < switch.layer:
             return
-        if path in NEEDS and (flat or switch.spelling in ALIASES or not older):
-            raise InputError(NEEDS[path].format(value))
-        if not flat and not older:
-            kinds = [kind for kind, model in GROUPS[off].kinds.items() if name in model.model_fields]
-            raise InputError(
-                f"the recipe field {one_line(given.spelling)!r} does nothing without {off}.{GROUPS[off].switch}"
-                f"{' ' if kinds else ''}{' or '.join(kinds)}: set that too, or leave it out"
-            )
+        kinds = [kind for kind, model in GROUPS[off].kinds.items() if name in model.model_fields]
+        raise InputError(
+            f"the recipe field {one_line(given.spelling)!r} does nothing without {off}.{GROUPS[off].switch}"
+            f"{' ' if kinds else ''}{' or '.join(kinds)}: set that too, or leave it out"
+        )
+
+
+def unknown_field(path: str, known: Iterable[str], group: str = "") -> InputError:
+    """Return the error for a field that a recipe, or a group of its fields, does not have."""
+    name, known = path.removeprefix(f"{group}."), list(known)
+    inner = {} if group else {field: f"{path}.{field}" for path in GROUPS for field in GROUPS[path].names}
+    places = inner | ({} if group else RENAMED) | {path: path for path in (*inner.values(), *known)}
+    found = nearest(name, places)
+    question = "" if found is None else f" (did you mean {places[found]}?)"
+    return InputError(f"{group or 'a recipe'} has no field {one_line(name)!r}{question}: it has {', '.join(known)}")

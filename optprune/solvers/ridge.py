@@ -88,7 +88,7 @@ def refit(
     loss, last = problem.loss, refitting(choose(problem) if solver is None else solver)
     if last is None:
         raise InputError(
-            f"refit_damping needs a refit at the end, and a {problem.kind} problem is solved without one: "
+            f"refit.dampings needs a refit at the end, and a {problem.kind} problem is solved without one: "
             "name a solver that ends with restore or conjugate_gradients"
         )
     apart = HeldOut.of(loss, held_out)

@@ -1,6 +1,8 @@
 """Wording of values, errors and counts in sentences."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable, Sequence
 
 
 class _Short(reprlib.Repr):
@@ -41,3 +43,20 @@ def amount(size: int) -> str:
 def counted(number: int, one: str, more: str | None = None) -> str:
     """Return a number with its noun, such as 1 layer or 2 layers; `more` is an irregular plural."""
     return f"{number} {one if number == 1 else more or f'{one}s'}"
+
+
+def either(names: Sequence[str]) -> str:
+    """Return names as a list in words, such as "mlp, vo or all"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a name; None where none is like it."""
+    found = difflib.get_close_matches(str(name)[:100], list(known), n=1)
+    return found[0] if found else None
+
+
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """Return a question for the sentence on an unknown name, such as " (did you mean fasp?)", or nothing."""
+    found = nearest(name, known)
+    return "" if found is None else f" (did you mean {found}?)"

@@ -102,7 +102,7 @@ def test_every_layer_keeps_its_own_share_of_single_weights(pattern: str) -> None
     shares = [{down: 0.5}, {down: 0.5, query: 0.5}] if pattern == "2:4" else [{down: 0.25}, {down: 0.75, query: 0.5}]
     blocks = [BlockAllocation(shape, part) for shape, part in zip(decoder.shapes(), shares, strict=True)]
     allocation = Allocation.of(decoder, blocks)
-    recipe = load_recipe("magnitude", {"pattern": pattern})
+    recipe = load_recipe("magnitude", {"units.weights": pattern})
     report = prune(model, batches(), recipe, allocation=Allocation.from_json(allocation.to_json()))
     assert report.sparsity_reached == pytest.approx(allocation.sparsity, abs=1e-9)
     for index, block in enumerate(allocation.blocks):
@@ -223,7 +223,7 @@ def test_an_allocation_that_does_not_fit_the_model_is_refused(blocks: list[Block
     [
         ("fasp", {}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.5}), "needs a recipe with units weights"),
         ("wanda", {}, BlockAllocation(BlockShape(64, 2, 16)), "units are single weights"),
-        ("alps", {"pattern": "2:4"}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.6}), "with the pattern 2:4"),
+        ("alps", {"units.weights": "2:4"}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.6}), "with the pattern 2:4"),
     ],
 )
 def test_an_allocation_that_does_not_fit_the_recipe_is_refused(

@@ -13,7 +13,7 @@ from optprune.calibration import fisher_pass
 from optprune.calibration.stream import forward_work, head_weights
 from optprune.models import UNITS, Decoder, Experts, Mlp
 from optprune.recipe import load_recipe
-from optprune.recipe.allocator import by_cost
+from optprune.recipe.recipe import by_cost
 from optprune.work import Work
 from tests.helpers.tiny_models import ALL_MODELS, tiny_llama
 

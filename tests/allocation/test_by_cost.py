@@ -70,7 +70,7 @@ def losses(decoder: Decoder, metrics: dict[str, OutputMetric], counts: list[int]
 def test_no_other_widths_lose_less() -> None:
     decoder = Decoder(tiny_llama())
     metrics = metrics_of(decoder)
-    settings = {"units": "mlp", "sparsity": 0.3, "width_multiple": 16, "least_kept": 0.1}
+    settings = {"units": "mlp", "sparsity": 0.3, "allocation.multiple": 16, "allocation.least": 0.1}
     allocation = divided(decoder, load_recipe("structured_best", settings), metrics)
     widths = tuple(block.shape.mlp_width for block in allocation.blocks)
     counts = list(range(16, 129, 16))
@@ -92,7 +92,7 @@ def test_no_other_widths_lose_less() -> None:
 def test_widths_of_every_kind_of_unit_meet_the_budget(units: str) -> None:
     decoder = Decoder(tiny_llama(num_hidden_layers=3))
     sparsity = {"vo": 0.05, "kv-groups": 0.06, "all": 0.3}[units]
-    settings = {"units": units, "sparsity": sparsity, "least_kept": 0.3}
+    settings = {"units": units, "sparsity": sparsity, "allocation.least": 0.3}
     allocation = divided(decoder, load_recipe("structured_best", settings), metrics_of(decoder))
     assert allocation.sparsity >= sparsity
     assert allocation.sparsity <= sparsity + 0.1
@@ -100,7 +100,7 @@ def test_widths_of_every_kind_of_unit_meet_the_budget(units: str) -> None:
 
 def test_some_layers_stay_dense_under_an_n_m_pattern() -> None:
     model = tiny_llama()
-    recipe = load_recipe("sparse_best", {"pattern": "2:4", "sparsity": 0.3})
+    recipe = load_recipe("sparse_best", {"units.weights": "2:4", "sparsity": 0.3})
     report = prune(model, batches(), recipe)
     shares = [share for block in report.allocation["blocks"] for share in block["shares"].values()]
     assert set(shares) == {0.5, 1.0}
@@ -120,25 +120,25 @@ def test_the_recommended_recipes_run_on_every_architecture(name: str, recipe: st
 
 
 def test_a_budget_out_of_reach_is_an_input_error() -> None:
-    with pytest.raises(InputError, match=r"out of reach with units 'mlp' and least_kept 0\.45"):
+    with pytest.raises(InputError, match=r"out of reach with units 'mlp' and allocation\.least 0\.45"):
         divided(Decoder(tiny_llama()), load_recipe("structured_best", {"units": "mlp", "sparsity": 0.7}))
     with pytest.raises(InputError, match=r"2:4 has a sparsity of 0\.5"):
-        make_recipe({"units": "weights", "pattern": "2:4", "sparsity": 0.6, "allocation": "global"})
+        make_recipe({"units": "weights", "units.weights": "2:4", "sparsity": 0.6, "allocation": "global"})
 
 
 def test_a_budget_divided_without_a_metric_gives_a_note() -> None:
-    settings = {"output_metric": "none", "sparsity": 0.2, "probe_tokens": 0}
+    settings = {"metric": "none", "sparsity": 0.2, "allocation.probe_tokens": 0}
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
     assert any("not in one unit" in note for note in report.notes)
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"sparsity": 0.2}))
     assert not any("not in one unit" in note for note in report.notes)
-    with pytest.raises(StrictError, match="output_metric to diagonal"):
+    with pytest.raises(StrictError, match="set metric to diagonal"):
         prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "strict": True}))
 
 
 def test_the_budget_of_a_pattern_is_filled() -> None:
     decoder = Decoder(tiny_llama())
-    recipe = load_recipe("sparse_best", {"pattern": "2:4", "sparsity": 0.3})
+    recipe = load_recipe("sparse_best", {"units.weights": "2:4", "sparsity": 0.3})
     allocation = divided(decoder, recipe, metrics_of(decoder))
     left = (allocation.sparsity - 0.3) * decoder.linear_weights()
     thinned = [
@@ -152,14 +152,14 @@ def test_the_budget_of_a_pattern_is_filled() -> None:
 
 @pytest.mark.parametrize("recipe", ["sparse_best", "structured_best"])
 def test_something_is_left_where_nothing_seems_to_matter(recipe: str) -> None:
-    """With least_kept 0: a layer that no output depends on, and attention that costs nothing anywhere."""
+    """With a least share of 0: a layer that no output depends on, and attention that costs nothing anywhere."""
     model = tiny_llama()
     for block in model.model.layers:
         if recipe == "sparse_best":
             block.mlp.down_proj.weight.data.zero_()
         else:
             block.self_attn.o_proj.weight.data.zero_()
-    report = prune(model, batches(), load_recipe(recipe, {"least_kept": 0.0, "sparsity": 0.3}))
+    report = prune(model, batches(), load_recipe(recipe, {"allocation.least": 0.0, "sparsity": 0.3}))
     assert report.sparsity_reached >= 0.3 - 1e-3
     assert any(block["kv_heads"] for block in report.allocation["blocks"])
     assert all(share > 0 for block in report.allocation["blocks"] for share in block.get("shares", {}).values())
@@ -167,7 +167,7 @@ def test_something_is_left_where_nothing_seems_to_matter(recipe: str) -> None:
 
 def test_a_gram_matrix_that_must_be_damped_gives_a_warning() -> None:
     few = batches()[0][:1, :20]
-    settings = {"damping": 0.0, "units": "mlp", "sparsity": 0.2, "held_out": 0.0, "refit_damping": []}
+    settings = {"damping": 0.0, "units": "mlp", "sparsity": 0.2, "refit": "none"}
     report = prune(tiny_llama(), few, load_recipe("structured_best", settings))
     assert any("layers.0.mlp.down_proj" in note for note in report.notes)
     with pytest.raises(StrictError, match=r"layers\.0\.mlp\.down_proj"):
@@ -179,12 +179,17 @@ def test_a_gram_matrix_that_must_be_damped_gives_a_warning() -> None:
 @pytest.mark.parametrize(
     ("recipe", "settings", "error", "reason"),
     [
-        ("structured_best", {"units": "mlp", "sparsity": 0.55}, InputError, "least_kept 0.45: at most 33.3%"),
-        ("structured_best", {"units": "all", "sparsity": 0.6, "budget": "flops"}, InputError, "of the blocks' oper"),
-        ("structured_uniform_best", {"held_out": 0.9}, InputError, "none to calibrate on"),
-        ("sparsegpt", {"output_metric": "full"}, NoSolver, "take its diagonal"),
+        ("structured_best", {"units": "mlp", "sparsity": 0.55}, InputError, "allocation.least 0.45: at most 33.3%"),
+        (
+            "structured_best",
+            {"units": "all", "sparsity": 0.6, "allocation.currency": "flops"},
+            InputError,
+            "of the blocks' oper",
+        ),
+        ("structured_uniform_best", {"refit.held_out": 0.9}, InputError, "none to calibrate on"),
+        ("sparsegpt", {"metric": "full"}, NoSolver, "take its diagonal"),
         ("sparse_best", {"solver": ["admm", "restore"]}, NoSolver, "ConjugateGradients"),
-        ("fasp", {"solver": "sparsegpt", "output_metric": "diagonal"}, NoSolver, "accepts sparse least squares"),
+        ("fasp", {"solver": "sparsegpt", "metric": "diagonal"}, NoSolver, "accepts sparse least squares"),
     ],
 )
 def test_what_shapes_tell_is_refused_before_a_pass_over_the_text(

@@ -180,7 +180,9 @@ def a_head_that_nobody_needs(model: PreTrainedModel, block: int, head: int) -> P
 
 
 def recipe_with(**more: object) -> optprune.Recipe:
-    return load_recipe("structured_best", {"units": "all-heads", "sparsity": 0.1, "probe_tokens": 64, **more})
+    return load_recipe(
+        "structured_best", {"units": "all-heads", "sparsity": 0.1, "allocation.probe_tokens": 64, **more}
+    )
 
 
 @pytest.mark.parametrize("name", TINY_MODELS)
@@ -243,7 +245,7 @@ def test_what_a_plan_counts_is_what_a_probe_tries(least: float, monkeypatch: pyt
         return found
 
     monkeypatch.setattr(WidthCosts, "divergences", staticmethod(listen))
-    recipe, model = recipe_with(least_kept=least), tiny_llama()
+    recipe, model = recipe_with(**{"allocation.least": least}), tiny_llama()
     program = program_of(recipe, decoder=Decoder(model), length=48)
     prune(model, batches(), recipe)
     assert tried == [2 * program.probe_changes] == [2 * (3 if least else 5)]
@@ -260,7 +262,7 @@ def test_what_is_refused() -> None:
         RUNTIMES["transformers"].fitted(recipe_with(), Decoder(tiny_llama()))
     # At most the heads of a block and no value dimensions beside, or the other way round.
     most = 1 - 2 * FOUR_HEADS.weights_of(BlockShape(64, 2, 16)) / FOUR_HEADS.linear_weights()
-    with pytest.raises(InputError, match=f"least_kept 0.45: at most {most:.1%} of"):
+    with pytest.raises(InputError, match=f"allocation.least 0.45: at most {most:.1%} of"):
         program_of(recipe_with(sparsity=most + 0.01), decoder=FOUR_HEADS)
 
 

@@ -16,7 +16,7 @@ from optprune.measure import perplexity
 from optprune.models import Decoder, load_model
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.recipe.allocator import allocator_of
+from optprune.recipe.recipe import allocator_of
 from optprune.report import PhaseAdvanced, Report
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
@@ -46,7 +46,7 @@ def test_each_removal_is_the_one_that_costs_the_least_perplexity(name: str) -> N
     dense = TINY_MODELS[name](num_hidden_layers=3)
     tokens = torch.cat(batches())[:2]
     model = copy.deepcopy(dense)
-    report = prune(model, batches(), load_recipe("depth", {"sparsity": 0.45, "depth_tokens": 2 * 48}))
+    report = prune(model, batches(), load_recipe("depth", {"sparsity": 0.45, "allocation.score_tokens": 2 * 48}))
     gone = removed(report)
     assert len(gone) >= 2
     every = [(block, part) for block in range(3) for part in ("attention", "mlp")]
@@ -88,7 +88,7 @@ def hidden_states(model: PreTrainedModel, batch: torch.Tensor, block: int) -> tu
 @pytest.mark.parametrize("parts", ["attention", "mlp", "both", "layers"])
 def test_influence_is_one_minus_the_cosine_over_all_tokens(parts: str) -> None:
     model = tiny_llama(num_hidden_layers=4)
-    recipe = load_recipe("depth", {"depth_score": "influence", "depth_parts": parts, "sparsity": 0.25})
+    recipe = load_recipe("depth", {"allocation.score": "influence", "allocation.parts": parts, "sparsity": 0.25})
     scores: dict[tuple[int, str], float] = {}
     for block in range(4):
         sums = torch.zeros(3, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_influence_is_one_minus_the_cosine_over_all_tokens(parts: str) -> None:
 def test_no_further_removal_would_come_nearer_to_the_budget(parts: str, sparsity: float) -> None:
     model = tiny_llama(num_hidden_layers=4)
     total = Decoder(model).linear_weights()
-    recipe = load_recipe("depth", {"depth_score": "influence", "depth_parts": parts, "sparsity": sparsity})
+    recipe = load_recipe("depth", {"allocation.score": "influence", "allocation.parts": parts, "sparsity": sparsity})
     if parts == "layers" and sparsity == 0.1:
         with pytest.raises(InputError, match="less than half of the smallest sub-block"):
             prune(model, batches(), recipe)
@@ -135,7 +135,7 @@ def test_no_further_removal_would_come_nearer_to_the_budget(parts: str, sparsity
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_whole_layers_leave_a_stock_model(name: str, tmp_path: Path) -> None:
     model = TINY_MODELS[name](num_hidden_layers=4)
-    recipe = load_recipe("depth", {"depth_parts": "layers", "depth_score": "influence", "sparsity": 0.5})
+    recipe = load_recipe("depth", {"allocation.parts": "layers", "allocation.score": "influence", "sparsity": 0.5})
     report = prune(model, batches(), recipe)
     assert model.config.num_hidden_layers == 2
     assert len(report.removed) == 4
@@ -167,7 +167,7 @@ def test_choosing_changes_nothing_and_reports_progress() -> None:
 def test_a_choice_of_depth_can_be_narrowed_further() -> None:
     """Depth gives an allocation like any other: it is given back with narrower MLPs."""
     model = tiny_llama(num_hidden_layers=3)
-    recipe = load_recipe("depth", {"sparsity": 0.15, "depth_parts": "attention"})
+    recipe = load_recipe("depth", {"sparsity": 0.15, "allocation.parts": "attention"})
     division = allocator_of(recipe).divide(DenseModel(Decoder(model), batches()))
     allocation, chosen = division.allocation, division.removed
     blocks = tuple(

@@ -20,7 +20,12 @@ EXPERT = 3 * 64 * 48
 """the linear weights of an expert"""
 NEAR = 0.84
 """with it the second expert of the last block costs more than the first of the middle one"""
-BUDGET: dict[str, Any] = {"allocation": "global", "probe_tokens": 96, "held_out": 0, "least_kept": 0.5}
+BUDGET: dict[str, Any] = {
+    "allocation": "global",
+    "allocation.probe_tokens": 96,
+    "refit.held_out": 0,
+    "allocation.least": 0.5,
+}
 
 
 def mixture(layers: int = 3, middle: float = 1.0) -> Any:
@@ -85,7 +90,11 @@ def test_without_a_probe_the_size_of_what_a_mixture_answers_changes_nothing() ->
     for size in (0.01, 1.0, 100.0):
         model = mixture(layers=2, middle=size)
         share = 2 * EXPERT / Decoder(copy.deepcopy(model)).linear_weights()
-        prune(model, batches(), load_recipe("experts_best", {**BUDGET, "probe_tokens": 0, "sparsity": 0.99 * share}))
+        prune(
+            model,
+            batches(),
+            load_recipe("experts_best", {**BUDGET, "allocation.probe_tokens": 0, "sparsity": 0.99 * share}),
+        )
         kept.append([shape.experts for shape in Decoder(model).shapes()])
     assert sum(kept[0]) == 6 and kept[0] == kept[1] == kept[2]
 
@@ -106,7 +115,11 @@ def test_without_a_probe_costs_are_shares_of_what_a_mixture_answers(gone: int) -
     squares = [changes(model, block)[0] for block in range(3)]
     answered = [float(answers(model, block).square().sum()) for block in range(3)]
     share = gone * EXPERT / Decoder(copy.deepcopy(model)).linear_weights()
-    prune(model, batches(), load_recipe("experts_best", {**BUDGET, "probe_tokens": 0, "sparsity": share * 0.99}))
+    prune(
+        model,
+        batches(),
+        load_recipe("experts_best", {**BUDGET, "allocation.probe_tokens": 0, "sparsity": share * 0.99}),
+    )
     chosen = tuple(shape.experts for shape in Decoder(model).shapes())
     every = [tuple(counts) for counts in product(range(2, 5), repeat=3) if sum(counts) == 12 - gone]
     costs = {
@@ -118,16 +131,16 @@ def test_without_a_probe_costs_are_shares_of_what_a_mixture_answers(gone: int) -
 
 
 def test_without_a_probe_a_note_says_that_units_differ() -> None:
-    model, settings = mixture(2), {**BUDGET, "probe_tokens": 0, "sparsity": 0.1}
+    model, settings = mixture(2), {**BUDGET, "allocation.probe_tokens": 0, "sparsity": 0.1}
     report = prune(model, batches(), load_recipe("experts_best", settings))
-    assert any("not in one unit from block to block: set probe_tokens" in note for note in report.notes)
-    with pytest.raises(StrictError, match="set probe_tokens to 512"):
+    assert any("not in one unit from block to block: set allocation.probe_tokens" in note for note in report.notes)
+    with pytest.raises(StrictError, match=r"set allocation\.probe_tokens to 512"):
         prune(mixture(2), batches(), load_recipe("experts_best", {**settings, "strict": True}))
 
 
 def test_what_is_out_of_reach_is_refused() -> None:
-    with pytest.raises(InputError, match=r"out of reach .* and least_kept 0\.75: with 3 experts in every block"):
-        prune(mixture(2), batches(), load_recipe("experts_best", {**BUDGET, "least_kept": 0.75, "sparsity": 0.3}))
+    with pytest.raises(InputError, match=r"out of reach .* and allocation\.least 0\.75: with 3 experts in every block"):
+        prune(mixture(2), batches(), load_recipe("experts_best", {**BUDGET, "allocation.least": 0.75, "sparsity": 0.3}))
 
 
 def test_where_blocks_are_to_be_alike_experts_are_divided_evenly() -> None:

@@ -13,13 +13,13 @@ from optprune.calibration import Probe, calibrating, first_inputs
 from optprune.models import BlockAllocation, Decoder, Mlp
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.recipe.allocator import by_cost
+from optprune.recipe.recipe import by_cost
 from tests.helpers.expert_tokens import inner, last, routed
 from tests.helpers.tiny_models import ALL_MODELS
 from tests.helpers.token_batches import batches
 
 SETTINGS: dict[str, Any] = {
-    **{"units": "mlp", "output_metric": "none", "width_multiple": 8, "damping": 0, "refit": "none"},
+    **{"units": "mlp", "metric": "none", "allocation.multiple": 8, "damping": 0, "refit": "none"},
     **{"solver": [{"greedy_obs": {"batch": 8}}, "restore"], "sparsity": 0.25},
 }
 
@@ -35,7 +35,7 @@ def gathered(recipe: Recipe, tokens: int = 0) -> WidthCosts:
 
 
 def test_what_a_block_without_its_units_loses_is_a_mean_over_all_tokens() -> None:
-    recipe, dense = load_recipe("structured_best", {**SETTINGS, "probe_tokens": 0}), ALL_MODELS["mixtral"]()
+    recipe, dense = load_recipe("structured_best", {**SETTINGS, "allocation.probe_tokens": 0}), ALL_MODELS["mixtral"]()
     widths = gathered(recipe).widths
     assert [(width.block, width.kind, width.there) for width in widths] == [(0, Mlp(), 48), (1, Mlp(), 48)]
     tokens = sum(batch.numel() for batch in batches())
@@ -51,7 +51,7 @@ def test_what_a_block_without_its_units_loses_is_a_mean_over_all_tokens() -> Non
 
 def test_a_probe_tries_all_experts_of_a_block_together() -> None:
     """Its divergence is that of a model in which a run has narrowed this block alone."""
-    recipe = load_recipe("structured_best", {**SETTINGS, "probe_tokens": 96})
+    recipe = load_recipe("structured_best", {**SETTINGS, "allocation.probe_tokens": 96})
     costs, dense, ids = gathered(recipe, 2), ALL_MODELS["mixtral"](), batches()[0][:2]
     assert by_cost(recipe).changes(Mlp().candidates(Decoder(ALL_MODELS["mixtral"]()), 0)) == 1 == len(costs.tried) / 2
     with torch.no_grad():
@@ -73,7 +73,9 @@ def test_blocks_share_the_budget_and_experts_of_a_block_are_alike() -> None:
     model: Any = ALL_MODELS["mixtral"]()
     with torch.no_grad():  # what the experts of a block answer counts little
         model.model.layers[0].mlp.experts.down_proj.mul_(0.1)
-    report = prune(model, batches(), load_recipe("structured_best", {**SETTINGS, "damping": 0.01, "probe_tokens": 0}))
+    report = prune(
+        model, batches(), load_recipe("structured_best", {**SETTINGS, "damping": 0.01, "allocation.probe_tokens": 0})
+    )
     left = Decoder(model)
     first, second = left.shapes()
     assert first.mlp_width < second.mlp_width

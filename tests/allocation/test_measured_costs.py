@@ -24,7 +24,7 @@ from tests.helpers.divided import divided
 from tests.helpers.layer_inputs import inputs_of
 from tests.helpers.tiny_models import tiny_llama, tiny_opt
 
-PLAIN = {"output_metric": "none", "probe_tokens": 0}
+PLAIN = {"metric": "none", "allocation.probe_tokens": 0}
 
 
 def sparse(**settings: object) -> Recipe:
@@ -115,7 +115,7 @@ def test_a_free_bias_makes_up_for_units_that_do_not_vary(monkeypatch: pytest.Mon
         return share_budget(curves, budget)
 
     monkeypatch.setattr("optprune.allocation.width_costs.share_budget", listen)
-    settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "least_kept": 0.0}
+    settings = {**PLAIN, "units": "all", "sparsity": 0.2, "damping": 0.01, "allocation.least": 0.0}
     divided(Decoder(model), load_recipe("structured_best", settings))
     for block, (part, layer) in product((0, 1), (("mlp", "fc2"), ("attention", "self_attn.out_proj"))):
         weight, gram = around_the_mean(model, f"model.decoder.layers.{block}.{layer}")
@@ -154,9 +154,9 @@ def test_no_width_is_below_its_least_share(units: str, field: str, budget: str) 
     there = getattr(decoder.shape(0), field)
     # As much as half of one of the two blocks, which would leave the other block whole.
     half = (prices.whole[1] - prices.narrowed(1, UNITS[units].kinds[0], there // 2)) / sum(prices.whole)
-    settings = {**PLAIN, "units": units, "budget": budget, "budget_tokens": 64, "sparsity": half}
+    settings = {**PLAIN, "units": units, "allocation.currency": budget, "allocation.tokens": 64, "sparsity": half}
     for least, kept in ((0.5, there // 2), (0.0, 0)):
-        allocation = divided(decoder, load_recipe("structured_best", {**settings, "least_kept": least}))
+        allocation = divided(decoder, load_recipe("structured_best", {**settings, "allocation.least": least}))
         assert getattr(allocation.blocks[1].shape, field) == kept
         assert all(getattr(block.shape, field) >= least * there for block in allocation.blocks)
 
@@ -169,7 +169,7 @@ def test_no_layer_keeps_less_or_more_of_its_weights_than_its_limits() -> None:
         model.model.layers[1].mlp.up_proj.weight.mul_(1e3)
     decoder = Decoder(model)
     for least, most in ((0.2, 0.8), (0.1, 0.75), (0.25, 0.9)):
-        allocation = divided(decoder, sparse(least_kept=least, most_kept=most))
+        allocation = divided(decoder, sparse(**{"allocation.least": least, "allocation.most": most}))
         size = decoder.layer(0, "mlp.down_proj").weight.numel()
         assert allocation.blocks[0].share("mlp.down_proj") == pytest.approx(least, abs=1 / size)
         assert allocation.blocks[1].share("mlp.up_proj") == pytest.approx(most, abs=1 / size)

@@ -145,7 +145,9 @@ def divided_by(prices: Prices, monkeypatch: pytest.MonkeyPatch, **settings) -> A
     report = prune(
         tiny_llama(),
         batches(),
-        load_recipe("structured_best", {"units": "mlp", "width_multiple": 16, "probe_tokens": 0, **settings}),
+        load_recipe(
+            "structured_best", {"units": "mlp", "allocation.multiple": 16, "allocation.probe_tokens": 0, **settings}
+        ),
     )
     assert any(prices.unit in note for note in report.notes)
     return Allocation(
@@ -160,8 +162,9 @@ def test_a_budget_in_time_takes_from_where_it_saves_time(monkeypatch) -> None:
         each = (first, second)
         return Prices("the time", tuple(128 * cost for cost in each), lambda block, _, count: each[block] * count)
 
-    alike = divided_by(prices(1, 1), monkeypatch, budget="time", sparsity=0.3, least_kept=0.1)
-    uneven = divided_by(prices(1, 10), monkeypatch, budget="time", sparsity=0.3, least_kept=0.1)
+    in_time = {"allocation.currency": "time", "sparsity": 0.3, "allocation.least": 0.1}
+    alike = divided_by(prices(1, 1), monkeypatch, **in_time)
+    uneven = divided_by(prices(1, 10), monkeypatch, **in_time)
     taken = [[128 - block.shape.mlp_width for block in found.blocks] for found in (alike, uneven)]
     assert taken[1][1] / sum(taken[1]) > taken[0][1] / sum(taken[0])
     for found, (first, second) in ((alike, (1, 1)), (uneven, (1, 10))):
@@ -176,7 +179,13 @@ def test_a_budget_in_time_takes_from_where_it_saves_time(monkeypatch) -> None:
 @pytest.mark.parametrize("units", ["mlp", "all", "kv-groups"])
 def test_budgets_are_in_the_report(budget: str, units: str, a_clock_that_counts_weights) -> None:
     sparsity = 0.1 if units == "kv-groups" else 0.2
-    settings = {"budget": budget, "units": units, "sparsity": sparsity, "budget_tokens": 64, "least_kept": 0.1}
+    settings = {
+        "allocation.currency": budget,
+        "units": units,
+        "sparsity": sparsity,
+        "allocation.tokens": 64,
+        "allocation.least": 0.1,
+    }
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
     saves = report.allocation["saves"]
     assert float(saves.split("%")[0]) / 100 >= sparsity
@@ -186,23 +195,23 @@ def test_budgets_are_in_the_report(budget: str, units: str, a_clock_that_counts_
 
 
 def test_whole_sub_blocks_go_where_nothing_need_be_kept() -> None:
-    """An MLP that does nothing costs nothing to remove; one unit must stay where least_kept says so."""
+    """An MLP that does nothing costs nothing to remove; one unit must stay where the least share says so."""
 
     def useless_mlp():
         model = tiny_llama()
         torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
         return model
 
-    def shapes(**settings):
+    def shapes(least: float):
         model = useless_mlp()
-        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, **settings})
+        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "allocation.least": least})
         report = prune(model, batches(), recipe)
         logits = model(input_ids=torch.arange(5, 25)[None]).logits
         assert bool(torch.isfinite(logits).all())
         return [BlockShape(**block) for block in report.allocation["blocks"]]
 
-    assert shapes(least_kept=0)[1].mlp_width == 0
-    assert shapes(least_kept=0.01)[1].mlp_width > 0
+    assert shapes(0)[1].mlp_width == 0
+    assert shapes(0.01)[1].mlp_width > 0
 
 
 def test_attention_goes_whole_with_its_queries_and_keys() -> None:
@@ -213,18 +222,18 @@ def test_attention_goes_whole_with_its_queries_and_keys() -> None:
 
     for units in ("vo", "kv-groups", "all"):
         model = useless_attention()
-        settings = {"units": units, "sparsity": 0.05, "least_kept": 0}
+        settings = {"units": units, "sparsity": 0.05, "allocation.least": 0}
         report = prune(model, batches(), load_recipe("structured_best", settings))
         assert Decoder(model).shape(1).kv_heads == 0
         assert report.sparsity_reached >= 0.05
 
 
 def test_what_is_refused() -> None:
-    for settings in ({"allocation": "uniform"}, {"units": "weights", "pattern": "unstructured", "solver": None}):
-        with pytest.raises(InputError, match="divided over widths"):
-            load_recipe("structured_best", {"budget": "flops", "refit_damping": [], **settings})
-    with pytest.raises(InputError, match="budget"):
-        make_recipe({"budget": "seconds"})
+    for settings in ({"allocation": "uniform"}, {"units": "weights", "units.weights": "unstructured", "solver": None}):
+        with pytest.raises(InputError, match=r"allocation\.currency"):
+            load_recipe("structured_best", {"allocation.currency": "flops", "refit.dampings": [], **settings})
+    with pytest.raises(InputError, match=r"allocation\.currency"):
+        make_recipe({"allocation.currency": "seconds"})
     decoder = Decoder(tiny_llama())
     with pytest.raises(InputError, match="positions"):
         prices_of(decoder, "time", 1 << 20, KINDS)
@@ -232,5 +241,5 @@ def test_what_is_refused() -> None:
         prune(
             tiny_llama(),
             batches(),
-            load_recipe("structured_best", {"units": "mlp", "budget": "flops", "sparsity": 0.6}),
+            load_recipe("structured_best", {"units": "mlp", "allocation.currency": "flops", "sparsity": 0.6}),
         )

@@ -38,7 +38,7 @@ def batches() -> list[torch.Tensor]:
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_units_of_ones_own_are_cut_to_the_multiple(allocation: str) -> None:
     model = tiny_llama()
-    fields = {"units": Neurons(), "sparsity": 0.3, "width_multiple": 16, "allocation": allocation}
+    fields = {"units": Neurons(), "sparsity": 0.3, "allocation.multiple": 16, "allocation": allocation}
     prune(model, batches(), load_recipe("structured_best", fields))
     widths = [block.mlp.up_proj.out_features for block in model.model.layers]
     assert all(width % 16 == 0 for width in widths) and min(widths) < 128
@@ -47,7 +47,7 @@ def test_units_of_ones_own_are_cut_to_the_multiple(allocation: str) -> None:
 @pytest.mark.parametrize("settings", [{"units": "kv-groups"}, {"units": "kv-groups", "allocation": "global"}], ids=str)
 def test_heads_have_no_multiple(settings: dict) -> None:
     with pytest.raises(InputError, match="a width multiple of 16 does nothing with units 'kv-groups'"):
-        prune(tiny_llama(), batches(), Recipe(width_multiple=16, sparsity=0.2, **settings))
+        prune(tiny_llama(), batches(), Recipe({"allocation.multiple": 16}, sparsity=0.2, **settings))
 
 
 def test_heads_that_are_too_small_for_whole_multiples_are_refused() -> None:
@@ -74,5 +74,5 @@ def test_heads_that_are_too_small_for_whole_multiples_are_refused() -> None:
 )
 def test_what_has_no_widths_has_no_multiple(fields: dict) -> None:
     sparsity = {"sparsity": 0.5} if isinstance(fields.get("units"), dict) else {}
-    with pytest.raises(InputError, match="a width multiple of 16 does nothing here"):
-        Recipe(width_multiple=16, **fields, **sparsity)
+    with pytest.raises(InputError, match=r"allocation\.multiple"):
+        Recipe({"allocation.multiple": 16, **fields, **sparsity})

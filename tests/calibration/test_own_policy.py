@@ -38,7 +38,7 @@ class Between(Propagation):
 
 def pruned(name: str, recipe: str, policy: str | Propagation) -> list[Tensor]:
     model = TINY_MODELS[name]()
-    settings = {"propagation": policy, "held_out": 0.25, "recovery": 1}
+    settings = {"propagation": policy, "refit.held_out": 0.25, "refit.recovery": 1}
     report = prune(model, batches(), load_recipe(recipe, settings))
     assert report.recipe["propagation"] == (policy if isinstance(policy, str) else "between")
     return list(model.parameters())
@@ -87,7 +87,7 @@ def test_recovery_aims_at_the_targets_of_a_policy_of_other_facts(name: str, part
     dense = TINY_MODELS[name]()
     model = copy.deepcopy(dense)
     policy = OnePath("in order", independent=False, sequential=True, dense_target=False)
-    settings = {"sparsity": 0.5, "propagation": policy, "held_out": 0.25, "recovery": 1}
+    settings = {"sparsity": 0.5, "propagation": policy, "refit.held_out": 0.25, "refit.recovery": 1}
     report = prune(model, batches(), load_recipe("sparsegpt", settings))
     decoder, original = Decoder(model), Decoder(dense)
     used, count = hold_out(batches(), 0.25)

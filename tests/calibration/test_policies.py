@@ -101,7 +101,7 @@ def test_blocks_are_as_independent_as_their_policy_says(recipe: str, policy: str
         else:
             first = replace(first, shares=dict.fromkeys(decoder.paths(0), 0.25)) if less else first
             second = replace(second, shares=dict.fromkeys(decoder.paths(1), 0.5))
-        settings = {"propagation": policy, "held_out": 0.25, "recovery": 1}
+        settings = {"propagation": policy, "refit.held_out": 0.25, "refit.recovery": 1}
         prune(model, batches(), load_recipe(recipe, settings), allocation=Allocation.of(decoder, [first, second]))
         found.append(Decoder(model).blocks[1].state_dict().values())
     same = all(torch.equal(one, other) for one, other in zip(*found, strict=True))

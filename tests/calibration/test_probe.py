@@ -27,7 +27,7 @@ from optprune.numerics.kullback_leibler import divergence_terms
 from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe
-from optprune.recipe.allocator import by_cost
+from optprune.recipe.recipe import by_cost
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
 from tests.helpers.faults import noticed
@@ -114,7 +114,7 @@ def along(recipe: Recipe, decoder: Decoder, metrics: Mapping[str, OutputMetric],
 
 def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocation:
     decoder = decoder or Decoder(tiny_llama())
-    recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "least_kept": 0.1, **settings})
+    recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "allocation.least": 0.1, **settings})
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
     before = copy.deepcopy(decoder.model.state_dict())
     with calibrating(decoder):
@@ -125,7 +125,7 @@ def divided(probe: Probe, decoder: Decoder | None = None, **settings) -> Allocat
 
 @pytest.mark.parametrize("units", ["mlp", "all", "kv-groups"])
 def test_a_block_that_costs_more_than_predicted_keeps_more(units: str) -> None:
-    settings = {"units": units, "sparsity": 0.06 if units == "kv-groups" else 0.3, "least_kept": 0.01}
+    settings = {"units": units, "sparsity": 0.06 if units == "kv-groups" else 0.3, "allocation.least": 0.01}
     first, second = (divided(Told(values), **settings) for values in ([10.0, 0.001], [0.001, 10.0]))
     field = "kv_heads" if units == "kv-groups" else "mlp_width"
     kept = [[getattr(block.shape, field) for block in found.blocks] for found in (first, second)]
@@ -152,7 +152,10 @@ def test_a_sub_block_goes_where_its_absence_costs_little(block: int) -> None:
         gone = {other: [50.0, 50.0] for other in ("attention", "mlp")}
         gone[part][block] = 0.01
         shapes = [
-            each.shape for each in divided(ToldGone([9.0, 9.0], gone), units=units, least_kept=0, sparsity=0.15).blocks
+            each.shape
+            for each in divided(
+                ToldGone([9.0, 9.0], gone), units=units, sparsity=0.15, **{"allocation.least": 0}
+            ).blocks
         ]
         assert part not in shapes[block].parts
         assert len(shapes[1 - block].parts) == 2
@@ -162,7 +165,7 @@ def test_a_sub_block_goes_where_its_absence_costs_little(block: int) -> None:
 def test_weights_of_a_block_that_cost_more_than_predicted_stay(pattern: str, sparsity: float) -> None:
     decoder = Decoder(tiny_llama())
     metrics = collect_metrics(decoder, batches(), sampled(0)).damped(0.1)
-    recipe = load_recipe("sparse_best", {"pattern": pattern, "sparsity": sparsity})
+    recipe = load_recipe("sparse_best", {"units.weights": pattern, "sparsity": sparsity})
     kept = []
     for values in ([10.0, 0.001], [0.001, 10.0]):
         with calibrating(decoder):
@@ -190,8 +193,8 @@ def test_the_weights_of_a_block_are_masked_to_the_share_that_all_keep(monkeypatc
 
 def test_a_pattern_that_holds_everywhere_leaves_nothing_to_divide() -> None:
     for settings, divides in (
-        ({"pattern": "2:4"}, False),
-        ({"pattern": "2:4", "sparsity": 0.4}, True),
+        ({"units.weights": "2:4"}, False),
+        ({"units.weights": "2:4", "sparsity": 0.4}, True),
         ({}, True),
         ({"allocation": "uniform"}, False),
     ):
@@ -207,7 +210,7 @@ def test_the_units_are_removed_to_the_share_that_all_keep(monkeypatch) -> None:
         probe.returned.append(1.0)
 
     monkeypatch.setattr(Told, "try_out", look)
-    divided(Told([1.0, 1.0]), sparsity=0.3, width_multiple=16)
+    divided(Told([1.0, 1.0]), sparsity=0.3, **{"allocation.multiple": 16})
     assert seen == [96, 96]  # of 128, in steps of 16, next to 0.7 x 128 = 89.6
 
 
@@ -222,26 +225,31 @@ def test_a_real_probe_goes_through_the_model_and_leaves_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_it_is_part_of_a_run(name: str) -> None:
-    report = prune(TINY_MODELS[name](), batches(), load_recipe("sparse_best", {"probe_tokens": 50}))
+    report = prune(TINY_MODELS[name](), batches(), load_recipe("sparse_best", {"allocation.probe_tokens": 50}))
     assert report.sparsity_reached == pytest.approx(0.5, abs=1e-3)
     for units in ("mlp", "all"):
-        recipe = load_recipe("structured_best", {"units": units, "probe_tokens": 50})
+        recipe = load_recipe("structured_best", {"units": units, "allocation.probe_tokens": 50})
         report = prune(TINY_MODELS[name](), batches(), recipe)
         # The hull of so small a model has few corners.
         assert 0.2 <= report.sparsity_reached <= 0.25
 
 
 def test_probes_bring_squared_errors_to_one_unit() -> None:
-    settings = {"output_metric": "none", "units": "mlp"}
+    settings = {"metric": "none", "units": "mlp"}
     for tokens, told in ((0, True), (50, False)):
-        report = prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "probe_tokens": tokens}))
+        report = prune(
+            tiny_llama(), batches(), load_recipe("structured_best", {**settings, "allocation.probe_tokens": tokens})
+        )
         assert any("not in one unit" in note for note in report.notes) == told
 
 
 def test_where_no_budget_is_divided_nothing_is_probed(monkeypatch) -> None:
     monkeypatch.setattr("optprune.allocation.by_cost.Probe", lambda *_: pytest.fail("the model was probed"))
-    for recipe, settings in (("structured_best", {"allocation": "uniform"}), ("sparse_best", {"pattern": "2:4"})):
-        prune(tiny_llama(), batches(), load_recipe(recipe, {**settings, "probe_tokens": 50}))
+    for recipe, settings in (
+        ("structured_best", {"allocation": "uniform"}),  # over the probes of the recipe's own budget
+        ("sparse_best", {"units.weights": "2:4", "allocation.probe_tokens": 50}),
+    ):
+        prune(tiny_llama(), batches(), load_recipe(recipe, settings))
 
 
 def test_without_a_metric_the_size_of_the_hidden_states_changes_nothing() -> None:
@@ -256,7 +264,7 @@ def test_without_a_metric_the_size_of_the_hidden_states_changes_nothing() -> Non
             if hasattr(module, "variance_epsilon"):
                 module.variance_epsilon *= factor**2
         decoder = Decoder(model)
-        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "output_metric": "none"})
+        recipe = load_recipe("structured_best", {"units": "mlp", "sparsity": 0.3, "metric": "none"})
         with calibrating(decoder):
             allocation = along(recipe, decoder, {}, Told([1.0, 2.0]))
         widths.append([block.shape.mlp_width for block in allocation.blocks])
@@ -284,7 +292,9 @@ def test_progress_of_the_budget_reaches_its_end(recipe: str) -> None:
         if isinstance(event, PhaseAdvanced) and event.phase == BUDGET:
             told.append(event)
 
-    prune(tiny_llama(num_hidden_layers=3), batches(), load_recipe(recipe, {"probe_tokens": 64}), on_event=hear)
+    prune(
+        tiny_llama(num_hidden_layers=3), batches(), load_recipe(recipe, {"allocation.probe_tokens": 64}), on_event=hear
+    )
     shares = [event.share for event in told]
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0.0, 1.0)
     blocks, changes = ([event for event in told if event.unit == unit] for unit in ("block", "change"))

@@ -48,7 +48,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("settings", [{}, {"probe_tokens": 50}, {"units": "kv-groups", "sparsity": 0.06}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"allocation.probe_tokens": 50}, {"units": "kv-groups", "sparsity": 0.06}], ids=str
+)
 def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
     shared, alone = Statistics(), pruned(None, **settings)
     for run in range(2):
@@ -60,7 +62,7 @@ def test_a_run_with_shared_statistics_is_the_same(settings: dict) -> None:
 
 def test_costs_of_weights_that_a_probe_scales_are_as_they_were_for_the_next_run() -> None:
     """The statistics lie in memory: what a run scales is its own copy."""
-    shared, settings = Statistics(), {"recipe": "sparse_best", "probe_tokens": 50, "sparsity": 0.5}
+    shared, settings = Statistics(), {"recipe": "sparse_best", "allocation.probe_tokens": 50, "sparsity": 0.5}
     alone, first, second = (pruned(statistics, **settings) for statistics in (None, shared, shared))  # type: ignore[arg-type]
     assert shared.seconds_saved > 0
     for weights, report in (first, second):
@@ -86,11 +88,11 @@ def test_recipes_share_what_does_not_depend_on_their_difference(asked: list[str]
         assert asked == expected
 
 
-PLAIN = {"output_metric": "none", "probe_tokens": 0}
+PLAIN = {"metric": "none", "allocation.probe_tokens": 0}
 PAIRS: dict[str, tuple[dict, dict]] = {
-    "what is kept apart": ({**PLAIN, "held_out": 0.25}, {**PLAIN, "held_out": 0.5}),
-    "the widest metric": ({"metric_width": 32}, {"metric_width": 64}),
-    "what is computed in": (PLAIN, {"probe_tokens": 0}),
+    "what is kept apart": ({**PLAIN, "refit.held_out": 0.25}, {**PLAIN, "refit.held_out": 0.5}),
+    "the widest metric": ({"metric.width": 32}, {"metric.width": 64}),
+    "what is computed in": (PLAIN, {"allocation.probe_tokens": 0}),
 }
 
 

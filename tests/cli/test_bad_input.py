@@ -36,11 +36,11 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"recipe": "faspp"},
             (),
-            "the recipe 'faspp' is not known: use one of alps, alps_plus, depth, expert_frequency, experts_best, "
-            "fasp, ",
+            "the recipe 'faspp' is not known (did you mean fasp?): use one of alps, alps_plus, depth, "
+            "expert_frequency, experts_best, fasp, ",
         ),
         ({"recipe": "none.yaml"}, (), "none.yaml cannot be read"),
-        ({}, ("--set", "dampening=1"), "no field 'dampening': it has name, "),
+        ({}, ("--set", "dampening=1"), "no field 'dampening' (did you mean damping?): it has name, "),
         ({}, ("--set", "damping"), "'damping' is not of the form KEY=VALUE"),
         ({}, ("--set", "damping=-1"), "the recipe field 'damping' cannot be -1"),
         ({}, ("--set", "damping=[1"), "is not valid YAML"),
@@ -65,9 +65,9 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
             "66.7% of the decoder's linear weights; ask for less, or use --units all",
         ),
         ({"sparsity": 0.001}, (), "rounds to nothing"),
-        ({"units": "heads"}, (), "'units' cannot be 'heads'"),
-        ({"propagation": "backwards"}, (), "'backwards' is not known: use one of auto, cross, "),
-        ({"width_multiple": 0}, (), "'width_multiple' cannot be 0"),
+        ({"units": "heads"}, (), "--units cannot be 'heads' (did you mean all-heads?): use mlp, vo, "),
+        ({"propagation": "backwards"}, (), "--propagation cannot be 'backwards': use dense, pruned, "),
+        ({"width_multiple": 0}, (), "'allocation.multiple' cannot be 0"),
         ({"calibration": "missing.txt"}, (), "there is no text 'missing.txt': give a .txt"),
         ({"calibration": "demo:training"}, (), "use demo:calibration or demo:evaluation"),
         ({"seq_length": 513}, (), "longer than the 512 positions of the model"),
@@ -84,20 +84,20 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {},
             ("--set", "solver={greedy_obs: {size: 8}}"),
-            "the solver greedy_obs has no option 'size': it has ['batch']",
+            "the solver greedy_obs has no option 'size': it has batch",
         ),
         ({}, ("--set", "solver=[greedy_obs, 8]"), "a chain holds solvers, not 8"),
         (
             {},
             ("--set", "solver={restore: {factor_dtype: float8}}"),
-            "the dtype 'float8' is not known: use one of float32",
+            "the dtype 'float8' is not known (did you mean float64?): use one of float32",
         ),
         ({}, ("--set", "solver={spap: {scale: large}}"), "option scale of spap is 'large'"),
         ({}, ("--set", "damping=2001-99-99"), "the value in --set damping=2001-99-99 is not valid YAML"),
-        ({}, ("--set", "refit_damping=0.1"), "refit_damping is chosen on held-out tokens: set held_out"),
+        ({}, ("--set", "refit.dampings=0.1"), "'refit.dampings' does nothing without refit.held_out: set that"),
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
-        ({"dtype": "float99"}, (), "the dtype 'float99' is not known"),
-        ({"save_dtype": "float99"}, (), "the dtype 'float99' is not known"),
+        ({"dtype": "float99"}, (), "--dtype cannot be 'float99' (did you mean float32?): use auto, "),
+        ({"save_dtype": "float99"}, (), "--save-dtype cannot be 'float99'"),
         ({"device": "meta"}, (), "the device 'meta' is not known"),
         ({"device": "hpu"}, (), "the device 'hpu' is not known"),
         ({"device": "cpu:3"}, (), "the device 'cpu:3' is not known"),
@@ -114,12 +114,13 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ),
         (
             {"recipe": "sparse_best"},
-            ("--set", "least_kept=0.9", "--set", "most_kept=0.1"),
-            "no layer keeps at least 0.9 and at most 0.1 of its weights: lower least_kept, or raise most_kept",
+            ("--set", "allocation.least=0.9", "--set", "allocation.most=0.1"),
+            "no layer keeps at least 0.9 and at most 0.1 of its weights: lower allocation.least, or raise "
+            "allocation.most",
         ),
         (
             {"units": "blocks"},
-            ("--strict", "--set", "recovery=1", "--set", "held_out=0.1"),
+            ("--strict", "--set", "refit.recovery=1", "--set", "refit=0.1"),
             "recovery has nothing to refit",
         ),
         ({}, ("--frobnicate",), "No such option: --frobnicate"),
@@ -247,7 +248,9 @@ def test_a_device_that_is_not_there(attempt: Attempt) -> None:
 @pytest.mark.usefixtures("no_weights")
 def test_recovery_that_the_architecture_does_not_know(attempt: Attempt) -> None:
     attempt.model = save_tiny(tiny_opt(), attempt.folder / "opt")
-    sentence = attempt.fails(attempt.command("--strict", "--set", "recovery=1", units="mlp", recipe="structured_best"))
+    sentence = attempt.fails(
+        attempt.command("--strict", "--set", "refit.recovery=1", units="mlp", recipe="structured_best")
+    )
     assert "of opt it knows self_attn where a layer is pruned, and units mlp prune none there" in sentence
 
 

@@ -12,6 +12,7 @@ from optprune.models.units import MULTIPLE, WIDE, WIDE_MULTIPLE
 from optprune.program import RUNTIMES
 from optprune.pruning.run import STATES
 from optprune.recipe import load_recipe, recipe_names
+from optprune.system.wording import either
 from optprune.texts import SEQUENCES
 
 
@@ -30,7 +31,7 @@ def test_the_help_tells_names_and_defaults(capsys: pytest.CaptureFixture[str]) -
     assert main(["prune", "--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     for names in (choices.UNITS, choices.POLICIES, choices.RUNTIMES):
-        assert choices.listed(names) in told
+        assert either(names) in told
     assert f"the recipe's, {load_recipe('fasp').sparsity} for fasp" in told
     usual, advanced = told.split("Advanced options:")
     assert usual.count(" --") <= 22

@@ -119,7 +119,16 @@ def test_a_budget_in_operations_is_told_with_the_widths(
 ) -> None:
     output = tmp_path / "out"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL]
-    command += ["--recipe", "structured_best", "--units", "mlp", "--set", "budget=flops", "--set", "budget_tokens=64"]
+    command += [
+        "--recipe",
+        "structured_best",
+        "--units",
+        "mlp",
+        "--set",
+        "allocation.currency=flops",
+        "--set",
+        "allocation.tokens=64",
+    ]
     code, out, err = run(command, capsys)
     assert code == 0, err
     widths = [shape["mlp_width"] for shape in load_model(output, device="cpu").model.config.optprune_shapes]
@@ -307,7 +316,7 @@ def test_a_pattern_may_be_set_without_quotes(
 ) -> None:
     output = tmp_path / "out"
     command = ["prune", models["llama"], "--calibration", text, "--output", str(output), *SMALL, "--recipe", "wanda"]
-    code, _, err = run([*command, "--set", "pattern=2:4", "--set", "damping=1e-3"], capsys)
+    code, _, err = run([*command, "--set", "units.weights=2:4", "--set", "damping=1e-3"], capsys)
     assert code == 0, err
     recipe = json.loads((output / "report.json").read_text())["recipe"]
     assert (recipe["units"], recipe["damping"]) == ({"weights": "2:4"}, 0.001)
@@ -317,7 +326,9 @@ def test_a_pattern_may_be_set_without_quotes(
 
 
 def test_one_damping_is_a_list_of_one() -> None:
-    assert load_recipe("fasp", {"refit_damping": 0.1, "held_out": 0.1}).refit == Refit(held_out=0.1, dampings=(0.1,))
+    assert load_recipe("fasp", {"refit.dampings": 0.1, "refit.held_out": 0.1}).refit == Refit(
+        held_out=0.1, dampings=(0.1,)
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("healing")
     save_tiny(tiny_llama(num_hidden_layers=2), place / "dense")
     loaded = load_model(place / "dense")
-    recipe = load_recipe("structured_best", {"sparsity": 0.3, "width_multiple": 1})
+    recipe = load_recipe("structured_best", {"sparsity": 0.3, "allocation.multiple": 1})
     report = prune(loaded.model, batches(), recipe)
     with torch.no_grad():
         loaded.model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0

@@ -28,7 +28,7 @@ def no_weights_opened(monkeypatch: pytest.MonkeyPatch, no_weights: None) -> None
         (["--target", "tensorrt"], "the target 'tensorrt' is unknown: give transformers, vllm, gguf, onnx"),
         (["--target", "vllm", "--recipe", "structured_best"], "as --recipe structured_uniform_best does"),
         (["--target", "vllm"], "heads with fewer value dimensions than key dimensions: prune with --units mlp"),
-        (["--target", "transformers", "--recipe", "depth"], "--recipe depth --set depth_parts=layers"),
+        (["--target", "transformers", "--recipe", "depth"], "--recipe depth --set allocation.parts=layers"),
     ],
 )
 def test_what_is_refused_by_prune_and_plan(

@@ -36,6 +36,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> TwoTexts:
     return TwoTexts.into(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.mark.e2e
 def test_each_cell_is_what_its_run_alone_gives(texts: TwoTexts) -> None:
     model = loaded()
     before = copy.deepcopy(model.model)

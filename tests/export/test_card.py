@@ -24,7 +24,7 @@ LICENSED = "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\nla
 
 def pruned(source: Path, folder: Path, **options: Any) -> tuple[Path, LoadedModel]:
     loaded = load_model(source)
-    recipe = load_recipe("fasp", {"width_multiple": 1, **options})
+    recipe = load_recipe("fasp", {"allocation.multiple": 1, **options})
     report = prune(loaded.model, batches(), recipe, source=str(source), calibration=f"{source}/news.txt, 4 windows")
     return save_model(loaded, folder, report=report, recipe=recipe, check_tokens=batches()[0][:1]).folder, loaded
 
@@ -107,7 +107,7 @@ def test_the_demo_is_called_by_its_public_name() -> None:
 
 def test_a_text_of_the_hub_is_named(tmp_path: Path) -> None:
     source = save_tiny(tiny_llama(), tmp_path / "base")
-    loaded, recipe = load_model(source), load_recipe("wanda", {"pattern": "2:4", "sparsity": 0.5})
+    loaded, recipe = load_model(source), load_recipe("wanda", {"units.weights": "2:4", "sparsity": 0.5})
     report = prune(loaded.model, batches(), recipe, source=str(source), calibration="hf:owner/news:train, 4 windows")
     text = (
         save_model(loaded, tmp_path / "out", report=report, recipe=recipe, check_tokens=batches()[0][:1]).folder

@@ -73,7 +73,7 @@ def test_a_pruned_model_is_healed() -> None:
 @pytest.mark.parametrize("make", [tiny_opt, tiny_qwen2, lambda: tiny_llama(tie_word_embeddings=True)])
 def test_ties_and_uneven_widths_stay(make: Callable[[], Any]) -> None:
     dense, model = make(), make()
-    prune(model, batches(), load_recipe("structured_best", {"sparsity": 0.3, "width_multiple": 1}))
+    prune(model, batches(), load_recipe("structured_best", {"sparsity": 0.3, "allocation.multiple": 1}))
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     with torch.no_grad():  # restoration has left too little to heal

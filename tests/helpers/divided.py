@@ -5,7 +5,7 @@ from optprune.calibration import calibrating, first_inputs
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.recipe import Recipe
-from optprune.recipe.allocator import by_cost
+from optprune.recipe.recipe import by_cost
 from optprune.report import PhaseAdvanced
 from tests.helpers.token_batches import batches
 

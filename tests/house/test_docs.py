@@ -17,7 +17,7 @@ from benchmarks.reference_pages import KINDS, command_page
 from optprune.cli.app import app
 from optprune.models import ARCHITECTURES, LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
-from optprune.recipe.fields import recipe_fields
+from optprune.recipe.reference import recipe_fields
 from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
 
 FIRST_BLOCKS = 2
@@ -119,7 +119,7 @@ def test_an_extension_works_from_a_package_of_a_stranger(
 def test_every_extension_point_has_a_section_with_an_example() -> None:
     assert {name.lower() for name in SECTIONS} >= {
         *("objective", "penalty", "solver", "unit kind", "propagation policy", "allocator", "refinement"),
-        *("architecture", "recipe"),
+        *("architecture", "exporter", "recipe"),
     }
 
 

@@ -29,10 +29,13 @@ def nested(chain: Solver, _: int) -> Chain:
         (lambda: make_recipe({"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: load_recipe("fasp", {"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
         (lambda: Recipe.model_validate({"sparsity": 2}), "the recipe field 'sparsity' cannot be 2: "),
-        (lambda: Recipe(dampening=1), "no field 'dampening': it has name, "),  # type: ignore[call-arg]
-        (lambda: Recipe(recovery=1), "^recovery needs held-out tokens to decide where to stop: set held_out"),
+        (lambda: Recipe(dampening=1), "no field 'dampening'.*did you mean damping.*: it has name, "),  # type: ignore[call-arg]
+        (
+            lambda: Recipe({"refit.recovery": 1}),
+            r"field 'refit\.recovery' does nothing without refit\.held_out",
+        ),
         (lambda: Recipe(solver={"spap": {"first": -1}}), "'solver' cannot be .*: first of Spap must be"),  # type: ignore[arg-type]
-        (lambda: Recipe(pattern="2:x"), "'pattern' cannot be '2:x': the pattern '2:x' is not known"),  # type: ignore[arg-type]
+        (lambda: Recipe(units={"weights": "2:x"}), "'units' cannot be '2:x': the pattern '2:x' is not known"),  # type: ignore[arg-type]
         (lambda: Fista(-1.0), "tolerance of Fista must be between"),
         (lambda: Random(-1), "seed of Random must be between"),
         (lambda: FistaPath(ratio=0.5), "ratio of FistaPath must be more than 1"),

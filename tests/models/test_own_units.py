@@ -68,7 +68,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_units_of_another_package_are_cut_to_the_multiple(package, allocation: str, multiple: int | None) -> None:
     model = tiny_llama()
     batches = list(torch.randint(5, 500, (4, 2, 24), generator=torch.Generator().manual_seed(1)))
-    fields = {"units": package.Quads(), "sparsity": 0.3, "width_multiple": multiple, "allocation": allocation}
+    fields = {"units": package.Quads(), "sparsity": 0.3, "allocation.multiple": multiple, "allocation": allocation}
     report = prune(model, batches, load_recipe("structured_best", fields))
     assert report.recipe["units"] == "quads"
     widths = [block.mlp.up_proj.out_features for block in model.model.layers]

@@ -164,7 +164,7 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
     before = Decoder(model).shapes()
     multiple = 8 if experts_in(name) else 1
     report = prune(
-        model, batches(3), load_recipe("fasp", {"units": "all", "sparsity": 0.2, "width_multiple": multiple})
+        model, batches(3), load_recipe("fasp", {"units": "all", "sparsity": 0.2, "allocation.multiple": multiple})
     )
     assert report.sparsity_reached == pytest.approx(0.2, abs=0.02 * multiple)
     after = Decoder(model).shapes()
@@ -186,7 +186,7 @@ def test_a_mixed_folder_can_be_pruned_again(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_blocks_without_a_part_are_pruned_under_a_metric(name: str, recipe: str) -> None:
     model = mixed(ALL_MODELS[name](num_hidden_layers=4))
-    settings = {"held_out": 0.25} if recipe == "structured_best" else {}
+    settings = {"refit.held_out": 0.25} if recipe == "structured_best" else {}
     report = prune(model, batches(), load_recipe(recipe, {"sparsity": 0.2, **settings}))
     assert report.sparsity_reached == pytest.approx(0.2, abs=0.02)
 

@@ -88,7 +88,7 @@ def test_shards_that_a_run_has_made_are_turned_again(tmp_path: Path) -> None:
     gpt2().save_pretrained(tmp_path / "dense")
     whole, journal = load_model(tmp_path / "dense"), Journal(tmp_path / "run")
     opened = open_model(tmp_path / "dense", sink=journal.sink)
-    recipe = load_recipe("wanda", {"pattern": "2:4"})
+    recipe = load_recipe("wanda", {"units.weights": "2:4"})
     prune(whole.model, batches(), recipe)
     prune(opened.model, batches(), recipe, store=opened.store, journal=journal)
     folder = save_model(opened, tmp_path / "out", made=journal.shards(), max_shard_size="300KB").folder

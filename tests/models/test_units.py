@@ -108,7 +108,7 @@ def test_units_of_ones_own(settings: dict) -> None:
     """Pairs of units are removed wherever the budget takes them."""
     model = tiny_llama()
     before = [block.mlp.up_proj.weight.detach().clone() for block in model.model.layers]
-    recipe = load_recipe("structured_best", {"units": Pairs(), "sparsity": 0.2, "width_multiple": 1, **settings})
+    recipe = load_recipe("structured_best", {"units": Pairs(), "sparsity": 0.2, "allocation.multiple": 1, **settings})
     report = prune(model, batches(), recipe)
     assert report.recipe["units"] == "pairs"
     assert report.sparsity_reached == pytest.approx(0.2, abs=0.01)
@@ -167,7 +167,7 @@ class InColumns(PatternFamily):
 
 def test_a_pattern_family_of_ones_own() -> None:
     model = tiny_llama()
-    recipe = load_recipe("wanda", {"pattern": InColumns(), "sparsity": 0.5})
+    recipe = load_recipe("wanda", {"units.weights": InColumns(), "sparsity": 0.5})
     assert recipe.units == Weights(InColumns())
     report = prune(model, batches(), recipe)
     assert report.recipe["units"] == {"weights": "columns"} and report.sparsity_reached == 0.5
@@ -179,9 +179,9 @@ def test_a_pattern_family_of_ones_own() -> None:
 
 @pytest.mark.parametrize("pattern", ["unstructured", "rows", "2:4"])
 def test_single_weights_have_the_pattern_of_the_recipe(pattern: str) -> None:
-    recipe = Recipe(units="weights", pattern=pattern, sparsity=0.5)
+    recipe = Recipe(units={"weights": pattern}, sparsity=0.5)
     assert recipe.units == Weights(pattern_family(pattern)) == Recipe(**{**dict(recipe), "units": recipe.units}).units
     assert make_recipe(recipe.to_dict()) == recipe
     for units in (recipe.units, {"weights": pattern}, "weights"):
-        more = {"pattern": pattern} if units == "weights" else {}
+        more = {"units.weights": pattern} if units == "weights" else {}
         assert make_recipe({"units": units, "sparsity": 0.5, **more}) == recipe

@@ -58,9 +58,12 @@ def test_healing_reads_the_models_own_logits(name: str) -> None:
 
 
 RUNS = {
-    "value dimensions and MLP units": ("fasp", {"recovery": 1, "held_out": 0.25, "sparsity": 0.2}),
-    "a budget over all blocks": ("structured_best", {"held_out": 0.25, "sparsity": 0.2, "width_multiple": 1}),
-    "single weights in a metric": ("sparse_best", {"pattern": "2:4", "sparsity": 0.4}),
+    "value dimensions and MLP units": ("fasp", {"refit.recovery": 1, "refit.held_out": 0.25, "sparsity": 0.2}),
+    "a budget over all blocks": (
+        "structured_best",
+        {"refit.held_out": 0.25, "sparsity": 0.2, "allocation.multiple": 1},
+    ),
+    "single weights in a metric": ("sparse_best", {"units.weights": "2:4", "sparsity": 0.4}),
     "sub-blocks": ("depth", {"sparsity": 0.3}),
 }
 
@@ -68,7 +71,7 @@ RUNS = {
 WITH_EXPERTS = {
     "value dimensions and MLP units": RUNS["value dimensions and MLP units"],
     "single weights, on two paths": ("sparsegpt", {"propagation": "cross", "sparsity": 0.5}),
-    "a budget over all blocks": ("structured_best", {"held_out": 0.25, "sparsity": 0.2}),
+    "a budget over all blocks": ("structured_best", {"refit.held_out": 0.25, "sparsity": 0.2}),
     "single weights in a metric": RUNS["single weights in a metric"],
     "sub-blocks": ("depth", {"sparsity": 0.4}),
 }
@@ -97,7 +100,7 @@ def test_a_run_leaves_a_folder_that_answers_as_the_model_does(name: str, run: st
     assert report.sparsity_reached == pytest.approx(1 - (decoder.linear_weights() - zeros) / before)
     assert report.sparsity_reached == pytest.approx(settings["sparsity"], abs=0.07)
     affine = len(decoder.architecture.recoverable)
-    recovered = "recovery" in settings
+    recovered = "refit.recovery" in settings
     assert len(report.recovered) == (3 * affine if recovered else 0)
     assert any("recovery has nothing to refit" in note for note in report.notes) == (affine == 0 and recovered)
     for part in report.recovered:

@@ -27,11 +27,11 @@ from tests.helpers.damaged_blocks import LAYERS, damaged_block
 from tests.helpers.tiny_models import TINY_MODELS, VARIANTS
 from tests.helpers.token_batches import batches
 
-MATCHED = {"held_out": 0.25, "matching": 4}
+MATCHED = {"refit.held_out": 0.25, "refit.matching": 4}
 RECIPES = [
-    ("wanda", {"pattern": "2:4"}),
-    ("wanda", {"pattern": "rows", "sparsity": 0.5}),
-    ("magnitude", {"pattern": "unstructured", "sparsity": 0.6}),
+    ("wanda", {"units.weights": "2:4"}),
+    ("wanda", {"units.weights": "rows", "sparsity": 0.5}),
+    ("magnitude", {"units.weights": "unstructured", "sparsity": 0.6}),
     ("fasp", {"units": "all", "sparsity": 0.3}),
 ]
 
@@ -48,11 +48,12 @@ CASES = [
 ]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(("variant", "case", "policy"), CASES)
 def test_masks_and_widths_are_those_of_a_run_without(variant: str, case: tuple[str, dict], policy: str) -> None:
     (recipe, settings), make = case, VARIANTS[variant]
     # Under policies whose later blocks hang on those before, masks are those of other inputs: one block is enough.
-    settings = {**settings, "propagation": policy, "held_out": 0.25}
+    settings = {**settings, "propagation": policy, "refit.held_out": 0.25}
     blocks = None if POLICIES[policy].independent else 1
 
     def shallow() -> PreTrainedModel:
@@ -66,7 +67,7 @@ def test_masks_and_widths_are_those_of_a_run_without(variant: str, case: tuple[s
         return model
 
     plain, _ = run(shallow, recipe, settings)
-    matched, report = run(shallow, recipe, {**settings, "matching": 4})
+    matched, report = run(shallow, recipe, {**settings, "refit.matching": 4})
     states = zip(plain.state_dict().items(), matched.state_dict().values(), strict=True)
     inside = Decoder(plain).architecture.blocks
     for (name, before), after in states:
@@ -85,9 +86,9 @@ def test_masks_and_widths_are_those_of_a_run_without(variant: str, case: tuple[s
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_kept_weight_moves(name: str) -> None:
     """Of q, k, v, o, the MLP (OPT's fc1 too) and the norms, with the biases."""
-    settings = {"pattern": "2:4", "held_out": 0.25, "propagation": "dense"}
+    settings = {"units.weights": "2:4", "refit.held_out": 0.25, "propagation": "dense"}
     plain, _ = run(TINY_MODELS[name], "wanda", settings)
-    matched, report = run(TINY_MODELS[name], "wanda", {**settings, "matching": 4})
+    matched, report = run(TINY_MODELS[name], "wanda", {**settings, "refit.matching": 4})
     before, after = (dict(Decoder(model).blocks[0].named_parameters()) for model in (plain, matched))
     assert report.recovered[0].steps > 0 and set(report.recovered[0].layers) == set(before)
     for key, weight in before.items():
@@ -101,7 +102,7 @@ def test_every_kept_weight_moves(name: str) -> None:
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_report_says_what_a_pass_of_the_written_block_says(name: str, policy: str) -> None:
     """The last block's error on the tokens kept apart, measured anew along the policy's path."""
-    dense, settings = TINY_MODELS[name](), {"pattern": "2:4", "propagation": policy, **MATCHED}
+    dense, settings = TINY_MODELS[name](), {"units.weights": "2:4", "propagation": policy, **MATCHED}
     model = copy.deepcopy(dense)
     report = prune(model, batches(8, 96), load_recipe("wanda", settings))
     whole, pruned = Decoder(dense), Decoder(model)
@@ -149,6 +150,7 @@ def test_a_metric_acts() -> None:
     assert errors[0] < 0.7 * errors[1]
 
 
+@pytest.mark.e2e
 def test_the_metric_is_that_of_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The metric of what is added last: the gradient there is that at the block's output."""
     seen = []
@@ -159,7 +161,7 @@ def test_the_metric_is_that_of_the_residual_stream(monkeypatch: pytest.MonkeyPat
         return honest(*args, **more)
 
     monkeypatch.setattr(block_module, "match_block", watched)
-    settings = {"pattern": "2:4", "sparsity": 0.5, "metric_tokens": 96, **MATCHED}
+    settings = {"units.weights": "2:4", "sparsity": 0.5, "metric.tokens": 96, **MATCHED}
     for name, make in TINY_MODELS.items():
         seen.clear()
         model = make()
@@ -174,7 +176,7 @@ def test_where_a_norm_comes_last_the_metric_is_not_that(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         block_module, "match_block", lambda *args, **more: seen.append(more["metric"]) or honest(*args, **more)
     )
-    settings = {"pattern": "2:4", "sparsity": 0.5, "metric_tokens": 96, **MATCHED}
+    settings = {"units.weights": "2:4", "sparsity": 0.5, "metric.tokens": 96, **MATCHED}
     prune(TINY_MODELS["opt"](do_layer_norm_before=False), batches(8, 96), load_recipe("sparse_best", settings))
     assert seen == [None, None]
 
@@ -189,7 +191,7 @@ def test_fewer_tokens_are_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(block_module, "match_block", watched)
     for policy in POLICIES:
-        run(TINY_MODELS["llama"], "wanda", {"propagation": policy, **MATCHED, "matching_tokens": 100})
+        run(TINY_MODELS["llama"], "wanda", {"propagation": policy, **MATCHED, "refit.matching.tokens": 100})
     assert len(set(seen)) == 1
     [(fit, apart)] = set(seen)
     used, count = hold_out(batches(8, 96), 0.25)
@@ -263,11 +265,12 @@ def block_answers(block, args, kwargs) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_block_without_its_attention_aims_at_the_whole_one(policy: str) -> None:
     """What is removed whole is what the rest is matched for."""
     dense = TINY_MODELS["llama"]()
-    settings = {"least_kept": 0.0, "sparsity": 0.5, "allocation": "global", "units": "all", "propagation": policy}
+    settings = {"allocation.least": 0.0, "sparsity": 0.5, "allocation": "global", "units": "all", "propagation": policy}
     model = copy.deepcopy(dense)
     report = prune(model, batches(8, 96), load_recipe("fasp", {**settings, **MATCHED}))
     assert all(part.held_out_after <= part.held_out_before for part in report.recovered)
@@ -281,23 +284,27 @@ def test_a_block_without_its_attention_aims_at_the_whole_one(policy: str) -> Non
 
 
 def test_it_follows_the_recovery_of_sub_modules() -> None:
-    settings = {"pattern": "2:4", "recovery": 1, **MATCHED}
+    settings = {"units.weights": "2:4", "refit.recovery": 1, **MATCHED}
     _, report = run(TINY_MODELS["llama"], "wanda", settings)
     last = [part.name.rpartition(".")[2] for part in report.recovered]
     assert last == ["self_attn", "mlp", "0", "self_attn", "mlp", "1"]
 
 
 def test_it_asks_for_what_it_needs() -> None:
-    with pytest.raises(InputError, match="matching needs held-out tokens to decide where to stop: set held_out"):
-        load_recipe("wanda", {"matching": 4})
+    with pytest.raises(InputError, match=r"'refit\.matching' does nothing without refit\.held_out: set that too"):
+        load_recipe("wanda", {"refit.matching": 4})
     with pytest.raises(StrictError, match="matching has nothing to match"):
-        prune(TINY_MODELS["llama"](), batches(), load_recipe("depth", {**MATCHED, "depth_tokens": 64, "strict": True}))
+        prune(
+            TINY_MODELS["llama"](),
+            batches(),
+            load_recipe("depth", {**MATCHED, "allocation.score_tokens": 64, "strict": True}),
+        )
 
 
 def test_states_in_a_file_give_the_same_bytes(tmp_path: Path) -> None:
     models = [TINY_MODELS["qwen2"]() for _ in range(2)]
     for model, states in zip(models, ("device", "disk"), strict=True):
-        settings = {"pattern": "2:4", "propagation": "cross", **MATCHED}
+        settings = {"units.weights": "2:4", "propagation": "cross", **MATCHED}
         prune(model, batches(8, 96), load_recipe("wanda", settings), states=states)
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)

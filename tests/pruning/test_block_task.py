@@ -13,7 +13,7 @@ from optprune.metric import Metrics
 from optprune.models import Decoder
 from optprune.pruning.block import BlockTask, prune_block
 from optprune.recipe import Recipe
-from optprune.recipe.allocator import allocator_of
+from optprune.recipe.recipe import allocator_of
 from tests.helpers.short_runs import batches
 
 INDEPENDENT = [name for name, policy in POLICIES.items() if policy.independent]

@@ -45,7 +45,7 @@ def logits(model: Any) -> torch.Tensor:
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP units": ("fasp", {"units": "mlp", "sparsity": 0.2}),
-    "single weights": ("wanda", {"pattern": "2:4", "sparsity": 0.5}),
+    "single weights": ("wanda", {"units.weights": "2:4", "sparsity": 0.5}),
 }
 
 
@@ -87,7 +87,7 @@ def test_heads_go_where_the_stock_class_holds_fewer(tmp_path: Path) -> None:
 def test_blocks_from_files_are_pruned_as_those_in_memory(tmp_path: Path) -> None:
     folder, draft = saved("glm4", tmp_path), draft_of("glm4")
     whole, opened = load_model(folder, architecture=draft), open_model(folder, architecture=draft)
-    recipe = load_recipe("wanda", {"pattern": "2:4"})
+    recipe = load_recipe("wanda", {"units.weights": "2:4"})
     prune(whole.model, batches(), recipe)
     prune(opened.model, batches(), recipe, store=opened.store)
     left, there = weights_of(whole.decoder()), weights_of(opened.decoder())
@@ -121,7 +121,7 @@ def test_a_draft_that_breaks_a_law_is_refused_when_it_is_given(tmp_path: Path) -
             "stay alike under a draft, and the recipe structured_best lets them differ",
         ),
         ("depth", {}, "no sub-block of a starcoder2 model can be removed under a draft"),
-        ("depth", {"depth_parts": "layers"}, "no sub-block of a starcoder2 model can be removed under a draft"),
+        ("depth", {"allocation.parts": "layers"}, "no sub-block of a starcoder2 model can be removed under a draft"),
     ],
 )
 def test_what_a_stock_class_cannot_hold_is_refused_beforehand(

@@ -43,7 +43,7 @@ def test_every_recipe_has_an_expectation_of_every_phase(architecture: str) -> No
 
 
 def test_it_grows_with_the_tokens_and_the_blocks() -> None:
-    recipe = load_recipe("structured_best", {"metric_tokens": 10**6})
+    recipe = load_recipe("structured_best", {"metric.tokens": 10**6})
 
     def expected(tokens: int, **config: int) -> dict[str, float]:
         return expected_seconds(program_of(recipe, samples=tokens // LENGTH, decoder=shapes(**config)), 0, CPU)

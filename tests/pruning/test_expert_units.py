@@ -175,12 +175,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "odd widths": (
         "mixtral",
-        {"width_multiple": 3},
+        {"allocation.multiple": 3},
         "in block 0, which has 48, but experts' widths are multiples of 8",
     ),
     "odd widths of a budget": (
         "qwen3_moe",
-        {"allocation": "global", "width_multiple": 4},
+        {"allocation": "global", "allocation.multiple": 4},
         "mlp_width is to be a multiple of 4, but experts' widths",
     ),
     "heads under one norm": (

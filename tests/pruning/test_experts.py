@@ -33,7 +33,7 @@ def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
     model, dense = ALL_MODELS[name](), ALL_MODELS[name]()
     shapes = [shape.counts() for shape in Decoder(model).shapes()]
     allocation = Allocation.from_dict({"sparsity": 0.1, "blocks": [{**shapes[0], "experts": 2}, shapes[1]]})
-    report = prune(model, batches(), load_recipe("experts_best", {"held_out": 0}), allocation=allocation)
+    report = prune(model, batches(), load_recipe("experts_best", {"refit.held_out": 0}), allocation=allocation)
     expected = answers(dense, 0)
     costs = {
         kept: float((answers(cut(dense, 0, list(kept)), 0) - expected).square().sum(1).mean()) / 2
@@ -54,7 +54,7 @@ def test_the_choice_costs_least_of_all_by_removal_by_hand(name: str) -> None:
 def test_the_held_out_error_is_that_of_the_tokens_apart_and_every_choice_is_told() -> None:
     """Of the first block, on the last two of eight sequences, by what the pruned mixture and the dense one answer."""
     model, dense, events = ALL_MODELS["qwen3_moe"](), ALL_MODELS["qwen3_moe"](), list[Event]()
-    recipe = load_recipe("experts_best", {"held_out": 0.25, "sparsity": 0.17, "propagation": "dense"})
+    recipe = load_recipe("experts_best", {"refit.held_out": 0.25, "sparsity": 0.17, "propagation": "dense"})
     report = prune(model, batches(), recipe, on_event=events.append)
     Decoder(model).joined()
     apart = batches()[-1].numel()
@@ -110,9 +110,12 @@ def test_streamed_resumed_and_shared_runs_give_the_same_weights(policy: str, tmp
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too much": ({"sparsity": 0.8}, "out of reach with units 'experts': with 2 experts a block, as many as the router"),
     "too little": ({"sparsity": 0.01}, "rounds to nothing: one expert of 4 in each block is 18.8%"),
-    "another solver": ({"solver": "wanda"}, "Wanda does not solve what units experts state: experts are chosen by"),
-    "an objective": ({"objective": "linked"}, "whole experts go by their own cost: leave the objective out"),
-    "units of another kind": ({"units": "mlp"}, "Reap does not solve what units mlp state"),
+    "another solver": (
+        {"solver": "wanda"},
+        "Wanda does not solve the problems of units experts: experts are chosen by",
+    ),
+    "an objective": ({"objective": "linked"}, "whole experts have an objective of their own: leave the objective out"),
+    "units of another kind": ({"units": "mlp"}, "Reap does not solve the problems of units mlp"),
 }
 
 

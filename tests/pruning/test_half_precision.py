@@ -21,13 +21,13 @@ from tests.helpers.weights import weights_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "depth": {"sparsity": 0.3},
-    "structured_best": {"sparsity": 0.3, "least_kept": 0.2, "probe_tokens": 50},
+    "structured_best": {"sparsity": 0.3, "allocation.least": 0.2, "allocation.probe_tokens": 50},
 }
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
-    "weights": ("sparse_best", {"held_out": 0.25}),
-    "weights with probes": ("sparse_best", {"pattern": "2:4", "sparsity": 0.4, "probe_tokens": 50}),
+    "weights": ("sparse_best", {"refit.held_out": 0.25}),
+    "weights with probes": ("sparse_best", {"units.weights": "2:4", "sparsity": 0.4, "allocation.probe_tokens": 50}),
     "units with probes": ("structured_best", SETTINGS["structured_best"]),
-    "probes alone": ("structured_best", {**SETTINGS["structured_best"], "output_metric": "none"}),
+    "probes alone": ("structured_best", {**SETTINGS["structured_best"], "metric": "none"}),
 }
 
 
@@ -72,7 +72,7 @@ def test_the_weights_are_those_of_a_run_in_float32_rounded(run: str, dtype: torc
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_later_layers_and_blocks_see_answers_as_they_are_rounded(name: str) -> None:
     model = TINY_MODELS[name]().to(torch.bfloat16)
-    solved, settings = [], {"propagation": "cross", "output_metric": "diagonal"}
+    solved, settings = [], {"propagation": "cross", "metric": "diagonal"}
 
     def look(event: Event) -> None:
         if isinstance(event, LayerSolved):
@@ -95,7 +95,7 @@ def test_time_is_measured_in_the_dtype_that_the_model_will_have(monkeypatch: pyt
         return float(sum(weight.numel() for weight in weights))
 
     monkeypatch.setattr(currency, "_seconds", seconds)
-    settings = {**SETTINGS["structured_best"], "budget": "time", "budget_tokens": 16}
+    settings = {**SETTINGS["structured_best"], "allocation.currency": "time", "allocation.tokens": 16}
     prune(tiny_llama().to(torch.bfloat16), batches(), load_recipe("structured_best", settings))
     assert seen == {torch.bfloat16}
 
@@ -112,7 +112,7 @@ def test_what_is_not_pruned_is_not_touched(tmp_path: Path) -> None:
 def test_recovery_is_measured_with_what_is_written(tmp_path: Path) -> None:
     """The error on the held-out tokens, of iterates as they are rounded, does not rise."""
     folder = half(tmp_path)
-    settings = {"units": "mlp", "recovery": 2, "held_out": 0.25, "propagation": "dense"}
+    settings = {"units": "mlp", "refit.recovery": 2, "refit.held_out": 0.25, "propagation": "dense"}
     report, weights = pruned(load_model(folder), load_recipe("fasp", settings))
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert report.recovered
@@ -121,7 +121,7 @@ def test_recovery_is_measured_with_what_is_written(tmp_path: Path) -> None:
 
 def test_a_block_is_matched_as_it_is_written(tmp_path: Path) -> None:
     """Steps are taken in float32, and the error apart is that of the block as it is rounded."""
-    folder, settings = half(tmp_path), {"held_out": 0.25, "matching": 4, "propagation": "dense"}
+    folder, settings = half(tmp_path), {"refit.held_out": 0.25, "refit.matching": 4, "propagation": "dense"}
     report, weights = pruned(load_model(folder), load_recipe("wanda", settings))
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert report.recovered
@@ -131,12 +131,14 @@ def test_a_block_is_matched_as_it_is_written(tmp_path: Path) -> None:
             assert ((weight == 0).sum(1) == weight.shape[1] // 2).all(), key
 
 
+@pytest.mark.e2e
 def test_workers_give_the_same_bytes(tmp_path: Path) -> None:
     folder, recipe = half(tmp_path), load_recipe("sparse_best", {"propagation": "intra"})
     _, expected = pruned(load_model(folder), recipe)
     assert equal(pruned(open_model(folder), recipe, workers=Processes(2))[1], expected)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_run_that_goes_on_gives_the_same_bytes(streamed: bool, tmp_path: Path) -> None:
     folder, recipe = half(tmp_path / "model"), load_recipe("sparse_best")

@@ -21,12 +21,15 @@ from tests.helpers.short_runs import batches, same
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {"sparsity": 0.3}),
     "alps under intra": ("alps", {"propagation": "intra"}),
-    "sparse_best": ("sparse_best", {"probe_tokens": 32}),
-    "structured_best": ("structured_best", {"units": "all-heads", "probe_tokens": 32, "held_out": 0.25}),
+    "sparse_best": ("sparse_best", {"allocation.probe_tokens": 32}),
+    "structured_best": (
+        "structured_best",
+        {"units": "all-heads", "allocation.probe_tokens": 32, "refit.held_out": 0.25},
+    ),
     "fasp under cross": ("fasp", {"propagation": "cross"}),
-    "depth": ("depth", {"sparsity": 0.4, "depth_tokens": 64}),
-    "spap": ("spap", {"recovery_tokens": 64}),
-    "matching under cross": ("wanda", {"propagation": "cross", "held_out": 0.25, "matching": 2}),
+    "depth": ("depth", {"sparsity": 0.4, "allocation.score_tokens": 64}),
+    "spap": ("spap", {"refit.recovery.tokens": 64}),
+    "matching under cross": ("wanda", {"propagation": "cross", "refit.held_out": 0.25, "refit.matching": 2}),
 }
 BLOCKS = 3
 

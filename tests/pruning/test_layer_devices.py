@@ -19,9 +19,9 @@ RUNS = [
     ("alps", {}),
     ("sparsegpt", {"propagation": "cross"}),
     ("fasp", {}),
-    ("sparse_best", {"held_out": 0.25, "refit_damping": 0.1}),
-    ("spap", {"recovery_tokens": 64}),
-    ("wanda", {"pattern": "2:4", "permuted": True}),
+    ("sparse_best", {"refit.held_out": 0.25, "refit.dampings": 0.1}),
+    ("spap", {"refit.recovery.tokens": 64}),
+    ("wanda", {"units.weights": "2:4", "permuted": True}),
 ]
 
 

@@ -20,8 +20,11 @@ from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.weights import weights_of
 
 RUNS = {
-    "sparse_best": ("sparse_best", {"metric_width": 100}),
-    "structured_best": ("structured_best", {"probe_tokens": 32, "width_multiple": 8, "held_out": 0.25}),
+    "sparse_best": ("sparse_best", {"metric.width": 100}),
+    "structured_best": (
+        "structured_best",
+        {"allocation.probe_tokens": 32, "allocation.multiple": 8, "refit.held_out": 0.25},
+    ),
 }
 BLOCKS = 3
 
@@ -109,6 +112,7 @@ def flipped(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("name", "damage"),
     [

@@ -32,9 +32,8 @@ def problems_of(recipe, model):
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
 def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
     solver = ["admm", "conjugate_gradients"]
-    recipe = make_recipe(
-        {**SPARSE, "objective": "sparse", "solver": solver, "output_metric": kind, "metric_tokens": 100, "seed": 7}
-    )
+    tokens = {} if kind == "none" else {"metric.tokens": 100}
+    recipe = make_recipe({**SPARSE, "objective": "sparse", "solver": solver, "metric": kind, "seed": 7, **tokens})
     decoder = Decoder(make())
     first = [batches()[0], batches()[1][:1]]  # whole sequences, the fewest that hold 100 tokens
     expected = collect_metrics(decoder, first, sampled(7), full=decoder.architecture.layers)
@@ -54,7 +53,7 @@ def test_every_layer_has_the_metric_of_the_dense_model(kind, make):
 @pytest.mark.parametrize("kind", ["diagonal", "full"])
 def test_the_metric_is_damped_as_the_recipe_says(kind, damping):
     solver = ["admm", "conjugate_gradients"]
-    settings = {"objective": "sparse", "solver": solver, "output_metric": kind, "metric_damping": damping}
+    settings = {"objective": "sparse", "solver": solver, "metric": kind, "metric.damping": damping}
     problems, _ = problems_of(make_recipe({**SPARSE, **settings}), tiny_llama(num_hidden_layers=1))
     for problem in problems.values():
         metric = problem.loss.metric
@@ -65,7 +64,7 @@ def test_the_metric_is_damped_as_the_recipe_says(kind, damping):
 
 
 def test_a_solver_that_cannot_couple_rows_says_so():
-    recipe = load_recipe("alps_plus", {"output_metric": "full"})
+    recipe = load_recipe("alps_plus", {"metric": "full"})
     with pytest.raises(NoSolver, match="take its diagonal"):
         prune(tiny_llama(), batches(), recipe)
 
@@ -78,7 +77,7 @@ def test_units_are_pruned_under_the_metric_of_the_dense_model(kind):
         seen[context.name] = context.loss.metric
         return linked(context)
 
-    recipe = make_recipe({"units": "all", "output_metric": kind, "seed": 7})
+    recipe = make_recipe({"units": "all", "metric": kind, "seed": 7})
     decoder = Decoder(tiny_llama())
     expected = collect_metrics(decoder, batches(), sampled(7), full=decoder.architecture.layers)
     report = prune(tiny_llama(), batches(), recipe.model_copy(update={"objective": objective}))
@@ -94,22 +93,22 @@ def test_layers_wider_than_the_recipe_says_get_the_diagonal_and_a_note():
     model = tiny_llama()
     widths = {path: Decoder(model).layer(0, path).out_features for path in Decoder(model).architecture.layers}
     limit = min(widths.values())
-    recipe = make_recipe({**SPARSE, "output_metric": "full", "metric_width": limit})
+    recipe = make_recipe({**SPARSE, "metric": "full", "metric.width": limit})
     problems, report = problems_of(recipe, model)
     for name, problem in problems.items():
         path = name.split(".", 3)[-1]
         assert problem.loss.metric.full == (widths[path] <= limit)
     wider = [path for path, width in widths.items() if width > limit]
     assert wider
-    assert any(", ".join(wider) in note and "metric_width" in note for note in report.notes)
-    _, whole = problems_of(Recipe(recipe.to_dict(), metric_width=max(widths.values())), tiny_llama())
-    assert not any("metric_width" in note for note in whole.notes)
+    assert any(", ".join(wider) in note and "metric.width" in note for note in report.notes)
+    _, whole = problems_of(Recipe(recipe.to_dict(), {"metric.width": max(widths.values())}), tiny_llama())
+    assert not any("metric.width" in note for note in whole.notes)
 
 
 def test_bad_fields_are_refused():
-    with pytest.raises(InputError, match="output_metric"):
-        make_recipe({"output_metric": "fisher"})
-    with pytest.raises(InputError, match="metric_damping"):
-        make_recipe({"metric_damping": -1})
-    with pytest.raises(InputError, match="metric_width"):
-        make_recipe({"metric_width": 0})
+    with pytest.raises(InputError, match="metric"):
+        make_recipe({"metric": "fisher"})
+    with pytest.raises(InputError, match=r"metric\.damping"):
+        make_recipe({"metric.damping": -1})
+    with pytest.raises(InputError, match=r"metric\.width"):
+        make_recipe({"metric.width": 0})

@@ -122,7 +122,7 @@ def test_a_layer_behind_an_attention_that_is_removed_whole(policy: str | Propaga
 
 @pytest.mark.parametrize(
     ("recipe", "settings"),
-    [("structured_best", {"probe_tokens": 50, "recovery": 1}), ("sparse_best", {}), ("spap", {})],
+    [("structured_best", {"allocation.probe_tokens": 50, "refit.recovery": 1}), ("sparse_best", {}), ("spap", {})],
 )
 def test_the_problem_has_the_metric_and_the_budget_of_the_recipe(recipe: str, settings: dict) -> None:
     dense, statistics = tiny_llama(), Statistics()
@@ -269,7 +269,7 @@ def test_a_layer_that_the_recipe_does_not_prune(recipe: str, reason: str) -> Non
 
 
 def test_a_recipe_that_prune_would_refuse() -> None:
-    recipe = load_recipe("sparsegpt", {"pattern": "3:5", "sparsity": 0.4})
+    recipe = load_recipe("sparsegpt", {"units.weights": "3:5", "sparsity": 0.4})
     with pytest.raises(InputError, match="needs a multiple of 5 inputs"):
         optprune.layer_problem(tiny_llama(), batches(), DOWN, recipe)
 

@@ -38,7 +38,7 @@ def uneven(model: PreTrainedModel) -> PreTrainedModel:
 
 def pruned(model: PreTrainedModel, recipe: str = "wanda", **fields: Any) -> tuple[PreTrainedModel, Report]:
     model = copy.deepcopy(model)
-    report = optprune.prune(model, batches(), optprune.load_recipe(recipe, {"pattern": "2:4", **fields}))
+    report = optprune.prune(model, batches(), optprune.load_recipe(recipe, {"units.weights": "2:4", **fields}))
     return model, report
 
 
@@ -120,7 +120,7 @@ def test_the_model_answers_as_the_report_says(name: str, policy: str) -> None:
 def test_the_held_out_error_is_that_of_a_pass() -> None:
     """On the sequences kept apart, which the moments of permuted inputs stand for: the last batch of four."""
     model = uneven(tiny_llama())
-    found, report = pruned(model, "sparsegpt", permuted=True, propagation="local", held_out=0.25)
+    found, report = pruned(model, "sparsegpt", permuted=True, propagation="local", refit=0.25)
     architecture = Decoder(model).architecture
     errors = {layer.name: layer.held_out_error for layer in report.layers}
     for path in (architecture.output, architecture.mlp_consumer):
@@ -131,7 +131,13 @@ def test_the_held_out_error_is_that_of_a_pass() -> None:
 
 def test_all_is_in_place_with_recovery_matching_and_a_budget() -> None:
     model = uneven(tiny_qwen2())
-    fields = {"held_out": 0.25, "recovery": 1, "matching": 1, "metric": "full", "allocation": "global"}
+    fields = {
+        "refit.held_out": 0.25,
+        "refit.recovery": 1,
+        "refit.matching": 1,
+        "metric": "full",
+        "allocation": "global",
+    }
     found, report = pruned(model, "alps", permuted=True, sparsity=0.4, **fields)
     plain, _ = pruned(model, "alps", sparsity=0.4, **fields)
     assert report.sparsity_reached == pytest.approx(0.4, abs=0.03)
@@ -155,7 +161,7 @@ def test_rows_that_are_forgotten_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_heads_of_no_whole_groups_stay_as_they_are_with_a_note() -> None:
     model = tiny_llama(num_attention_heads=4, num_key_value_heads=4, head_dim=18, hidden_size=64)
-    fields = {"pattern": "4:8", "permuted": True}
+    fields = {"units.weights": "4:8", "permuted": True}
     found, report = pruned(model, **fields)
     note = (
         "permuted leaves the value dimensions of 2 blocks in their order, as those of model.layers.0.self_attn.o_proj: "
@@ -173,7 +179,7 @@ def test_heads_of_no_whole_groups_stay_as_they_are_with_a_note() -> None:
     ("fields", "message"),
     [
         ({"units": "mlp"}, "permuted orders inputs for groups of N:M, and units mlp have no pattern"),
-        ({"units": "weights"}, "units weights have the pattern unstructured: give single weights such a pattern"),
+        ({"units": "weights"}, "units weights have the pattern unstructured: set units.weights to an N:M"),
         ({"units": {"weights": "rows"}}, "the pattern rows"),
     ],
 )
@@ -183,7 +189,7 @@ def test_what_has_no_groups_is_refused(fields: dict[str, Any], message: str) -> 
 
 
 def test_it_is_off_where_nobody_asks_and_where_nothing_goes() -> None:
-    assert optprune.load_recipe("sparse_best", {"pattern": "2:4"}).permuted is False
+    assert optprune.load_recipe("sparse_best", {"units.weights": "2:4"}).permuted is False
     model = uneven(tiny_llama())
     found, _ = pruned(model, permuted=True, sparsity=0.0)
     for one, other in zip(found.parameters(), model.parameters(), strict=True):

@@ -77,7 +77,7 @@ def test_a_policy_sees_the_inputs_it_promises(make: Callable[[], PreTrainedModel
 def test_the_report_tells_what_the_model_is(name: str, units: str) -> None:
     model = TINY_MODELS[name]()
     before = Decoder(model).linear_weights()
-    recipe = load_recipe("fasp", {"units": units, "sparsity": 0.12, "held_out": 0.25})
+    recipe = load_recipe("fasp", {"units": units, "sparsity": 0.12, "refit.held_out": 0.25})
     report = prune(model, batches(), recipe, source="tiny")
     decoder = Decoder(model)
     assert report.sparsity_reached == 1 - decoder.linear_weights() / before
@@ -228,7 +228,7 @@ def test_a_solver_that_refuses_the_problem_says_why() -> None:
 
 
 def test_a_linked_objective_needs_units() -> None:
-    with pytest.raises(InputError, match="'linked' keeps units"):
+    with pytest.raises(InputError, match="'linked' removes whole units"):
         load_recipe("fasp", {"units": "weights"})
 
     def wrapped(context: LayerContext) -> LinkedLeastSquares:
@@ -333,8 +333,13 @@ def test_one_tensor_is_one_batch() -> None:
 @pytest.mark.parametrize(
     ("name", "recipe", "settings", "reason"),
     [
-        ("opt", "structured_best", {"units": "mlp", "recovery": 1, "strict": True}, "recovery has nothing"),
-        ("llama", "sparse_best", {"pattern": "2:5", "sparsity": 0.6}, "a 2:5 pattern needs a multiple of 5 inputs"),
+        ("opt", "structured_best", {"units": "mlp", "refit.recovery": 1, "strict": True}, "recovery has nothing"),
+        (
+            "llama",
+            "sparse_best",
+            {"units.weights": "2:5", "sparsity": 0.6},
+            "a 2:5 pattern needs a multiple of 5 inputs",
+        ),
         ("llama", "structured_best", {"sparsity": 0.9}, "out of reach"),
     ],
 )

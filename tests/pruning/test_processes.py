@@ -88,6 +88,7 @@ def test_a_kit_says_how_many_threads_there_are(monkeypatch: pytest.MonkeyPatch) 
     assert WorkerContext.of(Decoder(tiny())).threads == 7
 
 
+@pytest.mark.e2e
 def test_a_killed_worker_is_told_and_the_run_goes_on_from_its_journal(tmp_path: Path) -> None:
     recipe, whole = load_recipe("alps", {"propagation": "intra"}), tiny()
     prune(whole, batches(), recipe)
@@ -107,6 +108,7 @@ def test_a_killed_worker_is_told_and_the_run_goes_on_from_its_journal(tmp_path: 
     assert same(whole, resumed)
 
 
+@pytest.mark.e2e
 def test_a_recipe_that_cannot_travel_is_refused() -> None:
     def mine(context: LayerContext):
         return load_recipe("magnitude").state(context)

@@ -216,9 +216,9 @@ def test_nothing_moves_where_nothing_was_pruned() -> None:
 )
 def test_a_run_recovers_what_it_pruned(name: str, recipe: str, settings: dict, parts: int, policy: str) -> None:
     plain, recovered = TINY_MODELS[name](), TINY_MODELS[name]()
-    settings = {**settings, "held_out": 0.25, "propagation": policy}
+    settings = {**settings, "refit.held_out": 0.25, "propagation": policy}
     prune(plain, batches(8, 96), load_recipe(recipe, settings))
-    report = prune(recovered, batches(8, 96), load_recipe(recipe, {**settings, "recovery": 1}))
+    report = prune(recovered, batches(8, 96), load_recipe(recipe, {**settings, "refit.recovery": 1}))
     assert len(report.recovered) == parts
     for part in report.recovered:
         assert part.held_out_after <= part.held_out_before
@@ -234,8 +234,8 @@ def test_a_run_recovers_what_it_pruned(name: str, recipe: str, settings: dict, p
 
 def test_recovery_asks_for_what_it_needs() -> None:
     with pytest.raises(InputError, match="held_out"):
-        load_recipe("fasp", {"recovery": 1})
-    settings = {"units": "mlp", "recovery": 1, "held_out": 0.25}
+        load_recipe("fasp", {"refit.recovery": 1})
+    settings = {"units": "mlp", "refit.recovery": 1, "refit.held_out": 0.25}
     with pytest.raises(StrictError, match="nothing to refit"):
         prune(TINY_MODELS["opt"](), batches(length=24), load_recipe("fasp", {**settings, "strict": True}))
 
@@ -246,13 +246,13 @@ def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
     cut, held = hold_out(given, share)
     assert torch.equal(torch.cat(cut), torch.cat(given))
     assert torch.equal(torch.cat(cut[-held:]), torch.cat(given)[-apart:])
-    report = prune(TINY_MODELS["llama"](), given, load_recipe("fasp", {"held_out": share}))
+    report = prune(TINY_MODELS["llama"](), given, load_recipe("fasp", {"refit.held_out": share}))
     assert all(layer.tokens == (8 - apart) * 24 for layer in report.layers)
 
 
 def test_one_sequence_at_least_is_left() -> None:
     with pytest.raises(InputError, match="leaves none to calibrate on"):
-        prune(TINY_MODELS["llama"](), batches(1, 24), load_recipe("fasp", {"held_out": 0.9}))
+        prune(TINY_MODELS["llama"](), batches(1, 24), load_recipe("fasp", {"refit.held_out": 0.9}))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -263,7 +263,7 @@ def test_recovery_sees_what_a_block_without_its_attention_passes_on(policy: str)
     shape = decoder.shape(0)
     narrow = BlockAllocation(replace(shape.without("attention"), mlp_width=96))
     allocation = Allocation.of(decoder, [narrow, BlockAllocation(decoder.shape(1))])
-    settings = {"recovery": 1, "held_out": 0.25, "propagation": policy}
+    settings = {"refit.recovery": 1, "refit.held_out": 0.25, "propagation": policy}
     report = prune(model, batches(8, 96), load_recipe("fasp", settings), allocation=allocation)
     bare.remove(0, "attention")
     part = report.recovered[0]
@@ -283,5 +283,7 @@ def test_recovery_sees_what_a_block_without_its_attention_passes_on(policy: str)
 def test_a_sub_module_that_answers_nothing_is_no_division_by_zero() -> None:
     model = TINY_MODELS["llama"]()
     model.model.layers[1].mlp.down_proj.weight.data.zero_()
-    report = prune(model, batches(length=24), load_recipe("fasp", {"units": "mlp", "recovery": 1, "held_out": 0.25}))
+    report = prune(
+        model, batches(length=24), load_recipe("fasp", {"units": "mlp", "refit.recovery": 1, "refit.held_out": 0.25})
+    )
     assert [part.error_after for part in report.recovered[1:]] == [0.0]

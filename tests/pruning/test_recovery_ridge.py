@@ -92,7 +92,8 @@ def test_the_recipe_says_how_large_the_ridge_is() -> None:
         weights = []
         for rounds in (0, 1):
             model = tiny_llama(num_hidden_layers=1)
-            settings = {"recovery": rounds, "recovery_damping": damping, "held_out": 0.25, "propagation": "dense"}
+            recovery = {"rounds": rounds, "damping": damping} if rounds else "none"
+            settings = {"refit": {"held_out": 0.25, "recovery": recovery}, "propagation": "dense"}
             prune(model, batches(8, 48), load_recipe("fasp", settings))
             weights.append(model.model.layers[0].mlp.up_proj.weight.detach())
         return float((weights[1] - weights[0]).norm())

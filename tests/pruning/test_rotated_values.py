@@ -65,7 +65,7 @@ def test_the_model_answers_as_the_report_says(make) -> None:
 def test_the_held_out_error_is_that_of_a_pass(name: str) -> None:
     """On the sequences kept apart, which the moments of rotated inputs stand for."""
     model = TINY_MODELS[name]()
-    found, report = pruned(model, "rotated-vo", propagation="dense", held_out=0.25)
+    found, report = pruned(model, "rotated-vo", propagation="dense", refit=0.25)
     dense, answers = (attention_outputs(each, 0)[-1].double() for each in (model, found))
     error = float((answers - dense).square().sum() / dense.square().sum())
     assert report.layers[0].held_out_error == pytest.approx(error, rel=1e-3)
@@ -75,7 +75,7 @@ def test_the_held_out_error_is_that_of_a_pass(name: str) -> None:
 @by_model
 def test_one_budget_with_probes_and_a_metric(make) -> None:
     model = make()
-    fields = {"allocation": "global", "probe_tokens": 64, "metric": "full", "sparsity": 0.2}
+    fields = {"allocation": "global", "allocation.probe_tokens": 64, "metric": "full", "sparsity": 0.2}
     _, plain = pruned(model, "all", **fields)
     found, rotated = pruned(model, "rotated-all", **fields)
     assert rotated.sparsity_reached == pytest.approx(plain.sparsity_reached, abs=0.02)

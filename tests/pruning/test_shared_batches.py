@@ -32,15 +32,18 @@ RUNS = {
     "fistapruner": ("fistapruner", {}),
     "wanda": ("wanda", {"propagation": "local"}),
     "sparsegpt": ("sparsegpt", {"propagation": "cross"}),
-    "metric": ("sparse_best", {"metric_tokens": 200}),
-    "probes": ("structured_best", {"held_out": 0.2, "metric_tokens": 600}),
-    "recovery": ("spap", {"recovery_tokens": 96}),
-    "recovery in a metric": ("sparse_best", {"held_out": 0.2, "recovery": 1, "metric_tokens": 96, "sparsity": 0.3}),
-    "matching": ("wanda", {"held_out": 0.2, "matching": 2}),
+    "metric": ("sparse_best", {"metric.tokens": 200}),
+    "probes": ("structured_best", {"refit.held_out": 0.2, "metric.tokens": 600}),
+    "recovery": ("spap", {"refit.recovery.tokens": 96}),
+    "recovery in a metric": (
+        "sparse_best",
+        {"refit.held_out": 0.2, "refit.recovery": 1, "metric.tokens": 96, "sparsity": 0.3},
+    ),
+    "matching": ("wanda", {"refit.held_out": 0.2, "refit.matching": 2}),
     "rotated": ("fasp", {"units": "rotated-vo", "sparsity": 0.08}),
-    "permuted": ("wanda", {"pattern": "2:4", "permuted": True, "propagation": "intra"}),
+    "permuted": ("wanda", {"units.weights": "2:4", "permuted": True, "propagation": "intra"}),
     "dense": ("sparsegpt", {"propagation": "dense"}),
-    "intra": ("fasp", {"propagation": "intra", "held_out": 0.2, "refit_damping": 0.1}),
+    "intra": ("fasp", {"propagation": "intra", "refit.held_out": 0.2, "refit.dampings": 0.1}),
 }
 
 
@@ -69,8 +72,8 @@ def test_processes_give_the_bytes_of_one_process_with_as_many_partial_sums(name:
 
 def test_experts_are_chosen_by_the_tokens_of_all_processes() -> None:
     """And those held out of the last partial sum alone are heard of by all."""
-    budget = {"allocation": "global", "probe_tokens": 96}
-    recipe = load_recipe("experts_best", {"held_out": 0.2, "sparsity": 0.2, **budget})
+    budget = {"allocation": "global", "allocation.probe_tokens": 96}
+    recipe = load_recipe("experts_best", {"refit.held_out": 0.2, "sparsity": 0.2, **budget})
     one, models = ALL_MODELS["mixtral"](), dict[int, PreTrainedModel]()
     expected = prune(one, batches(), recipe, partial_sums=PartialSums(4))
 

@@ -163,6 +163,6 @@ def test_rounding_is_no_missed_budget(pattern: str, sparsity: float) -> None:
         return MaskedLeastSquares(context.loss, torch.zeros(rows, width).scatter(1, order[:, :keep], 1.0) > 0)
 
     for objective in (sparse, by_row):
-        recipe = Recipe(objective=objective, units="weights", pattern=pattern, sparsity=sparsity)
+        recipe = Recipe(objective=objective, units={"weights": pattern}, sparsity=sparsity)
         report = prune(tiny_llama(), batches(), recipe)
         assert not any(NOT_MET in note for note in report.notes)

@@ -26,7 +26,7 @@ PATTERNS = {"unstructured": 0.4, "rows": 0.4, "2:4": 0.5, "4:8": 0.5}
 def test_every_layer_has_the_count_asked_for(recipe: str, pattern: str) -> None:
     model = tiny_llama()
     sparsity = PATTERNS[pattern]
-    report = prune(model, batches(), load_recipe(recipe, {"pattern": pattern, "sparsity": sparsity}))
+    report = prune(model, batches(), load_recipe(recipe, {"units.weights": pattern, "sparsity": sparsity}))
     assert len(report.layers) == 14
     for layer in model_patterns(Decoder(model)):
         weights = layer.outputs * layer.inputs
@@ -50,15 +50,16 @@ def test_every_recipe_runs_under_every_policy(recipe: str, policy: str) -> None:
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_architecture(name: str) -> None:
     model = TINY_MODELS[name]()
-    prune(model, batches(), load_recipe("alps", {"pattern": "2:4"}))
+    prune(model, batches(), load_recipe("alps", {"units.weights": "2:4"}))
     assert all("2:4" in layer.patterns for layer in model_patterns(Decoder(model)))
 
 
+@pytest.mark.e2e
 def test_better_solvers_leave_smaller_errors() -> None:
     """On the same moments: the first layers of the first block, whose inputs are those of the dense model."""
 
     def error(recipe: str) -> float:
-        options = {"pattern": "rows", "propagation": "dense"}
+        options = {"units.weights": "rows", "propagation": "dense"}
         report = prune(tiny_llama(), batches(), load_recipe(recipe, options))
         return sum(layer.relative_error for layer in report.layers) / len(report.layers)
 
@@ -101,9 +102,9 @@ def test_audit_tells_patterns_apart() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"pattern": "2:4", "sparsity": 0.4}, "the pattern 2:4 has a sparsity of 0.5, not 0.4"),
-        ({"pattern": "4:4"}, "keeps everything"),
-        ({"pattern": "diagonal"}, "cannot be 'diagonal'"),
+        ({"units.weights": "2:4", "sparsity": 0.4}, "the pattern 2:4 has a sparsity of 0.5, not 0.4"),
+        ({"units.weights": "4:4"}, "keeps everything"),
+        ({"units.weights": "diagonal"}, "cannot be 'diagonal'"),
         ({"units": "mlp"}, "units must be weights"),
     ],
 )
@@ -114,4 +115,4 @@ def test_contradictory_recipes_are_refused(overrides: dict[str, object], message
 
 def test_an_n_of_m_pattern_must_divide_the_width() -> None:
     with pytest.raises(InputError, match="needs a multiple of 7 inputs, not 64"):
-        prune(tiny_llama(), batches(), load_recipe("wanda", {"pattern": "3:7", "sparsity": 4 / 7}))
+        prune(tiny_llama(), batches(), load_recipe("wanda", {"units.weights": "3:7", "sparsity": 4 / 7}))

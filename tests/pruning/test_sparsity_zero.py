@@ -43,11 +43,11 @@ def test_no_recipe_does_anything(name: str) -> None:
 def test_a_pattern_of_zeros_has_none_either(pattern: str) -> None:
     model = tiny_llama()
     before = copy.deepcopy(model)
-    recipe = load_recipe("sparsegpt", {"sparsity": 0, "pattern": pattern, "propagation": "cross"})
+    recipe = load_recipe("sparsegpt", {"sparsity": 0, "units.weights": pattern, "propagation": "cross"})
     assert prune(model, batches(), recipe).sparsity_reached == 0
     assert same(model, before)
     with pytest.raises(InputError, match=r"the pattern 2:4 has a sparsity of 0\.5, not 0\.1"):
-        load_recipe("sparsegpt", {"sparsity": 0.1, "pattern": "2:4"})
+        load_recipe("sparsegpt", {"sparsity": 0.1, "units.weights": "2:4"})
 
 
 def test_an_allocation_comes_before_it() -> None:

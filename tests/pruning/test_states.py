@@ -26,14 +26,14 @@ from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama
 from tests.helpers.weights import weights_of
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
-    "depth by influence": ("depth", {"sparsity": 0.3, "depth_score": "influence"}),
-    "depth by perplexity": ("depth", {"sparsity": 0.3, "depth_tokens": 64}),
+    "depth by influence": ("depth", {"sparsity": 0.3, "allocation.score": "influence"}),
+    "depth by perplexity": ("depth", {"sparsity": 0.3, "allocation.score_tokens": 64}),
     "alps under intra": ("alps", {"propagation": "intra"}),
-    "sparse_best": ("sparse_best", {"probe_tokens": 64}),
-    "sparse_best under intra": ("sparse_best", {"propagation": "intra", "held_out": 0.25, "recovery": 1}),
-    "structured_best": ("structured_best", {"sparsity": 0.3, "least_kept": 0.1, "probe_tokens": 64}),
-    "spap": ("spap", {"recovery_tokens": 100, "held_out": 0.25}),
-    "matching": ("wanda", {"held_out": 0.25, "matching": 2, "matching_tokens": 100}),
+    "sparse_best": ("sparse_best", {"allocation.probe_tokens": 64}),
+    "sparse_best under intra": ("sparse_best", {"propagation": "intra", "refit.held_out": 0.25, "refit.recovery": 1}),
+    "structured_best": ("structured_best", {"sparsity": 0.3, "allocation.least": 0.1, "allocation.probe_tokens": 64}),
+    "spap": ("spap", {"refit.recovery.tokens": 100, "refit.held_out": 0.25}),
+    "matching": ("wanda", {"refit.held_out": 0.25, "refit.matching": 2, "refit.matching.tokens": 100}),
 }
 """recipes with the Fisher pass, probes, recovery, and scores that passes give"""
 
@@ -69,7 +69,7 @@ def fetched(place: type) -> Iterator[list[int]]:
     ("name", "policy"), [*(("llama", policy) for policy in POLICIES), ("opt", "cross"), ("qwen2", "intra")]
 )
 def test_every_policy_gives_the_same_bytes_from_a_file(name: str, policy: str) -> None:
-    settings = load_recipe("fasp", {"propagation": policy, "held_out": 0.25, "recovery": 1})
+    settings = load_recipe("fasp", {"propagation": policy, "refit.held_out": 0.25, "refit.recovery": 1})
     memory, file = TINY_MODELS[name](), TINY_MODELS[name]()
     prune(memory, batches(), settings, states="device")
     with fetched(InFile) as seen:
@@ -80,6 +80,7 @@ def test_every_policy_gives_the_same_bytes_from_a_file(name: str, policy: str) -
     assert max(seen) <= 4
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("run", "streamed"), [*((run, True) for run in RUNS), ("structured_best", False), ("spap", False)]
 )
@@ -154,7 +155,7 @@ def test_recovery_keeps_no_more_calls_than_it_fits(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         States, "append", lambda self, value: (caught.append(1) if isinstance(value, tuple) else 0, append(self, value))
     )
-    settings = {"recovery_tokens": 100, "held_out": 0.25, "propagation": "pruned"}
+    settings = {"refit.recovery.tokens": 100, "refit.held_out": 0.25, "propagation": "pruned"}
     prune(tiny_llama(), batches(), load_recipe("spap", settings), states="disk")
     assert sum(caught) == 2 * 5  # the MLPs of two blocks, whose fit and held-out batches are five
 

@@ -23,15 +23,15 @@ from tests.helpers.weights import weights_of
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp": ("fasp", {}),
-    "fasp under cross": ("fasp", {"propagation": "cross", "recovery": 1, "held_out": 0.2}),
+    "fasp under cross": ("fasp", {"propagation": "cross", "refit.recovery": 1, "refit.held_out": 0.2}),
     "alps under intra": ("alps", {"propagation": "intra"}),
-    "sparse_best": ("sparse_best", {"held_out": 0.2}),
-    "structured_best": ("structured_best", {"sparsity": 0.3, "least_kept": 0.1, "probe_tokens": 50}),
-    "N:M with probes": ("sparse_best", {"pattern": "2:4", "sparsity": 0.4, "probe_tokens": 50}),
-    "whole layers": ("depth", {"sparsity": 0.3, "depth_parts": "layers", "depth_score": "influence"}),
+    "sparse_best": ("sparse_best", {"refit.held_out": 0.2}),
+    "structured_best": ("structured_best", {"sparsity": 0.3, "allocation.least": 0.1, "allocation.probe_tokens": 50}),
+    "N:M with probes": ("sparse_best", {"units.weights": "2:4", "sparsity": 0.4, "allocation.probe_tokens": 50}),
+    "whole layers": ("depth", {"sparsity": 0.3, "allocation.parts": "layers", "allocation.score": "influence"}),
     "sub-blocks": ("depth", {"sparsity": 0.3}),
     "recovery": ("spap", {}),
-    "matching": ("sparsegpt", {"propagation": "intra", "held_out": 0.2, "matching": 2}),
+    "matching": ("sparsegpt", {"propagation": "intra", "refit.held_out": 0.2, "refit.matching": 2}),
 }
 CHANGING = ("seconds", "floor_seconds", "phases", "calibration", "model")
 """what two reports of the same run do not share"""
@@ -112,7 +112,7 @@ def test_a_skeleton_without_its_store_is_refused(tmp_path: Path) -> None:
 READS = {
     "fasp": ("fasp", {}, 1),
     # The metric forward and backward, the costs with their probes, the run.
-    "structured_best": ("structured_best", {"probe_tokens": 50}, 4),
+    "structured_best": ("structured_best", {"allocation.probe_tokens": 50}, 4),
     # Two removals, each chosen by a pass; the run.
     "sub-blocks": ("depth", {"sparsity": 0.25}, 3),
 }

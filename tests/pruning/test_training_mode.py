@@ -17,7 +17,7 @@ from tests.helpers.tiny_models import tiny_opt
 from tests.helpers.token_batches import batches
 
 RECIPES = {
-    "fasp": {"units": "all", "propagation": "cross", "held_out": 0.25},
+    "fasp": {"units": "all", "propagation": "cross", "refit.held_out": 0.25},
     "structured_best": {"sparsity": 0.2},
     "sparse_best": {},
     "depth": {"sparsity": 0.3},

@@ -95,9 +95,9 @@ def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
 RECIPES = [
     ("fasp", {}),
     ("sparsegpt", {}),
-    ("spap", {"recovery_tokens": 64}),
-    ("fasp", {"metric": "diagonal", "metric_tokens": 64}),
-    ("wanda", {"held_out": 0.2, "matching": 2}),
+    ("spap", {"refit.recovery.tokens": 64}),
+    ("fasp", {"metric": "diagonal", "metric.tokens": 64}),
+    ("wanda", {"refit.held_out": 0.2, "refit.matching": 2}),
 ]
 
 
@@ -116,7 +116,7 @@ def test_the_bytes_and_the_report_are_those_of_a_serial_run(make, policy, recipe
 
 def test_sub_blocks_that_go_whole_go_at_the_workers_too() -> None:
     serial, shared = tiny(), tiny()
-    recipe = load_recipe("depth", {"sparsity": 0.4, "depth_tokens": 64, "propagation": "dense"})
+    recipe = load_recipe("depth", {"sparsity": 0.4, "allocation.score_tokens": 64, "propagation": "dense"})
     expected, report = prune(serial, batches(), recipe), prune(shared, batches(), recipe, workers=Here())
     assert_same(serial, shared)
     assert told(report) == told(expected) and report.removed
@@ -124,7 +124,7 @@ def test_sub_blocks_that_go_whole_go_at_the_workers_too() -> None:
 
 def test_a_pruned_model_is_pruned_again_side_by_side() -> None:
     serial = tiny()
-    prune(serial, batches(), load_recipe("fasp", {"sparsity": 0.3, "width_multiple": 1}))
+    prune(serial, batches(), load_recipe("fasp", {"sparsity": 0.3, "allocation.multiple": 1}))
     shared = copy.deepcopy(serial)
     again = load_recipe("fasp", {"sparsity": 0.1, "propagation": "intra"})
     prune(serial, batches(), again)

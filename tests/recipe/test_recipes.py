@@ -153,7 +153,7 @@ def test_a_recipe_that_fits_biases_says_so(name: str) -> None:
 
 def test_a_probe_of_a_recipe_that_fits_no_bias_changes_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerLoss, "bias_change", lambda *_: pytest.fail("a bias was fitted"))
-    settings = {"probe_tokens": 96, "fit_bias": False, "metric_tokens": 96, "sparsity": 0.2}
+    settings = {"allocation.probe_tokens": 96, "fit_bias": False, "metric.tokens": 96, "sparsity": 0.2}
     prune(tiny_opt(), batches(), load_recipe("structured_best", settings))
 
 
@@ -192,9 +192,9 @@ def test_wanda_by_row_is_wanda_under_a_pattern_over_the_matrix(keep: int) -> Non
     ("settings", "policy"),
     [
         ({}, "pruned"),
-        ({"pattern": "rows"}, "pruned"),
-        ({"pattern": "2:4"}, "intra"),
-        ({"pattern": "2:4", "propagation": "pruned"}, "pruned"),
+        ({"units.weights": "rows"}, "pruned"),
+        ({"units.weights": "2:4"}, "intra"),
+        ({"units.weights": "2:4", "propagation": "pruned"}, "pruned"),
         ({"propagation": "cross"}, "cross"),
     ],
 )
@@ -209,13 +209,13 @@ def test_sparse_best_takes_intra_under_n_of_m(settings: dict, policy: str) -> No
 
 def test_the_policy_of_the_pattern_is_the_policy_itself() -> None:
     first, second = tiny_llama(), tiny_llama()
-    prune(first, batches(), load_recipe("sparse_best", {"pattern": "2:4"}))
-    prune(second, batches(), load_recipe("sparse_best", {"pattern": "2:4", "propagation": "intra"}))
+    prune(first, batches(), load_recipe("sparse_best", {"units.weights": "2:4"}))
+    prune(second, batches(), load_recipe("sparse_best", {"units.weights": "2:4", "propagation": "intra"}))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
 def test_policies_default_to_pruned() -> None:
-    assert Recipe(units="weights", pattern="2:4", sparsity=0.5).policy is POLICIES["pruned"]
+    assert Recipe(units={"weights": "2:4"}, sparsity=0.5).policy is POLICIES["pruned"]
 
 
 # -- the digest of a benchmark's row
@@ -225,8 +225,9 @@ def test_a_digest_sees_what_is_done_and_not_how_it_is_said() -> None:
     def of(recipe: str, **settings: object) -> str:
         return digest(recipe, {"sparsity": 0.5, **settings}, 8192)
 
-    assert of("sparse_best", pattern="2:4") == of("sparse_best", pattern="2:4", propagation="intra")
-    assert of("sparse_best", pattern="2:4") != of("sparse_best", pattern="2:4", propagation="pruned")
+    pairs = {"units.weights": "2:4"}
+    assert of("sparse_best", **pairs) == of("sparse_best", **pairs, propagation="intra")
+    assert of("sparse_best", **pairs) != of("sparse_best", **pairs, propagation="pruned")
     assert of("sparse_best") == of("sparse_best", fit_bias=True) != of("sparse_best", fit_bias=False)
     assert of("fasp", units="mlp") != of("fasp")
 

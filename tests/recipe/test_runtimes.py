@@ -80,7 +80,7 @@ def test_a_budget_that_gives_every_block_its_own_width(runtime: str) -> None:
     timed = load_recipe("structured_best", {"units": "mlp", "allocation.currency": "flops"})
     assert "for a budget of flops: let all blocks keep the same" in refused(runtime, timed, tiny_llama())
     # Where only widths would differ, they are made alike.
-    asked = load_recipe("structured_best", {"units": "mlp", "width_multiple": 64})
+    asked = load_recipe("structured_best", {"units": "mlp", "allocation.multiple": 64})
     fitted, told = taken(runtime, asked, tiny_llama())
     assert fitted.allocation.kind == "uniform" and fitted.allocation.multiple == 64
     assert "the allocation is uniform in place of global" in told
@@ -100,15 +100,15 @@ def test_value_dimensions(runtime: str) -> None:
 def test_single_sub_blocks(runtime: str) -> None:
     sentence = refused(runtime, load_recipe("depth"), tiny_llama())
     assert sentence.endswith(
-        "blocks without attention or without an MLP: remove whole layers, --recipe depth --set depth_parts=layers"
+        "blocks without attention or without an MLP: remove whole layers, --recipe depth --set allocation.parts=layers"
     )
-    taken(runtime, load_recipe("depth", {"depth_parts": "layers"}), tiny_llama())
+    taken(runtime, load_recipe("depth", {"allocation.parts": "layers"}), tiny_llama())
     assert taken("gguf", load_recipe("depth"), tiny_llama())[0] == load_recipe("depth")
 
 
 def test_the_widths_of_vllm_are_multiples_of_64() -> None:
     model = tiny_llama(intermediate_size=256)
-    narrow = load_recipe("fasp", {"units": "mlp", "width_multiple": 8, "sparsity": 0.25})
+    narrow = load_recipe("fasp", {"units": "mlp", "allocation.multiple": 8, "sparsity": 0.25})
     assert refused("vllm", narrow, model).endswith("let widths be multiples of 64, --width-multiple 64")
     fitted, told = taken("vllm", load_recipe("fasp", {"units": "mlp"}), model)
     assert fitted.allocation.multiple == 64 and told == "MLP widths are multiples of 64"
@@ -116,7 +116,10 @@ def test_the_widths_of_vllm_are_multiples_of_64() -> None:
     assert taken("vllm", load_recipe("fasp", {"units": "mlp"}), tiny_llama(intermediate_size=4096))[1] == ""
     odd = Allocation.of(Decoder(tiny_llama(intermediate_size=200)), [BlockAllocation(BlockShape(200, 1, 16))] * 2)
     RUNTIMES["vllm"].fitted(Recipe(), without_weights(tiny_llama(intermediate_size=200)), odd)
-    assert taken("vllm", load_recipe("fasp", {"units": "mlp", "width_multiple": 128, "sparsity": 0.4}), model)[1] == ""
+    assert (
+        taken("vllm", load_recipe("fasp", {"units": "mlp", "allocation.multiple": 128, "sparsity": 0.4}), model)[1]
+        == ""
+    )
     assert taken("transformers", narrow, model) == (narrow, "")
 
 
@@ -178,7 +181,7 @@ def test_a_model_that_is_uneven_already(runtime: str) -> None:
 
 @pytest.mark.parametrize(("runtime", "who"), [("vllm", "vLLM"), ("gguf", "llama.cpp"), ("onnx", "ONNX Runtime")])
 def test_zeros_are_told_to_bring_no_speed(runtime: str, who: str) -> None:
-    fitted, told = taken(runtime, load_recipe("magnitude", {"pattern": "2:4"}), tiny_llama())
+    fitted, told = taken(runtime, load_recipe("magnitude", {"units.weights": "2:4"}), tiny_llama())
     assert fitted.units.family is not None and told.startswith(f"{who} has no kernel for zeros")
 
 
@@ -200,7 +203,10 @@ def pruned(runtime: str, recipe: Recipe, model: PreTrainedModel, folder: Path) -
     return folder
 
 
-FASP, DEPTH = {"units": "mlp", "sparsity": 0.3}, {"depth_parts": "layers", "sparsity": 0.5, "depth_score": "influence"}
+FASP, DEPTH = (
+    {"units": "mlp", "sparsity": 0.3},
+    {"allocation.parts": "layers", "sparsity": 0.5, "allocation.score": "influence"},
+)
 
 
 @pytest.mark.parametrize(

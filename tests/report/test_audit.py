@@ -42,7 +42,7 @@ def pruned(folder: Path, recipe: str, model: PreTrainedModel | None = None, **op
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which 2:4 holds."""
-    return pruned(tmp_path_factory.mktemp("sparse") / "out", "wanda", pattern="2:4")
+    return pruned(tmp_path_factory.mktemp("sparse") / "out", "wanda", units={"weights": "2:4"})
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_what_is_half_zero_passes(sparse: Path, tmp_path: Path) -> None:
     found = optprune.audit(sparse, expect=["2:4", "4:8", "rows", "sparsity=0.5"])
     assert found.passed and found.removed == 0.5 and found.patterns == ("2:4", "4:8")
     for pattern, share in (("rows", 0.3), ("unstructured", 0.45)):
-        folder = pruned(tmp_path / pattern, "wanda", pattern=pattern, sparsity=share)
+        folder = pruned(tmp_path / pattern, "wanda", units={"weights": pattern}, sparsity=share)
         assert optprune.audit(folder, expect=[f"sparsity={share}"]).passed
 
 
@@ -201,7 +201,7 @@ def test_a_zero_that_is_in_another_row(tmp_path: Path) -> None:
         weight[3, int((weight[3] == 0).nonzero()[0])] = 0.5
         weight[4, int(weight[4].nonzero()[0])] = 0
 
-    rows = pruned(tmp_path / "rows", "wanda", pattern="rows", sparsity=0.5)
+    rows = pruned(tmp_path / "rows", "wanda", units={"weights": "rows"}, sparsity=0.5)
     assert optprune.audit(rows).passed
     sentences = [fault.sentence for fault in optprune.audit(spoilt(rows, tmp_path / "moved", move)).faults]
     assert f"the rows of {UP} have unequal numbers of zeros, unlike those in report.json" in sentences
@@ -377,7 +377,7 @@ def test_a_gguf_file_is_what_a_folder_of_its_weights_is(tmp_path: Path, in_memor
 
 
 def pruned_folder(folder: Path, model: Any, source: str, **options: Any) -> Path:
-    recipe = load_recipe("fasp", {"units": "all", "width_multiple": 1, **options})
+    recipe = load_recipe("fasp", {"units": "all", "allocation.multiple": 1, **options})
     report = prune(model, batches(), recipe, source=source)
     save_model(model, folder, files={"report.json": report.to_json()})
     return folder
@@ -445,7 +445,7 @@ def test_the_plot_draws_the_shares_of_the_original(
 def test_blocks_that_are_gone_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_llama(num_hidden_layers=4)
     whole = Decoder(model).linear_weights()
-    recipe = load_recipe("fasp", {"units": "blocks", "sparsity": 0.5, "depth_parts": "layers"})
+    recipe = load_recipe("fasp", {"units": "blocks", "sparsity": 0.5, "allocation.parts": "layers"})
     report = prune(model, batches(), recipe, source="four blocks")
     folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
     assert model.config.num_hidden_layers == 2

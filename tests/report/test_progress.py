@@ -156,7 +156,7 @@ def counts(events: list[Any], step: str) -> list[tuple[int, int]]:
 
 
 def test_the_phases_of_a_recipe_with_a_metric_and_probes() -> None:
-    events = phases("structured_best", probe_tokens=32)
+    events = phases("structured_best", **{"allocation.probe_tokens": 32})
     metric = counts(events, METRIC)
     assert metric[0] == (0, metric[-1][1]) and metric[-1][0] == metric[-1][1]
     assert metric == sorted(set(metric))

@@ -19,7 +19,7 @@ EVIL = "[red]<script>alert(1)</script>&\x1b[2J"
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    recipe = load_recipe("fasp", {"held_out": 0.5, "width_multiple": 1})
+    recipe = load_recipe("fasp", {"refit.held_out": 0.5, "allocation.multiple": 1})
     return prune(tiny_llama(num_hidden_layers=6), batches(), recipe, source="some model", calibration="demo:speeches")
 
 

@@ -119,6 +119,7 @@ def check_choice(kind: str, seed: int) -> None:
     assert joined.solution.violation == 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("kind", KINDS)
 @given(SEEDS)
 def test_the_ridge_with_the_least_loss_on_the_tokens_apart_is_taken(kind: str, seed: int) -> None:
@@ -170,10 +171,10 @@ def test_a_planted_fault_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch)
     ("name", "recipe"), [("llama", "fasp"), ("opt", "fasp"), ("qwen2", "spap_plus"), ("llama", "alps")]
 )
 def test_a_run_chooses_a_ridge_for_every_layer(name: str, recipe: str, policy: str) -> None:
-    settings = {"held_out": 0.25, "propagation": policy, "refit_damping": list(DAMPINGS[1:])}
+    settings = {"refit.held_out": 0.25, "propagation": policy, "refit.dampings": list(DAMPINGS[1:])}
     model = TINY_MODELS[name]()
     report = prune(model, batches(), load_recipe(recipe, settings))
-    plain = prune(TINY_MODELS[name](), batches(), load_recipe(recipe, {**settings, "refit_damping": []}))
+    plain = prune(TINY_MODELS[name](), batches(), load_recipe(recipe, {**settings, "refit.dampings": []}))
     for layer, other in zip(report.layers, plain.layers, strict=True):
         # In the end the tokens apart are fitted as well, and what was measured on them is from before.
         assert layer.tokens == 4 * 96
@@ -185,7 +186,7 @@ def test_a_run_chooses_a_ridge_for_every_layer(name: str, recipe: str, policy: s
 
 
 def test_recovery_keeps_its_tokens_apart() -> None:
-    settings = {"held_out": 0.25, "recovery": 1, "refit_damping": list(DAMPINGS[1:])}
+    settings = {"refit.held_out": 0.25, "refit.recovery": 1, "refit.dampings": list(DAMPINGS[1:])}
     report = prune(TINY_MODELS["llama"](), batches(), load_recipe("fasp", settings))
     assert all(layer.tokens == 3 * 96 for layer in report.layers)
     assert report.recovered
@@ -193,11 +194,11 @@ def test_recovery_keeps_its_tokens_apart() -> None:
 
 def test_what_it_needs_is_asked_for() -> None:
     with pytest.raises(InputError, match="held_out"):
-        load_recipe("fasp", {"refit_damping": [0.1]})
+        load_recipe("fasp", {"refit.dampings": [0.1]})
     with pytest.raises(InputError, match="ends with restore"):
-        load_recipe("wanda", {"refit_damping": [0.1], "held_out": 0.25})
+        load_recipe("wanda", {"refit.dampings": [0.1], "refit.held_out": 0.25})
     with pytest.raises(InputError, match="greater than or equal to 0"):
-        load_recipe("fasp", {"refit_damping": [-0.1], "held_out": 0.25})
+        load_recipe("fasp", {"refit.dampings": [-0.1], "refit.held_out": 0.25})
 
 
 def test_a_problem_that_is_solved_without_a_refit_says_so() -> None:

@@ -136,6 +136,7 @@ def tiny():
     return [(problem, reference(problem).optimum) for problem in problems]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("solver", STATED_SHARES, ids=lambda solver: solver.label)
 def test_the_exhaustive_optimum_is_met_on_the_stated_share(solver):
     met = 0

@@ -93,7 +93,7 @@ def against(drawn: Drawn) -> Case:
 
 def recipe(drawn: Drawn) -> Case:
     from optprune.recipe import load_recipe, recipe_names
-    from optprune.recipe.fields import spellings
+    from optprune.recipe.reference import spellings
 
     file = drawn.sandbox.inputs / "recipe.yaml"
     text = load_recipe(drawn.rng.choice(recipe_names())).to_yaml()
@@ -189,7 +189,7 @@ def strange_text(drawn: Drawn, file: Path) -> None:
 
 
 def option(drawn: Drawn) -> Case:
-    from optprune.recipe.fields import spellings
+    from optprune.recipe.reference import spellings
 
     word = drawn.rng.choice([drawn.spoil.word(), drawn.rng.choice(OF_RECIPES)])
     command = drawn.rng.choice([drawn.prune, drawn.prune, drawn.plan])

@@ -73,7 +73,7 @@ def make(folder: Path) -> None:
     words = stock.words()
     stock.runs.mkdir()
     stock.whole.mkdir()
-    assert command(words.prune(stock.pruned, "--set", "width_multiple=1")) == 0
+    assert command(words.prune(stock.pruned, "--set", "allocation.multiple=1")) == 0
     measured = words.evaluate("--against", str(stock.model), "--json", str(stock.evaluation))
     assert command(measured) == 0
     for name in RUNS:

@@ -10,7 +10,7 @@ from optprune.cli import main
 from optprune.models import is_stock
 from optprune.pruning import prune
 from optprune.recipe import load_recipe, recipe_names
-from optprune.recipe.overview import FLOORS, KINDS, loads_stock
+from optprune.recipe.reference import COSTS, KINDS, loads_stock
 from tests.helpers.short_runs import batches
 from tests.helpers.tiny_models import tiny_llama
 
@@ -26,7 +26,7 @@ def test_costs_are_those_of_the_rows() -> None:
         ratios = [row["run / floor"] for row in rows if row["model"].startswith("SmolLM2") and row["run / floor"]]
         if ratios:
             measured[name] = float(f"{mean(ratios):.2g}")
-    assert measured == FLOORS
+    assert measured == COSTS
 
 
 @pytest.mark.parametrize(
@@ -35,16 +35,19 @@ def test_costs_are_those_of_the_rows() -> None:
         ("fasp", {}),
         ("fasp", {"units": "mlp"}),
         ("osscar", {}),
-        ("structured_best", {"least_kept": 0.2}),
+        ("structured_best", {"allocation.least": 0.2}),
         ("structured_uniform_best", {}),
         ("sparse_best", {}),
         ("depth", {}),
-        ("depth", {"depth_parts": "layers", "sparsity": 0.5}),
+        ("depth", {"allocation.parts": "layers", "sparsity": 0.5}),
     ],
 )
 def test_what_is_said_to_load_does(name: str, settings: dict) -> None:
     narrows = bool(load_recipe(name, settings).units.kinds)
-    model, recipe = tiny_llama(seed=1), load_recipe(name, {"width_multiple": 1, **settings} if narrows else settings)
+    model, recipe = (
+        tiny_llama(seed=1),
+        load_recipe(name, {"allocation.multiple": 1, **settings} if narrows else settings),
+    )
     prune(model, batches(), recipe)
     assert is_stock(model.config) == loads_stock(recipe)
 
