@@ -150,6 +150,9 @@ def check_config(config: PretrainedConfig, architecture: Architecture, source: s
     for name, value in REQUIRED.items():
         if getattr(config, name, value) is not value:
             refuse(name, getattr(config, name), f"{value}, as it is here")
+    listed = getattr(config, "auto_map", None)
+    if listed is not None and not isinstance(listed, dict):
+        refuse("auto_map", listed, "an object with the names of classes")
     _check_understood(config, architecture, source)
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

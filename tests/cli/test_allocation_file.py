@@ -63,9 +63,9 @@ def test_a_sparsity_beside_blocks_that_are_given_is_refused(attempt: Attempt, fi
     recipe.write_text(yaml.safe_dump(fields))
     common = ["prune", str(attempt.model), "--calibration", str(attempt.text), "--output", str(tmp_path / "out")]
     told = attempt.fails([*common, "--recipe", str(recipe), "--sparsity", "0.4"])
-    assert "'sparsity' cannot be 0.4: the recipe says what every block keeps: set allocation too" in told
+    assert "'sparsity' cannot be 0.4: the recipe lists what every block keeps: set allocation too" in told
     told = attempt.fails([*common, "--allocation", str(file), "--width-multiple", "16"])
-    assert "a width multiple of 16 does nothing here" in told
+    assert "'allocation.multiple' does nothing without allocation.kind uniform or global" in told
     assert load_recipe(str(recipe), {"sparsity": 0.4, "allocation": "uniform"}).given is None
 
 

@@ -516,7 +516,7 @@ def test_what_the_machine_raises(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("optprune.pruning.prune", fail)
+    monkeypatch.setattr("optprune.pruning.run_program", fail)
     assert reason in attempt.fails(attempt.command())
 
 

@@ -321,7 +321,7 @@ def test_a_pattern_may_be_set_without_quotes(
     recipe = json.loads((output / "report.json").read_text())["recipe"]
     assert (recipe["units"], recipe["damping"]) == ({"weights": "2:4"}, 0.001)
     file = tmp_path / "by_hand.yaml"
-    file.write_text("units: weights\nsolver: wanda\nsparsity: 5e-1\npattern: 2:4\n")
+    file.write_text("units: {weights: 2:4}\nsolver: wanda\nsparsity: 5e-1\n")
     assert load_recipe(str(file)).units == Weights(InGroups(2, 4))
 
 

@@ -15,7 +15,7 @@ import torch
 
 from optprune.cli.app import main
 from optprune.models.store import BlockStore
-from optprune.pruning import pipeline
+from optprune.pruning.run import Run
 from optprune.report import BlockStarted, Event, PhaseAdvanced
 from optprune.report.progress import Reporter
 from optprune.texts import demo_articles
@@ -357,7 +357,7 @@ def test_a_second_run_at_the_same_time_is_told_of_the_first(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_in_a_finaliser_ends_the_run(prune, monkeypatch, tmp_path, capsys) -> None:
     """Python drops what a finaliser raises: the next step must raise it again."""
-    started = pipeline.Run.prune_block
+    started = Run.prune_block
 
     def prune_block(self, index: int) -> None:
         if index == 1:
@@ -367,7 +367,7 @@ def test_an_interrupt_in_a_finaliser_ends_the_run(prune, monkeypatch, tmp_path, 
             gc.collect()
         started(self, index)
 
-    monkeypatch.setattr(pipeline.Run, "prune_block", prune_block)
+    monkeypatch.setattr(Run, "prune_block", prune_block)
     assert prune() == 130
     assert "interrupted; 1 of 3 blocks are done, and kept in" in capsys.readouterr().err
     monkeypatch.undo()

@@ -20,6 +20,7 @@ CHECK_TOKENS = torch.arange(10, 42)[None]
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
+@pytest.mark.e2e
 def test_the_difference_is_the_largest_of_any_logit_of_any_position(tmp_path: Path) -> None:
     """Recorded logits off in one place: not the first position, not the largest logit."""
     model = tiny_llama(num_hidden_layers=1)

@@ -61,6 +61,7 @@ def test_it_is_the_model_that_transformers_loads(name: str, kind: Kind, tmp_path
             assert difference <= (4 * 2**-24 if stored_higher else 0)
 
 
+@pytest.mark.e2e
 def test_the_demo_model_is_the_one_that_transformers_loads(tmp_path: Path) -> None:
     expected = dict(load_model("demo").model.named_parameters())
     decoder = open_model("demo", scratch=tmp_path).decoder()

@@ -99,6 +99,13 @@ def test_a_field_that_is_wrong(attempt: Attempt, field: str, value: Any, reason:
     assert reason in sentence
 
 
+@pytest.mark.parametrize("listed", ["xxxx", ["modeling_x.X"]])
+def test_classes_that_are_no_table(attempt: Attempt, listed: Any) -> None:
+    spoiled(attempt, {"auto_map": listed})
+    sentence = attempt.fails(attempt.command())
+    assert "has auto_map" in sentence and "which is not an object with the names of classes" in sentence
+
+
 @pytest.mark.parametrize("window", [0, -3])
 def test_a_sliding_window_of_nothing(attempt: Attempt, window: int) -> None:
     attempt.model = save_tiny(tiny_sliding(), attempt.folder / "sliding")
@@ -137,6 +144,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.e2e
 def test_a_hub_that_is_out_of_reach(attempt: Attempt) -> None:
     command = [sys.executable, "-c", OFFLINE, "evaluate", "someone/tiny", "--text", str(attempt.text)]
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(attempt.folder)}

@@ -81,6 +81,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.e2e
 def test_mixed_folders_load_generate_and_train_without_optprune(tmp_path: Path) -> None:
     models = {name: mixed(build(num_hidden_layers=4)) for name, build in ALL_MODELS.items()}
     assert Decoder(models["qwen3_moe"]).shape(1).experts == 3

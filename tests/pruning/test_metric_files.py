@@ -90,6 +90,7 @@ def test_a_resumed_run_measures_no_metric(
     assert not list((tmp_path / "run").glob("metric-*"))
 
 
+@pytest.mark.e2e
 def test_a_resumed_run_of_a_model_read_block_by_block_measures_no_metric(tmp_path: Path, passes: list[int]) -> None:
     whole, recipe = tiny(), load_recipe(*RUNS["sparse_best"])
     whole.save_pretrained(tmp_path / "model")
@@ -137,6 +138,7 @@ def test_a_file_that_is_not_the_one_written_is_measured_again(
     assert same(whole, resumed)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("name", ["metric-00001.sums", "metrics.json"])
 def test_what_is_not_there_any_more_is_measured_again(
     name: str, a_run: Path, tmp_path: Path, passes: list[int]

@@ -219,14 +219,14 @@ def test_a_full_disk_is_told(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("no_weights")
 def test_a_place_that_is_not_known(attempt: Attempt) -> None:
     sentence = attempt.fails(attempt.command(states="cloud"))
-    assert "hidden states cannot be kept on 'cloud': choose auto, device, host or disk" in sentence
+    assert "--states cannot be 'cloud': use auto, device, host or disk" in sentence
     with pytest.raises(InputError, match="'cloud'"):
         prune(tiny_llama(), batches(), load_recipe("fasp"), states="cloud")
 
 
 def test_the_command_hands_it_on(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*_: Any, states: str, **__: Any) -> None:
-        raise InputError(f"asked for {states}")
+    def stop(program: Any, *_: Any, **__: Any) -> None:
+        raise InputError(f"asked for {program.request.states}")
 
-    monkeypatch.setattr("optprune.pruning.prune", stop)
+    monkeypatch.setattr("optprune.pruning.run_program", stop)
     assert "asked for disk" in attempt.fails(attempt.command(states="disk"))

@@ -85,6 +85,7 @@ def check(folder: Path, recipe: Recipe) -> None:
     assert all(torch.equal(value.view(torch.uint8), left[name].view(torch.uint8)) for name, value in there.items())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_the_bytes_are_those_of_a_run_in_memory(name: str, run: str, tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tiny_llama(), tmp_path_factory.mktemp("models") / "llama")
 
 
+@pytest.mark.e2e
 @told
 @pytest.mark.usefixtures("real_reload_check")  # which takes the time that it takes users
 def test_the_folder_of_a_command_reports_all_seven(folder: Path, attempted_text: Path, tmp_path: Path, capsys) -> None:

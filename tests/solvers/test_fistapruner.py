@@ -196,6 +196,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(fault, monkeypatch):
     noticed(monkeypatch, *FAULTS[fault])

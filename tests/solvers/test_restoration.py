@@ -344,6 +344,7 @@ def _one(loss, row):
     return replace(loss, weight=loss.weight[row : row + 1])
 
 
+@pytest.mark.e2e
 def test_float32_factors_promise_nothing_and_do_not_invert_their_own_rounding():
     solver = Restore(torch.float32)
     # A float64 Gram matrix of rank one, whose float32 decomposition has eigenvalues of 1e-8 in place of zeros.

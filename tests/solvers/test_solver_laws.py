@@ -43,16 +43,24 @@ from tests.helpers.solver_table import (
 
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))
+EXAMPLES = settings().max_examples
+# `make test` draws a third of the examples, `make test-e2e` all of them.
+by_examples = pytest.mark.parametrize("examples", [EXAMPLES // 3, pytest.param(EXAMPLES, marks=pytest.mark.e2e)])
+
+
+def up_to(examples):
+    return settings(max_examples=max(examples, 1))
 
 
 def of_any_dtype(kind):
     return st.sampled_from(DTYPES).flatmap(lambda dtype: STRATEGIES[kind](dtype=dtype))
 
 
+@by_examples
 @by_dtype
 @by_pair
-def test_accepted_problems_keep_the_laws(kind, solver, dtype):
-    @(settings() if dtype == torch.float64 else FEWER)
+def test_accepted_problems_keep_the_laws(kind, solver, dtype, examples):
+    @up_to(examples if dtype == torch.float64 else examples // 4)
     @given(STRATEGIES[kind](dtype=dtype))
     def check(problem):
         laws.keep_laws(problem, solver)
@@ -75,9 +83,10 @@ def test_a_kind_is_accepted_for_every_problem_or_refused_for_every_one_with_the_
         check()
 
 
+@by_examples
 @by_pair
-def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
-    @FEWER
+def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver, examples):
+    @up_to(examples // 4)
     @given(of_any_dtype(kind))
     def check(problem):
         if not laws.refused_as_singular(problem, solver):
@@ -88,11 +97,12 @@ def test_an_infeasible_start_never_comes_back_as_an_answer(kind, solver):
     check()
 
 
+@by_examples
 @by_pair
-def test_the_default_device_is_not_used(kind, solver):
+def test_the_default_device_is_not_used(kind, solver, examples):
     """Under a default device that holds no numbers the answer is the same: everything made is where the problem is."""
 
-    @FEWER
+    @up_to(examples // 4)
     @given(st.sampled_from(METRIC_KINDS).flatmap(lambda metric: weighted(kind, metric)))
     def check(problem):
         if solver.refusal(problem.in_output_basis()[0]) is not None or laws.refused_as_singular(problem, solver):
@@ -109,9 +119,10 @@ def test_the_default_device_is_not_used(kind, solver):
     check()
 
 
+@by_examples
 @by_pair
-def test_answers_follow_names_and_units_where_nothing_ties(kind, solver):
-    @FEWER
+def test_answers_follow_names_and_units_where_nothing_ties(kind, solver, examples):
+    @up_to(examples // 4)
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
         if isinstance(solver, IN_ORDER):

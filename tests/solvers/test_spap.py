@@ -231,6 +231,7 @@ def test_each_part_brings_the_choice_nearer_to_the_optimum(kind):
     assert ranking > soft > hard > excess(kind, Spap()).mean()
 
 
+@pytest.mark.e2e
 @by_kind
 def test_it_closes_more_of_the_way_than_what_ranks(kind):
     for seed in range(4):

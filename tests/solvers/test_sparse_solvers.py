@@ -107,6 +107,7 @@ def test_options_without_sense_are_refused(option):
 # -- how good
 
 
+@pytest.mark.e2e
 @by_pattern
 def test_admm_is_feasible_and_with_a_refit_better_than_wanda_with_a_refit(pattern):
     """On the mean of 30 fixed instances [16, 32]; measured 0.45, 0.48 and 0.53 of it. Stated: 0.6."""

@@ -77,6 +77,7 @@ class Descent(Solver[MaskedLeastSquares, tuple[int, torch.Tensor]]):
         return state[1]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "solver", [PseudoInverse(), Restore(), FaspMetric(), Random(), Chain((FaspMetric(), Restore()))], ids=str
 )

@@ -92,6 +92,7 @@ FISTA_FAULTS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", FISTA_FAULTS)
 def test_faults_in_fista_are_noticed_by_the_laws(fault, monkeypatch):
     monkeypatch.setattr(*FISTA_FAULTS[fault])
@@ -99,6 +100,7 @@ def test_faults_in_fista_are_noticed_by_the_laws(fault, monkeypatch):
         check_solver(Fista(), examples=40, shrink=False)
 
 
+@pytest.mark.e2e
 def test_a_doubled_step_for_all_columns_is_noticed_by_the_laws(monkeypatch):
     monkeypatch.setattr(fista, "largest_eigenvalue_bound", half_the_bound)
     with pytest.raises(AssertionError, match=r"promises|bound|worse|below|NaN"):
@@ -150,6 +152,7 @@ LAW_FAULTS = {
 }
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("fault", LAW_FAULTS)
 def test_faults_in_sparse_solvers_are_noticed_by_the_laws(fault, monkeypatch):
     owner, name, what, solver, message = LAW_FAULTS[fault]
@@ -158,6 +161,7 @@ def test_faults_in_sparse_solvers_are_noticed_by_the_laws(fault, monkeypatch):
         check_solver(solver, examples=60, shrink=False)
 
 
+@pytest.mark.e2e
 def test_without_a_fault_the_laws_hold():
     for solver in (Fista(), Swaps(), PerspectiveBound(20), Chain((Admm(), ConjugateGradients()))):
         check_solver(solver, examples=5)

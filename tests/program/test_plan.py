@@ -216,6 +216,7 @@ def test_a_probe_is_fed_with_what_enters_its_block() -> None:
     assert torch.allclose(probe.hidden[0], want, atol=1e-5)
 
 
+@pytest.mark.e2e
 def test_a_config_alone_is_planned_and_timed(tmp_path: Path) -> None:
     tiny_llama().config.save_pretrained(tmp_path)
     planned = plan(tmp_path, load_recipe("fasp"), samples=8, seq_length=LENGTH, device="cpu", measuring=None)
