@@ -33,7 +33,7 @@ from optprune.healing.settings import LEARNING_RATE
 from optprune.measure import perplexity
 from optprune.models import LoadedModel, load_model
 from optprune.report import DivergenceMeasured, Event
-from optprune.texts import Document, TrainingText, calibration_batches, read_documents, tokenise, with_held_out
+from optprune.texts import Document, TrainingText, calibration_batches, read_documents, split_held_out, tokenise
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "fasp 30%": ("fasp", {"sparsity": 0.3}),
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
 
 def others(tokenizer: Tokenizer, documents: list[Document], options: argparse.Namespace) -> TrainingText:
     """Windows of the articles, and of others to hold out."""
-    return with_held_out(
+    return split_held_out(
         documents,
         lambda some: tokenise(tokenizer, some),
         tokens=options.tokens,

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import write_table
 from optprune.allocation.uniform import uniform
-from optprune.measure import Measured, Work, measure_speed
+from optprune.measure import Repeats, SpeedWorkload, measure_speed
 from optprune.measure.speed import device_name
 from optprune.models import Decoder, Mlp, load_model
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    work = Work(options.prompt_tokens, options.new_tokens, options.batch, options.repeats)
+    work = SpeedWorkload(options.prompt_tokens, options.new_tokens, options.batch, options.repeats)
     if options.model == "smollm2":
         dense, what = load_model("demo", dtype=options.dtype, device=options.device).model, "SmolLM2-135M-Instruct"
     else:
@@ -101,7 +101,7 @@ def narrowed(dense: PreTrainedModel, sparsity: float, multiple: int) -> PreTrain
     return model
 
 
-def told(measured: Measured) -> str:
+def told(measured: Repeats) -> str:
     first, third = measured.quartiles
     return f"{measured.median:.4g} ({first:.4g} to {third:.4g})"
 

@@ -17,7 +17,7 @@ from optprune.calibration import calibrating, first_inputs
 from optprune.calibration.divergence import Variants
 from optprune.calibration.stream import forward_work, head_work, run_block, stream_bytes
 from optprune.errors import InputError, NumericalError
-from optprune.measure.evaluate import GIVES_NAN, TOKENS_AT_ONCE, of_surprise, surprise
+from optprune.measure.evaluate import NAN_MESSAGE, TOKENS_AT_ONCE, negative_log_likelihood, perplexity_from_nll
 from optprune.models import BlockShape, Decoder
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import PhaseAdvanced, RemovedPart
@@ -183,10 +183,10 @@ def _perplexity(decoder: Decoder, batches: Sequence[Tensor], ends: Sequence[Tens
     """Return the perplexity of a model on windows, from the outputs of its last block."""
     total = 0.0
     for ids, hidden in zip(batches, ends, strict=True):
-        total = surprise(ids.to(hidden.device), decoder.logits(hidden), total)
+        total = negative_log_likelihood(ids.to(hidden.device), decoder.logits(hidden), total)
     if math.isnan(total):
-        raise NumericalError(GIVES_NAN.format("the windows that choose what to remove"))
-    return of_surprise(total, sum(ids[:, 1:].numel() for ids in batches))
+        raise NumericalError(NAN_MESSAGE.format("the windows that choose what to remove"))
+    return perplexity_from_nll(total, sum(ids[:, 1:].numel() for ids in batches))
 
 
 def _influences(decoder: Decoder, batches: Sequence[Tensor], candidates: Sequence[Candidate]) -> dict[Candidate, float]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed
 
 from optprune.errors import InputError, WorkerError
-from optprune.system.launched import started_by_torchrun
+from optprune.system.environment import started_by_torchrun
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(days=30)

@@ -19,7 +19,7 @@ from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError
 from optprune.models import Decoder
 from optprune.numerics.fingerprint import fingerprint
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 from optprune.system.files import read_json, write_whole
 from optprune.system.wording import shown
 

@@ -44,8 +44,8 @@ def audit_command(
     """
     reporter = start()
     from optprune.report import audit
+    from optprune.report.drawings import check_plot, plot_kept
     from optprune.report.expectations import read_expectation
-    from optprune.report.plots import check_plot, plot_kept
 
     models = [model] if against is None else [model, against]
     for text in expect or ():

@@ -11,7 +11,7 @@ from optprune.errors import InputError
 from optprune.system.files import json_text
 
 if TYPE_CHECKING:
-    from optprune.measure import Measured, ModelSpeed
+    from optprune.measure import ModelSpeed, Repeats
 
 
 def benchmark_model_command(
@@ -30,11 +30,11 @@ def benchmark_model_command(
 ) -> None:
     """Measure prefill and decoding speed, peak memory and file size; medians and quartiles over the repeats."""
     reporter = start()
-    from optprune.measure import Work, measure_speed
+    from optprune.measure import SpeedWorkload, measure_speed
     from optprune.measure.speed import PEAK_MEMORY, device_name, file_bytes
     from optprune.models import check_dtype, device_of, load_config, load_model
 
-    work = Work(prompt_tokens, new_tokens, batch, repeats)
+    work = SpeedWorkload(prompt_tokens, new_tokens, batch, repeats)
     check_dtype(dtype)
     device_of(device)
     if against == model:
@@ -85,7 +85,7 @@ def _model_line(speed: "ModelSpeed", file_size: int) -> str:
     )
 
 
-def _spread(measured: "Measured", digits: int) -> str:
+def _spread(measured: "Repeats", digits: int) -> str:
     first, third = measured.quartiles
     return f"{measured.median:.{digits}f} ({first:.{digits}f} to {third:.{digits}f})"
 

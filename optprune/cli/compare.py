@@ -81,7 +81,7 @@ def compare_command(
     from optprune.comparison.grid import MOST_DRAWS
     from optprune.comparison.kept_folder import JSON, PICTURE, TABLE
     from optprune.comparison.run import NO_PICTURE
-    from optprune.measure import Work
+    from optprune.measure import SpeedWorkload
 
     check_json(json_file, models=[model])
     fields = {"propagation": propagation, "units": units, "units.weights": pattern, "strict": strict or None}
@@ -106,7 +106,7 @@ def compare_command(
             device=device,
             architecture=architecture,
             keep_models=keep_models,
-            speed=Work() if speed else None,
+            speed=SpeedWorkload() if speed else None,
             say=reporter.say,
             on_event=on_event,
         )

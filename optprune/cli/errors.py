@@ -11,7 +11,7 @@ import typer
 
 from optprune.cli.outputs import echo
 from optprune.errors import OptpruneError, is_out_of_memory, no_room
-from optprune.system.interrupts import forget_done, what_is_done
+from optprune.system.interrupts import done_sentence, forget_done
 from optprune.system.wording import one_line
 
 INTERRUPTED = 130
@@ -47,7 +47,7 @@ def tell(error: BaseException) -> int:
     if os.environ.get("OPTPRUNE_DEBUG") == "1":
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        echo(f"interrupted; {what_is_done()}", err=True)
+        echo(f"interrupted; {done_sentence()}", err=True)
         return INTERRUPTED
     # Names of files, tensors and columns are in it, whoever gave them.
     echo(f"error: {_sentence(error)}", err=True)
@@ -65,7 +65,7 @@ def _sentence(error: BaseException) -> str:
             "has), or use --dtype bfloat16"
         )
     elif (full := no_room(error)) is not None:
-        text = f"{full} ({what_is_done()}): make room and run again"
+        text = f"{full} ({done_sentence()}): make room and run again"
     elif isinstance(error, OSError):
         text = f"{error.filename or 'a file'} cannot be used: {error.strerror or error}"
     else:

@@ -64,7 +64,7 @@ class HealingRun:
         from optprune.program.time import expected_files
         from optprune.report import PhaseRecorder, PhasesExpected
         from optprune.report.phases import TOKENISING
-        from optprune.texts import check_seq_length, read_documents, with_held_out
+        from optprune.texts import check_seq_length, read_documents, split_held_out
 
         # What costs nothing is checked first.
         self.output.check()
@@ -82,7 +82,7 @@ class HealingRun:
             with phases.step(TOKENISING, f"tokenising {self.text}"):
                 sizes = {"seq_length": seq_length, "batch_size": batch_size, "held_out": held_out}
                 drawn = {"tokens": tokens, "most": most, "seed": self.settings.seed}
-                parts = with_held_out(documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn)
+                parts = split_held_out(documents, lambda some: tokens_for(self.model, config, some), **sizes, **drawn)
                 few = documents[:8]
                 check_alike(
                     self.model,

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, TextIO
 import typer
 
 from optprune.errors import InputError, OptpruneError
+from optprune.system.display import printable
+from optprune.system.environment import is_first
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
-from optprune.system.launched import is_first
-from optprune.system.telling import printable
 
 if TYPE_CHECKING:
     from optprune.report.progress import Reporter

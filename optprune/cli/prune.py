@@ -160,7 +160,7 @@ def prune_command(
                 peers=peers,
                 reporter=reporter,
                 phases=phases,
-                calibration=drawn.told,
+                calibration=drawn.description,
                 window=drawn.first,
             )
     if done is not None:  # another process has it otherwise

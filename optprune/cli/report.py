@@ -12,7 +12,7 @@ from optprune.errors import InputError
 from optprune.system.files import real_path
 
 if TYPE_CHECKING:
-    from optprune.report import Evaluated
+    from optprune.report import EvaluationReport
 
 PAGE = "report.html"
 
@@ -49,7 +49,7 @@ def report_command(
     """
     reporter = start()
     from optprune.models import check_dtype, device_of
-    from optprune.report import healed_in, held_in, page, read_evaluation, read_report, read_speed
+    from optprune.report import page, read_evaluation, read_healing, read_report, read_speed, summarise_model
     from optprune.report.drawings import can_draw
 
     _check_together(against, text, evaluation)
@@ -60,15 +60,15 @@ def report_command(
     place = _place(folder, output, against)
     measured = None if evaluation is None else read_evaluation(evaluation)
     speeds = None if speed is None else read_speed(speed)
-    held, healed = held_in(folder, report), healed_in(folder)
+    model, healing = summarise_model(folder, report), read_healing(folder)
     if text is not None:
         beside = Beside.loaded_for(
             reporter, str(folder), against, text, seq_length, windows, device=device, dtype=dtype
         )
         measured = _evaluated(beside, generations)
     if not can_draw():
-        reporter.say("matplotlib is not installed: tables stand in place of pictures (pip install 'optprune[plot]')")
-    drawn = page(report, held=held, evaluation=measured, speed=speeds, healing=healed)
+        reporter.say("matplotlib is not installed, so tables replace pictures (pip install 'optprune[plot]')")
+    drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing)
     write_file(place, drawn.encode(), "page", f"{folder} is as it was")
     echo(f"{place}: {len(drawn.encode()) / 1024:.0f} KiB")
 
@@ -89,13 +89,13 @@ def _place(folder: Path, output: Path | None, against: str | None) -> Path:
     return place
 
 
-def _evaluated(beside: "Beside", generations: int) -> "Evaluated":
+def _evaluated(beside: "Beside", generations: int) -> "EvaluationReport":
     """What is measured now, with the size of the dense model."""
     from optprune.measure.speed import file_bytes
-    from optprune.report import evaluation_in
+    from optprune.report import parse_evaluation
 
     result, _ = beside.measured([], generations)
     if beside.dense is not None:
         result["dense_parameters"] = sum(parameter.numel() for parameter in beside.dense.model.parameters())
         result["dense_bytes"] = file_bytes(beside.dense.source)
-    return evaluation_in(result, "the evaluation")
+    return parse_evaluation(result, "the evaluation")

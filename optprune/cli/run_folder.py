@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optprune.errors import InputError, OptpruneError, WorkerError, is_out_of_memory, no_room, no_room_behind
-from optprune.system.facts import differences
+from optprune.system.environment import differences, is_first
 from optprune.system.files import read_json, real_path
-from optprune.system.interrupts import NOTHING, record_done, what_is_done
-from optprune.system.launched import is_first
-from optprune.system.run_folder import RunFolder
+from optprune.system.folders import RunFolder
+from optprune.system.interrupts import NOTHING, done_sentence, record_done
 from optprune.system.wording import shown
 
 Folder = TypeVar("Folder", bound=RunFolder)
@@ -134,7 +133,7 @@ def kept_in(journal: Folder, say: Callable[[str], None]) -> Iterator[Folder]:
             _discard(journal, say)
             raise
         kept = f"{journal.progress_text}, and kept in {journal.folder}: go on with --resume"
-        record_done(f"{done}; {kept}" if (done := what_is_done()) != NOTHING else kept)
+        record_done(f"{done}; {kept}" if (done := done_sentence()) != NOTHING else kept)
         journal.release()
         if isinstance(error, OptpruneError):
             raise type(error)(f"{error}; {kept}") from error

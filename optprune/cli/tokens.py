@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-    from optprune.texts import Document, Drawn, Text
+    from optprune.texts import Document, DrawnWindows, Text
 
 
 def tokens_for(
@@ -37,7 +37,7 @@ def calibration_for(
     seq_length: int,
     seed: int,
     sequences: str = "packed",
-) -> "Drawn":
+) -> "DrawnWindows":
     """The windows that are drawn from texts by the tokenizer of a model; the other tokens are gone."""
     from optprune.texts import check_vocabulary, draw_windows
 

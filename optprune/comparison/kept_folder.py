@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from optprune.comparison.grid import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
 from optprune.system.files import real_path
-from optprune.system.kept_folder import KeptFolder
+from optprune.system.folders import ManifestFolder
 
 CELLS, WORK, MODELS = "cells", "work", "models"
 Value = TypeVar("Value")
@@ -17,7 +17,7 @@ RESULT, FIGURES = TypeAdapter(CellResult), TypeAdapter(Figures)
 JSON, TABLE, PICTURE = "comparison.json", "comparison.md", "comparison.svg"
 
 
-class ComparisonFolder(KeptFolder):
+class ComparisonFolder(ManifestFolder):
     """Folder with the options of a comparison, and a file for each finished cell."""
 
     noun = "comparison"

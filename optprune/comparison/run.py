@@ -18,30 +18,30 @@ from optprune.comparison.kept_folder import ComparisonFolder
 from optprune.comparison.results import Comparison, picture_of
 from optprune.comparison.session import Session
 from optprune.errors import InputError
-from optprune.measure import Work
+from optprune.measure import SpeedWorkload
 from optprune.models import LoadedModel, check_dtype, device_of, using_tokenizer
 from optprune.models.draft import draft_in
 from optprune.models.load import Described
 from optprune.numerics.fingerprint import fingerprint
 from optprune.recipe import Recipe
 from optprune.report import Event
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 from optprune.system.files import real_path
-from optprune.system.kept_folder import check_kept
+from optprune.system.folders import check_manifest_folder
 from optprune.system.wording import shown
 from optprune.texts import (
     Document,
-    Drawn,
-    Draws,
+    DrawnWindows,
     Text,
+    WindowSampler,
     check_seq_length,
     check_sequences,
     check_vocabulary,
     evaluation_windows,
+    normalised_text,
     read_documents,
     read_texts,
     tokenise,
-    words_of,
 )
 
 NO_PICTURE = "there is no picture, which needs matplotlib: pip install 'optprune[plot]'"
@@ -65,7 +65,7 @@ def compare(
     device: str = "auto",
     architecture: Described | None = None,
     keep_models: bool = False,
-    speed: Work | None = None,
+    speed: SpeedWorkload | None = None,
     say: Callable[[str], None] = lambda text: None,
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Comparison:
@@ -90,7 +90,7 @@ def compare(
         raise InputError("models are kept in the folder of the comparison: name one")
     check_sequences(sequences)
     if folder is not None:
-        check_kept(real_path(Path(folder)), ComparisonFolder.noun)
+        check_manifest_folder(real_path(Path(folder)), ComparisonFolder.noun)
     texts, documents = texts_apart(calibration, text)
     source = dense_source(model, dtype, device, architecture)
     config, tokenizer = source.config(), source.tokenizer()
@@ -155,9 +155,9 @@ def _drawn(
     samples: int,
     seq_length: int,
     seeds: Sequence[int],
-) -> dict[int, Drawn]:
+) -> dict[int, DrawnWindows]:
     """Return the calibration windows of each seed."""
-    draws = Draws(tokenizer, texts, sequences)
+    draws = WindowSampler(tokenizer, texts, sequences)
     drawn = {seed: draws.draw(samples, seq_length, seed) for seed in seeds}
     for each in drawn.values():
         for tokens in each.batches:
@@ -171,7 +171,9 @@ def texts_apart(calibration: str, text: str) -> tuple[list[Text], list[Document]
     Raises InputError where they have a document in common.
     """
     fitted, held = read_texts(calibration), read_documents(text)
-    common = {words_of(document) for one in fitted for document in one.documents} & set(map(words_of, held))
+    common = {normalised_text(document) for one in fitted for document in one.documents} & set(
+        map(normalised_text, held)
+    )
     if common:
         first = shown(min(common)[:60])
         raise InputError(

@@ -18,7 +18,7 @@ from optprune.comparison.kept_folder import ComparisonFolder
 from optprune.comparison.results import CellResult, Figures
 from optprune.errors import OptpruneError, is_out_of_memory, no_room_behind
 from optprune.export import save_model
-from optprune.measure import Divergence, Work, measure_speed
+from optprune.measure import Divergence, SpeedWorkload, measure_speed
 from optprune.measure.memory import free_memory, release
 from optprune.measure.speed import weight_bytes
 from optprune.models import UNITS, Decoder, LoadedModel
@@ -29,7 +29,7 @@ from optprune.report import Event, Report
 from optprune.report.progress import about, duration
 from optprune.system.interrupts import record_done
 from optprune.system.wording import one_line
-from optprune.texts import Drawn
+from optprune.texts import DrawnWindows
 
 SHARE = 0.25
 """share of the free memory that statistics may take; otherwise they are in the folder"""
@@ -71,12 +71,12 @@ class Session:
     grid: Grid
     source: DenseSource
     folder: ComparisonFolder
-    drawn: Mapping[int, Drawn]
+    drawn: Mapping[int, DrawnWindows]
     """calibration windows, by seed"""
     windows: Tensor
     """evaluation windows [n, length]"""
     keep_models: bool
-    speed: Work | None
+    speed: SpeedWorkload | None
     say: Callable[[str], None]
     on_event: Callable[[Event], None]
     loaded: LoadedModel
@@ -183,7 +183,7 @@ class Session:
                 statistics=statistics,
                 store=loaded.store,
                 source=self.source.source,
-                calibration=drawn.told,
+                calibration=drawn.description,
                 on_event=self.on_event,
             )
             found = self.predictions.beside(loaded.decoder())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optprune.export.source_files import Origin
 from optprune.models import BlockShape, Decoder, is_stock
 from optprune.report import Report
-from optprune.system.telling import printable
+from optprune.system.display import printable
 from optprune.system.wording import counted, one_line
 
 PUBLIC_TEXT = ("hf:", "demo:")

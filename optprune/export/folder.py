@@ -26,16 +26,16 @@ from optprune.models.store import BlockStore
 from optprune.recipe import Recipe
 from optprune.report import (
     Event,
-    Held,
+    ModelSummary,
     PhaseAdvanced,
     PhaseReport,
     Report,
-    healed_in,
-    held_in,
     joined,
     page,
     pictures,
+    read_healing,
     read_report,
+    summarise_model,
 )
 from optprune.report.phases import CHECKING, SAVING
 from optprune.report.reading import PAGE, REPORT
@@ -278,20 +278,20 @@ class _Reports:
     """The files report.json and report.html, which are written again when the duration of the check is known."""
 
     report: Report
-    held: Held
+    held: ModelSummary
     drawn: Mapping[str, str] = field(default_factory=dict)
     """pictures of the page, which do not depend on the durations"""
 
     @classmethod
     def of(cls, report: Report, decoder: Decoder, folder: Path, *, tokenizer: bool) -> "_Reports":
         """Return the files for a folder that this model has been written to."""
-        held = Held.by(decoder, report, file_bytes(str(folder)), tokenizer=tokenizer)
+        held = ModelSummary.of(decoder, report, file_bytes(str(folder)), tokenizer=tokenizer)
         return cls(report, held, pictures(report))
 
     def write(self, folder: Path, phases: Sequence[PhaseReport]) -> None:
         """Write both files, with these phases after those of the report."""
         whole = replace(self.report, phases=joined(self.report.phases, phases))
-        texts = {REPORT: whole.to_json(), PAGE: page(whole, held=self.held, drawn=self.drawn)}
+        texts = {REPORT: whole.to_json(), PAGE: page(whole, model=self.held, drawn=self.drawn)}
         for name, text in texts.items():
             data = text.encode()
             write_whole(folder / name, lambda stream, data=data: stream.write(data), lasting=False)
@@ -303,7 +303,7 @@ def _write_healed_page(folder: Path) -> None:
         report = read_report(folder)
     except InputError:
         return
-    data = page(report, held=held_in(folder, report), healing=healed_in(folder)).encode()
+    data = page(report, model=summarise_model(folder, report), healing=read_healing(folder)).encode()
     write_whole(folder / PAGE, lambda stream: stream.write(data))
 
 

@@ -26,7 +26,7 @@ from optprune.models.surgery import parameters_in
 from optprune.numerics.fingerprint import fingerprint
 from optprune.report import DivergenceMeasured, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import HEALING
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 from optprune.texts import check_seq_length, check_vocabulary
 from optprune.work import Work
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optprune.healing.training import HeldOut
 from optprune.models.checkpoint import stored_tensors, write_tensors
-from optprune.system.run_folder import RunFolder
+from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 
 PROGRESS = "progress.json"

@@ -14,7 +14,7 @@ from optprune.errors import NumericalError
 from optprune.healing.distillation import Reader, add_gradient, surprise_and_divergence
 from optprune.healing.settings import HealingSettings
 from optprune.healing.zeros import Masks, keep_zeros
-from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, of_surprise
+from optprune.measure.evaluate import TOKENS_AT_ONCE, evaluating, perplexity_from_nll
 
 BETAS = (0.9, 0.95)
 """decay rates of AdamW's moments; the usual 0.999 would average over more steps than the training has"""
@@ -108,7 +108,9 @@ class Training:
             raise NumericalError(f"the model gives NaN on held-out windows after {step} steps: lower the learning rate")
         own, dense, divergence = total
         count = held_out.predictions
-        return HeldOut(step, max(divergence / count, 0.0), of_surprise(own, count)), of_surprise(dense, count)
+        return HeldOut(step, max(divergence / count, 0.0), perplexity_from_nll(own, count)), perplexity_from_nll(
+            dense, count
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """Return a copy of the weights."""

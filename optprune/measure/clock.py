@@ -1,4 +1,4 @@
-"""The clock of a device."""
+"""Clock that waits for a device."""
 
 import time
 
@@ -6,7 +6,7 @@ import torch
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given: for times of work, not of launches."""
+    """Return the time in seconds after all queued work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

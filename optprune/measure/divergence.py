@@ -1,4 +1,4 @@
-"""How far a model's predictions are from those of the dense model, which perplexity alone does not say."""
+"""Divergence of a model's predictions from those of the dense model."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -12,23 +12,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.errors import InputError, NumericalError
-from optprune.measure.evaluate import GIVES_NAN, check_windows, evaluating, of_surprise, passes
+from optprune.measure.evaluate import NAN_MESSAGE, check_windows, evaluating, passes, perplexity_from_nll
 from optprune.numerics.kullback_leibler import divergence_terms
 
 STRETCHES = 8
-"""into how many parts a window's predictions are cut at most, to see what grows along the context"""
+"""the largest number of parts of a window, for figures by length of the context"""
 POSITIONS_AT_ONCE = 256
-"""how many predictions over the whole vocabulary are held at once, of each model"""
+"""the number of predictions over the whole vocabulary in memory at a time, for each model"""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of every window, and the means over the predictions made there."""
+    """Means over the predictions in one part of every window."""
 
     first: int
-    """how many tokens the first of these predictions sees"""
+    """the number of tokens in the context of its first prediction"""
     last: int
-    """how many tokens the last of them sees"""
+    """the number of tokens in the context of its last prediction"""
     perplexity: float
     divergence: float
     agreement: float
@@ -36,35 +36,35 @@ class Stretch:
 
 @dataclass(frozen=True)
 class StandardErrors:
-    """The standard errors of means over windows; both models predict the same windows, so differences are paired."""
+    """Standard errors of means over windows; differences between the two models are paired by window."""
 
     surprise: float
-    """the standard error of the difference of the two models' mean surprise, which is the logarithm of the ratio of
-    their perplexities, in nats a prediction"""
+    """the standard error of the difference of mean negative log-likelihoods, which is the logarithm of the ratio of
+    perplexities, in nats a prediction"""
     divergence: float
     """the standard error of the divergence, in nats a prediction"""
     agreement: float
     windows: int
-    """over how many windows: a standard deviation of few says little"""
+    """the number of windows; for few windows the errors are uncertain"""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A model beside the dense one, over all next-token predictions of some windows."""
+    """Comparison of a model with the dense one, over all next-token predictions of some windows."""
 
     divergence: float
     """KL(dense || model), in nats a prediction"""
     agreement: float
-    """the share of predictions in which both hold the same token for the most likely"""
+    """the share of predictions with the same most likely token"""
     perplexity: float
     dense_perplexity: float
     along: tuple[Stretch, ...]
-    """the same along the context"""
+    """the same figures by length of the context"""
     standard_errors: StandardErrors | None = None
-    """how far the means are known; None of a single window, or where they are beyond the largest number"""
+    """None for a single window, or where they overflow"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
+        """Return the fields as plain data."""
         return asdict(self)
 
 
@@ -76,7 +76,7 @@ def divergence_from(
     *,
     on_window: Callable[[int, int], None] | None = None,
 ) -> Divergence:
-    """The divergence of a model from the dense one on windows of token ids [n, length], which do not see each other.
+    """Return the divergence of a model from the dense one on windows of token ids [n, length].
 
     Means are over the length - 1 predictions of each window, as for `perplexity`; log-probabilities in float32, sums
     in float64. `on_window(done, n)` is called after each pass. InputError when the vocabularies differ in size,
@@ -102,9 +102,9 @@ def divergence_of(
     pairs: Iterable[tuple[Tensor, Tensor]],
     on_window: Callable[[int, int], None] | None = None,
 ) -> Divergence:
-    """The divergence of logits from the dense model's, which come in pairs, each of the next few of some windows.
+    """Return the divergence of logits from the dense model's, given as pairs for consecutive batches of windows.
 
-    Windows are token ids [n, length], logits [some, length, vocabulary]; the rest is as in `divergence_from`.
+    Windows are token ids [n, length], logits [batch, length, vocabulary]; the rest is as in `divergence_from`.
     """
     count, length = windows.shape
     sums, done, by_window = torch.zeros(4, length - 1, dtype=torch.float64), 0, list[Tensor]()
@@ -116,7 +116,7 @@ def divergence_of(
             by_window.append(found.mean(1))
         done += len(ids)
         if bool(sums.isnan().any()):
-            raise NumericalError(GIVES_NAN.format(f"the first {done} windows"))
+            raise NumericalError(NAN_MESSAGE.format(f"the first {done} windows"))
         if on_window is not None:
             on_window(done, count)
     total = Stretch(1, length - 1, *_means(sums, count))
@@ -125,14 +125,14 @@ def divergence_of(
         max(total.divergence, 0.0),
         total.agreement,
         total.perplexity,
-        of_surprise(float(sums[1].sum()), count * (length - 1)),
+        perplexity_from_nll(float(sums[1].sum()), count * (length - 1)),
         tuple(along),
         _standard_errors(torch.stack(by_window)),
     )
 
 
 def _standard_errors(means: Tensor) -> StandardErrors | None:
-    """The standard errors of what [windows, 4] holds of each window: both surprises, the divergence, the agreement."""
+    """Return the standard errors for the rows of `_sums`, averaged over each window, [windows, 4]."""
     windows = len(means)
     if windows < 2:
         return None
@@ -142,23 +142,23 @@ def _standard_errors(means: Tensor) -> StandardErrors | None:
 
 
 def _sums(window: Tensor, scores: Tensor, dense_scores: Tensor) -> Tensor:
-    """By prediction of a window [length]: both models' surprise, the divergence, the agreement [4, length - 1]."""
+    """Return both losses, the divergence and the agreement of each prediction of a window [4, length - 1]."""
     found = list[Tensor]()
     whole = (window[1:], scores[:-1], dense_scores[:-1])
     for following, part, dense_part in zip(*(x.split(POSITIONS_AT_ONCE) for x in whole), strict=True):
         log_q, log_p = part.float().log_softmax(-1), dense_part.float().log_softmax(-1)
-        surprises = [-x.gather(1, following[:, None])[:, 0] for x in (log_q, log_p)]
+        losses = [-x.gather(1, following[:, None])[:, 0] for x in (log_q, log_p)]
         divergence = divergence_terms(log_p, log_q).sum(-1, dtype=torch.float64)
         agreement = log_q.argmax(-1) == log_p.argmax(-1)
-        found.append(torch.stack([*(x.double() for x in surprises), divergence, agreement.double()]))
+        found.append(torch.stack([*(x.double() for x in losses), divergence, agreement.double()]))
     return torch.cat(found, dim=1).cpu()
 
 
 def _means(sums: Tensor, count: int) -> tuple[float, float, float]:
-    """The perplexity, divergence and agreement of some predictions of so many windows."""
-    surprise, _, divergence, agreement = (float(x) for x in sums.sum(1))
+    """Return the perplexity, divergence and agreement for sums over `count` windows."""
+    loss, _, divergence, agreement = (float(x) for x in sums.sum(1))
     predictions = count * sums.shape[1]
-    return of_surprise(surprise, predictions), divergence / predictions, agreement / predictions
+    return perplexity_from_nll(loss, predictions), divergence / predictions, agreement / predictions
 
 
 def _stretches(predictions: int) -> Iterator[tuple[int, int]]:

@@ -1,12 +1,14 @@
-"""The memory of this process: what a run takes at most, and giving back what is free."""
+"""Memory of this process and its device: sizes, peaks and limits."""
 
 import ctypes
 import gc
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import ClassVar
 
 import torch
@@ -14,28 +16,28 @@ import torch
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STATM, MEMORY = Path("/proc/self/statm"), Path("/proc/meminfo")
 GROUP = ("memory.max", "memory.current", "inactive_file")
-"""the files of a control group that tell its limit and what it uses, and the row of its statistics that can be had"""
+"""the files of a control group with its limit and its usage, and the row of its statistics with reclaimable bytes"""
 OLD_GROUP = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-"""those of the first version"""
+"""the same for control groups of the first version"""
 RESET_PEAK = "5"
-"""what Linux takes as the order to forget the peak of the resident size (proc(5))"""
+"""the text that resets the peak of the resident size under Linux (proc(5))"""
 
 
 def release() -> None:
-    """Give what was freed back to the system, where the C library can: glibc keeps blocks of up to 32 MiB for itself.
+    """Return freed memory to the system, if the C library can: glibc keeps freed blocks of up to 32 MiB.
 
-    Between two phases that allocate tensors of different sizes, what it keeps fits nothing and adds to the peak.
+    Kept blocks do not fit the tensors of a later phase with other sizes, and would add to its peak.
     """
-    # Other systems have no such function, and Windows no such library; musl is Linux without it.
+    # Only glibc under Linux has the function.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 def memory_increase(device: torch.device, run: Callable[[], object]) -> int | None:
-    """The bytes that a run takes at most on top of what is held before it; None where the system does not tell.
+    """Run a function once, and return its peak of memory in bytes over that before; None if the system reports none.
 
-    It runs once, also where nothing is told.
+    On a CPU this resets the peak of the resident size of the process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -48,7 +50,7 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
     if device.type != "cpu" or not CLEAR.exists():
         run()
         return None
-    # What earlier runs freed goes back to the system, or this run would get it without an increase.
+    # The run would use blocks that were freed earlier without an increase.
     release()
     try:
         CLEAR.write_text(RESET_PEAK)
@@ -61,24 +63,24 @@ def memory_increase(device: torch.device, run: Callable[[], object]) -> int | No
 
 
 def free_memory(device: torch.device | None = None) -> int | None:
-    """The bytes that this process can still have of a device's memory, or of the host's; None where nobody tells.
+    """Return the bytes that this process can still allocate on a device, or on the host; None if unknown.
 
-    The host's is what Linux calls available, within the limits of the control groups that the process is in.
+    On the host these are the available bytes by Linux, within the limits of the control groups of the process.
     """
     if device is not None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds and does not use is free as well.
+        # Memory that torch has reserved and does not use is free as well.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if (device is not None and device.type != "cpu") or not MEMORY.exists():
         return None
     available = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return min([int(available.split()[1]) * 1024, *group_rooms(Path("/"))])
+    return min([int(available.split()[1]) * 1024, *cgroup_free_bytes(Path("/"))])
 
 
-def group_rooms(root: Path) -> Iterator[int]:
-    """What is left to each control group of this process and those around it, in bytes, below a root folder.
+def cgroup_free_bytes(root: Path) -> Iterator[int]:
+    """Yield the free bytes of each control group of this process and its parents, below a root folder.
 
-    Of both versions (cgroups(7)); pages of files that nobody uses can be had.
+    Both versions of control groups are read (cgroups(7)); inactive pages of files count as free.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -92,7 +94,7 @@ def group_rooms(root: Path) -> Iterator[int]:
         most, used, unused = OLD_GROUP if controllers else GROUP
         place = Path(path.lstrip("/"))
         for folder in (first / place, *(first / parent for parent in place.parents)):
-            # A container may show its own group only, as the root.
+            # A container may show only its own group, as the root.
             with suppress(OSError, ValueError):
                 limit = int((folder / most).read_text())
                 counts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
@@ -100,38 +102,38 @@ def group_rooms(root: Path) -> Iterator[int]:
 
 
 class DevicePeak:
-    """The most that tensors take on a CUDA device from here on; several may be at work, one within the other."""
+    """Peak of allocated tensors on a CUDA device since its creation; several may be nested."""
 
-    _at_work: ClassVar[list["DevicePeak"]] = []
+    _active: ClassVar[list["DevicePeak"]] = []
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._highest = device, 0
         self._note()
         torch.cuda.reset_peak_memory_stats(device)
-        self._at_work.append(self)
+        self._active.append(self)
 
     def close(self) -> int:
-        """The peak, in bytes."""
+        """Stop, and return the peak in bytes."""
         self._note()
-        self._at_work.remove(self)
+        self._active.remove(self)
         return self._highest
 
     @classmethod
     def _note(cls) -> None:
-        """Have each that is at work know what torch is about to forget."""
-        for peak in cls._at_work:
+        """Save the peak for all active objects before torch resets it."""
+        for peak in cls._active:
             peak._highest = max(peak._highest, torch.cuda.max_memory_allocated(peak.device))
 
 
 def resident_bytes() -> int | None:
-    """The resident size of this process; None where the system does not tell."""
+    """Return the resident size of this process in bytes; None if unknown."""
     with suppress(OSError, ValueError, IndexError):
         return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None
 
 
 def highest_bytes() -> int | None:
-    """The largest resident size of this process so far; None where the system does not tell."""
+    """Return the largest resident size of this process so far in bytes; None if unknown."""
     with suppress(OSError, StopIteration):
         return status_bytes("VmHWM")
     with suppress(ImportError, OSError):
@@ -142,11 +144,63 @@ def highest_bytes() -> int | None:
 
 
 def held_bytes() -> int:
-    """What this process has in memory now; at most so much, where the system tells the most it has had only."""
+    """Return the resident size of this process, or its peak where only that is known; 0 if unknown."""
     return resident_bytes() or highest_bytes() or 0
 
 
 def status_bytes(field: str) -> int:
-    """A field of this process's /proc/self/status (proc(5)), such as VmRSS, in bytes; OSError where there is none."""
+    """Return a field of /proc/self/status (proc(5)), such as VmRSS, in bytes; OSError without that file."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
+
+
+SAMPLE_SECONDS = 0.02
+"""the seconds between two samples of the resident size"""
+
+
+class PeakMemory:
+    """Peak of memory within a context, in bytes; None if unknown.
+
+    `host_bytes` is the largest resident size of this process, not its increase. It is exact if it is the largest since
+    the start of the process, and else the largest of samples every 20 ms, so that the statistics that `time` and
+    `getrusage` report are not reset. Without /proc it is always the largest since the start of the process.
+    `device_bytes` is the peak of torch's tensors on a CUDA device, whose peak statistics are reset; None on the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host_bytes: int | None = None
+        self.device_bytes: int | None = None
+
+    def __enter__(self) -> "PeakMemory":
+        self._largest, self._before = resident_bytes(), highest_bytes()
+        self._on_device = DevicePeak(self.device) if self.device.type == "cuda" else None
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._sample, name="optprune-memory", daemon=True)
+        if self._largest is not None:
+            with suppress(RuntimeError):  # the limit of threads is reached
+                self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self.watching:
+            self._watch.join()
+        highest, last = highest_bytes(), resident_bytes()
+        if self._largest is None or last is None or (highest or 0) > (self._before or 0):
+            self.host_bytes = highest
+        else:
+            self.host_bytes = max(self._largest, last)
+        if self._on_device is not None:
+            self.device_bytes = self._on_device.close()
+
+    @property
+    def watching(self) -> bool:
+        """Whether samples of the resident size are taken."""
+        return self._watch.is_alive()
+
+    def _sample(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            self._largest = max(self._largest or 0, resident_bytes() or 0)

@@ -1,4 +1,4 @@
-"""Multiple-choice questions from a file, for machines without a hub of tasks."""
+"""Multiple-choice questions from a file."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ FORM = '{"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
 
 @dataclass(frozen=True)
 class Question:
-    """A question, what may be answered, and which of it is right, counted from 0."""
+    """Question, its choices, and the number of the correct choice from 0."""
 
     question: str
     choices: tuple[str, ...]
@@ -29,19 +29,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """How many questions a model answers right."""
+    """Share of questions that a model answers correctly."""
 
     accuracy: float
-    """the share answered right by the likelihood of the choice"""
+    """the share of correct answers by the likelihood of the choice"""
     accuracy_by_byte: float
-    """the same by the likelihood for each byte of the choice, so that long choices have their chance"""
+    """the share of correct answers by the log-likelihood over the bytes of the choice, fair to long choices"""
     questions: int
 
 
 def read_questions(file: Path) -> list[Question]:
-    """The questions of a .jsonl file, one a line with the keys question, choices and answer (a number from 0).
+    """Return the questions of a .jsonl file, one on each line with the keys question, choices and answer (from 0).
 
-    InputError, in one sentence, when it cannot be read or a line is no question.
+    InputError when the file cannot be read or a line is not a question.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -53,13 +53,13 @@ def read_questions(file: Path) -> list[Question]:
         if line.strip()
     ]
     if not found:
-        raise InputError(f"there is no question in {file}: write one a line, such as {FORM}")
+        raise InputError(f"there is no question in {file}: write one on each line, such as {FORM}")
     return found
 
 
 def _question(record: Any, where: str) -> Question:
     if not isinstance(record, dict) or not {"question", "choices", "answer"} <= set(record):
-        raise InputError(f"{where} is no question: write one such as {FORM}")
+        raise InputError(f"{where} is not a question: write one such as {FORM}")
     text, choices, answer = record["question"], record["choices"], record["answer"]
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"the question in {where} is {shown(text)}, not a text: write one such as {FORM}")
@@ -80,10 +80,10 @@ def answer_questions(
     *,
     on_question: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """Let a model choose the likeliest continuation of each question, a space before it, as lm-eval does.
+    """Return the accuracy of a model, which answers with the most likely choice after a space, as in lm-eval.
 
-    `on_question(done, n)` is called after each one. InputError when a question with a choice is longer than the
-    positions that the model knows.
+    `on_question(done, n)` is called after each question. InputError when a question with a choice has more tokens than
+    the model has positions.
     """
     right, right_by_byte = 0, 0
     with evaluating(model):
@@ -98,9 +98,9 @@ def answer_questions(
 
 
 def _likelihood(model: PreTrainedModel, tokenizer: Tokenizer, question: str, choice: str) -> float:
-    """The log-likelihood of a choice behind its question."""
+    """Return the log-likelihood of a choice after its question."""
     whole = tokenizer(f"{question.rstrip()} {choice.strip()}", return_tensors="pt")["input_ids"]
-    # The choice is what the question alone does not begin with: a token may reach over the border.
+    # The choice begins at the first token that differs from the question alone: a token may cross the border.
     alone = tokenizer(question.rstrip())["input_ids"]
     pairs = zip(whole[0].tolist(), alone, strict=False)
     shared = next((at for at, (one, other) in enumerate(pairs) if one != other), len(alone))

@@ -1,4 +1,4 @@
-"""Inference speed and memory of models that are compared: the same work, in turn, in one run."""
+"""Inference speed and memory of models, compared on the same work in turn."""
 
 import statistics
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ from optprune.measure.memory import memory_increase
 from optprune.models.sources import DEMO, demo_model_file
 
 PEAK_MEMORY = (
-    "the weights, and the most that a prefill with its decoding takes on top, of what torch allocates on CUDA, "
-    "of the process's resident size on a CPU (known under Linux only)"
+    "the weights, and the peak of a prefill with its decoding on top: of torch's allocations on CUDA, of the "
+    "process's resident size on a CPU (known under Linux only)"
 )
 
 
 @dataclass(frozen=True)
-class Work:
-    """What every model does in a repeat: read a prompt into the cache, then decode greedily, token by token."""
+class SpeedWorkload:
+    """Work of a model in each repeat: a prefill of a prompt, then greedy decoding of single tokens."""
 
     prompt_tokens: int = 512
     new_tokens: int = 32
@@ -37,7 +37,7 @@ class Work:
                 raise InputError(f"--{name.replace('_', '-')} cannot be {value}: give at least 1")
 
     def check(self, name: str, config: Any) -> None:
-        """Raise InputError when a model has not the positions for this."""
+        """Raise InputError when a model has too few positions."""
         limit = getattr(config, "max_position_embeddings", None)
         needed = self.prompt_tokens + self.new_tokens
         if limit is not None and needed > limit:
@@ -48,8 +48,8 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One number for each repeat, in their order."""
+class Repeats:
+    """Measurements of the repeats, in order."""
 
     values: tuple[float, ...]
 
@@ -59,38 +59,38 @@ class Measured:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The first and the third."""
+        """The first and the third quartile."""
         if len(self.values) == 1:
             return self.values[0], self.values[0]
         first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
         return first, third
 
-    def over(self, other: "Measured") -> "Measured":
-        """The ratio in every repeat: what slows the machine down for a while slows both, and cancels."""
-        return Measured(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+    def over(self, other: "Repeats") -> "Repeats":
+        """Return the ratio of each repeat; a temporary load of the machine slows both models and cancels."""
+        return Repeats(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The median, the quartiles and the values as plain data."""
+        """Return the median, the quartiles and the values as plain data."""
         return {"median": self.median, "quartiles": list(self.quartiles), "values": list(self.values)}
 
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """What was measured of one model."""
+    """Speed and memory of a model."""
 
     name: str
-    prefill: Measured
-    """how many prompt tokens a second are read, of all prompts of a batch together"""
-    decode: Measured
-    """how many new tokens a second are decoded, of all sequences of a batch together"""
+    prefill: Repeats
+    """prompt tokens a second, over all prompts of a batch"""
+    decode: Repeats
+    """new tokens a second, over all sequences of a batch"""
     parameters: int
     weight_bytes: int
     """the size of parameters and buffers in memory"""
     peak_bytes: int | None
-    """the peak that PEAK_MEMORY describes; None where the system does not tell"""
+    """the peak as in PEAK_MEMORY; None if unknown"""
 
     def over(self, other: "ModelSpeed") -> "Ratios":
-        """This model's figures over another's from the same measurement."""
+        """Return the ratios of this model's figures to those of another model in the same measurement."""
         return Ratios(
             prefill=self.prefill.over(other.prefill),
             decode=self.decode.over(other.decode),
@@ -101,31 +101,31 @@ class ModelSpeed:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
+        """Return the fields as plain data."""
         return {**asdict(self), "prefill": self.prefill.to_dict(), "decode": self.decode.to_dict()}
 
 
 @dataclass(frozen=True)
 class Ratios:
-    """One model's figures over another's; above one is faster, and larger."""
+    """Ratios of one model's figures to another's; above one means faster or larger."""
 
-    prefill: Measured
-    decode: Measured
+    prefill: Repeats
+    decode: Repeats
     peak_memory: float | None
     weights: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
+        """Return the fields as plain data."""
         return {**asdict(self), "prefill": self.prefill.to_dict(), "decode": self.decode.to_dict()}
 
 
 @torch.inference_mode()
 def measure_speed(
-    models: Mapping[str, PreTrainedModel], work: Work, *, on_run: Callable[[int, int], None] | None = None
+    models: Mapping[str, PreTrainedModel], work: SpeedWorkload, *, on_run: Callable[[int, int], None] | None = None
 ) -> list[ModelSpeed]:
-    """The speed and the memory of models by name, all on one device and in one dtype, as they take turns.
+    """Return the speed and the memory of models by name, measured in turn on one device and in one dtype.
 
-    Every model runs twice before it is timed: once to warm up, once for its memory. Prompts are random tokens. Prefill
+    Every model runs twice before it is timed: to warm up, and for its memory. Prompts are random tokens. Prefill
     computes the logits of the last position only, as generation does; decoding is greedy and does not stop at an
     end token. `on_run(done, n)` is called after each run.
     """
@@ -163,8 +163,8 @@ def measure_speed(
     return [
         ModelSpeed(
             name=name,
-            prefill=Measured(tuple(ids.numel() / prefill for prefill, _ in seconds[name])),
-            decode=Measured(tuple(work.batch * work.new_tokens / decode for _, decode in seconds[name])),
+            prefill=Repeats(tuple(ids.numel() / prefill for prefill, _ in seconds[name])),
+            decode=Repeats(tuple(work.batch * work.new_tokens / decode for _, decode in seconds[name])),
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             weight_bytes=weight_bytes(model),
             peak_bytes=None if increase[name] is None else weight_bytes(model) + increase[name],
@@ -174,24 +174,24 @@ def measure_speed(
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """The memory of a model's parameters and buffers; those that are tied count once."""
+    """Return the bytes of a model's parameters and buffers; tied ones count once."""
     return sum(part.numel() * part.element_size() for part in (*model.parameters(), *model.buffers()))
 
 
 def file_bytes(source: str) -> int:
-    """The size of the weight files of a model source (folder, .gguf file, hub name or "demo")."""
+    """Return the size of the weight files of a model source (folder, .gguf file, hub name or "demo")."""
     path = Path(demo_model_file() if source == DEMO else source)
     if path.is_file():
         return path.stat().st_size
     if not path.is_dir():
-        # A hub name: its files are in the cache once the model was loaded.
+        # A hub name: its files are in the cache after the model was loaded.
         path = Path(str(cached_file(source, "config.json", local_files_only=True))).parent
     files = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files)
 
 
 def device_name(device: torch.device) -> str:
-    """A device in words, with the threads where they matter."""
+    """Return the name of a device, with the number of threads of a CPU."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
@@ -199,7 +199,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
-    """Raise InputError when a difference of dtype or device would be taken for one of speed."""
+    """Raise InputError when models differ in dtype or device, so that speeds do not compare."""
     for what, found in (
         ("dtypes", {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()}),
         ("devices", {name: str(model.device) for name, model in models.items()}),
@@ -210,7 +210,7 @@ def _check_alike(models: Mapping[str, PreTrainedModel]) -> None:
 
 
 def _run(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    """The seconds of reading the prompts and of decoding."""
+    """Return the seconds of prefill and of decoding."""
     ids = ids.to(model.device)
     began = clock(model.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)

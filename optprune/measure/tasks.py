@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, the field's harness, by name or from files of one's own."""
+"""Tasks of lm-eval, by name or from files."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,23 +15,23 @@ from optprune.measure.evaluate import evaluating
 from optprune.system.wording import one_line, shown
 
 Scores = dict[str, dict[str, Any]]
-"""what lm-eval measures, by the task (or a group of them) and the metric"""
+"""the scores of lm-eval by task or group of tasks, and metric"""
 
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """Tasks that lm-eval knows and whose questions were read."""
+    """Tasks of lm-eval whose questions can be read."""
 
     names: tuple[str, ...]
     manager: Any
-    """lm-eval's own, which finds tasks by name"""
+    """the task manager of lm-eval"""
 
     @classmethod
     def found(cls, names: Sequence[str], include: Path | None = None) -> "Tasks":
-        """Tasks by lm-eval's names, by names of tasks in the folder `include`, or as paths of .yaml files.
+        """Return tasks by names of lm-eval, by names of tasks in the folder `include`, or by paths of .yaml files.
 
-        A task may name code, which lies beside its file and is run: use files that you trust. InputError where lm-eval
-        is not installed, a task is unknown, or its questions cannot be read.
+        A task may name code beside its file, which is run: use files that you trust. InputError where lm-eval is not
+        installed, a task is unknown, or its questions cannot be read.
         """
         if find_spec("lm_eval") is None:
             raise InputError(
@@ -41,12 +41,12 @@ class Tasks:
             raise InputError(f"the tasks {shown(','.join(names))} name none: give names such as hellaswag,arc_easy")
         if include is not None and not include.is_dir():
             raise InputError(f"there is no folder of tasks {include}: give one that holds .yaml files")
-        # An extra that the environment of the checks has not: it would lower a package there.
+        # The environment of the checks is without this extra, which would downgrade a package.
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         given = tuple(str(Path(name).absolute()) if name.endswith(".yaml") else name for name in names)
-        # To look through the thousands of lm-eval's own files takes seconds.
+        # The search of lm-eval's thousands of files takes seconds.
         own = not all(name.endswith(".yaml") for name in given)
         manager = TaskManager(include_path=None if include is None else str(include), include_defaults=own)
         for name in given:
@@ -68,10 +68,10 @@ class Tasks:
         return cls(given, manager)
 
     def run(self, model: PreTrainedModel, tokenizer: Tokenizer, *, limit: int | None = None, batch: int = 1) -> Scores:
-        """What a model scores, with lm-eval's metrics, the number of `questions` and of `shots`.
+        """Return the scores of a model by lm-eval's metrics, with the number of `questions` and of `shots`.
 
-        The model may be uneven: it is handed over as it is. `limit` takes the first questions of each task only, and
-        `batch` is how many texts are read at once. Seeds of Python, numpy and torch are those of lm-eval afterwards.
+        Blocks of different widths are allowed. Only the first `limit` questions of each task are used, and `batch`
+        texts are read at a time. lm-eval sets the seeds of Python, numpy and torch.
         """
         import lm_eval  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
@@ -86,7 +86,7 @@ class Tasks:
 
 
 def _plain(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The scores of a task as plain data: a metric that no filter was before has its own name."""
+    """Return the scores of a task as plain data; metrics without a filter keep their name."""
     scores: dict[str, Any] = {}
     for key, value in found["results"][name].items():
         if isinstance(value, int | float) and "," in key:

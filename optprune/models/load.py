@@ -22,7 +22,7 @@ from optprune.models.sources import CONVERT, NO_CODE, cause, is_gguf, locate, re
 from optprune.models.store import BlockSink, BlockStore
 from optprune.models.tokenizer import load_tokenizer
 from optprune.models.tracing import check_laws
-from optprune.system.telling import Facts, Telling
+from optprune.system.display import Displayed, SummaryTable
 from optprune.system.wording import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,7 +32,7 @@ Described = str | Path | Draft
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LoadedModel(Telling):
+class LoadedModel(Displayed):
     """A model to prune, evaluate and save, with its tokenizer where the source has one.
 
     `model` is the transformers model itself.
@@ -51,7 +51,7 @@ class LoadedModel(Telling):
     def __repr__(self) -> str:
         return f"LoadedModel({', '.join([repr(self.source), *(value for _, value in self._model_facts())])})"
 
-    def facts(self) -> Facts:
+    def summary_table(self) -> SummaryTable:
         """Return a summary for a terminal or a notebook."""
         name = type(self.tokenizer).__name__
         template = "a" if getattr(self.tokenizer, "chat_template", None) else "no"
@@ -61,7 +61,7 @@ class LoadedModel(Telling):
         decoder = self.decoder()
         widths = sorted({shape.mlp_width for shape in decoder.shapes()})
         shape = f"{len(decoder.blocks)}, of MLP width {' to '.join(map(str, dict.fromkeys((widths[0], widths[-1]))))}"
-        return Facts(
+        return SummaryTable(
             f"model {one_line(self.source)}", [*self._model_facts(), ("blocks", shape), ("tokenizer", tokenizer)]
         )
 

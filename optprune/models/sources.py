@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optprune.errors import InputError, is_out_of_memory
-from optprune.system.installed import installed_file
+from optprune.system.environment import installed_file
 
 DEMO = "demo"
 """the source that stands for the packaged demo model"""

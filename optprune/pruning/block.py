@@ -30,7 +30,7 @@ from optprune.pruning.refinement import match_block, recover
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
-from optprune.system.facts import differences, machine, versions
+from optprune.system.environment import differences, machine, versions
 from optprune.system.wording import shown
 
 

@@ -36,7 +36,7 @@ from optprune.numerics.fingerprint import fingerprint
 from optprune.problems import ExpertChoice, LayerLoss, LinkedLeastSquares
 from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.report import RemovedPart
-from optprune.system.run_folder import RunFolder
+from optprune.system.folders import RunFolder
 from optprune.system.wording import counted
 
 DIVISION = "division.json"

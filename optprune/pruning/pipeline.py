@@ -24,7 +24,7 @@ from optprune.pruning.workers import Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
 from optprune.report.phases import BUDGET, METRIC, PRUNING
-from optprune.system.facts import versions
+from optprune.system.environment import versions
 
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "

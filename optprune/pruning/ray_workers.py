@@ -20,7 +20,7 @@ from optprune.pruning.workers import (
     check_count,
     run_job,
 )
-from optprune.system.facts import KERNELS
+from optprune.system.environment import KERNELS
 
 LOCAL = "local"
 RETRIES = 3

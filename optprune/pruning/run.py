@@ -38,7 +38,7 @@ from optprune.pruning.journal import Journal, digest_of_model
 from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
-from optprune.system.facts import machine, versions
+from optprune.system.environment import machine, versions
 from optprune.system.wording import counted
 
 Listener = Callable[[Event], None]

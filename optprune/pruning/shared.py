@@ -24,7 +24,7 @@ from optprune.pruning.block import BlockRecord, BlockResult
 from optprune.pruning.executors import LayerExecutor, Take
 from optprune.pruning.journal import Journal, MetricFiles
 from optprune.pruning.layer import LayerTask, SolvedLayer, solve_layer
-from optprune.system.facts import differences
+from optprune.system.environment import differences
 from optprune.system.wording import shown
 
 Value = TypeVar("Value")

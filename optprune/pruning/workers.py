@@ -30,7 +30,7 @@ from optprune.program.memory import AHEAD
 from optprune.pruning.block import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.executors import DeviceExecutor, LayerExecutor, SerialExecutor
 from optprune.pruning.run import Run
-from optprune.system.launched import started_by_torchrun
+from optprune.system.environment import started_by_torchrun
 from optprune.system.wording import shown
 
 MOST = 1000

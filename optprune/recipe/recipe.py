@@ -50,13 +50,13 @@ from optprune.recipe.names import (
 from optprune.recipe.settings import Settings, unknown_field
 from optprune.solvers import ExpertElimination, ExpertSolver, Solver
 from optprune.solvers.ridge import refitting
+from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import read_yaml
 from optprune.system.interrupts import interrupts_held
-from optprune.system.telling import Facts, Telling
 from optprune.system.wording import one_line, shown, suggestion
 
 
-class Recipe(Telling, BaseModel):
+class Recipe(Displayed, BaseModel):
     """Settings of a pruning run: units, sparsity and allocation, objective and solver, propagation and refits.
 
     Fields are given as keywords or in mappings; a group by its switch or as a mapping, and its fields by their paths:
@@ -193,7 +193,7 @@ class Recipe(Telling, BaseModel):
     def _none(self, group: Group | None) -> Any:
         return NONE if group is None else group.model_dump(mode="json")
 
-    def facts(self) -> Facts:
+    def summary_table(self) -> SummaryTable:
         """Return the settings, field by field, for a terminal or a notebook."""
         fields = self.to_dict()
         title = f"recipe {fields.pop('name')}" + (f": {self.summary}" if self.summary else "")
@@ -202,7 +202,7 @@ class Recipe(Telling, BaseModel):
             for name, value in fields.items()
             if name != "summary"
         ]
-        return Facts(one_line(title), lines)
+        return SummaryTable(one_line(title), lines)
 
     @property
     def layer_solver(self) -> Solver | None:

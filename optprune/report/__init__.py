@@ -1,8 +1,6 @@
-"""What a run reports, on the way and at the end, and what a folder of weights says of itself."""
+"""Reports: events and records of a run, its progress, its page, and audits of stored weights."""
 
-from optprune.report.dead_units import DeadUnits
 from optprune.report.drawings import pictures
-from optprune.report.evaluated import Evaluated, Speed, evaluation_in, read_evaluation, read_speed
 from optprune.report.events import (
     BlockFinished,
     BlockStarted,
@@ -11,20 +9,26 @@ from optprune.report.events import (
     LayerSolved,
     PhaseAdvanced,
     PhaseFinished,
+    PhaseRecorder,
     PhasesExpected,
     PhaseStarted,
 )
 from optprune.report.folder_audit import Audit, audit
-from optprune.report.healed import Healed, healed_in
-from optprune.report.held import Held, held_in
 from optprune.report.html_page import page
-from optprune.report.layer_pattern import BrokenGroups, LayerPattern, broken_groups, layer_pattern, model_patterns
-from optprune.report.original import Original, original_of, shares_kept
 from optprune.report.phases import PHASES, PhaseReport, joined
-from optprune.report.reading import read_report
-from optprune.report.recorder import PhaseRecorder
+from optprune.report.reading import (
+    EvaluationReport,
+    HealingReport,
+    SpeedReport,
+    parse_evaluation,
+    read_evaluation,
+    read_healing,
+    read_report,
+    read_speed,
+)
 from optprune.report.records import BlockChange, LayerReport, RecoveredPart, RemovedPart, Report
-from optprune.report.stored import Fault
+from optprune.report.stored import Fault, ModelSummary, Original, original_from_report, shares_kept, summarise_model
+from optprune.report.zeros import BrokenGroups, DeadUnits, LayerPattern, broken_groups, layer_pattern, model_patterns
 
 __all__ = [
     "PHASES",
@@ -35,14 +39,14 @@ __all__ = [
     "BrokenGroups",
     "DeadUnits",
     "DivergenceMeasured",
-    "Evaluated",
+    "EvaluationReport",
     "Event",
     "Fault",
-    "Healed",
-    "Held",
+    "HealingReport",
     "LayerPattern",
     "LayerReport",
     "LayerSolved",
+    "ModelSummary",
     "Original",
     "PhaseAdvanced",
     "PhaseFinished",
@@ -53,20 +57,20 @@ __all__ = [
     "RecoveredPart",
     "RemovedPart",
     "Report",
-    "Speed",
+    "SpeedReport",
     "audit",
     "broken_groups",
-    "evaluation_in",
-    "healed_in",
-    "held_in",
     "joined",
     "layer_pattern",
     "model_patterns",
-    "original_of",
+    "original_from_report",
     "page",
+    "parse_evaluation",
     "pictures",
     "read_evaluation",
+    "read_healing",
     "read_report",
     "read_speed",
     "shares_kept",
+    "summarise_model",
 ]

@@ -1,45 +1,50 @@
-"""Events: what a run tells on the way."""
+"""Events that a run reports while it works, and the recorder of its phases."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from optprune.report.phases import PhaseReport
+import torch
+
+from optprune.measure.memory import PeakMemory
+from optprune.report.phases import PhaseReport, joined
 from optprune.report.records import LayerReport
 
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase of the run begins, or goes on after another; its name is one of `PHASES`."""
+    """Start of a phase in `PHASES`, or its continuation after another phase."""
 
     phase: str
 
 
 @dataclass(frozen=True)
 class PhasesExpected:
-    """More is known of the seconds that phases to come will take."""
+    """Better estimates of the seconds of coming phases."""
 
     seconds: Mapping[str, float]
-    """the seconds of each phase, by its name"""
+    """seconds by the name of the phase"""
 
 
 @dataclass(frozen=True)
 class PhaseAdvanced:
-    """How far a step of a phase is; nothing is done when it begins."""
+    """Progress of a step of a phase; the first event of a step has `done` 0."""
 
     phase: str
     """the name of the phase, one of `PHASES`"""
     step: str
-    """what is being done, in words such as "measuring the output metric" """
+    """the step in words, such as "measuring the output metric" """
     unit: str
-    """the name of what is counted, such as block"""
+    """the noun of the count, such as block"""
     done: int
     total: int
     begins: float = 0.0
-    """the share of the phase's work that comes before this step"""
+    """the share of the phase's work before this step"""
     ends: float = 1.0
-    """the share that is done after it"""
+    """the share of the phase's work at the end of this step"""
     within: float | None = None
-    """the share of the step that is done, where what is counted is not all alike"""
+    """the share of the step that is done, where the counted items differ in size"""
 
     @property
     def share_of_step(self) -> float:
@@ -54,53 +59,53 @@ class PhaseAdvanced:
 
 @dataclass(frozen=True)
 class PhaseFinished:
-    """A phase is over, for now: what it took."""
+    """End of a phase, with its time and memory; the phase may continue later."""
 
     phase: PhaseReport
 
 
 @dataclass(frozen=True)
 class BlockStarted:
-    """A decoder block is about to be calibrated."""
+    """Start of the work on a decoder block."""
 
     block: int
     blocks: int
     done: int | None = None
-    """how many blocks are done, where that is not all those before it"""
+    """the number of finished blocks, where blocks are not pruned in order"""
     layers: tuple[float, ...] = ()
-    """the layers that will be solved in it, in their order: the share of the solving that each is, roughly"""
+    """the share of the solving time of each layer of the block, roughly, in order"""
 
 
 @dataclass(frozen=True)
 class LayerSolved:
-    """A layer's problem was solved and its answer written."""
+    """Solution of a layer, written to the model."""
 
     layer: LayerReport
 
 
 @dataclass(frozen=True)
 class BlockFinished:
-    """A decoder block is pruned and its outputs are known."""
+    """End of the work on a decoder block."""
 
     block: int
     blocks: int
     seconds: float
     done: int | None = None
-    """how many blocks are done, where that is not all up to it"""
+    """the number of finished blocks, where blocks are not pruned in order"""
 
 
 @dataclass(frozen=True)
 class DivergenceMeasured:
-    """The predictions on held-out windows were held against the dense model's, while a model is healed."""
+    """Divergence from the dense model on held-out windows, measured during healing."""
 
     step: int
-    """how many steps were done by then"""
+    """the number of training steps so far"""
     steps: int
     divergence: float
     """KL(dense || model), in nats a prediction"""
     perplexity: float
     best: bool
-    """whether no measurement before gave less"""
+    """whether this is the smallest divergence so far"""
 
 
 Event = (
@@ -113,3 +118,30 @@ Event = (
     | BlockFinished
     | DivergenceMeasured
 )
+
+
+class PhaseRecorder:
+    """Recorder of the time and memory of each phase of a run."""
+
+    def __init__(self, device: torch.device, on_event: Callable[[Event], None] = lambda event: None) -> None:
+        self.device, self.on_event = device, on_event
+        self.done: tuple[PhaseReport, ...] = ()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Record the work in this context as a phase, or as more of it. After an error nothing is recorded."""
+        self.on_event(PhaseStarted(name))
+        began = time.perf_counter()
+        with PeakMemory(self.device) as peak:
+            yield
+        report = PhaseReport(name, time.perf_counter() - began, peak.host_bytes, peak.device_bytes)
+        self.done = joined(self.done, [report])
+        self.on_event(PhaseFinished(report))
+
+    @contextmanager
+    def step(self, name: str, what: str, ends: float = 1.0) -> Iterator[None]:
+        """Record a phase of a single step, or the share of it up to `ends`."""
+        with self.phase(name):
+            self.on_event(PhaseAdvanced(name, what, "step", 0, 1, ends=ends))
+            yield
+            self.on_event(PhaseAdvanced(name, what, "step", 1, 1, ends=ends))

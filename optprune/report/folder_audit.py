@@ -1,4 +1,4 @@
-"""The audit of a folder: what its weights are, against its config, its report, the original and what is expected."""
+"""Audit of a model folder: its weights against config, report, original and expectations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,69 +10,92 @@ from torch import Tensor
 
 from optprune.models import BlockShape
 from optprune.models.draft import draft_in
-from optprune.report.dead_units import DeadUnits, Zeros, dead_units
-from optprune.report.expectations import Expectation, InEveryGroup, Measured, read_expectation, told_of
-from optprune.report.layer_pattern import NAMED, BrokenGroups, LayerPattern, broken_groups, layer_pattern
-from optprune.report.original import Original, config_faults, original_in, original_of, shares_kept
-from optprune.report.stored import Fault, Stored, stored_of
-from optprune.report.told import told_in
+from optprune.report.expectations import (
+    Expectation,
+    InEveryGroup,
+    WeightFigures,
+    describe_break,
+    read_expectation,
+    report_claims,
+)
+from optprune.report.stored import (
+    Fault,
+    Original,
+    StoredModel,
+    config_faults,
+    open_stored,
+    original_from_model,
+    original_from_report,
+    shares_kept,
+)
+from optprune.report.zeros import (
+    NAMED,
+    BrokenGroups,
+    DeadUnits,
+    LayerPattern,
+    Zeros,
+    broken_groups,
+    dead_units,
+    layer_pattern,
+)
 from optprune.system.files import json_text
+from optprune.system.wording import counted
 
 NEARLY = 0.01
-"""the share of groups that may break an N:M which seems to be meant: then the first one is told"""
+"""the largest share of groups that break an N:M pattern for which a note names the first"""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a model is, measured from its stored weights; it passes where nothing is wrong with it."""
+    """Figures and faults of a model, measured from its stored weights; without faults it passes."""
 
     model: str
     layers: tuple[LayerPattern, ...]
-    """every linear layer of the decoder blocks"""
+    """the linear layers of the decoder blocks"""
     blocks: tuple[BlockShape, ...]
-    """what the blocks hold, by the weights"""
+    """the shapes of the blocks, by the weights"""
     original: Original | None
-    """what the model was before, from another model or a report.json; None where that is not known"""
+    """the model before pruning, from another model or report.json; None if unknown"""
     original_weights: int | None
-    """the linear weights that the original had"""
+    """the number of linear weights of the original"""
     sizes: Mapping[str, tuple[int, int]]
-    """the outputs and inputs of the layers in the original, by their names now"""
+    """the original outputs and inputs of the layers, by their current names"""
     shares: Mapping[str, tuple[float, ...]]
-    """the share of its weights that each kind of layer keeps, by block of the original; else of the largest block"""
+    """the share of nonzero weights of each layer, by path and block, over the original or else the largest block"""
     dead: tuple[DeadUnits, ...]
-    """the units that could be cut off without a change of any output"""
+    """the units whose removal changes no output"""
     faults: tuple[Fault, ...]
-    """what is wrong, and what is expected and not so"""
+    """the errors, and the expectations that are not met"""
     notes: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong and everything as expected."""
+        """Whether there are no faults."""
         return not self.faults
 
     @property
     def weights(self) -> int:
-        """The linear weights of the decoder blocks that are stored."""
+        """The number of stored linear weights of the decoder blocks."""
         return sum(layer.outputs * layer.inputs for layer in self.layers)
 
     @property
     def zeros(self) -> int:
-        """How many of them are zero."""
+        """The number of zeros among them."""
         return sum(layer.zeros for layer in self.layers)
 
     @property
     def removed(self) -> float | None:
-        """The share of the original's linear weights that is cut off or zero; None where that is not known."""
+        """The share of the original's linear weights that is cut off or zero; None if unknown."""
         return None if self.original_weights is None else 1 - (self.weights - self.zeros) / self.original_weights
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The N:M patterns, of those with names, that hold in every layer."""
+        """The N:M patterns in `NAMED` that hold in every layer."""
         names = self.layers[0].patterns if self.layers else ()
         return tuple(name for name in names if all(name in layer.patterns for layer in self.layers))
 
     def to_json(self) -> str:
-        """All of it as indented JSON."""
+        """Return all fields as indented JSON."""
         weights, zeros = self.weights, self.zeros
         found: dict[str, Any] = {
             "model": self.model,
@@ -99,27 +122,29 @@ class Audit:
 
 
 def audit(folder: str | Path, against: str | Path | None = None, expect: Sequence[str] = ()) -> Audit:
-    """What a model is, by whoever it was made, read from its stored weights a tensor at a time.
+    """Measure a model of any origin from its stored weights, a tensor at a time.
 
-    Its tensors are held against its config, its report.json where it has one of these weights, the model `against`
-    that it was made from, and what is expected: N:M such as 2:4, rows, sparsity=0.5 (exact but for the rounding of
-    rows), sparsity=0.19..0.21, multiple=64 (of MLP widths), dead=0 (units that could go for free). InputError for what
-    cannot be read, of an architecture that is not known, or no expectation.
+    Its tensors are compared with its config, its report.json if that describes these weights, the model `against`
+    from which it was made, and the expectations: N:M such as 2:4, rows, sparsity=0.5 (exact except for the rounding of
+    rows), sparsity=0.19..0.21, multiple=64 (of MLP widths), dead=0 (dead units). InputError for a model that cannot be
+    read, an unknown architecture or an unknown expectation.
     """
     expected = [(text, read_expectation(text)) for text in expect]
-    stored = stored_of(str(folder))
-    before = None if against is None else stored_of(str(against), draft_in(stored.config))
-    told = told_in(stored)
+    stored = open_stored(str(folder))
+    before = None if against is None else open_stored(str(against), draft_in(stored.config))
+    claims = report_claims(stored)
     groups = {(each.n, each.m) for _, each in expected if isinstance(each, InEveryGroup)} | set(NAMED)
-    reading = _Reading(stored, groups | told.groups)
-    original = original_of(stored.decoder, stored.source) if before is None else original_in(before, stored)
+    reading = _Reading(stored, groups | claims.groups)
+    original = (
+        original_from_report(stored.decoder, stored.source) if before is None else original_from_model(before, stored)
+    )
     weights = None if original is None else original.weights(stored.decoder)
     shapes, layers = stored.decoder.shapes(), tuple(reading.layers)
     dead = dead_units(stored.decoder, reading.zeros)
-    measured = Measured(
+    measured = WeightFigures(
         layers, reading.breaks, [shape.mlp_width for shape in shapes], sum(units.count for units in dead), weights
     )
-    faults = [*stored.faults, *reading.faults, *told.faults(measured), *_unmet(expected, measured)]
+    faults = [*stored.faults, *reading.faults, *claims.faults(measured), *_unmet(expected, measured)]
     if before is not None:
         faults += config_faults(before, stored)
     return Audit(
@@ -132,14 +157,14 @@ def audit(folder: str | Path, against: str | Path | None = None, expect: Sequenc
         shares=shares_kept(stored.decoder, layers, original),
         dead=dead,
         faults=tuple(faults),
-        notes=(*told.notes, *_nearly(measured)),
+        notes=(*claims.notes, *_nearly(measured)),
     )
 
 
 class _Reading:
-    """One pass over the tensors: each is read, measured, and forgotten."""
+    """One pass over the tensors: each is read, measured and released."""
 
-    def __init__(self, stored: Stored, groups: set[tuple[int, int]]) -> None:
+    def __init__(self, stored: StoredModel, groups: set[tuple[int, int]]) -> None:
         self.layers: list[LayerPattern] = []
         self.breaks: dict[str, list[BrokenGroups]] = {}
         self.zeros: dict[str, Zeros] = {}
@@ -150,7 +175,7 @@ class _Reading:
             for block in range(len(decoder.blocks))
             for path in decoder.paths(block)
         }
-        # In the order of the blocks, whatever that in the files is.
+        # In the order of the blocks, which may differ from that in the files.
         for name in dict.fromkeys([*(name for name in linear if name in stored.tensors), *stored.tensors]):
             tensor = stored.tensors[name].read()
             self._look_for_nan(name, tensor)
@@ -168,25 +193,27 @@ class _Reading:
         if bad:
             place = torch.nonzero(~good)[0].tolist()
             self.faults.append(
-                Fault("nan", name, f"{name} holds {bad} values of NaN or infinity, the first at {place}")
+                Fault("nan", name, f"{name} has {counted(bad, 'value')} of NaN or infinity, the first at {place}")
             )
 
-    def _compare_head(self, stored: Stored) -> None:
+    def _compare_head(self, stored: StoredModel) -> None:
         if stored.shares_head and stored.ties is not None:
             head, embeddings = stored.ties
             if not torch.equal(stored.tensors[head].read(), stored.tensors[embeddings].read()):
-                sentence = f"config.json ties {head} to {embeddings}, and both are stored and differ"
-                self.faults.append(Fault("tied", head, f"{sentence}: readers take the one or the other"))
+                sentence = f"config.json ties {head} to {embeddings}, but both are stored and differ"
+                self.faults.append(Fault("tied", head, f"{sentence}: programs load one or the other"))
 
 
-def _unmet(expected: Sequence[tuple[str, Expectation]], measured: Measured) -> list[Fault]:
-    return [Fault("expected", text, f"{text}: {said}") for text, each in expected for said in each.unmet(measured)]
-
-
-def _nearly(measured: Measured) -> list[str]:
-    """The layers in which an N:M that is known by name holds almost everywhere."""
+def _unmet(expected: Sequence[tuple[str, Expectation]], measured: WeightFigures) -> list[Fault]:
     return [
-        f"almost {broken.pattern}: {told_of(layer, broken)}"
+        Fault("expected", text, f"{text}: {sentence}") for text, each in expected for sentence in each.unmet(measured)
+    ]
+
+
+def _nearly(measured: WeightFigures) -> list[str]:
+    """Return a note for each layer in which almost all groups keep an N:M pattern."""
+    return [
+        f"almost {broken.pattern}: {describe_break(layer, broken)}"
         for layer in measured.layers
         for broken in measured.breaks[layer.name]
         if 0 < broken.broken <= NEARLY * broken.groups

@@ -1,4 +1,4 @@
-"""The page about a run: report.html, one file that needs no other and no script."""
+"""Page about a run: report.html, a single file without scripts."""
 
 import re
 import statistics
@@ -11,16 +11,14 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from optprune.models.sources import DEMO, DEMO_NAME
-from optprune.report.by_block import pattern_of, shares, widths
+from optprune.report.block_values import pattern_of, shares, widths
 from optprune.report.drawings import can_draw, pictures
-from optprune.report.evaluated import Evaluated, Speed
-from optprune.report.headline import Headline
-from optprune.report.healed import Healed
-from optprune.report.held import Held, loading_code
 from optprune.report.page_tables import (
+    Headline,
     Table,
     along_table,
     environment_table,
+    healing_table,
     kept_tables,
     layers_table,
     number,
@@ -31,38 +29,39 @@ from optprune.report.page_tables import (
     removed_table,
     time_of,
 )
+from optprune.report.reading import EvaluationReport, HealingReport, SpeedReport
 from optprune.report.records import Report
+from optprune.report.stored import ModelSummary, loading_code
 from optprune.system.wording import counted, one_line
 
-UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-"""characters that HTML does not allow"""
+NOT_ALLOWED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""the characters that HTML does not allow"""
 
 
 def page(
     report: Report,
     *,
-    held: Held | None = None,
-    evaluation: Evaluated | None = None,
-    speed: Speed | None = None,
-    healing: Healed | None = None,
+    model: ModelSummary | None = None,
+    evaluation: EvaluationReport | None = None,
+    speed: SpeedReport | None = None,
+    healing: HealingReport | None = None,
     drawn: Mapping[str, str] | None = None,
 ) -> str:
-    """The page about a run as HTML: the same bytes for the same figures, with nothing to fetch and no script.
+    """Return the page about a run as HTML without scripts and external files; equal figures give equal bytes.
 
-    It has what is known: what the folder `held`, what `evaluate` and `benchmark-model` measured, what `healing` did
-    since. `drawn` are the pictures where they were made before; without matplotlib there are none, and tables stand in
-    their place.
+    It shows the saved `model`, the `evaluation`, the `speed` and the `healing` where they are given. `drawn` are
+    pictures that were made before; without matplotlib, tables replace pictures.
     """
     found = pictures(report, evaluation) if drawn is None else drawn
     template = _environment().from_string(_text("page.html"))
     return template.render(
-        **_texts(report, held, evaluation, speed),
+        **_texts(report, model, evaluation, speed),
         sections=_sections(report, evaluation, healing),
-        **_tables(report, held, evaluation),
+        **_tables(report, model, evaluation),
         report=report,
-        headline=Headline(report, held, evaluation, speed),
+        headline=Headline(report, model, evaluation, speed),
         evaluation=evaluation,
-        healing=healing,
+        healing=None if healing is None else {"sentence": _healing(healing), "table": healing_table(healing)},
         style=Markup(_text("page.css")),
         pictures={name: Markup(svg) for name, svg in found.items()},
         drawn_kept={"widths", "shares"} & found.keys(),
@@ -77,20 +76,20 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=StrictUndefined,
-        finalize=_seen,
+        finalize=_cleaned,
     )
 
 
-def _seen(value: Any) -> Any:
-    """A text with a sign in place of each character that a page cannot hold."""
-    return UNSEEN.sub("\ufffd", value) if type(value) is str else value
+def _cleaned(value: Any) -> Any:
+    """Return a text with a replacement for each character that HTML does not allow."""
+    return NOT_ALLOWED.sub("\ufffd", value) if type(value) is str else value
 
 
 def _text(name: str) -> str:
     return (files("optprune.report") / name).read_text(encoding="utf-8")
 
 
-def _tables(report: Report, held: Held | None, evaluation: Evaluated | None) -> dict[str, Any]:
+def _tables(report: Report, model: ModelSummary | None, evaluation: EvaluationReport | None) -> dict[str, Any]:
     notes = [(layer.name, "; ".join(layer.notes)) for layer in report.layers if layer.notes]
     return {
         "phases": phases_table(report) if report.phases else None,
@@ -100,13 +99,15 @@ def _tables(report: Report, held: Held | None, evaluation: Evaluated | None) -> 
         "recovered": recovered_table(report),
         "along": along_table(evaluation) if evaluation is not None else None,
         "recipe": recipe_table(report),
-        "environment": environment_table(report, None if held is None else held.dtype),
+        "environment": environment_table(report, None if model is None else model.dtype),
         "layer_notes": notes,
         "notes_table": Table("Notes by layer", ("layer", "notes"), tuple(notes), (0, 1)),
     }
 
 
-def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, speed: Speed | None) -> dict[str, Any]:
+def _texts(
+    report: Report, model: ModelSummary | None, evaluation: EvaluationReport | None, speed: SpeedReport | None
+) -> dict[str, Any]:
     recipe = one_line(report.recipe.get("name", "custom"))
     source = DEMO_NAME if report.model == DEMO else report.model
     name = one_line(PurePath(source).name or source)
@@ -119,7 +120,7 @@ def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, spee
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))
         ),
         "measured": _measured(report, evaluation, speed),
-        "floor": f"The two calibration passes with their Gram products, without which no run can do, took "
+        "floor": f"The two calibration passes with their Gram products, which every run needs, took "
         f"{time_of(report.floor_seconds)}.",
         "kept_sentence": _kept(report),
         "error_sentence": _errors(report),
@@ -127,12 +128,14 @@ def _texts(report: Report, held: Held | None, evaluation: Evaluated | None, spee
         "damping": _damping(report),
         "statuses": _statuses(report),
         "evaluated_on": "" if evaluation is None else _evaluated_on(evaluation),
-        "code": None if held is None else loading_code(held),
-        "load_sentence": _load(held),
+        "code": None if model is None else loading_code(model),
+        "load_sentence": _load(model),
     }
 
 
-def _sections(report: Report, evaluation: Evaluated | None, healing: Healed | None) -> list[tuple[str, str]]:
+def _sections(
+    report: Report, evaluation: EvaluationReport | None, healing: HealingReport | None
+) -> list[tuple[str, str]]:
     there = {
         ("figures", "Before and after"): True,
         ("healing", "Healing"): healing is not None,
@@ -149,55 +152,55 @@ def _sections(report: Report, evaluation: Evaluated | None, healing: Healed | No
     return [section for section, is_there in there.items() if is_there]
 
 
-def _measured(report: Report, evaluation: Evaluated | None, speed: Speed | None) -> list[str]:
-    """What was not measured and how to have it, and on what speed was."""
-    said = []
+def _measured(report: Report, evaluation: EvaluationReport | None, speed: SpeedReport | None) -> list[str]:
+    """Return sentences about the conditions of measurements, and about commands for missing ones."""
+    sentences = []
     if evaluation is None:
-        said.append(
-            "Perplexity and divergence are not measured while a model is pruned: optprune report DIR --against MODEL "
-            "--text TEXT makes this page again with them and with continuations side by side."
+        sentences.append(
+            "Perplexity and divergence are not measured during pruning: optprune report DIR --against MODEL --text "
+            "TEXT makes this page again, with them and with continuations side by side."
         )
     if speed is None:
-        said.append(
-            "Speed was not measured: optprune benchmark-model DIR --against MODEL --json FILE does that, and optprune "
-            "report DIR --speed FILE puts it here."
+        sentences.append(
+            "Speed was not measured: run optprune benchmark-model DIR --against MODEL --json FILE, then optprune "
+            "report DIR --speed FILE."
         )
     else:
-        said.append(
+        sentences.append(
             f"Speed on {speed.device} in {speed.dtype}: batch {speed.batch}, prompts of {speed.prompt_tokens} tokens, "
             f"{speed.new_tokens} new ones, medians of {speed.repeats} repeats."
         )
     if (pattern := pattern_of(report)) is not None:
-        said.append(
-            "Zeros by themselves make a folder neither smaller nor faster: that takes a runtime with a kernel for the "
-            f"pattern {pattern}."
+        sentences.append(
+            "Zeros alone make a folder neither smaller nor faster: speed needs a runtime with a kernel for the pattern "
+            f"{pattern}."
         )
-    return said
+    return sentences
 
 
 def _kept(report: Report) -> str:
-    """What changed, in a sentence: the same in every block, or from the least to the most."""
+    """Return a sentence about the change of the blocks, with the range of the values."""
     changed = [each for each in widths(report) if each.changed]
-    said = []
+    sentences = []
     for each in changed:
         pairs = {(was, now) for was, now in zip(each.before, each.after, strict=True) if now}
         gone = sum(bool(was) and not now for was, now in zip(each.before, each.after, strict=True))
         least, most = (pick((now for _, now in pairs), default=0) for pick in (min, max))
         if len(pairs) == 1 and not gone:
             ((was, now),) = pairs
-            said.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
+            sentences.append(f"{now:,.0f} of {was:,.0f} {each.name} in every block")
         else:
             tail = f", none in {counted(gone, 'block')}" if gone else ""
-            said.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
+            sentences.append(f"{least:,.0f} to {most:,.0f} {each.name} (of {max(each.before):,.0f}){tail}")
     pattern = pattern_of(report)
     if pattern is not None:
         every = [share for each in shares(report) for share in each.after] or [1.0]
         stay = " to ".join(dict.fromkeys(f"{share:.2%}" for share in (min(every), max(every))))
-        said.append(f"{stay} of the weights of a layer are not zero, in the pattern {pattern}")
+        sentences.append(f"{stay} of the weights of a layer are not zero, in the pattern {pattern}")
     unchanged = [each.name for each in widths(report) if not each.changed]
-    sentence = "; ".join(said) or "Every block keeps all that it had"
-    if said and unchanged and pattern is None:
-        sentence += f"; all {' and '.join(unchanged)} stay"
+    sentence = "; ".join(sentences) or "No block changed its shape"
+    if sentences and unchanged and pattern is None:
+        sentence += f"; all {' and '.join(unchanged)} are kept"
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -208,20 +211,20 @@ def _errors(report: Report) -> str:
         return ""
     worst = max(report.layers, key=lambda layer: layer.relative_error)
     when = " before recovery" if report.recovered else ""
-    held = f" On held-out tokens the mean is {number(statistics.fmean(apart))}." if apart else ""
+    held_out = f" On held-out tokens the mean is {number(statistics.fmean(apart))}." if apart else ""
     return (
         f"The mean relative error of {counted(len(errors), 'layer')}{when} is {number(statistics.fmean(errors))}, the "
-        f"largest {number(worst.relative_error)} ({worst.name}).{held}"
+        f"largest {number(worst.relative_error)} ({worst.name}).{held_out}"
     )
 
 
 def _gaps(report: Report) -> str:
     gaps = [layer.gap for layer in report.layers if layer.gap is not None]
     if not gaps:
-        return "No layer has a proved bound: its solver gives an answer and does not tell how far it is from the best."
+        return "No layer has a proved bound: the solvers give no bound on the distance to the optimum."
     return (
-        f"{len(gaps)} of {counted(len(report.layers), 'layer')} have a proved bound: their answers are at most "
-        f"{percent(max(gaps))} from the best, half of them at most {percent(statistics.median(gaps))}."
+        f"{len(gaps)} of {counted(len(report.layers), 'layer')} have a proved bound: their objectives are within "
+        f"{percent(max(gaps))} of the optimum, half of them within {percent(statistics.median(gaps))}."
     )
 
 
@@ -230,17 +233,29 @@ def _damping(report: Report) -> str:
     dead = sum(layer.dead_inputs for layer in report.layers)
     if not ridges:
         return ""
-    range_of = " to ".join(dict.fromkeys((number(min(ridges)), number(max(ridges)))))
+    span = " to ".join(dict.fromkeys((number(min(ridges)), number(max(ridges)))))
     zero = (
         f" {counted(dead, 'input of layers was', 'inputs of layers were')} zero on every calibration token."
         if dead
         else ""
     )
-    return f"Damping added to the diagonals of the Gram matrices: {range_of}, by layer.{zero}"
+    return f"Damping added to the diagonals of the Gram matrices: {span}, by layer.{zero}"
+
+
+def _healing(healing: HealingReport) -> str:
+    early = ", until the divergence fell no further" if healing.stopped_early else ""
+    zeros = f"all {healing.zeros:,} zeros and all widths are" if healing.zeros else "all widths are"
+    generated = f", {healing.generated_windows:,} windows of them generated by the dense model"
+    partly = generated if healing.generated_windows else ""
+    return (
+        f"After pruning the model was trained to the predictions of the dense one: {healing.steps:,} steps on "
+        f"{healing.tokens:,} tokens{partly}, in {time_of(healing.seconds)}{early}; {zeros} unchanged. Errors "
+        "and gaps by layer are those before healing."
+    )
 
 
 def _statuses(report: Report) -> list[str]:
-    """The layers whose solver stopped for another reason than that it was done, by reason."""
+    """Return the number of layers for each status other than converged."""
     found: dict[str, int] = {}
     for layer in report.layers:
         if layer.status.lower() != "converged":
@@ -251,7 +266,7 @@ def _statuses(report: Report) -> list[str]:
     ]
 
 
-def _evaluated_on(found: Evaluated) -> str:
+def _evaluated_on(found: EvaluationReport) -> str:
     beside, known = "" if found.against is None else f", beside {found.against}", found.standard_errors
     error = "" if known is None else f" ± is the standard error over {known.windows:,} windows, of differences paired."
     return (
@@ -260,12 +275,12 @@ def _evaluated_on(found: Evaluated) -> str:
     )
 
 
-def _load(held: Held | None) -> str:
-    if held is None:
+def _load(model: ModelSummary | None) -> str:
+    if model is None:
         return ""
-    if held.stock:
-        return "It has the stock classes of transformers."
+    if model.stock:
+        return "It uses the stock classes of transformers."
     return (
-        "Its blocks are not those of the stock class, so transformers runs the modelling file in the folder, which it "
-        "does with trust_remote_code=True only; optprune.load_model(folder) needs no such trust."
+        "Its blocks differ from those of the stock class, so transformers needs the modelling file in the folder and "
+        "trust_remote_code=True; optprune.load_model(folder) does not."
     )

@@ -1,4 +1,4 @@
-"""The phases of a run: their names, and what each took."""
+"""Phases of a run: their names, and the time and memory of each."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,39 +12,39 @@ LOADING, TOKENISING, METRIC, BUDGET, PRUNING, SAVING, CHECKING = PHASES = (
     "saving",
     "checking",
 )
-"""the names of the phases: the model is loaded, the text tokenised, the output metric measured, the budget divided over
-the blocks, the blocks pruned, the folder saved, and what was saved checked; `prune` by itself has three to five"""
+"""the phases of a command: load the model, tokenise the text, measure the output metric, allocate the budget, prune the
+blocks, save the folder, check the saved folder. The function `prune` has three to five of them"""
 HEALING = "healing"
-"""the name of the phase in which a pruned model is trained, which is no part of pruning one"""
+"""the phase in which a pruned model is trained"""
 EVALUATIONS = (
     "evaluating the original",
     "evaluating the pruned model",
     "evaluating the reloaded folder",
 )
-"""the names of the phases in which a run that evaluates its model too does so"""
+"""the phases of evaluation in `optprune demo`"""
 
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """What a phase took."""
+    """Time and memory of a phase."""
 
     name: str
     seconds: float
     host_bytes: int | None
-    """the largest resident size of this process meanwhile, its whole size and not what is new; None where the system
-    does not tell. Workers and the process that checks a folder have memory of their own"""
+    """the largest resident size of this process during the phase; None where the system does not report it. The memory
+    of workers and of the process that checks a folder is not included"""
     device_bytes: int | None
-    """the most that tensors took meanwhile on the model's CUDA device; None on the CPU"""
+    """the peak of allocated tensors on the model's CUDA device; None on the CPU"""
 
     def and_then(self, other: "PhaseReport") -> "PhaseReport":
-        """The phase together with more of it."""
+        """Return the phase joined with a later part of it."""
         host = _largest(self.host_bytes, other.host_bytes)
         device = _largest(self.device_bytes, other.device_bytes)
         return PhaseReport(self.name, self.seconds + other.seconds, host, device)
 
 
 def joined(*several: Iterable[PhaseReport]) -> tuple[PhaseReport, ...]:
-    """Phases one after the other; what is there of a phase more than once is one, at its first place."""
+    """Return the phases in order; parts of one phase are joined, at the place of the first."""
     found: dict[str, PhaseReport] = {}
     for phase in (phase for phases in several for phase in phases):
         found[phase.name] = found[phase.name].and_then(phase) if phase.name in found else phase

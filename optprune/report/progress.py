@@ -1,4 +1,4 @@
-"""Progress on stderr: in a terminal bars with the time left of the whole run, elsewhere a plain line now and then."""
+"""Progress on stderr: bars with the remaining time in a terminal, and plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,27 +9,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from optprune.report.estimate import TimeLeft
+from optprune.report.estimate import Position, PositionTracker, TimeLeft
 from optprune.report.events import Event, PhaseFinished, PhasesExpected, PhaseStarted
-from optprune.report.position import Position, Positions
+from optprune.system.display import printable
 from optprune.system.interrupts import check_interrupted
-from optprune.system.telling import printable
 from optprune.system.wording import one_line
 
-LINES_APART = 10.0
-"""the seconds between two lines where there is no terminal"""
+LINE_INTERVAL = 10.0
+"""the seconds between two lines without a terminal"""
 WHOLE = "the whole run"
 IN_ALL = "left in all"
-"""what the time left is called where it is of everything that there is to wait for"""
+"""the label of the remaining time where nothing follows the run"""
 
 Update = Callable[[int, int], None]
-"""a function that is called with how many are done, and of how many"""
+"""a function of the number of done items and the total"""
 Say = Callable[[str], None]
 Show = Callable[[Position], None]
 
 
 class Reporter:
-    """Tells a person how far a run is."""
+    """Reporter of progress and messages to the user."""
 
     def __init__(
         self,
@@ -38,20 +37,20 @@ class Reporter:
         log: Say | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`log` takes every line that is told where there is no terminal, also where there is one."""
+        """`log` gets every line that is printed without a terminal, also when there is one."""
         self.console, self._log, self._clock = console or Console(stderr=True), log, clock
-        # What draws in a notebook is a widget, which not every notebook has.
+        # Bars in a notebook are widgets, which need ipywidgets.
         self._draws = self.console.is_terminal or (self.console.is_jupyter and find_spec("ipywidgets") is not None)
 
     def say(self, text: str) -> None:
-        """One line, without what a terminal would obey."""
+        """Print one line, with control characters escaped."""
         text = printable(text)
         self._print(text)
         if self._log is not None:
             self._log(text)
 
     def _write(self, text: str) -> None:
-        """A line of the log alone."""
+        """Write a line to the log only."""
         if self._log is not None:
             self._log(printable(text))
 
@@ -60,7 +59,7 @@ class Reporter:
 
     @contextmanager
     def count(self, what: str, unit: str) -> Iterator[Update]:
-        """Follow a loop that is all there is to do: yields the function to call after each step."""
+        """Show the progress of a loop: yields the function to call after each item."""
         estimate = TimeLeft({}, self._clock)
         with self._follow(estimate, "left", begins=what) as show:
             estimate.advance(what, what, 0.0)
@@ -68,13 +67,13 @@ class Reporter:
 
     @contextmanager
     def events(self, expected: Mapping[str, float], left: str = IN_ALL) -> Iterator[Callable[[Event], None]]:
-        """Follow a pruning run: yields the function to hand to `prune` as on_event.
+        """Show the progress of a run: yields the function to pass to `prune` as on_event.
 
-        `expected` has the seconds of each phase, as far as they are known: what is told is the time left of them all.
-        `left` says of what that is, where it is not everything that the person waits for.
+        `expected` has the known seconds of each phase; the remaining time is that of all phases. `left` is its label,
+        where something follows these phases.
         """
-        positions, estimate, began = Positions(), TimeLeft(expected, self._clock), self._clock()
-        with self._noting_errors(), self._follow(estimate, left) as show:
+        positions, estimate, began = PositionTracker(), TimeLeft(expected, self._clock), self._clock()
+        with self._logging_errors(), self._follow(estimate, left) as show:
 
             def on_event(event: Event) -> None:
                 check_interrupted()
@@ -91,8 +90,8 @@ class Reporter:
         self.say(f"{WHOLE}, in {duration(self._clock() - began)}")
 
     @contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        """Have the log end with what ended the run, which whoever catches it tells on the screen."""
+    def _logging_errors(self) -> Iterator[None]:
+        """Write an error to the log before it is raised further."""
         try:
             yield
         except BaseException as error:
@@ -101,7 +100,7 @@ class Reporter:
 
     @contextmanager
     def _follow(self, estimate: TimeLeft, left: str, begins: str | None = None) -> Iterator[Show]:
-        """Yields the function that shows a position, wherever it is to be seen; the step `begins` now."""
+        """Yield the function that shows a position on the console and in the log; the step `begins` starts now."""
         with ExitStack() as stack:
             shows: list[Show] = []
             if self._draws:
@@ -120,16 +119,16 @@ class Reporter:
 
 
 class _Lines:
-    """A plain line with the time left now and then, and one at the end of each step."""
+    """Plain lines: the remaining time at intervals, and the end of each step."""
 
     def __init__(
         self, say: Say, estimate: TimeLeft, left: str, clock: Callable[[], float], begins: str | None = None
     ) -> None:
         self._say, self._estimate, self._left, self._clock = say, estimate, left, clock
         self._began: dict[str, float] = {} if begins is None else {begins: clock()}
-        """when each step began"""
+        """the start of each step"""
         self._last: float | None = None
-        """when the time left was told last"""
+        """the time of the latest line with the remaining time"""
 
     def show(self, position: Position) -> None:
         now, step = self._clock(), position.step
@@ -138,14 +137,14 @@ class _Lines:
         if position.share >= 1:
             del self._began[step]
             self._say(f"{step}{counts}, in {duration(now - began)}")
-        elif not counts or (position.done and (self._last is None or now - self._last >= LINES_APART)):
+        elif not counts or (position.done and (self._last is None or now - self._last >= LINE_INTERVAL)):
             self._last = now
-            self._say(f"{step}{counts}{_told(self._estimate, ', ', self._left)}")
+            self._say(f"{step}{counts}{_time_left_text(self._estimate, ', ', self._left)}")
 
 
 @contextmanager
 def _bars(console: Console, estimate: TimeLeft, left: str, clock: Callable[[], float]) -> Iterator[Show]:
-    """A bar for the step at work, and one for the whole run with the time left."""
+    """Show a bar for the current step, and one for the whole run with the remaining time."""
     began = clock()
     words = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[counts]}", markup=False)
     with Progress(*words, BarColumn(), TimeElapsedColumn(), _Left(estimate, left), console=console) as progress:
@@ -167,23 +166,23 @@ def _bars(console: Console, estimate: TimeLeft, left: str, clock: Callable[[], f
 
 
 class _Left(ProgressColumn):
-    """The time left, on the bar of the whole run; looked up anew whenever it is drawn."""
+    """Column with the remaining time, on the bar of the whole run."""
 
     def __init__(self, estimate: TimeLeft, left: str) -> None:
         super().__init__()
         self._estimate, self._left = estimate, left
 
     def render(self, task: Task) -> Text:
-        """The time left, in words."""
-        return Text(_told(self._estimate, "", self._left) if task.fields["whole"] else "")
+        """Return the remaining time in words."""
+        return Text(_time_left_text(self._estimate, "", self._left) if task.fields["whole"] else "")
 
 
-def _told(estimate: TimeLeft, before: str, left: str) -> str:
+def _time_left_text(estimate: TimeLeft, before: str, left: str) -> str:
     return f"{before}{about(estimate.seconds())} {left}" if estimate.known else ""
 
 
 def about(seconds: float) -> str:
-    """A time that is not known well, in words, such as about 40 s, about 3 min or about 1 h 05 min."""
+    """Return an estimated time in words, such as about 40 s, about 3 min or about 1 h 05 min."""
     if seconds < 5:
         return "a few seconds"
     if seconds < 90:
@@ -194,7 +193,7 @@ def about(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words, such as 45 s, 3 min 20 s or 1 h 05 min."""
+    """Return a time in words, such as 45 s, 3 min 20 s or 1 h 05 min."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

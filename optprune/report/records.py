@@ -1,19 +1,21 @@
-"""What a run reports: one record a layer, the totals, and the events on the way."""
+"""Records of a pruning run: layers, blocks, recovered sub-modules, and the whole report."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from optprune.models import BlockShape
 from optprune.report.phases import PhaseReport
-from optprune.report.table import facts_of
+from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import json_text
-from optprune.system.telling import Facts, Telling
-from optprune.system.wording import counted
+from optprune.system.wording import counted, one_line
+
+MOST_LAYERS = 10
+"""the number of layers in the table, those with the largest errors"""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What was solved at one layer, and how well."""
+    """Result of the solver at one layer."""
 
     name: str
     kind: str
@@ -21,8 +23,8 @@ class LayerReport:
     solver: str
     """the chain of solvers"""
     relative_error: float
-    """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, of the weights as they were written when
-    the layer was solved: what recovery makes of them later is in `Report.recovered`"""
+    """E|V x* - W x|^2 / E|W x|^2 on the calibration tokens, without damping, when the layer was solved; the errors
+    after recovery are in `Report.recovered`"""
     held_out_error: float | None
     """the relative error on held-out tokens, where the recipe holds some out"""
     status: str
@@ -30,21 +32,21 @@ class LayerReport:
     lower_bound: float | None
     gap: float | None
     damping: float
-    """the ridge that was added to the diagonal of the Gram matrix, in (input activation)^2"""
+    """the damping on the diagonal of the Gram matrix, in (input activation)^2"""
     tokens: int
     seconds: float
     kept: int
     units: int
-    """how many units there were to choose from"""
+    """the number of units before pruning"""
     dead_inputs: int
     notes: tuple[str, ...] = ()
     stages: tuple[dict[str, Any], ...] = ()
-    """the solvers of a chain before the last: label, steps, seconds, and the objective after each"""
+    """the earlier solvers of a chain: label, steps, seconds, and the objective after each"""
 
 
 @dataclass(frozen=True)
 class BlockChange:
-    """What a block held before the run and after; one that holds nothing any more is dropped from the model."""
+    """Shape of a block before and after the run; a block without any part is removed from the model."""
 
     before: BlockShape
     after: BlockShape
@@ -52,72 +54,72 @@ class BlockChange:
 
 @dataclass(frozen=True)
 class RemovedPart:
-    """A sub-block that was removed whole, and the score that chose it."""
+    """A sub-block that was removed whole, and its score."""
 
     block: int
-    """the number of the block in the model before"""
+    """the number of the block in the dense model"""
     part: str
     """the name of the sub-block, attention or mlp"""
     weights: int
     score: float
-    """the value of what the recipe scores by, at the moment of removal; the lowest goes first"""
+    """the score of the recipe at the moment of removal; the lowest score is removed first"""
 
 
 @dataclass(frozen=True)
 class RecoveredPart:
-    """What the recovery of a sub-module did; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric.
+    """Result of the recovery of a sub-module; errors are E|f* - f|^2 / E|f|^2 of its output f, in the output metric.
 
-    Of a block that was matched as a whole the squares are those of every token as shares of its size.
+    For a block that was matched as a whole, each token's squared error is divided by that token's squared norm.
     """
 
     name: str
     layers: tuple[str, ...]
-    """the layers that were refitted, in turn; of a block all its parameters"""
+    """the refitted layers, in order; for a whole block all its parameters"""
     error_before: float
-    """the relative error on the batches that were fitted"""
+    """the relative error on the fitted batches"""
     error_after: float
     held_out_before: float
-    """the relative error on the batches that decided where to stop"""
+    """the relative error on the batches that decide when to stop"""
     held_out_after: float
     steps: int
-    """the steps that were kept: of conjugate gradients, over all layers and rounds, or of what matches a whole block"""
+    """the steps that were kept: of conjugate gradients over all layers and rounds, or of the matching of a block"""
     seconds: float
 
 
 @dataclass(frozen=True, repr=False)
-class Report(Telling):
-    """What a pruning run did; written as report.json beside the weights."""
+class Report(Displayed):
+    """Report of a pruning run, written as report.json beside the weights."""
 
     model: str
     recipe: dict[str, Any]
     sparsity_requested: float
     sparsity_reached: float
-    """the share of the decoder blocks' linear weights that is gone"""
+    """the share of the decoder blocks' linear weights that were removed"""
     seconds: float
     floor_seconds: float
-    """the seconds of the two calibration passes with their Gram products, without which no run can do"""
+    """the seconds of the two calibration passes with their Gram products, which every run needs"""
     tokens: int
     seed: int
     versions: dict[str, str]
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...] = field(default=())
     calibration: str = ""
-    """where the calibration tokens came from, as far as the caller said"""
+    """the source of the calibration tokens, if the caller named it"""
     allocation: dict[str, Any] = field(default_factory=dict)
-    """what every block kept, as `Allocation.from_json` reads it"""
+    """the allocation, in the form that `Allocation.from_json` reads"""
     removed: tuple[RemovedPart, ...] = ()
-    """the sub-blocks that the recipe chose to remove whole, in that order"""
+    """the sub-blocks that were removed whole, in order"""
     recovered: tuple[RecoveredPart, ...] = ()
-    """the sub-modules that were refitted against their dense output"""
+    """the sub-modules that were refitted to their dense output"""
     blocks: tuple[BlockChange, ...] = ()
-    """what became of each block of the model that was pruned"""
+    """the change of each block of the dense model"""
     phases: tuple[PhaseReport, ...] = ()
-    """what each phase of the run took; in the report.json of a folder that a fresh process has loaded, all of them"""
+    """the phases of the run; the report.json of a checked folder has all of them"""
     parameters_before: int | None = None
-    """the parameters of the model that was pruned; None in reports of earlier versions"""
+    """the parameters of the dense model; None in reports of earlier versions"""
     run_facts: dict[str, Any] = field(default_factory=dict)
-    """what decided the weights of a run with a journal (digests of the model and the tokens, the recipe, the machine):
-    `--resume` compares them with a command's own"""
+    """the facts that determine the weights of a run with a journal (digests of the model and the tokens, the recipe,
+    the machine); `--resume` compares them with those of the command"""
 
     def __repr__(self) -> str:
         removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"
@@ -126,9 +128,44 @@ class Report(Telling):
             "solved)"
         )
 
-    def facts(self) -> Facts:
-        return facts_of(self)
+    def summary_table(self) -> SummaryTable:
+        errors = [layer.relative_error for layer in self.layers]
+        facts = [
+            ("model", one_line(self.model)),
+            ("removed", f"{self.sparsity_reached:.2%} of the linear weights ({self.sparsity_requested:.2%} asked)"),
+            (
+                "calibration",
+                f"{self.tokens:,} tokens" + (f", {one_line(self.calibration)}" if self.calibration else ""),
+            ),
+            ("seconds", f"{self.seconds:.1f}, of which the two calibration passes need {self.floor_seconds:.1f}"),
+        ]
+        if errors:
+            mean = f"{sum(errors) / len(errors):.3g} over {counted(len(errors), 'layer')}"
+            facts.append(("mean relative error", mean))
+        facts += [("note", one_line(note)) for note in self.notes]
+        worst = sorted(self.layers, key=lambda layer: -layer.relative_error)[:MOST_LAYERS]
+        rows = [
+            (
+                layer.name,
+                f"{layer.kept} of {layer.units}",
+                f"{layer.relative_error:.3g}",
+                "" if layer.held_out_error is None else f"{layer.held_out_error:.3g}",
+                "" if layer.gap is None else f"{layer.gap:.3g}",
+                layer.status,
+            )
+            for layer in worst
+        ]
+        columns = ("layer", "kept", "error", "held out", "gap", "status")
+        filled = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+        if len(errors) > MOST_LAYERS:
+            facts.append(("below", f"the {MOST_LAYERS} layers of {len(errors)} with the largest errors"))
+        return SummaryTable(
+            f"report of {one_line(self.recipe.get('name', 'a recipe'))}",
+            facts,
+            [columns[place] for place in filled],
+            [[row[place] for place in filled] for row in rows],
+        )
 
     def to_json(self) -> str:
-        """The whole report as indented JSON."""
+        """Return the whole report as indented JSON."""
         return json_text(asdict(self))

@@ -1,1 +1,1 @@
-"""The machine underneath: signals, files, installed packages, and how a value is shown in a sentence."""
+"""Services of the operating system and text output: signals, files, work folders, environment, wording, tables."""

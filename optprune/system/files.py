@@ -1,4 +1,4 @@
-"""Files: read YAML and JSON that people write, and write files so that they are there whole or not at all."""
+"""Atomic writing of files, and strict reading of YAML and JSON."""
 
 import hashlib
 import json
@@ -20,11 +20,11 @@ from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import one_line, shown
 
 LONGEST_NAME = 240
-"""the most bytes in the name of an output: the name of its draft has 15 more, and file systems allow 255"""
+"""the largest number of bytes in the name of an output: its draft has 15 more, and file systems allow 255"""
 DEEPEST = 20
-"""the most levels of lists and mappings in YAML: a recipe needs five"""
+"""the largest depth of YAML; a recipe needs five"""
 MOST_VALUES = 10_000
-"""the most values that a YAML text may stand for: a recipe has a few dozen"""
+"""the largest number of values of a YAML text, with aliases expanded; a recipe has a few dozen"""
 
 
 def write_whole(
@@ -34,10 +34,10 @@ def write_whole(
     lasting: bool = True,
     commit: Callable[[str], object] | None = None,
 ) -> None:
-    """Write a file so that it is there whole or not at all; `lasting` keeps it through a crash of the machine.
+    """Write a file as a whole or not at all; a `lasting` file survives a crash of the machine.
 
-    `write` gets a stream that takes bytes one after the other. `commit` gets the SHA-256 hex digest of what was written
-    before the file gets its name. Raises InputError where there is no room.
+    `write` writes bytes to a stream in order. `commit` gets the SHA-256 hex digest of these bytes before the file gets
+    its name. Raises InputError where the disk is full.
     """
     draft: Path | None = None
     try:
@@ -65,7 +65,7 @@ def write_whole(
 
 
 class _Hashed:
-    """A stream that takes bytes and hashes them."""
+    """Stream that hashes the written bytes."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.digest = stream, hashlib.sha256()
@@ -76,9 +76,9 @@ class _Hashed:
 
 
 def exclusive_draft(target: Path) -> Path:
-    """Create an empty file beside a target, under a random name that nobody else has, and return its path.
+    """Create an empty file with a random new name beside a target, and return its path.
 
-    A link that lies there under the same name is not followed.
+    Links are not followed.
     """
     while True:
         draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
@@ -88,7 +88,7 @@ def exclusive_draft(target: Path) -> Path:
 
 
 def is_draft(name: str, target: str | None = None) -> bool:
-    """Return whether a name is one that `exclusive_draft` makes, for a target of any name or of this one."""
+    """Return whether `exclusive_draft` could have made a name, for this target or for any."""
     of = r"[^/]+" if target is None else re.escape(target)
     return re.fullmatch(rf"\.{of}\.[0-9a-f]{{8}}\.part", name) is not None
 
@@ -100,17 +100,17 @@ def digest_of_file(file: Path) -> str:
 
 
 def is_own_file(path: Path) -> bool:
-    """Return whether a path is a regular file itself, and no link to one."""
+    """Return whether a path is a regular file, not a link."""
     return path.is_file() and not path.is_symlink()
 
 
 def is_own_folder(path: Path) -> bool:
-    """Return whether a path is a folder itself, and no link to one."""
+    """Return whether a path is a folder, not a link."""
     return path.is_dir() and not path.is_symlink()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the system can do that."""
+    """Flush the names in a folder to the disk, where the system supports it."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -120,7 +120,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def real_path(path: Path) -> Path:
-    """Where an output will be when links are followed; InputError when it, or a draft beside it, cannot be there."""
+    """Return the path of an output with links resolved; InputError where it or its draft could not be created."""
     place = Path(os.path.realpath(path))
     try:
         str(place).encode()
@@ -128,31 +128,31 @@ def real_path(path: Path) -> Path:
         raise InputError(f"the name {shown(str(path))} is not UTF-8: choose another") from None
     if len(os.fsencode(place.name)) > LONGEST_NAME:
         raise InputError(f"the name {place.name} is longer than {LONGEST_NAME} bytes: choose a shorter one")
-    if any(path.is_symlink() for path in (place, *place.parents)):  # all that lead somewhere were followed
-        raise InputError(f"{path} is a link that leads back to itself: name another")
+    if any(path.is_symlink() for path in (place, *place.parents)):  # only circular links remain
+        raise InputError(f"{path} is a link that leads back to itself: choose another name")
     return place
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, in which 2:4 is text (YAML 1.1 reads it in base 60) and 1e-3 a number (it reads that as text).
+    """Loader of plain data with 2:4 as text (in YAML 1.1 a number in base 60) and 1e-3 as a number (there a text).
 
-    What no file that people write needs is an error: a key twice, deep nesting, aliases that stand for a lot.
+    Repeated keys, deep nesting and aliases that expand to many values are errors.
     """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = 0
         self.extents: dict[yaml.Node, tuple[int, int]] = {}
-        """How deep a node is and how many values it stands for, with aliases followed."""
+        """the depth of each node and its number of values, with aliases expanded"""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
         self.depth += 1
-        self.check(self.depth <= DEEPEST, f"it is more than {DEEPEST} deep", mark)
+        self.check(self.depth <= DEEPEST, f"it is more than {DEEPEST} levels deep", mark)
         node: Any = super().compose_node(parent, index)
         self.depth -= 1
         if alias:
-            self.check(node in self.extents, "it holds itself", mark)
+            self.check(node in self.extents, "it contains itself", mark)
             return node
         inner = []
         if isinstance(node, yaml.SequenceNode):
@@ -164,8 +164,8 @@ class _Loader(yaml.SafeLoader):
             self.check(not twice, f"the key {shown(twice[0][1]) if twice else ''} is given twice", mark)
         extents = [self.extents[part] for part in inner]
         deep, many = 1 + max((extent[0] for extent in extents), default=0), 1 + sum(extent[1] for extent in extents)
-        self.check(deep <= DEEPEST, f"it is more than {DEEPEST} deep", mark)
-        self.check(many <= MOST_VALUES, f"it stands for more than {MOST_VALUES} values", mark)
+        self.check(deep <= DEEPEST, f"it is more than {DEEPEST} levels deep", mark)
+        self.check(many <= MOST_VALUES, f"it has more than {MOST_VALUES} values", mark)
         self.extents[node] = deep, many
         return node
 
@@ -191,21 +191,21 @@ for _tag, (_pattern, _first) in _NUMBERS.items():
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The plain data in a YAML text; InputError, in one sentence that says where it is, when it is not YAML."""
+    """Return the plain data in a YAML text; InputError with the place of the text when it is not valid."""
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of the safe loader
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{where} is not valid YAML: {_of_numbers(error)}") from error
+        raise InputError(f"{where} is not valid YAML: {_reason(error)}") from error
 
 
 def read_json(text: str, where: str) -> Any:
-    """The plain data in a JSON text; InputError, in one sentence that says where it is, when it is not JSON."""
+    """Return the plain data in a JSON text; InputError with the place of the text when it is not valid."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
         raise InputError(f"{where} is nested too deeply to be read: write it flatter") from error
     except ValueError as error:
-        raise InputError(f"{where} is not valid JSON: {_of_numbers(error)}") from error
+        raise InputError(f"{where} is not valid JSON: {_reason(error)}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -216,20 +216,20 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return known
 
 
-def _of_numbers(error: Exception) -> str:
-    """What an error says, without Python's advice about long numbers."""
+def _reason(error: Exception) -> str:
+    """Return the text of an error, without Python's advice about long numbers."""
     limit = sys.get_int_max_str_digits()
     return f"it holds a number of over {limit} digits" if "integer string conversion" in str(error) else one_line(error)
 
 
 def json_text(value: Any) -> str:
-    """Plain data as indented JSON; NaN and infinity, which JSON does not know, are null."""
-    return json.dumps(_known_to_json(value), indent=2, allow_nan=False) + "\n"
+    """Return plain data as indented JSON, with null for NaN and infinity."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
 
 
-def _known_to_json(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _known_to_json(item) for key, item in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_known_to_json(item) for item in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: each raises KeyboardInterrupt, and is remembered until a step of the work sees it.
+"""Ctrl-C and SIGTERM: each raises KeyboardInterrupt, and is recorded until a step of the work sees it.
 
-Python drops what is raised in a finaliser, so an interrupt that lands there is raised again by the next step. Where a
-half-done step would be worse than a moment's wait, interrupts are held.
+Python ignores errors that are raised in a finaliser, so the next step raises such an interrupt again. Interrupts are
+delayed during steps that must not be left half done.
 """
 
 import signal
@@ -13,21 +13,21 @@ from typing import Any
 
 NOTHING = "nothing was written"
 _DONE: list[str] = []
-_CAME: list[int] = []
-"""the signal that came last, until the command that it ends is over"""
+_RECEIVED: list[int] = []
+"""the latest signal, until the end of the command"""
 
 
 def raise_on_signals() -> Callable[[], None]:
-    """Let SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; returns what puts the old handlers back.
+    """Make SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; return a function that restores the handlers.
 
-    SIGINT stays ignored where it is, as in a background job of a shell.
+    SIGINT stays ignored if it is, as in a background job of a shell.
     """
-    _CAME.clear()
+    _RECEIVED.clear()
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        _CAME[:] = [number]
+        _RECEIVED[:] = [number]
         raise KeyboardInterrupt
 
     numbers = [signal.SIGTERM] if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else [signal.SIGINT, signal.SIGTERM]
@@ -41,31 +41,31 @@ def raise_on_signals() -> Callable[[], None]:
 
 
 def check_interrupted() -> None:
-    """Raise KeyboardInterrupt where a signal came whose KeyboardInterrupt nobody saw; called between steps."""
-    if _CAME:
+    """Raise KeyboardInterrupt if a signal was received; called between steps."""
+    if _RECEIVED:
         raise KeyboardInterrupt
 
 
 def record_done(sentence: str) -> None:
-    """Say what an interrupt does not undo from now on; the command line tells it."""
+    """Record a sentence about results that an interrupt does not undo; the command line prints it."""
     _DONE[:] = [sentence]
 
 
 def forget_done() -> None:
-    """A new command begins: nothing is done."""
+    """Delete the recorded sentence, at the start of a command."""
     _DONE.clear()
 
 
-def what_is_done() -> str:
-    """What has been recorded last."""
+def done_sentence() -> str:
+    """Return the sentence that was recorded last."""
     return _DONE[0] if _DONE else NOTHING
 
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM that come during the block take effect when it is over, by whatever handled them before.
+    """Delay SIGINT and SIGTERM to the end of the context, and then call their earlier handlers.
 
-    Only the main thread can hold them, and a handler that raises raises there; in another thread this does nothing.
+    A handler that raises does so there. In threads other than the main one this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -76,8 +76,8 @@ def interrupts_held() -> Iterator[None]:
     def remember(number: int, frame: FrameType | None) -> None:
         came[number] = frame
 
-    # SIGINT, which comes in numbers when somebody is impatient, is the first to be held and the last to be let go, so
-    # nothing is ever left half done by it. A handler of SIGTERM may raise in between: hence a `finally` for each step.
+    # SIGINT, which a user may send repeatedly, is delayed first and delivered last: it never leaves a step half done.
+    # The handler of SIGTERM may raise in between: hence a `finally` for each step.
     try:
         try:
             _handle(signal.SIGINT, None if interrupt is None else remember)
@@ -96,7 +96,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 def _handle(number: int, handler: Any) -> None:
-    if handler is not None:  # one that was not set from Python could not be put back
+    if handler is not None:  # a handler from outside Python cannot be restored
         signal.signal(number, handler)
 
 

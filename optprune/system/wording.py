@@ -1,4 +1,4 @@
-"""Wording: how a value or another library's error is shown in a sentence."""
+"""Wording of values, errors and counts in sentences."""
 
 import difflib
 import reprlib
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 class _Short(reprlib.Repr):
-    """The `repr` of a value, of a line at most, made without making all of it first."""
+    """`repr` of a value in at most a line, without the whole text in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,30 +18,30 @@ class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
         try:
             return super().repr_int(x, level)  # type: ignore[misc]  # typeshed leaves it out
-        except ValueError:  # Python turns so many digits into text only when asked to
+        except ValueError:  # beyond the limit of digits that Python converts
             return f"a whole number of {x.bit_length()} bits"
 
 
 def shown(value: object, longest: int = 200) -> str:
-    """A value as a sentence names it: its `repr`, cut to a line."""
+    """Return the `repr` of a value, cut to a line."""
     return one_line(_Short().repr(value), longest)
 
 
 def one_line(text: object, longest: int = 300) -> str:
-    """What an error or a value says, as one line of bounded length that every terminal can be sent."""
+    """Return the text of an error or a value as one line of bounded length, without lone surrogates."""
     line = " ".join(str(text)[: 2 * longest].split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def amount(size: int) -> str:
-    """A number of bytes in words, such as 12 MB or 3.4 GB."""
+    """Return a number of bytes in words, such as 12 MB or 3.4 GB."""
     if size < 10**9:
         return f"{size / 10**6:.0f} MB"
     return f"{size / 10**9:.1f} GB" if size < 10**12 else f"{size / 10**12:.1f} TB"
 
 
 def counted(number: int, one: str, more: str | None = None) -> str:
-    """Return a number with the word for what is counted: 1 layer, 2 layers; `more` where that is no plain plural."""
+    """Return a number with its noun, such as 1 layer or 2 layers; `more` is an irregular plural."""
     return f"{number} {one if number == 1 else more or f'{one}s'}"
 
 

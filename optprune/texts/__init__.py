@@ -1,10 +1,16 @@
 """Texts: documents from files, data sets or the demo, tokenised once and cut into windows."""
 
-from optprune.texts.calibration import SEQUENCES, Drawn, Draws, Text, check_sequences, draw_windows, read_texts
-from optprune.texts.conversations import Conversation
-from optprune.texts.demo import demo_articles
-from optprune.texts.documents import FORMS, Document, read_documents, words_of
-from optprune.texts.held_out import TrainingText, with_held_out
+from optprune.texts.calibration import (
+    SEQUENCES,
+    DrawnWindows,
+    Text,
+    WindowSampler,
+    check_sequences,
+    draw_windows,
+    read_texts,
+)
+from optprune.texts.documents import FORMS, Conversation, Document, demo_articles, normalised_text, read_documents
+from optprune.texts.held_out import TrainingText, split_held_out
 from optprune.texts.windows import calibration_batches, check_seq_length, check_vocabulary, evaluation_windows, tokenise
 
 __all__ = [
@@ -12,10 +18,10 @@ __all__ = [
     "SEQUENCES",
     "Conversation",
     "Document",
-    "Drawn",
-    "Draws",
+    "DrawnWindows",
     "Text",
     "TrainingText",
+    "WindowSampler",
     "calibration_batches",
     "check_seq_length",
     "check_sequences",
@@ -23,9 +29,9 @@ __all__ = [
     "demo_articles",
     "draw_windows",
     "evaluation_windows",
+    "normalised_text",
     "read_documents",
     "read_texts",
+    "split_held_out",
     "tokenise",
-    "with_held_out",
-    "words_of",
 ]

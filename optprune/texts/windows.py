@@ -1,27 +1,130 @@
-"""Windows: a text tokenised once, and cut into windows for calibration or evaluation."""
+"""Tokens of a text, and windows of them for calibration or evaluation.
 
-from collections.abc import Iterable, Sequence
+A long text is tokenised in pieces with context on both sides, and cut between two tokens. Two checks ensure that the
+whole text has the same tokens at the cut. First, no token of the vocabulary contains the two characters that meet at
+the cut, so no merge of byte pairs and no unigram crosses it, however far away it began. Second, the next piece, which
+begins elsewhere, has the same tokens for hundreds of characters on both sides of the cut, so the splitting into words,
+which depends on the next word at most, is the same. Where a check fails, the text is tokenised as a whole.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optprune.errors import InputError
 from optprune.system.wording import counted
-from optprune.texts.conversations import Conversation, conversation_pieces
-from optprune.texts.documents import Document
-from optprune.texts.pieces import NoCut, token_pieces
+from optprune.texts.documents import Conversation, Document, conversation_pieces
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor, Tensor
     from transformers import PretrainedConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+PIECE = 1 << 18
+"""the number of characters of a piece"""
+CONTEXT = 1 << 11
+"""the number of characters of context before a piece; after it there are three times as many"""
+
+
+class CannotSplit(Exception):
+    """Signal that a text must be tokenised as a whole."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of a part of the text, and their first characters."""
+
+    ids: Sequence[int]
+    starts: Sequence[int]
+
+    def around(self, place: int) -> list[tuple[int, int]]:
+        """Return pairs of a distance and a token id, for the tokens near a place."""
+        near = CONTEXT // 2
+        pairs = zip(self.starts, self.ids, strict=True)
+        return [(start - place, token) for start, token in pairs if -near <= start - place < near]
+
+
+def token_pieces(tokenizer: "Tokenizer", documents: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the token ids of documents joined by blank lines, in pieces; CannotSplit where that would change them."""
+    if not tokenizer.is_fast:
+        raise CannotSplit
+    before, after = _specials(tokenizer)
+    coming, buffer, ended = _joined(documents), "", False
+    begin, seen, pairs = 0, list[tuple[int, int]](), set[str]()
+    yield before
+    while True:
+        # The buffer begins with the context of the piece, which begins at the cut of the previous piece.
+        most, parts = begin + PIECE + 3 * CONTEXT, [buffer]
+        size = len(buffer)
+        while size <= most and not ended:
+            part = next(coming, None)
+            ended = part is None
+            parts.append(part or "")
+            size += len(parts[-1])
+        buffer = "".join(parts)
+        # A document may be larger than a piece: its rest is not copied for each piece.
+        window = buffer[:most]
+        found = _tokenise(tokenizer, window)
+        first = found.starts.index(begin) if begin in found.starts else 0
+        if begin and (not seen or found.around(begin) != seen):
+            raise CannotSplit
+        if ended and len(window) == len(buffer):
+            yield [*found.ids[first:], *after]
+            return
+        pairs = pairs or {token[at : at + 2] for token in tokenizer.get_vocab() for at in range(len(token) - 1)}
+        last = _cut(tokenizer, found, begin + PIECE + CONTEXT, pairs)
+        yield list(found.ids[first:last])
+        place = found.starts[last]
+        seen, begin = found.around(place), CONTEXT
+        buffer = buffer[place - CONTEXT :]
+
+
+def _joined(documents: Iterable[str]) -> Iterator[str]:
+    """Yield the text in parts of limited length."""
+    for number, document in enumerate(documents):
+        if number:
+            yield "\n\n"
+        for first in range(0, len(document), PIECE):
+            yield document[first : first + PIECE]
+
+
+def _tokenise(tokenizer: "Tokenizer", text: str) -> _Tokens:
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return _Tokens(found["input_ids"], [start for start, _ in found["offset_mapping"]])
+
+
+def _specials(tokenizer: "Tokenizer") -> tuple[list[int], list[int]]:
+    """Return the special tokens before and after every text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for first in range(len(full) - len(bare) + 1):
+        if bare and full[first : first + len(bare)] == bare:
+            return full[:first], full[first + len(bare) :]
+    raise CannotSplit
+
+
+def _cut(tokenizer: "Tokenizer", found: _Tokens, place: int, pairs: set[str]) -> int:
+    """Return the index of the token nearest to a place before which the text can be cut."""
+    starts, near = found.starts, range(place - CONTEXT // 2, place + CONTEXT // 2)
+    able = (
+        number
+        for number in range(1, len(starts))
+        # Tokens that are parts of one character begin at the same place.
+        if starts[number] in near and starts[number - 1] < starts[number]
+    )
+    for number in sorted(able, key=lambda number: abs(starts[number] - place)):
+        left, right = tokenizer.convert_ids_to_tokens([found.ids[number - 1], found.ids[number]])
+        if left[-1:] + right[:1] not in pairs:
+            return number
+    raise CannotSplit
+
 
 def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | None = None) -> "IntTensor":
-    """The token ids [tokens] of the documents joined by blank lines and tokenised once, as the papers do.
+    """Return the token ids [tokens] of documents joined by blank lines and tokenised once, as in the papers.
 
-    Conversations follow each other as the chat template of the tokenizer writes them, with nothing between; InputError
-    where it has none, or where there are texts as well. `most` is how many are needed: there are as many or a few more,
-    or all. A piece of the text is tokenised at a time where that is seen to give the same tokens, so that ids take four
-    bytes each.
+    Conversations are written by the chat template of the tokenizer, with nothing between them; InputError without a
+    template, or for a mix of texts and conversations. With `most`, tokenising stops at this number of tokens or a few
+    more. The text is tokenised in pieces if that gives the same tokens, and each id takes four bytes of memory.
     """
     import torch
 
@@ -29,28 +132,28 @@ def tokenise(tokenizer: "Tokenizer", documents: Iterable[Document], most: int | 
     texts = [document for document in documents if isinstance(document, str)]
     chats = [document for document in documents if isinstance(document, Conversation)]
     if texts and chats:
-        raise InputError("texts and conversations cannot be joined: tokenise them as two texts")
-    pieces, held = list[torch.Tensor](), 0
+        raise InputError("texts and conversations cannot be joined: tokenise them separately")
+    pieces, count = list[torch.Tensor](), 0
     try:
         for ids in conversation_pieces(tokenizer, chats) if chats else token_pieces(tokenizer, texts):
             pieces.append(torch.tensor(ids, dtype=torch.int32))
-            held += len(ids)
-            if most is not None and held >= most:
+            count += len(ids)
+            if most is not None and count >= most:
                 break
-    except NoCut:
+    except CannotSplit:
         whole = tokenizer("\n\n".join(texts), verbose=False)["input_ids"]
         pieces = [torch.tensor(whole, dtype=torch.int32)]
     return torch.cat(pieces)  # type: ignore[return-value]  # IntTensor is only a name
 
 
 def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = None) -> "LongTensor":
-    """The first `windows` (None: all) consecutive windows [n, seq_length]; what is left at the end is dropped.
+    """Return the first `windows` (None: all) consecutive windows [n, seq_length]; the rest of the tokens is dropped.
 
-    InputError when fewer fit than were asked for, or none.
+    InputError when the tokens are too few.
     """
-    at_least("--seq-length", seq_length, 2)
+    check_at_least("--seq-length", seq_length, 2)
     if windows is not None:
-        at_least("--windows", windows, 1)
+        check_at_least("--windows", windows, 1)
     fitting = len(tokens) // seq_length
     wanted = fitting if windows is None else windows
     if fitting < max(wanted, 1):
@@ -61,9 +164,9 @@ def evaluation_windows(tokens: "Tensor", seq_length: int, windows: int | None = 
 def calibration_batches(
     tokens: "Tensor", samples: int, seq_length: int, seed: int, tokens_per_batch: int = 2048
 ) -> "list[LongTensor]":
-    """`samples` distinct windows that do not overlap, drawn by the seed, in batches of about `tokens_per_batch`.
+    """Return `samples` random windows without overlap, in batches of about `tokens_per_batch` tokens.
 
-    InputError when the tokens are too few for so many windows.
+    InputError when the tokens are too few.
     """
     return batched(drawn_windows(tokens, samples, seq_length, seed), tokens_per_batch)
 
@@ -71,31 +174,31 @@ def calibration_batches(
 def drawn_windows(
     tokens: "Tensor", samples: int, seq_length: int, seed: int, what: str = "calibration text"
 ) -> "LongTensor":
-    """The windows [samples, seq_length] of `calibration_batches`, of which fewer are the first of more.
+    """Return the windows [samples, seq_length] of `calibration_batches`; fewer samples are the first of more.
 
-    InputError, which calls the text `what`, when its tokens are too few.
+    InputError, with `what` as the name of the text, when its tokens are too few.
     """
     import torch
 
-    at_least("--samples", samples, 1)
-    at_least("--seq-length", seq_length, 2)
+    check_at_least("--samples", samples, 1)
+    check_at_least("--seq-length", seq_length, 2)
     fitting = len(tokens) // seq_length
     if fitting < samples:
         raise InputError(_too_short(what, len(tokens), fitting, samples, seq_length, "--samples"))
     generator = torch.Generator().manual_seed(seed)
-    # Where the first window begins is drawn too, so that the tokens beyond the last whole window have their chance.
+    # The start of the first window is random too, so that every token can be drawn.
     start = int(torch.randint(len(tokens) - fitting * seq_length + 1, (), generator=generator))
     windows = tokens[start : start + fitting * seq_length].view(fitting, seq_length)
     return windows[torch.randperm(fitting, generator=generator)[:samples]].long()  # type: ignore[return-value]
 
 
 def batched(windows: "LongTensor", tokens_per_batch: int = 2048) -> "list[LongTensor]":
-    """Windows [n, length] in batches of about so many tokens, in their order."""
+    """Return windows [n, length] in batches of about `tokens_per_batch` tokens, in order."""
     return list(windows.split(max(1, tokens_per_batch // windows.shape[1])))  # type: ignore[arg-type]
 
 
 def check_seq_length(config: "PretrainedConfig", seq_length: int) -> None:
-    """Raise InputError when windows are longer than the positions a model knows."""
+    """Raise InputError when windows are longer than the number of positions of a model."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and seq_length > limit:
         raise InputError(
@@ -105,7 +208,7 @@ def check_seq_length(config: "PretrainedConfig", seq_length: int) -> None:
 
 
 def check_vocabulary(config: "PretrainedConfig", tokens: "Tensor") -> None:
-    """Raise InputError when the tokenizer gave ids for which the model has no embedding."""
+    """Raise InputError when a token id has no embedding in the model."""
     largest = int(tokens.max()) if len(tokens) else 0
     if largest >= config.vocab_size:
         raise InputError(
@@ -121,7 +224,7 @@ def _too_short(what: str, tokens: int, fitting: int, wanted: int, seq_length: in
     )
 
 
-def at_least(option: str, value: int, least: int) -> None:
+def check_at_least(option: str, value: int, least: int) -> None:
     """Raise InputError when the value of an option is too small."""
     if value < least:
         raise InputError(f"{option} cannot be {value}: it is at least {least}")

@@ -36,7 +36,7 @@ def test_an_output_that_links_to_itself(attempt: Attempt) -> None:
     attempt.output.parent.mkdir()
     attempt.output.symlink_to("out")
     sentence = attempt.fails(attempt.command("--overwrite"))
-    assert f"{attempt.output} is a link that leads back to itself: name another" in sentence
+    assert f"{attempt.output} is a link that leads back to itself: choose another name" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")

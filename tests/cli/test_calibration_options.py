@@ -86,10 +86,10 @@ def test_chats_without_a_template(attempt: Attempt, chats: Path) -> None:
     ("calibration", "more", "reason"),
     [
         ("TEXT=0.7,TEXT=0.3", (), "is given twice"),
-        ("TEXT=0.7,demo:speeches=0.2", (), "which come to 0.9"),
+        ("TEXT=0.7,demo:speeches=0.2", (), "with the sum 0.9"),
         ("TEXT=0.7,demo:speeches", (), "'demo:speeches' of the calibration has no share"),
         ("TEXT=0.7,no.txt=0.3", (), "there is no text 'no.txt'"),
-        ("TEXT=0.99,demo:speeches=0.01", (), "the share of the text demo:speeches is none of 8 windows"),
+        ("TEXT=0.99,demo:speeches=0.01", (), "the share of the text demo:speeches is less than one of 8 windows"),
         ("TEXT", ("--sequences", "padded"), "--sequences cannot be 'padded'"),
         (
             "TEXT",

@@ -44,7 +44,7 @@ def test_a_table_is_told_and_a_second_call_tells_the_same(
     again, progress = capsys.readouterr()
     assert again == told and "pruned in" not in progress
     assert main(asked) == 2
-    assert "cannot go on: the recipes.wanda.damping was 0.02 and is 0.01" in capsys.readouterr().err
+    assert "cannot continue: the recipes.wanda.damping was 0.02 and is 0.01" in capsys.readouterr().err
 
 
 def test_a_failed_cell_is_an_exit_status(

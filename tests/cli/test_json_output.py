@@ -92,7 +92,7 @@ def test_a_link_to_itself(attempt: Attempt) -> None:
     link = attempt.folder / "link.json"
     link.symlink_to("link.json")
     sentence = attempt.fails(attempt.evaluate("--json", str(link)))
-    assert f"{link} is a link that leads back to itself: name another" in sentence
+    assert f"{link} is a link that leads back to itself: choose another name" in sentence
 
 
 @pytest.mark.usefixtures("no_weights")

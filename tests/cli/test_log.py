@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_goes_on_in_its_log(attempt: Attempt, monkeypatch: py
             raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("optprune.report.position.Positions.after", lambda self, event: stop(event))
+        patch.setattr("optprune.report.estimate.PositionTracker.after", lambda self, event: stop(event))
         assert main(attempt.command("--log", str(log))) == 130
     begun = log.read_text()
     assert begun.splitlines()[-1].endswith(" stopped: Stopped")

@@ -52,7 +52,7 @@ def test_a_report_that_is_null_is_told(folder: Path, dense: Path, capsys: pytest
     code, told = said(capsys, "report", str(folder))
     assert code == 2 and f"{folder / 'report.json'} is no report of a run, but None: give a folder" in told
     code, told = said(capsys, "audit", str(folder))
-    assert code == 0 and "note: report.json holds no report, so it is not believed" in told
+    assert code == 0 and "note: report.json is not a report, so it is ignored" in told
     code, told = said(capsys, "plan", str(dense), "--no-probe", "--allocation", str(folder / "report.json"))
     assert code == 2 and "cannot be used: this is not an allocation" in told and "it is None" in told
 

@@ -153,7 +153,7 @@ def test_a_report_of_other_weights_says_nothing_of_these(folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(changed))
     assert main(["report", str(folder)]) == 0
     text = parsed((folder / "report.html").read_text()).text
-    assert "No model of these shapes lies beside this report" in text and "parameters in all" not in text
+    assert "The folder has no model of these shapes" in text and "parameters in all" not in text
 
 
 def test_a_healed_folder_tells_of_it_and_a_damaged_section_is_refused(folder: Path, capsys: Any) -> None:

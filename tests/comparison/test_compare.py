@@ -15,7 +15,7 @@ from optprune import Statistics
 from optprune.calibration import dense_statistics
 from optprune.comparison import Cell, session
 from optprune.errors import InputError, NumericalError
-from optprune.measure import Work, divergence_from
+from optprune.measure import SpeedWorkload, divergence_from
 from optprune.models import load_model
 from optprune.report import Report
 from optprune.texts import (
@@ -184,7 +184,7 @@ def test_an_error_of_ours_is_no_failed_cell(texts: TwoTexts, monkeypatch: pytest
 
 
 def test_models_are_kept_and_speed_is_measured_only_where_asked(texts: TwoTexts, tmp_path: Path) -> None:
-    work = Work(prompt_tokens=8, new_tokens=2, repeats=1)
+    work = SpeedWorkload(prompt_tokens=8, new_tokens=2, repeats=1)
     more = {"folder": tmp_path / "out", "keep_models": True, "speed": work}
     found = optprune.compare(texts.model, ["fasp"], [0.2], device="cpu", **more, **texts.asked())
     figures = found.results[0].figures

@@ -130,7 +130,7 @@ def test_changed_options_are_refused_by_name(
 ) -> None:
     place, _ = finished
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
-    with pytest.raises(InputError, match=f"cannot go on: {re.escape(what)}"):
+    with pytest.raises(InputError, match=f"cannot continue: {re.escape(what)}"):
         compared(texts, place, **more)
     assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
 
@@ -139,7 +139,7 @@ def test_another_model_of_the_same_name_is_refused(finished: tuple[Path, Compari
     other = loaded()
     other.model.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
     asked = texts.asked(settings={"units": "mlp"}, folder=finished[0])
-    with pytest.raises(InputError, match="cannot go on: the weights was"):
+    with pytest.raises(InputError, match="cannot continue: the weights was"):
         optprune.compare(other, RECIPES, SPARSITIES, **asked)
 
 

@@ -223,7 +223,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Any, monkeypatch: pyt
             healed(6, every=2, folder=first, on_event=stop_at(6))
         assert (first.finished(), first.progress_text, first.complete) == ([4], "4 of 6 steps are done", False)
         with pytest.raises(
-            InputError, match=r"holds an unfinished healing run \(4 of 6 steps are done\): go on with it by"
+            InputError, match=r"holds an unfinished healing run \(4 of 6 steps are done\): continue it by"
         ):
             HealingFolder(tmp_path / "run")
         again = HealingFolder(tmp_path / "run", resume=True)
@@ -245,9 +245,9 @@ def test_a_run_begun_otherwise_does_not_go_on(tmp_path: Any) -> None:
     with pytest.raises(Stopped):
         healed(4, every=1, folder=HealingFolder(tmp_path / "run"), on_event=stop_at(2))
     folder = HealingFolder(tmp_path / "run", resume=True)
-    with pytest.raises(InputError, match=r"cannot go on: the settings.clip was 1.0 and is 2.0"):
+    with pytest.raises(InputError, match=r"cannot continue: the settings.clip was 1.0 and is 2.0"):
         healed(4, every=1, folder=folder, clip=2.0)
-    with pytest.raises(InputError, match="cannot go on: the text was"):
+    with pytest.raises(InputError, match="cannot continue: the text was"):
         healed(5, every=1, folder=folder)
     (tmp_path / "run" / "progress.json").write_text("{}")
     with pytest.raises(InputError, match=r"progress.json of the healing run in .* is damaged"):

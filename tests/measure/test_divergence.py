@@ -1,4 +1,4 @@
-"""The divergence from the dense model against its definition, written out with torch's own losses in float64."""
+"""Divergence from the dense model against its definition, by torch's losses in float64."""
 
 import math
 from statistics import stdev

@@ -1,4 +1,4 @@
-"""Perplexity against its definition, written out with torch's cross entropy in float64."""
+"""Perplexity against its definition, by torch's cross entropy in float64, and greedy continuations."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optprune.errors import InputError, NumericalError
-from optprune.measure import bits_per_byte, perplexity
+from optprune.measure import bits_per_byte, generate, perplexity
 from tests.helpers.tiny_models import TINY_MODELS, tiny_llama, tiny_tokenizer
 
 
@@ -82,3 +82,18 @@ def test_bits_per_byte_do_not_depend_on_how_the_text_is_cut_into_tokens() -> Non
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     bits = bits_per_byte(perplexity(model, ids), ids, tokenizer)
     assert bits == pytest.approx(9 * ids.numel() / len(text.encode()), rel=1e-6)
+
+
+def test_each_token_is_the_most_likely_one() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    prompts = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("The minister", "They won the game of")]
+    expected = []
+    for prompt in prompts:
+        ids = prompt
+        for _ in range(6):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(input_ids=ids[None]).logits[0, -1].argmax()[None]])
+            if int(ids[-1]) == tokenizer.eos_token_id:
+                break
+        expected.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True))
+    assert generate(model, tokenizer, prompts, new_tokens=6) == expected

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: what a file may hold, and whose likelihood decides."""
+"""Multiple-choice questions: accepted files, and the likelihoods that decide."""
 
 import json
 from pathlib import Path
@@ -28,8 +28,8 @@ def test_a_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        ([1], "line 2 of .* is no question"),
-        ({"question": "Why?", "choices": ["a", "b"]}, "line 2 of .* is no question"),
+        ([1], "line 2 of .* is not a question"),
+        ({"question": "Why?", "choices": ["a", "b"]}, "line 2 of .* is not a question"),
         (GOOD | {"question": " "}, "the question in line 2 of .* is ' ', not a text"),
         (GOOD | {"choices": ["only"]}, "give two or more texts"),
         (GOOD | {"choices": ["one", ""]}, "give two or more texts"),

@@ -1,4 +1,4 @@
-"""Speed and memory: the work is what it says, models take turns, and the figures are those of the clock."""
+"""Speed and memory: the stated work is done, models run in turn, and the figures agree with the clock."""
 
 import json
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
-from optprune.measure import Measured, Work, measure_speed, memory, speed
+from optprune.measure import Repeats, SpeedWorkload, measure_speed, memory, speed
 from optprune.measure.speed import file_bytes, weight_bytes
 from optprune.models import Decoder, Mlp, Values, load_model
 from optprune.models.sources import demo_model_file
 from tests.helpers.memory import MIB, told
 from tests.helpers.tiny_models import TINY_MODELS, save_tiny, tiny_llama, tiny_qwen2
 
-WORK = Work(prompt_tokens=7, new_tokens=4, batch=3, repeats=2)
+WORK = SpeedWorkload(prompt_tokens=7, new_tokens=4, batch=3, repeats=2)
 
 
 def narrow_values() -> PreTrainedModel:
@@ -151,10 +151,10 @@ def test_a_system_that_does_not_tell_is_said_to_be_unknown(monkeypatch: pytest.M
 
 
 def test_medians_quartiles_and_ratios_by_hand() -> None:
-    measured = Measured((5.0, 1.0, 2.0, 4.0, 3.0))
+    measured = Repeats((5.0, 1.0, 2.0, 4.0, 3.0))
     assert (measured.median, measured.quartiles) == (3.0, (2.0, 4.0))
-    assert Measured((7.0,)).quartiles == (7.0, 7.0)
-    assert measured.over(Measured((1.0, 2.0, 4.0, 4.0, 6.0))).values == (5.0, 0.5, 0.5, 1.0, 0.5)
+    assert Repeats((7.0,)).quartiles == (7.0, 7.0)
+    assert measured.over(Repeats((1.0, 2.0, 4.0, 4.0, 6.0))).values == (5.0, 0.5, 0.5, 1.0, 0.5)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
@@ -162,7 +162,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(InputError, match="different dtypes"):
         measure_speed({"model": model, "half": half}, WORK)
     with pytest.raises(InputError, match="need 513 positions, but model has 512"):
-        measure_speed({"model": model}, Work(prompt_tokens=512, new_tokens=1))
+        measure_speed({"model": model}, SpeedWorkload(prompt_tokens=512, new_tokens=1))
 
 
 def test_the_size_of_the_weight_files(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_the_command_tells_what_it_measured(name: str, tmp_path: Path, capsys: p
     assert ratios["prefill"]["values"] == pytest.approx([a / b for a, b in zip(*speeds, strict=True)])
     assert ratios["file"] == result["models"][0]["file_bytes"] / result["models"][1]["file_bytes"]
     assert f"{folder} over {dense}: prefill {ratios['prefill']['median']:.3f} (" in out
-    assert "peak memory: the weights, and the most that " in out
+    assert "peak memory: the weights, and the peak of " in out
 
 
 def test_one_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

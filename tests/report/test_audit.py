@@ -1,4 +1,4 @@
-"""The audit finds every fault that is planted in a folder, and none in folders as people write them."""
+"""Audit: every planted fault of a folder is found, and saved folders have none."""
 
 import json
 import weakref
@@ -17,15 +17,16 @@ import optprune
 from optprune.cli import main
 from optprune.errors import InputError
 from optprune.export import save_model
-from optprune.models import ARCHITECTURES, Decoder
+from optprune.models import ARCHITECTURES, Decoder, load_model
 from optprune.models.checkpoint import StoredTensor
 from optprune.models.gguf import GgufTensor
 from optprune.pruning import prune
 from optprune.recipe import load_recipe
+from optprune.report import model_patterns, original_from_report, shares_kept
 from optprune.report.expectations import FORMS, read_expectation
 from tests.helpers.mixed_models import mixed
 from tests.helpers.tiny_gguf import write_gguf
-from tests.helpers.tiny_models import ALL_MODELS, save_tiny, tiny_llama, tiny_opt
+from tests.helpers.tiny_models import ALL_MODELS, TINY_MODELS, save_tiny, tiny_llama, tiny_opt
 from tests.helpers.token_batches import batches
 
 UP, DOWN = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -176,7 +177,7 @@ def test_a_broken_group(sparse: Path, tmp_path: Path) -> None:
         sentence.startswith(f"1 of the {weight.numel() // 4} groups of {UP} keep more than 2 of 4")
         and place in sentence
     )
-    # Nobody says that it is to be 2:4: then it is a note, until somebody does.
+    # Without a report, a broken 2:4 is a note, unless it is expected.
     alone = spoilt(sparse, tmp_path / "alone", fill_one, report=False)
     found = optprune.audit(alone)
     assert found.passed and any(note.startswith("almost 2:4: 1 of") and place in note for note in found.notes)
@@ -203,11 +204,11 @@ def test_a_zero_that_is_in_another_row(tmp_path: Path) -> None:
     rows = pruned(tmp_path / "rows", "wanda", units={"weights": "rows"}, sparsity=0.5)
     assert optprune.audit(rows).passed
     sentences = [fault.sentence for fault in optprune.audit(spoilt(rows, tmp_path / "moved", move)).faults]
-    assert f"the rows of {UP} differ in their zeros, and report.json says that they do not" in sentences
+    assert f"the rows of {UP} have unequal numbers of zeros, unlike those in report.json" in sentences
 
 
 def test_layers_behind_a_block_that_is_gone(tmp_path: Path) -> None:
-    """They are told of by their numbers before, and are there by those that they have now."""
+    """The report names layers by their old blocks, and the audit by their current blocks."""
     model = tiny_llama(num_hidden_layers=3)
     block = Decoder(model).shape(0).counts()
     shares = [dict.fromkeys(Decoder(model).paths(0), share) for share in (0.25, 0.5)]
@@ -234,7 +235,7 @@ def test_a_value_that_is_no_number(name: str, value: float, narrow: Path, tmp_pa
     assert (fault.kind, fault.where) == (
         "nan",
         name,
-    ) and f"holds 1 values of NaN or infinity, the first at {place}" in (fault.sentence)
+    ) and f"has 1 value of NaN or infinity, the first at {place}" in (fault.sentence)
 
 
 def test_a_width_against_the_config(narrow: Path, tmp_path: Path) -> None:
@@ -373,3 +374,183 @@ def test_a_gguf_file_is_what_a_folder_of_its_weights_is(tmp_path: Path, in_memor
     assert found.passed and (found.layers, found.blocks, found.dead) == (expected.layers, expected.blocks, ())
     assert len(in_memory) == len(load_file(folder / "model.safetensors")) and max(in_memory) <= 2
     assert optprune.audit(folder, file).original_weights == expected.weights
+
+
+def pruned_folder(folder: Path, model: Any, source: str, **options: Any) -> Path:
+    recipe = load_recipe("fasp", {"units": "all", "allocation.multiple": 1, **options})
+    report = prune(model, batches(), recipe, source=source)
+    save_model(model, folder, files={"report.json": report.to_json()})
+    return folder
+
+
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    file = folder.parent / "found.json"
+    assert main(["audit", str(folder), "--json", str(file)]) == 0
+    return json.loads(file.read_text()), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_sizes_of_a_shape_are_those_of_its_layers(name: str) -> None:
+    decoder = Decoder(mixed(TINY_MODELS[name](num_hidden_layers=4)))
+    for block, shape in enumerate(decoder.shapes()):
+        sizes = decoder.layer_sizes(shape)
+        there = {path: tuple(decoder.layer(block, path).weight.shape) for path in decoder.paths(block)}
+        assert {path: size for path, size in sizes.items() if path in there} == there
+        assert all(0 in size for path, size in sizes.items() if path not in there)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_narrowed_model_is_measured_against_its_original(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = TINY_MODELS[name]()
+    whole, sizes = Decoder(model).linear_weights(), Decoder(model).layer_sizes(Decoder(model).shape(0))
+    folder = pruned_folder(tmp_path / "out", model, "the dense one", sparsity=0.25)
+    left = Decoder(model).linear_weights()
+    found, told = inspected(folder, capsys)
+    assert (found["original"], found["original_weights"]) == ("the dense one", whole)
+    assert found["removed"] == pytest.approx(1 - left / whole, abs=1e-12) == pytest.approx(0.25, abs=0.02)
+    assert f"{1 - left / whole:.2%} of the {whole} linear weights of the dense one are removed" in told
+    down = Decoder(model).architecture.mlp_consumer
+    layer = next(layer for layer in found["layers"] if layer["name"].endswith(f"1.{down}"))
+    assert layer["original"] == list(sizes[down]) == [64, 128]
+    assert f"1.{down} [64, {layer['inputs']}] of [64, 128], 0.00% zeros" in told
+    decoder = Decoder(load_model(folder).model)
+    shares = shares_kept(decoder, model_patterns(decoder), original_from_report(decoder, str(folder)))
+    assert shares[down] == (layer["inputs"] / 128,) * 2
+    assert shares[decoder.architecture.query] == (1.0, 1.0)
+
+
+def test_the_plot_draws_the_shares_of_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pruned_folder(tmp_path / "out", tiny_llama(), "the dense one", units="mlp", sparsity=0.3)
+    found, _ = inspected(folder, capsys)
+    drawn: dict[str, list[float]] = {}
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        for axes in self.axes:
+            drawn.update({str(line.get_label()): list(line.get_ydata()) for line in axes.lines})
+            drawn[axes.get_title()] = drawn[axes.get_ylabel()] = []
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    assert main(["audit", str(folder), "--plot", str(tmp_path / "kept.png")]) == 0
+    width = next(layer["inputs"] for layer in found["layers"] if layer["name"].endswith("down_proj"))
+    assert drawn["mlp.down_proj"] == drawn["mlp.up_proj"] == [width / 128] * 2
+    assert drawn["self_attn.q_proj"] == [1.0, 1.0]
+    assert (drawn["MLP units"], drawn["MLP units before"]) == ([width] * 2, [128] * 2)
+    assert {f"out: {found['removed']:.1%} removed", "weights kept of the original's"} < set(drawn)
+
+
+def test_blocks_that_are_gone_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(num_hidden_layers=4)
+    whole = Decoder(model).linear_weights()
+    recipe = load_recipe("fasp", {"units": "blocks", "sparsity": 0.5, "allocation.parts": "layers"})
+    report = prune(model, batches(), recipe, source="four blocks")
+    folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
+    assert model.config.num_hidden_layers == 2
+    found, _ = inspected(folder, capsys)
+    assert (found["original_weights"], found["removed"]) == (whole, 0.5)
+    decoder = Decoder(load_model(folder).model)
+    shares = shares_kept(decoder, model_patterns(decoder), original_from_report(decoder, str(folder)))
+    gone = {part.block for part in report.removed}
+    assert set(shares.values()) == {tuple(float(block not in gone) for block in range(4))}
+
+
+def test_fewer_heads_in_every_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama(num_key_value_heads=4)
+    whole = Decoder(model).linear_weights()
+    folder = pruned_folder(tmp_path / "out", model, "four heads", units="kv-groups", sparsity=0.2)
+    assert model.config.num_key_value_heads == 2
+    found, _ = inspected(folder, capsys)
+    assert found["original_weights"] == whole
+    assert found["removed"] == 1 - Decoder(model).linear_weights() / whole
+    assert next(layer["original"] for layer in found["layers"] if layer["name"].endswith("q_proj")) == [64, 64]
+
+
+def test_zeros_and_what_was_cut_off_are_counted_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_llama()
+    report = prune(model, batches(), load_recipe("wanda", {"sparsity": 0.5}))
+    folder = save_model(model, tmp_path / "out", files={"report.json": report.to_json()}).folder
+    found, _ = inspected(folder, capsys)
+    assert found["removed"] == found["sparsity"] == pytest.approx(report.sparsity_reached, abs=1e-12)
+
+
+def test_a_model_pruned_twice_is_measured_against_the_last_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    once = pruned_folder(tmp_path / "once", tiny_llama(), "the dense one", sparsity=0.2)
+    model = load_model(once).model
+    before = Decoder(model).linear_weights()
+    found, _ = inspected(pruned_folder(tmp_path / "twice", model, str(once), sparsity=0.2), capsys)
+    assert (found["original"], found["original_weights"]) == (str(once), before)
+
+
+def without_blocks(text: str) -> str:
+    return json.dumps({name: value for name, value in json.loads(text).items() if name != "blocks"})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: None,
+        lambda text: text[:-20],
+        lambda text: "[" * 100_000,
+        lambda text: "[]",
+        without_blocks,
+        lambda text: text.replace('"mlp_width": 128', '"mlp_width": 3'),
+        lambda text: text.replace('"mlp_width": 128', '"mlp_width": 1e9'),
+        lambda text: text.replace('"before"', '"between"'),
+        lambda text: text.replace('"value_dim"', '"vlaue_dim"'),
+    ],
+    ids=["none", "cut", "deep", "list", "older", "narrower before", "no whole number", "no before", "no shape"],
+)
+def test_a_report_that_is_not_there_or_tells_of_other_weights(
+    spoil: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = pruned_folder(tmp_path / "out", tiny_llama(), "the dense one", units="mlp", sparsity=0.3)
+    text = spoil((folder / "report.json").read_text())
+    (folder / "report.json").unlink()
+    if text is not None:
+        (folder / "report.json").write_text(text)
+    found, told = inspected(folder, capsys)
+    assert found["original"] is found["original_weights"] is found["removed"] is None
+    assert {layer["original"] for layer in found["layers"]} == {None}
+    assert "no report.json tells what these weights were before" in told
+    decoder = Decoder(load_model(folder).model)
+    assert set(shares_kept(decoder, model_patterns(decoder), None).values()) == {(1.0, 1.0)}
+
+
+def test_the_report_of_another_model(tmp_path: Path) -> None:
+    folder = pruned_folder(tmp_path / "out", tiny_llama(), "the dense one", sparsity=0.3)
+    other = Decoder(tiny_llama())
+    assert original_from_report(other, str(folder)) is None
+    assert original_from_report(other, "demo") is None
+
+
+@pytest.mark.parametrize(("activation", "rows"), [("relu", (4, 6)), ("gelu", (4, 6)), ("sigmoid", (6,))])
+def test_a_unit_without_inputs_is_dead_where_its_activation_keeps_zero(
+    activation: str, rows: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Unit 4 is made of nothing, and sigmoid makes a half of that; unit 6 is read by nothing."""
+    model = tiny_opt(activation_function=activation)
+    first, second = (getattr(model.model.decoder.layers[0], name) for name in ("fc1", "fc2"))
+    first.weight.data[4], first.bias.data[4] = 0, 0
+    second.weight.data[:, 6] = 0
+    found = optprune.audit(save_tiny(model, tmp_path / "out"))
+    assert [(dead.block, dead.units, dead.numbers) for dead in found.dead] == [(0, "mlp", rows)]
+    # What is dead may have any other weights on its other side.
+    ids = torch.arange(5, 25)[None]
+    before = model.eval()(ids).logits
+    first.weight.data[6] += 1
+    assert torch.equal(model(ids).logits, before)
+    second.weight.data[:, 4] += 1
+    assert torch.equal(model(ids).logits, before) == (4 in rows)
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text"])
+def test_the_activation_is_known_under_any_name_of_its_field(architecture: str, tmp_path: Path) -> None:
+    model = ALL_MODELS[architecture]()
+    model.model.layers[1].mlp.up_proj.weight.data[7] = 0
+    found = optprune.audit(save_tiny(model, tmp_path / "out"))
+    assert [(dead.block, dead.units, dead.numbers) for dead in found.dead] == [(1, "mlp", (7,))]

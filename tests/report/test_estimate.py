@@ -1,11 +1,11 @@
-"""The time left of a whole run: within a factor of two from its first tenth on, however wrong the expectations were."""
+"""Remaining time of a run: within a factor of two after its first tenth, even for wrong expectations."""
 
 import random
 from collections.abc import Iterator
 
 import pytest
 
-from optprune.report.estimate import ENOUGH, TimeLeft
+from optprune.report.estimate import TRUSTED_SHARE, TimeLeft
 from optprune.report.phases import BUDGET, CHECKING, LOADING, METRIC, PRUNING, SAVING, TOKENISING
 
 AROUND = {TOKENISING: 8.0, LOADING: 5.0, SAVING: 6.0, CHECKING: 12.0}
@@ -81,14 +81,14 @@ def test_a_phase_goes_by_its_own_speed_once_enough_of_it_is_done() -> None:
     left.begin(PRUNING)
     left.advance(PRUNING, "pruning", 0.0)
     clock.now += 30.0
-    left.advance(PRUNING, "pruning", ENOUGH / 4)
-    whole = (120.0 / ENOUGH) ** 0.25 * (10.0 * (12.0 / ENOUGH) ** 0.25) ** 0.75
-    assert left.seconds() == pytest.approx(whole * (1 - ENOUGH / 4))
+    left.advance(PRUNING, "pruning", TRUSTED_SHARE / 4)
+    whole = (120.0 / TRUSTED_SHARE) ** 0.25 * (10.0 * (12.0 / TRUSTED_SHARE) ** 0.25) ** 0.75
+    assert left.seconds() == pytest.approx(whole * (1 - TRUSTED_SHARE / 4))
     clock.now += 90.0
-    left.advance(PRUNING, "pruning", ENOUGH)
-    assert left.seconds() == pytest.approx(120.0 / ENOUGH * (1 - ENOUGH))
+    left.advance(PRUNING, "pruning", TRUSTED_SHARE)
+    assert left.seconds() == pytest.approx(120.0 / TRUSTED_SHARE * (1 - TRUSTED_SHARE))
     clock.now += 15.0
-    assert left.seconds() == pytest.approx(120.0 / ENOUGH * (1 - ENOUGH) - 15.0)
+    assert left.seconds() == pytest.approx(120.0 / TRUSTED_SHARE * (1 - TRUSTED_SHARE) - 15.0)
 
 
 def test_what_takes_longer_than_expected_does_not_leave_nothing() -> None:

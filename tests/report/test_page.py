@@ -1,4 +1,4 @@
-"""The page about a run: well formed, self-contained, the figures of the report, and a section only where data are."""
+"""Page about a run: well formed, self-contained, with the figures of the report and no empty section."""
 
 import re
 import sys
@@ -13,33 +13,32 @@ from matplotlib.figure import Figure
 from optprune.models import BlockShape
 from optprune.report import (
     BlockChange,
-    Evaluated,
-    Held,
+    EvaluationReport,
     LayerReport,
+    ModelSummary,
     RecoveredPart,
     RemovedPart,
     Report,
-    Speed,
-    evaluation_in,
+    SpeedReport,
     page,
+    parse_evaluation,
 )
-from optprune.report.evaluated import read_speed
-from optprune.report.healed import Healed, State
+from optprune.report.reading import HealingReport, HeldOutQuality, read_speed
 from tests.helpers.html_pages import Element, ids, loaded, parsed, references
 from tests.helpers.reports import evaluated, layer, narrowed, speed, zeroed
 
-HELD = Held(False, True, "bfloat16", 123456, 7 * 2**20, linear_weights=90000, linear_before=120000)
+MODEL = ModelSummary(False, True, "bfloat16", 123456, 7 * 2**20, linear_weights=90000, linear_before=120000)
 LARGEST = 1_500_000
-"""the most bytes of a page about the largest model there is"""
+"""the limit of bytes of a page about the largest model"""
 
 
 @pytest.fixture
-def measured() -> Evaluated:
-    return evaluation_in(evaluated(), "here")
+def measured() -> EvaluationReport:
+    return parse_evaluation(evaluated(), "here")
 
 
 @pytest.fixture
-def fast(tmp_path) -> Speed:
+def fast(tmp_path) -> SpeedReport:
     import json
 
     file = tmp_path / "speed.json"
@@ -59,8 +58,8 @@ def headings(root: Element) -> set[str]:
 
 
 @pytest.mark.parametrize("make", [narrowed, zeroed])
-def test_it_is_well_formed_and_needs_nothing_else(make: Any, measured: Evaluated, fast: Speed) -> None:
-    text = page(make(), held=HELD, evaluation=measured, speed=fast)
+def test_it_is_well_formed_and_needs_nothing_else(make: Any, measured: EvaluationReport, fast: SpeedReport) -> None:
+    text = page(make(), model=MODEL, evaluation=measured, speed=fast)
     root = parsed(text)
     assert text.startswith("<!DOCTYPE html>") and root.all("html")[0].attributes["lang"] == "en"
     assert loaded(root) == []
@@ -73,7 +72,7 @@ def test_it_is_well_formed_and_needs_nothing_else(make: Any, measured: Evaluated
     assert "width=device-width" in viewport[0].attributes["content"]
 
 
-def test_pictures_and_tables_can_be_read_out(measured: Evaluated) -> None:
+def test_pictures_and_tables_can_be_read_out(measured: EvaluationReport) -> None:
     root = made(zeroed(), evaluation=measured)
     pictures = root.all("svg")
     assert len(pictures) == 4
@@ -123,7 +122,7 @@ def test_light_and_dark_have_enough_contrast() -> None:
                 assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
 
 
-def test_the_same_report_gives_the_same_bytes_whatever_matplotlib_is_set_to(measured: Evaluated) -> None:
+def test_the_same_report_gives_the_same_bytes_whatever_matplotlib_is_set_to(measured: EvaluationReport) -> None:
     first = page(zeroed(), evaluation=measured)
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True, "svg.fonttype": "path", "lines.linewidth": 9}):
         assert page(zeroed(), evaluation=measured) == first
@@ -139,8 +138,8 @@ def test_a_page_about_the_largest_model_is_small() -> None:
 # -- what it says
 
 
-def test_the_headline_is_what_was_measured(measured: Evaluated, fast: Speed) -> None:
-    root = made(narrowed(), held=HELD, evaluation=measured, speed=fast)
+def test_the_headline_is_what_was_measured(measured: EvaluationReport, fast: SpeedReport) -> None:
+    root = made(narrowed(), model=MODEL, evaluation=measured, speed=fast)
     assert root.all("h1")[0].text == "Small-1B, pruned by fasp"
     key = {part.all("dt")[0].text: part.all("dd")[0].text for part in root.all("dl")[0].all("div")}
     assert key["weights removed"] == "24.68%25.00% asked"
@@ -166,9 +165,9 @@ def test_the_headline_is_what_was_measured(measured: Evaluated, fast: Speed) -> 
 
 def test_the_size_before_and_after_is_that_of_one_dtype() -> None:
     """Whatever the dense model's file is, as one in Q4_1 beside a folder in float32."""
-    stored = evaluation_in(evaluated(dense_parameters=2_000_000, dense_bytes=2_000_000 * 5 // 8), "here")
-    held = replace(HELD, dtype="float32", parameters=1_500_000, bytes=6_000_512)
-    root = made(narrowed(parameters_before=2_000_000), held=held, evaluation=stored)
+    stored = parse_evaluation(evaluated(dense_parameters=2_000_000, dense_bytes=2_000_000 * 5 // 8), "here")
+    held = replace(MODEL, dtype="float32", parameters=1_500_000, bytes=6_000_512)
+    root = made(narrowed(parameters_before=2_000_000), model=held, evaluation=stored)
     rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
     assert rows["parameters in all"] == ["2,000,000", "1,500,000", "-25.0%"]
     assert rows["size of the weights in float32"] == ["7.6 MiB", "5.7 MiB", "-25.0%"]
@@ -176,7 +175,7 @@ def test_the_size_before_and_after_is_that_of_one_dtype() -> None:
 
 
 def test_the_size_of_the_dense_model_is_known_without_an_evaluation() -> None:
-    root = made(narrowed(parameters_before=200_000), held=HELD)
+    root = made(narrowed(parameters_before=200_000), model=MODEL)
     rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
     assert rows["parameters in all"] == ["200,000", "123,456", "-38.3%"]
     assert rows["size of the weights in bfloat16"] == ["0.4 MiB", "0.2 MiB", "-38.3%"]
@@ -184,8 +183,8 @@ def test_the_size_of_the_dense_model_is_known_without_an_evaluation() -> None:
 
 def test_differences_have_standard_errors_where_they_are_known() -> None:
     known = {"surprise": 0.02, "divergence": 0.0123, "agreement": 0.011, "windows": 10}
-    found = evaluation_in(evaluated(standard_errors=known, dense_bits_per_byte=1.1), "here")
-    root = made(narrowed(), held=HELD, evaluation=found)
+    found = parse_evaluation(evaluated(standard_errors=known, dense_bits_per_byte=1.1), "here")
+    root = made(narrowed(), model=MODEL, evaluation=found)
     rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
     assert rows["perplexity"] == ["29.4321", "35.0123", "+19.0% ± 2.4%"]  # 0.02 of a ratio of 1.19
     assert rows["bits per byte"] == ["1.1000", "1.2345", "+12.2%"]
@@ -195,14 +194,16 @@ def test_differences_have_standard_errors_where_they_are_known() -> None:
 
 
 def test_healing_is_told_where_there_was_any() -> None:
-    states = State(0.5432, 35.0123), State(0.4321, 32.1098)
-    root = made(narrowed(), healing=Healed(12, 24576, 8192, 90.0, *states, 29.4321, zeros=1234, stopped_early=True))
+    states = HeldOutQuality(0.5432, 35.0123), HeldOutQuality(0.4321, 32.1098)
+    root = made(
+        narrowed(), healing=HealingReport(12, 24576, 8192, 90.0, *states, 29.4321, zeros=1234, stopped_early=True)
+    )
     assert "healing" in headings(root) and "healing" not in headings(made(narrowed()))
     rows = {row[0]: row[1:] for row in root.tables()["On 8,192 held-out tokens"]}
     assert rows["divergence, nats a prediction"] == ["0.5432", "0.4321", "0"]
     assert rows["perplexity"] == ["35.01", "32.11", "29.43"]
     assert "12 steps on 24,576 tokens, in 1 min 30 s, until the divergence fell no further" in root.text
-    assert "all 1,234 zeros and every width are as pruning left them" in root.text
+    assert "all 1,234 zeros and all widths are unchanged" in root.text
 
 
 @pytest.mark.parametrize("make", [narrowed, zeroed])
@@ -222,7 +223,7 @@ def test_every_layer_is_told_with_its_figures(make: Any) -> None:
 
 def test_phases_recipe_and_environment_are_told_whole() -> None:
     report = narrowed()
-    tables = made(report, held=HELD).tables()
+    tables = made(report, model=MODEL).tables()
     assert tables["Time and largest memory of each phase"][1:] == [
         ["loading", "4.0 s", "25.0%", "3.0 MiB"],
         ["pruning", "12 s", "75.0%", "5.0 MiB"],
@@ -238,7 +239,7 @@ def test_phases_recipe_and_environment_are_told_whole() -> None:
         "strict": "false",
         "sparsity": "0.25",
     }
-    assert dict(tables["What it was made from and with"][1:]) == {
+    assert dict(tables["Inputs and versions of the run"][1:]) == {
         "model": "models/Small-1B",
         "calibration": "news.txt, 8 windows of 512 tokens, seed 3",
         "tokens": "4,096",
@@ -278,10 +279,10 @@ def drawn(report: Report, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str
 def test_widths_are_drawn_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn(narrowed(), monkeypatch)["MLP units"]["steps"] == [[1000, 1008, 1016], [1536] * 3]
     root = made(narrowed())
-    assert root.tables()["What each block keeps, of what it had"][1:] == [
+    assert root.tables()["What each block keeps, of its original count"][1:] == [
         [str(block), f"{1000 + 8 * block:,} of 1,536", "3", "64"] for block in range(3)
     ]
-    assert "1,000 to 1,016 MLP units (of 1,536); all KV heads and value dimensions of a head stay." in root.text
+    assert "1,000 to 1,016 MLP units (of 1,536); all KV heads and value dimensions of a head are kept." in root.text
 
 
 def test_a_uniformly_narrowed_model_shows_its_widths(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,20 +315,20 @@ def test_removed_sub_blocks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shares_of_zeros_are_drawn_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     panels = drawn(zeroed(), monkeypatch)
     assert panels["mlp.gate_proj"]["steps"][0] == [0.404, 0.414, 0.424]
-    root = made(zeroed(), held=HELD)
+    root = made(zeroed(), model=MODEL)
     head, *rows = root.tables()["Share of the weights that are not zero"]
     assert [row[head.index("mlp.gate_proj")] for row in rows] == ["40.40%", "41.40%", "42.40%"]
     assert "40.00% to 42.60% of the weights of a layer are not zero, in the pattern 2:4" in root.text
-    assert "Zeros by themselves make a folder neither smaller nor faster" in root.text
+    assert "Zeros alone make a folder neither smaller nor faster" in root.text
     rows = {row[0]: row[1:] for row in root.tables()["The model before and after"]}
     assert rows["of them not zero"] == ["120,000", "90,384", "-24.7%"]
-    assert "Zeros by themselves" not in made(narrowed(), held=HELD).text
+    assert "Zeros alone" not in made(narrowed(), model=MODEL).text
 
 
 def test_a_model_that_kept_all_says_so() -> None:
     same = tuple(BlockChange(change.before, change.before) for change in narrowed().blocks)
     root = made(narrowed(blocks=same, layers=()))
-    assert "Every block keeps all that it had." in root.text and not root.all("svg")
+    assert "No block changed its shape." in root.text and not root.all("svg")
 
 
 # -- errors, gaps, notes
@@ -335,7 +336,9 @@ def test_a_model_that_kept_all_says_so() -> None:
 
 def test_certified_layers_are_counted_and_their_gaps_drawn() -> None:
     root = made(zeroed())
-    assert "21 of 21 layers have a proved bound: their answers are at most 3% from the best, half of them" in root.text
+    assert (
+        "21 of 21 layers have a proved bound: their objectives are within 3% of the optimum, half of them" in root.text
+    )
     assert "gaps-title" in ids(root) and "errors-title" in ids(root)
     none = made(narrowed())
     assert "No layer has a proved bound" in none.text and "gaps-title" not in ids(none)
@@ -363,7 +366,7 @@ def test_dampings_fallbacks_and_notes_are_told() -> None:
     assert section.tables()["Notes by layer"][1:] == [
         ["model.layers.0.mlp.down_proj", "the factorisation failed: damping raised to 0.25"]
     ]
-    assert "Nothing was noted" not in root.text and "Nothing was noted" in made(narrowed()).text
+    assert "There are no notes" not in root.text and "There are no notes" in made(narrowed()).text
 
 
 def test_recovery_is_told() -> None:
@@ -377,7 +380,7 @@ def test_recovery_is_told() -> None:
 # -- what is not there
 
 
-def test_sections_are_there_with_their_data_only(measured: Evaluated) -> None:
+def test_sections_are_there_with_their_data_only(measured: EvaluationReport) -> None:
     always = {"figures", "notes", "recipe", "environment", "load"}
     bare = narrowed(layers=(), blocks=(), phases=())
     assert headings(made(bare)) == always
@@ -389,11 +392,11 @@ def test_sections_are_there_with_their_data_only(measured: Evaluated) -> None:
     assert headings(made(bare, evaluation=silent)) == always | {"predictions"}
 
 
-def test_what_was_not_measured_is_said(measured: Evaluated, fast: Speed) -> None:
-    missing = "Perplexity and divergence are not measured while a model is pruned"
+def test_what_was_not_measured_is_said(measured: EvaluationReport, fast: SpeedReport) -> None:
+    missing = "Perplexity and divergence are not measured during pruning"
     text = made(narrowed()).text
     assert missing in text and "Speed was not measured" in text and "there is nothing to load" in text
-    text = made(narrowed(), held=HELD, evaluation=measured, speed=fast).text
+    text = made(narrowed(), model=MODEL, evaluation=measured, speed=fast).text
     assert missing not in text and "Speed was not measured" not in text and "nothing to load" not in text
     assert "Speed on cpu (1 thread) in float32: batch 1, prompts of 512 tokens, 32 new ones, medians of 5" in text
     alone = replace(measured, against=None, dense_perplexity=None, divergence=None, agreement=None, along=())
@@ -403,16 +406,16 @@ def test_what_was_not_measured_is_said(measured: Evaluated, fast: Speed) -> None
 
 def test_how_to_load_is_the_code_for_this_folder() -> None:
     for stock in (True, False):
-        (code,) = made(narrowed(), held=replace(HELD, stock=stock)).all("code")
+        (code,) = made(narrowed(), model=replace(MODEL, stock=stock)).all("code")
         compile(code.text, "page", "exec")
         assert ("trust_remote_code=True" in code.text) != stock
         kind = "AutoTokenizer" if stock else "PreTrainedTokenizerFast"
         assert f"tokenizer = {kind}.from_pretrained(folder)" in code.text
-    (code,) = made(narrowed(), held=replace(HELD, tokenizer=False)).all("code")
+    (code,) = made(narrowed(), model=replace(MODEL, tokenizer=False)).all("code")
     assert "Tokenizer" not in code.text
 
 
-def test_generations_stand_side_by_side(measured: Evaluated) -> None:
+def test_generations_stand_side_by_side(measured: EvaluationReport) -> None:
     said = [part for part in made(narrowed(), evaluation=measured).all("div") if part.attributes.get("class") == "said"]
     assert len(said) == 10
     for number, each in enumerate(said):
@@ -424,13 +427,13 @@ def test_generations_stand_side_by_side(measured: Evaluated) -> None:
 
 
 def test_without_matplotlib_tables_stand_in_place_of_pictures(
-    monkeypatch: pytest.MonkeyPatch, measured: Evaluated
+    monkeypatch: pytest.MonkeyPatch, measured: EvaluationReport
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     root = made(zeroed(), evaluation=measured)
     assert not root.all("svg", "figure")
-    assert "matplotlib is not installed where this page was made, so tables stand in place of pictures" in root.text
+    assert "This page was made without matplotlib, so tables replace pictures" in root.text
     hidden = [table.all("caption")[0].text for part in root.all("details") for table in part.all("table")]
     shown = set(root.tables()) - set(hidden)
     assert shown >= {
@@ -464,7 +467,7 @@ def spoiled(value: Any) -> Any:
     return value
 
 
-def test_no_text_of_a_model_or_a_user_becomes_part_of_the_page(fast: Speed) -> None:
+def test_no_text_of_a_model_or_a_user_becomes_part_of_the_page(fast: SpeedReport) -> None:
     report = zeroed(notes=("a note",), calibration="a text", model="a model")
     layers = tuple(replace(each, name=each.name + BAD, solver=BAD, status=BAD, notes=(BAD,)) for each in report.layers)
     recipe = {**spoiled(report.recipe), f"field{BAD}": BAD}
@@ -480,13 +483,13 @@ def test_no_text_of_a_model_or_a_user_becomes_part_of_the_page(fast: Speed) -> N
         removed=(RemovedPart(0, BAD, 1, 1.0),),
         recovered=(RecoveredPart(BAD, (BAD,), 1.0, 1.0, 1.0, 1.0, 1, 1.0),),
     )
-    found = evaluation_in(spoiled(evaluated()), "here")
+    found = parse_evaluation(spoiled(evaluated()), "here")
     quick = replace(fast, device=BAD, dtype=BAD, models=tuple(replace(one, name=BAD) for one in fast.models))
-    text = page(report, held=replace(HELD, dtype=BAD), evaluation=found, speed=quick)
+    text = page(report, model=replace(MODEL, dtype=BAD), evaluation=found, speed=quick)
     root = parsed(text)
     assert loaded(root) == []
     assert "<script" not in text.lower() and "49" not in re.sub(r"<svg.*?</svg>", "", root.text[:400])
-    clean = parsed(page(narrowed(), held=HELD, evaluation=evaluation_in(evaluated(), "here"), speed=fast))
+    clean = parsed(page(narrowed(), model=MODEL, evaluation=parse_evaluation(evaluated(), "here"), speed=fast))
     assert {part.tag for part in root.all()} <= {part.tag for part in clean.all()} | {"h3", "use"}
     assert root.text.count(BAD) > 60
 

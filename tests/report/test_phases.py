@@ -1,4 +1,4 @@
-"""The phases of a run in its report: what each took, in seconds and in memory."""
+"""Phases in the report of a run: their seconds and memory."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A report read back from report.json: of this version, of earlier ones, and what is none."""
+"""Reading of report.json: reports of this and earlier versions, and refused files."""
 
 import json
 import math
@@ -80,7 +80,7 @@ def test_measurements_are_read_or_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not what optprune evaluate --json writes"):
         read_evaluation(file)
     file.write_text(json.dumps({**speed(), "models": []}))
-    with pytest.raises(InputError, match="tells of 0 models"):
+    with pytest.raises(InputError, match="has 0 models"):
         read_speed(file)
     with pytest.raises(InputError, match="cannot be read"):
         read_evaluation(tmp_path / "none.json")

@@ -1,4 +1,4 @@
-"""Reports, recipes and loaded models as tables: plain text, rich and HTML, with nothing in them read as markup."""
+"""Reports, recipes and loaded models as tables: plain text, rich and HTML, without markup in their texts."""
 
 import io
 from dataclasses import replace

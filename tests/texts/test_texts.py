@@ -1,4 +1,4 @@
-"""Texts in all their forms, and the windows cut from them."""
+"""Texts in all forms, and their windows."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Telling: what an object tells of itself, as a table in a terminal and in a notebook."""
+"""Display of objects as tables, in a terminal and in a notebook."""
 
 import html
 import io
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # who prints no table does not wait for rich
+if TYPE_CHECKING:  # imported for tables only
     from rich.console import Group
 
 WIDTH = 100
-"""how many characters a line of a printed table has at most"""
+"""the largest number of characters in a line of a printed table"""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A title, facts by their names, and rows of more under the heads of their columns."""
+class SummaryTable:
+    """Title, facts by name, and rows under the heads of their columns."""
 
     title: str
     facts: Sequence[tuple[str, str]]
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
 
-    def drawn(self) -> "Group":
-        """The facts for a console of rich. Nothing in them is read as markup."""
+    def to_rich(self) -> "Group":
+        """Return the table for a console of rich; texts are not read as markup."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -42,17 +42,17 @@ class Facts:
             parts.append(table)
         return Group(*parts)
 
-    def text(self) -> str:
-        """The facts as lines of plain text."""
+    def to_text(self) -> str:
+        """Return the table as plain text."""
         from rich.console import Console
 
         stream = io.StringIO()
-        # In a notebook it would be shown there, and not be written.
-        Console(file=stream, width=WIDTH, color_system=None, force_jupyter=False).print(self.drawn())
+        # In a notebook, rich would display the table instead of writing it.
+        Console(file=stream, width=WIDTH, color_system=None, force_jupyter=False).print(self.to_rich())
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
-    def html(self) -> str:
-        """The facts as a table of HTML, in which nothing of what they say is read as HTML."""
+    def to_html(self) -> str:
+        """Return the table as HTML; texts are escaped."""
         facts = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self.facts
         )
@@ -67,22 +67,22 @@ class Facts:
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal would obey."""
+    """Return a text with control characters escaped."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
-class Telling(ABC):
-    """An object that prints as a table, in a terminal and in a notebook; its `repr` stays one line."""
+class Displayed(ABC):
+    """Object that prints as a table, in a terminal and in a notebook; its `repr` is one line."""
 
     @abstractmethod
-    def facts(self) -> Facts:
-        """What the object tells of itself."""
+    def summary_table(self) -> SummaryTable:
+        """Return the table of the object."""
 
     def __str__(self) -> str:
-        return self.facts().text()
+        return self.summary_table().to_text()
 
     def __rich__(self) -> "Group":
-        return self.facts().drawn()
+        return self.summary_table().to_rich()
 
     def _repr_html_(self) -> str:
-        return self.facts().html()
+        return self.summary_table().to_html()

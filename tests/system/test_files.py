@@ -1,4 +1,4 @@
-"""YAML and JSON that people write: what no recipe needs is refused in a sentence of a line, and at once."""
+"""YAML and JSON: unusual input is refused quickly in one line; and the wording of messages."""
 
 import json
 import time
@@ -15,13 +15,13 @@ from optprune.recipe import load_recipe, make_recipe
 from optprune.recipe.names import SOLVERS
 from optprune.solvers import Chain, Magnitude, Random, Restore
 from optprune.system.files import DEEPEST, MOST_VALUES, read_json, read_yaml
-from optprune.system.wording import shown
+from optprune.system.wording import counted, shown
 from optprune.texts import read_documents
 from tests.helpers.attempts import Attempt
 from tests.helpers.tiny_models import tiny_llama
 
 LINE = 400
-"""characters in a sentence that shows one value"""
+"""the limit of characters of a sentence with one value"""
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def bomb(levels: int, wide: int = 9) -> str:
 
 @pytest.mark.parametrize("levels", [5, 8, 20])
 def test_a_bomb_of_aliases(levels: int) -> None:
-    with pytest.raises(InputError, match=f"it stands for more than {MOST_VALUES} values") as told:
+    with pytest.raises(InputError, match=f"it has more than {MOST_VALUES} values") as told:
         read_yaml(bomb(levels), "the file")
     assert len(str(told.value)) < LINE
 
@@ -55,12 +55,12 @@ def test_a_bomb_as_a_recipe(attempt: Attempt) -> None:
 
 def test_a_chain_of_aliases_that_is_deep() -> None:
     text = "a0: &a0 [1]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}]" for n in range(1, 3000))
-    with pytest.raises(InputError, match=f"more than {DEEPEST} deep"):
+    with pytest.raises(InputError, match=f"more than {DEEPEST} levels deep"):
         read_yaml(text, "the file")
 
 
 def test_an_alias_within_what_it_names() -> None:
-    with pytest.raises(InputError, match="it holds itself"):
+    with pytest.raises(InputError, match="it contains itself"):
         read_yaml("a: &a [*a]", "the file")
 
 
@@ -85,7 +85,7 @@ def test_duplicate_keys_in_json() -> None:
 
 @pytest.mark.parametrize("text", ["[" * 30, "[" * 100_000, "{a: " * 5000, "- " * 5000, "[" * 25 + "]" * 25])
 def test_yaml_that_is_deep(text: str) -> None:
-    with pytest.raises(InputError, match=f"the file is not valid YAML: it is more than {DEEPEST} deep"):
+    with pytest.raises(InputError, match=f"the file is not valid YAML: it is more than {DEEPEST} levels deep"):
         read_yaml(text, "the file")
 
 
@@ -210,3 +210,17 @@ def test_solver_options_that_make_no_sense(attempt: Attempt, solver: str, option
 
 def test_the_seed_of_a_random_choice() -> None:
     assert Random(seed=2**63 - 1).seed == 2**63 - 1
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "said"),
+    [
+        (0, ("layer",), "0 layers"),
+        (1, ("layer",), "1 layer"),
+        (2, ("layer",), "2 layers"),
+        (1, ("matrix", "matrices"), "1 matrix"),
+        (1000, ("block is", "blocks are"), "1000 blocks are"),
+    ],
+)
+def test_one_is_no_plural(number: int, words: tuple[str, ...], said: str) -> None:
+    assert counted(number, *words) == said

@@ -1,7 +1,9 @@
-"""Calibration windows of several texts, packed or whole: what they hold, and that nothing is lost or repeated."""
+"""Calibration windows: shares of texts, and windows packed or at the start of documents."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,93 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.texts import Conversation, Drawn, Text, calibration_batches, draw_windows, read_texts, tokenise
+from optprune.texts import Conversation, DrawnWindows, Text, calibration_batches, draw_windows, read_texts, tokenise
 from optprune.texts import calibration as module
+from optprune.texts.calibration import divide_by_shares, interleave, read_shares
 from tests.helpers.numbers_tokenizer import TEMPLATE, counted, numbers_tokenizer
 from tests.helpers.tiny_models import tiny_tokenizer
+
+SHARES = st.lists(st.integers(1, 1000), min_size=1, max_size=6).map(
+    lambda parts: [Fraction(part, sum(parts)) for part in parts]
+)
+
+
+def named(spec: str) -> list[tuple[str, float]]:
+    return [(text.name, float(text.share)) for text in read_shares(spec)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "texts"),
+    [
+        ("a.jsonl:text=0.7,b.txt=0.3", [("a.jsonl:text", 0.7), ("b.txt", 0.3)]),
+        ("hf:a/b:en:train[:9]=.25,demo:speeches=.75", [("hf:a/b:en:train[:9]", 1 / 4), ("demo:speeches", 3 / 4)]),
+        ("a,b=c.txt=0.5,x=y:z=0.5", [("a,b=c.txt", 0.5), ("x=y:z", 0.5)]),
+        ("a.csv:share=1=1", [("a.csv:share=1", 1.0)]),
+        ("a.txt=0.33,b.txt=0.33,c.txt=0.33", [("a.txt", 0.33), ("b.txt", 0.33), ("c.txt", 0.33)]),
+        ("a.txt=1", [("a.txt", 1.0)]),
+        ("a.txt", [("a.txt", 1.0)]),
+        ("a=b,c=d.txt", [("a=b,c=d.txt", 1.0)]),
+        ("", [("", 1.0)]),
+    ],
+)  # fmt: skip
+def test_texts_and_their_shares(spec: str, texts: list[tuple[str, float]]) -> None:
+    assert named(spec) == texts
+
+
+def test_what_is_there_is_one_text_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "a.txt=0.5,b.txt=0.5"
+    assert len(read_shares(name)) == 2
+    Path(name).write_text("words")
+    assert named(name) == [(name, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("a.txt=0.7,b.txt=0.2", r"are 0\.7 \+ 0\.2, with the sum 0\.9: give shares above 0 with the sum 1"),
+        ("a.txt=0.7,b.txt=0.4", "with the sum 1.1"),
+        ("a.txt=70,b.txt=30", "with the sum 100"),
+        ("a.txt=1,b.txt=0", r"are 1 \+ 0, "),
+        ("a.txt=0.5", "with the sum 0.5"),
+        ("a.txt=0.5,b.txt", r"the text 'b\.txt' of the calibration has no share"),
+        ("a.txt=0.5,b.txt=half", r"'b\.txt=half' of the calibration has no share"),
+        ("a.txt=0.5,a.txt=0.5", r"the text a\.txt is given twice"),
+    ],
+)
+def test_shares_that_are_none(spec: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        read_shares(spec)
+
+
+@given(shares=SHARES, samples=st.integers(0, 400))
+def test_windows_are_divided_by_largest_remainders(shares: list[Fraction], samples: int) -> None:
+    counts = divide_by_shares(samples, shares)
+    assert sum(counts) == samples
+    exact = [samples * share for share in shares]
+    assert all(abs(count - due) < 1 for count, due in zip(counts, exact, strict=True))
+    up = [due % 1 for count, due in zip(counts, exact, strict=True) if count > due]
+    down = [due % 1 for count, due in zip(counts, exact, strict=True) if count < due]
+    assert not up or not down or min(up) >= max(down)
+
+
+def test_of_equal_remainders_the_first_text_has_precedence() -> None:
+    assert divide_by_shares(3, [Fraction(1, 2), Fraction(1, 2)]) == (2, 1)
+    assert divide_by_shares(10, [Fraction(33, 100)] * 3) == (4, 3, 3)  # shares that were rounded count as thirds
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=5))
+def test_the_order_has_every_window_once_and_is_even(counts: list[int]) -> None:
+    order = interleave(counts)
+    assert sorted(order) == [(text, number) for text, count in enumerate(counts) for number in range(count)]
+    for text, count in enumerate(counts):
+        assert [number for other, number in order if other == text] == list(range(count))
+        share = count / max(1, sum(counts))
+        for most in range(len(order) + 1):
+            found = sum(other == text for other, _ in order[:most])
+            # Half a window for this text, and half a window of each for how far the order has come.
+            assert abs(found - most * share) <= 0.5 + share * len(counts) / 2 + 1e-9
+
 
 FAR = 1200
 """how far the numbers of one text are from those of the next"""
@@ -28,11 +113,11 @@ def numbered(lengths: Sequence[Sequence[int]], shares: Sequence[float]) -> list[
     return texts
 
 
-def windows(drawn: Drawn) -> torch.Tensor:
+def windows(drawn: DrawnWindows) -> torch.Tensor:
     return torch.cat(drawn.batches)
 
 
-def draw(texts: list[Text], samples: int, length: int, seed: int, sequences: str = "packed") -> Drawn:
+def draw(texts: list[Text], samples: int, length: int, seed: int, sequences: str = "packed") -> DrawnWindows:
     return draw_windows(numbers_tokenizer(), texts, samples, length, seed, sequences=sequences)
 
 
@@ -117,11 +202,11 @@ def test_one_text_is_drawn_as_it_always_was() -> None:
     tokens = tokenise(tokenizer, text.documents)
     assert torch.equal(windows(drawn), torch.cat(calibration_batches(tokens, 7, 30, 5)))
     assert torch.equal(drawn.first, tokens[:30].long())
-    assert drawn.told == "demo:calibration, 7 windows of 30 tokens, seed 5"
+    assert drawn.description == "demo:calibration, 7 windows of 30 tokens, seed 5"
 
 
 def test_what_was_drawn_is_told() -> None:
-    told = draw(numbered([[9] * 9, [9] * 9], [0.7, 0.3]), 5, 4, 3, "whole").told
+    told = draw(numbered([[9] * 9, [9] * 9], [0.7, 0.3]), 5, 4, 3, "whole").description
     assert told == (
         "text 0 (share 0.7, 4 windows); text 1 (share 0.3, 1 window); "
         "5 windows of 4 tokens, each from the start of a document, seed 3"
@@ -155,7 +240,13 @@ TOO_LITTLE = [
     ),
     ([[99], [9, 9]], "whole", 2, 100, "the calibration text text 0 has 1 document, 0 of them"),
     ([[99], [9]], "packed", 8, 8, "text text 1 has 9 tokens, room for 1 window of 8, fewer than the 4 needed"),
-    ([[99], [99]], "packed", 1, 8, "the share of the text text 1 is none of 1 window: raise --samples, or leave"),
+    (
+        [[99], [99]],
+        "packed",
+        1,
+        8,
+        "the share of the text text 1 is less than one of 1 window: raise --samples, or leave",
+    ),
     ([[99]], "padded", 1, 8, "--sequences cannot be 'padded': use packed or whole"),
     ([[99]], "whole", 0, 8, "--samples cannot be 0"),
     ([[99]], "whole", 1, 1, "--seq-length cannot be 1"),
@@ -172,5 +263,5 @@ def test_too_little_to_draw_from(
 
 @pytest.mark.parametrize("shares", [(0.3, 0.3), (float("nan"), 1.0), (1.0, 0.0), ()])
 def test_shares_that_do_not_come_to_one(shares: tuple[float, ...]) -> None:
-    with pytest.raises(InputError, match=r"which come to|is no number|there is no text"):
+    with pytest.raises(InputError, match=r"with the sum|is no number|there is no text"):
         draw(numbered([[99]] * len(shares), shares), 4, 8, 0)

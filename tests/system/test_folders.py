@@ -1,4 +1,4 @@
-"""Folders that keep work: which files are ours, what a damage or a kill leaves, and what is never touched."""
+"""Work folders: files in the manifest, damage and kills, and foreign files that are never changed."""
 
 import json
 import secrets
@@ -11,11 +11,11 @@ import pytest
 from optprune.errors import InputError
 from optprune.system import files
 from optprune.system.files import exclusive_draft, is_draft, write_whole
-from optprune.system.kept_folder import KeptFolder
+from optprune.system.folders import ManifestFolder
 
 
-def kept(folder: Path, **content: Any) -> KeptFolder:
-    found = KeptFolder(folder)
+def kept(folder: Path, **content: Any) -> ManifestFolder:
+    found = ManifestFolder(folder)
     found.begin({"the text": "a"})
     for name, value in content.items():
         found.write(name, value)
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_file_is_read_back_only_as_it_was_written(tmp_path: Path) -> None:
     kept(tmp_path / "run", first=[1], second=[2]).release()
     (tmp_path / "run" / "second").write_text("[3]")
-    again = KeptFolder(tmp_path / "run")
+    again = ManifestFolder(tmp_path / "run")
     assert again.read("first") == [1]
     assert not again.holds("second")
     assert again.damaged_files == ["second"]
@@ -71,13 +71,13 @@ def test_a_kill_while_a_file_is_written_leaves_it_as_before(
         with pytest.raises(Killed):
             found.write("a", [2])
     found.release()
-    again = KeptFolder(tmp_path / "run")
+    again = ManifestFolder(tmp_path / "run")
     assert again.holds("a") == there
     assert not there or again.read("a") == [1]
     assert not [path for path in (tmp_path / "run").iterdir() if is_draft(path.name)]
     again.write("a", [3])
     again.release()
-    assert KeptFolder(tmp_path / "run").read("a") == [3]
+    assert ManifestFolder(tmp_path / "run").read("a") == [3]
 
 
 def test_a_damaged_file_does_not_count_once_it_was_to_be_replaced(
@@ -85,18 +85,18 @@ def test_a_damaged_file_does_not_count_once_it_was_to_be_replaced(
 ) -> None:
     found = kept(tmp_path / "run", a=[1])
     (tmp_path / "run" / "a").write_text("[7]")
-    manifest = KeptFolder._write_manifest
+    manifest = ManifestFolder._write_manifest
 
-    def killed(self: KeptFolder) -> None:
+    def killed(self: ManifestFolder) -> None:
         manifest(self)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptFolder, "_write_manifest", killed)
+        patch.setattr(ManifestFolder, "_write_manifest", killed)
         with pytest.raises(Killed):
             found.write("a", [2])
     found.release()
-    assert not KeptFolder(tmp_path / "run").holds("a")
+    assert not ManifestFolder(tmp_path / "run").holds("a")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_an_edited_manifest_is_refused_and_stays(edit: Callable[[dict], Any], tm
     file.write_text(json.dumps(content))
     before = contents(tmp_path)
     with pytest.raises(InputError, match="was not written by this version of optprune, or is damaged"):
-        KeptFolder(tmp_path / "run")
+        ManifestFolder(tmp_path / "run")
     assert contents(tmp_path) == before
 
 
 def test_a_folder_for_other_work_is_refused(tmp_path: Path) -> None:
     kept(tmp_path / "run").release()
 
-    class Other(KeptFolder):
+    class Other(ManifestFolder):
         noun = "comparison"
 
     with pytest.raises(InputError, match="holds a run and not a comparison"):
@@ -163,7 +163,7 @@ def test_to_discard_deletes_what_is_ours_and_tells_the_rest(tmp_path: Path) -> N
 
 def test_folders_that_were_made_are_deleted_as_far_as_they_are_empty(tmp_path: Path) -> None:
     kept(tmp_path / "a" / "b" / "run").release()
-    assert KeptFolder(tmp_path / "a" / "b" / "run").discard() == []
+    assert ManifestFolder(tmp_path / "a" / "b" / "run").discard() == []
     assert not (tmp_path / "a").exists()
     (tmp_path / "mine").mkdir()
     assert kept(tmp_path / "mine").discard() == []
@@ -219,5 +219,5 @@ def test_a_folder_that_a_killed_process_made_is_deleted_with_the_rest(tmp_path: 
     folder = tmp_path / "out.run"
     folder.mkdir()
     (folder / ".run.json.0123abcd.part").write_text("{")  # killed before the manifest had its name
-    assert KeptFolder(folder).discard() == []
+    assert ManifestFolder(folder).discard() == []
     assert not folder.exists()

@@ -1,8 +1,9 @@
-"""Folders that optprune keeps its work in: a manifest with our mark says which files are ours, and their digests."""
+"""Folders for the work of a run, with a manifest of the files and their digests."""
 
 import hashlib
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from optprune.errors import InputError
-from optprune.system.facts import differences
+from optprune.system.environment import differences
 from optprune.system.files import digest_of_file, is_draft, is_own_file, is_own_folder, read_json, write_whole
 from optprune.system.interrupts import interrupts_held
 from optprune.system.wording import shown
@@ -22,46 +23,46 @@ FACTS, FILES, FOLDERS, MADE, DIGEST = "facts", "files", "folders", "made", "dige
 """the entries of a manifest"""
 
 
-class KeptFolder:
-    """A folder that one process at a time works in, which knows each file that optprune wrote there.
+class ManifestFolder:
+    """Folder for one process at a time, with a record of each file that optprune wrote there.
 
-    The manifest `run.json` holds our mark, the facts that decide all results, and the SHA-256 digest of every file.
-    A file whose bytes have another digest counts as absent. Only files and folders of the manifest, and drafts of
-    ours, are ever written over or deleted, and never through a link.
+    The manifest `run.json` holds our mark, the facts that determine all results, and the SHA-256 digest of every file.
+    A file with another digest counts as absent. Only files and folders of the manifest, and our drafts, are ever
+    overwritten or deleted, and links are never followed.
     """
 
     noun = "run"
-    """the word for the content of the folder, which the manifest holds as well"""
+    """the noun for the content of the folder, which is also in the manifest"""
     begin_anew = "begin anew with --restart, which deletes it"
-    """how a user discards the content, in words"""
+    """the way to discard the content, for messages"""
     written: tuple[str, ...] = ()
-    """patterns of the names that may be written, as `fnmatch` has them: another's file of such a name is in the way"""
+    """`fnmatch` patterns of the names that may be written; a foreign file with such a name is an error"""
 
     def __init__(self, folder: str | Path) -> None:
-        """Take the folder, which is made if need be.
+        """Lock the folder, which is created if needed.
 
-        Raises InputError where it is a link, holds anything else, is damaged, or another process is at work in it.
+        Raises InputError where it is a link, has foreign content, is damaged, or is locked by another process.
         """
         self.folder = Path(folder)
-        check_kept(self.folder, self.noun)
+        check_manifest_folder(self.folder, self.noun)
         with interrupts_held():
             made = [parent for parent in (self.folder, *self.folder.parents) if not parent.exists()]
-            # A process that was killed before there was a manifest has left nothing but a lock or a draft of it.
+            # A process that was killed before it wrote a manifest leaves only a lock or a draft of the manifest.
             left = self.folder.exists() and any(self.folder.iterdir()) and _manifest(self.folder, self.noun) is None
             self.folder.mkdir(parents=True, exist_ok=True)
-            # One lock for all objects of this process: one that was not released is no other process.
+            # All objects of this process share one lock: an unreleased one is not another process.
             self._lock = FileLock(self.folder / LOCK, is_singleton=True)
             if not _taken(self._lock):
                 raise _busy(self.folder, self.noun)
             try:
                 self._manifest = _manifest(self.folder, self.noun) or self._created(1 if left else len(made))
-                self._sound: dict[str, bool] = {}
+                self._valid: dict[str, bool] = {}
                 self._tidy()
             except BaseException:
                 self._lock.release(force=True)
                 raise
         self.damaged_files: list[str] = []
-        """the names of files whose bytes are not those that were written"""
+        """the names of files with changed bytes"""
 
     def _created(self, made: int) -> dict[str, Any]:
         self._manifest = {MARK: self.noun, "format": FORMAT, MADE: made, FACTS: None, FILES: {}, FOLDERS: []}
@@ -69,7 +70,7 @@ class KeptFolder:
         return self._manifest
 
     def check_names(self) -> None:
-        """Raise InputError where a file of another lies under a name that may be written."""
+        """Raise InputError where a foreign file has a name that may be written."""
         for pattern in self.written:
             for path in sorted(self.folder.glob(pattern)):
                 if not self.lists(str(path.relative_to(self.folder))):
@@ -80,18 +81,18 @@ class KeptFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether the facts are there."""
+        """Whether the facts were recorded."""
         return self._manifest[FACTS] is not None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The facts that the content was begun with; empty before."""
+        """The recorded facts; empty before `begin`."""
         return self._manifest[FACTS] or {}
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Keep what decides all results, or compare it with what is kept.
+        """Record the facts that determine all results, or compare them with the recorded ones.
 
-        Raises InputError, with the first fact that differs, and changes nothing.
+        Raises InputError with the first difference, and then changes nothing.
         """
         plain = json.loads(json.dumps(facts))
         if self.begun:
@@ -102,18 +103,18 @@ class KeptFolder:
             self._write_manifest()
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
-        """Raise InputError where one of these facts is not what the content was begun with."""
+        """Raise InputError where one of these facts differs from the recorded one."""
         before = {name: self.facts.get(name) for name in facts} if self.begun else dict(facts)
         for what, old, new in differences(before, json.loads(json.dumps(facts))):
             raise InputError(
-                f"the {self.noun} in {self.folder} cannot go on: {what} was {shown(old)} and is {shown(new)}; it is "
-                f"left as it is: give the command that began it, or {self.begin_anew}"
+                f"the {self.noun} in {self.folder} cannot continue: {what} was {shown(old)} and is {shown(new)}; "
+                f"nothing was changed: give the command that began it, or {self.begin_anew}"
             )
 
     def keep(self, name: str, write: Callable[[BinaryIO], object]) -> None:
-        """Write a file of the folder, whole or not at all, and keep its digest.
+        """Write a file of the folder as a whole or not at all, and record its digest.
 
-        Raises InputError where something lies there that optprune did not write.
+        Raises InputError where a foreign file has the name.
         """
         file, files = self.folder / name, self._manifest[FILES]
         if file.exists() or file.is_symlink():
@@ -124,21 +125,21 @@ class KeptFolder:
             before = []
 
         def commit(digest: str) -> None:
-            # Until the file gets its name, the bytes before are sound too.
+            # Until the file gets its name, the previous bytes are valid too.
             files[name] = list(dict.fromkeys((*before, digest)))
             self._write_manifest()
 
         write_whole(file, write, commit=commit)
-        self._sound[name] = True
+        self._valid[name] = True
 
     def write(self, name: str, content: Any) -> None:
-        """Write plain data to a file of the folder."""
-        # NaN and infinity, which a report may hold, are written as Python reads them.
+        """Write plain data to a file of the folder as JSON."""
+        # NaN and infinity are written in the form that Python reads.
         text = json.dumps(content, indent=2).encode()
         self.keep(name, lambda stream: stream.write(text))
 
     def read(self, name: str) -> Any:
-        """Return the plain data in a file of the folder. Raises InputError where it is not as it was written."""
+        """Return the plain data in a file of the folder. Raises InputError where the file was changed."""
         if not self.holds(name):
             raise self.damaged(name)
         try:
@@ -147,43 +148,43 @@ class KeptFolder:
             raise self.damaged(name) from error
 
     def lists(self, name: str) -> bool:
-        """Return whether a file was written and is there, without a look at its bytes."""
+        """Return whether a written file exists, without a check of its bytes."""
         return name in self._manifest[FILES] and is_own_file(self.folder / name)
 
     def holds(self, name: str) -> bool:
-        """Return whether a file is there with the bytes that were written."""
+        """Return whether a file exists with the written bytes."""
         if not self.lists(name):
             return False
-        if name not in self._sound:
-            self._sound[name] = digest_of_file(self.folder / name) in self._manifest[FILES][name]
-            if not self._sound[name]:
+        if name not in self._valid:
+            self._valid[name] = digest_of_file(self.folder / name) in self._manifest[FILES][name]
+            if not self._valid[name]:
                 self.damaged_files.append(name)
-        return self._sound[name]
+        return self._valid[name]
 
     @property
     def files(self) -> list[str]:
-        """The names of the files that were written and are there."""
+        """The names of the written files that exist."""
         return [name for name in self._manifest[FILES] if self.lists(name)]
 
     @property
     def subfolders(self) -> list[str]:
-        """The names of the folders that were made in this one."""
+        """The names of the folders created in this one."""
         return list(self._manifest[FOLDERS])
 
     def forget(self, names: list[str]) -> None:
-        """Delete files that are needed no longer."""
+        """Delete files, and remove them from the manifest."""
         known = [name for name in names if name in self._manifest[FILES]]
         for name in known:
             self._delete(name)
             del self._manifest[FILES][name]
-            self._sound.pop(name, None)
+            self._valid.pop(name, None)
         if known:
             self._write_manifest()
 
     def subfolder(self, name: str) -> Path:
-        """Return a folder in this one, which is made if need be.
+        """Return a folder in this one, which is created if needed.
 
-        Raises InputError where something lies there that optprune did not make.
+        Raises InputError where a foreign file or folder has the name.
         """
         place = self.folder / name
         if name not in self._manifest[FOLDERS]:
@@ -192,39 +193,38 @@ class KeptFolder:
             self._manifest[FOLDERS].append(name)
             self._write_manifest()
         if place.is_symlink():
-            raise InputError(f"{place} is a link, and this {self.noun} made a folder there: move it away")
+            raise InputError(f"{place} is a link, but this {self.noun} created a folder there: move the link away")
         place.mkdir(exist_ok=True)
         return place
 
     def remove_subfolder(self, name: str) -> None:
-        """Delete a folder that `subfolder` made, with all that is in it."""
+        """Delete a folder from `subfolder` with its content."""
         if name in self._manifest[FOLDERS]:
             _delete_tree(self.folder / name)
             self._manifest[FOLDERS].remove(name)
             self._write_manifest()
 
     def damaged(self, name: str) -> InputError:
-        """Return the error which says that a file of the folder is not what was written."""
+        """Return the error for a changed file of the folder."""
         return InputError(
-            f"{name} of the {self.noun} in {self.folder} is damaged: put back the file that was there, or "
-            f"{self.begin_anew}"
+            f"{name} of the {self.noun} in {self.folder} is damaged: restore the file, or {self.begin_anew}"
         )
 
     def release(self) -> None:
-        """Let another process have the folder."""
+        """Unlock the folder for other processes."""
         if is_own_file(self.folder / LOCK):
             (self.folder / LOCK).unlink()
         self._lock.release(force=True)
 
     def discard(self) -> list[str]:
-        """Delete all that optprune wrote, and the folders made for it as far as they are empty.
+        """Delete all written files, and the created folders that are then empty.
 
-        Returns the names of what was not ours and stays.
+        Returns the names of foreign files, which are kept.
         """
         with interrupts_held():
             made = int(self._manifest[MADE])
             self.clear()
-            # The manifest goes last: until then the folder can be recognised.
+            # The manifest is deleted last: until then the folder can be recognised.
             (self.folder / MANIFEST).unlink(missing_ok=True)
             self.release()
             left = sorted(path.name for path in self.folder.iterdir())
@@ -234,18 +234,18 @@ class KeptFolder:
         return left
 
     def clear(self) -> None:
-        """Delete all files and folders of the manifest, and drafts; the manifest is as new then."""
+        """Delete all files and folders of the manifest, and drafts, and reset the manifest."""
         self._tidy()
         for name in self._manifest[FILES]:
             self._delete(name)
         for name in self._manifest[FOLDERS]:
             _delete_tree(self.folder / name)
         self._manifest |= {FACTS: None, FILES: {}, FOLDERS: []}
-        self._sound.clear()
+        self._valid.clear()
         self._write_manifest()
 
     def _tidy(self) -> None:
-        """Delete drafts that a killed process left, and forget folders that are gone."""
+        """Delete drafts of a killed process, and remove missing folders from the manifest."""
         for place in (self.folder, *(self.folder / name for name in self._manifest[FOLDERS])):
             if is_own_folder(place):
                 for path in place.iterdir():
@@ -266,27 +266,27 @@ class KeptFolder:
         write_whole(self.folder / MANIFEST, lambda stream: stream.write(text))
 
 
-def check_kept(folder: Path, noun: str) -> dict[str, Any] | None:
-    """Return the manifest of a folder that optprune keeps work in; None where there is none yet.
+def check_manifest_folder(folder: Path, noun: str) -> dict[str, Any] | None:
+    """Return the manifest of a work folder; None where there is none yet.
 
-    Raises InputError where the folder cannot be used: a link, a file, the work of others, a manifest that is damaged or
-    another version's, or a process that is at work in it. Nothing on the disk is changed.
+    Raises InputError where the folder cannot be used: a link, a file, foreign content, a manifest that is damaged or of
+    another version, or a lock of another process. Nothing on the disk is changed.
     """
     if folder.is_symlink():
-        raise InputError(f"{folder} is a link, and a {noun} is kept in a folder of its own: remove the link")
+        raise InputError(f"{folder} is a link, but a {noun} needs a folder of its own: remove the link")
     if not folder.exists():
         return None
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file, and a {noun} would be kept in a folder of that name: move it away")
+        raise InputError(f"{folder} is a file, but a {noun} needs a folder of that name: move it away")
     manifest = _manifest(folder, noun)
     if manifest is None:
         for path in sorted(folder.iterdir()):
-            # What a process leaves that is killed before there is a manifest.
+            # Leftovers of a process that was killed before it wrote a manifest.
             left = (path.name == LOCK and path.stat().st_size == 0) or is_draft(path.name, MANIFEST)
             if not (left and is_own_file(path)):
                 raise InputError(
-                    f"{folder} holds something other than a {noun} ({shown(path.name)}), so it is left as it is: move "
-                    "it away, or choose another name for the output"
+                    f"{folder} holds something other than a {noun} ({shown(path.name)}), so it was not changed: "
+                    "move it away, or choose another name for the output"
                 )
     if is_own_file(folder / LOCK):
         lock = FileLock(folder / LOCK, is_singleton=True)
@@ -297,7 +297,7 @@ def check_kept(folder: Path, noun: str) -> dict[str, Any] | None:
 
 
 def _taken(lock: FileLock) -> bool:
-    """Acquire a lock, and return whether that was possible."""
+    """Acquire a lock, and return whether that succeeded."""
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -306,7 +306,7 @@ def _taken(lock: FileLock) -> bool:
         raise InputError(f"{lock.lock_file} cannot be used to lock the folder ({error.strerror}): remove it") from error
     if Path(lock.lock_file).exists():
         return True
-    lock.release()  # the process that had it has just removed it
+    lock.release()  # its former owner has just removed it
     return False
 
 
@@ -315,12 +315,12 @@ def _busy(folder: Path, noun: str) -> InputError:
 
 
 def _manifest(folder: Path, noun: str) -> dict[str, Any] | None:
-    """Return the manifest in a folder; None where there is none. Raises InputError where it is not one of ours."""
+    """Return the manifest in a folder; None where there is none. Raises InputError for a foreign one."""
     file = folder / MANIFEST
     if not file.is_symlink() and not file.exists():
         return None
     foreign = InputError(
-        f"{file} was not written by this version of optprune, or is damaged, so {folder} is left as it is: move it "
+        f"{file} was not written by this version of optprune, or is damaged, so {folder} was not changed: move it "
         "away, or choose another name for the output"
     )
     if not is_own_file(file):
@@ -342,6 +342,101 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _delete_tree(folder: Path) -> None:
-    """Delete a folder with all that is in it, and no link's target."""
+    """Delete a folder with its content; links are not followed."""
     if is_own_folder(folder):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+SCRATCH = "scratch"
+"""the folder for temporary files of a run"""
+
+
+class RunFolder(ManifestFolder, ABC):
+    """Folder of a run, which is deleted when the output of the run is complete."""
+
+    stays: tuple[str, ...] = ()
+    """the names in the scratch folder that a later process can use"""
+
+    def __init__(self, folder: str | Path, *, resume: bool = False, restart: bool = False) -> None:
+        """Lock the folder; `resume` continues the run in it, if there is one, and `restart` deletes that run.
+
+        Raises InputError for an unfinished run without either.
+        """
+        super().__init__(folder)
+        self.resumed = self.begun and not restart
+        """whether the run was begun by an earlier process"""
+        if self.resumed and not resume:
+            self.release()
+            raise InputError(
+                f"{self.folder} holds an unfinished {self.noun} ({self.progress_text}): continue it by --resume, or "
+                f"{self.begin_anew}"
+            )
+        if restart:
+            self._restart()
+        self._tidy_scratch()
+
+    def _restart(self) -> None:
+        """Delete the run, unless a foreign file would prevent the next one."""
+        try:
+            self.check_names()
+        except InputError:
+            self.release()
+            raise
+        self.clear()
+
+    def _tidy_scratch(self) -> None:
+        """Delete temporary files of an earlier process, except those that this one can use."""
+        scratch = self.folder / SCRATCH
+        if SCRATCH not in self.subfolders or not is_own_folder(scratch):
+            return
+        for place in filter(is_own_folder, scratch.iterdir()):
+            if place.name not in self.stays:
+                shutil.rmtree(place, ignore_errors=True)
+                continue
+            for file in place.iterdir():
+                if is_draft(file.name) and is_own_file(file):
+                    file.unlink(missing_ok=True)
+
+    @classmethod
+    def check(cls, folder: Path, *, resume: bool, restart: bool, facts: Mapping[str, Any]) -> None:
+        """Raise InputError, before any work, where a run could not use its folder.
+
+        `facts` are the facts known so far; a run that was begun with other facts cannot continue.
+        """
+        manifest = check_manifest_folder(folder, cls.noun)
+        if manifest is None or manifest[FACTS] is None or restart:
+            return
+        found = cls(folder, resume=resume)
+        try:
+            found.check_facts(facts)
+        finally:
+            found.release()
+
+    @property
+    def scratch(self) -> Path:
+        """The folder for temporary files."""
+        return self.subfolder(SCRATCH)
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether the folder has results that took time."""
+        return bool(self.files) or self.has_scratch
+
+    @property
+    def has_scratch(self) -> bool:
+        """Whether the scratch folder has files that a later process can use."""
+        return any((self.folder / SCRATCH / name).exists() for name in self.stays)
+
+    @abstractmethod
+    def finished(self) -> list[int]:
+        """Return the numbers of the finished blocks or steps."""
+
+    @property
+    @abstractmethod
+    def progress_text(self) -> str:
+        """The progress of the run, in words."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether everything but the output is finished."""

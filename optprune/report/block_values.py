@@ -1,0 +1,94 @@
+"""Values of a report by block: widths, shares of weights, and solved layers."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optprune.report.records import LayerReport, Report
+
+FIELDS = {"mlp_width": "MLP units", "kv_heads": "KV heads", "value_dim": "value dimensions of a head"}
+"""the numbers of a block's shape, in words"""
+PLACE = re.compile(r"(?:.*\.)?(\d+)\.(.+)")
+"""the name of a layer: the number of its block, and its path within the block"""
+
+
+@dataclass(frozen=True)
+class BlockValues:
+    """A value of every block, before and after pruning."""
+
+    name: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the value changed in any block."""
+        return self.before != self.after
+
+
+def widths(report: Report) -> tuple[BlockValues, ...]:
+    """Return the MLP units, KV heads and value dimensions of every block; none where the report lists no blocks."""
+    return tuple(
+        BlockValues(
+            what,
+            tuple(float(getattr(change.before, field)) for change in report.blocks),
+            tuple(float(getattr(change.after, field)) for change in report.blocks),
+        )
+        for field, what in FIELDS.items()
+        if report.blocks
+    )
+
+
+def shares(report: Report) -> tuple[BlockValues, ...]:
+    """Return the share of its weights that each layer keeps, by its path; none unless the recipe prunes weights.
+
+    A layer that is not in the report keeps all weights, and a layer of a removed sub-block keeps none.
+    """
+    if pattern_of(report) is None:
+        return ()
+    found: list[BlockValues] = []
+    for path, layers in layers_by_path(report).items():
+        after = [1.0] * block_count(report)
+        for number, layer in layers.items():
+            after[number] = layer.kept / layer.units if layer.units else 1.0
+        for number in removed_with(report, path) if report.blocks else ():
+            after[number] = 0.0
+        found.append(BlockValues(path, (1.0,) * len(after), tuple(after)))
+    return tuple(found)
+
+
+def removed_with(report: Report, path: str) -> list[int]:
+    """Return the numbers of the blocks that lost the sub-block with this layer."""
+    field = "kv_heads" if is_attention(path) else "mlp_width"
+    return [number for number, change in enumerate(report.blocks) if not getattr(change.after, field)]
+
+
+def pattern_of(report: Report) -> str | None:
+    """Return the pattern of zeros; None where the recipe does not prune single weights."""
+    units = report.recipe.get("units")
+    if isinstance(units, dict) and "weights" in units:
+        return str(units["weights"])
+    return "unstructured" if units == "weights" else None
+
+
+def layers_by_path(report: Report) -> Mapping[str, Mapping[int, LayerReport]]:
+    """Return the solved layers by their path within a block and the number of the block."""
+    found: dict[str, dict[int, LayerReport]] = {}
+    for layer in report.layers:
+        place = PLACE.fullmatch(layer.name)
+        if place is not None and int(place[1]) < block_count(report):
+            found.setdefault(place[2], {})[int(place[1])] = layer
+    return found
+
+
+def block_count(report: Report) -> int:
+    """Return the number of blocks of the dense model; without a list of blocks, the number of those with a layer."""
+    if report.blocks:
+        return len(report.blocks)
+    numbers = {place[1] for layer in report.layers if (place := PLACE.fullmatch(layer.name)) is not None}
+    return len(numbers)
+
+
+def is_attention(path: str) -> bool:
+    """Return whether the layer with this path belongs to attention."""
+    return "att" in path

