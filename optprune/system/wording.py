@@ -52,7 +52,7 @@ def either(names: Sequence[str]) -> str:
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """Return the known name that is most like a name; None where none is like it."""
-    found = difflib.get_close_matches(str(name)[:100], list(known), n=1)
+    found = difflib.get_close_matches(name[:100] if isinstance(name, str) else "", list(known), n=1)
     return found[0] if found else None
 
 
