@@ -23,13 +23,13 @@ def command(words: list[str], checked: bool = False) -> int:
     """Run a command of optprune; only where it is `checked` are written folders reloaded in another process."""
     from optprune.cli.app import main
     from optprune.export import check, folder
-    from optprune.pruning import plan_time
+    from optprune.program import time as program_time
 
     if checked:
         check.run_alongside = reloads  # type: ignore[assignment]
     else:
         folder.compare = lambda *_: 0.0  # type: ignore[assignment]
-    plan_time.FRESH = QUICK
+    program_time.FRESH = QUICK
     return main(words)
 
 

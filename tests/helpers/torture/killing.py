@@ -82,11 +82,12 @@ class Killing:
             found += self._of_the_stop(told, sandbox, how, f"{how} at {at}")
             if output.exists() and name != "compare":
                 break
-        if not output.exists() or name in (*RESUMED, "compare"):
-            more = ["--resume"] if name in RESUMED else []
-            told = self.children.command([*words, *more], sandbox.inputs, checked=True)
-            if told.status != 0:
-                found.append(f"to go on ended with {told.status}: {told.err.splitlines()[-1:]}")
+        more = ["--resume"] if name in RESUMED else []
+        if output.exists() and name not in (*RESUMED, "compare"):
+            more = ["--overwrite"]  # the command was done, but a kill may have left its empty scratch folder
+        told = self.children.command([*words, *more], sandbox.inputs, checked=True)
+        if told.status != 0:
+            found.append(f"to go on ended with {told.status}: {told.err.splitlines()[-1:]}")
         found += self._of_the_output(sandbox, output, whole, theirs)
         if not found:
             shutil.rmtree(sandbox.folder)
