@@ -1,5 +1,6 @@
 """Folder of a comparison: finished cells, so that it can resume, and the final table."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,12 @@ class ComparisonFolder(ManifestFolder):
     def __init__(self, folder: str | Path) -> None:
         """Take a folder that is new, empty, or holds a comparison. Raises InputError otherwise."""
         super().__init__(real_path(Path(folder)))
+        self._continues = False
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Record the options of the comparison, or compare them with the recorded ones, as `ManifestFolder.begin`."""
+        super().begin(facts)
+        self._continues = True
         # Temporary files of a comparison that was killed.
         self.remove_subfolder(WORK)
 
@@ -42,7 +49,8 @@ class ComparisonFolder(ManifestFolder):
 
     def close(self) -> None:
         """Release the folder, or delete it where the comparison did not begin."""
-        self.remove_subfolder(WORK)
+        if self._continues:
+            self.remove_subfolder(WORK)
         if self.begun:
             self.release()
         else:

@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Callable, Collection
@@ -20,6 +21,8 @@ UNCHECKED = ".unchecked"
 """end of the name of a folder that failed its check"""
 LOCK = ".optprune-draft"
 """name of the file in a scratch folder that its process holds a lock on; the lock ends with the process"""
+SCRATCH_MODE = 0o700
+"""permissions of a folder of `tempfile.mkdtemp`"""
 MODEL_FILES = re.compile(
     r"(report|(generation_)?config|tokenizer(_config)?|special_tokens_map|added_tokens|vocab|.*\.index)\.json"
     r"|report\.html|recipe\.yaml|(vocab|merges)\.txt|README\.md|(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\.txt|\.md)?"
@@ -113,8 +116,16 @@ def left_behind(place: Path) -> list[Path]:
     return [
         folder
         for folder in sorted(place.parent.glob(f".{glob.escape(place.name)}.????????"))
-        if is_own_folder(folder) and is_own_file(folder / LOCK) and not in_use(folder)
+        if is_own_folder(folder) and ((is_own_file(folder / LOCK) and not in_use(folder)) or _is_empty_scratch(folder))
     ]
+
+
+def _is_empty_scratch(folder: Path) -> bool:
+    """Return whether a folder is empty and has the permissions that only a scratch folder is created with.
+
+    A process that is killed between the two last steps of `discard` leaves one.
+    """
+    return stat.S_IMODE(folder.stat().st_mode) == SCRATCH_MODE and not any(folder.iterdir())
 
 
 def delete_left_behind(place: Path, say: Callable[[str], None] = lambda sentence: None) -> None:
@@ -138,7 +149,8 @@ def in_use(folder: Path) -> bool:
 def discard(folder: Path) -> None:
     """Delete as much of a folder as possible with one file descriptor at a time: shutil.rmtree needs more."""
     with contextlib.suppress(OSError):
-        for path in list(folder.iterdir()):
+        # The lock is deleted last: until then the folder can be recognised.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
             if path.is_dir() and not path.is_symlink():
                 discard(path)
             else:

@@ -236,7 +236,7 @@ class Damaging:
     def _of_a_refusal(told: Told, damaged: set[str], before: dict[bytes, Any], after: dict[bytes, Any]) -> list[str]:
         """What is wrong with a refusal: it changes nothing, and names a file that is damaged."""
         gone = [path for path, held in before.items() if after.get(path) != held and not left_by_a_kill(path)]
-        found = [f"{len(gone)} files are another, or gone"] if gone else []
+        found = [f"another, or gone: {gone}"] if gone else []
         if not any(name in told.err for name in damaged):
             found.append(f"the sentence names none of {sorted(damaged)}")
         return found
@@ -244,4 +244,4 @@ class Damaging:
 
 def left_by_a_kill(path: bytes) -> bool:
     """Whether a path is a draft, a lock or a folder for what does not stay, which another process may clear."""
-    return re.search(rb"/(\.[^/]*|in-use|work|scratch|optprune-[^/]*)(/aside)?$", path) is not None
+    return re.search(rb"/(\.[^/]*|in-use|work|scratch|optprune-[^/]*)(/aside|/offload)?$", path) is not None
