@@ -114,7 +114,7 @@ def _texts(
     return {
         "title": f"{name}, pruned by {recipe}",
         "lead": f"{report.sparsity_reached:.2%} of the linear weights of its decoder blocks are removed "
-        f"({report.sparsity_requested:.2%} asked), by optprune {report.versions.get('optprune', '')}".strip()
+        f"({report.sparsity_requested:.2%} requested), by optprune {report.versions.get('optprune', '')}".strip()
         + ".",
         "summary": " ".join(
             f"{one_line(text).rstrip('.')}." for key in ("summary", "source") if (text := report.recipe.get(key))

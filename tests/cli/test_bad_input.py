@@ -267,7 +267,7 @@ def test_a_sparsity_beside_an_allocation_that_comes_to_one(attempt: Attempt) -> 
     file = attempt.folder / "allocation.json"
     file.write_text(uniform(Decoder(tiny_llama()), 0.2, Mlp(), 8).to_json())
     sentence = attempt.fails(attempt.command(allocation=file, sparsity=0.3))
-    assert f"the sparsity is what the allocation file {file} comes to: leave out --sparsity" in sentence
+    assert f"the allocation file {file} already decides the sparsity: leave out --sparsity" in sentence
     assert "leave out --sparsity" in attempt.fails(attempt.command("--set", "sparsity=0.3", allocation=file))
 
 
@@ -577,7 +577,7 @@ def test_an_interrupted_run_leaves_nothing_but_finished_blocks(
     elif run.exists():
         assert done
         expected = f"{done} of {DEEP if moment.startswith('pruning') else 2} blocks are done, and kept in {run}"
-        expected += ": go on with --resume"
+        expected += ": continue with --resume"
     assert (process.returncode, err.splitlines()[-1]) == (130, f"interrupted; {expected}")
     assert out == ""
     assert "Traceback" not in err

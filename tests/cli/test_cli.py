@@ -133,7 +133,7 @@ def test_a_budget_in_operations_is_told_with_the_widths(
     assert code == 0, err
     widths = [shape["mlp_width"] for shape in load_model(output, device="cpu").model.config.optprune_shapes]
     assert f"mlp_width by block: {' '.join(map(str, widths))}\n" in out
-    assert "% of the operations asked)" in out
+    assert "% of the operations requested)" in out
     assert "note: the budget was counted in flops: the allocation saves " in out
 
 
@@ -216,7 +216,7 @@ def test_the_summary_says_what_zeros_do_not_bring_and_when_a_model_is_lost(
     assert code == 0, err
     assert ("neither smaller nor faster" in out) == (pattern is not None)
     assert pattern is None or f"a kernel for the pattern {pattern}\n" in out
-    assert ("warning: the model is probably destroyed" in out) == destroyed
+    assert ("warning: the model is probably unusable" in out) == destroyed
 
 
 def test_strict_makes_notes_errors(

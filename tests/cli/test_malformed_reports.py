@@ -140,4 +140,4 @@ def test_an_expectation_that_no_layer_meets_is_told_once(folder: Path, capsys: p
     faults = [line for line in told.splitlines() if line.startswith("fault: ")]
     assert code == 1
     assert [line.split()[1] for line in faults] == ["2:4:", "1:4:"]
-    assert all(line.endswith(", and 13 more such faults, which --json tells") for line in faults), faults
+    assert all(line.endswith(", and 13 more such faults (listed by --json)") for line in faults), faults

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from optprune.cli import main
-from optprune.cli.run_folder import Output, kept_in, run_folder_of
+from optprune.cli.run_folder import Output, keep_or_delete, run_folder_of
 from optprune.errors import InputError, WorkerError
 from optprune.pruning import Journal, joined
 from tests.helpers.attempts import Attempt
@@ -43,8 +43,8 @@ def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkey
 @pytest.mark.e2e
 def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> None:
     run, said = Journal(run_folder_of(tmp_path / "out")), list[str]()
-    told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: go on with --resume")
-    with told, kept_in(run, said.append):
+    told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: continue with --resume")
+    with told, keep_or_delete(run, said.append):
         run.begin({"the blocks": 2})
         run.write("block-00000.json", {})
         raise WorkerError("gone")

@@ -81,7 +81,7 @@ def test_what_names_no_tasks(
     ("words", "sentence"),
     [
         ([], "there is nothing to measure the model on: give --text, --questions or --tasks"),
-        (["--tasks", "exam", "--generations", "2"], "--generations go on from a text: give one by --text"),
+        (["--tasks", "exam", "--generations", "2"], "--generations continues a text: give one by --text"),
         (["--tasks", "exam", "--limit", "0"], "--limit cannot be 0: it is at least 1"),
         (["--tasks", "exam", "--task-batch", "0"], "--task-batch cannot be 0: it is at least 1"),
     ],
