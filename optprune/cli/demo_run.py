@@ -113,10 +113,7 @@ def run_demo(
     console, reporter = console or Console(), reporter or Reporter()
     chosen = load_recipe(recipe, {"sparsity": sparsity, "seed": seed, "units": "mlp"})
     if chosen.allocation.kind != "uniform":
-        raise InputError(
-            f"the demo cannot use the recipe {recipe}, whose blocks differ in width, because it reloads the model with "
-            "plain transformers: use a recipe with a uniform allocation"
-        )
+        raise InputError(f"the demo needs a recipe with a uniform allocation, and {recipe} has another: choose another")
     check_output(output, overwrite)
     reporter.say("reading the texts and loading the model")
     texts = [read_documents(calibration), read_documents(evaluation)]
