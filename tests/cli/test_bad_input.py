@@ -47,7 +47,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ({}, ("--set", "solver=guess"), "the solver 'guess' is not known: use one of "),
         ({"sparsity": 0.2}, ("--set", "sparsity=0.3"), "'sparsity' is given twice"),
         ({"ray": "local"}, (), "under the policy pruned every block depends on those before it"),
-        ({"workers": 0, "propagation": "intra"}, (), "there must be a worker at least, not 0"),
+        ({"workers": 0, "propagation": "intra"}, (), "the number of workers cannot be 0"),
         ({"ray": "local"}, (), "choose the propagation dense or intra, or --workers without --ray"),
         ({"sparsity": 1}, (), "'sparsity' cannot be 1.0"),
         ({"sparsity": 1.5}, (), "'sparsity' cannot be 1.5"),

@@ -76,7 +76,7 @@ def test_workers_of_processes_that_are_workers_are_refused(option: str, attempt:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     sentence = attempt.fails(attempt.command(option, "2"))
-    assert "the processes that torchrun started are the workers: leave --workers and --ray out" in sentence
+    assert "the processes of torchrun are already the workers: leave out --workers and --ray" in sentence
 
 
 def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:

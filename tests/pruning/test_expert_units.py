@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "experts that differ": (
         "mixtral",
         {"objective": one_fewer},
-        r"experts\.1\.down_proj: the objective leaves 31 units",
+        r"experts\.1\.down_proj: the objective keeps 31 units",
     ),
 }
 

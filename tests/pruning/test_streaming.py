@@ -106,7 +106,7 @@ def test_a_model_in_bfloat16(tmp_path: Path) -> None:
 
 def test_a_skeleton_without_its_store_is_refused(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="hand over the store that came with it from open_model"):
+    with pytest.raises(InputError, match="pass the store that open_model returned with it"):
         prune(open_model(tmp_path).model, batches(), load_recipe("fasp"))
 
 
