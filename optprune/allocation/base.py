@@ -52,7 +52,7 @@ class Allocator(ABC):
 
     @property
     def probes(self) -> bool:
-        """Whether changes of the model are tried, which needs float32: half precision is too coarse."""
+        """Return whether changes of the model are tried, which needs float32: half precision is too coarse."""
         return False
 
     @abstractmethod

@@ -37,7 +37,7 @@ class PlainReader(GGUFReader):
 
     @property
     def data(self) -> Any:
-        """The mapped bytes of the file."""
+        """Return the mapped bytes of the file."""
         return self._bytes
 
     @data.setter

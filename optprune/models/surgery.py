@@ -113,7 +113,7 @@ def as_linear(layer: nn.Module) -> None:
 
 
 def check_linear(layer: nn.Module, path: str, transposed: bool) -> None:
-    """Raise InputError where a layer is no plain linear one; a `transposed` one is made linear first."""
+    """Raise InputError unless a layer is a plain linear one; a `transposed` one is made linear first."""
     if transposed:
         as_linear(layer)
     if type(layer) is not (TransposedLinear if transposed else nn.Linear):

@@ -41,7 +41,7 @@ class Target:
 
     @property
     def rotated(self) -> bool:
-        """Whether its columns are directions, so that it is solved for rotated inputs too."""
+        """Return whether its columns are directions, so that it is solved for rotated inputs too."""
         return self.kind is not None and self.kind.rotated
 
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
@@ -74,7 +74,7 @@ class Units(ABC):
     @property
     @abstractmethod
     def kinds(self) -> "tuple[LinkedUnits, ...]":
-        """The kinds of units that are removed; the last one fills up a budget. Empty where no layer is narrowed."""
+        """Return the kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
 
     @abstractmethod
     def work(self, outputs: int, inputs: int) -> Work:
@@ -85,7 +85,7 @@ class Units(ABC):
 
     @property
     def compete(self) -> bool:
-        """Whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
+        """Return whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
         return len({kind.part for kind in self.kinds}) < len(self.kinds)
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
@@ -109,9 +109,7 @@ class Units(ABC):
     def check(self, decoder: Decoder, block: int, wanted: BlockAllocation) -> None:
         """Raise InputError where an allocation asks something of a block that these units cannot do."""
         if wanted.shares:
-            raise InputError(
-                f"the allocation thins out layers of block {block}: that needs a recipe with units weights"
-            )
+            raise InputError(f"the allocation removes single weights in block {block}: use a recipe with units weights")
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         """Return the layers that get a full output metric, which takes a matrix [outputs, outputs] for each."""
@@ -152,8 +150,8 @@ class LinkedUnits(Units):
 
     def layers(self, decoder: Decoder, block: int) -> tuple[LinkedLayers, ...]:
         """Return the links of all of these layers that a block has."""
-        there = self.consumers(decoder.architecture)
-        return tuple(self.linked(decoder, block, path) for path in decoder.paths(block) if path in there)
+        consumers = self.consumers(decoder.architecture)
+        return tuple(self.linked(decoder, block, path) for path in decoder.paths(block) if path in consumers)
 
     def there(self, shape: BlockShape) -> int:
         """Return the number of units that a shape has in every slot."""
@@ -168,7 +166,7 @@ class LinkedUnits(Units):
         return replace(shape, **{self.field: count}) if count else shape.without(self.part)
 
     def multiple(self, shape: BlockShape, asked: int | None, alike: bool = False) -> int:
-        """Return the number whose multiples a count must be, unless all units stay.
+        """Return the number of which a count must be a multiple, unless all units stay.
 
         `asked` is the recipe's `width_multiple`; `alike` says that every block loses the same share.
         """
@@ -334,7 +332,9 @@ class Weights(Units):
         if wanted.shape.parts and wanted.shape != decoder.shape(block):
             raise InputError(f"the allocation narrows block {block}, but the recipe's units are single weights")
         if not all(map(self.family.admits, wanted.shares.values())):
-            raise InputError(f"with the pattern {self.family.name} a layer of block {block} keeps that share, or 1")
+            raise InputError(
+                f"a layer of block {block} keeps another share than the pattern {self.family.name}: use its share, or 1"
+            )
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         return architecture.layers

@@ -328,9 +328,9 @@ def _record(index: int) -> str:
 
 
 def digest_of_model(decoder: Decoder, on_bytes: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """A SHA-256 hex digest of a model's weights: of the bytes of its files, where its blocks stay there.
+    """Return a SHA-256 hex digest of a model's weights, or of its files where blocks are read from them.
 
-    `on_bytes` hears how many bytes are read, and of how many.
+    `on_bytes` receives the number of bytes read and the total.
     """
     if decoder.store is None:
         weights = list(decoder.model.state_dict().items())

@@ -200,9 +200,7 @@ def event_display(
 def _check_workers(decoder: Decoder, program: Program, workers: Workers, partial_sums: PartialSums) -> None:
     """Raise InputError unless the weights are in memory or a store and the workers match the run."""
     if decoder.store is None and any(weight.is_meta for weight in decoder.model.parameters()):
-        raise InputError(
-            "the model's weights are not in memory: pass the store that open_model returned with the model"
-        )
+        raise InputError("the model's weights are not in memory: pass the store that open_model returned with it")
     workers.check(program.policy)
     if partial_sums.peers.size > 1 and workers.several:
         raise InputError("the processes that share the partial sums are already the workers: leave out `workers`")

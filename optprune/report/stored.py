@@ -24,12 +24,12 @@ class Readable(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor."""
+        """Return the shape of the tensor."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in the file."""
+        """Return the dtype in the file."""
         ...
 
     def read(self) -> Tensor:
@@ -65,7 +65,7 @@ class StoredModel:
 
     @property
     def shares_head(self) -> bool:
-        """Whether head and embeddings are both stored although the config ties them."""
+        """Return whether head and embeddings are both stored although the config ties them."""
         return self.ties is not None and all(name in self.tensors for name in self.ties)
 
 
@@ -289,7 +289,7 @@ class ModelSummary:
 
     @property
     def itemsize(self) -> int | None:
-        """The bytes of an element; None for an unknown dtype."""
+        """Return the bytes of an element; None for an unknown dtype."""
         dtype = getattr(torch, self.dtype, None)
         return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 

@@ -81,12 +81,12 @@ class ManifestFolder:
 
     @property
     def begun(self) -> bool:
-        """Whether the facts were recorded."""
+        """Return whether the facts were recorded."""
         return self._manifest[FACTS] is not None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The recorded facts; empty before `begin`."""
+        """Return the recorded facts; empty before `begin`."""
         return self._manifest[FACTS] or {}
 
     def begin(self, facts: Mapping[str, Any]) -> None:
@@ -163,12 +163,12 @@ class ManifestFolder:
 
     @property
     def files(self) -> list[str]:
-        """The names of the written files that exist."""
+        """Return the names of the written files that exist."""
         return [name for name in self._manifest[FILES] if self.lists(name)]
 
     @property
     def subfolders(self) -> list[str]:
-        """The names of the folders created in this one."""
+        """Return the names of the folders created in this one."""
         return list(self._manifest[FOLDERS])
 
     def forget(self, names: list[str]) -> None:
@@ -414,17 +414,17 @@ class RunFolder(ManifestFolder, ABC):
 
     @property
     def scratch(self) -> Path:
-        """The folder for temporary files."""
+        """Return the folder for temporary files."""
         return self.subfolder(SCRATCH)
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether the folder has results that took time."""
+        """Return whether the folder has results that took time."""
         return bool(self.files) or self.has_scratch
 
     @property
     def has_scratch(self) -> bool:
-        """Whether the scratch folder has files that a later process can use."""
+        """Return whether the scratch folder has files that a later process can use."""
         return any((self.folder / SCRATCH / name).exists() for name in self.stays)
 
     @abstractmethod
@@ -434,9 +434,9 @@ class RunFolder(ManifestFolder, ABC):
     @property
     @abstractmethod
     def progress_text(self) -> str:
-        """The progress of the run, in words."""
+        """Return the progress of the run, in words."""
 
     @property
     @abstractmethod
     def complete(self) -> bool:
-        """Whether everything but the output is finished."""
+        """Return whether everything but the output is finished."""

@@ -221,9 +221,9 @@ def test_an_allocation_that_does_not_fit_the_model_is_refused(blocks: list[Block
 @pytest.mark.parametrize(
     ("recipe", "options", "block", "reason"),
     [
-        ("fasp", {}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.5}), "needs a recipe with units weights"),
+        ("fasp", {}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.5}), "use a recipe with units weights"),
         ("wanda", {}, BlockAllocation(BlockShape(64, 2, 16)), "units are single weights"),
-        ("alps", {"units.weights": "2:4"}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.6}), "with the pattern 2:4"),
+        ("alps", {"units.weights": "2:4"}, BlockAllocation(WHOLE, {"mlp.up_proj": 0.6}), "share than the pattern 2:4"),
     ],
 )
 def test_an_allocation_that_does_not_fit_the_recipe_is_refused(

@@ -341,6 +341,6 @@ def test_a_hub_model_without_safetensors_is_refused_in_our_words(monkeypatch: py
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what is beside the weights is not asked for over and over
     monkeypatch.setattr(load_module, "_config", lambda *_: tiny_llama().config)
     monkeypatch.setattr(load_module.AutoModelForCausalLM, "from_pretrained", missing)
-    with pytest.raises(InputError, match=r"the weights of owner/name are not there as safetensors; that is pickle"):
+    with pytest.raises(InputError, match=r"owner/name has no weights as safetensors; pickle files"):
         load_model("owner/name")
     assert asked["use_safetensors"] is True

@@ -189,7 +189,7 @@ def test_processes_that_are_not_alike_are_refused() -> None:
         return str(caught.value)
 
     for message in together(2, shared):
-        assert "not alike: the calibration tokens is" in message and "number 1" in message
+        assert "differ: the calibration tokens is" in message and "number 1" in message
 
 
 def test_impossible_partial_sums_are_refused(tmp_path: Path) -> None:

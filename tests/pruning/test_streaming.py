@@ -146,5 +146,5 @@ def test_a_run_notices_that_its_model_changes_on_the_disk(tmp_path: Path) -> Non
             data[-4096:] = bytes(4096)
             file.write_bytes(data)
 
-    with pytest.raises(InputError, match=r"^model\.safetensors has been written to since its header was read"):
+    with pytest.raises(InputError, match=r"^model\.safetensors changed after its header was read"):
         prune(opened.model, batches(), load_recipe("magnitude"), store=opened.store, on_event=change)
