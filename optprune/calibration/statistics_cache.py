@@ -38,7 +38,7 @@ class Source:
     """A dense model and a text: all that decides the bytes of the statistics of one on the other."""
 
     facts: dict[str, Any]
-    """what decides the bytes, by its name"""
+    """the facts that decide the bytes, by name"""
 
     @classmethod
     def of(cls, decoder: Decoder, batches: Sequence[Tensor], partial_sums: PartialSums) -> "Source":
@@ -66,7 +66,7 @@ class Source:
             if now != before:
                 raise InputError(
                     f"the statistics were collected where {what} was {shown(before)}, and here it is {shown(now)}: "
-                    "collect them anew"
+                    "collect them again"
                 )
 
 

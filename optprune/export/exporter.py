@@ -225,7 +225,7 @@ def _described(
     if unchecked is not None and checked:
         sentence += f"; the {noun} is in {unchecked}"
     elif unchecked is not None:
-        sentence = f"the {noun} is in {unchecked}, but it was not seen to load: {sentence}"
+        sentence = f"the {noun} is in {unchecked}, but its check failed: {sentence}"
     if scratch is not None and scratch.folder.exists():
         sentence += f"; {scratch.folder} could not be deleted: do that by hand"
     return error if sentence == str(error) else OptpruneError(sentence)

@@ -180,7 +180,7 @@ def family_of(decoder: Decoder) -> Family:
     model_type = decoder.architecture.model_type
     family = FAMILIES.get(model_type)
     if family is None:
-        raise InputError(f"models of the kind {model_type} are not exported to GGUF: {', '.join(FAMILIES)} are")
+        raise InputError(f"{model_type} models cannot be exported to GGUF: export one of {', '.join(FAMILIES)}")
     wrong = _refused_shapes(decoder, family) or family.refusal(decoder)
     if wrong is not None and model_type in LLAMA_CPP.uneven:
         family, wrong = UNEVEN, UNEVEN.refusal(decoder)

@@ -78,7 +78,7 @@ def _pieces(batches: Sequence[Tensor], count: int, length: int, generator: torch
 
 @contextmanager
 def _sampling(model: PreTrainedModel) -> Iterator[None]:
-    """Set plain sampling at temperature 1 for the context, whatever the model's own generation config is."""
+    """Set plain sampling at temperature 1 for the context, in place of the model's own generation config."""
     own = model.generation_config
     eos = own.eos_token_id if own is not None else None
     model.generation_config = GenerationConfig(

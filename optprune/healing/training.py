@@ -154,7 +154,7 @@ class Training:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+def gradient_checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Enable gradient checkpointing for the context."""
     if not wanted:
         yield

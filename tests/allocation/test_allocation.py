@@ -206,7 +206,7 @@ WHOLE = BlockShape(128, 2, 16)
         ([BlockAllocation(replace(WHOLE, mlp_width=129))] * 2, "keeps mlp_width 129 in block 0, which has 128"),
         ([BlockAllocation(replace(WHOLE, kv_heads=-1))] * 2, "keeps kv_heads -1 in block 0"),
         ([BlockAllocation(replace(WHOLE, value_dim=0))] * 2, "keeps value_dim 0 in block 0"),
-        ([BlockAllocation(BlockShape(128, 0, 0))] * 2, "keeps no attention at all"),
+        ([BlockAllocation(BlockShape(128, 0, 0))] * 2, "keeps no attention"),
         ([BlockAllocation(BlockShape(128, 1, 8))] * 2, "removes KV heads and value dimensions of block 0"),
         ([BlockAllocation(WHOLE, {"mlp.fc1": 0.5})] * 2, "names mlp.fc1 in block 0, which has no such linear layer"),
         ([BlockAllocation(WHOLE, {"mlp.up_proj": 0.0})] * 2, "keeps a share 0 of mlp.up_proj"),

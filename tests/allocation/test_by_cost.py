@@ -129,9 +129,9 @@ def test_a_budget_out_of_reach_is_an_input_error() -> None:
 def test_a_budget_divided_without_a_metric_gives_a_note() -> None:
     settings = {"metric": "none", "sparsity": 0.2, "allocation.probe_tokens": 0}
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", settings))
-    assert any("not in one unit" in note for note in report.notes)
+    assert any("do not compare between layers" in note for note in report.notes)
     report = prune(tiny_llama(), batches(), load_recipe("structured_best", {"sparsity": 0.2}))
-    assert not any("not in one unit" in note for note in report.notes)
+    assert not any("do not compare between layers" in note for note in report.notes)
     with pytest.raises(StrictError, match="set metric to diagonal"):
         prune(tiny_llama(), batches(), load_recipe("structured_best", {**settings, "strict": True}))
 

@@ -237,7 +237,7 @@ def test_what_is_refused() -> None:
     decoder = Decoder(tiny_llama())
     with pytest.raises(InputError, match="positions"):
         prices_of(decoder, "time", 1 << 20, KINDS)
-    with pytest.raises(InputError, match="the blocks' operations can go"):
+    with pytest.raises(InputError, match="the blocks' operations can be removed"):
         prune(
             tiny_llama(),
             batches(),

@@ -189,7 +189,7 @@ def test_another_source_is_refused_by_name(
     statistics = optprune.collect(tiny_llama(), batches(), recipes=[])
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InputError, match=rf"collected where {what} was .*, and here it is .*: collect them anew"):
+    with pytest.raises(InputError, match=rf"collected where {what} was .*, and here it is .*: collect them again"):
         optprune.prune(model, text(), recipe("fasp"), statistics=statistics, partial_sums=PartialSums(partial_sums))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 

@@ -57,12 +57,12 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"sparsity": 0.9},
             (),
-            "out of reach with units 'all': they hold only 83.3% of the decoder's linear weights; ask for less",
+            "out of reach with units 'all': they hold only 83.3% of the decoder's linear weights; lower the sparsity",
         ),
         (
             {"sparsity": 0.8, "units": "mlp"},
             (),
-            "66.7% of the decoder's linear weights; ask for less, or use --units all",
+            "66.7% of the decoder's linear weights; lower the sparsity, or use --units all",
         ),
         ({"sparsity": 0.001}, (), "rounds to nothing"),
         ({"units": "heads"}, (), "--units cannot be 'heads' (did you mean all-heads?): use mlp, vo, "),

@@ -87,6 +87,6 @@ def test_a_gpu_is_not_named_where_each_process_has_its_own(monkeypatch) -> None:
 
 
 def test_more_partial_sums_than_windows_are_refused(attempt: Attempt) -> None:
-    assert "9 partial sums need as many calibration batches, and there are" in attempt.fails(
+    assert "9 partial sums need at least as many calibration batches, and there are" in attempt.fails(
         attempt.command("--lanes", "9")
     )

@@ -251,7 +251,7 @@ def test_the_last_sequences_are_held_out(share: float, apart: int) -> None:
 
 
 def test_one_sequence_at_least_is_left() -> None:
-    with pytest.raises(InputError, match="leaves none to calibrate on"):
+    with pytest.raises(InputError, match="leaves none for calibration"):
         prune(TINY_MODELS["llama"](), batches(1, 24), load_recipe("fasp", {"refit.held_out": 0.9}))
 
 

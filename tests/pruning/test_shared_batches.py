@@ -193,9 +193,9 @@ def test_processes_that_are_not_alike_are_refused() -> None:
 
 
 def test_impossible_partial_sums_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there must be at least one partial sum, not 0"):
+    with pytest.raises(InputError, match="the number of partial sums cannot be 0"):
         PartialSums(0)
-    with pytest.raises(InputError, match="7 partial sums need as many calibration batches, and there are 6"):
+    with pytest.raises(InputError, match="7 partial sums need at least as many calibration batches, and there are 6"):
         run(tiny_llama(), "wanda", PartialSums(7))
 
     def shared(peers: ThreadPeers) -> None:
