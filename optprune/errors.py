@@ -1,4 +1,4 @@
-"""The errors a user can meet: each is one sentence that says what was wrong and what to do."""
+"""The errors that a user can meet: each is one sentence that says what was wrong and what to do."""
 
 import errno
 import re
@@ -11,31 +11,31 @@ NO_ROOM = {
 
 
 class OptpruneError(Exception):
-    """Base of every error that optprune raises on purpose; the command line prints it and exits with 2."""
+    """Base of every error that optprune raises; the command line prints it and exits with 2."""
 
 
 class InputError(OptpruneError, ValueError):
-    """Something the user gave (a path, a number, a text, a model) cannot be used: a ValueError, as Python names it."""
+    """An input (a path, a number, a text, a model) that cannot be used; also a ValueError."""
 
 
 class NumericalError(OptpruneError):
-    """A matrix is not what the mathematics needs (NaN, indefinite); nothing was silently replaced."""
+    """A matrix that violates the mathematics (NaN, indefinite); no value was silently replaced."""
 
 
 class NoSolver(OptpruneError):
-    """No solver accepts the problem; the message lists each solver's reason."""
+    """A problem that no solver accepts; the message lists each solver's reason."""
 
 
 class StrictError(OptpruneError):
-    """Strict mode met a fallback, a dead input or too few tokens."""
+    """A fallback, a dead input or too few tokens in strict mode."""
 
 
 class WorkerError(OptpruneError):
-    """A process or a machine that did a part of the work is gone."""
+    """A process or a machine that did a part of the work has ended."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of Python's or of torch's, says that the memory is not enough."""
+    """Return whether an error of Python or torch says that the memory is not enough."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
@@ -43,14 +43,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def no_room_behind(error: BaseException) -> str | None:
-    """What is used up, when an error or the one that it came from says so."""
+    """Return what is used up, if an error or its cause says that there is no room; else None."""
     return no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
 
 
 def no_room(error: BaseException) -> str | None:
-    """What is used up, when an error says that there is no room to write: of Python's, numpy's or a Rust library's."""
+    """Return what is used up, if an error of Python, numpy or a Rust library says that there is no room; else None."""
     if isinstance(error, OSError):
-        # numpy, which has no other words for it and keeps no number.
+        # numpy's error for a full disk, which has no number.
         cut_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
         return "the disk has no room for a file" if cut_short else NO_ROOM.get(error.errno or 0)
     code = re.search(r"\(os error (\d+)\)", str(error))

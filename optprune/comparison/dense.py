@@ -79,7 +79,9 @@ class InMemory(DenseSource):
 
     def __post_init__(self) -> None:
         if self.loaded.store is not None:
-            raise InputError(f"the blocks of {self.loaded.source} are in its files: name the model instead")
+            raise InputError(
+                f"the blocks of {self.loaded.source} are not in memory: give the name of the model instead"
+            )
 
     @property
     def source(self) -> str:  # type: ignore[override]

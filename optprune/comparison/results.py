@@ -118,9 +118,10 @@ class Comparison:
         for result in self.results:
             groups.setdefault((result.cell.recipe, result.cell.sparsity), []).append(result)
         rows = [Row(DENSE, None, (self.dense,))]
-        for (recipe, sparsity), of in groups.items():
-            figures = tuple(result.figures for result in of if result.figures is not None)
-            rows.append(Row(recipe, sparsity, figures, tuple(each.failure for each in of if each.figures is None)))
+        for (recipe, sparsity), results in groups.items():
+            figures = tuple(result.figures for result in results if result.figures is not None)
+            failures = tuple(result.failure for result in results if result.figures is None)
+            rows.append(Row(recipe, sparsity, figures, failures))
         return rows
 
     def markdown(self) -> str:
@@ -154,14 +155,14 @@ class Comparison:
     def _cells(self) -> list[list[str]]:
         rows = self.rows()
         shown = [figure for figure in COLUMNS if any(row.values(figure) for row in rows)]
-        table = [["recipe", "asked", "seeds", *(COLUMNS[figure][0] for figure in shown)]]
+        table = [["recipe", "requested", "seeds", *(COLUMNS[figure][0] for figure in shown)]]
         for row in rows:
-            asked = "" if row.sparsity is None else f"{row.sparsity:g}"
+            requested = "" if row.sparsity is None else f"{row.sparsity:g}"
             seeds = "" if row.sparsity is None else str(len(row.figures))
             cells = [_formatted(row, figure) for figure in shown]
             if not row.figures:
                 cells[0] = "failed"
-            table.append([row.recipe, asked, seeds, *cells])
+            table.append([row.recipe, requested, seeds, *cells])
         return table
 
     def _sentences(self) -> Iterator[str]:
@@ -170,7 +171,7 @@ class Comparison:
             yield (
                 f"calibrated on {options['the calibration text']}, {options['the samples']} windows of "
                 f"{options['the length of a window']} tokens; evaluated on {options['the evaluation text']}, "
-                f"{options['the windows evaluated']} windows; seconds are of pruning by itself"
+                f"{options['the windows evaluated']} windows; seconds are those of pruning alone"
             )
         yield from (f"failed: {sentence}" for sentence in self.failures)
 
@@ -184,7 +185,7 @@ def _formatted(row: Row, figure: str) -> str:
 
 
 def picture_of(comparison: Comparison) -> bytes:
-    """Plot each measure of quality against weights left, bytes and seconds of pruning; return an SVG file.
+    """Return an SVG picture of each measure of quality against weights left, bytes and seconds of pruning.
 
     There is a line for each recipe and a point for each sparsity: the mean over the seeds, with the standard deviation.
     """
@@ -202,8 +203,8 @@ def picture_of(comparison: Comparison) -> bytes:
         for across, against in enumerate(AGAINST):
             for down, quality in enumerate(QUALITY):
                 axes = grid[down][across]
-                for name, of in recipes.items():
-                    _draw(axes, name, [row for row in of if row.figures], against, quality)
+                for name, own in recipes.items():
+                    _draw(axes, name, [row for row in own if row.figures], against, quality)
                 level = dense.mean(quality)
                 axes.axhline(level, color="grey", linestyle=":", label="dense")
             grid[-1][across].set_xlabel(_heading(against))

@@ -127,7 +127,7 @@ def along_table(evaluation: EvaluationReport) -> Table:
         )
         for each in evaluation.along
     )
-    head = ("tokens seen", "perplexity", "divergence, nats", "first choice the same")
+    head = ("tokens in the context", "perplexity", "divergence, nats", "first choice the same")
     return Table("Predictions along the context", head, rows)
 
 
@@ -209,7 +209,7 @@ class Headline:
     def key_figures(self) -> list[tuple[str, str, str]]:
         """Return the most important figures: name, figure, and a remark."""
         report, evaluation = self.report, self.evaluation
-        found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} asked")]
+        found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} requested")]
         if evaluation is not None:
             before = evaluation.dense_perplexity
             small = "" if before is None else f"{number(before, '.2f')} before"

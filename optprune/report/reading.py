@@ -32,7 +32,7 @@ def read_report(folder: str | Path) -> Report:
         raise InputError(f"{file} cannot be read: {one_line(error)}") from error
     data = read_json(text, str(file))
     if not isinstance(data, dict):
-        raise InputError(f"{file} is no report of a run, but {shown(data)}: give a folder that optprune prune wrote")
+        raise InputError(f"{file} is not the report of a run: give a folder that optprune prune wrote")
     check_whole_numbers(data, str(file))
     try:
         return TypeAdapter(Report).validate_python(_restore_nan(data))
@@ -40,8 +40,8 @@ def read_report(folder: str | Path) -> Report:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"{file} is no report of a run ({one_line(place)}: {one_line(first['msg'])}): give a folder that optprune "
-            "prune wrote"
+            f"{file} is not the report of a run ({one_line(place)}: {one_line(first['msg'])}): give a folder that "
+            "optprune prune wrote"
         ) from error
 
 

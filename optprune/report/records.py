@@ -122,7 +122,7 @@ class Report(Displayed):
     the machine); `--resume` compares them with those of the command"""
 
     def __repr__(self) -> str:
-        removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} asked"
+        removed = f"{self.sparsity_reached:.2%} removed, {self.sparsity_requested:.2%} requested"
         return (
             f"Report({self.model!r}, {self.recipe.get('name')!r}, {removed}, {counted(len(self.layers), 'layer')} "
             "solved)"

@@ -94,7 +94,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         ),
         ({}, ("--set", "solver={spap: {scale: large}}"), "option scale of spap is 'large'"),
         ({}, ("--set", "damping=2001-99-99"), "the value in --set damping=2001-99-99 is not valid YAML"),
-        ({}, ("--set", "refit.dampings=0.1"), "'refit.dampings' does nothing without refit.held_out: set that"),
+        ({}, ("--set", "refit.dampings=0.1"), "'refit.dampings' has no effect without refit.held_out: set that"),
         ({"json": "missing/record.json"}, (), "there is no folder missing"),
         ({"dtype": "float99"}, (), "--dtype cannot be 'float99' (did you mean float32?): use auto, "),
         ({"save_dtype": "float99"}, (), "--save-dtype cannot be 'float99'"),
@@ -110,7 +110,7 @@ from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_opt
         (
             {"pattern": "2:4"},
             (),
-            "the pattern 2:4 is one of single weights, but units are all: choose a recipe with units weights, such as",
+            "the pattern 2:4 is for single weights, but units are all: choose a recipe with units weights, such as",
         ),
         (
             {"recipe": "sparse_best"},

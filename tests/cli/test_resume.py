@@ -351,7 +351,7 @@ def test_a_second_run_at_the_same_time_is_told_of_the_first(
         before = contents(tmp_path)
         for words in ([], *([] if command == "compare" else [["--resume"], ["--restart"], ["--overwrite"]])):
             assert run(*words) == 2
-            assert f"another process is at work on the {noun} in" in capsys.readouterr().err
+            assert f"another process is using the {noun} in" in capsys.readouterr().err
         assert contents(tmp_path) == before
         other.communicate(b"\n")
     assert run() == 0

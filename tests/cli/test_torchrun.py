@@ -65,7 +65,7 @@ def test_the_first_process_alone_looks_at_the_run_folder(tmp_path: Path, monkeyp
         monkeypatch.setenv("RANK", "1")
         output.check_run(Journal, {})
         monkeypatch.setenv("RANK", "0")
-        with pytest.raises(InputError, match="another process is at work on the run"):
+        with pytest.raises(InputError, match="another process is using the run"):
             output.check_run(Journal, {})
         other.communicate(b"\n")
 

@@ -32,7 +32,7 @@ def nested(chain: Solver, _: int) -> Chain:
         (lambda: Recipe(dampening=1), "no field 'dampening'.*did you mean damping.*: it has name, "),  # type: ignore[call-arg]
         (
             lambda: Recipe({"refit.recovery": 1}),
-            r"field 'refit\.recovery' does nothing without refit\.held_out",
+            r"field 'refit\.recovery' has no effect without refit\.held_out",
         ),
         (lambda: Recipe(solver={"spap": {"first": -1}}), "'solver' cannot be .*: first of Spap must be"),  # type: ignore[arg-type]
         (lambda: Recipe(units={"weights": "2:x"}), "'units' cannot be '2:x': the pattern '2:x' is not known"),  # type: ignore[arg-type]

@@ -112,9 +112,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "too little": ({"sparsity": 0.01}, "rounds to nothing: one expert of 4 in each block is 18.8%"),
     "another solver": (
         {"solver": "wanda"},
-        "Wanda does not solve the problems of units experts: experts are chosen by",
+        "Wanda does not solve the problems of units experts: use expert_elimination",
     ),
-    "an objective": ({"objective": "linked"}, "whole experts have an objective of their own: leave the objective out"),
+    "an objective": ({"objective": "linked"}, "units experts have a fixed objective: leave the objective out"),
     "units of another kind": ({"units": "mlp"}, "Reap does not solve the problems of units mlp"),
 }
 

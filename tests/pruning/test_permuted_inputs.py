@@ -178,7 +178,7 @@ def test_heads_of_no_whole_groups_stay_as_they_are_with_a_note() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"units": "mlp"}, "permuted orders inputs for groups of N:M, and units mlp have no pattern"),
+        ({"units": "mlp"}, "permuted needs an N:M pattern, but units mlp have no pattern"),
         ({"units": "weights"}, "units weights have the pattern unstructured: set units.weights to an N:M"),
         ({"units": {"weights": "rows"}}, "the pattern rows"),
     ],

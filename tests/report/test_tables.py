@@ -47,7 +47,7 @@ def test_a_report_tells_what_was_done(report: Report) -> None:
     errors = [layer.relative_error for layer in report.layers]
     assert sorted(layer.relative_error for layer in shown) == sorted(errors)[2:]
     assert repr(report) == (
-        f"Report('some model', 'fasp', {report.sparsity_reached:.2%} removed, 20.00% asked, 12 layers solved)"
+        f"Report('some model', 'fasp', {report.sparsity_reached:.2%} removed, 20.00% requested, 12 layers solved)"
     )
 
 
