@@ -47,8 +47,8 @@ class PartialSums:
     def share(self, total: int) -> "Share":
         """Return this process's share of `total` batches."""
         bounds = [part * total // self.count for part in range(self.count + 1)]
-        mine = bounds[self.numbers.start : self.numbers.stop + 1]
-        return Share(self, tuple(bound - mine[0] for bound in mine[:-1]), mine[0], total - mine[-1])
+        own = bounds[self.numbers.start : self.numbers.stop + 1]
+        return Share(self, tuple(bound - own[0] for bound in own[:-1]), own[0], total - own[-1])
 
     def check(self, batches: Sequence[Tensor]) -> None:
         """Raise InputError where a partial sum would have no batch."""

@@ -41,7 +41,7 @@ def report_error(error: BaseException) -> int:
     if isinstance(error, typer.Exit):
         return error.exit_code
     if isinstance(error, BrokenPipeError):
-        # The reader (head, less) has gone; Python must not complain again when it flushes at exit.
+        # The reader (head, less) has closed the pipe; Python would fail again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     if os.environ.get("OPTPRUNE_DEBUG") == "1":

@@ -46,7 +46,7 @@ def evaluate_command(
         typer.Option("--tasks", metavar="NAMES", help="Tasks of lm-eval: names or .yaml files, separated by commas."),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with tasks of your own.")
+        Path | None, typer.Option("--include-path", metavar="DIR", help="A folder with custom tasks.")
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", help="Largest number of questions of a task. [default: all]")

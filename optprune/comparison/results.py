@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from io import BytesIO
 from statistics import mean, stdev
 from typing import Any
 
 from optprune.comparison.grid import Cell
+from optprune.report.drawings import picture_bytes, plot_settings
 from optprune.system.files import json_text
 
 DENSE = "dense"
@@ -189,11 +189,9 @@ def picture_of(comparison: Comparison) -> bytes:
 
     There is a line for each recipe and a point for each sparsity: the mean over the seeds, with the standard deviation.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot there is no window and no global state
 
-    # A fixed salt gives the same bytes for the same figures. Without pyplot there is no window and no global state.
-    with matplotlib.rc_context({"svg.hashsalt": "optprune"}):
+    with plot_settings():
         figure = Figure(figsize=(12, 10), layout="constrained")
         grid: Any = figure.subplots(len(QUALITY), len(AGAINST), sharey="row", sharex="col")
         dense, *rows = comparison.rows()
@@ -212,9 +210,7 @@ def picture_of(comparison: Comparison) -> bytes:
             grid[down][0].set_ylabel(_heading(quality))
         grid[0][0].legend(fontsize=8)
         figure.suptitle(comparison.model)
-        picture = BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    return picture.getvalue()
+        return picture_bytes(figure, "svg")
 
 
 def _draw(axes: Any, name: str, rows: list[Row], against: str, quality: str) -> None:

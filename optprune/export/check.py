@@ -135,12 +135,12 @@ def run_alongside(
 
     `on_line` is called with each line of its output.
     """
-    ours, theirs = os.pipe()
+    reader, writer = os.pipe()
     lines: list[str] = []
     try:
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
             process = subprocess.Popen(
-                words, stdin=ours, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                words, stdin=reader, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
             with process:
                 try:
@@ -154,5 +154,5 @@ def run_alongside(
             errors.seek(0)
             return subprocess.CompletedProcess(words, process.returncode, "".join(lines), errors.read())
     finally:
-        os.close(ours)
-        os.close(theirs)
+        os.close(reader)
+        os.close(writer)

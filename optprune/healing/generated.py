@@ -51,8 +51,8 @@ def generated_windows(
             )
             own[number] = found.tolist()
     every = dict[int, list[list[int]]]()
-    for theirs in peers.all_gather(own):
-        every |= theirs
+    for part in peers.all_gather(own):
+        every |= part
     return torch.tensor([window for number in range(len(parts)) for window in every[number]])
 
 

@@ -48,8 +48,8 @@ class Windows:
     @torch.no_grad()
     def of(cls, teacher: Reader, windows: Tensor, peers: Peers) -> "Windows":
         """Return this process's part of the windows [n, length]."""
-        mine = _at_once(windows[peers.rank :: peers.size])
-        return cls(mine, [teacher.hidden(ids) for ids in mine], windows.shape[0] * (windows.shape[1] - 1))
+        own = _at_once(windows[peers.rank :: peers.size])
+        return cls(own, [teacher.hidden(ids) for ids in own], windows.shape[0] * (windows.shape[1] - 1))
 
 
 class Training:

@@ -294,7 +294,7 @@ class Architecture:
         return next(index for index, stage in enumerate(self.stages) if path in stage)
 
     def layer_sizes(self, config: PretrainedConfig, heads: Heads, shape: BlockShape) -> dict[str, tuple[int, int]]:
-        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for layers that are gone."""
+        """Return the outputs and inputs of every linear layer in a block of a shape, zeros for removed layers."""
         hidden = int(config.hidden_size)
         outputs = dict.fromkeys(self.mlp_producers, shape.mlp_width * self.rows_of_unit)
         rows = ((self.query, heads.group * heads.dim), (self.key, heads.dim), (self.value, shape.value_dim))

@@ -25,7 +25,7 @@ CONVERT = (
 )
 ADVICE = {
     "config": "correct config.json, or fetch it again",
-    "tokenizer": "fetch its files again, or save it anew with transformers",
+    "tokenizer": "fetch its files again, or save it again with transformers",
     "weights": "check that they are whole and belong to config.json, or fetch both again",
 }
 GGUF_ADVICE = "check that the file is whole, and that optprune prunes its architecture"

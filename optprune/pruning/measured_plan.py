@@ -225,7 +225,7 @@ class BlockProbe:
         return Times(total - solves - recovery, solves, recovery)
 
     def entering(self, batches: Sequence[Tensor]) -> Stream:
-        """Return the inputs of the block from these batches, which are some of the probe's, split anew."""
+        """Return the inputs of the block from these batches, which are some of the probe's, split again."""
         sizes = [len(batch) for batch in batches]
         hidden = torch.cat(list(self.hidden))[: sum(sizes)].split(sizes)
         return Stream(

@@ -19,7 +19,7 @@ from optprune.program import Request, check_batches, resolve
 from optprune.pruning.block import block_problem
 from optprune.pruning.run import begin
 from optprune.pruning.workers import Serial
-from optprune.recipe import Recipe, make_recipe
+from optprune.recipe import Recipe
 from optprune.report import PhaseRecorder
 from optprune.system.wording import counted, shown
 
@@ -47,7 +47,7 @@ def layer_loss(
     before = now if dense is None else Decoder(dense)
     block, path = place_of(before, name)
     _check_same(now, before, block, path)
-    policy = make_recipe({"propagation": policy}).policy
+    policy = Recipe({"propagation": policy}).policy
     batches = check_batches(before.model.config, batches)
     tap, original = before.architecture.taps[path], before.blocks[block]
     # All layers of a block that is solved in one stage get the dense block's inputs, without its removed sub-blocks.

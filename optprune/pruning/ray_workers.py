@@ -50,12 +50,12 @@ class RayWorkers(ParallelWorkers):
     @contextmanager
     def pool(self, context: WorkerContext) -> Iterator[WorkerPool]:
         ray = _ray()
-        mine = not ray.is_initialized()
-        with for_this_machine() if mine and self.address == LOCAL else nullcontext():
-            if mine:
+        owned = not ray.is_initialized()
+        with for_this_machine() if owned and self.address == LOCAL else nullcontext():
+            if owned:
                 self._connect(ray, context)
             try:
-                if mine and self.address == LOCAL:
+                if owned and self.address == LOCAL:
                     check_closed(ray)
                 there = self._room(ray, context)
                 cluster = _Cluster(ray, context, there if self.count is None else min(self.count, there))
@@ -64,7 +64,7 @@ class RayWorkers(ParallelWorkers):
                 finally:
                     cluster.stop()
             finally:
-                if mine:
+                if owned:
                     ray.shutdown()
 
     def _connect(self, ray: Any, context: WorkerContext) -> None:

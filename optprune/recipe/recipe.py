@@ -284,11 +284,6 @@ def recipe_names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir() if file.name.endswith(".yaml"))
 
 
-def make_recipe(fields: Mapping[str, Any]) -> Recipe:
-    """Return a recipe from plain data; InputError, in one sentence, for the first field that is wrong."""
-    return Recipe(fields)
-
-
 def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Return a recipe by its name or from a YAML file, with some fields replaced."""
     names = recipe_names()

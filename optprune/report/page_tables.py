@@ -34,13 +34,13 @@ def phases_table(report: Report) -> Table:
             phase.name,
             time_of(phase.seconds),
             f"{phase.seconds / whole:.1%}" if whole else "",
-            _size(phase.host_bytes),
-            *([_size(phase.device_bytes)] if device else []),
+            _mib(phase.host_bytes),
+            *([_mib(phase.device_bytes)] if device else []),
         )
         for phase in report.phases
     ]
     peaks = [
-        _size(max((size for size in sizes if size is not None), default=None))
+        _mib(max((size for size in sizes if size is not None), default=None))
         for sizes in zip(*((phase.host_bytes, phase.device_bytes) for phase in report.phases), strict=True)
     ]
     rows.append(("all", time_of(whole), "100.0%", *peaks[: 1 + device]))
@@ -185,10 +185,6 @@ def time_of(seconds: float) -> str:
 def percent(share: float) -> str:
     """Return a share in percent with three significant digits."""
     return f"{100 * share:.3g}%" if math.isfinite(share) else "unbounded"
-
-
-def _size(size: int | None) -> str:
-    return "-" if size is None else mib(size)
 
 
 def mib(size: int) -> str:

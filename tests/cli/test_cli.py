@@ -23,7 +23,7 @@ from optprune.errors import InputError
 from optprune.measure import perplexity
 from optprune.models import Weights, load_model, load_tokenizer
 from optprune.patterns import InGroups
-from optprune.recipe import load_recipe, make_recipe, recipe_names
+from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.groups import Refit
 from optprune.recipe.names import SOLVERS
 from optprune.solvers import ConjugateGradients, Magnitude, Restore
@@ -341,7 +341,7 @@ def test_one_damping_is_a_list_of_one() -> None:
     ],
 )
 def test_options_of_solvers_survive_a_file(solver: object, tmp_path: Path) -> None:
-    recipe = make_recipe({"solver": solver})
+    recipe = Recipe({"solver": solver})
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
     assert load_recipe(str(file)) == recipe
@@ -349,9 +349,9 @@ def test_options_of_solvers_survive_a_file(solver: object, tmp_path: Path) -> No
 
 
 def test_options_get_the_types_that_solvers_declare() -> None:
-    assert make_recipe({"solver": {"restore": {"factor_dtype": "float32"}}}).solver == Restore(torch.float32)
-    assert make_recipe({"solver": {"restore": {"factor_dtype": "torch.float64"}}}).solver == Restore(torch.float64)
-    assert make_recipe({"solver": {"conjugate_gradients": {"tolerance": "1e-2"}}}).solver == ConjugateGradients(0.01)
+    assert Recipe({"solver": {"restore": {"factor_dtype": "float32"}}}).solver == Restore(torch.float32)
+    assert Recipe({"solver": {"restore": {"factor_dtype": "torch.float64"}}}).solver == Restore(torch.float64)
+    assert Recipe({"solver": {"conjugate_gradients": {"tolerance": "1e-2"}}}).solver == ConjugateGradients(0.01)
 
 
 def test_what_a_solver_says_of_its_options_is_the_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,7 @@ def test_what_a_solver_says_of_its_options_is_the_sentence(monkeypatch: pytest.M
 
     monkeypatch.setitem(SOLVERS, "picky", Picky)
     with pytest.raises(InputError, match=r"'solver' cannot be .*: most cannot be 0: it is at least 1$"):
-        make_recipe({"solver": {"picky": {"most": 0}}})
+        Recipe({"solver": {"picky": {"most": 0}}})
 
 
 # -- demo

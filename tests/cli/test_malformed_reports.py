@@ -50,7 +50,7 @@ def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
 def test_a_report_that_is_null_is_told(folder: Path, dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "report.json").write_text("null")
     code, told = said(capsys, "report", str(folder))
-    assert code == 2 and f"{folder / 'report.json'} is not the report of a run: give a folder" in told
+    assert code == 2 and f"{folder / 'report.json'} is not the report of a run" in told
     code, told = said(capsys, "audit", str(folder))
     assert code == 0 and "note: report.json is not a report, so it is ignored" in told
     code, told = said(capsys, "plan", str(dense), "--no-probe", "--allocation", str(folder / "report.json"))

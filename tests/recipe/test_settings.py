@@ -9,7 +9,7 @@ from optprune.cli import main
 from optprune.errors import InputError
 from optprune.models import UNITS, Blocks, Weights
 from optprune.patterns import InGroups
-from optprune.recipe import Recipe, load_recipe, make_recipe, recipe_names
+from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.groups import GROUPS, DepthSearch, FisherMetric, GlobalBudget, Recovery, Refit, UniformShares
 from optprune.recipe.reference import recipe_fields, spellings
 from optprune.recipe.settings import RENAMED
@@ -25,7 +25,7 @@ def test_a_former_name_is_refused_with_the_present_one(name: str, tmp_path: Path
     file.write_text(f"{name}: 1\n", encoding="utf-8")
     for set_it in (
         lambda: Recipe(**{name: 1}),
-        lambda: make_recipe({name: 1}),
+        lambda: Recipe({name: 1}),
         lambda: load_recipe("fasp", {name: 1}),
         lambda: load_recipe(str(file)),
     ):
@@ -258,7 +258,7 @@ def test_a_recipe_that_is_written_is_read_as_it_was(name: str) -> None:
     more = {"allocation.multiple": 4} if load_recipe(name).units.kinds else {}
     for settings in ({}, {"refit.held_out": 0.25, "refit.recovery": 2, "metric": "diagonal", **more}):
         recipe = load_recipe(name, settings)
-        assert make_recipe(recipe.to_dict()) == recipe == Recipe(**dict(recipe))
+        assert Recipe(recipe.to_dict()) == recipe == Recipe(**dict(recipe))
         assert list(recipe.to_dict()) == list(Recipe.model_fields)
 
 

@@ -51,7 +51,7 @@ def test_a_report_of_the_first_version_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (None, "has no report.json: give one that optprune prune wrote"),
+        (None, "has no report.json: give a folder that optprune prune wrote"),
         ("{", "is not valid JSON"),
         ("[]", "is not the report of a run"),
         ("{}", r"is not the report of a run \(model: "),
