@@ -4,7 +4,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-Get, Dir = Callable[[str], Any], Callable[[], list[str]]
+Get = Callable[[str], Any]
+Dir = Callable[[], list[str]]
 
 
 def lazy_names(package: str, modules: dict[str, tuple[str, ...]]) -> tuple[Get, Dir]:
