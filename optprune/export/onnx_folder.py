@@ -235,7 +235,7 @@ def difference_of(file: Path, model: PreTrainedModel, cache: bool) -> float:
 
 
 def without_telemetry() -> None:
-    """Switch the telemetry of ONNX Runtime off: call this before anything imports onnxruntime."""
+    """Disable the telemetry of ONNX Runtime; this has an effect only before onnxruntime is imported."""
     os.environ[TELEMETRY] = "1"
 
 
