@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
-from optprune.numerics.definite import check_average, clear_small
-from optprune.numerics.finite import all_finite
+from optprune.numerics.gram import check_average, clear_small
+from optprune.numerics.tensors import all_finite
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,12 +4,10 @@ from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
-from optprune.problems.masked import MaskedLeastSquares
+from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
 from optprune.problems.matching import BlockMatching, Example, Examples
 from optprune.problems.penalised import PenalisedLeastSquares
-from optprune.problems.permutation import Permutation
-from optprune.problems.rotation import Rotation
-from optprune.problems.selection import SelectionProblem
+from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
 

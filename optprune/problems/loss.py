@@ -11,8 +11,8 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import excess, full_precision
+from optprune.numerics.tensors import all_finite
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import Pattern
 from optprune.problems.loss import LayerLoss
-from optprune.problems.selection import SelectionProblem
+from optprune.problems.masked import SelectionProblem
 
 
 @final

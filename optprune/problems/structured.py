@@ -14,7 +14,7 @@ from optprune.metric import OutputBasis
 from optprune.numerics import linalg
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
-from optprune.problems.selection import SelectionProblem
+from optprune.problems.masked import SelectionProblem
 
 
 @dataclass(frozen=True, eq=False)

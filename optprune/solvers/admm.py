@@ -10,8 +10,7 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring
 from optprune.solvers.spectrum import column_scale
 from optprune.work import Work, eigenvectors, product, selection, storage, sweeps
 

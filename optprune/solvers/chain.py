@@ -8,8 +8,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.problems import Problem
-from optprune.solvers.base import AnySolver, Solver
-from optprune.solvers.solution import Certificate, Record, Status
+from optprune.solvers.base import AnySolver, Certificate, Record, Solver, Status
 from optprune.work import Work
 
 DEEPEST = 8

@@ -8,10 +8,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.inverse import InverseForm, cost_rounding
-from optprune.solvers.solution import Status
-from optprune.solvers.tableau import EXCHANGE, Tableau, tableau_flops
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
+from optprune.solvers.inverse import EXCHANGE, InverseForm, Tableau, cost_rounding, tableau_flops
 from optprune.work import Work, factor, inverse, sweeps
 
 REFRESH = 64

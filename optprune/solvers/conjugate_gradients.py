@@ -11,9 +11,8 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring
+from optprune.solvers.base import Certificate, Solver, Status, check_options, measuring
 from optprune.solvers.restore import Restorable, fixed_mask, restored_bound
-from optprune.solvers.solution import Certificate, Status
 from optprune.work import Work, product, storage, sweeps
 
 STEPS_PER_DIGIT = 11

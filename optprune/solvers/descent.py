@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optprune.numerics.precision import full_precision
 from optprune.problems.matching import BlockMatching, Examples, Point
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Status
 from optprune.work import Work
 
 State = TypeVar("State")

@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.metric import OutputMetric
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.measured_gap import MeasuredGap, StopsAtGap, gap_flops
+from optprune.solvers.duality import MeasuredGap, StopsAtGap, gap_flops
 from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 from optprune.work import Work, product, sweeps
 

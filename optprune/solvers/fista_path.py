@@ -10,12 +10,11 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
-from optprune.numerics.selection import median_among
+from optprune.numerics.tensors import median_among
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.fista import Fista, GradientStep
-from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
 from optprune.work import Work, selection
 

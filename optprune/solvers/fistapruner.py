@@ -10,9 +10,8 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.penalties import L1
 from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.fista import Fista, GradientStep
-from optprune.solvers.solution import Status
 from optprune.work import Work
 
 LEAST = 1e-8

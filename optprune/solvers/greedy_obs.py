@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
-from optprune.numerics.selection import places
+from optprune.numerics.tensors import places
 from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks

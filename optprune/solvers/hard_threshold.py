@@ -9,8 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import within
 from optprune.problems import SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.spectrum import column_steps
 from optprune.work import Work, product, selection, sweeps
 

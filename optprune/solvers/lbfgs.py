@@ -6,8 +6,8 @@ from typing import final
 import torch
 
 from optprune.problems.matching import BlockMatching, Point
+from optprune.solvers.base import Status
 from optprune.solvers.descent import GRADIENT_PASSES, NUMBER, Descent
-from optprune.solvers.solution import Status
 from optprune.work import Work, sweeps
 
 DECREASE = 1e-4

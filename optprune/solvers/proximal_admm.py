@@ -14,7 +14,7 @@ from optprune.metric import OutputMetric
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.measured_gap import MeasuredGap, StopsAtGap, gap_flops
+from optprune.solvers.duality import MeasuredGap, StopsAtGap, gap_flops
 from optprune.work import DOUBLE, Work, eigenvectors, inverse, product, sweeps
 
 BALANCE = 5.0

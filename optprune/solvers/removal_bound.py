@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.numerics import linalg
-from optprune.numerics.finite import all_finite
 from optprune.numerics.rounding import OUTWARD, gamma
+from optprune.numerics.tensors import all_finite
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Answer, DirectSolver, measuring, unfitted
-from optprune.solvers.solution import Certificate
+from optprune.solvers.base import Answer, Certificate, DirectSolver, measuring, unfitted
 from optprune.solvers.verified import VerifiedLoss
 from optprune.work import DOUBLE, Work, eigenvectors, inverse, product
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from optprune.numerics import linalg
 from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
-from optprune.solvers.base import Answer, DirectSolver, measuring
-from optprune.solvers.solution import Certificate
+from optprune.solvers.base import Answer, Certificate, DirectSolver, measuring
 from optprune.solvers.spectrum import ScaledGram, factor_rounding
 from optprune.solvers.verified import VerifiedLoss
 from optprune.work import Work, factor, product, storage, sweeps

@@ -10,13 +10,11 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Problem
-from optprune.solvers.auto import choose
-from optprune.solvers.base import AnySolver
+from optprune.solvers.base import AnySolver, Record, Solution
 from optprune.solvers.chain import Chain
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.restore import Restore
-from optprune.solvers.run import answer, solve
-from optprune.solvers.solution import Record, Solution
+from optprune.solvers.run import answer, choose, solve
 
 
 @dataclass(frozen=True)

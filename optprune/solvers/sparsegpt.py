@@ -10,9 +10,9 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured, largest
-from optprune.problems import LayerLoss, SparseLeastSquares
+from optprune.problems import SparseLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
-from optprune.solvers.spectrum import ScaledGram
+from optprune.solvers.inverse import inverse_gram
 from optprune.work import Work, factor, inverse, product, storage
 
 
@@ -100,17 +100,3 @@ def _block_mask(
     if isinstance(pattern, RowWise):
         return largest(score, keep)
     return Unstructured(keep).project(score)
-
-
-def inverse_gram(loss: LayerLoss) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
-    """A^-1 and the unpruned minimiser B A^-1, a fresh tensor, in float64; NumericalError where A is singular."""
-    scaled = ScaledGram.of(loss)
-    factor = scaled.factor()
-    if factor is None:
-        raise NumericalError(
-            "the Gram matrix is not positive definite by more than rounding (fewer tokens than inputs, or dead inputs, "
-            "without damping): damp the loss, e.g. by 0.01"
-        )
-    inverse = torch.cholesky_inverse(factor, out=factor).div_(scaled.scale[:, None]).div_(scaled.scale)
-    weight = loss.weight.double()
-    return inverse, weight.clone() if loss.pull is None else weight - loss.pull.double() @ inverse

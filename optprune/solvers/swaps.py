@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.numerics.selection import places
+from optprune.numerics.tensors import places
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import SparseLeastSquares
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.work import Work, sweeps
 
 REFRESH = 64

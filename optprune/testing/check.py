@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from optprune.problems import Problem
 from optprune.solvers import AnySolver
 from optprune.testing import laws
-from optprune.testing.loss_strategies import METRIC_KINDS, MetricKind
-from optprune.testing.strategies import STRATEGIES, weighted
+from optprune.testing.strategies import METRIC_KINDS, STRATEGIES, MetricKind, weighted
 
 
 def check_solver(solver: AnySolver, *, examples: int = 20, shrink: bool = True) -> None:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from optprune.problems import BlockMatching, Example
 from optprune.problems import matching as problem_module
-from optprune.problems.kept_entries import KeptEntries
-from optprune.problems.matching import Point
+from optprune.problems.matching import KeptEntries, Point
 from optprune.solvers import Adam, Descent, Lbfgs, Status, descent, match
 from optprune.solvers.adam import AdamState
 from optprune.solvers.descent import Rounding

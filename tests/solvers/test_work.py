@@ -37,7 +37,7 @@ from optprune.solvers import (
 )
 from optprune.solvers.descent import GRADIENT_PASSES
 from optprune.solvers.greedy_obs import removal_curve_work
-from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 from tests.helpers.memory import MIB, told

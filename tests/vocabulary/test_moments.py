@@ -9,8 +9,8 @@ from optprune.errors import InputError, NumericalError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss
 from optprune.sums import MomentSums
-from optprune.testing import part_laws
-from optprune.testing.loss_strategies import samples
+from optprune.testing import laws
+from optprune.testing.strategies import samples
 
 NAN, INF = float("nan"), float("inf")
 
@@ -25,7 +25,7 @@ def agree(one, other, slack):
 def test_merged_moments_are_those_of_one_pass(drawn, data):
     tokens = drawn.inputs.shape[0]
     if tokens > 1:
-        part_laws.merging_is_one_pass(drawn.inputs, drawn.dense, data.draw(st.integers(1, tokens - 1)))
+        laws.merging_is_one_pass(drawn.inputs, drawn.dense, data.draw(st.integers(1, tokens - 1)))
 
 
 @given(samples(3), samples(3))

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from optprune.moments import InputMoments
-from optprune.numerics.finite import all_finite
+from optprune.numerics.tensors import all_finite
 from optprune.sums import MomentSums
 
 TOKENS = 40
