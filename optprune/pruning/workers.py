@@ -26,7 +26,6 @@ import torch
 
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError, OptpruneError, WorkerError
-from optprune.program.memory import AHEAD
 from optprune.pruning.block import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.executors import DeviceExecutor, LayerExecutor, SerialExecutor
 from optprune.pruning.run import Run
@@ -177,6 +176,8 @@ class Processes(ParallelWorkers):
 
 def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[BlockOutcome]:
     """Yield outcomes as they come. Only as many jobs are made as workers soon need. A worker's error is raised."""
+    from optprune.program.memory import AHEAD
+
     under_way = [pool.send(job) for job in islice(jobs, AHEAD * pool.count)]
     while under_way:
         done = pool.wait(under_way)
