@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeAlias
 
-Get, Dir = Callable[[str], Any], Callable[[], list[str]]
+Get: TypeAlias = Callable[[str], Any]
+Dir: TypeAlias = Callable[[], list[str]]
 
 
 def lazy_names(package: str, modules: dict[str, tuple[str, ...]]) -> tuple[Get, Dir]:
