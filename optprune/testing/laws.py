@@ -18,6 +18,7 @@ from optprune.errors import NoSolver, NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.patterns import Pattern
+from optprune.penalties import NormPenalty, Penalty
 from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
 from optprune.solvers import AnySolver, Solution, solve
 from optprune.solvers.run import CONTRADICTED
@@ -406,3 +407,136 @@ def value_is_the_mean_over_samples(loss: LayerLoss, weight: Tensor, inputs: Tens
     found = loss.value(weight)
     slack = 1e-12 * literal + rounding(loss, weight)
     assert abs(found - literal) <= slack, f"the loss says {found}, the samples say {literal}"
+
+
+STEPS = (1e-3, 1.0, 50.0)
+"""steps of proximal operators that the laws of penalties are tried with"""
+
+
+def prox_attains_fenchels_equality(penalty: Penalty, weight: Tensor) -> None:
+    """Check that P(p) + P*(u) = <p, u> at the proximal point p of V, u = (V - p) / step: for no other p it holds."""
+    for size in STEPS:
+        nearest = penalty.prox(weight, torch.tensor(size).to(weight))
+        dual = (weight - nearest) / size
+        # The rounding of u is that of V over the step. P* is infinite just outside its domain, so u is moved inwards.
+        rounded = 1e-14 * float(weight.abs().max()) / size
+        inside = (dual - dual.clamp(-rounded, rounded)) * (1 - 1e-12)
+        wanted = float((nearest * dual).sum()) - penalty.conjugate(inside)
+        found = penalty.value(nearest)
+        # The slope of P* at u is p, so this is what the move changes.
+        slack = 1e-11 + 1e-9 * abs(wanted) + 2 * rounded * float(nearest.abs().sum())
+        assert abs(found - wanted) <= slack, (
+            f"{penalty}: for a step of {size} P(p) is {found}, but <p, u> - P*(u) is {wanted}"
+        )
+
+
+def no_point_beats_the_proximal_point(penalty: Penalty, weight: Tensor) -> None:
+    """Check that no other point has a smaller P(U) + |U - V|^2 / (2 step) than the proximal point."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    for size in STEPS:
+        nearest = penalty.prox(weight, torch.tensor(size).to(weight))
+        best = penalty.value(nearest) + float((nearest - weight).square().sum()) / (2 * size)
+        others = [weight, torch.zeros_like(weight), 0.9 * nearest, 1.1 * nearest]
+        others += [nearest + scale * noise for scale in (1e-4, 1e-2, 1.0)]
+        for other in others:
+            cost = penalty.value(other) + float((other - weight).square().sum()) / (2 * size)
+            # A few roundings of sums of a dozen terms.
+            assert cost >= best - 1e-13 * (1 + best), f"{penalty}: a point costs {cost}, the proximal point {best}"
+
+
+def separable_entries_are_independent(penalty: Penalty, weight: Tensor) -> None:
+    """Check that a separable penalty is a sum over entries, and takes a step for each column or entry."""
+    if not penalty.separable:
+        return
+    entries = torch.diag_embed(weight.reshape(-1)).reshape(-1, *weight.shape)
+    apart, together = sum(map(penalty.value, entries)), penalty.value(weight)
+    assert abs(apart - together) <= 1e-12 * together, f"{penalty}: {together} in all, but {apart} entry by entry"
+    each = torch.linspace(0.5, 2.0, weight.numel()).to(weight).reshape(weight.shape)
+    for steps in (each, each[0]):
+        moved = penalty.prox(weight, steps)
+        for row, column in product(*map(range, weight.shape)):
+            alone = penalty.prox(weight, steps.expand(weight.shape)[row, column])[row, column]
+            assert torch.equal(moved[row, column], alone), (
+                f"{penalty}: entry {row}, {column} depends on the steps of the others"
+            )
+
+
+def conjugate_bounds_inner_products(penalty: Penalty, weight: Tensor) -> None:
+    """Check that <T, V> <= P(V) + P*(T): else certificates are wrong."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    for dual in (weight, noise):
+        bound = penalty.conjugate(dual)
+        for scale in (0.1, 1.0, 10.0):
+            for other in (scale * noise, scale * weight):
+                inner = float((dual * other).sum())
+                total = bound + penalty.value(other)
+                assert total >= inner - 1e-12 * (1 + abs(inner)), f"{penalty}: <T, V> = {inner} > P + P* = {total}"
+
+
+def dual_norm_is_the_gauge(penalty: Penalty, weight: Tensor) -> None:
+    """Check that a norm's dual norm bounds <T, V> / P(V) and is attained, and that the conjugate is 0 just within it.
+
+    It is attained where the proximal point p of T is not zero: T - p then has the dual norm 1.
+    """
+    if not isinstance(penalty, NormPenalty):
+        return
+    gauge = penalty.dual_norm(weight)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    for other in (weight, weight.sign(), noise):
+        inner, most = float((weight * other).sum()), gauge * penalty.value(other)
+        assert not inner > most * (1 + 1e-12), f"{penalty}: <T, V> = {inner} is above dual norm x P(V) = {most}"
+    assert penalty.conjugate(torch.zeros_like(weight)) == 0, f"{penalty}: the conjugate at zero is not zero"
+    if not 0 < gauge < torch.inf:
+        return
+    assert penalty.conjugate(weight / gauge) == 0, f"{penalty}: the conjugate is not zero on the unit ball"
+    assert penalty.conjugate(1.001 * weight / gauge) == torch.inf, f"{penalty}: the conjugate is finite off the ball"
+    twice = 2 * weight / gauge
+    nearest = penalty.prox(twice, torch.ones(()).to(weight))
+    assert bool(nearest.any()), f"{penalty}: a point of dual norm 2 has the proximal point 0"
+    attained = penalty.dual_norm(twice - nearest)
+    assert abs(attained - 1) <= 1e-12 * max(1.0, float(twice.abs().max())), (
+        f"{penalty}: the dual norm of a point of the unit sphere is {attained}"
+    )
+
+
+def values_are_convex(penalty: Penalty, weight: Tensor) -> None:
+    """Check that P is convex and zero at zero, and that a norm scales with the size of its argument."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    assert penalty.value(torch.zeros_like(weight)) == 0, f"{penalty}: the value at zero is not zero"
+    for factor in (-3.0, 0.1, 1.0):
+        other = factor * noise
+        middle = penalty.value(0.5 * weight + 0.5 * other)
+        mean = (penalty.value(weight) + penalty.value(other)) / 2
+        assert middle <= mean * (1 + 1e-12), f"{penalty}: the value of a mean, {middle}, is above the mean {mean}"
+        if isinstance(penalty, NormPenalty):
+            scaled_value, wanted = penalty.value(factor * weight), abs(factor) * penalty.value(weight)
+            assert abs(scaled_value - wanted) <= 1e-12 * wanted, f"{penalty}: {factor} V has the value {scaled_value}"
+
+
+def reach_bounds_weights(penalty: Penalty, weight: Tensor) -> None:
+    """Check that no weight is larger than `reach` says for its value."""
+    size = torch.linspace(0.5, 2.0, weight.numel()).to(weight).reshape(weight.shape)
+    norm, most = float((weight * size).norm()), penalty.reach(penalty.value(weight), size)
+    # Infinite, or not a number, where the value says nothing about the size: a strength of zero.
+    assert not norm > most * (1 + 1e-12), f"{penalty}: a weight of size {norm} is beyond its reach, {most}"
+
+
+def prox_keeps_the_dtype(penalty: Penalty, weight: Tensor) -> None:
+    """Check that the proximal point of a float32 weight is the one in float64, rounded."""
+    single = weight.float()
+    nearest = penalty.prox(single, torch.ones((), device=weight.device))
+    assert nearest.dtype == torch.float32, f"{penalty}: the proximal point of a float32 weight is {nearest.dtype}"
+    exact = penalty.prox(single.double(), torch.ones((), dtype=torch.float64, device=weight.device))
+    assert torch.allclose(nearest.double(), exact, atol=1e-6), f"{penalty}: float32 and float64 differ"
+
+
+PENALTY_LAWS: tuple[Callable[[Penalty, Tensor], None], ...] = (
+    prox_attains_fenchels_equality,
+    no_point_beats_the_proximal_point,
+    separable_entries_are_independent,
+    conjugate_bounds_inner_products,
+    dual_norm_is_the_gauge,
+    values_are_convex,
+    reach_bounds_weights,
+    prox_keeps_the_dtype,
+)

@@ -1,14 +1,16 @@
 """Hypothesis strategies: the awkward problems that a pruning solver must survive.
 
 Numbers come from a seeded generator, structure (shapes, ranks, ties, dead inputs) from hypothesis, so a failing
-example shrinks to a small one whose structure is the reason. They are where OPTPRUNE_TEST_DEVICE says (see place.py).
-`dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples` in
-loss_strategies.py). `generic` instances have no ties and full rank, so that a method that ranks has one answer."""
+example shrinks to a small one whose structure is the reason. They are where OPTPRUNE_TEST_DEVICE says (see `place`).
+`dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples`).
+`generic` instances have no ties and full rank, so that a method that ranks has one answer.
+"""
 
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from hypothesis import assume
@@ -202,6 +204,7 @@ def metrics(
     return metric.damped(draw(st.sampled_from((0.0, 1e-2, 1.0)), label="metric damping"))
 
 
+Kind = TypeVar("Kind")
 MOST_COUPLED = 8
 """weights of a sparse problem whose rows are coupled: its reference solves each of its 2^8 masks jointly"""
 
@@ -274,11 +277,39 @@ STRENGTHS = (1e-4, 1e-2, 0.3, 1.5)
 """strengths of penalties, as shares of the strength at which zero is the answer"""
 
 
+def concrete(base: type[Kind]) -> list[type[Kind]]:
+    """Return the concrete subclasses of a class that optprune itself defines, at any depth, by name."""
+    found = [
+        cls for cls in base.__subclasses__() if not inspect.isabstract(cls) and cls.__module__.startswith("optprune.")
+    ]
+    found += [deeper for cls in base.__subclasses__() for deeper in concrete(cls)]
+    return sorted(set(found), key=lambda cls: cls.__name__)
+
+
 @st.composite
 def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...] | None = None) -> Penalty:
-    """Every penalty, from tiny to so strong that zero is the answer; weights per entry, column or row, some zero."""
-    kind = draw(st.sampled_from(kinds or tuple(PENALTIES)), label="penalty")
-    return draw(PENALTIES[kind](loss, draw(st.sampled_from(STRENGTHS), label="strength")))
+    """Draw any penalty, from tiny to so strong that zero is the answer; weights per entry, column or row, some zero."""
+    kind = draw(st.sampled_from(kinds or concrete(Penalty)), label="penalty")
+    return draw(_penalties_of(kind)(loss, draw(st.sampled_from(STRENGTHS), label="strength")))
+
+
+@st.composite
+def penalised_weights(draw: st.DrawFn, kind: type[Penalty]) -> tuple[Penalty, Tensor]:
+    """Draw a penalty of a kind, with a strength that may be zero, and a weight with zeros and ties, for its laws."""
+    rows, width = draw(st.sampled_from(((1, 1), (1, 4), (3, 1), (3, 4))), label="shape")
+    # The largest entry of the linear term is 1, so that strengths are what they say.
+    ones, unit, zeros = (
+        here(make.double()) for make in (torch.ones(rows, width), torch.eye(width), torch.zeros(width))
+    )
+    loss = LayerLoss.of(ones, InputMoments(unit, zeros, 1))
+    penalty = draw(_penalties_of(kind)(loss, draw(st.sampled_from((0.0, 0.25, 1.0, 3.0)), label="strength")))
+    return penalty, draw(weights(width, rows=rows))
+
+
+def _penalties_of(kind: type[Penalty]) -> Callable[[LayerLoss, float], st.SearchStrategy[Penalty]]:
+    if kind not in PENALTIES:
+        raise TypeError(f"no examples of the penalty {kind.__name__}: add a strategy to PENALTIES in {__name__}")
+    return PENALTIES[kind]
 
 
 def _largest(loss: LayerLoss) -> float:

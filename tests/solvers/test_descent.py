@@ -17,9 +17,9 @@ from optprune.solvers.adam import AdamState
 from optprune.solvers.descent import Rounding
 from optprune.testing import Listed, check_descent, matchings
 from optprune.testing.matching import affine_optimum
+from optprune.testing.strategies import concrete
 from optprune.work import Work
 from tests.helpers.gated_block import gated
-from tests.helpers.solver_table import concrete
 
 DESCENTS = {"Adam": Adam(), "Lbfgs": Lbfgs(), "Adam, slow": Adam(2, 1e-3), "Lbfgs, one pair": Lbfgs(5, 1)}
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))

@@ -23,7 +23,7 @@ from optprune.solvers import (
     solve,
 )
 from optprune.testing import REFERENCES, STRATEGIES, laws
-from optprune.testing.strategies import METRIC_KINDS, PATTERNS, PENALTIES, weighted
+from optprune.testing.strategies import METRIC_KINDS, PATTERNS, PENALTIES, concrete, weighted
 from optprune.testing.transformations import permuted, random_feasible, scaled
 from tests.helpers.solver_table import (
     ACCEPTED,
@@ -37,7 +37,6 @@ from tests.helpers.solver_table import (
     by_kind,
     by_pair,
     by_solver,
-    concrete,
 )
 
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
