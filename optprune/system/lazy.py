@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any
 
-Get: TypeAlias = Callable[[str], Any]
-Dir: TypeAlias = Callable[[], list[str]]
+Get = Callable[[str], Any]
+Dir = Callable[[], list[str]]
 
 
 def lazy_names(package: str, modules: dict[str, tuple[str, ...]]) -> tuple[Get, Dir]:
