@@ -1,4 +1,4 @@
-"""Pruning problems: one kind a file. A problem measures, prints and hashes; it knows no solver and no model."""
+"""Pruning problems, one kind per file. A problem measures candidates and knows neither solvers nor models."""
 
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice

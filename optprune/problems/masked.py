@@ -1,4 +1,4 @@
-"""The choice of the weights to keep, in general, and restoration: the best weights on a fixed mask."""
+"""Restoration, the best weights on a fixed mask, and the base class of problems that choose the mask."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -38,18 +38,18 @@ class MaskedLeastSquares(Problem):
             )
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
-        # As its bounds are, on every device: they meet to a millionth.
+        # In float64 on every device, as the bounds are, which are compared with it to a millionth.
         return self.loss.exact_value(weight)
 
     def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.exact.measuring_error(weight) / 2
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
-        """The number of non-zero entries outside the mask."""
+        """Return the number of non-zero entries outside the mask."""
         return float(((weight != 0) & ~self.mask).sum())
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
-        """Those that the mask leaves to some output."""
+        """Return the inputs that the mask leaves to some output."""
         return self.mask.any(0)
 
     def start(self) -> Float[Tensor, "out in"]:
@@ -64,28 +64,28 @@ class MaskedLeastSquares(Problem):
 
 
 class SelectionProblem(Problem):
-    """A problem whose difficulty is which weights to keep: once the choice is fixed, restoration remains."""
+    """A problem that chooses the weights to keep; once the choice is fixed, restoration remains."""
 
     kind: ClassVar[str] = "weight selection"
 
     @abstractmethod
     def project(self, score: Tensor) -> Tensor:
-        """The admissible choice with the largest total score, exactly, for scores [out, in] of single weights."""
+        """Return the admissible choice with exactly the largest total score, for scores [out, in] of weights."""
 
     @abstractmethod
     def mask(self, choice: Tensor) -> Tensor:
-        """The weights that a choice keeps: [out, in], or [1, in] when all rows agree."""
+        """Return the mask of the weights that a choice keeps: [out, in], or [1, in] when all rows agree."""
 
     @abstractmethod
     def support(self, weight: Tensor) -> Tensor:
-        """The admissible choice that a weight stands for (its non-zeros, completed to the exact count)."""
+        """Return the admissible choice of a weight: its non-zeros, completed to the exact count."""
 
     def within_support(self, weight: Tensor) -> Tensor:
-        """A copy of a weight, zero outside its support: the same numbers if it is feasible, feasible in any case."""
+        """Return a copy of a weight that is zero outside its support: feasible, and unchanged if it was feasible."""
         return torch.where(self.mask(self.support(weight)), weight, 0.0)
 
     def restrict(self, choice: Tensor) -> MaskedLeastSquares:
-        """The restoration problem on a fixed choice, with the same loss."""
+        """Return the restoration problem on a fixed choice, with the same loss."""
         return MaskedLeastSquares(self.loss, self.mask(choice))
 
     def in_moderate_units(self) -> tuple[Problem, float, float]:
