@@ -1,4 +1,4 @@
-"""Solvers: one algorithm a file. A solver knows problems, never models; `solve` runs it and the problem measures."""
+"""Solvers, one algorithm per file. A solver knows problems but no models; `solve` runs it, and the problem measures."""
 
 from optprune.solvers.adam import Adam
 from optprune.solvers.admm import Admm

@@ -13,9 +13,9 @@ from optprune.solvers.inverse import EXCHANGE, InverseForm, Tableau, cost_roundi
 from optprune.work import Work, factor, inverse, sweeps
 
 REFRESH = 64
-"""exchanges after which the tableau, which is updated in place of being computed, is computed anew"""
+"""exchanges after which the tableau is computed anew, to remove the rounding of its updates"""
 USUAL_EXCHANGES = 4
-"""the exchanges that lower the loss, from the answer of a greedy elimination"""
+"""the usual number of exchanges that lower the loss after a greedy elimination"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class ChannelSwapsState:
     least: float
     """the cost of the best choice"""
     gain: float
-    """what a lower value must be lower by: more than rounding, and worth a round"""
+    """the least decrease that counts: above rounding, and worth a round"""
     moved: Bool[Tensor, " units"]
     """the units exchanged since the best choice was left"""
     away: int

@@ -1,4 +1,4 @@
-"""The layer loss seen from its unconstrained minimum: what the methods around Optimal Brain Surgeon work with."""
+"""The layer loss around its unconstrained minimum, and the costs of removals, for Optimal Brain Surgeon methods."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ SINGULAR = "singular Gram matrix: units were chosen with a ridge of {:.1e} of it
 LARGEST = 1e-3
 """the largest ridge that is tried, as a share of the mean diagonal"""
 COLUMNS = 1024
-"""how many columns are squared at a time"""
+"""the number of columns squared at a time"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +63,18 @@ class InverseForm:
         return cls(inverse, weight if loss.pull is None else weight - loss.pull.double() @ inverse, notes)
 
     def without(self, columns: Int[Tensor, " removed"]) -> Float[Tensor, "out in"]:
-        """The best weight whose given columns are zero."""
+        """Return the best weight whose given columns are zero."""
         factor = linalg.cholesky(self.inverse[columns[:, None], columns])
         multiplier = torch.cholesky_solve(self.minimiser[:, columns].T, factor).T
         made_up = multiplier @ self.inverse[columns]
         weight = torch.sub(self.minimiser, made_up, out=made_up)
-        # The update has left rounding where there is to be nothing.
+        # The update has left rounding in place of zeros.
         weight[:, columns] = 0
         return weight
 
 
 def _ridge(loss: LayerLoss, gram: Float[Tensor, "in in"], size: float, least: float) -> float:
-    """The first of `least`, 8 and 64 times that, ..., of the mean diagonal that makes A positive definite.
+    """Return the first of `least`, 8 and 64 times that, ..., of the mean diagonal that makes A positive definite.
 
     The averages of many tokens in float32 may be off by more than a rounding of their entries.
     """
@@ -90,14 +90,14 @@ def _ridge(loss: LayerLoss, gram: Float[Tensor, "in in"], size: float, least: fl
 
 
 def cost_rounding(loss: LayerLoss) -> float:
-    """What the cost of a choice, a sum over inputs in float64, may be off by: a rounding of the constant for each."""
+    """Return the rounding of a choice's cost, a sum over inputs in float64: a rounding of the constant for each."""
     return loss.constant * len(loss.damping) * torch.finfo(torch.float64).eps
 
 
 def unit_blocks(
     matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], each: int
 ) -> tuple[Float[Tensor, "units each each"], Float[Tensor, "units each each"]]:
-    """The diagonal blocks M_gg of a matrix and V_g^T V_g of some rows V, for units of `each` consecutive columns."""
+    """Return the diagonal blocks M_gg of a matrix and V_g^T V_g of rows V, for units of `each` consecutive columns."""
     index = torch.arange(len(matrix), device=matrix.device).reshape(-1, each)
     if each == 1:
         squares = torch.cat([part.square().sum(0) for part in torch.split(rows, COLUMNS, 1)])
@@ -107,21 +107,21 @@ def unit_blocks(
 
 
 def half_trace(blocks: Float[Tensor, "*b k k"], grams: Float[Tensor, "*b k k"]) -> Float[Tensor, "*b"]:
-    """1/2 tr(H^-1 G) for positive definite blocks H."""
+    """Return 1/2 tr(H^-1 G) for positive definite blocks H."""
     if blocks.shape[-1] == 1:
         return grams[..., 0, 0] / blocks[..., 0, 0] / 2
-    # Rounding may have left a block that is not positive definite: its cost is as good as any.
+    # Rounding may have left a block that is not positive definite, whose cost has no meaning.
     factor, _ = linalg.try_cholesky(blocks)
     return torch.cholesky_solve(grams, factor).diagonal(dim1=-2, dim2=-1).sum(-1) / 2
 
 
 EXCHANGE = 8e7
-"""the flops in whose time an exchange among a few units is found: many small operations, whatever the widths"""
+"""the time of an exchange among a few units, in flops: many small operations, whatever the widths"""
 
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """A kept and a dropped unit that change places, and by how much the loss changes."""
+    """A kept and a dropped unit that change places, and the change of the loss."""
 
     change: float
     leaving: Int[Tensor, " 1"]
@@ -135,19 +135,19 @@ class Tableau:
     The choice costs F = 1/2 tr(V0_P N V0_P^T), N = (M_PP)^-1. With M = A^-1 that is the rise of a layer's loss when P
     is dropped and the rest refitted; a ridge rho omega on dropped columns, in place of dropping them, makes it
     M = A^-1 + diag(1 / (rho omega)). A sweep is a principal pivot: the tableau of another choice follows from it. How
-    many units change sides is known to Python, so that no sweep waits for the device.
+    many units change sides is known to Python, so no sweep waits for the device.
     """
 
     channels: Channels
     minimiser: Float[Tensor, "out n"]
     """V0, unit by unit"""
     matrix: Float[Tensor, "n n"]
-    """-N on P, X = N M_PK between, and M_KK - M_KP N M_PK on what is kept"""
+    """-N on P, X = N M_PK between P and K, and M_KK - M_KP N M_PK on the kept columns K"""
     rows: Float[Tensor, "out n"]
-    """Y = V0_P N on P, and V0_K - Y M_PK, the best weight of the choice, on what is kept"""
+    """Y = V0_P N on P, and V0_K - Y M_PK, the best weight of the choice, on K"""
     choice: Bool[Tensor, " units"]
     kept: int
-    """how many units the choice keeps"""
+    """the number of units that the choice keeps"""
 
     @classmethod
     def of(
@@ -157,7 +157,7 @@ class Tableau:
         minimiser: Float[Tensor, "out in"],
         choice: Bool[Tensor, " units"],
     ) -> "Tableau":
-        """The tableau of a choice, from scratch: n^2 |P| products."""
+        """Return the tableau of a choice, computed from scratch by n^2 |P| products."""
         flat = channels.columns.reshape(-1)
         weight = minimiser[:, flat]
         everything, dropped = torch.ones_like(choice), len(choice) - int(choice.sum())
@@ -166,12 +166,12 @@ class Tableau:
 
     @property
     def each(self) -> int:
-        """The columns of a unit."""
+        """The number of columns of a unit."""
         return self.channels.columns.shape[1]
 
     @cached_property
     def cost(self) -> float:
-        """F of the choice: one look at the device."""
+        """F of the choice; reads from the device once."""
         dropped = self.columns(self.dropped)
         return float((self.minimiser[:, dropped] * self.rows[:, dropped]).sum()) / 2
 
@@ -181,11 +181,11 @@ class Tableau:
         return places(~self.choice, len(self.choice) - self.kept)
 
     def worth(self) -> Float[Tensor, " units"]:
-        """What F rises by when a kept unit alone is dropped, and falls by when a dropped one alone returns."""
+        """Return the rise of F when a kept unit alone is dropped, and its fall when a dropped one alone returns."""
         return half_trace(*self._blocks())
 
     def exchanged(self, leaving: Int[Tensor, " p"], entering: Int[Tensor, " q"]) -> "Tableau":
-        """The tableau after some kept units leave and some dropped ones enter: n^2 products for each column of them."""
+        """Return the tableau after kept units leave and dropped ones enter, by n^2 products per column of them."""
         choice = self.choice.clone()
         choice[leaving], choice[entering] = False, True
         matrix, rows = self.matrix, self.rows
@@ -196,7 +196,7 @@ class Tableau:
         return replace(self, matrix=matrix, rows=rows, choice=choice, kept=kept)
 
     def change(self, leaving: Int[Tensor, " p"], entering: Int[Tensor, " q"]) -> Float[Tensor, ""]:
-        """What F changes by when these units leave and those enter, together: p^3 + q^3 + out (p + q)^2 products."""
+        """Return the change of F when units leave and enter together, by p^3 + q^3 + out (p + q)^2 products."""
         p, q = self.columns(leaving), self.columns(entering)
         pivot = -self.matrix[q[:, None], q]
         across = self.matrix[q[:, None], p]
@@ -207,16 +207,16 @@ class Tableau:
         return (linalg.try_solve(block, weight.T) * weight.T).sum() / 2 - gained
 
     def best_of_slots(self, score: Float[Tensor, " units"], count: int) -> Int[Tensor, " best"]:
-        """The `count` units of every slot with the largest scores, ascending; of equal ones the first."""
+        """Return the `count` units of every slot with the largest scores, ascending; of equal ones the first."""
         by_slot = self.channels.by_slot
         rank = score[by_slot].argsort(dim=1, descending=True, stable=True)[:, :count]
         return by_slot.gather(1, rank).reshape(-1).sort().values
 
     def best_exchange(self, candidates: int, barred: Bool[Tensor, " units"] | None = None) -> Exchange | None:
-        """The best exchange of two units of a slot, both among its candidates and not barred; None if there is none.
+        """Return the best exchange of two units of a slot, both candidates and not barred; None if there is none.
 
-        The candidates are the kept units that cost least and the dropped ones that would gain most. All slots keep
-        equally many. One look at the device.
+        The candidates are the kept units that cost least and the dropped ones that gain most. All slots keep
+        equally many. Reads from the device once.
         """
         channels, each = self.channels, self.each
         blocks, grams = self._blocks()
@@ -238,7 +238,7 @@ class Tableau:
         after = blocks[p] + across.transpose(2, 3) @ pulled
         gram = grams[p] + mixed + mixed.transpose(2, 3) + pulled.transpose(2, 3) @ grams[q][:, None] @ pulled
         change = half_trace(after, gram) - value[q][:, None]
-        # Candidates of different slots have no exchange between them, and what is barred fills up where others are few.
+        # Candidates of different slots are not exchanged; barred units are candidates where others are few.
         together = (channels.slots[q][:, None] == channels.slots[p]) & dropped[q][:, None] & kept[p]
         change = torch.where(together, change, torch.inf)
         best = change.argmin()[None]
@@ -246,12 +246,12 @@ class Tableau:
         return None if least == torch.inf else Exchange(least, p[best % len(p)], q[best // len(p)])
 
     def _blocks(self) -> tuple[Float[Tensor, "units each each"], Float[Tensor, "units each each"]]:
-        """The diagonal blocks of the matrix and of rows^T rows, positive definite on both sides."""
+        """Return the diagonal blocks of the matrix and of rows^T rows, positive definite for kept and dropped units."""
         blocks, grams = unit_blocks(self.matrix, self.rows, self.each)
         return torch.where(self.choice[:, None, None], blocks, -blocks), grams
 
     def columns(self, units: Int[Tensor, " k"]) -> Int[Tensor, " columns"]:
-        """The rows and columns of the matrix that belong to units."""
+        """Return the rows and columns of the matrix that belong to units."""
         return (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
 
 
@@ -264,7 +264,7 @@ def tableau_flops(outputs: int, inputs: int) -> float:
 def _sweep(
     matrix: Float[Tensor, "n n"], rows: Float[Tensor, "out n"], pivots: Int[Tensor, " k"], sign: int
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "out n"]]:
-    """Take the pivots from the kept to the dropped columns (sign 1) or back (sign -1)."""
+    """Move the pivots from the kept to the dropped columns (sign 1) or back (sign -1)."""
     inverse = linalg.try_inverse(matrix[pivots[:, None], pivots])
     across = inverse @ matrix[pivots]
     down = rows[:, pivots] @ inverse
@@ -278,7 +278,7 @@ def _sweep(
 
 
 def inverse_gram(loss: LayerLoss) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
-    """A^-1 and the unpruned minimiser B A^-1, a fresh tensor, in float64; NumericalError where A is singular."""
+    """Return A^-1 and the minimiser B A^-1, fresh tensors, in float64. Raise NumericalError where A is singular."""
     scaled = ScaledGram.of(loss)
     factor = scaled.factor()
     if factor is None:
@@ -292,11 +292,11 @@ def inverse_gram(loss: LayerLoss) -> tuple[Float[Tensor, "in in"], Float[Tensor,
 
 
 def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
-    r"""S_ii v_ij^2 / (2 (A^-1)_jj), v = B A^-1: what f rises by when weight ij goes and its row is refitted.
+    r"""Return S_ii v_ij^2 / (2 (A^-1)_jj), v = B A^-1: the rise of f when weight ij goes and its row is refitted.
 
     Exact for a diagonal metric; under a full one other rows stay as they are, so it is an upper bound of the rise.
-    NumericalError where A is singular, unless it is zero and so are the costs. Cost: in^3. Reference: Hassibi and Stork
-    (1992).
+    Raise NumericalError where A is singular, unless it is zero, and so the costs. Cost: in^3. Reference: Hassibi and
+    Stork (1992).
     """
     if loss.dead:
         return torch.zeros_like(loss.weight)
@@ -306,21 +306,22 @@ def entry_costs(loss: LayerLoss) -> Float[Tensor, "out in"]:
 
 
 def entry_costs_work(outputs: int, inputs: int, *, coupled: bool = False) -> Work:
-    """Return the work of `entry_costs`, for a weight [outputs, inputs]; that of `unit_costs` of one column is less."""
+    """Return the work of `entry_costs` for a weight [outputs, inputs]; `unit_costs` of single columns takes less."""
     flops = factor(inputs) + inverse(inputs) + DOUBLE * product(outputs, inputs, inputs)
     form = (16.0, 28.0, 8.0) if coupled else (16.0, 12.0)
     return Work(flops + sweeps(10, outputs, inputs), storage(outputs, inputs, *form))
 
 
 def unit_costs(loss: LayerLoss, link: Link) -> Float[Tensor, " units"]:
-    r"""1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: the rise of f when a unit's columns C go, all else refitted.
+    r"""Return 1/2 tr(S V_C ((A^-1)_CC)^-1 V_C^T), V = B A^-1: the rise of f when a unit's columns C go.
 
-    Exact for every metric, since all rows lose the same columns. Zero where A is. Cost: in^3.
+    All other weights are refitted. Exact for every metric, as all rows lose the same columns. Zero where A is. Cost:
+    in^3.
     """
     if loss.dead:
         return torch.zeros_like(loss.weight[0, link.columns[:, 0]])
     inverse, weight = inverse_gram(loss)
     block = inverse[link.columns[:, :, None], link.columns[:, None, :]]
-    # [units, columns, out], for the unit's own little system.
+    # [units, columns, out], for the unit's own small system.
     removed, weighed = (v.T[link.columns] for v in (weight, loss.weigh(weight)))
     return ((linalg.solve(block, removed) * weighed).sum((1, 2)) / 2).to(loss.weight)

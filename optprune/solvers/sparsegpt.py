@@ -86,7 +86,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
                     divisors[:, group].scatter_(1, kept, torch.inf)
                 error = torch.div(inner[:, j], divisors[:, j], out=errors[:, j])
                 inner[:, j:].addr_(error, local[j, j:], alpha=-1)
-            # The update has left rounding where a weight was dropped.
+            # The update has left rounding in place of zeros.
             inner.masked_fill_(divisors < torch.inf, 0)
             weight[:, last:] -= errors @ factor[first:last, last:]
         return Answer(weight.to(problem.loss.weight))
@@ -95,7 +95,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
 def _block_mask(
     pattern: Unstructured | RowWise, score: Float[Tensor, "out block"], first: int, last: int, width: int
 ) -> Bool[Tensor, "out block"]:
-    """The block's share of the count: shares add up to the whole, to the entry."""
+    """Return the mask of a block with its share of the count; the shares sum exactly to the whole."""
     keep = pattern.keep * last // width - pattern.keep * first // width
     if isinstance(pattern, RowWise):
         return largest(score, keep)
