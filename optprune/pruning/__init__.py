@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from optprune.system.lazy import lazy_names
+from optprune.system.names import lazy_names
 
 if TYPE_CHECKING:
     from optprune.calibration.partial_sums import PartialSums
@@ -51,4 +51,5 @@ __getattr__, __dir__ = lazy_names(
         "pruning.run": ("check_states",),
         "pruning.workers": ("Layers", "Processes", "Serial", "Workers"),
     },
+    renamed={"Lanes": "PartialSums"},
 )

@@ -24,6 +24,7 @@ from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
 from optprune.report.phases import BUDGET, METRIC, PRUNING
 from optprune.system.environment import versions
+from optprune.system.names import renamed_argument
 
 if TYPE_CHECKING:
     from optprune.pruning.journal import Journal
@@ -35,6 +36,7 @@ MISSED = (
 """the note of a run whose problems do not hold the budget"""
 
 
+@renamed_argument("lanes", "partial_sums")
 @full_precision()
 def prune(
     model: PreTrainedModel,

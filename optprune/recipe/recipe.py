@@ -247,7 +247,8 @@ class Recipe(Displayed, BaseModel):
 
     def as_run(self, reported: Mapping[str, Any]) -> "Recipe":
         """Return the resolved recipe, with the listed allocation of the recipe in a report where that has one."""
-        recipe, allocation = self.resolved(), reported.get("allocation")
+        recipe = self.resolved() if self.propagation is None else self
+        allocation = reported.get("allocation")
         if not isinstance(allocation, dict) or allocation.get("kind") != "given":
             return recipe
         return recipe.with_given(Allocation.from_dict(allocation | {"sparsity": reported["sparsity"]}))
