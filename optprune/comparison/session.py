@@ -188,7 +188,7 @@ class Session:
                 calibration=drawn.description,
                 on_event=self.on_event,
             )
-            found = self.predictions.beside(loaded.decoder())
+            found = self.predictions.divergence_to(loaded.decoder())
             weights = round((1 - report.sparsity_reached) * self.loaded.decoder().linear_weights())
             alone = report.seconds + statistics.seconds_saved - before
             figures = self._figures(loaded, found, report.sparsity_reached, weights, alone, report.notes)
