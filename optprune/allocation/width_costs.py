@@ -107,7 +107,7 @@ class WidthCurve:
 
     @property
     def part(self) -> tuple[int, str]:
-        """Return the sub-block, which may have units of several kinds."""
+        """The sub-block, which may have units of several kinds."""
         return self.block, self.kind.part
 
     def rescaled(self, measured: Mapping[int, float]) -> "WidthCurve":
@@ -157,7 +157,7 @@ class Choices:
 
     @property
     def curve(self) -> Curve:
-        """Return the losses of the choices by their prices, which are negative: the savings."""
+        """The losses of the choices by their prices, which are negative: the savings."""
         prices = torch.tensor([-kept.saved for kept in self.kept], dtype=torch.float64)
         return Curve(prices, torch.tensor([kept.loss for kept in self.kept], dtype=torch.float64))
 

@@ -56,7 +56,7 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Return a short hash of all facts."""
+        """A short hash of all facts."""
         return hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()[:24]
 
     def check(self, other: "Source") -> None:

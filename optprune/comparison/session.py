@@ -108,7 +108,7 @@ class Session:
 
     @property
     def predictions(self) -> DensePredictions:
-        """Return the predictions of the dense model, computed once."""
+        """The predictions of the dense model, computed once."""
         if self._predictions is None:
             self.say("evaluating the dense model")
             self._predictions = DensePredictions(self.loaded.decoder(), self.windows, self.scratch())

@@ -122,7 +122,7 @@ class Decoder:
 
     @property
     def offload(self) -> Place:
-        """Return the place of tensors that are not needed for a while: a file where blocks are read from files."""
+        """The place of tensors that are not needed for a while: a file where blocks are read from files."""
         return self.states if self.store is None or isinstance(self.states, InFile) else self.store.offload
 
     @contextmanager
@@ -206,7 +206,7 @@ class Decoder:
 
     @property
     def experts_for_a_token(self) -> int:
-        """Return the number of experts that a router chooses for a token; zero without a router."""
+        """The number of experts that a router chooses for a token; zero without a router."""
         mixture = self.architecture.mixture
         return 0 if mixture is None else int(getattr(self.model.config, mixture.chosen))
 

@@ -41,7 +41,7 @@ class Target:
 
     @property
     def rotated(self) -> bool:
-        """Return whether its columns are directions, so that it is solved for rotated inputs too."""
+        """Whether its columns are directions, so that it is solved for rotated inputs too."""
         return self.kind is not None and self.kind.rotated
 
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
@@ -74,7 +74,7 @@ class Units(ABC):
     @property
     @abstractmethod
     def kinds(self) -> "tuple[LinkedUnits, ...]":
-        """Return the kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
+        """The kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
 
     @abstractmethod
     def work(self, outputs: int, inputs: int) -> Work:
@@ -85,7 +85,7 @@ class Units(ABC):
 
     @property
     def compete(self) -> bool:
-        """Return whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
+        """Whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
         return len({kind.part for kind in self.kinds}) < len(self.kinds)
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
