@@ -34,6 +34,12 @@ class WorkerError(OptpruneError):
     """A process or a machine that did a part of the work is gone."""
 
 
+def check_at_least(option: str, value: float | None, least: float) -> None:
+    """Raise InputError where the value of an option is too small; None is no value."""
+    if value is not None and value < least:
+        raise InputError(f"{option} cannot be {value}: it is at least {least}")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, of Python's or of torch's, says that the memory is not enough."""
     words = str(error).lower()

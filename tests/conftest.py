@@ -12,7 +12,6 @@ jaxtyping.install_import_hook(
     [
         "optprune.metric",
         "optprune.moments",
-        "optprune.sums",
         "optprune.patterns",
         "optprune.problems",
         "optprune.solvers",

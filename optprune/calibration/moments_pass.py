@@ -14,8 +14,7 @@ from optprune.calibration.stream import SLOW, TOKENS_PER_BATCH, Stream, activati
 from optprune.measure.clock import clock
 from optprune.models import Decoder
 from optprune.models.mixture import SeparateExperts
-from optprune.moments import InputMoments
-from optprune.sums import AT_ONCE, MomentSums
+from optprune.moments import AT_ONCE, InputMoments, MomentSums
 from optprune.work import Work
 
 SUM, AVERAGE = 8, 4

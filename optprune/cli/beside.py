@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.tokens import check_alike, tokens_for
-from optprune.errors import InputError
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
 
 PROMPT = 32
 """how many tokens of a window a generation goes on from"""
-
-
-def check_generations(count: int) -> None:
-    """Raise InputError when there cannot be so many continuations."""
-    if count < 0:
-        raise InputError(f"--generations cannot be {count}: it is at least 0")
 
 
 @dataclass(frozen=True)

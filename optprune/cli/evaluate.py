@@ -8,7 +8,7 @@ import typer
 from optprune.cli.beside import AskedTasks, Beside
 from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, echo, start, write_json
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.system.files import json_text
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def evaluate_command(
     check_dtype(dtype)
     device_of(device)
     for name, number, least in (("generations", generations, 0), ("limit", limit, 1), ("task-batch", task_batch, 1)):
-        if number is not None and number < least:
-            raise InputError(f"--{name} cannot be {number}: it is at least {least}")
+        check_at_least(f"--{name}", number, least)
     if text is None and questions is None and tasks is None:
         raise InputError("there is nothing to measure the model on: give --text, --questions or --tasks")
     if text is None and generations:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.beside import Beside, check_generations
+from optprune.cli.beside import Beside
 from optprune.cli.options import Device, Dtype, SeqLength
 from optprune.cli.outputs import check_file, echo, start, write_file
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.system.files import real_path
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def report_command(
     from optprune.report.drawings import can_draw
 
     _check_together(against, text, evaluation)
-    check_generations(generations)
+    check_at_least("--generations", generations, 0)
     check_dtype(dtype)
     device_of(device)
     report = read_report(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optprune.cli.choices import check_choices
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.system.files import read_yaml
 from optprune.system.wording import one_line, shown
 
@@ -59,6 +59,8 @@ class Options:
         """Return the options among a command's arguments; InputError, without heavy imports, for a mistyped name."""
         named = {name: arguments[name] for name in ("units", "propagation", "target", "states", "dtype", "save_dtype")}
         check_choices(arguments["recipe"], sequences=arguments["sequences"], **named)
+        check_at_least("--samples", arguments["samples"], 1)
+        check_at_least("--seq-length", arguments["seq_length"], 2)
         own = {one.name: arguments[one.name] for one in fields(cls) if one.name in arguments}
         chosen = {field: arguments[name] for name, field in FIELDS.items()} | {"strict": arguments["strict"] or None}
         return cls(**own | {"fields": chosen, "settings": arguments["settings"] or ()})

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.measure.clock import clock
 from optprune.measure.memory import memory_increase
 from optprune.models.sources import DEMO, demo_model_file
@@ -33,8 +33,7 @@ class SpeedWorkload:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
-                raise InputError(f"--{name.replace('_', '-')} cannot be {value}: give at least 1")
+            check_at_least(f"--{name.replace('_', '-')}", value, 1)
 
     def check(self, name: str, config: Any) -> None:
         """Raise InputError when a model has too few positions."""

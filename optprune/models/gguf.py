@@ -128,7 +128,8 @@ class GgufTensor:
         """Return the tensor in new memory: a memory map of the whole file would count as this process's memory."""
         tensor = self._tensor
         packed = np.fromfile(self._file, tensor.data.dtype, tensor.data.size, offset=int(tensor.data_offset))
-        plain = dequantize(packed.reshape(tensor.data.shape), tensor.tensor_type)
+        with np.errstate(all="ignore"):  # a damaged scale gives NaN or infinity, which the users of a weight refuse
+            plain = dequantize(packed.reshape(tensor.data.shape), tensor.tensor_type)
         weights: Any = self._processor.process(weights=plain, name=tensor.name)
         found = torch.from_numpy(np.ascontiguousarray(weights.weights))
         return found.t() if self._transposed else found

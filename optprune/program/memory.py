@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from optprune.allocation import Depth
 from optprune.calibration.fisher_pass import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 from optprune.models import Target, reorderable
+from optprune.moments import AT_ONCE
 from optprune.program.program import AVERAGE, Program
 from optprune.recipe.groups import Matching
 from optprune.solvers.descent import NUMBER
-from optprune.sums import AT_ONCE
 
 AHEAD = 2
 """block jobs under way for each worker: the one at work, and the next"""

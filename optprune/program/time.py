@@ -49,7 +49,8 @@ from transformers import AutoModelForCausalLM
 reloading, status = time.perf_counter() - began, pathlib.Path("/proc/self/status")
 lines = status.read_text().splitlines() if status.exists() else []
 held = [int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")]
-from optprune import pruning, texts
+from optprune import texts
+from optprune.pruning import prune
 print(held[0] if held else 0, reloading, time.perf_counter() - began)
 """
 """what a process imports that reloads a folder, and then what the command does"""

@@ -1,15 +1,20 @@
 """Pruning: block by block, collect moments, state each layer's problem, solve it, write the answer back."""
 
-from optprune.calibration.partial_sums import PartialSums
-from optprune.calibration.peers import joined
-from optprune.pruning.collecting import collect
-from optprune.pruning.journal import Journal
-from optprune.pruning.measured_plan import Measuring, plan
-from optprune.pruning.one_layer import layer_loss, layer_problem
-from optprune.pruning.pipeline import prune, run_program
-from optprune.pruning.ray_workers import RayWorkers
-from optprune.pruning.run import check_states
-from optprune.pruning.workers import Layers, Processes, Serial, Workers, workers_of
+from typing import TYPE_CHECKING
+
+from optprune.system.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from optprune.calibration.partial_sums import PartialSums
+    from optprune.calibration.peers import joined
+    from optprune.pruning.collecting import collect
+    from optprune.pruning.journal import Journal
+    from optprune.pruning.measured_plan import Measuring, plan
+    from optprune.pruning.one_layer import layer_loss, layer_problem
+    from optprune.pruning.pipeline import prune, run_program
+    from optprune.pruning.ray_workers import RayWorkers, workers_of
+    from optprune.pruning.run import check_states
+    from optprune.pruning.workers import Layers, Processes, Serial, Workers
 
 __all__ = [
     "Journal",
@@ -30,3 +35,20 @@ __all__ = [
     "run_program",
     "workers_of",
 ]
+
+# One prune needs neither journals nor plans nor Ray.
+__getattr__, __dir__ = lazy_names(
+    "optprune.pruning",
+    {
+        "calibration.partial_sums": ("PartialSums",),
+        "calibration.peers": ("joined",),
+        "pruning.collecting": ("collect",),
+        "pruning.journal": ("Journal",),
+        "pruning.measured_plan": ("Measuring", "plan"),
+        "pruning.one_layer": ("layer_loss", "layer_problem"),
+        "pruning.pipeline": ("prune", "run_program"),
+        "pruning.ray_workers": ("RayWorkers", "workers_of"),
+        "pruning.run": ("check_states",),
+        "pruning.workers": ("Layers", "Processes", "Serial", "Workers"),
+    },
+)

@@ -26,7 +26,6 @@ from optprune.problems import Problem
 from optprune.program import BlockProgram, Method, Stage
 from optprune.pruning.executors import LayerExecutor, SerialExecutor
 from optprune.pruning.layer import LayerTask, SolvedLayer, stated_problem, write_layer
-from optprune.pruning.refinement import match_block, recover
 from optprune.recipe.groups import Matching, Recovery
 from optprune.report import BlockFinished, BlockStarted, Event, LayerReport, LayerSolved, RecoveredPart
 from optprune.solvers.experts import choose_experts
@@ -223,6 +222,8 @@ class _BlockRun:
 
     def recover(self, path: str, calls: Calls) -> None:
         """Refit a sub-module whose layers are pruned."""
+        from optprune.pruning.refinement import recover
+
         decoder, task, recovery = self.decoder, self.task, self.task.method.recovery
         assert recovery is not None
         layers = dict(decoder.architecture.recoverable)[path]
@@ -246,6 +247,8 @@ class _BlockRun:
 
         What leaves it has the metric of the layer that it adds last, unless a norm follows.
         """
+        from optprune.pruning.refinement import match_block
+
         decoder, task = self.decoder, self.task
         architecture = decoder.architecture
         last = decoder.name(task.index, architecture.mlp_consumer)

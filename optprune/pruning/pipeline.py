@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +17,6 @@ from optprune.models import Decoder
 from optprune.models.store import BlockStore
 from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
-from optprune.program.time import expected_seconds
-from optprune.pruning.journal import Journal
 from optprune.pruning.layer import summary
 from optprune.pruning.run import Listener, begin, warn_or_raise
 from optprune.pruning.workers import Serial, Workers
@@ -25,6 +24,9 @@ from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
 from optprune.report.phases import BUDGET, METRIC, PRUNING
 from optprune.system.environment import versions
+
+if TYPE_CHECKING:
+    from optprune.pruning.journal import Journal
 
 MISSED = (
     "the budget is not met: {:.2%} of the decoder's linear weights are gone, not {:.2%}, since answers keep more than "
@@ -46,7 +48,7 @@ def prune(
     source: str = "",
     calibration: str = "",
     store: BlockStore | None = None,
-    journal: Journal | None = None,
+    journal: "Journal | None" = None,
     workers: Workers | None = None,
     partial_sums: PartialSums | None = None,
     states: str = "auto",
@@ -111,7 +113,7 @@ def run_program(
     progress: bool = False,
     source: str = "",
     calibration: str = "",
-    journal: Journal | None = None,
+    journal: "Journal | None" = None,
     workers: Workers | None = None,
     partial_sums: PartialSums | None = None,
 ) -> Report:
@@ -180,6 +182,7 @@ def followed(progress: bool, listener: Listener | None, program: Program, device
     if not progress:
         yield listener
         return
+    from optprune.program.time import expected_seconds
     from optprune.report.progress import Reporter
 
     expected = expected_seconds(program, 0, device)

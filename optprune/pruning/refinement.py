@@ -20,12 +20,12 @@ from optprune.calibration.calls import Calls
 from optprune.calibration.partial_sums import OrderedSum, TensorSums
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
+from optprune.moments import MomentSums
 from optprune.numerics.modules import first_output
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.report import RecoveredPart
 from optprune.solvers import Descent, match
-from optprune.sums import MomentSums
 
 PATIENCE = 2
 """a turn ends after so many steps that made the error on the tokens kept apart no smaller"""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,12 +34,14 @@ from optprune.numerics.fingerprint import fingerprint
 from optprune.program import BlockProgram, Program
 from optprune.pruning.block import BlockJob, BlockOutcome, BlockRecord, BlockResult, BlockTask, moved, prune_block
 from optprune.pruning.executors import LayerExecutor
-from optprune.pruning.journal import Journal, digest_of_model
-from optprune.pruning.shared import JournalProtocol, ProcessExecutor, SharedJournal
 from optprune.report import BlockFinished, BlockStarted, Event, PhaseAdvanced, PhaseRecorder
 from optprune.report.phases import BUDGET, LOADING, METRIC, PRUNING
 from optprune.system.environment import machine, versions
 from optprune.system.wording import counted
+
+if TYPE_CHECKING:
+    from optprune.pruning.journal import Journal
+    from optprune.pruning.shared import JournalProtocol
 
 Listener = Callable[[Event], None]
 MakeExecutor = Callable[[torch.device], LayerExecutor]
@@ -107,7 +109,7 @@ class Run:
     """tokens of the batches that are fitted"""
     notes: tuple[str, ...]
     """notes on what was found before the first block"""
-    journal: JournalProtocol | None
+    journal: "JournalProtocol | None"
     facts: dict[str, Any]
     """everything that decides the bytes of the run, where there is a journal"""
     finished: set[int]
@@ -246,7 +248,7 @@ def begin(
     phases: PhaseRecorder,
     executor: MakeExecutor,
     statistics: DenseStatistics | None = None,
-    journal: Journal | None = None,
+    journal: "Journal | None" = None,
     partial_sums: PartialSums | None = None,
 ) -> Run:
     """Return a run before its first block: the budget is divided, and no weight is changed.
@@ -260,7 +262,11 @@ def begin(
     fitted, held_out = hold_out(every, program.held_out)
     partial_sums.check(fitted)
     statistics.begin(decoder, every, partial_sums)
-    shared = journal if partial_sums.peers.size == 1 else SharedJournal(journal, partial_sums.peers)
+    shared, layers = journal, executor
+    if partial_sums.peers.size > 1:
+        from optprune.pruning.shared import ProcessExecutor, SharedJournal
+
+        shared, layers = SharedJournal(journal, partial_sums.peers), lambda _: ProcessExecutor(partial_sums.peers)
     on_event, strict = phases.on_event, program.method.strict
     decided: dict[str, Any] = {}
     if shared is not None:
@@ -297,12 +303,12 @@ def begin(
         journal=shared,
         facts={} if journal is None else decided,
         finished=finished,
-        executor=ProcessExecutor(partial_sums.peers) if partial_sums.peers.size > 1 else executor(decoder.model.device),
+        executor=layers(decoder.model.device),
         on_event=on_event,
     )
 
 
-def _division(allocator: Allocator, dense: DenseModel, journal: JournalProtocol | None) -> Division:
+def _division(allocator: Allocator, dense: DenseModel, journal: "JournalProtocol | None") -> Division:
     """The division of an earlier run, or a new one."""
     earlier = None if journal is None else journal.division()
     if earlier is not None:
@@ -344,7 +350,7 @@ def measured_metrics(
     batches: list[Tensor],
     statistics: DenseStatistics,
     on_event: Callable[[Event], None],
-    journal: JournalProtocol | None,
+    journal: "JournalProtocol | None",
     partial_sums: PartialSums,
 ) -> tuple[Metrics, tuple[str, ...]]:
     """Return the damped output metrics, and notes where they are less than the recipe asks for.
@@ -390,6 +396,8 @@ def facts(
     on_event: Callable[[Event], None],
 ) -> dict[str, Any]:
     """Return everything that decides the bytes of a run. All weights are read for it; events report how many."""
+
+    from optprune.pruning.journal import digest_of_model
 
     def on_bytes(done: int, total: int) -> None:
         on_event(PhaseAdvanced(LOADING, "reading all weights once", "MiB", done >> 20, total >> 20, OPENED))

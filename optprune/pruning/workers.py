@@ -26,11 +26,9 @@ import torch
 
 from optprune.calibration import POLICIES, Propagation
 from optprune.errors import InputError, OptpruneError, WorkerError
-from optprune.program.memory import AHEAD
 from optprune.pruning.block import BlockJob, BlockOutcome, WorkerContext, run_job
 from optprune.pruning.executors import DeviceExecutor, LayerExecutor, SerialExecutor
 from optprune.pruning.run import Run
-from optprune.system.environment import started_by_torchrun
 from optprune.system.wording import shown
 
 MOST = 1000
@@ -177,6 +175,8 @@ class Processes(ParallelWorkers):
 
 def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[BlockOutcome]:
     """Yield outcomes as they come. Only as many jobs are made as workers soon need. A worker's error is raised."""
+    from optprune.program.memory import AHEAD
+
     under_way = [pool.send(job) for job in islice(jobs, AHEAD * pool.count)]
     while under_way:
         done = pool.wait(under_way)
@@ -187,24 +187,6 @@ def outcomes(pool: WorkerPool[Handle], jobs: Iterator[BlockJob]) -> Iterator[Blo
             yield outcome
         under_way = [handle for handle in under_way if handle not in done]
         under_way += [pool.send(job) for job in islice(jobs, len(done))]
-
-
-def workers_of(policy: Propagation, count: int | None = None, ray: str | None = None) -> Workers:
-    """Return the workers that a command asks for: `count` of them here, or those of a Ray cluster at an address.
-
-    Here they are processes with a block each or, where blocks depend on each other, threads with a layer each.
-    InputError where the blocks of the policy cannot be pruned so.
-    """
-    from optprune.pruning.ray_workers import RayWorkers
-    from optprune.pruning.workers import Processes
-
-    if started_by_torchrun() and (count is not None or ray is not None):
-        raise InputError("the processes that torchrun started are the workers: leave --workers and --ray out")
-    several = Processes if policy.independent else Layers
-    here = Serial() if count is None or count == 1 else several(count)
-    workers = here if ray is None else RayWorkers(ray, count)
-    workers.check(policy)
-    return workers
 
 
 def check_count(count: int) -> None:

@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted, shown
 from optprune.texts.documents import Document, read_documents
-from optprune.texts.windows import batched, check_at_least, drawn_windows, tokenise
+from optprune.texts.windows import batched, drawn_windows, tokenise
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from torch import IntTensor, LongTensor

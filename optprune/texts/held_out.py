@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted
 from optprune.texts.documents import Document, normalised_text
 from optprune.texts.windows import calibration_batches, evaluation_windows
@@ -52,8 +52,7 @@ def split_held_out(
         ("--held-out", held_out, 1),
         ("--seq-length", seq_length, 2),
     ):
-        if value is not None and value < least:
-            raise InputError(f"{option} cannot be {value}: it is at least {least}")
+        check_at_least(option, value, least)
     wanted = held_out * seq_length
     # A repeated document could be trained on and held out.
     distinct = list({normalised_text(document): document for document in documents}.values())

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optprune.errors import InputError
+from optprune.errors import InputError, check_at_least
 from optprune.system.wording import counted
 from optprune.texts.documents import Conversation, Document, conversation_pieces
 
@@ -222,9 +222,3 @@ def _too_short(what: str, tokens: int, fitting: int, wanted: int, seq_length: in
         f"the {what} has {counted(tokens, 'token')}, room for {counted(fitting, 'window')} of {seq_length}, fewer than "
         f"the {wanted} needed: lower {option if fitting else '--seq-length'}, or give a longer text"
     )
-
-
-def check_at_least(option: str, value: int, least: int) -> None:
-    """Raise InputError when the value of an option is too small."""
-    if value < least:
-        raise InputError(f"{option} cannot be {value}: it is at least {least}")

@@ -12,7 +12,7 @@ from optprune.calibration.dense_statistics import DenseStatistics
 from optprune.calibration.moments_pass import collect
 from optprune.calibration.partial_sums import OrderedSum, PartialSums
 from optprune.models import Decoder
-from optprune.sums import MomentSums
+from optprune.moments import MomentSums
 from tests.helpers.thread_peers import ThreadPeers, together
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.token_batches import batches

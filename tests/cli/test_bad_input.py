@@ -428,7 +428,7 @@ def test_a_plot_without_matplotlib(attempt: Attempt, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--prompt-tokens", "0"], "--prompt-tokens cannot be 0: give at least 1"),
+        (["--prompt-tokens", "0"], "--prompt-tokens cannot be 0: it is at least 1"),
         (["--new-tokens", "-1"], "--new-tokens cannot be -1"),
         (["--batch", "0"], "--batch cannot be 0"),
         (["--repeats", "0"], "--repeats cannot be 0"),

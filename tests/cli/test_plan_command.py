@@ -69,6 +69,9 @@ def test_a_plan_of_what_prune_refuses_is_refused(config: Path, capsys: pytest.Ca
     assert "under the policy pruned every block depends on those before it" in capsys.readouterr().err
     assert main(["plan", str(config), "--set", "dampening=1", *SMALL]) == 2
     assert "no field 'dampening'" in capsys.readouterr().err
+    for option, value, least in (("--samples", 0, 1), ("--samples", -1, 1), ("--seq-length", 1, 2)):
+        assert main(["plan", str(config), *SMALL, f"{option}={value}"]) == 2
+        assert capsys.readouterr().err == f"error: {option} cannot be {value}: it is at least {least}\n"
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -16,6 +16,7 @@ from optprune.export.source_files import origin_of
 from optprune.models import DTYPES, load_config, load_model, load_tokenizer, open_model
 from optprune.models import gguf as gguf_files
 from optprune.models.sources import demo_model_file
+from optprune.report import audit
 from optprune.system.files import digest_of_file
 from tests.helpers.tiny_gguf import write_gguf
 from tests.helpers.tiny_models import save_tiny, tiny_llama, tiny_qwen2
@@ -188,3 +189,16 @@ def test_a_folder_whose_name_ends_as_a_files_does_is_a_folder(tmp_path: Path) ->
     folder = save_tiny(tiny_llama(), tmp_path / "out.gguf")
     assert load_model(folder).source == str(folder)
     assert origin_of(str(folder)).licence_files == {}
+
+
+def test_an_infinite_scale_is_a_fault_of_the_audit(tmp_path: Path) -> None:
+    """It gives NaN where the quantised number is zero: numpy's warning is no error of its own."""
+    file = write_gguf(tiny_llama(), tmp_path / "tiny.gguf", Kind.Q8_0)
+    tensor = next(each for each in GGUFReader(file).tensors if each.name == "blk.0.ffn_up.weight")
+    assert tensor.tensor_type is Kind.Q8_0
+    data, start = bytearray(file.read_bytes()), int(tensor.data_offset)
+    data[start : start + 2] = b"\x00\x7c"  # infinity in half precision
+    data[start + 2 : start + 34] = bytes(32)
+    file.write_bytes(data)
+    faults = [fault.sentence for fault in audit(file).faults]
+    assert len(faults) == 1 and "NaN" in faults[0] and "up_proj" in faults[0]

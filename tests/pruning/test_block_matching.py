@@ -17,8 +17,7 @@ from optprune.errors import InputError, StrictError
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.models.places import States
-from optprune.pruning import block as block_module
-from optprune.pruning import prune
+from optprune.pruning import prune, refinement
 from optprune.pruning.refinement import Sequences, match_block
 from optprune.recipe import load_recipe
 from optprune.report import Report
@@ -154,13 +153,13 @@ def test_a_metric_acts() -> None:
 def test_the_metric_is_that_of_the_residual_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The metric of what is added last: the gradient there is that at the block's output."""
     seen = []
-    honest = block_module.match_block
+    honest = refinement.match_block
 
     def watched(*args, **more):
         seen.append(more["metric"])
         return honest(*args, **more)
 
-    monkeypatch.setattr(block_module, "match_block", watched)
+    monkeypatch.setattr(refinement, "match_block", watched)
     settings = {"units.weights": "2:4", "sparsity": 0.5, "metric.tokens": 96, **MATCHED}
     for name, make in TINY_MODELS.items():
         seen.clear()
@@ -172,9 +171,9 @@ def test_the_metric_is_that_of_the_residual_stream(monkeypatch: pytest.MonkeyPat
 
 def test_where_a_norm_comes_last_the_metric_is_not_that(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    honest = block_module.match_block
+    honest = refinement.match_block
     monkeypatch.setattr(
-        block_module, "match_block", lambda *args, **more: seen.append(more["metric"]) or honest(*args, **more)
+        refinement, "match_block", lambda *args, **more: seen.append(more["metric"]) or honest(*args, **more)
     )
     settings = {"units.weights": "2:4", "sparsity": 0.5, "metric.tokens": 96, **MATCHED}
     prune(TINY_MODELS["opt"](do_layer_norm_before=False), batches(8, 96), load_recipe("sparse_best", settings))
@@ -183,13 +182,13 @@ def test_where_a_norm_comes_last_the_metric_is_not_that(monkeypatch: pytest.Monk
 
 def test_fewer_tokens_are_as_many_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    honest = block_module.match_block
+    honest = refinement.match_block
 
     def watched(block, fit, apart, solver, **more):
         seen.append((fit.tokens, apart.tokens))
         return honest(block, fit, apart, solver, **more)
 
-    monkeypatch.setattr(block_module, "match_block", watched)
+    monkeypatch.setattr(refinement, "match_block", watched)
     for policy in POLICIES:
         run(TINY_MODELS["llama"], "wanda", {"propagation": policy, **MATCHED, "refit.matching.tokens": 100})
     assert len(set(seen)) == 1

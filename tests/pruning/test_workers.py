@@ -19,11 +19,11 @@ from optprune.calibration import POLICIES, moments_pass, propagation, stream
 from optprune.calibration.stream import run_block
 from optprune.errors import InputError, OptpruneError, StrictError
 from optprune.models import Decoder, open_model
-from optprune.pruning import executors, prune
+from optprune.program.memory import AHEAD
+from optprune.pruning import executors, prune, workers_of
 from optprune.pruning import run as pruning_run
 from optprune.pruning.journal import Journal
 from optprune.pruning.workers import (
-    AHEAD,
     BlockJob,
     BlockOutcome,
     Layers,
@@ -31,7 +31,6 @@ from optprune.pruning.workers import (
     WorkerContext,
     WorkerPool,
     run_job,
-    workers_of,
 )
 from optprune.report import BlockFinished, BlockStarted, Event, Report
 from tests.helpers.short_runs import told

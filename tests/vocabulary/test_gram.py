@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from optprune.moments import InputMoments
+from optprune.moments import InputMoments, MomentSums
 from optprune.numerics import gram
 from optprune.numerics.gram import gram_product, split
-from optprune.sums import MomentSums
 
 LEFT_OUT = {1: 2.0**-7 + 2.0**-16, 2: 2.0**-15 + 2.0**-32, 3: 2.0**-23 + 2.0**-32}
 """of the sum of the sizes of the terms"""

@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optprune.errors import InputError, NumericalError
-from optprune.moments import InputMoments
+from optprune.moments import InputMoments, MomentSums
 from optprune.problems import LayerLoss
-from optprune.sums import MomentSums
 from optprune.testing import part_laws
 from optprune.testing.loss_strategies import samples
 

@@ -6,12 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optprune import prune
 from optprune.metric import OutputMetric
-from optprune.moments import InputMoments
+from optprune.moments import InputMoments, MomentSums
 from optprune.patterns import Unstructured
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Admm, Chain, ConjugateGradients, Swaps, solve
-from optprune.sums import MomentSums
 from tests.helpers.tiny_models import tiny_llama
 
 BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from optprune.moments import InputMoments
+from optprune.moments import InputMoments, MomentSums
 from optprune.numerics.finite import all_finite
-from optprune.sums import MomentSums
 
 TOKENS = 40
 
