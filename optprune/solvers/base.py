@@ -93,9 +93,9 @@ class Solver(ABC, Generic[P, State]):
         if not isinstance(problem, self.accepts):
             kinds = " and ".join(kind.kind for kind in self.accepts)
             return f"it accepts {kinds} problems, and this is a {problem.kind} problem"
-        return self.why_not(cast(P, problem))
+        return self.unsupported(cast(P, problem))
 
-    def why_not(self, problem: P) -> str | None:
+    def unsupported(self, problem: P) -> str | None:
         """Return why a problem of an accepted kind is not supported, in one sentence; None when it is."""
         return None
 
@@ -157,7 +157,7 @@ class Solver(ABC, Generic[P, State]):
         """
 
     @property
-    def keeps(self) -> int:
+    def cached_bytes(self) -> int:
         """The bytes over in^2 that are cached with the moments, for the next layer with the same inputs."""
         return 0
 

@@ -72,7 +72,7 @@ class Counter(Solver[Problem, int]):
     bound: float | None = None
     bad: float = 0.0
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None
 
     def init(self, problem, start):
@@ -127,11 +127,11 @@ def test_a_refusal_is_no_solver_with_the_reason(masked):
 
 @dataclass(frozen=True)
 class OnlyOneRow(DirectSolver[MaskedLeastSquares]):
-    """Accepts restoration of a single row; `why_not` reads a mask, which other kinds of problems lack."""
+    """Accepts restoration of a single row; `unsupported` reads a mask, which other kinds of problems lack."""
 
     accepts = (MaskedLeastSquares,)
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None if problem.mask.shape[0] == 1 else "it restores a single row"
 
     def work(self, outputs, inputs, *, coupled=False):
@@ -141,7 +141,7 @@ class OnlyOneRow(DirectSolver[MaskedLeastSquares]):
         return Answer(problem.start())
 
 
-def test_why_not_is_asked_about_accepted_kinds_only(masked, linked):
+def test_unsupported_is_called_for_accepted_kinds_only(masked, linked):
     assert OnlyOneRow().refusal(masked) is None
     assert solve(masked, OnlyOneRow()).violation == 0
     assert "it accepts masked least squares problems" in OnlyOneRow().refusal(linked)
