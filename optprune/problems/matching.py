@@ -210,7 +210,7 @@ class BlockMatching:
             if weight.dtype not in ENOUGH:
                 raise InputError(
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
-                    "block in float32, and round what it comes to"
+                    "block in float32, and round the result"
                 )
         entries = tuple(map(KeptEntries.of, found.values()))
         anchor = tuple(one.read() for one in entries) if pull else None

@@ -87,6 +87,11 @@ class Solver(ABC, Generic[P, State]):
     accepts: ClassVar[tuple[type[Problem], ...]] = (Problem,)
     """the kinds of problems that the solver accepts, unless `unsupported` returns a reason against one of them"""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "why_not" in vars(cls):
+            raise TypeError(f"{cls.__name__} defines why_not, which is called unsupported now: rename it")
+
     @final
     def refusal(self, problem: Problem) -> str | None:
         """Return None when the solver accepts the problem, else one sentence with the reason why it does not."""

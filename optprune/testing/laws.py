@@ -361,7 +361,7 @@ def refuse(problem: Problem, solver: AnySolver) -> None:
     except NoSolver as error:
         assert reason in str(error), f"{named(problem, solver)}: NoSolver does not say why: {error}"
     else:
-        raise AssertionError(f"{named(problem, solver)}: it refuses ({reason}) and yet solves")
+        raise AssertionError(f"{named(problem, solver)}: it refuses ({reason}), but solves the problem")
 
 
 def projection_is_best(pattern: Pattern, score: Tensor) -> None:

@@ -179,7 +179,7 @@ def test_a_rate_that_is_too_high_is_taken_back() -> None:
 
 
 def test_a_descent_that_does_not_go_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Adam, "back", Descent.back)
+    monkeypatch.setattr(Adam, "restart", Descent.restart)
     with pytest.raises(AssertionError):
         check_rate()
 

@@ -365,3 +365,11 @@ def test_frozen_objects_stay_as_they_are(masked):
     with pytest.raises(AttributeError):
         Restore().factor_dtype = torch.float32
     assert replace(masked) is not masked
+
+
+def test_the_former_name_of_unsupported_is_an_error():
+    with pytest.raises(TypeError, match="Old defines why_not, which is called unsupported now"):
+
+        class Old(DirectSolver):
+            def why_not(self, problem):
+                return None
