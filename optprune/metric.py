@@ -20,9 +20,9 @@ from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
 from optprune.numerics import linalg
-from optprune.numerics.definite import check_average
-from optprune.numerics.finite import all_finite
+from optprune.numerics.gram import check_average
 from optprune.numerics.precision import full_precision
+from optprune.numerics.tensors import all_finite
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.errors import InputError, NumericalError
-from optprune.numerics import gram, symmetric
-from optprune.numerics.definite import check_average, clear_small
-from optprune.numerics.finite import all_finite
+from optprune.numerics import gram
+from optprune.numerics.gram import check_average, clear_small
 from optprune.numerics.precision import full_precision
+from optprune.numerics.tensors import all_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,13 +259,13 @@ class MomentSums:
         if drift is not None:
             drift -= self._origins[1]
             self._sums[2].add_(drift.T @ actual)
-            symmetric.add_square(self._sums[3], drift)
+            gram.add_square(self._sums[3], drift)
             self._sums[4].add_(drift.sum(0))
         self.tokens += len(actual)
         if self._split:
             self._sums[0].add_(gram.gram_product(actual))
         else:
-            symmetric.add_square(self._sums[0], actual)
+            gram.add_square(self._sums[0], actual)
 
     def join(self, later: "MomentSums") -> None:
         """Add the sums of tokens that come after these, moved to the deviations' origin here, in float64."""
@@ -328,7 +328,7 @@ class MomentSums:
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
         """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
-        symmetric.mirror(total)
+        gram.mirror(total)
         covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
         # A constant input has variance zero; what rounding leaves of it must not be negative.
         covariance.diagonal().clamp_(min=0)

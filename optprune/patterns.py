@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
-from optprune.numerics.selection import INTEGERS, kth_largest
+from optprune.numerics.tensors import INTEGERS, kth_largest
 from optprune.system.wording import shown, suggestion
 
 NETWORK = 16

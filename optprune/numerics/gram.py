@@ -1,9 +1,12 @@
-"""X^T X on tensor cores: products of bfloat16 numbers are exact in float32, in which they are added up."""
+"""Gram matrices X^T X: their products on tensor cores, their sums, and the check that a matrix can be one."""
+
+import math
 
 import torch
-from jaxtyping import BFloat16, Float32
+from jaxtyping import BFloat16, Bool, Float, Float32
 from torch import Tensor
 
+from optprune.errors import NumericalError
 from optprune.numerics.precision import full_precision
 
 PRODUCTS = {1: ((0, 0),), 2: ((0, 0), (0, 1), (1, 1)), 3: ((0, 0), (0, 1), (1, 1), (0, 2))}
@@ -52,3 +55,71 @@ def _product(one: Tensor, other: Tensor) -> Tensor:
     if one.device.type == "cuda":
         return torch.mm(one.T, other, out_dtype=torch.float32)
     return one.float().T @ other.float()
+
+
+STRIPE, LANES = 192, 64
+"""the least height of a stripe of rows, and what every height is a multiple of: products of other sides are slow, and
+round otherwise"""
+
+
+def add_square(total: Float[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
+    """Add X^T X to a sum whose entries left of the diagonal, but for some near it, are not kept: see `mirror`."""
+    for stripe in _stripes(len(total)):
+        total[stripe, stripe.start :].add_(rows[:, stripe].T @ rows[:, stripe.start :])
+
+
+def mirror(total: Float[Tensor, "n n"]) -> None:
+    """Give a sum of squares, in place, the entries that `add_square` does not keep."""
+    for stripe in _stripes(len(total)):
+        total[stripe.stop :, stripe] = total[stripe, stripe.stop :].T
+
+
+def _stripes(width: int) -> list[slice]:
+    """The rows of a matrix in even parts."""
+    height = LANES * math.ceil(width / (LANES * max(1, width // STRIPE)))
+    return [slice(first, min(first + height, width)) for first in range(0, width, height)]
+
+
+ACCUMULATED = 1e-5
+"""the share of its size by which an average of products may be off, collected in float32 in whatever order"""
+
+
+def check_average(
+    matrix: Float[Tensor, "n n"], whole: Float[Tensor, "n n"], unit: float, what: str, source: str
+) -> None:
+    """NumericalError where a matrix is by more than rounding not symmetric, or not positive semidefinite.
+
+    `whole` is what it is known to a share of: the averages before means or other averages were taken off, whose
+    diagonal gives every input its unit. In these units an entry is known to `unit`, and what was added up to it to a
+    share ACCUMULATED, which moves no eigenvalue by more than n `unit` + ACCUMULATED x |whole| in the Frobenius norm.
+    Costs n^3 / 3 in float64.
+    """
+    size = whole.diagonal().double().clamp(min=0).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    norm = float((whole.double() / size[:, None]).div_(size).norm())
+    scaled = (matrix.double() / size[:, None]).div_(size)
+    uneven = float((scaled - scaled.T).abs().max())
+    if uneven > 2 * (unit + ACCUMULATED):
+        raise NumericalError(
+            f"{what} is not symmetric: in units of its diagonal two entries that should be equal differ by "
+            f"{uneven:.3g}; {source}"
+        )
+    slack = len(scaled) * unit + ACCUMULATED * norm
+    scaled.diagonal().add_(slack)
+    if int(torch.linalg.cholesky_ex(scaled).info):
+        least = float(torch.linalg.eigvalsh(scaled)[0]) - slack
+        raise NumericalError(
+            f"{what} is indefinite: scaled to a unit diagonal its least eigenvalue is {least:.3g}, which rounding does "
+            f"not explain; {source}"
+        )
+
+
+def clear_small(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
+    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
+    limits = torch.finfo(mean.dtype)
+    least = limits.tiny / limits.eps
+    constant = covariance.diagonal().abs() < least
+    covariance[constant] = 0
+    covariance[:, constant] = 0
+    mean[constant & (mean.square() < least)] = 0
+    return constant

@@ -28,7 +28,7 @@ from optprune.program.method import BlockProgram, Method, Request
 from optprune.recipe.groups import FisherMetric, Matching, Recovery
 from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
-from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 

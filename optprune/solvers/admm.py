@@ -10,15 +10,14 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring
 from optprune.solvers.spectrum import column_scale
 from optprune.work import Work, eigenvectors, product, selection, storage, sweeps
 
 SCHEDULE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """(share of the kept weights that moved, factor for rho): the first share that was exceeded applies"""
 USUAL_STEPS = 36
-"""the steps until no weight moves, with the factors of ALPS: 20 to 42 on layers of SmolLM2 and on layers like them"""
+"""the steps until the mask is constant, with the factors of ALPS: 20 to 42 on layers of SmolLM2"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +39,7 @@ class AdmmState:
     rho: float
     mask: Bool[Tensor, "rows in"]
     looked_at: Bool[Tensor, "rows in"]
-    """the mask when the schedule last looked"""
+    """the mask at the last check of the schedule"""
     count: int
     frozen: bool
 
@@ -57,14 +56,14 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     H keeps the mask of the pattern with the largest total of squares. One eigendecomposition of A' serves every rho.
     Under a full output metric S the first step solves S V' A' + rho V' = S B' - U + rho Z, which is as exact in the
     eigenbases of S and A'.
-    Every `every` steps rho grows by 1.3, 1.2 or 1.1 as more than 10, 0.5 or 0 percent of the kept weights moved,
-    and the method stops when none did. `haste` is an exponent on these factors: 1 is that of ALPS; a third of it takes
+    Every `every` steps rho grows by 1.3, 1.2 or 1.1 where more than 10, 0.5 or 0 percent of the mask changed,
+    and the method stops when nothing did. `haste` is an exponent on these factors: 1 is that of ALPS; a third takes
     about twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
 
-    The released code of ALPS does otherwise in three places: its first Z is the dense weight cut to the pattern, here
-    it is the dense weight; until more than 0.5 percent moved for the first time, fewer divide rho by 5 (and unless it
-    was none, the method begins anew), here rho grows by 1.1, or the method stops; and after 30 steps it stops below
-    0.03 percent, here only at none.
+    The released code of ALPS differs in three places. Its first Z is the dense weight cut to the pattern; here
+    it is the dense weight. Until more than 0.5 percent changed for the first time, fewer divide rho by 5 (and unless it
+    was none, the method restarts); here rho grows by 1.1, or the method stops. After 30 steps it stops below
+    0.03 percent; here only at none.
 
     A step is one product [out, in] x [in, in], and one [in, in] x [in, in] when rho grows; where rows are coupled it is
     two, and two [out, out] x [out, in]. Memory 2 in^2 + 5 out in.
@@ -142,7 +141,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:
-            # Written over the one before: it is as large as the Gram matrix.
+            # Written over the previous inverse, which is as large as the Gram matrix.
             state = replace(state, inverse=_inverse(state.values, state.vectors, rho, state.inverse))
         return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
 
@@ -156,11 +155,11 @@ class Admm(Solver[SelectionProblem, AdmmState]):
 
 
 def _decomposed(loss: LayerLoss, scale: Float[Tensor, " in"]) -> tuple[Float[Tensor, " in"], Float[Tensor, "in in"]]:
-    """The eigendecomposition of A', once for all layers that read the same inputs under the same damping."""
+    """Return the eigendecomposition of A', cached for all layers with the same inputs and damping."""
     known = loss.moments.decompositions
     if loss.fit_bias not in known or not torch.equal(known[loss.fit_bias][0], loss.damping):
         unit = torch.outer(scale, scale)
-        # Its transpose is stored by columns, as the decomposition wants it.
+        # Its transpose is stored by columns, as LAPACK needs it.
         known[loss.fit_bias] = loss.damping, *linalg.eigh_in_place(torch.div(loss.gram.mT, unit, out=unit).mT)
     _, values, vectors = known[loss.fit_bias]
     return values, vectors
@@ -169,12 +168,12 @@ def _decomposed(loss: LayerLoss, scale: Float[Tensor, " in"]) -> tuple[Float[Ten
 def _inverse(
     values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float, room: Float[Tensor, "in in"]
 ) -> Float[Tensor, "in in"]:
-    """(A' + rho I)^-1 from the eigendecomposition of A', written into `room`."""
+    """Return (A' + rho I)^-1 from the eigendecomposition of A', written into `room`."""
     return torch.mm(vectors / (values + rho), vectors.T, out=room)
 
 
 def _dense(state: AdmmState) -> Float[Tensor, "out in"]:
-    """The step in V': free of the pattern."""
+    """Return V', the minimiser without the pattern."""
     if state.inverse is not None:
         return torch.add(state.target, state.sparse, alpha=state.rho).sub_(state.dual) @ state.inverse
     rows = state.row_vectors

@@ -5,23 +5,59 @@ whatever it says afterwards. Comparisons are written so that NaN fails them.
 
 Tolerances. A float64 answer must have the optimal objective to 1e-8 relative, a float32 answer to 1e-4. Next to that
 stands `rounding`, the size of one rounding of the sums that an objective is made of (quadratic.py): it is about
-1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero.
-"""
+1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 
 import torch
+from torch import Tensor
 
 from optprune.errors import NoSolver, NumericalError
-from optprune.problems import Problem
-from optprune.solvers import AnySolver, solve
+from optprune.metric import OutputMetric
+from optprune.moments import InputMoments
+from optprune.patterns import Pattern
+from optprune.penalties import NormPenalty, Penalty
+from optprune.problems import LayerLoss, MaskedLeastSquares, Problem, SelectionProblem
+from optprune.solvers import AnySolver, Solution, solve
 from optprune.solvers.run import CONTRADICTED
-from optprune.testing.answers import RELATIVE, answer, named, output_change, tolerance
-from optprune.testing.exact_objective import exact_objective
-from optprune.testing.invariance_laws import INVARIANCE_LAWS
-from optprune.testing.quadratic import clearly_regular, rounding
+from optprune.testing.quadratic import clearly_regular, exact_objective, rounding
 from optprune.testing.references import reference
-from optprune.testing.transformations import random_feasible
+from optprune.testing.transformations import in_units, permuted, random_feasible, renaming, scaled
+
+RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
+"""how close to the optimum an exact answer must be, by dtype: the promise, not what happens to hold"""
+_LAST: list[tuple[Problem, AnySolver, Solution]] = []
+
+
+def tolerance(problem: Problem, objective: float) -> float:
+    """By how much an objective may miss an optimum of that size."""
+    return RELATIVE[problem.loss.weight.dtype] * abs(objective)
+
+
+def named(problem: Problem, solver: AnySolver) -> str:
+    """How a law that is broken begins its sentence."""
+    return f"{solver.label} on a {problem.kind} problem"
+
+
+def answer(problem: Problem, solver: AnySolver) -> Solution:
+    """What the solver answers: solved once for all the laws that only look at the answer."""
+    if _LAST and _LAST[0][0] is problem and _LAST[0][1] is solver:
+        return _LAST[0][2]
+    before = problem.fingerprint()
+    solution = solve(problem, solver)
+    # Here and not only in its own law: on a problem that is no longer the same, other laws would speak first.
+    assert problem.fingerprint() == before, f"{named(problem, solver)}: it changed the problem"
+    _LAST[:] = [(problem, solver, solution)]
+    return solution
+
+
+def output_change(loss: LayerLoss, first: Tensor, second: Tensor) -> float:
+    """E|(V1 - V2) x*|^2 plus the ridge's share."""
+    change = first.double() - second.double()
+    gram = loss.gram.double()
+    return float(((change @ gram) * loss.weigh(change)).sum())
 
 
 def feasible(problem: Problem, solver: AnySolver) -> None:
@@ -177,6 +213,107 @@ def repeatable(problem: Problem, solver: AnySolver) -> None:
     assert first.notes == second.notes, f"{named(problem, solver)}: it gives different notes"
 
 
+UNITS = ((2.0**5, 2.0**-30), (2.0**-20, 2.0**12))
+"""factors of weights and of inputs: powers of two, so that ties stay ties, and far from one"""
+INPUT_UNITS = (1.0, 2.0**-30, 2.0**12, 2.0**-11)
+"""factors of inputs, in turn: powers of two, which round nothing"""
+
+
+def rows_are_independent(problem: Problem, solver: AnySolver) -> None:
+    """Restoration of all rows together costs what restoring them one by one costs."""
+    if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)) or problem.loss.coupled:
+        return
+    loss, together = problem.loss, answer(problem, solver)
+    apart = 0.0
+    slack = rounding(loss, together.value)
+    for row in range(loss.weight.shape[0]):
+        own = problem.mask if problem.mask.shape[0] == 1 else problem.mask[row : row + 1]
+        single = MaskedLeastSquares(_row(loss, row), own)
+        solution = solve(single, solver)
+        apart += solution.objective
+        slack += rounding(single.loss, solution.value)
+    assert abs(apart - together.objective) <= tolerance(problem, apart) + slack, (
+        f"{named(problem, solver)}: {together.objective} for all rows together, but {apart} row by row"
+    )
+
+
+def _row(loss: LayerLoss, row: int) -> LayerLoss:
+    """The loss of one row alone, where rows are not coupled."""
+    metric = loss.metric
+    if metric is not None:
+        metric = OutputMetric(metric.average[row : row + 1], metric.damping[row : row + 1], metric.tokens)
+    return replace(loss, weight=loss.weight[row : row + 1], metric=metric)
+
+
+def permutation_is_harmless(problem: Problem, solver: AnySolver) -> None:
+    """An exact solver attains the same objective when inputs, outputs and units are named in another order."""
+    if solver.exact(problem):
+        _same_objective(problem, _renamed(problem)[0], 1.0, solver, "permuted")
+
+
+def scaling_is_harmless(problem: Problem, solver: AnySolver) -> None:
+    """An exact solver's objective scales, and nothing else, when weights and inputs come in other units."""
+    if solver.exact(problem):
+        for weight, inputs in UNITS:
+            other = scaled(problem, weight, inputs)
+            _same_objective(problem, other, (weight * inputs) ** 2, solver, f"scaled by {weight} and {inputs}")
+
+
+def units_are_harmless(problem: Problem, solver: AnySolver) -> None:
+    """An exact solver attains the same objective when every input comes in a unit of its own."""
+    # Where the constraint is on zeros, which have no unit.
+    if solver.exact(problem) and isinstance(problem, MaskedLeastSquares | SelectionProblem):
+        units = torch.tensor(INPUT_UNITS).repeat(problem.loss.weight.shape[1])[: problem.loss.weight.shape[1]]
+        other = replace(problem, loss=in_units(problem.loss, units))
+        _same_objective(problem, other, 1.0, solver, f"given in the units {list(INPUT_UNITS)} of its inputs")
+
+
+def _renamed(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
+    inputs, outputs = renaming(problem)
+    return permuted(problem, inputs, outputs), inputs, outputs
+
+
+def _same_objective(problem: Problem, other: Problem, factor: float, solver: AnySolver, how: str) -> None:
+    first, second = answer(problem, solver), solve(other, solver)
+    back = second.objective / factor
+    slack = tolerance(problem, first.objective)
+    slack += rounding(problem.loss, first.value) + rounding(other.loss, second.value) / factor
+    assert abs(back - first.objective) <= slack, (
+        f"{named(problem, solver)}: the objective {first.objective} becomes {back} when the problem is {how}"
+    )
+
+
+def permuting_permutes_the_answer(problem: Problem, solver: AnySolver) -> None:
+    """On a problem without ties the answer to the renamed problem is the renamed answer."""
+    other, inputs, outputs = _renamed(problem)
+    back = torch.empty_like(problem.loss.weight)
+    back[outputs[:, None], inputs] = solve(other, solver).value
+    _same_answer(problem, solver, back, "permuted")
+
+
+def scaling_scales_the_answer(problem: Problem, solver: AnySolver) -> None:
+    """On a problem without ties the answer scales with the weights, whatever the unit of the inputs."""
+    for weight, inputs in UNITS:
+        back = solve(scaled(problem, weight, inputs), solver).value / weight
+        _same_answer(problem, solver, back, f"scaled by {weight} and {inputs}")
+
+
+def _same_answer(problem: Problem, solver: AnySolver, back: Tensor, how: str) -> None:
+    found = answer(problem, solver).value
+    error = float((found - back).double().norm())
+    # Generic problems are well conditioned (a few hundred), which leaves most digits of the answer, not only of its
+    # objective; the square root of the promise about the objective is what optimality alone would give.
+    slack = RELATIVE[problem.loss.weight.dtype] ** 0.5 * float(found.double().norm())
+    assert error <= slack, f"{named(problem, solver)}: the answer moves by {error} when the problem is {how}"
+
+
+GENERIC_LAWS: tuple[Callable[[Problem, AnySolver], None], ...] = (
+    permuting_permutes_the_answer,
+    scaling_scales_the_answer,
+)
+"""for solvers that do not draw at random, on problems without ties (`generic` in strategies.py)"""
+
+
 SOLVER_LAWS: tuple[Callable[[Problem, AnySolver], None], ...] = (
     feasible,
     measured_by_the_problem,
@@ -190,7 +327,10 @@ SOLVER_LAWS: tuple[Callable[[Problem, AnySolver], None], ...] = (
     inputs_unchanged,
     like_the_weight,
     repeatable,
-    *INVARIANCE_LAWS,
+    rows_are_independent,
+    permutation_is_harmless,
+    scaling_is_harmless,
+    units_are_harmless,
 )
 
 
@@ -222,3 +362,181 @@ def refuse(problem: Problem, solver: AnySolver) -> None:
         assert reason in str(error), f"{named(problem, solver)}: NoSolver does not say why: {error}"
     else:
         raise AssertionError(f"{named(problem, solver)}: it refuses ({reason}) and yet solves")
+
+
+def projection_is_best(pattern: Pattern, score: Tensor) -> None:
+    """The projection is admissible, and no admissible mask has a larger total score (at most 2^12 masks are tried)."""
+    mask = pattern.project(score)
+    assert pattern.admits(mask), f"{pattern} does not admit its own projection {mask.tolist()}"
+    # Infinities would make totals NaN; beyond every finite score they only mean first and last.
+    finite = score.nan_to_num(posinf=1e6, neginf=-1e6)
+    best = float(finite[mask].sum())
+    for bits in product((False, True), repeat=score.numel()):
+        other = torch.tensor(bits).reshape(score.shape)
+        if pattern.admits(other):
+            total = float(finite[other].sum())
+            # One rounding of a sum of at most 12 scores of at most 1e6.
+            assert total <= best + 1e-8, f"{pattern}: {bits} scores {total}, the projection only {best}"
+
+
+def merging_is_one_pass(inputs: Tensor, dense: Tensor | None, cut: int) -> None:
+    """Moments of two parts, merged, are the moments of the whole."""
+    parts = [(inputs[:cut], dense[:cut] if dense is not None else None)]
+    parts.append((inputs[cut:], dense[cut:] if dense is not None else None))
+    merged = InputMoments.from_samples(*parts[0]).merge(InputMoments.from_samples(*parts[1]))
+    whole = InputMoments.from_samples(inputs, dense)
+    assert merged.tokens == whole.tokens == inputs.shape[0], f"{merged.tokens} tokens of {inputs.shape[0]}"
+    largest = max(float(inputs.abs().max()), 0.0 if dense is None else float(dense.abs().max()))
+    # A few roundings of an average of numbers of this size.
+    slack = 8 * torch.finfo(inputs.dtype).eps * max(largest, largest**2)
+    for one, other in zip(merged.parts(), whole.parts(), strict=True):
+        error = float((one - other).abs().max())
+        assert error <= slack, f"merged moments differ from one pass by {error}"
+
+
+def value_is_the_mean_over_samples(loss: LayerLoss, weight: Tensor, inputs: Tensor, dense: Tensor | None) -> None:
+    """f(V) is half the mean squared output error over the samples, plus the ridge towards W."""
+    actual = inputs.double()
+    ideal = actual if dense is None else dense.double()
+    new, old = weight.double(), loss.weight.double()
+    error = actual @ new.T - ideal @ old.T
+    if loss.fit_bias:
+        error = error + loss.bias_change(weight).double()
+    literal = float(error.square().sum(1).mean()) / 2
+    literal += float(((new - old).square() * loss.damping.double()).sum()) / 2
+    found = loss.value(weight)
+    slack = 1e-12 * literal + rounding(loss, weight)
+    assert abs(found - literal) <= slack, f"the loss says {found}, the samples say {literal}"
+
+
+STEPS = (1e-3, 1.0, 50.0)
+"""steps of proximal operators that the laws of penalties are tried with"""
+
+
+def prox_attains_fenchels_equality(penalty: Penalty, weight: Tensor) -> None:
+    """Check that P(p) + P*(u) = <p, u> at the proximal point p of V, u = (V - p) / step: for no other p it holds."""
+    for size in STEPS:
+        nearest = penalty.prox(weight, torch.tensor(size).to(weight))
+        dual = (weight - nearest) / size
+        # The rounding of u is that of V over the step. P* is infinite just outside its domain, so u is moved inwards.
+        rounded = 1e-14 * float(weight.abs().max()) / size
+        inside = (dual - dual.clamp(-rounded, rounded)) * (1 - 1e-12)
+        wanted = float((nearest * dual).sum()) - penalty.conjugate(inside)
+        found = penalty.value(nearest)
+        # The slope of P* at u is p, so this is what the move changes.
+        slack = 1e-11 + 1e-9 * abs(wanted) + 2 * rounded * float(nearest.abs().sum())
+        assert abs(found - wanted) <= slack, (
+            f"{penalty}: for a step of {size} P(p) is {found}, but <p, u> - P*(u) is {wanted}"
+        )
+
+
+def no_point_beats_the_proximal_point(penalty: Penalty, weight: Tensor) -> None:
+    """Check that no other point has a smaller P(U) + |U - V|^2 / (2 step) than the proximal point."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    for size in STEPS:
+        nearest = penalty.prox(weight, torch.tensor(size).to(weight))
+        best = penalty.value(nearest) + float((nearest - weight).square().sum()) / (2 * size)
+        others = [weight, torch.zeros_like(weight), 0.9 * nearest, 1.1 * nearest]
+        others += [nearest + scale * noise for scale in (1e-4, 1e-2, 1.0)]
+        for other in others:
+            cost = penalty.value(other) + float((other - weight).square().sum()) / (2 * size)
+            # A few roundings of sums of a dozen terms.
+            assert cost >= best - 1e-13 * (1 + best), f"{penalty}: a point costs {cost}, the proximal point {best}"
+
+
+def separable_entries_are_independent(penalty: Penalty, weight: Tensor) -> None:
+    """Check that a separable penalty is a sum over entries, and takes a step for each column or entry."""
+    if not penalty.separable:
+        return
+    entries = torch.diag_embed(weight.reshape(-1)).reshape(-1, *weight.shape)
+    apart, together = sum(map(penalty.value, entries)), penalty.value(weight)
+    assert abs(apart - together) <= 1e-12 * together, f"{penalty}: {together} in all, but {apart} entry by entry"
+    each = torch.linspace(0.5, 2.0, weight.numel()).to(weight).reshape(weight.shape)
+    for steps in (each, each[0]):
+        moved = penalty.prox(weight, steps)
+        for row, column in product(*map(range, weight.shape)):
+            alone = penalty.prox(weight, steps.expand(weight.shape)[row, column])[row, column]
+            assert torch.equal(moved[row, column], alone), (
+                f"{penalty}: entry {row}, {column} depends on the steps of the others"
+            )
+
+
+def conjugate_bounds_inner_products(penalty: Penalty, weight: Tensor) -> None:
+    """Check that <T, V> <= P(V) + P*(T): else certificates are wrong."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    for dual in (weight, noise):
+        bound = penalty.conjugate(dual)
+        for scale in (0.1, 1.0, 10.0):
+            for other in (scale * noise, scale * weight):
+                inner = float((dual * other).sum())
+                total = bound + penalty.value(other)
+                assert total >= inner - 1e-12 * (1 + abs(inner)), f"{penalty}: <T, V> = {inner} > P + P* = {total}"
+
+
+def dual_norm_is_the_gauge(penalty: Penalty, weight: Tensor) -> None:
+    """Check that a norm's dual norm bounds <T, V> / P(V) and is attained, and that the conjugate is 0 just within it.
+
+    It is attained where the proximal point p of T is not zero: T - p then has the dual norm 1.
+    """
+    if not isinstance(penalty, NormPenalty):
+        return
+    gauge = penalty.dual_norm(weight)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    for other in (weight, weight.sign(), noise):
+        inner, most = float((weight * other).sum()), gauge * penalty.value(other)
+        assert not inner > most * (1 + 1e-12), f"{penalty}: <T, V> = {inner} is above dual norm x P(V) = {most}"
+    assert penalty.conjugate(torch.zeros_like(weight)) == 0, f"{penalty}: the conjugate at zero is not zero"
+    if not 0 < gauge < torch.inf:
+        return
+    assert penalty.conjugate(weight / gauge) == 0, f"{penalty}: the conjugate is not zero on the unit ball"
+    assert penalty.conjugate(1.001 * weight / gauge) == torch.inf, f"{penalty}: the conjugate is finite off the ball"
+    twice = 2 * weight / gauge
+    nearest = penalty.prox(twice, torch.ones(()).to(weight))
+    assert bool(nearest.any()), f"{penalty}: a point of dual norm 2 has the proximal point 0"
+    attained = penalty.dual_norm(twice - nearest)
+    assert abs(attained - 1) <= 1e-12 * max(1.0, float(twice.abs().max())), (
+        f"{penalty}: the dual norm of a point of the unit sphere is {attained}"
+    )
+
+
+def values_are_convex(penalty: Penalty, weight: Tensor) -> None:
+    """Check that P is convex and zero at zero, and that a norm scales with the size of its argument."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(weight)
+    assert penalty.value(torch.zeros_like(weight)) == 0, f"{penalty}: the value at zero is not zero"
+    for factor in (-3.0, 0.1, 1.0):
+        other = factor * noise
+        middle = penalty.value(0.5 * weight + 0.5 * other)
+        mean = (penalty.value(weight) + penalty.value(other)) / 2
+        assert middle <= mean * (1 + 1e-12), f"{penalty}: the value of a mean, {middle}, is above the mean {mean}"
+        if isinstance(penalty, NormPenalty):
+            scaled_value, wanted = penalty.value(factor * weight), abs(factor) * penalty.value(weight)
+            assert abs(scaled_value - wanted) <= 1e-12 * wanted, f"{penalty}: {factor} V has the value {scaled_value}"
+
+
+def reach_bounds_weights(penalty: Penalty, weight: Tensor) -> None:
+    """Check that no weight is larger than `reach` says for its value."""
+    size = torch.linspace(0.5, 2.0, weight.numel()).to(weight).reshape(weight.shape)
+    norm, most = float((weight * size).norm()), penalty.reach(penalty.value(weight), size)
+    # Infinite, or not a number, where the value says nothing about the size: a strength of zero.
+    assert not norm > most * (1 + 1e-12), f"{penalty}: a weight of size {norm} is beyond its reach, {most}"
+
+
+def prox_keeps_the_dtype(penalty: Penalty, weight: Tensor) -> None:
+    """Check that the proximal point of a float32 weight is the one in float64, rounded."""
+    single = weight.float()
+    nearest = penalty.prox(single, torch.ones((), device=weight.device))
+    assert nearest.dtype == torch.float32, f"{penalty}: the proximal point of a float32 weight is {nearest.dtype}"
+    exact = penalty.prox(single.double(), torch.ones((), dtype=torch.float64, device=weight.device))
+    assert torch.allclose(nearest.double(), exact, atol=1e-6), f"{penalty}: float32 and float64 differ"
+
+
+PENALTY_LAWS: tuple[Callable[[Penalty, Tensor], None], ...] = (
+    prox_attains_fenchels_equality,
+    no_point_beats_the_proximal_point,
+    separable_entries_are_independent,
+    conjugate_bounds_inner_products,
+    dual_norm_is_the_gauge,
+    values_are_convex,
+    reach_bounds_weights,
+    prox_keeps_the_dtype,
+)

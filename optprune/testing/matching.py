@@ -20,8 +20,7 @@ from optprune.metric import OutputMetric
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.solvers import Descent, match
-from optprune.testing.loss_strategies import generator_of
-from optprune.testing.place import here, place
+from optprune.testing.strategies import generator_of, here, place
 
 ROUNDING = 1e-9
 """the share of the error at the start by which two sums of the same terms in float64 may differ, and more"""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optprune.problems.kept_entries import KeptEntries
+from optprune.problems.matching import KeptEntries
 
 
 @st.composite

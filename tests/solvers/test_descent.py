@@ -11,16 +11,15 @@ from torch import Tensor, nn
 
 from optprune.problems import BlockMatching, Example
 from optprune.problems import matching as problem_module
-from optprune.problems.kept_entries import KeptEntries
-from optprune.problems.matching import Point
+from optprune.problems.matching import KeptEntries, Point
 from optprune.solvers import Adam, Descent, Lbfgs, Status, descent, match
 from optprune.solvers.adam import AdamState
 from optprune.solvers.descent import Rounding
 from optprune.testing import Listed, check_descent, matchings
 from optprune.testing.matching import affine_optimum
+from optprune.testing.strategies import concrete
 from optprune.work import Work
 from tests.helpers.gated_block import gated
-from tests.helpers.solver_table import concrete
 
 DESCENTS = {"Adam": Adam(), "Lbfgs": Lbfgs(), "Adam, slow": Adam(2, 1e-3), "Lbfgs, one pair": Lbfgs(5, 1)}
 FEWER = settings(max_examples=max(settings().max_examples // 4, 1))

@@ -28,8 +28,7 @@ from optprune.solvers import (
     choose,
     solve,
 )
-from optprune.solvers.auto import CANDIDATES, GRADIENTS
-from optprune.solvers.run import CONTRADICTED
+from optprune.solvers.run import CANDIDATES, CONTRADICTED, GRADIENTS
 from optprune.work import Work
 
 

@@ -14,8 +14,8 @@ from optprune.problems import PenalisedLeastSquares
 from optprune.solvers import Fista, ProximalAdmm, solve
 from optprune.solvers.duality import DualMap
 from optprune.testing import check_solver, reference
-from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
+from optprune.testing.references import PENALISED_ACCURACY
 from optprune.testing.strategies import penalised
 from optprune.testing.transformations import in_units
 from tests.helpers.convex_cases import (

@@ -37,11 +37,14 @@ from optprune.solvers import (
 )
 from optprune.solvers.descent import GRADIENT_PASSES
 from optprune.solvers.greedy_obs import removal_curve_work
-from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
+from optprune.testing.strategies import concrete
 from optprune.work import Work
 from tests.helpers.memory import MIB, told
-from tests.helpers.solver_table import SOLVERS, concrete
+from tests.helpers.solver_table import (
+    SOLVERS,
+)
 
 OUT, WIDTH = 384, 1536
 BEYOND = 1.15

@@ -1,8 +1,19 @@
-"""Selections for which nothing waits for the device: the k-th largest value, the median of some, places of a mask."""
+"""Functions of tensors: finiteness, selections that do not wait for the device, and the terms of a divergence."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    Their sum tells in one fast pass: no other value makes up for one that is not. A sum that overflows leaves it open.
+    """
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
 
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """the integers that share the size of a float"""
@@ -41,3 +52,16 @@ def kth_largest(score: Float[Tensor, "rows n"], k: int | Int[Tensor, ""]) -> Flo
         enough = (keys >= trial).sum(1, keepdim=True) >= k
         found = torch.where(enough, trial, found)
     return torch.where(found < 0, found ^ most, found).view(score.dtype)
+
+
+def first_output(output: Any) -> Tensor:
+    """The tensor of a module's output, which some versions of some modules wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def divergence_terms(log_p: Float[Tensor, "*rows n"], log_q: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+    """The terms p (log p - log q) of KL(p || q), in nats, of log-probabilities; a row of them comes to it.
+
+    They are to be summed in float64: most of them cancel. Entries of probability zero, -inf in both, are NaN.
+    """
+    return log_p.exp() * (log_p - log_q)
