@@ -2,7 +2,7 @@
 
     .venv/bin/python -m benchmarks.choices
 
-Four kinds of inputs (`optprune.testing.choice_instances`), 14 units of which 4 to 7 go. Solvers are those of the
+Four kinds of inputs (`optprune.testing.strategies`), 14 units of which 4 to 7 go. Solvers are those of the
 recipes as shipped. The cost is what a choice adds to the least loss of the layer, all kept weights refitted.
 """
 
@@ -15,7 +15,7 @@ from benchmarks.common import write_table
 from optprune.problems import StructuredLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Solver, solve
-from optprune.testing.choice_instances import CHOICE_KINDS, choice_instance
+from optprune.testing.strategies import CHOICE_KINDS, choice_instance
 
 RECIPES = ("spap", "spap_plus", "osscar", "fasp")
 

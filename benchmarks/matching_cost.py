@@ -26,7 +26,7 @@ from optprune.calibration.stream import Stream
 from optprune.measure.memory import memory_increase
 from optprune.models import Decoder, Mlp
 from optprune.models.surgery import keep_inputs, keep_outputs
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 from optprune.pruning.refinement import match_block
 from optprune.recipe import load_recipe
 from optprune.report import RecoveredPart

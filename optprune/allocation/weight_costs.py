@@ -17,7 +17,7 @@ from optprune.patterns import PatternFamily, in_order
 from optprune.problems import LayerLoss, MaskedLeastSquares
 from optprune.report import Event
 from optprune.solvers import ConjugateGradients, solve
-from optprune.solvers.removal import entry_costs, entry_costs_work
+from optprune.solvers.inverse import entry_costs, entry_costs_work
 from optprune.work import Work
 
 MOST_COSTS = 1 << 22

@@ -14,7 +14,7 @@ from optprune.calibration.stream import TOKENS_PER_BATCH, Stream, run_block, str
 from optprune.models import Decoder
 from optprune.models.mixture import SeparateExperts, experts_in
 from optprune.models.places import States
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 from optprune.problems import ExpertChoice
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -11,7 +11,7 @@ from optprune.calibration.stream import advance, block_pass, first_inputs, head_
 from optprune.models import Decoder
 from optprune.models.places import States
 from optprune.models.surgery import write
-from optprune.numerics.kullback_leibler import divergence_terms
+from optprune.numerics.tensors import divergence_terms
 from optprune.problems import LayerLoss
 from optprune.work import Work
 

@@ -34,7 +34,7 @@ from optprune.measure.memory import release
 from optprune.metric import Metrics, MetricSums
 from optprune.models import Decoder
 from optprune.models.places import States
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 from optprune.work import Work
 
 TOKENS_AT_ONCE = 512

@@ -13,8 +13,8 @@ from optprune.calibration.partial_sums import PartialSums, Share
 from optprune.errors import InputError, NumericalError
 from optprune.models import Decoder
 from optprune.models.places import States
-from optprune.numerics.modules import first_output
 from optprune.numerics.precision import full_precision
+from optprune.numerics.tensors import first_output
 from optprune.work import Work
 
 SLOW = 1.5

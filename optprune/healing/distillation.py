@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError
 from optprune.models import scale_logits
-from optprune.numerics.kullback_leibler import divergence_terms
+from optprune.numerics.tensors import divergence_terms
 
 POSITIONS_AT_ONCE = 256
 """number of positions whose logits are in memory at once, for each model"""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optprune.errors import InputError, NumericalError
 from optprune.measure.evaluate import NAN_MESSAGE, check_windows, evaluating, passes, perplexity_from_nll
-from optprune.numerics.kullback_leibler import divergence_terms
+from optprune.numerics.tensors import divergence_terms
 
 STRETCHES = 8
 """the largest number of parts of a window, for figures by length of the context"""

@@ -1,15 +1,13 @@
-"""Pruning problems: one kind a file. A problem measures, prints and hashes; it knows no solver and no model."""
+"""Pruning problems, one kind per file. A problem measures candidates and knows neither solvers nor models."""
 
 from optprune.problems.base import Problem
 from optprune.problems.experts import ExpertChoice
 from optprune.problems.linked import Link, LinkedLeastSquares
 from optprune.problems.loss import LayerLoss
-from optprune.problems.masked import MaskedLeastSquares
+from optprune.problems.masked import MaskedLeastSquares, SelectionProblem
 from optprune.problems.matching import BlockMatching, Example, Examples
 from optprune.problems.penalised import PenalisedLeastSquares
-from optprune.problems.permutation import Permutation
-from optprune.problems.rotation import Rotation
-from optprune.problems.selection import SelectionProblem
+from optprune.problems.rotation import Permutation, Rotation
 from optprune.problems.sparse import SparseLeastSquares
 from optprune.problems.structured import ChannelGroups, Channels, StructuredLeastSquares, StructuredProblem
 

@@ -1,4 +1,4 @@
-"""What every pruning problem is: it measures any candidate, and it knows no solver."""
+"""The base class of pruning problems: a problem measures any candidate, and it knows no solver."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -24,50 +24,50 @@ class Problem(ABC):
 
     @abstractmethod
     def objective(self, weight: Tensor) -> float:
-        """The value to minimise, measured in float64."""
+        """Return the value to minimise, measured in float64."""
 
     @abstractmethod
     def violation(self, weight: Tensor) -> float:
-        """How far the weight is from feasible; 0 exactly when it is feasible."""
+        """Return how far the weight is from feasible; 0 exactly when it is feasible."""
 
     @abstractmethod
     def start(self) -> Tensor:
-        """A feasible weight that costs nothing to find."""
+        """Return a feasible weight that costs nothing to find."""
 
     def measuring_error(self, weight: Tensor) -> float:
-        """Return by how much `objective` may be off for the numbers as they are stored: a proven bound.
+        """Return a proven bound of the rounding error of `objective`, for the problem's numbers as stored.
 
-        A kind whose objective is more than the loss adds what the rest of it may be off by.
+        A kind whose objective has more terms than the loss adds their rounding error.
         """
         return self.loss.measuring_error(weight)
 
     def inputs(self, weight: Tensor) -> Tensor:
-        """The inputs [in] that an answer reads, as a mask: with the others whole columns go, and what they make a unit.
+        """Return the mask [in] of the inputs that an answer uses: the columns of all others can be removed.
 
-        Here those with a weight that is not zero. A problem that chooses inputs itself says which it chose, so that an
-        input whose weights only happen to be zero stays.
+        By default these are the inputs with a non-zero weight. A problem that chooses inputs returns its choice, so
+        that an input whose weights happen to be zero stays.
         """
         return (weight != 0).any(0)
 
     def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
-        """The problem in a basis of the outputs in which S is simpler, and that basis; objectives are the same numbers.
+        """Return the problem in a basis of the outputs in which S is simpler, and that basis. Objectives stay the same.
 
-        Here diag(sqrt(S_ii)) V, which has the zeros of V, so that S keeps a unit diagonal. A kind that measures weights
-        in another way than by the loss returns itself; its solvers then meet any S.
+        By default the basis is diag(sqrt(S_ii)): it keeps the zeros of V, and S gets a unit diagonal. A kind whose
+        objective has other terms than the loss returns itself; its solvers then have to handle any S.
         """
         metric = self.loss.metric
         return (self, None) if metric is None else (replace(self, loss=self.loss.row_scaled()), metric.row_scaling)
 
     def in_moderate_units(self) -> "tuple[Problem, float, float]":
-        """The problem in units of weights and inputs in which float32 squares are safe, the factor of the weights, and
-        that of the objective; for a kind whose objective may be more than the loss it is the problem as it is.
+        """Return the problem in units in which squares stay in the range of float32, and the factors of weights and
+        objective. A kind whose objective may have other terms than the loss returns itself.
         """
         return self, 1.0, 1.0
 
-    def indifferent(self, start: Tensor) -> Tensor | None:
-        """A feasible weight by a start, where all feasible weights cost the same; None where they need not."""
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
+        """Return a feasible weight near a start where all feasible weights cost the same; None where they may not."""
         return None
 
     def fingerprint(self) -> str:
-        """A hash of the problem's content: the same problem has the same hash in every process."""
+        """Return a hash of the problem's content, the same in every process."""
         return fingerprint(self)

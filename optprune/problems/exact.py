@@ -1,6 +1,6 @@
-"""A layer's loss without its ridge, in float64: what every objective is measured by, whatever the dtype of a solver.
+"""The loss of a layer in float64, by which every objective is measured, whatever the dtype of the solver.
 
-Nothing is copied to float64 whole: blocks of columns are, and blocks of rows of what they are multiplied by. A GPU
+Only blocks of rows and columns are copied to float64 at a time. A GPU
 multiplies in float64 at a fraction of its speed in float32, down to a sixty-fourth, so that there an objective may be
 measured by float32 products of at most BLOCK terms, whose results are added up in float64 (`ExactLoss.products`).
 """
@@ -20,7 +20,7 @@ from optprune.numerics.precision import full_precision
 from optprune.numerics.rounding import OUTWARD, gamma
 
 BLOCK = 512
-"""columns, or rows, in float64 at a time: what that takes beside the layer is small"""
+"""columns, or rows, in float64 at a time, so that the additional memory is small"""
 ALL = slice(None)
 Part: TypeAlias = Callable[[slice, slice], Tensor]
 """the rows and columns of a matrix in float64"""
@@ -35,7 +35,7 @@ class ExactLoss:
     damping: Tensor
     metric: OutputMetric | None
     products: torch.dtype = torch.float64
-    r"""what products of matrices are made in: float32 is for moments and weights of that dtype
+    r"""the dtype of matrix products: float32 is for moments and weights of that dtype
 
     Then a product of BLOCK terms is off by at most gamma = BLOCK u / (1 - BLOCK u), u = 2^-24, of the sum of the sizes
     of its terms, and rounding V - W by u of each; what is added up, the products with V - W and the means are in
@@ -53,7 +53,7 @@ class ExactLoss:
         return replace(self, products=torch.float32) if single else self
 
     def weigh(self, change: Tensor) -> Tensor:
-        """S V, in float64."""
+        """Return S V in float64."""
         metric = self.metric
         if metric is None:
             return change
@@ -82,7 +82,7 @@ class ExactLoss:
         return self.measured(self.weight.new_zeros(()).expand_as(self.weight))
 
     def measured(self, weight: Tensor) -> tuple[float, float]:
-        """E|V x* - W x|^2 (in the metric), as E|(V - W) x* + W d|^2, and tr(S (V - W) D (V - W)^T)."""
+        """Return E|V x* - W x|^2 in the metric, formed as E|(V - W) x* + W d|^2, and tr(S (V - W) D (V - W)^T)."""
 
         def change(rows: slice, columns: slice) -> Tensor:
             return weight[rows, columns].double() - self.weight[rows, columns].double()
@@ -99,9 +99,9 @@ class ExactLoss:
         return 0.0 if drift is None else self._products(double(self.weight), drift.covariance, drift.mean)[0]
 
     def measuring_error(self, weight: Tensor) -> float:
-        """Return what `measured` may be off by, of the exact value for the numbers as they are stored: a proven bound.
+        """Return a proven bound of the rounding error of `measured`, for the numbers as stored.
 
-        Each term passes through at most so many additions: over inputs, over outputs, and over a block of columns.
+        Each term passes through additions over inputs, over outputs and over a block of columns.
         """
         out, width = self.weight.shape
         share = gamma(out * BLOCK + 2 * (out + width) + 32)
@@ -117,7 +117,7 @@ class ExactLoss:
             size[columns].diagonal().add_(self.damping[columns].double())
             return size
 
-        # Of the difference itself, which is rounded once; nothing is lost where it is narrowed.
+        # The sizes are those of the difference, which is rounded once.
         terms = positive.size(weight.double() - self.weight.double(), spread)
         if self.moments.drift is not None:
             change = absolute_product(weight.double() - self.weight.double(), known_size(self.moments, self.damping))
@@ -143,9 +143,9 @@ class ExactLoss:
         return OUTWARD * lag * size, OUTWARD * _largest_ratio(spread, apart, apart) ** 0.5 * size
 
     def _products(self, part: Part, covariance: Tensor, mean: Tensor) -> tuple[float, float, float]:
-        """tr(S V E[z z^T] V^T) for a z of that covariance and mean, tr(S V (W A - B)^T) and tr(S V D V^T).
+        """Return tr(S V E[z z^T] V^T) for a z of the given covariance and mean, tr(S V (W A - B)^T) and tr(S V D V^T).
 
-        S and the covariance are symmetric, so of the products of two different blocks of columns one is formed, twice.
+        S and the covariance are symmetric: of the two products of a pair of blocks one is formed, and counted twice.
         """
         out = len(self.weight)
         sums = torch.zeros(3, dtype=torch.float64, device=mean.device)
@@ -165,7 +165,7 @@ class ExactLoss:
         return error, drifted, ridge
 
     def residual(self, weight: Tensor) -> Tensor:
-        """(V - W) A + (W A - B) in float64, by the very numbers that the loss is measured from."""
+        """Return (V - W) A + (W A - B) in float64, from the numbers that the loss is measured from."""
 
         def change(rows: slice, columns: slice) -> Tensor:
             return weight[rows, columns].double() - self.weight[rows, columns].double()
@@ -178,7 +178,7 @@ class ExactLoss:
         return residual if self.pull is None else residual.add_(self.pull)
 
     def size(self, weight: Tensor, spread: Callable[[slice], Tensor]) -> float:
-        """tr(|S| |V| M |V|^T) for a matrix M of which `spread` gives columns in float64."""
+        """Return tr(|S| |V| M |V|^T), where `spread` returns columns of M in float64."""
 
         def part(rows: slice, columns: slice) -> Tensor:
             return weight[rows, columns].abs().double()
@@ -192,44 +192,44 @@ class ExactLoss:
 
 @full_precision()
 def pull_of(weight: Tensor, moments: InputMoments) -> Tensor | None:
-    """W E[d x*^T]; None when x* = x."""
+    """Return W E[d x*^T], or None when x* = x."""
     drift = moments.drift
     return None if drift is None else torch.addr(weight @ drift.cross, weight @ drift.mean, moments.mean)
 
 
 def known_size(moments: InputMoments, damping: Tensor | None = None) -> Tensor:
-    """s_j = sqrt(E[x*_j^2] + D_j) in float64."""
+    """Return s_j = sqrt(E[x*_j^2] + D_j) in float64."""
     square = moments.covariance.diagonal().double() + moments.mean.double().square()
     return (square if damping is None else square + damping.double()).clamp(min=0).sqrt()
 
 
 def _largest_ratio(entries: Tensor, rows: Tensor, columns: Tensor) -> float:
-    """The least r with |M_ij| <= r a_i b_j: 1 for covariances, up to rounding; infinite where a size is 0."""
+    """Return the least r with |M_ij| <= r a_i b_j: about 1 for covariances, infinite where a size is 0."""
     sizes = torch.outer(rows, columns)
     ratios = torch.where(entries == 0, 0.0, entries / sizes)
     return float(ratios.max()) if ratios.numel() else 0.0
 
 
 def double(matrix: Tensor) -> Part:
-    """A matrix, part by part in float64."""
+    """Return a function that returns parts of a matrix in float64."""
     return lambda rows, columns: matrix[rows, columns].double()
 
 
 def absolute_product(matrix: Tensor, vector: Tensor) -> Tensor:
-    """|V| x in float64."""
+    """Return |V| x in float64."""
     return _rows_by(lambda rows: matrix[rows].abs().double() @ vector, len(matrix))
 
 
 def times(part: Part, out: int, right: Tensor, products: torch.dtype = torch.float64) -> Tensor:
-    """V R in float64 for a V of so many rows: by products in float64, or by float32 ones of at most BLOCK terms.
+    """Return V R in float64 for a V of `out` rows, by float64 products or by float32 products of at most BLOCK terms.
 
-    An R with fewer rows than V has columns is for the first of these.
+    Where R has fewer rows than V has columns, the first columns of V are used.
     """
     if products == torch.float64:
         return _rows_by(lambda rows: part(rows, slice(len(right))) @ right, out)
     with full_precision():
         total = right.new_zeros(out, right.shape[1])
-        # All rows at once: where products are fast, it is starting them that takes time.
+        # All rows at once: where products are fast, launching them takes most of the time.
         for terms in _blocks(len(right)):
             total += part(ALL, terms).to(products) @ right[terms].to(products)
         return total
@@ -245,6 +245,6 @@ def _blocks(count: int) -> Iterator[slice]:
 
 
 def gram_columns(moments: InputMoments, columns: slice, dtype: torch.dtype | None = None) -> Tensor:
-    """Some columns of E[x* x*^T], added up in a dtype, by default that of the moments."""
+    """Return columns of E[x* x*^T], summed in the given dtype, by default that of the moments."""
     mean = moments.mean if dtype is None else moments.mean.to(dtype)
     return torch.addr(moments.covariance[:, columns].to(mean.dtype), mean, mean[columns])

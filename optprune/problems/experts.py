@@ -1,9 +1,9 @@
-"""Which experts of a mixture to keep: the exact change of what it answers, whatever set of them is left.
+"""The choice of the experts of a mixture to keep, with the exact change of the mixture's output for every choice.
 
-A mixture answers sum_j g_j(t) y_j(t) to token t: y_j(t) is what expert j makes of it, and g(t) the router's weights, of
-which all but k are zero. Without some experts the router has fewer rows, so that its softmax is over the rest and some
-tokens go to others: g(t, K) are its weights when the set K is kept. What a pruned mixture answers is known from the
-answers of all experts to each token, and how far it is from the dense one even from their products.
+The output of a mixture for token t is sum_j g_j(t) y_j(t): y_j(t) is the output of expert j, and g(t) the router's
+weights, of which all but k are zero. Without some experts the router has fewer rows: its softmax is over the rest, and
+some tokens go to other experts. g(t, K) are its weights when the set K is kept. The output of a pruned mixture follows
+from the outputs of all experts for each token, and its distance from the dense output even from their inner products.
 """
 
 from dataclasses import dataclass
@@ -22,23 +22,23 @@ from optprune.numerics.fingerprint import fingerprint
 class ExpertChoice:
     """minimise f(K) = 1/2 mean_t |sum_j (g_j(t, K) - g_j(t)) y_j(t)|^2 over sets K of `keep` experts.
 
-    In (output)^2 per token, and the error of the whole block behind it where it adds what the mixture answers. It is
-    combinatorial and not submodular: an expert that is gone sends its tokens to the next best of the rest, so removals
-    may cost more together than apart, or less. REAP (arXiv 2510.13999, section 3) bounds the cost of one expert's
-    absence by its own answers, and does not ask who takes its tokens.
+    The unit is (output)^2 per token; where the block adds the mixture's output, it is the error of the block. The
+    problem is combinatorial and not submodular: the tokens of a removed expert go to the next best of the rest, so
+    removals may cost more or less together than apart. REAP (arXiv 2510.13999, section 3) bounds the cost of one
+    expert's removal by its own outputs, whoever takes its tokens.
     """
 
     kind: ClassVar[str] = "expert choice"
     """the name of this kind of problem in reports"""
 
     logits: Float[Tensor, "tokens experts"]
-    """what the router makes of each token"""
+    """the router's output for each token"""
     products: Float[Tensor, "tokens experts experts"]
     """y_i(t)^T y_j(t)"""
     chosen: int
-    """k, how many experts the router chooses for a token"""
+    """k, the number of experts that the router chooses for a token"""
     normalised: bool
-    """whether the weights of those chosen are scaled to add up to one"""
+    """whether the weights of the chosen experts are scaled to sum to one"""
     keep: int
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class ExpertChoice:
         normalised: bool,
         keep: int,
     ) -> "ExpertChoice":
-        """From what each expert answers to each token, whether the router sends it there or not."""
+        """Return the problem from the output of every expert for every token, routed to it or not."""
         return cls(logits, answers @ answers.mT, chosen, normalised, keep)
 
     @property
@@ -69,20 +69,20 @@ class ExpertChoice:
         return self.logits.shape[1]
 
     def routed(self, kept: Bool[Tensor, "experts"], tokens: Tensor | slice = slice(None)) -> Int[Tensor, "tokens k"]:
-        """The experts that a router of these alone chooses for some of the tokens, or for all."""
+        """Return the experts that the router chooses among the kept ones, for all tokens or for some."""
         return self.logits[tokens].double().where(kept, -torch.inf).topk(self.chosen, dim=1).indices
 
     def weights(
         self, kept: Bool[Tensor, "experts"], tokens: Tensor | slice = slice(None)
     ) -> Float[Tensor, "tokens experts"]:
-        """g(t, K): the softmax over the experts kept, of those chosen, scaled to a sum of one where that is so."""
+        """Return g(t, K): the softmax over the kept experts at the chosen ones, with sum one if `normalised`."""
         logits = self.logits[tokens].double().where(kept, -torch.inf)
         places = logits.topk(self.chosen, dim=1).indices
         chosen = torch.zeros_like(logits).scatter_(1, places, logits.softmax(1).gather(1, places))
         return chosen / chosen.sum(1, keepdim=True) if self.normalised else chosen
 
     def errors(self, kept: Bool[Tensor, "experts"], tokens: Tensor | slice = slice(None)) -> Float[Tensor, "tokens"]:
-        """Half the squared change of the mixture's answer to each of the tokens, in float64."""
+        """Return half the squared change of the mixture's output for each of the tokens, in float64."""
         change = self.weights(kept, tokens) - self.weights(torch.ones_like(kept), tokens)
         # A change has at most 2 k entries that are not zero.
         places = change.abs().topk(min(2 * self.chosen, self.experts), dim=1).indices
@@ -91,28 +91,28 @@ class ExpertChoice:
         return torch.einsum("ti,tij,tj->t", few, products, few).clamp_(min=0) / 2
 
     def objective(self, kept: Bool[Tensor, "experts"]) -> float:
-        """f, in float64."""
+        """Return f, in float64."""
         return float(self.errors(kept).mean())
 
     def violation(self, kept: Bool[Tensor, "experts"]) -> float:
-        """By how many the number of experts is wrong; 0 exactly when a choice is feasible."""
+        """Return how far the number of kept experts is from `keep`; 0 exactly when a choice is feasible."""
         return float(abs(int(kept.sum()) - self.keep))
 
     def relative_error(self, kept: Bool[Tensor, "experts"]) -> float:
-        """The squared change over the squared answer of the dense mixture, both summed over the tokens."""
-        whole = self.answered()
+        """Return the squared change over the squared output of the dense mixture, both summed over the tokens."""
+        whole = self.dense_energy()
         return self.objective(kept) / whole if whole > 0 else 0.0
 
-    def answered(self) -> float:
-        """1/2 mean_t |what the dense mixture answers|^2."""
+    def dense_energy(self) -> float:
+        """Return half the mean squared output of the dense mixture."""
         dense = self.weights(torch.ones_like(self.start()))
         return float(torch.einsum("ti,tij,tj->t", dense, self.products.double(), dense).mean()) / 2
 
-    def removals(self, kept: Bool[Tensor, "experts"]) -> Float[Tensor, "experts"]:
-        """f without each one of the experts kept, infinite for the others.
+    def removal_costs(self, kept: Bool[Tensor, "experts"]) -> Float[Tensor, "experts"]:
+        """Return f after the removal of each kept expert alone, infinite for the others.
 
-        Where weights add up to one only tokens that go to an expert notice its absence, so that all removals take the
-        work of k evaluations of f. Else its row is missing in the softmax of every token, and they take one each.
+        Where weights sum to one only the tokens routed to an expert change by its removal, so that all removals take
+        the work of k evaluations of f. Otherwise every token changes, and each removal takes one evaluation.
         """
         routed, now = self.routed(kept), self.errors(kept)
         costs = torch.full((self.experts,), torch.inf, dtype=torch.float64, device=now.device)
@@ -126,9 +126,9 @@ class ExpertChoice:
         return costs
 
     def start(self) -> Bool[Tensor, "experts"]:
-        """A feasible choice that costs nothing to find: the first ones."""
+        """Return a feasible choice that costs nothing to find: the first experts."""
         return torch.arange(self.experts, device=self.logits.device) < self.keep
 
     def fingerprint(self) -> str:
-        """A hash of the problem's content: the same problem has the same hash in every process."""
+        """Return a hash of the problem's content, the same in every process."""
         return fingerprint(self)

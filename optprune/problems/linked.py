@@ -1,4 +1,4 @@
-"""One choice shared by several layers: which units to keep, where a unit is a set of rows and columns that go together.
+"""One choice shared by several layers: the units to keep, where a unit is a set of rows and columns removed together.
 
 Removing column j of the second of two consecutive linear layers makes row j of the first irrelevant (FASP, arXiv
 2501.09412), so the two go together and the loss is that of the second layer alone.
@@ -35,7 +35,7 @@ class Link(Channels):
                 raise InputError(f"a link of {self.units} units has {len(rows)} rows: give one for each unit")
 
     def to(self, device: torch.device) -> "Link":
-        """The same link on another device."""
+        """Return the same link on another device."""
         if device == self.slots.device:
             return self
         return Link(self.columns.to(device), self.slots.to(device), tuple(rows.to(device) for rows in self.rows))

@@ -1,4 +1,4 @@
-"""The one loss behind every problem: the mean squared change of a layer's output, as a quadratic of its weight."""
+"""The loss of all layer problems: the mean squared change of a layer's output, as a quadratic of its weight."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,12 +11,12 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
-from optprune.numerics.finite import all_finite
 from optprune.numerics.precision import excess, full_precision
+from optprune.numerics.tensors import all_finite
 from optprune.problems.exact import ExactLoss, absolute_product, gram_columns, pull_of
 
 MODERATE_INPUTS, MODERATE_WEIGHTS = 12, 24
-"""powers of two: of no larger or smaller sizes than these, squares of gradients keep all their digits in float32"""
+"""exponents of two: between sizes of 2^-k and 2^k the squares of gradients stay in the range of float32"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +84,15 @@ class LayerLoss:
         fit_bias: bool = False,
         metric: OutputMetric | None = None,
     ) -> "LayerLoss":
-        """The loss of a weight, in the moments' dtype and on their device, damped by `damping` x mean(diag Gram)."""
-        # A copy: writing to the model later must not change the problem.
+        """Return the loss of a weight in the moments' dtype, on their device, with damping x mean(diag Gram) as D."""
+        # A copy, because later writes to the model must not change the problem.
         own = weight.detach().to(moments.mean, copy=True)
         if metric is not None:
             metric = metric.to(own.dtype).to(own.device)
         return cls(own, moments, torch.zeros_like(moments.mean), fit_bias, metric).damped(damping)
 
     def damped(self, fraction: float) -> "LayerLoss":
-        """The same loss with D = fraction x mean(diag E[x* x*^T]) x I in place of its damping."""
+        """Return the same loss with the damping D = fraction x mean(diag E[x* x*^T]) x I."""
         if not 0 <= fraction < math.inf:
             raise InputError(f"the damping fraction must be finite and not negative, not {fraction}")
         level = fraction * self._statistics.mean_square.mean()
@@ -110,18 +110,18 @@ class LayerLoss:
         return self.metric is not None and self.metric.full
 
     def weigh(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """S V, in the dtype of V."""
+        """Return S V in the dtype of V."""
         return change if self.metric is None else self.metric.to(change.dtype).apply(change)
 
     def row_scaled(self) -> "LayerLoss":
-        """The loss of diag(sqrt(S_ii)) V, the same values: S without its diagonal, or no metric if that was all."""
+        """Return the loss as a function of diag(sqrt(S_ii)) V: S gets a unit diagonal; a diagonal S disappears."""
         metric = self.metric
         if metric is None:
             return self
         return replace(self, weight=metric.row_scale[:, None] * self.weight, metric=metric.row_scaled())
 
     def whitened(self) -> "LayerLoss":
-        """The loss of S^(1/2) V, the same values: no metric is left. Only zeros of whole columns stay."""
+        """Return the loss as a function of S^(1/2) V, without a metric. Only zeros of whole columns stay zeros."""
         metric = self.metric
         if metric is None or not metric.full:
             return self.row_scaled()
@@ -129,8 +129,8 @@ class LayerLoss:
 
     @property
     def plain(self) -> "LayerLoss":
-        """The loss without its metric: all outputs alike."""
-        # A loss that held itself would stay, with its moments, until the garbage collector comes.
+        """The loss without its metric."""
+        # A cached reference to itself would keep the loss and its moments alive until a garbage collection.
         return self if self.metric is None else self._without_metric
 
     @cached_property
@@ -143,9 +143,10 @@ class LayerLoss:
         return not bool(self._statistics.covariance.any() or self._statistics.mean.any() or self.damping.any())
 
     def in_moderate_units(self) -> "tuple[LayerLoss, float, float]":
-        """The loss of other units of weights and inputs, in which no square leaves float32: powers of two, so exact.
+        """Return the loss in units of weights and inputs in which no square leaves the range of float32.
 
-        With the factor of the weights, and that of f. It is the loss itself, unless its numbers are extreme.
+        Also return the factors of the weights and of f. They are powers of two, so nothing is rounded. Unless its
+        numbers are extreme, the loss is returned unchanged.
         """
         size = float(self._statistics.mean_square.double().mean()) ** 0.5
         inputs, weights = excess(size, MODERATE_INPUTS), excess(float(self.weight.abs().max()), MODERATE_WEIGHTS)
@@ -182,15 +183,15 @@ class LayerLoss:
         return self.weigh(self.target)
 
     def residual(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """V A - B, formed from V - W so that nothing cancels near the original weight."""
+        """Return V A - B, formed from V - W so that nothing cancels near the original weight."""
         residual = (weight - self.weight) @ self.gram
         return residual if self.pull is None else residual + self.pull
 
     def gradient(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """S (V A - B)."""
+        """Return S (V A - B)."""
         return self.weigh(self.residual(weight))
 
-    # -- what A and f are known to
+    # -- the rounding of A and f
 
     @cached_property
     def input_scale(self) -> Float[Tensor, " in"]:
@@ -213,7 +214,7 @@ class LayerLoss:
         return len(self.damping) * self.entry_rounding
 
     def residual_rounding(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-        """How much of (V A - B)_j / s_j, for any j, may be rounding of the moments.
+        """Return the part of (V A - B)_j / s_j, for any j, that may be rounding of the moments.
 
         The rounding of an entry times sum_i |V_i| s_i + |W_i| (s_i + t_i), t_i = s_i + sqrt(E[(x* - x)_i^2]) at least
         sqrt(E[x_i^2]): those of V A, of W A and of W E[x x*^T].
@@ -226,9 +227,9 @@ class LayerLoss:
         return self.entry_rounding * terms
 
     def rounding(self, weight: Float[Tensor, "out in"]) -> float:
-        """How much of f(V) may be rounding: (in + 4) eps of the sizes of its terms, before they cancel.
+        """Return the part of f(V) that may be rounding: (in + 4) eps of the sizes of its terms, before they cancel.
 
-        One rounding for each term of a sum over inputs, and a few for collecting, means and damping; under a full
+        That is one rounding for each term of a sum over inputs, and a few for sums, means and damping; under a full
         output metric the same for the outputs.
         """
         unit = torch.finfo(self.moments.mean.dtype).eps
@@ -238,7 +239,7 @@ class LayerLoss:
             size = gram_columns(statistics, columns).double().abs_()
             size[columns].diagonal().add_(self.damping[columns].double())
             if self.fit_bias:
-                # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
+                # Deviations of a nearly constant input are known to an eps of its mean, their products to its square.
                 size += unit * gram_columns(moments, columns).double().abs_()
             return size
 
@@ -253,15 +254,15 @@ class LayerLoss:
     # -- measurements, in float64
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
-        """f(V), damping included; off the CPU by float32 products where the moments are float32 (`ExactLoss`)."""
+        """Return f(V) with its damping; off the CPU by float32 products where the moments are float32 (`ExactLoss`)."""
         return sum(self._measuring.measured(weight)) / 2
 
     def exact_value(self, weight: Float[Tensor, "out in"]) -> float:
-        """f(V) by float64 products on every device, for certificates."""
+        """Return f(V) by float64 products on every device, for certificates."""
         return sum(self.exact.measured(weight)) / 2
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
-        """E|V x* - W x|^2 / E|W x|^2, without damping or metric (of the centred outputs when the bias is fitted)."""
+        """Return E|V x* - W x|^2 / E|W x|^2 without damping and metric, of centred outputs if the bias is fitted."""
         if self.metric is not None:
             return self.plain.relative_error(weight)
         scale, (error, _) = self.signal, self._measuring.measured(weight)
@@ -269,7 +270,7 @@ class LayerLoss:
 
     @property
     def signal(self) -> float:
-        """E|W x|^2, what the relative error is relative to (in the metric, where there is one)."""
+        """E|W x|^2 in the metric, the denominator of the relative error."""
         return self._measuring.at_zero[0]
 
     @property
@@ -278,12 +279,12 @@ class LayerLoss:
         return sum(self._measuring.at_zero)
 
     def bias_change(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-        """W E[x] - V E[x*]: what to add to the layer's bias so that the mean output is unchanged."""
+        """Return W E[x] - V E[x*], the change of the layer's bias that leaves the mean output unchanged."""
         change = (self.weight - weight) @ self.moments.mean
         return change if self.moments.drift is None else change - self.weight @ self.moments.drift.mean
 
     def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
-        """Return by how much `value` may be off the exact value for the numbers as stored: a proven bound."""
+        """Return a proven bound of the rounding error of `value`, for the numbers as stored."""
         return self._measuring.measuring_error(weight) / 2
 
     @cached_property

@@ -1,5 +1,6 @@
-"""Restoration: the best weights on a fixed mask."""
+"""Restoration, the best weights on a fixed mask, and the base class of problems that choose the mask."""
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -37,18 +38,18 @@ class MaskedLeastSquares(Problem):
             )
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
-        # As its bounds are, on every device: they meet to a millionth.
+        # In float64 on every device, as the bounds are, which are compared with it to a millionth.
         return self.loss.exact_value(weight)
 
     def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
         return self.loss.exact.measuring_error(weight) / 2
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
-        """The number of non-zero entries outside the mask."""
+        """Return the number of non-zero entries outside the mask."""
         return float(((weight != 0) & ~self.mask).sum())
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
-        """Those that the mask leaves to some output."""
+        """Return the inputs that the mask leaves to some output."""
         return self.mask.any(0)
 
     def start(self) -> Float[Tensor, "out in"]:
@@ -58,5 +59,38 @@ class MaskedLeastSquares(Problem):
         loss, weights, objective = self.loss.in_moderate_units()
         return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
-    def indifferent(self, start: Tensor) -> Tensor | None:
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
         return torch.where(self.mask, start, 0.0) if self.loss.dead else None
+
+
+class SelectionProblem(Problem):
+    """A problem that chooses the weights to keep; once the choice is fixed, restoration remains."""
+
+    kind: ClassVar[str] = "weight selection"
+
+    @abstractmethod
+    def project(self, score: Tensor) -> Tensor:
+        """Return the admissible choice with exactly the largest total score, for scores [out, in] of weights."""
+
+    @abstractmethod
+    def mask(self, choice: Tensor) -> Tensor:
+        """Return the mask of the weights that a choice keeps: [out, in], or [1, in] when all rows agree."""
+
+    @abstractmethod
+    def support(self, weight: Tensor) -> Tensor:
+        """Return the admissible choice of a weight: its non-zeros, completed to the exact count."""
+
+    def within_support(self, weight: Tensor) -> Tensor:
+        """Return a copy of a weight that is zero outside its support: feasible, and unchanged if it was feasible."""
+        return torch.where(self.mask(self.support(weight)), weight, 0.0)
+
+    def restrict(self, choice: Tensor) -> MaskedLeastSquares:
+        """Return the restoration problem on a fixed choice, with the same loss."""
+        return MaskedLeastSquares(self.loss, self.mask(choice))
+
+    def in_moderate_units(self) -> tuple[Problem, float, float]:
+        loss, weights, objective = self.loss.in_moderate_units()
+        return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
+
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
+        return self.within_support(start) if self.loss.dead else None

@@ -1,8 +1,7 @@
-"""Block matching: all kept weights of a block at once, so that its output is what that of the dense block is.
+"""Block matching: fit all kept weights of a block at once, so that its output matches that of the dense block.
 
-Unlike the problems of a layer this one is not a quadratic, and no moments stand for its tokens: a value or a gradient
-is a pass of them through the block.
-"""
+Unlike a layer's problem this one is not a quadratic, and moments cannot replace its tokens: a value or a gradient
+takes a pass of the tokens through the block."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -10,26 +9,108 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from optprune.errors import InputError, NumericalError
 from optprune.metric import OutputMetric
 from optprune.numerics import linalg
-from optprune.numerics.finite import all_finite
-from optprune.numerics.modules import first_output
-from optprune.problems.kept_entries import KeptEntries
+from optprune.numerics.tensors import all_finite, first_output
+
+Values = Float[Tensor, " room"]
+Places = Int[Tensor, " some"]
+FEW = 1 / 6
+"""the share of zeros up to which storing them, in four vectors, takes less memory than the indices of the others"""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class KeptEntries:
+    """The entries of a parameter that may change: the non-zeros of a matrix, all entries of a vector.
+
+    They form a vector, row by row. Where few entries are zero the vector has all entries, with zeros at those.
+    """
+
+    weight: Tensor
+    """the parameter itself, detached from autograd"""
+    places: Places | None = None
+    """the flat indices of the entries; None where the vector has all entries of the parameter"""
+    removed: Places | None = None
+    """the flat indices of the zeros in such a vector, if any"""
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "KeptEntries":
+        """Return the entries of a parameter that are not zero now."""
+        weight = parameter.detach()
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if weight.ndim < 2 or not zeros:
+            return cls(weight)
+        small = weight.numel() <= torch.iinfo(torch.int32).max
+        few = zeros <= FEW * weight.numel()
+        found = ((weight == 0) if few else (weight != 0)).reshape(-1).nonzero().squeeze(1)
+        found = found.int() if small else found
+        return cls(weight, removed=found) if few else cls(weight, places=found)
+
+    @property
+    def count(self) -> int:
+        """The number of entries that may change."""
+        return self.room - (0 if self.removed is None else len(self.removed))
+
+    @property
+    def room(self) -> int:
+        """The length of the vector."""
+        return self.weight.numel() if self.places is None else len(self.places)
+
+    def zeros(self) -> Values:
+        """Return a vector of zeros for the entries."""
+        return self.weight.new_zeros(self.room)
+
+    def gather(self, tensor: Tensor) -> Values:
+        """Return the same entries of a tensor of the parameter's shape: a view of it where the vector has all entries.
+
+        Its removed entries are not set to zero (`clear`), because the memory of a gradient may be shared.
+        """
+        flat = tensor.reshape(-1)
+        return flat if self.places is None else flat.index_select(0, self.places)
+
+    def clear(self, values: Values) -> Values:
+        """Set the removed entries of a vector to zero, in place, and return it."""
+        return values if self.removed is None else values.index_fill_(0, self.removed.long(), 0.0)
+
+    def read(self, into: Values | None = None) -> Values:
+        """Return a copy of the parameter's entries."""
+        found = self.gather(self.weight)
+        if into is not None:
+            return into.copy_(found)
+        return found.clone() if self.places is None else found
+
+    def write(self, values: Values) -> None:
+        """Write values to the parameter's entries."""
+        flat = self.weight.reshape(-1)
+        if self.places is None:
+            self.clear(flat.copy_(values))
+        else:
+            flat.index_copy_(0, self.places.long(), values)
+        if flat.data_ptr() != self.weight.data_ptr():  # a parameter that is not contiguous was copied by `reshape`
+            self.weight.copy_(flat.view_as(self.weight))
+
+    def count_outside(self) -> int:
+        """Return the number of non-zero entries of the parameter outside these."""
+        if self.places is None:
+            return 0 if self.removed is None else int(self.weight.reshape(-1)[self.removed.long()].count_nonzero())
+        return int(self.weight.count_nonzero()) - int(self.read().count_nonzero())
+
 
 Point = tuple[Tensor, ...]
-"""the kept entries of a block's parameters, a vector each, in the order of their names"""
+"""the kept entries of a block's parameters, one vector each, in the order of their names"""
 ENOUGH = (torch.float32, torch.float64)
-"""the dtypes in which a small step is not lost"""
+"""the dtypes in which small steps are not lost to rounding"""
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What a block is called with, and what it should answer."""
+    """The arguments of a call of a block, and its target output."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -40,21 +121,21 @@ Terms = Callable[[Example], tuple[Tensor, ...]]
 
 
 class Examples(ABC):
-    """Examples that are gone through a draw at a time; other processes may have some of them."""
+    """Examples that are used one draw (mini-batch) at a time; other processes may hold some of them."""
 
     draws: int
-    """how many draws go through all examples once"""
+    """the number of draws in an epoch"""
 
     @abstractmethod
     def sums(self, terms: Terms, zeros: Callable[[], tuple[Tensor, ...]], draw: int | None = None) -> Point:
-        """The sums of an example's terms over a draw, or over all examples; they begin with `zeros`.
+        """Return the sums of the examples' terms over a draw, or over all examples, starting from `zeros`.
 
-        The draws `k draws` to `(k + 1) draws - 1` go through all examples once, in an order of their own.
+        The draws `k draws` to `(k + 1) draws - 1` are epoch k: each example once, in an order of the epoch.
         """
 
 
 def order(count: int, epoch: int) -> list[int]:
-    """The order in which so many examples are drawn, the `epoch`-th time that all of them are."""
+    """Return the order in which `count` examples are drawn in an epoch."""
     return [int(index) for index in torch.randperm(count, generator=torch.Generator().manual_seed(epoch))]
 
 
@@ -65,18 +146,18 @@ class BlockMatching:
 
         E(v) = sum_t w_t e_t^T S e_t / sum_t w_t y_t^T S y_t,   e_t = f(x_t; v) - y_t,   w_t = 1 / |y_t|^2
 
-    f [tokens, out] is the block with the parameters v, x its inputs, y the dense block's outputs, a what the
-    parameters begin with, S the metric of the residual stream, or the identity; u_i is the root mean square of the kept
-    entries of its tensor in a. E is the relative error by token: whatever reads the residual stream divides it by the
-    token's own size (RMSNorm, LayerNorm), so that an error counts by what share of its token it is, and a massive
-    activation, which the first token has, by no more than any other. A mean of squares would be that token's alone.
+    f [tokens, out] is the block with the parameters v, x its inputs, y the dense block's outputs, a the initial
+    parameters, S the metric of the residual stream, or the identity; u_i is the root mean square of the kept
+    entries of its tensor in a. E is the relative error by token: the layers that read the residual stream divide it by
+    the size of the token (RMSNorm, LayerNorm), so an error counts relative to its token. A massive activation, as the
+    first token has, counts no more than others; it would dominate a mean of squares.
 
-    Zeros of matrices stay zero, since v is without them; biases and norms are free as they are. Not convex, but for a
+    Zeros of matrices stay zero, since v leaves them out; biases and norms are free. Not convex, except for a
     block that is affine in its parameters.
 
-    The block itself holds v, so that there is no second one: a point that is measured is written into it first, and
-    without one the block is measured as it is. Memory of a gradient: two of every kept entry, and what is inside the
-    block during a pass there and back of one example; with a pull one more, for a.
+    The block itself holds v, so no second copy exists: a point is written into the block before it is measured, and
+    without a point the block is measured as it is. Memory of a gradient: two numbers per kept entry, and the
+    activations of one example; with a pull one more number per entry, for a.
 
     Reference: the whole-block matching of 3BASiL (2026), there with plain squares; the weighing of tokens is ours.
     """
@@ -85,11 +166,11 @@ class BlockMatching:
 
     module: nn.Module
     names: tuple[str, ...]
-    """the parameters by their names inside the block"""
+    """the names of the parameters inside the block"""
     entries: tuple[KeptEntries, ...]
-    """what of them may move"""
+    """the entries of the parameters that may change"""
     units: tuple[float, ...]
-    """the root mean square of the kept entries of every tensor; the least of the others for a tensor of zeros"""
+    """the root mean square of the kept entries of every tensor; for a tensor of zeros the least of the others"""
     examples: Examples
     metric: OutputMetric | None = None
     """S, at the block's output"""
@@ -97,15 +178,15 @@ class BlockMatching:
     anchor: Point | None = None
     """a, where there is a pull"""
     signal: float = field(init=False)
-    """sum_t w_t y_t^T S y_t over all examples; where there is none, 1: errors are then as they are"""
+    """sum_t w_t y_t^T S y_t over all examples, or 1 where it is zero"""
     tokens: float = field(init=False)
-    """the tokens of all examples"""
+    """the number of tokens of all examples"""
 
     def __post_init__(self) -> None:
         if bool(self.pull) != (self.anchor is not None):
-            raise InputError("a pull needs the point that it is towards: make the problem by BlockMatching.of")
+            raise InputError("a pull needs its anchor point: make the problem by BlockMatching.of")
 
-        # At once, and not when it is first asked for: processes that share the examples sum them up together.
+        # Now, and not on first use: processes that share the examples have to sum them at the same time.
         def terms(example: Example) -> Point:
             if not all_finite(example.target):
                 raise NumericalError("the dense block answers NaN or infinity: look for damaged weights")
@@ -120,38 +201,38 @@ class BlockMatching:
     def of(
         cls, module: nn.Module, examples: Examples, metric: OutputMetric | None = None, pull: float = 0.0
     ) -> "BlockMatching":
-        """The problem of a block as it is now: what is zero of its matrices stays zero.
+        """Return the problem of a block as it is now; zeros of its matrices stay zero.
 
-        InputError where its parameters are in half precision, in which small steps are lost.
+        Raise InputError where its parameters are in half precision, in which small steps are lost.
         """
         found = dict(module.named_parameters())
         for name, weight in found.items():
             if weight.dtype not in ENOUGH:
                 raise InputError(
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
-                    "block in float32, and round what it comes to"
+                    "block in float32, and round the result"
                 )
         entries = tuple(map(KeptEntries.of, found.values()))
         anchor = tuple(one.read() for one in entries) if pull else None
         return cls(module, tuple(found), entries, _units(entries), examples, metric, pull, anchor)
 
     def on(self, examples: Examples) -> "BlockMatching":
-        """The same problem, of the same block, on other examples, such as held-out ones."""
+        """Return the problem of the same block on other examples, such as held-out ones."""
         return replace(self, examples=examples)
 
     def point(self, into: Point | None = None) -> Point:
-        """What the block holds now, copied, into the tensors of another point where one is given."""
+        """Return a copy of the block's current point, in the tensors of another point where one is given."""
         places = into or (None,) * len(self.entries)
         return tuple(one.read(place) for one, place in zip(self.entries, places, strict=True))
 
     def put(self, point: Point) -> None:
-        """Let the block hold a point."""
+        """Write a point into the block."""
         for one, values in zip(self.entries, point, strict=True):
             one.write(values)
 
     @torch.no_grad()
     def error(self, point: Point | None = None) -> float:
-        """E, measured in float64."""
+        """Return E, measured in float64."""
         if point is not None:
             self.put(point)
 
@@ -162,16 +243,16 @@ class BlockMatching:
         return float(self.examples.sums(terms, self._number)[0]) / self.signal
 
     def objective(self, point: Point | None = None) -> float:
-        """The value to minimise."""
+        """Return the value to minimise."""
         return self.error(point) / 2 + self._pulled()
 
     def violation(self) -> float:
-        """The number of entries outside the support that are not zero in the block."""
-        return float(sum(one.others() for one in self.entries))
+        """Return the number of non-zero entries of the block outside the support."""
+        return float(sum(one.count_outside() for one in self.entries))
 
     @torch.no_grad()
     def gradient(self, point: Point | None = None, draw: int | None = None) -> tuple[float, Point]:
-        """The objective and its gradient: on a draw, which estimates both, or on all."""
+        """Return the objective and its gradient, estimated on a draw or computed on all examples."""
         if point is not None:
             self.put(point)
 
@@ -185,20 +266,20 @@ class BlockMatching:
         half, tokens, *sums = self.examples.sums(terms, zeros, draw)
         scale = self.tokens / self.signal / float(tokens)
         for slope, one in zip(sums, self.entries, strict=True):
-            one.cleared(slope.mul_(scale))
+            one.clear(slope.mul_(scale))
         if self.anchor is not None:
             for slope, one, anchor, unit in zip(sums, self.entries, self.anchor, self.units, strict=True):
                 slope.add_(one.read() - anchor, alpha=self.pull / self._count / unit**2)
         return float(half) * scale + self._pulled(), tuple(sums)
 
     def _slopes(self, example: Example) -> tuple[Tensor, Point]:
-        """Half of an example's weighed error, and its gradient."""
+        """Return half of an example's weighted error, and its gradient."""
         slopes: list[Tensor | None] = [None] * len(self.entries)
 
         def leaf(number: int) -> Tensor:
-            # Only what is kept of a tensor's gradient stays, from the moment that it is there.
+            # Only the kept entries of a gradient are stored, as soon as it is computed.
             def pick(weight: Any) -> None:
-                slopes[number], weight.grad = self.entries[number].taken(weight.grad), None
+                slopes[number], weight.grad = self.entries[number].gather(weight.grad), None
 
             found: Any = self.entries[number].weight.detach().requires_grad_()  # torch's stubs leave hooks open
             found.register_post_accumulate_grad_hook(pick)
@@ -225,10 +306,10 @@ class BlockMatching:
         return self.pull / 2 * total / self._count
 
     def _half(self, output: Tensor, example: Example) -> tuple[Tensor, Tensor]:
-        """sum_t w_t e_t^T S e_t / 2, and a number with its gradient."""
+        """Return sum_t w_t e_t^T S e_t / 2, and a scalar with the same gradient."""
         change = ((output - example.target) * _root_weights(example.target)).flatten(0, -2).T
         weighed = self._weigh(change.detach())
-        # S is symmetric, so that the gradient of the half is S e at e.
+        # S is symmetric, so the gradient of the half is S e.
         return (change.detach() * weighed).sum(dtype=torch.float64) / 2, (change * weighed).sum()
 
     def _weigh(self, columns: Tensor) -> Tensor:
@@ -249,7 +330,7 @@ def _units(entries: Iterable[KeptEntries]) -> tuple[float, ...]:
 
 
 def _root_weights(target: Float[Tensor, "... out"]) -> Float[Tensor, "... 1"]:
-    """1 / |y_t|; a token that answers (next to) nothing counts as the least of the others that does."""
+    """Return 1 / |y_t|, where the size of a token with (almost) no output is raised to an eps of the largest."""
     sizes = linalg.norm(target, -1)[..., None]
     least = torch.finfo(target.dtype).eps * sizes.max()
     return 1 / torch.where(least > 0, sizes.clamp(min=least), 1.0)

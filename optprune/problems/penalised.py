@@ -30,11 +30,11 @@ class PenalisedLeastSquares(Problem):
     penalty: Penalty
 
     def in_output_basis(self) -> "tuple[Problem, OutputBasis | None]":
-        """Itself: the penalty is one of the weights as they are, in no other basis."""
+        """Return the problem itself: the penalty is defined in the basis of the weights only."""
         return self, None
 
     def objective(self, weight: Float[Tensor, "out in"]) -> float:
-        # As its bounds are: they meet to a millionth.
+        # In float64 on every device, as the bounds are, which are compared with it to a millionth.
         return self.loss.exact_value(weight) + self.penalty.value(weight)
 
     def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
@@ -43,7 +43,7 @@ class PenalisedLeastSquares(Problem):
         return self.loss.exact.measuring_error(weight) / 2 + gamma(terms) * self.objective(weight)
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
-        """Zero: every finite weight is feasible."""
+        """Return zero for every finite weight."""
         return 0.0 if bool(torch.isfinite(weight).all()) else float("inf")
 
     def start(self) -> Float[Tensor, "out in"]:

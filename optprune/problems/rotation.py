@@ -1,4 +1,4 @@
-"""Rotations of a layer's inputs within slots: what a unit is, is then a direction in place of a coordinate."""
+"""Rotations and permutations of a layer's inputs within slots, which leave the model's function unchanged."""
 
 from dataclasses import dataclass, replace
 from typing import final
@@ -18,9 +18,9 @@ from optprune.problems.structured import Channels
 class Rotation:
     """x' = Q^T x with Q orthogonal: each slot's units are mixed by one matrix, for all columns that a unit stands for.
 
-    With V' = V Q every output is what it was, so is every loss, and so is the model where the layer that makes the
-    inputs makes x' instead. For value dimensions the slots are KV heads, and the columns those of its query heads: what
-    is mixed is what attention mixes over tokens with the same weights, so that the two commute.
+    With V' = V Q all outputs and losses stay the same, and so does the model where the layer that computes the
+    inputs returns x' instead. For value dimensions the slots are KV heads, and the columns those of the query heads:
+    the rotated dimensions are averaged over tokens by the same attention weights, so the two operations commute.
     """
 
     matrices: Float[Tensor, "slots size size"]
@@ -30,7 +30,7 @@ class Rotation:
 
     @classmethod
     def of(cls, matrices: Float[Tensor, "slots size size"], channels: Channels) -> "Rotation":
-        """A rotation of the units of each slot, in their order."""
+        """Return the rotation of the units of each slot, in their order."""
         slots, size = channels.by_slot.shape
         if matrices.shape != (slots, size, size):
             raise InputError(
@@ -40,25 +40,25 @@ class Rotation:
         return cls(matrices, channels.columns[channels.by_slot])
 
     def to(self, device: torch.device) -> "Rotation":
-        """The same on another device."""
+        """Return the same on another device."""
         return Rotation(self.matrices.to(device), self.columns.to(device))
 
     def onto(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """V Q, for the rotated inputs; in float64, and rounded once."""
+        """Return V Q, for the rotated inputs, computed in float64 and rounded once."""
         return self._mixed(weight, self.matrices)
 
     def back(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """V' Q^T, for the inputs as they were."""
+        """Return V' Q^T, for the original inputs."""
         return self._mixed(weight, self.matrices.mT)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The rows (or biases) that make the inputs, slot by slot in order, so that they make the rotated ones."""
+        """Return the rows (or biases) that compute the inputs, rotated so that they compute the rotated inputs."""
         slots, size, _ = self.matrices.shape
         grouped = weight.double().reshape(slots, size, -1)
         return (self.matrices.double().mT @ grouped).reshape(weight.shape).to(weight.dtype)
 
     def moments(self, moments: InputMoments) -> InputMoments:
-        """The moments of the rotated inputs."""
+        """Return the moments of the rotated inputs."""
         covariance = self._congruent(moments.covariance)
         covariance = (covariance + covariance.T) / 2
         drift = moments.drift
@@ -69,7 +69,7 @@ class Rotation:
         return InputMoments(covariance, self._vector(moments.mean), moments.tokens, drift, proved)
 
     def loss(self, loss: LayerLoss) -> LayerLoss:
-        """The loss of V' = V Q: the same numbers. InputError where the damping of a slot's inputs is not alike."""
+        """Return the loss as a function of V' = V Q. Raise InputError where the damping differs within a slot."""
         damping = loss.damping[self.columns]
         if bool((damping != damping[:, :1, :1]).any()):
             raise InputError("inputs that are rotated must be damped alike: give one damping for all of them")
@@ -82,8 +82,74 @@ class Rotation:
         return mixed
 
     def _congruent(self, matrix: Tensor) -> Tensor:
-        """Q^T M Q."""
+        """Return Q^T M Q."""
         return self.onto(self.onto(matrix).T).T
 
     def _vector(self, vector: Tensor) -> Tensor:
         return self.onto(vector[None])[0]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """x'_j = x_p(j): the units of each slot in another order, the same for all columns of a unit.
+
+    With V'_ij = V_ip(j) all outputs and losses stay the same, and so does the model where the rows of the layers
+    that compute the inputs are permuted too. MLP units are one slot. For value dimensions the slots are KV heads, and
+    the columns those of the query heads, which read the same rows. An N:M pattern depends on the order.
+    """
+
+    units: Int[Tensor, " units"]
+    """the old index of the unit at each new index"""
+    inputs: Int[Tensor, " in"]
+    """the old index of the column of the weight at each new index"""
+
+    @classmethod
+    def of(cls, units: Int[Tensor, " units"], channels: Channels, width: int) -> "Permutation":
+        """Return the permutation of a weight with `width` columns by an order of units that keeps each in its slot."""
+        slots = channels.slots
+        every = torch.arange(channels.units, device=slots.device)
+        if units.shape != every.shape or not torch.equal(units.sort().values, every):
+            raise InputError(
+                f"an order of {channels.units} units must contain each of them once, not {units.numel()} other numbers"
+            )
+        if not torch.equal(slots[units], slots):
+            moved = int((slots[units] != slots).nonzero()[0, 0])
+            raise InputError(
+                f"a unit must stay in its slot, but unit {int(units[moved])} moves to position {moved} of another"
+            )
+        inputs = torch.arange(width, device=slots.device)
+        inputs[channels.columns] = channels.columns[units]
+        return cls(units, inputs)
+
+    def to(self, device: torch.device) -> "Permutation":
+        """Return the same on another device."""
+        return Permutation(self.units.to(device), self.inputs.to(device))
+
+    def onto(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return V', for the permuted inputs."""
+        return weight[:, self.inputs]
+
+    def back(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return the V of a V', for the original inputs."""
+        return weight[:, self.inputs.argsort()]
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """Return the rows (or biases) that compute the inputs, in the new order of units."""
+        return weight.reshape(len(self.units), -1)[self.units].reshape(weight.shape)
+
+    def moments(self, moments: InputMoments) -> InputMoments:
+        """Return the moments of the permuted inputs."""
+        covariance, drift = self._square(moments.covariance), moments.drift
+        if drift is not None:
+            drift = Drift(self._square(drift.cross), self._square(drift.covariance), drift.mean[self.inputs])
+        proved = covariance if moments.proved is moments.covariance else None
+        return InputMoments(covariance, moments.mean[self.inputs], moments.tokens, drift, proved)
+
+    def loss(self, loss: LayerLoss) -> LayerLoss:
+        """Return the loss as a function of V'."""
+        damping = loss.damping[self.inputs]
+        return replace(loss, weight=self.onto(loss.weight), moments=self.moments(loss.moments), damping=damping)
+
+    def _square(self, matrix: Tensor) -> Tensor:
+        return matrix[self.inputs[:, None], self.inputs]

@@ -1,4 +1,4 @@
-"""Sparse least squares: which single weights to keep, under a pattern."""
+"""Sparse least squares: the choice of the single weights to keep, under a pattern."""
 
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import Pattern
 from optprune.problems.loss import LayerLoss
-from optprune.problems.selection import SelectionProblem
+from optprune.problems.masked import SelectionProblem
 
 
 @final
@@ -33,12 +33,12 @@ class SparseLeastSquares(SelectionProblem):
         return self.loss.value(weight)
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
-        """The number of non-zero entries beyond what the pattern can hold."""
+        """Return the number of non-zero entries beyond what the pattern can hold."""
         used = weight != 0
         return float((used & ~self.pattern.project(used.to(weight))).sum())
 
     def start(self) -> Float[Tensor, "out in"]:
-        """The weights of largest magnitude, unchanged."""
+        """Return the weights of largest magnitude, unchanged."""
         return torch.where(self.pattern.project(self.loss.weight.abs()), self.loss.weight, 0.0)
 
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
@@ -48,7 +48,7 @@ class SparseLeastSquares(SelectionProblem):
         return choice
 
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
-        """The non-zero entries, completed to the exact count by the entries of largest original magnitude."""
+        """Return the non-zero entries, completed to the exact count by the entries of largest original magnitude."""
         used = weight != 0
         if self.pattern.admits(used):
             return used

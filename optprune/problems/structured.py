@@ -1,4 +1,4 @@
-"""Structured least squares: which groups of input channels to keep. What is dropped is whole columns of the weight."""
+"""Structured least squares: the choice of the groups of input channels to keep. Whole columns of the weight go."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from optprune.metric import OutputBasis
 from optprune.numerics import linalg
 from optprune.patterns import SlotWise
 from optprune.problems.loss import LayerLoss
-from optprune.problems.selection import SelectionProblem
+from optprune.problems.masked import SelectionProblem
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Channels(ABC):
     """Units of input channels: unit j stands for columns[j] of the weight, and every slot keeps equally many units."""
 
     columns: Int[Tensor, "units columns"]
-    """what a unit stands for: every unit has equally many columns, and one that belongs to no unit stays"""
+    """the columns of each unit, equally many for all; a column of no unit stays"""
     slots: Int[Tensor, " units"]
     """the slot of each unit, e.g. its KV head; all slots have equally many units"""
 
@@ -50,15 +50,15 @@ class Channels(ABC):
         return self.slots.argsort(stable=True).reshape(self.slot_count, -1)
 
     def column_mask(self, units: Bool[Tensor, " units"], width: int) -> Bool[Tensor, "1 in"]:
-        """The columns that stay when the units of the mask stay; columns of no unit always stay."""
+        """Return the mask of the columns that stay when the units of a mask stay; columns of no unit always stay."""
         mask = torch.ones(width, dtype=torch.bool, device=units.device)
         mask[self.columns] = units[:, None]
         return mask[None]
 
-    def reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
-        """The units with an input of the mask, and the first others, so that all slots have equally many, at least one.
+    def units_reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
+        """Return the units with an input in the mask, and the first others, so that all slots keep equally many.
 
-        Without the other units nothing changes where the weights of the other inputs are zero.
+        Every slot keeps at least one. The other units can be removed where the weights of the other inputs are zero.
         """
         read = inputs[self.columns].any(1)
         counts = torch.zeros(self.slot_count, dtype=torch.long, device=read.device)
@@ -66,7 +66,7 @@ class Channels(ABC):
         return SlotWise(self.slots, max(int(counts.max()), 1)).project(read.double())
 
     def sum_columns(self, per_column: Float[Tensor, " in"]) -> Float[Tensor, " units"]:
-        """Add up a score per column over the columns of each unit."""
+        """Sum a score per column over the columns of each unit."""
         return per_column[self.columns].sum(1)
 
 
@@ -77,9 +77,9 @@ class ChannelGroups(Channels):
 
     @classmethod
     def of(cls, width: int, size: int = 1, device: torch.device | None = None) -> "ChannelGroups":
-        """Groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions.
+        """Return groups of `size` consecutive channels in one slot: single channels, or heads of `size` dimensions.
 
-        They must be on the device of the weight they are of: on the CPU unless another one is given.
+        They must be on the device of the weight, by default the CPU.
         """
         if size < 1 or width % size:
             raise InputError(f"{width} channels cannot be cut into groups of {size}")
@@ -89,7 +89,7 @@ class ChannelGroups(Channels):
 
 
 class StructuredProblem(SelectionProblem):
-    """What every choice of whole columns is: a loss, units of columns, and how many of them stay."""
+    """A choice of whole columns: a loss, units of columns, and the number of units that stay."""
 
     kind: ClassVar[str] = "column selection"
 
@@ -119,7 +119,7 @@ class StructuredProblem(SelectionProblem):
         return SlotWise(self.channels.slots, self.keep // self.channels.slot_count)
 
     def in_output_basis(self) -> "tuple[StructuredProblem, OutputBasis | None]":
-        """The problem for S^(1/2) V, which has the zero columns of V, so that no metric is left."""
+        """Return the problem for S^(1/2) V, without a metric: the zero columns are those of V."""
         metric = self.loss.metric
         return (self, None) if metric is None else (replace(self, loss=self.loss.whitened()), metric.whitening)
 
@@ -127,26 +127,26 @@ class StructuredProblem(SelectionProblem):
         return self.loss.value(weight)
 
     def violation(self, weight: Float[Tensor, "out in"]) -> float:
-        """The number of units used beyond what each slot may keep."""
+        """Return the number of units used beyond what each slot may keep."""
         used = torch.zeros(self.channels.slot_count, dtype=torch.long, device=weight.device)
         used.scatter_add_(0, self.channels.slots, self._used(weight).long())
         return float((used - self.pattern.keep).clamp(min=0).sum())
 
     def start(self) -> Float[Tensor, "out in"]:
-        """W with the columns of the units of largest norm kept and the rest set to zero."""
+        """Return W with the columns of the units of largest norm kept and the rest set to zero."""
         return self.zero_outside(self.pattern.project(self._norms(self.loss.weight)))
 
     def support(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
-        """The units a weight uses, completed to `keep` by the units of largest original norm."""
+        """Return the units that a weight uses, completed to `keep` by the units of largest original norm."""
         norms = self._norms(self.loss.weight)
-        # By rank, not by size: next to the 1 of a used unit a small norm would be rounded away.
+        # Ranks, not norms: added to the 1 of a used unit a small norm would be lost to rounding.
         order = torch.argsort(norms, descending=True, stable=True)
         ranks = torch.empty_like(norms, dtype=torch.float64)
         ranks[order] = -torch.arange(len(order), device=order.device).to(ranks)
         return self.pattern.project(ranks + len(order) * self._used(weight))
 
     def inputs(self, weight: Float[Tensor, "out in"]) -> Bool[Tensor, " in"]:
-        """Those of the units that an answer stands for."""
+        """Return the inputs of the units that an answer uses."""
         return self.mask(self.support(weight))[0]
 
     def project(self, score: Float[Tensor, "out in"]) -> Bool[Tensor, " units"]:
@@ -156,7 +156,7 @@ class StructuredProblem(SelectionProblem):
         return self.channels.column_mask(choice, self.loss.weight.shape[1])
 
     def zero_outside(self, choice: Bool[Tensor, " units"]) -> Float[Tensor, "out in"]:
-        """The original weight with the columns of all other units set to zero: pruning without restoration."""
+        """Return the original weight with the columns of all other units set to zero, without restoration."""
         return self.restrict(choice).start()
 
     def _norms(self, weight: Tensor) -> Tensor:

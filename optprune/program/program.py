@@ -28,7 +28,7 @@ from optprune.program.method import BlockProgram, Method, Request
 from optprune.recipe.groups import FisherMetric, Matching, Recovery
 from optprune.solvers import AnySolver, choose
 from optprune.solvers.greedy_obs import removal_curve_work
-from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 
@@ -344,7 +344,7 @@ class Program:
         """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
         solver = self.solver(self.coupled(target.path))
         before = stage[: stage.index(target)]
-        return solver.keeps * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
+        return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 
     @property
     def expert_bytes(self) -> int:

@@ -23,8 +23,10 @@ from optprune.pruning.run import place_for, undamped_metrics
 from optprune.recipe import Recipe
 from optprune.report import Event, PhaseAdvanced
 from optprune.report.phases import BUDGET
+from optprune.system.names import renamed_argument
 
 
+@renamed_argument("lanes", "partial_sums")
 @full_precision()
 def collect(
     model: PreTrainedModel,

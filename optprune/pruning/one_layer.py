@@ -83,7 +83,7 @@ def layer_problem(
     """
     block, path = place_of(Decoder(model), name)
     every = check_batches(model.config, batches)
-    independent = recipe.resolved().policy.independent
+    independent = recipe.policy.independent
     own = Decoder(_with_own_blocks(model, range(block if independent else 0, block + 1)))
     program = resolve(own, Request(recipe=recipe, allocation=allocation))
     phases = PhaseRecorder(own.model.device)

@@ -21,7 +21,7 @@ from optprune.calibration.partial_sums import OrderedSum, TensorSums
 from optprune.metric import OutputMetric
 from optprune.models.surgery import write
 from optprune.moments import MomentSums
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.report import RecoveredPart

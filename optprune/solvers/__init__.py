@@ -1,9 +1,8 @@
-"""Solvers: one algorithm a file. A solver knows problems, never models; `solve` runs it and the problem measures."""
+"""Solvers, one algorithm per file. A solver knows problems but no models; `solve` runs it, and the problem measures."""
 
 from optprune.solvers.adam import Adam
 from optprune.solvers.admm import Admm
-from optprune.solvers.auto import choose
-from optprune.solvers.base import Answer, AnySolver, DirectSolver, Solver
+from optprune.solvers.base import Answer, AnySolver, Certificate, DirectSolver, Record, Solution, Solver, Status
 from optprune.solvers.chain import Chain
 from optprune.solvers.channel_order import best_permutation, channel_order
 from optprune.solvers.channel_swaps import ChannelSwaps
@@ -29,8 +28,7 @@ from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.ranking import FaspMetric, FlapMetric, Magnitude, Random, Ranking, UnitRanking, Wanda
 from optprune.solvers.removal_bound import RemovalBound
 from optprune.solvers.restore import Restore
-from optprune.solvers.run import solve
-from optprune.solvers.solution import Certificate, Record, Solution, Status
+from optprune.solvers.run import choose, solve
 from optprune.solvers.spap import Spap
 from optprune.solvers.sparsegpt import SparseGpt
 from optprune.solvers.swaps import Swaps

@@ -7,27 +7,27 @@ from typing import final
 import torch
 
 from optprune.problems.matching import BlockMatching, Point
+from optprune.solvers.base import Status
 from optprune.solvers.descent import GRADIENT_PASSES, NUMBER, Descent
-from optprune.solvers.solution import Status
 from optprune.work import Work, sweeps
 
 TINY = 1e-12
-"""a gradient far below that, in units of the problem and of its weights, moves nothing: it may be rounding"""
-CARE = 1 / 3
-"""what the rate is multiplied by when the descent goes back"""
+"""a gradient far below this, in units of the problem and of its weights, may be rounding and has no effect"""
+RATE_DECAY = 1 / 3
+"""the factor of the rate when the descent returns to its best point"""
 
 
 @dataclass(eq=False)
 class AdamState:
-    """The averages of the gradients, in units of the problem; steps change the tensors, and the block has the point."""
+    """The running averages of the gradients; steps change the tensors in place, and the block holds the point."""
 
     mean: Point
     square: Point
     steps: int = 0
-    fresh: int = 0
-    """the steps since the average of the gradients was begun"""
-    care: float = 1.0
-    """what the rate is multiplied by"""
+    since_restart: int = 0
+    """the steps since the average of the gradients was last set to zero"""
+    rate_scale: float = 1.0
+    """the factor of the rate"""
 
 
 @final
@@ -35,21 +35,21 @@ class AdamState:
 class Adam(Descent[AdamState]):
     """v <- v - rate_k u m_k / sqrt(s_k), with averages m of the gradient u g and s of its square, made unbiased.
 
-    u is the root mean square of each tensor's kept entries, so that the rate is the share of that by which a weight
-    moves in a step, of whatever layer. The rate grows over the first tenth of the steps, and then goes to zero along a
-    cosine. A step goes through one draw of the examples, `epochs` times all of them in all; the held-out examples are
-    looked at after each time, and where that made nothing better, the descent goes back to the best point, with a third
-    of the rate. Memory: two numbers a kept entry, beside the gradient.
+    u is the root mean square of each tensor's kept entries, so the rate is the relative size of a weight's
+    change in a step, for every layer. The rate grows over the first tenth of the steps, then goes to zero along a
+    cosine. A step uses one draw of the examples, for `epochs` epochs; the held-out examples are
+    evaluated after each epoch. Where their error did not fall, the descent returns to the best point, with a third
+    of the rate. Memory: two numbers per kept entry, beside the gradient.
 
     Reference: Kingma and Ba (2015).
     """
 
     epochs: int = 8
-    """how often all examples are gone through"""
+    """the number of passes over all examples"""
     rate: float = 0.003
-    """the largest share of a weight's root mean square that a step moves it by, about"""
+    """about the largest change of a weight in a step, relative to the root mean square of its tensor"""
     memory: tuple[float, float] = (0.9, 0.95)
-    """what the averages of the gradient and of its square keep from step to step"""
+    """the decay of the averages of the gradient and of its square"""
     warm: float = 0.1
     """the share of the steps over which the rate grows"""
 
@@ -63,9 +63,9 @@ class Adam(Descent[AdamState]):
 
     def step(self, problem: BlockMatching, state: AdamState) -> AdamState:
         _, gradient = problem.gradient(draw=state.steps)
-        rate, (first, second) = state.care * self.rate_at(state.steps, self._steps(problem)), self.memory
-        state.steps, state.fresh = state.steps + 1, state.fresh + 1
-        scale, spread = 1 - first**state.fresh, 1 - second**state.steps
+        rate, (first, second) = state.rate_scale * self.rate_at(state.steps, self._steps(problem)), self.memory
+        state.steps, state.since_restart = state.steps + 1, state.since_restart + 1
+        scale, spread = 1 - first**state.since_restart, 1 - second**state.steps
         for one, mean, square, slope, unit in zip(
             problem.entries, state.mean, state.square, gradient, problem.units, strict=True
         ):
@@ -77,23 +77,23 @@ class Adam(Descent[AdamState]):
         return state
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The rate of a step, of so many."""
+        """Return the rate of a step, of `steps` in all."""
         warm = max(1, round(self.warm * steps))
         if step < warm:
             return self.rate * (step + 1) / warm
         return self.rate * (1 + math.cos(math.pi * (step + 1 - warm) / (steps + 1 - warm))) / 2
 
-    def back(self, problem: BlockMatching, state: AdamState, best: Point) -> AdamState:
+    def restart(self, problem: BlockMatching, state: AdamState, best: Point) -> AdamState:
         problem.put(best)
         for mean in state.mean:
             mean.zero_()
-        state.fresh, state.care = 0, state.care * CARE
+        state.since_restart, state.rate_scale = 0, state.rate_scale * RATE_DECAY
         return state
 
     def done(self, problem: BlockMatching, state: AdamState) -> Status | None:
         return Status.CONVERGED if state.steps >= self._steps(problem) else None
 
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         return problem.examples.draws
 
     def _steps(self, problem: BlockMatching) -> int:

@@ -10,15 +10,14 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring
 from optprune.solvers.spectrum import column_scale
 from optprune.work import Work, eigenvectors, product, selection, storage, sweeps
 
 SCHEDULE = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """(share of the kept weights that moved, factor for rho): the first share that was exceeded applies"""
 USUAL_STEPS = 36
-"""the steps until no weight moves, with the factors of ALPS: 20 to 42 on layers of SmolLM2 and on layers like them"""
+"""the steps until the mask is constant, with the factors of ALPS: 20 to 42 on layers of SmolLM2"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +38,8 @@ class AdmmState:
     dual: Float[Tensor, "out in"]
     rho: float
     mask: Bool[Tensor, "rows in"]
-    looked_at: Bool[Tensor, "rows in"]
-    """the mask when the schedule last looked"""
+    checked_mask: Bool[Tensor, "rows in"]
+    """the mask at the last check of the schedule"""
     count: int
     frozen: bool
 
@@ -57,14 +56,14 @@ class Admm(Solver[SelectionProblem, AdmmState]):
     H keeps the mask of the pattern with the largest total of squares. One eigendecomposition of A' serves every rho.
     Under a full output metric S the first step solves S V' A' + rho V' = S B' - U + rho Z, which is as exact in the
     eigenbases of S and A'.
-    Every `every` steps rho grows by 1.3, 1.2 or 1.1 as more than 10, 0.5 or 0 percent of the kept weights moved,
-    and the method stops when none did. `haste` is an exponent on these factors: 1 is that of ALPS; a third of it takes
+    Every `every` steps rho grows by 1.3, 1.2 or 1.1 where more than 10, 0.5 or 0 percent of the mask changed,
+    and the method stops when nothing did. `haste` is an exponent on these factors: 1 is that of ALPS; a third takes
     about twice the steps and ends lower. Accepts every selection problem. Not monotone: follow it with a refit.
 
-    The released code of ALPS does otherwise in three places: its first Z is the dense weight cut to the pattern, here
-    it is the dense weight; until more than 0.5 percent moved for the first time, fewer divide rho by 5 (and unless it
-    was none, the method begins anew), here rho grows by 1.1, or the method stops; and after 30 steps it stops below
-    0.03 percent, here only at none.
+    The released code of ALPS differs in three places. Its first Z is the dense weight cut to the pattern; here
+    it is the dense weight. Until more than 0.5 percent changed for the first time, fewer divide rho by 5 (and unless it
+    was none, the method restarts); here rho grows by 1.1, or the method stops. After 30 steps it stops below
+    0.03 percent; here only at none.
 
     A step is one product [out, in] x [in, in], and one [in, in] x [in, in] when rho grows; where rows are coupled it is
     two, and two [out, out] x [out, in]. Memory 2 in^2 + 5 out in.
@@ -95,7 +94,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         return Work(once + steps * step, peak)
 
     @property
-    def keeps(self) -> int:
+    def cached_bytes(self) -> int:
         return 4  # the eigenvectors, in float32
 
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
@@ -123,7 +122,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
             dual=torch.zeros_like(dense),
             rho=self.rho,
             mask=mask,
-            looked_at=mask,
+            checked_mask=mask,
             count=0,
             frozen=False,
         )
@@ -137,14 +136,14 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
-        changed, kept = linalg.numbers(torch.count_nonzero(mask ^ state.looked_at), torch.count_nonzero(mask))
+        changed, kept = linalg.numbers(torch.count_nonzero(mask ^ state.checked_mask), torch.count_nonzero(mask))
         moved = changed / max(1, kept)
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:
-            # Written over the one before: it is as large as the Gram matrix.
+            # Written over the previous inverse, which is as large as the Gram matrix.
             state = replace(state, inverse=_inverse(state.values, state.vectors, rho, state.inverse))
-        return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
+        return replace(state, rho=rho, checked_mask=mask, frozen=moved == 0)
 
     def done(self, problem: SelectionProblem, state: AdmmState) -> Status | None:
         if state.frozen:
@@ -156,11 +155,11 @@ class Admm(Solver[SelectionProblem, AdmmState]):
 
 
 def _decomposed(loss: LayerLoss, scale: Float[Tensor, " in"]) -> tuple[Float[Tensor, " in"], Float[Tensor, "in in"]]:
-    """The eigendecomposition of A', once for all layers that read the same inputs under the same damping."""
+    """Return the eigendecomposition of A', cached for all layers with the same inputs and damping."""
     known = loss.moments.decompositions
     if loss.fit_bias not in known or not torch.equal(known[loss.fit_bias][0], loss.damping):
         unit = torch.outer(scale, scale)
-        # Its transpose is stored by columns, as the decomposition wants it.
+        # Its transpose is stored by columns, as LAPACK needs it.
         known[loss.fit_bias] = loss.damping, *linalg.eigh_in_place(torch.div(loss.gram.mT, unit, out=unit).mT)
     _, values, vectors = known[loss.fit_bias]
     return values, vectors
@@ -169,12 +168,12 @@ def _decomposed(loss: LayerLoss, scale: Float[Tensor, " in"]) -> tuple[Float[Ten
 def _inverse(
     values: Float[Tensor, " in"], vectors: Float[Tensor, "in in"], rho: float, room: Float[Tensor, "in in"]
 ) -> Float[Tensor, "in in"]:
-    """(A' + rho I)^-1 from the eigendecomposition of A', written into `room`."""
+    """Return (A' + rho I)^-1 from the eigendecomposition of A', written into `room`."""
     return torch.mm(vectors / (values + rho), vectors.T, out=room)
 
 
 def _dense(state: AdmmState) -> Float[Tensor, "out in"]:
-    """The step in V': free of the pattern."""
+    """Return V', the minimiser without the pattern."""
     if state.inverse is not None:
         return torch.add(state.target, state.sparse, alpha=state.rho).sub_(state.dual) @ state.inverse
     rows = state.row_vectors

@@ -1,16 +1,77 @@
-"""What every solver is. A solver proposes weights; it never scores itself, prints, seeds globally or moves devices."""
+"""The interface of solvers, and the result of solving: status, certificate and solution."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast, final
 
 from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.problems import Problem
-from optprune.solvers.solution import Certificate, Record, Status
 from optprune.system.wording import shown
 from optprune.work import DOUBLE, Work, eigenvectors, product, storage, sweeps
+
+
+class Status(Enum):
+    """The reason why a solver stopped. The value is a sentence with advice."""
+
+    CONVERGED = "the solver met its own stopping rule"
+    STEP_LIMIT = "the step limit was reached: raise max_steps or accept the certificate's gap"
+    TIME_LIMIT = "the time limit was reached: raise max_seconds or accept the certificate's gap"
+    STALLED = "no further progress is possible in this precision: try float64 or more damping"
+    NONFINITE = "the answer holds NaN or infinity: check the moments and raise the damping"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A proved lower bound on the optimal objective of the problem, and the method of its proof."""
+
+    lower_bound: float
+    proof: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A stage of a solver's history: its label, steps and seconds, and the objective that the problem measured."""
+
+    label: str
+    steps: int
+    seconds: float
+    objective: float
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A weight with the objective and the violation that the problem measured, and how it was found."""
+
+    value: Tensor
+    objective: float
+    violation: float
+    status: Status
+    steps: int
+    seconds: float
+    certificate: Certificate | None = None
+    history: tuple[Record, ...] = ()
+    """the stages of a chain before the last"""
+    notes: tuple[str, ...] = ()
+    """fallbacks taken and extra damping used; empty when the method ran as asked"""
+
+    @property
+    def gap(self) -> float | None:
+        """(objective - lower bound) / |objective|, the most that can be gained; None where nothing is proved.
+
+        The bound of a solution is lowered by the rounding error of measuring its objective, so the smallest possible
+        gap is a few roundings.
+        """
+        if self.certificate is None or self.violation > 0:
+            return None
+        excess = self.objective - self.certificate.lower_bound
+        if excess == 0:
+            return 0.0
+        return excess / abs(self.objective) if self.objective else math.copysign(math.inf, excess)
+
 
 P = TypeVar("P", bound=Problem)
 State = TypeVar("State")
@@ -19,85 +80,90 @@ State = TypeVar("State")
 class Solver(ABC, Generic[P, State]):
     """An algorithm as four functions of a problem and a state; concrete solvers are frozen dataclasses of options.
 
-    `solve` in run.py drives it: init once, then step until done says why to stop. P is the kind of problem that all its
-    methods but `refusal` are asked about, and `accepts` says the same at run time.
+    `solve` in run.py calls init once, then step until done returns a status. P is the kind of problem that all
+    methods but `refusal` take, and `accepts` names it at run time.
     """
 
     accepts: ClassVar[tuple[type[Problem], ...]] = (Problem,)
-    """the kinds of problems that the solver accepts, unless `why_not` has something against one of them"""
+    """the kinds of problems that the solver accepts, unless `unsupported` returns a reason against one of them"""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "why_not" in vars(cls):
+            raise TypeError(f"{cls.__name__} defines why_not, which is called unsupported now: rename it")
 
     @final
     def refusal(self, problem: Problem) -> str | None:
-        """None when the solver accepts the problem, else one sentence that says why it does not."""
+        """Return None when the solver accepts the problem, else one sentence with the reason why it does not."""
         if not isinstance(problem, self.accepts):
             kinds = " and ".join(kind.kind for kind in self.accepts)
             return f"it accepts {kinds} problems, and this is a {problem.kind} problem"
-        return self.why_not(cast(P, problem))
+        return self.unsupported(cast(P, problem))
 
-    def why_not(self, problem: P) -> str | None:
-        """What else there is against a problem of an accepted kind, in one sentence; None when there is nothing."""
+    def unsupported(self, problem: P) -> str | None:
+        """Return why a problem of an accepted kind is not supported, in one sentence; None when it is."""
         return None
 
     @abstractmethod
     def init(self, problem: P, start: Tensor) -> State:
-        """The state before the first step, from a starting weight [out, in]."""
+        """Return the state before the first step, from a starting weight [out, in]."""
 
     @abstractmethod
     def step(self, problem: P, state: State) -> State:
-        """The state after one more step."""
+        """Return the state after one more step."""
 
     @abstractmethod
     def done(self, problem: P, state: State) -> Status | None:
-        """None to go on, else why to stop."""
+        """Return None to continue, or the reason to stop."""
 
     @abstractmethod
     def value(self, problem: P, state: State) -> Tensor:
-        """The weight [out, in] that the state stands for."""
+        """Return the weight [out, in] of the state."""
 
     def certify(self, problem: P, state: State) -> Certificate | None:
-        """A lower bound on the optimum that was proved on the way, or None; of the problem as the solver met it."""
+        """Return a lower bound proved during the iterations, on the optimum of the transformed problem, or None."""
         return None
 
     def prove(self, problem: P, value: Tensor) -> Certificate | None:
-        """A lower bound on the optimum that is proved from the answer alone, or None.
+        """Return a lower bound on the optimum that is proved from the answer alone, or None.
 
-        Of the problem as it came and the answer as it is returned, not in the units and the basis in which `solve`
-        poses problems: these round in the dtype of the problem, and what is proved must hold for what is measured.
+        It holds for the original problem and the returned answer, not in the units and the basis in which the solver
+        runs: their conversion rounds in the dtype of the problem, and the bound must hold for the measured objective.
         """
         return None
 
     def notes(self, state: State) -> tuple[str, ...]:
-        """Every fallback taken, in words; empty when the method ran as asked."""
+        """Return every fallback taken, in words; empty when the method ran as asked."""
         return ()
 
     def history(self, state: State) -> tuple[Record, ...]:
-        """What the solver remembers of the way."""
+        """Return the records of the finished stages."""
         return ()
 
     def exact(self, problem: P) -> bool:
-        """A promise that the answer is optimal for this problem; the tests hold the solver to it unconditionally."""
+        """Return whether the answer is promised to be optimal for this problem; tests check the promise always."""
         return False
 
     def promised_gap(self, problem: P) -> float | None:
-        """A promise to be within this share of the optimum and to prove it; held to it unconditionally. None: none."""
+        """Return the relative gap that is promised and proved, or None; tests check the promise always."""
         return None
 
     def monotone(self, problem: P) -> bool:
-        """A promise that the answer is never worse than a feasible start; held to it unconditionally."""
+        """Return whether the answer is promised to be no worse than a feasible start; tests check it always."""
         return self.exact(problem)
 
     @abstractmethod
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
-        """Return the work of a solve for a weight [outputs, inputs]; `coupled` under a full output metric.
+        """Return the work of a solve for a weight [outputs, inputs]; `coupled` means a full output metric.
 
-        The flops are an estimate, for a plan, from the options and the widths alone. They hold the measurement of the
-        answer by the problem (`measuring`), which each stage of a chain has. The bytes are the peak beside the weight,
-        the moments and the metric.
+        The flops are an estimate, for a plan, from the options and the widths alone. They include the measurement of
+        the answer by the problem (`measuring`), in each stage of a chain. The bytes are the peak beside the weight, the
+        moments and the metric.
         """
 
     @property
-    def keeps(self) -> int:
-        """Return the bytes over in^2 that stay with the moments, for the next layer that reads the same inputs."""
+    def cached_bytes(self) -> int:
+        """The bytes over in^2 that are cached with the moments, for the next layer with the same inputs."""
         return 0
 
     @property
@@ -107,11 +173,11 @@ class Solver(ABC, Generic[P, State]):
 
 
 AnySolver: TypeAlias = Solver[Any, Any]
-"""a solver of whatever kind of problem; whether it accepts a given one, `refusal` says"""
+"""a solver of any kind of problem; `refusal` tells whether it accepts a given one"""
 SENSIBLE = (1e-15, 1e15)
-"""between which every number of a solver's options lies: beyond, float32 has no digits or no range for what it makes"""
+"""the limits of the numbers among a solver's options; beyond them results leave the digits or the range of float32"""
 MOST_STEPS = 10_000
-"""what whole numbers among a solver's options, which count steps, candidates or columns, are at most"""
+"""the limit of whole numbers among a solver's options, which count steps, candidates or columns"""
 
 
 def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
@@ -128,7 +194,7 @@ def check_options(solver: AnySolver, may_be_zero: tuple[str, ...] = ()) -> None:
 
 
 def measuring(outputs: int, inputs: int, *, coupled: bool = False) -> float:
-    """Return the flops of posing a problem and of measuring one answer, in float64."""
+    """Return the flops of transforming a problem and of measuring one answer, in float64."""
     flops = DOUBLE * product(outputs, inputs, inputs) + sweeps(50, outputs, inputs)
     if coupled:
         flops += DOUBLE * product(outputs, outputs, inputs) + eigenvectors(outputs)
@@ -142,7 +208,7 @@ def unfitted(outputs: int, inputs: int, *, coupled: bool = False) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """All that a solver without iterations has to say."""
+    """The result of a solver without iterations."""
 
     value: Tensor
     certificate: Certificate | None = None
@@ -150,11 +216,11 @@ class Answer:
 
 
 class DirectSolver(Solver[P, Answer]):
-    """A solver that computes its answer in one go."""
+    """A solver without iterations."""
 
     @abstractmethod
     def answer(self, problem: P, start: Tensor) -> Answer:
-        """The answer."""
+        """Return the answer."""
 
     def init(self, problem: P, start: Tensor) -> Answer:
         return self.answer(problem, start)

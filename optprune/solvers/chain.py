@@ -1,4 +1,4 @@
-"""Chain: several solvers in a row, each starting from the answer of the one before."""
+"""Chain: several solvers in sequence, each starting from the answer of the previous one."""
 
 import time
 from dataclasses import dataclass, replace
@@ -8,12 +8,11 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.problems import Problem
-from optprune.solvers.base import AnySolver, Solver
-from optprune.solvers.solution import Certificate, Record, Status
+from optprune.solvers.base import AnySolver, Certificate, Record, Solver, Status
 from optprune.work import Work
 
 DEEPEST = 8
-"""chains in chains: a flat one does the same"""
+"""the most levels of nested chains; a flat chain does the same"""
 
 
 def _depth(solver: AnySolver) -> int:
@@ -22,12 +21,12 @@ def _depth(solver: AnySolver) -> int:
 
 @dataclass(frozen=True, eq=False)
 class ChainState:
-    """Which stage runs, its own state, and what the finished stages left behind."""
+    """The current stage, its state, and the records, notes and bounds of the finished stages."""
 
     stage: int
     inner: Any
     began: float
-    """when the stage began"""
+    """the start time of the stage"""
     steps: int = 0
     """the steps that the stage has made"""
     records: tuple[Record, ...] = ()
@@ -38,11 +37,11 @@ class ChainState:
 @final
 @dataclass(frozen=True)
 class Chain(Solver[Problem, ChainState]):
-    """Run the stages one after another on the same problem; going on to the next stage counts as a step.
+    """Run the stages one after another on the same problem; the change to the next stage counts as a step.
 
-    Accepts what every stage accepts. The history has a record of every finished stage: the last one's is the Solution.
-    The lower bound is the largest that any stage proved. Exact when the last stage is exact; monotone when every stage
-    is. Memory and cost are those of the stages.
+    Accepts what every stage accepts. The history has a record of every stage but the last, whose result is the
+    Solution. The lower bound is the largest that any stage proved. Exact when the last stage is exact; monotone when
+    every stage is. Memory and cost are those of the stages.
     """
 
     stages: tuple[AnySolver, ...]
@@ -56,13 +55,13 @@ class Chain(Solver[Problem, ChainState]):
         return " > ".join(stage.label for stage in self.stages)
 
     @property
-    def keeps(self) -> int:
-        return max((stage.keeps for stage in self.stages), default=0)
+    def cached_bytes(self) -> int:
+        return max((stage.cached_bytes for stage in self.stages), default=0)
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         return sum((stage.work(outputs, inputs, coupled=coupled) for stage in self.stages), Work())
 
-    def why_not(self, problem: Problem) -> str | None:
+    def unsupported(self, problem: Problem) -> str | None:
         if not self.stages:
             return "it is an empty chain"
         reasons = [(stage.label, stage.refusal(problem)) for stage in self.stages]
@@ -114,7 +113,7 @@ class Chain(Solver[Problem, ChainState]):
         return state.records + self.stages[state.stage].history(state.inner)
 
     def _unfinished(self, problem: Problem, state: ChainState) -> tuple[str, ...]:
-        """A stage that stopped for another reason than its own rule must not be forgotten by the next."""
+        """Return a note where a stage stopped for another reason than its own rule."""
         solver = self.stages[state.stage]
         status = solver.done(problem, state.inner)
         return () if status in (None, Status.CONVERGED) else (f"{solver.label}: {status.value}",)

@@ -1,19 +1,19 @@
-"""The order of inputs under N:M: groups that hold together what can be spared, so that a mask loses less.
+"""The order of inputs for an N:M pattern: channels are grouped so that the best mask loses less.
 
-The groups of M run along the inputs, whose order is free where MLP units or value dimensions make them. Weights scored
-by what the loss gains when they alone are dropped, s_ij = S_ii W_ij^2 E[x*_j^2], the best mask keeps
+The groups of M run along the inputs, whose order is free where MLP units or value dimensions compute them. Scores are
+the rise of the loss when a weight alone is dropped, s_ij = S_ii W_ij^2 E[x*_j^2]. The best mask keeps
 
     r(p) = sum over rows i and groups g of the N largest of s_ip(j), j in g,
 
-and the order p is to make that large. Let one channel be taken out of each of G groups, and t_ig be the N-th largest
-score of what is left of g in row i. The channel c put into the group g adds sum_i max(s_ic - t_ig, 0) to what the rest
-keeps, which is (sum_i |s_ic - t_ig| + s_ic - t_ig) / 2. In an assignment of the G channels to the G groups the last two
-terms come to the same whatever goes where. So the best assignment is the one with the largest sum of distances in the
+and the order p shall make it large. Take one channel out of each of G groups, and let t_ig be the N-th largest
+score of the rest of g in row i. The channel c put into the group g adds sum_i max(s_ic - t_ig, 0) to the sum of the
+rest, which is (sum_i |s_ic - t_ig| + s_ic - t_ig) / 2. The last two terms are the same for every assignment of the G
+channels to the G groups. So the best assignment is the one with the largest sum of distances in the
 1-norm, found exactly by `scipy.optimize.linear_sum_assignment`, and r never falls.
 
 Reference: channel permutations for N:M sparsity (Pool and Yu, 2021); heuristic allocation and linear-sum assignment by
-turns (Zhang et al., "Plug-and-play", ICLR 2024). The cost as a distance is ours, and so is the start: from the order
-that is there the rounds end where they end from channels dealt by their sums.
+turns (Zhang et al., "Plug-and-play", ICLR 2024). The cost as a distance is ours, and so is the start from the given
+order, from which the result is as good as from channels dealt by their sums.
 """
 
 import torch
@@ -26,18 +26,18 @@ from optprune.patterns import NM
 from optprune.problems import Channels, LayerLoss, Permutation
 
 SWEEPS = 6
-"""the most times that every place of every group is assigned anew: on real layers the first brings four fifths of what
-a dozen do, and six nearly all"""
+"""the most sweeps over all places of all groups: on real layers the first brings four fifths of the gain of a dozen,
+and six nearly all"""
 TOGETHER = 512
-"""the groups that exchange channels at a time, drawn anew each time: memory and time then go with the width alone"""
+"""the groups that exchange channels at a time, drawn at random: memory and time are linear in the width"""
 NEGLIGIBLE = 1e-12
-"""the share of what is compared that a gain must be to be one"""
+"""the least relative gain; less may be rounding"""
 
 
 def channel_order(scores: Float[Tensor, "rows channels"], pattern: NM) -> Int[Tensor, " channels"]:
-    """The channel at each place, so that an N:M mask in that order retains more of the scores; never less.
+    """Return the channel at each place, in an order in which an N:M mask keeps at least as much of the scores.
 
-    Channels within a group, and groups, are told in ascending order, so that where nothing is gained all stay. The same
+    Channels within a group, and groups, are in ascending order, so without a gain the order is unchanged. The same
     scores give the same order on any number of threads: each distance is one sum in float64. Costs `channels` x 512
     rows / M operations an assignment and M of those a sweep, and memory for 512 groups of scores.
     """
@@ -46,12 +46,12 @@ def channel_order(scores: Float[Tensor, "rows channels"], pattern: NM) -> Int[Te
         raise InputError(
             f"a {pattern.n}:{pattern.m} pattern orders a multiple of {pattern.m} channels, not {scores.shape[1]}"
         )
-    # On the CPU whatever the device, so that all draw the same.
+    # On the CPU for every device, so that all draw the same.
     generator = torch.Generator("cpu").manual_seed(0)
     members = torch.arange(scores.shape[1]).reshape(groups, pattern.m)
     idle = 0
     for sweep in range(SWEEPS):
-        # Places of two groups meet that have not met: of a pair of groups all do in M sweeps.
+        # Other places of two groups are combined in every sweep; all combinations of a pair occur in M sweeps.
         shift = sweep * torch.randperm(groups, generator=generator)[:, None]
         members = members.gather(1, (torch.arange(pattern.m) + shift) % pattern.m)
         gained = 0.0
@@ -67,9 +67,9 @@ def channel_order(scores: Float[Tensor, "rows channels"], pattern: NM) -> Int[Te
 
 
 def best_permutation(loss: LayerLoss, channels: Channels, pattern: NM) -> Permutation:
-    """The order of the units of every slot in which an N:M mask is to lose less; of tied columns, in all of them.
+    """Return the order of the units of every slot in which an N:M mask loses less, over all tied columns.
 
-    InputError where the units of a slot, in their order, are not whole groups of the pattern in every column.
+    Raise InputError where the units of a slot, in their order, are not whole groups of the pattern in every column.
     """
     columns = channels.columns[channels.by_slot]
     slots, size, tied = columns.shape
@@ -80,7 +80,8 @@ def best_permutation(loss: LayerLoss, channels: Channels, pattern: NM) -> Permut
         whole = bool(((grouped[:, :, :1] + places == grouped) & (grouped[:, :, :1] % pattern.m == 0)).all())
     if not whole:
         raise InputError(
-            f"{size} units of a slot are no whole groups of a {pattern.n}:{pattern.m} pattern, so that none may move"
+            f"{size} units of a slot do not form whole groups of a {pattern.n}:{pattern.m} pattern: they keep their "
+            "order"
         )
     scaled = loss.row_scaled()
     energy = scaled.moments.mean_square.double()
@@ -92,7 +93,7 @@ def best_permutation(loss: LayerLoss, channels: Channels, pattern: NM) -> Permut
 
 
 def _assign(scores: Tensor, members: Tensor, some: Tensor, place: int, keep: int) -> float:
-    """Assign what stands at a place of some groups anew, in place; what that retains more."""
+    """Assign the channels at a place of some groups to these groups anew, in place, and return the gain."""
     here = members[some]
     rest = torch.cat([here[:, :place], here[:, place + 1 :]], 1).to(scores.device)
     single = here[:, place]

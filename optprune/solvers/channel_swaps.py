@@ -8,16 +8,14 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.inverse import InverseForm, cost_rounding
-from optprune.solvers.solution import Status
-from optprune.solvers.tableau import EXCHANGE, Tableau, tableau_flops
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
+from optprune.solvers.inverse import EXCHANGE, InverseForm, Tableau, cost_rounding, tableau_flops
 from optprune.work import Work, factor, inverse, sweeps
 
 REFRESH = 64
-"""exchanges after which the tableau, which is updated in place of being computed, is computed anew"""
+"""exchanges after which the tableau is computed anew, to remove the rounding of its updates"""
 USUAL_EXCHANGES = 4
-"""the exchanges that lower the loss, from the answer of a greedy elimination"""
+"""the usual number of exchanges that lower the loss after a greedy elimination"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class ChannelSwapsState:
     least: float
     """the cost of the best choice"""
     gain: float
-    """what a lower value must be lower by: more than rounding, and worth a round"""
+    """the least decrease that counts: above rounding, and worth a round"""
     moved: Bool[Tensor, " units"]
     """the units exchanged since the best choice was left"""
     away: int

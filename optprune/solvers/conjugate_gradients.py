@@ -11,19 +11,18 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.patterns import within
 from optprune.problems import LayerLoss, MaskedLeastSquares, SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring
+from optprune.solvers.base import Certificate, Solver, Status, check_options, measuring
 from optprune.solvers.restore import Restorable, fixed_mask, restored_bound
-from optprune.solvers.solution import Certificate, Status
 from optprune.work import Work, product, storage, sweeps
 
 STEPS_PER_DIGIT = 11
-"""the steps that take a digit off the residual: 10 to 15 on layers like those of SmolLM2, damped by 1 percent; as many
-under a full metric from the answer of ADMM, and up to 100 from one that knows nothing of the metric"""
+"""the steps per decimal digit of the residual: 10 to 15 on layers like those of SmolLM2, damped by 1 percent; as many
+under a full metric from the answer of ADMM, and up to 100 from an answer that ignores the metric"""
 
 
 @dataclass(frozen=True, eq=False)
 class GradientsState:
-    """The usual vectors of conjugate gradients, one system a row, or one for all rows where they are coupled."""
+    """The vectors of conjugate gradients, one system per row, or one for all rows where they are coupled."""
 
     mask: Bool[Tensor, "rows in"]
     diagonal: Float[Tensor, "*out in"]
@@ -38,11 +37,11 @@ class GradientsState:
     target: Float[Tensor, " out"]
     """the energy at which a row is done"""
     rounding: Float[Tensor, " out"]
-    """an energy that may be nothing but rounding of the moments"""
+    """the energy at or below which a residual may be rounding of the moments"""
     stuck: Bool[Tensor, " out"]
     """rows whose direction has no more curvature than rounding: A is singular on their mask"""
     settled: Bool[Tensor, " out"]
-    """rows whose residual has been so small that it could be nothing but rounding"""
+    """rows whose residual has been so small that it may be rounding"""
 
 
 @final
@@ -50,13 +49,13 @@ class GradientsState:
 class ConjugateGradients(Solver[Restorable, GradientsState]):
     r"""Solve (V A - B)_M = 0, V = 0 outside M, by conjugate gradients with the diagonal of A as preconditioner.
 
-    Accepts restoration problems, and selection problems, where it refits on the support of the start; what a start has
-    outside the mask does not count. A row is done when its preconditioned residual is `tolerance` of that of the masked
-    original weights; a row whose direction has no curvature but rounding (a singular A) stops where it is, and the
-    status says so, unless its residual had become so small that it could be nothing but rounding of the moments.
+    Accepts restoration problems, and selection problems, where it refits on the support of the start; entries of a
+    start outside the mask are ignored. A row is done when its preconditioned residual is `tolerance` of that of the
+    masked original weights. A row whose direction has no curvature beyond rounding (a singular A) stops, and the status
+    says so, unless its residual is so small that it may be rounding of the moments.
 
-    A step is one product [out, in] x [in, in], whatever the masks: for masks that differ from row to row it is far
-    cheaper than a factorisation a row. Never worse than its start; not exact, but certified where the loss is damped:
+    A step is one product [out, in] x [in, in], whatever the masks: for masks that differ between rows it is far
+    cheaper than a factorisation per row. Never worse than its start; not exact, but certified where the loss is damped:
     f(V) - min f <= 1/2 sum_ij r_ij^2 / D_j, where one Cholesky factorisation proves that A >= D. A full output metric
     couples the rows into one system, with S_ii A_jj as preconditioner, one more product [out, out] x [out, in] a step,
     and S_ii's share of damping in the certificate.
@@ -111,7 +110,7 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
         loss = problem.loss
         product = within(state.mask, loss.weigh(state.direction @ loss.gram))
         curvature = _by_system(loss, state.direction * product)
-        # Of a matrix with unit diagonal the rounding alone has a curvature of this size.
+        # The rounding of a matrix with unit diagonal has a curvature of this size.
         unit = state.direction.shape[1] * torch.finfo(product.dtype).eps
         least = unit * _by_system(loss, state.direction.square().mul_(state.diagonal))
         stuck = state.stuck | ((state.energy > state.target) & ~(curvature > least))
@@ -132,7 +131,7 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
         )
 
     def done(self, problem: Restorable, state: GradientsState) -> Status | None:
-        # From a residual of rounding all directions are rounding: where A is singular they end without curvature.
+        # Where the residual is rounding, so are the directions: where A is singular they have no curvature.
         met = (state.energy <= state.target) | (state.stuck & state.settled)
         converged, over = linalg.numbers(met.all(), (met | state.stuck).all())
         if converged:
@@ -143,14 +142,14 @@ class ConjugateGradients(Solver[Restorable, GradientsState]):
         return state.weight
 
     def prove(self, problem: Restorable, value: Tensor) -> Certificate | None:
-        # Without damping the residual may stand for any excess, and a step of another solver would be needed.
+        # Without damping the residual does not bound the excess.
         if not isinstance(problem, MaskedLeastSquares) or not bool((problem.loss.damping > 0).all()):
             return None
         return restored_bound(problem, value)
 
 
 def _rounding(loss: LayerLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, " out"]:
-    """What the energy of each row's system may be by the rounding of the moments, whatever V is: that of V = 0."""
+    """Return the energy of each row's system that may be rounding of the moments, for any V: that of V = 0."""
     rows = loss.residual_rounding(torch.zeros_like(loss.weight))
     if loss.coupled:
         assert loss.metric is not None
@@ -160,6 +159,6 @@ def _rounding(loss: LayerLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, "
 
 
 def _by_system(loss: LayerLoss, terms: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-    """The sum of the terms of each row's system: its own, or the one of all rows."""
+    """Return the sum of the terms of each row's system: over the row, or over all rows where they are coupled."""
     rows = terms.sum(1)
     return rows.sum().expand(rows.shape) if loss.coupled else rows

@@ -1,4 +1,4 @@
-"""Descents: solvers of block matching, and the one driver, in which tokens that no step sees decide what is kept."""
+"""Descents: solvers of block matching, and their driver, which selects the answer by held-out tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from optprune.numerics.precision import full_precision
 from optprune.problems.matching import BlockMatching, Examples, Point
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Status
 from optprune.work import Work
 
 State = TypeVar("State")
 Rounding = Callable[[Tensor], Tensor]
-"""weights as they will be stored"""
+"""the rounding of weights to the dtype in which they will be stored"""
 PATIENCE = 3
-"""looks at the held-out examples, without a smaller error there, after which a descent ends"""
+"""evaluations of the held-out examples without a smaller error after which a descent ends"""
 GRADIENT_PASSES = 4.0
-"""the forward passes in whose time a gradient is found: one, and three for the way back, as a rule of thumb"""
+"""the time of a gradient in forward passes, as a rule of thumb: one forward, and three for the backward pass"""
 NUMBER = 4
 """the bytes of a kept weight, which is float32 at least"""
 
@@ -28,45 +28,45 @@ NUMBER = 4
 class Descent(ABC, Generic[State]):
     """An algorithm that moves a block's parameters by gradients; concrete ones are frozen dataclasses of options.
 
-    `match` drives it: begin once, then step until done says why to stop. After each of them the block of the problem
-    holds the point that the state stands for.
+    `match` calls begin once, then step until done returns a status. After each call the block of the problem
+    holds the point of the state.
     """
 
     @abstractmethod
     def begin(self, problem: BlockMatching) -> State:
-        """The state before the first step, at the point that the block holds."""
+        """Return the state before the first step, at the point that the block holds."""
 
     @abstractmethod
     def step(self, problem: BlockMatching, state: State) -> State:
-        """The state after one more step."""
+        """Return the state after one more step."""
 
     @abstractmethod
     def done(self, problem: BlockMatching, state: State) -> Status | None:
-        """None to go on, else why to stop."""
+        """Return None to continue, or the reason to stop."""
 
-    def back(self, problem: BlockMatching, state: State, best: Point) -> State:
-        """The state from which to go on after a look that found no smaller error than at the point kept.
+    def restart(self, problem: BlockMatching, state: State, best: Point) -> State:
+        """Return the state to continue from after an evaluation without a smaller held-out error than the best one.
 
-        The tensors of that point are not the state's: later looks write into them.
+        The state must not share the tensors of the best point: later evaluations write into them.
         """
         return state
 
     @abstractmethod
-    def looks(self, problem: BlockMatching) -> int:
-        """After how many steps the held-out examples are looked at again."""
+    def evaluate_every(self, problem: BlockMatching) -> int:
+        """Return the number of steps between two evaluations of the held-out examples."""
 
     @abstractmethod
     def work(self, weights: int, draws: int = 1) -> Work:
-        """Return the work on a block of so many kept weights, its examples gone through in so many draws.
+        """Return the work on a block with `weights` kept weights, whose examples take `draws` draws.
 
-        The bytes are those of the solver's own vectors, beside the weights and their gradient. Looks at held-out
-        examples come on top.
+        The bytes are those of the solver's own vectors, beside the weights and their gradient. Evaluations of held-out
+        examples are not included.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """Kept entries of a block, and what the problem measured of them: errors are relative, by token."""
+    """The fitted entries of a block, and the errors that the problem measured, relative and by token."""
 
     value: Point
     error_before: float
@@ -74,9 +74,9 @@ class Matched:
     held_out_before: float
     held_out: float
     steps: int
-    """the steps that led to the value: 0 where it is the start"""
+    """the steps to the value; 0 where it is the start"""
     tried: int
-    """all steps that were made"""
+    """all steps"""
     status: Status
 
 
@@ -89,19 +89,20 @@ def match(
     *,
     rounded: Rounding | None = None,
 ) -> Matched:
-    """Solve a block matching problem: its block holds the value afterwards, whatever comes between.
+    """Solve a block matching problem. Its block holds the value afterwards, also after an exception.
 
-    Of what the descent comes by, at the looks that the solver asks for, the value is what has the least error on the
-    examples kept `apart`, the start among it; after a look without a smaller one the solver may go back, and after
-    three in a row it ends. Where none are kept apart the objective decides, twice which then stands for that error.
-    Points are tried as they are `rounded`, and a weight that this would make zero is what it was when last kept.
+    The value is the point with the least error on the
+    held-out examples (`apart`) among the evaluated points and the start. After an evaluation without a smaller error
+    the solver may return to the best point, and after three in a row it ends. Without held-out examples twice the
+    objective takes the place of that error. Points are evaluated after `rounded`, and a weight that it would set to
+    zero keeps its value of the best point.
     """
     judge: Callable[[], float] = problem.on(apart).error if apart is not None else lambda: 2 * problem.objective()
     best, best_step = problem.point(), 0
     try:
         before, held_out_before = problem.error(), judge()
         state, steps, held_out, misses = solver.begin(problem), 0, held_out_before, 0
-        every = solver.looks(problem)
+        every = solver.evaluate_every(problem)
         while (status := solver.done(problem, state)) is None:
             state, steps = solver.step(problem, state), steps + 1
             if steps % every and solver.done(problem, state) is None:
@@ -115,7 +116,7 @@ def match(
                 status = Status.CONVERGED
                 break
             if misses:
-                state = solver.back(problem, state, best)
+                state = solver.restart(problem, state, best)
     finally:
         problem.put(best)
     after = problem.error() if best_step else before
@@ -124,7 +125,7 @@ def match(
 
 @contextmanager
 def _as_rounded(problem: BlockMatching, rounded: Rounding | None, kept: Point) -> Generator[None, None, None]:
-    """The block holds its point as it is rounded meanwhile."""
+    """Round the block's point within the context, and restore it afterwards."""
     if rounded is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Which experts to keep: elimination by exact costs with swaps, and the scores that it is compared with."""
+"""The choice of experts: elimination by exact costs with swaps, and the scores of other methods."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,28 +15,28 @@ from optprune.problems import ExpertChoice
 from optprune.work import Work, sweeps
 
 ENOUGH = 1e-12
-"""the share of a cost by which a swap must lower it: less is rounding"""
+"""the least relative decrease of a cost by a swap; less is rounding"""
 USUAL_SWEEPS = 2
-"""the sweeps after which no swap helps, mostly"""
+"""the usual number of sweeps until no swap helps"""
 
 
 @dataclass(frozen=True, eq=False)
 class ChosenExperts:
-    """A choice and what is known of it; the costs were measured by the problem."""
+    """A choice with its objective and violation, measured by the problem."""
 
     kept: Bool[Tensor, "experts"]
     objective: float
     violation: float
     lower_bound: float | None
-    """the least cost of any choice, where all were tried"""
+    """the least cost of all choices, where all were tried"""
 
 
 class ExpertSolver(ABC):
-    """A way to choose experts: it proposes a set, and the problem measures it."""
+    """A method to choose experts: it proposes a set, and the problem measures it."""
 
     @abstractmethod
     def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
-        """The experts to keep, as many as the problem says."""
+        """Return the mask of the experts to keep, as many as the problem says."""
 
     @abstractmethod
     def work(self, experts: int, keep: int, *, chosen: int, tokens: int) -> Work:
@@ -46,7 +46,7 @@ class ExpertSolver(ABC):
         """
 
     def exact(self, problem: ExpertChoice) -> bool:
-        """A promise that no other choice costs less."""
+        """Return whether no other choice is promised to cost less."""
         return False
 
     @property
@@ -62,7 +62,7 @@ def _evaluation(experts: int, chosen: int, tokens: int) -> Work:
 
 
 def choose_experts(problem: ExpertChoice, solver: ExpertSolver) -> ChosenExperts:
-    """Let a solver choose, and the problem measure the choice."""
+    """Return the choice of a solver, measured by the problem."""
     with torch.no_grad():
         kept = solver.choice(problem)
         cost = problem.objective(kept)
@@ -73,11 +73,11 @@ def choose_experts(problem: ExpertChoice, solver: ExpertSolver) -> ChosenExperts
 @final
 @dataclass(frozen=True)
 class ExpertElimination(ExpertSolver):
-    """Remove the expert whose absence costs least beside those that are gone, one after the other; then swap.
+    """Remove one expert after another, each the one whose removal costs least; then swap.
 
-    A swap puts a removed expert back for one that is kept, the one whose absence costs least then, where that lowers
-    the cost; sweeps over the removed ones go on until none helps, or `sweeps` are done. Where there are at most
-    `exhaustive` sets all are tried in place of that, and the answer is the least. Costs are exact (`ExpertChoice`).
+    A swap restores a removed expert and removes the kept one that then costs least, where this lowers
+    the cost; sweeps over the removed experts continue until none helps, or `sweeps` are done. Where there are at most
+    `exhaustive` sets, all are tried instead, and the best is the answer. Costs are exact (`ExpertChoice`).
 
     The elimination takes the work of k (E - keep) evaluations of the cost, a sweep that of k (E - keep) again.
     """
@@ -107,7 +107,7 @@ class ExpertElimination(ExpertSolver):
             for expert in (number for number in range(problem.experts) if not kept[number]):
                 more = kept.clone()
                 more[expert] = True
-                costs = problem.removals(more)
+                costs = problem.removal_costs(more)
                 least = int(costs.argmin())
                 if float(costs[least]) < cost * (1 - ENOUGH):
                     cost, kept = float(costs[least]), more
@@ -118,16 +118,16 @@ class ExpertElimination(ExpertSolver):
 
 
 def eliminated(problem: ExpertChoice) -> Bool[Tensor, "experts"]:
-    """What a greedy elimination leaves."""
+    """Return the experts that a greedy elimination keeps."""
     order, _ = elimination(problem)
     return without(problem, order)
 
 
 def elimination(problem: ExpertChoice) -> tuple[list[int], list[float]]:
-    """The experts in the order in which a greedy elimination removes them until `keep` are left, and the cost then."""
+    """Return the experts in the order of a greedy elimination until `keep` are left, and the cost after each."""
     kept, order, costs = without(problem, []), list[int](), list[float]()
     while problem.experts - len(order) > problem.keep:
-        removals = problem.removals(kept)
+        removals = problem.removal_costs(kept)
         order.append(int(removals.argmin()))
         costs.append(float(removals[order[-1]]))
         kept[order[-1]] = False
@@ -135,14 +135,14 @@ def elimination(problem: ExpertChoice) -> tuple[list[int], list[float]]:
 
 
 def without(problem: ExpertChoice, gone: Sequence[int]) -> Bool[Tensor, "experts"]:
-    """All experts but some."""
+    """Return the mask of all experts but the given ones."""
     kept = torch.ones(problem.experts, dtype=torch.bool, device=problem.logits.device)
     kept[list(gone)] = False
     return kept
 
 
 def every_choice(problem: ExpertChoice) -> Iterator[Bool[Tensor, "experts"]]:
-    """All feasible choices."""
+    """Yield all feasible choices."""
     for experts in combinations(range(problem.experts), problem.keep):
         kept = torch.zeros(problem.experts, dtype=torch.bool, device=problem.logits.device)
         kept[list(experts)] = True
@@ -157,7 +157,7 @@ class ExpertScore(ExpertSolver):
 
     @abstractmethod
     def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
-        """The score of each expert in the dense mixture."""
+        """Return the score of each expert in the dense mixture."""
 
     def choice(self, problem: ExpertChoice) -> Bool[Tensor, "experts"]:
         scores = self.score(problem)
@@ -174,12 +174,12 @@ def _routed(problem: ExpertChoice) -> Bool[Tensor, "tokens experts"]:
 @final
 @dataclass(frozen=True)
 class Reap(ExpertScore):
-    """S_j = mean over the tokens t routed to j of g_j(t) |y_j(t)|; an expert that gets none scores 0.
+    """S_j = mean over the tokens t routed to j of g_j(t) |y_j(t)|; an expert without tokens scores 0.
 
     Router-weighted expert activation pruning (REAP the Experts, arXiv 2510.13999, equation 9). g is the router's
-    softmax over all experts, as in the authors' code where weights are not renormalised, which is its default; with
-    `renormalised` it is what an expert's answer is multiplied by in the model, as in llm-compressor. The two differ
-    where the model scales the weights of those chosen.
+    softmax over all experts, as in the authors' code by default; with
+    `renormalised` it is the factor of an expert's output in the model, as in llm-compressor. The two differ
+    where the model scales the weights of the chosen experts.
     """
 
     renormalised: bool = False
@@ -196,7 +196,7 @@ class Reap(ExpertScore):
 @final
 @dataclass(frozen=True)
 class ExpertFrequency(ExpertScore):
-    """How many tokens the router sends to an expert."""
+    """The number of tokens that the router sends to an expert."""
 
     def score(self, problem: ExpertChoice) -> Float[Tensor, "experts"]:
         return _routed(problem).sum(0).double()

@@ -11,25 +11,25 @@ from torch import Tensor
 from optprune.metric import OutputMetric
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.measured_gap import MeasuredGap, StopsAtGap, gap_flops
+from optprune.solvers.duality import GapMonitor, StopsAtGap, gap_flops
 from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 from optprune.work import Work, product, sweeps
 
 RESTART_EVERY = 4
 """steps between two tests for a restart: a test costs as much memory traffic as the rest of a step"""
 STEPS_PER_DIGIT = 80
-"""the steps that take a digit off the gap: on layers of SmolLM2, with a penalty that leaves half of the weights"""
+"""the steps per decimal digit of the gap, on layers of SmolLM2 with a penalty that leaves half of the weights"""
 
 
 @dataclass(frozen=True, eq=False)
 class GradientStep:
-    """V -> V - S (V A - B) step, which depends on the loss alone: compute it once for a loss.
+    """The map V -> V - S (V A - B) step, which depends on the loss alone, so it is computed once per loss.
 
     Without an output metric it is V matrix + shift, in one product.
     """
 
     step: Tensor
-    """the step of every column [in], of every weight [out, in], or of all, []"""
+    """the step for every column [in], for every weight [out, in], or one for all, []"""
     matrix: Float[Tensor, "in in"]
     """I - A diag(step); A where there is a metric"""
     shift: Float[Tensor, "out in"]
@@ -38,9 +38,9 @@ class GradientStep:
 
     @classmethod
     def of(cls, loss: LayerLoss, *, scale_columns: bool) -> "GradientStep":
-        """The longest safe step: 1 / L for all columns, or 1 / (L A_jj) with L that of A scaled to a unit diagonal.
+        """Return the longest safe step: 1 / L for all columns, or 1 / (L A_jj) with L that of A with unit diagonal.
 
-        A metric S divides either by the like of S.
+        A metric S divides either by the same bound of S.
         """
         gram, metric = loss.gram, loss.metric
         if scale_columns:
@@ -58,14 +58,14 @@ class GradientStep:
         return cls(step, matrix, loss.linear * step, metric)
 
     def at(self, weight: Float[Tensor, "out in"], out: Tensor | None = None) -> Float[Tensor, "out in"]:
-        """The gradient step from a weight, written into `out` if that is given."""
+        """Return the gradient step from a weight, written into `out` if that is given."""
         if self.metric is None:
             return torch.addmm(self.shift, weight, self.matrix, out=out)
         return weight + self.shift - self.step * self.metric.apply(weight @ self.matrix)
 
 
 @dataclass(frozen=True, eq=False)
-class Motion:
+class Iterates:
     """The last two iterates with their gradient points."""
 
     descent: GradientStep
@@ -75,16 +75,16 @@ class Motion:
     last_weight: Float[Tensor, "out in"]
     last_point: Float[Tensor, "out in"]
     momentum: Float[Tensor, ""]
-    """t, in float64 and where the weights are: what a restart makes of it is not waited for"""
+    """t, a float64 tensor on the device of the weights, so that a restart does not wait for the device"""
     count: int
 
 
 @dataclass(frozen=True, eq=False)
 class FistaState:
-    """The motion, and what was measured on the way."""
+    """The iterates and the gap."""
 
-    motion: Motion
-    measured: MeasuredGap
+    iterates: Iterates
+    monitor: GapMonitor
 
 
 @final
@@ -96,13 +96,13 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
         t_(k+1) = (1 + sqrt(1 + 4 t_k^2)) / 2,   t = 1 again when <Y - V_(k+1), V_(k+1) - V_k> > 0
 
     The step is 1 / L with L an upper bound of the largest eigenvalue of A, or, with `scale_columns` and a separable
-    penalty, 1 / (L A_jj) with L that of A scaled to a unit diagonal; an output metric S divides it by the like of S,
-    in place, for here rows are not scaled beforehand. Accepts penalised least squares with any
-    penalty. Stops when the relative duality gap is at most `tolerance`, measured in float64 at steps that lie
-    further and further apart; returns the best iterate seen at a check, so it is never worse than its start.
+    penalty, 1 / (L A_jj) with L that of A scaled to a unit diagonal; an output metric S divides it by the same bound of
+    S, because rows are not scaled here. Accepts penalised least squares with any penalty. Stops when the relative
+    duality gap is at most `tolerance`, measured in float64 at steps that lie further and further apart; returns the
+    best iterate seen at a check, so it is never worse than its start.
 
     A step is one product [out, in] x [in, in] and a few passes over [out, in], and looks at the device only where it
-    measures; memory 6 out in + 3 in^2.
+    checks the gap; memory 6 out in + 3 in^2.
     Reference: Beck and Teboulle (2009); O'Donoghue and Candes (2015) for the restart; FISTAPruner (arXiv 2408.03728).
     """
 
@@ -121,37 +121,37 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
 
     @staticmethod
     def steps_flops(outputs: int, inputs: int, steps: float, *, coupled: bool = False) -> float:
-        """Return the flops of so many steps, and of the bound of the largest eigenvalue before the first."""
+        """Return the flops of so many steps, with the bound of the largest eigenvalue before the first."""
         step = product(outputs, inputs, inputs) + sweeps(20, outputs, inputs)
         if coupled:
             step += product(outputs, outputs, inputs)
         return 5 * product(inputs, inputs, inputs) + steps * step
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> FistaState:
-        return FistaState(self._begin(problem, start), MeasuredGap.of(problem, start))
+        return FistaState(self._begin(problem, start), GapMonitor.of(problem, start))
 
     def iterate(
         self, problem: PenalisedLeastSquares, start: Tensor, steps: int, descent: GradientStep | None = None
     ) -> Tensor:
-        """The iterate after exactly so many steps, without measuring: for methods that use a few steps as a part.
+        """Return the iterate after exactly `steps` steps, without measuring, for methods that use a few as a part.
 
-        They solve many problems with one loss, whose `descent` they may compute once.
+        These solve many problems with the same loss and may pass its `descent`.
         """
-        motion = self._begin(problem, start, descent)
+        iterates = self._begin(problem, start, descent)
         for _ in range(steps):
-            motion = self._move(problem, motion)
-        return motion.weight
+            iterates = self._move(problem, iterates)
+        return iterates.weight
 
-    def _begin(self, problem: PenalisedLeastSquares, start: Tensor, descent: GradientStep | None = None) -> "Motion":
+    def _begin(self, problem: PenalisedLeastSquares, start: Tensor, descent: GradientStep | None = None) -> "Iterates":
         if descent is None:
             scaled = self.scale_columns and problem.penalty.separable
             descent = GradientStep.of(problem.loss, scale_columns=scaled)
         point = descent.at(start)
         momentum = torch.ones((), dtype=torch.float64, device=start.device)
-        return Motion(descent, start, point, start, point.clone(), momentum, 0)
+        return Iterates(descent, start, point, start, point.clone(), momentum, 0)
 
-    def _move(self, problem: PenalisedLeastSquares, state: "Motion") -> "Motion":
-        """One step. It writes over the points of the state it is given: fresh pages cost as much as the arithmetic."""
+    def _move(self, problem: PenalisedLeastSquares, state: "Iterates") -> "Iterates":
+        """Return the state after a step, which overwrites the points of the given state to save allocations."""
         momentum = (1 + (1 + 4 * state.momentum.square()).sqrt()) / 2
         ahead = (1 + (state.momentum - 1) / momentum).to(state.point)
         # The gradient step is affine, so its value at the extrapolated point is the extrapolation of its values.
@@ -160,7 +160,7 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
         count = state.count + 1
         if self.restart and count % RESTART_EVERY == 0:
             momentum = torch.where(_overshot(state, weight, ahead), 1.0, momentum)
-        # A penalty may hand back the very array it was given, which must not be written while it is read.
+        # A penalty may return its argument, which must not be overwritten while it is read.
         room = torch.empty_like(point) if weight.data_ptr() == point.data_ptr() else point
         return replace(
             state,
@@ -173,14 +173,14 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
         )
 
     def step(self, problem: PenalisedLeastSquares, state: FistaState) -> FistaState:
-        motion, measured = self._move(problem, state.motion), state.measured
-        if motion.count >= measured.next_check:
-            measured = measured.after(problem, motion.weight, motion.count, self.tolerance)
-        return FistaState(motion, measured)
+        iterates, monitor = self._move(problem, state.iterates), state.monitor
+        if iterates.count >= monitor.next_check:
+            monitor = monitor.after(problem, iterates.weight, iterates.count, self.tolerance)
+        return FistaState(iterates, monitor)
 
 
-def _overshot(state: "Motion", weight: Tensor, ahead: Float[Tensor, ""]) -> Bool[Tensor, ""]:
-    """Whether <Y - V_(k+1), V_(k+1) - V_k> > 0 in the metric of the step: the momentum points uphill."""
+def _overshot(state: "Iterates", weight: Tensor, ahead: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+    """Return whether <Y - V_(k+1), V_(k+1) - V_k> > 0 in the metric of the step: the momentum points uphill."""
     back = torch.lerp(state.last_weight, state.weight, ahead).sub_(weight)
     step, product = state.descent.step, back.mul_(weight - state.weight)
     return (product / step if step.ndim == 2 else product.sum(0) / step).sum() > 0

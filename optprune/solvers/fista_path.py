@@ -1,4 +1,4 @@
-"""A support from a path of reweighted l1 problems: scaled columns, rising strengths, warm starts; no start is used."""
+"""A support from a path of reweighted l1 problems with scaled columns, rising strengths and warm starts."""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,26 +10,25 @@ from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
-from optprune.numerics.selection import median_among
+from optprune.numerics.tensors import median_among
 from optprune.penalties import WeightedL1
 from optprune.problems import PenalisedLeastSquares, SparseLeastSquares
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.fista import Fista, GradientStep
-from optprune.solvers.solution import Status
 from optprune.solvers.spectrum import column_scale
 from optprune.work import Work, selection
 
 FIRST = 1e-5
 """the first strength, as a share of the one at which zero is the answer"""
 SOFT = 0.1
-"""what keeps the penalty of a weight that is zero finite"""
+"""the addend that keeps the penalty of a zero weight finite"""
 USUAL_GROWTH = 1500.0
-"""the last strength over the first, on layers like those of SmolLM2"""
+"""the usual ratio of the last strength to the first, on layers like those of SmolLM2"""
 
 
 @dataclass(frozen=True, eq=False)
 class PathState:
-    """Where the path is: the strength, the answer there, and what the pattern makes of it."""
+    """A point of the path: the strength, the answer, and the mask of the pattern for it."""
 
     descent: GradientStep
     scale: Float[Tensor, " in"]
@@ -47,11 +46,11 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
         s_j = sqrt(A_jj),   u_ij = |V_ij| s_j,   w_ij = 1 / ((u_ij / m)^2 + 0.1),   m = half the median of the kept u_ij
 
     where u_ij counts as at most m outside the pattern's mask for the largest u_ij.
-    The w are those of the answer before, so weights that are large already are nearly free and keep no bias, and small
+    The w are computed from the previous answer: large weights are nearly free of the penalty and its bias, and small
     ones are driven to zero: a concave penalty, majorised anew at each strength. Each strength is solved by
     `inner_steps` steps of FISTA from the answer before. The path ends when all weights outside the pattern's mask for
-    the largest u_ij are zero. Beginning at the dense weights, it takes weights away while the rest still make up for
-    them, which ends lower than adding them from zero. The start is not used. Follow it with a refit and swaps
+    the largest u_ij are zero. From the dense weights it removes weights while the rest compensates for
+    them, which ends lower than a path from zero. The start is not used. Follow it with a refit and swaps
     (`fistapruner_plus`).
 
     A step is `inner_steps` products [out, in] x [in, in], and looks at the device three times.
@@ -71,7 +70,7 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
             raise InputError(f"ratio of {self.label} must be more than 1, not {self.ratio}")
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
-        # From the first strength to where the pattern's mask holds.
+        # From the first strength to the one at which the pattern holds.
         steps = min(float(self.most), math.log(USUAL_GROWTH) / math.log(self.ratio))
         flops = measuring(outputs, inputs, coupled=coupled) + steps * 3 * selection(outputs, inputs)
         flops += Fista.steps_flops(outputs, inputs, steps * self.inner_steps, coupled=coupled)
@@ -88,7 +87,7 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
         size = state.dense.abs() * state.scale
         middle = (median_among(size, state.mask) / 2).clamp(min=torch.finfo(size.dtype).tiny ** 0.25)
         size = size / middle
-        # What the pattern drops is small by definition, even where all weights of an N:M group are large.
+        # Dropped weights count as small, even where all weights of an N:M group are large.
         size = torch.where(state.mask, size, size.clamp(max=1))
         weights = state.strength * state.scale / (size.square() + SOFT)
         penalised = PenalisedLeastSquares(problem.loss, WeightedL1(weights))

@@ -10,15 +10,14 @@ from torch import Tensor
 from optprune.numerics import linalg
 from optprune.penalties import L1
 from optprune.problems import PenalisedLeastSquares, Problem, SparseLeastSquares
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.fista import Fista, GradientStep
-from optprune.solvers.solution import Status
 from optprune.work import Work
 
 LEAST = 1e-8
 """the least strength of the penalty tried, as a share of the strength at which zero is the answer"""
 USUAL_STEPS = 7.0
-"""the strengths tried, on layers like those of SmolLM2"""
+"""the usual number of strengths, on layers like those of SmolLM2"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +28,10 @@ class FistaPrunerState:
     strongest: float
     """the strength of the penalty at which zero is the answer"""
     floor: float
-    """the error of the original weights, so that errors can be measured from the change alone"""
+    """the error of the original weights, from which errors are measured by the change"""
     best: Tensor
     error: float
-    """the error of `best`: infinite while that is an infeasible start"""
+    """the error of `best`, infinite for an infeasible start"""
     low: float
     high: float
     failures: int
@@ -48,7 +47,7 @@ class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
         raise lambda if E_round / E > xi, else lower it, by bisection; stop after T failures in a row, or when
         the bracket of lambda is narrower than `narrow`, 0.1: its ends then differ by 10 percent
 
-    The second stop is ours: without it tiny gains go on for ever. The paper leaves the bracket open: here it is
+    The second stopping rule is ours, against endless tiny gains. The paper leaves the bracket open: here it is
     geometric, from 1e-8 to 1 times the strength max |S B| at which zero is the answer, so that scaling the problem
     changes nothing. Errors include the damping of the loss, if any. Zeros are not frozen, so the mask may change.
     Monotone; as published, it depends on its start: in a chain that is the answer before it, in the paper SparseGPT's
@@ -102,7 +101,7 @@ class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
         return replace(state, failures=state.failures + 1)
 
     def done(self, problem: SparseLeastSquares, state: FistaPrunerState) -> Status | None:
-        # Without the second rule a weight that improves for ever by less and less would keep the first from coming.
+        # Without the second rule ever smaller improvements would keep the first from applying.
         found = state.failures >= self.patience or state.high - state.low < self.narrow
         return Status.CONVERGED if found else None
 
@@ -111,12 +110,12 @@ class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
 
 
 def _rounded(problem: SparseLeastSquares, weight: Tensor) -> Tensor:
-    """H: the largest weights of the pattern."""
+    """Return H(V): the largest weights of the pattern."""
     return torch.where(problem.pattern.project(weight.abs()), weight, 0.0)
 
 
 def _errors(problem: Problem, floor: float, *weights: Tensor) -> list[float]:
-    """sqrt(2 f(V)) from f(V) = f(W) + <V - W, gradient at V + gradient at W> / 2, for each V."""
+    """Return sqrt(2 f(V)) for each V, from f(V) = f(W) + <V - W, gradient at V + gradient at W> / 2."""
     loss, rises = problem.loss, list[Tensor]()
     for weight in weights:
         gradient = loss.gradient(weight)

@@ -1,4 +1,4 @@
-"""Greedy elimination of units at their exact cost, after Optimal Brain Surgeon: each removal refits all that stays."""
+"""Greedy elimination of units at their exact cost, after Optimal Brain Surgeon: each removal refits the rest."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
-from optprune.numerics.selection import places
+from optprune.numerics.tensors import places
 from optprune.problems import Channels, StructuredProblem
 from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
 from optprune.solvers.inverse import InverseForm, half_trace, unit_blocks
 from optprune.work import DOUBLE, Work, factor, inverse, product, storage, sweeps
 
 PENDING = 64
-"""columns removed before their updates are carried out on the whole matrices, in one product"""
+"""columns whose removals are collected before they update the whole matrices in one product"""
 ROWS = 512
-"""rows of those that move at a time, where they move within their place"""
+"""rows moved at a time in an in-place compaction"""
 REMOVED = 0.3
-"""the share of the units that a plan takes as removed, whatever a problem keeps"""
+"""the share of removed units that the plan assumes"""
 
 
 @final
@@ -35,8 +35,8 @@ class GreedyObs(DirectSolver[StructuredProblem]):
 
     a Schur complement of rank k. `batch` 1 is one at a time; a larger one is faster and ranks the units of a batch
     as if they were alone. No slot loses more than its share. Accepts structured and linked problems; the start is
-    not used. Not optimal: follow it with ChannelSwaps. The device is looked at once for every PENDING columns, when it
-    is asked whether all costs were numbers.
+    not used. Not optimal: follow it with ChannelSwaps. The device is read once for every PENDING columns, to check
+    that all costs were finite.
 
     Cost: in^3 / 3 to invert, then about out in reads for each batch and (out + in) in PENDING products for every
     PENDING columns; memory 2 in^2 + 2 out in in float64.
@@ -63,13 +63,13 @@ class GreedyObs(DirectSolver[StructuredProblem]):
 def removal_curve(
     problem: StructuredProblem, batch: int = 1
 ) -> tuple[Int[Tensor, " units"], Float[Tensor, " units"], tuple[str, ...]]:
-    """The order in which all units go, the loss of the refitted weight after each, and notes on what was added to A.
+    """Return the order in which all units are removed, the refitted loss after each removal, and notes on a ridge.
 
-    Entry i of the losses is that without i + 1 units.
+    Entry i of the losses is the loss without i + 1 units.
 
-    With several slots every one of them loses a unit before any loses the next, so that the choice is admissible
-    after every `slot_count` removals. `keep` is not used. With a `batch` the units of a batch are ranked as if they
-    were alone, and choices are admissible where each slot has a multiple of it left; the losses are exact all the same.
+    With several slots each loses a unit before any loses the next one, so the choice is admissible
+    after every `slot_count` removals. `keep` is not used. The units of a `batch` are ranked as if they
+    were alone, and choices are admissible where each slot has a multiple of `batch` left; the losses are exact.
     """
     form, channels = InverseForm.of(problem.loss), problem.channels
     size = channels.units // channels.slot_count
@@ -81,7 +81,7 @@ def removal_curve(
 
 def removal_curve_work(outputs: int, inputs: int, batch: int = 1, *, coupled: bool = False) -> Work:
     """Return the work of `removal_curve`, for a weight [outputs, inputs]."""
-    # The matrices shrink to nothing on the way.
+    # The matrices shrink during the elimination, so the average cost is half of the first.
     return _elimination_work(outputs, inputs, 0.5, batch, coupled)
 
 
@@ -98,9 +98,9 @@ def _elimination_work(outputs: int, inputs: int, share: float, batch: int, coupl
 def _eliminate(
     form: InverseForm, channels: Channels, targets: Iterable[int], batch: int
 ) -> Iterator[tuple[Int[Tensor, " removed"], Float[Tensor, " removed"]]]:
-    """Remove units until each slot has as many left as the target says, one target after another.
+    """Remove units until each slot has as many left as the target, one target after another.
 
-    Yields the units of every batch, and what each adds to the loss after those before it.
+    Yields the units of every batch, and the increase of the loss by each after those before it.
     """
     each = channels.columns.shape[1]
     names = torch.arange(channels.units, device=channels.columns.device)
@@ -110,14 +110,14 @@ def _eliminate(
     inverse, minimiser = form.inverse, form.minimiser
     if not torch.equal(flat, torch.arange(len(inverse), device=flat.device)):
         inverse, minimiser = inverse[flat[:, None], flat], minimiser[:, flat]
-    work = _Left(inverse, minimiser, each)
+    work = _Remaining(inverse, minimiser, each)
     there = channels.units
     for target in targets:
         while there > target * count:
             slots = channels.slots[names]
-            # How many go is known without a look at which.
+            # The number of removed units is known without a read from the device.
             gone, few = _cheapest(work.costs(), slots, left - target, min(batch, there - target * count))
-            work.note(0, few)
+            work.record_fault(0, few)
             there -= len(gone)
             left = left.index_add(0, slots[gone], torch.ones_like(gone), alpha=-1)
             yield names[gone], work.remove(gone)
@@ -131,10 +131,10 @@ def _eliminate(
 def _cheapest(
     cost: Float[Tensor, " n"], slots: Int[Tensor, " n"], quota: Int[Tensor, " slots"], batch: int
 ) -> tuple[Int[Tensor, " removed"], Bool[Tensor, ""]]:
-    """The `batch` cheapest units, but of each slot no more than its quota; removed units cost infinity.
+    """Return the `batch` cheapest units, at most the quota of each slot; removed units cost infinity.
 
-    The quotas add up to no less than a batch. Where too few costs are numbers, which is the second answer, other units
-    fill up.
+    The quotas sum to at least a batch. The second result tells whether too few costs were finite, so that other units
+    were taken.
     """
     order = cost.argsort(stable=True)
     member = (slots[order][:, None] == torch.arange(len(quota), device=order.device)).long()
@@ -145,15 +145,15 @@ def _cheapest(
     return order[first % len(order)], (first >= len(order)).any()
 
 
-class _Left:
-    """What is left of H and V while units go: H = inverse - L L^T and V = minimiser - C L^T, formed only in part."""
+class _Remaining:
+    """The rest of H and V during the elimination: H = inverse - L L^T and V = minimiser - C L^T, formed in part."""
 
     def __init__(
         self, inverse: Float[Tensor, "n n"], minimiser: Float[Tensor, "out n"], each: int, *, own: bool = False
     ) -> None:
         self.inverse, self.minimiser, self.each = inverse, minimiser, each
         self.own = own
-        """whether the matrices may be written over"""
+        """whether the matrices may be overwritten"""
         width = len(inverse)
         self.lower = inverse.new_zeros(width, 0)
         """L"""
@@ -161,9 +161,9 @@ class _Left:
         """C"""
         self.alive = torch.ones(width // each, dtype=torch.bool, device=inverse.device)
         self.count = width // each
-        """how many are alive"""
+        """the number of units that are alive"""
         self.wrong = torch.zeros(2, dtype=torch.bool, device=inverse.device)
-        """whether a unit went whose cost was no number, and whether one repeated others: only what came first"""
+        """whether a removed unit had a cost that is not finite, and whether one repeated others; the first fault"""
         self.blocks, self.grams = unit_blocks(inverse, minimiser, each)
 
     @property
@@ -171,7 +171,7 @@ class _Left:
         return self.lower.shape[1]
 
     def costs(self) -> Float[Tensor, " units"]:
-        """What each unit's removal costs; infinity for those that are gone."""
+        """Return the cost of each unit's removal; infinity for removed units."""
         identity = torch.eye(self.each, dtype=self.blocks.dtype, device=self.blocks.device)
         blocks = torch.where(self.alive[:, None, None], self.blocks, identity)
         return torch.where(self.alive, half_trace(blocks, self.grams), torch.inf)
@@ -181,12 +181,12 @@ class _Left:
         """The units that are alive, ascending."""
         return places(self.alive, self.count)
 
-    def note(self, what: int, happened: Bool[Tensor, ""]) -> None:
-        """Take down one of the two things that can be wrong, without a look at it."""
+    def record_fault(self, what: int, happened: Bool[Tensor, ""]) -> None:
+        """Record one of the two faults, without a read from the device."""
         self.wrong[what] = happened & ~self.wrong.any() | self.wrong[what]
 
     def check(self) -> None:
-        """NumericalError where a removal had no meaning."""
+        """Raise NumericalError where a fault was recorded."""
         nothing, repeated = linalg.numbers(*self.wrong)
         if nothing:
             raise NumericalError("the cost of removing a unit is not finite: raise the damping, e.g. to 0.01")
@@ -194,11 +194,11 @@ class _Left:
             raise NumericalError("a unit repeats others to the last digit: raise the damping, e.g. to 0.01")
 
     def remove(self, units: Int[Tensor, " removed"]) -> Float[Tensor, " removed"]:
-        """Remove units, in this order; what each adds to the loss."""
+        """Remove units, in this order, and return the increase of the loss by each."""
         columns = (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
         part = self.inverse[:, columns] - self.lower @ self.lower[columns].T
         pivot, failed = linalg.try_cholesky(part[columns])
-        self.note(1, failed != 0)
+        self.record_fault(1, failed != 0)
         lower = linalg.solve_lower(pivot, part.T)
         right = (self.minimiser[:, columns] - self.coefficients @ self.lower[columns].T).T
         coefficients = linalg.solve_lower(pivot, right)
@@ -215,24 +215,24 @@ class _Left:
         self.count -= len(units)
         return coefficients.square().sum(1).reshape(len(units), self.each).sum(1) / 2
 
-    def flushed(self) -> "_Left":
-        """The same state with nothing pending, and nothing kept of what is gone; it writes over this one's matrices."""
+    def flushed(self) -> "_Remaining":
+        """Return the state with all removals carried out, in the memory of this one's matrices."""
         kept = (self.stay[:, None] * self.each + torch.arange(self.each, device=self.alive.device)).reshape(-1)
         every = torch.arange(len(self.minimiser), device=kept.device)
         lower = self.lower[kept]
         inverse = _compact(self.inverse, kept, kept, self.own).addmm_(lower, lower.T, alpha=-1)
         minimiser = _compact(self.minimiser, every, kept, self.own).addmm_(self.coefficients, lower.T, alpha=-1)
-        return _Left(inverse, minimiser, self.each, own=True)
+        return _Remaining(inverse, minimiser, self.each, own=True)
 
 
 def _compact(
     matrix: Float[Tensor, "m n"], rows: Int[Tensor, " k"], columns: Int[Tensor, " l"], own: bool
 ) -> Float[Tensor, "k l"]:
-    """Some rows and columns of a matrix, ascending; written over its beginning where it may be."""
+    """Return rows and columns of a matrix, ascending, in the memory of the matrix if `own`."""
     if not own:
         return matrix[rows[:, None], columns]
     room = matrix.view(-1)[: len(rows) * len(columns)].view(len(rows), len(columns))
     for part in torch.split(torch.arange(len(rows), device=rows.device), ROWS):
-        # No row moves towards the end, so what is still to be read is not written over.
+        # No row moves towards the end, so rows that are still to be read are not overwritten.
         room[part] = matrix[rows[part][:, None], columns]
     return room

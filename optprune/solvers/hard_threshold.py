@@ -9,8 +9,7 @@ from torch import Tensor
 
 from optprune.patterns import within
 from optprune.problems import SelectionProblem
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.solvers.spectrum import column_steps
 from optprune.work import Work, product, selection, sweeps
 
@@ -32,9 +31,9 @@ class HardThreshold(Solver[SelectionProblem, ThresholdState]):
     r"""V <- H(V - S (V A - B) step), step_j = 1 / (L A_jj), L a bound of the largest eigenvalue of the scaled A.
 
     H keeps the mask with the largest total of u_ij^2 / step_j, which minimises the quadratic upper bound of f over the
-    pattern, so the objective never rises. A full output metric S divides the steps by the like of its rows. Accepts
-    every selection problem. Stops when the mask has not changed for `patience` steps. A step is one product [out, in] x
-    [in, in].
+    pattern, so the objective never rises. A full output metric S divides the steps by the same bound of its rows.
+    Accepts every selection problem. Stops when the mask has not changed for `patience` steps. A step is one product
+    [out, in] x [in, in].
 
     Reference: Blumensath and Davies (2009); AWP (arXiv 2506.10205) for pruning.
     """
@@ -50,7 +49,7 @@ class HardThreshold(Solver[SelectionProblem, ThresholdState]):
         step = product(outputs, inputs, inputs) + selection(outputs, inputs) + sweeps(10, outputs, inputs)
         if coupled:
             step += product(outputs, outputs, inputs)
-        # The mask moves for about as long as it then stands still.
+        # The mask changes for about as many steps as the patience.
         flops = measuring(outputs, inputs, coupled=coupled) + 4 * product(inputs, inputs, inputs)
         return Work(flops + 2 * self.patience * step, unfitted(outputs, inputs, coupled=coupled))
 

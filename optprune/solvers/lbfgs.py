@@ -6,14 +6,14 @@ from typing import final
 import torch
 
 from optprune.problems.matching import BlockMatching, Point
+from optprune.solvers.base import Status
 from optprune.solvers.descent import GRADIENT_PASSES, NUMBER, Descent
-from optprune.solvers.solution import Status
 from optprune.work import Work, sweeps
 
 DECREASE = 1e-4
-"""the share of what the slope promises that a step must gain"""
+"""the share of the decrease predicted by the slope that a step must gain (Armijo)"""
 SHORTEST = 2.0**-30
-"""a step shorter than that, of the one that the curvature suggests, is none"""
+"""the shortest step tried, relative to the one that the curvature suggests"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class LbfgsState:
     value: float
     slope: Point
     first: float
-    """the size of the gradient at the start"""
+    """the norm of the gradient at the start"""
     pairs: tuple[tuple[Point, Point], ...] = ()
     steps: int = 0
     stalled: bool = False
@@ -35,20 +35,20 @@ class LbfgsState:
 class Lbfgs(Descent[LbfgsState]):
     """v <- v - t u H u g, with H the inverse Hessian that the last `pairs` of moves and gradient changes suggest.
 
-    In units u of each tensor's root mean square, on all examples at every step; t is halved from 1 until the objective
-    falls by a ten-thousandth of what the slope promises (Armijo). Each step costs a gradient, or a few. Ends where the
-    gradient is `tolerance` of what it was at first. Memory: 2 `pairs` + 4 numbers a kept entry.
+    In units u of each tensor's root mean square, on all examples in every step; t is halved from 1 until the objective
+    falls by a ten-thousandth of the decrease predicted by the slope (Armijo). Each step costs one gradient or a few.
+    Ends where the gradient is `tolerance` of the first one. Memory: 2 `pairs` + 4 numbers per kept entry.
 
     Reference: Liu and Nocedal (1989); Nocedal and Wright, Numerical Optimization, algorithm 7.4.
     """
 
     epochs: int = 20
-    """the steps at most, each of which goes through all examples"""
+    """the most steps, each of which uses all examples"""
     pairs: int = 8
     tolerance: float = 1e-6
 
     def work(self, weights: int, draws: int = 1) -> Work:
-        # The pairs are gone through twice for a direction; then come the direction, a point, its gradient and a pair.
+        # A direction reads all pairs twice; then come the direction, a point, its gradient and a pair.
         flops = self.epochs * sweeps(8 * self.pairs + 10, weights)
         return Work(flops, (2 * self.pairs + 5) * NUMBER * weights, self.epochs * GRADIENT_PASSES)
 
@@ -81,7 +81,7 @@ class Lbfgs(Descent[LbfgsState]):
         return replace(state, point=point, value=value, slope=slope, pairs=pairs, steps=state.steps + 1)
 
     def _direction(self, state: LbfgsState, count: int) -> Point:
-        """H g by the two loops over the pairs, of so many entries."""
+        """Return H g, of `count` entries, by the two-loop recursion over the pairs."""
         direction, factors = list(state.slope), list[float]()
         for move, change in reversed(state.pairs):
             factors.append(_dot(move, direction) / _dot(move, change))
@@ -108,7 +108,7 @@ class Lbfgs(Descent[LbfgsState]):
             return Status.STALLED
         return Status.STEP_LIMIT if state.steps >= self.epochs else None
 
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         return 1
 
 

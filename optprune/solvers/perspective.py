@@ -1,4 +1,4 @@
-"""A lower bound for choices of weights: the perspective relaxation with a diagonal chosen for it, by its dual."""
+"""A lower bound for choices of weights, by the dual of the perspective relaxation with an optimised diagonal."""
 
 import math
 from dataclasses import dataclass
@@ -9,29 +9,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.numerics import linalg
-from optprune.numerics.rounding import OUTWARD, UNIT, gamma
+from optprune.numerics.rounding import OUTWARD, UNIT, KnownMatrix, gamma
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import LayerLoss, SelectionProblem, SparseLeastSquares
-from optprune.solvers.base import Answer, DirectSolver, check_options, measuring, unfitted
-from optprune.solvers.solution import Certificate
-from optprune.solvers.spectrum import column_steps
-from optprune.solvers.splitting import split_off
+from optprune.solvers.base import Answer, Certificate, DirectSolver, check_options, measuring, unfitted
+from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 from optprune.solvers.verified import VerifiedLoss
 from optprune.work import DOUBLE, Work, inverse, product, sweeps
 
 EVERY = 10
 """steps between two measurements of the bound"""
 ENOUGH, PATIENCE, LEAST = 1e-3, 3, 100
-"""the share by which a measurement must raise the bound, how many may fail to, and the steps before which they may:
+"""the relative rise of the bound that counts, the measurements that may miss it, and the steps before which they may:
 near V = W the bound of the first points is below that of W itself"""
 HALVINGS = 25
-"""how often the interval is halved in which the price of keeping a weight is looked for"""
+"""the halvings of the interval in the search for the price of keeping a weight"""
 
 
 @final
 @dataclass(frozen=True)
 class PerspectiveBound(DirectSolver[SelectionProblem]):
-    r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned as it came.
+    r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned unchanged.
 
     Split S (x) A = R + diag(d), R positive semidefinite. f is the R part, convex, and a part for every weight alone;
     with the R part replaced by its tangent at any W + Y each weight has its own best value, kept or removed, so that
@@ -43,10 +41,10 @@ class PerspectiveBound(DirectSolver[SelectionProblem]):
     nearly maximises sum_j d_j |W_j| s_j, the root mean squares of columns times the sizes of their inputs (`split_off`;
     under a full metric d_ij = a_i d_j with a diagonal for S too). Y comes from `most` accelerated proximal steps on the
     relaxation, min over V and z in [0, 1], sum z <= keep in every group, of the R part and 1/2 sum d V^2 / z; of other
-    choices than counts of single weights z is the best mask of the point. Everything that float64 rounds is taken off.
+    choices than counts of single weights z is the best mask of the point. Rounding errors of float64 are subtracted.
 
-    It says nothing where A is singular, and less the smaller the damping is: d is no more than what is left of an input
-    when all others are known. On layers of SmolLM2 damped by 1 percent it is 0.65 of the best objective known at
+    It is zero where A is singular, and smaller the smaller the damping is: d is no more than the variance of an input
+    given all others. On layers of SmolLM2 damped by 1 percent it is 0.65 of the best known objective at
     50 percent and 0.61 at 2:4, in the median (`benchmarks/sparse_bounds.py`).
 
     Accepts every selection problem; where whole columns go `RemovalBound` proves more. Cost: 60 in^3 for the diagonal,
@@ -81,10 +79,10 @@ class PerspectiveBound(DirectSolver[SelectionProblem]):
 
 
 def _split(verified: VerifiedLoss) -> Float[Tensor, "out in"]:
-    """A d with S (x) A >= diag(d)."""
+    """Return a d with S (x) A >= diag(d)."""
     size, weight = verified.inputs.size, verified.weight
     columns = (verified.rows[:, None] * weight.square()).mean(0).sqrt() * size
-    # A column of zeros counts little, and not nothing.
+    # A column of zeros has a small weight, not zero.
     least = float(columns.mean()) * 1e-3 or 1.0
     inputs = split_off(verified.inputs, columns.clamp(min=least) / float(columns.mean().clamp(min=least)))
     if verified.outputs is None:
@@ -94,7 +92,7 @@ def _split(verified: VerifiedLoss) -> Float[Tensor, "out in"]:
 
 
 def _ascent(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, most: int) -> float:
-    """The highest bound at the points of FISTA with restarts on the relaxation, from V = W."""
+    """Return the highest bound at the points of FISTA with restarts on the relaxation, from V = W."""
     step, weight = _steps(problem.loss, verified), verified.weight
     change = last = torch.zeros_like(weight)
     momentum, best, stale, first = 1.0, -math.inf, 0, math.inf
@@ -116,7 +114,7 @@ def _ascent(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, mo
 
 
 def _steps(loss: LayerLoss, verified: VerifiedLoss) -> Float[Tensor, "out in"]:
-    """A safe step for every weight."""
+    """Return a safe step for every weight."""
     inputs = column_steps(verified.inputs.matrix)
     if verified.outputs is not None:
         return torch.outer(column_steps(verified.outputs.matrix), inputs)
@@ -125,10 +123,10 @@ def _steps(loss: LayerLoss, verified: VerifiedLoss) -> Float[Tensor, "out in"]:
 
 
 def _proximal(problem: SelectionProblem, split: Tensor, step: Tensor, point: Tensor) -> Float[Tensor, "out in"]:
-    """argmin over V and z of 1/2 sum d V^2 / z + sum (V - U)^2 / (2 t): V = U z / (z + t d).
+    """Return V = U z / (z + t d), the argmin over V and z of 1/2 sum d V^2 / z + sum (V - U)^2 / (2 t).
 
-    With a price l of keeping a weight z = sqrt(d) |U| / l - t d between 0 and 1; of each group it is the one at which
-    as many are kept as may be.
+    For a price l of keeping a weight z is sqrt(d) |U| / l - t d, clipped to [0, 1]; the price of a group is the one at
+    which its z sum to `keep`.
     """
     size, cost = split.sqrt() * point.abs(), step * split
     groups = _groups(problem)
@@ -141,7 +139,7 @@ def _proximal(problem: SelectionProblem, split: Tensor, step: Tensor, point: Ten
 
 
 def _kept(size: Float[Tensor, "groups size"], cost: Float[Tensor, "groups size"], keep: int) -> Tensor:
-    """The z of every group."""
+    """Return the z of every group."""
     if keep == 0:
         return torch.zeros_like(size)
     high = size.sum(1, keepdim=True) / keep
@@ -154,7 +152,7 @@ def _kept(size: Float[Tensor, "groups size"], cost: Float[Tensor, "groups size"]
 
 
 def _groups(problem: SelectionProblem) -> tuple[tuple[int, int], int] | None:
-    """The shape of a weight by the groups of which each keeps equally many, and how many; None where there are none."""
+    """Return the shape of a weight by groups that each keep equally many, and their number; None for other patterns."""
     match problem.pattern if isinstance(problem, SparseLeastSquares) else None:
         case Unstructured(keep):
             return (1, problem.loss.weight.numel()), keep
@@ -167,16 +165,16 @@ def _groups(problem: SelectionProblem) -> tuple[tuple[int, int], int] | None:
 
 
 def _bound(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, change: Tensor) -> float:
-    """The bound at a change Y."""
+    """Return the bound at a change Y."""
     whole, error = verified.gradient(change)
-    pull, pull_error = verified.pulled
+    pull, pull_error = verified.linear_term
     own = split * change
     gradient, error = whole - own, error + 2 * UNIT * (whole.abs() + own.abs())
     size = gradient.abs() + error
     if bool(((size > 0) & (split == 0)).any()):
         return 0.0
     weight, half = verified.weight, split / 2
-    # The least cost of every weight that stays, and the cost of one that goes, each from below.
+    # Lower bounds of the least cost of every weight that stays, and of the cost of its removal.
     stays = -torch.where(size > 0, size.square() / (4 * torch.where(split > 0, half, 1.0)), 0.0)
     goes = half * weight.square() - gradient * weight - error * weight.abs()
     gain = goes - stays
@@ -189,3 +187,67 @@ def _bound(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, cha
         (change.abs() * (error + pull_error)).sum(),
     )
     return total + verified.constant / 2 - OUTWARD * (lost + gamma(2 * verified.terms) * sizes)
+
+
+ACCURACY = 1e-2
+"""the relative accuracy of the weighted trace"""
+MOST_STEPS = 60
+"""the most Newton steps"""
+SHRUNK = (1.0, 1 - 1e-8, 1 - 1e-5, 1 - 1e-3, 0.9, 0.5)
+"""the factors of the diagonal that are tried until it is proved that it can be split off"""
+
+
+def split_off(known: KnownMatrix, weights: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Return a d of nonnegative entries, in the units of the matrix M, for which M >= diag(d) is proved.
+
+    In units in which M has a unit diagonal it nearly maximises sum_j q_j d_j, for positive weights q: Newton steps on
+    the barrier sum_j q_j d_j + m (log det(M - diag(d)) + sum_j log d_j) with m going to zero, as in minimum trace
+    factor analysis. Zero where M cannot be told from a singular matrix. A step costs about 2 n^3.
+    """
+    scaled = known.scaled
+    factor, failed = linalg.try_cholesky(scaled)
+    if bool(failed) or not known.margin < 1:
+        return torch.zeros_like(weights)
+    inverse = torch.cholesky_inverse(factor)
+    diagonal = inverse.diagonal()
+    inverse = inverse * torch.outer(diagonal.rsqrt(), diagonal.rsqrt())
+    split = 0.5 / (largest_eigenvalue_bound(inverse) * diagonal)
+    barrier = float((weights * split).sum()) / len(split)
+    for _ in range(MOST_STEPS):
+        found = _newton(scaled, weights, split, barrier)
+        if found is None:
+            break
+        split, decrement = found
+        if decrement > 0.1 * barrier * len(split):
+            continue
+        if barrier * len(split) <= ACCURACY * float((weights * split).sum()):
+            break
+        barrier /= 5
+    shrunk = next((share for share in SHRUNK if known.exceeds(share * split)), 0.0)
+    return (1 - 4 * UNIT) * shrunk * split * known.size.square()
+
+
+def _newton(
+    scaled: Float[Tensor, "n n"], weights: Float[Tensor, " n"], split: Float[Tensor, " n"], barrier: float
+) -> tuple[Float[Tensor, " n"], float] | None:
+    """Return the point after a damped Newton step, and its decrement; None where float64 has no digits left."""
+    factor, failed = linalg.try_cholesky(scaled - torch.diag(split))
+    if bool(failed):
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    slope = weights - barrier * inverse.diagonal() + barrier / split
+    curvature = inverse.square_().mul_(barrier)
+    curvature.diagonal().add_(barrier / split.square())
+    factor, failed = linalg.try_cholesky(curvature)
+    if bool(failed):
+        return None
+    step = torch.cholesky_solve(slope[:, None], factor)[:, 0]
+    decrement, length = float(slope @ step), 1.0
+    while length > 1e-9:
+        trial = split + length * step
+        inside = bool((trial > 0).all()) and not bool(linalg.try_cholesky(scaled - torch.diag(trial))[1])
+        if inside:
+            break
+        length /= 2
+    # Short of the boundary, where the barrier is infinite.
+    return split + (1.0 if length == 1 else 0.9 * length) * step, decrement

@@ -14,48 +14,48 @@ from optprune.metric import OutputMetric
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.measured_gap import MeasuredGap, StopsAtGap, gap_flops
+from optprune.solvers.duality import GapMonitor, StopsAtGap, gap_flops
 from optprune.work import DOUBLE, Work, eigenvectors, inverse, product, sweeps
 
 BALANCE = 5.0
-"""how many times larger one of the two relative residuals may be than the other before rho is changed"""
+"""the ratio of the two relative residuals above which rho is changed"""
 FASTEST = 10.0
-"""how many times larger or smaller rho becomes at most in one change"""
+"""the largest factor of rho in one change"""
 CLEAR = 1e3
-"""how much larger rho is than what makes A + R definite, where a smaller one does not"""
+"""the factor of rho above the least one that makes A + R definite"""
 LARGEST_RHO = 1e15
-"""beyond which nothing moves in float64"""
+"""the limit of rho, beyond which steps vanish in float64"""
 MOST_CHANGES = 10
-"""changes of rho in a solve: with one that changes for ever there is no convergence"""
+"""the most changes of rho in a solve: with endless changes it may not converge"""
 STEPS_PER_DIGIT = 8
-"""the steps that take a digit off the gap, on layers like those of SmolLM2; twice as many under a full metric"""
+"""the steps per decimal digit of the gap, on layers like those of SmolLM2; twice as many under a full metric"""
 
 
 @dataclass(frozen=True, eq=False)
 class Resolvent(ABC):
-    """V -> argmin_X f(X) + |X - V|_R^2 / 2, and R = rho d, d the diagonal of A (under a metric of S (x) A)."""
+    """The map V -> argmin_X f(X) + |X - V|_R^2 / 2, and R = rho d, d the diagonal of A (under a metric of S (x) A)."""
 
     rho: float
     weights: Float[Tensor, "*shape"]
-    """R of every column, [in]; of every weight, [out, in]; or of all, []"""
+    """R for every column, [in]; for every weight, [out, in]; or one for all, []"""
 
     @abstractmethod
     def solved(self, right: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The X of S X A + R X = right."""
+        """Return the X with S X A + R X = right."""
 
 
 @dataclass(frozen=True, eq=False)
 class ByInverse(Resolvent):
-    """Without a metric: the inverse of A + diag(R), one product a step."""
+    """The resolvent without a metric, by the inverse of A + diag(R): one product per step."""
 
     inverse: Float[Tensor, "in in"]
 
     @classmethod
     def of(cls, loss: LayerLoss, rho: float, *, by_column: bool) -> "ByInverse":
-        """In float64 by Cholesky: scaled to a unit diagonal the condition of A + R is at most 1 + in / rho.
+        """Return the resolvent by Cholesky in float64: the scaled A + R has a condition of at most 1 + in / rho.
 
-        Where that leaves A + R indefinite, A being known to no more than the moments are, a rho is taken that is CLEAR
-        times what makes it definite.
+        Where A + R is indefinite, by the rounding of the moments, rho is raised to CLEAR
+        times the least value that makes it definite.
         """
         scale = _scale(loss.gram.diagonal(), by_column)
         matrix = loss.gram.double() / torch.outer(scale, scale)
@@ -76,7 +76,7 @@ class ByInverse(Resolvent):
 
 @dataclass(frozen=True, eq=False)
 class ByEigenvectors(Resolvent):
-    """With a metric, which couples the outputs: S and A each in its eigenvectors, four products a step."""
+    """The resolvent with a metric, which couples the outputs, by eigenvectors of S and A: four products per step."""
 
     rows: Float[Tensor, "out out"]
     columns: Float[Tensor, "in in"]
@@ -85,7 +85,7 @@ class ByEigenvectors(Resolvent):
 
     @classmethod
     def of(cls, loss: LayerLoss, metric: OutputMetric, rho: float, *, by_column: bool) -> "ByEigenvectors":
-        """In float64 by two eigendecompositions."""
+        """Return the resolvent, in float64 by two eigendecompositions."""
         outputs, high, rows = _spectrum(metric.matrix, by_column)
         inputs, wide, columns = _spectrum(loss.gram, by_column)
         weights = _coupling(rho * torch.outer(outputs, inputs).square(), by_column)
@@ -99,7 +99,7 @@ class ByEigenvectors(Resolvent):
 
 @dataclass(frozen=True, eq=False)
 class AdmmState:
-    """The weight that the penalty is measured at, the scaled dual variable, and what was measured on the way."""
+    """The weight at which the penalty is measured, the scaled dual variable, and the gap."""
 
     resolvent: Resolvent
     weight: Float[Tensor, "out in"]
@@ -108,8 +108,8 @@ class AdmmState:
     """U: R U is a subgradient of P at Z"""
     count: int
     changes: int
-    """how often rho was changed"""
-    measured: MeasuredGap
+    """the number of changes of rho"""
+    monitor: GapMonitor
 
 
 @final
@@ -121,9 +121,9 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
         Z = prox_(P / R)(Y + U),   U = Y + U - Z
 
     with R = rho diag(A), or rho times its mean where the penalty is not separable. All rows share one inverse of A + R,
-    so that a step is one product [out, in] x [in, in], as one of FISTA's, and goes much further where A is ill
-    conditioned. R U is a subgradient of P at every step: its bound is as near to the optimum as Z is, where that of a
-    gradient is off by the square root of as much. rho is changed, at a check, where the residuals X - Z and
+    so that a step is one product [out, in] x [in, in], as in FISTA, and needs far fewer steps where A is ill
+    conditioned. R U is a subgradient of P at every step: its bound is as near to the optimum as Z is, while that of a
+    gradient is off by the square root of that distance. rho is changed, at a check, where the residuals X - Z and
     Z - (the Z before) differ much in their relative sizes. Under an output metric S a step is four products, with the
     eigenvectors of S and of A.
 
@@ -154,7 +154,7 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> AdmmState:
         resolvent = _resolvent(problem, self.rho)
-        return AdmmState(resolvent, start, torch.zeros_like(start), 0, 0, MeasuredGap.of(problem, start))
+        return AdmmState(resolvent, start, torch.zeros_like(start), 0, 0, GapMonitor.of(problem, start))
 
     def step(self, problem: PenalisedLeastSquares, state: AdmmState) -> AdmmState:
         coupling, before = state.resolvent.weights, state.weight
@@ -162,19 +162,19 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
         point = torch.lerp(before, solved, self.relaxation).add_(state.dual)
         weight = problem.penalty.prox(point, 1 / coupling)
         after = replace(state, weight=weight, dual=point - weight, count=state.count + 1)
-        if after.count < state.measured.next_check:
+        if after.count < state.monitor.next_check:
             return after
-        measured = state.measured.after(problem, weight, after.count, self.tolerance, coupling * after.dual)
-        return self._balanced(problem, replace(after, measured=measured), solved, before)
+        monitor = state.monitor.after(problem, weight, after.count, self.tolerance, coupling * after.dual)
+        return self._balanced(problem, replace(after, monitor=monitor), solved, before)
 
     def _balanced(self, problem: PenalisedLeastSquares, state: AdmmState, solved: Tensor, before: Tensor) -> AdmmState:
-        """With another rho where X - Z, relative to Z, and Z - (the Z before), relative to U, differ much in size."""
+        """Return the state with another rho where X - Z over Z and Z - (the previous Z) over U differ much in size."""
         weights, weight = state.resolvent.weights, state.weight
         terms = (solved - weight, weight - before, weight, state.dual)
         # In float64: squares of extreme sizes leave the range of float32.
         exact = weights.double()
         primal, dual, size, pull = linalg.numbers(*((exact * term.double().square()).sum() for term in terms))
-        # Both times the sizes: one of these is zero where rho is so small, or so large, that nothing moves.
+        # Multiplied by both sizes: one of these is zero where rho is so small or so large that steps vanish.
         apart = math.sqrt(primal * pull), math.sqrt(dual * size)
         if state.changes == MOST_CHANGES or apart == (0, 0) or not all(map(math.isfinite, apart)):
             return state
@@ -189,7 +189,7 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
 
 
 def _definite(matrix: Float[Tensor, "n n"], rho: float) -> float:
-    """About the least rho with which A + rho I is definite, for a matrix that has one on its diagonal already."""
+    """Return about the least rho with which A + rho I is definite, for a matrix that includes a rho already."""
     larger = rho
     while larger < LARGEST_RHO:
         larger *= FASTEST
@@ -210,14 +210,14 @@ def _resolvent(problem: PenalisedLeastSquares, rho: float) -> Resolvent:
 def _spectrum(
     matrix: Float[Tensor, "n n"], by_column: bool
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n n"]]:
-    """The scale of a matrix, its eigenvalues in these units, and its eigenvectors over the scale."""
+    """Return the scale of a matrix, its eigenvalues in these units, and its eigenvectors over the scale."""
     scale = _scale(matrix.diagonal(), by_column)
     values, vectors = linalg.eigh(matrix.double() / torch.outer(scale, scale))
     return scale, values.clamp(min=0), vectors / scale[:, None]
 
 
 def _scale(diagonal: Float[Tensor, " n"], each: bool) -> Float[Tensor, " n"]:
-    """The roots of the diagonal, or of its mean; an input without a signal is taken as one of the mean."""
+    """Return the roots of the diagonal, or of its mean; a zero on the diagonal is replaced by the mean."""
     exact = diagonal.double()
     mean = exact.mean()
     mean = torch.where(mean > 0, mean, 1.0)
@@ -225,5 +225,5 @@ def _scale(diagonal: Float[Tensor, " n"], each: bool) -> Float[Tensor, " n"]:
 
 
 def _coupling(weights: Float[Tensor, "*shape"], by_column: bool) -> Tensor:
-    """R; where it is the same for all a number, which every penalty takes as a step."""
+    """Return R; a scalar where it is the same for all, because every penalty accepts a scalar step."""
     return weights if by_column else weights.flatten()[0]

@@ -1,6 +1,6 @@
-"""A choice by a score: magnitude, chance, Wanda, FASP and FLAP.
+"""Rankings by a score: magnitude, random, Wanda, FASP and FLAP.
 
-No weight that stays is changed, but by a rounding where a metric scales the rows on the way in and out.
+Kept weights are unchanged, except for a rounding where a metric scales the rows before and after.
 """
 
 from abc import abstractmethod
@@ -35,7 +35,7 @@ class Ranking(DirectSolver[P]):
 
     @abstractmethod
     def scores(self, problem: P) -> Float[Tensor, "out in"]:
-        """The importance of each weight: larger is kept."""
+        """Return the importance of each weight; the larger ones are kept."""
 
     def answer(self, problem: P, start: Tensor) -> Answer:
         choice = problem.project(self.scores(problem))
@@ -48,7 +48,7 @@ class Magnitude(Ranking[SelectionProblem]):
     """score_ij = W_ij^2: the largest weights, or the units of largest norm. Cost: one pass over W. The plainest one."""
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        # In float64, where squares of small weights do not vanish.
+        # In float64, so that squares of small weights do not underflow.
         return problem.loss.weight.double().square()
 
 
@@ -64,9 +64,9 @@ class Random(Ranking[SelectionProblem]):
             raise InputError(f"seed of {self.label} must be between 0 and {2**63 - 1}, not {shown(self.seed)}")
 
     def scores(self, problem: SelectionProblem) -> Float[Tensor, "out in"]:
-        # Cut to 63 bits, since torch takes no larger seed.
+        # Cut to 63 bits, because torch takes no larger seed.
         mixed = self.seed * 0x9E3779B1 ^ int(problem.fingerprint()[:12], 16)
-        # On the CPU whatever the default device, so that all devices draw the same.
+        # On the CPU for every device, so that all draw the same.
         generator = torch.Generator("cpu").manual_seed(mixed % 2**63)
         scores = torch.rand(problem.loss.weight.shape, generator=generator, dtype=torch.float64, device="cpu")
         return scores.to(problem.loss.weight.device)
@@ -100,7 +100,7 @@ class Wanda(Ranking[SparseLeastSquares]):
 
 
 class UnitRanking(Ranking[StructuredProblem]):
-    """A ranking that is meant for whole units."""
+    """A ranking of whole units."""
 
     accepts = (StructuredProblem,)
 
@@ -126,14 +126,14 @@ class FaspMetric(UnitRanking):
 @final
 @dataclass(frozen=True)
 class FlapMetric(UnitRanking):
-    r"""score_j = sum over the columns c of unit j of m_c^2, m_c = |W_c|^2 Var(x*_c): what no mean can replace of them.
+    r"""score_j = sum over the columns c of unit j of m_c^2, m_c = |W_c|^2 Var(x*_c): no bias replaces this part.
 
     The squares are those of the released code, which sums them over a head; a unit of one column is ranked by m_c, in
     the same order. That code takes all statistics from the dense model, here they come by the recipe's policy.
 
-    FLAP then puts the mean W_c E[x*_c] of what was removed into a bias. Where the layer has a bias (`fit_bias`),
-    `bias_change` of the loss is that compensation. Where it has none, none is added, though Llama's class could hold
-    one (`attention_bias`, `mlp_bias`): the means are lost, and the loss counts that. FLAP standardises its scores to
+    FLAP then adds the mean W_c E[x*_c] of the removed columns to a bias. Where the layer has a bias (`fit_bias`),
+    `bias_change` of the loss is this compensation. Where it has none, none is added, although Llama's class supports
+    one (`attention_bias`, `mlp_bias`): the means are lost, and the loss includes that. FLAP standardises its scores to
     compare layers, which changes nothing within one. Cost: one pass over W.
 
     Reference: FLAP (its released code); no weight is restored there either.
@@ -143,6 +143,6 @@ class FlapMetric(UnitRanking):
         fluctuation = problem.loss.weight.square() * problem.loss.moments.covariance.diagonal()
         if problem.channels.columns.shape[1] == 1:
             return fluctuation
-        # Every column adds up to its square; in float64, where squares of small numbers do not vanish.
+        # Every column sums to its square; in float64, so that squares of small numbers do not underflow.
         fluctuation = fluctuation.double()
         return fluctuation * fluctuation.sum(0)

@@ -1,4 +1,4 @@
-"""A lower bound for structured problems: what the cheapest units must cost at least, whatever goes with them."""
+"""A lower bound for structured problems: the least cost of removing units, whatever other units are removed."""
 
 import math
 from dataclasses import dataclass
@@ -9,26 +9,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from optprune.numerics import linalg
-from optprune.numerics.finite import all_finite
 from optprune.numerics.rounding import OUTWARD, gamma
+from optprune.numerics.tensors import all_finite
 from optprune.problems import StructuredProblem
-from optprune.solvers.base import Answer, DirectSolver, measuring, unfitted
-from optprune.solvers.solution import Certificate
+from optprune.solvers.base import Answer, Certificate, DirectSolver, measuring, unfitted
 from optprune.solvers.verified import VerifiedLoss
 from optprune.work import DOUBLE, Work, eigenvectors, inverse, product
 
 SHARPNESS = 1000.0
-"""how much less an eigenvector counts as leading whose eigenvalue is smaller by some share: e^-1 at a thousandth"""
+"""the decay of an eigenvector's weight in the supergradient: e^-1 for an eigenvalue smaller by a thousandth"""
 LONGEST = 0.1
-"""the most that a step changes log y of a unit by"""
+"""the largest change of a unit's log y in a step"""
 SPARE = 1e-8
-"""the share of the bound that is given up for what is left of the gradient at V0"""
+"""the share of the bound that is given up for the remaining gradient at V0"""
 
 
 @final
 @dataclass(frozen=True)
 class RemovalBound(DirectSolver[StructuredProblem]):
-    r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned as it came.
+    r"""A lower bound on min f over the choices, from a relaxation; a feasible start is returned unchanged.
 
     Dropping the units P costs, by duality, the largest value over multipliers Y of
 
@@ -40,14 +39,14 @@ class RemovalBound(DirectSolver[StructuredProblem]):
 
         min f >= f(V0) + 1 / lambda  min_P sum_{g in P} y_g s_g,
 
-    and the inner minimum is a projection. y_g = min(1, s / s_g), with s the dearest of the cheapest P, changes nothing
-    about that minimum, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units
-    which could go: those that will not, however much they are coupled, hardly count. From there a few supergradient
+    and the inner minimum is a projection. y_g = min(1, s / s_g), with s the largest cost of the cheapest P, leaves
+    that minimum unchanged, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units
+    that may go: expensive units hardly count, however much they are coupled. From there a few supergradient
     steps in log y: up by a unit's share of the minimum, down by its share of the leading eigenvectors. Every y gives a
-    bound, and the highest stands. Columns of W that point in
-    different directions make Q nearly diagonal even where inputs are correlated: that is why this bound says something
-    where a split of A does not. Where A cannot be told from a singular matrix it proves 0. Everything that float64
-    rounds is taken off: for A^-1 stands a matrix K^T K that is proved to be no less, and lambda is proved by a Cholesky
+    bound, and the highest is taken. Columns of W that point in
+    different directions make Q nearly diagonal even where inputs are correlated, so this bound is useful
+    where a split of A is not. Where A cannot be told from a singular matrix it proves 0. Rounding errors of float64
+    are subtracted: A^-1 is replaced by a matrix K^T K that is proved to be no less, and lambda is proved by a Cholesky
     factor. Accepts structured and linked problems. Cost: 3 in^3 + out in^2 + steps units^3, in float64.
     """
 
@@ -81,7 +80,7 @@ def _bound(problem: StructuredProblem, steps: int) -> float:
     change = _minimiser(verified, root)
     (units, each), flat = channels.columns.shape, channels.columns.reshape(-1)
     size = verified.inputs.size
-    # V0 and the inverse in units in which A has a unit diagonal; a dead input costs nothing, whatever its weight.
+    # V0 and the inverse in units in which A has a unit diagonal; the weight of a dead input has no cost.
     weight = torch.where(size > 0, (verified.weight + change) * size, 0.0)[:, flat]
     root = root[:, flat]
     inverse = root.T @ root
@@ -90,12 +89,12 @@ def _bound(problem: StructuredProblem, steps: int) -> float:
     parts = linalg.solve(blocks, weight.T.reshape(units, each, -1)).reshape(units * each, -1)
     weighed, norms = _weighed(verified, parts)
     coupling = (inverse * (parts @ weighed.T)).reshape(units, each, units, each).sum((1, 3))
-    # <Y_g, V0_g>: twice the cost of a unit alone, less what is rounded of it.
+    # <Y_g, V0_g>: twice the cost of a unit alone, less its rounding error.
     products = (weighed * weight.T).reshape(units, -1)
     slope = products.sum(1) - gamma(verified.terms + 8) * _absolute(verified, parts, weight).reshape(units, each).sum(1)
     alone = slope.clamp(min=0) / 2
     scale = torch.where(alone > 0, 2 * alone, 1.0).rsqrt()
-    # What each entry of the coupling may be off by, as the product of two numbers of its units.
+    # The error of each entry of the coupling, as the product of two numbers of its units.
     off = (linalg.norm(root, 0) * norms).reshape(units, each).sum(1) * scale
     if not all_finite(coupling):
         # Numbers beyond the range of float64: no proof.
@@ -111,7 +110,7 @@ def _bound(problem: StructuredProblem, steps: int) -> float:
 
 
 def _inverse_root(verified: VerifiedLoss) -> tuple[Float[Tensor, "in in"], float] | None:
-    """K and k such that k K^T K is at least the inverse of A scaled to a unit diagonal; None where A may be singular.
+    """Return K, k with k K^T K >= the inverse of A scaled to a unit diagonal; None where A may be singular.
 
     The Cholesky factor of A less its margin is one of a matrix L L^T that A exceeds, and |L^-1 y| <= |K y| / (1 - t)
     where K is nearly the inverse of L and |I - K L| <= t.
@@ -131,17 +130,17 @@ def _inverse_root(verified: VerifiedLoss) -> tuple[Float[Tensor, "in in"], float
 
 
 def _nonnegative(verified: VerifiedLoss) -> bool:
-    """Whether S is proved to be positive semidefinite."""
+    """Return whether S is proved to be positive semidefinite."""
     return verified.outputs is None or verified.outputs.exceeds(0.0)
 
 
 def _minimiser(verified: VerifiedLoss, root: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
-    """V0 - W."""
+    """Return V0 - W."""
     pull, unit = verified.loss.exact.pull, verified.inputs.unit
     if pull is None:
         return torch.zeros_like(verified.weight)
     change = torch.zeros_like(pull)
-    # The root is that of a matrix less a margin: a second step takes up what that leaves.
+    # The root is that of a matrix less a margin; a second step corrects its error.
     for _ in range(2):
         residual, _ = verified.residual(change)
         change = change - ((residual / unit) @ root.T @ root) / unit
@@ -149,7 +148,7 @@ def _minimiser(verified: VerifiedLoss, root: Float[Tensor, "in in"]) -> Float[Te
 
 
 def _weighed(verified: VerifiedLoss, parts: Float[Tensor, "in out"]) -> tuple[Tensor, Tensor]:
-    """Y S, and sizes h_c with |<Y_c, S Y_d>| and what is rounded of it, but for the share, at most h_c h_d."""
+    """Return Y S, and sizes h_c: |<Y_c, S Y_d>| and its rounding error over the unit are at most h_c h_d."""
     if verified.outputs is None:
         return parts * verified.rows, linalg.norm(parts * verified.rows.sqrt(), 1)
     outputs = verified.outputs
@@ -157,7 +156,7 @@ def _weighed(verified: VerifiedLoss, parts: Float[Tensor, "in out"]) -> tuple[Te
 
 
 def _absolute(verified: VerifiedLoss, parts: Float[Tensor, "in out"], weight: Float[Tensor, "out in"]) -> Tensor:
-    """<|Y_c|, |S| |V0_c|> for every column."""
+    """Return <|Y_c|, |S| |V0_c|> for every column."""
     if verified.outputs is None:
         return (parts.abs() * verified.rows * weight.abs().T).sum(1)
     outputs = verified.outputs
@@ -165,7 +164,7 @@ def _absolute(verified: VerifiedLoss, parts: Float[Tensor, "in out"], weight: Fl
 
 
 def _left(verified: VerifiedLoss, change: Float[Tensor, "out in"]) -> float:
-    """The most that the loss can fall below its value at V0, whose gradient is not quite zero."""
+    """Return the most that the loss can fall below its value at V0, whose gradient is not exactly zero."""
     floor = verified.floor_of_columns
     if verified.loss.exact.pull is None:
         return 0.0
@@ -180,7 +179,7 @@ def _left(verified: VerifiedLoss, change: Float[Tensor, "out in"]) -> float:
 
 
 def _largest(coupling: Tensor, share: Tensor, off: Tensor, terms: int) -> float:
-    """A proved upper bound of the largest eigenvalue of a coupling scaled by the roots of y; infinite if none is."""
+    """Return a proved upper bound of the largest eigenvalue of a coupling scaled by the roots of y, or infinity."""
     root = share.sqrt()
     scaled, count = coupling * torch.outer(root, root), len(share)
     error = 2 * gamma(terms) * float((off * root).square().sum())
@@ -196,11 +195,11 @@ def _largest(coupling: Tensor, share: Tensor, off: Tensor, terms: int) -> float:
 
 
 def _share(problem: StructuredProblem, alone: Tensor, coupling: Tensor, steps: int) -> Float[Tensor, " units"]:
-    """The y with the highest sum over the cheapest P of y_g s_g / lambda, of those that are tried.
+    """Return the y with the highest sum over the cheapest P of y_g s_g / lambda, of those that are tried.
 
     `alone` [units] is s, and `coupling` [units, units] is Q of t = 1, scaled by 1 / sqrt(2 s_g 2 s_h).
     """
-    # A GPU is waited for once, at the end.
+    # The device is read once, at the end.
     dearest = torch.where(problem.pattern.project(alone), 0.0, alone).amax()
     share = torch.where(alone > 0, torch.minimum(alone, dearest) / alone, 1.0)
     least = torch.finfo(torch.float64).tiny

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from optprune.numerics import linalg
 from optprune.problems import MaskedLeastSquares, Problem, SelectionProblem
-from optprune.solvers.base import Answer, DirectSolver, measuring
-from optprune.solvers.solution import Certificate
+from optprune.solvers.base import Answer, Certificate, DirectSolver, measuring
 from optprune.solvers.spectrum import ScaledGram, factor_rounding
 from optprune.solvers.verified import VerifiedLoss
 from optprune.work import Work, factor, product, storage, sweeps
@@ -25,15 +24,15 @@ COUPLED = (
     "diagonal of the metric"
 )
 Restorable: TypeAlias = MaskedLeastSquares | SelectionProblem
-"""a problem with a mask, or with a choice that a start makes"""
+"""a problem with a mask, or one whose start determines a mask"""
 BATCH_BYTES = 1 << 28
-"""how much memory one batch of rows may take when every row has a mask of its own"""
+"""the memory of one batch of rows where every row has its own mask"""
 MOST_FACTORS = 1e12
-"""multiplications that proving every row's matrix regular may take where all of A is not"""
+"""the most multiplications of proving every row's matrix regular where A is not"""
 ROWS = 512
-"""how many rows that share a mask are solved for at a time"""
+"""the number of rows with the same mask that are solved at a time"""
 KEPT = 0.75
-"""the share of the inputs that a plan takes as kept, whatever a problem keeps"""
+"""the share of kept inputs that the plan assumes"""
 
 
 @final
@@ -44,13 +43,13 @@ class Restore(DirectSolver[Restorable]):
         (G_U + Z A)_M = 0,   G_U = (U - W) A + (W A - B),   Z_M = -(G_U)_M (A_MM)^-1,   Z = 0 outside M.
 
     Accepts restoration problems, and selection problems, where it refits on the support of the start. One Cholesky
-    factor serves all rows that share a mask; other rows are factorised in batches. All in units in which A has a unit
-    diagonal, s_j^2 = E[x*_j^2] + D_j: a small input is not taken for rounding of a large one. Where A_MM is singular
-    in them (fewer tokens than inputs and no damping), the minimiser with the least sum_j s_j^2 Z_ij^2 in every row,
-    which depends on no unit, is taken by an eigendecomposition, and that is noted; dead inputs stay as they are. A
-    start that is better still, by what rounding hides of A, is returned as it came.
+    factor serves all rows that share a mask; other rows are factorised in batches. Units are those in which A has a
+    unit diagonal, s_j^2 = E[x*_j^2] + D_j, so that a small input is not mistaken for rounding of a large one. Where
+    A_MM is singular (fewer tokens than inputs and no damping), the minimiser with the least sum_j s_j^2 Z_ij^2 in every
+    row, which does not depend on units, is taken by an eigendecomposition, with a note; dead inputs are unchanged. A
+    start that is still better, by eigenvalues of A within rounding, is returned unchanged.
 
-    A full output metric changes nothing where all rows share the mask, S being a factor of the normal equations, and
+    A full output metric has no effect where all rows share the mask, because S is a factor of the normal equations, and
     couples the rows otherwise; such problems are refused.
 
     Promises the optimum of a restoration problem, by factors in float64; float32 ones promise nothing. Certifies it
@@ -68,13 +67,13 @@ class Restore(DirectSolver[Restorable]):
     factor_dtype: torch.dtype = torch.float64
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
-        # One mask for all rows that keeps KEPT of the inputs; `choose` leaves others to gradients where they cost more.
+        # One mask for all rows that keeps KEPT of the inputs; `choose` prefers gradients for large masks per row.
         kept = round(KEPT * inputs)
         flops = measuring(outputs, inputs, coupled=coupled) + 2 * factor(kept) + 4 * product(outputs, kept, kept)
         form = (16.9, 55.5, 25.0) if coupled else (15.2, 34.7, 1.2)
         return Work(flops + sweeps(70, outputs, inputs), storage(outputs, inputs, *form))
 
-    def why_not(self, problem: Restorable) -> str | None:
+    def unsupported(self, problem: Restorable) -> str | None:
         coupled = problem.loss.coupled and fixed_mask(problem, problem.loss.weight).shape[0] > 1
         return COUPLED if coupled else None
 
@@ -92,7 +91,7 @@ class Restore(DirectSolver[Restorable]):
         return found
 
     def prove(self, problem: Restorable, value: Tensor) -> Certificate | None:
-        # Of a choice a bound would hold for this one only, not for the best.
+        # A bound for a choice would hold for this choice only, not for the best one.
         return restored_bound(problem, value) if isinstance(problem, MaskedLeastSquares) else None
 
     def _restore(self, problem: MaskedLeastSquares) -> Answer:
@@ -103,23 +102,23 @@ class Restore(DirectSolver[Restorable]):
 
 
 def _is_better(problem: Problem, start: Tensor, found: Tensor) -> bool:
-    """Whether a feasible start is better by more than rounding: it then uses what the pseudo-inverse cuts off."""
+    """Return whether a feasible start is better by more than rounding: it then uses directions that were cut off."""
     if problem.violation(start) > 0:
         return False
     return problem.objective(start) < problem.objective(found) - problem.loss.rounding(found)
 
 
 def fixed_mask(problem: Restorable, start: Tensor) -> Bool[Tensor, "rows in"]:
-    """The mask of a restoration problem, or of the choice that the start of a selection problem stands for."""
+    """Return the mask of a restoration problem, or of the support of a selection problem's start."""
     if isinstance(problem, MaskedLeastSquares):
         return problem.mask
     return problem.mask(problem.support(start))
 
 
 def restored_bound(problem: MaskedLeastSquares, value: Float[Tensor, "out in"]) -> Certificate | None:
-    """A lower bound on the optimum of a restoration problem from any answer, which is tight near the optimum.
+    """Return a lower bound on the optimum of a restoration problem from any answer, tight near the optimum.
 
-    None where A, or S, cannot be told from a singular matrix on the mask.
+    Return None where A or S cannot be told from a singular matrix on the mask.
     """
     loss, mask = problem.loss, problem.mask
     verified = VerifiedLoss.of(loss)
@@ -128,18 +127,19 @@ def restored_bound(problem: MaskedLeastSquares, value: Float[Tensor, "out in"]) 
         return None
     change = torch.where(mask, value.double() - verified.weight, -verified.weight)
     if not bool((loss.damping > 0).all()):
-        # A small eigenvalue leaves much of what a narrower dtype rounds of the answer: the bound is that of a step on.
+        # A small eigenvalue amplifies the rounding of an answer in a narrow dtype: the bound is taken after another
+        # step.
         size = verified.inputs.unit
         exact = ScaledGram(verified.inputs.matrix, size, size.dtype, factor_rounding(len(size), size.dtype), 0.0)
         residual = change @ exact.gram if loss.exact.pull is None else change @ exact.gram + loss.exact.pull
         change = change + _newton_step(exact, residual, mask, change.dtype)[0]
     bound = verified.least(change, rows[:, None] * columns, mask=mask)
-    # No loss is negative, so zero is a lower bound too; what is not finite is no proof.
+    # No loss is negative, so zero is a lower bound too; a bound that is not finite proves nothing.
     return Certificate(bound if 0 < bound < math.inf else 0.0, "residual of the normal equations")
 
 
 def _floors(verified: VerifiedLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tensor, "rows in"] | None:
-    """A diagonal for every mask that A exceeds there; None where none is proved, or that would take a day."""
+    """Return a diagonal for every mask that A exceeds there; None where none is proved, or a proof takes too long."""
     whole = verified.floor_of_columns
     if whole is not None:
         return whole.expand(mask.shape)
@@ -158,7 +158,7 @@ def _floors(verified: VerifiedLoss, mask: Bool[Tensor, "rows in"]) -> Float[Tens
 def _newton_step(
     gram: ScaledGram, residual: Float[Tensor, "out in"], mask: Bool[Tensor, "rows in"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "out in"], bool]:
-    """-(G_M A_MM^-1) on the mask and zero elsewhere, rounded to a dtype; and whether some A_MM was singular."""
+    """Return -(G_M A_MM^-1) on the mask and zero elsewhere, in a dtype, and whether some A_MM was singular."""
     if mask.shape[0] == 1:
         return _shared_step(gram, residual, mask[0], dtype)
     step, singular = _row_steps(gram, (residual / gram.scale).to(gram.dtype), mask)
@@ -174,7 +174,7 @@ def _shared_step(
         return step, False
     factor, scale = gram.factor(kept), gram.scale[kept]
     singular = factor is None
-    # A few rows at a time: what they take in the factor's dtype is small.
+    # A few rows at a time, because of the memory in the factor's dtype.
     every = torch.arange(len(residual), device=kept.device)
     for rows in torch.split(every, len(residual) if singular else ROWS):
         right = (residual[rows[:, None], kept] / scale).to(gram.dtype)
@@ -189,7 +189,7 @@ def _shared_step(
 def _row_steps(
     gram: ScaledGram, gradient: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"]
 ) -> tuple[Float[Tensor, "out in"], bool]:
-    """A mask per row: systems in batches of rows, each padded to the largest count by the identity."""
+    """Return the step for a mask per row: systems in batches of rows, padded to the largest count by the identity."""
     step = torch.zeros_like(gradient)
     most = int(mask.sum(1).max())
     if most == 0:

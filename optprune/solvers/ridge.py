@@ -1,4 +1,4 @@
-"""The ridge of the last refit, chosen layer by layer on held-out tokens, which then join the tokens fitted."""
+"""The ridge of the last refit, chosen for each layer on held-out tokens, which then join the fitted tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,37 +10,35 @@ from torch import Tensor
 from optprune.errors import InputError
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Problem
-from optprune.solvers.auto import choose
-from optprune.solvers.base import AnySolver
+from optprune.solvers.base import AnySolver, Record, Solution
 from optprune.solvers.chain import Chain
 from optprune.solvers.conjugate_gradients import ConjugateGradients
 from optprune.solvers.restore import Restore
-from optprune.solvers.run import answer, solve
-from optprune.solvers.solution import Record, Solution
+from optprune.solvers.run import answer, choose, solve
 
 
 @dataclass(frozen=True)
 class Refitted:
-    """A layer's answer refitted under the ridge that the held-out tokens chose."""
+    """A layer's answer, refitted under the ridge chosen on held-out tokens."""
 
     problem: Problem
-    """the problem with that ridge, over the tokens it was fitted on in the end"""
+    """the problem with that ridge, over the tokens of the final fit"""
     solution: Solution
     held_out_error: float
-    """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, of the answer that was not fitted to them"""
+    """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, for the answer that was not fitted to them"""
 
 
-def refitting(solver: AnySolver) -> Restore | ConjugateGradients | None:
-    """The refit that a solver ends with; None where it ends with anything else."""
+def last_refit(solver: AnySolver) -> Restore | ConjugateGradients | None:
+    """Return the refit that a solver ends with, or None where it ends otherwise."""
     last = solver.stages[-1] if isinstance(solver, Chain) and solver.stages else solver
     return last if isinstance(last, Restore | ConjugateGradients) else None
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """What a layer's answer costs on tokens it was not fitted to, without a ridge; a bias is that of the tokens fitted.
+    """The loss of a layer's answer on held-out tokens, without a ridge, with the bias of the fitted tokens.
 
-    Not fitted in this layer, that is: the metric, a global budget and the refits of the blocks before know all tokens.
+    The tokens are held out in this layer only: the metric, a global budget and refits of earlier blocks use all tokens.
     """
 
     fitted: LayerLoss
@@ -48,21 +46,21 @@ class HeldOut:
 
     @classmethod
     def of(cls, loss: LayerLoss, held_out: InputMoments) -> "HeldOut":
-        """A layer's loss carried over to held-out tokens."""
+        """Return the losses of a layer on the fitted and on the held-out tokens."""
         return cls(loss, LayerLoss.of(loss.weight, held_out, fit_bias=loss.fit_bias, metric=loss.metric))
 
     def value(self, weight: Float[Tensor, "out in"]) -> float:
-        """The loss, in the metric where there is one."""
+        """Return the held-out loss, in the metric where there is one."""
         drift = self._drift(weight)[:, None]
         return self.apart.value(weight) + float((drift * self.apart.weigh(drift)).sum()) / 2
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
-        """E|V x* - W x|^2 / E|W x|^2, without the metric; of centred outputs W x where the bias is fitted."""
+        """Return E|V x* - W x|^2 / E|W x|^2 without the metric; of centred outputs W x where the bias is fitted."""
         scale, drift = self.apart.plain.signal, float(self._drift(weight).square().sum())
         return self.apart.relative_error(weight) + (drift / scale if scale > 0 else 0.0)
 
     def _drift(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
-        """How far the bias of the tokens fitted is from the best one for the held-out tokens."""
+        """Return the difference of the fitted bias from the best one for the held-out tokens."""
         if not self.fitted.fit_bias:
             return torch.zeros_like(self.fitted.weight[:, 0])
         return self.fitted.bias_change(weight) - self.apart.bias_change(weight)
@@ -80,12 +78,12 @@ def refit(
     """Refit an answer on its support under each damping, and keep the one with the least loss on held-out tokens.
 
     The loss is that of the problem, with its output metric, and without a ridge; a damping is a share of the mean
-    diagonal of the Gram matrix, as in a recipe. `solver` is what gave the answer: the refit is its last stage. With
-    `join` the held-out tokens are then fitted too, under the ridge they chose. Costs a refit for each damping and one
-    more. The lower bound of the answer, if it had one, does not survive. Raises InputError where the solver that the
-    problem chooses ends without a refit.
+    diagonal of the Gram matrix, as in a recipe. `solver` is the one that gave the answer: the refit is its last stage.
+    With `join` the held-out tokens are then fitted too, under the chosen ridge. Costs a refit for each damping and one
+    more. A lower bound of the answer is dropped. Raises InputError where the solver that the problem chooses ends
+    without a refit.
     """
-    loss, last = problem.loss, refitting(choose(problem) if solver is None else solver)
+    loss, last = problem.loss, last_refit(choose(problem) if solver is None else solver)
     if last is None:
         raise InputError(
             f"refit.dampings needs a refit at the end, and a {problem.kind} problem is solved without one: "
@@ -95,7 +93,7 @@ def refit(
     value = best_value = solution.value
     losses = list[float]()
     for damping in dampings:
-        # A path: each answer is near the one before. Only one damped Gram matrix is there at a time.
+        # A path: each answer is near the previous one. Only one damped Gram matrix is in memory at a time.
         value = answer(replace(problem, loss=loss.damped(damping)), last, value)
         losses.append(apart.value(value))
         if losses[-1] == min(losses) and losses.index(losses[-1]) == len(losses) - 1:
@@ -111,7 +109,7 @@ def refit(
             refitted,
             certificate=None,
             history=(*solution.history, record),
-            # What both say is said once.
+            # Notes of both without repetition.
             notes=tuple(dict.fromkeys((*solution.notes, *refitted.notes))),
         ),
         apart.relative_error(best_value),

@@ -13,16 +13,61 @@ from torch import Tensor
 from optprune.errors import InputError, NoSolver
 from optprune.metric import OutputBasis
 from optprune.numerics.precision import full_precision
-from optprune.problems import Problem
-from optprune.solvers.auto import choose
-from optprune.solvers.base import AnySolver
-from optprune.solvers.solution import Certificate, Solution, Status
+from optprune.problems import MaskedLeastSquares, Problem
+from optprune.solvers.admm import Admm
+from optprune.solvers.base import AnySolver, Certificate, Solution, Status
+from optprune.solvers.chain import Chain
+from optprune.solvers.channel_swaps import ChannelSwaps
+from optprune.solvers.conjugate_gradients import ConjugateGradients
+from optprune.solvers.greedy_obs import GreedyObs
+from optprune.solvers.proximal_admm import ProximalAdmm
+from optprune.solvers.restore import Restore
+from optprune.solvers.swaps import Swaps
+
+ROW_FACTORS = 1e8
+"""multiplications, about a tenth of a second, above which a Cholesky factor for every row is no longer worth it"""
+GRADIENT_TOLERANCE = 1e-5
+"""the tolerance at which conjugate gradients prove a gap of 1e-6 or less on layers of a real model, in a tenth of the
+time of restoration"""
+
+
+def candidates() -> tuple[AnySolver, ...]:
+    """Return the solvers that `choose` tries, in this order."""
+    return (
+        Chain((GreedyObs(), ChannelSwaps(), Restore())),
+        ProximalAdmm(),
+        Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
+        Chain((Admm(haste=0.3), ConjugateGradients())),
+        Restore(),
+        ConjugateGradients(),
+    )
+
+
+def choose(problem: Problem) -> AnySolver:
+    """Return the recommended solver for a problem. Raise NoSolver with every candidate's reason for refusing."""
+    if isinstance(problem, MaskedLeastSquares) and _costly_to_factorise(problem):
+        return ConjugateGradients(GRADIENT_TOLERANCE)
+    reasons: list[str] = []
+    for solver in candidates():
+        reason = solver.refusal(problem)
+        if reason is None:
+            return solver
+        reasons.append(f"{solver.label}: {reason}")
+    raise NoSolver(f"no solver accepts a {type(problem).__name__}; " + "; ".join(reasons))
+
+
+def _costly_to_factorise(problem: MaskedLeastSquares) -> bool:
+    """Return whether masks per row need too many factors, and damping lets gradients certify."""
+    rows, most = problem.mask.shape[0], int(problem.mask.sum(1).max())
+    damped = bool((problem.loss.damping > 0).all())
+    return rows > 1 and damped and rows * most**3 > ROW_FACTORS
+
 
 MOST_STEPS = 10_000
 DEAD = "every input was zero, or constant beside a bias, on all tokens: any choice is as good, and nothing is restored"
-"""what is noted, and proves that the answer is optimal"""
+"""the note, and the proof that the answer is optimal"""
 CONTRADICTED = "the certificate was dropped"
-"""how the note begins where a lower bound cannot be one"""
+"""the beginning of the note about a lower bound that is above the objective"""
 Callback = Callable[[int, Callable[[], Tensor]], None]
 """called after every step with the number of steps and a function that gives the current weight"""
 
@@ -39,24 +84,24 @@ def solve(
 ) -> Solution:
     """Solve a problem, by the given solver or by the one that `choose` picks.
 
-    `start` [out, in] is a warm start; without it the problem's own start is used. The objective and the violation
-    of the Solution are measured by the problem after the solver has returned, and what float64 may have rounded there
-    (`Problem.measuring_error`) is taken off a lower bound. One that is still above the objective cannot be one: it is
-    dropped with a note. Raises NoSolver when the solver refuses the problem. Under an output metric the solver works in
-    another basis of the outputs (`Problem.in_output_basis`), and where weights or inputs are very large or small in
-    other units of them (`Problem.in_moderate_units`); what is proved is proved of the problem as it came. Where all
-    feasible weights cost the same, as those of inputs that are all zero, one by the start is the answer.
+    `start` [out, in] is a warm start, by default the problem's own start. The objective and the violation
+    of the Solution are measured by the problem after the solver has returned. The rounding error of this measurement
+    (`Problem.measuring_error`) is subtracted from a lower bound. A bound that is still above the objective is wrong: it
+    is dropped with a note. Raises NoSolver when the solver refuses the problem. Under an output metric the solver works
+    in another basis of the outputs (`Problem.in_output_basis`), and where weights or inputs are very large or small, in
+    other units (`Problem.in_moderate_units`); certificates hold for the original problem. Where all feasible weights
+    cost the same, as for inputs that are all zero, one near the start is the answer.
     """
     solver = choose(problem) if solver is None else solver
-    posed = _Posed.of(problem)
-    check_accepted(posed.problem, solver)
+    transformed = _Transformed.of(problem)
+    check_accepted(transformed.problem, solver)
     if start is None:
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
     began = time.perf_counter()
     with torch.no_grad():
-        any_value = problem.indifferent(start)
+        any_value = problem.trivial_solution(start)
         if any_value is not None:
             objective, violation = problem.objective(any_value), problem.violation(any_value)
             proof = Certificate(_below(objective, objective, problem, any_value), DEAD)
@@ -65,13 +110,15 @@ def solve(
 
         def after_step(steps: int, state: Any) -> None:
             if callback is not None:
-                callback(steps, partial(_value, solver, posed, state))
+                callback(steps, partial(_value, solver, transformed, state))
 
         state, status, steps = _iterate(
-            posed.problem, solver, posed.into(start), max_steps, began + max_seconds, after_step
+            transformed.problem, solver, transformed.into(start), max_steps, began + max_seconds, after_step
         )
-        value = _value(solver, posed, state)
-        certificate = _best(posed.certificate(solver.certify(posed.problem, state)), solver.prove(problem, value))
+        value = _value(solver, transformed, state)
+        certificate = _best(
+            transformed.certificate(solver.certify(transformed.problem, state)), solver.prove(problem, value)
+        )
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
         if not math.isfinite(objective):
@@ -80,51 +127,51 @@ def solve(
         notes = solver.notes(state)
         if certificate is not None and violation == 0:
             bound = _below(certificate.lower_bound, objective, problem, value)
-            # Written so that NaN is none.
+            # Written so that NaN fails.
             if bound <= objective:
                 certificate = replace(certificate, lower_bound=bound)
             else:
                 bound = certificate.lower_bound
                 notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
                 certificate = None
-    history = tuple(replace(one, objective=one.objective * posed.factor) for one in solver.history(state))
+    history = tuple(replace(one, objective=one.objective * transformed.factor) for one in solver.history(state))
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
-def check_accepted(posed: Problem, solver: AnySolver) -> None:
-    """Raise NoSolver when a solver refuses a problem, given in the basis of the outputs in which `solve` poses it."""
-    reason = solver.refusal(posed)
+def check_accepted(transformed: Problem, solver: AnySolver) -> None:
+    """Raise NoSolver when a solver refuses a problem, given in the basis of the outputs in which the solver runs."""
+    reason = solver.refusal(transformed)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
 
 @full_precision()
 def answer(problem: Problem, solver: AnySolver, start: Tensor) -> Tensor:
-    """What `solve` would return as the value, neither measured nor certified: for the inner steps of something else."""
-    posed = _Posed.of(problem)
+    """Return the value of the solution without measuring or certifying it, for the inner steps of other methods."""
+    transformed = _Transformed.of(problem)
     with torch.no_grad():
-        any_value = problem.indifferent(start)
+        any_value = problem.trivial_solution(start)
         if any_value is not None:
             return any_value
         state, _, _ = _iterate(
-            posed.problem, solver, posed.into(start), MOST_STEPS, math.inf, lambda steps, state: None
+            transformed.problem, solver, transformed.into(start), MOST_STEPS, math.inf, lambda steps, state: None
         )
-        return _value(solver, posed, state)
+        return _value(solver, transformed, state)
 
 
 @dataclass(frozen=True, eq=False)
-class _Posed:
-    """A problem as its solver meets it: in another basis of the outputs, and weights and inputs of moderate size."""
+class _Transformed:
+    """A problem in the basis of the outputs and the units of weights and inputs in which its solver runs."""
 
     problem: Problem
     basis: OutputBasis | None
     size: float
     """the factor of its weights"""
     factor: float
-    """what its objective is multiplied by to be that of the problem as it came"""
+    """the factor from its objective to that of the original problem"""
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Posed":
+    def of(cls, problem: Problem) -> "_Transformed":
         rebased, basis = problem.in_output_basis()
         moderate, size, factor = rebased.in_moderate_units()
         return cls(moderate, basis, size, factor)
@@ -138,22 +185,22 @@ class _Posed:
         return weight if self.basis is None else self.basis.back(weight)
 
     def certificate(self, found: Certificate | None) -> Certificate | None:
-        """What a bound on the problem as posed proves of the problem itself: in another basis nothing, as it rounds."""
+        """Return a bound for the original problem; None in another basis of the outputs, whose conversion rounds."""
         if found is None or self.basis is not None:
             return None
         return replace(found, lower_bound=found.lower_bound * self.factor)
 
 
 def _best(*found: Certificate | None) -> Certificate | None:
-    """The certificate with the highest bound."""
+    """Return the certificate with the highest bound."""
     proved = [one for one in found if one is not None]
     return max(proved, key=lambda one: one.lower_bound, default=None)
 
 
 def _below(bound: float, objective: float, problem: Problem, value: Tensor) -> float:
-    """A bound less what the measured objective of the answer may be off by, or that share of it for a lower bound.
+    """Return a bound less the rounding error of the measured objective, in proportion for a lower bound.
 
-    Then it is no higher than what is measured. Nothing is measured below zero.
+    Then it is no higher than the measured objective, which is never negative.
     """
     if bound <= 0:
         return bound
@@ -164,7 +211,7 @@ def _below(bound: float, objective: float, problem: Problem, value: Tensor) -> f
 def _iterate(
     problem: Problem, solver: AnySolver, start: Tensor, most: int, until: float, after_step: Callable[[int, Any], None]
 ) -> tuple[Any, Status, int]:
-    """The solver's last state, why it stopped, and after how many steps."""
+    """Return the solver's last state, the reason why it stopped, and the number of steps."""
     state, steps = solver.init(problem, start), 0
     while (status := solver.done(problem, state)) is None:
         if steps >= most:
@@ -177,6 +224,6 @@ def _iterate(
     return state, status, steps
 
 
-def _value(solver: AnySolver, posed: _Posed, state: Any) -> Tensor:
-    """The weight that a state stands for, as the problem as it came measures it."""
-    return posed.back(solver.value(posed.problem, state))
+def _value(solver: AnySolver, transformed: _Transformed, state: Any) -> Tensor:
+    """Return the weight of a state, in the basis and the units of the original problem."""
+    return transformed.back(solver.value(transformed.problem, state))

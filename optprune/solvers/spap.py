@@ -1,22 +1,134 @@
 """SPAP: the choice of units by a growing penalty on dropped columns and alternating minimisation, then a refit."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from optprune.errors import InputError
 from optprune.numerics import linalg
-from optprune.problems import StructuredProblem
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.core_search import Core
-from optprune.solvers.inverse import InverseForm, cost_rounding
-from optprune.solvers.solution import Status
-from optprune.solvers.tableau import EXCHANGE, Tableau, tableau_flops
+from optprune.problems import ChannelGroups, StructuredProblem
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
+from optprune.solvers.inverse import EXCHANGE, InverseForm, Tableau, cost_rounding, tableau_flops
 from optprune.work import Work, factor, inverse, product
+
+TENURE = 4
+"""the exchanges of a walk before a moved unit may be moved again"""
+Descend = Callable[[Tableau], Tableau | None]
+"""the tableau of a choice that costs less, found by exchanges; None where there is none"""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Core:
+    """The choice among some units of a tableau with all others fixed: exactly the same problem with few units.
+
+    Its cost differs from that of the whole choice by a constant. Its steps cost as much as a few columns, whatever the
+    width of the layer.
+    """
+
+    whole: Tableau
+    units: Int[Tensor, " core"]
+    """the indices of the core's units in the whole tableau"""
+    tableau: Tableau
+    """the tableau of the core alone"""
+
+    @classmethod
+    def of(cls, whole: Tableau, candidates: int) -> "Core | None":
+        """Return the core of the cheapest kept and the most valuable dropped units; None where one side is empty.
+
+        It has `candidates` units of each side, equally many of every slot.
+        """
+        slots, worth = whole.channels.slot_count, whole.worth()
+        sides = whole.kept // slots, (whole.channels.units - whole.kept) // slots
+        most = max(candidates // slots, 1)
+        if min(sides) == 0:
+            return None
+        few = [
+            whole.best_of_slots(torch.where(side, score, -torch.inf), min(most, size))
+            for side, score, size in zip((whole.choice, ~whole.choice), (-worth, worth), sides, strict=True)
+        ]
+        units = torch.cat(few)
+        index = torch.arange(len(units), device=units.device)
+        columns = whole.columns(units)
+        channels = ChannelGroups(
+            torch.arange(len(columns), device=units.device).reshape(len(units), -1), whole.channels.slots[units]
+        )
+        part = replace(
+            whole,
+            channels=channels,
+            minimiser=whole.rows[:, columns],
+            matrix=whole.matrix[columns[:, None], columns],
+            rows=whole.rows[:, columns],
+            choice=whole.choice[units],
+            kept=len(few[0]),
+        )
+        # With all units kept the tableau holds the inverse and the minimiser of the core's problem.
+        base = part.exchanged(index[:0], index[len(few[0]) :])
+        return cls(whole, units, Tableau.of(channels, base.matrix, base.rows, part.choice))
+
+    def searched(self, descend: Descend, *, depth: int, walk: int, enough: float) -> Tableau | None:
+        """Return the whole tableau after a search for a choice that costs less by `enough`; None where it found none.
+
+        Units of every slot are dropped one after another and others return, or the other way round, up to `depth` of
+        them; then `walk` exchanges are made in a row, each the best that moves no unit moved just before. From
+        either result it descends.
+        """
+        for count in range(1, depth + 1):
+            for drop_first in (True, False):
+                away = excursion(self.tableau, count, drop_first=drop_first)
+                if away is not None and (found := self._lower(away, descend, enough)) is not None:
+                    return found
+        away = self._walk(walk, enough)
+        return None if away is None else self._lower(away, descend, enough)
+
+    def _lower(self, away: Tableau, descend: Descend, enough: float) -> Tableau | None:
+        """Return the whole tableau after a descent from another choice, where it ends lower, else None."""
+        while (lower := descend(away)) is not None:
+            away = lower
+        if not away.cost < self.tableau.cost - enough:
+            return None
+        left, came = self.tableau.choice & ~away.choice, away.choice & ~self.tableau.choice
+        return self.whole.exchanged(self.units[left], self.units[came])
+
+    def _walk(self, steps: int, enough: float) -> Tableau | None:
+        """Return the first tableau of a walk that costs less by `enough`."""
+        tableau, change = self.tableau, 0.0
+        moved = torch.full_like(tableau.choice, -TENURE, dtype=torch.long)
+        # Some unit of each side is always free to move.
+        slots = tableau.channels.slot_count
+        free = min(tableau.kept, tableau.channels.units - tableau.kept) // slots
+        tenure = min(TENURE, free)
+        for step in range(steps):
+            found = tableau.best_exchange(tableau.channels.units, moved > step - tenure)
+            if found is None:
+                return None
+            tableau, change = tableau.exchanged(found.leaving, found.entering), change + found.change
+            moved[found.leaving] = moved[found.entering] = step
+            if change < -enough:
+                return tableau
+        return None
+
+
+def excursion(tableau: Tableau, depth: int, *, drop_first: bool) -> Tableau | None:
+    """Return the tableau after `depth` units of every slot were dropped and others returned; None if too few exist."""
+    slots = tableau.channels.slot_count
+    if min(tableau.kept, tableau.channels.units - tableau.kept) // slots < depth:
+        return None
+    barred: Bool[Tensor, " units"] = torch.zeros_like(tableau.choice)
+    for drop in [drop_first] * depth + [not drop_first] * depth:
+        free = (tableau.choice if drop else ~tableau.choice) & ~barred
+        worth = tableau.worth()
+        moving = tableau.best_of_slots(torch.where(free, -worth if drop else worth, -torch.inf), 1)
+        nothing = moving[:0]
+        tableau = tableau.exchanged(*((moving, nothing) if drop else (nothing, moving)))
+        barred[moving] = True
+    return tableau
+
 
 Scale = Literal["inverse", "gram", "unit"]
 
@@ -26,7 +138,7 @@ CHANGES_PER_PENALTY = 3
 
 @dataclass(frozen=True, eq=False)
 class SpapState:
-    """The two blocks of variables, V and the choice, both in the tableau; and where the schedule stands."""
+    """The two blocks of variables, V and the choice, both in the tableau, and the position in the schedule."""
 
     form: InverseForm
     scale: Float[Tensor, " in"]
@@ -41,7 +153,7 @@ class SpapState:
     searched: bool
     """whether the core of the choice, at the last penalty, has nothing lower"""
     changes: int
-    """how often the choice has changed"""
+    """the number of changes of the choice"""
 
 
 @final
@@ -54,22 +166,22 @@ class Spap(Solver[StructuredProblem, SpapState]):
     V-step, in closed form: V = B (A + rho diag((1 - z) omega))^-1. With V0 = B A^-1, M = A^-1 + diag(1 / (rho omega)),
     the dropped columns P and Y = V0_P (M_PP)^-1 it is V0 - Y A^-1_P, and min_V F(V, z) = f(V0) + 1/2 tr(Y V0_P^T):
     the penalty is a ridge on A^-1.
-    z-step, with the response of V: a kept unit is worth what F rises by when it alone is dropped, a dropped one what F
-    falls by when it alone returns, both in closed form. The dropped units worth more than kept ones of their slot
-    change places with them, the best pairs first: all such pairs if that lowers F, else half of them, and so on; where
-    no number of them does, the best single exchange of `candidates` by `candidates` units, at its exact change.
-    When no exchange lowers F by more than `tolerance` of it, rho grows by `growth`, from `first` to `last`. At the last
-    penalty the core is searched, the `candidates` units of either side whose place is most in doubt, all others held:
-    d of them are dropped one after another and d others return, or the other way round, for d up to `depth`; then
-    `walk` exchanges are made in a row, each the best that moves no unit moved just before. Where this ends lower, the
-    alternation goes on from there.
+    z-step, with the response of V: the worth of a kept unit is the rise of F when it alone is dropped, that of a
+    dropped one the fall of F when it alone returns, both in closed form. The dropped units worth more than kept ones of
+    their slot change places with them, the best pairs first: all such pairs if that lowers F, else half of them, and so
+    on; where no number of them does, the best single exchange of `candidates` by `candidates` units, at its exact
+    change. When no exchange lowers F by more than `tolerance` of it, rho grows by `growth`, from `first` to `last`. At
+    the last penalty the core is searched, the `candidates` units of each side whose place is most in doubt, all others
+    fixed: d of them are dropped one after another and d others return, or the other way round, for d up to `depth`;
+    then `walk` exchanges are made in a row, each the best that moves no unit moved just before. Where this ends lower,
+    the alternation continues from there.
 
     At fixed rho F never rises, and as there are finitely many choices and each is left for a strictly lower F, the
     alternation ends in finitely many steps, at a choice and without rounding. A z-step by |V_j|^2 alone, which is the
     slope of the concave function min_V F(V, z), changes nothing: once penalised, a column is too small to return.
 
-    For rho -> 0 the best choice is the ranking by omega_c |V0_c|^2, for rho -> infinity F is the cost of dropping.
-    The scale says what the ranking is: `inverse` omega = 1 / diag(A^-1), the score of Optimal Brain Surgeon, `gram`
+    For rho -> 0 the best choice is the ranking by omega_c |V0_c|^2, for rho -> infinity F is the cost of removal.
+    The scale selects the ranking: `inverse` omega = 1 / diag(A^-1), the score of Optimal Brain Surgeon, `gram`
     omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured and linked problems; the
     start is not used. Follow it with a refit.
 
@@ -116,7 +228,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
         return SpapState(form, scale, tableau, self.first, cost_rounding(problem.loss), False, False, 0)
 
     def step(self, problem: StructuredProblem, state: SpapState) -> SpapState:
-        """Nothing but the schedule moves where the choice has settled, so that every step lowers F or is one of its."""
+        """Make a step that lowers F, or a step of the schedule where no exchange lowers F."""
         if not state.settled:
             lower = self._lower(state.tableau, self._enough(state.tableau, state.gain))
             if lower is None:
@@ -142,9 +254,9 @@ class Spap(Solver[StructuredProblem, SpapState]):
         return state.form.notes
 
     def _column_scale(self, problem: StructuredProblem, form: InverseForm) -> Float[Tensor, " in"]:
-        """omega, positive and in the unit of A, so that rho has none."""
+        """Return omega, positive and in the unit of A, so that rho has no unit."""
         gram = problem.loss.gram.double().diagonal()
-        # Never zero: a dead input would have an infinite 1 / omega.
+        # Never zero, because a dead input would have an infinite 1 / omega.
         mean = gram.mean() if bool(gram.mean() > 0) else torch.ones_like(gram[0])
         match self.scale:
             case "inverse":
@@ -158,10 +270,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
         return max(self.tolerance * tableau.cost, gain)
 
     def _lower(self, tableau: Tableau, enough: float) -> Tableau | None:
-        """The tableau after a z-step and the V-step that follows; None where no exchange lowers F by `enough`."""
+        """Return the tableau after a z-step and its V-step; None where no exchange lowers F by `enough`."""
         leaving, entering = _pairs(tableau)
         halves = [len(leaving) >> turn for turn in range(len(leaving).bit_length())]
-        # All pairs at a look of their own: the halves, which cost less than that together, are mostly not needed.
+        # All pairs are read first: the halves, which together cost less, are mostly not needed.
         for counts in (halves[:1], halves[1:]):
             changes = [tableau.change(leaving[:count], entering[:count]) for count in counts]
             for count, change in zip(counts, linalg.numbers(*changes) if changes else (), strict=True):
@@ -173,7 +285,7 @@ class Spap(Solver[StructuredProblem, SpapState]):
         return tableau.exchanged(found.leaving, found.entering)
 
     def _core(self, tableau: Tableau, gain: float) -> Tableau | None:
-        """The tableau after a search among the units in doubt; None where it finds nothing lower."""
+        """Return the tableau after a search among the units in doubt; None where it finds nothing lower."""
         core = Core.of(tableau, self.candidates) if self.depth or self.walk else None
         if core is None:
             return None
@@ -184,12 +296,12 @@ class Spap(Solver[StructuredProblem, SpapState]):
 def _penalised(
     problem: StructuredProblem, form: InverseForm, strength: Float[Tensor, " in"], choice: Tensor
 ) -> Tableau:
-    """The tableau of a choice whose dropped columns c cost strength_c / 2 |V_c|^2."""
+    """Return the tableau of a choice whose dropped columns c cost strength_c / 2 |V_c|^2."""
     return Tableau.of(problem.channels, form.inverse + torch.diag(1 / strength), form.minimiser, choice)
 
 
 def penalised_minimiser(state: SpapState) -> Float[Tensor, "out in"]:
-    """argmin_V F(V, z) for the state's choice and penalty: its V."""
+    """Return argmin_V F(V, z) for the state's choice and penalty."""
     tableau = state.tableau
     dropped = (~tableau.choice).nonzero()[:, 0]
     multiplier = tableau.rows.reshape(len(tableau.rows), -1, tableau.each)[:, dropped].flatten(1)
@@ -197,7 +309,7 @@ def penalised_minimiser(state: SpapState) -> Float[Tensor, "out in"]:
 
 
 def _pairs(tableau: Tableau) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Kept units, and the dropped ones of their slots that are worth more: the best pairs first.
+    """Return kept units, and the dropped ones of their slots that are worth more, the best pairs first.
 
     In every slot the cheapest kept unit goes with the most valuable dropped one, and so on.
     """

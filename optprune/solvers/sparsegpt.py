@@ -10,9 +10,9 @@ from torch import Tensor
 from optprune.errors import NumericalError
 from optprune.numerics import linalg
 from optprune.patterns import NM, RowWise, Unstructured, largest
-from optprune.problems import LayerLoss, SparseLeastSquares
+from optprune.problems import SparseLeastSquares
 from optprune.solvers.base import Answer, DirectSolver, check_options, measuring
-from optprune.solvers.spectrum import ScaledGram
+from optprune.solvers.inverse import inverse_gram
 from optprune.work import Work, factor, inverse, product, storage
 
 
@@ -48,7 +48,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
         flops = measuring(outputs, inputs, coupled=coupled) + 2 * factor(inputs) + inverse(inputs) + updates
         return Work(flops, storage(outputs, inputs, 24.3, 20.5, 7.4))
 
-    def why_not(self, problem: SparseLeastSquares) -> str | None:
+    def unsupported(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it chooses masks block by block, which it cannot for the pattern {type(pattern).__name__}"
@@ -86,7 +86,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
                     divisors[:, group].scatter_(1, kept, torch.inf)
                 error = torch.div(inner[:, j], divisors[:, j], out=errors[:, j])
                 inner[:, j:].addr_(error, local[j, j:], alpha=-1)
-            # The update has left rounding where a weight was dropped.
+            # The update has left rounding in place of zeros.
             inner.masked_fill_(divisors < torch.inf, 0)
             weight[:, last:] -= errors @ factor[first:last, last:]
         return Answer(weight.to(problem.loss.weight))
@@ -95,22 +95,8 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
 def _block_mask(
     pattern: Unstructured | RowWise, score: Float[Tensor, "out block"], first: int, last: int, width: int
 ) -> Bool[Tensor, "out block"]:
-    """The block's share of the count: shares add up to the whole, to the entry."""
+    """Return the mask of a block with its share of the count; the shares sum exactly to the whole."""
     keep = pattern.keep * last // width - pattern.keep * first // width
     if isinstance(pattern, RowWise):
         return largest(score, keep)
     return Unstructured(keep).project(score)
-
-
-def inverse_gram(loss: LayerLoss) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
-    """A^-1 and the unpruned minimiser B A^-1, a fresh tensor, in float64; NumericalError where A is singular."""
-    scaled = ScaledGram.of(loss)
-    factor = scaled.factor()
-    if factor is None:
-        raise NumericalError(
-            "the Gram matrix is not positive definite by more than rounding (fewer tokens than inputs, or dead inputs, "
-            "without damping): damp the loss, e.g. by 0.01"
-        )
-    inverse = torch.cholesky_inverse(factor, out=factor).div_(scaled.scale[:, None]).div_(scaled.scale)
-    weight = loss.weight.double()
-    return inverse, weight.clone() if loss.pull is None else weight - loss.pull.double() @ inverse

@@ -1,4 +1,4 @@
-"""Spectral quantities of Gram matrices that several solvers share, each safe for the use it is put to."""
+"""Factors, eigenvalue bounds and scales of Gram matrices that several solvers share."""
 
 import math
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from optprune.problems import LayerLoss
 
 @dataclass(frozen=True, eq=False)
 class ScaledGram:
-    """A_ij / (s_i s_j), s_j^2 = E[x*_j^2] + D_j, and what is rounding of it.
+    """A_ij / (s_i s_j), s_j^2 = E[x*_j^2] + D_j, and the size of its rounding.
 
-    In these units every entry of A is known to the same size, whatever the units of the inputs. In the given ones a
+    In these units all entries of A have the same rounding, whatever the units of the inputs. In the original units a
     small input looks like the rounding of a large one.
     """
 
     gram: Float[Tensor, "in in"]
-    """A as the loss has it"""
+    """A, as in the loss"""
     scale: Float[Tensor, " in"]
     """s"""
     dtype: torch.dtype
     """the dtype of the scaled matrix and its factors"""
     least: float
-    """an eigenvalue of A, or of a block of it, that is no larger could be nothing but rounding"""
+    """an eigenvalue of A, or of a block of it, at or below this may be rounding"""
     resolution: float
-    """an eigenvalue of A is known to this; that of a decomposition in this dtype comes on top"""
+    """the rounding of an eigenvalue of A, without that of a decomposition in this dtype"""
 
     @classmethod
     def of(cls, loss: LayerLoss, dtype: torch.dtype = torch.float64) -> "ScaledGram":
@@ -41,12 +41,12 @@ class ScaledGram:
 
     @cached_property
     def matrix(self) -> Float[Tensor, "in in"]:
-        """All of the scaled A, for those that take many blocks of it."""
+        """The scaled A as a whole, for solvers that take many blocks of it."""
         # Divided before it is narrowed: squares of small units leave the range of float32.
         return (self.gram / self.scale[:, None]).div_(self.scale).to(self.dtype)
 
     def block(self, kept: Int[Tensor, " k"] | None = None) -> Float[Tensor, "k k"]:
-        """The same numbers for some inputs alone, or for all: a fresh matrix, stored by columns."""
+        """Return the scaled A of some inputs, or of all, as a fresh matrix stored by columns."""
         gram, scale = self.gram.mT, self.scale
         if kept is not None:
             gram, scale = gram[kept[:, None], kept], scale[kept]
@@ -54,9 +54,9 @@ class ScaledGram:
         return torch.div(gram, scale, out=room).div_(scale[:, None]).to(self.dtype).mT
 
     def factor(self, kept: Int[Tensor, " k"] | None = None) -> Float[Tensor, "k k"] | None:
-        """The Cholesky factor of a block of A; None where an eigenvalue of it could be rounding.
+        """Return the Cholesky factor of a block of A; None where an eigenvalue of it may be rounding.
 
-        Forms the block twice, so that no more than two copies of it are there at a time.
+        The block is formed twice, so that at most two copies of it are in memory.
         """
         shifted = self.block(kept)
         shifted.diagonal().sub_(self.least)
@@ -72,9 +72,9 @@ class ScaledGram:
         return bool(exceeds(self.matrix, self.least))
 
     def factorised(self, blocks: Float[Tensor, "*b n n"]) -> tuple[Float[Tensor, "*b n n"], Bool[Tensor, "*b"]]:
-        """Cholesky factors of blocks of A, and which blocks are regular: no eigenvalue of theirs could be rounding."""
-        # A factor of less than that would invert rounding, and claim a bound that is none.
-        # One look at all of A may save one at every block of a batch.
+        """Return Cholesky factors of blocks of A, and which blocks are regular: no eigenvalue may be rounding."""
+        # A factor with a smaller eigenvalue would invert rounding, and a bound from it would be wrong.
+        # A check of all of A may save the checks of the blocks of a batch.
         regular = self.regular if blocks.ndim > 2 and self.regular else exceeds(blocks, self.least)
         factor, failed = linalg.try_cholesky(blocks)
         return factor, (failed == 0) & regular
@@ -82,7 +82,7 @@ class ScaledGram:
     def solve_singular(
         self, blocks: Float[Tensor, "*b n n"], right: Float[Tensor, "*b rows n"]
     ) -> Float[Tensor, "*b rows n"]:
-        """R M^+ for blocks M that may be singular: eigenvalues that may be rounding, or negative, are zero."""
+        """Return R M^+ for blocks M that may be singular: eigenvalues that are negative or within rounding are zero."""
         values, vectors = linalg.eigh(blocks)
         largest = values.abs().amax(-1)
         rounding = self.resolution + values.shape[-1] * torch.finfo(values.dtype).eps * largest
@@ -92,10 +92,10 @@ class ScaledGram:
 
 
 def exceeds(blocks: Float[Tensor, "*b n n"], least: float) -> Bool[Tensor, "*b"]:
-    """Whether all eigenvalues of symmetric blocks are above `least`: whether M - least I has a Cholesky factor.
+    """Return whether all eigenvalues of symmetric blocks are above `least`: M - least I has a Cholesky factor.
 
-    The pivots of M itself do not tell: one may be any number of times the least eigenvalue, and what rounding leaves of
-    it grows with the conditioning of what stands before it.
+    The pivots of M itself are no test: a pivot may be many times the least eigenvalue, and its rounding
+    grows with the condition of the leading block.
     """
     shifted = blocks.clone()
     shifted.diagonal(dim1=-2, dim2=-1).sub_(least)
@@ -103,15 +103,15 @@ def exceeds(blocks: Float[Tensor, "*b n n"], least: float) -> Bool[Tensor, "*b"]
 
 
 def factor_rounding(count: int, dtype: torch.dtype) -> float:
-    """What an eigenvalue of a matrix with unit diagonal is known to by its Cholesky factors: n eps, and as much again.
+    """Return the rounding of the eigenvalues of a matrix with unit diagonal in its Cholesky factors: 2 n eps.
 
-    The errors of its entries are at most n eps, and add up to no more than that unless they all agree.
+    The errors of the entries are at most n eps, and their sum is no larger unless they all have the same sign.
     """
     return 2 * count * torch.finfo(dtype).eps
 
 
 def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -> float:
-    """An upper bound of the largest eigenvalue of a positive semidefinite matrix.
+    """Return an upper bound of the largest eigenvalue of a positive semidefinite matrix.
 
     (tr A^m)^(1/m) with m = 2^(squarings + 1): never below the largest eigenvalue, as a power iteration is, and at
     most n^(1/m) above it; on the decaying spectra of activations within a few percent. Cost: `squarings` products.
@@ -130,9 +130,10 @@ def largest_eigenvalue_bound(matrix: Float[Tensor, "n n"], squarings: int = 4) -
 
 
 def column_steps(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-    """1 / (L A_jj), L a bound of the largest eigenvalue of A scaled to a unit diagonal: a safe step for each column.
+    """Return 1 / (L A_jj), L a bound of the largest eigenvalue of A with unit diagonal: a safe step for each column.
 
-    A dead input has no curvature, so that any step is safe: it gets the longest, for a penalty still has to move it.
+    For a dead input any step is safe, as it has no curvature; it gets the longest one, because a penalty still acts on
+    it.
     """
     scale = column_scale(gram)
     steps = 1 / ((largest_eigenvalue_bound(gram / torch.outer(scale, scale)) or 1.0) * scale.square())
@@ -141,6 +142,6 @@ def column_steps(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
 
 
 def column_scale(gram: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
-    """sqrt(A_jj), with 1 for dead inputs: dividing A on both sides by it makes the diagonal 1."""
+    """Return sqrt(A_jj), with 1 for dead inputs; A divided by it on both sides has a unit diagonal."""
     scale = gram.diagonal().clamp(min=0).sqrt()
     return torch.where(scale > 0, scale, 1.0)

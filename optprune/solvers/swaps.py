@@ -7,17 +7,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from optprune.numerics.selection import places
+from optprune.numerics.tensors import places
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.problems import SparseLeastSquares
-from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.solution import Status
+from optprune.solvers.base import Solver, Status, check_options, measuring, unfitted
 from optprune.work import Work, sweeps
 
 REFRESH = 64
-"""rounds after which the gradient, which is updated by differences, is computed anew"""
+"""rounds after which the gradient is computed anew, to remove the rounding of its updates"""
 ROUNDS_PER_INPUT = 0.09
-"""the rounds until no row gains, over the inputs: on layers like those of SmolLM2, from the refitted answer of Wanda"""
+"""the usual rounds until no row gains, over the inputs, from Wanda with a refit on layers like those of SmolLM2"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +27,10 @@ class SwapsState:
     gradient: Float[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
     threshold: Float[Tensor, ""]
-    """the least gain that is not rounding"""
+    """the least gain above rounding"""
     rounds: int
     active: Int[Tensor, " k"]
-    """the rows that changed in the last round: the others have nothing to gain within themselves"""
+    """the rows that changed in the last round; the others have no exchange that gains"""
 
 
 @final
@@ -49,8 +48,8 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
     also moves weights between rows, from those with the cheapest p to those with the most gainful q. All other
     weights stay, so the method is monotone; follow it with a refit and repeat.
 
-    A round looks at the device once, to know which rows gain, and with an unstructured pattern twice more, for those
-    that change places with others. It costs a few passes over the rows that changed in the last one, and with an
+    A round reads from the device once, for the rows that gain, and with an unstructured pattern twice more, for those
+    that exchange weights with other rows. It costs a few passes over the rows that changed in the last one, and with an
     unstructured pattern over [out, in]. Stops when no row gains.
     Reference: SparseSwaps (arXiv 2512.10922) for the exact gains with fixed weights; the entering value is ours.
     """
@@ -68,7 +67,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         flops = measuring(outputs, inputs, coupled=coupled) + ROUNDS_PER_INPUT * inputs * step
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
-    def why_not(self, problem: SparseLeastSquares) -> str | None:
+    def unsupported(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it does not know which exchanges the pattern {type(pattern).__name__} allows"
@@ -85,7 +84,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         threshold = torch.as_tensor(rounding, dtype=start.dtype, device=start.device)
         every = torch.arange(start.shape[0], device=start.device)
         mask = problem.support(start)
-        # A copy: steps write into it.
+        # A copy, because steps write into it.
         weight = torch.where(mask, start, 0.0)
         return SwapsState(weight, loss.gradient(weight), mask, threshold, 0, every)
 
@@ -116,7 +115,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
 
 
 def _rows_of(state: SwapsState, rows: Int[Tensor, " k"]) -> SwapsState:
-    """The state of some rows alone."""
+    """Return the state of some rows alone."""
     if rows.numel() == state.weight.shape[0]:
         return state
     return replace(state, weight=state.weight[rows], gradient=state.gradient[rows], mask=state.mask[rows])
@@ -127,7 +126,7 @@ def _removal_cost(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tens
 
 
 def _entry_gain(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
-    """The gain of giving each dropped weight its best value, others fixed; 0 where an input is dead."""
+    """Return the gain of giving each dropped weight its best value, others fixed; 0 where an input is dead."""
     diagonal = gram.diagonal()
     gain = state.gradient.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
     return torch.where(state.mask, -torch.inf, gain)
@@ -136,7 +135,7 @@ def _entry_gain(state: SwapsState, gram: Float[Tensor, "in in"]) -> Float[Tensor
 def _best_in_rows(
     state: SwapsState, gram: Float[Tensor, "in in"], removal: Float[Tensor, "out in"], candidates: int
 ) -> tuple[Float[Tensor, " out"], Int[Tensor, " out"], Int[Tensor, " out"]]:
-    """The best exchange of every row among its cheapest p and most gainful q: (change, p, q)."""
+    """Return the best exchange of every row among its cheapest p and most gainful q: (change, p, q)."""
     count = min(candidates, removal.shape[1])
     cost, leaving = removal.topk(count, dim=1, largest=False)
     gain, entering = _entry_gain(state, gram).topk(count, dim=1)
@@ -145,7 +144,7 @@ def _best_in_rows(
     slope = state.gradient.gather(1, entering)[:, None, :] - value[:, :, None] * coupling
     diagonal = gram.diagonal()[entering][:, None, :]
     change = cost[:, :, None] - slope.square() / (2 * torch.where(diagonal > 0, diagonal, torch.inf))
-    # A row that keeps all or none of its weights has nothing to exchange.
+    # A row that keeps all or none of its weights has no exchange.
     change = torch.where((cost < torch.inf)[:, :, None] & (gain > -torch.inf)[:, None, :], change, torch.inf)
     best, index = change.flatten(1).min(1)
     return best, leaving.gather(1, (index // count)[:, None])[:, 0], entering.gather(1, (index % count)[:, None])[:, 0]
@@ -154,7 +153,7 @@ def _best_in_rows(
 def _best_in_groups(
     state: SwapsState, gram: Float[Tensor, "in in"], removal: Float[Tensor, "out in"], pattern: NM
 ) -> tuple[Float[Tensor, " out"], Int[Tensor, " out"], Int[Tensor, " out"]]:
-    """The best exchange of every row over all pairs within a group: (change, p, q)."""
+    """Return the best exchange of every row over all pairs within a group: (change, p, q)."""
     m, (rows, width) = pattern.m, removal.shape
     groups = width // m
     index = torch.arange(width, device=gram.device).reshape(groups, m)
@@ -189,11 +188,11 @@ def _enter(
 
 
 def _between_rows(state: SwapsState, gram: Float[Tensor, "in in"]) -> Int[Tensor, " k"]:
-    """Move weights, in place, from rows that lose little to rows that gain more, each one at most; the rows changed."""
+    """Move weights, in place, from rows that lose little to rows that gain more, one per row; return those rows."""
     cost, leaving = torch.where(state.mask, _removal_cost(state, gram), torch.inf).min(1)
     gain, entering = _entry_gain(state, gram).max(1)
     givers, takers = cost.argsort(stable=True), gain.argsort(descending=True, stable=True)
-    # The t cheapest and the t most gainful rows: every pairing of them gains. A row does not give and take.
+    # The t cheapest and the t most gainful rows: every pairing of them gains. No row gives and takes.
     first = (cost[givers] + state.threshold < gain[takers]).long().cumprod(0).bool()
     gives = torch.zeros_like(first).index_put_((givers,), first)
     free = first & ~gives[takers]

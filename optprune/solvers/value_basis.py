@@ -1,14 +1,14 @@
-"""The basis that value dimensions are best removed in: directions that the layer misses least, not coordinates.
+"""The basis in which value dimensions are removed: the directions whose loss is least, in place of coordinates.
 
-What a slot's units make of r directions W [size, r] is V = Z W^T, one W for all columns tied to the slot (the query
-heads that read a KV head). So the best r directions are those of the least squares problem over weights whose part in
+With r directions W [size, r] per slot the weight is V = Z W^T, one W for all columns tied to the slot (the query
+heads that read a KV head). The best r directions solve the least squares problem over weights whose part in
 every slot has rank r:
 
     minimise  1/2 tr(V A V^T) - tr(V B^T)   over  V_h = Z_h W_s^T  for each head h of the slot s.
 
-With one head and inputs of other slots apart, W spans the r leading generalised eigenvectors of (B^T B, A), by Eckart
-and Young in the norm of A: exact, and nested for all r. With several heads their sums stand in for them, which is where
-alternating least squares begins; it never raises the loss.
+With one head, and no correlation between slots, W spans the r leading generalised eigenvectors of (B^T B, A), by Eckart
+and Young in the norm of A: exact, and nested for all r. With several heads their sums are used, and from there
+alternating least squares starts; it never raises the loss.
 
 Reference: ours; for one head the activation-aware low-rank factorisation of V and O (Yuan et al., ASVD, 2023; Wang et
 al., SVD-LLM, 2024).
@@ -24,28 +24,28 @@ from optprune.problems import Channels, LayerLoss, Rotation
 from optprune.work import DOUBLE, Work, inverse, product, storage
 
 ROUNDS = 4
-"""turns of the alternation; on the layers of a real model four leave 2 percent of the loss to a hundred"""
+"""rounds of the alternation; on the layers of a real model four are within 2 percent of a hundred"""
 STEPS = 8
-"""conjugate gradient steps of a turn"""
+"""conjugate gradient steps of a round"""
 
 
 @full_precision()
 def nested_basis(loss: LayerLoss, channels: Channels) -> Rotation:
-    """Directions in the order in which they matter, slot by slot: the first r are what r of them are taken from."""
-    return Rotation.of(_leading(_Pull(loss, channels)).to(loss.weight.dtype), channels)
+    """Return directions by falling importance in every slot; a subset keeps the first r."""
+    return Rotation.of(_leading(_SlotProblem(loss, channels)).to(loss.weight.dtype), channels)
 
 
 @full_precision()
 def best_basis(loss: LayerLoss, channels: Channels, keep: int) -> Rotation:
-    """A basis whose first `keep` directions in every slot lose less than those of `nested_basis`, or as much.
+    """Return a basis whose first `keep` directions in every slot lose no more than those of `nested_basis`.
 
-    `keep` is of a slot. A turn costs a Cholesky factor of the directions of all slots, and `STEPS` products with A.
+    `keep` counts per slot. A round costs a Cholesky factor of the directions of all slots, and `STEPS` products with A.
     """
-    pull = _Pull(loss, channels)
-    basis = _leading(pull)
+    problem = _SlotProblem(loss, channels)
+    basis = _leading(problem)
     directions = basis[..., :keep]
     for _ in range(ROUNDS):
-        directions = linalg.orthonormal(pull.turn(directions))
+        directions = linalg.orthonormal(problem.alternate(directions))
     whole = linalg.orthonormal(directions, whole=True)
     return Rotation.of(whole.to(loss.weight.dtype), channels)
 
@@ -56,8 +56,8 @@ def best_basis_work(outputs: int, inputs: int) -> Work:
     return Work(ROUNDS * (turn + inverse(inputs)), storage(outputs, inputs, 32.0, 24.0))
 
 
-class _Pull:
-    """The least squares problem in float64, its columns sorted by slot, then by what is tied, then by unit."""
+class _SlotProblem:
+    """The least squares problem in float64, its columns sorted by slot, then by tied column, then by unit."""
 
     def __init__(self, loss: LayerLoss, channels: Channels) -> None:
         plain = loss.whitened()
@@ -67,14 +67,14 @@ class _Pull:
         self.gram = plain.gram.double()[order[:, None], order]
         """A of the columns that belong to units"""
         self.target = plain.target.double()[:, order]
-        """B of the same"""
+        """B of the same columns"""
         rest = torch.ones(len(plain.gram), dtype=torch.bool, device=order.device)
         rest[order] = False
         if bool(rest.any()):
             self._eliminate(plain, rest.nonzero()[:, 0], order)
 
     def _eliminate(self, plain: LayerLoss, rest: Tensor, order: Tensor) -> None:
-        """Columns of no unit stay and are fitted freely: what is left for the others is a Schur complement."""
+        """Eliminate the columns of no unit, which stay and are fitted freely, by a Schur complement."""
         gram, target = plain.gram.double(), plain.target.double()
         across = gram[rest[:, None], order]
         solved = linalg.pinv(gram[rest[:, None], rest]) @ across
@@ -82,7 +82,7 @@ class _Pull:
         self.target = self.target - target[:, rest] @ solved
 
     def blocks(self) -> tuple[Tensor, Tensor]:
-        """The sums over what is tied of B_h^T B_h and of A_hh, for every slot [slots, size, size]."""
+        """Return the sums over tied columns of B_h^T B_h and of A_hh, for every slot [slots, size, size]."""
         heads = self.slots * self.tied
         every = torch.arange(heads, device=self.gram.device)
         own = self.gram.reshape(heads, self.size, heads, self.size)[every, :, every]
@@ -92,7 +92,7 @@ class _Pull:
         return square.reshape(shape).sum(1), own.reshape(shape).sum(1)
 
     def fitted(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "out heads r"]:
-        """The best Z for given directions."""
+        """Return the best Z for given directions."""
         heads, kept = self.slots * self.tied, directions.shape[2]
         each = directions.repeat_interleave(self.tied, 0)
         # W^T A W and B W, with W block by block.
@@ -102,12 +102,12 @@ class _Pull:
         gram = (gram + gram.T) / 2
         gram.diagonal().add_(torch.finfo(gram.dtype).eps * heads * kept * gram.diagonal().mean())
         factor, failed = linalg.try_cholesky(gram)
-        # Inputs that are linear in each other, without damping: the least of all best answers.
+        # Linearly dependent inputs without damping: the minimiser of least norm.
         inverse = linalg.pinv(gram) if bool(failed) else torch.cholesky_inverse(factor)
         return (right @ inverse).reshape(-1, heads, kept)
 
-    def turn(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
-        """The directions after one turn: Z fitted, then conjugate gradients on W for that Z."""
+    def alternate(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
+        """Return the directions after one round: fit Z, then conjugate gradients on W for that Z."""
         fitted = self.fitted(directions)
 
         def weight(change: Tensor) -> Tensor:
@@ -131,18 +131,18 @@ class _Pull:
         return at
 
 
-def _leading(pull: _Pull) -> Float[Tensor, "slots size size"]:
-    """Generalised eigenvectors of (sum B_h^T B_h, sum A_hh), the largest first, made orthogonal in that order.
+def _leading(problem: _SlotProblem) -> Float[Tensor, "slots size size"]:
+    """Return generalised eigenvectors of (sum B_h^T B_h, sum A_hh), the largest first, orthogonalised in that order.
 
-    Directions in which there are no inputs come last.
+    Directions without inputs come last.
     """
-    square, gram = pull.blocks()
+    square, gram = problem.blocks()
     sizes, vectors = linalg.eigh(gram)
-    least = torch.finfo(gram.dtype).eps * pull.size * sizes[:, -1:].clamp(min=0)
+    least = torch.finfo(gram.dtype).eps * problem.size * sizes[:, -1:].clamp(min=0)
     seen = sizes > least
     scaled = vectors * torch.where(seen, sizes, 1.0).rsqrt()[:, None, :] * seen[:, None, :]
     _, mixed = linalg.eigh(scaled.mT @ square @ scaled)
     ordered = (scaled @ mixed).flip(-1)
     norms = linalg.norm(ordered, 1)[:, None]
-    # Their order alone counts. What has no length is what no input reaches: the QR puts there what is left.
+    # Only their order counts. Vectors of no length are directions without inputs, which the QR completes.
     return linalg.orthonormal(ordered / torch.where(norms > 0, norms, 1.0))

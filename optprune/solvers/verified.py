@@ -1,8 +1,8 @@
-"""A layer's loss with proven bounds of what computing it rounds: what every certificate is made from.
+"""A layer's loss with proven bounds of its rounding errors, the base of every certificate.
 
-The loss is the exact function of the numbers as they are stored (weights, covariances, means, damping, metric), which
-objectives measure in float64. Where the stored covariance is not quite positive semidefinite, objectives count a
-negative error as zero, so that a bound on the quadratic itself holds for them too.
+The loss is the exact function of the stored numbers (weights, covariances, means, damping, metric), which
+objectives measure in float64. Where the stored covariance is not exactly positive semidefinite, objectives count a
+negative error as zero, so a bound on the quadratic holds for them too.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from optprune.problems.exact import absolute_product
 class VerifiedLoss:
     r"""f(W + Z) = 1/2 <Z, S (Z A + P)> + 1/2 <Z, S P> + e/2, with P = W A - B and e = E|W (x* - x)|^2_S.
 
-    The change Z is in float64 and exact: what is rounded is the arithmetic on it.
+    The change Z is exact in float64; only the arithmetic on it rounds.
     """
 
     loss: LayerLoss
@@ -33,7 +33,7 @@ class VerifiedLoss:
 
     @classmethod
     def of(cls, loss: LayerLoss) -> "VerifiedLoss":
-        """The loss with A, and a full S, in float64."""
+        """Return the verified loss, with A and a full S in float64."""
         moments, metric = loss.exact.moments, loss.metric
         outputs = None
         if metric is not None and metric.full:
@@ -56,11 +56,11 @@ class VerifiedLoss:
 
     @cached_property
     def terms(self) -> int:
-        """The additions that a term of a sum over the weight passes through, at most."""
+        """The most additions that a term of a sum over the weight passes through."""
         return sum(self.weight.shape) + 8
 
     @cached_property
-    def pulled(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
+    def linear_term(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
         """S P and its error."""
         if self.loss.exact.pull is None:
             return torch.zeros_like(self.weight), torch.zeros_like(self.weight)
@@ -86,7 +86,7 @@ class VerifiedLoss:
         return loss.error_at_weight - loss.measuring_error(loss.weight)
 
     def residual(self, change: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"]]:
-        """Z A + P, and e [out]: its entries are off by at most e_o s_j, s^2 the diagonal of A."""
+        """Return Z A + P and e [out]: entry oj has an error of at most e_o s_j, s^2 the diagonal of A."""
         inputs, pull = self.inputs, self.loss.exact.pull
         width = len(inputs.size)
         residual = change @ inputs.matrix
@@ -98,7 +98,7 @@ class VerifiedLoss:
         return residual, error
 
     def gradient(self, change: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
-        """S (Z A + P), and the error of every entry of it at most."""
+        """Return S (Z A + P), and a bound of the error of every entry."""
         size, metric, outputs = self.inputs.size, self.loss.metric, self.outputs
         residual, error = self.residual(change)
         if metric is None:
@@ -112,7 +112,7 @@ class VerifiedLoss:
         return gradient, torch.outer(outputs.size, columns)
 
     def value(self, change: Float[Tensor, "out in"]) -> float:
-        """A lower bound of f(W + Z) at a change Z."""
+        """Return a lower bound of f(W + Z) at a change Z."""
         return self.least(change, torch.full_like(self.weight, torch.inf))
 
     def least(
@@ -122,13 +122,13 @@ class VerifiedLoss:
         dual: Float[Tensor, "out in"] | None = None,
         mask: Bool[Tensor, "rows in"] | None = None,
     ) -> float:
-        """A lower bound of the least f(X) + <T, X> over all X, or over those that are W + Z outside the mask.
+        """Return a lower bound of min f(X) + <T, X> over all X, or over those that are W + Z outside the mask.
 
         At any Z: where S (x) A >= diag(c), `curvature`, on the mask, it is the value there less 1/2 sum r_ij^2 / c_ij
         with r = S (Z A + P) + T.
         """
         gradient, error = self.gradient(change)
-        pull, pull_error = self.pulled
+        pull, pull_error = self.linear_term
         parts = [change * (gradient + pull) / 2]
         residual = gradient
         lost = (change.abs() * (error + pull_error)).sum() / 2

@@ -1,13 +1,12 @@
-"""What third parties need to check a solver: strategies, independent references, the laws, and check_solver.
+"""Checks of solvers, descents and penalties, for third parties too: laws, strategies and independent references.
 
 Needs the extra `optprune[testing]` (hypothesis, cvxpy); a missing one is an ImportError, never a skipped check.
 """
 
-from optprune.testing.check import check_solver
-from optprune.testing.convex_references import Reference, convex_optimum
+from optprune.testing.check import check_penalty, check_solver
 from optprune.testing.laws import SOLVER_LAWS, keep_laws
 from optprune.testing.matching import MATCHING_LAWS, Listed, check_descent, matchings
-from optprune.testing.references import REFERENCES, reference, reference_optimum
+from optprune.testing.references import REFERENCES, Reference, convex_optimum, reference, reference_optimum
 from optprune.testing.strategies import STRATEGIES
 
 __all__ = [
@@ -18,6 +17,7 @@ __all__ = [
     "Listed",
     "Reference",
     "check_descent",
+    "check_penalty",
     "check_solver",
     "convex_optimum",
     "keep_laws",

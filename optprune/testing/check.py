@@ -1,13 +1,14 @@
-"""check_solver: an outsider's solver meets every kind of problem and every law."""
+"""Checks of a solver and of a penalty by all laws, for classes that are defined outside optprune too."""
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
 
+from optprune.penalties import Penalty
 from optprune.problems import Problem
 from optprune.solvers import AnySolver
 from optprune.testing import laws
-from optprune.testing.loss_strategies import METRIC_KINDS, MetricKind
-from optprune.testing.strategies import STRATEGIES, weighted
+from optprune.testing.strategies import METRIC_KINDS, STRATEGIES, MetricKind, weighted, weights
 
 
 def check_solver(solver: AnySolver, *, examples: int = 20, shrink: bool = True) -> None:
@@ -35,11 +36,11 @@ def check_solver(solver: AnySolver, *, examples: int = 20, shrink: bool = True) 
 def _check_kind(
     solver: AnySolver, kind: type[Problem], metric: MetricKind, dtype: torch.dtype, examples: int, shrink: bool
 ) -> int:
-    """Check a solver on one kind of problem; how many of the drawn problems it accepted."""
+    """Check a solver on one kind of problem, and return the number of accepted problems."""
     accepted = 0
     problems = STRATEGIES[kind](dtype=dtype) if metric == "none" else weighted(kind, metric, dtype=dtype)
 
-    # A report of the first broken law is an AssertionError; several at once would be an exception group.
+    # One broken law is an AssertionError; several would be an exception group.
     @settings(
         max_examples=examples,
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
@@ -60,3 +61,26 @@ def _check_kind(
 
     check()
     return accepted
+
+
+def check_penalty(penalty: Penalty, *, shape: tuple[int, int] = (3, 4), examples: int = 50) -> None:
+    """Raise AssertionError unless a penalty keeps every law, on weights [out, in] of the given shape.
+
+    Draws `examples` weights in float64, with ties, zeros and rows of zeros, the same ones every time.
+    """
+    rows, width = shape
+
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+        deadline=None,
+        report_multiple_bugs=False,
+    )
+    @given(weights(width, rows=rows))
+    def check(weight: Tensor) -> None:
+        for law in laws.PENALTY_LAWS:
+            law(penalty, weight)
+
+    check()

@@ -1,13 +1,24 @@
-"""References: the optimum of small problems from the mathematics, by numpy, scipy and cvxpy, using no solver of ours.
+"""References: the optimum of small problems by numpy, scipy and cvxpy, without any solver of optprune.
 
-A reference reads a problem's data and nothing else: quadratic.py rebuilds the loss from the moments. It needs scipy and
-cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a check
-that skips proves nothing.
-"""
+A reference reads only a problem's data: quadratic.py rebuilds the loss from the moments. It needs scipy and
+cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a skipped
+check proves nothing."""
 
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations, product
+from typing import Any
 
+import cvxpy
+import numpy as np
+import scipy.linalg
+import torch
+
+from optprune.errors import InputError
+from optprune.patterns import NM, RowWise, Unstructured
+from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
     LinkedLeastSquares,
     MaskedLeastSquares,
@@ -15,9 +26,278 @@ from optprune.problems import (
     Problem,
     SparseLeastSquares,
     StructuredLeastSquares,
+    StructuredProblem,
 )
-from optprune.testing.choice_references import exhaustive, exhaustive_entries
-from optprune.testing.convex_references import Reference, least_squares, penalised
+from optprune.testing.quadratic import Array, Quadratic, array, roots
+
+PENALISED_ACCURACY = 1e-8
+"""relative accuracy of the reference for penalised problems; the tolerance of Clarabel is a tenth"""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The optimal objective of a problem, and its rounding error."""
+
+    optimum: float
+    rounding: float
+    weight: Array | None = None
+    """a feasible weight [out, in] that attains it, up to rounding"""
+
+
+def least_squares(problem: MaskedLeastSquares) -> Reference:
+    """Return the optimum of a restoration problem, row by row, by ordinary least squares on synthetic tokens.
+
+    A row v with mask M minimises |X*_M v_M - X w|^2 + |D_M^(1/2) (v_M - w_M)|^2: the ridge is more rows of data.
+    The returned optimum is the loss of a feasible weight, so an inaccurate minimiser only makes it larger.
+    """
+    quadratic = Quadratic.of(problem.loss)
+    mask = np.broadcast_to(problem.mask.cpu().numpy(), quadratic.weight.shape)
+    return of_weight(quadratic, restored(quadratic, mask))
+
+
+def restored(quadratic: Quadratic, mask: Array) -> Array:
+    """Return the best weight [out, in] on a mask [out, in]."""
+    if quadratic.coupled and not (mask == mask[:1]).all():
+        return _restored_jointly(quadratic, mask)
+    # A diagonal S only weighs the rows, and with one mask for all of them any S is a factor of the normal equations.
+    answer = np.zeros_like(quadratic.weight)
+    ridge = np.diag(np.sqrt(quadratic.damping))
+    for pattern in np.unique(mask, axis=0):
+        rows = (mask == pattern).all(1)
+        if not pattern.any():
+            continue
+        data = np.vstack([quadratic.inputs, ridge])[:, pattern] / quadratic.scale[pattern]
+        right = np.vstack([quadratic.outputs[:, rows], ridge @ (quadratic.weight[rows] * pattern).T])
+        largest = np.linalg.norm(data, 2)
+        if largest > 0:
+            found = np.asarray(scipy.linalg.lstsq(data, right, cond=quadratic.negligible / largest)[0])  # pyright: ignore
+            answer[np.ix_(rows, pattern)] = found.T / quadratic.scale[pattern]
+    return answer
+
+
+def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
+    """Return the best weight on a mask whose rows S couples, by one least-squares problem with a Kronecker product.
+
+    |R (V X*^T - W X^T)|^2 + |R (V - W) D^(1/2)|^2 with R^T R = S, row after row of V.
+    """
+    answer = np.zeros_like(quadratic.weight)
+    if not mask.any():
+        return answer
+    ridge, root, outputs = np.diag(np.sqrt(quadratic.damping)), quadratic.root, roots(np.diag(quadratic.metric))
+    wanted = np.vstack([quadratic.outputs, ridge @ quadratic.weight.T])
+    right = (root @ wanted.T).reshape(-1)
+    root, tokens = root / outputs, np.vstack([quadratic.inputs, ridge]) / quadratic.scale
+    data = np.kron(root, tokens)[:, mask.reshape(-1)]
+    # Singular values of a Kronecker product are products: rounding in one factor is multiplied by the other.
+    noise = quadratic.negligible * np.linalg.norm(root, 2)
+    noise += np.sqrt(len(root) * quadratic.epsilon) * np.linalg.norm(root, 2) * np.linalg.norm(tokens, 2)
+    largest = np.linalg.norm(data, 2)
+    if largest > 0:
+        found = np.asarray(scipy.linalg.lstsq(data, right, cond=min(noise / largest, 1.0))[0])  # pyright: ignore
+        answer[mask] = found / np.outer(outputs, quadratic.scale)[mask]
+    return answer
+
+
+def of_weight(quadratic: Quadratic, answer: Array) -> Reference:
+    """Return the objective of a weight as a reference."""
+    return Reference(quadratic.value(answer), quadratic.rounding(answer), answer)
+
+
+def convex_optimum(problem: MaskedLeastSquares) -> float:
+    """Return the optimum of a restoration problem by an interior-point method (cvxpy with Clarabel)."""
+    quadratic = Quadratic.of(problem.loss)
+    mask = np.broadcast_to(problem.mask.cpu().numpy(), quadratic.weight.shape).astype(float)
+    # Solved in units of its own scale, where Clarabel's absolute tolerances mean something.
+    scale = quadratic.terms(quadratic.weight)
+    unit = np.sqrt(scale) if scale > 0 else 1.0
+    weight = cvxpy.Variable(quadratic.weight.shape)
+    program = cvxpy.Problem(cvxpy.Minimize(program_loss(quadratic, cvxpy.multiply(mask, weight), unit)))
+    program.solve(solver=cvxpy.CLARABEL)
+    if program.status != cvxpy.OPTIMAL:
+        raise ArithmeticError(f"Clarabel stopped with status {program.status}")
+    return float(program.value) * unit**2  # pyright: ignore[reportArgumentType]
+
+
+def program_loss(quadratic: Quadratic, weight: cvxpy.Expression, unit: float) -> cvxpy.Expression:
+    """Return the loss of a weight [out, in] in units of unit^2, for cvxpy."""
+    root = quadratic.root
+    error = (quadratic.inputs @ weight.T - quadratic.outputs) @ root.T / unit
+    ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, root @ (weight - quadratic.weight))
+    return (cvxpy.sum_squares(error) + cvxpy.sum_squares(ridge)) / 2
+
+
+def penalised(problem: PenalisedLeastSquares) -> Reference:
+    """Return the optimum of a penalised problem by an interior-point method (cvxpy with Clarabel).
+
+    The returned optimum is the objective of the weight that Clarabel found, measured by the formula.
+    """
+    quadratic, penalty = Quadratic.of(problem.loss), problem.penalty
+    candidates = [quadratic.weight, np.zeros_like(quadratic.weight)]
+    size = min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates)
+    if size <= 0:
+        return Reference(0.0, max(quadratic.rounding(weight) for weight in candidates))
+    # Sizes of weights vary with the units of the inputs, so the variable is the change from the original weight
+    # in units of the largest contribution; for a dead input, of its largest weight.
+    alive, largest = np.diag(quadratic.gram) > 0, np.abs(quadratic.weight).max(0)
+    made_up = float((largest * quadratic.scale)[alive].max(initial=0.0)) / quadratic.scale
+    length = np.where(alive & (made_up > 0), made_up, np.where(largest > 0, largest, 1.0))
+    change = cvxpy.Variable(quadratic.weight.shape)
+    weight = quadratic.weight + cvxpy.multiply(np.broadcast_to(length, change.shape), change)
+    objective = program_loss(quadratic, weight, np.sqrt(size)) + penalty_expression(penalty, weight) / size
+    program = cvxpy.Problem(cvxpy.Minimize(objective))
+    tolerances = ("tol_gap_abs", "tol_gap_rel", "tol_feas")
+    tight = dict.fromkeys(tolerances, PENALISED_ACCURACY / 10)
+    # With the status "inaccurate" Clarabel falls back to the accuracy stated here.
+    tight |= {f"reduced_{name}": PENALISED_ACCURACY for name in tolerances}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Solution may be inaccurate", UserWarning)
+        program.solve(solver=cvxpy.CLARABEL, max_iter=500, **tight)
+    if program.status not in (cvxpy.OPTIMAL, cvxpy.OPTIMAL_INACCURATE):
+        raise ArithmeticError(f"Clarabel stopped with status {program.status}")
+    found = quadratic.weight + length * np.asarray(change.value)
+    optimum = quadratic.value(found) + penalty_value(penalty, found)
+    return Reference(optimum, quadratic.rounding(found) + PENALISED_ACCURACY * optimum, found)
+
+
+def penalty_value(penalty: Penalty, weight: Array) -> float:
+    """Return P(V), by the formula."""
+    match penalty:
+        case L1(strength):
+            return float(strength * np.abs(weight).sum())
+        case WeightedL1(weights):
+            return float((array(weights) * np.abs(weight)).sum())
+        case ElasticNet(strength, ridge):
+            return float(strength * np.abs(weight).sum() + ridge / 2 * np.square(weight).sum())
+        case ColumnGroups(strength):
+            return float(strength * np.linalg.norm(weight, axis=0).sum())
+    raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to {__name__}")
+
+
+def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> Any:
+    """Return P(V), for cvxpy."""
+    match penalty:
+        case L1(strength):
+            return strength * cvxpy.sum(cvxpy.abs(weight))
+        case WeightedL1(weights):
+            spread = np.broadcast_to(array(weights), weight.shape)
+            return cvxpy.sum(cvxpy.multiply(spread, cvxpy.abs(weight)))
+        case ElasticNet(strength, ridge):
+            return strength * cvxpy.sum(cvxpy.abs(weight)) + ridge / 2 * cvxpy.sum_squares(weight)
+        case ColumnGroups(strength):
+            return strength * cvxpy.sum(cvxpy.norm(weight, 2, axis=0))
+    raise TypeError(f"no reference for the penalty {type(penalty).__name__}: add it to {__name__}")
+
+
+MOST_CHOICES = 5000
+"""the most choices that are enumerated"""
+SCIP_ACCURACY = 1e-5
+"""relative accuracy of the mixed-integer reference: SCIP holds constraints to 1e-6"""
+
+
+def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
+    """Return the optimum of a sparse problem over every mask of the pattern, each restored by least squares.
+
+    Only the pattern couples the rows of a weight, so every subset of a row is restored once for all rows.
+    """
+    quadratic, pattern = Quadratic.of(problem.loss), problem.pattern
+    rows, width = quadratic.weight.shape
+    if 2 ** (rows * width) > MOST_CHOICES:
+        raise InputError(f"a [{rows}, {width}] weight has too many masks to list: the reference is for 12 entries")
+    if quadratic.coupled:
+        bits = (np.array(b, dtype=bool).reshape(rows, width) for b in product((False, True), repeat=rows * width))
+        masks = [mask for mask in bits if pattern.admits(torch.tensor(mask))]
+        return of_weight(quadratic, min((restored(quadratic, mask) for mask in masks), key=quadratic.value))
+    subsets = [np.array(bits, dtype=bool) for bits in product((False, True), repeat=width)]
+    answers = [restored(quadratic, np.broadcast_to(subset, (rows, width))) for subset in subsets]
+    losses = np.array([quadratic.row_values(answer) for answer in answers])
+    counts = np.array([subset.sum() for subset in subsets])
+    match pattern:
+        case RowWise(keep):
+            choice = [np.where(counts == keep, losses[:, row], np.inf).argmin() for row in range(rows)]
+        case NM(n, m):
+            fits = np.array([(subset.reshape(-1, m).sum(1) == n).all() for subset in subsets])
+            choice = [np.where(fits, losses[:, row], np.inf).argmin() for row in range(rows)]
+        case Unstructured(keep):
+            # The best subset of every count in every row, then every distribution of the count over the rows.
+            best = [
+                [np.where(counts == k, losses[:, row], np.inf).argmin() for k in range(width + 1)]
+                for row in range(rows)
+            ]
+            shares = (share for share in product(range(width + 1), repeat=rows) if sum(share) == keep)
+            choices = ([best[row][k] for row, k in enumerate(share)] for share in shares)
+            choice = min(choices, key=lambda picked: sum(losses[i, row] for row, i in enumerate(picked)))
+        case _:
+            admitted = (
+                picked
+                for picked in product(range(len(subsets)), repeat=rows)
+                if pattern.admits(torch.tensor(np.array([subsets[i] for i in picked])))
+            )
+            choice = min(admitted, key=lambda picked: sum(losses[i, row] for row, i in enumerate(picked)))
+    return of_weight(quadratic, np.array([answers[i][row] for row, i in enumerate(choice)]))
+
+
+def exhaustive(problem: StructuredProblem) -> Reference:
+    """Return the optimum of a structured or linked problem over every admissible choice of units, each restored."""
+    quadratic = Quadratic.of(problem.loss)
+    columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
+    names = np.unique(slots)
+    each = [list(combinations(np.flatnonzero(slots == slot), problem.keep // len(names))) for slot in names]
+    count = int(np.prod([len(choices) for choices in each]))
+    if count > MOST_CHOICES:
+        raise InputError(f"{count} choices of units are too many to list: the reference is for at most {MOST_CHOICES}")
+    answers = []
+    for choice in product(*each):
+        kept = np.isin(np.arange(len(slots)), [unit for part in choice for unit in part])
+        answers.append(restored(quadratic, _mask_of(quadratic, columns, kept)))
+    return of_weight(quadratic, min(answers, key=quadratic.value))
+
+
+def mixed_integer(problem: StructuredProblem) -> Reference:
+    """Return the optimum of a structured problem by a mixed-integer second-order-cone program (cvxpy with SCIP).
+
+    |V_c - (V0)_c| <= sqrt(2 (f(start) - f(V0)) (A^-1)_cc) entry by entry for every V as good as some feasible start,
+    which gives valid big-M bounds |V_c| <= M_c z; A must be positive definite. About ten units take a second.
+    The returned optimum is the loss of the chosen units restored by least squares, so it is never too low.
+    """
+    quadratic = Quadratic.of(problem.loss)
+    columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
+    inverse = np.linalg.inv(quadratic.gram)
+    minimiser = quadratic.target @ inverse
+    first = _mask_of(quadratic, columns, np.isin(np.arange(len(slots)), _first_of_every_slot(problem, slots)))
+    spread = max(quadratic.value(restored(quadratic, first)) - quadratic.value(minimiser), 0.0)
+    most = np.abs(minimiser) + np.sqrt(2 * spread * np.diag(inverse)) * (1 + 1e-9)
+    keep = cvxpy.Variable(len(columns), boolean=True)
+    weight = cvxpy.Variable(quadratic.weight.shape)
+    bounds = [
+        cvxpy.abs(weight[:, column]) <= most[:, column] * keep[unit]
+        for unit, group in enumerate(columns)
+        for column in group
+    ]
+    counts: list[Any] = [
+        cvxpy.sum(keep[slots == slot]) == problem.keep // len(np.unique(slots)) for slot in np.unique(slots)
+    ]
+    # In units of its own scale, where the absolute tolerances of SCIP mean something.
+    unit = np.sqrt(max(spread, 1e-300))
+    program = cvxpy.Problem(cvxpy.Minimize(program_loss(quadratic, weight, unit)), [*bounds, *counts])
+    program.solve(solver=cvxpy.SCIP)
+    if program.status != cvxpy.OPTIMAL:
+        raise ArithmeticError(f"SCIP stopped with status {program.status}")
+    answer = restored(quadratic, _mask_of(quadratic, columns, np.asarray(keep.value) > 0.5))
+    found = of_weight(quadratic, answer)
+    return Reference(found.optimum, found.rounding + SCIP_ACCURACY * spread, answer)
+
+
+def _first_of_every_slot(problem: StructuredProblem, slots: Array) -> Array:
+    each = problem.keep // len(np.unique(slots))
+    return np.concatenate([np.flatnonzero(slots == slot)[:each] for slot in np.unique(slots)])
+
+
+def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:
+    """Return the mask [out, in] of the kept units; columns of no unit stay."""
+    mask = np.ones(quadratic.weight.shape, dtype=bool)
+    mask[:, columns[~kept].reshape(-1)] = False
+    return mask
+
 
 REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
     MaskedLeastSquares: least_squares,
@@ -31,9 +311,9 @@ REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
 
 @lru_cache(maxsize=64)
 def reference(problem: Problem) -> Reference:
-    """The optimum of a small problem, found without any solver of optprune, and how much of it is rounding.
+    """Return the optimum of a small problem, found without any solver of optprune, and its rounding error.
 
-    Remembered for the problem object, because every law asks for it again.
+    It is cached for the problem object, because every law asks for it again.
     """
     if type(problem) not in REFERENCES:
         raise TypeError(f"no reference for {type(problem).__name__}: add one to optprune.testing.references.REFERENCES")
@@ -41,5 +321,5 @@ def reference(problem: Problem) -> Reference:
 
 
 def reference_optimum(problem: Problem) -> float:
-    """The optimal objective of a small problem, found without any solver of optprune."""
+    """Return the optimal objective of a small problem, found without any solver of optprune."""
     return reference(problem).optimum

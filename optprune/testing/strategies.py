@@ -1,19 +1,25 @@
-"""Hypothesis strategies: the awkward problems that a pruning solver must survive.
+"""Hypothesis strategies of problems that are difficult for solvers, and of their parts.
 
 Numbers come from a seeded generator, structure (shapes, ranks, ties, dead inputs) from hypothesis, so a failing
-example shrinks to a small one whose structure is the reason. They are where OPTPRUNE_TEST_DEVICE says (see place.py).
-`dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples` in
-loss_strategies.py). `generic` instances have no ties and full rank, so that a method that ranks has one answer.
+example shrinks to a small one whose structure is the reason. Tensors are on the device OPTPRUNE_TEST_DEVICE (`place`).
+`dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples`).
+`generic` instances have no ties and full rank, so that a method that ranks has one answer.
 """
 
+import inspect
+import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar, get_args
 
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
+from optprune.errors import InputError
+from optprune.metric import OutputMetric
+from optprune.moments import InputMoments
 from optprune.patterns import NM, Pattern, RowWise, SlotWise, Unstructured
 from optprune.penalties import L1, ColumnGroups, ElasticNet, Penalty, WeightedL1
 from optprune.problems import (
@@ -27,9 +33,178 @@ from optprune.problems import (
     SparseLeastSquares,
     StructuredLeastSquares,
 )
-from optprune.testing.loss_strategies import MetricKind, generator_of, losses, metrics
-from optprune.testing.place import here
 
+VARIABLE = "OPTPRUNE_TEST_DEVICE"
+
+
+def place() -> torch.device:
+    """Return the device that OPTPRUNE_TEST_DEVICE names. Raise InputError where torch cannot use it."""
+    name = os.environ.get(VARIABLE) or "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).tolist()
+    # torch raises a class of its own where it was built without a device, and NotImplementedError where there are none.
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{VARIABLE} names the device {name!r}, which cannot be used ({reason}): use cpu or cuda"
+        ) from None
+    return device
+
+
+def here(tensor: Tensor) -> Tensor:
+    """Return the tensor on that device."""
+    return tensor.to(place())
+
+
+SHAPES = ("gaussian", "ties", "low rank", "inputs in different units", "few tokens", "ill-conditioned")
+DAMPINGS = (0.0, 1e-6, 1e-2, 1.0)
+"""fractions of the mean diagonal of the Gram matrix"""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The inputs of a layer, one token per row, and the dense inputs of the same tokens where they differ."""
+
+    inputs: Tensor
+    dense: Tensor | None = None
+
+    def moments(self, dtype: torch.dtype = torch.float64) -> InputMoments:
+        """Return the moments, summed in float64 and then rounded to `dtype`."""
+        dense = None if self.dense is None else self.dense.double()
+        return InputMoments.from_samples(self.inputs.double(), dense).to(dtype)
+
+
+def generator_of(draw: st.DrawFn) -> torch.Generator:
+    """Return a generator with a drawn seed."""
+    return torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def samples(
+    draw: st.DrawFn,
+    width: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    generic: bool = False,
+    dense: bool | None = None,
+) -> Samples:
+    """Draw inputs of a layer: full rank, tied, rank-deficient, sizes from 1 to 2^-12, few tokens, condition 1e8, dead.
+
+    A float32 Gram matrix knows its eigenvalues to 1e-7 of the largest, so no method can be held to 1e-4 of the loss
+    where the spectrum passes gradually through that level. Float32 instances are therefore either exactly singular
+    (repeated and dead inputs) or well conditioned, once every input is measured by its own size: an entry is known to a
+    share of the sizes of its two inputs, so sizes themselves may differ.
+    """
+    width = draw(st.integers(1, 7), label="width") if width is None else width
+    single = dtype == torch.float32
+    generator = generator_of(draw)
+    shape = "gaussian" if generic else draw(st.sampled_from(SHAPES[:4] if single else SHAPES), label="shape")
+    if shape == "few tokens":
+        tokens = draw(st.integers(1, width), label="tokens")
+    else:
+        tokens = draw(st.integers(2 * width + 2, 4 * width + 4), label="tokens")
+    inputs = _normal(generator, tokens, width)
+    if shape == "ties":
+        inputs = inputs.round()
+    elif shape == "ill-conditioned":
+        # Singular values down to 1e-4, so a Gram matrix of condition 1e8.
+        left, _ = torch.linalg.qr(inputs)
+        right, _ = torch.linalg.qr(_normal(generator, width, width))
+        inputs = tokens**0.5 * left @ torch.diag(torch.logspace(0, -4, width, dtype=torch.float64)) @ right
+    if draw(st.booleans(), label="offset"):
+        inputs = inputs + 2 * _normal(generator, width)
+    if shape == "low rank":
+        # Some inputs repeat others: singular exactly where both are kept.
+        inputs = inputs[:, torch.randint(0, width, (width,), generator=generator)]
+    ideal = None
+    if draw(st.booleans(), label="dense") if dense is None else dense:
+        ideal = inputs + draw(st.sampled_from((1e-3, 0.3)), label="drift") * _normal(generator, tokens, width)
+    if shape == "inputs in different units":
+        units = 2.0 ** -torch.randint(0, 13, (width,), generator=generator)
+        inputs, ideal = inputs * units, None if ideal is None else ideal * units
+    if not generic:
+        dead = draw(st.sets(st.integers(0, width - 1), max_size=2), label="dead inputs")
+        # Dead in the pruned model only: the dense inputs may well be alive.
+        inputs = inputs.clone()
+        inputs[:, sorted(dead)] = 0
+    return Samples(here(inputs.to(dtype)), None if ideal is None else here(ideal.to(dtype)))
+
+
+@st.composite
+def moments(
+    draw: st.DrawFn, width: int | None = None, *, dtype: torch.dtype = torch.float64, generic: bool = False
+) -> InputMoments:
+    """Draw the moments of `samples`, with or without dense inputs."""
+    return draw(samples(width, dtype=dtype, generic=generic)).moments(dtype)
+
+
+@st.composite
+def weights(
+    draw: st.DrawFn, width: int, *, dtype: torch.dtype = torch.float64, generic: bool = False, rows: int | None = None
+) -> Tensor:
+    """Draw a weight [out, in], possibly with ties and with rows of zeros."""
+    rows = draw(st.integers(1, 4), label="rows") if rows is None else rows
+    weight = _normal(generator_of(draw), rows, width)
+    if not generic:
+        if draw(st.booleans(), label="tied weights"):
+            weight = weight.round()
+        for row in draw(st.sets(st.integers(0, rows - 1), max_size=1), label="zero rows"):
+            weight[row] = 0
+    return here(weight.to(dtype))
+
+
+@st.composite
+def losses(
+    draw: st.DrawFn,
+    width: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    generic: bool = False,
+    rows: int | None = None,
+) -> LayerLoss:
+    """Draw a layer loss with no, uniform or uneven damping, with or without a free bias."""
+    width = draw(st.integers(1, 7), label="width") if width is None else width
+    statistics = draw(moments(width, dtype=dtype, generic=generic))
+    weight = draw(weights(width, dtype=dtype, generic=generic, rows=rows))
+    # A ridge of 1e-6 is below the rounding of a float32 Gram matrix.
+    fractions = (0.0, 1e-2, 1.0) if dtype == torch.float32 else DAMPINGS
+    fraction = draw(st.sampled_from(fractions), label="damping")
+    loss = LayerLoss.of(weight, statistics, fraction, fit_bias=draw(st.booleans(), label="fit bias"))
+    if draw(st.booleans(), label="uneven damping"):
+        uneven = here(torch.arange(width, dtype=torch.float64).remainder(3).to(dtype))
+        loss = LayerLoss(loss.weight, statistics, loss.damping * uneven, loss.fit_bias)
+    return loss
+
+
+MetricKind = Literal["none", "diagonal", "full"]
+METRIC_KINDS: tuple[MetricKind, ...] = ("none", "diagonal", "full")
+
+
+@st.composite
+def metrics(
+    draw: st.DrawFn, width: int, kind: MetricKind, *, dtype: torch.dtype = torch.float64, generic: bool = False
+) -> OutputMetric | None:
+    """Draw an output metric: full rank, or fewer gradients than outputs; outputs without cost; sizes far from one."""
+    if kind == "none":
+        return None
+    few = not generic and draw(st.booleans(), label="few gradients")
+    tokens = draw(st.integers(1, width), label="gradients") if few else 4 * width + 4
+    generator = generator_of(draw)
+    # Outputs of very different importance, and gradients as small as those of a mean over many predictions.
+    spread = torch.logspace(-0.5, 0.5, width, dtype=torch.float64)[torch.randperm(width, generator=generator)]
+    gradients = _normal(generator, tokens, width) * spread * draw(st.sampled_from((1e-3, 1.0)), label="size")
+    if not generic and draw(st.booleans(), label="an output that costs nothing"):
+        gradients[:, 0] = 0
+    metric = OutputMetric.from_samples(here(gradients), full=kind == "full").to(dtype)
+    return metric.damped(draw(st.sampled_from((0.0, 1e-2, 1.0)), label="metric damping"))
+
+
+Kind = TypeVar("Kind")
 MOST_COUPLED = 8
 """weights of a sparse problem whose rows are coupled: its reference solves each of its 2^8 masks jointly"""
 
@@ -43,7 +218,7 @@ def weighted(
     dtype: torch.dtype = torch.float64,
     generic: bool = False,
 ) -> Problem:
-    """A problem of a kind with an output metric in its loss."""
+    """Draw a problem of a kind with an output metric in its loss."""
     problem = draw(STRATEGIES[kind](dtype=dtype, generic=generic))
     loss = problem.loss
     if metric == "full" and isinstance(problem, SparseLeastSquares):
@@ -51,14 +226,14 @@ def weighted(
     found = draw(metrics(loss.weight.shape[0], metric, dtype=dtype, generic=generic))
     loss = replace(loss, metric=found)
     if isinstance(problem, PenalisedLeastSquares):
-        # Strengths are relative to the loss, so to the weighed one.
+        # Strengths are relative to the loss in the metric.
         return replace(problem, loss=loss, penalty=draw(penalties(loss)))
     return replace(problem, loss=loss)
 
 
 @st.composite
 def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> MaskedLeastSquares:
-    """A restoration problem with one mask for all rows or one for each; rows may keep nothing, or everything."""
+    """Draw a restoration problem with one mask for all rows or one for each; rows may keep nothing, or everything."""
     loss = draw(losses(dtype=dtype, generic=generic))
     rows, width = loss.weight.shape
     rows = 1 if draw(st.booleans(), label="shared mask") else rows
@@ -68,7 +243,7 @@ def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
 
 @st.composite
 def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tuple[LayerLoss, Tensor, Tensor, int]:
-    """A loss, its units (one or two slots, one or two columns a unit, scattered, some columns of no unit), a count."""
+    """Draw a loss, its units (one or two slots, one or two columns per unit, some columns of no unit) and a count."""
     slots = draw(st.integers(1, 2), label="slots")
     size = draw(st.integers(1, most // slots), label="units per slot")
     each = draw(st.integers(1, 2), label="columns per unit")
@@ -84,7 +259,7 @@ def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tup
 def linked(
     draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
 ) -> LinkedLeastSquares:
-    """A choice among at most `most` units, each with a row of a layer before it."""
+    """Draw a choice among at most `most` units, each with a row of a layer before it."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
     return LinkedLeastSquares(loss, Link(columns, slots, (here(torch.arange(len(slots)))[:, None],)), keep)
 
@@ -93,7 +268,7 @@ def linked(
 def structured(
     draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
 ) -> StructuredLeastSquares:
-    """A choice among at most `most` groups of columns."""
+    """Draw a choice among at most `most` groups of columns."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
     return StructuredLeastSquares(loss, ChannelGroups(columns, slots), keep)
 
@@ -102,11 +277,39 @@ STRENGTHS = (1e-4, 1e-2, 0.3, 1.5)
 """strengths of penalties, as shares of the strength at which zero is the answer"""
 
 
+def concrete(base: type[Kind]) -> list[type[Kind]]:
+    """Return the concrete subclasses of a class that optprune itself defines, at any depth, by name."""
+    found = [
+        cls for cls in base.__subclasses__() if not inspect.isabstract(cls) and cls.__module__.startswith("optprune.")
+    ]
+    found += [deeper for cls in base.__subclasses__() for deeper in concrete(cls)]
+    return sorted(set(found), key=lambda cls: cls.__name__)
+
+
 @st.composite
 def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...] | None = None) -> Penalty:
-    """Every penalty, from tiny to so strong that zero is the answer; weights per entry, column or row, some zero."""
-    kind = draw(st.sampled_from(kinds or tuple(PENALTIES)), label="penalty")
-    return draw(PENALTIES[kind](loss, draw(st.sampled_from(STRENGTHS), label="strength")))
+    """Draw any penalty, from tiny to so strong that zero is the answer; weights per entry, column or row, some zero."""
+    kind = draw(st.sampled_from(kinds or concrete(Penalty)), label="penalty")
+    return draw(_penalties_of(kind)(loss, draw(st.sampled_from(STRENGTHS), label="strength")))
+
+
+@st.composite
+def penalised_weights(draw: st.DrawFn, kind: type[Penalty]) -> tuple[Penalty, Tensor]:
+    """Draw a penalty of a kind, with a strength that may be zero, and a weight with zeros and ties, for its laws."""
+    rows, width = draw(st.sampled_from(((1, 1), (1, 4), (3, 1), (3, 4))), label="shape")
+    # The largest entry of the linear term is 1, so that strengths are what they say.
+    ones, unit, zeros = (
+        here(make.double()) for make in (torch.ones(rows, width), torch.eye(width), torch.zeros(width))
+    )
+    loss = LayerLoss.of(ones, InputMoments(unit, zeros, 1))
+    penalty = draw(_penalties_of(kind)(loss, draw(st.sampled_from((0.0, 0.25, 1.0, 3.0)), label="strength")))
+    return penalty, draw(weights(width, rows=rows))
+
+
+def _penalties_of(kind: type[Penalty]) -> Callable[[LayerLoss, float], st.SearchStrategy[Penalty]]:
+    if kind not in PENALTIES:
+        raise TypeError(f"no examples of the penalty {kind.__name__}: add a strategy to PENALTIES in {__name__}")
+    return PENALTIES[kind]
 
 
 def _largest(loss: LayerLoss) -> float:
@@ -157,14 +360,14 @@ def penalised(
     generic: bool = False,
     kinds: tuple[type[Penalty], ...] | None = None,
 ) -> PenalisedLeastSquares:
-    """A layer loss with one of the penalties."""
+    """Draw a layer loss with one of the penalties."""
     loss = draw(losses(dtype=dtype, generic=generic))
     return PenalisedLeastSquares(loss, draw(penalties(loss, kinds)))
 
 
 @st.composite
 def sparse(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> SparseLeastSquares:
-    """A choice among at most 12 single weights: anywhere, per row, or n of m; perhaps none of them, or all."""
+    """Draw a choice among at most 12 single weights: anywhere, per row, or n of m; possibly none of them, or all."""
     kind = draw(st.sampled_from(ENTRY_PATTERNS), label="pattern")
     if kind is NM:
         m, rows, groups = draw(
@@ -200,7 +403,7 @@ STRATEGIES: dict[type[Problem], Callable[..., st.SearchStrategy]] = {
 
 @st.composite
 def scores(draw: st.DrawFn, *shape: int) -> Tensor:
-    """Scores with many ties: small integers, so that sums of them are exact."""
+    """Draw scores with many ties: small integers, whose sums are exact."""
     count = int(torch.Size(shape).numel())
     numbers = draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count), label="scores")
     return here(torch.tensor(numbers, dtype=torch.float64).reshape(shape))
@@ -239,3 +442,42 @@ PATTERNS: dict[type[Pattern], st.SearchStrategy[tuple[Pattern, Tensor]]] = {
     SlotWise: _slot_wise(),
 }
 """for each concrete pattern a strategy of (pattern, scores), small enough to list every mask"""
+
+
+ChoiceKind = Literal["correlated", "drifted", "low rank", "pairs"]
+CHOICE_KINDS: tuple[ChoiceKind, ...] = get_args(ChoiceKind)
+"""mixed inputs; those of a pruned model, which differ from the dense one's; few directions; near-duplicate pairs"""
+
+
+def choice_instance(
+    kind: ChoiceKind, seed: int, *, units: int = 14, outputs: int = 8, damping: float = 0.01
+) -> StructuredLeastSquares:
+    """Return the choice of single columns of a random weight, of which a seed says how many go: 4 to 7 of 14."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    def mixed(width: int) -> Tensor:
+        return normal(tokens, width) @ (normal(width, width) / width**0.5 + torch.eye(width, dtype=torch.float64) / 2)
+
+    tokens, dense = 6 * units, None
+    match kind:
+        case "correlated":
+            inputs = mixed(units)
+        case "drifted":
+            inputs = mixed(units)
+            dense = inputs + between(0.1, 1.0) * normal(tokens, units)
+        case "low rank":
+            rank = units // 2
+            inputs = normal(tokens, rank) @ normal(rank, units) + between(0.1, 0.5) * normal(tokens, units)
+        case "pairs":
+            half = mixed(units // 2)
+            inputs = torch.cat([half, half + between(0.03, 0.3) * normal(tokens, units // 2)], 1)
+    moments = InputMoments.from_samples(inputs, dense)
+    loss = LayerLoss.of(normal(outputs, units), moments, damping)
+    removed = 2 * units // 7 + seed % 4
+    return StructuredLeastSquares(loss, ChannelGroups.of(units), units - removed)

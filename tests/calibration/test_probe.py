@@ -23,7 +23,7 @@ from optprune.calibration import divergence as divergence_module
 from optprune.metric import OutputMetric
 from optprune.models import Decoder
 from optprune.moments import InputMoments
-from optprune.numerics.kullback_leibler import divergence_terms
+from optprune.numerics.tensors import divergence_terms
 from optprune.problems import LayerLoss
 from optprune.pruning import prune
 from optprune.recipe import Recipe, load_recipe

@@ -8,8 +8,8 @@ from optprune.penalties import L1, ColumnGroups, ElasticNet, WeightedL1
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers import Status, solve
 from optprune.testing import reference
-from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
+from optprune.testing.references import PENALISED_ACCURACY
 
 WIDTH, ROWS, TOKENS = 12, 3, 60
 MOST_STEPS = 200_000

@@ -1,7 +1,5 @@
 """Every concrete kind of problem and every concrete solver, found by inspection, and which of them go together."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -21,17 +19,7 @@ from optprune.solvers import (
     Swaps,
     Wanda,
 )
-
-
-def concrete(base):
-    """The concrete subclasses of a class that optprune itself defines, at any depth."""
-    found = []
-    for cls in base.__subclasses__():
-        if not inspect.isabstract(cls) and cls.__module__.startswith("optprune."):
-            found.append(cls)
-        found += concrete(cls)
-    return sorted(set(found), key=lambda cls: cls.__name__)
-
+from optprune.testing.strategies import concrete
 
 # What cannot be made without arguments is made here; everything else by its defaults.
 MADE_BY_HAND = {

@@ -7,7 +7,7 @@ import torch
 
 from optprune.moments import InputMoments
 from optprune.problems import ChannelGroups, LayerLoss, Link, LinkedLeastSquares, StructuredLeastSquares
-from optprune.testing.place import here
+from optprune.testing.strategies import here
 
 KINDS = ("independent", "mixed", "low rank")
 

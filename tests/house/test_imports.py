@@ -4,6 +4,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from grimp import build_graph
+
 import optprune
 
 ROOT = Path(optprune.__file__).parent
@@ -69,3 +71,15 @@ def test_every_way_to_reach_one_is_noticed() -> None:
         assert list(foreign({"home": home, "guest": line})), (number, line)
     for line in ("from home import LIMIT", "import home\nhome.Box().__class__", "layer._parameters"):
         assert not list(foreign({"home": home, "guest": line})), line
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports within functions and for type checkers count too."""
+    graph, waiting = build_graph("optprune", cache_dir=None), dict[str, set[str]]()
+    for module in graph.modules:
+        waiting[module] = set(graph.find_modules_directly_imported_by(module))
+    assert len(waiting) > 100, "the package was not found"
+    # Remove modules whose imports are all removed: the rest is in circles, or imports one.
+    while free := {module for module, imported in waiting.items() if not imported & waiting.keys()}:
+        waiting = {module: imported for module, imported in waiting.items() if module not in free}
+    assert not waiting, sorted(waiting)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, exact
-from optprune.testing.loss_strategies import METRIC_KINDS, losses, metrics, weights
 from optprune.testing.quadratic import Quadratic, array
+from optprune.testing.strategies import METRIC_KINDS, losses, metrics, weights
 from tests.helpers import measuring
 from tests.helpers.memory import MIB, told
 from tests.helpers.moved import moved

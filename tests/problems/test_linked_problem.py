@@ -13,8 +13,8 @@ from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Link, LinkedLeastSquares, MaskedLeastSquares
 from optprune.solvers import Chain, FaspMetric, Magnitude, Random, Restore, solve
 from optprune.testing import REFERENCES, reference
-from optprune.testing.choice_references import exhaustive
 from optprune.testing.quadratic import rounding
+from optprune.testing.references import exhaustive
 from optprune.testing.strategies import linked
 from optprune.testing.transformations import random_feasible
 

@@ -11,9 +11,9 @@ from optprune.errors import InputError, NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss
-from optprune.testing import part_laws
-from optprune.testing.loss_strategies import METRIC_KINDS, losses, samples, weights
+from optprune.testing import laws
 from optprune.testing.quadratic import Quadratic, rounding
+from optprune.testing.strategies import METRIC_KINDS, losses, samples, weights
 from optprune.testing.transformations import in_units
 
 
@@ -31,7 +31,7 @@ def losses_with_samples(draw):
 def test_value_is_the_mean_over_the_samples(drawn):
     loss, data, other = drawn
     for weight in (loss.weight, torch.zeros_like(other), other):
-        part_laws.value_is_the_mean_over_samples(loss, weight, data.inputs, data.dense)
+        laws.value_is_the_mean_over_samples(loss, weight, data.inputs, data.dense)
 
 
 @given(losses_with_samples(), st.sampled_from(METRIC_KINDS), st.sampled_from((torch.float64, torch.float32)))

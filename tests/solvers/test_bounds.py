@@ -3,7 +3,7 @@
 import pytest
 
 from optprune.solvers import solve
-from optprune.testing.exact_objective import exact_objective
+from optprune.testing.quadratic import exact_objective
 from tests.helpers.bound_cases import SOLVERS, case, good_points
 
 

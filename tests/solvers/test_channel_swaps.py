@@ -70,7 +70,7 @@ def test_swaps_never_worsen_a_refitted_start(problem, seed):
 
 # -- faults planted: heuristics promise little to the laws, so these tests must notice
 
-tableau = importlib.import_module("optprune.solvers.tableau")
+tableau = importlib.import_module("optprune.solvers.inverse")
 sweep, best = tableau._sweep, tableau.Tableau.best_exchange
 
 

@@ -17,9 +17,8 @@ from optprune.solvers.duality import DualMap
 from optprune.solvers.run import CONTRADICTED
 from optprune.solvers.spectrum import column_scale, largest_eigenvalue_bound
 from optprune.testing import reference
-from optprune.testing.convex_references import PENALISED_ACCURACY
-from optprune.testing.exact_objective import exact_objective
-from optprune.testing.quadratic import rounding
+from optprune.testing.quadratic import exact_objective, rounding
+from optprune.testing.references import PENALISED_ACCURACY
 from optprune.testing.strategies import penalised
 from tests.helpers.barely_apart import barely_apart
 from tests.helpers.convex_cases import (

@@ -6,9 +6,8 @@ from hypothesis import strategies as st
 
 from optprune.problems import MaskedLeastSquares, SparseLeastSquares
 from optprune.solvers import Chain, Restore, SparseGpt, Swaps
-from optprune.testing import invariance_laws, laws
-from optprune.testing.loss_strategies import METRIC_KINDS
-from optprune.testing.strategies import weighted
+from optprune.testing import laws
+from optprune.testing.strategies import METRIC_KINDS, weighted
 from tests.helpers.solver_table import ACCEPTED, AT_RANDOM, DTYPES, IN_ORDER, KINDS, by_pair, by_solver
 
 EXAMPLES = max(settings().max_examples // 7, 1)
@@ -67,9 +66,9 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, metric, solver)
         if solver.refusal(problem) is not None:
             laws.refuse(problem, solver)
         elif isinstance(solver, IN_ORDER):
-            invariance_laws.scaling_scales_the_answer(problem, solver)
+            laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
-            for law in invariance_laws.GENERIC_LAWS:
+            for law in laws.GENERIC_LAWS:
                 law(problem, solver)
 
     check()

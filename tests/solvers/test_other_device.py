@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import optprune
 from optprune.errors import InputError
 from optprune.solvers import Chain, solve
-from optprune.testing.place import VARIABLE, place
-from optprune.testing.strategies import STRATEGIES, weighted
+from optprune.testing.strategies import STRATEGIES, VARIABLE, place, weighted
 from tests.helpers.moved import moved
 from tests.helpers.pretend import NAME, set_up, watched
 from tests.helpers.solver_table import KINDS, SOLVERS

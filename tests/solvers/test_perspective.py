@@ -11,9 +11,9 @@ from optprune.numerics.rounding import KnownMatrix
 from optprune.patterns import NM, RowWise
 from optprune.problems import LayerLoss, SparseLeastSquares
 from optprune.solvers import Admm, Chain, ConjugateGradients, PerspectiveBound, Restore, Swaps, solve
-from optprune.solvers.splitting import split_off
+from optprune.solvers.perspective import split_off
 from optprune.testing import reference
-from optprune.testing.exact_objective import exact_objective
+from optprune.testing.quadratic import exact_objective
 from optprune.testing.strategies import linked, losses, sparse
 from optprune.testing.transformations import random_feasible
 from tests.helpers.sparse_cases import by_pattern, correlated

@@ -14,8 +14,8 @@ from optprune.problems import PenalisedLeastSquares
 from optprune.solvers import Fista, ProximalAdmm, solve
 from optprune.solvers.duality import DualMap
 from optprune.testing import check_solver, reference
-from optprune.testing.convex_references import PENALISED_ACCURACY
 from optprune.testing.quadratic import rounding
+from optprune.testing.references import PENALISED_ACCURACY
 from optprune.testing.strategies import penalised
 from optprune.testing.transformations import in_units
 from tests.helpers.convex_cases import (
@@ -119,7 +119,7 @@ def test_the_dual_variable_proves_more_than_the_gradient():
     state = solver.init(problem, problem.start())
     for _ in range(60):
         state = solver.step(problem, state)
-    objective, dual = problem.objective(state.weight), state.measured.dual
+    objective, dual = problem.objective(state.weight), state.monitor.dual
     by_dual = objective - dual.bound_at(state.resolvent.weights * state.dual)
     by_gradient = objective - dual.bound(state.weight)
     assert 0 <= by_dual < by_gradient / 10

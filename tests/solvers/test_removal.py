@@ -13,8 +13,8 @@ from optprune.metric import OutputMetric
 from optprune.moments import InputMoments
 from optprune.problems import LayerLoss, Link, MaskedLeastSquares
 from optprune.solvers import Restore, solve
-from optprune.solvers.removal import entry_costs, unit_costs
-from optprune.testing.loss_strategies import METRIC_KINDS, losses, metrics
+from optprune.solvers.inverse import entry_costs, unit_costs
+from optprune.testing.strategies import METRIC_KINDS, losses, metrics
 from tests.helpers.faults import noticed
 
 

@@ -11,7 +11,7 @@ from optprune.numerics import linalg
 from optprune.problems import ChannelGroups, LayerLoss, StructuredLeastSquares
 from optprune.solvers import GreedyObs, RemovalBound, solve
 from optprune.solvers.inverse import InverseForm
-from optprune.testing.exact_objective import exact_objective
+from optprune.testing.quadratic import exact_objective
 from tests.helpers.faults import noticed
 
 removal_bound = importlib.import_module("optprune.solvers.removal_bound")

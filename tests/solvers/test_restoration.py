@@ -19,8 +19,7 @@ from optprune.solvers.run import DEAD, answer
 from optprune.solvers.spectrum import ScaledGram
 from optprune.solvers.verified import VerifiedLoss
 from optprune.testing import check_solver, convex_optimum, reference
-from optprune.testing.exact_objective import exact_objective
-from optprune.testing.quadratic import Quadratic, clearly_regular, rounding
+from optprune.testing.quadratic import Quadratic, clearly_regular, exact_objective, rounding
 from optprune.testing.strategies import masked
 from tests.helpers.barely_apart import barely_apart
 from tests.helpers.faults import noticed, one_scale_for_all

@@ -19,7 +19,7 @@ from optprune.problems import (
 from optprune.pruning import prune
 from optprune.recipe import load_recipe, names
 from optprune.solvers import Chain, Random, Restore, Solver, SparseGpt, Status, solve
-from optprune.solvers.removal import entry_costs, unit_costs
+from optprune.solvers.inverse import entry_costs, unit_costs
 from optprune.solvers.run import DEAD, answer
 from tests.helpers.tiny_models import tiny_llama
 

@@ -22,9 +22,8 @@ from optprune.solvers import (
     Solver,
     solve,
 )
-from optprune.testing import REFERENCES, STRATEGIES, invariance_laws, laws
-from optprune.testing.loss_strategies import METRIC_KINDS
-from optprune.testing.strategies import PATTERNS, PENALTIES, weighted
+from optprune.testing import REFERENCES, STRATEGIES, laws
+from optprune.testing.strategies import METRIC_KINDS, PATTERNS, PENALTIES, concrete, weighted
 from optprune.testing.transformations import permuted, random_feasible, scaled
 from tests.helpers.solver_table import (
     ACCEPTED,
@@ -38,7 +37,6 @@ from tests.helpers.solver_table import (
     by_kind,
     by_pair,
     by_solver,
-    concrete,
 )
 
 # Where the laws themselves are not at stake, and where nothing is degenerate, fewer examples show as much.
@@ -126,9 +124,9 @@ def test_answers_follow_names_and_units_where_nothing_ties(kind, solver, example
     @given(STRATEGIES[kind](generic=True))
     def check(problem):
         if isinstance(solver, IN_ORDER):
-            invariance_laws.scaling_scales_the_answer(problem, solver)
+            laws.scaling_scales_the_answer(problem, solver)
         elif not isinstance(solver, AT_RANDOM):
-            for law in invariance_laws.GENERIC_LAWS:
+            for law in laws.GENERIC_LAWS:
                 law(problem, solver)
 
     check()

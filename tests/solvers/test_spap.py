@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from optprune.problems import ChannelGroups, StructuredLeastSquares
 from optprune.recipe import load_recipe
 from optprune.solvers import Chain, FaspMetric, GreedyObs, Magnitude, Restore, Spap, solve
-from optprune.solvers.inverse import InverseForm
+from optprune.solvers.inverse import InverseForm, Tableau
 from optprune.solvers.spap import penalised_minimiser
-from optprune.solvers.tableau import Tableau
-from optprune.testing.choice_instances import CHOICE_KINDS, choice_instance
+from optprune.testing.strategies import CHOICE_KINDS, choice_instance
 from tests.helpers.faults import noticed
 from tests.helpers.structured_cases import (
     KINDS,

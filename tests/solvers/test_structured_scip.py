@@ -3,7 +3,7 @@
 import pytest
 
 from optprune.solvers import Chain, ChannelSwaps, GreedyObs, RemovalBound, Restore, solve
-from optprune.testing.choice_references import exhaustive, mixed_integer
+from optprune.testing.references import exhaustive, mixed_integer
 from tests.helpers.structured_cases import KINDS, channels, grouped_query
 
 

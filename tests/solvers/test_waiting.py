@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optprune.moments import InputMoments
-from optprune.numerics.selection import kth_largest, median_among, places
+from optprune.numerics.tensors import kth_largest, median_among, places
 from optprune.patterns import NM, RowWise, Unstructured
 from optprune.penalties import L1, ColumnGroups
 from optprune.problems import (

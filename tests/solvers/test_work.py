@@ -37,11 +37,14 @@ from optprune.solvers import (
 )
 from optprune.solvers.descent import GRADIENT_PASSES
 from optprune.solvers.greedy_obs import removal_curve_work
-from optprune.solvers.removal import entry_costs_work
+from optprune.solvers.inverse import entry_costs_work
 from optprune.solvers.value_basis import best_basis_work
+from optprune.testing.strategies import concrete
 from optprune.work import Work
 from tests.helpers.memory import MIB, told
-from tests.helpers.solver_table import SOLVERS, concrete
+from tests.helpers.solver_table import (
+    SOLVERS,
+)
 
 OUT, WIDTH = 384, 1536
 BEYOND = 1.15
@@ -85,7 +88,12 @@ def test_a_chain_adds_the_flops_of_its_stages_and_takes_the_largest_peak():
         assert whole.flops == pytest.approx(sum(work.flops for work in each))
         assert whole.bytes == max(work.bytes for work in each)
     assert Chain(()).work(64, 64) == Work()
-    assert Chain((Admm(), ConjugateGradients())).keeps == Admm().keeps > 0 == Chain((GreedyObs(), Restore())).keeps
+    assert (
+        Chain((Admm(), ConjugateGradients())).cached_bytes
+        == Admm().cached_bytes
+        > 0
+        == Chain((GreedyObs(), Restore())).cached_bytes
+    )
 
 
 @pytest.mark.parametrize(

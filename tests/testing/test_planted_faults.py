@@ -14,9 +14,8 @@ from optprune.problems import LayerLoss, LinkedLeastSquares, MaskedLeastSquares
 from optprune.problems.exact import ExactLoss
 from optprune.solvers import Certificate, FaspMetric, Restore
 from optprune.solvers.spectrum import ScaledGram
-from optprune.testing import check_solver, invariance_laws, part_laws
-from optprune.testing.loss_strategies import samples
-from optprune.testing.strategies import PATTERNS, masked
+from optprune.testing import check_solver, laws
+from optprune.testing.strategies import PATTERNS, masked, samples
 from tests.helpers.faults import one_scale_for_all
 
 UNSHRUNK = settings(phases=[Phase.generate])
@@ -146,7 +145,7 @@ def test_one_scale_for_all_inputs_is_noticed(monkeypatch):
     @UNSHRUNK
     @given(masked())
     def check(problem):
-        invariance_laws.units_are_harmless(problem, Restore())
+        laws.units_are_harmless(problem, Restore())
 
     with pytest.raises(AssertionError, match="given in the units"):
         check()
@@ -228,7 +227,7 @@ def test_a_projection_onto_the_worst_mask_is_noticed(kind, monkeypatch):
     @UNSHRUNK
     @given(PATTERNS[kind])
     def check(drawn):
-        part_laws.projection_is_best(*drawn)
+        laws.projection_is_best(*drawn)
 
     with pytest.raises(AssertionError, match="the projection only"):
         check()
@@ -247,7 +246,7 @@ def test_a_merge_that_ignores_the_numbers_of_tokens_is_noticed(monkeypatch):
     @given(samples(2))
     def check(drawn):
         if drawn.inputs.shape[0] > 2:
-            part_laws.merging_is_one_pass(drawn.inputs, drawn.dense, 1)
+            laws.merging_is_one_pass(drawn.inputs, drawn.dense, 1)
 
     with pytest.raises(AssertionError, match="differ from one pass"):
         check()
@@ -257,7 +256,7 @@ def test_a_merge_that_ignores_the_numbers_of_tokens_is_noticed(monkeypatch):
 def test_a_loss_that_is_not_the_mean_is_noticed(fault, monkeypatch):
     inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     loss = LayerLoss.of(torch.ones(2, 3), InputMoments.from_samples(inputs), 0.1)
-    part_laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)
+    laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)
     monkeypatch.setattr(ExactLoss, "measured", globals()[fault])
     with pytest.raises(AssertionError, match="the samples say"):
-        part_laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)
+        laws.value_is_the_mean_over_samples(loss, torch.zeros(2, 3), inputs, None)

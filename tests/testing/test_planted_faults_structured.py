@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from optprune.solvers import ChannelSwaps, FlapMetric, GreedyObs, Restore, Spap, solve
-from optprune.solvers.inverse import InverseForm
-from optprune.solvers.tableau import Tableau
+from optprune.solvers.inverse import InverseForm, Tableau
 from optprune.testing import check_solver
 from tests.helpers.faults import not_refitted, noticed
 from tests.helpers.structured_cases import KINDS, channels

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import optprune.numerics.definite
+import optprune.numerics.gram
 from optprune.errors import NumericalError
 from optprune.metric import OutputMetric
 from optprune.moments import DenseMoments, InputMoments
@@ -75,7 +75,7 @@ def test_what_tokens_give_passes_however_few_they_are(dtype, mean):
 
 def test_collected_moments_cost_no_factorisation_and_others_cost_one(monkeypatch):
     calls = []
-    look = optprune.numerics.definite.check_average
+    look = optprune.numerics.gram.check_average
     for module in ("optprune.moments", "optprune.metric"):
         monkeypatch.setattr(f"{module}.check_average", lambda *args: calls.append(args[3]) or look(*args))
     inputs = random_moments(50, 4)

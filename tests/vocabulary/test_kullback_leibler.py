@@ -6,7 +6,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 from torch import Tensor
 
-from optprune.numerics.kullback_leibler import divergence_terms
+from optprune.numerics.tensors import divergence_terms
 
 LOGITS = torch.randn(2, 5, 400, generator=torch.Generator().manual_seed(0)) * 3
 

@@ -14,8 +14,8 @@ from optprune.moments import InputMoments
 from optprune.patterns import RowWise, Unstructured
 from optprune.problems import ChannelGroups, LayerLoss, MaskedLeastSquares, SparseLeastSquares, StructuredLeastSquares
 from optprune.solvers import Admm, ConjugateGradients, Magnitude, Restore, Wanda, choose, solve
-from optprune.testing.loss_strategies import losses, metrics, samples, weights
 from optprune.testing.quadratic import rounding
+from optprune.testing.strategies import losses, metrics, samples, weights
 from tests.helpers.faults import noticed
 
 KINDS = st.sampled_from(("diagonal", "full"))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from optprune.errors import InputError, NumericalError
 from optprune.moments import InputMoments, MomentSums
 from optprune.problems import LayerLoss
-from optprune.testing import part_laws
-from optprune.testing.loss_strategies import samples
+from optprune.testing import laws
+from optprune.testing.strategies import samples
 
 NAN, INF = float("nan"), float("inf")
 
@@ -24,7 +24,7 @@ def agree(one, other, slack):
 def test_merged_moments_are_those_of_one_pass(drawn, data):
     tokens = drawn.inputs.shape[0]
     if tokens > 1:
-        part_laws.merging_is_one_pass(drawn.inputs, drawn.dense, data.draw(st.integers(1, tokens - 1)))
+        laws.merging_is_one_pass(drawn.inputs, drawn.dense, data.draw(st.integers(1, tokens - 1)))
 
 
 @given(samples(3), samples(3))

@@ -19,7 +19,7 @@ from optprune.patterns import (
     pattern_family,
 )
 from optprune.solvers import Admm, Magnitude, SparseGpt, Swaps, Wanda, solve
-from optprune.testing import part_laws
+from optprune.testing import laws
 from optprune.testing.strategies import PATTERNS
 from tests.helpers.sparse_cases import correlated
 
@@ -30,7 +30,7 @@ by_kind = pytest.mark.parametrize("kind", PATTERNS, ids=lambda kind: kind.__name
 def test_projection_is_best_and_admissible(kind):
     @given(PATTERNS[kind])
     def check(drawn):
-        part_laws.projection_is_best(*drawn)
+        laws.projection_is_best(*drawn)
 
     check()
 

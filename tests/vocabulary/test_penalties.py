@@ -1,155 +1,43 @@
 """Penalties: value, proximal operator, dual norm and conjugate belong together."""
 
 import math
+from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from optprune.errors import InputError
-from optprune.penalties import L1, ColumnGroups, ElasticNet, NormPenalty, WeightedL1
+from optprune.penalties import L1, ColumnGroups, ElasticNet, NormPenalty, Penalty, WeightedL1, shrink
+from optprune.testing import check_penalty
+from optprune.testing.laws import PENALTY_LAWS
+from optprune.testing.strategies import concrete, penalised_weights
 from tests.helpers.faults import halved_group_prox, halved_prox, noticed
 
-SHAPES = ((1, 1), (1, 4), (3, 1), (3, 4))
+by_kind = pytest.mark.parametrize("kind", concrete(Penalty), ids=lambda kind: kind.__name__)
 
 
-def generator_of(seed):
-    return torch.Generator().manual_seed(seed)
+def test_the_shipped_penalties_are_found():
+    assert {ColumnGroups, ElasticNet, L1, WeightedL1} <= set(concrete(Penalty))
 
 
-def normal(seed, shape, dtype=torch.float64):
-    return torch.randn(shape, generator=generator_of(seed), dtype=torch.float64).to(dtype)
+@by_kind
+@given(st.data())
+def test_every_penalty_keeps_the_laws(kind, data):
+    """Those of optprune.penalties, found by inspection, on weights with zeros and ties; thresholds are hit exactly."""
+    penalty, weight = data.draw(penalised_weights(kind))
+    for law in PENALTY_LAWS:
+        law(penalty, weight)
 
 
-@st.composite
-def cases(draw, dtype=torch.float64, norms=False, positive=False):
-    """(penalty, weight): every penalty, weights with zeros and ties, thresholds hit exactly."""
-    shape = draw(st.sampled_from(SHAPES))
-    weight = normal(draw(st.integers(0, 1000)), shape)
-    if draw(st.booleans()):
-        weight = weight.round()
-    strength = draw(st.sampled_from((0.25, 1.0, 3.0) if positive else (0.0, 0.25, 1.0, 3.0)))
-    weights = torch.rand(
-        draw(st.sampled_from((shape, shape[1:], (shape[0], 1)))), generator=generator_of(1), dtype=torch.float64
-    )
-    if positive:
-        weights = weights + 0.1
-    else:
-        weights.view(-1)[::2] = 0
-    choices = [L1(strength), WeightedL1(strength * weights), ColumnGroups(strength)]
-    if not norms:
-        choices += [ElasticNet(strength, 0.0), ElasticNet(strength, 2.0)]
-    return draw(st.sampled_from(choices)), weight.to(dtype)
+def test_a_penalty_without_examples_is_an_error_that_names_it():
+    class Nuclear(NormPenalty):
+        value = prox = dual_norm = None
 
-
-@given(cases(), st.sampled_from((1e-3, 1.0, 50.0)))
-def test_the_proximal_operator_attains_equality_in_fenchels_inequality(case, size):
-    penalty, weight = case
-    step = torch.tensor(size, dtype=torch.float64)
-    nearest = penalty.prox(weight, step)
-    dual = (weight - nearest) / step
-    # P(p) + P*(u) = <p, u> with u = (v - p) / step holds for the proximal point p, and for no other.
-    product = float((nearest * dual).sum())
-    # u is a difference divided by the step, so its rounding is that of v over the step; P* is infinite just outside
-    # its domain, so what is tested is u drawn in by that much.
-    rounding = 1e-14 * float(weight.abs().max()) / size
-    inside = dual - dual.clamp(-rounding, rounding) if isinstance(penalty, WeightedL1) else dual * (1 - 1e-12)
-    assert penalty.value(nearest) == pytest.approx(product - penalty.conjugate(inside), rel=1e-9, abs=1e-11)
-
-
-@given(cases(), st.sampled_from((1e-3, 1.0, 50.0)), st.integers(0, 100))
-def test_no_other_point_beats_the_proximal_point(case, size, seed):
-    penalty, weight = case
-    step = torch.tensor(size, dtype=torch.float64)
-
-    def cost(point):
-        return penalty.value(point) + float((point - weight).square().sum()) / (2 * size)
-
-    nearest = penalty.prox(weight, step)
-    best = cost(nearest)
-    others = [weight, torch.zeros_like(weight), 0.9 * nearest, 1.1 * nearest]
-    others += [nearest + scale * normal(seed, weight.shape) for scale in (1e-4, 1e-2, 1.0)]
-    for other in others:
-        # A few roundings of sums of a dozen terms.
-        assert cost(other) >= best - 1e-13 * (1 + best)
-
-
-@given(cases())
-def test_a_step_for_each_column_is_that_column_alone(case):
-    penalty, weight = case
-    if not penalty.separable:
-        assert isinstance(penalty, ColumnGroups)
-        return
-    steps = torch.linspace(0.5, 2.0, weight.shape[1], dtype=torch.float64)
-    together = penalty.prox(weight, steps)
-    for column, step in enumerate(steps):
-        assert torch.equal(together[:, column], penalty.prox(weight, step)[:, column])
-
-
-@given(cases(norms=True, positive=True), st.integers(0, 100))
-def test_the_dual_norm_is_the_gauge(case, seed):
-    penalty, dual = case
-    assert isinstance(penalty, NormPenalty)
-    gauge = penalty.dual_norm(dual)
-    # Never exceeded ...
-    for weight in (dual, dual.sign(), normal(seed, dual.shape)):
-        assert float((dual * weight).sum()) <= gauge * penalty.value(weight) * (1 + 1e-12)
-    # ... and attained: by one entry, or by one column in the direction of T.
-    if isinstance(penalty, ColumnGroups):
-        candidates = [dual * (torch.arange(dual.shape[1]) == column) for column in range(dual.shape[1])]
-    else:
-        candidates = [torch.zeros_like(dual).view(-1) for _ in range(dual.numel())]
-        for index, candidate in enumerate(candidates):
-            candidate[index] = dual.reshape(-1)[index].sign()
-        candidates = [candidate.view(dual.shape) for candidate in candidates]
-    ratios = [
-        float((dual * candidate).sum()) / penalty.value(candidate)
-        for candidate in candidates
-        if penalty.value(candidate) > 0
-    ]
-    assert max(ratios, default=0.0) == pytest.approx(gauge, rel=1e-12)
-
-
-@given(cases(norms=True, positive=True))
-def test_the_conjugate_of_a_norm_is_zero_on_the_dual_ball_and_infinite_outside(case):
-    penalty, dual = case
-    gauge = penalty.dual_norm(dual)
-    if gauge > 0:
-        assert penalty.conjugate(dual / gauge) == 0
-        assert penalty.conjugate(1.001 * dual / gauge) == math.inf
-    assert penalty.conjugate(torch.zeros_like(dual)) == 0
-
-
-@given(cases(), st.integers(0, 100))
-def test_a_conjugate_is_never_below_the_inner_product(case, seed):
-    penalty, dual = case
-    conjugate = penalty.conjugate(dual)
-    for scale in (0.1, 1.0, 10.0):
-        weight = scale * normal(seed, dual.shape)
-        product = float((dual * weight).sum())
-        assert conjugate + penalty.value(weight) >= product - 1e-12 * (1 + abs(product))
-
-
-@given(cases(), st.floats(-3, 3), st.integers(0, 100))
-def test_values_are_convex_and_zero_at_zero(case, factor, seed):
-    penalty, weight = case
-    other, half = factor * normal(seed, weight.shape), 0.5
-    middle = penalty.value(half * weight + half * other)
-    mean = (penalty.value(weight) + penalty.value(other)) / 2
-    assert middle <= mean * (1 + 1e-12)
-    assert penalty.value(torch.zeros_like(weight)) == 0
-    if isinstance(penalty, NormPenalty):
-        assert penalty.value(factor * weight) == pytest.approx(abs(factor) * penalty.value(weight), rel=1e-12)
-
-
-@given(cases(dtype=torch.float32))
-def test_the_proximal_point_has_the_dtype_of_the_weight(case):
-    penalty, weight = case
-    nearest = penalty.prox(weight, torch.ones(()))
-    assert nearest.dtype == torch.float32
-    exact = penalty.prox(weight.double(), torch.ones((), dtype=torch.float64))
-    assert torch.allclose(nearest.double(), exact, atol=1e-6)
+    with pytest.raises(TypeError, match="no examples of the penalty Nuclear: add a strategy to PENALTIES"):
+        find(penalised_weights(Nuclear), lambda drawn: True)
 
 
 def test_free_entries_have_no_dual():
@@ -174,7 +62,63 @@ def test_impossible_strengths_are_errors(value):
             make()
 
 
-@pytest.mark.parametrize(("penalty", "fault"), [(L1, halved_prox), (ColumnGroups, halved_group_prox)])
-def test_a_halved_threshold_is_noticed_by_moreau(penalty, fault, monkeypatch):
-    check = test_the_proximal_operator_attains_equality_in_fenchels_inequality
-    noticed(monkeypatch, penalty, "prox", fault, check)
+@dataclass(frozen=True)
+class RowGroups(NormPenalty):
+    """A penalty that optprune does not ship, as in docs/guide/extend.md."""
+
+    strength: float
+
+    def value(self, weight):
+        return self.strength * float(weight.double().norm(dim=1).sum())
+
+    def prox(self, weight, step):
+        norms = weight.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        return weight * (1 - self.strength * step / norms).clamp(min=0)
+
+    def dual_norm(self, dual):
+        return float(dual.double().norm(dim=1).max()) / self.strength
+
+
+def test_a_penalty_of_ones_own_is_checked_by_the_same_laws():
+    check_penalty(RowGroups(0.7))
+
+
+def half_value(self, weight):
+    return value_of[type(self)](self, weight) / 2
+
+
+def half_conjugate(self, dual):
+    return conjugate_of_elastic_net(replace(self, ridge=2 * self.ridge), dual) if self.ridge else 0.0
+
+
+conjugate_of_elastic_net = ElasticNet.conjugate
+value_of = {kind: kind.value for kind in (L1, WeightedL1, ElasticNet, ColumnGroups, RowGroups)}
+FAULTS = [
+    (L1, "prox", halved_prox),
+    (ColumnGroups, "prox", halved_group_prox),
+    *((kind, "value", half_value) for kind in value_of),
+    (L1, "dual_norm", lambda self, dual: float(dual.abs().max()) / self.strength / 2 if self.strength else 0.0),
+    (ColumnGroups, "dual_norm", lambda self, dual: 2 * float(dual.norm(dim=0).max()) / (self.strength or 1)),
+    (RowGroups, "dual_norm", lambda self, dual: float(dual.abs().max()) / self.strength),
+    (RowGroups, "prox", lambda self, weight, step: weight),
+    (ElasticNet, "conjugate", half_conjugate),
+    (ColumnGroups, "separable", property(lambda self: True)),
+    (L1, "reach", lambda self, level, size: level * float(size.min()) / (self.strength or 1)),
+    (WeightedL1, "prox", lambda self, weight, step: shrink(weight, self.weights * step)),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "fault"), FAULTS)
+def test_a_planted_fault_is_noticed(kind, name, fault, monkeypatch):
+    check = partial(check_penalty, RowGroups(0.7)) if kind is RowGroups else every_example(kind)
+    noticed(monkeypatch, kind, name, fault, check)
+
+
+def every_example(kind):
+    @settings(phases=[Phase.generate], derandomize=True, database=None)
+    @given(penalised_weights(kind))
+    def check(drawn):
+        for law in PENALTY_LAWS:
+            law(*drawn)
+
+    return check

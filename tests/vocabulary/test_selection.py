@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optprune.numerics.selection import kth_largest
+from optprune.numerics.tensors import kth_largest
 
 
 @given(st.data(), st.sampled_from([torch.float32, torch.float64]))

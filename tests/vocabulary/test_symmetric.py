@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from optprune.moments import InputMoments, MomentSums
-from optprune.numerics.finite import all_finite
+from optprune.numerics.tensors import all_finite
 
 TOKENS = 40
 

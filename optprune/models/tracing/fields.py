@@ -11,7 +11,7 @@ from optprune.models.architecture import Heads
 from optprune.models.draft import heads_from_fields
 from optprune.models.tracing.parts import nearly, same
 from optprune.models.tracing.traced_model import TracedModel, shapes_only, small_config
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 
 HEADS = {"query": "num_attention_heads", "kv": "num_key_value_heads", "dim": "head_dim"}
 """their names in transformers, in every config that has them or maps an attribute to them"""

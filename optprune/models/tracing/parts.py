@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from optprune.models.draft import NotUnderstood
 from optprune.models.tracing.roles import ResidualBranch
 from optprune.models.tracing.traced_model import Call, TracedModel
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 
 SCALED = 100.0
 """the factor of inputs that makes the constant under a norm's root negligible"""

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optprune.errors import InputError
 from optprune.models.draft import DRAFT_FIELD
-from optprune.numerics.modules import first_output
+from optprune.numerics.tensors import first_output
 
 BLOCKS = 2
 VOCABULARY = 128

@@ -1,0 +1,67 @@
+"""Functions of tensors: finiteness, selections that do not wait for the device, and the terms of a divergence."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite.
+
+    A finite sum proves it in one fast pass. A sum that overflows needs a second pass.
+    """
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""the integers that share the size of a float"""
+
+
+def places(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
+    """Return the indices, ascending, of the True entries, of which there are `count`."""
+    return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+
+
+def median_among(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Return the median of the values where the mask is true, the lower one of two; on a CPU by torch's own median."""
+    if values.device.type == "cpu":
+        return values[mask].median()
+    # The lower median of n values has n // 2 values above it.
+    count = mask.sum()
+    return kth_largest(torch.where(mask, values, -torch.inf).reshape(1, -1), count // 2 + 1)[0, 0]
+
+
+def kth_largest(score: Float[Tensor, "rows n"], k: int | Int[Tensor, ""]) -> Float[Tensor, "rows 1"]:
+    """Return exactly the k-th largest value of every row, with ties, for values without NaN.
+
+    The bits of nonnegative floats, read as integers, have the order of the floats, and those of negative ones the
+    opposite. One count for each bit, from the sign on, decides whether it is set in the answer: a few passes over all
+    values, for devices that sort slowly.
+    """
+    kind = INTEGERS[score.dtype]
+    most = torch.iinfo(kind).max
+    # Adding zero makes a negative zero positive.
+    bits = (score + 0.0).view(kind)
+    keys = torch.where(bits < 0, bits ^ most, bits)
+    found = torch.full_like(keys[:, :1], torch.iinfo(kind).min)
+    for place in range(torch.iinfo(kind).bits - 1, -1, -1):
+        # The sign bit takes the least integer to zero.
+        trial = torch.zeros_like(found) if place == torch.iinfo(kind).bits - 1 else found + (1 << place)
+        enough = (keys >= trial).sum(1, keepdim=True) >= k
+        found = torch.where(enough, trial, found)
+    return torch.where(found < 0, found ^ most, found).view(score.dtype)
+
+
+def first_output(output: Any) -> Tensor:
+    """Return the tensor of a module's output, which some versions of some modules wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def divergence_terms(log_p: Float[Tensor, "*rows n"], log_q: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
+    """Return the terms p (log p - log q) of KL(p || q), in nats, from log-probabilities; a row sums to the divergence.
+
+    Sum them in float64, because most of them cancel. Entries of probability zero, -inf in both, are NaN.
+    """
+    return log_p.exp() * (log_p - log_q)
