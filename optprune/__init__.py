@@ -132,5 +132,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All names, also those that are not imported yet."""
+    """Return all names, also those that are not imported yet."""
     return sorted({*globals(), *__all__, "__version__"})

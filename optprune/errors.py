@@ -19,7 +19,7 @@ class InputError(OptpruneError, ValueError):
 
 
 class NumericalError(OptpruneError):
-    """A matrix that violates the mathematics (NaN, indefinite); no value was silently replaced."""
+    """A matrix violates an assumption of the mathematics (NaN, indefinite); nothing was silently replaced."""
 
 
 class NoSolver(OptpruneError):
@@ -31,7 +31,7 @@ class StrictError(OptpruneError):
 
 
 class WorkerError(OptpruneError):
-    """A process or a machine that did a part of the work has ended."""
+    """A process or a machine that did a part of the work has failed."""
 
 
 def check_at_least(option: str, value: float | None, least: float) -> None:
@@ -41,7 +41,7 @@ def check_at_least(option: str, value: float | None, least: float) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of Python or torch says that the memory is not enough."""
+    """Return whether an error of Python or torch reports that memory is exhausted."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in words or "can't allocate memory" in words)
@@ -49,14 +49,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def no_room_behind(error: BaseException) -> str | None:
-    """Return what is used up, if an error or its cause says that there is no room; else None."""
+    """Return what is exhausted where an error or its cause reports a lack of space, else None."""
     return no_room(error) or (None if error.__cause__ is None else no_room(error.__cause__))
 
 
 def no_room(error: BaseException) -> str | None:
-    """Return what is used up, if an error of Python, numpy or a Rust library says that there is no room; else None."""
+    """Return what is exhausted where an error of Python, numpy or a Rust library reports a lack of space, else None."""
     if isinstance(error, OSError):
-        # numpy's error for a full disk, which has no number.
+        # numpy's message, whose error has no number.
         cut_short = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
         return "the disk has no room for a file" if cut_short else NO_ROOM.get(error.errno or 0)
     code = re.search(r"\(os error (\d+)\)", str(error))

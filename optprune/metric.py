@@ -1,10 +1,10 @@
-"""The output metric: how much an error in each output of a layer costs by the model's own loss.
+"""The output metric: the cost of an error in each output of a layer, by the model's own loss.
 
 For one linear layer let g [out] be the gradient of a sequence's negative log-likelihood, summed over its predictions,
 at the layer's output on one token. With labels drawn from the model, not taken from the text, S = E[g g^T] over the
 tokens is the layer's factor of the Fisher information: 1/2 E[e^T S e] is the second-order estimate of what output
-errors e cost, in nats a token, where they are independent from token to token and average to zero. Products of the
-gradients of two tokens are in no S, so that of errors that tokens share it says little: on layers of SmolLM2
+errors e cost, in nats per token, where they are independent between tokens and average to zero. Products of the
+gradients of two tokens are not in S, so it is a poor estimate for errors that tokens share: on layers of SmolLM2
 independent errors cost 0.53 to 1.53 times the estimate (those of V less, those of gate more), and one error on every
 token 0.06 to 5.3 times.
 """
@@ -27,7 +27,7 @@ from optprune.numerics.tensors import all_finite
 
 @dataclass(frozen=True, eq=False)
 class OutputBasis:
-    """Another basis of a layer's outputs: its weight is R V in place of V, and a metric is simpler."""
+    """Another basis of a layer's outputs, in which the weight is R V and the metric is simpler."""
 
     root: Float[Tensor, "out out"] | Float[Tensor, "out"]
     """R, or its diagonal"""
@@ -35,11 +35,11 @@ class OutputBasis:
     """the inverse of R, or its diagonal"""
 
     def into(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """R V."""
+        """Return R V."""
         return _times(self.root, weight)
 
     def back(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """The V of an R V; columns of zeros stay exactly zero."""
+        """Return the V of an R V; columns of zeros stay exactly zero."""
         return _times(self.inverse, weight)
 
 
@@ -55,10 +55,10 @@ class OutputMetric:
     average: Float[Tensor, "out out"] | Float[Tensor, "out"]
     """E[g g^T], symmetric positive semidefinite, or its diagonal E[g^2]"""
     damping: Float[Tensor, "out"]
-    """what is added to the diagonal"""
+    """the addend of the diagonal"""
     tokens: int
     proved: Tensor | None = field(default=None, compare=False, repr=False)
-    """the average, where it came from gradients by our own sums: then there is nothing to check about it"""
+    """the average, where it was summed from gradients here, so that it needs no check"""
 
     @property
     def width(self) -> int:
@@ -80,14 +80,14 @@ class OutputMetric:
         return self.average + torch.diag(self.damping) if self.full else torch.diag(self.diagonal)
 
     def apply(self, change: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """S V."""
+        """Return S V."""
         if not self.full:
             return self.diagonal[:, None] * change
         return torch.addcmul(self.average @ change, self.damping[:, None], change)
 
     @property
     def row_scale(self) -> Float[Tensor, "out"]:
-        """sqrt(S_ii), where an output that costs (next to) nothing counts a rounding of the costliest one."""
+        """sqrt(S_ii), where an output with (almost) no cost counts as a rounding of the costliest one."""
         return self.row_scaling.root
 
     @cached_property
@@ -100,7 +100,7 @@ class OutputMetric:
     def whitening(self) -> OutputBasis:
         """The basis S^(1/2), in which the metric is the identity.
 
-        A direction that costs (next to) nothing counts a rounding of the costliest one, so that R can be undone.
+        A direction with (almost) no cost counts as a rounding of the costliest one, so that R has an inverse.
         """
         if not self.full:
             return self.row_scaling
@@ -109,32 +109,32 @@ class OutputMetric:
         return OutputBasis((vectors * root) @ vectors.T, (vectors / root) @ vectors.T)
 
     def row_scaled(self) -> "OutputMetric | None":
-        """What is left of the metric when every row i is measured in units of 1 / sqrt(S_ii); None: nothing."""
+        """Return the metric with rows in units of 1 / sqrt(S_ii), or None where it becomes the identity."""
         if not self.full:
             return None
         unit = self.row_scale
         return self._with(self.average / torch.outer(unit, unit), self.damping / unit.square())
 
     def _with(self, average: Tensor, damping: Tensor) -> "OutputMetric":
-        """Another average, of the same gradients in other units or digits."""
+        """Return the metric with another average, of the same gradients in other units or another dtype."""
         known = self.proved is self.average
         return replace(self, average=average, damping=damping, proved=average if known else None)
 
     def damped(self, fraction: float) -> "OutputMetric":
-        """The same metric with fraction x mean(diag E[g g^T]) on the diagonal in place of its damping."""
+        """Return the same metric with the damping fraction x mean(diag E[g g^T])."""
         if not 0 <= fraction < math.inf:
             raise InputError(f"the damping fraction of a metric must be finite and not negative, not {fraction}")
         mean = (self.average.diagonal() if self.full else self.average).mean()
         return replace(self, damping=torch.full_like(self.damping, float(fraction * mean)))
 
     def only_diagonal(self) -> "OutputMetric":
-        """The metric without the couplings between outputs."""
+        """Return the metric without the couplings between outputs."""
         return replace(self, average=self.average.diagonal().clone()) if self.full else self
 
     def check(self) -> None:
-        """Raise NumericalError unless S is finite, with a nonnegative diagonal, and one that gradients can have.
+        """Raise NumericalError unless S is finite and positive semidefinite, up to rounding.
 
-        Those that our own sums over tokens made are; for others that costs a Cholesky factor.
+        Averages summed here need no check of definiteness; for others it costs a Cholesky factor.
         """
         if not all(map(all_finite, (self.average, self.damping))):
             raise NumericalError(
@@ -147,7 +147,7 @@ class OutputMetric:
             check_average(self.average, self.average, unit, "the output metric", source)
 
     def merge(self, other: "OutputMetric") -> "OutputMetric":
-        """The metric of both sets of tokens together; damp it anew afterwards."""
+        """Return the metric of both sets of tokens together, without damping."""
         shapes = [list(each.average.shape) for each in (self, other)]
         if shapes[0] != shapes[1]:
             raise InputError(f"metrics of shapes {shapes[0]} and {shapes[1]} cannot be merged")
@@ -157,32 +157,32 @@ class OutputMetric:
         return OutputMetric(average, torch.zeros_like(self.damping), tokens, average if both else None)
 
     def to(self, target: torch.dtype | torch.device) -> "OutputMetric":
-        """The same metric in another dtype or on another device."""
+        """Return the same metric in another dtype or on another device."""
         return self._with(self.average.to(target), self.damping.to(target))
 
     @classmethod
     def from_samples(cls, gradients: Float[Tensor, "tokens out"], *, full: bool = True) -> "OutputMetric":
-        """The metric of a matrix of gradients g, one token a row."""
+        """Return the metric of a matrix of gradients g, one token per row."""
         sums = MetricSums(gradients.shape[1], gradients, full=full)
         sums.add(gradients)
         return sums.metric()
 
 
 class MetricSums:
-    """Accumulates an OutputMetric over batches, in the gradients' float dtype: those of all layers are held at once.
+    """Sums of an OutputMetric over batches, in the gradients' float dtype; the sums of all layers are in memory.
 
-    A matrix is symmetric, so half of it is held, in the manner of LAPACK's rectangular full packed format: with its
+    A matrix is symmetric, so half of it is stored, as in LAPACK's rectangular full packed format: with the
     outputs in two halves, the block between them, and the two triangles of the blocks on the diagonal in one square.
     """
 
     def __init__(self, width: int, like: Tensor, *, full: bool) -> None:
-        """Sums for gradients of a width, with the dtype and on the device of the tensor `like`."""
+        """Create sums for gradients of a width, with the dtype and on the device of the tensor `like`."""
         self.full, self.width, self.tokens = full, width, 0
         first = (width + 1) // 2
         self._sums = {"diagonal": like.new_zeros(width)}
         if full:
             self._sums["between"] = like.new_zeros(width - first, first)
-            # Below the diagonal that of the first half of the outputs, above it that of the second.
+            # Below the diagonal the triangle of the first half of the outputs, above it that of the second.
             self._sums["triangles"] = like.new_zeros(first, first)
         self._fetch = lambda: self._sums
 
@@ -206,32 +206,32 @@ class MetricSums:
         self.tokens += later.tokens
 
     def state(self) -> list[Tensor]:
-        """All there is to the sums, to travel to another process."""
+        """Return all tensors of the sums, to be sent to another process."""
         count = torch.tensor([self.tokens], dtype=torch.int64, device=self._sums["diagonal"].device)
         return [count, *self._sums.values()]
 
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Become the sums of a state, of the same width and as whole."""
+        """Replace the sums by those of a state, of the same width and the same parts."""
         self.tokens, self._sums = int(state[0]), dict(zip(self._sums, state[1:], strict=True))
 
     @classmethod
     def elsewhere(cls, width: int, tokens: int, fetch: Callable[[], dict[str, Tensor]], *, full: bool) -> "MetricSums":
-        """Sums over tokens that were made before and are fetched when they are asked for. No more can be added."""
+        """Return finished sums that are fetched on demand. No more tokens can be added."""
         sums = cls(0, torch.empty(0), full=full)
         sums.width, sums.tokens, sums._sums, sums._fetch = width, tokens, {}, fetch
         return sums
 
     def parts(self) -> dict[str, Tensor]:
-        """The sums by their names: the diagonal [out], and what else of a matrix is held."""
+        """Return the sums by their names: the diagonal [out], and the parts of a full matrix."""
         return self._fetch()
 
     def move(self, put: Callable[[dict[str, Tensor]], Callable[[], dict[str, Tensor]]]) -> None:
-        """Have the sums elsewhere from now on: `put` takes them, and gives what fetches them. No more can be added."""
+        """Move the sums: `put` stores them and returns a function that fetches them. No more tokens can be added."""
         self._fetch = put(self._sums)
         self._sums = {}
 
     def metric(self) -> OutputMetric:
-        """The average so far, not damped."""
+        """Return the average so far, without damping."""
         if self.tokens == 0:
             raise InputError("no tokens reached this layer, so it has no output metric: give more text")
         sums = self._fetch()
@@ -249,13 +249,13 @@ class MetricSums:
 
 
 class Metrics(Mapping[str, OutputMetric]):
-    """The metrics of a model's layers by the layer's full name, each made from its sums whenever it is asked for.
+    """The metrics of a model's layers by the layer's full name, each computed from its sums on access.
 
-    Whole matrices of all layers together would take more memory than the model. Layers without tokens have none.
+    The matrices of all layers together would take more memory than the model. Layers without tokens have no metric.
     """
 
     def __init__(self, sums: Mapping[str, MetricSums], damping: float = 0.0) -> None:
-        """`damping` is a share of each metric's mean diagonal, as in `OutputMetric.damped`."""
+        """Create metrics with a damping, a share of each metric's mean diagonal, as in `OutputMetric.damped`."""
         self._sums, self._damping = dict(sums), damping
 
     def __getitem__(self, name: str) -> OutputMetric:
@@ -270,26 +270,26 @@ class Metrics(Mapping[str, OutputMetric]):
         return sum(1 for _ in self)
 
     def sums(self, name: str) -> MetricSums:
-        """What a layer's metric is made from."""
+        """Return the sums of a layer's metric."""
         return self._sums[name]
 
     def damped(self, fraction: float) -> "Metrics":
-        """The same metrics with another damping; the sums are shared."""
+        """Return the same metrics with another damping; the sums are shared."""
         return Metrics(self._sums, fraction)
 
     def diagonal_only(self) -> list[str]:
-        """The layers of which only the diagonal is known."""
+        """Return the layers of which only the diagonal is known."""
         return [name for name, sums in self._sums.items() if not sums.full]
 
-    def taken(self, names: Iterable[str]) -> "Metrics":
-        """Those of some layers, as far as there are any, which are no longer here: they go when the answer goes."""
+    def pop_layers(self, names: Iterable[str]) -> "Metrics":
+        """Remove the metrics of the given layers, as far as there are any, and return them."""
         return Metrics({name: self._sums.pop(name) for name in names if name in self._sums}, self._damping)
 
 
 NOTHING = 1e-20
-"""next to any cost of an output, in nats, and yet its root can be divided by in float32"""
+"""far below any cost of an output, in nats, but its root is a divisor that float32 can represent"""
 
 
 def _floored(values: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, " n"]:
-    """Values no less than a rounding of the largest, which may itself be zero."""
+    """Return the values, raised to at least a rounding of the largest, which may itself be zero."""
     return values.clamp(min=values.max() * torch.finfo(dtype).eps).clamp(min=NOTHING)

@@ -1,9 +1,9 @@
-"""Sufficient statistics of a layer's inputs: everything a pruning problem needs to know about the calibration text.
+"""Sufficient statistics of a layer's inputs: all that a pruning problem needs of the calibration text.
 
 For one linear layer let x be its input in the dense model, x* the input it will really get, and d = x* - x. The
 covariances of x* and d and their means determine the loss of every candidate weight exactly, and their size does not
-grow with the number of tokens. They are kept centred, and d apart, since in float32 a mean that is large next to the
-deviations, or an x that is large next to d, leaves nothing of what is wanted. See the package docstring for the
+grow with the number of tokens. They are stored centred, and d separately: in float32 a mean that is large next to the
+deviations, or an x that is large next to d, would leave no digits of them. See the package docstring for the
 conventions.
 """
 
@@ -24,7 +24,7 @@ from optprune.numerics.tensors import all_finite
 
 @dataclass(frozen=True, eq=False)
 class DenseMoments:
-    """How the dense inputs x go together with the inputs x* that the layer will really get (averages over tokens)."""
+    """Averages over tokens of the dense inputs x and of their products with the layer's real inputs x*."""
 
     cross: Float[Tensor, "in in"]
     """E[x x*^T]"""
@@ -36,7 +36,7 @@ class DenseMoments:
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """How far the inputs x* that the layer will really get are from the dense inputs x: d = x* - x."""
+    """The moments of the difference d = x* - x between the layer's real inputs x* and the dense inputs x."""
 
     cross: Float[Tensor, "in in"]
     """Cov(d, x*) = E[d x*^T] - E[d] E[x*]^T"""
@@ -60,7 +60,7 @@ class InputMoments:
     tokens: int
     drift: Drift | None = None
     proved: Tensor | None = field(default=None, compare=False, repr=False)
-    """the covariance, where it came from tokens by our own sums: then there is nothing to check about it"""
+    """the covariance, where it was summed from tokens here, so that it needs no check"""
 
     @classmethod
     def from_averages(
@@ -70,17 +70,17 @@ class InputMoments:
         tokens: int,
         dense: DenseMoments | None = None,
     ) -> "InputMoments":
-        """From averages that are not centred: E[x* x*^T] and those of `dense`, with their rounding."""
+        """Return the moments from averages without centring, E[x* x*^T] and those of `dense`, with their rounding."""
         drift = None
         if dense is not None:
             lag, apart = gram - dense.cross, mean - dense.mean
             square = lag - dense.cross.T + dense.gram
             drift = Drift(torch.addr(lag, apart, mean, alpha=-1), torch.addr(square, apart, apart, alpha=-1), apart)
         covariance = torch.addr(gram, mean, mean, alpha=-1)
-        # A constant input has variance zero; what rounding leaves of it must not be negative.
+        # The variance of a constant input is zero; its rounding must not be negative.
         diagonal = covariance.diagonal()
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
-        return cls(covariance, mean, tokens, drift).cleared()
+        return cls(covariance, mean, tokens, drift).clear_tiny()
 
     @property
     def gram(self) -> Float[Tensor, "in in"]:
@@ -94,7 +94,7 @@ class InputMoments:
 
     @property
     def dense(self) -> DenseMoments | None:
-        """The dense inputs' averages that are not centred, formed anew, with the rounding of their size."""
+        """The dense inputs' averages without centring, formed anew, with the rounding of their size."""
         drift = self.drift
         if drift is None:
             return None
@@ -114,21 +114,22 @@ class InputMoments:
 
     @cached_property
     def decompositions(self) -> "dict[bool, tuple[Tensor, Tensor, Tensor]]":
-        """What solvers keep here of these moments for the next layer that reads the same inputs, as q, k and v do.
+        """A cache of solvers for the next layer with the same inputs, as q, k and v have.
 
-        By whether a bias is fitted: the damping, and the eigenvalues and eigenvectors of the scaled Gram matrix.
+        The key is whether a bias is fitted; values are the damping, and eigenvalues and eigenvectors of the scaled Gram
+        matrix.
         """
         return {}
 
     def parts(self) -> tuple[Tensor, ...]:
-        """The tensors, in the order of the fields."""
+        """Return the tensors, in the order of the fields."""
         drift = () if self.drift is None else (self.drift.cross, self.drift.covariance, self.drift.mean)
         return (self.covariance, self.mean, *drift)
 
     def check(self) -> None:
-        """Raise NumericalError unless every average is finite, and the covariances are some that tokens can have.
+        """Raise NumericalError unless every average is finite and the covariances are positive semidefinite.
 
-        Those that our own sums over tokens made are; for others that costs a Cholesky factor, once.
+        Averages summed here need no check of definiteness; for others it costs a Cholesky factor, once.
         """
         if not all(map(all_finite, self.parts())):
             raise NumericalError(
@@ -142,18 +143,18 @@ class InputMoments:
 
     @cached_property
     def _real(self) -> bool:
-        """Whether the covariances are some that tokens can have: NumericalError where they are not."""
+        """True; NumericalError where the covariances are not positive semidefinite, up to rounding."""
         source = "collect it again, as averages of x x^T over the same tokens, in float32 or better"
         whole, unit = self.gram, torch.finfo(self.mean.dtype).eps
         check_average(self.covariance, whole, 3 * unit, "the Gram matrix", source)
         if self.drift is not None and self.dense is not None:
-            # It may be a difference of averages, each with its own rounding.
+            # It may be a difference of averages, each with a rounding of its own.
             whole = whole + self.dense.gram
             check_average(self.drift.covariance, whole, 6 * unit, "the covariance of the drift x* - x", source)
         return True
 
     def merge(self, other: "InputMoments") -> "InputMoments":
-        """The moments of both sets of tokens together."""
+        """Return the moments of both sets of tokens together."""
         if (self.drift is None) != (other.drift is None):
             raise InputError("moments with and without dense inputs cannot be merged: collect both the same way")
         if self.width != other.width:
@@ -161,7 +162,7 @@ class InputMoments:
         tokens = self.tokens + other.tokens
         share = other.tokens / max(1, tokens)  # of an expert that no token reaches both are zero
         mixed = [torch.lerp(a, b.to(a), share) for a, b in zip(self.parts(), other.parts(), strict=True)]
-        # Two sets of tokens also vary between each other, by the distance of their means.
+        # The distance of the means of the two sets adds to the covariance.
         between, apart = share * (1 - share), other.mean.to(self.mean) - self.mean
         mixed[0].addr_(apart, apart, alpha=between)
         drift = None
@@ -174,14 +175,14 @@ class InputMoments:
         return InputMoments(mixed[0], mixed[1], tokens, drift, mixed[0] if both else None)
 
     def centred(self) -> "InputMoments":
-        """The moments of x* - E[x*] and x - E[x]: what is left of the loss once a bias is fitted freely."""
+        """Return the moments of x* - E[x*] and x - E[x], those of the loss with a freely fitted bias."""
         drift, zero = self.drift, torch.zeros_like(self.mean)
         if drift is not None:
             drift = Drift(drift.cross, drift.covariance, zero)
         return InputMoments(self.covariance, zero, self.tokens, drift, self.proved)
 
-    def cleared(self) -> "InputMoments":
-        """Itself, with zeros, in place, for inputs and deviations whose squares have no digits: 1e-16 in float32."""
+    def clear_tiny(self) -> "InputMoments":
+        """Set inputs and deviations to zero, in place, whose squares have no digits (1e-16 in float32). Return self."""
         constant = clear_small(self.covariance, self.mean)
         if self.drift is not None:
             self.drift.cross[:, constant] = 0
@@ -189,17 +190,17 @@ class InputMoments:
         return self
 
     def times(self, factor: float) -> "InputMoments":
-        """The moments of the inputs times a factor."""
+        """Return the moments of the inputs times a factor."""
         drift = self.drift
         if drift is not None:
-            # By the factor twice: its square may be too large for float32.
+            # Multiplied twice, because the square of the factor may be too large for float32.
             drift = Drift(drift.cross * factor * factor, drift.covariance * factor * factor, drift.mean * factor)
         covariance = self.covariance * factor * factor
         proved = covariance if self.proved is self.covariance else None
         return InputMoments(covariance, self.mean * factor, self.tokens, drift, proved)
 
     def to(self, target: torch.dtype | torch.device) -> "InputMoments":
-        """The same moments in another dtype or on another device."""
+        """Return the same moments in another dtype or on another device."""
         covariance, mean, *others = (part.to(target) for part in self.parts())
         proved = covariance if self.proved is self.covariance else None
         return InputMoments(covariance, mean, self.tokens, Drift(*others) if others else None, proved)
@@ -208,21 +209,21 @@ class InputMoments:
     def from_samples(
         cls, inputs: Float[Tensor, "tokens in"], dense: Float[Tensor, "tokens in"] | None = None
     ) -> "InputMoments":
-        """The moments of a matrix of inputs x*, one token a row, and of the dense inputs x if they differ."""
+        """Return the moments of a matrix of inputs x*, one token per row, and of the dense inputs x if they differ."""
         sums = MomentSums(inputs.shape[1], inputs.device, with_dense=dense is not None)
         sums.add(inputs, dense)
         return sums.moments(floats(inputs).dtype)
 
 
 AT_ONCE = 2048
-"""tokens whose deviations are formed at a time: what that takes beside the sums is small"""
+"""tokens whose deviations are formed at a time, so that the additional memory is small"""
 
 
 class MomentSums:
-    """Accumulates InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
+    """Sums of InputMoments over batches: products in the inputs' float dtype (TF32 off), sums in float64.
 
-    What is multiplied are deviations from the mean of the first batch, so that no product is large because a mean is.
-    On a GPU those of bfloat16 inputs from a mean in bfloat16 are multiplied on its tensor cores (`gram_product`).
+    Products are of deviations from the mean of the first batch, so that a large mean does not make them large.
+    On a GPU the deviations of bfloat16 inputs from a mean in bfloat16 are multiplied on tensor cores (`gram_product`).
     """
 
     def __init__(self, width: int, device: torch.device, *, with_dense: bool = False) -> None:
@@ -252,7 +253,7 @@ class MomentSums:
         if not self._origins:
             self._origins = [sample.mean(0) for sample in (actual, drift) if sample is not None]
             if self._split:
-                # The difference of two numbers with few digits has few.
+                # The difference of two bfloat16 numbers has few digits.
                 self._origins[0] = self._origins[0].bfloat16().float()
         actual = actual - self._origins[0]
         self._sums[1].add_(actual.sum(0))
@@ -268,7 +269,7 @@ class MomentSums:
             gram.add_square(self._sums[0], actual)
 
     def join(self, later: "MomentSums") -> None:
-        """Add the sums of tokens that come after these, moved to the deviations' origin here, in float64."""
+        """Add the sums of later tokens, converted to the origin of the deviations here, in float64."""
         if self.tokens == 0:
             self._sums, self._origins, self.tokens = later._sums, later._origins, later.tokens
             return
@@ -287,21 +288,21 @@ class MomentSums:
         self.tokens += later.tokens
 
     def state(self) -> list[Tensor]:
-        """All there is to the sums, to travel to another process."""
+        """Return all tensors of the sums, to be sent to another process."""
         total = self._sums[1]
         count = torch.tensor([self.tokens], dtype=torch.int64, device=total.device)
         origins = [origin.double() for origin in self._origins] or [torch.zeros_like(total)] * (len(self._sums) // 2)
         return [count, *self._sums, *(origin.clone() for origin in origins)]
 
     def restore(self, state: Sequence[Tensor]) -> None:
-        """Become the sums of a state, of the same width and as much with dense inputs."""
+        """Replace the sums by those of a state, of the same width and the same parts."""
         count, parts = int(state[0]), len(self._sums)
         self._sums = list(state[1 : 1 + parts])
         self._origins = list(state[1 + parts :]) if count else []
         self.tokens = count
 
     def moments(self, dtype: torch.dtype = torch.float32) -> InputMoments:
-        """The averages so far, centred in float64."""
+        """Return the averages so far, centred in float64."""
         if self.tokens == 0:
             raise InputError("no calibration tokens reached this layer")
         square, total, *others = self._sums
@@ -316,10 +317,12 @@ class MomentSums:
                 (self._origins[1] + drift_mean).to(dtype),
             )
         covariance = self._covariance(square, mean, dtype)
-        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance).cleared()
+        return InputMoments(
+            covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance
+        ).clear_tiny()
 
     def moments_or_zeros(self, dtype: torch.dtype = torch.float32) -> InputMoments:
-        """The averages so far; of a layer that no token has reached, an expert's, those of inputs that are zero."""
+        """Return the averages so far; for an expert's layer without tokens those of zero inputs."""
         if self.tokens:
             return self.moments(dtype)
         square, mean = self._sums[0].to(dtype), self._sums[1].to(dtype)
@@ -327,15 +330,15 @@ class MomentSums:
         return InputMoments(square, mean, 0, drift, square)
 
     def _covariance(self, total: Tensor, mean: Tensor, dtype: torch.dtype) -> Tensor:
-        """The centred average of a sum of squares, exactly symmetric; one copy in float64, no more."""
+        """Return the centred average of a sum of squares, exactly symmetric, with one copy in float64."""
         gram.mirror(total)
         covariance = (total + total.T).div_(2 * self.tokens).addr_(mean, mean, alpha=-1)
-        # A constant input has variance zero; what rounding leaves of it must not be negative.
+        # The variance of a constant input is zero; its rounding must not be negative.
         covariance.diagonal().clamp_(min=0)
         return covariance.to(dtype)
 
 
 def floats(inputs: Float[Tensor, "... in"]) -> Float[Tensor, "tokens in"]:
-    """The inputs with one token a row, in float32 or better."""
+    """Return the inputs with one token per row, in float32 or better."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()

@@ -1,4 +1,4 @@
-"""Patterns: what a mask may look like. True means kept; a pattern counts what is kept, never what is removed."""
+"""Patterns: sets of admissible masks. True means kept, and a pattern counts the kept entries."""
 
 import re
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from optprune.numerics.tensors import INTEGERS, kth_largest
 from optprune.system.wording import shown, suggestion
 
 NETWORK = 16
-"""rows up to this long are sorted by comparing columns"""
+"""the longest rows that are sorted by comparing columns"""
 
 
 class Pattern(ABC):
@@ -25,11 +25,11 @@ class Pattern(ABC):
 
     @abstractmethod
     def project(self, score: Tensor) -> Tensor:
-        """The admissible mask with the largest total score, exactly; ties go to the lower index."""
+        """Return the admissible mask with exactly the largest total score; ties go to the lower index."""
 
     @abstractmethod
     def admits(self, mask: Tensor) -> bool:
-        """Whether the mask is one of the pattern's."""
+        """Return whether a mask is admissible."""
 
 
 @final
@@ -105,32 +105,32 @@ class SlotWise(Pattern):
 
 
 class PatternFamily(ABC):
-    """What the layers of a model are to look like: a pattern for the shape of a layer and the share that it keeps."""
+    """A family of patterns: one for every shape of a layer and every share of kept weights."""
 
     name: str
-    """the name that a recipe spells"""
+    """the name in a recipe"""
     only_share: float | None = None
-    """the share that a layer keeps unless it keeps all, or None where that may be any"""
+    """the only share that a layer may keep unless it keeps all, or None where any share is admissible"""
     multiple: int = 1
-    """what the number of inputs must be a multiple of"""
+    """the divisor of the number of inputs"""
 
     @abstractmethod
     def of(self, outputs: int, inputs: int, share: float) -> Pattern:
-        """The pattern of a layer that keeps a share of its weights."""
+        """Return the pattern of a layer that keeps a share of its weights."""
 
     @abstractmethod
     def keep(self, outputs: int, inputs: int, share: float) -> int:
-        """How many weights such a layer keeps."""
+        """Return the number of weights that such a layer keeps."""
 
     def admits(self, share: float) -> bool:
-        """Whether a layer may keep this share."""
+        """Return whether a layer may keep this share."""
         return self.only_share is None or min(abs(share - 1), abs(share - self.only_share)) <= 1e-6
 
 
 @final
 @dataclass(frozen=True)
 class InMatrix(PatternFamily):
-    """As many as are asked for, anywhere in a layer's matrix."""
+    """Unstructured patterns: the kept weights are anywhere in a layer's matrix."""
 
     name = "unstructured"
 
@@ -144,7 +144,7 @@ class InMatrix(PatternFamily):
 @final
 @dataclass(frozen=True)
 class InRows(PatternFamily):
-    """The same number in every row of a layer."""
+    """Row-wise patterns: the same number of kept weights in every row of a layer."""
 
     name = "rows"
 
@@ -158,7 +158,7 @@ class InRows(PatternFamily):
 @final
 @dataclass(frozen=True)
 class InGroups(PatternFamily):
-    """The patterns that keep n of every m consecutive inputs of a row, or all."""
+    """N:M patterns: n of every m consecutive inputs of a row, or all."""
 
     n: int
     m: int
@@ -190,7 +190,7 @@ ANYWHERE = InMatrix()
 
 
 def pattern_family(name: str) -> PatternFamily:
-    """The family that a recipe spells so: unstructured, rows, or N:M such as 2:4."""
+    """Return the family with a name in a recipe: unstructured, rows, or N:M such as 2:4."""
     for family in (ANYWHERE, InRows()):
         if name == family.name:
             return family
@@ -202,7 +202,7 @@ def pattern_family(name: str) -> PatternFamily:
 
 
 def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]:
-    """Mask of the `keep` largest scores of every row, exactly that many; ties go to the lower index."""
+    """Return the mask of exactly the `keep` largest scores of every row; ties go to the lower index."""
     rows, n = score.shape
     if not 0 <= keep <= n:
         raise InputError(f"cannot keep {keep} of {n} entries")
@@ -211,7 +211,7 @@ def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]
     else:
         threshold = _kth_largest(score, keep)
         mask = score >= threshold
-    # The sum is one fast pass, and finite almost always. Both are looked at together: a GPU is waited for once.
+    # The sum is one fast pass, and almost always finite. Both are read together, so that a GPU is waited for once.
     finite, count = linalg.numbers(torch.isfinite(score.sum()).long(), torch.count_nonzero(mask))
     if not finite and bool(torch.isnan(score).any()):
         raise InputError("a score is NaN, so the entries cannot be ranked: look for NaN in the weights or moments")
@@ -224,27 +224,27 @@ def largest(score: Float[Tensor, "rows n"], keep: int) -> Bool[Tensor, "rows n"]
 
 
 def within(mask: Bool[Tensor, "*rows n"], values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-    """The values where the mask is true and zeros, of either sign, elsewhere: for finite values and hot loops.
+    """Return the values where the mask is true and zeros, of either sign, elsewhere, for finite values in hot loops.
 
-    As torch.where(mask, values, 0), which on a CPU takes several times as long for a mask without order.
+    On a CPU torch.where(mask, values, 0) takes several times as long for an irregular mask.
     """
     return values * mask.view(torch.uint8)
 
 
 def in_order(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The values from the least on; on a CPU by NumPy, whose sort is several times as fast as torch's."""
+    """Return the values in ascending order; on a CPU by NumPy, whose sort is several times as fast as torch's."""
     if _for_numpy(values):
         return linalg.from_numpy(np.sort(values.detach().numpy()))
     return values.sort().values
 
 
 def _for_numpy(values: Tensor) -> bool:
-    """Whether NumPy can read the values where they are."""
+    """Return whether NumPy can read the values without a copy."""
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
 def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 1"]:
-    """The k-th largest score of every row."""
+    """Return the k-th largest score of every row."""
     n = score.shape[1]
     if n <= NETWORK:
         # Sorted column by column (odd-even transposition): the groups of an N:M pattern are many and short.
@@ -256,9 +256,9 @@ def _kth_largest(score: Float[Tensor, "rows n"], k: int) -> Float[Tensor, "rows 
         return columns[n - k][:, None]
     if _for_numpy(score):
         # NumPy's partition is ten times as fast as torch's kthvalue.
-        # A copy, for a view would keep all that was partitioned.
+        # A copy, because a view would keep the whole partitioned array.
         return linalg.from_numpy(np.partition(score.detach().numpy(), n - k, axis=1)[:, n - k, None].copy())
     if score.device.type != "cpu" and score.dtype in INTEGERS:
-        # On a GPU kthvalue gives one block of threads to a row, and that row may be all of a matrix.
+        # On a GPU kthvalue uses one block of threads per row, and a row may be a whole matrix.
         return kth_largest(score, k)
     return torch.kthvalue(score, n - k + 1, dim=1, keepdim=True).values

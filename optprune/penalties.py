@@ -22,28 +22,28 @@ class Penalty(ABC):
 
     @property
     def separable(self) -> bool:
-        """Whether P is a sum over single entries, so that prox may take a step for each column."""
+        """Whether P is a sum over single entries, so that prox accepts a step for each column or entry."""
         return False
 
     @abstractmethod
     def value(self, weight: Float[Tensor, "out in"]) -> float:
-        """P(V), in float64."""
+        """Return P(V), in float64."""
 
     @abstractmethod
     def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
-        """argmin_U P(U) + sum_ij (U_ij - V_ij)^2 / (2 step), the proximal operator.
+        """Return the proximal point argmin_U P(U) + sum_ij (U_ij - V_ij)^2 / (2 step).
 
         `step` is a scalar tensor; a separable penalty also takes one step for each column, [in], or weight, [out, in].
         """
 
     @abstractmethod
     def conjugate(self, dual: Float[Tensor, "out in"]) -> float:
-        """P*(T) = sup_V <T, V> - P(V), in float64; infinite outside its domain."""
+        """Return P*(T) = sup_V <T, V> - P(V), in float64; infinity outside its domain."""
 
     def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
-        """The most that |V * size| can be, in the Frobenius norm, where P(V) is at most a level; infinite: no limit.
+        """Return an upper bound of |V * size|, in the Frobenius norm, for all V with P(V) <= level; infinity for none.
 
-        With it optima are certified where the loss alone does not say how large they are, the Gram matrix being
+        With it optima are certified where the loss alone does not bound their size, because the Gram matrix is
         singular.
         """
         return math.inf
@@ -54,10 +54,10 @@ class NormPenalty(Penalty):
 
     @abstractmethod
     def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
-        """The least t >= 0 with <T, V> <= t P(V) for all V; infinite if there is none."""
+        """Return the least t >= 0 with <T, V> <= t P(V) for all V; infinity if there is none."""
 
     def conjugate(self, dual: Float[Tensor, "out in"]) -> float:
-        # A dual point scaled onto the unit ball may exceed it by a rounding.
+        # A dual point scaled onto the unit ball may exceed it by a rounding error.
         return 0.0 if self.dual_norm(dual) <= 1 + 4 * torch.finfo(dual.dtype).eps else math.inf
 
 
@@ -114,11 +114,11 @@ class WeightedL1(NormPenalty):
         return float((self.weights.double() * weight.double().abs()).sum())
 
     def prox(self, weight: Float[Tensor, "out in"], step: Float[Tensor, "*columns"]) -> Float[Tensor, "out in"]:
-        # A penalty need not know the dtype of the problem it goes with.
+        # A penalty may have another dtype than its problem.
         return shrink(weight, self.weights.to(weight) * step)
 
     def dual_norm(self, dual: Float[Tensor, "out in"]) -> float:
-        # 0/0 is an entry that costs nothing and moves nothing; x/0 is one that no scaling makes feasible.
+        # 0/0 is an entry without penalty and without dual; x/0 is one that no scaling makes feasible.
         return float(torch.nan_to_num(dual.abs() / self.weights, nan=0.0, posinf=math.inf).max())
 
     def reach(self, level: float, size: Float[Tensor, "out in"]) -> float:
@@ -186,15 +186,15 @@ class ColumnGroups(NormPenalty):
 
 
 def _largest_share(size: Float[Tensor, "out in"], strength: float) -> float:
-    """The largest size over a strength; infinite where that is zero."""
+    """Return the largest size over a strength; infinity where the strength is zero."""
     largest = float(size.max())
     return largest / strength if strength else (math.inf if largest else 0.0)
 
 
 def shrink(weight: Float[Tensor, "out in"], threshold: Float[Tensor, "*shape"]) -> Float[Tensor, "out in"]:
-    """Soft thresholding: sign(V) max(|V| - threshold, 0)."""
+    """Return sign(V) max(|V| - threshold, 0): soft thresholding."""
     if threshold.ndim == 0 and threshold.device.type == "cpu":
-        # One pass; a bound that is a tensor costs several, even one of no dimensions.
+        # One pass; a threshold that is a tensor costs several, even without dimensions.
         return torch.nn.functional.softshrink(weight, float(threshold))
     clipped = weight.clamp(-threshold, threshold)
     return torch.sub(weight, clipped, out=clipped)

@@ -47,12 +47,12 @@ class Allocator(ABC):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return warnings about every division of this kind, which are errors in strict mode."""
+        """Warnings about every division of this kind, which are errors in strict mode."""
         return ()
 
     @property
     def probes(self) -> bool:
-        """Return whether the allocator tries changes of the model, which needs float32."""
+        """Whether the allocator tries changes of the model, which needs float32."""
         return False
 
     @abstractmethod

@@ -40,12 +40,12 @@ class Costs(ABC):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return warnings about the measurement, which are errors in strict mode."""
+        """Warnings about the measurement, which are errors in strict mode."""
         return ()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Return notes about the allocation, once there is one."""
+        """Notes about the allocation, once there is one."""
         return ()
 
     @abstractmethod

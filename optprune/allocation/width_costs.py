@@ -13,7 +13,6 @@ from optprune.allocation.allocation import Allocation
 from optprune.allocation.by_cost import CostBudget, Costs, rate_of
 from optprune.allocation.currency import Prices, check_tokens, prices_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
-from optprune.allocation.uniform import check_multiple
 from optprune.calibration import Change, DenseStatistics, Probe
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
@@ -51,9 +50,9 @@ class WidthBudget(CostBudget):
 
     def check(self, decoder: Decoder) -> None:
         """Raise InputError where the shapes alone show that the budget is out of reach; they cannot for a time."""
-        check_multiple(self.units, decoder.shapes(), self.multiple, alike=False)
-        given = [] if self.multiple is None else [(kind.field, self.multiple) for kind in self.units.kinds]
-        for field, multiple in given:
+        self.units.check_multiple(decoder.shapes(), self.multiple, alike=False)
+        asked = [] if self.multiple is None else [(kind.field, self.multiple) for kind in self.units.kinds]
+        for field, multiple in asked:
             decoder.architecture.check_kept(field, multiple, f"{field} is to be a multiple of {multiple}")
         if self.currency != "parameters":
             check_tokens(decoder, self.tokens)
@@ -107,7 +106,7 @@ class WidthCurve:
 
     @property
     def part(self) -> tuple[int, str]:
-        """Return the sub-block, which may have units of several kinds."""
+        """The sub-block, which may have units of several kinds."""
         return self.block, self.kind.part
 
     def rescaled(self, measured: Mapping[int, float]) -> "WidthCurve":
@@ -157,7 +156,7 @@ class Choices:
 
     @property
     def curve(self) -> Curve:
-        """Return the losses of the choices by their prices, which are negative: the savings."""
+        """The losses of the choices by their prices, which are negative: the savings."""
         prices = torch.tensor([-kept.saved for kept in self.kept], dtype=torch.float64)
         return Curve(prices, torch.tensor([kept.loss for kept in self.kept], dtype=torch.float64))
 

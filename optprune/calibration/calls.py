@@ -63,7 +63,7 @@ class Calls:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of the calls of all processes, which read this together."""
+        """The tokens of the calls of all processes, which read this together."""
         return sum(self.share.partial_sums.peers.all_gather(self.targets.tokens))
 
 

@@ -36,12 +36,12 @@ class PartialSums:
 
     @property
     def own(self) -> int:
-        """Return the number of partial sums of each process."""
+        """The number of partial sums of each process."""
         return self.count // self.peers.size
 
     @property
     def numbers(self) -> range:
-        """Return the numbers of this process's partial sums."""
+        """The numbers of this process's partial sums."""
         return range(self.peers.rank * self.own, (self.peers.rank + 1) * self.own)
 
     def share(self, total: int) -> "Share":

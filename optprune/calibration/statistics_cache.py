@@ -56,7 +56,7 @@ class Source:
 
     @property
     def digest(self) -> str:
-        """Return a short hash of all facts."""
+        """A short hash of all facts."""
         return hashlib.sha256(repr(sorted(self.facts.items())).encode()).hexdigest()[:24]
 
     def check(self, other: "Source") -> None:
@@ -160,7 +160,7 @@ class FolderCache(StatisticsCache):
                     )
             return
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder} holds something other than statistics: choose another folder")
+            raise InputError(f"{self.folder} is not a folder of statistics: choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(about, json.dumps(plain, indent=2).encode())
 

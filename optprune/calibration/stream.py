@@ -40,7 +40,7 @@ class Stream:
 
     @property
     def arguments(self) -> list[dict[str, Any]]:
-        """Return the other arguments of the current block, by batch."""
+        """The other arguments of the current block, by batch."""
         return [blocks[self.block] for blocks in self.others]
 
     def copy(self) -> "Stream":

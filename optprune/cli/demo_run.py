@@ -84,7 +84,7 @@ class DemoResult:
 
     @property
     def parts(self) -> tuple[Measured, Measured, Measured]:
-        """Return the three columns of the table."""
+        """The three columns of the table."""
         return self.before, self.after, self.reloaded
 
 

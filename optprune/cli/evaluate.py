@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.beside import Beside, TaskRun
+from optprune.cli.evaluation import ModelEvaluation, TaskRun
 from optprune.cli.options import Architecture, Device, Dtype, JsonFile, Model, SeqLength
 from optprune.cli.outputs import check_json, echo, start, write_json
 from optprune.errors import InputError, check_at_least
@@ -81,9 +81,9 @@ def evaluate_command(
     choices = [] if questions is None else read_questions(questions)
     named = _named_tasks(reporter, tasks, include_path)
     places = {"device": device, "dtype": dtype, "architecture": architecture}
-    beside = Beside.loaded_for(reporter, model, against, text, seq_length, windows, **places)
+    evaluated = ModelEvaluation.loaded_for(reporter, model, against, text, seq_length, windows, **places)
     run = None if named is None else TaskRun(named, limit, task_batch)
-    result, lines = beside.measured(choices, generations, run)
+    result, lines = evaluated.measured(choices, generations, run)
     already = f"the perplexity is {result['perplexity']:.4f}" if text is not None else lines[0]
     write_json(json_file, json_text(result), already)
     for line in lines:

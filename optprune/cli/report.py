@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from optprune.cli.beside import Beside
+from optprune.cli.evaluation import ModelEvaluation
 from optprune.cli.options import Device, Dtype, SeqLength
 from optprune.cli.outputs import check_file, echo, start, write_file
 from optprune.errors import InputError, check_at_least
@@ -65,10 +65,10 @@ def report_command(
     speeds = None if speed is None else read_speed(speed)
     model, healing = summarise_model(folder, report), read_healing(folder)
     if text is not None:
-        beside = Beside.loaded_for(
+        evaluated = ModelEvaluation.loaded_for(
             reporter, str(folder), against, text, seq_length, windows, device=device, dtype=dtype
         )
-        measured = _evaluated(beside, generations)
+        measured = _evaluated(evaluated, generations)
     if not can_draw():
         reporter.say("matplotlib is not installed, so tables replace pictures (pip install 'optprune[plot]')")
     drawn = page(report, model=model, evaluation=measured, speed=speeds, healing=healing)
@@ -92,13 +92,13 @@ def _place(folder: Path, output: Path | None, against: str | None) -> Path:
     return place
 
 
-def _evaluated(beside: "Beside", generations: int) -> "EvaluationReport":
+def _evaluated(evaluated: "ModelEvaluation", generations: int) -> "EvaluationReport":
     """Return a new evaluation, with the size of the dense model."""
     from optprune.measure.speed import file_bytes
     from optprune.report import parse_evaluation
 
-    result, _ = beside.measured([], generations)
-    if beside.dense is not None:
-        result["dense_parameters"] = sum(parameter.numel() for parameter in beside.dense.model.parameters())
-        result["dense_bytes"] = file_bytes(beside.dense.source)
+    result, _ = evaluated.measured([], generations)
+    if evaluated.dense is not None:
+        result["dense_parameters"] = sum(parameter.numel() for parameter in evaluated.dense.model.parameters())
+        result["dense_bytes"] = file_bytes(evaluated.dense.source)
     return parse_evaluation(result, "the evaluation")

@@ -67,7 +67,7 @@ class Options:
 
     @property
     def allocation_file(self) -> str | None:
-        """Return the file of the allocation, if the option names one."""
+        """The file of the allocation, if the option names one."""
         return self.allocation if self.allocation is not None and self.allocation.endswith(".json") else None
 
     def chosen(self) -> "Recipe":

@@ -50,7 +50,7 @@ class Output:
 
     @property
     def may_be_finished(self) -> bool:
-        """Return whether an output exists that an earlier call of the same command may have finished."""
+        """Whether an output exists that an earlier call of the same command may have finished."""
         return self.resume and real_path(self.folder).is_dir()
 
     def check_run(self, kind: type[RunFolder], known: Mapping[str, Any]) -> None:

@@ -121,7 +121,7 @@ class DensePredictions:
         self._batches = windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
         self._ends = self._last_states(decoder)
 
-    def beside(self, decoder: Decoder) -> Divergence:
+    def divergence_to(self, decoder: Decoder) -> Divergence:
         """Return the divergence of another model from the dense one; its blocks may be read one at a time.
 
         Raises NumericalError where it gives NaN.

@@ -24,7 +24,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return a name for files."""
+        """A name for files."""
         return f"{self.recipe}-{self.sparsity:g}-seed{self.seed}"
 
     def __str__(self) -> str:

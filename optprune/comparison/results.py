@@ -109,7 +109,7 @@ class Comparison:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Return a sentence for each cell without figures."""
+        """A sentence for each cell without figures."""
         return tuple(f"{result.cell}: {result.failure}" for result in self.results if result.figures is None)
 
     def rows(self) -> list[Row]:

@@ -108,7 +108,7 @@ class Session:
 
     @property
     def predictions(self) -> DensePredictions:
-        """Return the predictions of the dense model, computed once."""
+        """The predictions of the dense model, computed once."""
         if self._predictions is None:
             self.say("evaluating the dense model")
             self._predictions = DensePredictions(self.loaded.decoder(), self.windows, self.scratch())
@@ -188,7 +188,7 @@ class Session:
                 calibration=drawn.description,
                 on_event=self.on_event,
             )
-            found = self.predictions.beside(loaded.decoder())
+            found = self.predictions.divergence_to(loaded.decoder())
             weights = round((1 - report.sparsity_reached) * self.loaded.decoder().linear_weights())
             alone = report.seconds + statistics.seconds_saved - before
             figures = self._figures(loaded, found, report.sparsity_reached, weights, alone, report.notes)

@@ -43,22 +43,22 @@ class ModelSource:
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the loaded model; the CPU for a folder."""
+        """The device of the loaded model; the CPU for a folder."""
         return torch.device("cpu") if self.loaded is None else self.loaded.model.device
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Return the config of the model."""
+        """The config of the model."""
         return load_config(self.name) if self.loaded is None else self.loaded.model.config
 
     @cached_property
     def shapes(self) -> Decoder:
-        """Return the model without its weights, on the meta device, if it is not loaded."""
+        """The model without its weights, on the meta device, if it is not loaded."""
         return load_shapes(self.name, self.config) if self.loaded is None else self.loaded.decoder()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """Return the tokenizer, or None where the model has none."""
+        """The tokenizer, or None where the model has none."""
         return load_tokenizer(self.name) if self.loaded is None else self.loaded.tokenizer
 
     def load(self, dtype: str = "auto") -> LoadedModel:
@@ -101,7 +101,7 @@ class Exported:
 class Exporter(ABC):
     """Writer of models in one format. To add a format, subclass it and pass an instance to `export`.
 
-    An instance holds the options of the format. `export` finds the place of the output, calls `why_not`, `write` and
+    An instance holds the options of the format. `export` finds the output path, calls `unsupported`, `write` and
     `check`, and gives the draft its name when all of them have succeeded.
     """
 
@@ -119,7 +119,7 @@ class Exporter(ABC):
     """whether `check` is called"""
 
     @abstractmethod
-    def why_not(self, source: ModelSource) -> str | None:
+    def unsupported(self, source: ModelSource) -> str | None:
         """Return a sentence that says why the model cannot be exported, or None. Do not read weights."""
 
     @abstractmethod
@@ -207,7 +207,7 @@ def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, o
     exporter.check_output(output, overwrite)
     if source.name:
         check_own_files(source.name)
-    refusal = exporter.why_not(source)
+    refusal = exporter.unsupported(source)
     if refusal is not None:
         raise InputError(refusal)
 

@@ -50,12 +50,12 @@ class Family:
 
     @property
     def name(self) -> str:
-        """Return its general.architecture."""
+        """Its general.architecture."""
         return MODEL_ARCH_NAMES[self.known_as]
 
     @property
     def named_as(self) -> MODEL_ARCH:
-        """Return the family that has the same names of tensors."""
+        """The family that has the same names of tensors."""
         return MODEL_ARCH.LLAMA if self.known_as == MODEL_ARCH.DECI else self.known_as
 
     def refusal(self, decoder: Decoder) -> str | None:

@@ -67,12 +67,12 @@ class HealReport:
 
     @property
     def generated_windows(self) -> int:
-        """Return the number of windows that the dense model generated."""
+        """The number of windows that the dense model generated."""
         return self.settings["generated"]
 
     @property
     def stopped_early(self) -> bool:
-        """Return whether the training ended before the text did, since the divergence no longer fell."""
+        """Whether the training ended before the text did, since the divergence no longer fell."""
         return self.steps < self.steps_planned
 
     def to_dict(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ class _Run:
 
     @property
     def least(self) -> HeldOut:
-        """Return the first measurement with the smallest divergence."""
+        """The first measurement with the smallest divergence."""
         return min(self.measured, key=lambda found: found.divergence)
 
     def _without_gain(self) -> int:

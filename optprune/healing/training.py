@@ -191,7 +191,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of the whole run."""
+        """The seconds of the whole run."""
         return self.before + time.perf_counter() - self._began
 
 

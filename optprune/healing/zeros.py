@@ -31,12 +31,12 @@ class Masks:
 
     @property
     def zeros(self) -> int:
-        """Return the number of zeros."""
+        """The number of zeros."""
         return sum(mask.numel() - int(mask.sum()) for mask in self.kept.values())
 
     @property
     def shares(self) -> dict[str, float]:
-        """Return the share of zeros in each matrix, by its name."""
+        """The share of zeros in each matrix, by its name."""
         return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self.kept.items()}
 
     def apply(self, model: PreTrainedModel | None = None) -> None:

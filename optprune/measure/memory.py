@@ -198,7 +198,7 @@ class PeakMemory:
 
     @property
     def watching(self) -> bool:
-        """Return whether samples of the resident size are taken."""
+        """Whether samples of the resident size are taken."""
         return self._watch.is_alive()
 
     def _sample(self) -> None:

@@ -58,7 +58,7 @@ class Repeats:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Return the first and the third quartile."""
+        """The first and the third quartile."""
         if len(self.values) == 1:
             return self.values[0], self.values[0]
         first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")

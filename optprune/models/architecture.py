@@ -28,7 +28,7 @@ class Heads:
 
     @property
     def group(self) -> int:
-        """Return the number of query heads that read one KV head."""
+        """The number of query heads that read one KV head."""
         return self.query // self.kv
 
 
@@ -46,7 +46,7 @@ class BlockShape:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Return the sub-blocks that are left."""
+        """The sub-blocks that are left."""
         return tuple(part for part, size in zip(PARTS, (self.kv_heads, self.mlp_width), strict=True) if size)
 
     def without(self, part: str) -> "BlockShape":
@@ -225,30 +225,30 @@ class Architecture:
 
     @property
     def model_types(self) -> tuple[str, ...]:
-        """Return the model_type that config.json has, of models as they are and of pruned ones."""
+        """The model_type that config.json has, of models as they are and of pruned ones."""
         return (self.model_type,) if self.pruned is None else (self.model_type, self.pruned.config.model_type)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Return all linear layers of a block."""
+        """All linear layers of a block."""
         return tuple(path for stage in self.stages for path in stage)
 
     @cached_property
     def mlps(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the layers whose columns are MLP units, each with the layers whose rows are the units."""
+        """The layers whose columns are MLP units, each with the layers whose rows are the units."""
         if self.mixture is None:
             return {self.mlp_consumer: self.mlp_producers}
         return self.mixture.mlps(self.layers)
 
     @property
     def mlp_consumers(self) -> tuple[str, ...]:
-        """Return the layers whose columns a block's `mlp_width` counts: those of all MLPs but a shared expert."""
+        """The layers whose columns a block's `mlp_width` counts: those of all MLPs but a shared expert."""
         shared = "" if self.mixture is None else f"{self.mixture.shared}.{GATED[2]}"
         return tuple(path for path in self.mlps if path != shared)
 
     @property
     def taps(self) -> dict[str, str]:
-        """Return the first layer that reads the same input, for every linear layer of a block."""
+        """The first layer that reads the same input, for every linear layer of a block."""
         first: dict[tuple[int, str], str] = {}
         places = [(number, path) for number, stage in enumerate(self.stages) for path in stage]
         return {path: first.setdefault((number, path.rpartition(".")[0]), path) for number, path in places}

@@ -46,7 +46,7 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Return the size in bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
@@ -93,12 +93,12 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Return the files that hold the tensors."""
+        """The files that hold the tensors."""
         return tuple(dict.fromkeys(tensor.file for tensor in self.tensors.values()))
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype of the first tensor; most models have one dtype."""
+        """The dtype of the first tensor; most models have one dtype."""
         return next((tensor.dtype for tensor in self.tensors.values()), torch.float32)
 
     def read(

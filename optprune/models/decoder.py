@@ -122,7 +122,7 @@ class Decoder:
 
     @property
     def offload(self) -> Place:
-        """Return the place of tensors that are not needed for a while: a file where blocks are read from files."""
+        """The place of tensors that are not needed for a while: a file where blocks are read from files."""
         return self.states if self.store is None or isinstance(self.states, InFile) else self.store.offload
 
     @contextmanager
@@ -206,7 +206,7 @@ class Decoder:
 
     @property
     def experts_for_a_token(self) -> int:
-        """Return the number of experts that a router chooses for a token; zero without a router."""
+        """The number of experts that a router chooses for a token; zero without a router."""
         mixture = self.architecture.mixture
         return 0 if mixture is None else int(getattr(self.model.config, mixture.chosen))
 
@@ -316,7 +316,7 @@ class Decoder:
         self._drop_empty_blocks()
         architecture, config, shapes = self.architecture, self.model.config, self.shapes()
         if not any(shape.kv_heads for shape in shapes):
-            raise InputError("no block has attention left: lower the sparsity, or protect an attention")
+            raise InputError("no block has attention left: lower the sparsity")
         setattr(config, architecture.mlp_width, max(shape.mlp_width for shape in shapes) or 1)
         self._record_experts(shapes)
         stock = self._stock_can_hold(shapes)
@@ -333,7 +333,7 @@ class Decoder:
         classes, config = self.architecture.pruned, self.model.config
         if classes is None:
             family = self.architecture.model_type
-            raise InputError(f"blocks of a {family} model must keep one shape, as a draft describes it: prune evenly")
+            raise InputError(f"the blocks of a drafted {family} model must have one shape: use a uniform allocation")
         config.__class__, self.model.__class__ = classes.config, classes.model
         vars(config).pop("auto_map", None)  # the classes of another library; saving names those of optprune
         setattr(config, SHAPES_FIELD, [shape.counts() for shape in shapes])

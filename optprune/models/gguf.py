@@ -37,7 +37,7 @@ class PlainReader(GGUFReader):
 
     @property
     def data(self) -> Any:
-        """Return the mapped bytes of the file."""
+        """The mapped bytes of the file."""
         return self._bytes
 
     @data.setter

@@ -46,7 +46,7 @@ class SeparateExperts(nn.ModuleDict):
 
     @property
     def count(self) -> int:
-        """Return the number of experts."""
+        """The number of experts."""
         return len(self)
 
     def outputs(self, hidden_states: Tensor, number: int) -> Tensor:

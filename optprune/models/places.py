@@ -182,7 +182,7 @@ class States(Sequence[Value], Generic[Value]):
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens in all batches, for values that are tensors [..., hidden]."""
+        """The number of tokens in all batches, for values that are tensors [..., hidden]."""
         return sum(shape[:-1].numel() for shape in self.shapes)
 
     def with_values(self, values: Iterable[Value]) -> "States[Value]":

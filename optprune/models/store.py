@@ -143,12 +143,12 @@ class BlockStore:
 
     @cached_property
     def offload(self) -> InFile:
-        """Return the file for tensors that are not needed for a while."""
+        """The file for tensors that are not needed for a while."""
         return InFile(self.scratch("offload"))
 
     @property
     def sink(self) -> BlockSink:
-        """Return the destination of pruned blocks."""
+        """The destination of pruned blocks."""
         if self._sink is None:
             self._sink = ShardSink(self.scratch("pruned"))
         return self._sink

@@ -1,7 +1,7 @@
 """Kinds of units that a recipe can remove: the layers they prune, how those are linked, and the shape that is left."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -41,7 +41,7 @@ class Target:
 
     @property
     def rotated(self) -> bool:
-        """Return whether its columns are directions, so that it is solved for rotated inputs too."""
+        """Whether its columns are directions, so that it is solved for rotated inputs too."""
         return self.kind is not None and self.kind.rotated
 
     def keep(self, outputs: int, inputs: int, wanted: BlockAllocation) -> int:
@@ -74,7 +74,7 @@ class Units(ABC):
     @property
     @abstractmethod
     def kinds(self) -> "tuple[LinkedUnits, ...]":
-        """Return the kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
+        """The kinds of units that are removed, empty if no layer is narrowed; the last one fills up a budget."""
 
     @abstractmethod
     def work(self, outputs: int, inputs: int) -> Work:
@@ -85,7 +85,7 @@ class Units(ABC):
 
     @property
     def compete(self) -> bool:
-        """Return whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
+        """Whether a sub-block has units of several kinds, of which each block is narrowed in the cheapest."""
         return len({kind.part for kind in self.kinds}) < len(self.kinds)
 
     def candidates(self, decoder: Decoder, block: int) -> list[Target]:
@@ -110,6 +110,19 @@ class Units(ABC):
         """Raise InputError where an allocation asks something of a block that these units cannot do."""
         if wanted.shares:
             raise InputError(f"the allocation removes single weights in block {block}: use a recipe with units weights")
+
+    def check_multiple(self, shapes: Sequence[BlockShape], multiple: int | None, *, alike: bool) -> None:
+        """Raise InputError where a multiple is requested and no count of these units would be one."""
+        if multiple is None or any(
+            not kind.multiple(shape, multiple, alike) % multiple for kind in self.kinds for shape in shapes
+        ):
+            return
+        counts = sorted({kind.there(shape) for kind in self.kinds for shape in shapes})
+        there = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        raise InputError(
+            f"a width multiple of {multiple} has no effect on units {self.name!r}, of which a block has {there}: "
+            "leave out --width-multiple, or give a smaller one"
+        )
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         """Return the layers that get a full output metric, which takes a matrix [outputs, outputs] for each."""

@@ -1,1 +1,1 @@
-"""Numerics that every floor above takes for granted: precision, definiteness, content hashes."""
+"""Numerics for all packages: linear algebra, Gram matrices, precision, rounding bounds, content hashes."""

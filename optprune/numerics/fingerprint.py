@@ -1,4 +1,4 @@
-"""Helpers for objects that are plain data: a content hash for frozen dataclasses of tensors."""
+"""A content hash for frozen dataclasses of tensors and plain data."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def fingerprint(value: Any) -> str:
-    """A SHA-256 hex digest of everything a dataclass holds: equal content gives equal digests, on any device."""
+    """Return a SHA-256 hex digest of the content of a dataclass, the same on every device."""
     digest = hashlib.sha256()
     _feed(digest, value)
     return digest.hexdigest()
@@ -18,14 +18,14 @@ def fingerprint(value: Any) -> str:
 def _feed(digest: "hashlib._Hash", value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
-        # A copy: of a single number any stride counts as contiguous, and it cannot be viewed as bytes.
+        # A copy, because a single number counts as contiguous with any stride, and then cannot be viewed as bytes.
         flat = value.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     elif dataclasses.is_dataclass(value):
         digest.update(type(value).__name__.encode())
         for field in dataclasses.fields(value):
             if not field.compare:
-                continue  # not content, but what is known of it
+                continue  # derived knowledge, not content
             digest.update(field.name.encode())
             _feed(digest, getattr(value, field.name))
     elif isinstance(value, tuple | list):

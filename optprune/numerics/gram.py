@@ -1,4 +1,4 @@
-"""Gram matrices X^T X: their products on tensor cores, their sums, and the check that a matrix can be one."""
+"""Gram matrices X^T X: products on tensor cores, sums, and a check that a matrix can be an average of z z^T."""
 
 import math
 
@@ -10,25 +10,25 @@ from optprune.errors import NumericalError
 from optprune.numerics.precision import full_precision
 
 PRODUCTS = {1: ((0, 0),), 2: ((0, 0), (0, 1), (1, 1)), 3: ((0, 0), (0, 1), (1, 1), (0, 2))}
-"""for so many parts the products taken; of two parts that differ one product gives both, being its own transpose"""
+"""the products for each number of parts; the product of two different parts is added with its transpose"""
 
 
 def gram_product(values: Float32[Tensor, "tokens in"], parts: int = 2) -> Float32[Tensor, "in in"]:
-    r"""X^T X of a float32 matrix by products of bfloat16 matrices: one, three or four for 1, 2 or 3 parts.
+    r"""Return X^T X of a float32 matrix by products of bfloat16 matrices: one, three or four for 1, 2 or 3 parts.
 
-    X = H + M + L with H = bf16(X), M = bf16(X - H) and L the rest, which bfloat16 holds but for underflow: it has 8
-    digits, and float32 has 24. So |M| <= 2^-8 |X| and |L| <= 2^-16 |X|, and what is left out of
-    H^T H,  H^T H + H^T M + M^T H + M^T M  and that with H^T L + L^T H is at most 2^-7 + 2^-16, 2^-15 + 2^-32 and
-    2^-23 + 2^-32 of sum_t |x_ti| |x_tj|. Exact products leave what adding up the tokens in float32 rounds, for each
-    product a share tokens 2^-24 of the same sum (twice that where a tensor core cuts off in place of rounding).
+    X = H + M + L with H = bf16(X), M = bf16(X - H) and L the rest, which bfloat16 represents except for underflow: it
+    has 8 digits, and float32 has 24. So |M| <= 2^-8 |X| and |L| <= 2^-16 |X|, and the terms left out of H^T H,  H^T H +
+    H^T M + M^T H + M^T M  and that with H^T L + L^T H is at most 2^-7 + 2^-16, 2^-15 + 2^-32 and 2^-23 + 2^-32 of sum_t
+    |x_ti| |x_tj|. The products are exact, so only the sum over tokens in float32 rounds, for each product by a share
+    tokens 2^-24 of the same sum (twice that where a tensor core truncates instead of rounding).
 
-    Two parts are all of what two bfloat16 numbers of sizes within 2^8 of each other differ by. For any float32 matrix
-    it takes three, four products that is, so that where tensor cores are no more than four times as fast as
-    float32 nothing is gained: activations in float32 are multiplied in float32.
+    Two parts represent the difference of two bfloat16 numbers of sizes within 2^8 of each other exactly. Any float32
+    matrix takes three parts, and so four products: where tensor cores are no more than four times as fast as float32,
+    nothing is gained. Activations in float32 are therefore multiplied in float32.
     """
     halves = split(values, parts)
     total = torch.zeros((), dtype=torch.float32, device=values.device)
-    # The small ones first.
+    # The small terms first.
     for one, other in reversed(PRODUCTS[parts]):
         product = _product(halves[one], halves[other])
         total = total + (product if one == other else product + product.T)
@@ -36,7 +36,7 @@ def gram_product(values: Float32[Tensor, "tokens in"], parts: int = 2) -> Float3
 
 
 def split(values: Float32[Tensor, "tokens in"], parts: int) -> list[BFloat16[Tensor, "tokens in"]]:
-    """Bfloat16 matrices that add up to a float32 matrix, each the rounding of what those before it leave."""
+    """Return bfloat16 matrices that sum to a float32 matrix, each the rounding of the rest after those before it."""
     found = list[Tensor]()
     for _ in range(parts):
         found.append(values.to(torch.bfloat16))
@@ -45,54 +45,54 @@ def split(values: Float32[Tensor, "tokens in"], parts: int) -> list[BFloat16[Ten
 
 
 def on_tensor_cores(inputs: Tensor) -> bool:
-    """Whether Gram matrices of inputs are to be made by `gram_product`: of bfloat16 inputs on an NVIDIA GPU."""
+    """Return whether `gram_product` is used for inputs: for bfloat16 on an NVIDIA GPU."""
     return inputs.dtype == torch.bfloat16 and inputs.device.type == "cuda"
 
 
 @full_precision()
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    """X^T Y of bfloat16 matrices, added up in float32."""
+    """Return X^T Y of bfloat16 matrices, summed in float32."""
     if one.device.type == "cuda":
         return torch.mm(one.T, other, out_dtype=torch.float32)
     return one.float().T @ other.float()
 
 
 STRIPE, LANES = 192, 64
-"""the least height of a stripe of rows, and what every height is a multiple of: products of other sides are slow, and
+"""the least height of a stripe of rows, and the divisor of every height: products of other sizes are slow, and
 round otherwise"""
 
 
 def add_square(total: Float[Tensor, "n n"], rows: Float[Tensor, "tokens n"]) -> None:
-    """Add X^T X to a sum whose entries left of the diagonal, but for some near it, are not kept: see `mirror`."""
+    """Add X^T X to a sum of which only the entries right of the diagonal, and some near it, are kept: see `mirror`."""
     for stripe in _stripes(len(total)):
         total[stripe, stripe.start :].add_(rows[:, stripe].T @ rows[:, stripe.start :])
 
 
 def mirror(total: Float[Tensor, "n n"]) -> None:
-    """Give a sum of squares, in place, the entries that `add_square` does not keep."""
+    """Fill, in place, the entries of a sum that `add_square` does not keep."""
     for stripe in _stripes(len(total)):
         total[stripe.stop :, stripe] = total[stripe, stripe.stop :].T
 
 
 def _stripes(width: int) -> list[slice]:
-    """The rows of a matrix in even parts."""
+    """Return the rows of a matrix in even parts."""
     height = LANES * math.ceil(width / (LANES * max(1, width // STRIPE)))
     return [slice(first, min(first + height, width)) for first in range(0, width, height)]
 
 
 ACCUMULATED = 1e-5
-"""the share of its size by which an average of products may be off, collected in float32 in whatever order"""
+"""the relative rounding error of an average of products, summed in float32 in any order"""
 
 
 def check_average(
     matrix: Float[Tensor, "n n"], whole: Float[Tensor, "n n"], unit: float, what: str, source: str
 ) -> None:
-    """NumericalError where a matrix is by more than rounding not symmetric, or not positive semidefinite.
+    """Raise NumericalError where a matrix is, beyond rounding, not symmetric or not positive semidefinite.
 
-    `whole` is what it is known to a share of: the averages before means or other averages were taken off, whose
-    diagonal gives every input its unit. In these units an entry is known to `unit`, and what was added up to it to a
-    share ACCUMULATED, which moves no eigenvalue by more than n `unit` + ACCUMULATED x |whole| in the Frobenius norm.
-    Costs n^3 / 3 in float64.
+    `whole` is the matrix to which its rounding is relative: the averages before means or other averages were
+    subtracted, whose diagonal gives every input its unit. In these units an entry is known to `unit`, and the sum
+    behind it to a share ACCUMULATED, which changes no eigenvalue by more than n `unit` + ACCUMULATED x |whole| in the
+    Frobenius norm. Costs n^3 / 3 in float64.
     """
     size = whole.diagonal().double().clamp(min=0).sqrt()
     size = torch.where(size > 0, size, 1.0)
@@ -115,7 +115,7 @@ def check_average(
 
 
 def clear_small(covariance: Float[Tensor, "in in"], mean: Float[Tensor, "in"]) -> Bool[Tensor, "in"]:
-    """Set variances, and squares of means, to zero where they are too small to have digits; which variances were."""
+    """Set variances and means to zero where their squares are too small to have digits; return which variances."""
     limits = torch.finfo(mean.dtype)
     least = limits.tiny / limits.eps
     constant = covariance.diagonal().abs() < least

@@ -1,4 +1,4 @@
-"""float32 that is float32, whatever torch was told to multiply it in, and sizes that stay in its range."""
+"""Full precision of float32 products, for all settings of torch, and scales that stay in the range of float32."""
 
 import math
 from collections.abc import Iterator
@@ -7,20 +7,20 @@ from contextlib import contextmanager
 import torch
 
 FLOAT32 = "ieee"
-"""torch's word for products of float32 in float32"""
+"""torch's name for products of float32 in float32"""
 
 
 def excess(size: float, most: int) -> float:
-    """The power of two that takes a size to about 1 if it is above 2^most or below 2^-most, else 1."""
+    """Return the power of two that scales a size to about 1 if it is above 2^most or below 2^-most, else 1."""
     exponent = math.frexp(size)[1] if size > 0 else 0
     return 1.0 if abs(exponent) <= most else 2.0**-exponent
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32, whatever torch was told and by whichever of its two ways; put back then.
+    """Switch to products of float32 matrices in float32 within the context, and restore the settings of torch after it.
 
-    Also a decorator. Within another such context nothing is set, so that threads may enter and leave theirs there.
+    It is also a decorator. Within another such context nothing is set, so threads may enter and leave theirs.
     """
     backends = (
         torch.backends.cuda.matmul,
@@ -33,7 +33,7 @@ def full_precision() -> Iterator[None]:
     try:
         older = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # torch refuses to say so after `fp32_precision` was set to something else.
+        # torch raises where `fp32_precision` was set to something else.
         older = None
     torch.set_float32_matmul_precision("highest")
     try:
@@ -42,7 +42,7 @@ def full_precision() -> Iterator[None]:
         if older is not None:
             torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, before, strict=True):
-            # What is inherited is told like what was set: it is inherited again where that gives the same.
+            # An inherited precision reads like a set one: it is inherited again where that gives the same.
             backend.fp32_precision = "none"
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision

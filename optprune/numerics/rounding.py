@@ -1,6 +1,6 @@
-"""Proven bounds of what float64 rounds, for certificates: a bound that rounds the wrong way is no bound.
+"""Proven bounds of the rounding errors of float64, for certificates.
 
-Each holds whatever the order in which a sum is added up (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
+Each holds for every order of summation (Higham, Accuracy and Stability of Numerical Algorithms, 2002,
 sections 3.1 and 10.1; Rump, Verification of Positive Definiteness, BIT 46, 2006).
 """
 
@@ -16,21 +16,21 @@ from optprune.numerics import linalg
 UNIT = torch.finfo(torch.float64).eps / 2
 """the largest relative error of one float64 operation"""
 OUTWARD = 1.01
-"""what an allowance is multiplied by, since it is itself computed in float64"""
+"""the factor of an error bound, because the bound itself is computed in float64"""
 SHIFTS = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12, 1e-13, 1e-14)
-"""the least eigenvalues that are tried, of a matrix with a unit diagonal"""
+"""the lower bounds of the least eigenvalue that are tried, for a matrix with a unit diagonal"""
 LARGEST_RIDGE = 1e-3
 """the largest ridge that makes a matrix regular, as a share of its unit diagonal"""
 
 
 def gamma(terms: int, unit: float = UNIT) -> float:
-    """Return the share of the sum of their sizes by which a sum of so many products may be off."""
+    """Return the error bound of a sum of so many products, relative to the sum of their sizes."""
     return OUTWARD * terms * unit
 
 
 @dataclass(frozen=True, eq=False)
 class KnownMatrix:
-    """A symmetric matrix in float64, and how far it may be from the exact one that it stands for."""
+    """A symmetric matrix in float64, and a bound of its distance from the exact matrix."""
 
     matrix: Float[Tensor, "n n"]
     size: Float[Tensor, " n"]
@@ -44,9 +44,9 @@ class KnownMatrix:
     def of(
         cls, average: Float[Tensor, "n n"], damping: Float[Tensor, " n"], mean: Float[Tensor, " n"] | None = None
     ) -> "KnownMatrix":
-        """The sum C + m m^T + diag(D) of parts that are exact as they are stored, in whatever dtype.
+        """Return the sum C + m m^T + diag(D) of stored parts, in any dtype, which count as exact.
 
-        Where C is not exactly symmetric either triangle may be meant, so that their difference is an error.
+        Where C is not exactly symmetric either triangle may be meant, so their difference counts as an error.
         """
         first, ridge = average.double(), damping.double()
         centre = torch.zeros_like(ridge) if mean is None else mean.double()
@@ -75,7 +75,7 @@ class KnownMatrix:
 
     @cached_property
     def margin(self) -> float:
-        """How far above zero the eigenvalues of the scaled matrix must be computed to be, to be so.
+        """The least computed eigenvalue of the scaled matrix that proves it positive definite.
 
         n times the error of an entry, and the backward error of a Cholesky factorisation, gamma of the trace.
         """
@@ -83,7 +83,7 @@ class KnownMatrix:
         return OUTWARD * count * (self.share + 3 * UNIT * self.ratio) + gamma(count + 3) * 2 * count * self.ratio
 
     def exceeds(self, diagonal: Float[Tensor, "*n"] | float) -> bool:
-        """Whether the exact matrix is proved to exceed diag(d s^2), for a d of nonnegative entries."""
+        """Return whether the exact matrix is proved to exceed diag(d s^2), for a d of nonnegative entries."""
         if not self.margin < 1:
             return False
         shifted = self.scaled.clone()
@@ -93,8 +93,8 @@ class KnownMatrix:
     def floor(self, damping: Float[Tensor, " n"] | None = None) -> Float[Tensor, " n"] | None:
         """Return a d [n] whose diag(d) the exact matrix exceeds: nearly the damping, or a least eigenvalue.
 
-        In the units of the matrix, and positive but for rows that are zero; None where the others cannot be told from
-        those of a singular one.
+        It is in the units of the matrix, and positive except for zero rows; None where the other rows cannot be told
+        from those of a singular one.
         """
         square = self.size.square()
         if damping is not None and bool((damping > 0).all()):
@@ -119,5 +119,5 @@ class KnownMatrix:
         return self, float("inf")
 
     def among(self, kept: Bool[Tensor, " n"]) -> "KnownMatrix":
-        """The matrix of some rows and columns alone."""
+        """Return the matrix of some rows and columns alone."""
         return replace(self, matrix=self.matrix[kept][:, kept], size=self.size[kept])

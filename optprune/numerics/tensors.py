@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
+    """Return whether no value is NaN or infinite.
 
-    Their sum tells in one fast pass: no other value makes up for one that is not. A sum that overflows leaves it open.
+    A finite sum proves it in one fast pass. A sum that overflows needs a second pass.
     """
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
@@ -20,34 +20,34 @@ INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def places(mask: Bool[Tensor, " n"], count: int) -> Int[Tensor, " count"]:
-    """The indices, ascending, of the entries that are True, of which there are `count`."""
+    """Return the indices, ascending, of the True entries, of which there are `count`."""
     return mask.to(torch.uint8).argsort(descending=True, stable=True)[:count]
 
 
 def median_among(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """The median of the values where the mask is true, the lower one of two; on a CPU by torch's own median."""
+    """Return the median of the values where the mask is true, the lower one of two; on a CPU by torch's own median."""
     if values.device.type == "cpu":
         return values[mask].median()
-    # Of n values the lower median is that with n // 2 above it.
+    # The lower median of n values has n // 2 values above it.
     count = mask.sum()
     return kth_largest(torch.where(mask, values, -torch.inf).reshape(1, -1), count // 2 + 1)[0, 0]
 
 
 def kth_largest(score: Float[Tensor, "rows n"], k: int | Int[Tensor, ""]) -> Float[Tensor, "rows 1"]:
-    """The k-th largest value of every row, of numbers that are not NaN: exactly that value, whatever is tied with it.
+    """Return exactly the k-th largest value of every row, with ties, for values without NaN.
 
-    As integers the bits of floats that are not negative have their order, and those of negative ones the opposite. One
-    count for each bit, from the sign on, tells whether it is set in the answer: a few passes over all values, for
-    devices that sort slowly.
+    The bits of nonnegative floats, read as integers, have the order of the floats, and those of negative ones the
+    opposite. One count for each bit, from the sign on, decides whether it is set in the answer: a few passes over all
+    values, for devices that sort slowly.
     """
     kind = INTEGERS[score.dtype]
     most = torch.iinfo(kind).max
-    # Adding zero makes the negative zero a positive one.
+    # Adding zero makes a negative zero positive.
     bits = (score + 0.0).view(kind)
     keys = torch.where(bits < 0, bits ^ most, bits)
     found = torch.full_like(keys[:, :1], torch.iinfo(kind).min)
     for place in range(torch.iinfo(kind).bits - 1, -1, -1):
-        # The sign's place takes the least integer to zero.
+        # The sign bit takes the least integer to zero.
         trial = torch.zeros_like(found) if place == torch.iinfo(kind).bits - 1 else found + (1 << place)
         enough = (keys >= trial).sum(1, keepdim=True) >= k
         found = torch.where(enough, trial, found)
@@ -55,13 +55,13 @@ def kth_largest(score: Float[Tensor, "rows n"], k: int | Int[Tensor, ""]) -> Flo
 
 
 def first_output(output: Any) -> Tensor:
-    """The tensor of a module's output, which some versions of some modules wrap in a tuple."""
+    """Return the tensor of a module's output, which some versions of some modules wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def divergence_terms(log_p: Float[Tensor, "*rows n"], log_q: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows n"]:
-    """The terms p (log p - log q) of KL(p || q), in nats, of log-probabilities; a row of them comes to it.
+    """Return the terms p (log p - log q) of KL(p || q), in nats, from log-probabilities; a row sums to the divergence.
 
-    They are to be summed in float64: most of them cancel. Entries of probability zero, -inf in both, are NaN.
+    Sum them in float64, because most of them cancel. Entries of probability zero, -inf in both, are NaN.
     """
     return log_p.exp() * (log_p - log_q)

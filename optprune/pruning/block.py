@@ -54,7 +54,7 @@ class BlockTask:
 
     @property
     def index(self) -> int:
-        """Return the number of the block."""
+        """The number of the block."""
         return self.block.index
 
 

@@ -56,7 +56,7 @@ class MetricFiles:
 
     @property
     def measured(self) -> bool:
-        """Return whether the metrics were measured."""
+        """Whether the metrics were measured."""
         return self._folder.lists(INDEX)
 
     def file(self, block: int) -> Path:
@@ -122,7 +122,7 @@ class CostFiles:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of the files."""
+        """The names of the files."""
         return [name for name in self._folder.files if name.startswith(PREFIX)]
 
     def once(self, key: Key, measure: Callable[[], Measured], device: torch.device | None = None) -> Measured:
@@ -198,17 +198,17 @@ class Journal(RunFolder):
 
     @cached_property
     def sink(self) -> ShardSink:
-        """Return the sink of the finished blocks' weights, one file each; `open_model` takes it for pruned blocks."""
+        """The sink of the finished blocks' weights, one file each; `open_model` takes it for pruned blocks."""
         return ShardSink(self.folder, keep=self.keep)
 
     @property
     def metrics(self) -> MetricFiles:
-        """Return the files of the dense model's output metrics, for the blocks that are not finished."""
+        """The files of the dense model's output metrics, for the blocks that are not finished."""
         return MetricFiles(self)
 
     @property
     def costs(self) -> CostFiles:
-        """Return the files of the costs of units or weights, which are kept until the budget is divided."""
+        """The files of the costs of units or weights, which are kept until the budget is divided."""
         return CostFiles(self)
 
     def keeping_costs(self, statistics: DenseStatistics) -> DenseStatistics:

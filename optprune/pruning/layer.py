@@ -38,23 +38,23 @@ class LayerTask:
 
     @property
     def name(self) -> str:
-        """Return the layer's full name."""
+        """The layer's full name."""
         return self.decoder.name(self.block, self.target.path)
 
     @property
     def layer(self) -> nn.Linear:
-        """Return the layer as it is now."""
+        """The layer as it is now."""
         return self.decoder.layer(self.block, self.target.path)
 
     @property
     def units(self) -> LinkedLayers | None:
-        """Return the links of its units with other layers, if units are pruned."""
+        """The links of its units with other layers, if units are pruned."""
         kind, path = self.target.kind, self.target.path
         return None if kind is None else kind.linked(self.decoder, self.block, path)
 
     @property
     def reordered(self) -> LinkedLayers | None:
-        """Return the links of its inputs with the layers that make them, if the inputs of its weights may permute."""
+        """The links of its inputs with the layers that make them, if the inputs of its weights may permute."""
         if not self.method.permuted or self.target.kind is not None:
             return None
         return reorderable(self.decoder, self.block, self.target.path, self.target.family.multiple)
@@ -141,7 +141,7 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
         # A custom pattern may round the count of every row.
         due = solved.weight.numel() - solved.keep - layer.out_features // 2
     else:
-        choice = units.link.reading(solved.reads)
+        choice = units.link.units_reading(solved.reads)
         _check_alike(task, int(choice.sum()))
         task.decoder.keep_units(task.block, units, choice)
         report = replace(report, kept=int(choice.sum()), units=choice.numel())

@@ -287,7 +287,7 @@ class BlockProbe:
 
     @property
     def tokens(self) -> int:
-        """Return the number of tokens of the probe."""
+        """The number of tokens of the probe."""
         return sum(batch.numel() for batch in self.batches)
 
     def forward(self) -> float:

@@ -124,7 +124,7 @@ class Run:
 
     @cached_property
     def last(self) -> int:
-        """Return the number of the last block with something to solve, after which no hidden states are needed."""
+        """The number of the last block with something to solve, after which no hidden states are needed."""
         return max((block.index for block in self.blocks if block.solves), default=-1)
 
     def prune_block(self, index: int) -> None:
@@ -157,7 +157,7 @@ class Run:
 
     @cached_property
     def needs_no_pass(self) -> bool:
-        """Return whether all moments are cached; used before the first block."""
+        """Whether all moments are cached; used before the first block."""
         return not self.finished and self.cached.cover(self.blocks)
 
     def jobs(self) -> Iterator[BlockJob]:
@@ -212,7 +212,7 @@ class Run:
     def metrics_of(self, index: int) -> Metrics:
         """Return the metrics of a block's layers, and release them from the run."""
         decoder = self.decoder
-        return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
+        return self.metrics.pop_layers([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
     def _load_finished(self, index: int) -> BlockRecord:
         assert self.journal is not None

@@ -137,7 +137,7 @@ class Matching(Group):
 
     @property
     def descent(self) -> Descent[Any]:
-        """Return the solver that trains the weights."""
+        """The solver that trains the weights."""
         return Lbfgs(self.epochs) if self.solver == "lbfgs" else Adam(self.epochs, self.rate)
 
 
@@ -171,7 +171,7 @@ class Choice:
 
     @property
     def kinds(self) -> dict[str, type[Group]]:
-        """Return the group for each value of the switch, where the values are names."""
+        """The group for each value of the switch, where the values are names."""
         options = [(model, get_args(model.model_fields[self.switch].annotation)) for model in self.models]
         return {kind: model for model, kinds in options for kind in kinds}
 
@@ -189,12 +189,12 @@ class Choice:
 
     @property
     def values(self) -> str:
-        """Return the values that may stand for the group, in words."""
+        """The values that may stand for the group, in words."""
         return either([*([] if self.default else [NONE]), *(self.kinds or [f"{{{self.switch}: ...}}"])])
 
     @property
     def names(self) -> list[str]:
-        """Return the fields of all groups."""
+        """The fields of all groups."""
         return list(dict.fromkeys(name for model in self.models for name in model.model_fields))
 
     def owners(self, name: str) -> list[type[Group]]:

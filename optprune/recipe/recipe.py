@@ -49,7 +49,7 @@ from optprune.recipe.names import (
 )
 from optprune.recipe.settings import Settings, unknown_field
 from optprune.solvers import ExpertElimination, ExpertSolver, Solver
-from optprune.solvers.ridge import refitting
+from optprune.solvers.ridge import last_refit
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import read_yaml
 from optprune.system.interrupts import interrupts_held
@@ -155,7 +155,7 @@ class Recipe(Displayed, BaseModel):
                 "units.weights to an N:M pattern such as 2:4, or leave permuted out"
             )
         refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
-        if refitted and solver is not None and refitting(solver) is None:
+        if refitted and solver is not None and last_refit(solver) is None:
             raise ValueError(
                 f"refit.dampings needs a solver that ends with restore or conjugate_gradients, not {solver.label}"
             )
@@ -206,12 +206,12 @@ class Recipe(Displayed, BaseModel):
 
     @property
     def layer_solver(self) -> Solver | None:
-        """Return the solver of the layers' problems; None where the problem chooses it, or experts are removed."""
+        """The solver of the layers' problems; None where the problem chooses it, or experts are removed."""
         return self.solver if isinstance(self.solver, Solver) else None
 
     @property
     def expert_solver(self) -> ExpertSolver:
-        """Return the solver that chooses experts."""
+        """The solver that chooses experts."""
         return self.solver if isinstance(self.solver, ExpertSolver) else ExpertElimination()
 
     def state(self, context: LayerContext) -> Problem:
@@ -221,12 +221,12 @@ class Recipe(Displayed, BaseModel):
 
     @property
     def only_share(self) -> float | None:
-        """Return the share of a layer that the pattern keeps; None where it may be any, and for whole units."""
+        """The share of a layer that the pattern keeps; None where it may be any, and for whole units."""
         return None if self.units.family is None else self.units.family.only_share
 
     @property
     def policy(self) -> Propagation:
-        """Return the propagation policy of a run."""
+        """The propagation policy of a run."""
         if self.propagation is not None:
             return self.propagation
         return POLICIES["pruned" if self.only_share is None else "intra"]
@@ -237,7 +237,7 @@ class Recipe(Displayed, BaseModel):
 
     @property
     def given(self) -> Allocation | None:
-        """Return the allocation that the recipe lists; None where it lists none."""
+        """The allocation that the recipe lists; None where it lists none."""
         return self.allocation.allocation(self.sparsity) if isinstance(self.allocation, GivenBlocks) else None
 
     def with_given(self, allocation: Allocation) -> "Recipe":
@@ -255,7 +255,7 @@ class Recipe(Displayed, BaseModel):
 
     @property
     def divides(self) -> bool:
-        """Return whether a budget is divided over the layers; not where all layers have the sparsity of N:M."""
+        """Whether a budget is divided over the layers; not where all layers have the sparsity of N:M."""
         share = self.only_share
         return isinstance(self.allocation, GlobalBudget) and (share is None or self.sparsity < 1 - share - 1e-9)
 

@@ -22,7 +22,7 @@ class BlockValues:
 
     @property
     def changed(self) -> bool:
-        """Return whether the value changed in any block."""
+        """Whether the value changed in any block."""
         return self.before != self.after
 
 

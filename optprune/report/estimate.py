@@ -80,12 +80,12 @@ class _Step:
 
     @property
     def done(self) -> float:
-        """Return the share of the step that was done between these events."""
+        """The share of the step that was done between these events."""
         return self.last - self.first
 
     @property
     def rate(self) -> float:
-        """Return the seconds of the whole step, from the later half of the done share: the load of a machine varies."""
+        """The seconds of the whole step, from the later half of the done share: the load of a machine varies."""
         middle = self.first + self.done / 2
         before = [mark for mark in self.marks if mark[0] <= middle]
         share, seconds = before[-1] if before else (self.first, 0.0)
@@ -138,7 +138,7 @@ class TimeLeft:
 
     @property
     def known(self) -> bool:
-        """Return whether there is anything to estimate from."""
+        """Whether there is anything to estimate from."""
         return any(self.expected.values()) or (self._step is not None and self._step.done > 0)
 
     def seconds(self) -> float:

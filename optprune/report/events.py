@@ -48,12 +48,12 @@ class PhaseAdvanced:
 
     @property
     def share_of_step(self) -> float:
-        """Return the share of the step that is done."""
+        """The share of the step that is done."""
         return self.within if self.within is not None else self.done / self.total if self.total else 1.0
 
     @property
     def share(self) -> float:
-        """Return the share of the phase's work that is done."""
+        """The share of the phase's work that is done."""
         return self.begins + (self.ends - self.begins) * self.share_of_step
 
 

@@ -38,12 +38,12 @@ class WeightFigures:
 
     @property
     def stored(self) -> int:
-        """Return the number of stored linear weights."""
+        """The number of stored linear weights."""
         return sum(layer.outputs * layer.inputs for layer in self.layers)
 
     @property
     def removed(self) -> int:
-        """Return the number of linear weights that are zero, or were cut off if the original is known."""
+        """The number of linear weights that are zero, or were cut off if the original is known."""
         return (self.original or self.stored) - self.stored + sum(layer.zeros for layer in self.layers)
 
 
@@ -187,7 +187,7 @@ class ReportClaims:
 
     @property
     def groups(self) -> set[tuple[int, int]]:
-        """Return the N:M pattern of the report, if any."""
+        """The N:M pattern of the report, if any."""
         return {(self.family.n, self.family.m)} if isinstance(self.family, InGroups) else set()
 
     def faults(self, found: WeightFigures) -> list[Fault]:

@@ -70,27 +70,27 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Return whether there are no faults."""
+        """Whether there are no faults."""
         return not self.faults
 
     @property
     def weights(self) -> int:
-        """Return the number of stored linear weights of the decoder blocks."""
+        """The number of stored linear weights of the decoder blocks."""
         return sum(layer.outputs * layer.inputs for layer in self.layers)
 
     @property
     def zeros(self) -> int:
-        """Return the number of zeros among them."""
+        """The number of zeros among them."""
         return sum(layer.zeros for layer in self.layers)
 
     @property
     def removed(self) -> float | None:
-        """Return the share of the original's linear weights that is cut off or zero; None if unknown."""
+        """The share of the original's linear weights that is cut off or zero; None if unknown."""
         return None if self.original_weights is None else 1 - (self.weights - self.zeros) / self.original_weights
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Return the N:M patterns in `NAMED` that hold in every layer."""
+        """The N:M patterns in `NAMED` that hold in every layer."""
         names = self.layers[0].patterns if self.layers else ()
         return tuple(name for name in names if all(name in layer.patterns for layer in self.layers))
 

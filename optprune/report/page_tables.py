@@ -203,7 +203,7 @@ class Headline:
 
     @property
     def key_figures(self) -> list[tuple[str, str, str]]:
-        """Return the most important figures: name, figure, and a remark."""
+        """The most important figures: name, figure, and a remark."""
         report, evaluation = self.report, self.evaluation
         found = [("weights removed", f"{report.sparsity_reached:.2%}", f"{report.sparsity_requested:.2%} requested")]
         if evaluation is not None:
@@ -228,7 +228,7 @@ class Headline:
 
     @property
     def table(self) -> Table:
-        """Return the model before and after pruning."""
+        """The model before and after pruning."""
         rows = (*self._shapes(), *self._sizes(), *self._predictions(), *self._speeds())
         return Table("The model before and after", ("", "before", "after", "change"), rows)
 
@@ -263,7 +263,7 @@ class Headline:
 
     @property
     def _parameters_before(self) -> int | None:
-        """Return the parameters of the dense model, from the report or a measurement; None if unknown."""
+        """The parameters of the dense model, from the report or a measurement; None if unknown."""
         if self.report.parameters_before is not None:
             return self.report.parameters_before
         if self.evaluation is not None and self.evaluation.dense_parameters is not None:
@@ -272,7 +272,7 @@ class Headline:
 
     @property
     def _bytes_before(self) -> int | None:
-        """Return the size of the dense model's files, from a measurement; None if unknown."""
+        """The size of the dense model's files, from a measurement; None if unknown."""
         if self.evaluation is not None and self.evaluation.dense_bytes is not None:
             return self.evaluation.dense_bytes
         return self.speed.models[1].file_bytes if self.speed is not None and len(self.speed.models) == 2 else None

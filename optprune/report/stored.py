@@ -24,12 +24,12 @@ class Readable(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of the tensor."""
+        """The shape of the tensor."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the dtype in the file."""
+        """The dtype in the file."""
         ...
 
     def read(self) -> Tensor:
@@ -65,7 +65,7 @@ class StoredModel:
 
     @property
     def shares_head(self) -> bool:
-        """Return whether head and embeddings are both stored although the config ties them."""
+        """Whether head and embeddings are both stored although the config ties them."""
         return self.ties is not None and all(name in self.tensors for name in self.ties)
 
 
@@ -289,7 +289,7 @@ class ModelSummary:
 
     @property
     def itemsize(self) -> int | None:
-        """Return the bytes of an element; None for an unknown dtype."""
+        """The bytes of an element; None for an unknown dtype."""
         dtype = getattr(torch, self.dtype, None)
         return dtype.itemsize if isinstance(dtype, torch.dtype) else None
 

@@ -33,7 +33,7 @@ class LayerPattern:
 
     @property
     def sparsity(self) -> float:
-        """Return the share of zeros."""
+        """The share of zeros."""
         return self.zeros / (self.outputs * self.inputs)
 
 
@@ -53,7 +53,7 @@ class BrokenGroups:
 
     @property
     def holds(self) -> bool:
-        """Return whether the pattern holds in every group."""
+        """Whether the pattern holds in every group."""
         return self.groups > 0 and not self.broken
 
 
@@ -122,7 +122,7 @@ class DeadUnits:
 
     @property
     def count(self) -> int:
-        """Return the number of units."""
+        """The number of units."""
         return len(self.numbers)
 
 

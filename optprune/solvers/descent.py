@@ -44,7 +44,7 @@ class Descent(ABC, Generic[State]):
     def done(self, problem: BlockMatching, state: State) -> Status | None:
         """Return None to continue, or the reason to stop."""
 
-    def back(self, problem: BlockMatching, state: State, best: Point) -> State:
+    def restart(self, problem: BlockMatching, state: State, best: Point) -> State:
         """Return the state to continue from after an evaluation without a smaller held-out error than the best one.
 
         The state must not share the tensors of the best point: later evaluations write into them.
@@ -52,7 +52,7 @@ class Descent(ABC, Generic[State]):
         return state
 
     @abstractmethod
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         """Return the number of steps between two evaluations of the held-out examples."""
 
     @abstractmethod
@@ -102,7 +102,7 @@ def match(
     try:
         before, held_out_before = problem.error(), judge()
         state, steps, held_out, misses = solver.begin(problem), 0, held_out_before, 0
-        every = solver.looks(problem)
+        every = solver.evaluate_every(problem)
         while (status := solver.done(problem, state)) is None:
             state, steps = solver.step(problem, state), steps + 1
             if steps % every and solver.done(problem, state) is None:
@@ -116,7 +116,7 @@ def match(
                 status = Status.CONVERGED
                 break
             if misses:
-                state = solver.back(problem, state, best)
+                state = solver.restart(problem, state, best)
     finally:
         problem.put(best)
     after = problem.error() if best_step else before

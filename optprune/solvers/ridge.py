@@ -28,7 +28,7 @@ class Refitted:
     """E|V x* - W x|^2 / E|W x|^2 on the held-out tokens, for the answer that was not fitted to them"""
 
 
-def refitting(solver: AnySolver) -> Restore | ConjugateGradients | None:
+def last_refit(solver: AnySolver) -> Restore | ConjugateGradients | None:
     """Return the refit that a solver ends with, or None where it ends otherwise."""
     last = solver.stages[-1] if isinstance(solver, Chain) and solver.stages else solver
     return last if isinstance(last, Restore | ConjugateGradients) else None
@@ -83,7 +83,7 @@ def refit(
     more. A lower bound of the answer is dropped. Raises InputError where the solver that the problem chooses ends
     without a refit.
     """
-    loss, last = problem.loss, refitting(choose(problem) if solver is None else solver)
+    loss, last = problem.loss, last_refit(choose(problem) if solver is None else solver)
     if last is None:
         raise InputError(
             f"refit.dampings needs a refit at the end, and a {problem.kind} problem is solved without one: "

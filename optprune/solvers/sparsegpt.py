@@ -48,7 +48,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
         flops = measuring(outputs, inputs, coupled=coupled) + 2 * factor(inputs) + inverse(inputs) + updates
         return Work(flops, storage(outputs, inputs, 24.3, 20.5, 7.4))
 
-    def why_not(self, problem: SparseLeastSquares) -> str | None:
+    def unsupported(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it chooses masks block by block, which it cannot for the pattern {type(pattern).__name__}"

@@ -67,7 +67,7 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
         flops = measuring(outputs, inputs, coupled=coupled) + ROUNDS_PER_INPUT * inputs * step
         return Work(flops, unfitted(outputs, inputs, coupled=coupled))
 
-    def why_not(self, problem: SparseLeastSquares) -> str | None:
+    def unsupported(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it does not know which exchanges the pattern {type(pattern).__name__} allows"

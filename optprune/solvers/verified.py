@@ -60,7 +60,7 @@ class VerifiedLoss:
         return sum(self.weight.shape) + 8
 
     @cached_property
-    def pulled(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
+    def linear_term(self) -> tuple[Float[Tensor, "out in"], Float[Tensor, "out in"]]:
         """S P and its error."""
         if self.loss.exact.pull is None:
             return torch.zeros_like(self.weight), torch.zeros_like(self.weight)
@@ -128,7 +128,7 @@ class VerifiedLoss:
         with r = S (Z A + P) + T.
         """
         gradient, error = self.gradient(change)
-        pull, pull_error = self.pulled
+        pull, pull_error = self.linear_term
         parts = [change * (gradient + pull) / 2]
         residual = gradient
         lost = (change.abs() * (error + pull_error)).sum() / 2

@@ -81,12 +81,12 @@ class ManifestFolder:
 
     @property
     def begun(self) -> bool:
-        """Return whether the facts were recorded."""
+        """Whether the facts were recorded."""
         return self._manifest[FACTS] is not None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the recorded facts; empty before `begin`."""
+        """The recorded facts; empty before `begin`."""
         return self._manifest[FACTS] or {}
 
     def begin(self, facts: Mapping[str, Any]) -> None:
@@ -163,12 +163,12 @@ class ManifestFolder:
 
     @property
     def files(self) -> list[str]:
-        """Return the names of the written files that exist."""
+        """The names of the written files that exist."""
         return [name for name in self._manifest[FILES] if self.lists(name)]
 
     @property
     def subfolders(self) -> list[str]:
-        """Return the names of the folders created in this one."""
+        """The names of the folders created in this one."""
         return list(self._manifest[FOLDERS])
 
     def forget(self, names: list[str]) -> None:
@@ -414,17 +414,17 @@ class RunFolder(ManifestFolder, ABC):
 
     @property
     def scratch(self) -> Path:
-        """Return the folder for temporary files."""
+        """The folder for temporary files."""
         return self.subfolder(SCRATCH)
 
     @property
     def worth_keeping(self) -> bool:
-        """Return whether the folder has results that took time."""
+        """Whether the folder has results that took time."""
         return bool(self.files) or self.has_scratch
 
     @property
     def has_scratch(self) -> bool:
-        """Return whether the scratch folder has files that a later process can use."""
+        """Whether the scratch folder has files that a later process can use."""
         return any((self.folder / SCRATCH / name).exists() for name in self.stays)
 
     @abstractmethod
@@ -434,9 +434,9 @@ class RunFolder(ManifestFolder, ABC):
     @property
     @abstractmethod
     def progress_text(self) -> str:
-        """Return the progress of the run, in words."""
+        """The progress of the run, in words."""
 
     @property
     @abstractmethod
     def complete(self) -> bool:
-        """Return whether everything but the output is finished."""
+        """Whether everything but the output is finished."""

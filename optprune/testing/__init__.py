@@ -1,4 +1,4 @@
-"""What third parties need to check a solver: strategies, independent references, the laws, and check_solver.
+"""Checks of solvers, descents and penalties, for third parties too: laws, strategies and independent references.
 
 Needs the extra `optprune[testing]` (hypothesis, cvxpy); a missing one is an ImportError, never a skipped check.
 """

@@ -36,11 +36,11 @@ def check_solver(solver: AnySolver, *, examples: int = 20, shrink: bool = True) 
 def _check_kind(
     solver: AnySolver, kind: type[Problem], metric: MetricKind, dtype: torch.dtype, examples: int, shrink: bool
 ) -> int:
-    """Check a solver on one kind of problem; how many of the drawn problems it accepted."""
+    """Check a solver on one kind of problem, and return the number of accepted problems."""
     accepted = 0
     problems = STRATEGIES[kind](dtype=dtype) if metric == "none" else weighted(kind, metric, dtype=dtype)
 
-    # A report of the first broken law is an AssertionError; several at once would be an exception group.
+    # One broken law is an AssertionError; several would be an exception group.
     @settings(
         max_examples=examples,
         phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],

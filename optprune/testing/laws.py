@@ -1,7 +1,7 @@
 """The laws a solver keeps on a problem it accepts, each a plain function that raises AssertionError with the reason.
 
-No law asks the solver whether it succeeded. What a solver promises beforehand (`exact`, `monotone`) it is held to,
-whatever it says afterwards. Comparisons are written so that NaN fails them.
+No law relies on the solver's status. A promise (`exact`, `monotone`) is checked,
+whatever the status. Comparisons are written so that NaN fails them.
 
 Tolerances. A float64 answer must have the optimal objective to 1e-8 relative, a float32 answer to 1e-4. Next to that
 stands `rounding`, the size of one rounding of the sums that an objective is made of (quadratic.py): it is about
@@ -27,41 +27,41 @@ from optprune.testing.references import reference
 from optprune.testing.transformations import in_units, permuted, random_feasible, renaming, scaled
 
 RELATIVE = {torch.float64: 1e-8, torch.float32: 1e-4}
-"""how close to the optimum an exact answer must be, by dtype: the promise, not what happens to hold"""
+"""the promised relative accuracy of an exact answer, by dtype"""
 _LAST: list[tuple[Problem, AnySolver, Solution]] = []
 
 
 def tolerance(problem: Problem, objective: float) -> float:
-    """By how much an objective may miss an optimum of that size."""
+    """Return by how much an objective may miss an optimum of the given size."""
     return RELATIVE[problem.loss.weight.dtype] * abs(objective)
 
 
 def named(problem: Problem, solver: AnySolver) -> str:
-    """How a law that is broken begins its sentence."""
+    """Return the beginning of the sentence about a broken law."""
     return f"{solver.label} on a {problem.kind} problem"
 
 
 def answer(problem: Problem, solver: AnySolver) -> Solution:
-    """What the solver answers: solved once for all the laws that only look at the answer."""
+    """Return the solver's solution, computed once for all laws that only read it."""
     if _LAST and _LAST[0][0] is problem and _LAST[0][1] is solver:
         return _LAST[0][2]
     before = problem.fingerprint()
     solution = solve(problem, solver)
-    # Here and not only in its own law: on a problem that is no longer the same, other laws would speak first.
+    # Here too, because on a changed problem another law would fail first.
     assert problem.fingerprint() == before, f"{named(problem, solver)}: it changed the problem"
     _LAST[:] = [(problem, solver, solution)]
     return solution
 
 
 def output_change(loss: LayerLoss, first: Tensor, second: Tensor) -> float:
-    """E|(V1 - V2) x*|^2 plus the ridge's share."""
+    """Return E|(V1 - V2) x*|^2 plus the part of the ridge."""
     change = first.double() - second.double()
     gram = loss.gram.double()
     return float(((change @ gram) * loss.weigh(change)).sum())
 
 
 def feasible(problem: Problem, solver: AnySolver) -> None:
-    """The answer is feasible, as the problem measures it."""
+    """Check that the answer is feasible, as the problem measures it."""
     solution = answer(problem, solver)
     violation = problem.violation(solution.value)
     assert torch.isfinite(solution.value).all(), f"{named(problem, solver)}: the answer holds NaN or infinity"
@@ -70,7 +70,7 @@ def feasible(problem: Problem, solver: AnySolver) -> None:
 
 
 def measured_by_the_problem(problem: Problem, solver: AnySolver) -> None:
-    """The objective of the solution is the one the problem measures, and it is finite."""
+    """Check that the objective of the solution is the one that the problem measures, and finite."""
     solution = answer(problem, solver)
     objective = problem.objective(solution.value)
     assert abs(objective) < torch.inf, f"{named(problem, solver)}: the answer has objective {objective}"
@@ -78,11 +78,11 @@ def measured_by_the_problem(problem: Problem, solver: AnySolver) -> None:
 
 
 def no_worse_than_the_start(problem: Problem, solver: AnySolver) -> None:
-    """A monotone solver never makes a feasible start worse, be it the problem's own or any other."""
+    """Check that a monotone solver makes no feasible start worse, neither the problem's own nor a random one."""
     if not solver.monotone(problem):
         return
     other = random_feasible(problem, 0)
-    # Without a start, `solve` takes the problem's own, so that one is solved already.
+    # Without a start `solve` takes the problem's own, so that one is solved already.
     for start, solution in ((problem.start(), answer(problem, solver)), (other, solve(problem, solver, start=other))):
         before = problem.objective(start)
         slack = rounding(problem.loss, start) + rounding(problem.loss, solution.value)
@@ -92,7 +92,7 @@ def no_worse_than_the_start(problem: Problem, solver: AnySolver) -> None:
 
 
 def never_below_the_reference(problem: Problem, solver: AnySolver) -> None:
-    """No feasible answer is better than the optimum: else the problem or the reference measures wrongly."""
+    """Check that no feasible answer is better than the optimum, else the problem or the reference is wrong."""
     solution, best = answer(problem, solver), reference(problem)
     slack = tolerance(problem, best.optimum) + best.rounding + rounding(problem.loss, solution.value)
     assert solution.objective >= best.optimum - slack, (
@@ -101,9 +101,9 @@ def never_below_the_reference(problem: Problem, solver: AnySolver) -> None:
 
 
 def bounds_hold(problem: Problem, solver: AnySolver) -> None:
-    """A certificate's lower bound is not above the best weights that the reference found, nor above the answer.
+    """Check that a certificate's lower bound is not above the best weights of the reference, nor above the answer.
 
-    Nothing is allowed for rounding: objectives are those of the stored numbers in extended precision.
+    No rounding is allowed: objectives are those of the stored numbers in extended precision.
     """
     solution, best = answer(problem, solver), reference(problem)
     if solution.certificate is None:
@@ -118,7 +118,7 @@ def bounds_hold(problem: Problem, solver: AnySolver) -> None:
 
 
 def bounds_are_not_contradicted(problem: Problem, solver: AnySolver) -> None:
-    """No lower bound is above the objective of the answer itself: at any size, without a reference."""
+    """Check that no lower bound is above the objective of the answer, at any size, without a reference."""
     solution = answer(problem, solver)
     dropped = [note for note in solution.notes if note.startswith(CONTRADICTED)]
     assert not dropped, f"{named(problem, solver)}: it claims a lower bound that its answer contradicts: {dropped[0]}"
@@ -130,7 +130,7 @@ def bounds_are_not_contradicted(problem: Problem, solver: AnySolver) -> None:
 
 
 def exact_meets_the_reference(problem: Problem, solver: AnySolver) -> None:
-    """An exact solver stops by its own rule and attains the optimum."""
+    """Check that an exact solver stops by its own rule and attains the optimum."""
     if not solver.exact(problem):
         return
     solution, best = answer(problem, solver), reference(problem)
@@ -142,7 +142,7 @@ def exact_meets_the_reference(problem: Problem, solver: AnySolver) -> None:
 
 
 def keeps_the_promised_gap(problem: Problem, solver: AnySolver) -> None:
-    """A solver that promises a relative gap is that close to the optimum, and its certificate proves it."""
+    """Check that a solver keeps its promised relative gap, and that its certificate proves it."""
     promised = solver.promised_gap(problem)
     if promised is None:
         return
@@ -161,23 +161,23 @@ def keeps_the_promised_gap(problem: Problem, solver: AnySolver) -> None:
 
 
 def warm_start_stops(problem: Problem, solver: AnySolver) -> None:
-    """An exact solver that starts from its own answer stops at once (at most one step) and returns the same."""
+    """Check that an exact solver that starts from its own answer stops after at most one step and returns the same."""
     if not solver.exact(problem):
         return
     first = answer(problem, solver)
     second = solve(problem, solver, start=first.value.clone())
     assert second.steps <= 1, f"{named(problem, solver)}: it took {second.steps} steps from its own answer"
-    # Two points within e of the least of a convex quadratic are within 8 e of each other in its own squared norm.
+    # Two points within e of the minimum of a convex quadratic are within 8 e of each other in its own squared norm.
     slack = tolerance(problem, first.objective) + rounding(problem.loss, first.value)
     apart = output_change(problem.loss, first.value, second.value)
     assert apart <= 8 * slack, f"{named(problem, solver)}: it leaves its own answer, by {apart} in mean square output"
 
 
 def inputs_unchanged(problem: Problem, solver: AnySolver) -> None:
-    """Solving changes neither the problem, nor the start, nor the global random state, bit for bit."""
+    """Check that solving changes neither the problem, nor the start, nor the global random state, bit for bit."""
     start = random_feasible(problem, 2)
     copy, before, outside = start.clone(), problem.fingerprint(), torch.get_rng_state()
-    # A state that no solver would seed by itself: one that always seeds with 0 would be caught only once.
+    # A state that no solver sets by itself: a solver that always seeds with 0 would be noticed only once.
     torch.manual_seed(0x0DD5EED)
     state = torch.get_rng_state()
     try:
@@ -191,7 +191,7 @@ def inputs_unchanged(problem: Problem, solver: AnySolver) -> None:
 
 
 def like_the_weight(problem: Problem, solver: AnySolver) -> None:
-    """The answer has the shape, the dtype and the device of the weight, and shares no memory with it."""
+    """Check that the answer has the shape, the dtype and the device of the weight, and shares no memory with it."""
     value, weight = answer(problem, solver).value, problem.loss.weight
     for what in ("shape", "dtype", "device"):
         found, wanted = getattr(value, what), getattr(weight, what)
@@ -201,7 +201,7 @@ def like_the_weight(problem: Problem, solver: AnySolver) -> None:
 
 
 def repeatable(problem: Problem, solver: AnySolver) -> None:
-    """The same problem gives the same answer, bit for bit, whatever the global random state."""
+    """Check that the same problem gives the same answer, bit for bit, for every global random state."""
     first = answer(problem, solver)
     state = torch.get_rng_state()
     torch.manual_seed(int(state[0]) + 1)
@@ -220,7 +220,7 @@ INPUT_UNITS = (1.0, 2.0**-30, 2.0**12, 2.0**-11)
 
 
 def rows_are_independent(problem: Problem, solver: AnySolver) -> None:
-    """Restoration of all rows together costs what restoring them one by one costs."""
+    """Check that restoration of all rows together has the same loss as row by row."""
     if not (isinstance(problem, MaskedLeastSquares) and solver.exact(problem)) or problem.loss.coupled:
         return
     loss, together = problem.loss, answer(problem, solver)
@@ -238,7 +238,7 @@ def rows_are_independent(problem: Problem, solver: AnySolver) -> None:
 
 
 def _row(loss: LayerLoss, row: int) -> LayerLoss:
-    """The loss of one row alone, where rows are not coupled."""
+    """Return the loss of one row alone, where rows are not coupled."""
     metric = loss.metric
     if metric is not None:
         metric = OutputMetric(metric.average[row : row + 1], metric.damping[row : row + 1], metric.tokens)
@@ -246,13 +246,13 @@ def _row(loss: LayerLoss, row: int) -> LayerLoss:
 
 
 def permutation_is_harmless(problem: Problem, solver: AnySolver) -> None:
-    """An exact solver attains the same objective when inputs, outputs and units are named in another order."""
+    """Check that an exact solver attains the same objective when inputs, outputs and units are permuted."""
     if solver.exact(problem):
         _same_objective(problem, _renamed(problem)[0], 1.0, solver, "permuted")
 
 
 def scaling_is_harmless(problem: Problem, solver: AnySolver) -> None:
-    """An exact solver's objective scales, and nothing else, when weights and inputs come in other units."""
+    """Check that an exact solver's objective scales with the units of weights and inputs."""
     if solver.exact(problem):
         for weight, inputs in UNITS:
             other = scaled(problem, weight, inputs)
@@ -260,8 +260,8 @@ def scaling_is_harmless(problem: Problem, solver: AnySolver) -> None:
 
 
 def units_are_harmless(problem: Problem, solver: AnySolver) -> None:
-    """An exact solver attains the same objective when every input comes in a unit of its own."""
-    # Where the constraint is on zeros, which have no unit.
+    """Check that an exact solver attains the same objective when every input has its own unit."""
+    # Only where the constraint is on zeros, which have no unit.
     if solver.exact(problem) and isinstance(problem, MaskedLeastSquares | SelectionProblem):
         units = torch.tensor(INPUT_UNITS).repeat(problem.loss.weight.shape[1])[: problem.loss.weight.shape[1]]
         other = replace(problem, loss=in_units(problem.loss, units))
@@ -284,7 +284,7 @@ def _same_objective(problem: Problem, other: Problem, factor: float, solver: Any
 
 
 def permuting_permutes_the_answer(problem: Problem, solver: AnySolver) -> None:
-    """On a problem without ties the answer to the renamed problem is the renamed answer."""
+    """Check that the answer to the permuted problem is the permuted answer, on a problem without ties."""
     other, inputs, outputs = _renamed(problem)
     back = torch.empty_like(problem.loss.weight)
     back[outputs[:, None], inputs] = solve(other, solver).value
@@ -292,7 +292,7 @@ def permuting_permutes_the_answer(problem: Problem, solver: AnySolver) -> None:
 
 
 def scaling_scales_the_answer(problem: Problem, solver: AnySolver) -> None:
-    """On a problem without ties the answer scales with the weights, whatever the unit of the inputs."""
+    """Check that the answer scales with the weights, for any unit of the inputs, on a problem without ties."""
     for weight, inputs in UNITS:
         back = solve(scaled(problem, weight, inputs), solver).value / weight
         _same_answer(problem, solver, back, f"scaled by {weight} and {inputs}")
@@ -301,8 +301,8 @@ def scaling_scales_the_answer(problem: Problem, solver: AnySolver) -> None:
 def _same_answer(problem: Problem, solver: AnySolver, back: Tensor, how: str) -> None:
     found = answer(problem, solver).value
     error = float((found - back).double().norm())
-    # Generic problems are well conditioned (a few hundred), which leaves most digits of the answer, not only of its
-    # objective; the square root of the promise about the objective is what optimality alone would give.
+    # Generic problems are well conditioned (a few hundred), so most digits of the answer are right, not only of its
+    # objective; optimality alone would give the square root of the promise about the objective.
     slack = RELATIVE[problem.loss.weight.dtype] ** 0.5 * float(found.double().norm())
     assert error <= slack, f"{named(problem, solver)}: the answer moves by {error} when the problem is {how}"
 
@@ -335,7 +335,7 @@ SOLVER_LAWS: tuple[Callable[[Problem, AnySolver], None], ...] = (
 
 
 def keep_laws(problem: Problem, solver: AnySolver) -> None:
-    """Every law of a solver on a problem it accepts; NumericalError is an answer where A really is singular."""
+    """Check every law of a solver on a problem that it accepts; NumericalError is allowed where A is singular."""
     if refused_as_singular(problem, solver):
         return
     for law in SOLVER_LAWS:
@@ -343,7 +343,7 @@ def keep_laws(problem: Problem, solver: AnySolver) -> None:
 
 
 def refused_as_singular(problem: Problem, solver: AnySolver) -> bool:
-    """Whether the solver raises NumericalError, which it may only where A is no better than singular."""
+    """Return whether the solver raises NumericalError, which it may only where A is singular within rounding."""
     try:
         answer(problem, solver)
     except NumericalError as error:
@@ -353,7 +353,7 @@ def refused_as_singular(problem: Problem, solver: AnySolver) -> bool:
 
 
 def refuse(problem: Problem, solver: AnySolver) -> None:
-    """A refused problem raises NoSolver with the solver's reason, and the reason is a sentence."""
+    """Check that a refused problem raises NoSolver with the solver's reason."""
     reason = solver.refusal(problem)
     assert reason, f"{named(problem, solver)}: it refuses without a reason"
     try:
@@ -361,14 +361,14 @@ def refuse(problem: Problem, solver: AnySolver) -> None:
     except NoSolver as error:
         assert reason in str(error), f"{named(problem, solver)}: NoSolver does not say why: {error}"
     else:
-        raise AssertionError(f"{named(problem, solver)}: it refuses ({reason}) and yet solves")
+        raise AssertionError(f"{named(problem, solver)}: it refuses ({reason}), but solves the problem")
 
 
 def projection_is_best(pattern: Pattern, score: Tensor) -> None:
-    """The projection is admissible, and no admissible mask has a larger total score (at most 2^12 masks are tried)."""
+    """Check that the projection is admissible, and that no admissible mask has a larger score (at most 2^12 masks)."""
     mask = pattern.project(score)
     assert pattern.admits(mask), f"{pattern} does not admit its own projection {mask.tolist()}"
-    # Infinities would make totals NaN; beyond every finite score they only mean first and last.
+    # Infinities would make totals NaN; larger than every finite score they have the same effect.
     finite = score.nan_to_num(posinf=1e6, neginf=-1e6)
     best = float(finite[mask].sum())
     for bits in product((False, True), repeat=score.numel()):
@@ -380,7 +380,7 @@ def projection_is_best(pattern: Pattern, score: Tensor) -> None:
 
 
 def merging_is_one_pass(inputs: Tensor, dense: Tensor | None, cut: int) -> None:
-    """Moments of two parts, merged, are the moments of the whole."""
+    """Check that the merged moments of two parts are the moments of the whole."""
     parts = [(inputs[:cut], dense[:cut] if dense is not None else None)]
     parts.append((inputs[cut:], dense[cut:] if dense is not None else None))
     merged = InputMoments.from_samples(*parts[0]).merge(InputMoments.from_samples(*parts[1]))
@@ -395,7 +395,7 @@ def merging_is_one_pass(inputs: Tensor, dense: Tensor | None, cut: int) -> None:
 
 
 def value_is_the_mean_over_samples(loss: LayerLoss, weight: Tensor, inputs: Tensor, dense: Tensor | None) -> None:
-    """f(V) is half the mean squared output error over the samples, plus the ridge towards W."""
+    """Check that f(V) is half the mean squared output error over the samples, plus the ridge towards W."""
     actual = inputs.double()
     ideal = actual if dense is None else dense.double()
     new, old = weight.double(), loss.weight.double()

@@ -1,6 +1,6 @@
-"""Block matching under the laws: small blocks drawn at random, a reference for those that are affine, and the laws.
+"""The laws of block matching, with random small blocks and a reference for affine ones.
 
-A descent is held to them by `check_descent`: on blocks whose answers are affine in their parameters, where the problem
+`check_descent` checks a descent on blocks whose output is affine in their parameters, where the problem
 is a least squares problem that numpy solves, and on gated blocks with a norm, where it is not convex.
 """
 
@@ -23,13 +23,13 @@ from optprune.solvers import Descent, match
 from optprune.testing.strategies import generator_of, here, place
 
 ROUNDING = 1e-9
-"""the share of the error at the start by which two sums of the same terms in float64 may differ, and more"""
+"""a share of the error at the start, above the rounding of sums in float64"""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Listed(Examples):
-    """Examples in a list, of which a draw has a few."""
+    """Examples in a list; a draw has `at_once` of them."""
 
     examples: tuple[Example, ...]
     at_once: int = 1
@@ -51,7 +51,7 @@ class Listed(Examples):
 
 
 class Gated(nn.Module):
-    """x + down(silu(gate n) * (up n)), n = norm x: a block in small."""
+    """A small block: x + down(silu(gate n) * (up n)), n = norm x."""
 
     def __init__(self, width: int, units: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -73,9 +73,9 @@ def _draw(module: nn.Module, generator: torch.Generator) -> None:
 
 @st.composite
 def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
-    """A problem in float64 whose block has lost about a third of its weights; the dense block's answers are targets.
+    """Draw a problem in float64 whose block has lost about a third of its weights; targets are dense outputs.
 
-    Tokens differ in size, the first of each sequence by a hundred times: a massive activation.
+    The first token of each sequence is a hundred times larger: a massive activation.
     """
     generator = generator_of(draw)
     width, out = draw(st.integers(2, 5), label="width"), draw(st.integers(2, 4), label="out")
@@ -105,9 +105,9 @@ def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
 
 
 def affine_optimum(problem: BlockMatching) -> float:
-    """The least objective of a problem, at its start, whose block is affine in its parameters: Jacobian and SVD.
+    """Return the least objective of a problem whose block is affine in its parameters, by its Jacobian and an SVD.
 
-    Residuals are S^(1/2) e_t / |y_t|, token by token, and the pull is more rows; nothing of the problem's own measures.
+    Residuals are S^(1/2) e_t / |y_t|, token by token, and the pull adds rows; the problem's own measures are not used.
     """
     examples = cast(Listed, problem.examples).examples
     start = tuple(weight.detach() for weight in problem.module.parameters())
@@ -154,12 +154,12 @@ def _free(weight: Tensor) -> np.ndarray[Any, Any]:
 
 
 def anew(problem: BlockMatching) -> BlockMatching:
-    """The same problem of a copy of its block, which a descent may move."""
+    """Return the same problem with a copy of its block, which a descent may change."""
     return BlockMatching.of(copy.deepcopy(problem.module), problem.examples, problem.metric, problem.pull)
 
 
 def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """What is zero of a linear layer's weight stays zero, and nothing else becomes it."""
+    """Check that the zeros of linear layers' weights stay zero, and that no other weight becomes zero."""
     problem = anew(problem)
     before = {name: weight.detach().clone() for name, weight in problem.module.named_parameters()}
     match(problem, solver)
@@ -170,7 +170,7 @@ def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
 
 
 def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """What is kept has no larger objective than the start, as the problem measures it, nor a larger error apart."""
+    """Check that the answer has neither a larger objective than the start nor a larger held-out error."""
     whole = anew(problem)
     before = whole.objective()
     found = match(whole, solver)
@@ -186,7 +186,7 @@ def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> Non
 
 
 def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """The block holds the value, bit for bit; what it is pulled towards, the examples and the random state stay."""
+    """Check that the block holds the value, and that anchor, examples and random state are unchanged, bit for bit."""
     problem = anew(problem)
     given = cast(Listed, problem.examples).examples
     kept = [(problem.anchor or ()), *((example.target, *example.args) for example in given)]
@@ -199,16 +199,16 @@ def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Desc
 
 
 def repeats_itself(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """The same problem gives the same parameters, bit for bit."""
+    """Check that the same problem gives the same parameters, bit for bit."""
     first, second = match(anew(problem), solver), match(anew(problem), solver)
     assert all(map(torch.equal, first.value, second.value)), f"{_named(solver)}: it gives different answers"
 
 
 def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """Where a gradient is not zero by more than rounding, some of the objective goes."""
+    """Check that the objective falls where the gradient is not zero by more than rounding."""
     problem = anew(problem)
     value, slope = problem.gradient()
-    # By the sizes of the weights themselves: the problem's own units are what a fault may be in.
+    # By the sizes of the weights, because the problem's own units may have a fault.
     sizes = [
         float(kept.square().mean().sqrt()) if len(kept) else 0.0
         for kept in (weight.detach()[weight != 0] for weight in problem.module.parameters())
@@ -220,7 +220,7 @@ def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> No
 
 
 def never_below_the_optimum(problem: BlockMatching, solver: Descent[Any]) -> None:
-    """On an affine block no objective is below the least, else the problem measures wrongly."""
+    """Check that no objective of an affine block is below the optimum, else the problem measures wrongly."""
     problem = anew(problem)
     if isinstance(problem.module, nn.Linear):
         best, slack = affine_optimum(problem), ROUNDING * problem.objective()
@@ -239,7 +239,7 @@ MATCHING_LAWS: tuple[Callable[[BlockMatching, Descent[Any]], None], ...] = (
 
 
 def check_descent(solver: Descent[Any], *, examples: int = 10) -> None:
-    """Raise AssertionError unless a descent keeps every law on small blocks, affine and gated, the same ones always."""
+    """Raise AssertionError unless a descent keeps every law on small blocks, affine and gated, always the same ones."""
 
     @settings(
         max_examples=examples,

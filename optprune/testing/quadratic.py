@@ -24,7 +24,7 @@ class Quadratic:
     inputs: Array
     """[samples, in]: synthetic x* with inputs^T inputs = E[x* x*^T]"""
     outputs: Array
-    """[samples, out]: W x for the x that go with them"""
+    """[samples, out]: W x for the x of the same tokens"""
     scale: Array
     """[in]: the root of the diagonal of A, 1 where it is 0; A_ij is rounded to a share of s_i s_j"""
     negligible: float
@@ -50,20 +50,20 @@ class Quadratic:
             cross, ideal = array(loss.moments.dense.cross), array(loss.moments.dense.gram)
             pair, lift = np.eye(2 * width)[:, :width], np.eye(2 * width)[:, width:]
         if loss.fit_bias:
-            # Kept centred, so centring adds no rounding of means that are large.
+            # Already centred, so centring adds no rounding of large means.
             gram = cross = ideal = array(loss.moments.covariance)
-            # Deviations of what is nearly constant are known to an eps of the means, their products to its square.
+            # Deviations of a nearly constant input are known to an eps of its mean, their products to its square.
             uncentred = np.abs(gram) + unit * np.abs(uncentred) + np.diag(damping)
             if loss.moments.drift is not None:
                 lag, square = array(loss.moments.drift.cross), array(loss.moments.drift.covariance)
                 cross = gram - lag
                 ideal = cross - lag.T + square
         joint = gram if loss.moments.dense is None else np.block([[gram, cross.T], [cross, ideal]])
-        # Every entry is rounded to its own size, so inputs are compared in units of theirs.
+        # Every entry is rounded relative to its size, so inputs are compared in units of their own size.
         sizes = roots(np.diag(joint))
         values, vectors = np.linalg.eigh(joint / np.outer(sizes, sizes))
-        # What the dtype of the moments cannot tell from zero: up to an eps an entry, and three where the means, their
-        # product and the sum are rounded too; and what the decomposition cannot.
+        # Eigenvalues within the rounding of the moments, an eps per entry, or three where the means, their
+        # product and the sum are rounded too, and within the rounding of the decomposition.
         entry = unit * (1 if loss.fit_bias else 3)
         noise = len(joint) * (entry + np.finfo(float).eps * max(float(values[-1]), 0.0))
         tokens = np.sqrt(np.where(values > noise, values, 0))[:, None] * vectors.T * sizes
@@ -83,12 +83,12 @@ class Quadratic:
         )
 
     def value(self, weight: Array) -> float:
-        """1/2 tr(S V A V^T) - tr(S V B^T) + c/2, literally."""
+        """Return 1/2 tr(S V A V^T) - tr(S V B^T) + c/2, by the formula."""
         quadratic = self.metric @ (weight @ self.gram / 2 - self.target)
         return float(np.sum(quadratic * weight) + self.constant / 2)
 
     def row_values(self, weight: Array) -> Array:
-        """The loss of each row, [out], up to a constant of the row, for an S without couplings."""
+        """Return the loss of each row, [out], up to a constant of the row, for a diagonal S."""
         rows = np.sum((weight @ self.gram) * weight, 1) / 2 - np.sum(weight * self.target, 1)
         return np.diagonal(self.metric) * rows
 
@@ -104,15 +104,15 @@ class Quadratic:
         return np.sqrt(np.clip(values, 0, None))[:, None] * vectors.T
 
     def terms(self, weight: Array) -> float:
-        """The total size of the terms of the loss at V, before they cancel: what its rounding is relative to."""
-        # A broken solver may return one row for all: it is the laws that must say so.
+        """Return the total size of the terms of the loss at V, before they cancel: its rounding is relative to it."""
+        # A broken solver may return one row for all; the laws report that.
         size, old = np.abs(np.broadcast_to(weight, self.weight.shape)), np.abs(self.weight)
         spread, metric = np.abs(self.uncentred), np.abs(self.metric)
         total = np.sum((size @ spread) * (metric @ size)) + np.sum((old @ spread) * (metric @ old))
         return float(total) + abs(self.constant)
 
     def rounding(self, weight: Array) -> float:
-        """How much of the loss at V [out, in] may be rounding of the moments and of the sums over them."""
+        """Return the part of the loss at V [out, in] that may be rounding of the moments and of sums over them."""
         # One rounding for each term of a sum over the inputs, and a few for collecting, centring and damping; the same
         # for the sums over outputs of a metric.
         outputs = len(self.metric) + 4 if self.coupled else 0
@@ -120,17 +120,17 @@ class Quadratic:
 
 
 def roots(sizes: Array) -> Array:
-    """Square roots, 1 where that is 0."""
+    """Return the square roots, with 1 in place of 0."""
     return np.sqrt(np.where(sizes > 0, sizes, 1.0))
 
 
 def array(tensor: Tensor) -> Array:
-    """A tensor in float64, a copy."""
+    """Return a copy of a tensor as a float64 array."""
     return tensor.detach().cpu().to(torch.float64).numpy().copy()
 
 
 def epsilon(loss: LayerLoss) -> float:
-    """The unit of rounding of the dtype that a problem is given in."""
+    """Return the unit of rounding of a problem's dtype."""
     return torch.finfo(loss.moments.gram.dtype).eps
 
 
@@ -142,12 +142,12 @@ def _metric(loss: LayerLoss) -> Array:
 
 
 def rounding(loss: LayerLoss, weight: Tensor) -> float:
-    """How much of the loss of a weight [out, in] may be rounding of the moments and of the sums over them."""
+    """Return the part of the loss of a weight [out, in] that may be rounding of the moments and of sums over them."""
     return Quadratic.of(loss).rounding(array(weight))
 
 
 def clearly_regular(loss: LayerLoss) -> bool:
-    """Whether the least eigenvalue of A, in units of its inputs, stands clear of the rounding of its dtype."""
+    """Return whether the least eigenvalue of A, in units of its inputs, is well above the rounding of its dtype."""
     quadratic = Quadratic.of(loss)
     unit = np.outer(quadratic.scale, quadratic.scale)
     values = np.linalg.eigvalsh(quadratic.gram / unit)
@@ -160,14 +160,14 @@ Long = np.longdouble
 
 
 def exact_objective(problem: Problem, weight: Tensor | Array) -> Long:
-    """The objective of a weight [out, in] in numpy's extended precision, of 64 binary digits, on one core."""
+    """Return the objective of a weight [out, in] in numpy's extended precision, of 64 binary digits."""
     value = _long(weight)
     loss = _loss(problem.loss, value)
     return loss + _penalty(problem.penalty, value) if isinstance(problem, PenalisedLeastSquares) else loss
 
 
 def _loss(loss: LayerLoss, weight: Array) -> Long:
-    """1/2 E|(V - W) x* + W (x* - x)|^2 in the metric, no less than zero, and the ridge."""
+    """Return 1/2 E|(V - W) x* + W (x* - x)|^2 in the metric, at least zero, plus the ridge."""
     moments, old = loss.moments.centred() if loss.fit_bias else loss.moments, _long(loss.weight)
     change, metric = weight - old, _long_metric(loss)
     error = _weighed(metric, change, _square(_long(moments.covariance), _long(moments.mean)), change)
@@ -182,12 +182,12 @@ def _loss(loss: LayerLoss, weight: Array) -> Long:
 
 
 def _square(covariance: Array, mean: Array) -> Array:
-    """E[z z^T], made symmetric: a quadratic form knows no more."""
+    """Return the symmetric part of E[z z^T], on which alone a quadratic form depends."""
     return (covariance + covariance.T) / 2 + np.outer(mean, mean)
 
 
 def _weighed(metric: Array, left: Array, matrix: Array, right: Array) -> Long:
-    """tr(S L M R^T)."""
+    """Return tr(S L M R^T)."""
     return np.sum((metric @ (left @ matrix)) * right)
 
 
@@ -200,7 +200,7 @@ def _long_metric(loss: LayerLoss) -> Array:
 
 
 def _penalty(penalty: Penalty, weight: Array) -> Long:
-    """P(V), literally."""
+    """Return P(V), by the formula."""
     match penalty:
         case L1(strength):
             return Long(strength) * np.abs(weight).sum()

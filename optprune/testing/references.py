@@ -1,8 +1,8 @@
-"""References: the optimum of small problems from the mathematics, by numpy, scipy and cvxpy, using no solver of ours.
+"""References: the optimum of small problems by numpy, scipy and cvxpy, without any solver of optprune.
 
-A reference reads a problem's data and nothing else: quadratic.py rebuilds the loss from the moments. It needs scipy and
-cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a check
-that skips proves nothing."""
+A reference reads only a problem's data: quadratic.py rebuilds the loss from the moments. It needs scipy and
+cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a skipped
+check proves nothing."""
 
 import warnings
 from collections.abc import Callable
@@ -31,12 +31,12 @@ from optprune.problems import (
 from optprune.testing.quadratic import Array, Quadratic, array, roots
 
 PENALISED_ACCURACY = 1e-8
-"""relative accuracy of the reference for penalised problems: Clarabel is asked for ten times less"""
+"""relative accuracy of the reference for penalised problems; the tolerance of Clarabel is a tenth"""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The optimal objective of a problem, and how much of it is rounding."""
+    """The optimal objective of a problem, and its rounding error."""
 
     optimum: float
     rounding: float
@@ -45,10 +45,10 @@ class Reference:
 
 
 def least_squares(problem: MaskedLeastSquares) -> Reference:
-    """Optimum of a restoration problem, row by row, as ordinary least squares on synthetic tokens.
+    """Return the optimum of a restoration problem, row by row, by ordinary least squares on synthetic tokens.
 
     A row v with mask M minimises |X*_M v_M - X w|^2 + |D_M^(1/2) (v_M - w_M)|^2: the ridge is more rows of data.
-    The returned optimum is the loss of a feasible weight, so an inaccurate optimiser makes it larger, by the square.
+    The returned optimum is the loss of a feasible weight, so an inaccurate minimiser only makes it larger.
     """
     quadratic = Quadratic.of(problem.loss)
     mask = np.broadcast_to(problem.mask.cpu().numpy(), quadratic.weight.shape)
@@ -56,7 +56,7 @@ def least_squares(problem: MaskedLeastSquares) -> Reference:
 
 
 def restored(quadratic: Quadratic, mask: Array) -> Array:
-    """The best weight [out, in] on a mask [out, in]."""
+    """Return the best weight [out, in] on a mask [out, in]."""
     if quadratic.coupled and not (mask == mask[:1]).all():
         return _restored_jointly(quadratic, mask)
     # A diagonal S only weighs the rows, and with one mask for all of them any S is a factor of the normal equations.
@@ -76,7 +76,7 @@ def restored(quadratic: Quadratic, mask: Array) -> Array:
 
 
 def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
-    """The best weight on a mask whose rows S couples: one least-squares problem in all entries, by Kronecker products.
+    """Return the best weight on a mask whose rows S couples, by one least-squares problem with a Kronecker product.
 
     |R (V X*^T - W X^T)|^2 + |R (V - W) D^(1/2)|^2 with R^T R = S, row after row of V.
     """
@@ -88,7 +88,7 @@ def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
     right = (root @ wanted.T).reshape(-1)
     root, tokens = root / outputs, np.vstack([quadratic.inputs, ridge]) / quadratic.scale
     data = np.kron(root, tokens)[:, mask.reshape(-1)]
-    # Singular values of a Kronecker product are products: rounding in one factor is weighed by the other.
+    # Singular values of a Kronecker product are products: rounding in one factor is multiplied by the other.
     noise = quadratic.negligible * np.linalg.norm(root, 2)
     noise += np.sqrt(len(root) * quadratic.epsilon) * np.linalg.norm(root, 2) * np.linalg.norm(tokens, 2)
     largest = np.linalg.norm(data, 2)
@@ -99,12 +99,12 @@ def _restored_jointly(quadratic: Quadratic, mask: Array) -> Array:
 
 
 def of_weight(quadratic: Quadratic, answer: Array) -> Reference:
-    """The objective of a weight as a reference."""
+    """Return the objective of a weight as a reference."""
     return Reference(quadratic.value(answer), quadratic.rounding(answer), answer)
 
 
 def convex_optimum(problem: MaskedLeastSquares) -> float:
-    """Optimum of a restoration problem by an interior-point method (cvxpy with Clarabel)."""
+    """Return the optimum of a restoration problem by an interior-point method (cvxpy with Clarabel)."""
     quadratic = Quadratic.of(problem.loss)
     mask = np.broadcast_to(problem.mask.cpu().numpy(), quadratic.weight.shape).astype(float)
     # Solved in units of its own scale, where Clarabel's absolute tolerances mean something.
@@ -119,7 +119,7 @@ def convex_optimum(problem: MaskedLeastSquares) -> float:
 
 
 def program_loss(quadratic: Quadratic, weight: cvxpy.Expression, unit: float) -> cvxpy.Expression:
-    """The loss of a weight [out, in] in units of unit^2, for cvxpy."""
+    """Return the loss of a weight [out, in] in units of unit^2, for cvxpy."""
     root = quadratic.root
     error = (quadratic.inputs @ weight.T - quadratic.outputs) @ root.T / unit
     ridge = cvxpy.multiply(np.sqrt(quadratic.damping)[None] / unit, root @ (weight - quadratic.weight))
@@ -127,17 +127,17 @@ def program_loss(quadratic: Quadratic, weight: cvxpy.Expression, unit: float) ->
 
 
 def penalised(problem: PenalisedLeastSquares) -> Reference:
-    """Optimum of a penalised problem by an interior-point method (cvxpy with Clarabel), in units of its own size.
+    """Return the optimum of a penalised problem by an interior-point method (cvxpy with Clarabel).
 
-    The returned optimum is the objective of the weight that Clarabel found, measured literally.
+    The returned optimum is the objective of the weight that Clarabel found, measured by the formula.
     """
     quadratic, penalty = Quadratic.of(problem.loss), problem.penalty
     candidates = [quadratic.weight, np.zeros_like(quadratic.weight)]
     size = min(quadratic.value(weight) + penalty_value(penalty, weight) for weight in candidates)
     if size <= 0:
         return Reference(0.0, max(quadratic.rounding(weight) for weight in candidates))
-    # Sizes of weights vary too, and with the units of the inputs: the variable is the change from the original weight
-    # in units of what makes up for the largest; for a dead input, of the largest there.
+    # Sizes of weights vary with the units of the inputs, so the variable is the change from the original weight
+    # in units of the largest contribution; for a dead input, of its largest weight.
     alive, largest = np.diag(quadratic.gram) > 0, np.abs(quadratic.weight).max(0)
     made_up = float((largest * quadratic.scale)[alive].max(initial=0.0)) / quadratic.scale
     length = np.where(alive & (made_up > 0), made_up, np.where(largest > 0, largest, 1.0))
@@ -147,7 +147,7 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
     program = cvxpy.Problem(cvxpy.Minimize(objective))
     tolerances = ("tol_gap_abs", "tol_gap_rel", "tol_feas")
     tight = dict.fromkeys(tolerances, PENALISED_ACCURACY / 10)
-    # What it may fall back to, with the status "inaccurate", is the accuracy that is stated here.
+    # With the status "inaccurate" Clarabel falls back to the accuracy stated here.
     tight |= {f"reduced_{name}": PENALISED_ACCURACY for name in tolerances}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Solution may be inaccurate", UserWarning)
@@ -160,7 +160,7 @@ def penalised(problem: PenalisedLeastSquares) -> Reference:
 
 
 def penalty_value(penalty: Penalty, weight: Array) -> float:
-    """P(V), literally."""
+    """Return P(V), by the formula."""
     match penalty:
         case L1(strength):
             return float(strength * np.abs(weight).sum())
@@ -174,7 +174,7 @@ def penalty_value(penalty: Penalty, weight: Array) -> float:
 
 
 def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> Any:
-    """P(V), for cvxpy."""
+    """Return P(V), for cvxpy."""
     match penalty:
         case L1(strength):
             return strength * cvxpy.sum(cvxpy.abs(weight))
@@ -189,15 +189,15 @@ def penalty_expression(penalty: Penalty, weight: cvxpy.Expression) -> Any:
 
 
 MOST_CHOICES = 5000
-"""enumerating more than this is no longer tiny"""
+"""the most choices that are enumerated"""
 SCIP_ACCURACY = 1e-5
 """relative accuracy of the mixed-integer reference: SCIP holds constraints to 1e-6"""
 
 
 def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
-    """Optimum of a sparse problem: every mask of the pattern, each restored by least squares.
+    """Return the optimum of a sparse problem over every mask of the pattern, each restored by least squares.
 
-    The rows of a weight only meet in the pattern, so every subset of a row is restored once for all rows.
+    Only the pattern couples the rows of a weight, so every subset of a row is restored once for all rows.
     """
     quadratic, pattern = Quadratic.of(problem.loss), problem.pattern
     rows, width = quadratic.weight.shape
@@ -218,7 +218,7 @@ def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
             fits = np.array([(subset.reshape(-1, m).sum(1) == n).all() for subset in subsets])
             choice = [np.where(fits, losses[:, row], np.inf).argmin() for row in range(rows)]
         case Unstructured(keep):
-            # The best subset of every count in every row, then every way to share the count out.
+            # The best subset of every count in every row, then every distribution of the count over the rows.
             best = [
                 [np.where(counts == k, losses[:, row], np.inf).argmin() for k in range(width + 1)]
                 for row in range(rows)
@@ -237,7 +237,7 @@ def exhaustive_entries(problem: SparseLeastSquares) -> Reference:
 
 
 def exhaustive(problem: StructuredProblem) -> Reference:
-    """Optimum of a structured or linked problem: every admissible choice of units, each restored by least squares."""
+    """Return the optimum of a structured or linked problem over every admissible choice of units, each restored."""
     quadratic = Quadratic.of(problem.loss)
     columns, slots = problem.channels.columns.cpu().numpy(), problem.channels.slots.cpu().numpy()
     names = np.unique(slots)
@@ -253,7 +253,7 @@ def exhaustive(problem: StructuredProblem) -> Reference:
 
 
 def mixed_integer(problem: StructuredProblem) -> Reference:
-    """Optimum of a structured problem as a mixed-integer second-order-cone program (cvxpy with SCIP).
+    """Return the optimum of a structured problem by a mixed-integer second-order-cone program (cvxpy with SCIP).
 
     |V_c - (V0)_c| <= sqrt(2 (f(start) - f(V0)) (A^-1)_cc) entry by entry for every V as good as some feasible start,
     which gives valid big-M bounds |V_c| <= M_c z; A must be positive definite. About ten units take a second.
@@ -293,7 +293,7 @@ def _first_of_every_slot(problem: StructuredProblem, slots: Array) -> Array:
 
 
 def _mask_of(quadratic: Quadratic, columns: Array, kept: Array) -> Array:
-    """The mask [out, in] of the kept units; columns of no unit stay."""
+    """Return the mask [out, in] of the kept units; columns of no unit stay."""
     mask = np.ones(quadratic.weight.shape, dtype=bool)
     mask[:, columns[~kept].reshape(-1)] = False
     return mask
@@ -311,9 +311,9 @@ REFERENCES: dict[type[Problem], Callable[..., Reference]] = {
 
 @lru_cache(maxsize=64)
 def reference(problem: Problem) -> Reference:
-    """The optimum of a small problem, found without any solver of optprune, and how much of it is rounding.
+    """Return the optimum of a small problem, found without any solver of optprune, and its rounding error.
 
-    Remembered for the problem object, because every law asks for it again.
+    It is cached for the problem object, because every law asks for it again.
     """
     if type(problem) not in REFERENCES:
         raise TypeError(f"no reference for {type(problem).__name__}: add one to optprune.testing.references.REFERENCES")
@@ -321,5 +321,5 @@ def reference(problem: Problem) -> Reference:
 
 
 def reference_optimum(problem: Problem) -> float:
-    """The optimal objective of a small problem, found without any solver of optprune."""
+    """Return the optimal objective of a small problem, found without any solver of optprune."""
     return reference(problem).optimum

@@ -1,7 +1,7 @@
-"""Hypothesis strategies: the awkward problems that a pruning solver must survive.
+"""Hypothesis strategies of problems that are difficult for solvers, and of their parts.
 
 Numbers come from a seeded generator, structure (shapes, ranks, ties, dead inputs) from hypothesis, so a failing
-example shrinks to a small one whose structure is the reason. They are where OPTPRUNE_TEST_DEVICE says (see `place`).
+example shrinks to a small one whose structure is the reason. Tensors are on the device OPTPRUNE_TEST_DEVICE (`place`).
 `dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples`).
 `generic` instances have no ties and full rank, so that a method that ranks has one answer.
 """
@@ -38,7 +38,7 @@ VARIABLE = "OPTPRUNE_TEST_DEVICE"
 
 
 def place() -> torch.device:
-    """The device that OPTPRUNE_TEST_DEVICE names; InputError where torch cannot put numbers on it."""
+    """Return the device that OPTPRUNE_TEST_DEVICE names. Raise InputError where torch cannot use it."""
     name = os.environ.get(VARIABLE) or "cpu"
     try:
         device = torch.device(name)
@@ -53,7 +53,7 @@ def place() -> torch.device:
 
 
 def here(tensor: Tensor) -> Tensor:
-    """The same numbers on that device."""
+    """Return the tensor on that device."""
     return tensor.to(place())
 
 
@@ -64,19 +64,19 @@ DAMPINGS = (0.0, 1e-6, 1e-2, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The inputs a layer gets, one token a row, and the dense inputs of the same tokens where they differ."""
+    """The inputs of a layer, one token per row, and the dense inputs of the same tokens where they differ."""
 
     inputs: Tensor
     dense: Tensor | None = None
 
     def moments(self, dtype: torch.dtype = torch.float64) -> InputMoments:
-        """Their moments, summed in float64 and then rounded to `dtype`."""
+        """Return the moments, summed in float64 and then rounded to `dtype`."""
         dense = None if self.dense is None else self.dense.double()
         return InputMoments.from_samples(self.inputs.double(), dense).to(dtype)
 
 
 def generator_of(draw: st.DrawFn) -> torch.Generator:
-    """A seeded generator; the seed is drawn."""
+    """Return a generator with a drawn seed."""
     return torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
 
 
@@ -93,7 +93,7 @@ def samples(
     generic: bool = False,
     dense: bool | None = None,
 ) -> Samples:
-    """Inputs of one layer: full rank, tied, rank-deficient, sizes from 1 to 2^-12, few tokens, condition 1e8, dead.
+    """Draw inputs of a layer: full rank, tied, rank-deficient, sizes from 1 to 2^-12, few tokens, condition 1e8, dead.
 
     A float32 Gram matrix knows its eigenvalues to 1e-7 of the largest, so no method can be held to 1e-4 of the loss
     where the spectrum passes gradually through that level. Float32 instances are therefore either exactly singular
@@ -139,7 +139,7 @@ def samples(
 def moments(
     draw: st.DrawFn, width: int | None = None, *, dtype: torch.dtype = torch.float64, generic: bool = False
 ) -> InputMoments:
-    """The moments of `samples`, with or without dense inputs."""
+    """Draw the moments of `samples`, with or without dense inputs."""
     return draw(samples(width, dtype=dtype, generic=generic)).moments(dtype)
 
 
@@ -147,7 +147,7 @@ def moments(
 def weights(
     draw: st.DrawFn, width: int, *, dtype: torch.dtype = torch.float64, generic: bool = False, rows: int | None = None
 ) -> Tensor:
-    """A weight [out, in], possibly with ties and with rows of zeros."""
+    """Draw a weight [out, in], possibly with ties and with rows of zeros."""
     rows = draw(st.integers(1, 4), label="rows") if rows is None else rows
     weight = _normal(generator_of(draw), rows, width)
     if not generic:
@@ -167,11 +167,11 @@ def losses(
     generic: bool = False,
     rows: int | None = None,
 ) -> LayerLoss:
-    """A layer loss with no, uniform or uneven damping, with or without a free bias."""
+    """Draw a layer loss with no, uniform or uneven damping, with or without a free bias."""
     width = draw(st.integers(1, 7), label="width") if width is None else width
     statistics = draw(moments(width, dtype=dtype, generic=generic))
     weight = draw(weights(width, dtype=dtype, generic=generic, rows=rows))
-    # A ridge of 1e-6 drowns in the rounding of a float32 Gram matrix.
+    # A ridge of 1e-6 is below the rounding of a float32 Gram matrix.
     fractions = (0.0, 1e-2, 1.0) if dtype == torch.float32 else DAMPINGS
     fraction = draw(st.sampled_from(fractions), label="damping")
     loss = LayerLoss.of(weight, statistics, fraction, fit_bias=draw(st.booleans(), label="fit bias"))
@@ -189,7 +189,7 @@ METRIC_KINDS: tuple[MetricKind, ...] = ("none", "diagonal", "full")
 def metrics(
     draw: st.DrawFn, width: int, kind: MetricKind, *, dtype: torch.dtype = torch.float64, generic: bool = False
 ) -> OutputMetric | None:
-    """An output metric: full rank, or fewer gradients than outputs; outputs that cost nothing; sizes far from one."""
+    """Draw an output metric: full rank, or fewer gradients than outputs; outputs without cost; sizes far from one."""
     if kind == "none":
         return None
     few = not generic and draw(st.booleans(), label="few gradients")
@@ -218,7 +218,7 @@ def weighted(
     dtype: torch.dtype = torch.float64,
     generic: bool = False,
 ) -> Problem:
-    """A problem of a kind with an output metric in its loss."""
+    """Draw a problem of a kind with an output metric in its loss."""
     problem = draw(STRATEGIES[kind](dtype=dtype, generic=generic))
     loss = problem.loss
     if metric == "full" and isinstance(problem, SparseLeastSquares):
@@ -226,14 +226,14 @@ def weighted(
     found = draw(metrics(loss.weight.shape[0], metric, dtype=dtype, generic=generic))
     loss = replace(loss, metric=found)
     if isinstance(problem, PenalisedLeastSquares):
-        # Strengths are relative to the loss, so to the weighed one.
+        # Strengths are relative to the loss in the metric.
         return replace(problem, loss=loss, penalty=draw(penalties(loss)))
     return replace(problem, loss=loss)
 
 
 @st.composite
 def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> MaskedLeastSquares:
-    """A restoration problem with one mask for all rows or one for each; rows may keep nothing, or everything."""
+    """Draw a restoration problem with one mask for all rows or one for each; rows may keep nothing, or everything."""
     loss = draw(losses(dtype=dtype, generic=generic))
     rows, width = loss.weight.shape
     rows = 1 if draw(st.booleans(), label="shared mask") else rows
@@ -243,7 +243,7 @@ def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
 
 @st.composite
 def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tuple[LayerLoss, Tensor, Tensor, int]:
-    """A loss, its units (one or two slots, one or two columns a unit, scattered, some columns of no unit), a count."""
+    """Draw a loss, its units (one or two slots, one or two columns per unit, some columns of no unit) and a count."""
     slots = draw(st.integers(1, 2), label="slots")
     size = draw(st.integers(1, most // slots), label="units per slot")
     each = draw(st.integers(1, 2), label="columns per unit")
@@ -259,7 +259,7 @@ def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tup
 def linked(
     draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
 ) -> LinkedLeastSquares:
-    """A choice among at most `most` units, each with a row of a layer before it."""
+    """Draw a choice among at most `most` units, each with a row of a layer before it."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
     return LinkedLeastSquares(loss, Link(columns, slots, (here(torch.arange(len(slots)))[:, None],)), keep)
 
@@ -268,7 +268,7 @@ def linked(
 def structured(
     draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False, most: int = 6
 ) -> StructuredLeastSquares:
-    """A choice among at most `most` groups of columns."""
+    """Draw a choice among at most `most` groups of columns."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
     return StructuredLeastSquares(loss, ChannelGroups(columns, slots), keep)
 
@@ -360,14 +360,14 @@ def penalised(
     generic: bool = False,
     kinds: tuple[type[Penalty], ...] | None = None,
 ) -> PenalisedLeastSquares:
-    """A layer loss with one of the penalties."""
+    """Draw a layer loss with one of the penalties."""
     loss = draw(losses(dtype=dtype, generic=generic))
     return PenalisedLeastSquares(loss, draw(penalties(loss, kinds)))
 
 
 @st.composite
 def sparse(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool = False) -> SparseLeastSquares:
-    """A choice among at most 12 single weights: anywhere, per row, or n of m; perhaps none of them, or all."""
+    """Draw a choice among at most 12 single weights: anywhere, per row, or n of m; possibly none of them, or all."""
     kind = draw(st.sampled_from(ENTRY_PATTERNS), label="pattern")
     if kind is NM:
         m, rows, groups = draw(
@@ -403,7 +403,7 @@ STRATEGIES: dict[type[Problem], Callable[..., st.SearchStrategy]] = {
 
 @st.composite
 def scores(draw: st.DrawFn, *shape: int) -> Tensor:
-    """Scores with many ties: small integers, so that sums of them are exact."""
+    """Draw scores with many ties: small integers, whose sums are exact."""
     count = int(torch.Size(shape).numel())
     numbers = draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count), label="scores")
     return here(torch.tensor(numbers, dtype=torch.float64).reshape(shape))

@@ -1,4 +1,4 @@
-"""The same problem in other words, and feasible weights drawn at random: what the laws compare a solver's answers on.
+"""Equivalent problems (permuted, scaled) and random feasible weights, with which the laws compare answers.
 
 A new kind of problem registers how it is permuted, how it is scaled and how to draw a feasible weight.
 """
@@ -48,7 +48,7 @@ def _scaled_loss(loss: LayerLoss, weight: float, inputs: float) -> LayerLoss:
 
 
 def in_units(loss: LayerLoss, units: Tensor) -> LayerLoss:
-    """The loss of the weights V_ij / d_j of inputs x_j d_j, for units d [in]: the same values."""
+    """Return the loss of the weights V_ij / d_j of inputs x_j d_j, for units d [in], with the same values."""
     units = units.to(loss.weight)
     actual, drift, square = loss.moments, loss.moments.drift, torch.outer(units, units)
     if drift is not None:
@@ -59,7 +59,7 @@ def in_units(loss: LayerLoss, units: Tensor) -> LayerLoss:
 
 @singledispatch
 def permuted(problem: Problem, inputs: Tensor, outputs: Tensor) -> Problem:
-    """The problem with input inputs[k] and output outputs[k] called k."""
+    """Return the problem in which input inputs[k] and output outputs[k] have the index k."""
     raise TypeError(f"a new kind of problem must say how it is permuted: {type(problem).__name__}")
 
 
@@ -90,7 +90,7 @@ def _other_order(problem: StructuredProblem) -> Tensor:
 
 @singledispatch
 def scaled(problem: Problem, weight: float, inputs: float) -> Problem:
-    """The problem with weights and inputs multiplied by these factors; its objective by their product squared."""
+    """Return the problem with weights and inputs times these factors, whose squared product scales the objective."""
     raise TypeError(f"a new kind of problem must say how it is scaled: {type(problem).__name__}")
 
 
@@ -105,7 +105,7 @@ def _(
 
 @singledispatch
 def random_feasible(problem: Problem, seed: int) -> Tensor:
-    """A feasible weight [out, in] drawn at random, unrelated to the original."""
+    """Return a random feasible weight [out, in], unrelated to the original."""
     raise TypeError(f"a new kind of problem must say how to draw a feasible weight: {type(problem).__name__}")
 
 
@@ -159,7 +159,7 @@ def _permuted_penalty(penalty: Penalty, inputs: Tensor, outputs: Tensor) -> Pena
 
 
 def _scaled_penalty(penalty: Penalty, weight: float, inputs: float) -> Penalty:
-    """The penalty whose value at `weight` V is (weight inputs)^2 times that at V."""
+    """Return the penalty whose value at `weight` V is (weight inputs)^2 times that at V."""
     per_size, per_square = weight * inputs**2, inputs**2
     match penalty:
         case L1(strength):
@@ -191,7 +191,7 @@ def _(problem: SparseLeastSquares, seed: int) -> Tensor:
 
 
 def renaming(problem: Problem) -> tuple[Tensor, Tensor]:
-    """New names of the inputs and the outputs that leave the constraints what they are: (inputs, outputs)."""
+    """Return permutations of the inputs and the outputs that leave the constraints unchanged."""
     rows, width = problem.loss.weight.shape
     generator = torch.Generator().manual_seed(width)
     outputs = torch.arange(rows).flip(0)

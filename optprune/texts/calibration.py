@@ -107,7 +107,7 @@ class Text:
 
     @property
     def characters(self) -> int:
-        """Return the number of characters of all documents."""
+        """The number of characters of all documents."""
         return sum(map(len, self.documents))
 
 

@@ -57,7 +57,7 @@ class Conversation:
 
     @property
     def contents(self) -> tuple[str, ...]:
-        """Return the texts of the messages."""
+        """The texts of the messages."""
         return tuple(message["content"] for message in self.messages if message.get("content"))
 
     def __len__(self) -> int:

@@ -52,7 +52,7 @@ class PrunedGPT2Block(PrunedBlock, stock.GPT2Block):
 
     @property
     def self_attn(self):
-        """Return the attention, as others call it."""
+        """The attention, as others call it."""
         return self.attn
 
     def forward(self, hidden_states, cache=None, attention_mask=None, encoder_hidden_states=None, *older, **kwargs):

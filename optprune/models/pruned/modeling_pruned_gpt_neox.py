@@ -40,7 +40,7 @@ class PrunedGPTNeoXLayer(PrunedBlock, stock.GPTNeoXLayer):
 
     @property
     def self_attn(self):
-        """Return the attention, as others call it."""
+        """The attention, as others call it."""
         return self.attention
 
     def forward(self, hidden_states, **kwargs):
@@ -88,7 +88,7 @@ class PrunedGPTNeoXForCausalLM(PrunedModel, stock.GPTNeoXForCausalLM):
 
     @property
     def embed_out(self):
-        """Return the head, by its older name."""
+        """The head, by its older name."""
         return self.lm_head
 
 

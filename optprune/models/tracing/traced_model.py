@@ -149,7 +149,7 @@ class TracedModel:
 
     @property
     def in_block(self) -> list[Call]:
-        """Return the calls inside the first block, in order, with their paths in it."""
+        """The calls inside the first block, in order, with their paths in it."""
         prefix = f"{self.blocks}.0."
         return [
             Call(call.path.removeprefix(prefix), call.module, call.input, call.output)
@@ -159,7 +159,7 @@ class TracedModel:
 
     @property
     def linear(self) -> dict[str, Call]:
-        """Return the calls of the first block's linear layers, in order."""
+        """The calls of the first block's linear layers, in order."""
         return {call.path: call for call in self.in_block if type(call.module) in (nn.Linear, Conv1D)}
 
     def run(

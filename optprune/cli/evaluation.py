@@ -35,7 +35,7 @@ class TaskRun:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ModelEvaluation:
     """A model and, if it is named, the dense one; each measurement returns entries of the JSON file and lines."""
 
     reporter: "Reporter"
@@ -58,7 +58,7 @@ class Beside:
         device: str,
         dtype: str,
         architecture: Path | None = None,
-    ) -> "Beside":
+    ) -> "ModelEvaluation":
         """Return both models and the windows of a text; InputError, before loading, where they do not match.
 
         If the pruned model carries a draft of its architecture, the dense model is read by it too.
