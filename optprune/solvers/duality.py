@@ -42,7 +42,7 @@ class DualMap:
     factors: tuple[Float[Tensor, "out out"] | None, Float[Tensor, "in in"]] | None
     """Cholesky factors of S, where it is a matrix, and of A"""
     bend: float
-    """twice what the ridge adds to f at most, as a share of the squared size of V - W; 0 without a ridge"""
+    """twice the most that the ridge adds to f, relative to the squared size of V - W; 0 without a ridge"""
     minimiser: Float[Tensor, "out in"]
     """V0 - W, with V0 A = B as nearly as float64 tells"""
 

@@ -153,14 +153,14 @@ def _free(weight: Tensor) -> np.ndarray[Any, Any]:
     return (weight != 0 if weight.ndim == 2 else torch.ones_like(weight).bool()).reshape(-1).cpu().numpy()
 
 
-def anew(problem: BlockMatching) -> BlockMatching:
+def copied(problem: BlockMatching) -> BlockMatching:
     """Return the same problem with a copy of its block, which a descent may change."""
     return BlockMatching.of(copy.deepcopy(problem.module), problem.examples, problem.metric, problem.pull)
 
 
 def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the zeros of linear layers' weights stay zero, and that no other weight becomes zero."""
-    problem = anew(problem)
+    problem = copied(problem)
     before = {name: weight.detach().clone() for name, weight in problem.module.named_parameters()}
     match(problem, solver)
     assert problem.violation() == 0, f"{_named(solver)}: a weight that was removed is back"
@@ -171,12 +171,12 @@ def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
 
 def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the answer has neither a larger objective than the start nor a larger held-out error."""
-    whole = anew(problem)
+    whole = copied(problem)
     before = whole.objective()
     found = match(whole, solver)
     assert whole.objective(found.value) <= before, f"{_named(solver)}: it made its start worse"
     examples = cast(Listed, problem.examples).examples
-    apart, fit = Listed(examples[-1:]), anew(problem).on(Listed(examples[:-1]))
+    apart, fit = Listed(examples[-1:]), copied(problem).on(Listed(examples[:-1]))
     judge = fit.on(apart)
     before = judge.error()
     held = match(fit, solver, apart)
@@ -187,7 +187,7 @@ def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> Non
 
 def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the block holds the value, and that anchor, examples and random state are unchanged, bit for bit."""
-    problem = anew(problem)
+    problem = copied(problem)
     given = cast(Listed, problem.examples).examples
     kept = [(problem.anchor or ()), *((example.target, *example.args) for example in given)]
     before, state = [[tensor.clone() for tensor in tensors] for tensors in kept], torch.get_rng_state()
@@ -200,13 +200,13 @@ def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Desc
 
 def repeats_itself(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the same problem gives the same parameters, bit for bit."""
-    first, second = match(anew(problem), solver), match(anew(problem), solver)
+    first, second = match(copied(problem), solver), match(copied(problem), solver)
     assert all(map(torch.equal, first.value, second.value)), f"{_named(solver)}: it gives different answers"
 
 
 def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the objective falls where the gradient is not zero by more than rounding."""
-    problem = anew(problem)
+    problem = copied(problem)
     value, slope = problem.gradient()
     # By the sizes of the weights, because the problem's own units may have a fault.
     sizes = [
@@ -221,7 +221,7 @@ def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> No
 
 def never_below_the_optimum(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that no objective of an affine block is below the optimum, else the problem measures wrongly."""
-    problem = anew(problem)
+    problem = copied(problem)
     if isinstance(problem.module, nn.Linear):
         best, slack = affine_optimum(problem), ROUNDING * problem.objective()
         found = problem.objective(match(problem, solver).value)

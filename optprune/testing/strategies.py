@@ -297,7 +297,7 @@ def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...]
 def penalised_weights(draw: st.DrawFn, kind: type[Penalty]) -> tuple[Penalty, Tensor]:
     """Draw a penalty of a kind, with a strength that may be zero, and a weight with zeros and ties, for its laws."""
     rows, width = draw(st.sampled_from(((1, 1), (1, 4), (3, 1), (3, 4))), label="shape")
-    # The largest entry of the linear term is 1, so that strengths are what they say.
+    # The largest entry of the linear term is 1, so strengths are absolute.
     ones, unit, zeros = (
         here(make.double()) for make in (torch.ones(rows, width), torch.eye(width), torch.zeros(width))
     )
@@ -452,7 +452,7 @@ CHOICE_KINDS: tuple[ChoiceKind, ...] = get_args(ChoiceKind)
 def choice_instance(
     kind: ChoiceKind, seed: int, *, units: int = 14, outputs: int = 8, damping: float = 0.01
 ) -> StructuredLeastSquares:
-    """Return the choice of single columns of a random weight, of which a seed says how many go: 4 to 7 of 14."""
+    """Return a choice of single columns of a random weight; by the seed 4 to 7 of 14 columns are removed."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
