@@ -5,7 +5,8 @@ whatever the status. Comparisons are written so that NaN fails them.
 
 Tolerances. A float64 answer must have the optimal objective to 1e-8 relative, a float32 answer to 1e-4. Next to that
 stands `rounding`, the size of one rounding of the sums that an objective is made of (quadratic.py): it is about
-1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero."""
+1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
