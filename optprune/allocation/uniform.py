@@ -1,6 +1,5 @@
 """Allocators without measurements: uniform shares, a given allocation, and the dense model."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -101,7 +100,7 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
             f"of units {units.name!r} a block loses heads or value dimensions, by what they cost, which uniform shares "
             "do not ask: set allocation to global, or units to all"
         )
-    check_multiple(units, shapes, width_multiple, alike=True)
+    units.check_multiple(shapes, width_multiple, alike=True)
     hold = _check_reach(decoder, sparsity, units)
     held, budget = sum(hold.values()), sparsity * total
     kept = list(shapes)
@@ -119,18 +118,6 @@ def uniform(decoder: Decoder, sparsity: float, units: Units, width_multiple: int
             f"{last.field} {last.there(shapes[0])}; ask for more, or lower --width-multiple"
         )
     return Allocation.of(decoder, map(BlockAllocation, kept))
-
-
-def check_multiple(units: Units, shapes: Sequence[BlockShape], asked: int | None, *, alike: bool) -> None:
-    """Raise InputError where multiples are asked for and no count of these units would be one."""
-    if asked is None or any(not kind.multiple(shape, asked, alike) % asked for kind in units.kinds for shape in shapes):
-        return
-    counts = sorted({kind.there(shape) for kind in units.kinds for shape in shapes})
-    there = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-    raise InputError(
-        f"a width multiple of {asked} does nothing with units {units.name!r}, of which a block has {there}: leave out "
-        "--width-multiple, or give a smaller one"
-    )
 
 
 def _fewer_experts(decoder: Decoder, sparsity: float, units: Experts) -> Allocation:

@@ -13,7 +13,6 @@ from optprune.allocation.allocation import Allocation
 from optprune.allocation.by_cost import CostBudget, Costs, rate_of
 from optprune.allocation.currency import Prices, check_tokens, prices_of
 from optprune.allocation.knapsack import Curve, fill_budget, share_budget
-from optprune.allocation.uniform import check_multiple
 from optprune.calibration import Change, DenseStatistics, Probe
 from optprune.errors import InputError
 from optprune.models import BlockAllocation, Decoder, LinkedUnits, Target, Units
@@ -51,7 +50,7 @@ class WidthBudget(CostBudget):
 
     def check(self, decoder: Decoder) -> None:
         """Raise InputError where the shapes alone show that the budget is out of reach; they cannot for a time."""
-        check_multiple(self.units, decoder.shapes(), self.multiple, alike=False)
+        self.units.check_multiple(decoder.shapes(), self.multiple, alike=False)
         asked = [] if self.multiple is None else [(kind.field, self.multiple) for kind in self.units.kinds]
         for field, multiple in asked:
             decoder.architecture.check_kept(field, multiple, f"{field} is to be a multiple of {multiple}")

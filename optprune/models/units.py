@@ -1,7 +1,7 @@
 """Kinds of units that a recipe can remove: the layers they prune, how those are linked, and the shape that is left."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -112,6 +112,19 @@ class Units(ABC):
             raise InputError(
                 f"the allocation thins out layers of block {block}: that needs a recipe with units weights"
             )
+
+    def check_multiple(self, shapes: Sequence[BlockShape], multiple: int | None, *, alike: bool) -> None:
+        """Raise InputError where a multiple is requested and no count of these units would be one."""
+        if multiple is None or any(
+            not kind.multiple(shape, multiple, alike) % multiple for kind in self.kinds for shape in shapes
+        ):
+            return
+        counts = sorted({kind.there(shape) for kind in self.kinds for shape in shapes})
+        there = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        raise InputError(
+            f"a width multiple of {multiple} does nothing with units {self.name!r}, of which a block has {there}: "
+            "leave out --width-multiple, or give a smaller one"
+        )
 
     def whole_metric(self, architecture: Architecture) -> tuple[str, ...]:
         """Return the layers that get a full output metric, which takes a matrix [outputs, outputs] for each."""

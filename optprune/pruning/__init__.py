@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from optprune.pruning.journal import Journal
     from optprune.pruning.measured_plan import Measuring, plan
     from optprune.pruning.one_layer import layer_loss, layer_problem
-    from optprune.pruning.pipeline import prune, run_program
-    from optprune.pruning.ray_workers import RayWorkers, workers_of
+    from optprune.pruning.pipeline import prune, run_program, workers_of
+    from optprune.pruning.ray_workers import RayWorkers
     from optprune.pruning.run import check_states
     from optprune.pruning.workers import Layers, Processes, Serial, Workers
 
@@ -46,8 +46,8 @@ __getattr__, __dir__ = lazy_names(
         "pruning.journal": ("Journal",),
         "pruning.measured_plan": ("Measuring", "plan"),
         "pruning.one_layer": ("layer_loss", "layer_problem"),
-        "pruning.pipeline": ("prune", "run_program"),
-        "pruning.ray_workers": ("RayWorkers", "workers_of"),
+        "pruning.pipeline": ("prune", "run_program", "workers_of"),
+        "pruning.ray_workers": ("RayWorkers",),
         "pruning.run": ("check_states",),
         "pruning.workers": ("Layers", "Processes", "Serial", "Workers"),
     },

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optprune.allocation import Allocation
-from optprune.calibration import DenseStatistics, calibrating
+from optprune.calibration import DenseStatistics, Propagation, calibrating
 from optprune.calibration.partial_sums import PartialSums
 from optprune.errors import InputError
 from optprune.models import Decoder
@@ -19,11 +19,11 @@ from optprune.numerics.precision import full_precision
 from optprune.program import Program, Request, check_batches, resolve
 from optprune.pruning.layer import summary
 from optprune.pruning.run import Listener, begin, warn_or_raise
-from optprune.pruning.workers import Serial, Workers
+from optprune.pruning.workers import Layers, Processes, Serial, Workers
 from optprune.recipe import Recipe
 from optprune.report import BlockChange, Event, PhaseRecorder, Report
 from optprune.report.phases import BUDGET, METRIC, PRUNING
-from optprune.system.environment import versions
+from optprune.system.environment import started_by_torchrun, versions
 from optprune.system.names import renamed_argument
 
 if TYPE_CHECKING:
@@ -175,6 +175,26 @@ def run_program(
         parameters_before=parameters_before,
         run_facts=run.facts,
     )
+
+
+def workers_of(policy: Propagation, count: int | None = None, ray: str | None = None) -> Workers:
+    """Return the workers that a command asks for: `count` of them here, or those of a Ray cluster at an address.
+
+    Here they are processes with a block each or, where blocks depend on each other, threads with a layer each.
+    InputError where the blocks of the policy cannot be pruned so.
+    """
+    if started_by_torchrun() and (count is not None or ray is not None):
+        raise InputError("the processes that torchrun started are the workers: leave --workers and --ray out")
+    several = Processes if policy.independent else Layers
+    here = Serial() if count is None or count == 1 else several(count)
+    if ray is None:
+        workers = here
+    else:
+        from optprune.pruning.ray_workers import RayWorkers
+
+        workers = RayWorkers(ray, count)
+    workers.check(policy)
+    return workers
 
 
 @contextmanager

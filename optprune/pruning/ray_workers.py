@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster, which repeats the blocks of dead workers, and the choice of workers for a run."""
+"""Workers of a Ray cluster, which places the jobs of blocks and repeats those of dead workers."""
 
 import importlib
 import os
@@ -14,17 +14,13 @@ from optprune.errors import InputError, OptpruneError, WorkerError
 from optprune.pruning.workers import (
     BlockJob,
     BlockOutcome,
-    Layers,
     ParallelWorkers,
-    Processes,
-    Serial,
     WorkerContext,
     WorkerPool,
-    Workers,
     check_count,
     run_job,
 )
-from optprune.system.environment import KERNELS, started_by_torchrun
+from optprune.system.environment import KERNELS
 
 LOCAL = "local"
 RETRIES = 3
@@ -188,18 +184,3 @@ def _read_again() -> None:
         raylet = importlib.import_module("ray._raylet")
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def workers_of(policy: Propagation, count: int | None = None, ray: str | None = None) -> Workers:
-    """Return the workers that a command asks for: `count` of them here, or those of a Ray cluster at an address.
-
-    Here they are processes with a block each or, where blocks depend on each other, threads with a layer each.
-    InputError where the blocks of the policy cannot be pruned so.
-    """
-    if started_by_torchrun() and (count is not None or ray is not None):
-        raise InputError("the processes that torchrun started are the workers: leave --workers and --ray out")
-    several = Processes if policy.independent else Layers
-    here = Serial() if count is None or count == 1 else several(count)
-    workers = here if ray is None else RayWorkers(ray, count)
-    workers.check(policy)
-    return workers

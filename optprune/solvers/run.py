@@ -24,27 +24,31 @@ from optprune.solvers.proximal_admm import ProximalAdmm
 from optprune.solvers.restore import Restore
 from optprune.solvers.swaps import Swaps
 
-CANDIDATES: tuple[AnySolver, ...] = (
-    Chain((GreedyObs(), ChannelSwaps(), Restore())),
-    ProximalAdmm(),
-    Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
-    Chain((Admm(haste=0.3), ConjugateGradients())),
-    Restore(),
-    ConjugateGradients(),
-)
-
 ROW_FACTORS = 1e8
 """multiplications, about a tenth of a second, above which a Cholesky factor for every row is no longer worth it"""
-GRADIENTS = ConjugateGradients(1e-5)
-"""the solver that, on layers of a real model, proves a gap of 1e-6 or less, in a tenth of the time of restoration"""
+GRADIENT_TOLERANCE = 1e-5
+"""the tolerance at which conjugate gradients prove a gap of 1e-6 or less on layers of a real model, in a tenth of the
+time of restoration"""
+
+
+def candidates() -> tuple[AnySolver, ...]:
+    """Return the solvers that `choose` tries, in this order."""
+    return (
+        Chain((GreedyObs(), ChannelSwaps(), Restore())),
+        ProximalAdmm(),
+        Chain((Admm(haste=0.3), ConjugateGradients(), Swaps(), ConjugateGradients())),
+        Chain((Admm(haste=0.3), ConjugateGradients())),
+        Restore(),
+        ConjugateGradients(),
+    )
 
 
 def choose(problem: Problem) -> AnySolver:
     """Return the recommended solver for a problem. Raise NoSolver with every candidate's reason for refusing."""
     if isinstance(problem, MaskedLeastSquares) and _costly_to_factorise(problem):
-        return GRADIENTS
+        return ConjugateGradients(GRADIENT_TOLERANCE)
     reasons: list[str] = []
-    for solver in CANDIDATES:
+    for solver in candidates():
         reason = solver.refusal(problem)
         if reason is None:
             return solver
