@@ -20,7 +20,7 @@ from optprune.metric import OutputMetric
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.solvers import Descent, match
-from optprune.testing.strategies import generator_of, here, place
+from optprune.testing.strategies import chosen_device, generator_of, to_chosen_device
 
 ROUNDING = 1e-9
 """a share of the error at the start, above the rounding of sums in float64"""
@@ -57,7 +57,7 @@ class Gated(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.gate, self.up, self.down = nn.Linear(width, units), nn.Linear(width, units), nn.Linear(units, width)
-        self.to(device=place(), dtype=torch.float64)
+        self.to(device=chosen_device(), dtype=torch.float64)
         _draw(self, generator)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
     width, out = draw(st.integers(2, 5), label="width"), draw(st.integers(2, 4), label="out")
     block: nn.Module
     if affine:
-        block = nn.Linear(width, out, bias=draw(st.booleans(), label="bias")).to(device=place(), dtype=torch.float64)
+        block = nn.Linear(width, out, bias=draw(st.booleans(), label="bias")).to(
+            device=chosen_device(), dtype=torch.float64
+        )
         _draw(block, generator)
     else:
         block, out = Gated(width, out, generator), width
@@ -90,16 +92,16 @@ def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
         hidden = torch.randn((1, 3 * width + 4, width), generator=generator, dtype=torch.float64)
         hidden[:, 0] *= 100
         with torch.no_grad():
-            examples.append(Example((here(hidden),), {}, block(here(hidden))))
+            examples.append(Example((to_chosen_device(hidden),), {}, block(to_chosen_device(hidden))))
     with torch.no_grad():
         for part in block.modules():
             if isinstance(part, nn.Linear):
-                part.weight *= here(torch.rand(part.weight.shape, generator=generator) > 1 / 3)
+                part.weight *= to_chosen_device(torch.rand(part.weight.shape, generator=generator) > 1 / 3)
     full = draw(st.sampled_from((None, False, True)), label="metric")
     metric = None
     if full is not None:
         gradients = torch.randn((4 * out, out), generator=generator, dtype=torch.float64)
-        metric = OutputMetric.from_samples(here(gradients), full=full)
+        metric = OutputMetric.from_samples(to_chosen_device(gradients), full=full)
     pull = draw(st.sampled_from((0.0, 0.01)), label="pull")
     return BlockMatching.of(block, Listed(tuple(examples)), metric, pull)
 
@@ -133,7 +135,7 @@ def affine_optimum(problem: BlockMatching) -> float:
     base, columns, ridge = answers(start), [], []
     count = sum(map(len, free))
     for number, entries in enumerate(free):
-        kept = start[number].reshape(-1)[here(torch.from_numpy(entries))]
+        kept = start[number].reshape(-1)[to_chosen_device(torch.from_numpy(entries))]
         unit = float(kept.square().mean().sqrt()) if len(entries) else 1.0
         for entry in entries:
             moved = [weight.clone() for weight in start]
