@@ -1,8 +1,8 @@
 """The loss of a layer in float64, by which every objective is measured, for solvers of every dtype.
 
-Only blocks of rows and columns are copied to float64 at a time. A GPU
-multiplies in float64 at a fraction of its speed in float32, down to a sixty-fourth, so that there an objective may be
-measured by float32 products of at most BLOCK terms, whose results are added up in float64 (`ExactLoss.products`).
+Only blocks of rows and columns are copied to float64 at a time. A GPU multiplies in float64 at a fraction of its speed
+in float32, down to a sixty-fourth, so that there an objective may be measured by float32 products of at most BLOCK
+terms, whose results are added up in float64 (`ExactLoss.products`).
 """
 
 from collections.abc import Callable, Iterator

@@ -91,15 +91,14 @@ def match(
 ) -> Matched:
     """Solve a block matching problem. Its block holds the value afterwards, also after an exception.
 
-    The value is the point with the least error on the
-    held-out examples among the evaluated points and the start. After an evaluation without a smaller error
-    the solver may return to the best point, and after three in a row it ends. Without held-out examples twice the
-    objective takes the place of that error. Points are evaluated after `rounded`, and a weight that it would set to
-    zero keeps its value of the best point.
+    The value is the point with the least error on the held-out examples among the evaluated points and the start.
+    After an evaluation without a smaller error the solver may return to the best point, and after three in a row it
+    ends. Without held-out examples twice the objective takes the place of that error. Points are evaluated after
+    `rounded`, and a weight that it would set to zero keeps its value of the best point.
     """
-    judge: Callable[[], float] = (
-        problem.on(held_out_examples).error if held_out_examples else lambda: 2 * problem.objective()
-    )
+    judge: Callable[[], float] = lambda: 2 * problem.objective()  # noqa: E731
+    if held_out_examples is not None:
+        judge = problem.on(held_out_examples).error
     best, best_step = problem.point(), 0
     try:
         before, held_out_before = problem.error(), judge()

@@ -26,8 +26,8 @@ class DualMap:
 
     For every T:  min_V f(V) + P(V)  >=  min_X (f(X) + <T, X>) - P*(T).
 
-    The minimum over X is bounded by the gradient at a point near it, so rounding of the
-    factors does no harm, and the rounding errors of float64 are subtracted (`VerifiedLoss.least`).
+    The minimum over X is bounded by the gradient at a point near it, so rounding of the factors does no harm, and the
+    rounding errors of float64 are subtracted (`VerifiedLoss.least`).
 
     Where A or S cannot be told from a singular matrix a ridge r s^2 is added, which changes f by at most a rounding of
     the size of an optimum. P(V) is no more than the objective of any weight, which bounds the size of an optimum

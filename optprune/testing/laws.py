@@ -1,7 +1,7 @@
 """The laws a solver keeps on a problem it accepts, each a plain function that raises AssertionError with the reason.
 
-No law relies on the solver's status. A promise (`exact`, `monotone`) is checked,
-whatever the status. Comparisons are written so that NaN fails them.
+No law relies on the solver's status. A promise (`exact`, `monotone`) is checked, whatever the status. Comparisons are
+written so that NaN fails them.
 
 Tolerances. A float64 answer must have the optimal objective to 1e-8 relative, a float32 answer to 1e-4. Next to that
 stands `rounding`, the size of one rounding of the sums that an objective is made of (quadratic.py): it is about
