@@ -123,6 +123,14 @@ def attempted_text(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def demo():
+    """The demo's model, which takes ten seconds to load: tests change copies."""
+    import optprune
+
+    return optprune.load_model("demo")
+
+
+@pytest.fixture(scope="session")
 def pruned_demo(tmp_path_factory):
     """The demo's model as recipes prune it, which takes minutes a recipe."""
     from tests.helpers.pruned_demo import PrunedDemo
