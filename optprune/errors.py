@@ -1,4 +1,4 @@
-"""The errors that a user can meet: each is one sentence that says what was wrong and what to do."""
+"""The errors of optprune, whose messages are sentences with the cause and the remedy."""
 
 import errno
 import re
@@ -11,11 +11,11 @@ NO_ROOM = {
 
 
 class OptpruneError(Exception):
-    """Base of every error that optprune raises; the command line prints it and exits with 2."""
+    """Base of every error that optprune raises on purpose; the command line prints it and exits with 2."""
 
 
 class InputError(OptpruneError, ValueError):
-    """An input (a path, a number, a text, a model) that cannot be used; also a ValueError."""
+    """Something the user gave (a path, a number, a text, a model) cannot be used: a ValueError, as Python names it."""
 
 
 class NumericalError(OptpruneError):
@@ -23,11 +23,11 @@ class NumericalError(OptpruneError):
 
 
 class NoSolver(OptpruneError):
-    """A problem that no solver accepts; the message lists each solver's reason."""
+    """No solver accepts the problem; the message lists each solver's reason."""
 
 
 class StrictError(OptpruneError):
-    """A fallback, a dead input or too few tokens in strict mode."""
+    """Strict mode met a fallback, a dead input or too few tokens."""
 
 
 class WorkerError(OptpruneError):

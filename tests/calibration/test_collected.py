@@ -151,7 +151,7 @@ def test_a_folder_of_something_else_and_a_damaged_one_are_refused(dense: PreTrai
         optprune.collect(dense, batches(3), recipes=chosen, folder=tmp_path / "one")
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds is not a folder of statistics"):
+    with pytest.raises(InputError, match="is not a folder of statistics"):
         optprune.collect(dense, batches(), recipes=chosen, folder=tmp_path / "two")
     facts = tmp_path / "one" / "statistics.json"
     now = facts.read_text()

@@ -116,7 +116,7 @@ def test_zeros_that_were_filled_are_told_and_put_back() -> None:
     found.check(other)
     with pytest.raises(InputError, match=r"self_attn.q_proj.weight is \[32, 64\], but its mask is \[64, 64\]"):
         found.check(tiny_llama(num_attention_heads=2, num_key_value_heads=2, head_dim=16))
-    with pytest.raises(InputError, match=r"model.layers.1.self_attn.q_proj.weight is not there"):
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.q_proj.weight is missing"):
         found.apply(tiny_llama(num_hidden_layers=1))
 
 

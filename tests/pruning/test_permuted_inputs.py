@@ -150,7 +150,7 @@ def test_rows_that_are_forgotten_are_noticed(monkeypatch: pytest.MonkeyPatch) ->
     """The fault: layers that make inputs stay as they were. The model then answers another thing than its layers."""
     model = uneven(tiny_opt())
     right, _ = pruned(model, "alps", permuted=True)
-    monkeypatch.setattr(layers, "_turn", lambda *_: None)
+    monkeypatch.setattr(layers, "_apply_basis", lambda *_: None)
     wrong, _ = pruned(model, "alps", permuted=True)
     error = [float((logits(each) - logits(model)).square().mean()) for each in (right, wrong)]
     assert error[0] < 0.5 * error[1]

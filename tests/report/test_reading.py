@@ -56,7 +56,7 @@ def test_a_report_of_the_first_version_is_read(tmp_path: Path) -> None:
         ("[]", "is not the report of a run"),
         ("{}", r"is not the report of a run \(model: "),
         (json.dumps({**json.loads(narrowed().to_json()), "layers": [1]}), r"is not the report of a run \(layers.0: "),
-        (json.dumps({**json.loads(narrowed().to_json()), "seconds": "long"}), r"no report of a run \(seconds: "),
+        (json.dumps({**json.loads(narrowed().to_json()), "seconds": "long"}), r"not the report of a run \(seconds: "),
         ("[" * 100_000, "is nested too deeply"),
     ],
 )
