@@ -27,7 +27,7 @@ demo: setup
 test: setup
 	$(TESTS) -m "not slow and not e2e"
 
-# The other end-to-end tests, notebooks and pages.
+# The other end-to-end tests, notebooks and pages; a family or recipe of a structure that `make test` has runs once.
 test-e2e: setup
 	$(TESTS) -m "e2e and not slow"
 

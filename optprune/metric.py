@@ -281,7 +281,7 @@ class Metrics(Mapping[str, OutputMetric]):
         """Return the layers of which only the diagonal is known."""
         return [name for name, sums in self._sums.items() if not sums.full]
 
-    def taken(self, names: Iterable[str]) -> "Metrics":
+    def pop_layers(self, names: Iterable[str]) -> "Metrics":
         """Remove the metrics of the given layers, as far as there are any, and return them."""
         return Metrics({name: self._sums.pop(name) for name in names if name in self._sums}, self._damping)
 

@@ -80,7 +80,7 @@ class InputMoments:
         # The variance of a constant input is zero; its rounding must not be negative.
         diagonal = covariance.diagonal()
         diagonal.copy_(torch.where(gram.diagonal() >= 0, diagonal.clamp(min=0), diagonal))
-        return cls(covariance, mean, tokens, drift).cleared()
+        return cls(covariance, mean, tokens, drift).clear_tiny()
 
     @property
     def gram(self) -> Float[Tensor, "in in"]:
@@ -181,7 +181,7 @@ class InputMoments:
             drift = Drift(drift.cross, drift.covariance, zero)
         return InputMoments(self.covariance, zero, self.tokens, drift, self.proved)
 
-    def cleared(self) -> "InputMoments":
+    def clear_tiny(self) -> "InputMoments":
         """Set inputs and deviations to zero, in place, whose squares have no digits (1e-16 in float32). Return self."""
         constant = clear_small(self.covariance, self.mean)
         if self.drift is not None:
@@ -317,7 +317,9 @@ class MomentSums:
                 (self._origins[1] + drift_mean).to(dtype),
             )
         covariance = self._covariance(square, mean, dtype)
-        return InputMoments(covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance).cleared()
+        return InputMoments(
+            covariance, (self._origins[0] + mean).to(dtype), self.tokens, drift, covariance
+        ).clear_tiny()
 
     def moments_or_zeros(self, dtype: torch.dtype = torch.float32) -> InputMoments:
         """Return the averages so far; for an expert's layer without tokens those of zero inputs."""

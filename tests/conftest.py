@@ -43,7 +43,7 @@ torch.set_num_threads(int(os.environ.get("OPTPRUNE_THREADS", "1")))
 def pytest_configure(config):
     """The device of the tests, which OPTPRUNE_TEST_DEVICE names: cpu, cuda, or one that is pretended on the CPU."""
     from optprune.errors import InputError
-    from optprune.testing.strategies import VARIABLE, place
+    from optprune.testing.strategies import VARIABLE, chosen_device
     from tests.helpers.pretend import NAME, set_up
     from tests.helpers.processor import ProcessorTime
 
@@ -51,7 +51,7 @@ def pytest_configure(config):
     if os.environ.get(VARIABLE) == NAME:
         set_up()
     try:
-        place()
+        chosen_device()
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -120,6 +120,14 @@ def attempted_text(tmp_path_factory):
     file = tmp_path_factory.mktemp("texts") / "articles.txt"
     file.write_text("\n\n".join(demo_articles("calibration")[:5]), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo's model, which takes ten seconds to load: tests change copies."""
+    import optprune
+
+    return optprune.load_model("demo")
 
 
 @pytest.fixture(scope="session")

@@ -151,7 +151,7 @@ class ExpertBudget(MeasuredBudget):
 
 def _curve(number: int, problem: ExpertChoice, costs: list[float], aim: int) -> _Block:
     """Return the costs of a block by the number of experts kept, as shares of its squared output."""
-    answered = problem.answered()
+    answered = problem.dense_energy()
     scale = 1 / answered if answered > 0 else 1.0
     by_count = {problem.experts - gone: scale * cost for gone, cost in enumerate(costs, start=1)}
     return _Block(number, {problem.experts: 0.0, **by_count}, min(max(aim, problem.keep), problem.experts - 1))

@@ -101,7 +101,7 @@ class Exported:
 class Exporter(ABC):
     """Writer of models in one format. To add a format, subclass it and pass an instance to `export`.
 
-    An instance holds the options of the format. `export` finds the place of the output, calls `why_not`, `write` and
+    An instance holds the options of the format. `export` finds the output path, calls `unsupported`, `write` and
     `check`, and gives the draft its name when all of them have succeeded.
     """
 
@@ -119,7 +119,7 @@ class Exporter(ABC):
     """whether `check` is called"""
 
     @abstractmethod
-    def why_not(self, source: ModelSource) -> str | None:
+    def unsupported(self, source: ModelSource) -> str | None:
         """Return a sentence that says why the model cannot be exported, or None. Do not read weights."""
 
     @abstractmethod
@@ -207,7 +207,7 @@ def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, o
     exporter.check_output(output, overwrite)
     if source.name:
         check_own_files(source.name)
-    refusal = exporter.why_not(source)
+    refusal = exporter.unsupported(source)
     if refusal is not None:
         raise InputError(refusal)
 

@@ -180,7 +180,7 @@ class TransformersFolder(Exporter):
     made: Sequence[Path] = ()
     """files that hold the tensors of a block each, and can be linked"""
 
-    def why_not(self, source: ModelSource) -> str | None:
+    def unsupported(self, source: ModelSource) -> str | None:
         try:
             check_dtype(self.dtype)
             size_of(self.max_shard_size)

@@ -51,7 +51,7 @@ class GgufFile(Exporter):
         if self.kind not in TYPES:
             raise InputError(f"the type {self.kind!r} is unknown: give {', '.join(TYPES)}")
 
-    def why_not(self, source: ModelSource) -> str | None:
+    def unsupported(self, source: ModelSource) -> str | None:
         if source.loaded is not None:
             return "a loaded model is not exported to GGUF: save it, and export the folder"
         if is_gguf(source.name):

@@ -69,7 +69,7 @@ class OnnxFolder(Exporter):
             raise InputError(f"ONNX is written as a folder with {FILE} in it: name one in place of {output}")
         super().check_output(output, overwrite)
 
-    def why_not(self, source: ModelSource) -> str | None:
+    def unsupported(self, source: ModelSource) -> str | None:
         absent = [name for name in PACKAGES if find_spec(name) is None]
         if absent:
             return (

@@ -64,7 +64,7 @@ class Problem(ABC):
         """
         return self, 1.0, 1.0
 
-    def indifferent(self, start: Tensor) -> Tensor | None:
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
         """Return a feasible weight near a start where all feasible weights cost the same; None where they may not."""
         return None
 

@@ -100,15 +100,15 @@ class ExpertChoice:
 
     def relative_error(self, kept: Bool[Tensor, "experts"]) -> float:
         """Return the squared change over the squared output of the dense mixture, both summed over the tokens."""
-        whole = self.answered()
+        whole = self.dense_energy()
         return self.objective(kept) / whole if whole > 0 else 0.0
 
-    def answered(self) -> float:
+    def dense_energy(self) -> float:
         """Return half the mean squared output of the dense mixture."""
         dense = self.weights(torch.ones_like(self.start()))
         return float(torch.einsum("ti,tij,tj->t", dense, self.products.double(), dense).mean()) / 2
 
-    def removals(self, kept: Bool[Tensor, "experts"]) -> Float[Tensor, "experts"]:
+    def removal_costs(self, kept: Bool[Tensor, "experts"]) -> Float[Tensor, "experts"]:
         """Return f after the removal of each kept expert alone, infinite for the others.
 
         Where weights sum to one only the tokens routed to an expert change by its removal, so that all removals take

@@ -59,7 +59,7 @@ class MaskedLeastSquares(Problem):
         loss, weights, objective = self.loss.in_moderate_units()
         return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
-    def indifferent(self, start: Tensor) -> Tensor | None:
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
         return torch.where(self.mask, start, 0.0) if self.loss.dead else None
 
 
@@ -92,5 +92,5 @@ class SelectionProblem(Problem):
         loss, weights, objective = self.loss.in_moderate_units()
         return (self if loss is self.loss else replace(self, loss=loss)), weights, objective
 
-    def indifferent(self, start: Tensor) -> Tensor | None:
+    def trivial_solution(self, start: Tensor) -> Tensor | None:
         return self.within_support(start) if self.loss.dead else None

@@ -1,7 +1,8 @@
 """Block matching: fit all kept weights of a block at once, so that its output matches that of the dense block.
 
 Unlike a layer's problem this one is not a quadratic, and moments cannot replace its tokens: a value or a gradient
-takes a pass of the tokens through the block."""
+takes a pass of the tokens through the block.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +37,7 @@ class KeptEntries:
     """the parameter itself, detached from autograd"""
     places: Places | None = None
     """the flat indices of the entries; None where the vector has all entries of the parameter"""
-    gone: Places | None = None
+    removed: Places | None = None
     """the flat indices of the zeros in such a vector, if any"""
 
     @classmethod
@@ -50,12 +51,12 @@ class KeptEntries:
         few = zeros <= FEW * weight.numel()
         found = ((weight == 0) if few else (weight != 0)).reshape(-1).nonzero().squeeze(1)
         found = found.int() if small else found
-        return cls(weight, gone=found) if few else cls(weight, places=found)
+        return cls(weight, removed=found) if few else cls(weight, places=found)
 
     @property
     def count(self) -> int:
         """The number of entries that may change."""
-        return self.room - (0 if self.gone is None else len(self.gone))
+        return self.room - (0 if self.removed is None else len(self.removed))
 
     @property
     def room(self) -> int:
@@ -66,7 +67,7 @@ class KeptEntries:
         """Return a vector of zeros for the entries."""
         return self.weight.new_zeros(self.room)
 
-    def taken(self, tensor: Tensor) -> Values:
+    def gather(self, tensor: Tensor) -> Values:
         """Return the same entries of a tensor of the parameter's shape: a view of it where the vector has all entries.
 
         Its removed entries are not set to zero (`clear`), because the memory of a gradient may be shared.
@@ -74,13 +75,13 @@ class KeptEntries:
         flat = tensor.reshape(-1)
         return flat if self.places is None else flat.index_select(0, self.places)
 
-    def cleared(self, values: Values) -> Values:
+    def clear(self, values: Values) -> Values:
         """Set the removed entries of a vector to zero, in place, and return it."""
-        return values if self.gone is None else values.index_fill_(0, self.gone.long(), 0.0)
+        return values if self.removed is None else values.index_fill_(0, self.removed.long(), 0.0)
 
     def read(self, into: Values | None = None) -> Values:
         """Return a copy of the parameter's entries."""
-        found = self.taken(self.weight)
+        found = self.gather(self.weight)
         if into is not None:
             return into.copy_(found)
         return found.clone() if self.places is None else found
@@ -89,16 +90,16 @@ class KeptEntries:
         """Write values to the parameter's entries."""
         flat = self.weight.reshape(-1)
         if self.places is None:
-            self.cleared(flat.copy_(values))
+            self.clear(flat.copy_(values))
         else:
             flat.index_copy_(0, self.places.long(), values)
         if flat.data_ptr() != self.weight.data_ptr():  # a parameter that is not contiguous was copied by `reshape`
             self.weight.copy_(flat.view_as(self.weight))
 
-    def others(self) -> int:
+    def count_outside(self) -> int:
         """Return the number of non-zero entries of the parameter outside these."""
         if self.places is None:
-            return 0 if self.gone is None else int(self.weight.reshape(-1)[self.gone.long()].count_nonzero())
+            return 0 if self.removed is None else int(self.weight.reshape(-1)[self.removed.long()].count_nonzero())
         return int(self.weight.count_nonzero()) - int(self.read().count_nonzero())
 
 
@@ -189,7 +190,7 @@ class BlockMatching:
         # Now, and not on first use: processes that share the examples have to sum them at the same time.
         def terms(example: Example) -> Point:
             if not all_finite(example.target):
-                raise NumericalError("the dense block answers NaN or infinity: look for damaged weights")
+                raise NumericalError("the dense block returns NaN or infinity: look for damaged weights")
             columns = (example.target * _root_weights(example.target)).flatten(0, -2).T
             return (columns * self._weigh(columns)).sum(dtype=torch.float64), self._tokens(example)
 
@@ -210,7 +211,7 @@ class BlockMatching:
             if weight.dtype not in ENOUGH:
                 raise InputError(
                     f"{name} of the block to match is a {weight.dtype}, which loses small steps: match a copy of the "
-                    "block in float32, and round what it comes to"
+                    "block in float32, and round the result"
                 )
         entries = tuple(map(KeptEntries.of, found.values()))
         anchor = tuple(one.read() for one in entries) if pull else None
@@ -248,7 +249,7 @@ class BlockMatching:
 
     def violation(self) -> float:
         """Return the number of non-zero entries of the block outside the support."""
-        return float(sum(one.others() for one in self.entries))
+        return float(sum(one.count_outside() for one in self.entries))
 
     @torch.no_grad()
     def gradient(self, point: Point | None = None, draw: int | None = None) -> tuple[float, Point]:
@@ -266,7 +267,7 @@ class BlockMatching:
         half, tokens, *sums = self.examples.sums(terms, zeros, draw)
         scale = self.tokens / self.signal / float(tokens)
         for slope, one in zip(sums, self.entries, strict=True):
-            one.cleared(slope.mul_(scale))
+            one.clear(slope.mul_(scale))
         if self.anchor is not None:
             for slope, one, anchor, unit in zip(sums, self.entries, self.anchor, self.units, strict=True):
                 slope.add_(one.read() - anchor, alpha=self.pull / self._count / unit**2)
@@ -279,7 +280,7 @@ class BlockMatching:
         def leaf(number: int) -> Tensor:
             # Only the kept entries of a gradient are stored, as soon as it is computed.
             def pick(weight: Any) -> None:
-                slopes[number], weight.grad = self.entries[number].taken(weight.grad), None
+                slopes[number], weight.grad = self.entries[number].gather(weight.grad), None
 
             found: Any = self.entries[number].weight.detach().requires_grad_()  # torch's stubs leave hooks open
             found.register_post_accumulate_grad_hook(pick)

@@ -16,7 +16,7 @@ from optprune.problems.structured import Channels
 @final
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """x' = Q^T x with Q orthogonal: each slot's units are mixed by one matrix, for all columns that a unit stands for.
+    """x' = Q^T x with Q orthogonal: the units of each slot are mixed by one matrix, the same for all columns of a unit.
 
     With V' = V Q all outputs and losses stay the same, and so does the model where the layer that computes the
     inputs returns x' instead. For value dimensions the slots are KV heads, and the columns those of the query heads:
@@ -111,11 +111,13 @@ class Permutation:
         every = torch.arange(channels.units, device=slots.device)
         if units.shape != every.shape or not torch.equal(units.sort().values, every):
             raise InputError(
-                f"an order of {channels.units} units names each of them once, which {list(units.shape)} numbers do not"
+                f"an order of {channels.units} units must contain each of them once, not {units.numel()} other numbers"
             )
         if not torch.equal(slots[units], slots):
             moved = int((slots[units] != slots).nonzero()[0, 0])
-            raise InputError(f"units stay in their slots, but unit {int(units[moved])} comes to the place of {moved}")
+            raise InputError(
+                f"a unit must stay in its slot, but unit {int(units[moved])} moves to position {moved} of another"
+            )
         inputs = torch.arange(width, device=slots.device)
         inputs[channels.columns] = channels.columns[units]
         return cls(units, inputs)

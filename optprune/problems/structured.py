@@ -55,7 +55,7 @@ class Channels(ABC):
         mask[self.columns] = units[:, None]
         return mask[None]
 
-    def reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
+    def units_reading(self, inputs: Bool[Tensor, " in"]) -> Bool[Tensor, " units"]:
         """Return the units with an input in the mask, and the first others, so that all slots keep equally many.
 
         Every slot keeps at least one. The other units can be removed where the weights of the other inputs are zero.

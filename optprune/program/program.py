@@ -344,7 +344,7 @@ class Program:
         """Return the bytes that solvers keep with the moments of other layers while a layer of a stage is solved."""
         solver = self.solver(self.coupled(target.path))
         before = stage[: stage.index(target)]
-        return solver.keeps * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
+        return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 
     @property
     def expert_bytes(self) -> int:

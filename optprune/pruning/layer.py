@@ -141,7 +141,7 @@ def write_layer(task: LayerTask, solved: SolvedLayer) -> PrunedLayer:
         # A pattern that is not the recipe's may round the count of every row.
         due = solved.weight.numel() - solved.keep - layer.out_features // 2
     else:
-        choice = units.link.reading(solved.reads)
+        choice = units.link.units_reading(solved.reads)
         _check_alike(task, int(choice.sum()))
         task.decoder.keep_units(task.block, units, choice)
         report = replace(report, kept=int(choice.sum()), units=choice.numel())

@@ -212,7 +212,7 @@ class Run:
     def metrics_of(self, index: int) -> Metrics:
         """Return the metrics of a block's layers, which the run then no longer holds."""
         decoder = self.decoder
-        return self.metrics.taken([decoder.name(index, layer) for layer in decoder.architecture.layers])
+        return self.metrics.pop_layers([decoder.name(index, layer) for layer in decoder.architecture.layers])
 
     def _load_finished(self, index: int) -> BlockRecord:
         assert self.journal is not None

@@ -49,7 +49,7 @@ from optprune.recipe.names import (
 )
 from optprune.recipe.settings import Settings, unknown_field
 from optprune.solvers import ExpertElimination, ExpertSolver, Solver
-from optprune.solvers.ridge import refitting
+from optprune.solvers.ridge import last_refit
 from optprune.system.display import Displayed, SummaryTable
 from optprune.system.files import read_yaml
 from optprune.system.interrupts import interrupts_held
@@ -155,7 +155,7 @@ class Recipe(Displayed, BaseModel):
                 "units.weights to an N:M pattern such as 2:4, or leave permuted out"
             )
         refitted, solver = self.refit is not None and len(self.refit.dampings) > 0, self.layer_solver
-        if refitted and solver is not None and refitting(solver) is None:
+        if refitted and solver is not None and last_refit(solver) is None:
             raise ValueError(
                 f"refit.dampings needs a solver that ends with restore or conjugate_gradients, not {solver.label}"
             )

@@ -13,7 +13,7 @@ from optprune.work import Work, sweeps
 
 TINY = 1e-12
 """a gradient far below this, in units of the problem and of its weights, may be rounding and has no effect"""
-CARE = 1 / 3
+RATE_DECAY = 1 / 3
 """the factor of the rate when the descent returns to its best point"""
 
 
@@ -24,9 +24,9 @@ class AdamState:
     mean: Point
     square: Point
     steps: int = 0
-    fresh: int = 0
+    since_restart: int = 0
     """the steps since the average of the gradients was last set to zero"""
-    care: float = 1.0
+    rate_scale: float = 1.0
     """the factor of the rate"""
 
 
@@ -63,9 +63,9 @@ class Adam(Descent[AdamState]):
 
     def step(self, problem: BlockMatching, state: AdamState) -> AdamState:
         _, gradient = problem.gradient(draw=state.steps)
-        rate, (first, second) = state.care * self.rate_at(state.steps, self._steps(problem)), self.memory
-        state.steps, state.fresh = state.steps + 1, state.fresh + 1
-        scale, spread = 1 - first**state.fresh, 1 - second**state.steps
+        rate, (first, second) = state.rate_scale * self.rate_at(state.steps, self._steps(problem)), self.memory
+        state.steps, state.since_restart = state.steps + 1, state.since_restart + 1
+        scale, spread = 1 - first**state.since_restart, 1 - second**state.steps
         for one, mean, square, slope, unit in zip(
             problem.entries, state.mean, state.square, gradient, problem.units, strict=True
         ):
@@ -83,17 +83,17 @@ class Adam(Descent[AdamState]):
             return self.rate * (step + 1) / warm
         return self.rate * (1 + math.cos(math.pi * (step + 1 - warm) / (steps + 1 - warm))) / 2
 
-    def back(self, problem: BlockMatching, state: AdamState, best: Point) -> AdamState:
+    def restart(self, problem: BlockMatching, state: AdamState, best: Point) -> AdamState:
         problem.put(best)
         for mean in state.mean:
             mean.zero_()
-        state.fresh, state.care = 0, state.care * CARE
+        state.since_restart, state.rate_scale = 0, state.rate_scale * RATE_DECAY
         return state
 
     def done(self, problem: BlockMatching, state: AdamState) -> Status | None:
         return Status.CONVERGED if state.steps >= self._steps(problem) else None
 
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         return problem.examples.draws
 
     def _steps(self, problem: BlockMatching) -> int:

@@ -38,7 +38,7 @@ class AdmmState:
     dual: Float[Tensor, "out in"]
     rho: float
     mask: Bool[Tensor, "rows in"]
-    looked_at: Bool[Tensor, "rows in"]
+    checked_mask: Bool[Tensor, "rows in"]
     """the mask at the last check of the schedule"""
     count: int
     frozen: bool
@@ -94,7 +94,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         return Work(once + steps * step, peak)
 
     @property
-    def keeps(self) -> int:
+    def cached_bytes(self) -> int:
         return 4  # the eigenvectors, in float32
 
     def init(self, problem: SelectionProblem, start: Tensor) -> AdmmState:
@@ -122,7 +122,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
             dual=torch.zeros_like(dense),
             rho=self.rho,
             mask=mask,
-            looked_at=mask,
+            checked_mask=mask,
             count=0,
             frozen=False,
         )
@@ -132,18 +132,18 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         mask = problem.mask(problem.project(point.square()))
         sparse = within(mask, point)
         count = state.count + 1
-        # U + rho (V' - Z) = rho (point - Z): the new dual is what the pattern dropped.
+        # U + rho (V' - Z) = rho (point - Z): the new dual is the part that the pattern dropped.
         state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state
-        changed, kept = linalg.numbers(torch.count_nonzero(mask ^ state.looked_at), torch.count_nonzero(mask))
+        changed, kept = linalg.numbers(torch.count_nonzero(mask ^ state.checked_mask), torch.count_nonzero(mask))
         moved = changed / max(1, kept)
         factor = next((factor for share, factor in SCHEDULE if moved > share), 1.0)
         rho = state.rho * factor**self.haste
         if state.inverse is not None and rho != state.rho:
             # Written over the previous inverse, which is as large as the Gram matrix.
             state = replace(state, inverse=_inverse(state.values, state.vectors, rho, state.inverse))
-        return replace(state, rho=rho, looked_at=mask, frozen=moved == 0)
+        return replace(state, rho=rho, checked_mask=mask, frozen=moved == 0)
 
     def done(self, problem: SelectionProblem, state: AdmmState) -> Status | None:
         if state.frozen:

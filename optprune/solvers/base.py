@@ -87,15 +87,20 @@ class Solver(ABC, Generic[P, State]):
     accepts: ClassVar[tuple[type[Problem], ...]] = (Problem,)
     """the kinds of problems that the solver accepts, unless `unsupported` returns a reason against one of them"""
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "why_not" in vars(cls):
+            raise TypeError(f"{cls.__name__} defines why_not, which is called unsupported now: rename it")
+
     @final
     def refusal(self, problem: Problem) -> str | None:
         """Return None when the solver accepts the problem, else one sentence with the reason why it does not."""
         if not isinstance(problem, self.accepts):
             kinds = " and ".join(kind.kind for kind in self.accepts)
             return f"it accepts {kinds} problems, and this is a {problem.kind} problem"
-        return self.why_not(cast(P, problem))
+        return self.unsupported(cast(P, problem))
 
-    def why_not(self, problem: P) -> str | None:
+    def unsupported(self, problem: P) -> str | None:
         """Return why a problem of an accepted kind is not supported, in one sentence; None when it is."""
         return None
 
@@ -157,7 +162,7 @@ class Solver(ABC, Generic[P, State]):
         """
 
     @property
-    def keeps(self) -> int:
+    def cached_bytes(self) -> int:
         """The bytes over in^2 that are cached with the moments, for the next layer with the same inputs."""
         return 0
 

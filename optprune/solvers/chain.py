@@ -55,13 +55,13 @@ class Chain(Solver[Problem, ChainState]):
         return " > ".join(stage.label for stage in self.stages)
 
     @property
-    def keeps(self) -> int:
-        return max((stage.keeps for stage in self.stages), default=0)
+    def cached_bytes(self) -> int:
+        return max((stage.cached_bytes for stage in self.stages), default=0)
 
     def work(self, outputs: int, inputs: int, *, coupled: bool = False) -> Work:
         return sum((stage.work(outputs, inputs, coupled=coupled) for stage in self.stages), Work())
 
-    def why_not(self, problem: Problem) -> str | None:
+    def unsupported(self, problem: Problem) -> str | None:
         if not self.stages:
             return "it is an empty chain"
         reasons = [(stage.label, stage.refusal(problem)) for stage in self.stages]

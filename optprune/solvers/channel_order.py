@@ -80,7 +80,8 @@ def best_permutation(loss: LayerLoss, channels: Channels, pattern: NM) -> Permut
         whole = bool(((grouped[:, :, :1] + places == grouped) & (grouped[:, :, :1] % pattern.m == 0)).all())
     if not whole:
         raise InputError(
-            f"{size} units of a slot are no whole groups of a {pattern.n}:{pattern.m} pattern, so that none may move"
+            f"{size} units of a slot do not form whole groups of a {pattern.n}:{pattern.m} pattern: they keep their "
+            "order"
         )
     scaled = loss.row_scaled()
     energy = scaled.moments.mean_square.double()

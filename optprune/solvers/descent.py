@@ -44,7 +44,7 @@ class Descent(ABC, Generic[State]):
     def done(self, problem: BlockMatching, state: State) -> Status | None:
         """Return None to continue, or the reason to stop."""
 
-    def back(self, problem: BlockMatching, state: State, best: Point) -> State:
+    def restart(self, problem: BlockMatching, state: State, best: Point) -> State:
         """Return the state to continue from after an evaluation without a smaller held-out error than the best one.
 
         The state must not share the tensors of the best point: later evaluations write into them.
@@ -52,7 +52,7 @@ class Descent(ABC, Generic[State]):
         return state
 
     @abstractmethod
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         """Return the number of steps between two evaluations of the held-out examples."""
 
     @abstractmethod
@@ -85,24 +85,25 @@ class Matched:
 def match(
     problem: BlockMatching,
     solver: Descent[State],
-    apart: Examples | None = None,
+    held_out_examples: Examples | None = None,
     *,
     rounded: Rounding | None = None,
 ) -> Matched:
     """Solve a block matching problem. Its block holds the value afterwards, also after an exception.
 
-    The value is the point with the least error on the
-    held-out examples (`apart`) among the evaluated points and the start. After an evaluation without a smaller error
-    the solver may return to the best point, and after three in a row it ends. Without held-out examples twice the
-    objective takes the place of that error. Points are evaluated after `rounded`, and a weight that it would set to
-    zero keeps its value of the best point.
+    The value is the point with the least error on the held-out examples among the evaluated points and the start.
+    After an evaluation without a smaller error the solver may return to the best point, and after three in a row it
+    ends. Without held-out examples twice the objective takes the place of that error. Points are evaluated after
+    `rounded`, and a weight that it would set to zero keeps its value of the best point.
     """
-    judge: Callable[[], float] = problem.on(apart).error if apart is not None else lambda: 2 * problem.objective()
+    judge: Callable[[], float] = lambda: 2 * problem.objective()  # noqa: E731
+    if held_out_examples is not None:
+        judge = problem.on(held_out_examples).error
     best, best_step = problem.point(), 0
     try:
         before, held_out_before = problem.error(), judge()
         state, steps, held_out, misses = solver.begin(problem), 0, held_out_before, 0
-        every = solver.looks(problem)
+        every = solver.evaluate_every(problem)
         while (status := solver.done(problem, state)) is None:
             state, steps = solver.step(problem, state), steps + 1
             if steps % every and solver.done(problem, state) is None:
@@ -116,7 +117,7 @@ def match(
                 status = Status.CONVERGED
                 break
             if misses:
-                state = solver.back(problem, state, best)
+                state = solver.restart(problem, state, best)
     finally:
         problem.put(best)
     after = problem.error() if best_step else before

@@ -26,8 +26,8 @@ class DualMap:
 
     For every T:  min_V f(V) + P(V)  >=  min_X (f(X) + <T, X>) - P*(T).
 
-    The minimum over X is bounded by the gradient at a point near it, so rounding of the
-    factors does no harm, and the rounding errors of float64 are subtracted (`VerifiedLoss.least`).
+    The minimum over X is bounded by the gradient at a point near it, so rounding of the factors does no harm, and the
+    rounding errors of float64 are subtracted (`VerifiedLoss.least`).
 
     Where A or S cannot be told from a singular matrix a ridge r s^2 is added, which changes f by at most a rounding of
     the size of an optimum. P(V) is no more than the objective of any weight, which bounds the size of an optimum
@@ -42,7 +42,7 @@ class DualMap:
     factors: tuple[Float[Tensor, "out out"] | None, Float[Tensor, "in in"]] | None
     """Cholesky factors of S, where it is a matrix, and of A"""
     bend: float
-    """twice what the ridge adds to f at most, as a share of the squared size of V - W; 0 without a ridge"""
+    """twice the most that the ridge adds to f, relative to the squared size of V - W; 0 without a ridge"""
     minimiser: Float[Tensor, "out in"]
     """V0 - W, with V0 A = B as nearly as float64 tells"""
 
@@ -204,7 +204,7 @@ PATIENCE = 12
 
 
 @dataclass(frozen=True, eq=False)
-class MeasuredGap:
+class GapMonitor:
     """The best iterate and the best bound of all checks, which may come from different iterates."""
 
     dual: DualMap
@@ -219,7 +219,7 @@ class MeasuredGap:
     """the step of the next check"""
 
     @classmethod
-    def of(cls, problem: PenalisedLeastSquares, start: Float[Tensor, "out in"]) -> "MeasuredGap":
+    def of(cls, problem: PenalisedLeastSquares, start: Float[Tensor, "out in"]) -> "GapMonitor":
         """Return the gap at the start, in float64."""
         dual = DualMap.of(problem)
         objective, bound = problem.objective(start), dual.bound(start)
@@ -232,7 +232,7 @@ class MeasuredGap:
         steps: int,
         tolerance: float,
         point: Float[Tensor, "out in"] | None = None,
-    ) -> "MeasuredGap":
+    ) -> "GapMonitor":
         """Return the gap after a check of a weight, with the bound of a dual point, by default the gradient."""
         objective = problem.objective(weight)
         proved = None if point is None else self.dual.bound_at(point)
@@ -266,11 +266,11 @@ class MeasuredGap:
 
 
 @runtime_checkable
-class Measuring(Protocol):
+class Monitored(Protocol):
     """A state that holds the gap measured so far."""
 
     @property
-    def measured(self) -> MeasuredGap:
+    def monitor(self) -> GapMonitor:
         """The best iterate and bound so far."""
         ...
 
@@ -296,17 +296,17 @@ class StopsAtGap:
         """Return True: the start is among the measured weights."""
         return True
 
-    def done(self, problem: PenalisedLeastSquares, state: Measuring) -> Status | None:
+    def done(self, problem: PenalisedLeastSquares, state: Monitored) -> Status | None:
         """Return CONVERGED where the gap is met, STALLED where it no longer falls."""
-        return state.measured.status(self.tolerance)
+        return state.monitor.status(self.tolerance)
 
-    def value(self, problem: PenalisedLeastSquares, state: Measuring) -> Float[Tensor, "out in"]:
+    def value(self, problem: PenalisedLeastSquares, state: Monitored) -> Float[Tensor, "out in"]:
         """Return the best iterate of all checks."""
-        return state.measured.best
+        return state.monitor.best
 
-    def certify(self, problem: PenalisedLeastSquares, state: Measuring) -> Certificate | None:
+    def certify(self, problem: PenalisedLeastSquares, state: Monitored) -> Certificate | None:
         """Return the best bound of all checks."""
-        return state.measured.certificate
+        return state.monitor.certificate
 
 
 def gap_flops(outputs: int, inputs: int, steps: float, *, coupled: bool = False) -> float:

@@ -107,7 +107,7 @@ class ExpertElimination(ExpertSolver):
             for expert in (number for number in range(problem.experts) if not kept[number]):
                 more = kept.clone()
                 more[expert] = True
-                costs = problem.removals(more)
+                costs = problem.removal_costs(more)
                 least = int(costs.argmin())
                 if float(costs[least]) < cost * (1 - ENOUGH):
                     cost, kept = float(costs[least]), more
@@ -127,7 +127,7 @@ def elimination(problem: ExpertChoice) -> tuple[list[int], list[float]]:
     """Return the experts in the order of a greedy elimination until `keep` are left, and the cost after each."""
     kept, order, costs = without(problem, []), list[int](), list[float]()
     while problem.experts - len(order) > problem.keep:
-        removals = problem.removals(kept)
+        removals = problem.removal_costs(kept)
         order.append(int(removals.argmin()))
         costs.append(float(removals[order[-1]]))
         kept[order[-1]] = False
@@ -177,9 +177,8 @@ class Reap(ExpertScore):
     """S_j = mean over the tokens t routed to j of g_j(t) |y_j(t)|; an expert without tokens scores 0.
 
     Router-weighted expert activation pruning (REAP the Experts, arXiv 2510.13999, equation 9). g is the router's
-    softmax over all experts, as in the authors' code by default; with
-    `renormalised` it is the factor of an expert's output in the model, as in llm-compressor. The two differ
-    where the model scales the weights of the chosen experts.
+    softmax over all experts, as in the authors' code by default; with `renormalised` it is the factor of an expert's
+    output in the model, as in llm-compressor. The two differ where the model scales the weights of the chosen experts.
     """
 
     renormalised: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor
 from optprune.metric import OutputMetric
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.duality import MeasuredGap, StopsAtGap, gap_flops
+from optprune.solvers.duality import GapMonitor, StopsAtGap, gap_flops
 from optprune.solvers.spectrum import column_steps, largest_eigenvalue_bound
 from optprune.work import Work, product, sweeps
 
@@ -65,7 +65,7 @@ class GradientStep:
 
 
 @dataclass(frozen=True, eq=False)
-class Motion:
+class Iterates:
     """The last two iterates with their gradient points."""
 
     descent: GradientStep
@@ -83,8 +83,8 @@ class Motion:
 class FistaState:
     """The iterates and the gap."""
 
-    motion: Motion
-    measured: MeasuredGap
+    iterates: Iterates
+    monitor: GapMonitor
 
 
 @final
@@ -101,7 +101,7 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
     duality gap is at most `tolerance`, measured in float64 at steps that lie further and further apart; returns the
     best iterate seen at a check, so it is never worse than its start.
 
-    A step is one product [out, in] x [in, in] and a few passes over [out, in], and looks at the device only where it
+    A step is one product [out, in] x [in, in] and a few passes over [out, in], and reads from the device only where it
     checks the gap; memory 6 out in + 3 in^2.
     Reference: Beck and Teboulle (2009); O'Donoghue and Candes (2015) for the restart; FISTAPruner (arXiv 2408.03728).
     """
@@ -128,7 +128,7 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
         return 5 * product(inputs, inputs, inputs) + steps * step
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> FistaState:
-        return FistaState(self._begin(problem, start), MeasuredGap.of(problem, start))
+        return FistaState(self._begin(problem, start), GapMonitor.of(problem, start))
 
     def iterate(
         self, problem: PenalisedLeastSquares, start: Tensor, steps: int, descent: GradientStep | None = None
@@ -137,20 +137,20 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
 
         These solve many problems with the same loss and may pass its `descent`.
         """
-        motion = self._begin(problem, start, descent)
+        iterates = self._begin(problem, start, descent)
         for _ in range(steps):
-            motion = self._move(problem, motion)
-        return motion.weight
+            iterates = self._move(problem, iterates)
+        return iterates.weight
 
-    def _begin(self, problem: PenalisedLeastSquares, start: Tensor, descent: GradientStep | None = None) -> "Motion":
+    def _begin(self, problem: PenalisedLeastSquares, start: Tensor, descent: GradientStep | None = None) -> "Iterates":
         if descent is None:
             scaled = self.scale_columns and problem.penalty.separable
             descent = GradientStep.of(problem.loss, scale_columns=scaled)
         point = descent.at(start)
         momentum = torch.ones((), dtype=torch.float64, device=start.device)
-        return Motion(descent, start, point, start, point.clone(), momentum, 0)
+        return Iterates(descent, start, point, start, point.clone(), momentum, 0)
 
-    def _move(self, problem: PenalisedLeastSquares, state: "Motion") -> "Motion":
+    def _move(self, problem: PenalisedLeastSquares, state: "Iterates") -> "Iterates":
         """Return the state after a step, which overwrites the points of the given state to save allocations."""
         momentum = (1 + (1 + 4 * state.momentum.square()).sqrt()) / 2
         ahead = (1 + (state.momentum - 1) / momentum).to(state.point)
@@ -173,13 +173,13 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
         )
 
     def step(self, problem: PenalisedLeastSquares, state: FistaState) -> FistaState:
-        motion, measured = self._move(problem, state.motion), state.measured
-        if motion.count >= measured.next_check:
-            measured = measured.after(problem, motion.weight, motion.count, self.tolerance)
-        return FistaState(motion, measured)
+        iterates, monitor = self._move(problem, state.iterates), state.monitor
+        if iterates.count >= monitor.next_check:
+            monitor = monitor.after(problem, iterates.weight, iterates.count, self.tolerance)
+        return FistaState(iterates, monitor)
 
 
-def _overshot(state: "Motion", weight: Tensor, ahead: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+def _overshot(state: "Iterates", weight: Tensor, ahead: Float[Tensor, ""]) -> Bool[Tensor, ""]:
     """Return whether <Y - V_(k+1), V_(k+1) - V_k> > 0 in the metric of the step: the momentum points uphill."""
     back = torch.lerp(state.last_weight, state.weight, ahead).sub_(weight)
     step, product = state.descent.step, back.mul_(weight - state.weight)

@@ -27,9 +27,9 @@ REMOVED = 0.3
 @final
 @dataclass(frozen=True)
 class GreedyObs(DirectSolver[StructuredProblem]):
-    r"""Remove the cheapest `batch` units, update A^-1 and V to what is left, and repeat until `keep` are left.
+    r"""Remove the cheapest `batch` units, update A^-1 and V for the rest, and repeat until `keep` are left.
 
-    With H the inverse of A on what is left and V the best weight there, a unit g of k columns costs exactly
+    With H the inverse of A on the remaining columns and V the best weight there, a unit g of k columns costs exactly
 
         1/2 tr(V_g (H_gg)^-1 V_g^T);     V <- V - V_g (H_gg)^-1 H_g,   H <- H - H_:g (H_gg)^-1 H_g,
 
@@ -110,14 +110,14 @@ def _eliminate(
     inverse, minimiser = form.inverse, form.minimiser
     if not torch.equal(flat, torch.arange(len(inverse), device=flat.device)):
         inverse, minimiser = inverse[flat[:, None], flat], minimiser[:, flat]
-    work = _Left(inverse, minimiser, each)
+    work = _Remaining(inverse, minimiser, each)
     there = channels.units
     for target in targets:
         while there > target * count:
             slots = channels.slots[names]
             # The number of removed units is known without a read from the device.
             gone, few = _cheapest(work.costs(), slots, left - target, min(batch, there - target * count))
-            work.note(0, few)
+            work.record_fault(0, few)
             there -= len(gone)
             left = left.index_add(0, slots[gone], torch.ones_like(gone), alpha=-1)
             yield names[gone], work.remove(gone)
@@ -145,7 +145,7 @@ def _cheapest(
     return order[first % len(order)], (first >= len(order)).any()
 
 
-class _Left:
+class _Remaining:
     """The rest of H and V during the elimination: H = inverse - L L^T and V = minimiser - C L^T, formed in part."""
 
     def __init__(
@@ -181,7 +181,7 @@ class _Left:
         """The units that are alive, ascending."""
         return places(self.alive, self.count)
 
-    def note(self, what: int, happened: Bool[Tensor, ""]) -> None:
+    def record_fault(self, what: int, happened: Bool[Tensor, ""]) -> None:
         """Record one of the two faults, without a read from the device."""
         self.wrong[what] = happened & ~self.wrong.any() | self.wrong[what]
 
@@ -198,7 +198,7 @@ class _Left:
         columns = (units[:, None] * self.each + torch.arange(self.each, device=units.device)).reshape(-1)
         part = self.inverse[:, columns] - self.lower @ self.lower[columns].T
         pivot, failed = linalg.try_cholesky(part[columns])
-        self.note(1, failed != 0)
+        self.record_fault(1, failed != 0)
         lower = linalg.solve_lower(pivot, part.T)
         right = (self.minimiser[:, columns] - self.coefficients @ self.lower[columns].T).T
         coefficients = linalg.solve_lower(pivot, right)
@@ -215,14 +215,14 @@ class _Left:
         self.count -= len(units)
         return coefficients.square().sum(1).reshape(len(units), self.each).sum(1) / 2
 
-    def flushed(self) -> "_Left":
+    def flushed(self) -> "_Remaining":
         """Return the state with all removals carried out, in the memory of this one's matrices."""
         kept = (self.stay[:, None] * self.each + torch.arange(self.each, device=self.alive.device)).reshape(-1)
         every = torch.arange(len(self.minimiser), device=kept.device)
         lower = self.lower[kept]
         inverse = _compact(self.inverse, kept, kept, self.own).addmm_(lower, lower.T, alpha=-1)
         minimiser = _compact(self.minimiser, every, kept, self.own).addmm_(self.coefficients, lower.T, alpha=-1)
-        return _Left(inverse, minimiser, self.each, own=True)
+        return _Remaining(inverse, minimiser, self.each, own=True)
 
 
 def _compact(

@@ -108,7 +108,7 @@ class Lbfgs(Descent[LbfgsState]):
             return Status.STALLED
         return Status.STEP_LIMIT if state.steps >= self.epochs else None
 
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         return 1
 
 

@@ -167,7 +167,7 @@ def _groups(problem: SelectionProblem) -> tuple[tuple[int, int], int] | None:
 def _bound(problem: SelectionProblem, verified: VerifiedLoss, split: Tensor, change: Tensor) -> float:
     """Return the bound at a change Y."""
     whole, error = verified.gradient(change)
-    pull, pull_error = verified.pulled
+    pull, pull_error = verified.linear_term
     own = split * change
     gradient, error = whole - own, error + 2 * UNIT * (whole.abs() + own.abs())
     size = gradient.abs() + error

@@ -14,7 +14,7 @@ from optprune.metric import OutputMetric
 from optprune.numerics import linalg
 from optprune.problems import LayerLoss, PenalisedLeastSquares
 from optprune.solvers.base import Solver, check_options, measuring, unfitted
-from optprune.solvers.duality import MeasuredGap, StopsAtGap, gap_flops
+from optprune.solvers.duality import GapMonitor, StopsAtGap, gap_flops
 from optprune.work import DOUBLE, Work, eigenvectors, inverse, product, sweeps
 
 BALANCE = 5.0
@@ -54,8 +54,8 @@ class ByInverse(Resolvent):
     def of(cls, loss: LayerLoss, rho: float, *, by_column: bool) -> "ByInverse":
         """Return the resolvent by Cholesky in float64: the scaled A + R has a condition of at most 1 + in / rho.
 
-        Where A + R is indefinite, by the rounding of the moments, rho is raised to CLEAR
-        times the least value that makes it definite.
+        Where A + R is indefinite, by the rounding of the moments, rho is raised to CLEAR times the least value that
+        makes it definite.
         """
         scale = _scale(loss.gram.diagonal(), by_column)
         matrix = loss.gram.double() / torch.outer(scale, scale)
@@ -109,7 +109,7 @@ class AdmmState:
     count: int
     changes: int
     """the number of changes of rho"""
-    measured: MeasuredGap
+    monitor: GapMonitor
 
 
 @final
@@ -154,7 +154,7 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
 
     def init(self, problem: PenalisedLeastSquares, start: Tensor) -> AdmmState:
         resolvent = _resolvent(problem, self.rho)
-        return AdmmState(resolvent, start, torch.zeros_like(start), 0, 0, MeasuredGap.of(problem, start))
+        return AdmmState(resolvent, start, torch.zeros_like(start), 0, 0, GapMonitor.of(problem, start))
 
     def step(self, problem: PenalisedLeastSquares, state: AdmmState) -> AdmmState:
         coupling, before = state.resolvent.weights, state.weight
@@ -162,10 +162,10 @@ class ProximalAdmm(StopsAtGap, Solver[PenalisedLeastSquares, AdmmState]):
         point = torch.lerp(before, solved, self.relaxation).add_(state.dual)
         weight = problem.penalty.prox(point, 1 / coupling)
         after = replace(state, weight=weight, dual=point - weight, count=state.count + 1)
-        if after.count < state.measured.next_check:
+        if after.count < state.monitor.next_check:
             return after
-        measured = state.measured.after(problem, weight, after.count, self.tolerance, coupling * after.dual)
-        return self._balanced(problem, replace(after, measured=measured), solved, before)
+        monitor = state.monitor.after(problem, weight, after.count, self.tolerance, coupling * after.dual)
+        return self._balanced(problem, replace(after, monitor=monitor), solved, before)
 
     def _balanced(self, problem: PenalisedLeastSquares, state: AdmmState, solved: Tensor, before: Tensor) -> AdmmState:
         """Return the state with another rho where X - Z over Z and Z - (the previous Z) over U differ much in size."""

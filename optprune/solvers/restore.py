@@ -73,7 +73,7 @@ class Restore(DirectSolver[Restorable]):
         form = (16.9, 55.5, 25.0) if coupled else (15.2, 34.7, 1.2)
         return Work(flops + sweeps(70, outputs, inputs), storage(outputs, inputs, *form))
 
-    def why_not(self, problem: Restorable) -> str | None:
+    def unsupported(self, problem: Restorable) -> str | None:
         coupled = problem.loss.coupled and fixed_mask(problem, problem.loss.weight).shape[0] > 1
         return COUPLED if coupled else None
 

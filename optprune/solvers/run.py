@@ -93,15 +93,15 @@ def solve(
     cost the same, as for inputs that are all zero, one near the start is the answer.
     """
     solver = choose(problem) if solver is None else solver
-    posed = _Posed.of(problem)
-    check_accepted(posed.problem, solver)
+    transformed = _Transformed.of(problem)
+    check_accepted(transformed.problem, solver)
     if start is None:
         start = problem.start()
     elif start.shape != problem.loss.weight.shape:
         raise InputError(f"the start must be {list(problem.loss.weight.shape)}, not {list(start.shape)}")
     began = time.perf_counter()
     with torch.no_grad():
-        any_value = problem.indifferent(start)
+        any_value = problem.trivial_solution(start)
         if any_value is not None:
             objective, violation = problem.objective(any_value), problem.violation(any_value)
             proof = Certificate(_below(objective, objective, problem, any_value), DEAD)
@@ -110,13 +110,15 @@ def solve(
 
         def after_step(steps: int, state: Any) -> None:
             if callback is not None:
-                callback(steps, partial(_value, solver, posed, state))
+                callback(steps, partial(_value, solver, transformed, state))
 
         state, status, steps = _iterate(
-            posed.problem, solver, posed.into(start), max_steps, began + max_seconds, after_step
+            transformed.problem, solver, transformed.into(start), max_steps, began + max_seconds, after_step
         )
-        value = _value(solver, posed, state)
-        certificate = _best(posed.certificate(solver.certify(posed.problem, state)), solver.prove(problem, value))
+        value = _value(solver, transformed, state)
+        certificate = _best(
+            transformed.certificate(solver.certify(transformed.problem, state)), solver.prove(problem, value)
+        )
         seconds = time.perf_counter() - began
         objective = problem.objective(value)
         if not math.isfinite(objective):
@@ -132,13 +134,13 @@ def solve(
                 bound = certificate.lower_bound
                 notes += (f"{CONTRADICTED}: its lower bound {bound:.6g} is above the objective {objective:.6g}",)
                 certificate = None
-    history = tuple(replace(one, objective=one.objective * posed.factor) for one in solver.history(state))
+    history = tuple(replace(one, objective=one.objective * transformed.factor) for one in solver.history(state))
     return Solution(value, objective, violation, status, steps, seconds, certificate, history, notes)
 
 
-def check_accepted(posed: Problem, solver: AnySolver) -> None:
+def check_accepted(transformed: Problem, solver: AnySolver) -> None:
     """Raise NoSolver when a solver refuses a problem, given in the basis of the outputs in which the solver runs."""
-    reason = solver.refusal(posed)
+    reason = solver.refusal(transformed)
     if reason is not None:
         raise NoSolver(f"{solver.label} does not solve this problem: {reason}")
 
@@ -146,19 +148,19 @@ def check_accepted(posed: Problem, solver: AnySolver) -> None:
 @full_precision()
 def answer(problem: Problem, solver: AnySolver, start: Tensor) -> Tensor:
     """Return the value of the solution without measuring or certifying it, for the inner steps of other methods."""
-    posed = _Posed.of(problem)
+    transformed = _Transformed.of(problem)
     with torch.no_grad():
-        any_value = problem.indifferent(start)
+        any_value = problem.trivial_solution(start)
         if any_value is not None:
             return any_value
         state, _, _ = _iterate(
-            posed.problem, solver, posed.into(start), MOST_STEPS, math.inf, lambda steps, state: None
+            transformed.problem, solver, transformed.into(start), MOST_STEPS, math.inf, lambda steps, state: None
         )
-        return _value(solver, posed, state)
+        return _value(solver, transformed, state)
 
 
 @dataclass(frozen=True, eq=False)
-class _Posed:
+class _Transformed:
     """A problem in the basis of the outputs and the units of weights and inputs in which its solver runs."""
 
     problem: Problem
@@ -169,7 +171,7 @@ class _Posed:
     """the factor from its objective to that of the original problem"""
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Posed":
+    def of(cls, problem: Problem) -> "_Transformed":
         rebased, basis = problem.in_output_basis()
         moderate, size, factor = rebased.in_moderate_units()
         return cls(moderate, basis, size, factor)
@@ -222,6 +224,6 @@ def _iterate(
     return state, status, steps
 
 
-def _value(solver: AnySolver, posed: _Posed, state: Any) -> Tensor:
+def _value(solver: AnySolver, transformed: _Transformed, state: Any) -> Tensor:
     """Return the weight of a state, in the basis and the units of the original problem."""
-    return posed.back(solver.value(posed.problem, state))
+    return transformed.back(solver.value(transformed.problem, state))

@@ -18,7 +18,7 @@ from optprune.work import Work, factor, inverse, product
 
 TENURE = 4
 """the exchanges of a walk before a moved unit may be moved again"""
-Descent = Callable[[Tableau], Tableau | None]
+Descend = Callable[[Tableau], Tableau | None]
 """the tableau of a choice that costs less, found by exchanges; None where there is none"""
 
 
@@ -71,7 +71,7 @@ class Core:
         base = part.exchanged(index[:0], index[len(few[0]) :])
         return cls(whole, units, Tableau.of(channels, base.matrix, base.rows, part.choice))
 
-    def searched(self, descend: Descent, *, depth: int, walk: int, enough: float) -> Tableau | None:
+    def searched(self, descend: Descend, *, depth: int, walk: int, enough: float) -> Tableau | None:
         """Return the whole tableau after a search for a choice that costs less by `enough`; None where it found none.
 
         Units of every slot are dropped one after another and others return, or the other way round, up to `depth` of
@@ -86,7 +86,7 @@ class Core:
         away = self._walk(walk, enough)
         return None if away is None else self._lower(away, descend, enough)
 
-    def _lower(self, away: Tableau, descend: Descent, enough: float) -> Tableau | None:
+    def _lower(self, away: Tableau, descend: Descend, enough: float) -> Tableau | None:
         """Return the whole tableau after a descent from another choice, where it ends lower, else None."""
         while (lower := descend(away)) is not None:
             away = lower
@@ -185,11 +185,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
     omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured and linked problems; the
     start is not used. Follow it with a refit.
 
-    A z-step looks at the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units, a
-    change of the choice as much for the columns that change, a search of the core what a few columns cost; memory
-    4 n^2 + 4 out n, all in float64.
-    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and the search of the core
-    are ours.
+    A z-step reads from the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units,
+    a change of the choice as much for the columns that change, a search of the core as much as a few columns; memory 4
+    n^2 + 4 out n, all in float64. Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step,
+    scales and the search of the core are ours.
     """
 
     accepts = (StructuredProblem,)

@@ -31,8 +31,8 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
     the total is exact. The damping is that of the loss (the paper: 1 percent); where A is not positive definite
     by more than rounding it raises NumericalError instead of going on with another matrix.
 
-    Cost: in^3 + out in^2; memory 2 in^2 + 2 out in; two kernels a column, four a group of N:M, one look at the device a
-    block. Reference: SparseGPT (arXiv 2301.00774), Algorithm 1.
+    Cost: in^3 + out in^2; memory 2 in^2 + 2 out in; two kernels per column, four per group of N:M, one read from the
+    device per block. Reference: SparseGPT (arXiv 2301.00774), Algorithm 1.
     """
 
     accepts = (SparseLeastSquares,)
@@ -48,7 +48,7 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
         flops = measuring(outputs, inputs, coupled=coupled) + 2 * factor(inputs) + inverse(inputs) + updates
         return Work(flops, storage(outputs, inputs, 24.3, 20.5, 7.4))
 
-    def why_not(self, problem: SparseLeastSquares) -> str | None:
+    def unsupported(self, problem: SparseLeastSquares) -> str | None:
         pattern = problem.pattern
         if not isinstance(pattern, Unstructured | RowWise | NM):
             return f"it chooses masks block by block, which it cannot for the pattern {type(pattern).__name__}"

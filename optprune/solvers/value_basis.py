@@ -32,7 +32,7 @@ STEPS = 8
 @full_precision()
 def nested_basis(loss: LayerLoss, channels: Channels) -> Rotation:
     """Return directions by falling importance in every slot; a subset keeps the first r."""
-    return Rotation.of(_leading(_Pull(loss, channels)).to(loss.weight.dtype), channels)
+    return Rotation.of(_leading(_SlotProblem(loss, channels)).to(loss.weight.dtype), channels)
 
 
 @full_precision()
@@ -41,11 +41,11 @@ def best_basis(loss: LayerLoss, channels: Channels, keep: int) -> Rotation:
 
     `keep` counts per slot. A round costs a Cholesky factor of the directions of all slots, and `STEPS` products with A.
     """
-    pull = _Pull(loss, channels)
-    basis = _leading(pull)
+    problem = _SlotProblem(loss, channels)
+    basis = _leading(problem)
     directions = basis[..., :keep]
     for _ in range(ROUNDS):
-        directions = linalg.orthonormal(pull.turn(directions))
+        directions = linalg.orthonormal(problem.alternate(directions))
     whole = linalg.orthonormal(directions, whole=True)
     return Rotation.of(whole.to(loss.weight.dtype), channels)
 
@@ -56,7 +56,7 @@ def best_basis_work(outputs: int, inputs: int) -> Work:
     return Work(ROUNDS * (turn + inverse(inputs)), storage(outputs, inputs, 32.0, 24.0))
 
 
-class _Pull:
+class _SlotProblem:
     """The least squares problem in float64, its columns sorted by slot, then by tied column, then by unit."""
 
     def __init__(self, loss: LayerLoss, channels: Channels) -> None:
@@ -106,7 +106,7 @@ class _Pull:
         inverse = linalg.pinv(gram) if bool(failed) else torch.cholesky_inverse(factor)
         return (right @ inverse).reshape(-1, heads, kept)
 
-    def turn(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
+    def alternate(self, directions: Float[Tensor, "slots size r"]) -> Float[Tensor, "slots size r"]:
         """Return the directions after one round: fit Z, then conjugate gradients on W for that Z."""
         fitted = self.fitted(directions)
 
@@ -131,14 +131,14 @@ class _Pull:
         return at
 
 
-def _leading(pull: _Pull) -> Float[Tensor, "slots size size"]:
+def _leading(problem: _SlotProblem) -> Float[Tensor, "slots size size"]:
     """Return generalised eigenvectors of (sum B_h^T B_h, sum A_hh), the largest first, orthogonalised in that order.
 
     Directions without inputs come last.
     """
-    square, gram = pull.blocks()
+    square, gram = problem.blocks()
     sizes, vectors = linalg.eigh(gram)
-    least = torch.finfo(gram.dtype).eps * pull.size * sizes[:, -1:].clamp(min=0)
+    least = torch.finfo(gram.dtype).eps * problem.size * sizes[:, -1:].clamp(min=0)
     seen = sizes > least
     scaled = vectors * torch.where(seen, sizes, 1.0).rsqrt()[:, None, :] * seen[:, None, :]
     _, mixed = linalg.eigh(scaled.mT @ square @ scaled)

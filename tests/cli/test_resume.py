@@ -4,8 +4,6 @@ import gc
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,11 +12,16 @@ import pytest
 import torch
 
 from optprune.cli.app import main
+from optprune.comparison.kept_folder import ComparisonFolder
+from optprune.healing import HealingFolder
 from optprune.models.store import BlockStore
+from optprune.pruning import Journal
 from optprune.pruning.run import Run
 from optprune.report import BlockStarted, Event, PhaseAdvanced
 from optprune.report.progress import Reporter
+from optprune.system.folders import ManifestFolder
 from optprune.texts import demo_articles
+from tests.helpers.busy_folders import held_by_another_process
 from tests.helpers.tiny_models import save_tiny, tiny_llama
 from tests.helpers.torture.moments import INTERRUPT, TERMINATE, moments
 
@@ -326,31 +329,27 @@ def test_a_file_of_the_users_is_not_written_over(prune, stop_at, monkeypatch, tm
     assert prune("--resume") == 0
 
 
-HOLDERS = {
-    "prune": ("from optprune.pruning import Journal as Folder", "out.run", "run"),
-    "heal": ("from optprune.healing import HealingFolder as Folder", "out.run", "healing run"),
-    "compare": ("from optprune.comparison.kept_folder import ComparisonFolder as Folder", "out", "comparison"),
+FOLDERS: dict[str, tuple[type[ManifestFolder], str]] = {
+    "prune": (Journal, "out.run"),
+    "heal": (HealingFolder, "out.run"),
+    "compare": (ComparisonFolder, "out"),
 }
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("command", HOLDERS)
+@pytest.mark.parametrize("command", FOLDERS)
 def test_a_second_run_at_the_same_time_is_told_of_the_first(
     command: str, prune, heal, compare, tmp_path, capsys
 ) -> None:
     run = {"prune": prune, "heal": heal, "compare": compare}[command]
-    imported, name, noun = HOLDERS[command]
-    code = f"import sys; {imported}; folder = Folder(sys.argv[1]); print(1, flush=True); input()"
-    given = [sys.executable, "-c", code, str(tmp_path / name)]
-    with subprocess.Popen(given, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    kind, name = FOLDERS[command]
+    kind(tmp_path / name).release()
+    with held_by_another_process(tmp_path / name):
         before = contents(tmp_path)
         for words in ([], *([] if command == "compare" else [["--resume"], ["--restart"], ["--overwrite"]])):
             assert run(*words) == 2
-            assert f"another process is at work on the {noun} in" in capsys.readouterr().err
+            assert f"another process is at work on the {kind.noun} in" in capsys.readouterr().err
         assert contents(tmp_path) == before
-        other.communicate(b"\n")
     assert run() == 0
 
 

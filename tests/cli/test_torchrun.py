@@ -13,6 +13,7 @@ from optprune.cli.run_folder import Output, kept_in, run_folder_of
 from optprune.errors import InputError, WorkerError
 from optprune.pruning import Journal, joined
 from tests.helpers.attempts import Attempt
+from tests.helpers.busy_folders import held_by_another_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +41,6 @@ def test_two_processes_write_the_folder_that_one_writes(attempt: Attempt, monkey
     assert not run_folder_of(two).exists()
 
 
-@pytest.mark.e2e
 def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> None:
     run, said = Journal(run_folder_of(tmp_path / "out")), list[str]()
     told = pytest.raises(WorkerError, match=r"gone; 1 of 2 blocks are done, and kept in .*: go on with --resume")
@@ -51,23 +51,20 @@ def test_a_run_that_lost_a_process_keeps_its_finished_blocks(tmp_path: Path) -> 
     assert run_folder_of(tmp_path / "out").exists() and not said
 
 
-@pytest.mark.e2e
 def test_the_first_process_alone_looks_at_the_run_folder(tmp_path: Path, monkeypatch) -> None:
     """Each would take the lock for a moment, and be taken by another for a second run."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    output, code = Output(tmp_path / "out", resume=True), "from optprune.pruning import Journal; import sys; "
-    code += "run = Journal(sys.argv[1]); run.begin({}); print(1, flush=True); input()"
-    given = [sys.executable, "-c", code, str(run_folder_of(output.folder))]
-    with subprocess.Popen(given, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    output = Output(tmp_path / "out", resume=True)
+    run = Journal(run_folder_of(output.folder))
+    run.begin({})
+    run.release()
+    with held_by_another_process(run.folder):
         monkeypatch.setenv("RANK", "1")
         output.check_run(Journal, {})
         monkeypatch.setenv("RANK", "0")
         with pytest.raises(InputError, match="another process is at work on the run"):
             output.check_run(Journal, {})
-        other.communicate(b"\n")
 
 
 @pytest.mark.parametrize("option", ["--workers", "--ray"])

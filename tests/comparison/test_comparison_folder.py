@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ from filelock import FileLock
 
 import optprune
 from optprune.comparison import Comparison, run, session
+from optprune.comparison.kept_folder import ComparisonFolder
 from optprune.errors import InputError
 from tests.helpers.two_texts import TwoTexts, loaded
 
@@ -149,6 +151,25 @@ def test_a_folder_of_something_else_stays_as_it_is(texts: TwoTexts, tmp_path: Pa
         with pytest.raises(InputError, match=why):
             compared(texts, place)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("foreign", ["cells/dense.json", "cells/x.json"])
+def test_a_refused_one_that_was_killed_keeps_every_byte(
+    foreign: str, finished: tuple[Path, Comparison], texts: TwoTexts, tmp_path: Path
+) -> None:
+    place = tmp_path / "out"
+    shutil.copytree(finished[0], place)
+    killed = ComparisonFolder(place)
+    killed.forget([foreign])
+    (killed.work / "offload").mkdir()
+    (killed.work / "offload" / "block.bin").write_text("half of a block")
+    killed.release()
+    (place / foreign).write_text("mine")
+    before = {path: path.is_file() and path.read_bytes() for path in place.rglob("*") if path.name != "in-use"}
+    with pytest.raises(InputError, match=f"{foreign} was not written by this comparison: move it away"):
+        compared(texts, place)
+    after = {path: path.is_file() and path.read_bytes() for path in place.rglob("*") if path.name != "in-use"}
+    assert after == before
 
 
 def test_one_that_could_not_begin_leaves_nothing(

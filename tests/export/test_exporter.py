@@ -37,7 +37,7 @@ class FlatFolder(Exporter):
     description = "a folder for my own runtime"
     transposed: bool = False
 
-    def why_not(self, source):
+    def unsupported(self, source):
         kind = source.config.model_type
         return None if kind == "llama" else f"my runtime runs Llama only, not {kind}: give another model"
 
@@ -115,7 +115,7 @@ def test_an_exporter_without_its_work_cannot_be_made() -> None:
     class Half(Exporter):
         name, description = "half", "a folder"
 
-        def why_not(self, source: ModelSource) -> str | None:
+        def unsupported(self, source: ModelSource) -> str | None:
             return None
 
     with pytest.raises(TypeError, match=r"abstract methods? .*check.*work.*write"):

@@ -269,6 +269,27 @@ def test_what_a_killed_export_left_goes_and_nothing_else_does(tmp_path: Path) ->
     writing.discard()
 
 
+def test_an_empty_scratch_folder_of_a_killed_export_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the two last steps of deleting a scratch folder leaves it empty."""
+    folder, scratch = save_tiny(tiny_llama(), tmp_path / "model"), Scratch(tmp_path / "model.gguf")
+
+    def killed(self: Path) -> None:
+        raise OSError("the process ended")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", killed)
+        scratch.discard()
+    assert scratch.folder.is_dir() and not any(scratch.folder.iterdir())
+    theirs, full = tmp_path / ".model.gguf.0123abcd", tmp_path / ".model.gguf.0123abce"
+    theirs.mkdir()
+    theirs.chmod(0o755)  # whatever the umask is
+    full.mkdir(mode=0o700)
+    (full / "notes").write_text("do not lose me")
+    export(folder, tmp_path / "model.gguf", GgufFile())
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.gguf", theirs.name, full.name}
+    assert (full / "notes").read_text() == "do not lose me"
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_more_than_ten_experts_are_in_the_order_of_their_numbers(family: str, tmp_path: Path) -> None:
     """As words 10 and 11 come before 2."""

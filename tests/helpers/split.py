@@ -6,8 +6,9 @@ over families, recipes, policies and more, and all combinations take long. Of th
 - one family of each structure, and some recipes, and
 - of several parameters as few combinations as hold every value once (each-choice coverage; Ammann and Offutt, 1994).
 
-The other combinations are marked `e2e` here. Laws are not split: each accepted pair of problem and solver keeps all of
-them in `make test`.
+`make test-e2e` runs the other combinations of these representatives, and as few combinations with the other families
+and recipes as hold each of those once. All that are left are marked `slow`. Laws are not split: each accepted pair of
+problem and solver keeps all of them in `make test`.
 """
 
 from collections import defaultdict
@@ -68,7 +69,7 @@ def chosen(combinations: list[dict[str, Any]]) -> list[int]:
 
 
 def split(items: Iterable[pytest.Item], names: dict[Hashable, str]) -> None:
-    """Mark as `e2e` the combinations of parameters that do not run every day.
+    """Mark as `e2e`, and some as `slow` too, the combinations of parameters that do not run every day.
 
     names: the families and recipes by the keys of the values that stand for them.
     """
@@ -82,9 +83,13 @@ def split(items: Iterable[pytest.Item], names: dict[Hashable, str]) -> None:
         # Where no representative takes part, the first combination stands for the others.
         major = [item for item in everyday if not _minor(item, names)] or everyday[:1]
         kept = {major[place] for place in chosen([item.callspec.params for item in major])}
+        minor = [item for item in everyday if _minor(item, names)]
+        once = {minor[place] for place in chosen([item.callspec.params for item in minor])}
         for item in everyday:
             if item not in kept:
                 item.add_marker(pytest.mark.e2e)
+                if item in minor and item not in once:
+                    item.add_marker(pytest.mark.slow)
 
 
 def names_of() -> dict[Hashable, str]:

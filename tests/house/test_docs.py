@@ -18,7 +18,7 @@ from optprune.cli.app import app
 from optprune.models import ARCHITECTURES, LoadedModel
 from optprune.recipe import Recipe, load_recipe, recipe_names
 from optprune.recipe.reference import recipe_fields
-from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS
+from tests.helpers.pages import BLOCKS, RECIPE_FILES, ROOT, TEXTS, copied
 
 FIRST_BLOCKS = 2
 """the number of blocks that the pages prune; `notebooks/quickstart.ipynb` prunes the whole model"""
@@ -44,11 +44,6 @@ LINES = [
 
 
 @pytest.fixture(scope="session")
-def demo() -> LoadedModel:
-    return optprune.load_model("demo")
-
-
-@pytest.fixture(scope="session")
 def first_blocks(demo: LoadedModel) -> LoadedModel:
     """The demo model with its first blocks alone."""
     loaded, layers = copy.copy(demo), demo.model.model.layers
@@ -57,13 +52,6 @@ def first_blocks(demo: LoadedModel) -> LoadedModel:
     demo.model.model.layers = layers
     loaded.model.config.num_hidden_layers = FIRST_BLOCKS
     return loaded
-
-
-def copied(loaded: LoadedModel) -> LoadedModel:
-    """Return a loaded model whose weights are a copy."""
-    again = copy.copy(loaded)
-    object.__setattr__(again, "model", copy.deepcopy(loaded.model))
-    return again
 
 
 def run(code: str, name: str, demo: LoadedModel, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

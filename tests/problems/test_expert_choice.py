@@ -66,7 +66,7 @@ def test_removals_are_the_costs_of_single_removals(
 ) -> None:
     problem = ExpertChoice.of(*mixture(seed, experts, alike=0.7), 2, normalised, 2)
     kept = list(data.draw(st.sets(st.integers(0, experts - 1), min_size=3)))
-    costs = problem.removals(mask(experts, kept))
+    costs = problem.removal_costs(mask(experts, kept))
     for expert in range(experts):
         rest = [other for other in kept if other != expert]
         expected = problem.objective(mask(experts, rest)) if expert in kept else float("inf")

@@ -29,11 +29,11 @@ def test_what_is_written_is_read_and_zeros_of_a_matrix_stay(parameter: Tensor) -
     assert torch.equal(parameter[mask], own[own != 0] if parameter.ndim > 1 else own)
     values = torch.arange(1.0, entries.room + 1)
     entries.write(values)
-    assert not bool(parameter[~mask].any()) and bool((parameter[mask] != 0).all()) and entries.others() == 0
+    assert not bool(parameter[~mask].any()) and bool((parameter[mask] != 0).all()) and entries.count_outside() == 0
     read, room = entries.read(), torch.full((entries.room,), torch.nan)
     assert torch.equal(parameter[mask], read[read != 0]) and torch.equal(read[read != 0], values[read != 0])
     assert entries.read(room) is room and torch.equal(room, read)
-    assert torch.equal(entries.cleared(entries.taken(parameter.clone())), read)
+    assert torch.equal(entries.clear(entries.gather(parameter.clone())), read)
     entries.write(own)
     assert torch.equal(parameter, before)
     own += 1
@@ -46,9 +46,9 @@ def test_of_another_tensor_the_same_entries_are_taken(parameter: Tensor) -> None
     mask = parameter != 0 if parameter.ndim > 1 else torch.ones_like(parameter, dtype=torch.bool)
     other = torch.arange(1.0, parameter.numel() + 1).reshape(parameter.shape)
     before = other.clone()
-    taken = entries.taken(other)
+    taken = entries.gather(other)
     assert torch.equal(other, before)
-    found = entries.cleared(taken.clone())
+    found = entries.clear(taken.clone())
     assert torch.equal(found[found != 0], other[mask])
 
 
@@ -57,7 +57,7 @@ def test_what_is_back_is_counted(parameter: Tensor) -> None:
     gone = int((parameter == 0).sum()) if parameter.ndim > 1 else 0
     entries = KeptEntries.of(parameter)
     parameter[parameter == 0] = 1.0
-    assert entries.others() == gone
+    assert entries.count_outside() == gone
 
 
 @pytest.mark.parametrize("share", [0.01, 0.16, 0.17, 0.6])
@@ -67,5 +67,7 @@ def test_four_vectors_take_the_less_memory_of_both_ways(share: float) -> None:
     parameter.view(-1)[: int(share * 10_000)] = 0.0
     entries = KeptEntries.of(parameter)
     zeros = int(share * 10_000)
-    taken = 4 * 4 * entries.room + sum(places.nbytes for places in (entries.places, entries.gone) if places is not None)
+    taken = 4 * 4 * entries.room + sum(
+        places.nbytes for places in (entries.places, entries.removed) if places is not None
+    )
     assert taken == min(4 * 4 * 10_000 + 4 * zeros, (4 + 1) * 4 * (10_000 - zeros))

@@ -163,7 +163,7 @@ def test_the_gradient_is_right_however_many_zeros_there_are() -> None:
 
 def test_a_pull_towards_nothing_is_refused() -> None:
     problem = problem_of("llama", None)
-    with pytest.raises(InputError, match="a pull needs the point that it is towards"):
+    with pytest.raises(InputError, match="a pull needs its anchor point"):
         replace(problem, pull=0.1)
 
 

@@ -75,9 +75,9 @@ def test_the_rows_that_make_the_inputs_make_permuted_ones() -> None:
 @pytest.mark.parametrize(
     ("units", "message"),
     [
-        ([0, 1, 2, 3, 4, 4], "names each of them once"),
+        ([0, 1, 2, 3, 4, 4], "must contain each of them once"),
         ([0, 1, 2], "an order of 6 units"),
-        ([1, 0, 2, 3, 4, 5], "unit 1 comes to the place of 0"),
+        ([1, 0, 2, 3, 4, 5], "unit 1 moves to position 0 of another"),
     ],
 )
 def test_what_is_no_order_within_slots_is_refused(units: list[int], message: str) -> None:

@@ -3,7 +3,7 @@
 import torch
 
 from optprune.solvers import Adam
-from optprune.solvers.adam import CARE
+from optprune.solvers.adam import RATE_DECAY
 from tests.helpers.gated_block import gated
 
 
@@ -26,10 +26,10 @@ def test_after_going_back_the_rate_is_a_third_and_the_average_of_gradients_begin
     start, state = problem.point(), solver.begin(problem)
     for _ in range(3):
         solver.step(problem, state)
-    state = solver.back(problem, state, start)
+    state = solver.restart(problem, state, start)
     assert all(bool((a == b).all()) for a, b in zip(problem.point(), start, strict=True))
     squares, (_, slope) = [part.clone() for part in state.square], problem.gradient(draw=3)
-    rate = CARE * solver.rate_at(3, solver.epochs * problem.examples.draws)
+    rate = RATE_DECAY * solver.rate_at(3, solver.epochs * problem.examples.draws)
     solver.step(problem, state)
     keep = solver.memory[1]
     for old, new, unit, part, square in zip(start, problem.point(), problem.units, slope, squares, strict=True):
@@ -38,4 +38,4 @@ def test_after_going_back_the_rate_is_a_third_and_the_average_of_gradients_begin
         moves = size > 1e-6
         assert torch.allclose((new - old)[moves], (-rate * unit * gradient / size)[moves], rtol=1e-5, atol=1e-15)
     # And a third of that the next time.
-    assert solver.back(problem, state, start).care == CARE**2
+    assert solver.restart(problem, state, start).rate_scale == RATE_DECAY**2

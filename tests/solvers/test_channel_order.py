@@ -185,8 +185,8 @@ def test_an_input_counts_by_its_size() -> None:
 
 def test_units_that_are_no_whole_groups_are_refused() -> None:
     loss, link = heads(0, size=6)
-    with pytest.raises(InputError, match="6 units of a slot are no whole groups of a 2:4 pattern"):
+    with pytest.raises(InputError, match="6 units of a slot do not form whole groups of a 2:4 pattern"):
         best_permutation(loss, link, NM(2, 4))
     shifted = Link(link.columns.roll(1, 0), link.slots)
-    with pytest.raises(InputError, match="no whole groups"):
+    with pytest.raises(InputError, match="do not form whole groups"):
         best_permutation(loss, shifted, NM(1, 2))

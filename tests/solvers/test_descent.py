@@ -179,7 +179,7 @@ def test_a_rate_that_is_too_high_is_taken_back() -> None:
 
 
 def test_a_descent_that_does_not_go_back_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Adam, "back", Descent.back)
+    monkeypatch.setattr(Adam, "restart", Descent.restart)
     with pytest.raises(AssertionError):
         check_rate()
 
@@ -281,7 +281,7 @@ class Scripted(Descent[int]):
     def done(self, problem: BlockMatching, state: int) -> None:
         return None
 
-    def looks(self, problem: BlockMatching) -> int:
+    def evaluate_every(self, problem: BlockMatching) -> int:
         return 1
 
     def work(self, weights: int, draws: int = 1) -> Work:
@@ -320,7 +320,7 @@ def test_the_block_holds_the_point_of_the_state(solver: Descent) -> None:
     state = solver.step(problem, state)
     after = problem.point()
     assert not all(map(torch.equal, after, start))
-    back = solver.back(problem, state, start)
+    back = solver.restart(problem, state, start)
     assert all(map(torch.equal, problem.point(), start if isinstance(back, AdamState) else after))
 
 
@@ -359,6 +359,6 @@ def test_a_planted_fault_breaks_a_law(fault: str, monkeypatch: pytest.MonkeyPatc
     elif fault == "the metric is forgotten":
         monkeypatch.setattr(BlockMatching, "_weigh", lambda self, columns: columns)
     else:
-        monkeypatch.setattr(KeptEntries, "read", lambda self, into=None: self.taken(self.weight))
+        monkeypatch.setattr(KeptEntries, "read", lambda self, into=None: self.gather(self.weight))
     with pytest.raises(AssertionError):
         check_descent(solver, examples=20)

@@ -73,7 +73,7 @@ class Counter(Solver[Problem, int]):
     bound: float | None = None
     bad: float = 0.0
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None
 
     def init(self, problem, start):
@@ -128,11 +128,11 @@ def test_a_refusal_is_no_solver_with_the_reason(masked):
 
 @dataclass(frozen=True)
 class OnlyOneRow(DirectSolver[MaskedLeastSquares]):
-    """Accepts restoration of a single row; `why_not` reads a mask, which other kinds of problems lack."""
+    """Accepts restoration of a single row; `unsupported` reads a mask, which other kinds of problems lack."""
 
     accepts = (MaskedLeastSquares,)
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None if problem.mask.shape[0] == 1 else "it restores a single row"
 
     def work(self, outputs, inputs, *, coupled=False):
@@ -142,7 +142,7 @@ class OnlyOneRow(DirectSolver[MaskedLeastSquares]):
         return Answer(problem.start())
 
 
-def test_why_not_is_asked_about_accepted_kinds_only(masked, linked):
+def test_unsupported_is_called_for_accepted_kinds_only(masked, linked):
     assert OnlyOneRow().refusal(masked) is None
     assert solve(masked, OnlyOneRow()).violation == 0
     assert "it accepts masked least squares problems" in OnlyOneRow().refusal(linked)
@@ -366,3 +366,11 @@ def test_frozen_objects_stay_as_they_are(masked):
     with pytest.raises(AttributeError):
         Restore().factor_dtype = torch.float32
     assert replace(masked) is not masked
+
+
+def test_the_former_name_of_unsupported_is_an_error():
+    with pytest.raises(TypeError, match="Old defines why_not, which is called unsupported now"):
+
+        class Old(DirectSolver):
+            def why_not(self, problem):
+                return None

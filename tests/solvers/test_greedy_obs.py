@@ -91,7 +91,7 @@ def test_batches_keep_the_counts(problem, batch):
 # -- faults planted: heuristics promise little to the laws, so these tests must notice
 
 greedy_obs = importlib.import_module("optprune.solvers.greedy_obs")
-remove, cheapest = greedy_obs._Left.remove, greedy_obs._cheapest
+remove, cheapest = greedy_obs._Remaining.remove, greedy_obs._cheapest
 
 
 def blocks_not_updated(self, units):
@@ -110,7 +110,7 @@ def weights_not_updated(self, units):
 
 def pending_forgotten(self):
     rows = self.alive.repeat_interleave(self.each)
-    return greedy_obs._Left(self.inverse[rows][:, rows], self.minimiser[:, rows], self.each)
+    return greedy_obs._Remaining(self.inverse[rows][:, rows], self.minimiser[:, rows], self.each)
 
 
 def no_quota(cost, slots, quota, batch):
@@ -128,13 +128,13 @@ def literal_greedy():
 
 
 FAULTS = {
-    "H not updated": (greedy_obs._Left, "remove", blocks_not_updated, literal_greedy),
-    "V not updated": (greedy_obs._Left, "remove", weights_not_updated, literal_greedy),
+    "H not updated": (greedy_obs._Remaining, "remove", blocks_not_updated, literal_greedy),
+    "V not updated": (greedy_obs._Remaining, "remove", weights_not_updated, literal_greedy),
     "the dearest first": (greedy_obs, "_cheapest", dearest, literal_greedy),
     # Losing more than its share is feasible, so the laws do not see it.
     "slots ignored": (greedy_obs, "_cheapest", no_quota, literal_greedy),
     "pending updates forgotten": (
-        greedy_obs._Left,
+        greedy_obs._Remaining,
         "flushed",
         pending_forgotten,
         lambda: test_the_curve_stays_exact_when_pending_updates_are_carried_out(1),

@@ -119,7 +119,7 @@ def test_the_dual_variable_proves_more_than_the_gradient():
     state = solver.init(problem, problem.start())
     for _ in range(60):
         state = solver.step(problem, state)
-    objective, dual = problem.objective(state.weight), state.measured.dual
+    objective, dual = problem.objective(state.weight), state.monitor.dual
     by_dual = objective - dual.bound_at(state.resolvent.weights * state.dual)
     by_gradient = objective - dual.bound(state.weight)
     assert 0 <= by_dual < by_gradient / 10

@@ -124,20 +124,20 @@ def test_turns_come_near_the_best_directions_there_are(seed: int, monkeypatch: p
 def test_a_turn_with_steps_enough_solves_for_the_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The normal equations of W for the Z that was fitted, by numpy: conjugate gradients have a step an unknown."""
     loss, link = heads(7, slots=2, size=3, tied=2)
-    pull = module._Pull(loss, link)
-    directions = module._leading(pull)[..., :2]
-    fitted = pull.fitted(directions)
+    problem = module._SlotProblem(loss, link)
+    directions = module._leading(problem)[..., :2]
+    fitted = problem.fitted(directions)
 
     def weight(change: Tensor) -> Tensor:
         return torch.einsum("ohk,hik->ohi", fitted, change.repeat_interleave(2, 0)).flatten(1)
 
     units = torch.eye(directions.numel(), dtype=torch.float64).reshape(-1, *directions.shape)
     columns = torch.stack([weight(unit) for unit in units])
-    system = torch.einsum("aoi,ij,boj->ab", columns, pull.gram, columns)
-    right = torch.einsum("aoi,oi->a", columns, pull.target)
+    system = torch.einsum("aoi,ij,boj->ab", columns, problem.gram, columns)
+    right = torch.einsum("aoi,oi->a", columns, problem.target)
     exact = torch.from_numpy(np.linalg.solve(system.numpy(), right.numpy())).reshape(directions.shape)
     monkeypatch.setattr(module, "STEPS", directions.numel())
-    torch.testing.assert_close(pull.turn(directions), exact, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(problem.alternate(directions), exact, rtol=1e-6, atol=1e-8)
 
 
 def test_no_turn_raises_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

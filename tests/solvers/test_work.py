@@ -88,7 +88,12 @@ def test_a_chain_adds_the_flops_of_its_stages_and_takes_the_largest_peak():
         assert whole.flops == pytest.approx(sum(work.flops for work in each))
         assert whole.bytes == max(work.bytes for work in each)
     assert Chain(()).work(64, 64) == Work()
-    assert Chain((Admm(), ConjugateGradients())).keeps == Admm().keeps > 0 == Chain((GreedyObs(), Restore())).keeps
+    assert (
+        Chain((Admm(), ConjugateGradients())).cached_bytes
+        == Admm().cached_bytes
+        > 0
+        == Chain((GreedyObs(), Restore())).cached_bytes
+    )
 
 
 @pytest.mark.parametrize(

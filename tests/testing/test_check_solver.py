@@ -27,7 +27,7 @@ class PseudoInverse(DirectSolver[MaskedLeastSquares]):
 
     accepts = (MaskedLeastSquares,)
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return "it restores row by row, and the full output metric couples them" if problem.loss.coupled else None
 
     def exact(self, problem):
@@ -53,7 +53,7 @@ class PseudoInverse(DirectSolver[MaskedLeastSquares]):
 class Descent(Solver[MaskedLeastSquares, tuple[int, torch.Tensor]]):
     """An outsider's iteration without promises: a few gradient steps of a safe length."""
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
 
     def monotone(self, problem):
@@ -96,7 +96,7 @@ def test_a_good_iteration_passes():
 class Broken(DirectSolver):
     """Restore, spoiled by a subclass."""
 
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None if isinstance(problem, MaskedLeastSquares) else "it only restores"
 
     def work(self, outputs, inputs, *, coupled=False):
@@ -158,7 +158,7 @@ class ChangesTheStart(Broken):
 
 
 class ReturnsTheWeight(Broken):
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None if isinstance(problem, LinkedLeastSquares) and problem.keep == problem.link.units else "not all"
 
     def answer(self, problem, start):
@@ -192,12 +192,12 @@ class NotANumber(Broken):
 
 
 class RefusesWithoutReason(Broken):
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return None if isinstance(problem, MaskedLeastSquares) else ""
 
 
 class RefusesEverything(Broken):
-    def why_not(self, problem):
+    def unsupported(self, problem):
         return "it does not feel like it"
 
 
