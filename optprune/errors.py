@@ -1,4 +1,4 @@
-"""The errors a user can meet: each is one sentence that says what was wrong and what to do."""
+"""The errors of optprune, whose messages are sentences with the cause and the remedy."""
 
 import errno
 import re

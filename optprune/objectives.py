@@ -1,4 +1,4 @@
-"""Objectives: functions from what is known of a layer to the problem to solve there."""
+"""Objectives: functions from the context of a layer to its problem."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ from optprune.problems import LayerLoss, Link, LinkedLeastSquares, Problem, Spar
 
 @dataclass(frozen=True, eq=False)
 class LayerContext:
-    """What an objective may use to state a layer's problem."""
+    """The data from which an objective states a layer's problem."""
 
     name: str
     """the layer's full name, e.g. model.layers.3.mlp.down_proj"""
     block: int
     loss: LayerLoss
-    """the loss over the layer's weight [out, in], damped as the recipe says"""
+    """the loss over the layer's weight [out, in], with the damping of the recipe"""
     keep: int
-    """how many units (with a link) or weights (without) the budget leaves"""
+    """the number of units (with a link) or weights (without) that the budget leaves"""
     link: Link | None
-    """the units that this layer shares with the layers before it, where the recipe prunes units: whatever the problem,
-    those are removed of which its answer reads no input (`Problem.inputs`), equally many in every slot"""
+    """the units that this layer shares with the layers before it, where the recipe prunes units; for every problem the
+    units without an input in `Problem.inputs` of the answer are removed, equally many in every slot"""
     pattern: Pattern | None = None
     """the pattern that a mask of the layer must have, where the recipe prunes single weights"""
 

@@ -45,7 +45,7 @@ torch.set_num_threads(int(os.environ.get("OPTPRUNE_THREADS", "1")))
 def pytest_configure(config):
     """The device of the tests, which OPTPRUNE_TEST_DEVICE names: cpu, cuda, or one that is pretended on the CPU."""
     from optprune.errors import InputError
-    from optprune.testing.strategies import VARIABLE, place
+    from optprune.testing.strategies import VARIABLE, chosen_device
     from tests.helpers.pretend import NAME, set_up
     from tests.helpers.processor import ProcessorTime
 
@@ -53,7 +53,7 @@ def pytest_configure(config):
     if os.environ.get(VARIABLE) == NAME:
         set_up()
     try:
-        place()
+        chosen_device()
     except InputError as error:
         raise pytest.UsageError(str(error)) from None
 

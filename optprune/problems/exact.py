@@ -1,8 +1,8 @@
-"""The loss of a layer in float64, by which every objective is measured, whatever the dtype of the solver.
+"""The loss of a layer in float64, by which every objective is measured, for solvers of every dtype.
 
-Only blocks of rows and columns are copied to float64 at a time. A GPU
-multiplies in float64 at a fraction of its speed in float32, down to a sixty-fourth, so that there an objective may be
-measured by float32 products of at most BLOCK terms, whose results are added up in float64 (`ExactLoss.products`).
+Only blocks of rows and columns are copied to float64 at a time. A GPU multiplies in float64 at a fraction of its speed
+in float32, down to a sixty-fourth, so that there an objective may be measured by float32 products of at most BLOCK
+terms, whose results are added up in float64 (`ExactLoss.products`).
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class ExactLoss:
     r"""the dtype of matrix products: float32 is for moments and weights of that dtype
 
     Then a product of BLOCK terms is off by at most gamma = BLOCK u / (1 - BLOCK u), u = 2^-24, of the sum of the sizes
-    of its terms, and rounding V - W by u of each; what is added up, the products with V - W and the means are in
+    of its terms, and rounding V - W by u of each; sums, the products with V - W and the means are in
     float64. With e = (1 + u) (1 + gamma) - 1 for a product with an operand that was rounded, the error of tr(S D M D^T)
     is at most (1 + e)^2 - 1 of tr(|S| |D| |M| |D|^T), where there is no full metric e of it, D = V - W. As D is formed
     before anything is multiplied, that is small where V is near W, however large W is. The moments are known to no

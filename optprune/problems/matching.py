@@ -1,7 +1,8 @@
 """Block matching: fit all kept weights of a block at once, so that its output matches that of the dense block.
 
 Unlike a layer's problem this one is not a quadratic, and moments cannot replace its tokens: a value or a gradient
-takes a pass of the tokens through the block."""
+takes a pass of the tokens through the block.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -189,7 +190,7 @@ class BlockMatching:
         # Now, and not on first use: processes that share the examples have to sum them at the same time.
         def terms(example: Example) -> Point:
             if not all_finite(example.target):
-                raise NumericalError("the dense block answers NaN or infinity: look for damaged weights")
+                raise NumericalError("the dense block returns NaN or infinity: look for damaged weights")
             columns = (example.target * _root_weights(example.target)).flatten(0, -2).T
             return (columns * self._weigh(columns)).sum(dtype=torch.float64), self._tokens(example)
 

@@ -38,7 +38,7 @@ class PenalisedLeastSquares(Problem):
         return self.loss.exact_value(weight) + self.penalty.value(weight)
 
     def measuring_error(self, weight: Float[Tensor, "out in"]) -> float:
-        # A penalty is a sum of nonnegative numbers, in whatever order.
+        # A penalty is a sum of nonnegative numbers, in any order.
         terms = 2 * weight.numel() + 16
         return self.loss.exact.measuring_error(weight) / 2 + gamma(terms) * self.objective(weight)
 

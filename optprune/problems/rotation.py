@@ -16,7 +16,7 @@ from optprune.problems.structured import Channels
 @final
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """x' = Q^T x with Q orthogonal: each slot's units are mixed by one matrix, for all columns that a unit stands for.
+    """x' = Q^T x with Q orthogonal: the units of each slot are mixed by one matrix, the same for all columns of a unit.
 
     With V' = V Q all outputs and losses stay the same, and so does the model where the layer that computes the
     inputs returns x' instead. For value dimensions the slots are KV heads, and the columns those of the query heads:

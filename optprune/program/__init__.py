@@ -1,4 +1,4 @@
-"""Programs: what a run will do, as one value that preflight, plan, progress, executors and the report read."""
+"""Programs: the resolved steps of a run, as one value that checks, plan, progress, executors and the report read."""
 
 from optprune.program.check import check_batches
 from optprune.program.method import BlockProgram, Method, Request, Stage

@@ -1,4 +1,4 @@
-"""The checks of a program: what shapes alone tell is refused before weights or text are read."""
+"""Checks of a program: what its shapes rule out is refused before weights or text are read."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -121,7 +121,7 @@ def _idle_order(program: Program, pruned: Layers) -> tuple[str, ...]:
 
 
 def check_batches(config: PretrainedConfig, batches: Iterable[Any]) -> list[Tensor]:
-    """The batches as a list of token ids [batch, length]; InputError when the model cannot read one of them.
+    """Return the batches as a list of token ids [batch, length]; InputError when the model cannot read one of them.
 
     One tensor [batch, length] is one batch.
     """

@@ -1,6 +1,7 @@
-"""The memory of a run by phase, part by part, from shapes alone: each part is a product of widths that the docs state.
+"""Memory of a run by phase and part, from shapes alone: each part is a product of widths.
 
-docs/large.md explains the parts. What `workload` says decides all but `base`, what a process has with its imports.
+docs/explanation/large.md explains the parts. All but `base`, the memory of a process after its imports, follows from
+the program.
 """
 
 from collections.abc import Iterator
@@ -15,29 +16,29 @@ from optprune.recipe.groups import Matching
 from optprune.solvers.descent import NUMBER
 
 AHEAD = 2
-"""block jobs under way for each worker: the one at work, and the next"""
+"""block jobs in flight for each worker: the present one and the next"""
 PHASES = ("loading", "tokenising", "metric", "budget", "pruning", "saving", "checking")
 SUM = 8
 """the bytes of a number in sums over tokens, which are float64"""
 RELOADING = 192 * 2**20
-"""what a process has for itself that has imported torch and transformers, as the one that reloads a folder does"""
+"""bytes of a process that has imported torch and transformers, such as the one that reloads a folder"""
 HOST, DEVICE, DISK = "host", "device", "disk"
 
 
 @dataclass(frozen=True)
 class Part:
-    """What takes memory in a phase."""
+    """One use of memory in a phase."""
 
     name: str
     bytes: int
     where: str = DEVICE
-    """device, host or disk: what is on the device is in the host's memory where that computes"""
+    """device, host or disk; memory of the device is memory of the host where the CPU computes"""
 
 
 def parts_of(program: Program, phase: str, base: int, fresh: int) -> list[Part]:
-    """What takes memory at the peak of a phase.
+    """Return the uses of memory at the peak of a phase.
 
-    `base` is what this process has with its imports, `fresh` what another process adds to that with its own, in bytes.
+    `base` is the memory of this process after its imports, `fresh` what another process adds with its own, in bytes.
     """
     always = [Part("imports", base, HOST), Part("embeddings, head and norms", program.resident_bytes)]
     if phase == "loading":
@@ -75,7 +76,7 @@ def _loading(program: Program) -> Iterator[Part]:
 
 
 def activations(program: Program, tokens: int, backward: bool = False) -> int:
-    """What is inside the largest block while so many tokens go through it."""
+    """Return the bytes of activations inside the largest block while so many tokens pass through it."""
     hidden, width = program.hidden, program.decoder.shape(program.largest).mlp_width
     # Residual and norm, q, k, v and what attention makes of them; the gate, what it lets pass, up, their product.
     numbers = 14 * hidden + 8 * width if backward else max(7 * hidden, 3 * hidden + 3 * width)
@@ -83,7 +84,7 @@ def activations(program: Program, tokens: int, backward: bool = False) -> int:
 
 
 def streams(program: Program, count: int) -> Iterator[Part]:
-    """The hidden states of all tokens between two blocks, `count` times, where the run has them."""
+    """Yield `count` sets of the hidden states of all tokens between two blocks, in the place where they are kept."""
     where = {"host": HOST, "disk": DISK}.get(program.request.states, DEVICE)
     yield Part("hidden states", count * program.stream_bytes, where)
     if where != DEVICE:
@@ -91,7 +92,7 @@ def streams(program: Program, count: int) -> Iterator[Part]:
 
 
 def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
-    """The most that the sums of moments take while they are gathered and averaged, by the width of each tap."""
+    """Return the peak bytes of the sums of moments while they are gathered and averaged, by the width of each tap."""
     kinds = 3 if drifted else 1
     squares = sorted(width**2 for width in taps.values())
     if not squares:
@@ -107,18 +108,18 @@ def collecting(program: Program, taps: dict[str, int], drifted: bool, held_out: 
 
 
 def moments(program: Program, taps: dict[str, int], drifted: bool, held_out: bool) -> int:
-    """The averages that are there while the layers are solved."""
+    """Return the bytes of the averages that are held while the layers are solved."""
     return AVERAGE * (3 if drifted else 1) * (2 if held_out else 1) * sum(width**2 for width in taps.values())
 
 
 def changed(program: Program, targets: list[Target]) -> int:
-    """The layers of a block as a probe tries them together, where there is one."""
+    """Return the bytes of the changed layers of a block that a probe tries together; 0 without a probe."""
     layers = {target.path: program.decoder.layer(program.largest, target.path).weight.numel() for target in targets}
     return AVERAGE * sum(layers.values()) if program.probe_changes else 0
 
 
 def reordered(program: Program, target: Target) -> dict[str, int]:
-    """The width of a layer whose inputs are permuted or rotated, and have moments of their own then; else nothing."""
+    """Return the width of a layer whose permuted or rotated inputs need moments of their own, by its path; else {}."""
     path = target.path
     free = (
         program.method.permuted
@@ -153,7 +154,7 @@ def _metric(program: Program) -> Iterator[Part]:
 
 
 def _metric_sums(program: Program, blocks: "range | list[int]") -> int:
-    """Half of each matrix, or the diagonals, which are next to nothing, in the dtype of the model."""
+    """Return the bytes of the sums of the metric: half of each matrix, in the dtype of the model. Diagonals are 0."""
     asked, whole, total = program.metric, program.whole_metric, 0
     if asked is None:
         return 0
@@ -165,7 +166,7 @@ def _metric_sums(program: Program, blocks: "range | list[int]") -> int:
 
 
 def metric_files(program: Program) -> Iterator[Part]:
-    """The sums of the output metric of all layers, which are read again block by block."""
+    """Yield the sums of the output metric of all layers, which are read again block by block."""
     if program.metric is not None:
         total = _metric_sums(program, range(program.block_count))
         yield Part("sums of the metric", total, DEVICE if program.request.whole else DISK)
@@ -213,7 +214,7 @@ def _pruning(program: Program, fresh: int) -> Iterator[Part]:
 
 
 def _inside(program: Program, worker: bool = False) -> Iterator[Part]:
-    """What pruning one block takes: the dense block, its statistics, or the most that one layer's solve takes."""
+    """Yield the uses of memory while one block is pruned: the dense block, its statistics, and the largest solve."""
     method, held_out = program.method, bool(program.held_out)
     copies = (0 if program.request.whole or worker else 1) + program.keeps_original
     yield Part("the block", copies * program.block_bytes)
@@ -248,11 +249,11 @@ def _inside(program: Program, worker: bool = False) -> Iterator[Part]:
 
 
 def numbers_of(matching: Matching) -> int:
-    """What a block is matched with beside itself, in blocks at most: the point kept, a gradient and its sum.
+    """Return the memory of matching a block beside the block itself, in blocks.
 
-    Then the point that a pull is towards, the averages of Adam, or the pairs of L-BFGS, its direction, its point and
-    one that is tried, each with its gradient. Where entries are gone all of these are so much smaller, and where the
-    others are is as large as one.
+    It is at most the best point, a gradient and its sum; the point of the pull; and the averages of Adam, or the pairs,
+    direction and trial point of L-BFGS with their gradients. Removed entries take no part, and the positions of the
+    others take as much as one of these.
     """
     return 3 + (matching.pull > 0) + round(matching.descent.work(1).bytes / NUMBER)
 
@@ -276,10 +277,10 @@ def _checking(program: Program, fresh: int) -> Iterator[Part]:
 
 
 def output_bytes(program: Program) -> int:
-    """What the output takes on the disk beside the run folder, whose blocks its shards are links to where it can.
+    """Return the bytes of the output on the disk beside the run folder.
 
-    A block is linked where the output has several shards, one may be as large, and files hold its matrices as they are
-    in memory.
+    A shard of the output is a link to a block of the run folder where the output has several shards, the block is no
+    larger than a shard may be, and files hold its matrices as they are in memory.
     """
     resident = program.resident_numbers * program.itemsize
     whole = program.pruned_bytes + resident
@@ -290,5 +291,5 @@ def output_bytes(program: Program) -> int:
 
 
 def logits(program: Program) -> int:
-    """The logits of one window, in float32."""
+    """Return the bytes of the logits of one window, in float32."""
     return program.length * program.vocabulary * 4

@@ -1,4 +1,4 @@
-"""The parts of a program: what is asked for, how layers are solved, and what happens in each block, stage by stage."""
+"""Parts of a program: the request, the method for all layers, and the stages of each block."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ MAX_SHARD = 5 * 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a run is asked for: a recipe, the size of the calibration text, and the machine that it may use."""
+    """Request for a run: a recipe, the size of the calibration text, and the machine to use."""
 
     recipe: Recipe
     allocation: Allocation | None = None
@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Method:
-    """How layers are stated, solved and refitted: the same for every block of a run."""
+    """Method of stating, solving and refitting layers, the same for every block of a run."""
 
     objective: Objective
     """states the problem of a layer"""
@@ -87,7 +87,7 @@ class Stage:
 
 @dataclass(frozen=True, eq=False)
 class BlockProgram:
-    """What pruning does to one block, in this order: remove sub-blocks and experts, solve stages, match the block."""
+    """Steps of pruning one block: remove sub-blocks and experts, solve the stages, match the block."""
 
     index: int
     wanted: BlockAllocation

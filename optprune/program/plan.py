@@ -9,14 +9,14 @@ from optprune.program.memory import DEVICE, DISK, HOST, PHASES, RELOADING, Part,
 from optprune.program.program import Program
 
 MARGIN = 1.25
-"""what is planned is refused where it is more than so many times what there is: it is right within a fifth"""
+"""a plan is refused above this multiple of the free memory: plans are accurate within a fifth"""
 FIRST_USE = 32 * 2**20
-"""what libraries take for themselves with their first use, such as the buffers of matrix products"""
+"""bytes that libraries allocate on first use, such as the buffers of matrix products"""
 
 
 @dataclass(frozen=True)
 class PlannedPhase:
-    """A phase of a run: how long it takes, and the most memory that it takes."""
+    """Planned phase of a run: its seconds and its peak of memory."""
 
     name: str
     """loading, tokenising, metric, budget, pruning, saving or checking"""
@@ -27,16 +27,16 @@ class PlannedPhase:
     device_bytes: int
     """the memory of the GPU; 0 where the CPU computes"""
     disk_bytes: int
-    """what is on the disk beside the model that is read"""
+    """bytes on the disk beside the source model"""
     parts: dict[str, int]
-    """what the memory, not the disk, is made of, in bytes"""
+    """bytes of memory by part; disk parts are left out"""
     by_place: dict[str, dict[str, int]] = field(default_factory=dict)
     """the same for each place by itself: host, device and disk"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes: the peaks over its phases, and the sum of their times."""
+    """Plan of a run: the peaks over its phases, and the sum of their times."""
 
     phases: tuple[PlannedPhase, ...]
     device_bytes: int
@@ -46,7 +46,7 @@ class Plan:
 
     @classmethod
     def of(cls, phases: Sequence[PlannedPhase]) -> "Plan":
-        """The plan of these phases."""
+        """Return the plan of these phases."""
         times = [phase.seconds for phase in phases if phase.seconds is not None]
         return cls(
             tuple(phases),
@@ -57,12 +57,12 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
+        """Return the plan as plain data."""
         return asdict(self)
 
 
 def planned_memory(program: Program, base: int | None = None, fresh: int = RELOADING) -> Plan:
-    """The plan without times, from shapes alone.
+    """Return the plan without times, from shapes alone.
 
     `base` is what the process has with its imports, in bytes: without, what this one has now. `fresh` is what another
     one has for itself with its own.

@@ -1,4 +1,4 @@
-"""A program: what a run will do, resolved once from the request, the model's shapes and the sizes of the data.
+"""Program of a run, resolved once from the request, the model's shapes and the sizes of the data.
 
 Preflight, plan, progress, executors, journal and report read it; nothing of it is decided again.
 """
@@ -33,7 +33,7 @@ from optprune.solvers.value_basis import best_basis_work
 from optprune.work import Work
 
 FIRST_FEW = 4
-"""blocks at the beginning that are passed over when one block stands for the rest"""
+"""first blocks that are skipped when one block represents all"""
 AVERAGE = 4
 """bytes of a number in averages over tokens, which are float32"""
 
@@ -49,18 +49,18 @@ class Program:
     """A run before it begins."""
 
     request: Request
-    """what was asked for, with the recipe resolved and the allocation that is given, wherever it was given"""
+    """the request, with the resolved recipe and the given allocation"""
     decoder: Decoder
     """the model, of which only shapes are read"""
     allocator: Allocator
-    """what divides the budget over the blocks"""
+    """the allocator that divides the budget over the blocks"""
     units: Units
     policy: Propagation
     method: Method
     sparsity: float
     seed: int
     metric: FisherMetric | None = None
-    """what weighs output errors"""
+    """the settings of the metric that weighs output errors"""
     held_out: float = 0.0
     """share of the calibration sequences that is held out"""
     notes: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Program:
 
     @property
     def allocation(self) -> Allocation | None:
-        """What every block keeps, where that is given."""
+        """Allocation that was given, if any."""
         return self.request.allocation
 
     @property
@@ -167,11 +167,11 @@ class Program:
         return -(-self.tokens // self.batch_tokens)
 
     def first_tokens(self, asked: int) -> int:
-        """The tokens of the first whole sequences that hold as many as asked for, or of all."""
+        """Return the number of tokens of the first whole sequences that hold `asked` tokens, or of all sequences."""
         return min(self.tokens, -(-asked // self.length) * self.length)
 
     def fitted_tokens(self, asked: Recovery | Matching) -> int:
-        """The tokens that recovery or matching fits."""
+        """Return the number of tokens that recovery or matching fits."""
         return self.tokens if asked.tokens is None else self.first_tokens(asked.tokens)
 
     # -- the model
@@ -218,12 +218,12 @@ class Program:
 
     @property
     def resident_bytes(self) -> int:
-        """What is in memory in every phase: all but the blocks, or with them where the model is whole."""
+        """Bytes that stay in memory in every phase: all weights outside the blocks, or all weights of a whole model."""
         return (self.resident_numbers + (sum(self.block_numbers) if self.request.whole else 0)) * self.itemsize
 
     @cached_property
     def largest(self) -> int:
-        """The block with the most to it; of several such one behind the first few, which are not like the rest."""
+        """Index of the block with the most parameters; of equal ones, one after the first few, which often differ."""
         return max(range(self.block_count), key=lambda index: (self.block_numbers[index], -abs(index - FIRST_FEW)))
 
     @property
@@ -239,12 +239,12 @@ class Program:
 
     @property
     def two_paths(self) -> bool:
-        """Whether the dense model's hidden states travel beside the pruned one's."""
+        """Whether hidden states of the dense model are propagated beside those of the pruned one."""
         return self._path.dense is not self._path.actual
 
     @property
     def streams(self) -> int:
-        """How many hidden states of all tokens the policy holds at once."""
+        """Number of sets of hidden states of all tokens that the policy holds at once."""
         # Where blocks are independent, the next block's inputs are made while this one's are needed.
         return 1 + self.two_paths + (self.policy.independent and self.workers == 1)
 
@@ -255,12 +255,12 @@ class Program:
 
     @cached_property
     def wanted(self) -> BlockAllocation:
-        """What the largest block keeps, or may keep where a budget is not divided yet."""
+        """Allocation of the largest block, or the most that it may keep before a budget is divided."""
         return self.expected(self.largest)
 
     @cached_property
     def _known(self) -> Allocation | None:
-        """What every block keeps, where that is known before the run."""
+        """Allocation that is known before the run, if any."""
         return None if self.divides else self.allocator.divide(DenseModel(self.decoder, ())).allocation
 
     def expected(self, index: int) -> BlockAllocation:
@@ -281,24 +281,24 @@ class Program:
         return self.block(self.largest, self.wanted)
 
     def taps(self, targets: Iterable[Target]) -> dict[str, int]:
-        """The layers at which the inputs of targets are seen, with their widths."""
+        """Return the width of each layer at which the inputs of targets are collected."""
         return {target.tap: self.decoder.layer(self.largest, target.tap).in_features for target in targets}
 
     @property
     def divides(self) -> bool:
-        """Whether a budget is divided by what is measured."""
+        """Whether a budget is divided by measured costs."""
         return isinstance(self.allocator, MeasuredBudget | Depth)
 
     @property
     def probe_changes(self) -> int:
-        """How many changes of a block a division tries, each on the tokens of a probe."""
+        """Number of changes of a block that a division tries, each on the tokens of a probe."""
         if not isinstance(self.allocator, MeasuredBudget) or not self.allocator.probes:
             return 0
         return self.allocator.changes(self.units.candidates(self.decoder, self.largest))
 
     @property
     def probe_tokens(self) -> int:
-        """The tokens that a division tries changes on."""
+        """Number of tokens on which a division tries changes."""
         allocator = self.allocator
         return self.first_tokens(allocator.probe_tokens) if isinstance(allocator, MeasuredBudget) else 0
 
@@ -306,12 +306,12 @@ class Program:
 
     @property
     def layers_at_once(self) -> int:
-        """How many layers a device solves at a time."""
+        """Number of layers that a device solves at a time."""
         return -(-self.layers // self.request.devices)
 
     @property
     def workers(self) -> int:
-        """Workers that prune blocks side by side, which takes independent blocks."""
+        """Number of workers that prune blocks side by side; 1 where blocks depend on each other."""
         return self.request.workers if self.request.ray or self.policy.independent else 1
 
     @property
@@ -327,34 +327,34 @@ class Program:
         return self.units.whole_metric(self.decoder.architecture)
 
     def coupled(self, path: str) -> bool:
-        """Whether a whole metric weighs the outputs of a layer, by its path in the largest block."""
+        """Return whether a whole metric weighs the outputs of a layer, by its path in the largest block."""
         asked = self.metric
         if asked is None or path not in self.whole_metric:
             return False
         return self.decoder.layer(self.largest, path).out_features <= (asked.width or math.inf)
 
     def layer_bytes(self, target: Target) -> int:
-        """The workspace of a layer's solve, or of the search for its basis, with its metric."""
+        """Return the bytes of the workspace of a layer's solve, or of the search for its basis, with its metric."""
         layer, coupled = self.decoder.layer(self.largest, target.path), self.coupled(target.path)
         out, width = layer.out_features, layer.in_features
         work = self.solver(coupled).work(out, width, coupled=coupled) + units_work(target, out, width)
         return round(work.bytes) + (AVERAGE * out**2 if coupled else 0)
 
     def spectra_bytes(self, stage: Sequence[Target], target: Target) -> int:
-        """What solvers have kept with the moments of other layers when a layer of a stage is solved."""
+        """Return the bytes that solvers keep with the moments of other layers while a layer of a stage is solved."""
         solver = self.solver(self.coupled(target.path))
         before = stage[: stage.index(target)]
         return solver.cached_bytes * sum(width**2 for tap, width in self.taps(before).items() if tap != target.tap)
 
     @property
     def expert_bytes(self) -> int:
-        """The memory in which experts are chosen, where they are the units."""
+        """Bytes of the choice of experts, where they are the units."""
         if not isinstance(self.units, Experts):
             return 0
         return expert_choice_bytes(self.decoder, self.largest, self.tokens)
 
     def cost_bytes(self, target: Target) -> int:
-        """What it takes to find what a layer would lose, where a budget is divided by that."""
+        """Return the bytes of computing the costs of removal of a layer, where a budget is divided by them."""
         layer = self.decoder.layer(self.largest, target.path)
         out, width = layer.out_features, layer.in_features
         coupled = self.coupled(target.path)
@@ -363,19 +363,19 @@ class Program:
 
     @property
     def all_costs_bytes(self) -> int:
-        """The costs of single weights that are held for the whole model, and the copies that are sorted."""
+        """Bytes of the costs of single weights of the whole model, and of the copies that are sorted."""
         weights = self.units.family is not None
         return 5 * 4 * min(MOST_COSTS, self.decoder.linear_weights()) if weights else 0
 
     @property
     def probe_bytes(self) -> int:
-        """The hidden states of all changes that a division tries, which go along to the end of the model."""
+        """Bytes of the hidden states of all changes that a division tries, propagated to the end of the model."""
         return self.probe_changes * self.block_count * self.probe_tokens * self.hidden * self.itemsize
 
     # -- the folder
 
     @property
     def pruned_bytes(self) -> int:
-        """The blocks once they are pruned: weights that are zero are there, units that are removed are not."""
+        """Bytes of the pruned blocks: zeros are counted, removed units are not."""
         kept = 1.0 if self.units.family is not None else 1 - self.sparsity
         return round(kept * sum(self.block_numbers)) * self.itemsize

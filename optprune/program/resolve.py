@@ -1,4 +1,4 @@
-"""Resolution: the program of a run, made once from what is asked for and the model's shapes."""
+"""Resolution of a request and the model's shapes to the program of a run."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Room: what memory and disk there are, and the refusal of a run that cannot fit, with what would."""
+"""Room: free memory and disk, and the refusal of a run that cannot fit, with options that would."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ FEWEST = 8
 
 @dataclass(frozen=True)
 class Room:
-    """What a run may take, with what this process has already; None where the system does not tell."""
+    """Bytes that a run may use, including those of this process; None where the system does not say."""
 
     host: int | None = None
     """the memory of this machine"""
@@ -38,7 +38,7 @@ class Room:
 
     @classmethod
     def measured(cls, device: torch.device, output: Path) -> "Room":
-        """What there is now, of a device and of the disk where an output is to be."""
+        """Return the present room of a device and of the disk of an output."""
         held = held_bytes()
         free = free_memory()
         gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -51,7 +51,7 @@ class Room:
 
 
 def check_room(program: Program, room: Room) -> str:
-    """A line on what a run takes at most; InputError where it cannot fit, which says what would."""
+    """Return a line on the peak of memory of a run; InputError, with options that fit, where it cannot fit."""
     plan = planned_memory(program)
     lacking = _lacking(plan, program, room)
     if lacking is None:
@@ -69,7 +69,7 @@ def check_room(program: Program, room: Room) -> str:
 
 
 def _lacking(plan: Plan, program: Program, room: Room) -> tuple[str, int, int, dict[str, int], str] | None:
-    """What there is not enough of, how much a run takes and how much there is, for what, and in which phase."""
+    """Return the lacking resource: its name, the bytes needed and free, the part and the phase; None if all fit."""
     # The process that reloads and those that work have a limit of their own.
     alone = [phase for phase in plan.phases if phase.name != "checking" and program.workers == 1]
     kinds = [
@@ -87,7 +87,7 @@ def _lacking(plan: Plan, program: Program, room: Room) -> tuple[str, int, int, d
 
 
 def alternatives(program: Program) -> Iterator[tuple[str, Program]]:
-    """Other runs that take less, each with the option that asks for it."""
+    """Yield requests that take less, each with the option for it."""
 
     def asked(**changes: Any) -> Program:
         return replace(program, request=replace(request, **changes))
@@ -110,7 +110,7 @@ def alternatives(program: Program) -> Iterator[tuple[str, Program]]:
 
 
 def _of_process(held: int) -> int | None:
-    """What this process may have by its limit on addresses, of which many stay without memory."""
+    """Return the bytes that the address limit of this process allows, of which many are never backed by memory."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -122,7 +122,7 @@ def _of_process(held: int) -> int | None:
 
 
 def existing_folder(place: Path) -> Path:
-    """The folder that an output would be in, or the nearest one that is there."""
+    """Return the folder of an output, or the nearest existing parent."""
     place = Path(os.path.realpath(place))
     while not place.is_dir():
         place = place.parent

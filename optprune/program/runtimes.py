@@ -1,4 +1,4 @@
-"""Runtimes: what each of them takes, as data, so that a run is fitted to one of them before any weight is read."""
+"""Runtimes: the models that each of them loads, as data, so that a run is fitted to one before any weight is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ WITHOUT_EXPERTS = tuple(name for name, one in ARCHITECTURES.items() if one.mixtu
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a runtime takes of the models that are pruned here."""
+    """Requirements of a runtime on pruned models."""
 
     name: str
     families: tuple[str, ...] = tuple(ARCHITECTURES)
     rotary: tuple[str, ...] = (*FIXED, "dynamic", "longrope")
     """the scalings of rotary embeddings that it knows"""
     drafted: bool = False
-    """whether it takes what else transformers has, as drafts describe it"""
+    """whether it loads other models of transformers, as drafts describe them"""
     uneven: tuple[str, ...] = ()
     """the families whose blocks may differ in shape, lack a sub-block, or have fewer value dimensions than key ones"""
     ordered: tuple[str, ...] = ()
@@ -50,20 +50,20 @@ class Runtime:
     fewer_heads: tuple[str, ...] = tuple(name for name, one in ARCHITECTURES.items() if one.head_dim_is_free)
     """the families whose heads may be fewer than the hidden size says, where blocks are alike"""
     multiple: int = 1
-    """what MLP widths that are chosen should be multiples of"""
+    """the multiple that chosen MLP widths should have"""
     must: bool = False
     """whether other widths are refused"""
     own_vocabulary: bool = False
-    """whether it cuts text by rules of its own, so that the tokenizer must be one that it knows"""
+    """whether it tokenises with its own code, so that it must know the tokenizer"""
     of_values: str = ""
-    """what is to be said where value dimensions go"""
+    """a note for runs that remove value dimensions"""
     of_zeros: str = ""
-    """what is to be said where single weights go"""
+    """a note for runs that remove single weights"""
 
     def fitted(
         self, recipe: Recipe, decoder: Decoder, allocation: Allocation | None = None
     ) -> tuple[Recipe, tuple[str, ...]]:
-        """A recipe as it is run for this runtime, and what was set of it, in words.
+        """Return a recipe as it is run for this runtime, and notes on the fields that were set.
 
         The model's weights need not be there. InputError where the runtime does not take the model, or what the
         recipe, or an allocation that is given, would make of it; the sentence says what it would take.
@@ -89,7 +89,7 @@ class Runtime:
         return recipe, tuple(told)
 
     def refuses(self, before: Decoder, shapes: Sequence[BlockShape]) -> str | None:
-        """What it does not take of a model with these blocks, and what would be; None where it takes them all.
+        """Return why it does not load a model with these blocks, and what it would load; None where it loads them.
 
         `before` is the model that is pruned: the widths that it has are no choice. Blocks without anything are gone.
         """
@@ -104,7 +104,7 @@ class Runtime:
         return wrong
 
     def _refuses_shapes(self, before: Decoder, left: Sequence[BlockShape]) -> str | None:
-        """What a class whose blocks are all alike cannot hold."""
+        """Return the property of blocks that a class with equal blocks cannot hold; None where there is none."""
         if any(len(shape.parts) < 2 for shape in left):
             return f"blocks without attention or without an MLP: {LAYERS}"
         if any(shape.value_dim != before.heads.dim for shape in left):
@@ -138,7 +138,7 @@ class Runtime:
         return decoder.architecture.model_type in self.uneven
 
     def _drafted(self, decoder: Decoder) -> bool:
-        """Whether a model is read by a draft, and it takes such models."""
+        """Return whether a model is read by a draft and the runtime loads such models."""
         return self.drafted and decoder.architecture.pruned is None
 
     def _check_model(self, decoder: Decoder) -> None:
@@ -155,7 +155,7 @@ class Runtime:
                 )
 
     def _alike(self, recipe: Recipe, told: list[str]) -> Recipe:
-        """The recipe with blocks that are alike: a budget for the whole model is divided evenly, where that will do."""
+        """Return the recipe with equal blocks: a budget for the whole model is divided evenly, where that is enough."""
         asked = recipe.allocation
         if isinstance(asked, DepthSearch) and asked.parts != "layers":
             raise InputError(
@@ -174,7 +174,7 @@ class Runtime:
         return recipe.model_copy(update={"allocation": UniformShares(multiple=asked.multiple)})
 
     def _aligned(self, recipe: Recipe, decoder: Decoder, told: list[str]) -> Recipe:
-        """The recipe with MLP widths that the runtime likes, where it leaves them open."""
+        """Return the recipe with the multiple of MLP widths of the runtime, where the recipe sets none."""
         asked, kinds = recipe.allocation, recipe.units.kinds
         if (
             isinstance(asked, DepthSearch | GivenBlocks)
@@ -192,7 +192,7 @@ class Runtime:
 
 
 def _expected(recipe: Recipe, decoder: Decoder, allocation: Allocation | None) -> tuple[BlockShape, ...]:
-    """What blocks will hold, as far as that is known before the run: what a budget divides is as the model has it."""
+    """Return the shapes of the blocks as far as they are known before the run; undivided parts keep the model's."""
     allocator = allocator_of(recipe, allocation)
     allocation = allocation or recipe.given
     if allocation is None and isinstance(allocator, Uniform):
@@ -244,7 +244,7 @@ RUNTIMES = {
 
 
 def runtime_called(name: str) -> Runtime:
-    """The runtime of that name; InputError when there is none."""
+    """Return the runtime of a name; InputError when there is none."""
     if name not in RUNTIMES:
         raise InputError(f"the target {name!r} is unknown: give {', '.join(RUNTIMES)}")
     return RUNTIMES[name]

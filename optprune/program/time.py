@@ -1,4 +1,4 @@
-"""The time of a run: the work that its pieces declare, times the seconds that an operation takes.
+"""Time of a run: the declared work of its parts, times the seconds of an operation.
 
 Each piece of work is declared beside the code that does it: solvers, allocators and unit kinds have `work`, and passes
 of tokens are counted here by the multiplications of their matrix products. A short probe of one block
@@ -53,12 +53,12 @@ from optprune import texts
 from optprune.pruning import prune
 print(held[0] if held else 0, reloading, time.perf_counter() - began)
 """
-"""what a process imports that reloads a folder, and then what the command does"""
+"""the imports of a process that reloads a folder, and then those of the command"""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The speed of the machine beside arithmetic: starting processes, reading and writing files."""
+    """Speed of the machine beside arithmetic: starting processes, reading and writing files."""
 
     reload: float
     """the seconds until a fresh process that reloads a folder has imported what it needs"""
@@ -81,7 +81,7 @@ class Surroundings:
 
     @classmethod
     def measured(cls, place: Path | None = None) -> "Surroundings":
-        """Measured in about the time of an import; files go to a folder, or where temporary ones go."""
+        """Measure the surroundings in about the time of an import, with files in a folder or among temporary files."""
         began = time.perf_counter()
         words = [sys.executable, "-c", FRESH]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
@@ -114,7 +114,7 @@ def _written(data: bytes, place: Path | None) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """The seconds of one floating-point operation in each kind of work."""
+    """Seconds of one floating-point operation in each kind of work."""
 
     passes: float
     """passes of tokens through a block, with their Gram products"""
@@ -127,7 +127,7 @@ class Rates:
     budget: float
     """costs of removal, beside the passes for them"""
     fixed: float = 0.0
-    """seconds that the passes of a block take whatever the number of tokens"""
+    """seconds of the passes of a block that do not grow with the number of tokens"""
     read: float = 0.0
     """seconds in which a block is read"""
 
@@ -269,7 +269,7 @@ def expected_files(decoder: Decoder, characters: int, started: float | None = No
 
 
 def _file_seconds(decoder: Decoder) -> float:
-    """The seconds in which a disk reads or writes the weights."""
+    """Return the seconds in which a disk reads or writes the weights."""
     return sum(weight.nbytes for weight in decoder.model.parameters()) / DISK_SPEED
 
 

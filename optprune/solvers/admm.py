@@ -132,7 +132,7 @@ class Admm(Solver[SelectionProblem, AdmmState]):
         mask = problem.mask(problem.project(point.square()))
         sparse = within(mask, point)
         count = state.count + 1
-        # U + rho (V' - Z) = rho (point - Z): the new dual is what the pattern dropped.
+        # U + rho (V' - Z) = rho (point - Z): the new dual is the part that the pattern dropped.
         state = replace(state, sparse=sparse, dual=point.sub_(sparse).mul_(state.rho), mask=mask, count=count)
         if count % self.every:
             return state

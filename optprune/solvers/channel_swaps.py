@@ -51,13 +51,13 @@ class ChannelSwaps(Solver[StructuredProblem, ChannelSwapsState]):
 
         V'_p = V_p + Y_q (N_qq)^-1 X_qp,   H'_pp = H_pp + X_qp^T (N_qq)^-1 X_qp:
 
-    the exact change of the loss with all other weights refitted. A round looks at all pairs of the `candidates`
+    the exact change of the loss with all other weights refitted. A round compares all pairs of the `candidates`
     cheapest p and most gainful q of every slot. When none gains more than `tolerance` of the loss, up to `depth`
     exchanges are made all the same, the best first and each unit once, to see whether they lead below the best
     choice so far (Kernighan and Lin); if not, that choice is the answer. Monotone: begins with the units of its start.
     Accepts structured and linked problems.
 
-    A round looks at the device twice, and costs a few passes over [in, in] and [out, in] in float64; memory 2 in^2 +
+    A round reads from the device twice, and costs a few passes over [in, in] and [out, in] in float64; memory 2 in^2 +
     2 out in.
     Reference: the local search of OSSCAR (arXiv 2403.12983); exact gains by sweeping and the depth are ours.
     """

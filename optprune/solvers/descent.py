@@ -85,19 +85,20 @@ class Matched:
 def match(
     problem: BlockMatching,
     solver: Descent[State],
-    apart: Examples | None = None,
+    held_out_examples: Examples | None = None,
     *,
     rounded: Rounding | None = None,
 ) -> Matched:
     """Solve a block matching problem. Its block holds the value afterwards, also after an exception.
 
-    The value is the point with the least error on the
-    held-out examples (`apart`) among the evaluated points and the start. After an evaluation without a smaller error
-    the solver may return to the best point, and after three in a row it ends. Without held-out examples twice the
-    objective takes the place of that error. Points are evaluated after `rounded`, and a weight that it would set to
-    zero keeps its value of the best point.
+    The value is the point with the least error on the held-out examples among the evaluated points and the start.
+    After an evaluation without a smaller error the solver may return to the best point, and after three in a row it
+    ends. Without held-out examples twice the objective takes the place of that error. Points are evaluated after
+    `rounded`, and a weight that it would set to zero keeps its value of the best point.
     """
-    judge: Callable[[], float] = problem.on(apart).error if apart is not None else lambda: 2 * problem.objective()
+    judge: Callable[[], float] = lambda: 2 * problem.objective()  # noqa: E731
+    if held_out_examples is not None:
+        judge = problem.on(held_out_examples).error
     best, best_step = problem.point(), 0
     try:
         before, held_out_before = problem.error(), judge()

@@ -26,8 +26,8 @@ class DualMap:
 
     For every T:  min_V f(V) + P(V)  >=  min_X (f(X) + <T, X>) - P*(T).
 
-    The minimum over X is bounded by the gradient at a point near it, so rounding of the
-    factors does no harm, and the rounding errors of float64 are subtracted (`VerifiedLoss.least`).
+    The minimum over X is bounded by the gradient at a point near it, so rounding of the factors does no harm, and the
+    rounding errors of float64 are subtracted (`VerifiedLoss.least`).
 
     Where A or S cannot be told from a singular matrix a ridge r s^2 is added, which changes f by at most a rounding of
     the size of an optimum. P(V) is no more than the objective of any weight, which bounds the size of an optimum
@@ -42,7 +42,7 @@ class DualMap:
     factors: tuple[Float[Tensor, "out out"] | None, Float[Tensor, "in in"]] | None
     """Cholesky factors of S, where it is a matrix, and of A"""
     bend: float
-    """twice what the ridge adds to f at most, as a share of the squared size of V - W; 0 without a ridge"""
+    """twice the most that the ridge adds to f, relative to the squared size of V - W; 0 without a ridge"""
     minimiser: Float[Tensor, "out in"]
     """V0 - W, with V0 A = B as nearly as float64 tells"""
 

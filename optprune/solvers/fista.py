@@ -101,7 +101,7 @@ class Fista(StopsAtGap, Solver[PenalisedLeastSquares, FistaState]):
     duality gap is at most `tolerance`, measured in float64 at steps that lie further and further apart; returns the
     best iterate seen at a check, so it is never worse than its start.
 
-    A step is one product [out, in] x [in, in] and a few passes over [out, in], and looks at the device only where it
+    A step is one product [out, in] x [in, in] and a few passes over [out, in], and reads from the device only where it
     checks the gap; memory 6 out in + 3 in^2.
     Reference: Beck and Teboulle (2009); O'Donoghue and Candes (2015) for the restart; FISTAPruner (arXiv 2408.03728).
     """

@@ -53,7 +53,7 @@ class FistaPath(Solver[SparseLeastSquares, PathState]):
     them, which ends lower than a path from zero. The start is not used. Follow it with a refit and swaps
     (`fistapruner_plus`).
 
-    A step is `inner_steps` products [out, in] x [in, in], and looks at the device three times.
+    A step is `inner_steps` products [out, in] x [in, in], and reads from the device three times.
     Reference: FISTAPruner (arXiv 2408.03728) for the model; Candes, Wakin and Boyd (2008) for reweighting. The
     scaling, the path and its direction are ours.
     """

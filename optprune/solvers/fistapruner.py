@@ -53,7 +53,7 @@ class FistaPruner(Solver[SparseLeastSquares, FistaPrunerState]):
     Monotone; as published, it depends on its start: in a chain that is the answer before it, in the paper SparseGPT's
     for OPT (the recipe fistapruner) and Wanda's for LLaMA (fistapruner_wanda). An infeasible start,
     such as the dense weights, has an infinite error, so that the first rounding replaces it. A step is K products
-    [out, in] x [in, in] and two more to measure, and looks at the device twice.
+    [out, in] x [in, in] and two more to measure, and reads from the device twice.
 
     Reference: FISTAPruner (arXiv 2408.03728), Algorithm 1, reconstructed from public reviews: K = 20, T = 3, xi = 0.3.
     """

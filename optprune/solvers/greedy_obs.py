@@ -27,9 +27,9 @@ REMOVED = 0.3
 @final
 @dataclass(frozen=True)
 class GreedyObs(DirectSolver[StructuredProblem]):
-    r"""Remove the cheapest `batch` units, update A^-1 and V to what is left, and repeat until `keep` are left.
+    r"""Remove the cheapest `batch` units, update A^-1 and V for the rest, and repeat until `keep` are left.
 
-    With H the inverse of A on what is left and V the best weight there, a unit g of k columns costs exactly
+    With H the inverse of A on the remaining columns and V the best weight there, a unit g of k columns costs exactly
 
         1/2 tr(V_g (H_gg)^-1 V_g^T);     V <- V - V_g (H_gg)^-1 H_g,   H <- H - H_:g (H_gg)^-1 H_g,
 

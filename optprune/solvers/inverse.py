@@ -28,8 +28,8 @@ class InverseForm:
 
     Removing the columns P and refitting the others gives V = V0 - V0_P (A^-1_PP)^-1 A^-1_P and costs
     1/2 tr(V0_P (A^-1_PP)^-1 V0_P^T). Where A is singular, or could be within its own rounding, a ridge towards the
-    original weights of the size of that rounding is added to it, and `notes` says so. A damped A is taken as it is in
-    float64, unless the damping is below what the moments are known to, and leaves it indefinite.
+    original weights of the size of that rounding is added to it, and `notes` says so. A damped A is used without a
+    ridge in float64, unless the damping is below the rounding of the moments and A is indefinite.
 
     Reference: Optimal Brain Surgeon (Hassibi and Stork, 1992).
     """
@@ -76,7 +76,7 @@ class InverseForm:
 def _ridge(loss: LayerLoss, gram: Float[Tensor, "in in"], size: float, least: float) -> float:
     """Return the first of `least`, 8 and 64 times that, ..., of the mean diagonal that makes A positive definite.
 
-    The averages of many tokens in float32 may be off by more than a rounding of their entries.
+    The error of float32 averages of many tokens may be larger than a rounding of their entries.
     """
     ridge = least
     while size > 0 and ridge < LARGEST:

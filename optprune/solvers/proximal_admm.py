@@ -54,8 +54,8 @@ class ByInverse(Resolvent):
     def of(cls, loss: LayerLoss, rho: float, *, by_column: bool) -> "ByInverse":
         """Return the resolvent by Cholesky in float64: the scaled A + R has a condition of at most 1 + in / rho.
 
-        Where A + R is indefinite, by the rounding of the moments, rho is raised to CLEAR
-        times the least value that makes it definite.
+        Where A + R is indefinite, by the rounding of the moments, rho is raised to CLEAR times the least value that
+        makes it definite.
         """
         scale = _scale(loss.gram.diagonal(), by_column)
         matrix = loss.gram.double() / torch.outer(scale, scale)

@@ -129,7 +129,7 @@ class FlapMetric(UnitRanking):
     r"""score_j = sum over the columns c of unit j of m_c^2, m_c = |W_c|^2 Var(x*_c): no bias replaces this part.
 
     The squares are those of the released code, which sums them over a head; a unit of one column is ranked by m_c, in
-    the same order. That code takes all statistics from the dense model, here they come by the recipe's policy.
+    the same order. That code takes all statistics from the dense model; here the recipe's policy applies.
 
     FLAP then adds the mean W_c E[x*_c] of the removed columns to a bias. Where the layer has a bias (`fit_bias`),
     `bias_change` of the loss is this compensation. Where it has none, none is added, although Llama's class supports

@@ -39,15 +39,15 @@ class RemovalBound(DirectSolver[StructuredProblem]):
 
         min f >= f(V0) + 1 / lambda  min_P sum_{g in P} y_g s_g,
 
-    and the inner minimum is a projection. y_g = min(1, s / s_g), with s the largest cost of the cheapest P, leaves
-    that minimum unchanged, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units
-    that may go: expensive units hardly count, however much they are coupled. From there a few supergradient
-    steps in log y: up by a unit's share of the minimum, down by its share of the leading eigenvectors. Every y gives a
-    bound, and the highest is taken. Columns of W that point in
-    different directions make Q nearly diagonal even where inputs are correlated, so this bound is useful
-    where a split of A is not. Where A cannot be told from a singular matrix it proves 0. Rounding errors of float64
-    are subtracted: A^-1 is replaced by a matrix K^T K that is proved to be no less, and lambda is proved by a Cholesky
-    factor. Accepts structured and linked problems. Cost: 3 in^3 + out in^2 + steps units^3, in float64.
+    and the inner minimum is a projection. y_g = min(1, s / s_g), with s the largest cost of the cheapest P, leaves that
+    minimum unchanged, and lambda, the largest eigenvalue of Q scaled to the diagonal y, is then that of the units that
+    may go: expensive units hardly count, however much they are coupled. From there a few supergradient steps in log y:
+    up by a unit's share of the minimum, down by its share of the leading eigenvectors. Every y gives a bound, and the
+    highest is taken. Columns of W that point in different directions make Q nearly diagonal even where inputs are
+    correlated, so this bound is useful where a split of A is not. Where A cannot be told from a singular matrix it
+    proves 0. Rounding errors of float64 are subtracted: A^-1 is replaced by a matrix K^T K that is proved to be no
+    less, and lambda is proved by a Cholesky factor. Accepts structured and linked problems. Cost: 3 in^3 + out in^2 +
+    steps units^3, in float64.
     """
 
     steps: int = 4

@@ -42,7 +42,7 @@ class HeldOut:
     """
 
     fitted: LayerLoss
-    apart: LayerLoss
+    held_out: LayerLoss
 
     @classmethod
     def of(cls, loss: LayerLoss, held_out: InputMoments) -> "HeldOut":
@@ -52,18 +52,18 @@ class HeldOut:
     def value(self, weight: Float[Tensor, "out in"]) -> float:
         """Return the held-out loss, in the metric where there is one."""
         drift = self._drift(weight)[:, None]
-        return self.apart.value(weight) + float((drift * self.apart.weigh(drift)).sum()) / 2
+        return self.held_out.value(weight) + float((drift * self.held_out.weigh(drift)).sum()) / 2
 
     def relative_error(self, weight: Float[Tensor, "out in"]) -> float:
         """Return E|V x* - W x|^2 / E|W x|^2 without the metric; of centred outputs W x where the bias is fitted."""
-        scale, drift = self.apart.plain.signal, float(self._drift(weight).square().sum())
-        return self.apart.relative_error(weight) + (drift / scale if scale > 0 else 0.0)
+        scale, drift = self.held_out.plain.signal, float(self._drift(weight).square().sum())
+        return self.held_out.relative_error(weight) + (drift / scale if scale > 0 else 0.0)
 
     def _drift(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, " out"]:
         """Return the difference of the fitted bias from the best one for the held-out tokens."""
         if not self.fitted.fit_bias:
             return torch.zeros_like(self.fitted.weight[:, 0])
-        return self.fitted.bias_change(weight) - self.apart.bias_change(weight)
+        return self.fitted.bias_change(weight) - self.held_out.bias_change(weight)
 
 
 def refit(
@@ -89,13 +89,13 @@ def refit(
             f"refit.dampings needs a refit at the end, and a {problem.kind} problem is solved without one: "
             "name a solver that ends with restore or conjugate_gradients"
         )
-    apart = HeldOut.of(loss, held_out)
+    losses_of = HeldOut.of(loss, held_out)
     value = best_value = solution.value
     losses = list[float]()
     for damping in dampings:
         # A path: each answer is near the previous one. Only one damped Gram matrix is in memory at a time.
         value = answer(replace(problem, loss=loss.damped(damping)), last, value)
-        losses.append(apart.value(value))
+        losses.append(losses_of.value(value))
         if losses[-1] == min(losses) and losses.index(losses[-1]) == len(losses) - 1:
             best_value = value
     best = losses.index(min(losses))
@@ -112,5 +112,5 @@ def refit(
             # Notes of both without repetition.
             notes=tuple(dict.fromkeys((*solution.notes, *refitted.notes))),
         ),
-        apart.relative_error(best_value),
+        losses_of.relative_error(best_value),
     )

@@ -185,11 +185,10 @@ class Spap(Solver[StructuredProblem, SpapState]):
     omega = diag(A), `unit` omega = 1 (in units of the mean of diag(A)). Accepts structured and linked problems; the
     start is not used. Follow it with a refit.
 
-    A z-step looks at the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units, a
-    change of the choice as much for the columns that change, a search of the core what a few columns cost; memory
-    4 n^2 + 4 out n, all in float64.
-    Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step, scales and the search of the core
-    are ours.
+    A z-step reads from the device five times at most. A new penalty costs n^2 |P| + n |P| out, n the columns of units,
+    a change of the choice as much for the columns that change, a search of the core as much as a few columns; memory 4
+    n^2 + 4 out n, all in float64. Reference: SPAP (arXiv 2505.03373), a reconstruction from its abstract; z-step,
+    scales and the search of the core are ours.
     """
 
     accepts = (StructuredProblem,)

@@ -31,8 +31,8 @@ class SparseGpt(DirectSolver[SparseLeastSquares]):
     the total is exact. The damping is that of the loss (the paper: 1 percent); where A is not positive definite
     by more than rounding it raises NumericalError instead of going on with another matrix.
 
-    Cost: in^3 + out in^2; memory 2 in^2 + 2 out in; two kernels a column, four a group of N:M, one look at the device a
-    block. Reference: SparseGPT (arXiv 2301.00774), Algorithm 1.
+    Cost: in^3 + out in^2; memory 2 in^2 + 2 out in; two kernels per column, four per group of N:M, one read from the
+    device per block. Reference: SparseGPT (arXiv 2301.00774), Algorithm 1.
     """
 
     accepts = (SparseLeastSquares,)

@@ -34,7 +34,7 @@ class ScaledGram:
     @classmethod
     def of(cls, loss: LayerLoss, dtype: torch.dtype = torch.float64) -> "ScaledGram":
         scale = loss.input_scale
-        # A damped A is regular by construction: only what the factorisation itself rounds is in doubt.
+        # A damped A is regular by construction: only the rounding of the factorisation counts.
         damped = bool((loss.damping > 0).all())
         least = factor_rounding(len(scale), dtype) + (0.0 if damped else loss.resolution)
         return cls(loss.gram, scale, dtype, least, loss.resolution)

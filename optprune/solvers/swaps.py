@@ -43,8 +43,8 @@ class Swaps(Solver[SparseLeastSquares, SwapsState]):
 
         r_p - (g_q - v_p A_pq)^2 / (2 A_qq).
 
-    Row-wise and unstructured patterns look at the `candidates` cheapest p and the most gainful q of a row (all of
-    them where that is more than the row has); N:M patterns look at every pair of a group. An unstructured pattern
+    Row-wise and unstructured patterns try the `candidates` cheapest p and the most gainful q of a row (all of
+    them where the row has fewer); N:M patterns try every pair of a group. An unstructured pattern
     also moves weights between rows, from those with the cheapest p to those with the most gainful q. All other
     weights stay, so the method is monotone; follow it with a refit and repeat.
 

@@ -68,7 +68,7 @@ class VerifiedLoss:
 
     @cached_property
     def floor_of_rows(self) -> Float[Tensor, " out"] | None:
-        """A nonnegative s with S >= diag(s), zero only for outputs that cost nothing; None where none is proved."""
+        """A nonnegative s with S >= diag(s), zero only for outputs without cost; None where no such s is proved."""
         if self.outputs is None:
             return (1 - 4 * UNIT) * self.rows
         assert self.loss.metric is not None
@@ -76,7 +76,7 @@ class VerifiedLoss:
 
     @cached_property
     def floor_of_columns(self) -> Float[Tensor, " in"] | None:
-        """A positive d with A >= diag(d); None where none is proved."""
+        """A positive d with A >= diag(d); None where no such d is proved."""
         return self.inputs.floor(self.loss.damping)
 
     @cached_property
@@ -139,7 +139,7 @@ class VerifiedLoss:
         excess = (residual.abs() + error).square_()
         if mask is not None:
             excess = torch.where(mask, excess, 0.0)
-        # Nothing is lost where nothing is asked for, though there be no curvature.
+        # No loss where the residual is zero, even without curvature.
         excess = torch.where(excess == 0, 0.0, excess / curvature)
         sums = [part.sum(1).sum() for part in parts]
         total, rounded, below = linalg.numbers(

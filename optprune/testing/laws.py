@@ -1,11 +1,12 @@
 """The laws a solver keeps on a problem it accepts, each a plain function that raises AssertionError with the reason.
 
-No law relies on the solver's status. A promise (`exact`, `monotone`) is checked,
-whatever the status. Comparisons are written so that NaN fails them.
+No law relies on the solver's status. A promise (`exact`, `monotone`) is checked, whatever the status. Comparisons are
+written so that NaN fails them.
 
 Tolerances. A float64 answer must have the optimal objective to 1e-8 relative, a float32 answer to 1e-4. Next to that
 stands `rounding`, the size of one rounding of the sums that an objective is made of (quadratic.py): it is about
-1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero."""
+1e-15 (float32: 1e-6) of the loss constant, and it only decides where the optimum itself is that close to zero.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -423,7 +424,7 @@ def prox_attains_fenchels_equality(penalty: Penalty, weight: Tensor) -> None:
         inside = (dual - dual.clamp(-rounded, rounded)) * (1 - 1e-12)
         wanted = float((nearest * dual).sum()) - penalty.conjugate(inside)
         found = penalty.value(nearest)
-        # The slope of P* at u is p, so this is what the move changes.
+        # The gradient of P* at u is p, which bounds the effect of the move.
         slack = 1e-11 + 1e-9 * abs(wanted) + 2 * rounded * float(nearest.abs().sum())
         assert abs(found - wanted) <= slack, (
             f"{penalty}: for a step of {size} P(p) is {found}, but <p, u> - P*(u) is {wanted}"
@@ -514,10 +515,10 @@ def values_are_convex(penalty: Penalty, weight: Tensor) -> None:
 
 
 def reach_bounds_weights(penalty: Penalty, weight: Tensor) -> None:
-    """Check that no weight is larger than `reach` says for its value."""
+    """Check that no weight is larger than `reach` for its value."""
     size = torch.linspace(0.5, 2.0, weight.numel()).to(weight).reshape(weight.shape)
     norm, most = float((weight * size).norm()), penalty.reach(penalty.value(weight), size)
-    # Infinite, or not a number, where the value says nothing about the size: a strength of zero.
+    # The bound is infinite or NaN where the strength is zero.
     assert not norm > most * (1 + 1e-12), f"{penalty}: a weight of size {norm} is beyond its reach, {most}"
 
 

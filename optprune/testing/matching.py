@@ -20,7 +20,7 @@ from optprune.metric import OutputMetric
 from optprune.problems import BlockMatching, Example, Examples
 from optprune.problems.matching import Point, Terms, order
 from optprune.solvers import Descent, match
-from optprune.testing.strategies import generator_of, here, place
+from optprune.testing.strategies import chosen_device, generator_of, to_chosen_device
 
 ROUNDING = 1e-9
 """a share of the error at the start, above the rounding of sums in float64"""
@@ -57,7 +57,7 @@ class Gated(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.gate, self.up, self.down = nn.Linear(width, units), nn.Linear(width, units), nn.Linear(units, width)
-        self.to(device=place(), dtype=torch.float64)
+        self.to(device=chosen_device(), dtype=torch.float64)
         _draw(self, generator)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -81,7 +81,9 @@ def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
     width, out = draw(st.integers(2, 5), label="width"), draw(st.integers(2, 4), label="out")
     block: nn.Module
     if affine:
-        block = nn.Linear(width, out, bias=draw(st.booleans(), label="bias")).to(device=place(), dtype=torch.float64)
+        block = nn.Linear(width, out, bias=draw(st.booleans(), label="bias")).to(
+            device=chosen_device(), dtype=torch.float64
+        )
         _draw(block, generator)
     else:
         block, out = Gated(width, out, generator), width
@@ -90,16 +92,16 @@ def matchings(draw: st.DrawFn, *, affine: bool) -> BlockMatching:
         hidden = torch.randn((1, 3 * width + 4, width), generator=generator, dtype=torch.float64)
         hidden[:, 0] *= 100
         with torch.no_grad():
-            examples.append(Example((here(hidden),), {}, block(here(hidden))))
+            examples.append(Example((to_chosen_device(hidden),), {}, block(to_chosen_device(hidden))))
     with torch.no_grad():
         for part in block.modules():
             if isinstance(part, nn.Linear):
-                part.weight *= here(torch.rand(part.weight.shape, generator=generator) > 1 / 3)
+                part.weight *= to_chosen_device(torch.rand(part.weight.shape, generator=generator) > 1 / 3)
     full = draw(st.sampled_from((None, False, True)), label="metric")
     metric = None
     if full is not None:
         gradients = torch.randn((4 * out, out), generator=generator, dtype=torch.float64)
-        metric = OutputMetric.from_samples(here(gradients), full=full)
+        metric = OutputMetric.from_samples(to_chosen_device(gradients), full=full)
     pull = draw(st.sampled_from((0.0, 0.01)), label="pull")
     return BlockMatching.of(block, Listed(tuple(examples)), metric, pull)
 
@@ -133,7 +135,7 @@ def affine_optimum(problem: BlockMatching) -> float:
     base, columns, ridge = answers(start), [], []
     count = sum(map(len, free))
     for number, entries in enumerate(free):
-        kept = start[number].reshape(-1)[here(torch.from_numpy(entries))]
+        kept = start[number].reshape(-1)[to_chosen_device(torch.from_numpy(entries))]
         unit = float(kept.square().mean().sqrt()) if len(entries) else 1.0
         for entry in entries:
             moved = [weight.clone() for weight in start]
@@ -153,14 +155,14 @@ def _free(weight: Tensor) -> np.ndarray[Any, Any]:
     return (weight != 0 if weight.ndim == 2 else torch.ones_like(weight).bool()).reshape(-1).cpu().numpy()
 
 
-def anew(problem: BlockMatching) -> BlockMatching:
+def copied(problem: BlockMatching) -> BlockMatching:
     """Return the same problem with a copy of its block, which a descent may change."""
     return BlockMatching.of(copy.deepcopy(problem.module), problem.examples, problem.metric, problem.pull)
 
 
 def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the zeros of linear layers' weights stay zero, and that no other weight becomes zero."""
-    problem = anew(problem)
+    problem = copied(problem)
     before = {name: weight.detach().clone() for name, weight in problem.module.named_parameters()}
     match(problem, solver)
     assert problem.violation() == 0, f"{_named(solver)}: a weight that was removed is back"
@@ -171,12 +173,12 @@ def keeps_the_support(problem: BlockMatching, solver: Descent[Any]) -> None:
 
 def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the answer has neither a larger objective than the start nor a larger held-out error."""
-    whole = anew(problem)
+    whole = copied(problem)
     before = whole.objective()
     found = match(whole, solver)
     assert whole.objective(found.value) <= before, f"{_named(solver)}: it made its start worse"
     examples = cast(Listed, problem.examples).examples
-    apart, fit = Listed(examples[-1:]), anew(problem).on(Listed(examples[:-1]))
+    apart, fit = Listed(examples[-1:]), copied(problem).on(Listed(examples[:-1]))
     judge = fit.on(apart)
     before = judge.error()
     held = match(fit, solver, apart)
@@ -187,7 +189,7 @@ def no_worse_than_the_start(problem: BlockMatching, solver: Descent[Any]) -> Non
 
 def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the block holds the value, and that anchor, examples and random state are unchanged, bit for bit."""
-    problem = anew(problem)
+    problem = copied(problem)
     given = cast(Listed, problem.examples).examples
     kept = [(problem.anchor or ()), *((example.target, *example.args) for example in given)]
     before, state = [[tensor.clone() for tensor in tensors] for tensors in kept], torch.get_rng_state()
@@ -200,13 +202,13 @@ def leaves_the_value_and_all_else_as_it_was(problem: BlockMatching, solver: Desc
 
 def repeats_itself(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the same problem gives the same parameters, bit for bit."""
-    first, second = match(anew(problem), solver), match(anew(problem), solver)
+    first, second = match(copied(problem), solver), match(copied(problem), solver)
     assert all(map(torch.equal, first.value, second.value)), f"{_named(solver)}: it gives different answers"
 
 
 def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that the objective falls where the gradient is not zero by more than rounding."""
-    problem = anew(problem)
+    problem = copied(problem)
     value, slope = problem.gradient()
     # By the sizes of the weights, because the problem's own units may have a fault.
     sizes = [
@@ -221,7 +223,7 @@ def gains_on_a_damaged_block(problem: BlockMatching, solver: Descent[Any]) -> No
 
 def never_below_the_optimum(problem: BlockMatching, solver: Descent[Any]) -> None:
     """Check that no objective of an affine block is below the optimum, else the problem measures wrongly."""
-    problem = anew(problem)
+    problem = copied(problem)
     if isinstance(problem.module, nn.Linear):
         best, slack = affine_optimum(problem), ROUNDING * problem.objective()
         found = problem.objective(match(problem, solver).value)

@@ -2,7 +2,8 @@
 
 A reference reads only a problem's data: quadratic.py rebuilds the loss from the moments. It needs scipy and
 cvxpy, with SCIP for `mixed_integer` (`pip install optprune[testing]`); without them the import fails, because a skipped
-check proves nothing."""
+check proves nothing.
+"""
 
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Hypothesis strategies of problems that are difficult for solvers, and of their parts.
 
 Numbers come from a seeded generator, structure (shapes, ranks, ties, dead inputs) from hypothesis, so a failing
-example shrinks to a small one whose structure is the reason. Tensors are on the device OPTPRUNE_TEST_DEVICE (`place`).
+example shrinks to a small one whose structure is the reason. Tensors are on `chosen_device`.
 `dtype` is float64 unless asked for; float32 instances stay where 1e-4 of the loss is attainable (see `samples`).
 `generic` instances have no ties and full rank, so that a method that ranks has one answer.
 """
@@ -37,7 +37,7 @@ from optprune.problems import (
 VARIABLE = "OPTPRUNE_TEST_DEVICE"
 
 
-def place() -> torch.device:
+def chosen_device() -> torch.device:
     """Return the device that OPTPRUNE_TEST_DEVICE names. Raise InputError where torch cannot use it."""
     name = os.environ.get(VARIABLE) or "cpu"
     try:
@@ -52,9 +52,9 @@ def place() -> torch.device:
     return device
 
 
-def here(tensor: Tensor) -> Tensor:
+def to_chosen_device(tensor: Tensor) -> Tensor:
     """Return the tensor on that device."""
-    return tensor.to(place())
+    return tensor.to(chosen_device())
 
 
 SHAPES = ("gaussian", "ties", "low rank", "inputs in different units", "few tokens", "ill-conditioned")
@@ -132,7 +132,7 @@ def samples(
         # Dead in the pruned model only: the dense inputs may well be alive.
         inputs = inputs.clone()
         inputs[:, sorted(dead)] = 0
-    return Samples(here(inputs.to(dtype)), None if ideal is None else here(ideal.to(dtype)))
+    return Samples(to_chosen_device(inputs.to(dtype)), None if ideal is None else to_chosen_device(ideal.to(dtype)))
 
 
 @st.composite
@@ -155,7 +155,7 @@ def weights(
             weight = weight.round()
         for row in draw(st.sets(st.integers(0, rows - 1), max_size=1), label="zero rows"):
             weight[row] = 0
-    return here(weight.to(dtype))
+    return to_chosen_device(weight.to(dtype))
 
 
 @st.composite
@@ -176,7 +176,7 @@ def losses(
     fraction = draw(st.sampled_from(fractions), label="damping")
     loss = LayerLoss.of(weight, statistics, fraction, fit_bias=draw(st.booleans(), label="fit bias"))
     if draw(st.booleans(), label="uneven damping"):
-        uneven = here(torch.arange(width, dtype=torch.float64).remainder(3).to(dtype))
+        uneven = to_chosen_device(torch.arange(width, dtype=torch.float64).remainder(3).to(dtype))
         loss = LayerLoss(loss.weight, statistics, loss.damping * uneven, loss.fit_bias)
     return loss
 
@@ -200,7 +200,7 @@ def metrics(
     gradients = _normal(generator, tokens, width) * spread * draw(st.sampled_from((1e-3, 1.0)), label="size")
     if not generic and draw(st.booleans(), label="an output that costs nothing"):
         gradients[:, 0] = 0
-    metric = OutputMetric.from_samples(here(gradients), full=kind == "full").to(dtype)
+    metric = OutputMetric.from_samples(to_chosen_device(gradients), full=kind == "full").to(dtype)
     return metric.damped(draw(st.sampled_from((0.0, 1e-2, 1.0)), label="metric damping"))
 
 
@@ -238,7 +238,7 @@ def masked(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64, generic: bool
     rows, width = loss.weight.shape
     rows = 1 if draw(st.booleans(), label="shared mask") else rows
     bits = draw(st.lists(st.booleans(), min_size=rows * width, max_size=rows * width), label="mask")
-    return MaskedLeastSquares(loss, here(torch.tensor(bits).reshape(rows, width)))
+    return MaskedLeastSquares(loss, to_chosen_device(torch.tensor(bits).reshape(rows, width)))
 
 
 @st.composite
@@ -252,7 +252,12 @@ def _units(draw: st.DrawFn, most: int, dtype: torch.dtype, generic: bool) -> tup
     loss = draw(losses(width, dtype=dtype, generic=generic))
     columns = torch.tensor(draw(st.permutations(range(width)), label="columns")[: units * each]).reshape(units, each)
     slot_of = torch.tensor(draw(st.permutations([slot for slot in range(slots) for _ in range(size)]), label="slot of"))
-    return loss, here(columns), here(slot_of), slots * draw(st.integers(1, size), label="keep per slot")
+    return (
+        loss,
+        to_chosen_device(columns),
+        to_chosen_device(slot_of),
+        slots * draw(st.integers(1, size), label="keep per slot"),
+    )
 
 
 @st.composite
@@ -261,7 +266,7 @@ def linked(
 ) -> LinkedLeastSquares:
     """Draw a choice among at most `most` units, each with a row of a layer before it."""
     loss, columns, slots, keep = draw(_units(most, dtype, generic))
-    return LinkedLeastSquares(loss, Link(columns, slots, (here(torch.arange(len(slots)))[:, None],)), keep)
+    return LinkedLeastSquares(loss, Link(columns, slots, (to_chosen_device(torch.arange(len(slots)))[:, None],)), keep)
 
 
 @st.composite
@@ -297,9 +302,9 @@ def penalties(draw: st.DrawFn, loss: LayerLoss, kinds: tuple[type[Penalty], ...]
 def penalised_weights(draw: st.DrawFn, kind: type[Penalty]) -> tuple[Penalty, Tensor]:
     """Draw a penalty of a kind, with a strength that may be zero, and a weight with zeros and ties, for its laws."""
     rows, width = draw(st.sampled_from(((1, 1), (1, 4), (3, 1), (3, 4))), label="shape")
-    # The largest entry of the linear term is 1, so that strengths are what they say.
+    # The largest entry of the linear term is 1, so strengths are absolute.
     ones, unit, zeros = (
-        here(make.double()) for make in (torch.ones(rows, width), torch.eye(width), torch.zeros(width))
+        to_chosen_device(make.double()) for make in (torch.ones(rows, width), torch.eye(width), torch.zeros(width))
     )
     loss = LayerLoss.of(ones, InputMoments(unit, zeros, 1))
     penalty = draw(_penalties_of(kind)(loss, draw(st.sampled_from((0.0, 0.25, 1.0, 3.0)), label="strength")))
@@ -328,7 +333,7 @@ def _weighted_l1(draw: st.DrawFn, loss: LayerLoss, share: float) -> Penalty:
     if draw(st.booleans(), label="zero weights"):
         weights.view(-1)[::3] = 0
     # In float64 also where the problem is not: a penalty need not know the dtype of the problem.
-    return WeightedL1(share * _largest(loss) * here(weights))
+    return WeightedL1(share * _largest(loss) * to_chosen_device(weights))
 
 
 @st.composite
@@ -406,7 +411,7 @@ def scores(draw: st.DrawFn, *shape: int) -> Tensor:
     """Draw scores with many ties: small integers, whose sums are exact."""
     count = int(torch.Size(shape).numel())
     numbers = draw(st.lists(st.integers(-3, 3), min_size=count, max_size=count), label="scores")
-    return here(torch.tensor(numbers, dtype=torch.float64).reshape(shape))
+    return to_chosen_device(torch.tensor(numbers, dtype=torch.float64).reshape(shape))
 
 
 @st.composite
@@ -432,7 +437,7 @@ def _n_of_m(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
 def _slot_wise(draw: st.DrawFn) -> tuple[Pattern, Tensor]:
     slots, size = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     slot_of = draw(st.permutations([slot for slot in range(slots) for _ in range(size)]))
-    return SlotWise(here(torch.tensor(slot_of)), draw(st.integers(0, size))), draw(scores(slots * size))
+    return SlotWise(to_chosen_device(torch.tensor(slot_of)), draw(st.integers(0, size))), draw(scores(slots * size))
 
 
 PATTERNS: dict[type[Pattern], st.SearchStrategy[tuple[Pattern, Tensor]]] = {
@@ -452,7 +457,7 @@ CHOICE_KINDS: tuple[ChoiceKind, ...] = get_args(ChoiceKind)
 def choice_instance(
     kind: ChoiceKind, seed: int, *, units: int = 14, outputs: int = 8, damping: float = 0.01
 ) -> StructuredLeastSquares:
-    """Return the choice of single columns of a random weight, of which a seed says how many go: 4 to 7 of 14."""
+    """Return a choice of single columns of a random weight; by the seed 4 to 7 of 14 columns are removed."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

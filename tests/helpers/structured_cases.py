@@ -7,7 +7,7 @@ import torch
 
 from optprune.moments import InputMoments
 from optprune.problems import ChannelGroups, LayerLoss, Link, LinkedLeastSquares, StructuredLeastSquares
-from optprune.testing.strategies import here
+from optprune.testing.strategies import to_chosen_device
 
 KINDS = ("independent", "mixed", "low rank")
 
@@ -26,7 +26,7 @@ def structured_loss(seed, rows, width, kind="mixed", *, damping=0.01, fit_bias=F
         inputs = normal(6 * width, width // 2) @ normal(width // 2, width) + 0.3 * inputs
     inputs = inputs + normal(width)
     dense = inputs + 0.1 * normal(6 * width, width) if seed % 2 else None
-    moments = InputMoments.from_samples(here(inputs), None if dense is None else here(dense))
+    moments = InputMoments.from_samples(to_chosen_device(inputs), None if dense is None else to_chosen_device(dense))
     return LayerLoss.of(normal(rows, width), moments, damping, fit_bias=fit_bias)
 
 
@@ -39,7 +39,7 @@ def channels(seed, kind, units=12, keep=6):
 def grouped_query(seed, kind, keep=4):
     """A choice among the 4 dimensions of each of 2 KV heads, each read by two query heads: two columns a unit."""
     loss = structured_loss(seed, 4, 16, kind, fit_bias=seed % 4 < 2)
-    unit = here(torch.arange(8))
+    unit = to_chosen_device(torch.arange(8))
     columns = torch.stack([unit // 4 * 8 + unit % 4, unit // 4 * 8 + 4 + unit % 4], 1)
     return LinkedLeastSquares(loss, Link(columns, unit // 4, (unit[:, None],)), keep)
 
@@ -69,6 +69,6 @@ def refitted(problem, choice):
 def admissible(problem):
     """Every admissible choice, [choices, units]."""
     slots = problem.channels.slots
-    every = here(torch.tensor(list(product((False, True), repeat=len(slots)))))
+    every = to_chosen_device(torch.tensor(list(product((False, True), repeat=len(slots)))))
     counts = torch.stack([every[:, slots == slot].sum(1) for slot in slots.unique()], 1)
     return every[(counts == problem.pattern.keep).all(1)]

@@ -31,7 +31,6 @@ NOT_YET = {
     "calibration",
     "cli",
     "models",
-    "program",
     "pruning",
     "report",
 }

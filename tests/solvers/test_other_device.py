@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import optprune
 from optprune.errors import InputError
 from optprune.solvers import Chain, solve
-from optprune.testing.strategies import STRATEGIES, VARIABLE, place, weighted
+from optprune.testing.strategies import STRATEGIES, VARIABLE, chosen_device, weighted
 from tests.helpers.moved import moved
 from tests.helpers.pretend import NAME, set_up, watched
 from tests.helpers.solver_table import KINDS, SOLVERS
@@ -83,11 +83,11 @@ def test_the_variable_says_where_the_tensors_of_the_tests_are(kind, monkeypatch)
 
 def test_without_the_variable_it_is_the_cpu_and_a_device_that_is_not_there_is_an_error(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert place() == torch.device("cpu")
+    assert chosen_device() == torch.device("cpu")
     for name in ("meta", "abacus"):
         monkeypatch.setenv(VARIABLE, name)
         with pytest.raises(InputError, match=f"OPTPRUNE_TEST_DEVICE names the device '{name}', which cannot be used"):
-            place()
+            chosen_device()
 
 
 def test_what_is_forgotten_on_the_cpu_is_noticed():
