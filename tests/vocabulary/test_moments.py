@@ -63,6 +63,12 @@ def test_centred_moments_are_those_of_centred_samples(drawn):
 
 
 @given(samples())
+def test_moments_times_a_factor_are_those_of_inputs_times_it(drawn):
+    dense = None if drawn.dense is None else drawn.dense * 0.25
+    agree(drawn.moments().times(0.25), InputMoments.from_samples(drawn.inputs * 0.25, dense), 1e-12)
+
+
+@given(samples())
 def test_averages_that_are_not_centred_make_the_same_moments(drawn):
     whole = drawn.moments()
     again = InputMoments.from_averages(whole.gram, whole.mean, whole.tokens, whole.dense)

@@ -1,0 +1,540 @@
+"""Faults in the sources of `optprune`, each planted in a copy of the tree: does a test of `make test` notice it?
+
+`python -m tests.helpers.planted_faults` plants one after the other, runs the test files that should notice it, and
+writes the table tests/planted_faults.md: about ten seconds a fault on a quiet core. `--only TEXT` plants those with the
+text in their description, their file or their tests, and writes no table; `--check` looks only whether each text is in
+its file.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "tests" / "planted_faults.md"
+HEAD = """# Planted faults
+
+Whether the tests of `make test` in these files notice each fault. Made by `python -m tests.helpers.planted_faults`.
+
+| fault | file in `optprune/` | files in `tests/` | |
+|---|---|---|---|
+"""
+LONGEST = 600
+"""number of seconds after which the tests of a fault are ended"""
+IMPORTS = ("torch", "transformers.modeling_utils", "hypothesis", "pytest", "cvxpy", "scipy.optimize", "gguf")
+"""modules that are imported once, before a process is forked for each fault"""
+REIMPORTED = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
+"""warning of pytest that is no error here, since its plugins are imported before the fork"""
+NOTICED, MISSED, SLOW, BROKEN = "noticed", "NOT noticed", "too slow", "no test ran"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A text of a source file, the wrong text in its place, and the test files that should notice it."""
+
+    description: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # Penalties, patterns and moments
+    Fault(
+        "l1: half the threshold",
+        "penalties.py",
+        "return shrink(weight, self.strength * step)\n",
+        "return shrink(weight, self.strength * step / 2)\n",
+        "vocabulary/test_penalties.py",
+    ),
+    Fault(
+        "weighted l1: the least share as the dual norm",
+        "penalties.py",
+        "nan=0.0, posinf=math.inf).max())\n\n    def reach",
+        "nan=0.0, posinf=math.inf).min())\n\n    def reach",
+        "vocabulary/test_penalties.py",
+    ),
+    Fault(
+        "elastic net: ridge without the step",
+        "penalties.py",
+        "/ (1 + self.ridge * step)",
+        "/ (1 + self.ridge)",
+        "vocabulary/test_penalties.py",
+    ),
+    Fault(
+        "elastic net: a conjugate twice as large",
+        "penalties.py",
+        "/ (2 * self.ridge)",
+        "/ self.ridge",
+        "vocabulary/test_penalties.py",
+    ),
+    Fault(
+        "column groups: half the threshold",
+        "penalties.py",
+        "(norms - self.strength * step).clamp",
+        "(norms - self.strength * step / 2).clamp",
+        "vocabulary/test_penalties.py",
+    ),
+    Fault(
+        "patterns: a tied entry too few",
+        "patterns.py",
+        "tied.cumsum(1) <= missing",
+        "tied.cumsum(1) < missing",
+        "vocabulary/test_patterns.py",
+    ),
+    Fault(
+        "N:M: the smallest scores are kept",
+        "patterns.py",
+        "largest(score.reshape(-1, self.m), self.n)",
+        "largest(-score.reshape(-1, self.m), self.n)",
+        "vocabulary/test_patterns.py",
+    ),
+    Fault(
+        "slots: taken to be in order",
+        "patterns.py",
+        "torch.argsort(self.slots, stable=True)",
+        "torch.arange(len(self.slots))",
+        "vocabulary/test_patterns.py problems/test_structured_problem.py",
+    ),
+    Fault(
+        "patterns: NaN scores are ranked",
+        "patterns.py",
+        "if not finite and bool",
+        "if False and bool",
+        "vocabulary/test_patterns.py",
+    ),
+    Fault(
+        "moments: a merge that ignores the numbers of tokens",
+        "moments.py",
+        "share = other.tokens / max(1, tokens)",
+        "share = 0.5",
+        "vocabulary/test_moments.py",
+    ),
+    Fault(
+        "moments: a merge without the distance of the means",
+        "moments.py",
+        "mixed[0].addr_(apart, apart, alpha=between)",
+        "pass",
+        "vocabulary/test_moments.py",
+    ),
+    Fault(
+        "moments: a factor applied once",
+        "moments.py",
+        "covariance = self.covariance * factor * factor",
+        "covariance = self.covariance * factor",
+        "vocabulary/test_moments.py",
+    ),
+    Fault(
+        "metric: no damping",
+        "metric.py",
+        "torch.addcmul(self.average @ change, self.damping[:, None], change)",
+        "self.average @ change",
+        "vocabulary/test_metric.py",
+    ),
+    Fault(
+        "divergence: the other sign",
+        "numerics/tensors.py",
+        "(log_p - log_q)",
+        "(log_q - log_p)",
+        "vocabulary/test_kullback_leibler.py measure/test_divergence.py",
+    ),
+    # Problems
+    Fault(
+        "loss: no damping in the Gram matrix",
+        "problems/loss.py",
+        "gram.diagonal().add_(self.damping)",
+        "gram.diagonal()",
+        "problems/test_loss.py",
+    ),
+    Fault(
+        "loss: a damping of NaN is taken",
+        "problems/loss.py",
+        "if not bool(((self.damping >= 0) & torch.isfinite(self.damping)).all()):",
+        "if False:",
+        "problems/test_loss.py",
+    ),
+    # Solvers
+    Fault(
+        "FISTA: momentum twice as fast",
+        "solvers/fista.py",
+        "(state.momentum - 1) / momentum",
+        "2 * (state.momentum - 1) / momentum",
+        "solvers/test_fista.py",
+    ),
+    Fault(
+        "FISTA: a step uphill under a metric",
+        "solvers/fista.py",
+        "self.shift - self.step * self.metric",
+        "self.shift + self.step * self.metric",
+        "solvers/test_fista.py solvers/test_metric_laws.py",
+    ),
+    Fault(
+        "greedy removal: the most expensive unit first",
+        "solvers/greedy_obs.py",
+        "order = cost.argsort(stable=True)",
+        "order = (-cost).argsort(stable=True)",
+        "solvers/test_greedy_obs.py",
+    ),
+    Fault(
+        "removal curve: without the loss at its start",
+        "solvers/greedy_obs.py",
+        "problem.loss.value(form.minimiser) + rise",
+        "rise",
+        "solvers/test_greedy_obs.py",
+    ),
+    Fault(
+        "SparseGPT: errors are added inside a block",
+        "solvers/sparsegpt.py",
+        "local[j, j:], alpha=-1)",
+        "local[j, j:], alpha=1)",
+        "solvers/test_sparsegpt.py",
+    ),
+    Fault(
+        "SparseGPT: errors are added after a block",
+        "solvers/sparsegpt.py",
+        "weight[:, last:] -= errors",
+        "weight[:, last:] += errors",
+        "solvers/test_sparsegpt.py",
+    ),
+    Fault(
+        "SparseGPT: a count of the block from its end alone",
+        "solvers/sparsegpt.py",
+        "pattern.keep * last // width - pattern.keep * first // width",
+        "pattern.keep * (last - first) // width",
+        "solvers/test_sparsegpt.py",
+    ),
+    Fault(
+        "ADMM: the dual's other sign",
+        "solvers/admm.py",
+        "alpha=1 / state.rho",
+        "alpha=-1 / state.rho",
+        "solvers/test_admm.py",
+    ),
+    Fault(
+        "ADMM: a dual without rho",
+        "solvers/admm.py",
+        ".sub_(sparse).mul_(state.rho)",
+        ".sub_(sparse)",
+        "solvers/test_admm.py",
+    ),
+    Fault(
+        "swaps: the gradient's other sign",
+        "solvers/swaps.py",
+        "gram.diagonal() / 2 - state.gradient",
+        "gram.diagonal() / 2 + state.gradient",
+        "solvers/test_swaps.py",
+    ),
+    Fault(
+        "swaps: coupled rows are not refused",
+        "solvers/swaps.py",
+        "if problem.loss.coupled:",
+        "if False:",
+        "solvers/test_metric_laws.py solvers/test_swaps.py",
+    ),
+    Fault(
+        "refit: the worst damping",
+        "solvers/ridge.py",
+        "best = losses.index(min(losses))",
+        "best = losses.index(max(losses))",
+        "solvers/test_ridge.py",
+    ),
+    # Allocation
+    Fault(
+        "shares: a range the wrong way round is taken",
+        "allocation/knapsack.py",
+        "if not 0 <= low <= high <= 1:",
+        "if False:",
+        "allocation/test_budget.py allocation/test_allocation.py",
+    ),
+    Fault(
+        "shares: ties are left out",
+        "allocation/knapsack.py",
+        "kept[name] += tied",
+        "kept[name] += 0",
+        "allocation/test_budget.py allocation/test_allocation.py",
+    ),
+    Fault(
+        "shares: no least count",
+        "allocation/knapsack.py",
+        "math.ceil(low * cost.numel())",
+        "0",
+        "allocation/test_budget.py allocation/test_allocation.py",
+    ),
+    Fault(
+        "curves: falling prices are taken",
+        "allocation/knapsack.py",
+        "if bool((self.prices.diff() <= 0).any()):",
+        "if False:",
+        "allocation/test_budget.py allocation/test_prices.py",
+    ),
+    Fault(
+        "probe: the ratio upside down",
+        "allocation/by_cost.py",
+        "(measured + NOISE_FLOOR_NATS) / (predicted + NOISE_FLOOR_NATS)",
+        "(predicted + NOISE_FLOOR_NATS) / (measured + NOISE_FLOOR_NATS)",
+        "allocation/test_by_cost.py allocation/test_measured_costs.py calibration/test_probe.py",
+    ),
+    Fault(
+        "operations: attention is free",
+        "allocation/currency.py",
+        "2 * (_met(decoder, shape) + attention)",
+        "2 * _met(decoder, shape)",
+        "allocation/test_prices.py",
+    ),
+    Fault(
+        "operations: every expert computes",
+        "allocation/currency.py",
+        "weights - one * (shape.experts - decoder.experts_for_a_token)",
+        "weights",
+        "allocation/test_prices.py allocation/test_expert_budget.py",
+    ),
+    # Calibration and pruning
+    Fault(
+        "calibration: held-out batches are fitted",
+        "calibration/moments_pass.py",
+        "first_apart = count - share.apart(count, held_out)",
+        "first_apart = count",
+        "calibration/test_collected.py calibration/test_policies.py pruning/test_recovery_ridge.py",
+    ),
+    Fault(
+        "calibration: a stream that does not advance",
+        "calibration/moments_pass.py",
+        "output.hidden[index] = after",
+        "output.hidden[index] = hidden",
+        "calibration/test_collected.py calibration/test_policies.py",
+    ),
+    Fault(
+        "calibration: experts of the dense model route by themselves",
+        "calibration/moments_pass.py",
+        "return args[0], routes[path], *args[2:]",
+        "return args",
+        "pruning/test_experts.py",
+    ),
+    Fault(
+        "strict: a note of a layer is no error",
+        "pruning/layer.py",
+        "if task.method.strict and",
+        "if False and",
+        "pruning/test_pipeline.py pruning/test_one_layer.py pruning/test_sparse_pipeline.py",
+    ),
+    Fault(
+        "journal: weights of any kind have one digest",
+        "pruning/journal.py",
+        "digest.update(of_file.digest())",
+        "pass",
+        "pruning/test_journal.py pruning/test_streaming.py",
+    ),
+    # Folders and export
+    Fault(
+        "folders: the bytes of a file are not checked",
+        "system/folders.py",
+        "digest_of_file(self.folder / name) in self._manifest[FILES][name]",
+        "True",
+        "system/test_folders.py",
+    ),
+    Fault(
+        "folders: an edited manifest is read",
+        "system/folders.py",
+        "digest != _digest(content) or",
+        "",
+        "system/test_folders.py",
+    ),
+    Fault(
+        "folders: a foreign file is written over",
+        "system/folders.py",
+        "if name not in files or not is_own_file(file):",
+        "if False:",
+        "system/test_folders.py",
+    ),
+    Fault(
+        "comparison: a refusal clears its work",
+        "comparison/kept_folder.py",
+        "self._continues = False",
+        "self._continues = True",
+        "comparison/test_comparison_folder.py",
+    ),
+    Fault(
+        "output: an existing folder is replaced unasked",
+        "export/place.py",
+        "        if not overwrite:",
+        "        if False:",
+        "export/test_saving.py",
+    ),
+    Fault(
+        "output: the old folder is not put back",
+        "export/place.py",
+        "old.rename(place)",
+        "pass",
+        "export/test_saving.py",
+    ),
+    Fault(
+        "output: empty folders of others are deleted",
+        "export/place.py",
+        "stat.S_IMODE(folder.stat().st_mode) == SCRATCH_MODE and",
+        "",
+        "export/test_gguf_file.py",
+    ),
+    Fault(
+        "GGUF: experts in the order of words",
+        "export/gguf_tensors.py",
+        "[numbered[number] for number in range(len(numbered))]",
+        "[numbered[number] for number in sorted(numbered, key=str)]",
+        "export/test_gguf_file.py",
+    ),
+    Fault(
+        "GGUF: heads are not interleaved",
+        "export/gguf_tensors.py",
+        ".transpose(1, 2).flatten(0, 2)",
+        ".flatten(0, 2)",
+        "export/test_gguf_file.py",
+    ),
+    # Program, measure and healing
+    Fault(
+        "plan: Gram products cost nothing",
+        "calibration/moments_pass.py",
+        "return passing + gram_work(decoder, index, taps) * tokens + Work(",
+        "return passing + Work(",
+        "program/test_runtimes.py program/test_expected_seconds.py program/test_plan.py",
+    ),
+    Fault(
+        "divergence: vocabularies are not compared",
+        "measure/divergence.py",
+        "if own != other:",
+        "if False:",
+        "measure/test_divergence.py",
+    ),
+    Fault(
+        "healing: what is kept is cleared",
+        "healing/zeros.py",
+        "tensor.masked_fill_(self.kept[name].logical_not(), 0.0)",
+        "tensor.masked_fill_(self.kept[name], 0.0)",
+        "healing/test_zeros.py",
+    ),
+    Fault(
+        "healing: filled zeros pass",
+        "healing/zeros.py",
+        "        if filled:",
+        "        if False:",
+        "healing/test_zeros.py",
+    ),
+    Fault(
+        "healing: gradients are not clipped",
+        "healing/training.py",
+        "self.settings.clip)",
+        "1e9)",
+        "healing/test_heal.py",
+    ),
+    Fault(
+        "healing: no warm-up",
+        "healing/settings.py",
+        "rising = round(self.warmup * steps)",
+        "rising = 0",
+        "healing/test_heal.py",
+    ),
+]
+
+
+def source(fault: Fault, tree: Path) -> Path:
+    """Return the file of a fault in a tree. Raises SystemExit unless it has the text."""
+    file = tree / "optprune" / fault.file
+    if not file.is_file() or fault.old not in file.read_text(encoding="utf-8"):
+        raise SystemExit(f"{fault.description}: optprune/{fault.file} has no {fault.old!r}: change the table of faults")
+    return file
+
+
+@contextmanager
+def planted(fault: Fault, tree: Path) -> Iterator[None]:
+    """Plant a fault in a tree: its text is replaced wherever it occurs in the file."""
+    file = source(fault, tree)
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    try:
+        yield
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def copy(tree: Path) -> None:
+    """Copy the files that git lists into a folder."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        place = tree / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, place)
+
+
+def _tests(tests: str, tree: Path, log: Path) -> int:
+    """Return the exit status of pytest for the tests of a tree, whose modules take the place of this one's."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.alarm(LONGEST)
+    os.chdir(tree)
+    os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "OPTPRUNE_HYPOTHESIS": "unshrunk"}
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("optprune", "tests", "benchmarks"):
+            del sys.modules[name]
+    sys.path[:] = [str(tree), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
+    import pytest
+
+    words = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow and not e2e", "-W", REIMPORTED]
+    return int(pytest.main([*words, *(f"tests/{name}" for name in tests.split())]))
+
+
+def run(tests: str, tree: Path, log: Path) -> str:
+    """Return whether test files notice the fault in a tree, by running them in a forked process up to a failure."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            status = _tests(tests, tree, log)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {0: MISSED, 1: NOTICED, -signal.SIGALRM: SLOW}.get(status, BROKEN)
+
+
+def main() -> None:
+    """Plant the faults, print what the tests said, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="a text of the faults to plant")
+    parser.add_argument("--check", action="store_true", help="plant nothing: look for the texts")
+    asked = parser.parse_args()
+    chosen = [each for each in FAULTS if asked.only in f"{each.description} {each.file} {each.tests}"]
+    for each in chosen:
+        source(each, ROOT)
+    if asked.check:
+        return
+    for name in IMPORTS:
+        __import__(name)
+    rows = list[str]()
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        tree, log = Path(folder) / "tree", Path(folder) / "log"
+        copy(tree)
+        for each in chosen:
+            began = time.monotonic()
+            with planted(each, tree):
+                found = run(each.tests, tree, log)
+            print(f"{found}: {each.description} ({each.file}, {time.monotonic() - began:.0f} s)", flush=True)
+            if found in (BROKEN, SLOW):
+                print(log.read_text(encoding="utf-8")[-1500:], flush=True)
+            rows.append(f"| {each.description} | `{each.file}` | {each.tests.replace(' ', ', ')} | {found} |")
+    if not asked.only:
+        TABLE.write_text(HEAD + "\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
