@@ -40,11 +40,10 @@ from optprune.cli.options import (
     Workers,
 )
 from optprune.cli.outputs import check_json, echo, start, started, write_json
+from optprune.cli.prune_run import WholeRun, shared_run
 from optprune.cli.request import Options
 from optprune.cli.run_folder import FINISHED, Output
-from optprune.cli.shared_run import shared_run
 from optprune.cli.tokens import calibration_for
-from optprune.cli.whole_run import WholeRun
 from optprune.system.wording import counted
 
 if TYPE_CHECKING:
