@@ -23,11 +23,14 @@ from optprune.export.place import (
     set_aside,
 )
 from optprune.export.source_files import check_own_files
+from optprune.measure.memory import free_memory
 from optprune.models import Decoder, LoadedModel, load_config, load_model, load_shapes, load_tokenizer
+from optprune.program.plan import MARGIN
 from optprune.report import Event, PhaseRecorder, PhaseReport
 from optprune.report.phases import CHECKING, SAVING
 from optprune.system.files import real_path
 from optprune.system.interrupts import interrupts_held, record_done
+from optprune.system.wording import amount
 from optprune.work import Work
 
 OnEvent = Callable[[Event], None]
@@ -201,7 +204,7 @@ def export(
 
 
 def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, overwrite: bool) -> None:
-    """Raise InputError where the output cannot be written, or the exporter refuses the model."""
+    """Raise InputError where the output cannot be written, or the exporter refuses the model or lacks memory."""
     if source.name and source.loaded is None and real_path(Path(source.name)).is_relative_to(place):
         raise InputError(f"the output folder {output} holds the model that is read: name another")
     exporter.check_output(output, overwrite)
@@ -210,6 +213,13 @@ def _check(source: ModelSource, output: Path, place: Path, exporter: Exporter, o
     refusal = exporter.unsupported(source)
     if refusal is not None:
         raise InputError(refusal)
+    if source.loaded is None:
+        needed, free = round(exporter.work(source).bytes), free_memory()
+        if free is not None and needed > MARGIN * free:
+            raise InputError(
+                f"writing the {exporter.noun} takes {amount(needed)} of memory, and {amount(free)} are free: "
+                "close other programs, or use a machine with more memory"
+            )
 
 
 def _described(

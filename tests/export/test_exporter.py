@@ -170,3 +170,19 @@ def test_a_saver_of_version_0_1_warns(tmp_path: Path) -> None:
     again = optprune.save_model(loaded, tmp_path / "again", report=report, recipe=recipe, check_tokens=window[None])
     names = [sorted(file.name for file in one.folder.iterdir()) for one in (saved, again)]
     assert names[0] == names[1] and saved.logits_difference == again.logits_difference
+
+
+@pytest.mark.parametrize("exporter", [GgufFile(), TransformersFolder()], ids=lambda exporter: exporter.name)
+def test_a_model_that_does_not_fit_in_memory_is_refused_by_its_work(
+    exporter: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tiny_llama(), tmp_path / "model")
+    needed = exporter.work(ModelSource(folder)).bytes
+    assert needed > 0
+    monkeypatch.setattr("optprune.export.exporter.free_memory", lambda: int(needed / 2))
+    with pytest.raises(InputError, match=rf"writing the {exporter.noun} takes .* of memory, and .* are free"):
+        export(folder, tmp_path / "new" / "out", exporter)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    monkeypatch.setattr("optprune.export.exporter.free_memory", lambda: needed)
+    assert exporter.unsupported(ModelSource(folder)) is None
+    export(folder, tmp_path / "out", exporter)
