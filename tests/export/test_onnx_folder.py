@@ -209,7 +209,7 @@ def test_options_of_another_format(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([*words, "--format", "onnx", "--type", "q8_0"]) == 2
     assert "ONNX is written in float32, not in 'q8_0': leave out --type" in capsys.readouterr().err
     assert main([*words, "--cache"]) == 2
-    assert "--cache is for --format onnx" in capsys.readouterr().err
+    assert "--cache applies to --format onnx only" in capsys.readouterr().err
 
 
 def ran_at_home(tmp_path: Path, program: str, *words: str) -> list[Path]:
