@@ -1,5 +1,7 @@
 """Folder of a comparison: finished cells, so that it can resume, and the final table."""
 
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from optprune.comparison.grid import Cell
 from optprune.comparison.results import DENSE, CellResult, Comparison, Figures
-from optprune.system.files import real_path
+from optprune.system.files import is_own_folder, real_path
 from optprune.system.folders import ManifestFolder
 
 CELLS, WORK, MODELS = "cells", "work", "models"
@@ -28,19 +30,24 @@ class ComparisonFolder(ManifestFolder):
     def __init__(self, folder: str | Path) -> None:
         """Take a folder that is new, empty, or holds a comparison. Raises InputError otherwise."""
         super().__init__(real_path(Path(folder)))
-        self._continues = False
+        self._others = self.folder / WORK if WORK in self.subfolders else None
+        self._own: Path | None = None
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Record the options of the comparison, or compare them with the recorded ones, as `ManifestFolder.begin`."""
         super().begin(facts)
-        self._continues = True
-        # Temporary files of a comparison that was killed.
-        self.remove_subfolder(WORK)
+        if self._others is not None:
+            for left in self._others.iterdir():
+                if left != self._own and is_own_folder(left):
+                    shutil.rmtree(left, ignore_errors=True)
+            self._others = None
 
     @property
     def work(self) -> Path:
-        """The folder for temporary files."""
-        return self.subfolder(WORK)
+        """The folder for temporary files of this process."""
+        if self._own is None:
+            self._own = Path(tempfile.mkdtemp(dir=self.subfolder(WORK)))
+        return self._own
 
     @property
     def models(self) -> Path:
@@ -49,8 +56,10 @@ class ComparisonFolder(ManifestFolder):
 
     def close(self) -> None:
         """Release the folder, or delete it where the comparison did not begin."""
-        if self._continues:
+        if self._others is None:
             self.remove_subfolder(WORK)
+        elif self._own is not None:
+            shutil.rmtree(self._own)  # those of a comparison that was killed stay where this one is refused
         if self.begun:
             self.release()
         else:
